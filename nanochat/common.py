@@ -1,0 +1,105 @@
+"""
+What every module may need: where files live, which rank this is, how a file is written so that it is never half there,
+and the one exception that means "the user can mend this". It imports nothing of the project and nothing heavy.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what is wrong, with the value, and what to do. Never shown with a stack trace."""
+
+
+def base_dir() -> Path:
+    """The folder that holds everything made: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created on first use."""
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot create the base folder {path} ({e.strerror}): set NANOCHAT_BASE_DIR to a writable folder") from e
+    return path
+
+
+def rank() -> int:
+    """This process's rank as torchrun set it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes as torchrun set it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def print0(*args, **kwargs) -> None:
+    """print on rank 0 alone, flushed, so that logs of background runs are current."""
+    if rank() == 0:
+        print(*args, **{"flush": True, **kwargs})
+
+
+def notice(message: str) -> None:
+    """One line to standard error on rank 0: something the user should know, and that stops nothing."""
+    print0(f"notice: {message}", file=sys.stderr)
+
+
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Write `data` beside `path`, flush it to the disk, then rename: a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as f:
+            f.write(data.encode("utf-8") if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk") from e
+
+
+def sha256_file(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def human(n: float) -> str:
+    """12_582_912 -> '12.6M': three figures and a decimal unit, for people."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(n) < 999.5:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g}P"
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1m15s', 5 -> '5s', 7260 -> '2h01m'."""
+    s = int(round(seconds))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    return f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+def entry(main: Callable[[], object]) -> None:
+    """
+    Run a command's main(): a UserError becomes one line on standard error and exit status 2, Ctrl+C becomes status 130.
+    Everything else is a bug of ours and keeps its stack trace.
+    """
+    try:
+        main()
+    except UserError as e:
+        if rank() == 0:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print0("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `command | head`: nobody reads any more; give the interpreter somewhere to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
