@@ -1,9 +1,9 @@
 """
 Text to token ids and back: byte-pair encoding trained here, nine special tokens, and conversations rendered with their supervision mask.
 
-What a text's ids are, by definition: lone surrogates become U+FFFD; a text longer than WINDOW characters is cut at the last place within each
-window where the split pattern has a boundary anyway (so the cut changes nothing) or, in a window without one, at its end; each piece that the
-pattern splits off becomes one token if the vocabulary has it, else its bytes are merged, lowest rank first.
+What a text's ids are, by definition: lone surrogates become U+FFFD; a text longer than WINDOW characters is cut at the last place within
+each window where the split pattern has a boundary anyway (so the cut changes nothing) or, in a window without one, at its end; each piece
+that the pattern splits off becomes one token if the vocabulary has it, else its bytes are merged, lowest rank first.
 
 Ordinary text never becomes a special token here, whatever it spells; only rendering places those. Files are JSON and hold no code.
 Cutting conversations to a length is the packer's business, not this module's.
@@ -41,7 +41,7 @@ FORMAT = 1  # of the definition above; part of the fingerprint
 _BOUNDARY = re.compile(r"[A-Za-z0-9](?=[ \n])|\n(?=\S)")  # PATTERN always splits after these, whatever stands around them
 _SPARE = 64  # merges learned beyond those wanted: some spell a token that is already there
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Conversations
 
 PART_TOKENS = {"text": None, "python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
@@ -57,7 +57,8 @@ def checked_messages(conversation: dict) -> list[dict]:
         if role == "assistant" and isinstance(content, list):
             for part in content:
                 if not isinstance(part, dict) or part.get("type") not in PART_TOKENS or not isinstance(part.get("text"), str):
-                    raise UserError(f'message {i}: a part must be {{"type": one of {", ".join(PART_TOKENS)}, "text": ...}}, not {_brief(part)}')
+                    kinds = ", ".join(PART_TOKENS)
+                    raise UserError(f'message {i}: a part must be {{"type": one of {kinds}; "text": ...}}, not {_brief(part)}')
         elif not isinstance(content, str):
             raise UserError(f"message {i}: the content of a message of role {role!r} must be text, not {_brief(content)}")
     first = 1 if messages and messages[0].get("role") == "system" else 0
@@ -100,7 +101,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -133,7 +134,7 @@ class Tokenizer:
         """
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
-            raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need at least {least}")
+            raise UserError(f"--vocab_size {vocab_size} is too small: the bytes and the special tokens alone need {least}")
         pieces = (piece for text in texts for piece in segments(text) if piece)
         first = next(pieces, None)
         if first is None:
@@ -143,7 +144,7 @@ class Tokenizer:
         tokens = list(dict.fromkeys(tokens))[:wanted]
         if len(tokens) < wanted:
             size = len(tokens) + len(SPECIAL_TOKENS)
-            notice(f"the text holds only enough for {size} tokens instead of {vocab_size}: give more text or ask for a smaller --vocab_size")
+            notice(f"the text holds enough for {size} tokens only, not for {vocab_size}: the vocabulary has {size}")
         return cls({token: rank for rank, token in enumerate(tokens)})
 
     @classmethod
@@ -262,7 +263,7 @@ class StreamDecoder:
         return rest
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Splitting and learning
 
 
