@@ -1,0 +1,149 @@
+"""logbook: rows survive a kill, restarts supersede, sinks come and go without stopping a run."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.logbook import Logbook, read
+
+
+def test_rows_come_back(tmp_path):
+    with Logbook(tmp_path / "run", config={"depth": 4, "path": tmp_path}, step=0) as book:
+        book.log(step=1, loss=torch.tensor(2.5), lr_mult=np.float32(0.5), tokens=np.int64(7), note="Größe")
+        book.log(step=1, kind="eval", val_bpb=1.25, kinds={"sums": {"accuracy": 0.5, "n": 10}}, lines=["a", "b"])
+    start, train, evaluation = read(tmp_path / "run")
+    assert start["kind"] == "start" and start["config"] == {"depth": 4, "path": str(tmp_path)}
+    assert train == {"kind": "train", "step": 1, "loss": 2.5, "lr_mult": 0.5, "tokens": 7, "note": "Größe"}
+    assert evaluation["kinds"]["sums"]["n"] == 10 and evaluation["lines"] == ["a", "b"]
+
+
+def test_numbers_that_json_cannot_write(tmp_path):
+    with Logbook(tmp_path) as book:
+        book.log(step=1, loss=float("nan"), norm=torch.tensor(float("inf")), low=-math.inf, missing=None)
+    raw = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(raw, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] is None
+    (row,) = read(tmp_path)
+    assert math.isnan(row["loss"]) and row["norm"] == math.inf and row["low"] == -math.inf and row["missing"] is None
+
+
+def test_a_restart_supersedes_what_came_after(tmp_path):
+    with Logbook(tmp_path, step=0) as book:
+        for step in range(1, 8):
+            book.log(step=step, loss=1.0)
+        book.log(step=5, kind="eval", val_bpb=1.0)
+    with Logbook(tmp_path, step=4) as book:
+        for step in (5, 6):
+            book.log(step=step, loss=2.0)
+    with Logbook(tmp_path) as book:  # an evaluation beside the run supersedes nothing but itself
+        book.log(step=6, kind="chat_eval", stage="sft", accuracy=0.1)
+        book.log(step=6, kind="chat_eval", stage="mid", accuracy=0.3)
+        book.log(step=6, kind="chat_eval", stage="sft", accuracy=0.2)
+    rows = [r for r in read(tmp_path) if r["kind"] != "start"]
+    assert [(r["step"], r["loss"]) for r in rows if r["kind"] == "train"] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    assert [(r["stage"], r["accuracy"]) for r in rows if r["kind"] == "chat_eval"] == [("mid", 0.3), ("sft", 0.2)]
+    assert not any(r["kind"] == "eval" for r in rows)
+    Logbook(tmp_path, step=0).close()  # begun anew: nothing of the old run counts
+    assert [r["kind"] for r in read(tmp_path)] == ["start"]
+
+
+def test_a_torn_last_line_is_passed_over_and_cut_on_reopening(tmp_path):
+    with Logbook(tmp_path) as book:
+        book.log(step=1, loss=1.0)
+        book.log(step=2, loss=2.0)
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_bytes()
+    for cut in range(len(whole)):
+        file.write_bytes(whole[:cut])
+        assert [r["step"] for r in read(tmp_path)] in ([], [1], [1, 2])
+        with Logbook(tmp_path) as book:
+            book.log(step=9, loss=9.0)
+        assert read(tmp_path)[-1] == {"kind": "train", "step": 9, "loss": 9.0}
+        assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_rows_survive_kill_9(tmp_path):
+    code = (
+        "import sys, itertools; from nanochat.logbook import Logbook; book = Logbook(sys.argv[1])\n"
+        "for i in itertools.count(1): book.log(step=i, loss=1.0); print(i, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    seen = [int(process.stdout.readline()) for _ in range(20)]
+    time.sleep(0.01)
+    process.kill()
+    seen += [int(x) for x in process.stdout.read().splitlines() if x]
+    assert len(read(tmp_path)) >= len(seen) >= 20
+
+
+def test_only_rank_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with Logbook(tmp_path / "run", config={}, sinks=["wandb"], run_name="x") as book:
+        book.log(step=1, loss=1.0)
+    assert not (tmp_path / "run").exists() and read(tmp_path / "run") == []
+
+
+class FakeWandb(types.ModuleType):
+    def __init__(self, fail_at=None):
+        super().__init__("wandb")
+        self.sent, self.fail_at, self.finished = [], fail_at, False
+
+    def init(self, **kwargs):
+        self.kwargs = kwargs
+        return self
+
+    def log(self, numbers, step):
+        if step == self.fail_at:
+            raise ConnectionError("gone")
+        self.sent.append((step, numbers))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_sink_gets_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    with Logbook(tmp_path, sinks=["wandb"], run_name="first", config={"depth": 4}) as book:
+        book.log(step=3, kind="eval", val_bpb=1.5, note="text", kinds={"sums": {"n": 2}})
+    assert fake.sent == [(3, {"eval/val_bpb": 1.5, "eval/kinds/sums/n": 2})]
+    assert fake.kwargs["name"] == "first" and fake.kwargs["config"] == {"depth": 4} and fake.finished
+
+
+def test_a_failing_sink_is_reported_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fail_at=2))
+    with Logbook(tmp_path, sinks=["wandb"], run_name="first") as book:
+        for step in (1, 2, 3, 4):
+            book.log(step=step, loss=1.0)
+    assert len(read(tmp_path)) == 4
+    assert capsys.readouterr().err.count("wandb failed") == 1
+
+
+def test_a_full_disk_is_reported_once_and_training_goes_on(tmp_path, capsys):
+    book = Logbook(tmp_path)
+    book._file = types.SimpleNamespace(write=_no_space, flush=lambda: None, close=lambda: None)
+    book.log(step=1, loss=1.0)
+    book.log(step=2, loss=1.0)
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def _no_space(_):
+    raise OSError(28, "No space left on device")
+
+
+def test_sinks_that_cannot_be_had(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no sink 'wandbb'"):
+        Logbook(tmp_path, sinks=["wandbb"])
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match="pip install trackio"):
+        Logbook(tmp_path, sinks=["trackio"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Logbook(tmp_path, sinks=["wandb"]).close()  # a dummy run asks nothing of wandb
+    with pytest.raises(UserError, match="pip install wandb"):
+        Logbook(tmp_path, sinks=["wandb"], run_name="real")
