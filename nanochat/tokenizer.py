@@ -292,7 +292,7 @@ def _learn(texts: Iterator[str], size: int) -> list[bytes]:
         import rustbpe
     except ImportError:
         return _learn_with_tokenizers(texts, size)
-    bpe = rustbpe.Tokenizer()
+    bpe = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module without types)
     bpe.train_from_iterator(texts, size, pattern=PATTERN)
     return [bytes(token) for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
