@@ -1,0 +1,103 @@
+"""
+Cross entropy of a linear head with a soft cap, without ever holding the logits of a whole batch.
+
+The head's product, cap and softmax run over a few hundred rows at a time; where gradients are wanted they are formed in the
+same pass, so no chunk is computed twice and memory stays at one chunk of logits. It refuses no target: -1 is ignored.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits of one chunk: on a CPU they should stay in the cache
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap) in float32; softcap 0 means none."""
+    logits = logits.float()
+    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+
+
+def _chunk_forward(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Negative log-likelihood of each row, 0 where the target is -1. x (R, D), w (V, D), targets (R) -> (R) float32."""
+    return F.cross_entropy(capped(x @ w.t(), softcap), targets, ignore_index=-1, reduction="none")
+
+
+def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """The rows' losses (R) and d(sum of weights * loss)/d(uncapped logits) (R, V) in x's dtype."""
+    z = capped(x @ w.t(), softcap)
+    hi = z.amax(dim=-1, keepdim=True)
+    e = torch.exp(z - hi)
+    total = e.sum(dim=-1, keepdim=True)
+    index = targets.clamp(min=0)[:, None]
+    nll = (hi + total.log() - z.gather(1, index)).squeeze(1) * (targets >= 0)
+    one_hot = torch.arange(z.size(1), device=z.device)[None, :] == index
+    d = (e * (1 / total) - one_hot.float()) * weights[:, None]
+    if softcap > 0:
+        d = d * (1 - (z / softcap) ** 2)  # tanh' = 1 - tanh^2
+    return nll, d.to(x.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum(weights * nll) with the gradients of x and w formed chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, rows: int, both) -> Tensor:
+        w = weight.to(x.dtype)
+        dx = torch.empty_like(x)
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        for at in range(0, x.size(0), rows):
+            part = slice(at, at + rows)
+            nll, d = both(x[part], w, targets[part], weights[part], softcap)
+            total += (nll * weights[part]).sum()
+            torch.mm(d, w, out=dx[part])
+            dw += d.t() @ x[part]
+        ctx.save_for_backward(dx, dw)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dx, dw = ctx.saved_tensors
+        g = grads[0]
+        return dx * g.to(dx.dtype), (dw.mul_(g)).to(ctx.weight_dtype), None, None, None, None, None
+
+
+_compiled: dict[str, object] = {}
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, softcap: float = 0.0, compiled: bool = False) -> Tensor:
+    """
+    The sum over valid positions of weights * -log softmax(cap(x W^T))[target]: a float32 scalar, 0 when no target is valid.
+
+    x (..., D) in the compute dtype; weight (V, D); targets (...) int64, -1 ignored; weights (...) or None for ones.
+    """
+    x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+    valid = (targets >= 0).float()
+    weights = valid if weights is None else weights.reshape(-1).float() * valid
+    both = _chunk_both
+    if compiled:
+        both = _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
+    return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, chunk_rows(x, weight), both)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
+    """Each position's negative log-likelihood in nats, 0 where the target is -1; same shapes as linear_cross_entropy -> targets' shape."""
+    flat, t = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+    w = weight.to(x.dtype)
+    rows = chunk_rows(flat, weight)
+    parts = [_chunk_forward(flat[at : at + rows], w, t[at : at + rows], softcap) for at in range(0, flat.size(0), rows)]
+    return torch.cat(parts).view(targets.shape)
+
+
+def chunk_rows(x: Tensor, weight: Tensor) -> int:
+    """Rows a chunk: a divisor of the row count where one is near, so that every chunk has one shape."""
+    most = max(1, CHUNK_ELEMENTS.get(x.device.type, 1 << 25) // weight.size(0))
+    n = x.size(0)
+    if n <= most:
+        return n
+    pieces = -(-n // most)
+    even = next((p for p in range(pieces, 2 * pieces) if n % p == 0), pieces)
+    return -(-n // even)

@@ -1,0 +1,269 @@
+"""
+Opens a stage: knobs with what they inherit, runtime, tokenizer, model, optimizer, horizon, run; and takes it to its end.
+
+Everything that the training commands have in common stands here once; what tells them apart (the feed, the probes) stays in the scripts.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from nanochat import checkpoint, hardware, knobs, trainer
+from nanochat.common import UserError, duration, human, notice, print0
+from nanochat.dataset import SHARD_SETS, Source, files, parse_sources
+from nanochat.gpt import GPT
+from nanochat.knobs import knob
+from nanochat.logbook import Logbook
+from nanochat.optim import Group, MuonAdamW
+from nanochat.runtime import Runtime, close_runtime, open_runtime
+from nanochat.scaling import batch_for, width_scale
+from nanochat.schedule import Schedule
+from nanochat.tokenizer import Tokenizer
+
+K = TypeVar("K", bound="TrainKnobs")
+HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs")
+
+
+@dataclass(kw_only=True)
+class MachineKnobs:
+    """Machine"""
+
+    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "where to compute")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of the computation; the weights stay in float32")
+    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile")
+    seed: int = knob(42, "seed of weights, data order and samples")
+
+
+@dataclass(kw_only=True)
+class TrainKnobs(MachineKnobs):
+    """Run"""
+
+    run: str = knob("dummy", "name of the run in the sinks; dummy = metrics.jsonl alone")
+    sinks: tuple[str, ...] = knob(("wandb",), "where a named run is logged as well: wandb trackio tensorboard")
+    model_tag: str = knob("", "name of the model's folder; default d<depth>, later stages take their parent's")
+    resume: Literal["", "auto"] = knob("", "auto = go on from the newest intact checkpoint of this run, or start")
+    new_horizon: bool = knob(False, "on resume, accept another horizon: the schedule is laid over it anew")
+    keep: int = knob(2, "checkpoints kept, beside the best", low=1)
+    save_every: float = knob(0.0, "save also every so many steps (below 1: share of the run; 0 = before evaluations and at the end)", low=0)
+    eval_every: float = knob(0.1, "evaluate every so many steps (below 1: share of the run; 0 = at the end)", low=0)
+    eval_tokens: int = knob(1 << 20, "validation tokens read in an evaluation, of every source", low=1)
+    sample_every: float = knob(0.25, "sample every so many steps (below 1: share of the run; 0 = at the end)", low=0)
+    max_minutes: float = knob(0.0, "end after so many minutes, evaluation and saving included (0 = no limit)", low=0)
+    max_hours: float = knob(0.0, "the same in hours", low=0)
+    device_batch_size: int = knob(32, "rows of a micro-batch on one device, at most; halved when memory runs out", low=1)
+    embedding_lr: float = knob(0.2, "AdamW's rate for the token embedding, at width 768", low=0)
+    unembedding_lr: float = knob(0.004, "AdamW's rate for the head (and a tied table), at width 768", low=0)
+    matrix_lr: float = knob(0.02, "Muon's rate for the matrices", low=0)
+    lr_scale: float = knob(1.0, "factor on all the rates", low=0)
+    weight_decay: float = knob(0.0, "decoupled weight decay of the matrices", low=0)
+    warmup_ratio: float = knob(0.0, "share of the run in which the rates rise", low=0, high=1)
+    warmdown_ratio: float = knob(0.4, "share of the run in which the rates fall", low=0, high=1)
+    final_lr_frac: float = knob(0.0, "what is left of the rates at the end", low=0, high=1)
+
+
+@dataclass
+class Stage:
+    """A stage that is open: what a training script needs to make its feed and its probes."""
+
+    name: str
+    knobs: Any
+    origins: dict[str, str]
+    runtime: Runtime
+    tokenizer: Tokenizer
+    model: GPT
+    directory: Path
+    resume_from: Path | None
+    peak_flops: float  # of all devices together
+    began: float
+
+    @property
+    def budget_seconds(self) -> float:
+        return self.knobs.max_minutes * 60 or self.knobs.max_hours * 3600
+
+    def stored(self, name: str) -> Any:
+        """What the checkpoint to go on from says, None when starting or when the horizon is laid anew."""
+        if self.resume_from is None or self.knobs.new_horizon:
+            return None
+        return checkpoint.read_meta(self.resume_from)["plan"].get(name)
+
+
+def parse(cls: type[K], argv: Sequence[str] | None, command: str, stage: str, tag_of: Callable[[K], str], inherited: Mapping[str, Any] | None = None) -> tuple[K, dict[str, str], Path | None]:
+    """
+    The knobs of a training command: what the parent checkpoint hands down, or on resume what the run itself was started with, below recipe
+    and command line. Returns (knobs, origins, the checkpoint to go on from or None).
+    """
+    k, origins = knobs.parse(cls, argv, command=command, inherited=inherited)
+    if k.max_minutes and k.max_hours:
+        raise UserError(f"--max_minutes={k.max_minutes:g} and --max_hours={k.max_hours:g} are two budgets: give one of them")
+    found = checkpoint.find(checkpoint.run_directory(stage, tag_of(k))) if k.resume == "auto" else None
+    if found is None:
+        return k, origins, None
+    before = checkpoint.read_meta(found)["knobs"]
+    k, origins = knobs.parse(cls, argv, command=command, inherited={n: v for n, v in before.items() if n not in ("resume", "new_horizon")})
+    changed = [n for n in HORIZONS if n in before and getattr(k, n) != before[n]]
+    if changed and not k.new_horizon:
+        n = changed[0]
+        raise UserError(
+            f"this run was started with {n}={before[n]:g} and is asked to go on with {getattr(k, n):g}, which would make its learning rate jump: "
+            "leave the flag out, or say --new_horizon to lay the schedule over the new length"
+        )
+    return k, origins, found
+
+
+def open_stage(name: str, command: str, k: Any, origins: dict[str, str], tag: str, build: Callable[[Runtime, Tokenizer], GPT], resume_from: Path | None) -> Stage:
+    """Runtime, tokenizer, model; prints what it opens. `build` makes the model with its weights of step 0."""
+    began = time.monotonic()
+    dtype = checkpoint.read_meta(resume_from)["dtype"] if resume_from else k.dtype  # a measured choice is made once a run
+    rt = open_runtime(k.device_type, dtype, k.compile, k.seed)
+    tokenizer = Tokenizer.load()
+    directory = checkpoint.run_directory(name, tag)
+    if resume_from:
+        checkpoint.check_tokenizer(checkpoint.read_meta(resume_from), tokenizer.fingerprint, resume_from)
+    elif rt.is_main:
+        set_aside(directory)
+    model = build(rt, tokenizer)
+    peak = hardware.measured_peak(rt.device, rt.dtype) * (rt.world_size if rt.device.type == "cuda" else 1)
+    print0(f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}{', compiled' if rt.compile else ''}, measured peak {peak / 1e12:.3g} TFLOP/s")
+    print0(_changed(k, origins))
+    print0(table_of_counts(model))
+    if rt.compile:
+        model.compile()
+    return Stage(name, k, origins, rt, tokenizer, model, directory, resume_from, peak, began)
+
+
+def _changed(k: Any, origins: dict[str, str]) -> str:
+    """The knobs that are not defaults, one a line."""
+    rows = [(n, getattr(k, n), o) for n, o in origins.items() if o != "default"]
+    return "\n".join(f"  {n:<24} {v!s:<28} {o}" for n, v, o in rows) or "  all knobs at their defaults"
+
+
+def set_aside(directory: Path) -> None:
+    """A new run under a tag that is taken: the old one stays as <tag>.old, so that a slip of the hand costs nothing."""
+    if not checkpoint.steps(directory):
+        return
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    directory.rename(old)
+    notice(f"{directory.name} was trained before: that run is now {old} (--resume=auto would have gone on with it)")
+
+
+def table_of_counts(model: GPT) -> str:
+    """Parameters by part with their shares, and what a token costs."""
+    n = model.counts()
+    rows = [(part, n[part]) for part in ("embedding", "transformer", "head") if n[part]]
+    lines = [f"  {part:<12} {count:>13,}  {count / n['total']:6.1%}" for part, count in rows]
+    tied = "  (embedding and head share one table)" if model.config.tie_embeddings else ""
+    c = model.config
+    shape = f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads of {c.head_dim} ({c.n_kv_head} key-value), MLP {c.hidden}, context {c.sequence_len}, vocabulary {c.vocab_size:,}"
+    return "\n".join([f"  {shape}", *lines, f"  {'total':<12} {n['total']:>13,}  {human(model.flops_per_token())} FLOPs a token{tied}"])
+
+
+def default_sources() -> list[str]:
+    """What to train on when nothing is named: a downloaded shard set, else the embedded corpus."""
+    for name in SHARD_SETS:
+        source = parse_sources([name])[0]
+        if source.paths[0].is_dir() and any(source.paths[0].glob("*.parquet")):
+            return [name]
+    return ["tinyworld"]
+
+
+def sources_of(specs: Sequence[str]) -> list[Source]:
+    sources = parse_sources(specs or default_sources())
+    for s in sources:
+        if s.kind != "tinyworld":
+            files(s)  # fails early and clearly when there is nothing to read
+    return sources
+
+
+def make_optimizer(model: GPT, k: Any, rt: Runtime, batch_scale: float = 1.0) -> MuonAdamW:
+    """One group for every (optimizer, rate) of the roster. AdamW's rates follow the width, all rates follow lr_scale and batch_scale."""
+    wide = width_scale(model.config.n_embd)
+    rates = {"embedding": k.embedding_lr * wide, "head": k.unembedding_lr * wide, "matrix": k.matrix_lr}
+    groups: dict[tuple[str, str], Group] = {}
+    for name, p, row in model.roster():
+        decay = k.weight_decay if row.optimizer == "muon" else 0.0
+        group = groups.setdefault((row.optimizer, row.rate), Group(row.optimizer, [], [], rates[row.rate] * k.lr_scale * batch_scale, decay))
+        group.names.append(name)
+        group.params.append(p)
+    return MuonAdamW(groups.values(), torch.float32 if rt.dtype is torch.float32 and rt.device.type == "cpu" else torch.bfloat16)
+
+
+def horizon(s: Stage, default_ratio: float = 20.0) -> tuple[int, int | None]:
+    """
+    (rows of an optimizer step, steps or None when a budget of time ends the run) from total_batch_size and one of num_iterations,
+    target_flops, target_param_data_ratio, max_minutes, max_hours. UserError when two of them contradict each other or none is given.
+    """
+    k, T = s.knobs, s.model.config.sequence_len
+    if (rows := s.stored("rows")) is not None:
+        return rows, s.stored("steps")
+    named = [n for n in ("num_iterations", "target_flops", "target_param_data_ratio") if getattr(k, n) > 0 and s.origins[n] != "default"]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(f'--{n}={getattr(k, n):g}' for n in named)} are two lengths for one run: give one (set the other to -1)")
+    fpt, total = s.model.flops_per_token(), s.model.counts()["total"]
+    tokens = steps = None
+    if named == ["num_iterations"]:
+        steps = k.num_iterations
+    elif named == ["target_flops"]:
+        tokens = k.target_flops / fpt
+    elif s.budget_seconds:
+        tokens = 0.3 * s.peak_flops * s.budget_seconds / fpt  # only to choose a batch: the clock ends the run
+    elif k.target_param_data_ratio > 0:
+        tokens = k.target_param_data_ratio * total
+    if tokens is None and steps is None:
+        raise UserError("nothing says how long to train: give --num_iterations, --target_param_data_ratio, --target_flops, --max_minutes or --max_hours")
+    if k.total_batch_size and (k.total_batch_size < T or k.total_batch_size % T):
+        near = max(1, round(k.total_batch_size / T)) * T
+        raise UserError(f"a batch of {k.total_batch_size:,} tokens is not a whole number of rows of {T}: try --total_batch_size={near}")
+    batch = k.total_batch_size or (1 << 19 if tokens is None else batch_for(tokens))
+    rows = max(1, batch // T)
+    if steps is None and not (s.budget_seconds and not named) and tokens is not None:
+        steps = max(1, round(tokens / (rows * T)))
+    length = f"{steps:,} steps, {human(steps * rows * T)} tokens" if steps else f"{duration(s.budget_seconds)}"
+    print0(f"  {rows * T:,} tokens a step ({rows} rows of {T}); {length}")
+    return rows, steps
+
+
+def train(s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Sequence[trainer.Probe], batch_scale: float = 1.0) -> dict[str, Any]:
+    """Run the stage to its end (or go on with it) and return the summary."""
+    k, rt = s.knobs, s.runtime
+    optimizer = make_optimizer(s.model, k, rt, batch_scale)
+    meta = {
+        "stage": s.name,
+        "config": checkpoint.config_dict(s.model.config),
+        "tokenizer": s.tokenizer.fingerprint,
+        "knobs": asdict(k),
+        "origins": s.origins,
+        "plan": {"rows": rows, "steps": steps},
+        "dtype": rt.dtype_name,
+        "world_size": rt.world_size,
+    }
+    run = trainer.Run(rt, s.directory, Logbook(s.directory, sinks=k.sinks if k.run != "dummy" else (), run_name=k.run, config=meta), meta,
+                      budget_seconds=s.budget_seconds, save_every=k.save_every, keep=k.keep, peak_flops=s.peak_flops)  # fmt: skip
+    if s.resume_from:
+        trainer.restore(run, s.resume_from, s.model, optimizer, feed)
+        done = checkpoint.read_meta(s.resume_from)["done"] and not k.new_horizon
+        print0(f"  going on from {s.resume_from} (step {run.step:,}, {human(run.tokens)} tokens)" if not done else f"  {s.resume_from} is this run's end: nothing to do")
+        if done:
+            return {"tokens": run.tokens, "seconds": run.seconds, **run.last}
+    else:
+        run.seconds = time.monotonic() - s.began  # opening the stage is part of its time
+    schedule = Schedule(k.warmup_ratio, k.warmdown_ratio, k.final_lr_frac)
+    try:
+        return trainer.fit(run, s.model, optimizer, feed, schedule, probes)
+    finally:
+        run.logbook.close()
+
+
+def finish(main: Callable[[], Any]) -> Any:
+    """Run a stage's work; a signal ends it with status 130, and the process group is left in every case."""
+    try:
+        return main()
+    except trainer.Interrupted as e:
+        raise KeyboardInterrupt(str(e)) from e
+    finally:
+        close_runtime()

@@ -1,0 +1,343 @@
+"""
+The one training loop: batches of one step in, one update out, with progress driving schedules, evaluations, saves and the end.
+
+It names no stage: stages differ in the feed that brings the batches. Every stage has one loss, sum(weights * nll) / N with N the
+valid targets over all micro-batches and ranks of the step, so an update does not depend on how its batch was cut. Whatever ends a
+run early (a signal, memory, a NaN) leaves a checkpoint behind that `--resume auto` goes on from.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from nanochat import checkpoint
+from nanochat.common import UserError, duration, human, notice, print0
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT
+from nanochat.logbook import Logbook
+from nanochat.optim import MuonAdamW
+from nanochat.runtime import Runtime, out_of_memory, release_memory
+from nanochat.schedule import Schedule
+
+
+class Feed(Protocol):
+    """Where the batches of a stage come from. `device_rows` may be lowered at any time without changing what a step holds."""
+
+    device_rows: int
+
+    def __next__(self) -> list[Batch]: ...
+    @property
+    def progress(self) -> float: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Probe:
+    """
+    Something to look at while training: fn() -> numbers for the logbook under `name`. every >= 1: steps; below 1: that share of
+    the run; 0: at the end alone. `start` looks before the first step as well. A number called val_bpb decides which checkpoint is best.
+    """
+
+    name: str
+    every: float
+    fn: Callable[[], dict[str, Any]]
+    start: bool = False
+
+
+@dataclass
+class Run:
+    """One run of one stage: where it lives, what its checkpoints carry, how far it has come."""
+
+    runtime: Runtime
+    directory: Path
+    logbook: Logbook
+    meta: dict[str, Any]  # architecture, tokenizer, knobs: into every checkpoint as it is
+    budget_seconds: float = 0.0  # 0: the feed alone decides when the run ends
+    save_every: float = 0.0  # as Probe.every, beside the saves before evaluations
+    keep: int = 2
+    peak_flops: float = 0.0  # measured matrix-product peak of all devices together, 0 = unknown
+    clock: Callable[[], float] = time.monotonic
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None  # {"step", "val_bpb"}
+    scale: float = 2.0**14  # the loss scale of float16 runs
+    saved_step: int = -1
+    done: bool = False  # trained to its end and looked at for the last time
+    last: dict[str, Any] = field(default_factory=dict)  # the newest numbers of every probe
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the run was saved."""
+
+
+class _Signals:
+    """While active, SIGINT and SIGTERM set a flag that the loop reads between steps; a second one acts at once."""
+
+    def __enter__(self):
+        self.caught = 0
+        self.before = {}
+        for s in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[s] = signal.signal(s, self._catch)
+            except ValueError:  # not in the main thread: the caller's business
+                break
+        return self
+
+    def _catch(self, number, frame) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = number
+        print0("\nfinishing this step and saving; once more to stop at once", file=sys.stderr)
+
+    def __exit__(self, *exc) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def restore(run: Run, path: Path, model: GPT, optimizer: MuonAdamW, feed: Feed) -> None:
+    """Put a run back to where a checkpoint left it: weights, optimizer, feed, clock and counters."""
+    meta = checkpoint.read_meta(path)
+    checkpoint.fill(model, path)
+    optimizer.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), meta["step"])
+    feed.load_state_dict(meta["feed"])
+    run.step, run.tokens, run.seconds, run.best = meta["step"], meta["tokens"], meta["seconds"], meta["best"]
+    run.scale, run.saved_step, run.last = meta["scale"], meta["step"], meta["last"]
+
+
+def save(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, force: bool = False) -> None:
+    """Write a checkpoint of this step unless there is one already. Every rank must call it."""
+    if run.saved_step == run.step and not force:
+        return
+    tensors = optimizer.state_tensors()
+    if run.runtime.is_main:
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            raise UserError(_diverged(run, "the weights are no longer finite"))
+        progress = {"tokens": run.tokens, "seconds": run.seconds, "best": run.best, "scale": run.scale, "last": run.last, "done": run.done}
+        meta = {**run.meta, **progress, "feed": feed.state_dict()}
+        checkpoint.save(run.directory, run.step, dict(model.named_parameters()), tensors, meta)
+        checkpoint.prune(run.directory, run.keep, run.best["step"] if run.best else None)
+    run.saved_step = run.step
+
+
+def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedule, probes: Sequence[Probe] = ()) -> dict[str, Any]:
+    """
+    Train until the feed or the budget of time ends; returns the summary that is also logged. Raises Interrupted after a signal
+    (saved), UserError when the loss stops being finite (the last good checkpoint stays).
+    """
+    rt = run.runtime
+    began, seconds_before = run.clock(), run.seconds
+    tokens_before, training_seconds, reserve = run.tokens, 0.0, 0.0
+    flops = model.flops_per_token()
+    shown = _Line()
+
+    def elapsed() -> float:
+        return seconds_before + run.clock() - began
+
+    def progress() -> float:
+        if run.budget_seconds <= 0:
+            return feed.progress
+        # time kept for the last evaluation and save counts as spent, so that the rate reaches its floor when training ends
+        return min(1.0, max(feed.progress, run.seconds / max(run.budget_seconds - reserve, 1e-9)))
+
+    def look(due: list[Probe]) -> float:
+        """Save, run the probes that are due, log what they saw; returns the seconds it took."""
+        t0 = run.clock()
+        if due:
+            save(run, model, optimizer, feed)
+        for probe in due:
+            numbers = _guarded(probe)
+            if not numbers:
+                continue
+            run.last[probe.name] = numbers
+            bpb = numbers.get("val_bpb")
+            if isinstance(bpb, float) and (run.best is None or bpb < run.best["val_bpb"]):
+                run.best = {"step": run.step, "val_bpb": bpb}
+            run.logbook.log(kind=probe.name, step=run.step, tokens=run.tokens, seconds=round(elapsed(), 3), **numbers)
+            shown.say(f"step {run.step:,}  {probe.name}: " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)))
+        return run.clock() - t0
+
+    with _Signals() as signals:
+        if run.step == 0:
+            reserve = look([p for p in probes if p.start])
+        run.seconds = _from_main(elapsed(), rt)
+        started_at = progress()
+        while True:
+            run.seconds = _from_main(elapsed(), rt)
+            now = progress()
+            if now >= 1.0:
+                break
+            try:
+                batches = next(feed)
+            except StopIteration:
+                break
+            t0 = run.clock()
+            loss = _step(run, model, optimizer, feed, batches, schedule.lr_mult(now), schedule.momentum_at(run.step))
+            rt.synchronize()
+            step_seconds = run.clock() - t0
+            training_seconds += step_seconds
+            run.step += 1
+            run.tokens += _over_ranks(sum(b.inputs.numel() for b in batches), rt)
+            run.seconds = _from_main(elapsed(), rt)
+            after = progress()
+
+            rate = (run.tokens - tokens_before) / training_seconds
+            numbers: dict[str, Any] = {"progress": round(after, 6), "loss": loss, "lr_mult": schedule.lr_mult(now), "tok_per_sec": round(rate, 1)}
+            if run.peak_flops:
+                numbers["peak_share"] = round(rate * flops / run.peak_flops, 4)
+            run.logbook.log(kind="train", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **numbers)
+            shown.train(run.step, after, numbers, (run.clock() - began) * (1 - after) / max(after - started_at, 1e-9))
+
+            stop = _from_main(signals.caught, rt)
+            done = after >= 1.0
+            if stop and not done:
+                save(run, model, optimizer, feed)
+                shown.say(f"saved step {run.step:,} in {run.directory}; go on with --resume auto")
+                raise Interrupted(signal.Signals(int(stop)).name)
+            if not done:
+                if _due(run.save_every, run.step, now, after):
+                    save(run, model, optimizer, feed)
+                took = look([p for p in probes if _due(p.every, run.step, now, after)])
+                reserve = max(reserve, took)
+
+        look(list(probes)) if probes else save(run, model, optimizer, feed)
+        run.seconds, run.done = _from_main(elapsed(), rt), True
+        save(run, model, optimizer, feed, force=True)  # once more, with the last look's numbers
+    summary = {
+        "steps": run.step,
+        "loss": shown.average,
+        "training_seconds": round(training_seconds, 2),
+        "tok_per_sec": round((run.tokens - tokens_before) / training_seconds, 1) if training_seconds else None,
+        "peak_memory_bytes": rt.peak_memory(),
+    }
+    run.logbook.log(kind="summary", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **summary)
+    shown.say(f"done: {run.step:,} steps, {human(run.tokens)} tokens in {duration(run.seconds)}, {run.directory}")
+    return {"tokens": run.tokens, "seconds": run.seconds, **summary, **run.last}
+
+
+def _step(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, batches: list[Batch], lr_mult: float, momentum: float) -> float:
+    """Forward, backward and update over the micro-batches of one step; returns the step's loss. Halves the micro-batch when memory runs out."""
+    rt = run.runtime
+    valid = _over_ranks(sum(int((b.targets >= 0).sum()) for b in batches), rt)
+    if valid == 0:  # nothing to learn from: no gradient, and no step of momentum either
+        return 0.0
+    scale = run.scale if rt.dtype is torch.float16 else 1.0
+    while True:
+        optimizer.zero_grad()
+        total = torch.zeros((), device=rt.device)
+        try:
+            for b in batches:
+                loss = model.loss(b.inputs, b.targets, b.weights)
+                (loss * (scale / valid)).backward()
+                total += loss.detach()
+            break
+        except RuntimeError as e:
+            if not out_of_memory(e) or max(b.inputs.size(0) for b in batches) == 1:
+                raise
+        feed.device_rows = max(1, max(b.inputs.size(0) for b in batches) // 2)
+        batches = recut(batches, feed.device_rows)
+        optimizer.zero_grad()
+        release_memory(rt.device)
+        notice(f"out of memory: micro-batches of {feed.device_rows} rows from now on, {len(batches)} a step, the total batch unchanged")
+    if rt.world_size > 1:
+        dist.all_reduce(total)
+    value = float(total) / valid
+    if not math.isfinite(value):
+        raise UserError(_diverged(run, f"the loss is {value}"))
+    if scale != 1.0 and not _unscale(run, optimizer, scale):
+        return value
+    optimizer.step(lr_mult, momentum)
+    return value
+
+
+def _unscale(run: Run, optimizer: MuonAdamW, scale: float) -> bool:
+    """Divide the gradients by the loss scale; False (and a lower scale) when one overflowed, so that the step is left out on all ranks."""
+    grads = [p.grad for p in optimizer.params if p.grad is not None]
+    torch._foreach_div_(grads, scale)
+    overflow = _over_ranks(sum(int(not torch.isfinite(g).all()) for g in grads), run.runtime)
+    run.scale = max(1.0, scale / 2) if overflow else min(2.0**24, scale * 2 ** (1 / 1000))
+    return not overflow
+
+
+def recut(batches: list[Batch], rows: int) -> list[Batch]:
+    """The same rows in micro-batches of at most `rows`."""
+    out = []
+    for b in batches:
+        weights = [None] * -(-b.inputs.size(0) // rows) if b.weights is None else b.weights.split(rows)
+        out += [Batch(i, t, w) for i, t, w in zip(b.inputs.split(rows), b.targets.split(rows), weights, strict=True)]
+    return out
+
+
+def _due(every: float, step: int, before: float, after: float) -> bool:
+    if every <= 0:
+        return False
+    if every >= 1:
+        return step % int(every) == 0
+    return int(after / every + 1e-9) > int(before / every + 1e-9)
+
+
+def _guarded(probe: Probe) -> dict[str, Any]:
+    """A probe that runs out of memory costs its numbers, never the run."""
+    try:
+        return probe.fn()
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        notice(f"out of memory in {probe.name}: its numbers are missing at this step, training goes on")
+        return {}
+
+
+def _diverged(run: Run, what: str) -> str:
+    kept = f"the checkpoint of step {run.saved_step} in {run.directory} is kept" if run.saved_step >= 0 else "no checkpoint was due yet"
+    return f"{what} at step {run.step}: {kept}; lower the learning rates (--lr_scale=0.5) and start again, or resume from it"
+
+
+def _over_ranks(n: int, rt: Runtime) -> int:
+    """The sum of a count over the ranks."""
+    if rt.world_size == 1:
+        return n
+    t = torch.tensor(n, dtype=torch.int64, device=rt.device)
+    dist.all_reduce(t)
+    return int(t)
+
+
+def _from_main(x: float, rt: Runtime) -> float:
+    """Rank 0's value, so that all ranks see one clock and one signal."""
+    if rt.world_size == 1:
+        return x
+    t = torch.tensor(x, dtype=torch.float64, device=rt.device)
+    dist.broadcast(t, src=0)
+    return float(t)
+
+
+class _Line:
+    """The live line of a terminal, or a plain line now and then when the output goes to a file."""
+
+    def __init__(self) -> None:
+        self.live, self.printed, self.average = sys.stdout.isatty(), -1e9, None
+
+    def train(self, step: int, progress: float, numbers: dict[str, Any], seconds_left: float) -> None:
+        loss = numbers["loss"]
+        self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
+        now = time.monotonic()
+        if now - self.printed < (0.2 if self.live else 10.0):
+            return
+        self.printed = now
+        share = f"  {numbers['peak_share']:.0%} of peak" if "peak_share" in numbers else ""
+        text = (
+            f"step {step:,}  {progress:6.1%}  loss {self.average:.4f}  {human(numbers['tok_per_sec'])} tok/s{share}  "
+            f"lr x{numbers['lr_mult']:.2f}  {duration(max(0.0, seconds_left))} left"
+        )
+        print0(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n")
+
+    def say(self, text: str) -> None:
+        print0(f"\r\033[K{text}" if self.live else text)

@@ -1,0 +1,91 @@
+"""Pretrain a model on text: documents packed into rows, next-token prediction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from nanochat import stage
+from nanochat.common import entry, print0
+from nanochat.dataloader import RowFeed, eval_batches
+from nanochat.dataset import Source
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, Arch, GPTConfig
+from nanochat.knobs import knob
+from nanochat.loss_eval import bits_per_byte
+from nanochat.scaling import Shape
+from nanochat.tokens import Shards, prepare
+from nanochat.trainer import Probe
+
+PROMPTS = ("The", "Once upon a time", "In the morning,", "The capital of France is", "If yesterday was Friday, then tomorrow")
+
+
+@dataclass(kw_only=True)
+class Knobs(stage.TrainKnobs, Arch, Shape):
+    """Horizon and data"""
+
+    data: tuple[str, ...] = knob((), "text to train on: name=PATH[:weight] ..., tinyworld, fineweb-edu or climbmix (default: downloaded shards, else tinyworld)")
+    num_iterations: int = knob(-1, "optimizer steps (-1 = from the other horizons)")
+    target_flops: float = knob(-1.0, "train for so many FLOPs (-1 = off)")
+    target_param_data_ratio: float = knob(20.0, "train on so many tokens a parameter (-1 = off)")
+    total_batch_size: int = knob(0, "tokens of an optimizer step; 0 = from the horizon, 524,288 with --num_iterations")
+
+
+def val_probe(s: stage.Stage, val: Sequence[tuple[Source, Shards]], every: float) -> Probe:
+    """Bits per byte on the validation split of every source, and their mean by weight."""
+    rt, T = s.runtime, s.model.config.sequence_len
+    token_bytes = s.tokenizer.token_bytes()
+
+    def look() -> dict[str, float]:
+        out, weights = {}, []
+        for source, shards in val:
+
+            def batches(rows: int, shards: Shards = shards):
+                return eval_batches(shards, rows_per_batch=rows, sequence_len=T, max_tokens=s.knobs.eval_tokens, rank=rt.rank, world_size=rt.world_size, device=rt.device)
+
+            out[f"val_bpb/{source.name}"] = bits_per_byte(s.model, batches, token_bytes, rt, s.knobs.device_batch_size)
+            weights.append(source.weight or 1.0)
+        mean = sum(w * v for w, v in zip(weights, out.values(), strict=True)) / sum(weights)
+        return {"val_bpb": mean, **(out if len(out) > 1 else {})}
+
+    return Probe("eval", every, look, start=True)
+
+
+def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
+    """A few greedy-ish continuations, printed and logged."""
+
+    def look() -> dict[str, str]:
+        if not s.runtime.is_main:
+            return {}
+        rows = Engine(s.model, s.tokenizer).generate_batch([s.tokenizer.encode(p, bos=True) for p in prompts], max_tokens=24, temperature=0.0)
+        texts = [s.tokenizer.decode(row.tokens) for row in rows]
+        for prompt, text in zip(prompts, texts, strict=True):
+            print0(f"    {prompt}|{text}".replace("\n", " "))
+        return {f"sample/{p}": t for p, t in zip(prompts, texts, strict=True)}
+
+    return Probe("sample", s.knobs.sample_every, look)
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    k, origins, resume_from = stage.parse(Knobs, argv, "base_train", "base", lambda k: k.model_tag or f"d{k.depth}")
+    sources = stage.sources_of(k.data)
+
+    def build(rt, tokenizer) -> GPT:
+        arch = {f.name: getattr(k, f.name) for f in fields(Arch)}
+        model = GPT.build(GPTConfig(vocab_size=tokenizer.vocab_size, **k.dimensions(), **arch), rt.device, rt.dtype)
+        model.init_weights(k.seed)
+        return model
+
+    def work() -> dict:
+        s = stage.open_stage("base", "base_train", k, origins, k.model_tag or f"d{k.depth}", build, resume_from)
+        rt = s.runtime
+        train_shards = [(prepare(source, "train", s.tokenizer), source.weight) for source in sources]
+        val = [(source, prepare(source, "val", s.tokenizer)) for source in sources]
+        rows, steps = stage.horizon(s)
+        feed = RowFeed(train_shards, rows=rows, device_rows=k.device_batch_size, sequence_len=k.sequence_len, total_steps=steps, seed=k.seed,
+                       rank=rt.rank, world_size=rt.world_size, device=rt.device)  # fmt: skip
+        return stage.train(s, feed, rows, steps, [val_probe(s, val, k.eval_every), sample_probe(s)])
+
+    return stage.finish(work)
+
+
+if __name__ == "__main__":
+    entry(main)
