@@ -14,8 +14,13 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits of one chunk: on a 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(logits / softcap) in float32; softcap 0 means none."""
-    logits = logits.float()
-    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+    return _cap(logits.float(), softcap)[0] if softcap > 0 else logits.float()
+
+
+def _cap(z: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """(softcap * tanh(z / softcap), sigmoid(2 z / softcap)): tanh(x) = 2 sigmoid(2 x) - 1, and a CPU's sigmoid is six times as fast."""
+    s = torch.sigmoid(z * (2 / softcap))
+    return s * (2 * softcap) - softcap, s
 
 
 def _chunk_forward(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -25,16 +30,15 @@ def _chunk_forward(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> Ten
 
 def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """The rows' losses (R) and d(sum of weights * loss)/d(uncapped logits) (R, V) in x's dtype."""
-    z = capped(x @ w.t(), softcap)
-    hi = z.amax(dim=-1, keepdim=True)
-    e = torch.exp(z - hi)
-    total = e.sum(dim=-1, keepdim=True)
-    index = targets.clamp(min=0)[:, None]
-    nll = (hi + total.log() - z.gather(1, index)).squeeze(1) * (targets >= 0)
-    one_hot = torch.arange(z.size(1), device=z.device)[None, :] == index
-    d = (e * (1 / total) - one_hot.float()) * weights[:, None]
+    z, s = (x @ w.t()).float(), None
     if softcap > 0:
-        d = d * (1 - (z / softcap) ** 2)  # tanh' = 1 - tanh^2
+        z, s = _cap(z, softcap)
+    d = torch.log_softmax(z, dim=-1)
+    index = targets.clamp(min=0)[:, None]
+    nll = -d.gather(1, index).squeeze(1) * (targets >= 0)
+    d = d.exp_().scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape)).mul_(weights[:, None])
+    if s is not None:
+        d = d.mul_(s).mul_((1 - s).mul_(4))  # tanh' = 1 - tanh^2 = 4 s (1 - s)
     return nll, d.to(x.dtype)
 
 
