@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nanochat.common import UserError, base_dir
+from nanochat import hub
+from nanochat.common import UserError, base_dir, entry, print0
+from nanochat.knobs import knob, parse
 
 CUT = 16_384  # characters of a document cut from a .txt file, at most
 VALIDATION_SHARE = 0.01
@@ -40,7 +42,6 @@ class ShardSet:
 
     repo: str
     last: int
-    revision: str = "main"  # resolved to a commit at the first download, which manifest.json then pins
 
     def file(self, i: int) -> str:
         return f"shard_{i:05d}.parquet"
@@ -386,3 +387,27 @@ def _text_bytes(path: Path, size: int) -> int:
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path} is no readable parquet file ({str(e).splitlines()[0][:120]}): fetch or make it again") from e
     return sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+
+
+@dataclass
+class Download:
+    n: int = knob(15, "training shards to have; the validation shard comes along", alias="-n", low=0)
+    set: Literal["fineweb-edu", "climbmix"] = knob("fineweb-edu", "which shards")
+    workers: int = knob(4, "files fetched at once", alias="-w", low=1, high=64)
+    revision: str | None = knob(None, "branch, tag or commit; by default the commit of the first download, which a manifest pins")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetch web-text shards: `python -m nanochat.dataset -n 15`."""
+    args, _ = parse(Download, argv, command="nanochat.dataset", description=(main.__doc__ or "").strip())
+    known, folder = SHARD_SETS[args.set], base_dir() / "shards" / args.set
+    commit, listed = hub.pin(known.repo, folder, args.revision)
+    wanted = [known.file(i) for i in (*range(min(args.n, known.last)), known.last)]
+    if missing := [name for name in wanted if name not in listed]:
+        raise UserError(f"{known.repo} has no {missing[0]} at commit {commit}: name a revision that has it with --revision")
+    hub.download(known.repo, commit, [listed[name] for name in wanted], folder, args.workers)
+    print0(f"{len(wanted) - 1} training shards and the validation shard are in {folder}, commit {commit[:12]}")
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -252,7 +252,7 @@ def test_eval_reads_the_same_rows_always(data):
         knobs = {"rows_per_batch": 8, "sequence_len": 32, "max_tokens": 3000}
         return list(eval_batches(data, **{**knobs, **changes}))
 
-    first = [r for r in rows(read())]
+    first = rows(read())
     assert first == rows(read())
     real = sorted(r for r in first if any(t >= 0 for t in r[1]))
     assert 2800 < sum(t != -1 for r in real for t in r[1]) < 3100
