@@ -233,7 +233,7 @@ def parse(
     "default", "inherited", "recipe FILE" or "command line". Names in `inherited` and in a recipe's [all] that `cls` lacks are passed
     over. `command` is "base_train", a module such as "nanochat.report", or "plan memory"; the recipe tables of these are [base_train],
     [report] and [plan_memory].
-    -h prints the help, which opens with `description` or else the first line of the module that defines `cls`, and exits with status 0.
+    -h prints the help, which opens with `description` or the first sentence of the module that defines `cls`, and exits with status 0.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     knobs = _knobs(cls)
@@ -256,9 +256,9 @@ def flags(cls: type) -> dict[str, str]:
     return {n: f"{k.type.__name__ if type(k.type) is type else k.type} = {k.default!r}" for n, k in _knobs(cls).items()}
 
 
-def first_line(doc: str | None) -> str:
-    """The first line of a docstring, '' when there is none."""
-    return (doc or "").strip().split("\n", 1)[0]
+def first_sentence(doc: str | None) -> str:
+    """The first sentence of a docstring without its full stop; '' when there is none."""
+    return re.split(r"\.(?:\s|$)|:$", " ".join((doc or "").split("\n\n")[0].split()), maxsplit=1)[0]
 
 
 def _text(value: Any) -> str:
@@ -272,7 +272,7 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
     places = "".join(f" [{k.name.upper()}{' ...' if k.many else ''}]" for k in knobs.values() if k.meta.get("positional"))
     program = command if "." in command else f"scripts.{command}"
     lines = [f"usage: python -m {program}{places} [--flag VALUE ...] [--recipe FILE.toml]"]
-    description = description or first_line(sys.modules[cls.__module__].__doc__)
+    description = description or first_sentence(sys.modules[cls.__module__].__doc__)
     lines += ["", *textwrap.wrap(description, width)] if description else []
 
     def entry(left: str, right: str) -> None:
@@ -288,7 +288,7 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
         if not mine:
             continue
         words = (c.__doc__ or "").strip()  # dataclass() writes "Name(field: ...)" where there is no docstring
-        lines += ["", (c.__name__ if words.startswith(f"{c.__name__}(") else first_line(words).rstrip(".") or c.__name__) + ":"]
+        lines += ["", (c.__name__ if words.startswith(f"{c.__name__}(") else first_sentence(words) or c.__name__) + ":"]
         for k in mine:
             left = f"--[no-]{k.name}" if k.core is bool else f"--{k.name} {k.metavar()}"
             entry(f"{k.meta['alias']}, {left}" if k.meta.get("alias") else left, f"{k.meta.get('help', '')} [{_text(k.default)}]".strip())

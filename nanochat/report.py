@@ -1,7 +1,7 @@
 """
-Draw runs from their logbooks: one HTML page with every plot inside it, and a picture of a chain of stages for a README. The page needs no
-network, no script and no other file, and follows the reader's light or dark setting. It reads metrics.jsonl alone and refuses to invent: a
-run without a measurement has no curve of it.
+Draw runs from their logbooks on one HTML page. Every plot is inside it: it needs no network, no script and no other file, and follows the
+reader's light or dark setting. It also draws a picture of a chain of stages for a README. It reads metrics.jsonl alone and refuses to
+invent: a run without a measurement has no curve of it.
 """
 
 import html
