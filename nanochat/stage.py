@@ -15,17 +15,21 @@ import torch
 
 from nanochat import checkpoint, hardware, knobs, trainer
 from nanochat.common import UserError, duration, human, notice, print0
+from nanochat.dataloader import eval_batches
 from nanochat.dataset import SHARD_SETS, Source, files, parse_sources
 from nanochat.gpt import GPT
 from nanochat.knobs import knob
 from nanochat.logbook import Logbook
+from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import Group, MuonAdamW
 from nanochat.runtime import Runtime, close_runtime, open_runtime
 from nanochat.scaling import batch_for, width_scale
 from nanochat.schedule import Schedule
 from nanochat.tokenizer import Tokenizer
+from nanochat.tokens import Shards
 
 K = TypeVar("K", bound="TrainKnobs")
+INHERITED = ("dtype", "compile", "device_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "lr_scale", "run", "sinks", "seed")
 HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs")
 
 
@@ -226,6 +230,54 @@ def horizon(s: Stage, default_ratio: float = 20.0) -> tuple[int, int | None]:
     length = f"{steps:,} steps, {human(steps * rows * T)} tokens" if steps else f"{duration(s.budget_seconds)}"
     print0(f"  {rows * T:,} tokens a step ({rows} rows of {T}); {length}")
     return rows, steps
+
+
+def open_child(cls: type[K], argv: Sequence[str] | None, command: str, name: str, parent: Callable[[K], str]) -> Stage:
+    """
+    Open a stage that goes on from another's checkpoint: knobs named in INHERITED come down from it, the model and its tag too.
+    """
+    first, _ = knobs.parse(cls, argv, command=command)
+    path = checkpoint.locate(parent(first), first.model_tag, getattr(first, "step", None))
+    handed_down = {n: v for n, v in checkpoint.read_meta(path)["knobs"].items() if n in INHERITED}
+    tag = path.parent.name
+    k, origins, resume_from = parse(cls, argv, command, name, lambda k: tag, handed_down)
+
+    def build(rt: Runtime, tokenizer: Tokenizer) -> GPT:
+        return checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)[0]
+
+    s = open_stage(name, command, k, origins, tag, build, resume_from)
+    print0(f"  from {path}")
+    return s
+
+
+def talk_horizon(s: Stage) -> tuple[int | None, int | None]:
+    """(steps, epochs) of a stage on conversations: --num_iterations, else the budget of time, else --epochs."""
+    k = s.knobs
+    if k.num_iterations > 0 and s.budget_seconds:
+        raise UserError(f"--num_iterations={k.num_iterations} and a budget of time are two lengths for one run: give one of them")
+    if k.num_iterations > 0:
+        return k.num_iterations, None
+    return (None, None) if s.budget_seconds else (None, k.epochs)
+
+
+def val_probe(s: Stage, val: Sequence[tuple[str, Shards, float | None]]) -> trainer.Probe:
+    """Bits per byte on the validation split of every named source, and their mean by weight."""
+    rt, token_bytes = s.runtime, s.tokenizer.token_bytes()
+
+    def look() -> dict[str, float]:
+        out, weights = {}, []
+        for name, shards, weight in val:
+
+            def batches(rows: int, shards: Shards = shards):
+                return eval_batches(shards, rows_per_batch=rows, sequence_len=s.model.config.sequence_len, max_tokens=s.knobs.eval_tokens,
+                                    rank=rt.rank, world_size=rt.world_size, device=rt.device)  # fmt: skip
+
+            out[f"val_bpb/{name}"] = bits_per_byte(s.model, batches, token_bytes, rt, s.knobs.device_batch_size)
+            weights.append(weight or 1.0)
+        mean = sum(w * v for w, v in zip(weights, out.values(), strict=True)) / sum(weights)
+        return {"val_bpb": mean, **(out if len(out) > 1 else {})}
+
+    return trainer.Probe("eval", s.knobs.eval_every, look, start=True)
 
 
 def train(s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Sequence[trainer.Probe], batch_scale: float = 1.0) -> dict[str, Any]:

@@ -5,14 +5,12 @@ from dataclasses import dataclass, fields
 
 from nanochat import stage
 from nanochat.common import entry, print0
-from nanochat.dataloader import RowFeed, eval_batches
-from nanochat.dataset import Source
+from nanochat.dataloader import RowFeed
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, Arch, GPTConfig
 from nanochat.knobs import knob
-from nanochat.loss_eval import bits_per_byte
 from nanochat.scaling import Shape
-from nanochat.tokens import Shards, prepare
+from nanochat.tokens import prepare
 from nanochat.trainer import Probe
 
 PROMPTS = ("The", "Once upon a time", "In the morning,", "The capital of France is", "If yesterday was Friday, then tomorrow")
@@ -27,26 +25,6 @@ class Knobs(stage.TrainKnobs, Arch, Shape):
     target_flops: float = knob(-1.0, "train for so many FLOPs (-1 = off)")
     target_param_data_ratio: float = knob(20.0, "train on so many tokens a parameter (-1 = off)")
     total_batch_size: int = knob(0, "tokens of an optimizer step; 0 = from the horizon, 524,288 with --num_iterations")
-
-
-def val_probe(s: stage.Stage, val: Sequence[tuple[Source, Shards]], every: float) -> Probe:
-    """Bits per byte on the validation split of every source, and their mean by weight."""
-    rt, T = s.runtime, s.model.config.sequence_len
-    token_bytes = s.tokenizer.token_bytes()
-
-    def look() -> dict[str, float]:
-        out, weights = {}, []
-        for source, shards in val:
-
-            def batches(rows: int, shards: Shards = shards):
-                return eval_batches(shards, rows_per_batch=rows, sequence_len=T, max_tokens=s.knobs.eval_tokens, rank=rt.rank, world_size=rt.world_size, device=rt.device)
-
-            out[f"val_bpb/{source.name}"] = bits_per_byte(s.model, batches, token_bytes, rt, s.knobs.device_batch_size)
-            weights.append(source.weight or 1.0)
-        mean = sum(w * v for w, v in zip(weights, out.values(), strict=True)) / sum(weights)
-        return {"val_bpb": mean, **(out if len(out) > 1 else {})}
-
-    return Probe("eval", every, look, start=True)
 
 
 def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
@@ -78,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         s = stage.open_stage("base", "base_train", k, origins, k.model_tag or f"d{k.depth}", build, resume_from)
         rt = s.runtime
         train_shards = [(prepare(source, "train", s.tokenizer), source.weight) for source in sources]
-        val = [(source, prepare(source, "val", s.tokenizer)) for source in sources]
+        val = [(source.name, prepare(source, "val", s.tokenizer), source.weight) for source in sources]
         rows, steps = stage.horizon(s)
         feed = RowFeed(train_shards, rows=rows, device_rows=k.device_batch_size, sequence_len=k.sequence_len, total_steps=steps, seed=k.seed,
                        rank=rt.rank, world_size=rt.world_size, device=rt.device)  # fmt: skip
-        return stage.train(s, feed, rows, steps, [val_probe(s, val, k.eval_every), sample_probe(s)])
+        return stage.train(s, feed, rows, steps, [stage.val_probe(s, val), sample_probe(s)])
 
     return stage.finish(work)
 

@@ -1,0 +1,42 @@
+"""Finetune a midtrained model on conversations, one a row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat import stage
+from nanochat.common import entry, print0
+from nanochat.dataloader import RowFeed
+from nanochat.knobs import knob
+from nanochat.tasks import mixture
+
+
+@dataclass(kw_only=True)
+class Knobs(stage.TrainKnobs):
+    """Horizon and data"""
+
+    data: tuple[str, ...] = knob(("tinyworld@8000",), "conversations: tinyworld[@N][:weight], name=FILE.jsonl[:weight] ...")
+    num_iterations: int = knob(-1, "optimizer steps (-1 = by epochs)")
+    epochs: int = knob(1, "passes over the conversations", low=1)
+    conversations_per_step: int = knob(32, "conversations of an optimizer step", low=1)
+    init_lr_frac: float = knob(0.3, "where the rates start, as a share of those of the earlier stages", low=0, high=1)
+    source: Literal["mid", "base"] = knob("mid", "the stage to start from")
+    step: int | None = knob(None, "step of the checkpoint to start from (default: the newest)")
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    def work() -> dict:
+        s = stage.open_child(Knobs, argv, "chat_sft", "sft", lambda k: k.source)
+        k, rt, T = s.knobs, s.runtime, s.model.config.sequence_len
+        rows, (steps, epochs) = k.conversations_per_step, stage.talk_horizon(s)
+        feed = RowFeed(mixture.shards(k.data, "train", s.tokenizer, seed=1), rows=rows, device_rows=k.device_batch_size, sequence_len=T, total_steps=steps,
+                       epochs=epochs, seed=k.seed, rank=rt.rank, world_size=rt.world_size, device=rt.device, mode="padded")  # fmt: skip
+        val = [(shards.name, shards, weight) for shards, weight in mixture.shards(k.data, "val", s.tokenizer)]
+        print0(f"  {rows} conversations a step")
+        return stage.train(s, feed, rows, steps, [stage.val_probe(s, val)], batch_scale=k.init_lr_frac)
+
+    return stage.finish(work)
+
+
+if __name__ == "__main__":
+    entry(main)
