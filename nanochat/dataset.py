@@ -90,16 +90,11 @@ def parse_sources(specs: Sequence[str]) -> list[Source]:
 
 
 def _parse(spec: str) -> Source:
-    name, rest, weight, field = None, spec, None, None
-    # What exists under the whole remaining text is a path, whatever signs it contains; so C:\texts and notes:2 are safe.
-    if not _exists(rest) and (m := re.match(r"([A-Za-z0-9][\w.-]*)=(.+)$", rest)):
-        name, rest = m.groups()
-    if not _exists(rest) and (m := re.match(r"(.+)#([^#/\\:]+)$", rest)):
-        rest, field = m.groups()
-    if not _exists(rest) and (m := re.match(r"(.+):(\d+\.?\d*|\.\d+)$", rest)):
-        rest, weight = m[1], float(m[2])
-    if not _exists(rest) and field is None and (m := re.match(r"(.+)#([^#/\\:]+)$", rest)):  # PATH#field:weight
-        rest, field = m.groups()
+    readings: list[tuple[str | None, str, float | None, str | None]] = [(None, *_suffixes(spec))]
+    if m := re.match(r"([A-Za-z0-9][\w.-]*)=(.+)$", spec):
+        readings.append((m[1], *_suffixes(m[2])))
+    # A reading that names something there wins, the one without a name first: signs in a path, as in C:\texts or a=b, are no syntax then
+    name, rest, weight, field = next((r for r in readings if _exists(r[1])), readings[-1])
     if weight is not None and weight <= 0:
         raise UserError(f"data source {spec} has weight {weight:g}: give a weight above 0, or leave the source out")
     if m := re.fullmatch(r"tinyworld(?:@(\d+\.?\d*|\.\d+))?", rest):
@@ -113,6 +108,19 @@ def _parse(spec: str) -> Source:
         raise UserError(f"data source {spec}: there is no {path}; give an existing file or folder, tinyworld, {' or '.join(SHARD_SETS)}")
     name = name or re.sub(r"[^\w.-]", "_", path.resolve().stem) or "data"
     return Source(name, (path,), weight, field)
+
+
+def _suffixes(text: str) -> tuple[str, float | None, str | None]:
+    """PATH[:weight][#field], the two in either order -> (path, weight, field)."""
+    weight = field = None
+    while not _exists(text):
+        if field is None and (m := re.match(r"(.+)#([^#/\\:]+)$", text)):
+            text, field = m.groups()
+        elif weight is None and (m := re.match(r"(.+):(\d+\.?\d*|\.\d+)$", text)):
+            text, weight = m[1], float(m[2])
+        else:
+            break
+    return text, weight, field
 
 
 def _exists(path: str) -> bool:
@@ -206,8 +214,9 @@ def _tinyworld_part(source: Source, split: str) -> Part:
             if left <= 0:
                 return
 
-    # The generator is part of what decides the text: its source is hashed, so that a newer one is tokenised afresh.
-    code = hashlib.sha256(Path(__file__).with_name("tinyworld.py").read_bytes()).hexdigest()
+    # The generator is part of what decides the text: its files are hashed, so that a newer one is tokenised afresh
+    generator = sorted(p for p in Path(__file__).parent.glob("tiny*.*") if p.is_file())
+    code = hashlib.sha256(b"".join(p.read_bytes() for p in generator)).hexdigest()
     return Part({"tinyworld": code, "bytes": size, "split": split}, size, read)
 
 
