@@ -66,7 +66,7 @@ class _Knob:
     def wants(self) -> str:
         """What a value must be, in words."""
         if typing.get_origin(self.core) is Literal:
-            words = "one of " + ", ".join(map(str, typing.get_args(self.core)))
+            words = "one of " + ", ".join(str(v) or "''" for v in typing.get_args(self.core))
         elif self.many:
             words = "a list"
         else:
@@ -75,7 +75,7 @@ class _Knob:
 
     def metavar(self) -> str:
         if typing.get_origin(self.core) is Literal:
-            return "|".join(map(str, typing.get_args(self.core)))
+            return "|".join(str(v) for v in typing.get_args(self.core) if v != "")
         return "A B ..." if self.many else {int: "N", float: "X", bool: "", str: "TEXT"}.get(self.core, "VALUE")
 
     def from_text(self, words: Sequence[str], where: str) -> Any:
@@ -262,7 +262,10 @@ def first_sentence(doc: str | None) -> str:
 
 
 def _text(value: Any) -> str:
-    return "none" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A value as a person would write it after its flag."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(_text, value)) if isinstance(value, tuple) else f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def usage(cls: type, *, command: str, description: str = "") -> str:
@@ -276,11 +279,11 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
     lines += ["", *textwrap.wrap(description, width)] if description else []
 
     def entry(left: str, right: str) -> None:
-        wrapped = textwrap.wrap(right, width - 30) or [""]
-        if len(left) > 26:
+        wrapped = textwrap.wrap(right, width - 33) or [""]
+        if len(left) > 29:
             lines.append(f"  {left}")
             left = ""
-        lines.extend(f"  {left if i == 0 else '':26}  {part}".rstrip() for i, part in enumerate(wrapped))
+        lines.extend(f"  {left if i == 0 else '':29}  {part}".rstrip() for i, part in enumerate(wrapped))
 
     owner = {n: c for c in reversed(cls.__mro__) for n in inspect.get_annotations(c)}
     for c in cls.__mro__:
@@ -291,7 +294,8 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
         lines += ["", (c.__name__ if words.startswith(f"{c.__name__}(") else first_sentence(words) or c.__name__) + ":"]
         for k in mine:
             left = f"--[no-]{k.name}" if k.core is bool else f"--{k.name} {k.metavar()}"
-            entry(f"{k.meta['alias']}, {left}" if k.meta.get("alias") else left, f"{k.meta.get('help', '')} [{_text(k.default)}]".strip())
+            default = f" [{_text(k.default)}]" if k.default not in ("", ()) else ""
+            entry(f"{k.meta['alias']}, {left}" if k.meta.get("alias") else left, (k.meta.get("help", "") + default).strip())
     lines.append("")
     entry("--recipe FILE.toml", f"take values from its tables [{_table(command)}] and [all]; flags win over it")
     entry("-h, --help", "show this and stop")

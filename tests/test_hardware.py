@@ -84,7 +84,7 @@ def test_measurements_are_plausible_and_quick():
     peak = hardware.measured_peak(CPU, torch.float32)
     bandwidth = hardware.read_bandwidth(CPU)
     dtype = hardware.faster_dtype(CPU)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 20
     assert 1e9 < peak < 1e15 and 2e8 < bandwidth < 2e12
     assert dtype in (torch.float32, torch.bfloat16)
     assert hardware.device_name(CPU)

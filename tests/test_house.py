@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from nanochat import __main__ as front  # noqa: E402
 from nanochat import knobs  # noqa: E402
+from nanochat.common import UserError  # noqa: E402
 
 FLAGS = ROOT / "tests" / "golden" / "flags.json"
 PACKAGE = sorted(p for p in (ROOT / "nanochat").rglob("*.py"))
@@ -129,6 +130,17 @@ def test_the_front_door_lists_every_command_without_torch():
     assert done.returncode == 0, done.stderr
     for path in SCRIPTS:
         assert re.search(rf"^  {path.stem} +\w", done.stdout, re.MULTILINE), f"{path.stem} is missing from python -m nanochat"
+
+
+def test_the_front_door_runs_a_command_and_knows_its_neighbours(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nanochat", "report", "-h"])
+    with pytest.raises(SystemExit) as e:
+        front.main()
+    assert e.value.code == 0 and "python -m nanochat.report" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["nanochat", "base_trian"])
+    with pytest.raises(UserError, match="did you mean base_train"):
+        front.main()
+    assert set(front.commands()) <= knobs._commands()  # so that a recipe may have a table for each
 
 
 # ---- what may not be written
