@@ -213,7 +213,7 @@ def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str,
     for name, entries in tables.items():
         if not isinstance(entries, dict):
             raise UserError(f"{name} in {file} stands outside a table: move it under [{table}] or [all]")
-        if name not in known:
+        if name not in known and not any(name.startswith(f"{k}_") for k in known):  # [plan_memory] belongs to plan
             raise UserError(f"{file} has a table [{name}] that is no command{near(name, known)}")
         for key, value in entries.items() if name in ("all", table) else ():
             key = key.replace("-", "_")
@@ -276,7 +276,7 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
     program = command if "." in command else f"scripts.{command}"
     lines = [f"usage: python -m {program}{places} [--flag VALUE ...] [--recipe FILE.toml]"]
     description = description or first_sentence(sys.modules[cls.__module__].__doc__)
-    lines += ["", *textwrap.wrap(description, width)] if description else []
+    lines += ["", *textwrap.wrap(" ".join(description.split()), width)] if description else []
 
     def entry(left: str, right: str) -> None:
         wrapped = textwrap.wrap(right, width - 33) or [""]
