@@ -136,7 +136,8 @@ def files(source: Source, split: str | None = None) -> list[Path]:
         return _shard_files(source, split)
     found = []
     for path in source.paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        inside = [p for p in inside if not any(name.startswith(".") for name in p.relative_to(path).parts)]
         if path.is_dir() and not inside:
             raise UserError(f"the folder {path} (data source {source.name}) has no {', '.join(SUFFIXES)} file: put text there")
         if path.is_file() and path.suffix.lower() not in SUFFIXES:

@@ -89,7 +89,7 @@ def test_every_form_gives_the_same_documents(tmp_path):
 
 
 def test_folders_are_read_in_order_and_through(tmp_path):
-    for name in ("b/2.txt", "b/1.txt", "a.txt", "c/d/e.jsonl", ".hidden.txt", "README.md"):
+    for name in ("b/2.txt", "b/1.txt", "a.txt", "c/d/e.jsonl", ".hidden.txt", ".git/x.txt", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
     assert read(tmp_path) == ["a.txt", "b/1.txt", "b/2.txt", "c/d/e.jsonl"]
