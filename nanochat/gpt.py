@@ -46,7 +46,7 @@ class GPTConfig(Arch):
 
     def __post_init__(self):
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "rope_base"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # so that NaN is refused too
                 raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
         if self.n_embd % self.n_head:
             raise UserError(f"a width of {self.n_embd} does not divide into {self.n_head} heads: choose model_dim as a multiple of head_dim")
@@ -54,7 +54,7 @@ class GPTConfig(Arch):
             raise UserError(f"head_dim is {self.head_dim} (width {self.n_embd} / {self.n_head} heads): rotary embeddings need an even one")
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: n_head must be a multiple of n_kv_head")
-        if self.softcap < 0:
+        if not self.softcap >= 0:
             raise UserError(f"softcap is {self.softcap}: it must be 0 (none) or above")
         if not self.window_pattern or set(self.window_pattern) - {"L", "S"}:
             raise UserError(f"window_pattern is {self.window_pattern!r}: write it with the letters L and S, for example SSSL")

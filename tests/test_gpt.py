@@ -1,0 +1,341 @@
+"""The model: counts, conventions, knobs, initialisation, tying, padding of the vocabulary, keys."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from nanochat import checkpoint, gpt
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.scaling import Shape
+
+# ---- counts (facts.md)
+
+
+def counts(vocab: int, shape: Shape, **arch) -> dict[str, int]:
+    return GPT.build(GPTConfig(vocab_size=vocab, **shape.dimensions(), **arch), "meta").counts()
+
+
+@pytest.mark.parametrize(
+    ("vocab", "shape", "tied", "embedding", "transformer", "head", "total"),
+    [
+        (24576, Shape(depth=4, model_dim=512, head_dim=64), False, 12_582_912, 12_582_912, 12_582_912, 37_748_736),
+        (24576, Shape(depth=4, model_dim=512, head_dim=64), True, 12_582_912, 12_582_912, 0, 25_165_824),
+        (24576, Shape(depth=4), False, 6_291_456, 3_145_728, 6_291_456, 15_728_640),
+        (65536, Shape(depth=20), False, 83_886_080, 393_216_000, 83_886_080, 560_988_160),
+    ],
+)
+def test_counts(vocab, shape, tied, embedding, transformer, head, total):
+    n = counts(vocab, shape, tie_embeddings=tied)
+    assert (n["embedding"], n["transformer"], n["head"], n["total"]) == (embedding, transformer, head, total)
+    assert n["matmul"] == transformer + (embedding if tied else head)
+
+
+def test_what_the_knobs_save():
+    d20, full = Shape(depth=20), counts(65536, Shape(depth=20))
+    assert full["total"] - counts(65536, d20, tie_embeddings=True)["total"] == 83_886_080
+    assert full["total"] - counts(65536, d20, mlp_ratio=3)["total"] == 65_536_000
+    shared = counts(65536, Shape(depth=20, head_dim=64, kv_ratio=0.25))
+    assert full["total"] - shared["total"] == 20 * 2 * 1280 * 1280 * 3 // 4
+    assert counts(65536, d20, activation="swiglu")["total"] - full["total"] == 20 * 4 * 1280 * 1280
+
+
+def test_a_quarter_of_a_layer():
+    assert counts(24576, Shape(depth=4, model_dim=512, head_dim=64))["transformer"] // 4 == 3_145_728
+
+
+def test_flops_by_counting_pairs():
+    m = tiny.model(window_pattern="SL", sequence_len=12)
+    pairs = sum(sum(min(i + 1, w) for i in range(12)) for w in (6, 12))
+    assert m.flops_per_token() == pytest.approx(6 * m.counts()["matmul"] + 12 * 4 * 8 * pairs / 12)
+
+
+# ---- numerical conventions: an independent float64 model
+
+
+def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
+    """Logits of one row by transformers' NanoChat conventions, written plainly: loops over positions and heads, complex rotation."""
+    c, w = m.config, {n: p.detach().double().numpy() for n, p in m.named_parameters()}
+    T, D = idx.numel(), c.n_embd // c.n_head
+
+    def rms(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    def rotated(x, position):
+        theta = position * c.rope_base ** (-np.arange(0, D, 2) / D)
+        z = (x[: D // 2] + 1j * x[D // 2 :]) * np.exp(-1j * theta)
+        return rms(np.concatenate([z.real, z.imag]))
+
+    def activation(layer, x):
+        h = w[f"blocks.{layer}.mlp.up.weight"] @ x
+        if c.activation == "relu2":
+            return np.maximum(h, 0) ** 2
+        if c.activation == "gelu":
+            return 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        if c.activation == "silu":
+            return h / (1 + np.exp(-h))
+        g = w[f"blocks.{layer}.mlp.gate.weight"] @ x
+        return g / (1 + np.exp(-g)) * h
+
+    x = rms(w["embed.weight"][idx.numpy()])
+    for layer in range(c.n_layer):
+        a = f"blocks.{layer}.attn."
+        h = rms(x)
+        q = [[rotated(w[a + "q.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_head)] for t in range(T)]
+        k = [[rotated(w[a + "k.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_kv_head)] for t in range(T)]
+        v = [[w[a + "v.weight"][n * D : (n + 1) * D] @ h[t] for n in range(c.n_kv_head)] for t in range(T)]
+        short = c.window_pattern[layer % len(c.window_pattern)] == "S" and layer < c.n_layer - 1
+        reach = c.sequence_len // 2 if short else T
+        y = np.zeros_like(x)
+        for t in range(T):
+            for n in range(c.n_head):
+                kv, seen = n * c.n_kv_head // c.n_head, range(max(0, t - reach + 1), t + 1)
+                s = np.array([q[t][n] @ k[j][kv] for j in seen]) / np.sqrt(D)
+                p = np.exp(s - s.max())
+                y[t, n * D : (n + 1) * D] = sum(pj * v[j][kv] for pj, j in zip(p / p.sum(), seen, strict=True))
+        x = x + y @ w[a + "out.weight"].T
+        h = rms(x)
+        x = x + np.stack([w[f"blocks.{layer}.mlp.down.weight"] @ activation(layer, h[t]) for t in range(T)])
+    logits = rms(x) @ w["embed.weight" if c.tie_embeddings else "head.weight"][: c.vocab_size].T
+    return c.softcap * np.tanh(logits / c.softcap) if c.softcap else logits
+
+
+KNOBS = [
+    {},
+    {"activation": "swiglu"},
+    {"activation": "gelu"},
+    {"activation": "silu"},
+    {"mlp_ratio": 2.5},
+    {"tie_embeddings": True},
+    {"softcap": 0.0},
+    {"softcap": 4.0},
+    {"rope_base": 500.0},
+    {"window_pattern": "SSSL", "n_layer": 5},
+    {"n_kv_head": 1},
+    {"n_kv_head": 4},
+    {"tie_embeddings": True, "activation": "swiglu", "softcap": 0.0, "n_kv_head": 1, "mlp_ratio": 8 / 3, "window_pattern": "S"},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_logits_equal_the_oracle(knobs):
+    m = tiny.randomise(tiny.model(**knobs))
+    idx = tiny.batch(rows=1).inputs
+    with torch.no_grad():
+        logits = m.logits(m(idx))[0]
+    assert logits.dtype == torch.float32
+    np.testing.assert_allclose(logits.numpy(), oracle(m, idx[0]), atol=2e-4)
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_every_knob_trains_decodes_and_comes_back(knobs, tmp_path):
+    m = tiny.randomise(tiny.model(**knobs))
+    o, b = tiny.optimizer(m), tiny.batch(rows=4)
+    losses = []
+    for _ in range(4):
+        o.zero_grad()
+        loss = m.loss(b.inputs, b.targets) / b.targets.numel()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in m.parameters())
+        o.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+    with torch.no_grad():
+        full = m.logits(m(b.inputs))
+        cache, parts = m.new_cache(4), []
+        for piece in b.inputs.split([5, 1, 1, 9], dim=1):
+            parts.append(m.logits(m(piece, cache)))
+            cache.advance(piece.size(1))
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
+
+    path = checkpoint.save(tmp_path, 4, dict(m.named_parameters()), o.state_tensors(), tiny.meta(m))
+    again, _ = checkpoint.load_model(path, "cpu", torch.float32)
+    assert again.config == m.config
+    assert tiny.same(tiny.weights(again), tiny.weights(m))
+    with torch.no_grad():
+        assert torch.equal(again.logits(again(b.inputs)), full)
+
+
+def test_the_default_model_is_the_documented_one():
+    c = GPTConfig()
+    assert (c.activation, c.mlp_ratio, c.tie_embeddings) == ("relu2", 4.0, False)
+    assert (c.softcap, c.rope_base, c.window_pattern) == (15.0, 10000.0, "L")
+
+
+def test_scores_are_capped_and_the_future_unseen():
+    m, b = tiny.randomise(tiny.model(softcap=3.0)), tiny.batch(rows=2)
+    other = b.inputs.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % 61
+    with torch.no_grad():
+        x, y = m.logits(m(b.inputs)), m.logits(m(other))
+        assert x.abs().max() <= 3
+        assert torch.equal(x[:, :9], y[:, :9])
+        assert not torch.equal(x[:, 9], y[:, 9])
+
+
+def test_half_precision_stays_near():
+    m, b = tiny.randomise(tiny.model()), tiny.batch()
+    low = GPT.build(m.config, "cpu", torch.bfloat16)
+    low.load_state_dict(m.state_dict())
+    with torch.no_grad():
+        x, y = m.logits(m(b.inputs)), low.logits(low(b.inputs))
+        assert low(b.inputs).dtype == torch.bfloat16
+        assert (x - y).abs().mean() < 0.05 * x.abs().mean()
+        assert y.dtype == torch.float32
+        z = low.cast_for_inference()
+        assert torch.allclose(z.logits(z(b.inputs)), y, atol=0.02)
+
+
+# ---- the roster
+
+
+def test_an_uncovered_parameter_is_an_error():
+    m = tiny.model()
+    m.gain = torch.nn.Parameter(torch.zeros(1))
+    for use in (m.roster, m.counts, m.init_weights, lambda: tiny.optimizer(m)):
+        with pytest.raises(RuntimeError, match="gain is covered by 0 rows"):
+            use()
+
+
+def test_a_parameter_covered_twice_is_an_error(monkeypatch):
+    monkeypatch.setattr(gpt, "ROSTER", (*gpt.ROSTER, gpt.ROSTER[2]._replace(pattern=r"blocks\.0\..*")))
+    with pytest.raises(RuntimeError, match="covered by 2 rows"):
+        tiny.model()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_has_one_entry_in_the_optimizer(tied):
+    m = tiny.model(tie_embeddings=tied)
+    held = [p.data_ptr() for p in tiny.optimizer(m).params]
+    assert sorted(held) == sorted(p.data_ptr() for p in m.parameters())
+    assert len(set(held)) == len(held)
+
+
+# ---- initialisation
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_init_fills_every_parameter(knobs):
+    m = GPT.build(tiny.config(**knobs))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.fill_(torch.nan)
+    m.init_weights(3)
+    assert all(p.isfinite().all() for p in m.parameters())
+    assert all(p.dtype == torch.float32 for p in m.parameters())
+
+
+def test_init_is_seeded_and_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    a, b, c = tiny.model(seed=5), tiny.model(seed=5), tiny.model(seed=6)
+    assert torch.equal(torch.rand(1), expected)
+    assert tiny.same(tiny.weights(a), tiny.weights(b))
+    assert not torch.equal(a.embed.weight, c.embed.weight)
+
+
+def test_init_has_the_documented_spread():
+    m = tiny.model(n_embd=128, vocab_size=4096)
+    assert float(m.embed.weight.detach().std()) == pytest.approx(1.0, rel=0.02)
+    assert float(m.head.weight.detach().std()) == pytest.approx(0.001, rel=0.02)
+    for name, p in m.blocks.named_parameters():
+        expected = 0.0 if name.endswith(("out.weight", "down.weight")) else 128**-0.5
+        assert float(p.detach().std()) == pytest.approx(expected, rel=0.05), name
+
+
+def test_the_first_loss_is_that_of_guessing():
+    m, b = tiny.model(), tiny.batch()
+    assert m.loss(b.inputs, b.targets).item() / b.targets.numel() == pytest.approx(np.log(61), abs=0.01)
+
+
+# ---- tying
+
+
+def test_tying_survives_construction_loading_and_training(tmp_path):
+    m = tiny.model(tie_embeddings=True)
+    assert [n for n, _ in m.named_parameters() if "embed" in n or "head" in n] == ["embed.weight"]
+    assert m.head_weight.data_ptr() == m.embed.weight.data_ptr()
+    assert m.counts()["total"] == sum(p.numel() for p in m.parameters())
+    assert m.counts()["head"] == 0
+    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
+    assert "head.weight" not in load_file(path / "model.safetensors")
+    again, _ = checkpoint.load_model(path, "cpu", torch.float32)
+    assert again.head_weight.data_ptr() == again.embed.weight.data_ptr()
+    o, b = tiny.optimizer(again), tiny.batch()
+    again.loss(b.inputs, b.targets).backward()
+    o.step()
+    assert again.head_weight.data_ptr() == again.embed.weight.data_ptr()
+    assert torch.equal(again.head_weight, again.embed.weight[:61])
+    assert not torch.equal(again.embed.weight, m.embed.weight)
+
+
+# ---- padding of the vocabulary
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_ids_take_no_part(tied):
+    m, b = tiny.randomise(tiny.model(tie_embeddings=tied)), tiny.batch()
+    table = m.embed.weight if tied else m.head.weight
+    assert table.size(0) == 64
+    before = m.loss(b.inputs, b.targets).item()
+    with torch.no_grad():
+        table[61:] = 1e4
+    assert m.loss(b.inputs, b.targets).item() == before
+    assert m.logits(m(b.inputs)).size(-1) == 61
+    m.loss(b.inputs, b.targets).backward()
+    assert not table.grad[61:].any()
+    tiny.optimizer(m).step()
+    assert (table[61:] == 1e4).all()
+
+
+# ---- shapes that make no model
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"n_embd": 30}, "30 does not divide into 4 heads"),
+        ({"n_embd": 36}, "head_dim is 9"),
+        ({"n_kv_head": 3}, "4 query heads cannot share 3"),
+        ({"n_layer": 0}, "n_layer is 0"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"window_pattern": "SX"}, "'SX'"),
+        ({"window_pattern": ""}, "''"),
+        ({"rope_base": 0.0}, "rope_base is 0.0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan"),
+        ({"softcap": float("nan")}, "softcap is nan"),
+    ],
+)
+def test_impossible_shapes(knobs, says):
+    with pytest.raises(UserError, match=says):
+        tiny.config(**knobs)
+
+
+# ---- compilation
+
+
+def test_keys_are_clean(tmp_path):
+    plain, compiled = tiny.model(), tiny.model().compile()  # nothing is compiled before the first call
+    assert [n for n, _ in compiled.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    path = checkpoint.save(tmp_path, 0, dict(compiled.named_parameters()), {}, tiny.meta(compiled))
+    assert not any("_orig_mod" in name for name in load_file(path / "model.safetensors"))
+    checkpoint.fill(plain, path)
+    checkpoint.fill(compiled, checkpoint.save(tmp_path, 1, dict(plain.named_parameters()), {}, tiny.meta(plain)))
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager():
+    plain, compiled = tiny.randomise(tiny.model()), tiny.randomise(tiny.model()).compile()
+    b = tiny.batch()
+    losses = [m.loss(b.inputs, b.targets) for m in (plain, compiled)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-4)
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-3, msg=name)

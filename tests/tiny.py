@@ -1,0 +1,94 @@
+"""What the tests of the core share: a model that trains in milliseconds, a feed of given batches, a run in a folder of its own."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nanochat import stage, trainer
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.logbook import Logbook
+from nanochat.optim import MuonAdamW
+from nanochat.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, 42, False)
+RATES = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "lr_scale": 1.0, "weight_decay": 0.0}
+
+
+def config(**knobs: Any) -> GPTConfig:
+    """61 tokens, so that the table has 3 rows of padding; two query heads share a key-value head."""
+    return GPTConfig(**{"sequence_len": 16, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, **knobs})
+
+
+def model(seed: int = 1, **knobs: Any) -> GPT:
+    m = GPT.build(config(**knobs))
+    m.init_weights(seed)
+    return m
+
+
+def randomise(m: GPT, seed: int = 2) -> GPT:
+    """Give every weight a value: the model's own initialisation leaves the blocks' outputs at zero."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.normal_(0, 0.2, generator=g)
+    return m
+
+
+def optimizer(m: GPT, rt: Runtime = CPU, **rates: float) -> MuonAdamW:
+    return stage.make_optimizer(m, SimpleNamespace(**{**RATES, **rates}), rt)
+
+
+def batch(rows: int = 8, seed: int = 0, T: int = 16, vocab: int = 61, ignored: float = 0.0, weighted: bool = False) -> Batch:
+    """Random tokens; `ignored` is the share of targets that do not count, different in every row."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (rows, T + 1), generator=g)
+    targets = ids[:, 1:].clone()
+    if ignored:
+        targets[torch.rand(rows, T, generator=g) < ignored * torch.linspace(0, 2, rows)[:, None]] = -1
+    return Batch(ids[:, :-1].clone(), targets, torch.randn(rows, T, generator=g) if weighted else None)
+
+
+class ListFeed:
+    """Given steps, one Batch each, cut into micro-batches of device_rows."""
+
+    def __init__(self, steps: list[Batch], device_rows: int = 64):
+        self.steps, self.device_rows, self.step = steps, device_rows, 0
+
+    @classmethod
+    def random(cls, n: int, **kwargs: Any) -> "ListFeed":
+        return cls([batch(seed=100 + i, **kwargs) for i in range(n)])
+
+    def __next__(self) -> list[Batch]:
+        if self.step == len(self.steps):
+            raise StopIteration
+        self.step += 1
+        return trainer.recut([self.steps[self.step - 1]], self.device_rows)
+
+    @property
+    def progress(self) -> float:
+        return self.step / len(self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+def meta(m: GPT) -> dict[str, Any]:
+    return {"stage": "base", "config": vars(m.config), "tokenizer": "f" * 64, "knobs": {}, "plan": {}, "dtype": "float32", "world_size": 1}
+
+
+def run(directory: Path, m: GPT, **fields: Any) -> trainer.Run:
+    return trainer.Run(fields.pop("runtime", CPU), directory, Logbook(directory, step=fields.get("step", 0)), meta(m), **fields)
+
+
+def weights(m: GPT) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in m.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
