@@ -78,8 +78,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights: Te
     x (..., D) in the compute dtype; weight (V, D); targets (...) int64, -1 ignored; weights (...) or None for ones.
     """
     x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
-    valid = (targets >= 0).float()
-    weights = valid if weights is None else weights.reshape(-1).float() * valid
+    weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.reshape(-1).float()
+    weights = weights.masked_fill(targets < 0, 0.0)  # not a product: whatever stands at an ignored position, NaN too, must not count
     both = _chunk_both
     if compiled:
         both = _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
