@@ -294,7 +294,9 @@ def train(s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Se
         "dtype": rt.dtype_name,
         "world_size": rt.world_size,
     }
-    run = trainer.Run(rt, s.directory, Logbook(s.directory, sinks=k.sinks if k.run != "dummy" else (), run_name=k.run, config=meta), meta,
+    start = checkpoint.read_meta(s.resume_from)["step"] if s.resume_from else 0
+    book = Logbook(s.directory, sinks=k.sinks if k.run != "dummy" else (), run_name=k.run, config=meta, step=start)
+    run = trainer.Run(rt, s.directory, book, meta,
                       budget_seconds=s.budget_seconds, save_every=k.save_every, keep=k.keep, peak_flops=s.peak_flops)  # fmt: skip
     if s.resume_from:
         trainer.restore(run, s.resume_from, s.model, optimizer, feed)
