@@ -88,10 +88,12 @@ def test_a_script_is_one_thin_main(path):
 
 WATCH = r"""
 import importlib, logging, os, random, signal, sys, threading
+import rich.style  # which draws a number from the global generator as it is imported
 import torch
 def state():
-    return (threading.active_count(), dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), os.getcwd(),
-            random.getstate(), torch.initial_seed(), torch.get_default_dtype(), torch.get_num_threads(), list(logging.root.handlers))
+    return {"threads": threading.active_count(), "environment": dict(os.environ), "folder": os.getcwd(), "random": hash(random.getstate()),
+            "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], "log handlers": list(logging.root.handlers),
+            "seed": torch.initial_seed(), "dtype": torch.get_default_dtype(), "torch threads": torch.get_num_threads()}
 before = state()
 def probe(name):
     def refuse(*args, **kwargs):
@@ -106,7 +108,7 @@ for module in sys.argv[2:]:
     except ModuleNotFoundError as e:
         if (e.name or "").split(".")[0] not in sys.argv[1].split(","):
             raise
-changed = [(a, b) for a, b in zip(before, state()) if a != b]
+changed = {k: (before[k], v) for k, v in state().items() if v != before[k]}
 assert not changed, changed
 """
 
