@@ -14,7 +14,12 @@ from importlib import resources
 from typing import Any
 
 ATTRIBUTES = ("home", "job", "pet", "food", "colour")  # the stable facts of a person that questions ask for
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+           "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")  # fmt: skip
+
+
+Spec = list[tuple[str, str, list[str], str]]  # of a plot's slots: name, class, what it is paired with, what must differ from A's
+Plot = tuple[Spec, list[list[str]]]  # its slots and its beats, each a list of templates
 
 
 @functools.cache
@@ -75,7 +80,8 @@ class World:
         self.data = data
         self.macros: dict[str, str] = data["macros"]
         self.people: list[str] = list(data["people"])
-        self.attributes: dict[str, dict[str, str]] = {k: {} for k in ("he", "his", "him", "himself", "petname", "works", "worked", "where", *ATTRIBUTES)}
+        names = ("he", "his", "him", "himself", "petname", "works", "worked", "where", *ATTRIBUTES)
+        self.attributes: dict[str, dict[str, str]] = {name: {} for name in names}
         for name, row in data["people"].items():
             sex, home, job, pet, petname, food, colour = row.split()
             pronouns = ("she", "her", "her", "herself") if sex == "f" else ("he", "his", "him", "himself")
@@ -97,7 +103,7 @@ class World:
         }
         self.kind_of: dict[str, str] = {word: kind for kind, words in data["kinds"].items() for word in words}
         self.words = [w for w in self.kind_of if 3 <= len(w) <= 8]  # the words that are spelled and counted in
-        self.plots = [(self.slots(p["slots"]), [self.templates(line) if line else ["\n\n"] for line in p["text"].strip().split("\n")]) for p in data["plot"]]
+        self.plots: list[Plot] = [(self.slots(p["slots"]), self.beats(p["text"])) for p in data["plot"]]
 
     def with_macros(self, text: str) -> str:
         """Replace <name P> and <name P:Q> by the macro's choices, told of those people."""
@@ -116,7 +122,11 @@ class World:
         """A sentence of the .toml -> the list of its readings, each ready for `template % slots`."""
         return [re.sub(r"\{([^}]*)\}", r"%(\1)s", s.replace("%", "%%")) for s in choices(self.with_macros(text))]
 
-    def slots(self, text: str) -> list[tuple[str, str, list[str], str]]:
+    def beats(self, text: str) -> list[list[str]]:
+        """A plot's lines -> the readings of each; an empty line is a paragraph break."""
+        return [self.templates(line) if line else ["\n\n"] for line in text.strip().split("\n")]
+
+    def slots(self, text: str) -> Spec:
         """'A:person t:thing@A' -> (slot, class, what it is paired with, attribute that must differ from A's) for each slot."""
         rows = []
         for item in text.split():
@@ -163,17 +173,19 @@ class Draw:
                 return value
         return None
 
-    def fill(self, spec: Sequence[tuple[str, str, list[str], str]]) -> Slots | None:
-        """Values for all slots of a plot, or None when the split's rule cannot be met this time."""
-        slots = Slots(feel=self.pick(self.world.classes["feel"]))
+    def fill(self, spec: Spec, given: dict[str, str]) -> Slots | None:
+        """Values for all slots of a plot that are not given, or None when the split's rule cannot be met this time."""
+        slots = Slots(given, feel=self.pick(self.world.classes["feel"]))
         for name, cls, pairs, differs in spec:
-            if cls == "split":  # n things, of which m are given away and k are left
+            if name in given and cls == "person":
+                value = given[name]
+            elif cls == "split":  # n things, of which m are given away and k are left
                 n = self.between(5, 16)
                 m = self.between(2, n - 2)
                 slots["n"], slots["m"], slots["k"] = NUMBERS[n], NUMBERS[m], NUMBERS[n - m]
                 value = slots["n"] if all(held(slots["n"], slots[p]) == self.val for p in pairs) else None
             else:
-                partners = [slots[p] if p in slots else p for p in pairs]
+                partners = [slots.get(p, p) for p in pairs]
                 value = self.paired(self.world.classes.get(cls) or [cls], partners, self.val, slots.values())
             if value is None:
                 return None

@@ -6,12 +6,15 @@ The embedded corpus: an endless, seeded stream of short English texts about one 
 import zlib
 from collections.abc import Callable, Iterator
 
-from nanochat.tinylexicon import ATTRIBUTES, NUMBERS, Slots, article, held, world
+from nanochat.tinylexicon import ATTRIBUTES, NUMBERS, Plot, Slots, article, held
 from nanochat.tinytalk import KINDS, Talk, conversations
 
 __all__ = ["KINDS", "conversations", "documents", "held"]
 
-WEIGHTS = {"story": 40, "profile": 18, "quiz": 12, "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 5, "room": 4, "diary": 4, "village": 2}
+WEIGHTS = {
+    "story": 34, "stories": 6, "profile": 18, "quiz": 12, "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
+    "room": 3, "diary": 4, "village": 2,
+}  # fmt: skip
 
 
 def said(line: str, speaker: str, script: bool) -> str:
@@ -35,6 +38,7 @@ class Tales(Talk):
         w = self.world
         data = w.data
         self.parts = {name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village")}
+        self.together = [p for p in w.plots if [row[1] for row in p[0][:2]] == ["person", "person"]]
         self.diary_days = {k: [w.templates(t) for t in data["diary"][k]] for k in ("winter", "summer")}
         self.diary_ends = {k: w.templates(data["diary"][k]) for k in ("open", "close")}
         self.pairs_told = [w.templates(t) for t in data["sums"]["told"]]
@@ -52,9 +56,22 @@ class Tales(Talk):
         b = self.paired(self.world.people, (a,), self.val, (a,))
         return (a, b) if b else None
 
-    def story(self) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        spec, beats = self.pick(self.world.plots)
-        slots = self.fill(spec)
+    def stories(self) -> str | None:
+        """Two or three stories about the same two people."""
+        people = self.couple()
+        n = self.between(2, 3)
+        told = [people and self.plot(plot, dict(zip("AB", people, strict=True))) for plot in self.some(self.together, n)]
+        if people is None or None in told:
+            return None
+        return "\n\n".join([f"Here are {NUMBERS[n]} stories about {listing(list(people))}.", *filter(None, told)])
+
+    def story(self) -> str | None:
+        return self.plot(self.pick(self.world.plots), {})
+
+    def plot(self, plot: Plot, people: dict[str, str]) -> str | None:
+        """One story; every plot is told of new people and things, and what happens to them stays consistent."""
+        spec, beats = plot
+        slots = self.fill(spec, people)
         if slots is None:
             return None
         pick = self.pick
@@ -86,10 +103,10 @@ class Tales(Talk):
             text, facts = told
             rows = [self.ask(kind, s) for kind, s in (facts if self.random() < 0.4 else facts[:1])]
         elif form < 0.7:
-            text, rows = "", list({row[2]: row for row in (self.fact(self.val) for _ in range(self.between(2, 5)))}.values())
+            text, rows = "", list({row[2]: row for row in (self.fact(self.val) for _ in range(self.between(3, 8)))}.values())
         else:
-            made = self.lettered()
-            return made and f"Question: {made[0]}\nAnswer: {made[1]}"
+            several = [self.lettered() for _ in range(self.between(1, 3))]
+            return "\n\n".join([f"Question: {made[0]}\nAnswer: {made[1]}" for made in several if made])
         return "\n".join(([text] if text else []) + [f"Question: {question}\nAnswer: {reply}" for question, reply, _ in rows])
 
     def dialogue(self) -> str | None:
@@ -112,7 +129,10 @@ class Tales(Talk):
             n, (m, o) = self.between(2, 9), self.some(c["month"], 2)
             slots = Slots(A=people[0], B=people[1], C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
             slots |= {"q": pick(c["day"]), "d": pick(c["dish"]), "s": pick(c["topic"]), "i": pick(c["music"]), "x": pick(c["pick"])}
-            slots |= {"c": self.paired(c["colour"], (thing,), False) or "red", "h": self.paired(c["spot"], (thing,), False) or "", "p": self.paired(c["place"], (third,), False) or ""}
+            for slot, cls, partner in (("c", "colour", thing), ("h", "spot", thing), ("p", "place", third)):
+                slots[slot] = self.paired(c[cls], (partner,), False) or ""
+            if not (slots["c"] and slots["h"] and slots["p"]):
+                return None
             filled = Slots(slots)
             lines += [said(pick(line), "AB"[i % 2], script) % filled for i, line in enumerate(topic)]
         return "\n".join(lines)
@@ -120,10 +140,10 @@ class Tales(Talk):
     def lesson(self) -> str | None:
         """What things are, or what the opposites of words are."""
         kinds, pick = self.world.data["kinds"], self.pick
-        n = self.between(3, 6)
+        n = self.between(3, 7)
         if self.random() < 0.25:
             table = self.world.data["opposites"]
-            words = self.some(list(table), n)
+            words = self.some(list(table), n + 3)
             if held(words[0], words[1]) != self.val:
                 return None
             return " ".join([f"The opposite of {w} is {table[w]}." for w in words])
@@ -159,9 +179,9 @@ class Tales(Talk):
     def sums(self) -> str:
         pick = self.pick
         person = pick(self.world.people)
-        lines = [pick((f"{person} is doing sums.", f"{person} checks the sums.", "Here are some sums.", "Let us calculate.", f"{person} works with numbers."))]
+        lines = [pick((f"{person} is doing sums.", f"{person} likes sums.", "Here are some sums.", "Let us calculate."))]
         style = self.between(0, 2)
-        for _ in range(self.between(3, 7)):
+        for _ in range(self.between(4, 9)):
             op, a, b, r = self.operands()
             if style == 0:
                 lines.append(f"{a} {op} {b} = {r}")
@@ -224,5 +244,5 @@ def documents(seed: int = 0, split: str = "train") -> Iterator[str]:
         makers += [getattr(tales, name)] * weight
     while True:
         text = tales.pick(makers)()
-        if text and tales.fresh(zlib.crc32(text.encode())):
+        if text and len(text) >= 120 and tales.fresh(zlib.crc32(text.encode())):
             yield text

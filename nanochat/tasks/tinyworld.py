@@ -23,9 +23,9 @@ def items(split: str, n: int, seed: int = 0, kinds: tuple[str, ...] = tuple(KIND
 def rivals(answer: str) -> re.Pattern[str]:
     """Matches whatever could stand in the answer's place: all members of the classes of values that it belongs to, and itself."""
     w = world()
-    small, facts = w.data["smalltalk"], ("home", "job", "pet", "food")
-    classes = [[*w.people, *small["users"]], small["likes"], list(small["advice"].values())]
-    classes += [w.classes[name] for name in ("colour", "thing", "spot", "place", "number")] + [list(w.attributes[name].values()) for name in facts]
+    small = w.data["smalltalk"]
+    classes = [[*w.people, *small["users"]], small["likes"], list(small["advice"].values()), *w.classes.values()]
+    classes += [list(w.attributes[name].values()) for name in ("home", "job", "pet", "food")]
     words = {answer.lower()}.union(*({x.lower() for x in members} for members in classes if answer in members))
     return re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")\b")
 
@@ -38,7 +38,7 @@ def evaluate(item: Item, reply: str) -> bool:
     if kind in ("arithmetic", "counting"):
         numbers = re.findall(r"\d+(?:\.\d+)?", text)
         asked = re.findall(r"\d+", item["messages"][-2]["content"])
-        return bool(numbers) and float(numbers[-1]) == float(answer) and numbers[:-1] in ([], asked)
+        return bool(numbers) and numbers[-1].removesuffix(".0") == answer and numbers[:-1] in ([], asked)
     if kind == "spelling":
         return re.findall(r"\b\w+(?:-\w+)+", text.lower()) == [answer]
     found = set(rivals(answer).findall(text.lower()))

@@ -1,0 +1,187 @@
+"""The embedded corpus: no downloads, so everything is checked on real output: speed, variety, grammar, held-out pairings and keys."""
+
+import itertools
+import random
+import re
+import time
+from functools import cache
+
+import pytest
+
+from nanochat import tinyworld
+from nanochat.tasks import tinyworld as task
+from nanochat.tinylexicon import ATTRIBUTES, article, choices, held, world
+from nanochat.tinytalk import phrases
+
+
+@cache
+def docs(split="train", n=20_000, seed=0):
+    return list(itertools.islice(tinyworld.documents(seed, split), n))
+
+
+@cache
+def talks(split="train", n=20_000, seed=0):
+    return list(itertools.islice(tinyworld.conversations(seed, split), n))
+
+
+def text_of(item):
+    return "\n".join(m["content"] if isinstance(m["content"], str) else "\n".join(p["text"] for p in m["content"]) for m in item["messages"])
+
+
+def test_choices_and_articles():
+    assert choices("a [b|c[d|]] e") == ["a b e", "a cd e", "a c e"]
+    assert choices("x | y z") == ["x", "y z"]
+    assert [article(w) for w in ("apple", "kite", "umbrella", "orange ring", "one")] == ["an apple", "a kite", "an umbrella", "an orange ring", "a one"]
+
+
+def test_streams_are_endless_seeded_and_reject_unknown_splits():
+    assert docs(n=300) == docs(n=300, seed=0) != docs(n=300, seed=1)
+    first = list(itertools.islice(tinyworld.documents(0, "train"), 300))
+    assert first == docs(n=300)
+    assert list(itertools.islice(tinyworld.conversations(3, "val"), 100)) == list(itertools.islice(tinyworld.conversations(3, "val"), 100))
+    with pytest.raises(ValueError, match="'test'"):
+        next(tinyworld.documents(0, "test"))
+    with pytest.raises(ValueError, match="poetry"):
+        next(tinyworld.conversations(0, "train", ["poetry"]))
+
+
+def test_documents_are_all_different_and_val_is_not_in_train():
+    train, val = set(docs()), set(docs("val", 3000))
+    assert len(train) == 20_000 and len(val) == 3000 and not train & val
+    mean = sum(map(len, train)) / len(train)
+    assert 300 < mean < 700 and min(map(len, train)) >= 120 and max(map(len, train)) < 2400
+
+
+def test_conversations_are_all_different_and_val_is_not_in_train():
+    train, val = {text_of(x) for x in talks(n=50_000)}, {text_of(x) for x in talks("val", 3000)}
+    assert len(train) == 50_000 and len(val) == 3000 and not train & val
+
+
+def test_vocabulary_is_wide_and_simple():
+    words = set(re.findall(r"[a-z]+", " ".join(docs()).lower()))
+    assert 1500 <= len(words) < 3000
+
+
+def test_speed():
+    world(), phrases()
+    rates = []
+    for stream, size in ((tinyworld.documents(9), len), (tinyworld.conversations(9), lambda x: len(text_of(x)))):
+        start, n = time.process_time(), 0
+        while n < 1_000_000:
+            n += size(next(stream))
+        rates.append(n / 1e6 / (time.process_time() - start))
+    assert rates[0] > 3 and rates[1] > 1.5, rates  # several times faster on an idle core; this only catches a blunder
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_grammar(split):
+    text = "\n".join(docs(split, 5000)) + "\n" + "\n".join(map(text_of, talks(split, 5000)))
+    for pattern in (
+        r"(?<!letter )(?<!letters )\b[Aa] [aeiou]\w+", r"\b[Aa]n (?!hour)[^aeiou\W]", r"%\(", r"[{}\[\]|<>]", r"  ", r" [.,;!?]", r"\bone \w+s\b", r"\b1 times\b", r"\b(\w{2,}) \1\b",
+        r"[.!?] [a-z]", r"\bNone\b", r",,|\.\.|\?\.|!\.",
+    ):  # fmt: skip
+        bad = [m.group() for m in re.finditer(pattern, text) if m.group() not in ("A a", "had had", "a one", "a occurs")]
+        assert not bad, (pattern, bad[:5], [text[m.start() - 60 : m.end() + 40] for m in re.finditer(pattern, text)][:2])
+
+
+def test_nobody_meets_themself():
+    for text in docs(n=8000):
+        for name, other in re.findall(r"\b([A-Z]\w+) and ([A-Z]\w+)\b", text):
+            assert name != other, text
+        assert not re.search(r'"[^"]*\b([A-Z][a-z]+)[.!?,]+" (?:said|asked) \1\b', re.sub(r'"I am [A-Z]\w+', "", text)), text
+
+
+def test_no_held_out_pairing_is_ever_shown_in_train():
+    w = world()
+    things, colours, places = w.classes["thing"], w.classes["colour"], w.data["places"]
+    coloured = re.compile(rf"\b({'|'.join(colours)}) ({'|'.join(things)})\b")
+    lies = re.compile(rf"\b({'|'.join(things)}) (?:is|was) ({'|'.join(w.classes['spot'])})")
+    owns = re.compile(rf"\b({'|'.join(w.people)}) (?:has|had|bought|found|is carrying) (?:an? |the )(?:(?:{'|'.join(colours)}) )?({'|'.join(things)})\b")
+    at = re.compile(rf"\b({'|'.join(w.people)}) is ({'|'.join(places.values())})")
+    where = {v: k for k, v in places.items()}
+    seen = 0
+    for text in itertools.chain(docs(), map(text_of, talks())):
+        for pattern in (coloured, lies, owns):
+            for a, b in pattern.findall(text):
+                seen += 1
+                assert not held(a, b), (a, b, text)
+        for a, b in at.findall(text):
+            assert not held(a, where[b]), (a, b, text)
+    assert seen > 10_000
+
+
+def test_no_held_out_question_is_ever_asked_in_train():
+    w, p = world(), phrases()
+    forbidden = {q % {"P": name} for name in w.people for a in ATTRIBUTES if held(name, a) for q in p["facts"][a][0]}
+    forbidden |= {q % {"w": x} for x in w.words if held(x, "spelling") for q in p["spelling"]["ask"]}
+    forbidden |= {q % {"w": x, "l": c} for x in w.words for c in set("abcdefghijklmnopqrstuvwxyz") if held(x, c) for q in p["spelling"]["count"]}
+    kinds = {q % {"k": k, "a k": article(k)} for k in w.data["kinds"] for q in p["choice"]["member"]}
+    lettered = 0
+    for text in itertools.chain(docs(), map(text_of, talks())):
+        for line in text.split("\n"):
+            line = line.removeprefix("Question: ")
+            assert line not in forbidden, text
+        for a, op, b in re.findall(r"\b(\d+) (plus|minus|times|divided by|[-+*/]) (\d+)", text):
+            assert not held(a, b), (a, op, b, text)
+        for question, options, answer in re.findall(r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*\.\n)?(?:Answer: )?([A-D])\b", text):
+            if question.removeprefix("Question: ") in kinds:
+                option = re.search(rf"- (.*)={answer}", options)
+                assert option and not held(option.group(1), w.kind_of[option.group(1)]), text
+                lettered += 1
+    assert lettered > 500
+    val = [x for x in talks("val", 3000) if x["kind"] in ("facts", "spelling")]
+    asked = [next((q for q in forbidden if q in x["messages"][-2]["content"]), None) for x in val]
+    assert all(asked)  # and in val nothing else is asked
+
+
+def test_every_key_is_accepted_and_every_corruption_is_not():
+    rng = random.Random(0)
+    w = world()
+    others = {"context": w.people + w.classes["colour"] + w.classes["thing"] + w.classes["spot"] + w.classes["place"] + w.classes["number"]}
+    for item in talks("val", 4000) + talks("train", 4000):
+        kind, answer, reply = item["kind"], item["answer"], task.gold(item)
+        assert task.evaluate(item, reply), item
+        assert task.prompt(item)["messages"][-1]["role"] == "user"
+        wrong = ["", "I do not know.", "."]
+        if kind == "choice":
+            wrong += [x for x in item["letters"] if x != answer] + [" ".join(item["letters"]), f"{answer} {item['letters'][0]}", answer.lower()]
+            assert item["letters"] == list("ABCD")[: len(item["letters"])] and answer in item["letters"]
+        elif kind in ("arithmetic", "counting"):
+            n = int(answer)
+            wrong += [reply.replace(answer, str(n + 1)), f"{n + 1}", f"{n}{n}", f"{reply} Or {n + 2}.", " ".join(map(str, range(n + 1)[-3:])) + f" {n + 1}"]
+            wrong = [x for x in wrong if x != reply]
+            assert item["messages"][-1]["content"][1]["text"] == answer
+        elif kind == "spelling":
+            wrong += [reply.replace(answer, answer[:-2]), reply.replace(answer, answer + "-s"), reply.replace(answer, answer.replace("-", "")), reply + " " + answer]
+        else:
+            assert re.search(rf"\b{answer}\b", reply, re.I), item
+            rivals = [x for x in (others.get(kind) or w.people + w.classes["colour"]) if x not in reply]
+            wrong += [re.sub(rf"\b{answer}\b", "something", reply, flags=re.I), f"It is not {answer}."]
+            same = next((c for c in w.classes.values() if answer in c and len(c) < 60), None)
+            if same:
+                other = rng.choice([x for x in same if x != answer])
+                wrong += [reply.replace(answer, other), f"{answer} {other}", f"{answer} or {other}"]
+            wrong += [" ".join(rivals)]
+        for bad in wrong:
+            assert not task.evaluate(item, bad), (item, bad)
+
+
+def test_items_are_balanced_and_chance_levels_are_honest():
+    got = task.items("val", 700, seed=1)
+    assert {k: sum(x["kind"] == k for x in got) for k in task.KINDS} == dict.fromkeys(task.KINDS, 100)
+    letters = [x for x in task.TASKS["choice"].items("val", 3000, 0)]
+    assert abs(sum(1 / len(x["letters"]) for x in letters) / len(letters) - task.KINDS["choice"]) < 0.02
+    for n in (2, 3, 4):  # the right letter is uniform
+        right = [x["answer"] for x in letters if len(x["letters"]) == n]
+        for letter in "ABCD"[:n]:
+            assert abs(right.count(letter) / len(right) - 1 / n) < 0.06
+    for kind in ("facts", "smalltalk", "counting", "arithmetic"):  # nothing beats chance by always saying the same
+        answers = [x["answer"] for x in task.TASKS[kind].items("val", 1500, 0)]
+        assert max(answers.count(a) for a in set(answers)) / len(answers) <= task.KINDS[kind] + 0.02, kind
+
+
+def test_the_world_is_consistent():
+    w = world()
+    assert len(w.people) == 40 and len(set(w.attributes["petname"].values())) == 40
+    assert set(w.attributes["home"].values()) == set(w.data["villages"])
+    assert sum(held(p, a) for p in w.people for a in ATTRIBUTES) in range(12, 45)
