@@ -120,23 +120,28 @@ class KVCache:
 
     Row b holds its positions 0..lengths[b]-1 in slots of the same number, so a slot is its absolute position. A forward pass over
     T tokens writes slots lengths[b]..lengths[b]+T-1; `advance` then moves the lengths on, by fewer than T where a row was padded:
-    what padding wrote lies beyond the row's length, is seen by nobody, and is overwritten by the row's next tokens.
+    what padding wrote lies beyond the row's length, is seen by nobody, and is overwritten by the row's next tokens. Padding beyond
+    the capacity goes to one spare slot. On a CPU keys and values are float32: for a single bfloat16 query its kernels are ten times slower.
     """
 
     def __init__(self, n_layer: int, batch: int, n_kv_head: int, capacity: int, head_dim: int, device: torch.device | str, dtype: torch.dtype):
-        self.k = torch.zeros(n_layer, batch, n_kv_head, capacity, head_dim, device=device, dtype=dtype)
+        dtype = torch.promote_types(dtype, torch.float32) if torch.device(device).type == "cpu" else dtype
+        self.k = torch.zeros(n_layer, batch, n_kv_head, capacity + 1, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
+        self._slots = torch.zeros(1, 0, dtype=torch.int64)  # where the pass under way writes, set by positions()
         self.lengths = [0] * batch  # on the host: planning a step never waits for the device
 
     @property
     def capacity(self) -> int:
-        return self.k.size(3)
+        return self.k.size(3) - 1
 
     def positions(self, T: int) -> Tensor:
         """The absolute positions of the next T tokens: (1, T) when all rows are equally long, else (B, T); padding stays in range."""
         rows = self.lengths[:1] if self.uniform else self.lengths
         start = torch.tensor(rows, device=self.k.device)[:, None]
-        return (start + torch.arange(T, device=self.k.device)).clamp_(max=self.capacity - 1)
+        slots = start + torch.arange(T, device=self.k.device)
+        self._slots = slots.clamp(max=self.capacity)
+        return slots.clamp_(max=self.capacity - 1)
 
     @property
     def uniform(self) -> bool:
@@ -151,35 +156,52 @@ class KVCache:
     def expand(self, rows: list[int]) -> "KVCache":
         """A cache whose row r is a copy of this one's row rows[r]: one prefill for n samples; also drops and reorders rows."""
         new = object.__new__(KVCache)
-        index = torch.tensor(rows, device=self.k.device)
-        new.k, new.v = self.k.index_select(1, index), self.v.index_select(1, index)
-        new.lengths = [self.lengths[r] for r in rows]
+        new._slots, new.lengths = self._slots, [self.lengths[r] for r in rows]
+        index, used = torch.tensor(rows, device=self.k.device), max(new.lengths, default=0)
+        for name in ("k", "v"):
+            old: Tensor = getattr(self, name)
+            copy = old.new_zeros(old.size(0), len(rows), *old.shape[2:])
+            copy[:, :, :, :used] = old[:, :, :, :used].index_select(1, index)
+            setattr(new, name, copy)
         return new
+
+    def drop(self, row: int) -> None:
+        """Forget a row at the cost of copying one: the last row takes its place."""
+        last = len(self.lengths) - 1
+        if row != last:
+            used = self.lengths[last]
+            self.k[:, row, :, :used] = self.k[:, last, :, :used]
+            self.v[:, row, :, :used] = self.v[:, last, :, :used]
+            self.lengths[row] = self.lengths[last]
+        self.k, self.v = self.k[:, :last], self.v[:, :last]
+        self.lengths.pop()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int = 0) -> Tensor:
         """Write k, v (B, H_kv, T, D) at `positions` (from `positions(T)`) and attend from q (B, H, T, D) to all that a query may see."""
-        B, H, T, _ = q.shape
-        gqa = k.size(1) != H
+        B, H, T, D = q.shape
         K, V = self.k[layer], self.v[layer]
+        mask = None
         if positions.size(0) == 1:  # rows equally long: a plain slice
-            start = self.lengths[0]
-            if start + T > self.capacity:
-                raise ValueError(f"the cache holds {self.capacity} positions, {start + T} were asked of it")
-            K[:, :, start : start + T] = k
-            V[:, :, start : start + T] = v
+            start, end = self.lengths[0], self.lengths[0] + T
+            if end > self.capacity:
+                raise ValueError(f"the cache holds {self.capacity} positions, {end} were asked of it")
+            K[:, :, start:end] = k
+            V[:, :, start:end] = v
             if start == 0:
                 return attend(q, k, v, window)
-            if T == 1:  # one query sees every key in reach: no mask at all
-                first = max(0, start + 1 - window) if window > 0 else 0
-                return F.scaled_dot_product_attention(q, K[:, :, first : start + 1], V[:, :, first : start + 1], enable_gqa=gqa)
         else:
             b = torch.arange(B, device=q.device)[:, None]
-            K[b, :, positions] = k.transpose(1, 2)
-            V[b, :, positions] = v.transpose(1, 2)
-        end = min(max(self.lengths) + T, self.capacity)
-        j = torch.arange(end, device=q.device)
-        i = positions[:, :, None]  # (1 or B, T, 1)
-        mask = j <= i
-        if window > 0:
-            mask &= i - j < window
-        return F.scaled_dot_product_attention(q, K[:, :, :end], V[:, :, :end], attn_mask=mask[:, None], enable_gqa=gqa)
+            K[b, :, self._slots] = k.transpose(1, 2).to(K.dtype)
+            V[b, :, self._slots] = v.transpose(1, 2).to(V.dtype)
+            end = min(max(self.lengths) + T, self.capacity)
+        first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # older keys are beyond every query's window
+        if T > 1 or positions.size(0) > 1:  # a single query of rows equally long sees all that is left: no mask
+            i, j = positions[:, :, None], torch.arange(first, end, device=q.device)
+            mask = j <= i  # (1 or B, T, keys)
+            if window > 0:
+                mask &= i - j < window
+            mask = mask.repeat(1, H // k.size(1), 1)[:, None]
+        # The query heads of a group become further queries of their shared head: no kernel falls back on copying keys
+        q = q.to(K.dtype).reshape(B, k.size(1), -1, D)
+        y = F.scaled_dot_product_attention(q, K[:, :, first:end], V[:, :, first:end], attn_mask=mask)
+        return y.reshape(B, H, T, D).to(k.dtype)

@@ -1,0 +1,157 @@
+"""Attention against a float64 oracle, and the key-value cache against whole sequences."""
+
+import pytest
+import torch
+
+from nanochat import attention
+from nanochat.attention import KVCache, attend
+
+
+def oracle(q, k, v, window=0):
+    """softmax(q k^T / sqrt(D)) v written out, dense, every mask entry explicit."""
+    T, groups = q.size(2), q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
+    seen = (j <= i) & ((i - j < window) if window > 0 else torch.ones(T, T, dtype=torch.bool))
+    scores = (q @ k.transpose(2, 3) / q.size(3) ** 0.5).masked_fill(~seen, float("-inf"))
+    return torch.softmax(scores, -1) @ v
+
+
+def draw(B, H, H_kv, T, D=8, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(B, h, T, D, dtype=dtype, generator=g) for h in (H, H_kv, H_kv))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("T", [1, 2, 7, 128, 200])
+@pytest.mark.parametrize("window", [0, 1, 3, 64, 130])
+def test_attend_is_the_oracle(heads, T, window):  # outputs and gradients, also for T that no block divides
+    exact = draw(2, *heads, T)
+    weights = torch.randn(2, heads[0], T, 8, dtype=torch.float64)
+    want_in = [x.clone().requires_grad_() for x in exact]
+    got_in = [x.float().requires_grad_() for x in exact]
+    want, got = oracle(*want_in, window), attend(*got_in, window)
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
+    (want * weights).sum().backward()
+    (got * weights.float()).sum().backward()
+    for a, b in zip(got_in, want_in, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_attend_without_gradients_and_in_bfloat16(window):
+    q, k, v = draw(1, 4, 2, 150)
+    want = oracle(q, k, v, window)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q.float(), k.float(), v.float(), window).double(), want, atol=2e-5, rtol=1e-4)
+        low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double(), want, atol=0.05, rtol=0.05)
+
+
+def test_the_band_of_other_devices_is_the_oracle_too():
+    for T, window in ((5, 3), (128, 64), (200, 64), (300, 130)):
+        q, k, v = draw(2, 4, 2, T)
+        torch.testing.assert_close(attention._attend_band(q, k, v, window), oracle(q, k, v, window))
+
+
+def cached(cache, q, k, v, sizes, window=0, lengths=None):
+    """Attend through the cache in passes of these sizes; rows end at `lengths`, the rest of them being padding. Returns (B, H, T, D)."""
+    B, H, T, D = q.shape
+    lengths = lengths or [T] * B
+    out = torch.full((B, H, T, D), float("nan"), dtype=q.dtype)
+    done = [0] * B
+    for n in sizes:
+        counts = [min(n, lengths[b] - done[b]) for b in range(B)]
+        part = [torch.full((B, x.size(1), n, D), 9.0, dtype=x.dtype) for x in (q, k, v)]  # 9: what padding holds
+        for b in range(B):
+            for x, y in zip(part, (q, k, v), strict=True):
+                x[b, :, : counts[b]] = y[b, :, done[b] : done[b] + counts[b]]
+        positions = cache.positions(n)
+        for layer in range(2):
+            y = cache.attend(layer, *part, positions, window)
+        assert not y.isnan().any()
+        cache.advance(counts)
+        for b in range(B):
+            out[b, :, done[b] : done[b] + counts[b]] = y[b, :, : counts[b]]
+            done[b] += counts[b]
+    assert done == lengths == cache.lengths
+    return out
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("window", [0, 1, 5, 12])
+@pytest.mark.parametrize("sizes", [[20], [1] * 20, [7, 6, 7], [13, 1, 1, 5], [19, 1]])
+def test_the_cache_is_the_whole_sequence_at_every_position(heads, window, sizes):  # traps 20 and 21
+    q, k, v = draw(2, *heads, 20)
+    cache = KVCache(2, 2, heads[1], 20, 8, "cpu", torch.float64)  # filled to its last slot
+    torch.testing.assert_close(cached(cache, q, k, v, sizes, window), oracle(q, k, v, window))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_ragged_rows_in_the_cache(heads, window):
+    q, k, v = draw(3, *heads, 20)
+    want = oracle(q, k, v, window)
+    lengths = [20, 13, 2]
+    for sizes in ([20], [8, 8, 4], [3, 10, 6, 1], [1] * 20):
+        got = cached(KVCache(2, 3, heads[1], 20, 8, "cpu", torch.float64), q, k, v, sizes, window, lengths)
+        for b, n in enumerate(lengths):
+            torch.testing.assert_close(got[b, :, :n], want[b, :, :n])
+
+
+def test_padding_at_the_end_of_the_capacity_spoils_nothing():
+    """Row 0 brings 3 tokens, row 1 the one that fills its last slot and two of padding: that slot must stay the token's."""
+    q, k, v = draw(2, 2, 2, 8)
+    cache = KVCache(1, 2, 2, 8, 8, "cpu", torch.float64)
+    cache.advance([5, 7])
+    cache.k[0, :, :, :7], cache.v[0, :, :, :7] = k[:, :, :7], v[:, :, :7]
+    feed = [torch.full((2, 2, 3, 8), 9.0, dtype=torch.float64) for _ in range(3)]
+    for x, y in zip(feed, (q, k, v), strict=True):
+        x[0], x[1, :, 0] = y[0, :, 5:], y[1, :, 7]
+    got = cache.attend(0, *feed, cache.positions(3))
+    cache.advance([3, 1])
+    want = oracle(q, k, v)
+    torch.testing.assert_close(got[0], want[0, :, 5:])
+    torch.testing.assert_close(got[1, :, 0], want[1, :, 7])
+    torch.testing.assert_close(cache.k[0, :, :, :8], k)
+
+
+def test_rows_are_copied_dropped_and_reordered():
+    _, k, v = draw(3, 2, 2, 6)
+    cache = KVCache(1, 3, 2, 10, 8, "cpu", torch.float64)
+    cache.attend(0, k, k, v, cache.positions(6))
+    cache.advance([6, 4, 5])
+    more = cache.expand([2, 0, 0])
+    assert more.lengths == [5, 6, 6] and more.capacity == 10
+    torch.testing.assert_close(more.k[0, 0, :, :5], k[2, :, :5])
+    more.k.zero_()
+    torch.testing.assert_close(cache.k[0, :, :, :6], k)  # a copy, not a view
+    cache.drop(0)  # the last row takes its place
+    assert cache.lengths == [5, 4] and cache.k.size(1) == 2
+    torch.testing.assert_close(cache.v[0, 0, :, :5], v[2, :, :5])
+    torch.testing.assert_close(cache.v[0, 1, :, :4], v[1, :, :4])
+    cache.drop(1)
+    assert cache.lengths == [5]
+
+
+def test_the_cache_refuses_more_than_it_holds():
+    q, k, v = draw(1, 2, 2, 5)
+    cache = KVCache(1, 1, 2, 4, 8, "cpu", torch.float64)
+    with pytest.raises(ValueError, match="holds 4 positions, 5"):
+        cache.attend(0, q, k, v, cache.positions(5))
+    with pytest.raises(ValueError, match="holds 4 positions, 5"):
+        cache.advance(5)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_no_row_gives_nan(window):  # trap 34: huge scores, padding beyond the capacity, rows of length 0
+    q, k, v = draw(2, 4, 2, 9, dtype=torch.float32)
+    for x in (q * 1e4, torch.zeros_like(q)):
+        leaves = [t.clone().requires_grad_() for t in (x, k, v)]
+        y = attend(*leaves, window)
+        y.sum().backward()
+        assert y.isfinite().all() and all(t.grad.isfinite().all() for t in leaves)
+    cache = KVCache(1, 2, 2, 9, 8, "cpu", torch.float32)
+    cache.advance([9, 0])
+    assert cache.attend(0, q, k, v, cache.positions(9), window).isfinite().all()
