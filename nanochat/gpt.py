@@ -46,15 +46,15 @@ class GPTConfig(Arch):
 
     def __post_init__(self):
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "rope_base"):
-            if not getattr(self, name) > 0:  # so that NaN is refused too
-                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
+            if not 0 < getattr(self, name) < torch.inf:  # which NaN is not either
+                raise UserError(f"{name} is {getattr(self, name)}: it must be a number above 0")
         if self.n_embd % self.n_head:
             raise UserError(f"a width of {self.n_embd} does not divide into {self.n_head} heads: choose model_dim as a multiple of head_dim")
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim} (width {self.n_embd} / {self.n_head} heads): rotary embeddings need an even one")
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: n_head must be a multiple of n_kv_head")
-        if not self.softcap >= 0:
+        if not 0 <= self.softcap < torch.inf:
             raise UserError(f"softcap is {self.softcap}: it must be 0 (none) or above")
         if not self.window_pattern or set(self.window_pattern) - {"L", "S"}:
             raise UserError(f"window_pattern is {self.window_pattern!r}: write it with the letters L and S, for example SSSL")

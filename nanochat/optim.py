@@ -127,7 +127,7 @@ class MuonAdamW:
         blank = torch.zeros_like(grads[0])
         full = torch.stack(grads + [blank] * (share * self.world - len(grads)))
         own = torch.empty_like(full[:share])
-        dist.reduce_scatter_tensor(own, full)
+        dist.reduce_scatter_single(own, full)
         return list(own.unbind())
 
     def _share_params(self, same: list[tuple[str, Tensor]], share: int) -> None:
@@ -136,7 +136,7 @@ class MuonAdamW:
         mine = [p for _, p in same[self.rank * share : (self.rank + 1) * share]]
         own = torch.stack(mine + [torch.zeros_like(same[0][1])] * (share - len(mine)))
         full = torch.empty((share * self.world, *own.shape[1:]), dtype=own.dtype, device=own.device)
-        dist.all_gather_into_tensor(full, own)
+        dist.all_gather_single(full, own)
         for (_, p), new in zip(same, full, strict=False):
             p.copy_(new)
 
@@ -149,7 +149,7 @@ class MuonAdamW:
                 dist.all_reduce(g)
             elif rows is not None:
                 own = torch.empty_like(g[rows])
-                dist.reduce_scatter_tensor(own, g.contiguous())
+                dist.reduce_scatter_single(own, g.contiguous())
                 g = own
             state = group.state.setdefault(name, {})
             part = p if rows is None else p[rows]
@@ -165,7 +165,7 @@ class MuonAdamW:
               lr=lr, weight_decay=group.weight_decay, eps=group.eps, maximize=False)  # fmt: skip
         for p in group.params:
             if (rows := self._rows(p)) is not None:
-                dist.all_gather_into_tensor(p.data, p.data[rows].clone())
+                dist.all_gather_single(p.data, p.data[rows].clone())
 
     # state ----------------------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class MuonAdamW:
                             dist.broadcast(full, src=at // share)
                         elif self.world > 1 and (rows := self._rows(p)) is not None:
                             full = torch.zeros_like(p)
-                            dist.all_gather_into_tensor(full, p[rows].mul(0) if own is None else own)
+                            dist.all_gather_single(full, torch.zeros_like(p[rows]) if own is None else own)
                         out[f"{name}/{moment}"] = full
         return out
 

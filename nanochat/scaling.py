@@ -22,8 +22,9 @@ class Shape:
     def dimensions(self) -> dict[str, int]:
         """n_layer, n_embd, n_head, n_kv_head; UserError when the figures make no model."""
         for f in fields(Shape):
-            if getattr(self, f.name) < 0 or (f.name != "model_dim" and getattr(self, f.name) == 0):
-                raise UserError(f"{f.name} is {getattr(self, f.name)}: it must be above 0")
+            value = getattr(self, f.name)
+            if not 0 <= value < math.inf or (f.name != "model_dim" and value == 0):
+                raise UserError(f"{f.name} is {value}: it must be a number above 0")
         width = self.model_dim or math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
         if width % self.head_dim:
             near = max(1, round(width / self.head_dim)) * self.head_dim
