@@ -124,7 +124,9 @@ class KVCache:
     the capacity goes to one spare slot. On a CPU keys and values are float32: for a single bfloat16 query its kernels are ten times slower.
     """
 
-    def __init__(self, n_layer: int, batch: int, n_kv_head: int, capacity: int, head_dim: int, device: torch.device | str, dtype: torch.dtype):
+    def __init__(
+        self, n_layer: int, batch: int, n_kv_head: int, capacity: int, head_dim: int, device: torch.device | str, dtype: torch.dtype
+    ):
         dtype = torch.promote_types(dtype, torch.float32) if torch.device(device).type == "cpu" else dtype
         self.k = torch.zeros(n_layer, batch, n_kv_head, capacity + 1, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
