@@ -106,7 +106,7 @@ class Tales(Talk):
             text, rows = "", list({row[2]: row for row in (self.fact(self.val) for _ in range(self.between(3, 8)))}.values())
         else:
             several = [self.lettered() for _ in range(self.between(1, 3))]
-            return "\n\n".join([f"Question: {made[0]}\nAnswer: {made[1]}" for made in several if made])
+            return "\n\n".join([f"{made[0]}\nAnswer: {made[1]}" for made in several if made])
         return "\n".join(([text] if text else []) + [f"Question: {question}\nAnswer: {reply}" for question, reply, _ in rows])
 
     def dialogue(self) -> str | None:
@@ -115,19 +115,23 @@ class Tales(Talk):
         if people is None:
             return None
         c, pick, t = self.world.classes, self.pick, self.talks
-        known = [t[a][0] for a in ATTRIBUTES if self.val or not held(people[1], a)]  # no held-out question in a train document
-        topics = self.some([*self.some(t["topic"], 3), *self.some(known, min(2, len(known)))], self.between(1, 3))
+        topics = self.some([*self.some(t["topic"], 3), *self.some(ATTRIBUTES, 2)], self.between(1, 3))
         if self.random() < 0.5:
             topics.insert(0, pick(t["weather"]))
         script = self.random() < 0.4
         lines: list[str] = []
         for topic in [pick(t["hello"]), *topics, pick(t["bye"])]:
+            first, second = people if len(lines) % 2 == 0 else people[::-1]  # whoever did not speak last begins
+            if isinstance(topic, str):
+                if held(second, topic) and not self.val:  # no held-out question in a train document
+                    continue
+                topic = pick(t[topic])
             third = self.paired(self.world.people, people, False, people)
             thing = self.paired(c["thing"], (third or "",), False)
             if third is None or thing is None:
                 return None
             n, (m, o) = self.between(2, 9), self.some(c["month"], 2)
-            slots = Slots(A=people[0], B=people[1], C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
+            slots = Slots(A=first, B=second, C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
             slots |= {"q": pick(c["day"]), "d": pick(c["dish"]), "s": pick(c["topic"]), "i": pick(c["music"]), "x": pick(c["pick"])}
             for slot, cls, partner in (("c", "colour", thing), ("h", "spot", thing), ("p", "place", third)):
                 slots[slot] = self.paired(c[cls], (partner,), False) or ""
