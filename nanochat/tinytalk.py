@@ -148,10 +148,11 @@ class Talk(Draw):
 
     def smalltalk(self) -> tuple[list[Any], str] | None:
         p, data = self.p["smalltalk"], self.world.data["smalltalk"]
-        user = self.pick(self.pick((self.world.people, data["users"])))
         pets = sorted(set(self.world.attributes["pet"].values()))
         topics = (("like", "L", data["likes"]), ("from", "V", self.world.classes["village"]), ("have", "P", pets))
         topic, slot, values = self.pick(topics)
+        # the people of the world have a home and a pet already: only strangers may claim others
+        user = self.pick(self.world.people if topic == "like" and self.random() < 0.5 else data["users"])
         value = self.paired(values, (user,), self.val)
         weather = self.paired(list(data["advice"]), (user,), self.val)
         if value is None or weather is None:
