@@ -3,10 +3,11 @@ Checkpoints: written beside and renamed, hashed, found again; and the only reade
 
     <base>/checkpoints/<stage>/<tag>/step_000120/{model.safetensors, optim.safetensors, meta.json, manifest.json}
 
-The manifest holds the SHA-256 of the other files and is written last: a folder without one, or whose files differ from it, is
-damaged and passed over with a notice. Tensors are safetensors and everything else is JSON, so no file can run code.
+The manifest holds the SHA-256 that the other files may have and is written last: a folder without one, or whose files differ from
+it, is damaged and passed over with a notice. Tensors are safetensors and everything else is JSON, so no file can run code.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat.common import UserError, base_dir, notice, sha256_file
+from nanochat.common import UserError, atomic_write, base_dir, notice, sha256_file
 from nanochat.gpt import GPT, GPTConfig
 
 STAGES = ("base", "mid", "sft", "rl")
@@ -37,9 +38,14 @@ def run_directory(stage: str, tag: str) -> Path:
     return base_dir() / "checkpoints" / stage / tag
 
 
+def folder(directory: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step is, there or not."""
+    return directory / f"step_{step:06d}"
+
+
 def save(directory: Path, step: int, model: Mapping[str, Tensor], optim: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write one checkpoint (on one rank alone) and return its folder. UserError when the disk refuses; what was there before stays."""
-    final = directory / f"step_{step:06d}"
+    final = folder(directory, step)
     beside = directory / f".{final.name}.{os.getpid()}.tmp"
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -47,7 +53,7 @@ def save(directory: Path, step: int, model: Mapping[str, Tensor], optim: Mapping
         for name, tensors in (("model", model), ("optim", optim)):
             save_file({k: t.detach().contiguous() for k, t in tensors.items()}, beside / f"{name}.safetensors")
         (beside / "meta.json").write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1), encoding="utf-8")
-        manifest = {p.name: sha256_file(p) for p in sorted(beside.iterdir())}
+        manifest = {p.name: [sha256_file(p)] for p in sorted(beside.iterdir())}
         for p in beside.iterdir():
             _sync(p)
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -63,6 +69,16 @@ def save(directory: Path, step: int, model: Mapping[str, Tensor], optim: Mapping
     return final
 
 
+def amend(path: Path, meta: Mapping[str, Any]) -> None:
+    """Replace a checkpoint's metadata, its weights staying. Killed at any moment, it is intact with the old metadata or with the new."""
+    old = read_meta(path)
+    text = json.dumps({"format": FORMAT, "step": old["step"], **meta}, indent=1)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["meta.json"] = [sha256_file(path / "meta.json"), hashlib.sha256(text.encode("utf-8")).hexdigest()]
+    atomic_write(path / "manifest.json", json.dumps(manifest, indent=1))
+    atomic_write(path / "meta.json", text)
+
+
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -71,10 +87,15 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def prune(directory: Path, keep: int, best: int | None) -> None:
-    """Delete all but the last `keep` checkpoints and the best step; also what crashed writers left behind."""
-    for path in steps(directory)[: -max(1, keep)]:
-        if path.name != f"step_{-1 if best is None else best:06d}":
+def prune(directory: Path, step: int, keep: int, best: int | None) -> None:
+    """
+    Delete all but the last `keep` checkpoints up to `step` and the best one; also what crashed writers left behind. Those after `step`
+    go too: a run that stands at `step` passed over them as damaged, and they must not crowd out good ones.
+    """
+    past = [p for p in steps(directory) if _step(p) <= step]
+    kept = {*past[-max(1, keep) :], *(p for p in past if _step(p) == best)}
+    for path in steps(directory):
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
     for left in directory.glob(".step_*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
@@ -82,7 +103,11 @@ def prune(directory: Path, keep: int, best: int | None) -> None:
 
 def steps(directory: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, damaged ones included."""
-    return sorted(p for p in directory.glob("step_*") if p.is_dir())
+    return sorted((p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])  # as a number: step_1000000 comes after step_999999
 
 
 def damage(path: Path) -> str:
@@ -90,7 +115,7 @@ def damage(path: Path) -> str:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name in ("model.safetensors", "optim.safetensors", "meta.json"):
-            if sha256_file(path / name) != manifest[name]:
+            if sha256_file(path / name) not in manifest[name]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"{type(e).__name__}: {e}"
@@ -100,7 +125,7 @@ def damage(path: Path) -> str:
 def find(directory: Path, step: int | None = None) -> Path | None:
     """The newest intact checkpoint of a run (or that of `step`), None when there is none; damaged ones are named in a notice."""
     for path in reversed(steps(directory)):
-        if step is not None and path.name != f"step_{step:06d}":
+        if step is not None and _step(path) != step:
             continue
         wrong = damage(path)
         if not wrong:
@@ -162,7 +187,8 @@ def config_of(meta: Mapping[str, Any]) -> GPTConfig:
     known = {f.name for f in fields(GPTConfig)}
     unknown = set(meta["config"]) - known
     if unknown:
-        raise UserError(f"the checkpoint uses architecture knobs that this version does not have: {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(unknown))
+        raise UserError(f"the checkpoint uses architecture knobs that this version does not have ({names}): use the version that wrote it")
     return GPTConfig(**meta["config"])
 
 
@@ -171,10 +197,14 @@ def fill(model: GPT, path: Path) -> None:
     tensors = Tensors(path / "model.safetensors")
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name not in tensors or tensors[name].shape != p.shape:
-                got = tuple(tensors[name].shape) if name in tensors else "nothing"
-                raise UserError(f"{path} holds {got} for {name} where the model needs {tuple(p.shape)}: it is a checkpoint of another architecture")
-            p.copy_(tensors[name])
+            t = tensors.get(name)
+            if t is None or t.shape != p.shape:
+                got = "nothing" if t is None else tuple(t.shape)
+                raise UserError(
+                    f"{path} holds {got} for {name} where the model needs {tuple(p.shape)}: it is of another architecture, "
+                    "leave the flags of size out or choose another --model_tag"
+                )
+            p.copy_(t)
 
 
 def check_tokenizer(meta: Mapping[str, Any], fingerprint: str, path: Path) -> None:

@@ -128,7 +128,8 @@ def compiler_missing(device: torch.device) -> str:
 
 def out_of_memory(e: BaseException) -> bool:
     """Whether an exception means that memory ran out, on a GPU or on the host."""
-    return isinstance(e, torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and "can't allocate memory" in str(e))
+    said = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # by the CPU, Windows, MPS, cuBLAS
+    return isinstance(e, torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and any(text in str(e) for text in said))
 
 
 def release_memory(device: torch.device) -> None:

@@ -22,7 +22,7 @@ from nanochat.knobs import knob
 from nanochat.logbook import Logbook
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import Group, MuonAdamW
-from nanochat.runtime import Runtime, close_runtime, open_runtime
+from nanochat.runtime import Runtime, close_runtime, open_runtime, out_of_memory
 from nanochat.scaling import batch_for, width_scale
 from nanochat.schedule import Schedule
 from nanochat.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from nanochat.tokens import Shards
 
 K = TypeVar("K", bound="TrainKnobs")
 INHERITED = ("dtype", "compile", "device_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "lr_scale", "run", "sinks", "seed")
-HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs")
+HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs", "total_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -128,9 +128,9 @@ def open_stage(name: str, command: str, k: Any, origins: dict[str, str], tag: st
     directory = checkpoint.run_directory(name, tag)
     if resume_from:
         checkpoint.check_tokenizer(checkpoint.read_meta(resume_from), tokenizer.fingerprint, resume_from)
-    elif rt.is_main:
-        set_aside(directory)
     model = build(rt, tokenizer)
+    if resume_from:
+        same_architecture(model, resume_from)
     peak = hardware.measured_peak(rt.device, rt.dtype) * (rt.world_size if rt.device.type == "cuda" else 1)
     print0(f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}{', compiled' if rt.compile else ''}, measured peak {peak / 1e12:.3g} TFLOP/s")
     print0(_changed(k, origins))
@@ -144,6 +144,13 @@ def _changed(k: Any, origins: dict[str, str]) -> str:
     """The knobs that are not defaults, one a line."""
     rows = [(n, getattr(k, n), o) for n, o in origins.items() if o != "default"]
     return "\n".join(f"  {n:<24} {v!s:<28} {o}" for n, v, o in rows) or "  all knobs at their defaults"
+
+
+def same_architecture(model: GPT, path: Path) -> None:
+    """UserError when the flags ask for another model than the checkpoint to go on from holds, even one whose weights would fit."""
+    for name, before in checkpoint.read_meta(path)["config"].items():
+        if (now := getattr(model.config, name)) != before:
+            raise UserError(f"{path} has {name}={before}, not {now}: leave the flag out to go on, or start another run with --model_tag")
 
 
 def set_aside(directory: Path) -> None:
@@ -295,6 +302,8 @@ def train(s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Se
         "world_size": rt.world_size,
     }
     start = checkpoint.read_meta(s.resume_from)["step"] if s.resume_from else 0
+    if not s.resume_from and rt.is_main:
+        set_aside(s.directory)  # only now that nothing can be wrong any more with what was asked
     book = Logbook(s.directory, sinks=k.sinks if k.run != "dummy" else (), run_name=k.run, config=meta, step=start)
     run = trainer.Run(rt, s.directory, book, meta,
                       budget_seconds=s.budget_seconds, save_every=k.save_every, keep=k.keep, peak_flops=s.peak_flops)  # fmt: skip
@@ -319,5 +328,9 @@ def finish(main: Callable[[], Any]) -> Any:
         return main()
     except trainer.Interrupted as e:
         raise KeyboardInterrupt(str(e)) from e
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        raise UserError("out of memory, even with one row at a time: choose a smaller --depth, --model_dim or --sequence_len") from e
     finally:
         close_runtime()

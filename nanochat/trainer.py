@@ -70,7 +70,8 @@ class Run:
     tokens: int = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None  # {"step", "val_bpb"}
-    scale: float = 2.0**14  # the loss scale of float16 runs
+    scale: float = 2.0**10  # the loss scale of float16 runs, on a token's loss
+    reserve: float = 0.0  # seconds that the longest look so far took: kept for the last one
     saved_step: int = -1
     done: bool = False  # trained to its end and looked at for the last time
     last: dict[str, Any] = field(default_factory=dict)  # the newest numbers of every probe
@@ -108,24 +109,28 @@ def restore(run: Run, path: Path, model: GPT, optimizer: MuonAdamW, feed: Feed) 
     """Put a run back to where a checkpoint left it: weights, optimizer, feed, clock and counters."""
     meta = checkpoint.read_meta(path)
     checkpoint.fill(model, path)
-    optimizer.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), meta["step"])
+    optimizer.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), meta["updates"])
     feed.load_state_dict(meta["feed"])
     run.step, run.tokens, run.seconds, run.best = meta["step"], meta["tokens"], meta["seconds"], meta["best"]
-    run.scale, run.saved_step, run.last = meta["scale"], meta["step"], meta["last"]
+    run.scale, run.reserve, run.saved_step, run.last = meta["scale"], meta["reserve"], meta["step"], meta["last"]
 
 
-def save(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, force: bool = False) -> None:
+def _meta(run: Run, optimizer: MuonAdamW, feed: Feed) -> dict[str, Any]:
+    """What a checkpoint of this step says beside its weights. A step that was left out makes no update: both are counted."""
+    names = ("tokens", "seconds", "best", "scale", "reserve", "last", "done")
+    return {**run.meta, **{n: getattr(run, n) for n in names}, "updates": optimizer.steps, "feed": feed.state_dict()}
+
+
+def save(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed) -> None:
     """Write a checkpoint of this step unless there is one already. Every rank must call it."""
-    if run.saved_step == run.step and not force:
+    if run.saved_step == run.step:
         return
     tensors = optimizer.state_tensors()
     if run.runtime.is_main:
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
             raise UserError(_diverged(run, "the weights are no longer finite"))
-        progress = {"tokens": run.tokens, "seconds": run.seconds, "best": run.best, "scale": run.scale, "last": run.last, "done": run.done}
-        meta = {**run.meta, **progress, "feed": feed.state_dict()}
-        checkpoint.save(run.directory, run.step, dict(model.named_parameters()), tensors, meta)
-        checkpoint.prune(run.directory, run.keep, run.best["step"] if run.best else None)
+        checkpoint.save(run.directory, run.step, dict(model.named_parameters()), tensors, _meta(run, optimizer, feed))
+        checkpoint.prune(run.directory, run.step, run.keep, run.best["step"] if run.best else None)
     run.saved_step = run.step
 
 
@@ -136,7 +141,7 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
     """
     rt = run.runtime
     began, seconds_before = run.clock(), run.seconds
-    tokens_before, training_seconds, reserve = run.tokens, 0.0, 0.0
+    tokens_before, training_seconds = run.tokens, 1e-9
     flops = model.flops_per_token()
     shown = _Line()
 
@@ -147,30 +152,37 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
         if run.budget_seconds <= 0:
             return feed.progress
         # time kept for the last evaluation and save counts as spent, so that the rate reaches its floor when training ends
-        return min(1.0, max(feed.progress, run.seconds / max(run.budget_seconds - reserve, 1e-9)))
+        return min(1.0, max(feed.progress, run.seconds / max(run.budget_seconds - run.reserve, 1e-9)))
 
-    def look(due: list[Probe]) -> float:
-        """Save, run the probes that are due, log what they saw; returns the seconds it took."""
+    def look(due: list[Probe]) -> None:
+        """Save, run the probes that are due, log what they saw and note it in the checkpoint."""
+        if not due:
+            return
         t0 = run.clock()
-        if due:
-            save(run, model, optimizer, feed)
+        save(run, model, optimizer, feed)
         for probe in due:
             numbers = _guarded(probe)
             if not numbers:
                 continue
             run.last[probe.name] = numbers
             bpb = numbers.get("val_bpb")
-            if isinstance(bpb, float) and (run.best is None or bpb < run.best["val_bpb"]):
+            if isinstance(bpb, float) and math.isfinite(bpb) and (run.best is None or bpb < run.best["val_bpb"]):
                 run.best = {"step": run.step, "val_bpb": bpb}
             run.logbook.log(kind=probe.name, step=run.step, tokens=run.tokens, seconds=round(elapsed(), 3), **numbers)
             shown.say(f"step {run.step:,}  {probe.name}: " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)))
-        return run.clock() - t0
+        run.reserve = max(run.reserve, _from_main(run.clock() - t0, rt))
+        note()
+
+    def note() -> None:
+        run.seconds = _from_main(elapsed(), rt)
+        if rt.is_main:
+            checkpoint.amend(checkpoint.folder(run.directory, run.step), _meta(run, optimizer, feed))
 
     with _Signals() as signals:
         if run.step == 0:
-            reserve = look([p for p in probes if p.start])
+            look([p for p in probes if p.start])
         run.seconds = _from_main(elapsed(), rt)
-        started_at = progress()
+        started_at = seen = progress()
         while True:
             run.seconds = _from_main(elapsed(), rt)
             now = progress()
@@ -191,7 +203,8 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             after = progress()
 
             rate = (run.tokens - tokens_before) / training_seconds
-            numbers: dict[str, Any] = {"progress": round(after, 6), "loss": loss, "lr_mult": schedule.lr_mult(now), "tok_per_sec": round(rate, 1)}
+            numbers: dict[str, Any] = {"progress": round(after, 6), "loss": loss, "lr_mult": schedule.lr_mult(now)}
+            numbers["tok_per_sec"] = round(rate, 1)
             if run.peak_flops:
                 numbers["peak_share"] = round(rate * flops / run.peak_flops, 4)
             run.logbook.log(kind="train", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **numbers)
@@ -204,19 +217,20 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
                 shown.say(f"saved step {run.step:,} in {run.directory}; go on with --resume auto")
                 raise Interrupted(signal.Signals(int(stop)).name)
             if not done:
-                if _due(run.save_every, run.step, now, after):
+                if _due(run.save_every, run.step, seen, after):
                     save(run, model, optimizer, feed)
-                took = look([p for p in probes if _due(p.every, run.step, now, after)])
-                reserve = max(reserve, took)
+                look([p for p in probes if _due(p.every, run.step, seen, after)])
+            seen = after
 
-        look(list(probes)) if probes else save(run, model, optimizer, feed)
-        run.seconds, run.done = _from_main(elapsed(), rt), True
-        save(run, model, optimizer, feed, force=True)  # once more, with the last look's numbers
+        save(run, model, optimizer, feed)
+        look(list(probes))
+        run.done = True
+        note()
     summary = {
         "steps": run.step,
         "loss": shown.average,
         "training_seconds": round(training_seconds, 2),
-        "tok_per_sec": round((run.tokens - tokens_before) / training_seconds, 1) if training_seconds else None,
+        "tok_per_sec": round((run.tokens - tokens_before) / training_seconds, 1),
         "peak_memory_bytes": rt.peak_memory(),
     }
     run.logbook.log(kind="summary", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **summary)
@@ -225,19 +239,20 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
 
 
 def _step(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, batches: list[Batch], lr_mult: float, momentum: float) -> float:
-    """Forward, backward and update over the micro-batches of one step; returns the step's loss. Halves the micro-batch when memory runs out."""
+    """Forward, backward and update over a step's micro-batches; returns the step's loss. Halves the micro-batch when memory runs out."""
     rt = run.runtime
     valid = _over_ranks(sum(int((b.targets >= 0).sum()) for b in batches), rt)
     if valid == 0:  # nothing to learn from: no gradient, and no step of momentum either
         return 0.0
-    scale = run.scale if rt.dtype is torch.float16 else 1.0
+    half = rt.dtype is torch.float16
+    scale = run.scale if half else 1 / valid  # float16 gradients keep the size of a token's; the division by N comes after
     while True:
         optimizer.zero_grad()
         total = torch.zeros((), device=rt.device)
         try:
             for b in batches:
                 loss = model.loss(b.inputs, b.targets, b.weights)
-                (loss * (scale / valid)).backward()
+                (loss * scale).backward()
                 total += loss.detach()
             break
         except RuntimeError as e:
@@ -253,18 +268,21 @@ def _step(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, batches: list[
     value = float(total) / valid
     if not math.isfinite(value):
         raise UserError(_diverged(run, f"the loss is {value}"))
-    if scale != 1.0 and not _unscale(run, optimizer, scale):
+    if half and not _unscale(run, optimizer, valid):
         return value
     optimizer.step(lr_mult, momentum)
     return value
 
 
-def _unscale(run: Run, optimizer: MuonAdamW, scale: float) -> bool:
-    """Divide the gradients by the loss scale; False (and a lower scale) when one overflowed, so that the step is left out on all ranks."""
+def _unscale(run: Run, optimizer: MuonAdamW, valid: int) -> bool:
+    """
+    Divide the gradients by the loss scale and by N; False (and half the scale) when one overflowed, so that all ranks leave the step out.
+    The scale doubles over 1,000 good steps, up to what float16 itself can hold.
+    """
     grads = [p.grad for p in optimizer.params if p.grad is not None]
-    torch._foreach_div_(grads, scale)
+    torch._foreach_div_(grads, run.scale * valid)
     overflow = _over_ranks(sum(int(not torch.isfinite(g).all()) for g in grads), run.runtime)
-    run.scale = max(1.0, scale / 2) if overflow else min(2.0**24, scale * 2 ** (1 / 1000))
+    run.scale = max(2.0**-10, run.scale / 2) if overflow else min(2.0**15, run.scale * 2 ** (1 / 1000))
     return not overflow
 
 
