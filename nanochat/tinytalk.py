@@ -13,7 +13,7 @@ from nanochat.tinylexicon import ATTRIBUTES, NUMBERS, Draw, Slots, held, world
 
 # kind -> chance level: what a guess among the right sort of answers scores
 KINDS: dict[str, float] = {
-    "smalltalk": 0.04, "context": 0.4, "facts": 0.09, "choice": 0.36, "arithmetic": 0.03, "spelling": 0.0, "counting": 0.5,
+    "smalltalk": 0.05, "context": 0.36, "facts": 0.09, "choice": 0.36, "arithmetic": 0.03, "spelling": 0.0, "counting": 0.5,
 }  # fmt: skip
 # what may not stand among the wrong options, because it could pass for the right one; and which statements go together in one story
 WIDER = {"animal": ("bird", "insect"), "fruit": ("vegetable",), "vegetable": ("fruit",), "tree": ("fruit",), "flower": ("fruit",)}
