@@ -56,6 +56,8 @@ class GPTConfig(Arch):
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: n_head must be a multiple of n_kv_head")
         if not 0 <= self.softcap < torch.inf:
             raise UserError(f"softcap is {self.softcap}: it must be 0 (none) or above")
+        if self.activation not in ("relu2", "gelu", "silu", "swiglu"):
+            raise UserError(f"activation is {self.activation!r}: choose relu2, gelu, silu or swiglu")
         if not self.window_pattern or set(self.window_pattern) - {"L", "S"}:
             raise UserError(f"window_pattern is {self.window_pattern!r}: write it with the letters L and S, for example SSSL")
 

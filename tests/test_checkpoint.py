@@ -1,0 +1,340 @@
+"""Checkpoints: what is written comes back; damage, kills and full disks cost nothing; nothing in one can run code."""
+
+import ast
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from nanochat import checkpoint
+from nanochat.common import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(directory: Path, step: int, value: float = 1.0, **meta) -> Path:
+    tensors = {"w": torch.full((64, 64), value), "b": torch.arange(7.0) + step}
+    return checkpoint.save(directory, step, tensors, {"w/momentum": torch.full((64, 64), -value)}, {**tiny.meta(tiny.model()), **meta})
+
+
+def found(directory: Path) -> int | None:
+    path = checkpoint.find(directory)
+    return None if path is None else checkpoint.read_meta(path)["step"]
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+# ---- round trip
+
+
+def test_what_is_written_comes_back(tmp_path):
+    path = write(tmp_path, 120, tokens=5, last={"eval": {"val_bpb": 0.9}})
+    assert path.name == "step_000120"
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "meta.json", "model.safetensors", "optim.safetensors"]
+    meta, tensors = checkpoint.read_meta(path), checkpoint.Tensors(path / "model.safetensors")
+    assert meta["step"] == 120 and meta["last"] == {"eval": {"val_bpb": 0.9}}
+    assert set(tensors) == {"w", "b"} and len(tensors) == 2
+    assert torch.equal(tensors["b"], torch.arange(7.0) + 120)
+    with pytest.raises(KeyError):
+        tensors["absent"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000120"]
+
+
+def test_the_same_step_again(tmp_path):
+    write(tmp_path, 3, 1.0)
+    path = write(tmp_path, 3, 2.0)
+    assert checkpoint.Tensors(path / "model.safetensors")["w"][0, 0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"] and not checkpoint.damage(path)
+
+
+def test_amended_metadata(tmp_path):
+    path = write(tmp_path, 3, done=False)
+    for done in (False, True):
+        checkpoint.amend(path, {**tiny.meta(tiny.model()), "done": done, "text": "añ"})
+        assert not checkpoint.damage(path)
+        assert checkpoint.read_meta(path)["done"] is done and checkpoint.read_meta(path)["step"] == 3
+
+
+def test_amending_is_safe_at_every_moment(tmp_path, monkeypatch):
+    path = write(tmp_path, 3, done=False)
+    real = checkpoint.atomic_write
+    for killed_before in (1, 2):
+        calls = []
+
+        def write_or_die(where, data, calls=calls, killed_before=killed_before):
+            calls.append(where)
+            if len(calls) == killed_before:
+                raise KeyboardInterrupt
+            real(where, data)
+
+        monkeypatch.setattr(checkpoint, "atomic_write", write_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.amend(path, {"done": True})
+        assert not checkpoint.damage(path) and checkpoint.read_meta(path)["done"] is False
+
+
+def test_a_model_comes_back_with_its_tokenizer_checked(tmp_path):
+    m = tiny.model(tie_embeddings=True)
+    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
+    again, meta = checkpoint.load_model(path, "cpu", torch.float32, "f" * 64)
+    assert tiny.same(tiny.weights(again), tiny.weights(m)) and meta["stage"] == "base"
+    with pytest.raises(UserError, match=r"was trained with tokenizer ffffffffffff, the one in .* is aaaaaaaaaaaa: restore"):
+        checkpoint.load_model(path, "cpu", torch.float32, "a" * 64)
+
+
+def test_bfloat16_and_turned_tensors(tmp_path):
+    whole = torch.randn(8, 8).bfloat16()
+    path = checkpoint.save(tmp_path, 0, {"whole": whole, "turned": whole.t()}, {}, {})
+    tensors = checkpoint.Tensors(path / "model.safetensors")
+    assert torch.equal(tensors["whole"], whole) and torch.equal(tensors["turned"], whole.t())
+
+
+# ---- finding and pruning
+
+
+def test_the_newest_is_found_by_number(tmp_path):
+    for step in (999_999, 1_000_000, 5):
+        write(tmp_path, step)
+    (tmp_path / "step_notes").mkdir()
+    assert found(tmp_path) == 1_000_000
+    assert [checkpoint.read_meta(p)["step"] for p in checkpoint.steps(tmp_path)] == [5, 999_999, 1_000_000]
+    assert checkpoint.find(tmp_path, 5).name == "step_000005"
+    assert checkpoint.find(tmp_path, 6) is None and checkpoint.find(tmp_path / "absent") is None
+
+
+def test_pruning_keeps_the_last_and_the_best(tmp_path):
+    for step in range(0, 60, 10):
+        write(tmp_path, step)
+    (tmp_path / ".step_000060.77.tmp").mkdir()
+    checkpoint.prune(tmp_path, 50, keep=2, best=10)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000010", "step_000040", "step_000050"]
+    checkpoint.prune(tmp_path, 50, keep=1, best=None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000050"]
+
+
+def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path):
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    for step in (20, 30):
+        (checkpoint.folder(tmp_path, step) / "meta.json").write_text("{")
+    assert found(tmp_path) == 10
+    write(tmp_path, 15)
+    checkpoint.prune(tmp_path, 15, keep=1, best=None)
+    assert found(tmp_path) == 15
+
+
+def test_locating(base):
+    with pytest.raises(UserError, match=r"there is no base checkpoint under .*: make one with python -m scripts.base_train"):
+        checkpoint.locate("base")
+    old, new = write(checkpoint.run_directory("base", "d4"), 7), write(checkpoint.run_directory("base", "d2"), 3)
+    os.utime(old, (1, 1))
+    assert checkpoint.locate("base") == new
+    assert checkpoint.locate("base", "d4") == old
+    assert checkpoint.locate("base", "d4", 7) == old
+    with pytest.raises(UserError, match="no base checkpoint tagged 'd4' at step 8"):
+        checkpoint.locate("base", "d4", 8)
+    for wrong in ("", "../evil", "a/b", ".hidden"):
+        with pytest.raises(UserError, match="cannot be a folder name"):
+            checkpoint.run_directory("base", wrong)
+    with pytest.raises(UserError, match="no stage 'bass'"):
+        checkpoint.run_directory("bass", "d4")
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_damage_is_noticed_and_passed_over(tmp_path, seed, capsys):
+    write(tmp_path, 10)
+    path, rng = write(tmp_path, 20), random.Random(seed)
+    victim = path / rng.choice(["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"])
+    data = bytearray(victim.read_bytes())
+    at = rng.randrange(len(data))
+    if seed % 3 == 0:
+        victim.write_bytes(data[:at])  # truncated
+    elif seed % 3 == 1:
+        data[at] ^= 1 << rng.randrange(8)
+        victim.write_bytes(data)
+        if victim.name == "manifest.json":  # a flipped space harms nothing; a flipped hash does
+            victim.write_bytes(b"[]")
+    else:
+        victim.unlink()
+    assert found(tmp_path) == 10
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "passing over the damaged checkpoint" in said and "step_000020" in said
+
+
+def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
+    path = write(tmp_path, 1)
+    file = path / "model.safetensors"
+    for size in (0, 4, 100, file.stat().st_size - 1):
+        os.truncate(file, size)
+        with pytest.raises(UserError, match=r"cannot read .*model.safetensors .*damaged or truncated"):
+            checkpoint.Tensors(file)
+    for text in ("", "{", "\xff"):
+        (path / "meta.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=r"cannot read .*meta.json"):
+            checkpoint.read_meta(path)
+    (path / "meta.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="has checkpoint format 99, this version reads 1"):
+        checkpoint.read_meta(path)
+
+
+def test_unknown_architecture_knobs():
+    meta = tiny.meta(tiny.model())
+    meta["config"] = {**meta["config"], "mixture_of": 8}
+    with pytest.raises(UserError, match=r"knobs that this version does not have \(mixture_of\): use the version that wrote it"):
+        checkpoint.config_of(meta)
+
+
+def test_another_architecture(tmp_path):
+    m = tiny.model()
+    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
+    with pytest.raises(UserError, match=r"holds \(64, 32\) for embed.weight where the model needs \(64, 64\)"):
+        checkpoint.fill(tiny.model(n_embd=64), path)
+    with pytest.raises(UserError, match=r"holds nothing for blocks.2"):
+        checkpoint.fill(tiny.model(n_layer=3), path)
+
+
+# ---- full disks and kills
+
+
+@pytest.mark.parametrize("fails_at", ["model", "optim", "meta"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails_at, again):
+    write(tmp_path, 10, 1.0)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(tensors, path):
+        if Path(path).stem == fails_at:
+            Path(path).write_bytes(b"half")
+            raise full
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    if fails_at == "meta":
+        monkeypatch.setattr(checkpoint, "_sync", lambda path: (_ for _ in ()).throw(full))
+    step = 10 if again else 20
+    with pytest.raises(UserError, match=rf"cannot write the checkpoint .*step_0000{step} .*No space left.*: free some space"):
+        write(tmp_path, step, 2.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000010"]
+    assert found(tmp_path) == 10
+    assert checkpoint.Tensors(tmp_path / "step_000010" / "model.safetensors")["w"][0, 0] == 1
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, "tests")
+from nanochat import checkpoint
+directory, step = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    w = torch.full((400, 400), float(step))
+    path = checkpoint.save(directory, step, {"w": w}, {"m": -w}, {"done": False})
+    checkpoint.amend(path, {"done": True})
+    checkpoint.prune(directory, step, 2, None)
+    print(step, flush=True)
+    step += 1
+"""
+
+
+def test_kill_at_any_moment_of_writing(tmp_path):
+    """kill -9 in a loop of saves: whatever was reported written, or something newer, is found intact afterwards."""
+    rng, step = random.Random(0), 0
+    for _ in range(4):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(step)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.05, 0.4))
+        writer.send_signal(signal.SIGKILL)
+        reported = writer.communicate()[0].split()
+        now = found(tmp_path)
+        if reported:
+            assert now is not None and now >= int(reported[-1])
+        if now is not None:
+            path = checkpoint.find(tmp_path)
+            assert (checkpoint.Tensors(path / "model.safetensors")["w"] == now).all()
+            assert (checkpoint.Tensors(path / "optim.safetensors")["m"] == -now).all()
+            step = now
+    assert step > 0
+    write(tmp_path, step + 1)
+    checkpoint.prune(tmp_path, step + 1, 2, None)
+    assert not list(tmp_path.glob(".*")), "what crashed writers left is swept up"
+
+
+def test_every_cut_of_a_write_leaves_the_previous_one(tmp_path):
+    """A writer that stopped after any of its files: the folder has no manifest, or its temporary name still."""
+    good = write(tmp_path, 10)
+    names = ["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"]
+    for n in range(len(names)):
+        for name in ("step_000020", ".step_000020.1.tmp"):
+            part = tmp_path / name
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            for file in names[:n]:
+                shutil.copy(good / file, part / file)
+            assert found(tmp_path) == 10
+            shutil.rmtree(part)
+
+
+# ---- memory and safety
+
+
+def test_loading_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    m = tiny.model(n_layer=6)
+    o = tiny.optimizer(m)
+    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), o.state_tensors(), tiny.meta(m))
+    largest = max(p.numel() * 4 for p in m.parameters())
+    alive: dict[int, int] = {}
+    peak, read = 0, []
+    real = checkpoint.Tensors.__getitem__
+
+    def watched(self, name):
+        nonlocal peak
+        import weakref
+
+        t = real(self, name)
+        read.append(name)
+        alive[id(t)] = t.numel() * 4
+        weakref.finalize(t, alive.pop, id(t))
+        peak = max(peak, sum(alive.values()))
+        return t
+
+    monkeypatch.setattr(checkpoint.Tensors, "__getitem__", watched)
+    checkpoint.fill(m, path)
+    assert sorted(read) == sorted(n for n, _ in m.named_parameters()), "each tensor is read once"
+    o.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), 0)
+    assert peak <= 2 * largest
+
+
+def test_nothing_that_is_loaded_can_run_code():
+    for file in [*ROOT.glob("nanochat/**/*.py"), *ROOT.glob("scripts/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
+                assert not {n.split(".")[0] for n in names} & {"pickle", "dill", "joblib", "shelve", "marshal"}, file
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                assert (node.func.value.id, node.func.attr) not in {("torch", "load"), ("torch", "save")}, file
+
+
+def test_a_strangers_metadata_is_data(tmp_path):
+    path = write(tmp_path, 0)
+    meta = json.loads((path / "meta.json").read_text())
+    meta["config"]["activation"] = "__import__('os').abort()"
+    with pytest.raises(UserError, match="activation"):
+        checkpoint.config_of(meta)
