@@ -9,18 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits of one chunk: on a CPU they should stay in the cache
-
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # logits of one chunk: on a CPU its few temporaries should stay in the cache
+BLOCK_CHUNKS = {"cpu": 8, "cuda": 1}  # chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(logits / softcap) in float32; softcap 0 means none."""
-    return _cap(logits.float(), softcap)[0] if softcap > 0 else logits.float()
-
-
-def _cap(z: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """(softcap * tanh(z / softcap), sigmoid(2 z / softcap)): tanh(x) = 2 sigmoid(2 x) - 1, and a CPU's sigmoid is six times as fast."""
-    s = torch.sigmoid(z * (2 / softcap))
-    return s * (2 * softcap) - softcap, s
+    logits = logits.float()  # tanh(x) = 2 sigmoid(2 x) - 1, and a CPU's sigmoid is six times as fast
+    return torch.sigmoid(logits * (2 / softcap)) * (2 * softcap) - softcap if softcap > 0 else logits
 
 
 def _chunk_forward(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -28,17 +23,17 @@ def _chunk_forward(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> Ten
     return F.cross_entropy(capped(x @ w.t(), softcap), targets, ignore_index=-1, reduction="none")
 
 
-def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """The rows' losses (R) and d(sum of weights * loss)/d(uncapped logits) (R, V) in x's dtype."""
+def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """The rows' losses (R), 0 where the target is -1, and their d/d(uncapped logits) / 4 (R, V) in x's dtype."""
     z, s = (x @ w.t()).float(), None
     if softcap > 0:
-        z, s = _cap(z, softcap)
+        s = z.mul_(2 / softcap).sigmoid_()  # the cap is softcap * (2 s - 1); the softmax does not mind the constant
+        z = s * (2 * softcap)
     d = torch.log_softmax(z, dim=-1)
     index = targets.clamp(min=0)[:, None]
     nll = -d.gather(1, index).squeeze(1) * (targets >= 0)
-    d = d.exp_().scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape)).mul_(weights[:, None])
-    if s is not None:
-        d = d.mul_(s).mul_((1 - s).mul_(4))  # tanh' = 1 - tanh^2 = 4 s (1 - s)
+    d = d.exp_().scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape))
+    d = d.mul_(torch.addcmul(s, s, s, value=-1)) if s is not None else d.mul_(0.25)  # tanh' = 1 - tanh^2 = 4 s (1 - s)
     return nll, d.to(x.dtype)
 
 
@@ -46,17 +41,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """sum(weights * nll) with the gradients of x and w formed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, rows: int, both) -> Tensor:
-        w = weight.to(x.dtype)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, both) -> Tensor:
+        w, rows = weight.to(x.dtype), chunk_rows(x, weight)
+        block = rows * BLOCK_CHUNKS.get(x.device.type, 1)
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        for at in range(0, x.size(0), rows):
-            part = slice(at, at + rows)
-            nll, d = both(x[part], w, targets[part], weights[part], softcap)
-            total += (nll * weights[part]).sum()
-            torch.mm(d, w, out=dx[part])
-            dw += d.t() @ x[part]
+        d = torch.empty(min(block, x.size(0)), weight.size(0), dtype=x.dtype, device=x.device)
+        for first in range(0, x.size(0), block):
+            whole = slice(first, min(first + block, x.size(0)))
+            for at in range(first, whole.stop, rows):
+                part = slice(at, min(at + rows, whole.stop))
+                nll, d[at - first : part.stop - first] = both(x[part], w, targets[part], softcap)
+                total += (nll * weights[part]).sum()
+            here = d[: whole.stop - first]
+            scale = (4 * weights[whole, None]).to(x.dtype)
+            torch.mul(here @ w, scale, out=dx[whole])
+            dw += here.t() @ (x[whole] * scale)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return total
@@ -65,13 +66,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads):
         dx, dw = ctx.saved_tensors
         g = grads[0]
-        return dx * g.to(dx.dtype), (dw.mul_(g)).to(ctx.weight_dtype), None, None, None, None, None
+        return dx * g.to(dx.dtype), (dw.mul_(g)).to(ctx.weight_dtype), None, None, None, None
 
 
 _compiled: dict[str, object] = {}
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, softcap: float = 0.0, compiled: bool = False) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, softcap: float = 0.0, compiled: bool = False
+) -> Tensor:
     """
     The sum over valid positions of weights * -log softmax(cap(x W^T))[target]: a float32 scalar, 0 when no target is valid.
 
@@ -83,7 +86,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, weights: Te
     both = _chunk_both
     if compiled:
         both = _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
-    return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, chunk_rows(x, weight), both)  # type: ignore[return-value]
+    return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, both)  # type: ignore[return-value]
 
 
 @torch.no_grad()

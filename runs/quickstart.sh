@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# From nothing to a chat: environment, embedded corpus, tokenizer, pretraining, midtraining, finetuning, evaluation after each stage.
+#     bash runs/quickstart.sh                 12 minutes on two CPU cores, installation included; a GPU is used if there is one
+#     bash runs/quickstart.sh --minutes 30    the same with more training
+# Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+minutes=12
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --minutes=*) minutes=${1#*=}; shift ;;
+        --minutes) minutes=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
+        -h | --help) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" 2>/dev/null || sed -n '2,5s/^# \{0,1\}//p' runs/quickstart.sh; exit 0 ;;
+        *) echo "error: quickstart.sh does not know $1: it takes --minutes N" >&2; exit 2 ;;
+    esac
+done
+if ! [[ "$minutes" =~ ^[0-9]+$ ]] || [ "$minutes" -lt 3 ]; then
+    echo "error: --minutes is '$minutes': give a whole number of at least 3" >&2
+    exit 2
+fi
+
+say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+say "environment"
+if [ ! -x .venv/bin/python ]; then
+    python=""
+    for candidate in python3.11 python3 python3.12 python3.13 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+    done
+    if [ -z "$python" ]; then
+        echo "error: no Python 3.11 or newer here: install python3.11 and its venv module" >&2
+        exit 2
+    fi
+    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot make a virtual environment: install its venv module" >&2; exit 2; }
+fi
+source .venv/bin/activate
+if ! cmp -s pyproject.toml .venv/installed; then
+    echo "installing (a minute or two)"
+    PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet -e . 2>.venv/pip.log || {
+        tail -5 .venv/pip.log >&2
+        echo "error: the installation failed (see above): check that the package index can be reached, then start this again" >&2
+        exit 2
+    }
+    cp pyproject.toml .venv/installed
+fi
+
+tag=quickstart
+[ "$minutes" = 12 ] || tag="quickstart-$minutes"
+out="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/quickstart"
+notes="$out/$minutes-minutes" # what is done, how the time is split, the seconds of earlier, interrupted starts
+mkdir -p "$notes"
+before=$(cat "$notes/seconds" 2>/dev/null || echo 0)
+trap 'echo $((before + SECONDS)) >"$notes/seconds"' EXIT
+
+step() { # step NAME COMMAND...: once; what is done stays done
+    [ -e "$notes/$1.done" ] && return
+    say "$1"
+    "${@:2}"
+    touch "$notes/$1.done"
+}
+
+step tokenizer python -m scripts.tok_train --data tinyworld --vocab_size=2048
+
+# What is left of the time goes to the stages; the split is fixed at the first start, so that an interrupted stage keeps its length.
+if [ ! -e "$notes/plan" ]; then
+    python - "$minutes" "$SECONDS" >"$notes/plan" <<'PLAN'
+import sys
+left = max(60.0, float(sys.argv[1]) * 60 * 0.95 - float(sys.argv[2]) - 60)  # a minute for starting programs, evaluations and the summary
+for stage, share in (("base", 0.50), ("mid", 0.38), ("sft", 0.12)):
+    print(f"{stage}={left * share / 60:.2f}")
+PLAN
+fi
+source "$notes/plan"
+
+step pretraining python -m scripts.base_train --model_tag=$tag --resume=auto --max_minutes="$base" --data tinyworld \
+    --depth=4 --model_dim=256 --head_dim=64 --sequence_len=256 --total_batch_size=8192 --eval_tokens=65536 --eval_every=0.2
+step "questions to the base model" python -m scripts.chat_eval -i base -g $tag
+step midtraining python -m scripts.mid_train --model_tag=$tag --resume=auto --max_minutes="$mid" --eval_tokens=32768 --eval_every=0.25
+step "questions to the midtrained model" python -m scripts.chat_eval -i mid -g $tag
+step finetuning python -m scripts.chat_sft --model_tag=$tag --resume=auto --max_minutes="$sft" --eval_tokens=32768 --eval_every=0.5
+step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g $tag
+
+say "summary"
+python -m scripts.summary --model_tag=$tag --out="$out" --seconds=$((before + SECONDS))
+echo
+echo "Talk to it:"
+echo "    source .venv/bin/activate"
+echo "    python -m scripts.chat_cli"
