@@ -107,8 +107,10 @@ def parse(cls: type[K], argv: Sequence[str] | None, command: str, stage: str, ta
     found = checkpoint.find(checkpoint.run_directory(stage, tag_of(k))) if k.resume == "auto" else None
     if found is None:
         return k, origins, None
-    before = checkpoint.read_meta(found)["knobs"]
-    k, origins = knobs.parse(cls, argv, command=command, inherited={n: v for n, v in before.items() if n not in ("resume", "new_horizon")})
+    meta = checkpoint.read_meta(found)
+    before = {n: v for n, v in meta["knobs"].items() if n not in ("resume", "new_horizon")}
+    k, origins = knobs.parse(cls, argv, command=command, inherited=before)
+    origins = {n: meta["origins"].get(n, o) if o == "inherited" else o for n, o in origins.items()}  # where the run itself had it from
     changed = [n for n in HORIZONS if n in before and getattr(k, n) != before[n]]
     if changed and not k.new_horizon:
         n = changed[0]

@@ -169,7 +169,8 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             if isinstance(bpb, float) and math.isfinite(bpb) and (run.best is None or bpb < run.best["val_bpb"]):
                 run.best = {"step": run.step, "val_bpb": bpb}
             run.logbook.log(kind=probe.name, step=run.step, tokens=run.tokens, seconds=round(elapsed(), 3), **numbers)
-            shown.say(f"step {run.step:,}  {probe.name}: " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)))
+            if said := "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)):
+                shown.say(f"step {run.step:,}  {probe.name}: {said}")
         run.reserve = max(run.reserve, _from_main(run.clock() - t0, rt))
         note()
 

@@ -1,5 +1,7 @@
 """What the tests of the core share: a model that trains in milliseconds, a feed of given batches, a run in a folder of its own."""
 
+import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.logbook import Logbook
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, 42, False)
 RATES = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "lr_scale": 1.0, "weight_decay": 0.0}
@@ -92,3 +95,18 @@ def weights(m: GPT) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def workplace(directory: Path) -> list[str]:
+    """A base folder with a tokenizer and a small text; returns the flags of a base_train that takes a second or two on them."""
+    rng = random.Random(0)
+    nouns = ["cat", "dog", "boat", "tree", "river", "song", "hat", "stone"]
+    verbs = ["sees", "likes", "finds", "follows", "paints", "forgets"]
+    sentences = [f"The {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(3000)]
+    lines = [" ".join(rng.choices(sentences, k=rng.randint(2, 9))) for _ in range(600)]
+    text = directory / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
+    Tokenizer.train(lines, 300).save(directory / "tokenizer")
+    sizes = ["--depth=2", "--model_dim=32", "--head_dim=8", "--kv_ratio=0.5", "--sequence_len=32"]
+    machine = ["--total_batch_size=1024", "--device_batch_size=16", "--device_type=cpu", "--dtype=float32"]
+    return [f"--data=own={text}", *sizes, *machine, "--eval_tokens=2000", "--sample_every=0", "--model_tag=t"]
