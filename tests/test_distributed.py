@@ -1,0 +1,163 @@
+"""Two gloo ranks do what one does: losses, weights, odd tables, checkpoints that pass between one and two ranks."""
+
+import os
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from nanochat import checkpoint, logbook, trainer
+from nanochat.dataloader import Batch
+from nanochat.optim import Group, MuonAdamW
+from nanochat.schedule import Schedule
+
+STEPS, STOP = 6, 3
+SHAPES = {"muon": [(16, 8), (16, 8), (16, 8), (8, 16), (5, 7)], "adamw": [(7, 3), (64, 4), (2, 2), (1, 6)]}
+SCHEDULE = Schedule(decay=0.5, momentum_warmup=4)
+
+
+class Share(tiny.ListFeed):
+    """What one rank gets of every step: unequal shares, in one step nothing; a signal to all in the course of step `stop`."""
+
+    def __init__(self, rank: int, world: int, stop: int = 0):
+        super().__init__([tiny.batch(rows=7, seed=i, ignored=0.4) for i in range(STEPS)], device_rows=3)
+        self.rank, self.world, self.stop = rank, world, stop
+
+    def __next__(self):
+        whole = trainer.recut(super().__next__(), 1)
+        if self.step == self.stop and self.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.world == 1:
+            return trainer.recut([_join(whole)], self.device_rows)
+        if self.step == 2:  # one rank has it all, the other a row that is all ignored
+            mine = whole if self.rank else [Batch(whole[0].inputs, torch.full_like(whole[0].targets, -1))]
+        else:
+            mine = whole[self.rank :: self.world]
+        return trainer.recut([_join(mine)], self.device_rows)
+
+
+def _join(batches):
+    return Batch(torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches]))
+
+
+def train(directory: Path, rank: int, world: int, tied: bool, stop: int = 0, resume: bool = False) -> None:
+    """A run of STEPS steps, stopped in the course of `stop`, or going on from what `directory` holds."""
+    rt = replace(tiny.CPU, rank=rank, world_size=world)
+    m = tiny.randomise(tiny.model(tie_embeddings=tied))
+    o, feed = tiny.optimizer(m, rt, weight_decay=0.01), Share(rank, world, stop)
+    path = checkpoint.find(directory) if resume else None
+    run = tiny.run(directory, m, runtime=rt, step=checkpoint.read_meta(path)["step"] if path else 0)
+    if path:
+        trainer.restore(run, path, m, o, feed)
+    try:
+        trainer.fit(run, m, o, feed, SCHEDULE, [trainer.Probe("eval", 2, lambda: {"val_bpb": float(10 - run.step)}, start=True)])
+    except trainer.Interrupted:
+        assert stop
+    run.logbook.close()
+
+
+def odd_updates(directory: Path, rank: int, world: int) -> None:
+    """Optimizer steps on odd numbers of matrices and on tables whose rows do not divide; state gathered, dealt out anew, and on."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {f"{kind}{i}": s for kind in SHAPES for i, s in enumerate(SHAPES[kind])}
+    params = {n: torch.nn.Parameter(torch.randn(s, generator=g)) for n, s in shapes.items()}
+
+    def optimizer():
+        names = {kind: [n for n in params if n.startswith(kind)] for kind in SHAPES}
+        return MuonAdamW([Group(kind, names[kind], [params[n] for n in names[kind]], 0.05) for kind in SHAPES], torch.float32)
+
+    o = optimizer()
+    for step in range(4):
+        for n, p in params.items():
+            parts = torch.randn((2, *p.shape), generator=g)  # what two ranks would contribute
+            p.grad = parts.sum(0) if world == 1 else parts[rank].clone()
+            if n == "muon1" and step == 1:
+                p.grad = None
+        o.step(1 - step / 8, 0.9)
+        if step == 1:
+            state, steps = {k: t.clone() for k, t in o.state_tensors().items()}, o.steps
+            o = optimizer()
+            o.load_state_tensors(state, steps)
+    tensors = {**{n: p.detach() for n, p in params.items()}, **o.state_tensors()}
+    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / f"odd_{world}_{rank}.safetensors")
+
+
+def worker(rank: int, port: int, base: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    odd_updates(base, rank, 2)
+    for tied in (False, True):
+        train(base / f"two_{tied}", rank, 2, tied)
+    train(base / "begun_by_two", rank, 2, False, stop=STOP)
+    train(base / "begun_by_one", rank, 2, False, resume=True)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """All that one rank and two ranks write, in one start of two processes."""
+    base = tmp_path_factory.mktemp("ranks")
+    for tied in (False, True):
+        train(base / f"one_{tied}", 0, 1, tied)
+    train(base / "begun_by_one", 0, 1, False, stop=STOP)
+    odd_updates(base, 0, 1)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(worker, (port, base), nprocs=2)
+    train(base / "begun_by_two", 0, 1, False, resume=True)
+    return base
+
+
+def assert_alike(run: Path, expected: Path) -> None:
+    a, b = ([r["loss"] for r in logbook.read(d) if r["kind"] == "train"] for d in (run, expected))
+    assert len(a) == STEPS and a == pytest.approx(b, rel=2e-5)
+    a, b = checkpoint.find(run), checkpoint.find(expected)
+    assert a.name == b.name == f"step_{STEPS:06d}" and checkpoint.read_meta(a)["updates"] == STEPS
+    for file in ("model.safetensors", "optim.safetensors"):
+        x, y = load_file(a / file), load_file(b / file)
+        assert x.keys() == y.keys()
+        for name in x:
+            assert (x[name] - y[name]).norm() <= 1e-3 * y[name].norm() + 1e-6, (file, name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_ranks_are_one(base, tied):
+    assert_alike(base / f"two_{tied}", base / f"one_{tied}")
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_on_one(base):
+    assert_alike(base / "begun_by_two", base / "one_False")
+
+
+def test_a_checkpoint_of_one_rank_goes_on_on_two(base):
+    assert_alike(base / "begun_by_one", base / "one_False")
+
+
+def test_odd_shapes(base):
+    one, *two = (load_file(base / f"odd_{w}_{r}.safetensors") for w, r in ((1, 0), (2, 0), (2, 1)))
+    for t in two:
+        assert t.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(t[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert all(torch.equal(two[0][name], two[1][name]) for name in one), "the ranks agree to the bit"
+
+
+def test_state_is_dealt_out():
+    """Of two ranks each holds half of the state (here without processes, by the arithmetic of ownership)."""
+    m = tiny.model(n_layer=4)
+    o = tiny.optimizer(m)
+    o.world = 2
+    held = []
+    for o.rank in (0, 1):
+        rows = [o._rows(m.embed.weight), o._rows(torch.empty(7, 3))]
+        held.append(rows)
+    assert held == [[slice(0, 32), None], [slice(32, 64), None]]
