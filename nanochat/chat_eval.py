@@ -55,14 +55,25 @@ def choose_letters(engine: Engine, prompts: Sequence[list[int]], letters: Sequen
     model, tok = engine.model, engine.tokenizer
     device = model.embed.weight.device
     longest = max(map(len, prompts))
-    idx = torch.tensor([p + [tok.bos] * (longest - len(p)) for p in prompts], device=device)  # padding follows: causal attention never sees it
+    # padding follows the prompt, where causal attention never sees it
+    idx = torch.tensor(
+        [p + [tok.bos] * (longest - len(p)) for p in prompts], device=device
+    )
     last = model(idx)[torch.arange(len(prompts), device=device), torch.tensor([len(p) - 1 for p in prompts], device=device)]
     logits = model.logits(last).cpu()
     ids = [[tok.encode(letter)[0] for letter in row] for row in letters]
     return [row[int(logits[i, options].argmax())] for i, (row, options) in enumerate(zip(letters, ids, strict=True))]
 
 
-def judge(engine: Engine, task: Task, items: Sequence[Item], *, rows: int = 64, max_tokens: int = 64, progress: Callable[[int], None] = lambda done: None) -> list[bool]:
+def judge(
+    engine: Engine,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    rows: int = 64,
+    max_tokens: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[bool]:
     """The verdict on the model's answer to every item, greedily sampled, in the items' order. Prompts of like length share a batch."""
     tok = engine.tokenizer
     room = engine.model.config.sequence_len - 1
@@ -100,10 +111,18 @@ def _replies(engine: Engine, task: Task, prompts: list[list[int]], items: list[I
 
 
 def summarise(by_task: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Overall accuracy over all items, ChatCORE (the mean over tasks of accuracy above chance, scaled so that 1 is perfect), and the tasks."""
+    """Accuracy over all items, ChatCORE (the tasks' mean accuracy above chance, scaled so that 1 is perfect), and the tasks."""
     n = sum(int(t["n"]) for t in by_task.values())
     right = round(sum(t["accuracy"] * t["n"] for t in by_task.values()))
     chance = sum(t["chance"] * t["n"] for t in by_task.values()) / max(1, n)
     centred = [(t["accuracy"] - t["chance"]) / (1 - t["chance"]) for t in by_task.values()]
     lo, hi = wilson(right, n)
-    return {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi, "chatcore": sum(centred) / max(1, len(centred)), "kinds": by_task}
+    return {
+        "accuracy": right / max(1, n),
+        "n": n,
+        "chance": chance,
+        "lo": lo,
+        "hi": hi,
+        "chatcore": sum(centred) / max(1, len(centred)),
+        "kinds": by_task,
+    }

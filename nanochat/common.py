@@ -78,7 +78,7 @@ def human(n: float) -> str:
 
 def duration(seconds: float) -> str:
     """75 -> '1m15s', 5 -> '5s', 7260 -> '2h01m'."""
-    s = int(round(seconds))
+    s = round(seconds)
     if s < 60:
         return f"{s}s"
     if s < 3600:

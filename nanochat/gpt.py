@@ -49,11 +49,15 @@ class GPTConfig(Arch):
             if not 0 < getattr(self, name) < torch.inf:  # which NaN is not either
                 raise UserError(f"{name} is {getattr(self, name)}: it must be a number above 0")
         if self.n_embd % self.n_head:
-            raise UserError(f"a width of {self.n_embd} does not divide into {self.n_head} heads: choose model_dim as a multiple of head_dim")
+            raise UserError(
+                f"a width of {self.n_embd} does not divide into {self.n_head} heads: choose model_dim as a multiple of head_dim"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim} (width {self.n_embd} / {self.n_head} heads): rotary embeddings need an even one")
         if self.n_head % self.n_kv_head:
-            raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: n_head must be a multiple of n_kv_head")
+            raise UserError(
+                f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: make n_head a multiple of n_kv_head"
+            )
         if not 0 <= self.softcap < torch.inf:
             raise UserError(f"softcap is {self.softcap}: it must be 0 (none) or above")
         if self.activation not in ("relu2", "gelu", "silu", "swiglu"):
@@ -203,7 +207,9 @@ class GPT(nn.Module):
         """(Re)compute the rotary tables for positions 0..positions-1: (positions, head_dim / 2) each, in the compute dtype."""
         device = self.embed.weight.device
         channel = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
-        angle = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), self.config.rope_base ** (-channel / self.config.head_dim))
+        angle = torch.outer(
+            torch.arange(positions, dtype=torch.float32, device=device), self.config.rope_base ** (-channel / self.config.head_dim)
+        )
         self.cos, self.sin = angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
 
     @torch.no_grad()
@@ -222,7 +228,7 @@ class GPT(nn.Module):
                 p.zero_()
 
     def cast_for_inference(self) -> "GPT":
-        """Keep the weights in the compute dtype (half the memory to read a token in bf16). Not for training: the master weights are gone."""
+        """Keep the weights in the compute dtype (in bf16, half the memory to read a token). Ends training: the master weights are gone."""
         return self.to(self.compute_dtype).requires_grad_(False)
 
     def compile(self) -> "GPT":  # type: ignore[override]  (nn.Module.compile wraps __call__; we compile the body and leave the keys clean)
@@ -253,7 +259,7 @@ class GPT(nn.Module):
         return n
 
     def flops_per_token(self, sequence_len: int | None = None) -> float:
-        """Training FLOPs a token (forward and backward): 6 x matmul parameters + 12 x heads x head_dim x mean attended length, summed over layers."""
+        """Training FLOPs a token, forward and backward: 6 x matmul parameters + 12 x heads x head_dim x mean attended length a layer."""
         T = sequence_len or self.config.sequence_len
         attended = 0.0
         for layer in range(self.config.n_layer):
@@ -277,7 +283,10 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) -> the last hidden states (B, T, n_embd) in the compute dtype. With a cache, idx continues what the cache holds; call cache.advance after."""
+        """
+        idx (B, T) -> the last hidden states (B, T, n_embd) in the compute dtype.
+        With a cache, idx continues what the cache holds; call cache.advance after.
+        """
         T = idx.size(1)
         if cache is None:
             return self._body(idx, self.cos[:T], self.sin[:T])

@@ -12,6 +12,7 @@ from torch import Tensor
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # logits of one chunk: on a CPU its few temporaries should stay in the cache
 BLOCK_CHUNKS = {"cpu": 8, "cuda": 1}  # chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs
 
+
 def capped(logits: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(logits / softcap) in float32; softcap 0 means none."""
     logits = logits.float()  # tanh(x) = 2 sigmoid(2 x) - 1, and a CPU's sigmoid is six times as fast

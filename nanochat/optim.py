@@ -170,7 +170,9 @@ class MuonAdamW:
     # state ----------------------------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The whole state as {name/moment: tensor of the parameter's shape}, gathered from all ranks. Every rank must call it; the result is rank 0's to write."""
+        """
+        The whole state as {name/moment: tensor of the parameter's shape}, gathered from all ranks: every rank must call it.
+        """
         out: dict[str, Tensor] = {}
         for group in self.groups:
             for same in self._by_shape(group):

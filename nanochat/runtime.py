@@ -86,7 +86,9 @@ def _device(asked: str) -> torch.device:
     if asked not in have:
         raise UserError(f"device_type is {asked!r}: choose auto, {', '.join(have)}")
     if not have[asked]:
-        raise UserError(f"device_type is {asked} but torch {torch.__version__} sees none: use --device_type=cpu, or install a torch build for it")
+        raise UserError(
+            f"device_type is {asked} but torch {torch.__version__} sees none: use --device_type=cpu or another torch build"
+        )
     if asked != "cuda":
         return torch.device(asked)
     local = int(os.environ.get("LOCAL_RANK", "0"))

@@ -28,11 +28,16 @@ class Shape:
         width = self.model_dim or math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
         if width % self.head_dim:
             near = max(1, round(width / self.head_dim)) * self.head_dim
-            raise UserError(f"model_dim {width} is not a multiple of head_dim {self.head_dim}: try --model_dim={near} or another --head_dim")
+            raise UserError(
+                f"model_dim {width} is not a multiple of head_dim {self.head_dim}: try --model_dim={near}"
+            )
         heads = width // self.head_dim
         kv = max(1, round(heads * self.kv_ratio))
         if heads % kv:
-            raise UserError(f"kv_ratio {self.kv_ratio} of {heads} heads gives {kv} key-value heads, which does not divide {heads}: try --kv_ratio={1 / heads:.3g}")
+            raise UserError(
+                f"kv_ratio {self.kv_ratio} of {heads} heads gives {kv} key-value heads, which do not divide {heads}: "
+                f"try --kv_ratio={1 / heads:.3g}"
+            )
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from nanochat import checkpoint, hardware, knobs, trainer
 from nanochat.common import UserError, duration, human, notice, print0
-from nanochat.dataloader import eval_batches
+from nanochat.dataloader import RowFeed, eval_batches
 from nanochat.dataset import SHARD_SETS, Source, files, parse_sources
 from nanochat.gpt import GPT
 from nanochat.knobs import knob
@@ -84,10 +84,17 @@ class Stage:
     resume_from: Path | None
     peak_flops: float  # of all devices together
     began: float
+    parent: Path | None = None  # the checkpoint of the stage before
 
     @property
     def budget_seconds(self) -> float:
         return self.knobs.max_minutes * 60 or self.knobs.max_hours * 3600
+
+    def feed(self, shards: Sequence[tuple[Shards, float | None]], rows: int, steps: int | None, **more: Any) -> RowFeed:
+        """The feed of this stage's rank, device and seed; `more` goes to RowFeed."""
+        k, rt = self.knobs, self.runtime
+        ours = {"seed": k.seed, "rank": rt.rank, "world_size": rt.world_size, "device": rt.device, "device_rows": k.device_batch_size}
+        return RowFeed(shards, rows=rows, sequence_len=self.model.config.sequence_len, total_steps=steps, **ours, **more)
 
     def stored(self, name: str) -> Any:
         """What the checkpoint to go on from says, None when starting or when the horizon is laid anew."""
@@ -96,7 +103,14 @@ class Stage:
         return checkpoint.read_meta(self.resume_from)["plan"].get(name)
 
 
-def parse(cls: type[K], argv: Sequence[str] | None, command: str, stage: str, tag_of: Callable[[K], str], inherited: Mapping[str, Any] | None = None) -> tuple[K, dict[str, str], Path | None]:
+def parse(
+    cls: type[K],
+    argv: Sequence[str] | None,
+    command: str,
+    stage: str,
+    tag_of: Callable[[K], str],
+    inherited: Mapping[str, Any] | None = None,
+) -> tuple[K, dict[str, str], Path | None]:
     """
     The knobs of a training command: what the parent checkpoint hands down, or on resume what the run itself was started with, below recipe
     and command line. Returns (knobs, origins, the checkpoint to go on from or None).
@@ -115,13 +129,21 @@ def parse(cls: type[K], argv: Sequence[str] | None, command: str, stage: str, ta
     if changed and not k.new_horizon:
         n = changed[0]
         raise UserError(
-            f"this run was started with {n}={before[n]:g} and is asked to go on with {getattr(k, n):g}, which would make its learning rate jump: "
-            "leave the flag out, or say --new_horizon to lay the schedule over the new length"
+            f"this run was started with {n}={before[n]:g} and is asked to go on with {getattr(k, n):g}, "
+            "which would make its learning rate jump: leave the flag out, or say --new_horizon to lay the schedule over the new length"
         )
     return k, origins, found
 
 
-def open_stage(name: str, command: str, k: Any, origins: dict[str, str], tag: str, build: Callable[[Runtime, Tokenizer], GPT], resume_from: Path | None) -> Stage:
+def open_stage(
+    name: str,
+    command: str,
+    k: Any,
+    origins: dict[str, str],
+    tag: str,
+    build: Callable[[Runtime, Tokenizer], GPT],
+    resume_from: Path | None,
+) -> Stage:
     """Runtime, tokenizer, model; prints what it opens. `build` makes the model with its weights of step 0."""
     began = time.monotonic()
     dtype = checkpoint.read_meta(resume_from)["dtype"] if resume_from else k.dtype  # a measured choice is made once a run
@@ -134,7 +156,10 @@ def open_stage(name: str, command: str, k: Any, origins: dict[str, str], tag: st
     if resume_from:
         same_architecture(model, resume_from)
     peak = hardware.measured_peak(rt.device, rt.dtype) * (rt.world_size if rt.device.type == "cuda" else 1)
-    print0(f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}{', compiled' if rt.compile else ''}, measured peak {peak / 1e12:.3g} TFLOP/s")
+    print0(
+        f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}{', compiled' if rt.compile else ''}, "
+        f"measured peak {peak / 1e12:.3g} TFLOP/s"
+    )
     print0(_changed(k, origins))
     print0(table_of_counts(model))
     if rt.compile:
@@ -172,7 +197,8 @@ def table_of_counts(model: GPT) -> str:
     lines = [f"  {part:<12} {count:>13,}  {count / n['total']:6.1%}" for part, count in rows]
     tied = "  (embedding and head share one table)" if model.config.tie_embeddings else ""
     c = model.config
-    shape = f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads of {c.head_dim} ({c.n_kv_head} key-value), MLP {c.hidden}, context {c.sequence_len}, vocabulary {c.vocab_size:,}"
+    heads = f"{c.n_head} heads of {c.head_dim} ({c.n_kv_head} key-value)"
+    shape = f"{c.n_layer} layers, width {c.n_embd}, {heads}, MLP {c.hidden}, context {c.sequence_len}, vocabulary {c.vocab_size:,}"
     return "\n".join([f"  {shape}", *lines, f"  {'total':<12} {n['total']:>13,}  {human(model.flops_per_token())} FLOPs a token{tied}"])
 
 
@@ -200,10 +226,22 @@ def make_optimizer(model: GPT, k: Any, rt: Runtime, batch_scale: float = 1.0) ->
     groups: dict[tuple[str, str], Group] = {}
     for name, p, row in model.roster():
         decay = k.weight_decay if row.optimizer == "muon" else 0.0
-        group = groups.setdefault((row.optimizer, row.rate), Group(row.optimizer, [], [], rates[row.rate] * k.lr_scale * batch_scale, decay))
+        group = groups.setdefault(
+            (row.optimizer, row.rate), Group(row.optimizer, [], [], rates[row.rate] * k.lr_scale * batch_scale, decay)
+        )
         group.names.append(name)
         group.params.append(p)
     return MuonAdamW(groups.values(), torch.float32 if rt.dtype is torch.float32 and rt.device.type == "cpu" else torch.bfloat16)
+
+
+def whole_rows(total_batch_size: int, sequence_len: int) -> int:
+    """The rows of a batch of tokens; UserError unless they are whole."""
+    if total_batch_size % sequence_len:
+        near = max(1, round(total_batch_size / sequence_len)) * sequence_len
+        raise UserError(
+            f"a batch of {total_batch_size:,} tokens is not a whole number of rows of {sequence_len}: try --total_batch_size={near}"
+        )
+    return total_batch_size // sequence_len
 
 
 def horizon(s: Stage, default_ratio: float = 20.0) -> tuple[int, int | None]:
@@ -216,7 +254,9 @@ def horizon(s: Stage, default_ratio: float = 20.0) -> tuple[int, int | None]:
         return rows, s.stored("steps")
     named = [n for n in ("num_iterations", "target_flops", "target_param_data_ratio") if getattr(k, n) > 0 and s.origins[n] != "default"]
     if len(named) > 1:
-        raise UserError(f"{' and '.join(f'--{n}={getattr(k, n):g}' for n in named)} are two lengths for one run: give one (set the other to -1)")
+        raise UserError(
+            f"{' and '.join(f'--{n}={getattr(k, n):g}' for n in named)} are two lengths for one run: give one (set the other to -1)"
+        )
     fpt, total = s.model.flops_per_token(), s.model.counts()["total"]
     tokens = steps = None
     if named == ["num_iterations"]:
@@ -228,12 +268,10 @@ def horizon(s: Stage, default_ratio: float = 20.0) -> tuple[int, int | None]:
     elif k.target_param_data_ratio > 0:
         tokens = k.target_param_data_ratio * total
     if tokens is None and steps is None:
-        raise UserError("nothing says how long to train: give --num_iterations, --target_param_data_ratio, --target_flops, --max_minutes or --max_hours")
-    if k.total_batch_size and (k.total_batch_size < T or k.total_batch_size % T):
-        near = max(1, round(k.total_batch_size / T)) * T
-        raise UserError(f"a batch of {k.total_batch_size:,} tokens is not a whole number of rows of {T}: try --total_batch_size={near}")
-    batch = k.total_batch_size or (1 << 19 if tokens is None else batch_for(tokens))
-    rows = max(1, batch // T)
+        raise UserError(
+            "nothing says how long to train: give --num_iterations, --target_param_data_ratio, --target_flops or --max_minutes"
+        )
+    rows = whole_rows(k.total_batch_size, T) or max(1, (1 << 19 if tokens is None else batch_for(tokens)) // T)
     if steps is None and not (s.budget_seconds and not named) and tokens is not None:
         steps = max(1, round(tokens / (rows * T)))
     length = f"{steps:,} steps, {human(steps * rows * T)} tokens" if steps else f"{duration(s.budget_seconds)}"
@@ -255,6 +293,7 @@ def open_child(cls: type[K], argv: Sequence[str] | None, command: str, name: str
         return checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)[0]
 
     s = open_stage(name, command, k, origins, tag, build, resume_from)
+    s.parent = path
     print0(f"  from {path}")
     return s
 
@@ -289,7 +328,9 @@ def val_probe(s: Stage, val: Sequence[tuple[str, Shards, float | None]]) -> trai
     return trainer.Probe("eval", s.knobs.eval_every, look, start=True)
 
 
-def train(s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Sequence[trainer.Probe], batch_scale: float = 1.0) -> dict[str, Any]:
+def train(
+    s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Sequence[trainer.Probe], batch_scale: float = 1.0
+) -> dict[str, Any]:
     """Run the stage to its end (or go on with it) and return the summary."""
     k, rt = s.knobs, s.runtime
     optimizer = make_optimizer(s.model, k, rt, batch_scale)
@@ -312,7 +353,11 @@ def train(s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Se
     if s.resume_from:
         trainer.restore(run, s.resume_from, s.model, optimizer, feed)
         done = checkpoint.read_meta(s.resume_from)["done"] and not k.new_horizon
-        print0(f"  going on from {s.resume_from} (step {run.step:,}, {human(run.tokens)} tokens)" if not done else f"  {s.resume_from} is this run's end: nothing to do")
+        print0(
+            f"  going on from {s.resume_from} (step {run.step:,}, {human(run.tokens)} tokens)"
+            if not done
+            else f"  {s.resume_from} is this run's end: nothing to do"
+        )
         if done:
             return {"tokens": run.tokens, "seconds": run.seconds, **run.last}
     else:

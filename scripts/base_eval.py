@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         engine = Engine(m.model.cast_for_inference(), m.tokenizer)
         samples: dict[str, list[str]] = {p: [] for p in k.prompts}
         for temperature in (0.0, k.temperature):
-            rows = engine.generate_batch([m.tokenizer.encode(p, bos=True) for p in k.prompts], max_tokens=k.max_tokens, temperature=temperature, seed=k.seed)
+            rows = engine.generate_batch(
+                [m.tokenizer.encode(p, bos=True) for p in k.prompts], max_tokens=k.max_tokens, temperature=temperature, seed=k.seed
+            )
             for prompt, row in zip(k.prompts, rows, strict=True):
                 samples[prompt].append(m.tokenizer.decode(row.tokens))
         for prompt, texts in samples.items():

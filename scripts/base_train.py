@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 
 from nanochat import stage
 from nanochat.common import entry, print0
-from nanochat.dataloader import RowFeed
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, Arch, GPTConfig
 from nanochat.knobs import knob
@@ -20,7 +19,9 @@ PROMPTS = ("The", "Once upon a time", "In the morning,", "The capital of France 
 class Knobs(stage.TrainKnobs, Arch, Shape):
     """Horizon and data"""
 
-    data: tuple[str, ...] = knob((), "text to train on: name=PATH[:weight] ..., tinyworld, fineweb-edu or climbmix (default: downloaded shards, else tinyworld)")
+    data: tuple[str, ...] = knob(
+        (), "text: name=PATH[:weight] ..., tinyworld, fineweb-edu or climbmix (default: downloaded shards, else tinyworld)"
+    )
     num_iterations: int = knob(-1, "optimizer steps (-1 = from the other horizons)")
     target_flops: float = knob(-1.0, "train for so many FLOPs (-1 = off)")
     target_param_data_ratio: float = knob(20.0, "train on so many tokens a parameter (-1 = off)")
@@ -33,7 +34,9 @@ def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
     def look() -> dict[str, str]:
         if not s.runtime.is_main:
             return {}
-        rows = Engine(s.model, s.tokenizer).generate_batch([s.tokenizer.encode(p, bos=True) for p in prompts], max_tokens=24, temperature=0.0)
+        rows = Engine(s.model, s.tokenizer).generate_batch(
+            [s.tokenizer.encode(p, bos=True) for p in prompts], max_tokens=24, temperature=0.0
+        )
         texts = [s.tokenizer.decode(row.tokens) for row in rows]
         for prompt, text in zip(prompts, texts, strict=True):
             print0(f"    {prompt}|{text}".replace("\n", " "))
@@ -54,12 +57,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     def work() -> dict:
         s = stage.open_stage("base", "base_train", k, origins, k.model_tag or f"d{k.depth}", build, resume_from)
-        rt = s.runtime
         train_shards = [(prepare(source, "train", s.tokenizer), source.weight) for source in sources]
         val = [(source.name, prepare(source, "val", s.tokenizer), source.weight) for source in sources]
         rows, steps = stage.horizon(s)
-        feed = RowFeed(train_shards, rows=rows, device_rows=k.device_batch_size, sequence_len=k.sequence_len, total_steps=steps, seed=k.seed,
-                       rank=rt.rank, world_size=rt.world_size, device=rt.device)  # fmt: skip
+        feed = s.feed(train_shards, rows, steps)
         return stage.train(s, feed, rows, steps, [stage.val_probe(s, val), sample_probe(s)])
 
     return stage.finish(work)

@@ -84,7 +84,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for task in tasks:
             items = task.items("val", -(-k.num_items // len(tasks)), k.seed)
             line = bar.add_task(task.name, total=len(items))
-            right = chat_eval.judge(engine, task, items, rows=k.batch_size, max_tokens=k.max_tokens, progress=lambda done, line=line: bar.update(line, completed=done))
+            right = chat_eval.judge(
+                engine,
+                task,
+                items,
+                rows=k.batch_size,
+                max_tokens=k.max_tokens,
+                progress=lambda done, line=line: bar.update(line, completed=done),
+            )
             results[task.name.removeprefix("tinyworld/")] = chat_eval.accuracy(right, task.chance)
     summary = chat_eval.summarise(results)
     seconds = time.monotonic() - began

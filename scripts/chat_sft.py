@@ -6,7 +6,6 @@ from typing import Literal
 
 from nanochat import stage
 from nanochat.common import entry, print0
-from nanochat.dataloader import RowFeed
 from nanochat.knobs import knob
 from nanochat.tasks import mixture
 
@@ -27,10 +26,9 @@ class Knobs(stage.TrainKnobs):
 def main(argv: Sequence[str] | None = None) -> dict:
     def work() -> dict:
         s = stage.open_child(Knobs, argv, "chat_sft", "sft", lambda k: k.source)
-        k, rt, T = s.knobs, s.runtime, s.model.config.sequence_len
+        k = s.knobs
         rows, (steps, epochs) = k.conversations_per_step, stage.talk_horizon(s)
-        feed = RowFeed(mixture.shards(k.data, "train", s.tokenizer, seed=1), rows=rows, device_rows=k.device_batch_size, sequence_len=T, total_steps=steps,
-                       epochs=epochs, seed=k.seed, rank=rt.rank, world_size=rt.world_size, device=rt.device, mode="padded")  # fmt: skip
+        feed = s.feed(mixture.shards(k.data, "train", s.tokenizer, seed=1), rows, steps, epochs=epochs, mode="padded")
         val = [(shards.name, shards, weight) for shards, weight in mixture.shards(k.data, "val", s.tokenizer)]
         print0(f"  {rows} conversations a step")
         return stage.train(s, feed, rows, steps, [stage.val_probe(s, val)], batch_scale=k.init_lr_frac)

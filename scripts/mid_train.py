@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat import checkpoint, stage
-from nanochat.common import UserError, entry, print0
-from nanochat.dataloader import RowFeed
+from nanochat.common import entry, print0
 from nanochat.knobs import knob
 from nanochat.tasks import mixture
 
@@ -24,13 +23,10 @@ class Knobs(stage.TrainKnobs):
 def main(argv: Sequence[str] | None = None) -> dict:
     def work() -> dict:
         s = stage.open_child(Knobs, argv, "mid_train", "mid", lambda k: "base")
-        k, rt, T = s.knobs, s.runtime, s.model.config.sequence_len
-        if k.total_batch_size % T:
-            raise UserError(f"a batch of {k.total_batch_size:,} tokens is not a whole number of rows of {T}: try --total_batch_size={max(1, round(k.total_batch_size / T)) * T}")
-        rows = k.total_batch_size // T or checkpoint.read_meta(checkpoint.locate("base", s.directory.name))["plan"]["rows"]
+        k, T = s.knobs, s.model.config.sequence_len
+        rows = stage.whole_rows(k.total_batch_size, T) or s.stored("rows") or checkpoint.read_meta(s.parent)["plan"]["rows"]
         steps, epochs = stage.talk_horizon(s)
-        feed = RowFeed(mixture.shards(k.data, "train", s.tokenizer), rows=rows, device_rows=k.device_batch_size, sequence_len=T, total_steps=steps,
-                       epochs=epochs, seed=k.seed, rank=rt.rank, world_size=rt.world_size, device=rt.device)  # fmt: skip
+        feed = s.feed(mixture.shards(k.data, "train", s.tokenizer), rows, steps, epochs=epochs)
         val = [(shards.name, shards, weight) for shards, weight in mixture.shards(k.data, "val", s.tokenizer)]
         print0(f"  {rows * T:,} tokens a step ({rows} rows of {T})")
         return stage.train(s, feed, rows, steps, [stage.val_probe(s, val)])

@@ -53,11 +53,21 @@ def figures(tag: str) -> dict[str, dict[str, Any]]:
 
 def table_of(stages: dict[str, dict[str, Any]]) -> Table:
     kinds = list(dict.fromkeys(k for s in stages.values() for k in s["kinds"]))
-    table = Table("stage", "tokens", "minutes", "val bpb", "accuracy", *kinds, title="bits per byte: base on held-out text, later stages on held-out conversations")
+    table = Table(
+        "stage",
+        "tokens",
+        "minutes",
+        "val bpb",
+        "accuracy",
+        *kinds,
+        title="bits per byte: base on held-out text, later stages on held-out conversations",
+    )
     for name, s in stages.items():
         overall = f"{s['accuracy']:.1%} of {s['n']}" if s["accuracy"] is not None else ""
         by_kind = (f"{s['kinds'][k]['accuracy']:.0%}" if k in s["kinds"] else "" for k in kinds)
-        table.add_row(name, human(s["tokens"]), f"{s['minutes']:.1f}", f"{s['val_bpb']:.3f}" if s["val_bpb"] is not None else "", overall, *by_kind)
+        table.add_row(
+            name, human(s["tokens"]), f"{s['minutes']:.1f}", f"{s['val_bpb']:.3f}" if s["val_bpb"] is not None else "", overall, *by_kind
+        )
     first = next(iter(stages.values()))
     if first["kinds"]:
         table.add_section()
@@ -76,7 +86,8 @@ def exchanges(k: Knobs, stage: str) -> list[tuple[str, str, str]]:
     prompts = [tokenizer.render_prompt(tinyworld.prompt(item)) for item in items]
     rows = Engine(model.cast_for_inference(), tokenizer).generate_batch(prompts, max_tokens=64, temperature=0.0)
     return [
-        (item["messages"][-2]["content"], visible_text(tokenizer, row.tokens).strip(), tinyworld.gold(item)) for item, row in zip(items, rows, strict=True)
+        (item["messages"][-2]["content"], visible_text(tokenizer, row.tokens).strip(), tinyworld.gold(item))
+        for item, row in zip(items, rows, strict=True)
     ]
 
 
@@ -85,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k.model_tag = k.model_tag or checkpoint.locate("base").parent.name
     stages = figures(k.model_tag)
     if not stages:
-        raise UserError(f"no finished stage is tagged {k.model_tag!r} under {base_dir() / 'checkpoints'}: train one first, or name another --model_tag")
+        raise UserError(
+            f"no finished stage is tagged {k.model_tag!r} under {base_dir() / 'checkpoints'}: train one first, or name another --model_tag"
+        )
     console = Console(width=None if Console().is_terminal else 140)
     last = list(stages)[-1]
     if k.samples and last != "base":
