@@ -84,7 +84,8 @@ class Engine:
         max_tokens None goes on to the context's end.
         """
         for _, step in self._run([tokens], num_samples, max_tokens, temperature, top_k, top_p, seed):
-            yield step
+            if step:
+                yield step
 
     def generate_batch(
         self, prompts: Sequence[int] | Sequence[Sequence[int]], num_samples: int = 1, max_tokens: int | None = 256,

@@ -1,0 +1,78 @@
+"""
+How fast a random model generates: tokens a second at several batch sizes, and the share of the memory-bandwidth bound.
+
+The bound is the time to read, once a step, every weight that a token is multiplied with and the keys and values of all rows, at the read
+bandwidth measured here in the same minute. The last line is JSON. It trains nothing and writes nothing.
+"""
+
+import json
+import time
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+from nanochat import hardware, knobs
+from nanochat.common import entry, human, print0
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, Arch, GPTConfig
+from nanochat.knobs import knob
+from nanochat.runtime import open_runtime
+from nanochat.scaling import Shape
+from nanochat.tokenizer import SPECIAL_TOKENS
+
+
+@dataclass(kw_only=True)
+class Knobs(Arch, Shape):
+    """Measurement"""
+
+    depth: int = knob(12, "layers", low=1)
+    vocab_size: int = knob(32768, "tokens of the vocabulary", low=1)
+    batch: tuple[int, ...] = knob((1, 8, 32), "rows generated together", low=1)
+    prompt: int = knob(64, "tokens of the prompt", low=1)
+    tokens: int = knob(128, "tokens generated a row", low=2)
+    repeats: int = knob(3, "runs of each size; the best one counts", low=1)
+    device_type: str = knob("auto", "auto, cpu, cuda or mps")
+    dtype: str = knob("auto", "auto, float32, bfloat16 or float16")
+
+
+def main(argv=None) -> dict[str, Any]:
+    k, _ = knobs.parse(Knobs, argv, command="bench.decode", description="Measure how fast a random model generates.")
+    rt = open_runtime(k.device_type, k.dtype, "off")
+    arch: dict[str, Any] = {f.name: getattr(k, f.name) for f in fields(Arch)}
+    config = GPTConfig(**{**arch, **k.dimensions()}, vocab_size=k.vocab_size)
+    model = GPT.build(config, rt.device, rt.dtype)
+    model.init_weights()
+    model.cast_for_inference()
+    nothing: Any = SimpleNamespace(specials=dict.fromkeys(SPECIAL_TOKENS, -1))  # no token stops a row: all run their full length
+    engine = Engine(model, nothing)
+
+    weights = model.counts()["matmul"] * rt.dtype.itemsize
+    cache = model.new_cache(1, 1)
+    middle = k.prompt + k.tokens // 2
+    seen = sum(min(config.window(layer) or middle, middle) for layer in range(config.n_layer))  # keys a row reads in a step
+    kept = 2 * seen * config.n_kv_head * config.head_dim * cache.k.dtype.itemsize
+    size = human(model.counts()["total"])
+    print0(f"depth {k.depth}, width {config.n_embd}, {size} parameters, {rt.dtype_name} on {hardware.device_name(rt.device)}")
+    print0(f"a step reads {weights / 1e6:.1f} MB of weights and {kept / 1e6:.1f} MB of keys and values a row")
+    print0(f"{'batch':>6}  {'tok/s':>8}  {'ms a step':>9}  {'GB/s':>6}  {'read GB/s here':>14}  {'share of the bound':>18}")
+    rows, bandwidth = [], 0.0
+    for batch in k.batch:
+        seconds = float("inf")
+        for _ in range(k.repeats):
+            steps = engine.generate([1] * k.prompt, batch, k.tokens, temperature=0.8, top_k=50)
+            next(steps)  # the prompt, and the weights' preparation
+            start = time.perf_counter()
+            n = sum(1 for _ in steps)
+            seconds = min(seconds, (time.perf_counter() - start) / n)
+            bandwidth = max(bandwidth, hardware.read_bandwidth(rt.device))
+        rate = (weights + batch * kept) / seconds
+        rows.append({"batch": batch, "tok_per_sec": round(batch / seconds, 1), "bandwidth_share": round(rate / bandwidth, 4)})
+        shown = f"{batch:>6}  {batch / seconds:>8.1f}  {seconds * 1e3:>9.2f}  {rate / 1e9:>6.1f}  {bandwidth / 1e9:>14.1f}"
+        print0(f"{shown}  {rate / bandwidth:>18.1%}")
+    out = {"depth": k.depth, "dtype": rt.dtype_name, "read_bandwidth": round(bandwidth), **rows[0], "batches": rows}
+    print0(json.dumps(out))
+    return out
+
+
+if __name__ == "__main__":
+    entry(main)
