@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The 37.75 M parameter model on one GPU: 954 steps of 524,288 tokens (500 M tokens) of web text, then conversations.
+# About 4 GB of shards are downloaded first. Interrupted and started again, it goes on where it stopped.
+#     bash runs/ittybitty.sh                     WANDB_RUN=name bash runs/ittybitty.sh  logs to wandb as well
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export WANDB_RUN="${WANDB_RUN:-dummy}"
+[ -d .venv ] || python3 -m venv .venv
+source .venv/bin/activate
+python -m pip install --quiet -e .
+
+base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+python -m nanochat.dataset -n 15
+[ -e "$base/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size=24576 --max_chars=2000000000
+python -m scripts.tok_eval
+python -m scripts.base_train --depth=4 --model_dim=512 --head_dim=64 --num_iterations=954 --target_param_data_ratio=-1 --device_batch_size=48 --run=$WANDB_RUN --model_tag=ittybitty --resume=auto
+python -m scripts.base_loss
+python -m scripts.base_eval
+python -m scripts.mid_train --model_tag=ittybitty --run=$WANDB_RUN --resume=auto
+python -m scripts.chat_sft --model_tag=ittybitty --run=$WANDB_RUN --resume=auto
+python -m scripts.chat_eval -i sft -a tinyworld
+python -m scripts.chat_cli -p "Hello! What can you do?"
