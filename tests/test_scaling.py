@@ -30,7 +30,7 @@ def test_shapes(shape, layers, width, heads, kv):
     [
         (Shape(depth=4, model_dim=500, head_dim=64), "model_dim 500 is not a multiple of head_dim 64: try --model_dim=512"),
         (Shape(depth=4, model_dim=10, head_dim=64), "try --model_dim=64"),
-        (Shape(depth=4, model_dim=512, head_dim=64, kv_ratio=0.4), "3 key-value heads, which does not divide 8"),
+        (Shape(depth=4, model_dim=512, head_dim=64, kv_ratio=0.4), "of 8 heads gives 3 key-value heads"),
         (Shape(depth=4, kv_ratio=2.0), "4 key-value heads"),
         (Shape(depth=0), "depth is 0"),
         (Shape(depth=-3), "depth is -3"),

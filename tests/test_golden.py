@@ -1,0 +1,63 @@
+"""
+Golden losses: ten steps of each kind of training, a fixed seed, float32. A change of these numbers is a change of what training does:
+make it knowingly, with
+
+    python tests/test_golden.py
+
+which writes tests/golden/losses.json anew. A kind of training is one function in KINDS that returns its ten losses.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import tiny  # noqa: E402
+
+from nanochat import logbook, trainer  # noqa: E402
+from nanochat.schedule import Schedule  # noqa: E402
+
+FILE = ROOT / "tests" / "golden" / "losses.json"
+STEPS = 10
+
+
+def ten_losses(feed: tiny.ListFeed, **knobs) -> list[float]:
+    m = tiny.model(seed=7, **knobs)
+    with tempfile.TemporaryDirectory() as folder:
+        run = tiny.run(Path(folder), m)
+        trainer.fit(run, m, tiny.optimizer(m, weight_decay=0.01), feed, Schedule(warmup=0.2, decay=0.4, final=0.1, momentum_warmup=5))
+        run.logbook.close()
+        return [r["loss"] for r in logbook.read(folder) if r["kind"] == "train"]
+
+
+def text(**batch) -> tiny.ListFeed:
+    """Steps over four batches that come again, so that there is something to learn."""
+    batches = [tiny.batch(seed=i, **batch) for i in range(4)]
+    return tiny.ListFeed([batches[i % 4] for i in range(STEPS)], device_rows=3)
+
+
+KINDS = {
+    "base": lambda: ten_losses(text()),
+    "base, other knobs": lambda: ten_losses(text(), activation="swiglu", tie_embeddings=True, softcap=0.0, window_pattern="SL"),
+    "masked as in sft": lambda: ten_losses(text(ignored=0.5)),
+    "weighted as in rl": lambda: ten_losses(text(weighted=True)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_the_golden_ones(kind):
+    golden = json.loads(FILE.read_text(encoding="utf-8"))[kind]
+    assert len(golden) == STEPS and len(set(golden)) == STEPS
+    assert KINDS[kind]() == pytest.approx(golden, rel=2e-5, abs=2e-5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    FILE.write_text(json.dumps({kind: [round(x, 6) for x in f()] for kind, f in KINDS.items()}, indent=1) + "\n", encoding="utf-8")
+    print(FILE.read_text())
