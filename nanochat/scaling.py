@@ -35,7 +35,7 @@ class Shape:
         kv = max(1, round(heads * self.kv_ratio))
         if heads % kv:
             raise UserError(
-                f"kv_ratio {self.kv_ratio} of {heads} heads gives {kv} key-value heads, which do not divide {heads}: "
+                f"kv_ratio {self.kv_ratio} of {heads} heads gives {kv} key-value heads, which does not divide {heads}: "
                 f"try --kv_ratio={1 / heads:.3g}"
             )
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
