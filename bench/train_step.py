@@ -39,7 +39,7 @@ class Knobs(stage.TrainKnobs, Shape):
 
 def measure(k: Knobs, compiled: bool) -> dict[str, Any]:
     """Median step time of one mode after three steps of warm-up, as a dict of figures."""
-    rt = open_runtime(k.device_type, k.dtype, "off", k.seed)
+    rt = open_runtime(k.device_type, k.dtype, k.seed)
     peak = hardware.measured_peak(rt.device, rt.dtype)
     model = GPT.build(GPTConfig(vocab_size=k.vocab_size, sequence_len=k.sequence_len, **k.dimensions()), rt.device, rt.dtype)
     model.init_weights(k.seed)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(Knobs, argv, command="bench.train_step")
     rows = []
     for mode in k.modes:
-        missing = compiler_missing(open_runtime(k.device_type, k.dtype, "off", k.seed).device) if mode == "compiled" else ""
+        missing = compiler_missing(open_runtime(k.device_type, k.dtype, k.seed).device) if mode == "compiled" else ""
         if missing:
             print(f"compiled: left out, {missing}")
         else:

@@ -289,7 +289,8 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         if cache is None:
-            return self._body(idx, self.cos[:T], self.sin[:T])
+            body = self._body if torch.is_grad_enabled() else self.body  # evaluation has other shapes, not worth compiling for
+            return body(idx, self.cos[:T], self.sin[:T])
         positions = cache.positions(T)  # (1 or B, T)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (1 or B, 1, T, D/2)
         return self.body(idx, cos, sin, cache, positions)

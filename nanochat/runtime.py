@@ -1,5 +1,5 @@
 """
-Where and in what precision this process computes: device, dtype, ranks, seed, compilation, chosen once in `open_runtime`.
+Where and in what precision this process computes: device, dtype, ranks, seed, chosen once in `open_runtime`.
 
 A float16 run needs a loss scaler (`scale_loss`); float32 and bfloat16 do not. Nothing else in the project probes for a device.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import hardware
-from nanochat.common import UserError, notice, rank, world_size
+from nanochat.common import UserError, rank, world_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +27,6 @@ class Runtime:
     rank: int
     world_size: int
     seed: int
-    compile: bool
 
     @property
     def is_main(self) -> bool:
@@ -53,10 +52,10 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def open_runtime(device_type: str = "auto", dtype: str = "auto", compile: str = "auto", seed: int = 42) -> Runtime:
+def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42) -> Runtime:
     """
-    Choose the device ("auto" | "cpu" | "cuda" | "mps"), the compute dtype ("auto" | "float32" | "bfloat16" | "float16") and whether to
-    compile ("auto" | "on" | "off"); join the process group when torchrun started us. UserError when what is asked for is not there.
+    Choose the device ("auto" | "cpu" | "cuda" | "mps") and the compute dtype ("auto" | "float32" | "bfloat16" | "float16"); join the
+    process group when torchrun started us. UserError when what is asked for is not there.
     """
     device = _device(device_type)
     if world_size() > 1 and not dist.is_initialized():
@@ -71,7 +70,7 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", compile: str = 
     torch.manual_seed(seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    return Runtime(device, chosen, rank(), world_size(), seed, _compile(compile, device))
+    return Runtime(device, chosen, rank(), world_size(), seed)
 
 
 def close_runtime() -> None:
@@ -102,17 +101,6 @@ def _auto_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return hardware.faster_dtype(device) if device.type == "cpu" else torch.float32
-
-
-def _compile(asked: str, device: torch.device) -> bool:
-    if asked not in ("auto", "on", "off"):
-        raise UserError(f"compile is {asked!r}: choose auto, on or off")
-    if asked == "off" or (asked == "auto" and device.type != "cuda"):
-        return False  # on a CPU eager mode runs the same library products; see bench/train_step.py for what compiling adds
-    reason = compiler_missing(device)
-    if reason:
-        notice(f"running without torch.compile: {reason}")
-    return not reason
 
 
 def compiler_missing(device: torch.device) -> str:

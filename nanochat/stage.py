@@ -22,7 +22,7 @@ from nanochat.knobs import knob
 from nanochat.logbook import Logbook
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import Group, MuonAdamW
-from nanochat.runtime import Runtime, close_runtime, open_runtime, out_of_memory
+from nanochat.runtime import Runtime, close_runtime, compiler_missing, open_runtime, out_of_memory
 from nanochat.scaling import batch_for, width_scale
 from nanochat.schedule import Schedule
 from nanochat.tokenizer import Tokenizer
@@ -39,7 +39,6 @@ class MachineKnobs:
 
     device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "where to compute")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of the computation; the weights stay in float32")
-    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile")
     seed: int = knob(42, "seed of weights, data order and samples")
 
 
@@ -47,6 +46,7 @@ class MachineKnobs:
 class TrainKnobs(MachineKnobs):
     """Run"""
 
+    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay")
     run: str = knob("dummy", "name of the run in the sinks; dummy = metrics.jsonl alone")
     sinks: tuple[str, ...] = knob(("wandb",), "where a named run is logged as well: wandb trackio tensorboard")
     model_tag: str = knob("", "name of the model's folder; default d<depth>, later stages take their parent's")
@@ -147,7 +147,7 @@ def open_stage(
     """Runtime, tokenizer, model; prints what it opens. `build` makes the model with its weights of step 0."""
     began = time.monotonic()
     dtype = checkpoint.read_meta(resume_from)["dtype"] if resume_from else k.dtype  # a measured choice is made once a run
-    rt = open_runtime(k.device_type, dtype, k.compile, k.seed)
+    rt = open_runtime(k.device_type, dtype, k.seed)
     tokenizer = Tokenizer.load()
     directory = checkpoint.run_directory(name, tag)
     if resume_from:
@@ -157,13 +157,11 @@ def open_stage(
         same_architecture(model, resume_from)
     peak = hardware.measured_peak(rt.device, rt.dtype) * (rt.world_size if rt.device.type == "cuda" else 1)
     print0(
-        f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}{', compiled' if rt.compile else ''}, "
+        f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}, "
         f"measured peak {peak / 1e12:.3g} TFLOP/s"
     )
     print0(_changed(k, origins))
     print0(table_of_counts(model))
-    if rt.compile:
-        model.compile()
     return Stage(name, k, origins, rt, tokenizer, model, directory, resume_from, peak, began)
 
 
@@ -328,10 +326,39 @@ def val_probe(s: Stage, val: Sequence[tuple[str, Shards, float | None]]) -> trai
     return trainer.Probe("eval", s.knobs.eval_every, look, start=True)
 
 
+COMPILE_PAYS_SECONDS = 300  # compiling costs a CPU about 30 s and makes the step about a quarter faster
+
+
+def compile_if_it_pays(s: Stage, rows: int, steps: int | None, one_shape: bool) -> bool:
+    """Compile the model where that was asked for, or where it works and pays; on resume as the run did before. Returns whether."""
+    k, device = s.knobs, s.runtime.device
+    if k.compile == "auto" and s.stored("compiled") is not None:
+        wanted = s.stored("compiled")
+    elif k.compile == "auto":
+        flops = (steps or 0) * rows * s.model.config.sequence_len * s.model.flops_per_token()
+        seconds = s.budget_seconds or flops / (0.4 * s.peak_flops)
+        wanted = one_shape and (device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS)
+    else:
+        wanted = k.compile == "on"
+    missing = compiler_missing(device) if wanted else ""
+    if missing:
+        notice(f"running without torch.compile: {missing}")
+    elif wanted:
+        s.model.compile()
+        print0("  compiling at the first step")
+    return wanted and not missing
+
+
 def train(
-    s: Stage, feed: trainer.Feed, rows: int, steps: int | None, probes: Sequence[trainer.Probe], batch_scale: float = 1.0
+    s: Stage,
+    feed: trainer.Feed,
+    rows: int,
+    steps: int | None,
+    probes: Sequence[trainer.Probe],
+    batch_scale: float = 1.0,
+    one_shape: bool = True,
 ) -> dict[str, Any]:
-    """Run the stage to its end (or go on with it) and return the summary."""
+    """Run the stage to its end (or go on with it) and return the summary. one_shape: whether (nearly) all batches have the same shape."""
     k, rt = s.knobs, s.runtime
     optimizer = make_optimizer(s.model, k, rt, batch_scale)
     meta = {
@@ -340,7 +367,7 @@ def train(
         "tokenizer": s.tokenizer.fingerprint,
         "knobs": asdict(k),
         "origins": s.origins,
-        "plan": {"rows": rows, "steps": steps},
+        "plan": {"rows": rows, "steps": steps, "compiled": compile_if_it_pays(s, rows, steps, one_shape)},
         "dtype": rt.dtype_name,
         "world_size": rt.world_size,
     }

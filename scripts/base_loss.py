@@ -42,7 +42,7 @@ class Measured:
 def measure(k: Knobs) -> Measured:
     """Load the checkpoint that the knobs name and read its bits per byte, printing a line a split."""
     path = checkpoint.locate(k.source, k.model_tag, k.step)
-    rt = open_runtime(k.device_type, k.dtype, k.compile, k.seed)
+    rt = open_runtime(k.device_type, k.dtype, k.seed)
     tokenizer = Tokenizer.load()
     model, meta = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
     trained_on = meta["knobs"].get("data", ()) if meta["stage"] == "base" else ()

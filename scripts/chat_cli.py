@@ -66,7 +66,7 @@ def furthest_stage(tag: str) -> str:
 def open_engine(k: ModelKnobs, source: str) -> tuple[Engine, str]:
     """The engine of a stage's checkpoint, and a line that names it."""
     path = checkpoint.locate(source, k.model_tag, k.step)
-    rt = open_runtime(k.device_type, k.dtype, "off", k.seed)
+    rt = open_runtime(k.device_type, k.dtype, k.seed)
     tokenizer = Tokenizer.load()
     model, meta = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
     name = f"{source} model {path.parent.name}, step {meta['step']:,}, {rt.dtype_name} on {rt.device.type}"

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(Knobs, argv, command="chat_eval")
     tasks = named_tasks(k.tasks)
     path = checkpoint.locate(k.source, k.model_tag, k.step)
-    rt = open_runtime(k.device_type, k.dtype, "off", k.seed)
+    rt = open_runtime(k.device_type, k.dtype, k.seed)
     tokenizer = Tokenizer.load()
     model, meta = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
     engine = Engine(model.cast_for_inference(), tokenizer)

@@ -79,7 +79,7 @@ def table_of(stages: dict[str, dict[str, Any]]) -> Table:
 def exchanges(k: Knobs, stage: str) -> list[tuple[str, str, str]]:
     """(question, the model's reply, what was expected) for held-out questions of all kinds in turn."""
     path = checkpoint.locate(stage, k.model_tag)
-    rt = open_runtime(k.device_type, k.dtype, "off", k.seed)
+    rt = open_runtime(k.device_type, k.dtype, k.seed)
     tokenizer = Tokenizer.load()
     model, _ = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
     items = tinyworld.items("val", k.samples, seed=k.seed + 1)

@@ -16,7 +16,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
-CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, 42, False)
+CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, 42)
 RATES = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "lr_scale": 1.0, "weight_decay": 0.0}
 
 
