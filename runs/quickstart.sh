@@ -83,7 +83,9 @@ step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g $t
 
 say "summary"
 python -m scripts.summary --model_tag=$tag --out="$out" --seconds=$((before + SECONDS))
-echo
-echo "Talk to it:"
-echo "    source .venv/bin/activate"
-echo "    python -m scripts.chat_cli"
+cat <<'TALK'
+
+Talk to it:
+    source .venv/bin/activate
+    python -m scripts.chat_cli
+TALK
