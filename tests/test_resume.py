@@ -16,8 +16,9 @@ import torch
 
 from nanochat import checkpoint, logbook, trainer
 from nanochat.common import UserError, sha256_file
+from nanochat.tasks import mixture
 from nanochat.tokenizer import Tokenizer
-from scripts import base_train
+from scripts import base_train, chat_sft, mid_train
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["--num_iterations=20", "--eval_every=8", "--save_every=3"]
@@ -142,6 +143,31 @@ def test_killed_at_any_moment(whole, place):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert_same_end(run, whole[2])
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(mid_train, ["--total_batch_size=1024"]), (chat_sft, ["--conversations_per_step=16", "--source=base"])],
+    ids=["mid", "sft"],
+)
+def test_later_stages_go_on_too(whole, place, monkeypatch, script, flags):
+    base, own = place[1].parent.parent.parent, ["--data=tinyworld@400", "--eval_every=3"]
+    shutil.copytree(whole[2], place[1])
+    monkeypatch.setattr(mixture, "TINYWORLD_CONVERSATIONS", {"train": 400, "val": 40})
+    name = script.__name__.split("_")[-1].replace("train", "mid")
+    run = base / "checkpoints" / name / "t"
+
+    script.main([*flags, *own, "--num_iterations=8"])
+    expected, was = checkpoint.find(run), losses(run)
+    kept = shutil.copytree(expected, base / "kept")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        script.main([*flags, *own, "--num_iterations=8"])
+    assert checkpoint.find(run).name == "step_000004"
+    script.main([*flags, *own, "--num_iterations=8", "--resume=auto"])
+    assert losses(run) == was and len(was) == 8
+    for file in ("model.safetensors", "optim.safetensors"):
+        assert sha256_file(checkpoint.find(run) / file) == sha256_file(kept / file)
 
 
 # ---- what may and may not change
