@@ -155,7 +155,8 @@ def open_stage(
     model = build(rt, tokenizer)
     if resume_from:
         same_architecture(model, resume_from)
-    peak = hardware.measured_peak(rt.device, rt.dtype) * (rt.world_size if rt.device.type == "cuda" else 1)
+    measured = trainer.from_main(hardware.measured_peak(rt.device, rt.dtype), rt)  # the horizon hangs on it: one figure for all ranks
+    peak = measured * (rt.world_size if rt.device.type == "cuda" else 1)
     print0(
         f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}, "
         f"measured peak {peak / 1e12:.3g} TFLOP/s"

@@ -171,21 +171,21 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             run.logbook.log(kind=probe.name, step=run.step, tokens=run.tokens, seconds=round(elapsed(), 3), **numbers)
             if said := "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)):
                 shown.say(f"step {run.step:,}  {probe.name}: {said}")
-        run.reserve = max(run.reserve, _from_main(run.clock() - t0, rt))
+        run.reserve = max(run.reserve, from_main(run.clock() - t0, rt))
         note()
 
     def note() -> None:
-        run.seconds = _from_main(elapsed(), rt)
+        run.seconds = from_main(elapsed(), rt)
         if rt.is_main:
             checkpoint.amend(checkpoint.folder(run.directory, run.step), _meta(run, optimizer, feed))
 
     with _Signals() as signals:
         if run.step == 0:
             look([p for p in probes if p.start])
-        run.seconds = _from_main(elapsed(), rt)
+        run.seconds = from_main(elapsed(), rt)
         started_at = seen = progress()
         while True:
-            run.seconds = _from_main(elapsed(), rt)
+            run.seconds = from_main(elapsed(), rt)
             now = progress()
             if now >= 1.0:
                 break
@@ -200,7 +200,7 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             training_seconds += step_seconds
             run.step += 1
             run.tokens += _over_ranks(sum(b.inputs.numel() for b in batches), rt)
-            run.seconds = _from_main(elapsed(), rt)
+            run.seconds = from_main(elapsed(), rt)
             after = progress()
 
             rate = (run.tokens - tokens_before) / training_seconds
@@ -211,7 +211,7 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             run.logbook.log(kind="train", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **numbers)
             shown.train(run.step, after, numbers, (run.clock() - began) * (1 - after) / max(after - started_at, 1e-9))
 
-            stop = _from_main(signals.caught, rt)
+            stop = from_main(signals.caught, rt)
             done = after >= 1.0
             if stop and not done:
                 save(run, model, optimizer, feed)
@@ -329,7 +329,7 @@ def _over_ranks(n: int, rt: Runtime) -> int:
     return int(t)
 
 
-def _from_main(x: float, rt: Runtime) -> float:
+def from_main(x: float, rt: Runtime) -> float:
     """Rank 0's value, so that all ranks see one clock and one signal."""
     if rt.world_size == 1:
         return x

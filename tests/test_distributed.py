@@ -1,5 +1,6 @@
 """Two gloo ranks do what one does: losses, weights, odd tables, checkpoints that pass between one and two ranks."""
 
+import json
 import os
 import signal
 import socket
@@ -13,10 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from nanochat import checkpoint, logbook, trainer
+from nanochat import checkpoint, hardware, logbook, stage, trainer
 from nanochat.dataloader import Batch
 from nanochat.optim import Group, MuonAdamW
 from nanochat.schedule import Schedule
+from scripts import base_train
 
 STEPS, STOP = 6, 3
 SHAPES = {"muon": [(16, 8), (16, 8), (16, 8), (8, 16), (5, 7)], "adamw": [(7, 3), (64, 4), (2, 2), (1, 6)]}
@@ -89,6 +91,16 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
     save_file({k: t.contiguous() for k, t in tensors.items()}, directory / f"odd_{world}_{rank}.safetensors")
 
 
+def whole_command(base: Path, rank: int) -> None:
+    """base_train on two ranks that measure very different peaks, with a batch that follows from a budget of time."""
+    real, chosen = stage.horizon, []
+    hardware.measured_peak = lambda *_: 1e9 * 1e5**rank
+    stage.horizon = lambda s: chosen.append(real(s)) or chosen[-1]
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    base_train.main([*json.loads((base / "flags.json").read_text()), "--total_batch_size=0", "--max_minutes=0.03", "--eval_every=0"])
+    (base / f"horizon_{rank}.json").write_text(json.dumps(chosen))
+
+
 def worker(rank: int, port: int, base: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -98,7 +110,7 @@ def worker(rank: int, port: int, base: Path) -> None:
         train(base / f"two_{tied}", rank, 2, tied)
     train(base / "begun_by_two", rank, 2, False, stop=STOP)
     train(base / "begun_by_one", rank, 2, False, resume=True)
-    dist.destroy_process_group()
+    whole_command(base, rank)  # leaves the group
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +121,7 @@ def base(tmp_path_factory):
         train(base / f"one_{tied}", 0, 1, tied)
     train(base / "begun_by_one", 0, 1, False, stop=STOP)
     odd_updates(base, 0, 1)
+    (base / "flags.json").write_text(json.dumps(tiny.workplace(base)))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -149,6 +162,13 @@ def test_odd_shapes(base):
         for name in one:
             torch.testing.assert_close(t[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
     assert all(torch.equal(two[0][name], two[1][name]) for name in one), "the ranks agree to the bit"
+
+
+def test_the_ranks_agree_on_the_horizon(base):
+    first, second = ((base / f"horizon_{rank}.json").read_text() for rank in (0, 1))
+    assert first == second
+    meta = checkpoint.read_meta(checkpoint.find(base / "checkpoints" / "base" / "t"))
+    assert meta["done"] and meta["world_size"] == 2 and meta["step"] >= 1
 
 
 def test_state_is_dealt_out():
