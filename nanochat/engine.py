@@ -1,9 +1,10 @@
 """
 Generation: one prefill for n samples, ragged batches of different prompts, sampling, the calculator's tool loop, replies in a chat.
 
-A row's tokens depend on its prompt, its seed and its number, and on nothing else in the batch. A row ends with "stop" (it said
-<|assistant_end|> or <|bos|>), "length" (max_tokens) or "context" (sequence_len positions are filled). A prompt of sequence_len tokens
-or more keeps its first token (<|bos|>) and its end, and the row says how many it lost. Nothing here trains, or changes the model.
+A row's tokens depend on its prompt, its seed and its number, and on nothing else in the batch (but for the last bits of products that
+kernels round differently for other shapes). A row ends with "stop" (it said <|assistant_end|> or <|bos|>), "length" (max_tokens) or
+"context" (sequence_len positions are filled). A prompt of sequence_len tokens or more keeps its first token (<|bos|>) and its end, and
+the row says how many it lost. Nothing here trains, or changes the model.
 """
 
 import copy
