@@ -7,7 +7,7 @@ and hands the result round. Optimizer state therefore exists once over all ranks
 It knows no model: what it needs of a parameter comes in `Group`s, built from the roster.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -190,7 +190,7 @@ class MuonAdamW:
                         out[f"{name}/{moment}"] = full
         return out
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], steps: int) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """Take this rank's part of what state_tensors gave; `tensors` may be a lazy mapping. KeyError when a parameter is missing."""
         self.steps = steps
         for group in self.groups:
