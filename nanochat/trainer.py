@@ -281,7 +281,8 @@ def _unscale(run: Run, optimizer: MuonAdamW, valid: int) -> bool:
     The scale doubles over 1,000 good steps, up to what float16 itself can hold.
     """
     grads = [p.grad for p in optimizer.params if p.grad is not None]
-    torch._foreach_div_(grads, run.scale * valid)
+    for g in grads:
+        g.div_(run.scale * valid)
     overflow = _over_ranks(sum(int(not torch.isfinite(g).all()) for g in grads), run.runtime)
     run.scale = max(2.0**-10, run.scale / 2) if overflow else min(2.0**15, run.scale * 2 ** (1 / 1000))
     return not overflow
