@@ -108,6 +108,7 @@ class _Plan:
         return {
             "seed": self.seed,
             "sequence_len": self.sequence_len,
+            "epochs": self.epochs,
             "documents": [len(s) for s in self.shards],
             "tokens": [s.total for s in self.shards],
             "quota": self.quota,
@@ -266,7 +267,12 @@ class RowFeed:
         self.close()
         length, then = self._plan.sequence_len, state["sequence_len"]
         row = state["row"] * then // length if self._plan.mode == "packed" else state["row"]
-        self._state = {**state, "sources": [dict(s) for s in state["sources"]], "sequence_len": length, "row": row}
+        if self._plan.total_steps:  # the length of the run may be another one now: so is the share of it that is done
+            progress = min(1.0, state["step"] / self._plan.total_steps)
+        else:
+            progress = min(1.0, state["progress"] * (state["epochs"] or 0) / self._plan.epochs) if self._plan.epochs else 0.0
+        ours = {"sequence_len": length, "epochs": self._plan.epochs, "progress": progress, "row": row}
+        self._state = {**state, "sources": [dict(s) for s in state["sources"]], **ours}
 
     def close(self) -> None:
         """Stop the prefetching thread; next() starts another at the same place."""

@@ -205,7 +205,6 @@ def test_a_change_that_would_go_unnoticed_is_refused(whole, place, monkeypatch, 
     assert sha256_file(newest / "meta.json") == before and not checkpoint.damage(newest)
 
 
-@pytest.mark.xfail(strict=True, reason="RowFeed.load_state_dict keeps the progress of the old length: a finished run ends at once")
 def test_a_longer_horizon_when_asked_for(whole, place):
     _, run = place
     shutil.copytree(whole[2], run)
