@@ -190,7 +190,6 @@ class GPT(nn.Module):
         if not config.tie_embeddings:
             self.head = Linear(config.n_embd, config.padded_vocab)
         self.compiled = False
-        self._body = self.body
 
     # construction ---------------------------------------------------------------------------------------------------------
 
@@ -231,9 +230,11 @@ class GPT(nn.Module):
         """Keep the weights in the compute dtype (in bf16, half the memory to read a token). Ends training: the master weights are gone."""
         return self.to(self.compute_dtype).requires_grad_(False)
 
-    def compile(self) -> "GPT":  # type: ignore[override]  (nn.Module.compile wraps __call__; we compile the body and leave the keys clean)
+    def compile(self) -> "GPT":  # type: ignore[override]
+        """Compile the block, once for all layers, and the loss; the keys stay as they are. Only training runs what was compiled."""
         self.compiled = True
-        self._body = torch.compile(self.body, dynamic=False)
+        for block in self.blocks:
+            block.compile(dynamic=False)
         return self
 
     # what is known of the parameters --------------------------------------------------------------------------------------
@@ -278,8 +279,9 @@ class GPT(nn.Module):
 
     def body(self, idx: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         x = norm(self.embed(idx).to(self.compute_dtype))
+        training = self.compiled and torch.is_grad_enabled()  # evaluation and decoding have other shapes, not worth compiling for
         for block in self.blocks:
-            x = block(x, cos, sin, cache, positions)
+            x = (block if training else block.forward)(x, cos, sin, cache, positions)
         return norm(x)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -289,8 +291,7 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         if cache is None:
-            body = self._body if torch.is_grad_enabled() else self.body  # evaluation has other shapes, not worth compiling for
-            return body(idx, self.cos[:T], self.sin[:T])
+            return self.body(idx, self.cos[:T], self.sin[:T])
         positions = cache.positions(T)  # (1 or B, T)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (1 or B, 1, T, D/2)
         return self.body(idx, cos, sin, cache, positions)
