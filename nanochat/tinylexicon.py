@@ -9,7 +9,7 @@ import itertools
 import random
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -47,7 +47,7 @@ def choices(text: str) -> list[str]:
                 alternatives += map("".join, itertools.product(*parts))
                 parts, i = [[""]], i + 1
             else:
-                end = re.compile(r"[\[\]|]|$").search(text, i).start()  # pyright: ignore[reportOptionalMemberAccess]
+                end = re.compile(r"[\[\]|]|\Z").search(text, i).start()  # pyright: ignore[reportOptionalMemberAccess]
                 parts.append([text[i:end]])
                 i = end
         return alternatives + list(map("".join, itertools.product(*parts))), i + 1
@@ -102,6 +102,7 @@ class World:
             "village": list(data["villages"]),
         }
         self.kind_of: dict[str, str] = {word: kind for kind, words in data["kinds"].items() for word in words}
+        self.clash = {pair for place, things in data["clash"].items() for t in things for pair in ((t, place), (place, t))}
         self.words = [w for w in self.kind_of if 3 <= len(w) <= 8]  # the words that are spelled and counted in
         self.plots: list[Plot] = [(self.slots(p["slots"]), self.beats(p["text"])) for p in data["plot"]]
 
@@ -152,6 +153,7 @@ class Draw:
         self.val = split == "val"
         self.world = world()
         self.seen: set[int] = set()
+        self.packs: dict[str, list[Any]] = {}
 
     def pick(self, values: Sequence[Any]) -> Any:
         """One value, uniformly; several times faster than random.choice."""
@@ -161,15 +163,25 @@ class Draw:
         """n different values in random order."""
         return self.rng.sample(values, n)
 
+    def dealt(self, name: str, values: Sequence[Any], fit: Callable[[Any], bool] = lambda _: True) -> Any:
+        """The next fitting value from the shuffled pack of this name: none comes again before the others have had their turn."""
+        pack = self.packs.setdefault(name, [])
+        while True:
+            for i, value in enumerate(pack):
+                if fit(value):
+                    return pack.pop(i)
+            pack += self.some(values, len(values))
+
     def between(self, low: int, high: int) -> int:
         """A whole number from low to high, both included."""
         return low + int(self.random() * (high - low + 1))
 
     def paired(self, values: Sequence[str], partners: Iterable[str], want: bool, used: Iterable[str] = ()) -> str | None:
-        """A value not yet used whose pairing with every partner is held out (want) or is not; None when forty tries find none."""
+        """A value not yet used that suits every partner and whose pairing is held out (want) or is not; None after forty tries."""
+        clash = self.world.clash
         for _ in range(40):
             value = self.pick(values)
-            if value not in used and all(held(value, p) == want for p in partners):
+            if value not in used and all(held(value, p) == want and (value, p) not in clash for p in partners):
                 return value
         return None
 

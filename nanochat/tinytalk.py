@@ -16,7 +16,8 @@ KINDS: dict[str, float] = {
     "smalltalk": 0.05, "context": 0.36, "facts": 0.09, "choice": 0.36, "arithmetic": 0.03, "spelling": 0.0, "counting": 0.5,
 }  # fmt: skip
 # what may not stand among the wrong options, because it could pass for the right one; and which statements go together in one story
-WIDER = {"animal": ("bird", "insect"), "fruit": ("vegetable",), "vegetable": ("fruit",), "tree": ("fruit",), "flower": ("fruit",)}
+WIDER = {"animal": ("bird", "insect"), "fruit": ("vegetable", "tree"), "vegetable": ("fruit",), "tree": ("fruit", "flower"),
+         "flower": ("fruit",), "tool": ("vehicle", "instrument"), "part of the body": ("instrument",)}  # fmt: skip
 LYING, OWNING = ("where", "moved"), ("who", "gave", "what")
 RELATED = {"where": LYING, "moved": LYING, "who": OWNING, "gave": OWNING, "what": OWNING}
 
@@ -53,14 +54,16 @@ class Talk(Draw):
 
     def state(self, kind: str, want: bool, used: set[str]) -> tuple[str, Slots] | None:
         """One statement of a kind of [context] with values not in `used`; want: the asked pairing is held out, the others never are."""
-        c, s = self.world.classes, Slots()
+        c, clash, s = self.world.classes, self.world.clash, Slots()
 
         def draw(slot: str, cls: str, *partners: str) -> bool:
             asked = s.get(self.p["context"][kind][4][0], "")  # its partner is the key slot
             is_answer = slot == self.p["context"][kind][3][0]
             for _ in range(40):
                 value = self.pick(c[cls])
-                if value not in used and all(held(value, s[q]) == (want and is_answer and s[q] == asked) for q in partners):
+                if value not in used and all(
+                    held(value, s[q]) == (want and is_answer and s[q] == asked) and (value, s[q]) not in clash for q in partners
+                ):
                     s[slot] = value
                     used.add(value)
                     return True
@@ -121,7 +124,7 @@ class Talk(Draw):
         text, facts = told
         lead = self.pick(self.p["context"]["lead"])
         turns: list[Any] = [f"{lead} {text}" if lead else text]
-        for kind, s in ([self.pick(facts[1:])] if self.random() < 0.35 else []) + [facts[0]]:
+        for kind, s in self.some(facts[1:], self.between(0, min(2, len(facts) - 1))) + [facts[0]]:
             question, reply, answer = self.ask(kind, s)
             if len(turns) == 1:
                 turns[0] += self.pick((" ", "\n")) + question
@@ -131,10 +134,8 @@ class Talk(Draw):
         return turns, answer  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def fact(self, want: bool) -> tuple[str, str, str]:
-        while True:
-            person, attribute = self.pick(self.world.people), self.pick(ATTRIBUTES)
-            if held(person, attribute) == want:
-                break
+        known = [(person, attribute) for person in self.world.people for attribute in ATTRIBUTES]
+        person, attribute = self.dealt(f"facts {want}", known, lambda pair: held(*pair) == want)
         s = Slots(P=person)
         question, reply = self.p["facts"][attribute]
         return self.pick(question) % s, reply[0] % s, self.world.attributes[attribute][person]
@@ -239,8 +240,7 @@ class Talk(Draw):
         return [self.pick(question) % s, tool_call(f"{a}{op}{b}", str(r), reply[0] % s)], str(r)
 
     def spelling(self) -> tuple[list[Any], str]:
-        while held(word := self.pick(self.world.words), "spelling") != self.val:
-            pass
+        word = self.dealt("spelling", self.world.words, lambda word: held(word, "spelling") == self.val)
         letters = "-".join(word)
         return [self.pick(self.p["spelling"]["ask"]) % {"w": word}, f"The word {word} is spelled {letters}."], letters
 

@@ -3,6 +3,7 @@ The embedded corpus: an endless, seeded stream of short English texts about one 
 (see tinytalk.py). Nothing is downloaded and nothing repeats; the val split is built from pairings that train never shows.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -12,9 +13,14 @@ from nanochat.tinytalk import KINDS, Talk, conversations
 __all__ = ["KINDS", "conversations", "documents", "held"]
 
 WEIGHTS = {
-    "story": 34, "stories": 6, "profile": 18, "quiz": 12, "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
+    "story": 34, "stories": 6, "profile": 18, "quiz": 16, "memory": 30, "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
     "room": 3, "diary": 4, "village": 2,
 }  # fmt: skip
+
+STATES = ("where", "moved", "who", "gave", "what", "colour", "many", "place")  # what is stated in the memory game
+
+
+SAID_TWICE = re.compile(r'" (?:said|asked) (\w+)\. "[^"]*" (?:said|asked) \1\b')  # clumsy: the same speaker named twice running
 
 
 def said(line: str, speaker: str, script: bool) -> str:
@@ -23,6 +29,11 @@ def said(line: str, speaker: str, script: bool) -> str:
         return f"%({speaker})s: {line}"
     end = line[-1]
     return f"\"{line[:-1]}{',' if end == '.' else end}\" {'asked' if end == '?' else 'said'} %({speaker})s."
+
+
+def of_two(plot: Plot) -> bool:
+    """Whether the story is about two people, whoever they are."""
+    return [row[1] for row in plot[0][:2]] == ["person", "person"]
 
 
 def listing(words: list[str]) -> str:
@@ -37,8 +48,7 @@ class Tales(Talk):
         super().__init__(seed, split, "tales")
         w = self.world
         data = w.data
-        self.parts = {name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village")}
-        self.together = [p for p in w.plots if [row[1] for row in p[0][:2]] == ["person", "person"]]
+        self.parts = {name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village", "memory")}
         self.diary_days = {k: [w.templates(t) for t in data["diary"][k]] for k in ("winter", "summer")}
         self.diary_ends = {k: w.templates(data["diary"][k]) for k in ("open", "close")}
         self.pairs_told = [w.templates(t) for t in data["sums"]["told"]]
@@ -60,13 +70,14 @@ class Tales(Talk):
         """Two or three stories about the same two people."""
         people = self.couple()
         n = self.between(2, 3)
-        told = [people and self.plot(plot, dict(zip("AB", people, strict=True))) for plot in self.some(self.together, n)]
+        plots = [self.dealt("plots", self.world.plots, of_two) for _ in range(n)]
+        told = [people and self.plot(plot, dict(zip("AB", people, strict=True))) for plot in plots]
         if people is None or None in told:
             return None
         return "\n\n".join([f"Here are {NUMBERS[n]} stories about {listing(list(people))}.", *filter(None, told)])
 
     def story(self) -> str | None:
-        return self.plot(self.pick(self.world.plots), {})
+        return self.plot(self.dealt("plots", self.world.plots), {})
 
     def plot(self, plot: Plot, people: dict[str, str]) -> str | None:
         """One story; every plot is told of new people and things, and what happens to them stays consistent."""
@@ -75,7 +86,8 @@ class Tales(Talk):
         if slots is None:
             return None
         pick = self.pick
-        return (" ".join([s for s in [pick(beat) for beat in beats] if s]) % slots).replace(" \n\n ", "\n\n")
+        text = (" ".join([s for s in [pick(beat) for beat in beats] if s]) % slots).replace(" \n\n ", "\n\n")
+        return None if SAID_TWICE.search(text) else text
 
     def profile(self) -> str | None:
         """Who two or three people are: the stable facts, in many wordings."""
@@ -101,13 +113,31 @@ class Tales(Talk):
             if told is None:
                 return None
             text, facts = told
-            rows = [self.ask(kind, s) for kind, s in (facts if self.random() < 0.4 else facts[:1])]
+            rows = [self.ask(kind, s) for kind, s in (facts if self.random() < 0.8 else facts[:1])]
         elif form < 0.7:
             text, rows = "", list({row[2]: row for row in (self.fact(self.val) for _ in range(self.between(3, 8)))}.values())
         else:
             several = [self.lettered() for _ in range(self.between(1, 3))]
             return "\n\n".join([f"{made[0]}\nAnswer: {made[1]}" for made in several if made])
         return "\n".join(([text] if text else []) + [f"Question: {question}\nAnswer: {reply}" for question, reply, _ in rows])
+
+    def memory(self) -> str | None:
+        """The memory game: one says a few things, the other repeats them in another order; every word of that stands above."""
+        people, pick, p = self.couple(), self.pick, self.parts["memory"]
+        if people is None:
+            return None
+        used = set(people)
+        said = []
+        for i in range(self.between(3, 6)):
+            state = self.state(pick(STATES), self.val and i == 0, used)
+            if state is None:
+                return None
+            said.append(state[0])
+        again = self.some(said, len(said))
+        again = again if again != said else said[::-1]
+        slots = Slots(A=people[0], B=people[1], day=pick(self.world.classes["day"]))
+        lines = [pick(p["open"]), pick(p["say"]), f'"{" ".join(said)}"', pick(p["turn"]), f'"{" ".join(again)}"', pick(p["close"])]
+        return " ".join([line % slots for line in lines if line])
 
     def dialogue(self) -> str | None:
         """Two people talk: a greeting, two to four topics and a farewell."""
@@ -116,14 +146,19 @@ class Tales(Talk):
             return None
         c, pick, t = self.world.classes, self.pick, self.talks
         topics = self.some([*self.some(t["topic"], 3), *self.some(ATTRIBUTES, 2)], self.between(1, 3))
-        if self.random() < 0.5:
-            topics.insert(0, pick(t["weather"]))
+        weather = pick(t["weather"]) if self.random() < 0.5 else None
+        if weather is None or weather is t["weather"][0]:  # nobody sits in the meadow while it snows
+            topics = self.some([*topics, pick(t["outdoors"])], len(topics))
+        if weather:
+            topics.insert(0, weather)
         script = self.random() < 0.4
         lines: list[str] = []
         for topic in [pick(t["hello"]), *topics, pick(t["bye"])]:
             first, second = people if len(lines) % 2 == 0 else people[::-1]  # whoever did not speak last begins
             if isinstance(topic, str):
                 if held(second, topic) and not self.val:  # no held-out question in a train document
+                    continue
+                if topic == "home" and self.world.attributes["home"][first] == self.world.attributes["home"][second]:
                     continue
                 topic = pick(t[topic])
             third = self.paired(self.world.people, people, False, people)
@@ -133,9 +168,9 @@ class Tales(Talk):
             n, (m, o) = self.between(2, 9), self.some(c["month"], 2)
             slots = Slots(A=first, B=second, C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
             slots |= {"q": pick(c["day"]), "d": pick(c["dish"]), "s": pick(c["topic"]), "i": pick(c["music"]), "x": pick(c["pick"])}
-            for slot, cls, partner in (("c", "colour", thing), ("h", "spot", thing), ("p", "place", third)):
+            for slot, cls, partner in (("c", "colour", thing), ("h", "spot", thing), ("p", "place", third), ("r", "outing", third)):
                 slots[slot] = self.paired(c[cls], (partner,), False) or ""
-            if not (slots["c"] and slots["h"] and slots["p"]):
+            if not (slots["c"] and slots["h"] and slots["p"] and slots["r"]):
                 return None
             filled = Slots(slots)
             lines += [said(pick(line), "AB"[i % 2], script) % filled for i, line in enumerate(topic)]
@@ -143,7 +178,7 @@ class Tales(Talk):
 
     def lesson(self) -> str | None:
         """What things are, or what the opposites of words are."""
-        kinds, pick = self.world.data["kinds"], self.pick
+        kinds = self.world.data["kinds"]
         n = self.between(3, 7)
         if self.random() < 0.25:
             table = self.world.data["opposites"]
@@ -152,14 +187,16 @@ class Tales(Talk):
                 return None
             return " ".join([f"The opposite of {w} is {table[w]}." for w in words])
         alike = self.random() < 0.5
-        kind = pick(list(kinds))
+        kind = self.dealt("kinds", list(kinds)) if alike else ""
         words = self.some(list(kinds[kind]) if alike else list(self.world.kind_of), n)
         if held(words[0], words[1]) != self.val:
             return None
         lines = []
+        riddles = self.random() < 0.3
         for word in words:
             k, noun = self.world.kind_of[word], article(word)
-            lines.append(f"{noun[0].upper()}{noun[1:]} is {article(k)}. {kinds[k][word]}")
+            riddle = f"{kinds[k][word]} {'What is it' if alike else f'Which {k} is it'}? It is {noun}."
+            lines.append(riddle if riddles else f"{noun[0].upper()}{noun[1:]} is {article(k)}. {kinds[k][word]}")
         if alike:
             first, _, rest = kind.partition(" of ")
             lines.append(f"So {listing([article(w) for w in words])} are {first}s{' of ' + rest if rest else ''}.")
