@@ -124,7 +124,7 @@ class Talk(Draw):
         text, facts = told
         lead = self.pick(self.p["context"]["lead"])
         turns: list[Any] = [f"{lead} {text}" if lead else text]
-        for kind, s in self.some(facts[1:], self.between(0, min(2, len(facts) - 1))) + [facts[0]]:
+        for kind, s in [*self.some(facts[1:], self.between(0, min(2, len(facts) - 1))), facts[0]]:
             question, reply, answer = self.ask(kind, s)
             if len(turns) == 1:
                 turns[0] += self.pick((" ", "\n")) + question

@@ -222,8 +222,7 @@ class Tales(Talk):
         person = pick(self.world.people)
         lines = [pick((f"{person} is doing sums.", f"{person} likes sums.", "Here are some sums.", "Let us calculate."))]
         style = self.between(0, 2)
-        for _ in range(self.between(4, 9)):
-            op, a, b, r = self.operands()
+        for op, a, b, r in dict.fromkeys(self.operands() for _ in range(self.between(4, 9))):
             if style == 0:
                 lines.append(f"{a} {op} {b} = {r}")
             elif style == 1:
@@ -234,7 +233,7 @@ class Tales(Talk):
         return "\n".join(lines)
 
     def room(self) -> str | None:
-        person, c, parts, pick = self.pick(self.world.people), self.world.classes, self.parts["room"], self.pick
+        person, c, parts, pick = self.dealt("rooms", self.world.people), self.world.classes, self.parts["room"], self.pick
         lines = [pick(parts["open"])]
         used: set[str] = set()
         text = []
@@ -256,11 +255,15 @@ class Tales(Talk):
         if people is None or home[people[0]] == home[people[1]]:
             return None
         c, pick = self.world.classes, self.pick
-        days = [line for group in self.diary_days[pick(("winter", "summer"))] for line in group]
+        season = pick(("winter", "summer"))
+        days = [line for group in self.diary_days[season] for line in group]
         n = self.between(3, 6)
         start = self.between(0, 7 - n)
+        told: list[str] = []
+        for _ in range(n):
+            told.append(self.dealt(season, days, lambda line: line not in told))
         lines = [pick(self.diary_ends["open"])]
-        lines += [f"{day}: {line}" for day, line in zip(c["day"][start:], self.some(days, n), strict=False)]
+        lines += [f"{day}: {line}" for day, line in zip(c["day"][start:], told, strict=False)]
         slots = Slots(A=people[0], B=people[1], x=pick(c["topic"]), h=pick(c["hot"]), k=pick(c["cake"]), g=pick(c["game"]))
         slots |= {"n": pick(c["number"]), "y": pick(c["pick"]), "feel": pick(c["feel"])}
         return "\n".join([s for s in (*lines, pick(self.diary_ends["close"])) if s]) % Slots(slots)
