@@ -277,7 +277,7 @@ class _Product(nn.Module):
 
 def _fast_copy(model: GPT) -> tuple[GPT, nn.Module]:
     """The model with _Product for every Linear, and its head as one; everything else is shared with the model, which stays as it is."""
-    kept = [*model.parameters(), *model.buffers(), model.cos, model.sin, model._body]
+    kept = [*model.parameters(), *model.buffers(), model.cos, model.sin]
     body = copy.deepcopy(model, memo={id(x): x for x in kept})
     for module in list(body.modules()):
         for name, child in list(module.named_children()):

@@ -7,6 +7,7 @@ from nanochat import checkpoint, stage
 from nanochat.common import entry, print0
 from nanochat.knobs import knob
 from nanochat.tasks import mixture
+from nanochat.tokens import prepare
 
 
 @dataclass(kw_only=True)
@@ -14,6 +15,7 @@ class Knobs(stage.TrainKnobs):
     """Horizon and data"""
 
     data: tuple[str, ...] = knob(("tinyworld",), "conversations: tinyworld[@N][:weight], name=FILE.jsonl[:weight] ...")
+    text: tuple[str, ...] = knob((), "text to keep in the mix, as for base_train: for example tinyworld@2, two megabytes of it")
     num_iterations: int = knob(-1, "optimizer steps (-1 = by epochs)")
     epochs: int = knob(1, "passes over the conversations", low=1)
     total_batch_size: int = knob(0, "tokens of an optimizer step; 0 = as in pretraining")
@@ -26,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         k, T = s.knobs, s.model.config.sequence_len
         rows = stage.whole_rows(k.total_batch_size, T) or s.stored("rows") or checkpoint.read_meta(s.parent)["plan"]["rows"]
         steps, epochs = stage.talk_horizon(s)
-        feed = s.feed(mixture.shards(k.data, "train", s.tokenizer), rows, steps, epochs=epochs)
+        text = [(prepare(source, "train", s.tokenizer), source.weight) for source in (stage.sources_of(k.text) if k.text else ())]
+        feed = s.feed(mixture.shards(k.data, "train", s.tokenizer) + text, rows, steps, epochs=epochs)
         val = [(shards.name, shards, weight) for shards, weight in mixture.shards(k.data, "val", s.tokenizer)]
         print0(f"  {rows * T:,} tokens a step ({rows} rows of {T})")
         return stage.train(s, feed, rows, steps, [stage.val_probe(s, val)])
