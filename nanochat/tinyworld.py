@@ -153,6 +153,7 @@ class Tales(Talk):
             topics.insert(0, weather)
         script = self.random() < 0.4
         lines: list[str] = []
+        days = self.some(c["day"], 7)  # a day each: what was done on one cannot be planned for the same
         for topic in [pick(t["hello"]), *topics, pick(t["bye"])]:
             first, second = people if len(lines) % 2 == 0 else people[::-1]  # whoever did not speak last begins
             if isinstance(topic, str):
@@ -167,7 +168,7 @@ class Tales(Talk):
                 return None
             n, (m, o) = self.between(2, 9), self.some(c["month"], 2)
             slots = Slots(A=first, B=second, C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
-            slots |= {"q": pick(c["day"]), "d": pick(c["dish"]), "s": pick(c["topic"]), "i": pick(c["music"]), "x": pick(c["pick"])}
+            slots |= {"q": days.pop(), "d": pick(c["dish"]), "s": pick(c["topic"]), "i": pick(c["music"]), "x": pick(c["pick"])}
             for slot, cls, partner in (("c", "colour", thing), ("h", "spot", thing), ("p", "place", third), ("r", "outing", third)):
                 slots[slot] = self.paired(c[cls], (partner,), False) or ""
             if not (slots["c"] and slots["h"] and slots["p"] and slots["r"]):
