@@ -13,7 +13,7 @@ from nanochat.tinytalk import KINDS, Talk, conversations
 __all__ = ["KINDS", "conversations", "documents", "held"]
 
 WEIGHTS = {
-    "story": 34, "stories": 6, "profile": 18, "quiz": 16, "memory": 30, "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
+    "story": 34, "stories": 6, "profile": 18, "quiz": 16, "memory": 12, "roll": 24, "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
     "room": 3, "diary": 4, "village": 2,
 }  # fmt: skip
 
@@ -49,6 +49,7 @@ class Tales(Talk):
         w = self.world
         data = w.data
         self.parts = {name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village", "memory")}
+        self.rolls = {what: [w.templates(t) for t in texts] for what, texts in data["roll"].items()}
         self.diary_days = {k: [w.templates(t) for t in data["diary"][k]] for k in ("winter", "summer")}
         self.diary_ends = {k: w.templates(data["diary"][k]) for k in ("open", "close")}
         self.pairs_told = [w.templates(t) for t in data["sums"]["told"]]
@@ -138,6 +139,22 @@ class Tales(Talk):
         slots = Slots(A=people[0], B=people[1], day=pick(self.world.classes["day"]))
         lines = [pick(p["open"]), pick(p["say"]), f'"{" ".join(said)}"', pick(p["turn"]), f'"{" ".join(again)}"', pick(p["close"])]
         return " ".join([line % slots for line in lines if line])
+
+    def roll(self) -> str | None:
+        """A list that one reads and another repeats in the same order: names, numbers, things, words or what to buy."""
+        people, c, pick = self.couple(), self.world.classes, self.pick
+        if people is None:
+            return None
+        what = pick(list(self.rolls))
+        values = {"names": self.world.people, "words": self.world.words, "numbers": [str(i) for i in range(1, 100)]}.get(what) or c[what]
+        values = [v for v in values if v not in people]
+        items = self.some(values, min(self.between(8, 20), len(values)))
+        if held(items[0], items[1]) != self.val:
+            return None
+        told = (", " if what in ("numbers", "count") else " ").join(items) + "."
+        slots = Slots(A=people[0], B=people[1])
+        first, again, close = (pick(readings) % slots for readings in self.rolls[what])
+        return " ".join([first, told, again, told, close]).strip()
 
     def dialogue(self) -> str | None:
         """Two people talk: a greeting, two to four topics and a farewell."""

@@ -1,0 +1,126 @@
+"""The chain of the quickstart at toy size: every stage opens the one before it, and the figures of all come out in one summary."""
+
+import json
+
+import pytest
+
+from nanochat import chat_eval, checkpoint, logbook
+from nanochat.common import UserError
+from nanochat.tasks import customjson, mixture, tinyworld
+from scripts import base_eval, base_loss, base_train, chat_sft, mid_train, summary, tok_train
+from scripts import chat_eval as chat_eval_script
+
+SHAPE = ["--depth=1", "--model_dim=32", "--head_dim=16", "--sequence_len=128", "--total_batch_size=512"]
+CPU = ["--device_type=cpu", "--dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base folder with a tokenizer and a base, mid and sft model of a few steps each."""
+    folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("NANOCHAT_BASE_DIR", str(folder))
+        tok_train.main(["--data", "tinyworld@0.2", "--vocab_size=400"])
+        base_train.main([*SHAPE, *CPU, "--data", "tinyworld@0.2", "--num_iterations=4", "--eval_tokens=2000", "--sample_every=0"])
+        mid_train.main([*CPU, "--data", "tinyworld@60", "--text", "tinyworld@0.2", "--num_iterations=3", "--eval_tokens=2000"])
+        chat_sft.main([*CPU, "--data", "tinyworld@30", "--conversations_per_step=4", "--epochs=1", "--eval_tokens=2000"])
+        yield folder
+
+
+@pytest.fixture
+def here(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    return base
+
+
+def test_stages_hand_down(here):
+    metas = {stage: checkpoint.read_meta(checkpoint.locate(stage)) for stage in ("base", "mid", "sft")}
+    assert {m["config"]["n_embd"] for m in metas.values()} == {32}
+    assert all(m["done"] for m in metas.values())
+    assert metas["mid"]["plan"]["rows"] == metas["base"]["plan"]["rows"], "midtraining keeps the batch of pretraining"
+    assert metas["sft"]["step"] == 8, "30 conversations, 4 a step, the last step short"
+    assert metas["mid"]["knobs"]["dtype"] == "float32"
+    assert checkpoint.locate("sft").parent.name == "d1"
+
+
+def test_questions_and_summary(here, capsys):
+    for stage in ("base", "mid", "sft"):
+        found = chat_eval_script.main(["-i", stage, "-n", "14", *CPU])
+        assert found["n"] == 14 and set(found["kinds"]) == set(tinyworld.KINDS)
+        assert 0 <= found["lo"] <= found["accuracy"] <= found["hi"] <= 1
+    made = summary.main([*CPU, "--samples=2", "--seconds=90"])
+    kept = json.loads((here / "quickstart" / "summary.json").read_text())
+    assert kept == made and kept["minutes"] == 1.5
+    assert set(kept["stages"]) == {"base", "mid", "sft"}
+    for stage in kept["stages"].values():
+        assert stage["val_bpb"] > 0 and stage["n"] == 14 and stage["tokens"] > 0 and set(stage["kinds"]) == set(tinyworld.KINDS)
+    assert "assistant:" in capsys.readouterr().out
+
+
+def test_base_loss_and_base_eval(here):
+    bpb = base_loss.main([*CPU, "--eval_tokens=2000"])
+    assert set(bpb) == {"tinyworld/train", "tinyworld/val"} and all(1 < v < 4 for v in bpb.values())
+    seen = base_eval.main([*CPU, "--eval_tokens=2000", "--max_tokens=4"])
+    assert seen["bpb"] == {"tinyworld/val": bpb["tinyworld/val"]}
+    assert all(len(texts) == 2 for texts in seen["samples"].values())
+    assert [r for r in logbook.read(checkpoint.run_directory("base", "d1")) if r["kind"] == "base_eval"]
+
+
+def test_a_finished_stage_has_nothing_to_do(here, capsys):
+    before = checkpoint.locate("mid").stat().st_mtime_ns
+    mid_train.main([*CPU, "--data", "tinyworld@60", "--text", "tinyworld@0.2", "--num_iterations=3", "--eval_tokens=2000", "--resume=auto"])
+    assert "nothing to do" in capsys.readouterr().out
+    assert checkpoint.locate("mid").stat().st_mtime_ns == before
+
+
+def test_no_parent_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"no mid checkpoint .* scripts.mid_train"):
+        chat_sft.main([])
+    with pytest.raises(UserError, match="no task 'gsm9k'"):
+        chat_eval_script.main(["-a", "gsm9k"])
+
+
+def test_letters_are_chosen_among_the_item_s_own(here):
+    from nanochat.engine import Engine
+    from nanochat.tokenizer import Tokenizer
+
+    tok = Tokenizer.load()
+    model, _ = checkpoint.load_model(checkpoint.locate("sft"), "cpu", __import__("torch").float32, tok.fingerprint)
+    items = tinyworld.TASKS["choice"].items("val", 12, 0)
+    prompts = [tok.render_prompt(tinyworld.prompt(i)) for i in items]
+    one_letter = [["C"]] * len(items)
+    assert chat_eval.choose_letters(Engine(model, tok), prompts, one_letter) == ["C"] * len(items)
+    chosen = chat_eval.choose_letters(Engine(model, tok), prompts, [i["letters"] for i in items])
+    alone = [chat_eval.choose_letters(Engine(model, tok), [p], [i["letters"]])[0] for p, i in zip(prompts, items, strict=True)]
+    assert chosen == alone, "padding must not change a choice"
+
+
+def test_wilson_interval():
+    assert chat_eval.wilson(0, 0) == (0.0, 1.0)
+    lo, hi = chat_eval.wilson(90, 100)  # published: 0.8256, 0.9448
+    assert (lo, hi) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+    assert chat_eval.wilson(100, 100)[1] == 1.0 and chat_eval.wilson(100, 100)[0] > 0.96
+
+
+def test_own_conversations(tmp_path):
+    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    file = tmp_path / "talk.jsonl"
+    lines = [json.dumps({**good, "id": i}) for i in range(400)]
+    file.write_text("\n".join(lines) + "\n\n")
+    train, val = (list(customjson.conversations([file], split)) for split in ("train", "val"))
+    assert len(train) + len(val) == 400 and 1 <= len(val) <= 30
+    assert not {c["id"] for c in train} & {c["id"] for c in val}
+    for bad, why in [("{", "not JSON"), ('{"text": "x"}', '"messages"'), ('{"messages": [{"role": "robot", "content": "x"}]}', "role")]:
+        file.write_text(lines[0] + "\n" + bad + "\n")
+        with pytest.raises(UserError, match=f"line 2.*{why}"):
+            list(customjson.conversations([file], "train"))
+
+
+def test_mixture_specs(tmp_path):
+    (tmp_path / "talk.jsonl").write_text("{}\n")
+    found = mixture.parse(["tinyworld@500:2", f"mine={tmp_path}/talk.jsonl:1"])
+    assert [(s.name, s.weight, n) for s, n in found] == [("tinyworld", 2.0, 500), ("mine", 1.0, 40_000)]
+    for bad in (["tinyworld@many"], ["fineweb-edu"]):
+        with pytest.raises(UserError):
+            mixture.parse(bad)
