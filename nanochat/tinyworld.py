@@ -13,7 +13,8 @@ from nanochat.tinytalk import KINDS, Talk, conversations
 __all__ = ["KINDS", "conversations", "documents", "held"]
 
 WEIGHTS = {
-    "story": 34, "stories": 6, "profile": 18, "quiz": 16, "memory": 12, "roll": 24, "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
+    "story": 34, "stories": 6, "profile": 18, "quiz": 16, "memory": 12, "roll": 24,
+    "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
     "room": 3, "diary": 4, "village": 2,
 }  # fmt: skip
 
@@ -147,7 +148,7 @@ class Tales(Talk):
             return None
         what = pick(list(self.rolls))
         values = {"names": self.world.people, "words": self.world.words, "numbers": [str(i) for i in range(1, 100)]}.get(what) or c[what]
-        values = [v for v in values if v not in people]
+        values = [v for v in values if v not in people and v not in c["colour"]]  # "orange", a word to spell, would colour the next one
         items = self.some(values, min(self.between(8, 20), len(values)))
         if held(items[0], items[1]) != self.val:
             return None

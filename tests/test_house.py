@@ -203,8 +203,8 @@ def test_no_path_of_a_machine_and_no_registry_is_named():
 
 def knob_classes(command: str) -> dict[str, type]:
     """
-    The dataclasses that a command parses its flags into: {"base_train": Knobs}. It is its module's Knobs, else the one class with knobs that it defines;
-    a script of several commands names them in COMMANDS instead: {"plan memory": ..., "plan arch": ...}.
+    The dataclasses that a command parses its flags into: {"base_train": Knobs}. It is its module's Knobs, else the one class with
+    knobs that it defines; a script of several commands names them in COMMANDS instead: {"plan memory": ..., "plan arch": ...}.
     """
     module = importlib.import_module(front.commands()[command][0])
     if several := getattr(module, "COMMANDS", None):
