@@ -41,7 +41,8 @@ def measure(k: Knobs, compiled: bool) -> dict[str, Any]:
     """Median step time of one mode after three steps of warm-up, as a dict of figures."""
     rt = open_runtime(k.device_type, k.dtype, k.seed)
     peak = hardware.measured_peak(rt.device, rt.dtype)
-    model = GPT.build(GPTConfig(vocab_size=k.vocab_size, sequence_len=k.sequence_len, **k.dimensions()), rt.device, rt.dtype)
+    shape: dict[str, Any] = {"vocab_size": k.vocab_size, "sequence_len": k.sequence_len, **k.dimensions()}
+    model = GPT.build(GPTConfig(**shape), rt.device, rt.dtype)
     model.init_weights(k.seed)
     if compiled:
         model.compile()

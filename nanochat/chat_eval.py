@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nanochat.common import notice
-from nanochat.engine import Engine
+from nanochat.engine import Engine, clip
 from nanochat.runtime import out_of_memory, release_memory
 from nanochat.tasks.common import Item, Task
 from nanochat.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def judge(
     prompts = [tok.render_prompt(task.prompt(item)) for item in items]
     if (cut := sum(len(p) > room for p in prompts)) > 0:
         notice(f"{cut} of {len(prompts)} prompts of {task.name} are longer than the context and keep their end")
-        prompts = [p if len(p) <= room else [p[0], *p[len(p) - room + 1 :]] for p in prompts]
+        prompts = [clip(p, room) for p in prompts]
     verdicts: list[bool] = [False] * len(items)
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     at = 0

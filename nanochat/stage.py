@@ -7,7 +7,7 @@ Everything that the training commands have in common stands here once; what tell
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -84,7 +84,7 @@ class Stage:
     resume_from: Path | None
     peak_flops: float  # of all devices together
     began: float
-    parent: Path | None = None  # the checkpoint of the stage before
+    parent_meta: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that the stage goes on from, if it has one
 
     @property
     def budget_seconds(self) -> float:
@@ -292,7 +292,7 @@ def open_child(cls: type[K], argv: Sequence[str] | None, command: str, name: str
         return checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)[0]
 
     s = open_stage(name, command, k, origins, tag, build, resume_from)
-    s.parent = path
+    s.parent_meta = checkpoint.read_meta(path)
     print0(f"  from {path}")
     return s
 

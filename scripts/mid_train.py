@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat import checkpoint, stage
+from nanochat import stage
 from nanochat.common import entry, print0
 from nanochat.knobs import knob
 from nanochat.tasks import mixture
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     def work() -> dict:
         s = stage.open_child(Knobs, argv, "mid_train", "mid", lambda k: "base")
         k, T = s.knobs, s.model.config.sequence_len
-        rows = stage.whole_rows(k.total_batch_size, T) or s.stored("rows") or checkpoint.read_meta(s.parent)["plan"]["rows"]
+        rows = stage.whole_rows(k.total_batch_size, T) or s.stored("rows") or s.parent_meta["plan"]["rows"]
         steps, epochs = stage.talk_horizon(s)
         text = [(prepare(source, "train", s.tokenizer), source.weight) for source in (stage.sources_of(k.text) if k.text else ())]
         feed = s.feed(mixture.shards(k.data, "train", s.tokenizer) + text, rows, steps, epochs=epochs)
