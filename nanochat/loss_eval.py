@@ -10,9 +10,21 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import notice
-from nanochat.dataloader import Batch
+from nanochat.dataloader import Batch, eval_batches
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime, out_of_memory, release_memory
+from nanochat.tokens import Shards
+
+
+def of_shards(model: GPT, shards: Shards, token_bytes: np.ndarray, rt: Runtime, rows: int, max_tokens: int | None = None) -> float:
+    """Bits per byte of the first `max_tokens` tokens of a split, in its fixed order, packed to the model's context."""
+
+    def batches(rows: int) -> Iterable[Batch]:
+        length = model.config.sequence_len
+        ours = {"rank": rt.rank, "world_size": rt.world_size, "device": rt.device}
+        return eval_batches(shards, rows_per_batch=rows, sequence_len=length, max_tokens=max_tokens, **ours)
+
+    return bits_per_byte(model, batches, token_bytes, rt, rows)
 
 
 @torch.no_grad()

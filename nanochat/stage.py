@@ -15,12 +15,12 @@ import torch
 
 from nanochat import checkpoint, hardware, knobs, trainer
 from nanochat.common import UserError, duration, human, notice, print0
-from nanochat.dataloader import RowFeed, eval_batches
+from nanochat.dataloader import RowFeed
 from nanochat.dataset import SHARD_SETS, Source, files, parse_sources
 from nanochat.gpt import GPT
 from nanochat.knobs import knob
 from nanochat.logbook import Logbook
-from nanochat.loss_eval import bits_per_byte
+from nanochat.loss_eval import of_shards
 from nanochat.optim import Group, MuonAdamW
 from nanochat.runtime import Runtime, close_runtime, compiler_missing, open_runtime, out_of_memory
 from nanochat.scaling import batch_for, width_scale
@@ -218,15 +218,15 @@ def sources_of(specs: Sequence[str]) -> list[Source]:
     return sources
 
 
-def make_optimizer(model: GPT, k: Any, rt: Runtime, batch_scale: float = 1.0) -> MuonAdamW:
-    """One group for every (optimizer, rate) of the roster. AdamW's rates follow the width, all rates follow lr_scale and batch_scale."""
+def make_optimizer(model: GPT, k: Any, rt: Runtime, rate_scale: float = 1.0) -> MuonAdamW:
+    """One group for every (optimizer, rate) of the roster. AdamW's rates follow the width, all rates follow lr_scale and rate_scale."""
     wide = width_scale(model.config.n_embd)
     rates = {"embedding": k.embedding_lr * wide, "head": k.unembedding_lr * wide, "matrix": k.matrix_lr}
     groups: dict[tuple[str, str], Group] = {}
     for name, p, row in model.roster():
         decay = k.weight_decay if row.optimizer == "muon" else 0.0
         group = groups.setdefault(
-            (row.optimizer, row.rate), Group(row.optimizer, [], [], rates[row.rate] * k.lr_scale * batch_scale, decay)
+            (row.optimizer, row.rate), Group(row.optimizer, [], [], rates[row.rate] * k.lr_scale * rate_scale, decay)
         )
         group.names.append(name)
         group.params.append(p)
@@ -243,7 +243,7 @@ def whole_rows(total_batch_size: int, sequence_len: int) -> int:
     return total_batch_size // sequence_len
 
 
-def horizon(s: Stage, default_ratio: float = 20.0) -> tuple[int, int | None]:
+def horizon(s: Stage) -> tuple[int, int | None]:
     """
     (rows of an optimizer step, steps or None when a budget of time ends the run) from total_batch_size and one of num_iterations,
     target_flops, target_param_data_ratio, max_minutes, max_hours. UserError when two of them contradict each other or none is given.
@@ -309,17 +309,12 @@ def talk_horizon(s: Stage) -> tuple[int | None, int | None]:
 
 def val_probe(s: Stage, val: Sequence[tuple[str, Shards, float | None]]) -> trainer.Probe:
     """Bits per byte on the validation split of every named source, and their mean by weight."""
-    rt, token_bytes = s.runtime, s.tokenizer.token_bytes()
+    token_bytes = s.tokenizer.token_bytes()
 
     def look() -> dict[str, float]:
         out, weights = {}, []
         for name, shards, weight in val:
-
-            def batches(rows: int, shards: Shards = shards):
-                return eval_batches(shards, rows_per_batch=rows, sequence_len=s.model.config.sequence_len, max_tokens=s.knobs.eval_tokens,
-                                    rank=rt.rank, world_size=rt.world_size, device=rt.device)  # fmt: skip
-
-            out[f"val_bpb/{name}"] = bits_per_byte(s.model, batches, token_bytes, rt, s.knobs.device_batch_size)
+            out[f"val_bpb/{name}"] = of_shards(s.model, shards, token_bytes, s.runtime, s.knobs.device_batch_size, s.knobs.eval_tokens)
             weights.append(weight or 1.0)
         mean = sum(w * v for w, v in zip(weights, out.values(), strict=True)) / sum(weights)
         return {"val_bpb": mean, **(out if len(out) > 1 else {})}
@@ -356,12 +351,12 @@ def train(
     rows: int,
     steps: int | None,
     probes: Sequence[trainer.Probe],
-    batch_scale: float = 1.0,
+    rate_scale: float = 1.0,
     one_shape: bool = True,
 ) -> dict[str, Any]:
     """Run the stage to its end (or go on with it) and return the summary. one_shape: whether (nearly) all batches have the same shape."""
     k, rt = s.knobs, s.runtime
-    optimizer = make_optimizer(s.model, k, rt, batch_scale)
+    optimizer = make_optimizer(s.model, k, rt, rate_scale)
     meta = {
         "stage": s.name,
         "config": checkpoint.config_dict(s.model.config),

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 from nanochat import checkpoint, knobs, stage
 from nanochat.common import entry, print0
-from nanochat.dataloader import eval_batches
 from nanochat.gpt import GPT
 from nanochat.knobs import knob
-from nanochat.loss_eval import bits_per_byte
+from nanochat.loss_eval import of_shards
 from nanochat.runtime import Runtime, open_runtime
 from nanochat.tokenizer import Tokenizer
 from nanochat.tokens import prepare
@@ -51,12 +50,8 @@ def measure(k: Knobs) -> Measured:
     for source in stage.sources_of(k.data or trained_on):
         for split in k.splits:
             shards = prepare(source, split, tokenizer)
-
-            def batches(rows: int, shards=shards):
-                return eval_batches(shards, rows_per_batch=rows, sequence_len=model.config.sequence_len, max_tokens=k.eval_tokens,
-                                    rank=rt.rank, world_size=rt.world_size, device=rt.device)  # fmt: skip
-
-            value = found.bpb[f"{source.name}/{split}"] = bits_per_byte(model, batches, tokenizer.token_bytes(), rt, k.device_batch_size)
+            value = of_shards(model, shards, tokenizer.token_bytes(), rt, k.device_batch_size, k.eval_tokens)
+            found.bpb[f"{source.name}/{split}"] = value
             print0(f"  {source.name:<20} {split:<6} {value:.4f}")
     return found
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         feed = s.feed(mixture.shards(k.data, "train", s.tokenizer, seed=1), rows, steps, epochs=epochs, mode="padded")
         val = [(shards.name, shards, weight) for shards, weight in mixture.shards(k.data, "val", s.tokenizer)]
         print0(f"  {rows} conversations a step")
-        return stage.train(s, feed, rows, steps, [stage.val_probe(s, val)], batch_scale=k.init_lr_frac, one_shape=False)
+        return stage.train(s, feed, rows, steps, [stage.val_probe(s, val)], rate_scale=k.init_lr_frac, one_shape=False)
 
     return stage.finish(work)
 
