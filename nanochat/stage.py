@@ -161,15 +161,9 @@ def open_stage(
         f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}, "
         f"measured peak {peak / 1e12:.3g} TFLOP/s"
     )
-    print0(_changed(k, origins))
+    print0(knobs.show(k, origins))
     print0(table_of_counts(model))
     return Stage(name, k, origins, rt, tokenizer, model, directory, resume_from, peak, began)
-
-
-def _changed(k: Any, origins: dict[str, str]) -> str:
-    """The knobs that are not defaults, one a line."""
-    rows = [(n, getattr(k, n), o) for n, o in origins.items() if o != "default"]
-    return "\n".join(f"  {n:<24} {v!s:<28} {o}" for n, v, o in rows) or "  all knobs at their defaults"
 
 
 def same_architecture(model: GPT, path: Path) -> None:
