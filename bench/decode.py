@@ -32,7 +32,7 @@ class Knobs(Arch, Shape):
     batch: tuple[int, ...] = knob((1, 8, 32), "rows generated together", low=1)
     prompt: int = knob(64, "tokens of the prompt", low=1)
     tokens: int = knob(128, "tokens generated a row", low=2)
-    repeats: int = knob(3, "runs of each size; the one with the best median step counts", low=1)
+    repeats: int = knob(5, "runs of each size; their median counts", low=1)
     device_type: str = knob("auto", "auto, cpu, cuda or mps")
     dtype: str = knob("auto", "auto, float32, bfloat16 or float16")
 
@@ -57,20 +57,24 @@ def main(argv=None) -> dict[str, Any]:
     print0(f"depth {k.depth}, width {config.n_embd}, {size} parameters, {rt.dtype_name} on {hardware.device_name(rt.device)}")
     print0(f"a step reads {weights / 1e6:.1f} MB of weights and {kept / 1e6:.1f} MB of keys and values a row")
     print0(f"{'batch':>6}  {'tok/s':>8}  {'ms a step':>9}  {'GB/s':>6}  {'read GB/s here':>14}  {'share of the bound':>18}")
-    rows, bandwidth = [], 0.0
+    rows: list[dict[str, float]] = []
+    readings = [hardware.read_bandwidth(rt.device)]  # one between any two runs: a shared machine's memory is not equally fast all the time
     for batch in k.batch:
-        seconds = float("inf")
+        typical = []
         for _ in range(k.repeats):
             steps = engine.generate([1] * k.prompt, batch, k.tokens, temperature=0.8, top_k=50)
             next(steps)  # the prompt, and the weights' preparation
             times = [time.perf_counter(), *(time.perf_counter() for _ in steps)]
-            seconds = min(seconds, statistics.median(b - a for a, b in pairwise(times)))
-            bandwidth = max(bandwidth, hardware.read_bandwidth(rt.device))
+            typical.append(statistics.median(b - a for a, b in pairwise(times)))
+            readings.append(hardware.read_bandwidth(rt.device))
+        seconds, bandwidth = statistics.median(typical), statistics.median(readings[-k.repeats - 1 :])
         rate = (weights + batch * kept) / seconds
-        rows.append({"batch": batch, "tok_per_sec": round(batch / seconds, 1), "bandwidth_share": round(rate / bandwidth, 4)})
+        figures = {"tok_per_sec": round(batch / seconds, 1), "read_bandwidth": round(bandwidth), "bandwidth_share": round(rate / bandwidth, 4)}
+        rows.append({"batch": batch, **figures})
         shown = f"{batch:>6}  {batch / seconds:>8.1f}  {seconds * 1e3:>9.2f}  {rate / 1e9:>6.1f}  {bandwidth / 1e9:>14.1f}"
         print0(f"{shown}  {rate / bandwidth:>18.1%}")
-    out = {"depth": k.depth, "dtype": rt.dtype_name, "read_bandwidth": round(bandwidth), **rows[0], "batches": rows}
+    print0(f"read bandwidth over the whole run: {min(readings) / 1e9:.1f} to {max(readings) / 1e9:.1f} GB/s; the median beside a batch counts")
+    out = {"depth": k.depth, "dtype": rt.dtype_name, "read_bandwidths": [round(r) for r in readings], **rows[0], "batches": rows}
     print0(json.dumps(out))
     return out
 

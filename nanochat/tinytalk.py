@@ -15,6 +15,8 @@ from nanochat.tinylexicon import ATTRIBUTES, NUMBERS, Draw, Slots, held, world
 KINDS: dict[str, float] = {
     "smalltalk": 0.05, "context": 0.36, "facts": 0.09, "choice": 0.36, "arithmetic": 0.03, "spelling": 0.0, "counting": 0.5,
 }  # fmt: skip
+# the kinds in the order in which they are told for training: what is looked up in the context is the hardest to learn
+CYCLE = ("smalltalk", "context", "facts", "choice", "context", "arithmetic", "choice", "spelling", "context", "counting")
 # what may not stand among the wrong options, because it could pass for the right one; and which statements go together in one story
 WIDER = {"animal": ("bird", "insect"), "fruit": ("vegetable", "tree"), "vegetable": ("fruit",), "tree": ("fruit", "flower"),
          "flower": ("fruit",), "tool": ("vehicle", "instrument"), "part of the body": ("instrument",)}  # fmt: skip
@@ -134,11 +136,15 @@ class Talk(Draw):
         return turns, answer  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def fact(self, want: bool) -> tuple[str, str, str]:
+        return self.known(want)[2:]
+
+    def known(self, want: bool) -> tuple[str, str, str, str, str]:
+        """(person, attribute, question, reply, answer) of a stable fact."""
         known = [(person, attribute) for person in self.world.people for attribute in ATTRIBUTES]
         person, attribute = self.dealt(f"facts {want}", known, lambda pair: held(*pair) == want)
         s = Slots(P=person)
         question, reply = self.p["facts"][attribute]
-        return self.pick(question) % s, reply[0] % s, self.world.attributes[attribute][person]
+        return person, attribute, self.pick(question) % s, reply[0] % s, self.world.attributes[attribute][person]
 
     def facts(self) -> tuple[list[Any], str]:
         turns: list[Any] = []
@@ -172,7 +178,7 @@ class Talk(Draw):
         return [*turns, self.pick(p[question][0]) % s, self.pick(p[question][1]) % s], key
 
     def options(self, question: str, right: str, wrong: Sequence[str]) -> tuple[str, str, list[str]]:
-        """(the question with its lettered options, the right letter, all letters): the letter follows its option directly."""
+        """(the question with its lettered options, the right option and its letter, all letters): the letter follows its option directly."""
         n = self.between(2, 4)
         others = list(dict.fromkeys(x for x in wrong if x != right))[: n - 1]
         others = self.some(others, n - 1)
@@ -181,12 +187,12 @@ class Talk(Draw):
         others.insert(letters.index(letter), right)
         end = self.pick(self.p["choice"]["end"])
         lines = "\n".join(f"- {option}={x}" for option, x in zip(others, letters, strict=True))
-        return f"{question}\n{lines}" + (f"\n{end}" if end else ""), letter, letters
+        return f"{question}\n{lines}" + (f"\n{end}" if end else ""), f"The answer is {right}={letter}.", letters
 
     def lettered(self) -> tuple[str, str, list[str]] | None:
-        """A question with options, its letter and the letters."""
+        """A question with options, the right option with its letter, and the letters."""
         w, p, form = self.world, self.p["choice"], self.random()
-        if form < 0.5:
+        if form < 0.15:
             told = self.situation()
             if told is None:
                 return None
@@ -196,6 +202,9 @@ class Talk(Draw):
             values = w.classes[{"h": "spot", "A": "person", "t": "thing", "c": "colour", "n": "number", "p": "place"}[slot]]
             near = [r[slot] for _, r in rest if slot in r]
             return self.options(f"{text}\n{question}", answer, near + self.some(values, 6))
+        if form < 0.5:
+            person, attribute, question, _, answer = self.known(self.val)
+            return self.options(question, answer, self.some(sorted(set(w.attributes[attribute].values())), 5))
         if form < 0.8:
             kind = self.pick(list(w.data["kinds"]))
             word = self.paired(list(w.data["kinds"][kind]), (kind,), self.val)
@@ -218,7 +227,7 @@ class Talk(Draw):
 
     def choice(self) -> tuple[list[Any], str, list[str]] | None:
         made = self.lettered()
-        return made and ([made[0], made[1]], made[1], made[2])
+        return made and ([made[0], made[1]], made[1][-2], made[2])
 
     def operands(self) -> tuple[str, int, int, int]:
         """(operator, a, b, result); the pair of numbers belongs to the split."""
@@ -262,16 +271,16 @@ class Talk(Draw):
 
 def conversations(seed: int = 0, split: str = "train", kinds: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """
-    Endless conversations {"messages", "kind", "answer"[, "letters"]}, no two alike, in turn of every kind in `kinds` (default all).
+    Endless conversations {"messages", "kind", "answer"[, "letters"]}, no two alike, in turn of every kind in `kinds` (default CYCLE).
     The last message is the assistant's gold reply; in val its pairing never occurs in train. ValueError for an unknown kind or split.
     """
-    names = list(kinds or KINDS)
+    names = list(kinds or CYCLE)
     if unknown := [k for k in names if k not in KINDS]:
         raise ValueError(f"unknown kind {unknown[0]!r}: the kinds are {', '.join(KINDS)}")
     talk = Talk(seed, split)
-    makers: dict[str, Callable[[], Any]] = {k: getattr(talk, k) for k in names}
+    makers: list[tuple[str, Callable[[], Any]]] = [(k, getattr(talk, k)) for k in names]
     while True:
-        for kind, make in makers.items():
+        for kind, make in makers:
             while True:
                 made = make()
                 if made is None:

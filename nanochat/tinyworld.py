@@ -13,8 +13,8 @@ from nanochat.tinytalk import KINDS, Talk, conversations
 __all__ = ["KINDS", "conversations", "documents", "held"]
 
 WEIGHTS = {
-    "story": 34, "stories": 6, "profile": 18, "quiz": 16, "memory": 12, "roll": 24,
-    "dialogue": 9, "lesson": 7, "spelling_lesson": 5, "sums": 4,
+    "story": 22, "stories": 4, "profile": 16, "quiz": 36, "memory": 36, "roll": 26,
+    "dialogue": 6, "lesson": 7, "spelling_lesson": 13, "sums": 4,
     "room": 3, "diary": 4, "village": 2,
 }  # fmt: skip
 
@@ -49,8 +49,10 @@ class Tales(Talk):
         super().__init__(seed, split, "tales")
         w = self.world
         data = w.data
-        self.parts = {name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village", "memory")}
-        self.rolls = {what: [w.templates(t) for t in texts] for what, texts in data["roll"].items()}
+        self.parts = {name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village")}
+        self.rolls, self.memories = (
+            {what: [w.templates(t) for t in texts] for what, texts in data[name].items()} for name in ("roll", "memory")
+        )
         self.diary_days = {k: [w.templates(t) for t in data["diary"][k]] for k in ("winter", "summer")}
         self.diary_ends = {k: w.templates(data["diary"][k]) for k in ("open", "close")}
         self.pairs_told = [w.templates(t) for t in data["sums"]["told"]]
@@ -110,13 +112,13 @@ class Tales(Talk):
     def quiz(self) -> str | None:
         """Questions and their answers, as they will be asked in conversations."""
         form = self.random()
-        if form < 0.4:
+        if form < 0.6:
             told = self.situation()
             if told is None:
                 return None
             text, facts = told
             rows = [self.ask(kind, s) for kind, s in (facts if self.random() < 0.8 else facts[:1])]
-        elif form < 0.7:
+        elif form < 0.75:
             text, rows = "", list({row[2]: row for row in (self.fact(self.val) for _ in range(self.between(3, 8)))}.values())
         else:
             several = [self.lettered() for _ in range(self.between(1, 3))]
@@ -124,8 +126,8 @@ class Tales(Talk):
         return "\n".join(([text] if text else []) + [f"Question: {question}\nAnswer: {reply}" for question, reply, _ in rows])
 
     def memory(self) -> str | None:
-        """The memory game: one says a few things, the other repeats them in another order; every word of that stands above."""
-        people, pick, p = self.couple(), self.pick, self.parts["memory"]
+        """One says a few things, another says them again in another order: every word of that stands above."""
+        people, pick = self.couple(), self.pick
         if people is None:
             return None
         used = set(people)
@@ -138,24 +140,32 @@ class Tales(Talk):
         again = self.some(said, len(said))
         again = again if again != said else said[::-1]
         slots = Slots(A=people[0], B=people[1], day=pick(self.world.classes["day"]))
-        lines = [pick(p["open"]), pick(p["say"]), f'"{" ".join(said)}"', pick(p["turn"]), f'"{" ".join(again)}"', pick(p["close"])]
-        return " ".join([line % slots for line in lines if line])
+        before, between, after = (pick(readings) % slots for readings in self.memories[pick(list(self.memories))])
+        return f'{before} "{" ".join(said)}" {between} "{" ".join(again)}" {after}'.strip()
 
     def roll(self) -> str | None:
-        """A list that one reads and another repeats in the same order: names, numbers, things, words or what to buy."""
-        people, c, pick = self.couple(), self.world.classes, self.pick
+        """
+        A list that one reads and another repeats: names, numbers, things, words or what to buy in the same order, labelled
+        things in another one.
+        """
+        people, w, c, pick = self.couple(), self.world, self.world.classes, self.pick
         if people is None:
             return None
-        what = pick(list(self.rolls))
-        values = {"names": self.world.people, "words": self.world.words, "numbers": [str(i) for i in range(1, 100)]}.get(what) or c[what]
-        values = [v for v in values if v not in people and v not in c["colour"]]  # "orange", a word to spell, would colour the next one
+        what = pick([*self.rolls, "labels", "labels"])
+        values = {"names": w.people, "words": w.words, "numbers": [str(i) for i in range(1, 100)]}.get(what) or c.get(what)
+        values = values or pick((w.people, w.words, c["thing"], c["village"], c["colour"], NUMBERS[2:]))
+        # "orange", a word to spell, would colour the next one
+        values = [v for v in values if v not in people and (what == "labels" or v not in c["colour"])]
         items = self.some(values, min(self.between(8, 20), len(values)))
         if held(items[0], items[1]) != self.val:
             return None
-        told = (", " if what in ("numbers", "count") else " ").join(items) + "."
-        slots = Slots(A=people[0], B=people[1])
-        first, again, close = (pick(readings) % slots for readings in self.rolls[what])
-        return " ".join([first, told, again, told, close]).strip()
+        repeated = items
+        if what == "labels":
+            items = [f"{item}={pick('ABCD')}" for item in items]
+            repeated = self.some(items, len(items))
+        gap = ", " if what in ("numbers", "count") else " "
+        first, again, close = (pick(readings) % Slots(A=people[0], B=people[1]) for readings in self.rolls[what])
+        return f"{first} {gap.join(items)}. {again} {gap.join(repeated)}. {close}".strip()
 
     def dialogue(self) -> str | None:
         """Two people talk: a greeting, two to four topics and a farewell."""
@@ -233,7 +243,7 @@ class Tales(Talk):
             letter = pick(word)
             if self.random() < 0.5 and (self.val or not held(word, letter)):
                 n = word.count(letter)
-                lines.append(f"The letter {letter} occurs {n} time{'s' if n > 1 else ''} in {word}.")
+                lines.append(f"The letter {letter} occurs {('once', 'twice')[n - 1] if n < 3 else f'{n} times'} in {word}.")
         return "\n".join(lines)
 
     def sums(self) -> str:

@@ -66,8 +66,8 @@ step tokenizer python -m scripts.tok_train --data tinyworld --vocab_size=2048
 if [ ! -e "$notes/plan" ]; then
     python - "$minutes" "$SECONDS" >"$notes/plan" <<'PLAN'
 import sys
-left = max(60.0, float(sys.argv[1]) * 60 * 0.95 - float(sys.argv[2]) - 60)  # a minute for starting programs, evaluations and the summary
-for stage, share in (("base", 0.46), ("mid", 0.42), ("sft", 0.12)):
+left = max(60.0, float(sys.argv[1]) * 60 * 0.97 - float(sys.argv[2]) - 45)  # a minute for starting programs, evaluations and the summary
+for stage, share in (("base", 0.37), ("mid", 0.39), ("sft", 0.24)):
     print(f"{stage}={left * share / 60:.2f}")
 PLAN
 fi
@@ -75,13 +75,13 @@ source "$notes/plan"
 
 step pretraining python -m scripts.base_train --model_tag=$tag --resume=auto --max_minutes="$base" --data tinyworld \
     --depth=4 --model_dim=256 --head_dim=64 --sequence_len=256 --total_batch_size=4096 --embedding_lr=0.05 \
-    --warmdown_ratio=0.2 --final_lr_frac=0.1 --eval_tokens=65536 --eval_every=0.2
+    --warmdown_ratio=1 --eval_tokens=65536 --eval_every=0.2
 step "questions to the base model" python -m scripts.chat_eval -i base -g $tag
-step midtraining python -m scripts.mid_train --model_tag=$tag --resume=auto --max_minutes="$mid" --text tinyworld --total_batch_size=8192 \
-    --eval_tokens=32768 --eval_every=0.25
+step midtraining python -m scripts.mid_train --model_tag=$tag --resume=auto --max_minutes="$mid" --text tinyworld --total_batch_size=4096 \
+    --lr_scale=0.5 --warmdown_ratio=1 --eval_tokens=32768 --eval_every=0.25
 step "questions to the midtrained model" python -m scripts.chat_eval -i mid -g $tag
-step finetuning python -m scripts.chat_sft --model_tag=$tag --resume=auto --max_minutes="$sft" --data tinyworld@20000 \
-    --conversations_per_step=128 --eval_tokens=32768 --eval_every=0.5
+step finetuning python -m scripts.chat_sft --model_tag=$tag --resume=auto --max_minutes="$sft" --data tinyworld@40000 \
+    --conversations_per_step=64 --init_lr_frac=0.5 --warmdown_ratio=1 --eval_tokens=32768 --eval_every=0.5
 step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g $tag
 
 say "summary"

@@ -99,7 +99,7 @@ def test_no_held_out_pairing_is_ever_shown_in_train():
     coloured = re.compile(rf"\b({'|'.join(colours)}) ({'|'.join(things)})\b")
     lies = re.compile(rf"\b({'|'.join(things)}) (?:is|was) ({'|'.join(w.classes['spot'])})")
     thing = rf"(?:an? |the )(?:(?:{'|'.join(colours)}) )?({'|'.join(things)})\b"
-    owns = re.compile(rf"\b({'|'.join(w.people)}) (?:has|had|bought|found|is carrying) {thing}")
+    owns = re.compile(rf"\b({'|'.join(w.people)}) (?:has|had|bought|found|sold|gave away) {thing}")
     at = re.compile(rf"\b({'|'.join(w.people)}) is ({'|'.join(places.values())})")
     where = {v: k for k, v in places.items()}
     seen = 0
@@ -126,7 +126,7 @@ def test_no_held_out_question_is_ever_asked_in_train():
             assert line not in forbidden, text
         for a, op, b in re.findall(r"\b(\d+) (plus|minus|times|divided by|[-+*/]) (\d+)", text):
             assert not held(a, b), (a, op, b, text)
-        for question, options, answer in re.findall(r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*\.\n)?(?:Answer: )?([A-D])\b", text):
+        for question, options, answer in re.findall(r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*[.?]\n)?(?:Answer: )?The answer is .*=([A-D])\.", text):
             if question.removeprefix("Question: ") in kinds:
                 option = re.search(rf"- (.*)={answer}", options)
                 assert option and not held(option.group(1), w.kind_of[option.group(1)]), text
@@ -148,7 +148,9 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
         wrong = ["", "I do not know.", "."]
         if kind == "choice":
             wrong += [x for x in item["letters"] if x != answer]
-            wrong += [" ".join(item["letters"]), f"{answer} {item['letters'][0]}", answer.lower()]
+            wrong += [" ".join(item["letters"]), f"{answer} {item['letters'][0]}", answer.lower(), f"a=A, b=B, c=C, d={answer}"]
+            wrong += [reply.replace(f"={answer}", f"={x}") for x in item["letters"] if x != answer]
+            assert task.evaluate(item, answer) and f"{reply[len('The answer is ') : -1]}\n" in item["messages"][-2]["content"] + "\n"
             assert item["letters"] == list("ABCD")[: len(item["letters"])] and answer in item["letters"]
         elif kind in ("arithmetic", "counting"):
             n = int(answer)

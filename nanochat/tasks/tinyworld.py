@@ -34,7 +34,7 @@ def evaluate(item: Item, reply: str) -> bool:
     """Whether the visible text of a reply answers the item's last question, exactly and without hedging."""
     kind, answer, text = item["kind"], item["answer"], reply.strip()
     if kind == "choice":
-        return text.removesuffix(".") == answer
+        return bool(re.fullmatch(rf"(?:[^=\n]*=)?{answer}\.?", text))
     if kind in ("arithmetic", "counting"):
         numbers = re.findall(r"\d+(?:\.\d+)?", text)
         asked = re.findall(r"\d+", item["messages"][-2]["content"])
@@ -49,7 +49,7 @@ def _task(kind: str, chance: float) -> Task:
     def of_kind(split: str, n: int, seed: int = 0) -> list[Item]:
         return items(split, n, seed, (kind,))
 
-    return Task(f"tinyworld/{kind}", "choice" if kind == "choice" else "generative", chance, of_kind, prompt, gold, evaluate)
+    return Task(f"tinyworld/{kind}", "generative", chance, of_kind, prompt, gold, evaluate)
 
 
 TASKS: dict[str, Task] = {kind: _task(kind, chance) for kind, chance in KINDS.items()}
