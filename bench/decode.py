@@ -69,11 +69,11 @@ def main(argv=None) -> dict[str, Any]:
             readings.append(hardware.read_bandwidth(rt.device))
         seconds, bandwidth = statistics.median(typical), statistics.median(readings[-k.repeats - 1 :])
         rate = (weights + batch * kept) / seconds
-        figures = {"tok_per_sec": round(batch / seconds, 1), "read_bandwidth": round(bandwidth), "bandwidth_share": round(rate / bandwidth, 4)}
-        rows.append({"batch": batch, **figures})
+        figures = {"tok_per_sec": round(batch / seconds, 1), "bandwidth_share": round(rate / bandwidth, 4)}
+        rows.append({"batch": batch, "read_bandwidth": round(bandwidth), **figures})
         shown = f"{batch:>6}  {batch / seconds:>8.1f}  {seconds * 1e3:>9.2f}  {rate / 1e9:>6.1f}  {bandwidth / 1e9:>14.1f}"
         print0(f"{shown}  {rate / bandwidth:>18.1%}")
-    print0(f"read bandwidth over the whole run: {min(readings) / 1e9:.1f} to {max(readings) / 1e9:.1f} GB/s; the median beside a batch counts")
+    print0(f"read bandwidth in this run: {min(readings) / 1e9:.1f} to {max(readings) / 1e9:.1f} GB/s; the median beside a batch counts")
     out = {"depth": k.depth, "dtype": rt.dtype_name, "read_bandwidths": [round(r) for r in readings], **rows[0], "batches": rows}
     print0(json.dumps(out))
     return out

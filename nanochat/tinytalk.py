@@ -178,7 +178,7 @@ class Talk(Draw):
         return [*turns, self.pick(p[question][0]) % s, self.pick(p[question][1]) % s], key
 
     def options(self, question: str, right: str, wrong: Sequence[str]) -> tuple[str, str, list[str]]:
-        """(the question with its lettered options, the right option and its letter, all letters): the letter follows its option directly."""
+        """(the question with its lettered options, the reply, all letters): the letter follows its option directly."""
         n = self.between(2, 4)
         others = list(dict.fromkeys(x for x in wrong if x != right))[: n - 1]
         others = self.some(others, n - 1)
@@ -203,7 +203,7 @@ class Talk(Draw):
             near = [r[slot] for _, r in rest if slot in r]
             return self.options(f"{text}\n{question}", answer, near + self.some(values, 6))
         if form < 0.5:
-            person, attribute, question, _, answer = self.known(self.val)
+            _, attribute, question, _, answer = self.known(self.val)
             return self.options(question, answer, self.some(sorted(set(w.attributes[attribute].values())), 5))
         if form < 0.8:
             kind = self.pick(list(w.data["kinds"]))
