@@ -4,7 +4,9 @@ Where and in what precision this process computes: device, dtype, ranks, seed, c
 A float16 run needs a loss scaler (`scale_loss`); float32 and bfloat16 do not. Nothing else in the project probes for a device.
 """
 
+import ctypes
 import os
+import platform
 import shutil
 import sys
 from dataclasses import dataclass
@@ -58,6 +60,8 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     process group when torchrun started us. UserError when what is asked for is not there.
     """
     device = _device(device_type)
+    if device.type == "cpu":
+        keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     if dtype != "auto" and dtype not in DTYPES:
@@ -76,6 +80,18 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
 def close_runtime() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keep_freed_memory() -> bool:
+    """
+    Let glibc reuse freed blocks instead of handing large ones back to the system: faulting their pages in again costs a CPU
+    training step a tenth of its time. True where it took effect (glibc's mallopt); elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
 def _device(asked: str) -> torch.device:
