@@ -151,6 +151,7 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
             wrong += [x for x in item["letters"] if x != answer]
             wrong += [" ".join(item["letters"]), f"{answer} {item['letters'][0]}", answer.lower(), f"a=A, b=B, c=C, d={answer}"]
             wrong += [reply.replace(f"={answer}", f"={x}") for x in item["letters"] if x != answer]
+            wrong += [f"The answer is something={answer}.", f"={answer}"]  # the right letter of another option
             assert task.evaluate(item, answer) and f"{reply[len('The answer is ') : -1]}\n" in item["messages"][-2]["content"] + "\n"
             assert item["letters"] == list("ABCD")[: len(item["letters"])] and answer in item["letters"]
         elif kind in ("arithmetic", "counting"):

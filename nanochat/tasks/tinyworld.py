@@ -34,7 +34,8 @@ def evaluate(item: Item, reply: str) -> bool:
     """Whether the visible text of a reply answers the item's last question, exactly and without hedging."""
     kind, answer, text = item["kind"], item["answer"], reply.strip()
     if kind == "choice":
-        return bool(re.fullmatch(rf"(?:[^=\n]*=)?{answer}\.?", text))
+        said = re.fullmatch(rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", text)  # the letter, alone or with the option it stands for
+        return bool(said and (said[1] is None or f"- {said[1]}={answer}" in item["messages"][-2]["content"].split("\n")))
     if kind in ("arithmetic", "counting"):
         numbers = re.findall(r"\d+(?:\.\d+)?", text)
         asked = re.findall(r"\d+", item["messages"][-2]["content"])
