@@ -16,8 +16,8 @@ from nanochat.knobs import first_sentence, near
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 ORDER = (  # that of a first run; a command not named here comes after these
-    "dataset", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "base_complete", "mid_train", "chat_sft", "chat_rl",
-    "chat_eval", "chat_cli", "chat_web", "report", "plan", "compare", "export",
+    "dataset", "tok_train", "tok_eval", "tok_data", "base_train", "base_loss", "base_eval", "base_complete", "mid_train", "chat_sft",
+    "chat_rl", "chat_eval", "chat_cli", "chat_web", "report", "plan", "compare", "export",
 )  # fmt: skip
 
 

@@ -226,6 +226,7 @@ class _Branches(KVCache):
     """
     Attention for one pass over rows that continue the first tokens of one cached sequence, each by a trunk and the branches that
     part from it. A branch sees itself, the trunk and its row's part of the cache; nothing is copied for a row or for a branch.
+    It knows no attention prior, whose rules look at the token before a key: in a branch that is another one than the slot before holds.
     """
 
     def __init__(self, k: Tensor, v: Tensor, past: list[int], positions: Tensor, branch: Tensor):
@@ -239,8 +240,6 @@ class _Branches(KVCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int = 0, bias: Bias | None = None) -> Tensor:
         """q (B, H, T, D); k, v (B, H_kv, T, D) -> (B, H, T, D)."""
-        if bias is not None:
-            raise UserError("CORE cannot score a model with an attention prior yet: leave --core out")
         (B, H, T, D), given = q.shape, q.dtype
         kv, most, dtype = k.size(1), max(self.past), self.k.dtype
         q, k, v = (q * D**-0.5).to(dtype).reshape(B, kv, -1, D), k.to(dtype), v.to(dtype)  # the heads of a group become queries of one head
@@ -281,18 +280,19 @@ class Scorer:
             if not mine:
                 continue
             past = max(items[i].past for i in mine)
-            known = self._known(prompt[:past])
+            known = self._known(prompt[:past]) if self.model.prior is None else None
             at = 0
             while at < len(mine):
-                cost = self._bytes(items[mine[at]].slots, past)
+                longest = items[mine[at]]
+                cost = self._bytes(longest.slots, past) if known else len(longest.ids) * self._bytes(past + max(map(len, longest.ids)), 0)
                 chunk = mine[at : at + max(1, int(self.memory / cost))]
                 try:
-                    scores.update(zip(chunk, self._pass(*known, [items[i] for i in chunk]), strict=True))
+                    scores.update(zip(chunk, self._pass(known, prompt, [items[i] for i in chunk]), strict=True))
                 except RuntimeError as e:
                     if not out_of_memory(e) or len(chunk) == 1:
                         raise
                     self.memory = cost * (len(chunk) // 2)
-                    release_memory(known[0].device)
+                    release_memory(self.model.embed.weight.device)
                     notice(f"out of memory: going on with {len(chunk) // 2} items at a time")
                     continue
                 at += len(chunk)
@@ -312,10 +312,26 @@ class Scorer:
         dtype = torch.float32 if self.model.compute_dtype == torch.float16 else self.model.compute_dtype  # float16 is too narrow for exp
         return cache.k[:, 0].to(dtype), cache.v[:, 0].to(dtype)
 
-    def _pass(self, k: Tensor, v: Tensor, items: list[Item]) -> list[list[Score]]:
-        """One pass over the items, a row each: its trunk, then a branch for every sequence. k, v: of the prompt's beginning."""
+    def _pass(self, known: tuple[Tensor, Tensor] | None, prompt: Sequence[int], items: list[Item]) -> list[list[Score]]:
+        """One pass over the items, `known` being what _known says of their prompt's beginning."""
+        hidden, ends = self._together(*known, items) if known else self._apart(prompt, items)
+        b, slot, target = torch.tensor(ends, device=hidden.device).T
+        nats, greedy = self._read(hidden[b, slot], target)
+        out, done = [], 0
+        for item in items:
+            out.append([])
+            for s, start in zip(item.ids, item.starts, strict=True):
+                span = slice(done, done := done + len(s) - start)
+                out[-1].append(Score(sum(nats[span]) / (len(s) - start), len(s) - start, all(greedy[span])))
+        return out
+
+    def _together(self, k: Tensor, v: Tensor, items: list[Item]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """
+        A row for each item: its trunk, then a branch for every sequence. k, v: of the prompt's beginning. Returns the hidden states
+        (B, T, n_embd) and (row, slot, target) of every scored token, in order.
+        """
         T = max(item.slots for item in items)
-        ids, places, branches, ends = [], [], [], []  # ends: (row, slot, target) of every scored token, in order
+        ids, places, branches, ends = [], [], [], []
         for b, item in enumerate(items):
             row, place, branch = item.ids[0][: item.shared], [*range(item.shared)], [0] * item.shared
             for j, s in enumerate(item.ids):
@@ -329,16 +345,15 @@ class Scorer:
             places.append([item.past + x for x in place] + [0] * padding)
             branches.append(branch + [-1] * padding)
         at, positions, branch = torch.tensor([ids, places, branches], device=k.device)
-        hidden = self.model(at, _Branches(k, v, [item.past for item in items], positions, branch))
-        b, slot, target = torch.tensor(ends, device=k.device).T
-        nats, greedy = self._read(hidden[b, slot], target)
-        out, done = [], 0
-        for item in items:
-            out.append([])
-            for s, start in zip(item.ids, item.starts, strict=True):
-                span = slice(done, done := done + len(s) - start)
-                out[-1].append(Score(sum(nats[span]) / (len(s) - start), len(s) - start, all(greedy[span])))
-        return out
+        return self.model(at, _Branches(k, v, [item.past for item in items], positions, branch)), ends
+
+    def _apart(self, prompt: Sequence[int], items: list[Item]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """The same with a row for each sequence, nothing shared: several times slower, and the only way with an attention prior."""
+        rows = [(item, start, [*prompt[: item.past], *s]) for item in items for s, start in zip(item.ids, item.starts, strict=True)]
+        T = max(len(s) for *_, s in rows) - 1
+        at = torch.tensor([s[:-1] + [0] * (T - len(s) + 1) for *_, s in rows], device=self.model.embed.weight.device)
+        ends = [(b, t - 1, s[t]) for b, (item, start, s) in enumerate(rows) for t in range(item.past + start, len(s))]
+        return self.model(at), ends
 
     def _read(self, hidden: Tensor, target: Tensor) -> tuple[list[float], list[bool]]:
         """Hidden states (R, D) and the tokens that follow (R,) -> their negative log-likelihoods, and whether they are the likeliest."""

@@ -5,9 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export WANDB_RUN="${WANDB_RUN:-dummy}"
-[ -d .venv ] || python3 -m venv .venv
-source .venv/bin/activate
-python -m pip install --quiet -e .
+source runs/environment.sh
 
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 python -m nanochat.dataset -n 15

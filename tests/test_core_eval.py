@@ -8,11 +8,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import test_prior
 import tiny
 import torch
 import torch.nn.functional as F
 
-from nanochat import core_eval, logbook
+from nanochat import core_eval, logbook, prior
 from nanochat.common import UserError
 from nanochat.core_eval import PROMPTS, Score, Scorer, Task, choose, evaluate, load_bundle, prepare, summarise
 from nanochat.gpt import GPT, GPTConfig
@@ -119,10 +120,21 @@ def best(scores):
     return min(range(len(scores)), key=lambda j: scores[j].nats)
 
 
+def with_prior(tok, tmp_path, context):
+    """A model whose attention prior counts for much."""
+    path = test_prior.write(tmp_path / "prior.safetensors", test_prior.terms(vocab=tok.vocab_size), tokenizer=tok.fingerprint)
+    shape = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+    config = GPTConfig(sequence_len=context, vocab_size=tok.vocab_size, **shape)
+    config.rap, tensors = prior.prepare(prior.RapKnobs(rap=path, rap_alpha=3.0), config, tok.fingerprint, CPU.device)
+    m = tiny.randomise(GPT.build(config), 5)
+    m.prior.load_state_dict(tensors)
+    return m
+
+
 @pytest.mark.parametrize("context", [96, 28])  # with room for the examples, and without
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_scores_are_those_of_plain_passes_by_whatever_batches(tok, shape, context):  # trap 25
-    m = model(tok, context, **shape)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), None], ids=[*SHAPES, "attention prior"])
+def test_scores_are_those_of_plain_passes_by_whatever_batches(tok, tmp_path, shape, context):  # trap 25
+    m = with_prior(tok, tmp_path, context) if shape is None else model(tok, context, **shape)
     kinds = set()
     for task in TASKS.values():
         items, prompts = prepare(task, tok, context)

@@ -1,4 +1,4 @@
-"""tok_train and tok_eval, as they are called."""
+"""tok_train, tok_eval and tok_data, as they are called."""
 
 import json
 import time
@@ -73,3 +73,16 @@ def test_tok_eval(corpus, capsys, monkeypatch, trouble):
     else:
         assert result["compared_with"] == []
         assert err.count("\n") == 1 and "no comparison with the vocabularies of gpt2 and gpt4" in err
+
+
+def test_tok_data_makes_what_training_would(corpus, tmp_path, capsys):
+    from scripts import tok_data, tok_train
+
+    with pytest.raises(UserError, match="tok_train"):
+        tok_data.main(["--data", corpus])
+    tok_train.main(["--vocab_size=400", f"--data=mine={corpus}"])
+    made = tok_data.main(["--data", f"mine={corpus}"])
+    folders = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "made" / "tokens").iterdir() if p.is_dir()}
+    assert set(made) == {"mine-train", "mine-val"} and made["mine-train"] > 10 * made["mine-val"] > 0 and len(folders) == 2
+    again = tok_data.main(["--data", f"mine={corpus}"])
+    assert again == made and {p.name: p.stat().st_mtime_ns for p in (tmp_path / "made" / "tokens").iterdir() if p.is_dir()} == folders

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Does an attention prior help on this text? Computes one from the training split, trains with and without it, prints the comparison.
+#     bash runs/rap.sh                                 on the Python files of Python's own library; about half an hour on two CPU cores
+#     bash runs/rap.sh --seeds 5 --data wikipedia=DIR:0.45 books=DIR:0.40 reddit=DIR:0.15
+# Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat) in rap/.
+set -euo pipefail
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repo=$PWD
+
+seeds=3 steps=600 data=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --seeds | --steps) declare "${1#--}=${2:-}"; shift $(($# > 1 ? 2 : 1)) ;;
+        --seeds=* | --steps=*) word=${1#--}; declare "${word%%=*}=${word#*=}"; shift ;;
+        --data) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do data+=("$1"); shift; done ;;
+        -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$repo/runs/rap.sh"; exit 0 ;;
+        *) echo "error: rap.sh does not know $1: it takes --seeds N, --steps N and --data SOURCE ..." >&2; exit 2 ;;
+    esac
+done
+for n in seeds steps; do
+    [[ "${!n}" =~ ^[1-9][0-9]*$ ]] || { echo "error: --$n is '${!n}': give a whole number above 0" >&2; exit 2; }
+done
+
+source runs/environment.sh
+cache="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+mkdir -p "$cache/rap"
+cache=$(cd "$cache" && pwd)
+if [ ${#data[@]} = 0 ]; then
+    [ -e "$cache/rap/library.jsonl" ] || python - "$cache/rap/library.jsonl" <<'LIBRARY'
+import json, os, pathlib, sys, sysconfig
+folder, out = pathlib.Path(sysconfig.get_path("stdlib")), pathlib.Path(sys.argv[1])
+files = [p for p in sorted(folder.rglob("*.py")) if "site-packages" not in p.parts]
+texts = [text for p in files if (text := p.read_text(encoding="utf-8", errors="ignore")).strip()]
+out.with_suffix(".new").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+os.replace(out.with_suffix(".new"), out)
+LIBRARY
+    data=("library=$cache/rap/library.jsonl")
+else
+    cd "$here" # names of files are meant from where the script was started
+fi
+
+name="$(printf '%s\n' "${data[@]}" "$steps" | cksum | cut -d' ' -f1)" # another text or length is another comparison
+export NANOCHAT_BASE_DIR="$cache/rap/$name"
+[ -e "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || { say "tokenizer"; python -m scripts.tok_train --vocab_size=4096 --data "${data[@]}"; }
+prior="$NANOCHAT_BASE_DIR/rap_prior.safetensors"
+if [ ! -e "$prior" ]; then
+    say "prior"
+    python -m scripts.tok_data --data "${data[@]}"
+    mix=() # the generator's words for the sources' shares
+    for source in "${data[@]}"; do [[ "$source" =~ ^([^=]+)=.*:([0-9.]+)(#.*)?$ ]] && mix+=("${BASH_REMATCH[1]}:${BASH_REMATCH[2]}"); done
+    python "$repo/dev/generate_rap_prior.py" --env "$cache/rap_env" --out "$prior" ${mix[@]:+--mix "${mix[@]}"}
+fi
+
+say "training"
+same="--depth=3 --model_dim=192 --head_dim=32 --sequence_len=256 --total_batch_size=2048 --num_iterations=$steps --embedding_lr=0.1 --compile=off"
+python -m scripts.compare --name rap --names none rap --seeds "$seeds" --common="$same --data $(printf '%q ' "${data[@]}")" --a="" --b="--rap=$prior"
