@@ -65,6 +65,7 @@ def options() -> argparse.ArgumentParser:
     add("--codes", choices=("next", "around", "hash"), default="next", help="a token's code: what follows it, what is around it, or random")
     add("--code_bits", type=int, default=32, help="bits of a token's code, the rank of match")
     add("--pair_bits", type=int, default=32, help="bits of the code of two tokens, the rank of pair")
+    add("--spans", type=int, default=4, help="spans of distances that one head each looks at, at most; they come with lag")
     add("--lag_from", choices=("event", "information"), default="event", help="lag: log odds of the event, or mutual information")
     add("--sparsity", type=float, default=0.0, help="this share of the weakest entries of each term becomes 0")
     add("--seed", type=int, default=0, help="of every random choice")
@@ -248,6 +249,10 @@ def report(a: argparse.Namespace, terms: dict, rules: list, about: dict, strengt
     needs, gates, alone = ranks(terms), about["gates"], about["alone"]
     rows = [(g, f"{strength[g]:.2f}", needs[g][0], f"{needs[g][1]:.2g}", gates[g], f"{alone[g]:.3f}") for g in strength]
     out.append(table(("term", "strength, log odds", "rank", "largest error", "its gate in that head", "nats with it alone"), rows))
+    if "spans" in terms:
+        told_spans = [(f"{low}" if low == high else f"{low} to {high}", f"{nats:.3f}") for low, high, nats in about["spans"]]
+        out.append("<h2>Spans</h2><p>One head each looks at these distances and at no other, to start with:</p>")
+        out.append(table(("distance", "nats that its first tells of the next token"), told_spans))
     out.append("<h2>Pictures</h2>" + pictures(terms, gates, held, vocabulary))
     head = f'<meta charset="utf-8"><title>Attention prior</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{"".join(out)}</html>\n'
@@ -339,7 +344,8 @@ def peak_bytes() -> int:
 
 def check(a: argparse.Namespace) -> None:
     """UserError for an option outside its range."""
-    limits = {"code_bits": (2, 256), "pair_bits": (2, 256), "max_lag": (16, 65536), "pairs": (200, 10**6), "sparsity": (0, 0.999)}
+    limits = {"code_bits": (2, 256), "pair_bits": (2, 256), "max_lag": (16, 65536), "spans": (0, 64)}
+    limits |= {"pairs": (200, 10**6), "sparsity": (0, 0.999)}
     for name, (low, high) in limits.items():
         if not low <= getattr(a, name) <= high:
             raise UserError(f"--{name} {getattr(a, name)} is out of range: give {low:g} to {high:g}")
@@ -386,6 +392,10 @@ def generate(a: argparse.Namespace) -> None:
         terms = curves | rt.difference_terms(text.ids, pairs, codes @ whole.T, ())
         terms["match"] = whole.T @ terms["match"] @ whole
     terms |= {"codes": codes, "pair_query": pair_codes[0], "pair_now": pair_codes[1]}
+    if spans := rt.find_spans(text.ids, a.max_lag, a.spans):
+        distance = np.arange(len(terms["lag"] if "lag" in terms else curves["lag"]))
+        terms["spans"] = np.stack([(low <= distance) & (distance <= high) for low, high, _ in spans])
+    about["spans"] = spans
     terms, strength = rt.finish(terms, a, text.ids, pairs)
     print("measuring on held-out text", flush=True)
     about |= rt.measure(terms, strength, text, held, unseen, V, min(512, a.max_lag))
@@ -398,11 +408,13 @@ def generate(a: argparse.Namespace) -> None:
         "tokenizer": vocabulary.fingerprint, "split": hashlib.sha256(split.encode()).hexdigest(), "rules": json.dumps(said),
         "ranges": json.dumps(ranges), "sparsity": json.dumps(a.sparsity), "strength": json.dumps(strength),
         "report": json.dumps({k: about[k] for k in numbers if k in about}),
-        "gates": json.dumps(about["gates"]),
+        "gates": json.dumps(about["gates"]), "spans": json.dumps(spans),
         "options": json.dumps({k: v for k, v in vars(a).items() if not isinstance(v, Path)}),
     }  # fmt: skip
     write(a.out, save(terms, meta))
     write(a.out.with_suffix(".html"), report(a, terms, rules, about, strength, held, vocabulary).encode())
+    if "spans" in terms:
+        print("  a head each looks at the distances " + ", ".join(f"{low} to {high}" if high > low else str(low) for low, high, _ in spans))
     print("".join(f"  {line}\n" for line in said) + f"AUC {about['auc']:.3f}, Youden's J {about['youden']:.3f}; a copying head takes "
           f"{about['gain']:.3f} nats off {about['base']:.3f} ({about['even']:.3f} when it attends evenly)")  # fmt: skip
     print(f"{', '.join(strength)} in {a.out}, the report beside it; {about['seconds']:.0f} s, {about['rss_bytes'] / 1e9:.1f} GB")

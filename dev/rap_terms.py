@@ -78,33 +78,58 @@ def embed(ids: Array, vocab_size: int, dim: int, kind: str, contexts: int = 1024
     return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6)
 
 
-def lag_curve(ids: Array, max_lag: int, source: str, buckets: int = 512) -> Array:
+def information(ids: Array, distances: Sequence[int], buckets: int = 512) -> Array:
+    """
+    Nats that the key at each distance tells of the next token: the mutual information of the commonest tokens, the rest being one, less
+    what chance gives (Miller and Madow).
+    """
+    ids = np.argsort(np.argsort(-np.bincount(ids), kind="stable"), kind="stable").clip(max=buckets - 1)[ids]
+    found = []
+    for d in distances:
+        now, then = ids[: -d - 1], ids[d + 1 :]
+        joint = np.bincount(now.astype(np.int64) * buckets + then, minlength=buckets**2).reshape(buckets, buckets) / len(now)
+        a, b, seen = joint.sum(1), joint.sum(0), joint > 0
+        chance = (seen.sum() - (a > 0).sum() - (b > 0).sum() + 1) / (2 * len(now))
+        found.append((joint[seen] * np.log(joint[seen] / np.outer(a, b)[seen])).sum() - chance)
+    return np.array(found)
+
+
+def lag_curve(ids: Array, max_lag: int, source: str) -> Array:
     """
     (max_lag,): how much likelier than far away the key at a distance is the next token (`event`: log odds), or how much more it tells of it
-    (`information`: log of the mutual information of the commonest tokens, corrected as Miller and Madow do). From binned distances,
-    smoothed beyond the eighth, and 0 at the far end.
+    (`information`: logarithm). From binned distances, smoothed beyond the eighth, and 0 at the far end.
     """
     max_lag = min(max_lag, len(ids) // 4)
     bins = np.unique(np.r_[: min(8, max_lag), np.geomspace(8, max(9, max_lag - 1), 40).astype(int)])
     bins = bins[bins < max_lag]
     if source == "information":
-        ids = np.argsort(np.argsort(-np.bincount(ids), kind="stable"), kind="stable").clip(max=buckets - 1)[ids]
-    found = []
-    for lag in bins:
-        now, then = ids[: -lag - 1], ids[lag + 1 :]
-        if source == "event":
-            rate = (np.count_nonzero(now == then) + 0.5) / (len(now) + 1)
-            found.append(np.log(rate / (1 - rate)))
-            continue
-        joint = np.bincount(now.astype(np.int64) * buckets + then, minlength=buckets**2).reshape(buckets, buckets) / len(now)
-        a, b, seen = joint.sum(1), joint.sum(0), joint > 0
-        chance = (seen.sum() - (a > 0).sum() - (b > 0).sum() + 1) / (2 * len(now))
-        found.append(np.log(max((joint[seen] * np.log(joint[seen] / np.outer(a, b)[seen])).sum() - chance, 1e-4)))
-    values = np.array(found)
+        values = np.log(information(ids, bins).clip(1e-4))
+    else:
+        rates = np.array([((ids[: -d - 1] == ids[d + 1 :]).sum() + 0.5) / (len(ids) - d) for d in bins])
+        values = np.log(rates / (1 - rates))
     smooth = np.convolve(np.pad(values, 2, mode="edge"), [0.1, 0.2, 0.4, 0.2, 0.1], mode="valid")
     values = np.where(bins < 8, values, smooth) - values[-4:].mean()
     values[-1] = 0
     return np.interp(np.log2(1 + np.arange(max_lag)), np.log2(1 + bins), values)
+
+
+def find_spans(ids: Array, max_lag: int, n: int, enough: int = 4_000_000) -> list[tuple[int, int, float]]:
+    """
+    At most n spans of distances, (first, last, nats that the first tells beyond the level far away): from 1 on, each as far as a distance
+    tells half of what the span's first does, so that a head which attends evenly to a span loses little by that.
+    """
+    ids, max_lag = ids[:enough], min(max_lag, len(ids) // 4)
+    at = np.unique(np.r_[1 : min(9, max_lag), np.geomspace(8, max(9, max_lag - 1), 24).astype(int)])
+    at = at[at < max_lag]
+    tells = information(ids, at)
+    curve = np.interp(np.log2(1 + np.arange(max_lag)), np.log2(1 + at), tells - tells[-4:].mean())
+    spans, first = [], 1
+    while len(spans) < n and first < max_lag and curve[first] > 0:
+        below = np.flatnonzero(curve[first:] < curve[first] / 2)
+        after = first + int(below[0]) if len(below) else max_lag
+        spans.append((first, after - 1, float(curve[first])))
+        first = after
+    return spans
 
 
 def key_worth(text: Text, vocab_size: int, max_lag: int, strength: float = 20.0) -> Array:
@@ -360,10 +385,11 @@ def values_of(terms: dict[str, Array], ids: Array, pairs: Pairs) -> dict[str, Ar
 
 def finish(terms: dict[str, Array], a: Namespace, ids: Array, pairs: Pairs) -> tuple[dict[str, Array], dict[str, float]]:
     """The wanted groups, sparse, banded and with a largest value of 1, and what that 1 was before: the strength of each group."""
-    terms = {n: terms[n] for g in a.groups for n in GROUPS[g] if n in terms}
+    terms = {n: terms[n] for g in a.groups for n in (*GROUPS[g], *(["spans"] if g == "lag" else [])) if n in terms}
     for name in set(terms) & set(GROUPS):
         size = np.abs(terms[name])
         terms[name] = np.where(size < np.quantile(size, a.sparsity), 0, terms[name])
+    spans = terms.pop("spans", None)
     if "lag" in terms and a.band:
         terms["lag"] = terms["lag"][: a.band]
     strength: dict[str, float] = {}
@@ -373,7 +399,10 @@ def finish(terms: dict[str, Array], a: Namespace, ids: Array, pairs: Pairs) -> t
             strength[name], terms[name] = most, (terms[name] / most).astype(np.float32)
     if not strength:
         raise TooLittle("no term of the prior survived: fit on more --pairs, or allow more --features and --groups")
-    return {n: np.ascontiguousarray(terms[n]) for g in strength for n in GROUPS[g]}, strength
+    out = {n: np.ascontiguousarray(terms[n]) for g in strength for n in GROUPS[g]}
+    if spans is not None and "lag" in strength:
+        out["spans"] = np.ascontiguousarray(spans[:, : len(out["lag"])], np.float32)
+    return out, strength
 
 
 def discrimination(score: Array, useful: Array) -> tuple[float, float]:

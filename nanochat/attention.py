@@ -22,13 +22,13 @@ from nanochat.runtime import compiler_missing
 class Bias(NamedTuple):
     """
     What a prior adds to the scores of a layer's first n heads, after their division by sqrt(D), at query i and key j:
-    sum_r gate[h, r] u[i, r] w[j, r] + place_gate[h] * place[i - j], or place[i, j] where place is a matrix.
+    sum_r gate[h, r] u[i, r] w[j, r] + place_gate[h] * place[i - j], or place[h, i - j], or place[i, j].
     """
 
     u: Tensor  # (B, T, R): what is looked up for the queries
     w: Tensor  # (B, keys, R): and for the keys, from position 0 on
     gate: Tensor  # (n, R)
-    place: Tensor  # (C,) by distance, the last entry standing for all beyond, or (C, C); 0 for a fused kernel, which cannot take it
+    place: Tensor  # (C,) by distance, the last entry standing for all beyond, (n, 1, C) by head, or (C, C); 0 for a fused kernel
     place_gate: Tensor  # (n,)
     backend: str = "factored"
     blocks: Any = None  # for flex: its mask of whole blocks
@@ -37,7 +37,7 @@ class Bias(NamedTuple):
         """For queries at positions i (1 or B, T, 1) and keys first..end-1: (B, heads, T, keys) in w's dtype, anything where j > i."""
         w = self.w[:, None, first:end]
         s = (self.u[:, None].to(w.dtype) * self.gate[:, None].to(w.dtype)) @ w.mT
-        at = _place(self.place, i, torch.arange(first, end, device=i.device))[:, None]
+        at = _place(self.place, i, torch.arange(first, end, device=i.device))
         return F.pad(s + (self.place_gate[:, None, None] * at).to(w.dtype), (0, 0, 0, 0, 0, heads - s.size(1)))
 
     def onto(self, raw: Tensor, rows: slice, keys: slice, hidden: Tensor, D: int) -> Tensor:
@@ -55,8 +55,10 @@ class Bias(NamedTuple):
 
 
 def _place(place: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """The prior of positions at queries i (..., T, 1) and keys j (keys,): (..., T, keys); anything where j > i."""
-    return place[i, j] if place.dim() == 2 else place[(i - j).clamp(0, place.size(0) - 1)]
+    """The prior of positions at queries i (..., T, 1) and keys j (keys,): (..., 1 or n, T, keys); anything where j > i."""
+    if place.dim() == 2:
+        return place[i, j].unsqueeze(-3)
+    return place.view(-1, place.size(-1))[:, (i - j).clamp(0, place.size(-1) - 1)].movedim(0, -3)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None = None) -> Tensor:
@@ -138,11 +140,13 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Te
     """FlexAttention: tokens as further columns of q and k, positions looked up in the kernel, blocks beyond the mask left out."""
     D, place = q.size(3), bias.place
     q, k, _ = _widened(q, k, v, bias)
-    gate = F.pad(bias.place_gate, (0, q.size(1) - bias.place_gate.size(0)))
+    more = q.size(1) - bias.place_gate.size(0)  # heads without a prior
+    gate = F.pad(bias.place_gate, (0, more))
+    place = F.pad(place, (0, 0, 0, 0, 0, more)) if place.dim() == 3 else place
 
     def added(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        distance = torch.where(i - j < 0, 0, torch.where(i - j < place.size(0), i - j, place.size(0) - 1))
-        return score + gate[h] * (place[i, j] if place.dim() == 2 else place[distance])
+        distance = torch.where(i - j < 0, 0, torch.where(i - j < place.size(-1), i - j, place.size(-1) - 1))
+        return score + gate[h] * (place[i, j] if place.dim() == 2 else place[h, 0, distance] if place.dim() == 3 else place[distance])
 
     blocks = bias.blocks if bias.blocks is not None else flex_blocks(q.size(2), window, q.device)
     return _flex(not torch.compiler.is_compiling())(q, k, v, score_mod=added, block_mask=blocks, scale=D**-0.5, enable_gqa=True)
@@ -194,7 +198,7 @@ class _BlockAttention(torch.autograd.Function):
                     sums = torch.bmm(ds, bias.w[:, keys]).view(B, n, r, -1)
                     d_given[2] += torch.einsum("bnir,bir->nr", sums, bias.u[:, rows])
                 if d_given[4] is not None:
-                    d_given[4] += (ds.reshape(B, n, -1) @ bias.block(rows, keys).to(ds.dtype).flatten()).sum(0)
+                    d_given[4] += (ds.view(B, n, r, -1).sum(0, dtype=d_given[4].dtype) * bias.block(rows, keys)).sum((1, 2))
         d_k, d_v = dk.to(k.dtype).view(B, -1, T, D), dv.to(v.dtype).view(B, -1, T, D)
         d_given = [d if d is None else (d * D**0.5).to(x.dtype) for d, x in zip(d_given, given, strict=True)]
         return dq.view(B, H, T, D), d_k, d_v, None, *d_given

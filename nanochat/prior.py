@@ -2,13 +2,14 @@
 The attention prior (RAP): reads an artifact of dev/generate_rap_prior.py, checks it, and looks its terms up for the tokens of a pass.
 
 A prior adds to the scores of layer l and head h, between query i and key j, the sum over its groups g of gates[l, h, g] * B_g[i, j]:
-    lag    lag[i - j]: how useful a token is at a distance; or bias[i, j], any matrix of positions
+    lag    lag[i - j]: how useful a token is at a distance; in some heads spans[n, i - j] instead; or bias[i, j], any matrix of positions
     key    key[x_j]: tokens worth looking at whatever the query
     match  sum_s codes[x_i] . match[s] codes[x_(j-s)], codes of -1 and 1: s = 1 is the copy rule
     pair   the same for two tokens: sum_p pair[p] (a[x_(i-1)] b[x_i])[p] (a[x_(j-2)] b[x_(j-1)])[p] with the codes a, b
-A token before the first counts 0. `Prior` lives in the model, its tables are buffers, so a checkpoint needs no artifact. All of this is
-defined at absolute positions and looks across documents as attention does. It refuses a prior of another tokenizer and whatever would
-run code; it knows no model. attention.py does the adding.
+A token before the first counts 0. To start with, one head of each layer leads with match, one with pair, and one with each span (where
+heads are fewer, the next layer goes on): heads that all began alike would have to part first. `Prior` lives in the model and its tables
+are buffers, so a checkpoint needs no artifact. All of this is defined at absolute positions and looks across documents as attention does.
+It refuses a prior of another tokenizer and whatever would run code; it knows no model. attention.py does the adding.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from nanochat.knobs import knob
 
 FORMAT = "rap-1"
 GROUPS = {  # the tensors of each with the names of their sizes
-    "lag": {"lag": "T"}, "bias": {"bias": "LL"}, "key": {"key": "V"}, "match": {"codes": "VP", "match": "SPP"},
+    "lag": {"lag": "T"}, "spans": {"spans": "NT"}, "bias": {"bias": "LL"}, "key": {"key": "V"}, "match": {"codes": "VP", "match": "SPP"},
     "pair": {"pair_query": "VQ", "pair_now": "VQ", "pair": "Q"},
 }  # fmt: skip
 CODES = ("codes", "pair_query", "pair_now")
@@ -39,6 +40,7 @@ class RapKnobs:
 
     rap: str = knob("", "rap_prior.safetensors, or a .pt or .safetensors with one T x T matrix; empty = no prior")
     rap_alpha: float = knob(0.1, "where the gates on the prior start", low=0)
+    rap_lead: float = knob(4.0, "where the gate of a term starts in the head that leads with it; 0 = as all others", low=0)
     rap_gate: Literal["learned", "fixed", "annealed"] = knob("learned", "annealed: the gates fall to 0 as the run progresses")
     rap_heads: float = knob(1.0, "heads that have the prior, the first ones of a layer: a share up to 1, or their number", low=0)
     rap_layers: int = knob(0, "layers that have it, from the first on; 0 = all", low=0)
@@ -100,6 +102,8 @@ def _check(tensors: dict[str, Tensor], path: str, vocab_size: int) -> None:
             wrong = f"has values in {name} that are not finite"
         elif (t.dtype != torch.int8 or (t.abs() != 1).any()) if name in CODES else not t.is_floating_point():
             wrong = f"has {name} as {t.dtype}, not {'-1 and 1 as int8' if name in CODES else 'float32'}"
+    if not wrong and "spans" in tensors and "lag" not in tensors:
+        wrong = "holds spans without lag"
     if wrong or not tensors or ("bias" in tensors and len(tensors) > 1):
         wrong = wrong or "holds bias together with other terms, or nothing"
         raise UserError(f"the prior {path} {wrong}: generate it again with dev/generate_rap_prior.py")
@@ -190,9 +194,14 @@ def prepare(
         columns.append(["pair", len(used)])
     width = config.head_dim + sum(n for _, n in columns)
     attention = "factored" if k.attention == "auto" else k.attention
+    spans = F.pad(tensors.pop("spans")[:, :C], (0, max(0, C - found["spans"].size(1)) + 1)) if "spans" in found else torch.zeros(0, C + 1)
+    if len(spans) and device.type != "cpu" and attention == "factored":  # a span is too sharp for a few columns
+        if k.attention == "factored":
+            raise UserError("--attention=factored cannot add the spans of this prior on a GPU: leave it out, or generate it with --spans 0")
+        attention = "dense" if flex_missing(device, dtype, width) else "flex"
     if attention == "flex" and (missing := flex_missing(device, dtype, width)):
-        notice(f"{missing}: the prior is added in the factored form")
-        attention = "factored"
+        attention = "dense" if len(spans) and device.type != "cpu" else "factored"
+        notice(f"{missing}: the prior is added in the {attention} form")
     for name in found.keys() & {"lag", "bias"}:  # one distance more, for all beyond; a matrix is 0 where it does not reach
         given = tensors.pop(name)[:C] if name == "lag" else tensors.pop(name)[:C, :C]
         place = F.pad(given, (0, C + 1 - len(given)) if name == "lag" else (0, C - len(given)) * 2)
@@ -207,21 +216,39 @@ def prepare(
                 tensors |= {"place_u": u, "place_w": w}
                 place = F.pad(w[0] @ u.mT, (0, 1)) if name == "lag" else u @ w.mT
                 columns[-1][1], errors[name] = u.size(1), error
-        tensors["place"] = place
+        tensors["place"] = torch.cat((place[None], spans)) if len(spans) else place
     rank = sum(n for _, n in columns)
     if device.type != "cpu" and config.head_dim + rank > 256:
         raise UserError(
             f"the prior {k.rap} has rank {rank}, which beside heads of {config.head_dim} is wider than the 256 that kernels take: "
             "raise --rap_error, or generate it with fewer codes"
         )
-    tensors["gates"] = torch.full((k.rap_layers or config.n_layer, heads, len(columns)), k.rap_alpha)
+    layers = k.rap_layers or config.n_layer
+    leads = [(g, 0) for name in ("match", "pair") for g, (column, _) in enumerate(columns) if column == name]
+    leads += [(len(columns) - 1, n + 1) for n in range(len(spans))] or [(g, 0) for g, (name, _) in enumerate(columns) if name == "lag"]
+    tensors["gates"] = torch.full((layers, heads, len(columns)), k.rap_alpha)
+    rows = [[0] * heads for _ in range(layers)]  # of place, where it has spans: the curve that a head has
+    for layer, head, n in deal(len(leads), layers, heads):
+        group, rows[layer][head] = leads[n]
+        tensors["gates"][layer, head, group] = k.rap_lead or k.rap_alpha
     words = [f"{name} rank {n}" + (f" (error {errors[name]:.2g})" if name in errors else "") if n else name for name, n in columns]
     spec = {
         "attention": attention, "columns": columns, "shifts": shifts, "learned": k.rap_gate == "learned",
+        "rows": rows if len(spans) else [],
         "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()},
-        "about": f"{about}: {', '.join(words)}",
+        "about": f"{about}: {', '.join(words)}" + (f", {len(spans)} spans" if len(spans) else ""),
     }  # fmt: skip
+    if k.rap_gate == "annealed":
+        tensors["start"] = tensors["gates"].clone()
+        spec["tensors"]["start"] = spec["tensors"]["gates"]
     return spec, tensors
+
+
+def deal(items: int, layers: int, heads: int) -> list[tuple[int, int, int]]:
+    """(layer, head, item) for every head that leads: each layer deals all items out from its first head on, or as many as it has heads."""
+    if heads >= items:
+        return [(layer, n, n) for layer in range(layers) for n in range(items)]
+    return [(layer, head, (layer * heads + head) % items) for layer in range(layers) for head in range(heads)]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -231,13 +258,13 @@ def prepare(
 class Prior(nn.Module):
     """
     The tables and gates that a spec of `prepare` describes. gates (layers, heads, groups) are parameters where they are learned;
-    everything else are buffers. `anneal`, where set, is the value from which `at` takes the gates to 0.
+    everything else are buffers. Where `annealed` is set, `at` takes the gates from their start to 0.
     """
 
     def __init__(self, spec: dict[str, Any], windows: list[int], head_dim: int):
         super().__init__()
         self.spec, self.windows, self.head_dim = spec, windows, head_dim
-        self.anneal: float | None = None
+        self.annealed = False
         for name, (dtype, *shape) in spec["tensors"].items():
             t = torch.empty(shape, dtype=getattr(torch, dtype))
             if name == "gates" and spec["learned"]:
@@ -252,14 +279,14 @@ class Prior(nn.Module):
         self._backend = ""
 
     def describe(self) -> str:
-        kind = "learned" if self.spec["learned"] else "fixed" if self.anneal is None else "annealed"
+        kind = "learned" if self.spec["learned"] else "annealed" if self.annealed else "fixed"
         return f"{self.spec['about']}; {self.heads} heads of {self.layers} layers, gates {kind}, {self.spec['attention']}"
 
     @torch.no_grad()
     def at(self, progress: float) -> None:
         """Follow the run's progress 0..1: annealed gates fall with it."""
-        if self.anneal is not None:
-            self.gates.fill_(self.anneal * (1 - progress))
+        if self.annealed:
+            self.gates.copy_(self.start * (1 - progress))
 
     def forward(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None, positions: Tensor | None = None) -> list[Bias | None]:
         """What the prior adds in each layer for tokens idx (B, T), which continue what the cache holds; looked up once for all layers."""
@@ -299,6 +326,8 @@ class Prior(nn.Module):
         for layer, gate in enumerate(torch.cat(gates, -1).to(dtype).unbind()):
             blocks = flex_blocks(T, self.windows[layer], idx.device) if self._backend == "flex" else None
             where = (nothing, nothing.expand(self.heads)) if place is None else (place, self.gates[layer, :, -1])
+            if place is not None and self.spec["rows"]:
+                where = place[self.spec["rows"][layer], None], where[1]
             out[layer] = Bias(looked, keys, gate, *where, self._backend, blocks)
         return out
 

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         model = GPT.build(config, rt.device, rt.dtype)
         model.init_weights(k.seed)
         if model.prior is not None:
-            model.prior.anneal = k.rap_alpha if k.rap_gate == "annealed" else None
+            model.prior.annealed = k.rap_gate == "annealed"
             model.prior.load_state_dict(tables, strict=not resume_from)
         elif spec is not None:
             prior.warm_start(model, spec, tables, k.rap_alpha)

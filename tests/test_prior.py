@@ -36,6 +36,11 @@ def terms(seed=0, vocab=V, reach=C, P=8, P2=6):
     return out | {"pair_query": signs(vocab, P2), "pair_now": signs(vocab, P2), "pair": pair}
 
 
+def with_spans(reach=C, seed=0, **more):
+    """The same and spans for three heads."""
+    return {**terms(seed, reach=reach, **more), "spans": torch.rand(3, reach, generator=torch.Generator().manual_seed(seed))}
+
+
 def write(path: Path, tensors, **about) -> str:
     meta = {"format": "rap-1", "generator": "rules", "tokenizer": PRINT, **about}
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={n: v for n, v in meta.items() if v})
@@ -202,6 +207,43 @@ def test_backends_agree_with_the_oracle(tmp_path, backend, heads, D, T, window, 
         torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"gradient of {name}: {m}")
 
 
+@pytest.mark.parametrize("backend", [attention.attend, dense], ids=["blocks", "dense"])
+def test_spans_are_curves_of_single_heads(tmp_path, backend):
+    """Five items (match, pair, three spans) for four heads: the second layer deals on, and a head without a span has the common lag."""
+    T, D, given = 150, 32, with_spans(150)
+    shape = {"n_head": 4, "n_kv_head": 2, "n_embd": 4 * D, "sequence_len": T}
+    config, tensors = made(write(tmp_path / "p.safetensors", given), CPU, tiny.config(**shape), rap_lead=3.0)
+    assert config.rap["rows"] == [[0, 0, 1, 2], [3, 0, 0, 1]] and "3 spans" in config.rap["about"]
+    leads = torch.full((2, 4, 4), 0.1)
+    leads[0, [0, 1, 2, 3], [1, 2, 3, 3]] = leads[1, [0, 1, 2, 3], [3, 1, 2, 3]] = 3.0
+    torch.testing.assert_close(tensors["gates"], leads)
+    assert torch.equal(made(write(tmp_path / "p.safetensors", given), rap_lead=0)[1]["gates"], torch.full((2, 4, 4), 0.1))
+    p = Prior(config.rap, [0, 40], D).double()
+    p.load_state_dict(tensors)
+    idx, g = tokens(T=T), torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, h, T, D, dtype=torch.float64, generator=g) for h in (4, 2, 2))
+    weights, common = torch.randn(q.shape, dtype=torch.float64, generator=g), whole(given, idx)
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0)
+    curves = torch.cat((given["lag"][None], given["spans"])).double()
+    for layer, window in enumerate((0, 40)):
+        gate = tensors["gates"][layer].double().requires_grad_()
+        B = sum(gate[:, g, None, None] * common[n][:, None] for g, n in enumerate(ORDER[:3]))
+        B = B + gate[:, 3, None, None] * curves[config.rap["rows"][layer]][:, distance]
+        want = oracle(q, k, v, window, B)
+        p.zero_grad()
+        got = backend(q, k, v, window, p(idx, torch.float64)[layer])
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+        (want * weights).sum().backward()
+        (got * weights).sum().backward()
+        torch.testing.assert_close(p.gates.grad[layer], gate.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_who_leads():
+    assert prior.deal(2, 2, 3) == [(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)]
+    assert prior.deal(3, 3, 2) == [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 0), (2, 0, 1), (2, 1, 2)]
+    assert prior.deal(0, 2, 2) == []
+
+
 def test_backends_agree_in_lower_precision(path):
     for dtype, near in ((torch.float32, 2e-5), (torch.bfloat16, 0.06)):
         m = model_with(path)
@@ -263,10 +305,11 @@ def test_heads_and_layers_that_are_left_free(path):
 
 
 @pytest.mark.parametrize("knobs", [{}, {"attention": "dense"}, {"rap_layers": 1, "rap_heads": 0.5}], ids=str)
-@pytest.mark.parametrize("kind", ["terms", "bias", "key"])
+@pytest.mark.parametrize("kind", ["terms", "spans", "bias", "key"])
 def test_cached_passes_are_the_whole(tmp_path, kind, knobs):  # traps 20 and 22
     matrix = torch.randn(C, C, generator=torch.Generator().manual_seed(4))
-    given = {"terms": terms(), "bias": {"bias": matrix / matrix.tril().abs().max()}, "key": {"key": terms()["key"]}}[kind]
+    given = {"bias": {"bias": matrix / matrix.tril().abs().max()}, "key": {"key": terms()["key"]}}
+    given = (given | {"terms": terms(), "spans": with_spans()})[kind]
     m = model_with(write(tmp_path / "p.safetensors", given), shape={"window_pattern": "SL"}, **knobs)
     idx = tokens(3)
     with torch.no_grad():
@@ -346,7 +389,7 @@ def test_a_checkpoint_carries_the_prior(tmp_path, path, gate):
         checkpoint.load_model(bare, "cpu", torch.float32)
     if gate != "annealed":
         return
-    m.prior.anneal = 2.0
+    m.prior.annealed = True
     tiny.fit(tmp_path / "run", m)
     assert not m.prior.gates.any()  # and what goes on from it is a model without
     after, _ = checkpoint.load_model(checkpoint.find(tmp_path / "run"), "cpu", torch.float32)
@@ -366,7 +409,8 @@ def test_base_train_takes_a_prior_and_needs_it_once(tmp_path, monkeypatch, capsy
     run = checkpoint.run_directory("base", "t")
     whole = checkpoint.Tensors(checkpoint.folder(run, 6) / "model.safetensors")
     want = {n: whole[n] for n in whole}
-    assert float(checkpoint.Tensors(checkpoint.folder(run, 3) / "model.safetensors")["prior.gates"].max()) == pytest.approx(0.5)
+    halfway = checkpoint.Tensors(checkpoint.folder(run, 3) / "model.safetensors")["prior.gates"]
+    assert float(halfway.max()) == pytest.approx(2) and float(halfway.min()) == pytest.approx(0.5)  # of --rap_lead and --rap_alpha
     assert not want["prior.gates"].any()
     checkpoint.folder(run, 6).rename(run / "gone")
     Path(artifact).unlink()
@@ -447,6 +491,10 @@ def test_what_an_accelerator_gets(tmp_path):
     with pytest.raises(UserError, match="wider than the 256"):
         made(wide, GPU)
     assert made(wide)[0].rap["attention"] == "factored"
+    sharper = write(tmp_path / "s.safetensors", with_spans())
+    assert made(sharper, GPU)[0].rap["attention"] == "dense" and made(sharper)[0].rap["attention"] == "factored"
+    with pytest.raises(UserError, match="factored cannot add the spans"):
+        made(sharper, GPU, attention="factored")
 
 
 def test_flex_says_why_it_cannot(path, capsys):
@@ -473,10 +521,10 @@ def test_compiled_equals_eager_with_a_prior(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["terms", "bias"])
+@pytest.mark.parametrize("kind", ["terms", "spans", "bias"])
 def test_flex_forward_agrees(tmp_path, kind):
     shape = {"n_embd": 256, "n_head": 4, "sequence_len": 256}
-    given = terms(reach=256) if kind == "terms" else {"bias": torch.rand(256, 256)}
+    given = {"terms": terms(reach=256), "spans": with_spans(256), "bias": {"bias": torch.rand(256, 256)}}[kind]
     m = model_with(write(tmp_path / "p.safetensors", given), shape=shape, rap_heads=0.75)
     q, k, v = (torch.randn(2, h, 256, 64, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
     with torch.no_grad():
@@ -518,6 +566,8 @@ def test_what_is_no_prior(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("change", "says"), [
+    ({"spans": torch.ones(3)}, r"spans of shape \(3,\), not N, T = 16:"),
+    ({"spans": torch.ones(2, 16), "lag": None}, "spans without lag"),
     ({"lag": torch.ones(3, 3)}, r"lag of shape \(3, 3\), not T:"),
     ({"key": torch.ones(7)}, r"key of shape \(7,\), not V = 61:"),
     ({"match": torch.ones(2, 8, 7)}, r"match of shape \(2, 8, 7\), not S = 2, P = 8, P = 8"),

@@ -148,6 +148,19 @@ def test_the_lag_curve_finds_the_distance_that_tells(source):
     assert lag.shape == (128,) and lag.argmax() == 4 and lag[-1] == 0 and abs(lag[60:]).max() < 0.5 * lag[4]
 
 
+def test_spans_end_where_distances_tell_half(text):
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, 12, 60_000)
+    for n in range(4, len(ids)):  # the token before tells most, the three before that less, all others nothing
+        dice = rng.random()
+        if dice < 0.7:
+            ids[n] = ids[n - 2] if dice < 0.4 else ids[n - 3 - rng.integers(3)]
+    spans = rt.find_spans(ids, 64, 2)
+    assert spans[0][:2] == (1, 1) and spans[1][0] == 2 < spans[1][1] < 12 and spans[0][2] > 2 * spans[1][2] > 0
+    assert len(rt.find_spans(ids, 64, 1)) == 1 and rt.find_spans(ids, 64, 0) == []
+    assert rt.information(rng.integers(0, 12, 60_000), [1, 5]) == pytest.approx(0, abs=1e-3)
+
+
 def test_the_worth_of_a_key_is_how_often_its_token_has_come_before(text):
     key = rt.key_worth(text, 15, 16, strength=2.0)
     hits, n = np.zeros(15), np.zeros(15)
@@ -313,7 +326,7 @@ def test_the_artifact_is_what_training_reads(base, correlation):
 
 def test_the_artifact_says_where_it_is_from(base, correlation):
     tensors, meta = correlation
-    assert set(tensors) == {"lag", "key", "codes", "match"} and tensors["match"].shape == (3, 24, 24)
+    assert set(tensors) == {"lag", "spans", "key", "codes", "match"} and tensors["match"].shape == (3, 24, 24)
     assert (meta["format"], meta["generator"]) == ("rap-1", "correlation")
     assert meta["tokenizer"] == Tokenizer.load(base / "tokenizer").fingerprint
     numbers = json.loads(meta["report"])

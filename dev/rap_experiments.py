@@ -1,0 +1,170 @@
+"""
+The experiments on the attention prior, from tokenizer to summary: what dev/LOG.md says of it was computed by this.
+
+    python dev/rap_experiments.py --texts DIR --env ~/.cache/nanochat/rap_env
+    python dev/rap_experiments.py --texts DIR --only prose-small code-small
+
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %: prose) and dialog/ (conversations, read as plain text); code is Python's own standard
+library. Each experiment is one run of scripts.compare and goes on where it was stopped, also on another machine, as the records of all
+runs lie in dev/results/; after each, rap_summary.json there is written anew. It trains nothing itself and decides nothing: compare does.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[1]
+RESULTS = REPO / "dev" / "results"
+RECORDS = "plan.json", "runs.jsonl", "results.json"  # of a comparison
+MEASURES = "saved_tokens_pct", "saved_seconds_pct", "final_bpb_delta", "step_time_pct"
+RUN = "--sequence_len=256 --total_batch_size=2048 --eval_every=0.1 --eval_tokens=16384 --sample_every=0 --compile=off"
+SIZES = {  # 1.3 M and 5.3 M matrix parameters
+    "small": f"--depth=3 --model_dim=192 --head_dim=32 --num_iterations=400 {RUN}",
+    "large": f"--depth=3 --model_dim=384 --head_dim=64 --num_iterations=800 {RUN}",
+}
+
+class Condition(NamedTuple):
+    made: str | None  # options of the generator; None: no prior
+    flags: str = ""  # of base_train
+
+
+class Experiment(NamedTuple):
+    corpus: str
+    size: str
+    seeds: int
+    conditions: dict[str, Condition]  # the first is the baseline
+
+
+NONE = {"none": Condition(None)}
+MAIN = NONE | {
+    "rules": Condition("--generator rules"),
+    "correlation": Condition("--generator correlation"),
+    "rectified": Condition("--generator rectified"),
+    "warmstart": Condition("--generator rules", "--rap_mode=warmstart --rap_alpha=4"),
+}
+RULES = {"rules": MAIN["rules"]}
+GATES = {
+    "all alike": Condition("--generator rules", "--rap_lead=0"),
+    "fixed": Condition("--generator rules", "--rap_gate=fixed"),
+    "annealed": Condition("--generator rules", "--rap_gate=annealed"),
+    "half the heads": Condition("--generator rules", "--rap_heads=0.5"),
+    "two layers": Condition("--generator rules", "--rap_layers=2"),
+    "first layer": Condition("--generator rules", "--rap_layers=1"),
+}
+TERMS = {
+    "no spans": Condition("--generator rules --spans 0"),
+    "sparse 50 %": Condition("--generator rules --sparsity 0.5"),
+    "sparse 90 %": Condition("--generator rules --sparsity 0.9"),
+    "random codes": Condition("--generator rules --codes hash"),
+    "16 bits": Condition("--generator rules --code_bits 16 --pair_bits 16"),
+    "64 bits": Condition("--generator rules --code_bits 64 --pair_bits 64"),
+}
+EXPERIMENTS = {
+    "prose-small": Experiment("prose", "small", 5, MAIN),
+    "code-small": Experiment("code", "small", 5, MAIN),
+    "prose-large": Experiment("prose", "large", 3, NONE | RULES),
+    "code-large": Experiment("code", "large", 3, NONE | RULES),
+    "dialogues-small": Experiment("dialogues", "small", 3, NONE | RULES),
+    "prose-gates": Experiment("prose", "small", 3, NONE | RULES | GATES),
+    "prose-terms": Experiment("prose", "small", 3, NONE | RULES | TERMS),
+}
+
+
+def sources(corpus: str, texts: Path, base: Path) -> list[str]:
+    """The words of --data, with paths from the base folder on: no path of a machine gets into the results."""
+    if corpus == "prose":
+        if not (base / "texts").exists():
+            (base / "texts").symlink_to(texts, target_is_directory=True)
+        return [f"{name}=texts/{name}:{weight}" for name, weight in (("wikipedia", 0.45), ("books", 0.40), ("reddit", 0.15))]
+    file = base / f"{corpus}.jsonl"
+    if not file.exists():
+        if corpus == "code":
+            paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+            documents = [p.read_text(encoding="utf-8", errors="ignore") for p in paths if "site-packages" not in p.parts]
+        else:
+            rows = [json.loads(line) for p in sorted((texts / "dialog").glob("*.jsonl")) for line in p.open(encoding="utf-8")]
+            documents = ["\n".join(f"{m['role']}: {m['content']}" for m in row["messages"]) for row in rows if "messages" in row]
+        file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents if d.strip()), encoding="utf-8")
+    return [f"{corpus}={file.name}"]
+
+
+def run(words: list[str], base: Path) -> None:
+    """A command of this repository, with its own base folder."""
+    path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
+    subprocess.run([sys.executable, *words], cwd=base, env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": path}, check=True)
+
+
+def generated(made: str, base: Path, data: list[str], env: Path) -> str:
+    """The artifact that these options of the generator make from a corpus, as a path from the base folder on."""
+    out = f"priors/{re.sub(r'[^a-z0-9]+', '-', made.removeprefix('--generator '))}.safetensors"
+    if not (base / out).exists():
+        mix = [f"{m[1]}:{m[2]}" for d in data if (m := re.fullmatch(r"(\w+)=.*:([\d.]+)", d))]
+        words = [str(REPO / "dev" / "generate_rap_prior.py"), "--env", str(env), *shlex.split(made), "--max_lag", "256", "--out", out]
+        run([*words, *(["--mix", *mix] if mix else [])], base)
+    return out
+
+
+def experiment(name: str, e: Experiment, base: Path, texts: Path, env: Path) -> None:
+    """Everything that one experiment needs, and its comparison."""
+    base = base / e.corpus
+    base.mkdir(parents=True, exist_ok=True)
+    data = sources(e.corpus, texts, base)
+    if not (base / "tokenizer" / "tokenizer.json").exists():
+        run(["-m", "scripts.tok_train", "--vocab_size=4096", "--data", *data], base)
+    run(["-m", "scripts.tok_data", "--data", *data], base)
+    folder = base / "compare" / name
+    if not folder.exists() and (RESULTS / f"rap_{name}.runs.jsonl").exists():
+        folder.mkdir(parents=True)
+        for kind in RECORDS:
+            shutil.copyfile(RESULTS / f"rap_{name}.{kind}", folder / kind)
+    words = ["-m", "scripts.compare", f"--name={name}", f"--seeds={e.seeds}", f"--common={SIZES[e.size]} --data {shlex.join(data)}"]
+    for letter, c in zip("abcdefgh", e.conditions.values(), strict=False):
+        rap = f"--rap={generated(c.made, base, data, env)} " if c.made else ""
+        words += [f"--{letter}={rap}{c.flags}"]
+    run([*words, "--names", *(n.replace(" ", "-").replace("%", "pct") for n in e.conditions)], base)
+
+
+def summarise(base: Path) -> None:
+    """rap_summary.json: corpus -> size -> condition -> n_seeds and every measure as mean, lo, hi; and each comparison's own results."""
+    RESULTS.mkdir(exist_ok=True)
+    summary: dict[str, dict[str, dict[str, dict]]] = {}
+    for name, e in EXPERIMENTS.items():
+        file = base / e.corpus / "compare" / name / "results.json"
+        if not file.exists():
+            continue
+        results = json.loads(file.read_text(encoding="utf-8"))
+        for kind in RECORDS:
+            shutil.copyfile(file.with_name(kind), RESULTS / f"rap_{name}.{kind}")
+        here = summary.setdefault(e.corpus, {}).setdefault(e.size, {})
+        for pair in results["pairs"]:
+            if pair["n_seeds"] and pair["n_seeds"] >= here.get(pair["name"], {}).get("n_seeds", 0):
+                numbers = {m: {k: pair[m].get(k) for k in ("mean", "lo", "hi", "at_least", "at_most") if k in pair[m]} for m in MEASURES}
+                here[pair["name"]] = {"n_seeds": pair["n_seeds"], "experiment": name, **numbers}
+    (RESULTS / "rap_summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    p.add_argument("--texts", type=Path, required=True, help="folder with wikipedia/, books/, reddit/ and dialog/")
+    p.add_argument("--base", type=Path, default=cache / "rap_experiments", help="where everything is made")
+    p.add_argument("--env", type=Path, default=cache / "rap_env", help="the generator's environment, made if it is not there")
+    p.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME", help=", ".join(EXPERIMENTS))
+    a = p.parse_args()
+    for name in a.only:
+        try:
+            experiment(name, EXPERIMENTS[name], a.base.resolve(), a.texts.resolve(), a.env.resolve())
+        finally:
+            summarise(a.base.resolve())
+
+
+if __name__ == "__main__":
+    main()
