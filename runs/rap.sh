@@ -40,15 +40,16 @@ else
     cd "$here" # names of files are meant from where the script was started
 fi
 
+source=(--data "${data[@]}")
 name="$(printf '%s\n' "${data[@]}" "$steps" | cksum | cut -d' ' -f1)" # another text or length is another comparison
 export NANOCHAT_BASE_DIR="$cache/rap/$name"
-[ -e "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || { say "tokenizer"; python -m scripts.tok_train --vocab_size=4096 --data "${data[@]}"; }
+[ -e "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || { say "tokenizer"; python -m scripts.tok_train --vocab_size=4096 "${source[@]}"; }
 prior="$NANOCHAT_BASE_DIR/rap_prior.safetensors"
 if [ ! -e "$prior" ]; then
     say "prior"
-    python -m scripts.tok_data --data "${data[@]}"
+    python -m scripts.tok_data "${source[@]}"
     mix=() # the generator's words for the sources' shares
-    for source in "${data[@]}"; do [[ "$source" =~ ^([^=]+)=.*:([0-9.]+)(#.*)?$ ]] && mix+=("${BASH_REMATCH[1]}:${BASH_REMATCH[2]}"); done
+    for one in "${data[@]}"; do [[ "$one" =~ ^([^=]+)=.*:([0-9.]+)(#.*)?$ ]] && mix+=("${BASH_REMATCH[1]}:${BASH_REMATCH[2]}"); done
     python "$repo/dev/generate_rap_prior.py" --env "$cache/rap_env" --out "$prior" ${mix[@]:+--mix "${mix[@]}"}
 fi
 
