@@ -4,7 +4,7 @@ What an attention prior costs: step time and peak memory of no prior and of each
     python -m bench.rap_overhead                            d = 512, depth 4, vocabulary 8,192, T = 512, 1024, 2048
     python -m bench.rap_overhead --lengths 1024 --rounds=5 --head_dim=64
 
-The prior is random, with the groups and ranks of real ones: lag, match (32 codes, the copy rule) and key. Every measurement is a
+The prior is random, with the groups and ranks of real ones: lag and four spans, match and pair (32 codes each), key. Every measurement is a
 process of its own, so that peak memory is its own, and the conditions take turns. The last line is JSON.
 """
 
@@ -44,17 +44,20 @@ class Knobs(stage.TrainKnobs, Shape):
     batch_tokens: int = knob(8192, "tokens of a step", low=1)
     steps: int = knob(8, "steps timed in a process, after two that are not", low=1)
     rounds: int = knob(3, "processes of every condition, in turns; the median counts", low=1)
-    codes: int = knob(32, "codes of the match rule", low=1)
+    codes: int = knob(32, "codes of match, and of pair", low=1)
     one: str = knob("", "measure this condition alone, in this process, at the first length")
 
 
 def artifact(k: Knobs, T: int, path: Path) -> str:
     """A random prior with the groups of a generated one."""
     g = torch.Generator().manual_seed(k.seed)
-    signs = (torch.randint(0, 2, (k.vocab_size, k.codes), generator=g) * 2 - 1).to(torch.int8)
+    codes, query, now = (torch.randint(0, 2, (3, k.vocab_size, k.codes), generator=g) * 2 - 1).to(torch.int8).unbind()
     match = torch.stack([torch.zeros(k.codes, k.codes), torch.eye(k.codes) / k.codes])
     lag, key = (1 + torch.arange(T)) ** -0.5, torch.rand(k.vocab_size, generator=g)
-    save_file({"lag": lag, "key": key, "codes": signs, "match": match}, path, {"format": prior.FORMAT, "tokenizer": "bench"})
+    spans = torch.stack([torch.arange(T) // low == 1 for low in (1, 2, 4, 8)]).float()
+    pair = {"pair_query": query.clone(), "pair_now": now.clone(), "pair": torch.full((k.codes,), 1 / k.codes)}
+    terms = {"lag": lag, "spans": spans, "key": key, "codes": codes.clone(), "match": match, **pair}
+    save_file(terms, path, {"format": prior.FORMAT, "tokenizer": "bench"})
     return str(path)
 
 
