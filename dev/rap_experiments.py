@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "dev" / "results"
 RECORDS = "plan.json", "runs.jsonl", "results.json"  # of a comparison
 MEASURES = "saved_tokens_pct", "saved_seconds_pct", "final_bpb_delta", "step_time_pct"
-RUN = "--embedding_lr=0.1 --sequence_len=256 --total_batch_size=2048 --eval_every=0.1 --eval_tokens=16384 --sample_every=0 --compile=off"
+RUN = "--embedding_lr=0.1 --sequence_len=256 --total_batch_size=2048 --eval_every=0.1 --eval_tokens=16384 --sample_every=0 --compile=on"
 SIZES = {  # 1.3 M and 5.3 M matrix parameters
     "small": f"--depth=3 --model_dim=192 --head_dim=32 --num_iterations=400 {RUN}",
     "large": f"--depth=3 --model_dim=384 --head_dim=64 --num_iterations=800 {RUN}",

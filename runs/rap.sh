@@ -54,5 +54,5 @@ if [ ! -e "$prior" ]; then
 fi
 
 say "training"
-same="--depth=3 --model_dim=192 --head_dim=32 --sequence_len=256 --total_batch_size=2048 --num_iterations=$steps --embedding_lr=0.1 --compile=off"
+same="--depth=3 --model_dim=192 --head_dim=32 --sequence_len=256 --total_batch_size=2048 --num_iterations=$steps --embedding_lr=0.1 --compile=on"
 python -m scripts.compare --name rap --names none rap --seeds "$seeds" --common="$same --data $(printf '%q ' "${data[@]}")" --a="" --b="--rap=$prior"
