@@ -12,8 +12,9 @@ import torch
 
 from nanochat import hardware, stage
 from nanochat.common import UserError, entry
+from nanochat.resume import HORIZONS
 from nanochat.scaling import batch_for
-from nanochat.stage import HORIZONS, Stage
+from nanochat.stage import Stage
 from scripts import base_train
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -99,7 +100,7 @@ def test_memory_that_does_not_suffice_is_one_sentence():
 
 def opened(tmp_path, m=None, **knobs) -> Stage:
     k = SimpleNamespace(**{"total_batch_size": 0, "num_iterations": -1, "target_flops": -1.0, "target_param_data_ratio": 20.0,
-                           "max_minutes": 0.0, "max_hours": 0.0, "new_horizon": False, **knobs})  # fmt: skip
+                           "max_minutes": 0.0, "max_hours": 0.0, "new_horizon": "", **knobs})  # fmt: skip
     origins = {n: "command line" if n in knobs else "default" for n in vars(k)}
     return Stage("base", k, origins, tiny.CPU, None, m or tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
 
@@ -131,7 +132,7 @@ def test_time(tmp_path):
 
 
 def test_every_horizon_is_known_to_the_resume():
-    assert {n for n in vars(base_train.Knobs()) if n.startswith(("num_iter", "target_", "max_", "total_batch"))} <= set(HORIZONS)
+    assert {n for n in vars(base_train.Knobs()) if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))} <= set(HORIZONS)
 
 
 # ---- rates, counts
