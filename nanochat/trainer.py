@@ -229,6 +229,8 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
                 break
             if changed := feed.at(now):
                 release_memory(rt.device)
+                if model.compiled:  # for shapes that do not come again; the compiler keeps eight of them and then gives up
+                    torch.compiler.reset()
                 shown.say(f"step {run.step + 1:,}  {changed}")
             try:
                 batches = next(feed)
