@@ -2,6 +2,7 @@ import gc
 import json
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -255,7 +256,7 @@ def test_a_longer_context_joins_the_pieces_of_a_document(tmp_path):
     f = staged(make(tmp_path, [65] * 4, first=100), rows=1)
     assert len(targets([next(f)])) == 4 * 8
     f.at(0.9)
-    longest = max(sum(j - i == 1 for i, j in zip(t, t[1:], strict=False)) for s in f for _, t in rows(s))
+    longest = max(sum(j - i == 1 for i, j in pairwise(t)) for s in f for _, t in rows(s))
     assert longest >= 30, "rows of 32 hold runs of a document that were apart in rows of 8"
 
 

@@ -193,7 +193,7 @@ def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
 
         def at(self, progress):
             before, self.T = self.T, 4 if progress < 0.3 else 8 if progress < 0.6 else 16
-            return "longer" if self.T != before else ""
+            return "longer" if before != self.T else ""
 
         def __next__(self):
             return [tiny.batch(rows=32 // self.T, T=self.T) for _ in super().__next__()]
