@@ -272,7 +272,8 @@ def horizon(s: Stage) -> tuple[int, int | None]:
             "nothing says how long to train: give --num_iterations, --target_param_data_ratio, --target_flops or --max_minutes"
         )
     unit = math.lcm(*contexts.lengths)
-    batch = k.total_batch_size or max(1, (1 << 19 if tokens is None else batch_for(tokens)) // unit) * unit
+    before = checkpoint.read_meta(s.resume_from)["plan"]["rows"] * contexts.longest if s.resume_from else 0  # a new length changes no batch
+    batch = k.total_batch_size or before or max(1, (1 << 19 if tokens is None else batch_for(tokens)) // unit) * unit
     rows = whole_rows(batch, *contexts.lengths)
     if steps is None and not (s.budget_seconds and not named) and tokens is not None:
         steps = round(tokens / batch)
