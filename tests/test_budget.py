@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import PLAIN, fit, rows
 
@@ -126,7 +126,13 @@ speeds = st.floats(0.5, 12.0)
 costs = st.floats(0, 12.0)
 
 
+PLAINLY = {"slow": 1.0, "quick": 1.0, "at": 0, "evaluation": 0.0, "sample": 0.0, "saving": 0.0, "every": 0.5, "seldom": 0}
+
+
 @settings(max_examples=15, deadline=None)
+@example(**{**PLAINLY, "evaluation": 10.0, "every": 7})  # one is due when there is only time for the last
+@example(**{**PLAINLY, "sample": 9.0, "seldom": 1000})  # not seen before the end
+@example(**{**PLAINLY, "evaluation": 4.0, "sample": 9.0, "seldom": 0.48})  # never due together before the end
 @given(slow=speeds, quick=speeds, at=st.integers(0, 40), evaluation=costs, sample=costs, saving=costs,
        every=st.sampled_from([0.1, 0.33, 0.5, 7]), seldom=st.sampled_from([0, 0.48, 0.99, 1000]))  # fmt: skip
 def test_the_deadline_holds(tmp_path_factory, slow, quick, at, evaluation, sample, saving, every, seldom):
