@@ -20,6 +20,7 @@ from scipy import stats
 from nanochat import checkpoint, logbook, report
 from nanochat.common import human
 from nanochat.gpt import GPT
+from nanochat.schedule import Contexts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def record(directory: Path, **more: Any) -> dict[str, Any]:
     evals = [r for r in rows if r.get("kind") == "eval" and math.isfinite(r.get("val_bpb", math.nan))]
     model = GPT.build(checkpoint.config_of(meta), "meta")
     last = next((r for r in reversed(rows) if r.get("kind") == "summary"), {})
-    plan = meta["plan"]
+    plan, contexts = meta["plan"], Contexts.parse(meta["knobs"].get("context_stages", ()), model.config.sequence_len)
     batch = plan["rows"] * meta["config"]["sequence_len"]
     return {
         **more,
@@ -78,7 +79,7 @@ def record(directory: Path, **more: Any) -> dict[str, Any]:
         "wall_seconds": last.get("seconds"),
         "peak_memory_bytes": last.get("peak_memory_bytes"),
         "parameters": model.counts()["total"],
-        "flops_per_token": model.flops_per_token(),
+        "flops_per_token": contexts.mean(model.flops_per_token),
         "curve": [[r["step"], r["tokens"], round(seconds[r["step"]], 3), r["val_bpb"]] for r in evals],
         "pins": {"dtype": meta["dtype"], "compile": "on" if plan["compiled"] else "off", "total_batch_size": batch},
     }

@@ -4,13 +4,14 @@ Feeds: token shards -> the batches of one optimizer step after another.
 The order of rows is a pure function of the data, the seed and the row length: each source is shuffled whole, once an epoch; blocks of
 about two million tokens are drawn from the sources by their weights, packed, and their rows shuffled; a step takes the next `rows` rows.
 Ranks and micro-batches only divide a step. So a position is a few numbers, and going on from it costs the packing of one block.
+Where the row length changes in mid-block, what is left of the block is packed again at the new one: no token is lost or comes twice.
 It refuses to resume on other data, and drops nothing silently: conversations cut in padded mode are counted and said.
 """
 
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 
 from nanochat.common import UserError, notice
 from nanochat.packing import Packing, one_a_row, pack
+from nanochat.schedule import Contexts
 from nanochat.tokens import Shards
 
 BLOCK_TOKENS = 1 << 21  # rows enough for best-fit to leave no holes, few enough that packing them again costs nothing
@@ -48,6 +50,18 @@ class _Block:
         for i, s in enumerate(shards):
             lengths[owner == i] = s.lengths[document[owner == i]]
         return cls(shards, owner, document, (pack if mode == "packed" else one_a_row)(lengths, sequence_len + 1))
+
+    def rest(self, rows: np.ndarray, sequence_len: int) -> "_Block":
+        """What stands in these rows, packed again for another length; pieces of a document that meet become one."""
+        p = self.packing
+        pieces = np.flatnonzero(np.isin(np.repeat(np.arange(len(p)), np.diff(p.first)), rows))
+        pieces = pieces[np.lexsort((p.start[pieces], p.document[pieces]))]
+        document, start, stop = p.document[pieces], p.start[pieces], p.stop[pieces]
+        opens = np.append(True, (document[1:] != document[:-1]) | (start[1:] != stop[:-1]))[: len(pieces)]
+        closes = np.append(opens[1:], True)[: len(pieces)]
+        document = document[opens]
+        packing = pack(stop[closes], sequence_len + 1, start[opens])
+        return _Block(self.shards, self.owner[document], self.document[document], packing)
 
     def size(self, row: int) -> int:
         """Tokens of a padded row."""
@@ -117,6 +131,7 @@ class _Plan:
             "epoch": 0,  # of the last row handed out; the next one is found from its block and the number of rows taken of it
             "block": 0,
             "row": 0,
+            "cuts": [],  # [sequence_len, rows taken] of each packing that this block had before the present one
             "sources": [{"epoch": 0, "document": 0, "drawn": 0} for _ in self.shards],  # where the block begins; drawn: tokens this epoch
         }
 
@@ -145,7 +160,7 @@ class _Plan:
 
     def _stream(self, state: dict[str, Any]) -> Iterator[tuple[_Block, int, dict[str, Any]]]:
         """(block, row, the position behind it) for every row from a state on, until the epochs are over."""
-        epoch, number, first = state["epoch"], state["block"], state["row"]
+        epoch, number, first, cuts = state["epoch"], state["block"], state["row"], state["cuts"]
         sources = [dict(s) for s in state["sources"]]
         quota, blocks = self.quota, max(1, round(self.total / BLOCK_TOKENS))
         orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -153,14 +168,20 @@ class _Plan:
             begin, drawn = [dict(s) for s in sources], sum(s["drawn"] for s in sources)
             # In integers, so that without weights the quota is met exactly by the last document of the epoch
             goals = [q * (number + 1) // blocks for q in quota]
-            block = _Block.of(self.shards, *self._draw(sources, goals, orders), self.mode, self.sequence_len)
+            lengths = [*(length for length, _ in cuts), self.sequence_len]
+            block = _Block.of(self.shards, *self._draw(sources, goals, orders), self.mode, lengths[0])
             gained = sum(s["drawn"] for s in sources) - drawn
             order = np.random.default_rng([self.seed, epoch, number, 1]).permutation(len(block.packing))
+            for i, (_, taken) in enumerate(cuts, 1):
+                used = gained * taken / max(1, len(order))
+                drawn, gained = drawn + used, gained - used
+                block = block.rest(order[taken:], lengths[i])
+                order = np.random.default_rng([self.seed, epoch, number, 1, i]).permutation(len(block.packing))
             for row in range(first, len(order)):
                 share = (epoch + (drawn + gained * (row + 1) / len(order)) / sum(quota)) / self.epochs if self.epochs else 0.0
-                place = {"epoch": epoch, "block": number, "row": row + 1, "sources": begin, "progress": min(1.0, share)}
+                place = {"epoch": epoch, "block": number, "row": row + 1, "cuts": cuts, "sources": begin, "progress": min(1.0, share)}
                 yield block, int(order[row]), place
-            number, first = number + 1, 0
+            number, first, cuts = number + 1, 0, []
             if number == blocks:
                 epoch, number = epoch + 1, 0
                 for source, q in zip(sources, quota, strict=True):
@@ -198,8 +219,11 @@ class RowFeed:
     mode "packed": whole documents packed into rows of sequence_len + 1 tokens. mode "padded": one document a row, truncated at
     sequence_len + 1 tokens (`truncated` counts those of an epoch), as wide as the step's longest, rounded up to 64.
 
+    With context stages (packed rows), `rows` and `device_rows` are those of the longest context, sequence_len; at a shorter one both grow
+    so that their tokens stay the same. `at` moves on to the next stage; `numbers` tells the log of it.
+
     step, progress (0..1; 0 while endless) and epoch (from 0) are of what was handed out, however much is prefetched.
-    device_rows may be lowered at any time: it changes how a step is cut, never which rows it has.
+    device_rows (of the present context) may be lowered at any time: it changes how a step is cut, never which rows it has.
     """
 
     def __init__(
@@ -216,6 +240,7 @@ class RowFeed:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         mode: Mode = "packed",
+        contexts: Contexts | None = None,
     ):
         if min(rows, device_rows, sequence_len) < 1:
             raise UserError(f"rows ({rows}), device rows ({device_rows}) and sequence length ({sequence_len}) must all be at least 1")
@@ -224,7 +249,9 @@ class RowFeed:
         sources, weights = tuple(s for s, _ in shards), tuple(w for _, w in shards)
         pin = self.device.type == "cuda"
         self._plan = _Plan(sources, weights, rows, sequence_len, total_steps, epochs, seed, rank, world_size, mode, pin)
-        self._state, self._ahead = self._plan.start(), None
+        self._contexts, self._ahead = contexts or Contexts(((0.0, sequence_len),)), None
+        self._use(self._contexts.at(0.0))
+        self._state = self._plan.start()
         self.truncated = 0
         if mode == "padded":
             self.truncated = sum(int((s.lengths > sequence_len + 1).sum()) for s in sources)
@@ -243,6 +270,29 @@ class RowFeed:
     def progress(self) -> float:
         return self._state["progress"]
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        return {"context": self._plan.sequence_len} if len(self._contexts.stages) > 1 else {}
+
+    def at(self, progress: float) -> str:
+        """
+        To be told before a step what share of the run is over: goes on with rows of that stage's context. A context once reached is kept,
+        also where progress falls back. Returns what changed, in words.
+        """
+        before, length = self._plan.sequence_len, self._contexts.at(progress)
+        if length <= before:
+            return ""
+        self.close()
+        self._state = _at_length(self._state, length)
+        self._use(length)
+        return f"context {before} -> {length}, {self._plan.rows} rows a step"
+
+    def _use(self, length: int) -> None:
+        """Rows of this many tokens from now on, and as many tokens a step and a micro-batch as before."""
+        before = self._plan.sequence_len
+        self._plan = replace(self._plan, rows=self._plan.rows * before // length, sequence_len=length)
+        self.device_rows = max(1, self.device_rows * before // length)
+
     def __iter__(self) -> "RowFeed":
         return self
 
@@ -259,20 +309,22 @@ class RowFeed:
         return {**self._state, "sources": [dict(s) for s in self._state["sources"]]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position on the same data and seed. With another sequence length the share done of the block is kept."""
+        """Go on from a position on the same data and seed; with another sequence length, what is left of its block is packed for that."""
         for what in ("seed", "documents", "tokens", "quota"):
             if state[what] != self._state[what]:
                 changed = f"its {what} changed from {state[what]} to {self._state[what]}"
                 raise UserError(f"cannot go on from this place in the data: {changed}; restore it or start afresh")
         self.close()
-        length, then = self._plan.sequence_len, state["sequence_len"]
-        row = state["row"] * then // length if self._plan.mode == "packed" else state["row"]
+        state = {"cuts": [], **state, "sources": [dict(s) for s in state["sources"]]}
+        if state["sequence_len"] in self._contexts.lengths:
+            self._use(state["sequence_len"])
+        elif self._plan.mode == "packed":
+            state = _at_length(state, self._plan.sequence_len)
         if self._plan.total_steps:  # the length of the run may be another one now: so is the share of it that is done
             progress = min(1.0, state["step"] / self._plan.total_steps)
         else:
             progress = min(1.0, state["progress"] * (state["epochs"] or 0) / self._plan.epochs) if self._plan.epochs else 0.0
-        ours = {"sequence_len": length, "epochs": self._plan.epochs, "progress": progress, "row": row}
-        self._state = {**state, "sources": [dict(s) for s in state["sources"]], **ours}
+        self._state = {**state, "sequence_len": self._plan.sequence_len, "epochs": self._plan.epochs, "progress": progress}
 
     def close(self) -> None:
         """Stop the prefetching thread; next() starts another at the same place."""
@@ -283,6 +335,11 @@ class RowFeed:
     def __del__(self):
         if getattr(self, "_ahead", None):
             self.close()
+
+
+def _at_length(state: dict[str, Any], length: int) -> dict[str, Any]:
+    """The position in a feed of packed rows where the rest of its block is packed for another length."""
+    return {**state, "sequence_len": length, "cuts": [*state["cuts"], [state["sequence_len"], state["row"]]], "row": 0}
 
 
 def eval_batches(

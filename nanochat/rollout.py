@@ -162,6 +162,10 @@ class RolloutFeed:
     def progress(self) -> float:
         return min(1.0, self._state["drawn"] / self.total) if self.total else 0.0
 
+    def at(self, progress: float) -> str:
+        """Nothing changes with the share of the run that is over."""
+        return ""
+
     def _question(self, number: int) -> Question:
         """The question drawn as number 0, 1, ... of the run."""
         epoch, at = divmod(number, len(self.questions))

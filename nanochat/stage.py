@@ -4,6 +4,7 @@ Opens a stage: knobs with what they inherit, runtime, tokenizer, model, optimize
 Everything that the training commands have in common stands here once; what tells them apart (the feed, the probes) stays in the scripts.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from nanochat import checkpoint, hardware, knobs, trainer
+from nanochat import checkpoint, hardware, knobs, resume, trainer
 from nanochat.common import UserError, duration, human, notice, print0
 from nanochat.dataloader import RowFeed
 from nanochat.dataset import SHARD_SETS, Source, files, parse_sources
@@ -24,14 +25,14 @@ from nanochat.loss_eval import of_shards
 from nanochat.optim import Group, MuonAdamW
 from nanochat.runtime import Runtime, close_runtime, compiler_missing, open_runtime, out_of_memory
 from nanochat.scaling import batch_for, width_scale
-from nanochat.schedule import Schedule
+from nanochat.schedule import Contexts
 from nanochat.tokenizer import Tokenizer
 from nanochat.tokens import Shards
 
 K = TypeVar("K", bound="TrainKnobs")
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "gate_lr", "lr_scale")
 INHERITED = ("dtype", "compile", "device_batch_size", *RATES, "run", "sinks", "seed", "name", "task_dir")
-HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs", "total_batch_size")
+LENGTHS = ("num_iterations", "target_flops", "target_param_data_ratio")
 
 
 @dataclass(kw_only=True)
@@ -52,14 +53,16 @@ class TrainKnobs(MachineKnobs):
     sinks: tuple[str, ...] = knob(("wandb",), "where a named run is logged as well: wandb trackio tensorboard")
     model_tag: str = knob("", "name of the model's folder; default d<depth>, later stages take their parent's")
     resume: Literal["", "auto"] = knob("", "auto = go on from the newest intact checkpoint of this run, or start")
-    new_horizon: bool = knob(False, "on resume, accept another horizon: the schedule is laid over it anew")
+    new_horizon: Literal["", "stretch", "redecay"] = knob(
+        "", "on resume with another horizon: stretch lays the schedule over the new length, redecay goes from the present rate to the floor"
+    )
     keep: int = knob(2, "checkpoints kept, beside the best", low=1)
     save_every: float = knob(0.0, "save also every so many steps (below 1: share of the run; 0 = before evaluations and at the end)", low=0)
     eval_every: float = knob(0.1, "evaluate every so many steps (below 1: share of the run; 0 = at the end)", low=0)
     eval_tokens: int = knob(1 << 20, "validation tokens read in an evaluation, of every source", low=1)
     sample_every: float = knob(0.25, "sample every so many steps (below 1: share of the run; 0 = at the end)", low=0)
-    max_minutes: float = knob(0.0, "end after so many minutes, evaluation and saving included (0 = no limit)", low=0)
-    max_hours: float = knob(0.0, "the same in hours", low=0)
+    max_minutes: float = knob(0.0, "end after so many minutes, evaluation and saving included (0 = no limit)", low=0, high=1e7)
+    max_hours: float = knob(0.0, "the same in hours", low=0, high=1e5)
     device_batch_size: int = knob(32, "rows of a micro-batch on one device, at most; halved when memory runs out", low=1)
     embedding_lr: float = knob(0.2, "AdamW's rate for the token embedding, at width 768", low=0)
     unembedding_lr: float = knob(0.004, "AdamW's rate for the head (and a tied table), at width 768", low=0)
@@ -92,10 +95,16 @@ class Stage:
     def budget_seconds(self) -> float:
         return self.knobs.max_minutes * 60 or self.knobs.max_hours * 3600
 
+    @property
+    def contexts(self) -> Contexts:
+        """The context stages of the run: one, but for a base_train that was given more."""
+        return Contexts.parse(getattr(self.knobs, "context_stages", ()), self.model.config.sequence_len)
+
     def feed(self, shards: Sequence[tuple[Shards, float | None]], rows: int, steps: int | None, **more: Any) -> RowFeed:
-        """The feed of this stage's rank, device and seed; `more` goes to RowFeed."""
+        """The feed of this stage's rank, device and seed; `rows` are of the longest context, `more` goes to RowFeed."""
         k, rt = self.knobs, self.runtime
         ours = {"seed": k.seed, "rank": rt.rank, "world_size": rt.world_size, "device": rt.device, "device_rows": k.device_batch_size}
+        ours["contexts"] = self.contexts
         return RowFeed(shards, rows=rows, sequence_len=self.model.config.sequence_len, total_steps=steps, **ours, **more)
 
     def stored(self, name: str) -> Any:
@@ -125,15 +134,11 @@ def parse(
         return k, origins, None
     meta = checkpoint.read_meta(found)
     before = {n: v for n, v in meta["knobs"].items() if n not in ("resume", "new_horizon")}
-    k, origins = knobs.parse(cls, argv, command=command, inherited=before)
+    replaced = ("max_minutes", "max_hours") if k.max_minutes or k.max_hours else ()  # a budget given now stands for one in the other unit
+    k, origins = knobs.parse(cls, argv, command=command, inherited={n: v for n, v in before.items() if n not in replaced})
     origins = {n: meta["origins"].get(n, o) if o == "inherited" else o for n, o in origins.items()}  # where the run itself had it from
-    changed = [n for n in HORIZONS if n in before and getattr(k, n) != before[n]]
-    if changed and not k.new_horizon:
-        n = changed[0]
-        raise UserError(
-            f"this run was started with {n}={before[n]:g} and is asked to go on with {getattr(k, n):g}, "
-            "which would make its learning rate jump: leave the flag out, or say --new_horizon to lay the schedule over the new length"
-        )
+    if not k.new_horizon:
+        resume.same_horizons(before, asdict(k))
     return k, origins, found
 
 
@@ -158,7 +163,7 @@ def open_stage(
         checkpoint.check_tokenizer(checkpoint.read_meta(resume_from), tokenizer.fingerprint, resume_from)
     model = build(rt, tokenizer)
     if resume_from:
-        same_architecture(model, resume_from)
+        resume.same_architecture(model.config, resume_from)
     measured = trainer.from_main(hardware.measured_peak(rt.device, rt.dtype), rt)  # the horizon hangs on it: one figure for all ranks
     peak = measured * (rt.world_size if rt.device.type == "cuda" else 1)
     print0(
@@ -168,13 +173,6 @@ def open_stage(
     print0(knobs.show(k, origins))
     print0(table_of_counts(model))
     return Stage(name, k, origins, rt, tokenizer, model, directory, resume_from, peak, began)
-
-
-def same_architecture(model: GPT, path: Path) -> None:
-    """UserError when the flags ask for another model than the checkpoint to go on from holds, even one whose weights would fit."""
-    for name, before in checkpoint.read_meta(path)["config"].items():
-        if (now := getattr(model.config, name)) != before:
-            raise UserError(f"{path} has {name}={before}, not {now}: leave the flag out to go on, or start another run with --model_tag")
 
 
 def set_aside(directory: Path) -> None:
@@ -232,30 +230,34 @@ def make_optimizer(model: GPT, k: Any, rt: Runtime, rate_scale: float = 1.0) -> 
     return MuonAdamW(groups.values(), torch.float32 if rt.dtype is torch.float32 and rt.device.type == "cpu" else torch.bfloat16)
 
 
-def whole_rows(total_batch_size: int, sequence_len: int) -> int:
-    """The rows of a batch of tokens; UserError unless they are whole."""
-    if total_batch_size % sequence_len:
-        near = max(1, round(total_batch_size / sequence_len)) * sequence_len
-        raise UserError(
-            f"a batch of {total_batch_size:,} tokens is not a whole number of rows of {sequence_len}: try --total_batch_size={near}"
-        )
-    return total_batch_size // sequence_len
+def whole_rows(total_batch_size: int, *lengths: int) -> int:
+    """The rows of a batch of tokens, of the last of these lengths; UserError unless they are whole at each."""
+    unit = math.lcm(*lengths)
+    if total_batch_size % unit:
+        near = max(1, round(total_batch_size / unit)) * unit
+        rows = " and ".join(f"of {T}" for T in lengths)
+        raise UserError(f"a batch of {total_batch_size:,} tokens is not a whole number of rows {rows}: try --total_batch_size={near}")
+    return total_batch_size // lengths[-1]
 
 
 def horizon(s: Stage) -> tuple[int, int | None]:
     """
-    (rows of an optimizer step, steps or None when a budget of time ends the run) from total_batch_size and one of num_iterations,
-    target_flops, target_param_data_ratio, max_minutes, max_hours. UserError when two of them contradict each other or none is given.
+    (rows of an optimizer step at the longest context, steps or None when a budget of time ends the run) from total_batch_size and one
+    of num_iterations, target_flops, target_param_data_ratio, max_minutes, max_hours. UserError when two of them contradict each other,
+    none is given, or what is given holds no step.
     """
-    k, T = s.knobs, s.model.config.sequence_len
+    k, contexts = s.knobs, s.contexts
     if (rows := s.stored("rows")) is not None:
         return rows, s.stored("steps")
-    named = [n for n in ("num_iterations", "target_flops", "target_param_data_ratio") if getattr(k, n) > 0 and s.origins[n] != "default"]
+    for n in LENGTHS:
+        if not 0 < (length := getattr(k, n)) < math.inf and length != -1:
+            raise UserError(f"--{n}={length:g} is no length of a run: give a number above 0, or -1 for none")
+    named = [n for n in LENGTHS if getattr(k, n) > 0 and s.origins[n] != "default"]
     if len(named) > 1:
         raise UserError(
             f"{' and '.join(f'--{n}={getattr(k, n):g}' for n in named)} are two lengths for one run: give one (set the other to -1)"
         )
-    fpt, total = s.model.flops_per_token(), s.model.counts()["total"]
+    fpt, total = contexts.mean(s.model.flops_per_token), s.model.counts()["total"]
     tokens = steps = None
     if named == ["num_iterations"]:
         steps = k.num_iterations
@@ -269,11 +271,23 @@ def horizon(s: Stage) -> tuple[int, int | None]:
         raise UserError(
             "nothing says how long to train: give --num_iterations, --target_param_data_ratio, --target_flops or --max_minutes"
         )
-    rows = whole_rows(k.total_batch_size, T) or max(1, (1 << 19 if tokens is None else batch_for(tokens)) // T)
+    unit = math.lcm(*contexts.lengths)
+    before = checkpoint.read_meta(s.resume_from)["plan"]["rows"] * contexts.longest if s.resume_from else 0  # a new length changes no batch
+    batch = k.total_batch_size or before or max(1, (1 << 19 if tokens is None else batch_for(tokens)) // unit) * unit
+    rows = whole_rows(batch, *contexts.lengths)
     if steps is None and not (s.budget_seconds and not named) and tokens is not None:
-        steps = max(1, round(tokens / (rows * T)))
-    length = f"{steps:,} steps, {human(steps * rows * T)} tokens" if steps else f"{duration(s.budget_seconds)}"
-    print0(f"  {rows * T:,} tokens a step ({rows} rows of {T}); {length}")
+        steps = round(tokens / batch)
+        if not steps:
+            n = (named or ["target_param_data_ratio"])[0]
+            need = getattr(k, n) * batch / tokens
+            raise UserError(f"--{n}={getattr(k, n):g} is {tokens:,.0f} tokens, not one step of {batch:,}: give {need:.2g} or more, "
+                            "or a smaller --total_batch_size")  # fmt: skip
+    if s.budget_seconds and (least := batch * fpt / s.peak_flops) > s.budget_seconds:
+        raise UserError(f"a budget of {s.budget_seconds:.3g} s holds no step: one of {batch:,} tokens takes {least:.3g} s or more here; "
+                        "give more time, a smaller --total_batch_size or a smaller --depth")  # fmt: skip
+    length = f"{steps:,} steps, {human(steps * batch)} tokens" if steps else f"{duration(s.budget_seconds)}"
+    stages = ", ".join(f"{batch // T} rows of {T}" + (f" from {begin:.0%}" if begin else "") for begin, T in contexts.stages)
+    print0(f"  {batch:,} tokens a step ({stages}); {length}")
     return rows, steps
 
 
@@ -301,6 +315,11 @@ def talk_horizon(s: Stage) -> tuple[int | None, int | None]:
     k = s.knobs
     if k.num_iterations > 0 and s.budget_seconds:
         raise UserError(f"--num_iterations={k.num_iterations} and a budget of time are two lengths for one run: give one of them")
+    if k.epochs > 1 and (k.num_iterations > 0 or s.budget_seconds):
+        other = "a budget of time" if s.budget_seconds else f"--num_iterations={k.num_iterations}"
+        raise UserError(f"--epochs={k.epochs} and {other} are two lengths for one run: give one of them")
+    if k.num_iterations < 1 and k.num_iterations != -1:
+        raise UserError(f"--num_iterations={k.num_iterations} is no length of a run: give a number above 0, or -1 for none")
     if k.num_iterations > 0:
         return k.num_iterations, None
     return (None, None) if s.budget_seconds else (None, k.epochs)
@@ -330,9 +349,9 @@ def compile_if_it_pays(s: Stage, rows: int, steps: int | None, one_shape: bool) 
     if k.compile == "auto" and s.stored("compiled") is not None:
         wanted = s.stored("compiled")
     elif k.compile == "auto":
-        flops = (steps or 0) * rows * s.model.config.sequence_len * s.model.flops_per_token()
+        flops = (steps or 0) * rows * s.contexts.longest * s.contexts.mean(s.model.flops_per_token)
         seconds = s.budget_seconds or flops / (0.4 * s.peak_flops)
-        wanted = one_shape and (device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS)
+        wanted = one_shape and (device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS * len(s.contexts.stages))
     else:
         wanted = k.compile == "on"
     missing = compiler_missing(device) if wanted else ""
@@ -362,7 +381,7 @@ def train(
         "tokenizer": s.tokenizer.fingerprint,
         "knobs": asdict(k),
         "origins": s.origins,
-        "plan": {"rows": rows, "steps": steps, "compiled": compile_if_it_pays(s, rows, steps, one_shape)},
+        "plan": {"rows": rows, "steps": steps, "compiled": compile_if_it_pays(s, rows, steps, one_shape), "since": s.stored("since")},
         "dtype": rt.dtype_name,
         "world_size": rt.world_size,
     }
@@ -374,7 +393,7 @@ def train(
                       budget_seconds=s.budget_seconds, save_every=k.save_every, keep=k.keep, peak_flops=s.peak_flops)  # fmt: skip
     if s.resume_from:
         trainer.restore(run, s.resume_from, s.model, optimizer, feed)
-        done = checkpoint.read_meta(s.resume_from)["done"] and not k.new_horizon
+        done = checkpoint.read_meta(s.resume_from)["done"] and (not k.new_horizon or run.progress(feed) >= 1)
         print0(
             f"  going on from {s.resume_from} (step {run.step:,}, {human(run.tokens)} tokens)"
             if not done
@@ -382,9 +401,8 @@ def train(
         )
         if done:
             return {"tokens": run.tokens, "seconds": run.seconds, **run.last}
-    else:
-        run.seconds = time.monotonic() - s.began  # opening the stage is part of its time
-    schedule = Schedule(k.warmup_ratio, k.warmdown_ratio, k.final_lr_frac)
+    run.seconds += time.monotonic() - s.began  # opening the stage is part of its time
+    schedule = resume.going_on(asdict(k), s.resume_from, run, run.progress(feed)) if s.resume_from else resume.schedule_of(asdict(k), {})
     try:
         return trainer.fit(run, s.model, optimizer, feed, schedule, probes)
     finally:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,14 @@ from nanochat.schedule import Schedule
 
 
 class Feed(Protocol):
-    """Where the batches of a stage come from. `device_rows` may be lowered at any time without changing what a step holds."""
+    """
+    Where the batches of a stage come from. `device_rows` may be lowered at any time without changing what a step holds. `at` is told
+    before every step what share of the run is over, and answers in words what changes with it, mostly nothing.
+    """
 
     device_rows: int
 
+    def at(self, progress: float) -> str: ...
     def __next__(self) -> list[Batch]: ...
     @property
     def progress(self) -> float: ...
@@ -44,7 +49,8 @@ class Feed(Protocol):
 class Probe:
     """
     Something to look at while training: fn() -> numbers for the logbook under `name`. every >= 1: steps; below 1: that share of
-    the run; 0: at the end alone. `start` looks before the first step as well. A number called val_bpb decides which checkpoint is best.
+    the run; 0: at the end alone. `start` looks before the first step as well, which under a budget of time every probe does, so that its
+    time is known. A number called val_bpb decides which checkpoint is best.
     """
 
     name: str
@@ -71,10 +77,26 @@ class Run:
     seconds: float = 0.0
     best: dict[str, Any] | None = None  # {"step", "val_bpb"}
     scale: float = 2.0**10  # the loss scale of float16 runs, on a token's loss
-    reserve: float = 0.0  # seconds that the longest look so far took: kept for the last one
+    costs: dict[str, float] = field(default_factory=dict)  # the longest seconds so far of every probe, and of "save"
+    looked: tuple[int, float] = (0, 0.0)  # the step and the progress up to which all looks that were due have been made
     saved_step: int = -1
     done: bool = False  # trained to its end and looked at for the last time
     last: dict[str, Any] = field(default_factory=dict)  # the newest numbers of every probe
+
+    @property
+    def reserve(self) -> float:
+        """Seconds of the budget that are kept for the last save and the last look of every probe."""
+        return sum(self.costs.values())
+
+    def progress(self, feed: Feed) -> float:
+        """The share of the run that is over, in 0..1: of its feed or of its time, whichever is further."""
+        if self.budget_seconds <= 0:
+            return feed.progress
+        # time kept for the last evaluation and save counts as spent, so that the rate reaches its floor when training ends
+        return min(1.0, max(feed.progress, self.seconds / max(self.budget_seconds - self.reserve, 1e-9)))
+
+    def spent(self, what: str, seconds: float) -> None:
+        self.costs[what] = max(self.costs.get(what, 0.0), from_main(seconds, self.runtime))
 
 
 class Interrupted(Exception):
@@ -112,19 +134,22 @@ def restore(run: Run, path: Path, model: GPT, optimizer: MuonAdamW, feed: Feed) 
     optimizer.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), meta["updates"])
     feed.load_state_dict(meta["feed"])
     run.step, run.tokens, run.seconds, run.best = meta["step"], meta["tokens"], meta["seconds"], meta["best"]
-    run.scale, run.reserve, run.saved_step, run.last = meta["scale"], meta["reserve"], meta["step"], meta["last"]
+    run.scale, run.saved_step, run.last = meta["scale"], meta["step"], meta["last"]
+    run.costs, run.looked = meta.get("costs", {}), tuple(meta.get("looked", (run.step, 1.0)))
 
 
 def _meta(run: Run, optimizer: MuonAdamW, feed: Feed) -> dict[str, Any]:
     """What a checkpoint of this step says beside its weights. A step that was left out makes no update: both are counted."""
-    names = ("tokens", "seconds", "best", "scale", "reserve", "last", "done")
-    return {**run.meta, **{n: getattr(run, n) for n in names}, "updates": optimizer.steps, "feed": feed.state_dict()}
+    names = ("tokens", "seconds", "best", "scale", "costs", "looked", "last", "done")
+    counted = {"updates": optimizer.steps, "progress": run.progress(feed), "feed": feed.state_dict()}
+    return {**run.meta, **{n: getattr(run, n) for n in names}, **counted}
 
 
 def save(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed) -> None:
     """Write a checkpoint of this step unless there is one already. Every rank must call it."""
     if run.saved_step == run.step:
         return
+    t0 = run.clock()
     tensors = optimizer.state_tensors()
     if run.runtime.is_main:
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
@@ -132,36 +157,41 @@ def save(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed) -> None:
         checkpoint.save(run.directory, run.step, model.state_dict(), tensors, _meta(run, optimizer, feed))
         checkpoint.prune(run.directory, run.step, run.keep, run.best["step"] if run.best else None)
     run.saved_step = run.step
+    run.spent("save", run.clock() - t0)
 
 
 def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedule, probes: Sequence[Probe] = ()) -> dict[str, Any]:
     """
     Train until the feed or the budget of time ends; returns the summary that is also logged. Raises Interrupted after a signal
-    (saved), UserError when the loss stops being finite (the last good checkpoint stays).
+    (saved), UserError when the loss stops being finite (the last good checkpoint stays) and when the budget holds no step.
+
+    A budget holds everything: opening, compiling, evaluating, saving. It is overrun by the rest of the step that was begun in it, and by
+    what the last look and save take longer than any before.
     """
     rt = run.runtime
     began, seconds_before = run.clock(), run.seconds
-    tokens_before, training_seconds = run.tokens, 1e-9
-    flops = model.flops_per_token()
+    tokens_before, training_seconds, flops = run.tokens, 1e-9, 0.0
+    flops_per_token = cache(model.flops_per_token)
     shown = _Line()
 
     def elapsed() -> float:
         return seconds_before + run.clock() - began
 
-    def progress() -> float:
-        if run.budget_seconds <= 0:
-            return feed.progress
-        # time kept for the last evaluation and save counts as spent, so that the rate reaches its floor when training ends
-        return min(1.0, max(feed.progress, run.seconds / max(run.budget_seconds - run.reserve, 1e-9)))
+    def due(before: float, after: float) -> list[Probe]:
+        """What is to be looked at after this step; nothing when it would eat into the time of the last look, which is near then."""
+        found = [p for p in probes if _due(p.every, run.step, before, after)]
+        seconds = sum(run.costs.get(name, 0.0) for name in ("save", *(p.name for p in found)))
+        return found if run.budget_seconds <= 0 or run.seconds + seconds <= run.budget_seconds - run.reserve else []
 
-    def look(due: list[Probe]) -> None:
-        """Save, run the probes that are due, log what they saw and note it in the checkpoint."""
-        if not due:
-            return
-        t0 = run.clock()
-        save(run, model, optimizer, feed)
-        for probe in due:
+    def look(wanted: list[Probe]) -> None:
+        """Save, run the probes, log what they saw and note it in the checkpoint."""
+        here = run.progress(feed)
+        if wanted:
+            save(run, model, optimizer, feed)
+        for probe in wanted:
+            t0 = run.clock()
             numbers = _guarded(probe)
+            run.spent(probe.name, run.clock() - t0)
             if not numbers:
                 continue
             run.last[probe.name] = numbers
@@ -171,8 +201,9 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             run.logbook.log(kind=probe.name, step=run.step, tokens=run.tokens, seconds=round(elapsed(), 3), **numbers)
             if said := "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)):
                 shown.say(f"step {run.step:,}  {probe.name}: {said}")
-        run.reserve = max(run.reserve, from_main(run.clock() - t0, rt))
-        note()
+        run.looked = (run.step, here)
+        if wanted:
+            note()
 
     def note() -> None:
         run.seconds = from_main(elapsed(), rt)
@@ -180,15 +211,27 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             checkpoint.amend(checkpoint.folder(run.directory, run.step), _meta(run, optimizer, feed))
 
     with _Signals() as signals:
-        if run.step == 0:
-            look([p for p in probes if p.start])
         run.seconds = from_main(elapsed(), rt)
-        started_at = seen = progress()
+        if run.step == 0:
+            look([p for p in probes if p.start or run.budget_seconds > 0])
+            run.seconds = from_main(elapsed(), rt)
+        started_at = run.progress(feed)
+        seen = started_at if run.step == 0 else min(run.looked[1], started_at)  # a new horizon may have set progress back
+        if run.looked[0] < run.step:  # a signal or a crash came before the look
+            look(due(seen, started_at))
+            seen = started_at
         while True:
             run.seconds = from_main(elapsed(), rt)
-            now = progress()
+            now = run.progress(feed)
+            if now >= 1.0 and run.step == 0 and run.budget_seconds > 0:
+                raise UserError(_no_time(run))
             if now >= 1.0:
                 break
+            if changed := feed.at(now):
+                release_memory(rt.device)
+                if model.compiled:  # for shapes that do not come again; the compiler keeps eight of them and then gives up
+                    torch.compiler.reset()
+                shown.say(f"step {run.step + 1:,}  {changed}")
             try:
                 batches = next(feed)
             except StopIteration:
@@ -199,9 +242,12 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             step_seconds = run.clock() - t0
             training_seconds += step_seconds
             run.step += 1
-            run.tokens += _over_ranks(sum(b.inputs.numel() for b in batches), rt)
+            mine = sum(b.inputs.numel() for b in batches)
+            tokens = _over_ranks(mine, rt)
+            run.tokens += tokens
+            flops += tokens * sum(b.inputs.numel() / mine * flops_per_token(b.inputs.size(1)) for b in batches)
             run.seconds = from_main(elapsed(), rt)
-            after = progress()
+            after = run.progress(feed)
             model.at(after)
 
             rate = (run.tokens - tokens_before) / training_seconds
@@ -209,7 +255,7 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             numbers["tok_per_sec"] = round(rate, 1)
             numbers |= getattr(feed, "numbers", {})  # what a feed that makes its own data saw of it
             if run.peak_flops:
-                numbers["peak_share"] = round(rate * flops / run.peak_flops, 4)
+                numbers["peak_share"] = round(flops / training_seconds / run.peak_flops, 4)
             run.logbook.log(kind="train", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **numbers)
             shown.train(run.step, after, numbers, (run.clock() - began) * (1 - after) / max(after - started_at, 1e-9))
 
@@ -222,7 +268,7 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             if not done:
                 if _due(run.save_every, run.step, seen, after):
                     save(run, model, optimizer, feed)
-                look([p for p in probes if _due(p.every, run.step, seen, after)])
+                look(due(seen, after))
             seen = after
 
         save(run, model, optimizer, feed)
@@ -316,6 +362,14 @@ def _guarded(probe: Probe) -> dict[str, Any]:
             raise
         notice(f"out of memory in {probe.name}: its numbers are missing at this step, training goes on")
         return {}
+
+
+def _no_time(run: Run) -> str:
+    over, kept = run.seconds, run.reserve
+    return (
+        f"a budget of {run.budget_seconds:.3g} s holds no step: {over:.3g} s had gone before the first and {kept:.3g} s are kept for the "
+        f"last evaluation and save; give at least --max_minutes={2 * (over + kept) / 60:.2g}, or evaluate on less with --eval_tokens"
+    )
 
 
 def _diverged(run: Run, what: str) -> str:

@@ -9,6 +9,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, Arch, GPTConfig
 from nanochat.knobs import knob
 from nanochat.scaling import Shape
+from nanochat.schedule import Contexts
 from nanochat.tokens import prepare
 from nanochat.trainer import Probe
 
@@ -25,7 +26,11 @@ class Knobs(stage.TrainKnobs, prior.RapKnobs, Arch, Shape):
     num_iterations: int = knob(-1, "optimizer steps (-1 = from the other horizons)")
     target_flops: float = knob(-1.0, "train for so many FLOPs (-1 = off)")
     target_param_data_ratio: float = knob(20.0, "train on so many tokens a parameter (-1 = off)")
-    total_batch_size: int = knob(0, "tokens of an optimizer step; 0 = from the horizon, 524,288 with --num_iterations")
+    total_batch_size: int = knob(0, "tokens of an optimizer step; 0 = from the horizon, 524,288 with --num_iterations", low=0)
+    context_stages: tuple[str, ...] = knob(
+        (), "rows of T tokens from a share of the run on, the batch in tokens kept: 512@0 1024@0.6 2048@0.9; the last T is sequence_len, "
+        "at which all evaluations are made"
+    )  # fmt: skip
 
 
 def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
@@ -53,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             raise UserError(f"this run was started with {f.name}={was}, not {getattr(k, f.name)}: leave the flag out, or use --model_tag")
         if not k.rap and getattr(k, f.name) != f.default:
             raise UserError(f"--{f.name}={getattr(k, f.name)} says something of an attention prior: name one with --rap")
+    k.sequence_len = Contexts.parse(k.context_stages, k.sequence_len, fixed=origins["sequence_len"] != "default").longest
     sources = stage.sources_of(k.data)
 
     def build(rt, tokenizer) -> GPT:

@@ -1,15 +1,23 @@
-"""Runs whose length is a budget of time, on a clock that the test moves: when they end, and where the learning rate is then."""
+"""When runs end, and where learning rate and context are then: budgets of time on a clock that the test moves, and the other horizons."""
 
 import os
 import signal
+import time
+from functools import partial
 
 import pytest
 import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny import PLAIN, fit, rows
 
-from nanochat import checkpoint, trainer
-from nanochat.schedule import Schedule
+from nanochat import checkpoint, hardware, stage, trainer
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.schedule import Contexts, Schedule
+from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Probe
+from scripts import base_train
 
 
 class Clock:
@@ -109,4 +117,195 @@ def test_a_look_that_takes_long_hides_no_other(tmp_path):
     quick = Probe("quick", 0.48, lambda: {"n": 1})
     fit(tmp_path, None, feed, PLAIN, [Probe("slow", 0.45, slow), quick], clock=clock, budget_seconds=109.0)
     progress = {r["step"]: r["progress"] for r in rows(tmp_path)}
-    assert next(progress[r["step"]] for r in rows(tmp_path, "quick")) == pytest.approx(0.6, abs=0.01)
+    looks = [r["step"] for r in rows(tmp_path, "quick")]
+    assert looks[0] == 0, "under a budget everything is looked at once first, so that its time is known"
+    assert progress[looks[1]] == pytest.approx(0.55, abs=0.011)
+
+
+speeds = st.floats(0.5, 12.0)
+costs = st.floats(0, 12.0)
+
+
+PLAINLY = {"slow": 1.0, "quick": 1.0, "at": 0, "evaluation": 0.0, "sample": 0.0, "saving": 0.0, "every": 0.5, "seldom": 0}
+
+
+@settings(max_examples=15, deadline=None)
+@example(**{**PLAINLY, "evaluation": 10.0, "every": 7})  # one is due when there is only time for the last
+@example(**{**PLAINLY, "sample": 9.0, "seldom": 1000})  # not seen before the end
+@example(**{**PLAINLY, "evaluation": 4.0, "sample": 9.0, "seldom": 0.48})  # never due together before the end
+@given(slow=speeds, quick=speeds, at=st.integers(0, 40), evaluation=costs, sample=costs, saving=costs,
+       every=st.sampled_from([0.1, 0.33, 0.5, 7]), seldom=st.sampled_from([0, 0.48, 0.99, 1000]))  # fmt: skip
+def test_the_deadline_holds(tmp_path_factory, slow, quick, at, evaluation, sample, saving, every, seldom):
+    """
+    Whatever the speed, also when it changes, and whatever is due when: at most a step and a save too late, and never early. The rate
+    plateaus, falls, and is at its floor when the run ends.
+    """
+    path, clock, budget = tmp_path_factory.mktemp("run"), Clock(), 100.0
+    save = checkpoint.save
+
+    def takes(seconds, then):
+        def act(*args):
+            clock.now += seconds
+            return then(*args)
+
+        return act
+
+    probes = [Probe("eval", every, takes(evaluation, lambda: {"val_bpb": 1.0}), start=True), Probe("sample", seldom, takes(sample, dict))]
+    feed = TimedFeed(clock, lambda i: slow if i < at else quick)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", takes(saving, save))
+        patch.setattr(trainer, "_step", lambda *_: 1.0)  # what is computed does not matter here
+        try:
+            _, run, _ = fit(path, None, feed, Schedule(decay=0.4), probes, clock=clock, budget_seconds=budget, save_every=0.3)
+        except UserError as e:
+            assert 2 * (evaluation + sample + saving) >= budget - 1e-6 and "holds no step" in str(e)
+            return
+    longest = max(slow, quick) if 0 < at < run.step else quick if at == 0 else slow
+    over = clock.now - 1000 - budget
+    assert -saving - 1e-6 <= over <= longest + saving + 1e-6
+    assert run.seconds == pytest.approx(clock.now - 1000)
+    mults, left = [r["lr_mult"] for r in rows(path)], budget - run.reserve
+    assert mults == sorted(mults, reverse=True) and all(0 <= m <= 1 for m in mults)
+    assert mults[-1] <= (longest + evaluation + sample + 2 * saving) / left / 0.4 + 1e-6
+    if longest < 0.2 * left and evaluation + sample + saving < 0.2 * left:
+        assert mults[0] == 1.0 and mults[-1] < 1.0
+
+
+def test_a_budget_that_holds_no_step(tmp_path):
+    clock = Clock()
+
+    def probe():
+        clock.now += 60
+        return {"val_bpb": 1.0}
+
+    feed = TimedFeed(clock, lambda i: 1.0)
+    with pytest.raises(UserError, match=r"a budget of 100 s holds no step: 60 s had gone before the first and 60 s are kept .*minutes=4"):
+        fit(tmp_path, None, feed, PLAIN, [Probe("eval", 0.1, probe, start=True)], clock=clock, budget_seconds=100.0)
+    assert feed.step == 0
+
+
+# ---- the whole command, under every horizon
+
+
+STAGES = Contexts(((0.0, 8), (0.5, 16), (0.8, 32)))
+TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    return base, [*tiny.workplace(base), "--context_stages", "8@0", "16@0.5", "32@0.8", "--compile=off"]
+
+
+def horizons() -> dict[str, tuple[list[str], int | None]]:
+    """Flags of four runs -> the steps that they should take, None where the clock decides."""
+    m = GPT.build(GPTConfig(sequence_len=32, vocab_size=Tokenizer.load().vocab_size, n_layer=2, n_embd=32, n_head=4, n_kv_head=2), "meta")
+    flops = 0.5 * m.flops_per_token(8) + 0.3 * m.flops_per_token(16) + 0.2 * m.flops_per_token(32)
+    return {
+        "steps": (["--num_iterations=20"], 20),
+        "flops": ([f"--target_flops={30 * TOKENS * flops}"], 30),
+        "ratio": ([f"--target_param_data_ratio={25 * TOKENS / m.counts()['total']}"], 25),
+        "slow": (["--max_minutes=2"], None),
+        "fast": (["--max_hours=0.05"], None),
+    }
+
+
+@pytest.mark.parametrize("name", ["steps", "flops", "ratio", "slow", "fast"])
+def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
+    """Steps, rate and context stages under each horizon; interrupted late and resumed, those of time on a moved clock."""
+    base, flags = place
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
+    horizon, steps = horizons()[name]
+    clock, pace, looked = Clock(), {"slow": 6.0, "fast": 3.0}.get(name, 0.1), []
+    monkeypatch.setattr(time, "monotonic", clock)  # so that opening takes no time
+    monkeypatch.setattr(trainer, "Run", partial(trainer.Run, clock=clock))
+    step, evaluate = trainer._step, stage.of_shards
+
+    def stepping(run, *rest):
+        clock.now += pace * (1 + (run.step > 12))  # in the middle of the run the machine gets another job
+        if interrupt and run.tokens and run.progress(rest[2]) > 0.75:
+            interrupt.pop()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *rest)
+
+    def evaluating(model, *rest):
+        clock.now += 2.0
+        looked.append(model.config.sequence_len)
+        return evaluate(model, *rest)
+
+    monkeypatch.setattr(trainer, "_step", stepping)
+    monkeypatch.setattr(stage, "of_shards", evaluating)
+    flags, interrupt = [*flags, *horizon, f"--model_tag={name}", "--eval_every=0.3"], [True]
+    with pytest.raises(KeyboardInterrupt):
+        base_train.main(flags)
+    clock.now += 1e6  # the machine was off
+    base_train.main([*flags, "--resume=auto"])
+
+    run = base / "checkpoints" / "base" / name
+    train, meta = rows(run), checkpoint.read_meta(checkpoint.find(run))
+    assert meta["done"] and set(looked) == {32} and [r["step"] for r in train] == list(range(1, len(train) + 1))
+    assert all(r["tokens"] == TOKENS * r["step"] for r in train), "the batch in tokens is kept"
+    before = [0.0, *(r["progress"] for r in train[:-1])]
+    assert all(STAGES.at(b) <= r["context"] <= STAGES.at(r["progress"]) for b, r in zip(before, train, strict=True))
+    assert {r["context"] for r in train} == {8, 16, 32}
+    mults = [r["lr_mult"] for r in train]
+    assert mults[0] == 1.0 and mults == sorted(mults, reverse=True) and 0.5 <= mults.count(1.0) / len(mults) <= 0.75
+    if steps:
+        assert len(train) == steps and [r["context"] for r in train] == [STAGES.at(i / steps) for i in range(steps)]
+        assert mults[-1] == pytest.approx(1 / steps / 0.4)
+    else:
+        budget = {"slow": 120, "fast": 180}[name]
+        assert budget - 1e-6 <= meta["seconds"] <= budget + 2 * pace
+        assert mults[-1] <= 2 * pace / (budget - 2) / 0.4 + 1e-6
+
+
+def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
+    """Stopped in the second stage and again in the third, a run ends with the weights of one that was not."""
+    base, flags = place
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
+    step = trainer._step
+
+    def run(tag, *stops):
+        def stepping(run, *rest):
+            if run.step + 1 in stops:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(run, *rest)
+
+        monkeypatch.setattr(trainer, "_step", stepping)
+        for _ in stops:
+            with pytest.raises(KeyboardInterrupt):
+                base_train.main([*flags, f"--model_tag={tag}", "--num_iterations=16", "--eval_every=5", "--resume=auto"])
+        base_train.main([*flags, f"--model_tag={tag}", "--num_iterations=16", "--eval_every=5", "--resume=auto"])
+        folder = base / "checkpoints" / "base" / tag
+        m = checkpoint.Tensors(checkpoint.find(folder) / "model.safetensors")
+        return tiny.losses(folder), dict(m), [r["step"] for r in rows(folder, "eval")]
+
+    (losses, weights, looks), (again, others, seen) = run("whole"), run("parts", 10, 14)
+    assert losses == again and len(losses) == 16 and tiny.same(weights, others)
+    assert looks == seen == [0, 5, 10, 15, 16], "an evaluation that a signal came before is made up for"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--context_stages", "8@0", "16@0.5", "--num_iterations=2"], "the last context stage has 16 tokens, but sequence_len is 32"),
+        (["--context_stages", "12@0", "32@0.5", "--num_iterations=2"], "whole number of rows of 12 and of 32: try --total_batch_size=1056"),
+        (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "8@0.5 comes after 32@0"),
+        (["--num_iterations=0"], "--num_iterations=0 is no length of a run"),
+        (["--target_flops=nan"], "--target_flops=nan is no length of a run"),
+        (["--target_flops=1e6"], "not one step of 1,024: give"),
+        (["--target_param_data_ratio=0.001"], "not one step of 1,024: give"),
+        (["--max_minutes=1e-9"], "holds no step: one of 1,024 tokens takes"),
+        (["--max_minutes=inf"], "must be at most"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_lengths_that_cannot_be(place, monkeypatch, wrong, says):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place[0]))
+    monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
+    plain = place[1][: place[1].index("--context_stages")]
+    with pytest.raises(UserError) as e:
+        base_train.main([*plain, "--model_tag=wrong", *wrong])
+    assert says in str(e.value) and "\n" not in str(e.value)

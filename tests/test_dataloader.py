@@ -2,14 +2,18 @@ import gc
 import json
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.dataloader import RowFeed, eval_batches
+from nanochat.schedule import Contexts
 from nanochat.tokens import prepare_conversations
 
 BOS = 0
@@ -208,14 +212,106 @@ def test_resume_refuses_other_data_and_seeds(data, tmp_path):
         feed(make(tmp_path, [5, 6])).load_state_dict(state)
 
 
-def test_resume_with_another_context_goes_on_nearby(data):
+@pytest.mark.parametrize("then", [16, 64])
+def test_resume_with_another_context_loses_and_repeats_nothing(data, then):
     f = feed(data, epochs=1, sequence_len=32, rows=4)
-    for _ in range(10):
-        next(f)
-    g = feed(data, epochs=1, sequence_len=64, rows=4)
+    seen = targets(next(f) for _ in range(10))
+    g = feed(data, epochs=1, sequence_len=then, rows=4)
     g.load_state_dict(f.state_dict())
-    left = data.total - 10 * 4 * 32
-    assert len(targets(g)) == pytest.approx(left, rel=0.1)
+    assert sorted(seen + targets(g)) == list(range(1, data.total - len(data) + 1))
+
+
+# ---- context stages
+
+STAGES = Contexts(((0.0, 8), (0.3, 16), (0.8, 32)))
+
+
+def staged(data, **changes):
+    return feed(data, **{"rows": 2, "device_rows": 1, "epochs": 1, "contexts": STAGES, **changes})
+
+
+def told(f, shares=None):
+    """The steps of a feed that is told its progress (or the shares given) before each of them."""
+    for share in shares if shares is not None else iter(lambda: f.progress, None):
+        f.at(share)
+        try:
+            yield next(f)
+        except StopIteration:
+            return
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=st.integers(0, 40), second=st.integers(0, 40), lengths=st.lists(st.integers(1, 150), min_size=1, max_size=60))
+def test_stages_lose_and_repeat_nothing(tmp_path, first, second, lengths):
+    """Every target of the epoch once, wherever the context grows: within a block or at its end, in long documents and short ones."""
+    data = make(tmp_path / f"{len(lengths)}_{sum(lengths)}_{hash(tuple(lengths))}", lengths)
+    steps = list(told(staged(data), [0.0] * first + [0.5] * second + [0.9] * 1000))
+    assert sorted(targets(steps)) == list(range(1, data.total - len(data) + 1))
+    assert all((b.inputs[:, 0] == BOS).all() for s in steps for b in s)
+    widths = [s[0].inputs.size(1) for s in steps]
+    assert widths == ([8] * first + [16] * second + [32] * 1000)[: len(widths)]
+
+
+def test_a_longer_context_joins_the_pieces_of_a_document(tmp_path):
+    f = staged(make(tmp_path, [65] * 4, first=100), rows=1)
+    assert len(targets([next(f)])) == 4 * 8
+    f.at(0.9)
+    longest = max(sum(j - i == 1 for i, j in pairwise(t)) for s in f for _, t in rows(s))
+    assert longest >= 30, "rows of 32 hold runs of a document that were apart in rows of 8"
+
+
+def test_stages_keep_the_tokens_of_steps_and_micro_batches(data):
+    f = staged(data, rows=6, device_rows=2)
+    for progress, T in ((0.0, 8), (0.2, 8), (0.3, 16), (0.79, 16), (0.8, 32), (0.1, 32)):  # a context once reached is kept
+        said = f.at(progress)
+        step = next(f)
+        assert [tuple(b.inputs.shape) for b in step] == [(64 // T, T)] * 3 and f.numbers == {"context": T}
+        assert said == {0.3: "context 8 -> 16, 12 rows a step", 0.8: "context 16 -> 32, 6 rows a step"}.get(progress, "")
+    g = staged(data, rows=4, device_rows=4)
+    next(g)
+    g.device_rows = 4  # lowered from 16, as when memory runs out
+    g.at(0.8)
+    assert [len(b.inputs) for b in next(g)] == [1] * 4, "the tokens that fit are kept"
+    assert feed(data).numbers == {}
+
+
+def test_resume_anywhere_in_the_stages(data):
+    """Trap 8 with stages: from any step on, through JSON, before and after a switch, in a block that was packed twice or thrice."""
+    whole, states, f = [], [], staged(data)
+    for batches in told(f):
+        whole.append(rows(batches))
+        states.append(json.loads(json.dumps(f.state_dict())))
+    assert len({s["sequence_len"] for s in states}) == 3 and max(len(s["cuts"]) for s in states) >= 1
+    progress = [s["progress"] for s in states]
+    assert progress == sorted(progress) and progress[-1] == 1.0
+    for at in {0, 5, *(i for i in range(len(whole) - 1) if states[i]["sequence_len"] != states[i + 1]["sequence_len"]), len(whole) - 3}:
+        for there in (at, at + 1):
+            g = staged(data)
+            g.load_state_dict(states[there])
+            assert [rows(batches) for batches in told(g)] == whole[there + 1 :]
+
+
+def test_a_finished_stage_of_a_block_counts_once(data, monkeypatch):
+    """Two switches within one block, the second before any row of the first packing anew was taken."""
+    monkeypatch.setattr(dataloader, "BLOCK_TOKENS", 1 << 21)
+    steps = list(told(staged(data), [0.0] * 9 + [0.5, 0.9] + [0.9] * 1000))
+    assert sorted(targets(steps)) == list(range(1, data.total - len(data) + 1))
+    f = staged(data)
+    next(f)
+    f.at(0.5)
+    f.at(0.9)
+    assert f.state_dict()["cuts"] == [[8, 8], [16, 0]]
+    first = targets(staged(data).__next__() for _ in range(1))
+    assert sorted(first + targets(f)) == list(range(1, data.total - len(data) + 1))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_stages_depend_on_no_memory_knob(data, world_size):
+    one = [rows(b) for b in told(staged(data, rows=4, device_rows=8))]
+    ranks = [told(staged(data, rows=4, device_rows=1, rank=r, world_size=world_size)) for r in range(world_size)]
+    for step in one:
+        parts = [rows(next(f)) for f in ranks]
+        assert [row for p in parts for row in p if len(step) >= world_size or any(t >= 0 for t in row[1])] == step
 
 
 def test_errors_in_the_thread_surface(data, monkeypatch):

@@ -32,6 +32,22 @@ def test_every_token_once_in_order_and_no_row_overflows(lengths, width):
             assert spans[0] == (0, width)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 90)), max_size=60), st.integers(2, 40))
+def test_what_is_left_of_documents(left, width):
+    """Tokens begin:stop of each once, in order; a piece that does not open its document takes one place more."""
+    begin, stop = np.array([b for b, _ in left], dtype=np.int64), np.array([b + n for b, n in left], dtype=np.int64)
+    pieces = {d: [] for d in range(len(left))}
+    for row in rows_of(pack(stop, width, begin)):
+        assert sum(b - a + (a > 0) for _, a, b in row) <= width
+        for d, a, b in row:
+            pieces[d].append((a, b))
+    for d, (b, n) in enumerate(left):
+        assert [t for start, end in sorted(pieces[d]) for t in range(start, end)] == list(range(b, b + n))
+        if n + (b > 0) <= width and b == 0:
+            assert len(pieces[d]) == 1
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 200), max_size=80), st.integers(2, 64))
 def test_same_lengths_same_rows(lengths, width):

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from nanochat import checkpoint, logbook, trainer
+from nanochat import checkpoint, logbook, resume, trainer
 from nanochat.common import UserError, sha256_file
 from nanochat.tasks import mixture
 from nanochat.tokenizer import Tokenizer
@@ -205,14 +205,63 @@ def test_a_change_that_would_go_unnoticed_is_refused(whole, place, monkeypatch, 
     assert sha256_file(newest / "meta.json") == before and not checkpoint.damage(newest)
 
 
-def test_a_longer_horizon_when_asked_for(whole, place):
+def test_a_longer_horizon_when_asked_for(whole, place, capsys):
     _, run = place
     shutil.copytree(whole[2], run)
-    base_train.main([*place[0], "--resume=auto", "--num_iterations=30", "--new_horizon"])
+    base_train.main([*place[0], "--resume=auto", "--num_iterations=30", "--new_horizon=stretch"])
     assert checkpoint.find(run).name == "step_000030"
     trained = [r for r in logbook.read(run) if r["kind"] == "train"]
     assert [r["step"] for r in trained] == list(range(1, 31))
     assert trained[20]["lr_mult"] == pytest.approx((1 - 20 / 30) / 0.4), "the schedule is laid over the new length"
+    assert "learning rate x0.000 at step 20, x0.833 from here on (66.7% of the run is over)" in capsys.readouterr().out
+
+
+def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):
+    """redecay: from the present rate straight to the floor over what is left, also after another stop."""
+    flags, run = place
+    interrupted(monkeypatch, flags, 14)
+    longer = [*flags, "--resume=auto", "--num_iterations=34"]
+    with pytest.raises(UserError, match=r"started with num_iterations=20 .* --new_horizon=stretch .*--new_horizon=redecay"):
+        base_train.main(longer)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        base_train.main([*longer, "--new_horizon=redecay"])
+    assert "learning rate x0.750 at step 14, x0.750 from here on" in capsys.readouterr().out
+    base_train.main([*flags, "--resume=auto"])
+    assert "learning rate" not in capsys.readouterr().out
+    mults = [r["lr_mult"] for r in logbook.read(run) if r["kind"] == "train"]
+    assert mults[14:] == pytest.approx([0.75 * (1 - i / 20) for i in range(20)])
+    assert checkpoint.read_meta(checkpoint.find(run))["done"] and len(mults) == 34
+
+
+def test_new_horizons_that_leave_nothing_to_do(whole, place, monkeypatch, capsys):
+    flags, run = place
+    shutil.copytree(whole[2], run)
+    again = [*flags, "--resume=auto"]
+    with pytest.raises(UserError, match=r"at its floor \(x0\), from which redecay cannot fall: say --new_horizon=stretch"):
+        base_train.main([*again, "--num_iterations=30", "--new_horizon=redecay"])
+    with pytest.raises(UserError, match="--new_horizon needs a value after it: one of '', stretch, redecay"):
+        base_train.main([*again, "--new_horizon"])
+    base_train.main([*again, "--num_iterations=20", "--new_horizon=stretch"])
+    assert "nothing to do" in capsys.readouterr().out
+    shutil.rmtree(run)
+    interrupted(monkeypatch, flags, 10)
+    with pytest.raises(UserError, match="at or past the new end already, with 10 steps"):
+        base_train.main([*again, "--num_iterations=9", "--new_horizon=stretch"])
+
+
+def test_a_rate_that_jumps_is_said(place, monkeypatch, capsys):
+    flags, _ = place
+    interrupted(monkeypatch, flags, 14)
+    base_train.main([*flags, "--resume=auto", "--warmdown_ratio=0.5"])
+    assert "learning rate x0.750 at step 14, x0.600 from here on" in capsys.readouterr().out
+
+
+def test_one_budget_in_two_units():
+    hours, minutes = ({"max_minutes": 0.0, "max_hours": 1.5}, {"max_minutes": 90.0, "max_hours": 0.0})
+    resume.same_horizons(hours, minutes)
+    with pytest.raises(UserError, match="started with max_minutes=90 and is asked to go on with 91"):
+        resume.same_horizons(hours, {**minutes, "max_minutes": 91.0})
 
 
 def test_another_tokenizer(whole, place):

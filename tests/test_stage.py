@@ -12,8 +12,9 @@ import torch
 
 from nanochat import hardware, stage
 from nanochat.common import UserError, entry
+from nanochat.resume import HORIZONS
 from nanochat.scaling import batch_for
-from nanochat.stage import HORIZONS, Stage
+from nanochat.stage import Stage
 from scripts import base_train
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -99,7 +100,7 @@ def test_memory_that_does_not_suffice_is_one_sentence():
 
 def opened(tmp_path, m=None, **knobs) -> Stage:
     k = SimpleNamespace(**{"total_batch_size": 0, "num_iterations": -1, "target_flops": -1.0, "target_param_data_ratio": 20.0,
-                           "max_minutes": 0.0, "max_hours": 0.0, "new_horizon": False, **knobs})  # fmt: skip
+                           "max_minutes": 0.0, "max_hours": 0.0, "new_horizon": "", **knobs})  # fmt: skip
     origins = {n: "command line" if n in knobs else "default" for n in vars(k)}
     return Stage("base", k, origins, tiny.CPU, None, m or tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
 
@@ -130,8 +131,29 @@ def test_time(tmp_path):
     assert opened(tmp_path, max_minutes=2.0).budget_seconds == 120 and opened(tmp_path, max_hours=2.0).budget_seconds == 7200
 
 
+def test_a_new_length_keeps_the_batch(tmp_path):
+    (tmp_path / "meta.json").write_text('{"format": 1, "plan": {"rows": 7, "steps": 20}}')
+    for given, rows in ((0, 7), (48, 3)):
+        s = opened(tmp_path, max_minutes=600.0, new_horizon="stretch", total_batch_size=given)
+        s.resume_from = tmp_path
+        assert stage.horizon(s) == (rows, None)
+
+
+def test_two_lengths_for_one_conversation_stage(tmp_path):
+    assert stage.talk_horizon(opened(tmp_path, epochs=3)) == (None, 3)
+    assert stage.talk_horizon(opened(tmp_path, epochs=1, max_minutes=2.0)) == (None, None)
+    for knobs, says in [
+        ({"epochs": 2, "max_minutes": 2.0}, "--epochs=2 and a budget of time are two lengths for one run"),
+        ({"epochs": 2, "num_iterations": 5}, "--epochs=2 and --num_iterations=5 are two lengths for one run"),
+        ({"epochs": 1, "num_iterations": 5, "max_hours": 1.0}, "--num_iterations=5 and a budget of time are two lengths"),
+        ({"epochs": 1, "num_iterations": 0}, "--num_iterations=0 is no length of a run"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            stage.talk_horizon(opened(tmp_path, **knobs))
+
+
 def test_every_horizon_is_known_to_the_resume():
-    assert {n for n in vars(base_train.Knobs()) if n.startswith(("num_iter", "target_", "max_", "total_batch"))} <= set(HORIZONS)
+    assert {n for n in vars(base_train.Knobs()) if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))} <= set(HORIZONS)
 
 
 # ---- rates, counts

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PLAIN, fit, losses, rows
+from torch._dynamo.testing import CompileCounter
 
-from nanochat import checkpoint, trainer
+from nanochat import checkpoint, loss, trainer
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
@@ -156,6 +157,52 @@ def test_a_nan_is_never_the_best(tmp_path):
 def test_when_a_probe_looks(tmp_path, every, expected):
     fit(tmp_path, None, None, PLAIN, [Probe("x", every, lambda: {"n": 1})])
     assert [r["step"] for r in rows(tmp_path, "x")] == expected
+
+
+@pytest.mark.parametrize("every", [4, 0.5])
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_a_look_that_a_signal_came_before_is_made_up_for(tmp_path, every, at):
+    class Stopping(tiny.ListFeed):
+        def __next__(self):
+            if self.step == at - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    probes = [Probe("x", every, lambda: {"n": 1})]
+    with pytest.raises(trainer.Interrupted):
+        fit(tmp_path, None, Stopping.random(8), PLAIN, probes)
+    assert [r["step"] for r in rows(tmp_path, "x")] == [4] * (at > 4)
+    m = tiny.model()
+    run, o, feed = tiny.run(tmp_path, m, step=at), tiny.optimizer(m), tiny.ListFeed.random(8)
+    trainer.restore(run, checkpoint.find(tmp_path), m, o, feed)
+    trainer.fit(run, m, o, feed, PLAIN, probes)
+    assert [r["step"] for r in rows(tmp_path, "x")] == [4, 8]
+
+
+def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
+    """Three stages within a limit of one compilation: those of earlier stages do not count against it."""
+    counters = layers, head = CompileCounter(), CompileCounter()
+    m = tiny.model(n_layer=2)
+    for block in m.blocks:
+        block.compile(dynamic=False, backend=layers)
+    m.compiled = True
+    monkeypatch.setitem(loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head))
+
+    class Staged(tiny.ListFeed):
+        T = 4
+
+        def at(self, progress):
+            before, self.T = self.T, 4 if progress < 0.3 else 8 if progress < 0.6 else 16
+            return "longer" if before != self.T else ""
+
+        def __next__(self):
+            return [tiny.batch(rows=32 // self.T, T=self.T) for _ in super().__next__()]
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        fit(tmp_path, m, Staged.random(10))
+    torch.compiler.reset()
+    assert [c.frame_count for c in counters] == [3, 3]
 
 
 def test_saves_between_looks(tmp_path):

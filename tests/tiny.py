@@ -75,6 +75,9 @@ class ListFeed:
     def progress(self) -> float:
         return self.step / len(self.steps)
 
+    def at(self, progress: float) -> str:
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
 
