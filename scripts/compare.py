@@ -209,7 +209,7 @@ class Comparison:
                     say(_last(directory))
             except BaseException:
                 print0("\nthis run saves itself; the same command goes on with it", file=sys.stderr)
-                process.send_signal(signal.SIGINT)  # once: a second one would stop it before it has saved
+                process.terminate()  # once: a second signal would stop it before it has saved
                 process.wait()
                 raise
         more = {"condition": c.name, "seed": seed, "flags": [*c.flags, *self.pinned(c)]}
