@@ -360,6 +360,7 @@ def generate(a: argparse.Namespace) -> None:
     shards = find_shards(a.tokens, vocabulary.fingerprint)
     import numpy as np
     import rap_terms as rt
+    from rap_worth import measure
     from safetensors.numpy import save
 
     if odd := sorted(set(a.features or ()) - set(rt.FEATURES)):
@@ -398,7 +399,7 @@ def generate(a: argparse.Namespace) -> None:
     about["spans"] = spans
     terms, strength = rt.finish(terms, a, text.ids, pairs)
     print("measuring on held-out text", flush=True)
-    about |= rt.measure(terms, strength, text, held, unseen, V, min(512, a.max_lag))
+    about |= measure(terms, strength, text, held, unseen, V, min(512, a.max_lag))
     about |= {"pairs": a.pairs, "tokens": len(text.ids), "seconds": round(time.monotonic() - began, 1), "rss_bytes": peak_bytes()}
     said = [f"+{2 * abs(r.weight):.2f}: {r.words()}" for r in rules] + ([about["polished"]] if rules else [])
     numbers = ("auc", "youden", "fit", "gain", "seconds", "rss_bytes", "pairs", "tokens")

@@ -31,7 +31,7 @@ def load(name: str) -> Any:
         sys.path.remove(str(DEV))
 
 
-rt, rap = load("rap_terms"), load("generate_rap_prior")
+rt, worth, rap = load("rap_terms"), load("rap_worth"), load("generate_rap_prior")
 
 
 def texts(seed, n=220):
@@ -293,7 +293,7 @@ def test_auc_and_youden_against_brute_force():
 
 def test_the_bigram_table_sums_to_one(text):
     now = np.repeat(np.arange(12), 12)
-    p = rt.bigram(text.ids, now, np.tile(np.arange(12), 12), 12).reshape(12, 12)
+    p = worth.bigram(text.ids, now, np.tile(np.arange(12), 12), 12).reshape(12, 12)
     assert p.sum(1) == pytest.approx(1) and (p > 0).all()
 
 
@@ -302,7 +302,7 @@ def test_a_copying_head_gains_by_the_copy_rule_where_text_repeats():
     documents = [np.tile(rng.integers(0, 40, 16), 4) for _ in range(120)]
     ids = np.concatenate(documents).astype(np.int32)
     t = rt.Text(ids, np.repeat(np.arange(120) * 64, 64))
-    head = rt.CopyingHead(t, t, 40, T=64, tokens=512)
+    head = worth.CopyingHead(t, t, 40, T=64, tokens=512)
     copy = np.stack([np.pad(r[:, None] == r[None, :-1], ((0, 0), (1, 0))) for r in head.rows]).astype(np.float32)
     gain, gates = head.tune({"match": copy})
     assert gain > 1.0 > head.gain(np.zeros(copy.shape, np.float32)) and gates["match"] > 2
