@@ -31,7 +31,10 @@ from nanochat.tokens import Shards
 K = TypeVar("K", bound="TrainKnobs")
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "gate_lr", "lr_scale")
 INHERITED = ("dtype", "compile", "device_batch_size", *RATES, "run", "sinks", "seed", "name", "task_dir")
-HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs", "total_batch_size")
+HORIZONS = (
+    "num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs",
+    "total_batch_size", "questions_per_step",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
