@@ -13,7 +13,8 @@ from nanochat.tinylexicon import ATTRIBUTES, NUMBERS, Draw, Slots, held, world
 
 # kind -> chance level: what a guess among the right sort of answers scores
 KINDS: dict[str, float] = {
-    "smalltalk": 0.05, "context": 0.36, "facts": 0.09, "choice": 0.36, "arithmetic": 0.03, "twostep": 0.02, "spelling": 0.0, "counting": 0.5,
+    "smalltalk": 0.05, "context": 0.36, "facts": 0.09, "choice": 0.36, "arithmetic": 0.03, "twostep": 0.02, "spelling": 0.0,
+    "counting": 0.5,
 }  # fmt: skip
 # the kinds in the order in which they are told for training: what is looked up, in the context or in a list of options, is hardest to
 # learn; sums in two steps are hardly shown at all: they are left to reinforcement
@@ -247,7 +248,8 @@ class Talk(Draw):
 
     def calculated(self, ops: str, numbers: Sequence[int], r: int) -> tuple[list[Any], str]:
         """A sum asked as such or told as a story, and its answer by the calculator."""
-        s = dict(zip("abc", numbers, strict=False)) | {"r": r, "P": self.pick(self.world.people), "x": self.pick(self.world.classes["many"])}
+        given = dict(zip("abc", numbers, strict=False))
+        s = {**given, "r": r, "P": self.pick(self.world.people), "x": self.pick(self.world.classes["many"])}
         form = 2 if self.random() < 0.35 else 0
         question, reply = self.p["sums"][ops][form], self.p["sums"][ops][form + 1]
         code = str(numbers[0]) + "".join(f"{op}{n}" for op, n in zip(ops, numbers[1:], strict=True))
@@ -263,7 +265,8 @@ class Talk(Draw):
             a, b, c = (self.between(2, 99) for _ in range(3))
             first = a + b if ops[0] == "+" else a - b
             r = first + c if ops[1] == "+" else first - c
-            if first >= 2 and r >= 2 and held(f"{a} {b}", str(c)) == self.val:
+            pair, next_pair = held(str(a), str(b)), held(str(b), str(c))
+            if first >= 2 and r >= 2 and pair == self.val and (self.val or not next_pair):
                 return self.calculated(ops, (a, b, c), r)
 
     def spelling(self) -> tuple[list[Any], str]:
