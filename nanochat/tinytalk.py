@@ -17,7 +17,8 @@ KINDS: dict[str, float] = {
     "counting": 0.5,
 }  # fmt: skip
 # the kinds in the order in which they are told for training: what is looked up, in the context or in a list of options, is hardest to
-# learn. Of sums in two steps only the plainest are shown; stories and mixed signs are left to reinforcement, which asks them by name
+# learn. Sums in two steps are shown with one sign alone, a + b + c and a - b - c; the mixed ones are left to reinforcement, which asks for
+# this kind by its name
 CYCLE = (
     "smalltalk", "choice", "context", "facts", "choice", "spelling", "context",
     "choice", "arithmetic", "choice", "context", "spelling", "choice", "counting",
@@ -56,7 +57,7 @@ class Talk(Draw):
     def __init__(self, seed: int, split: str, stream: str = "talk"):
         super().__init__(seed, split, stream)
         self.p = phrases()
-        self.plain = False  # sums in two steps: only as such and with one sign
+        self.mixed = True  # sums in two steps: with two signs, too
 
     # -- short states of affairs -------------------------------------------------------------------------------------------------
 
@@ -251,7 +252,7 @@ class Talk(Draw):
         """A sum asked as such or told as a story, and its answer by the calculator."""
         given = dict(zip("abc", numbers, strict=False))
         s = {**given, "r": r, "P": self.pick(self.world.people), "x": self.pick(self.world.classes["many"])}
-        form = 2 if self.random() < 0.35 and not (self.plain and len(ops) > 1) else 0
+        form = 2 if self.random() < 0.35 else 0
         question, reply = self.p["sums"][ops][form], self.p["sums"][ops][form + 1]
         code = str(numbers[0]) + "".join(f"{op}{n}" for op, n in zip(ops, numbers[1:], strict=True))
         return [self.pick(question) % s, tool_call(code, str(r), reply[0] % s)], str(r)
@@ -261,8 +262,8 @@ class Talk(Draw):
         return self.calculated(op, (a, b), r)
 
     def twostep(self) -> tuple[list[Any], str]:
+        ops = self.pick(("++", "--", "+-", "-+") if self.mixed else ("++", "--"))
         while True:
-            ops = self.pick(("++", "--") if self.plain else ("++", "+-", "-+", "--"))
             a, b, c = (self.between(2, 99) for _ in range(3))
             first = a + b if ops[0] == "+" else a - b
             r = first + c if ops[1] == "+" else first - c
@@ -300,7 +301,7 @@ def conversations(seed: int = 0, split: str = "train", kinds: Sequence[str] | No
     if unknown := [k for k in names if k not in KINDS]:
         raise ValueError(f"unknown kind {unknown[0]!r}: the kinds are {', '.join(KINDS)}")
     talk = Talk(seed, split)
-    talk.plain = kinds is None
+    talk.mixed = kinds is not None
     makers: list[tuple[str, Callable[[], Any]]] = [(k, getattr(talk, k)) for k in names]
     while True:
         for kind, make in makers:

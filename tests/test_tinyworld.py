@@ -174,13 +174,13 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
             assert not task.evaluate(item, bad), (item, bad)
 
 
-def test_sums_in_two_steps_are_shown_plain_and_asked_in_every_form():
+def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_all():
     """Imitation sees less of them than reinforcement asks; a pair of numbers that is asked in val is summed nowhere in train."""
     shown = [x for x in talks("train", 12_900) if x["kind"] == "twostep"]
     asked, val = (task.items(split, 600, 0, ("twostep",)) for split in ("train", "val"))
     signs = lambda items: {re.sub(r"\d", "", x["messages"][-1]["content"][0]["text"]) for x in items}  # noqa: E731
     told = lambda items: sum("How many" in x["messages"][-2]["content"] for x in items)  # noqa: E731
-    assert len(shown) == 300 and signs(shown) == {"++", "--"} and told(shown) == 0
+    assert len(shown) == 300 and signs(shown) == {"++", "--"} and 75 < told(shown) < 135
     for items in (asked, val):
         assert signs(items) == {"++", "+-", "-+", "--"} and 150 < told(items) < 270
         assert all(task.evaluate(x, task.gold(x)) and not task.evaluate(x, task.gold(x).replace(x["answer"], "1")) for x in items)
