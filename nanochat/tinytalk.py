@@ -17,8 +17,9 @@ KINDS: dict[str, float] = {
     "counting": 0.5,
 }  # fmt: skip
 # the kinds in the order in which they are told for training: what is looked up, in the context or in a list of options, is hardest to
-# learn. Sums in two steps are shown with one sign alone, a + b + c and a - b - c; the mixed ones are left to reinforcement, which asks for
-# this kind by its name
+# learn. Sums in two steps are shown with one sign, a + b + c and a - b - c, and but once in a hundred with two: these are left to
+# reinforcement, which asks for the kind by its name and gets most of them so
+MIXED = 0.01
 CYCLE = (
     "smalltalk", "choice", "context", "facts", "choice", "spelling", "context",
     "choice", "arithmetic", "choice", "context", "spelling", "choice", "counting",
@@ -57,7 +58,7 @@ class Talk(Draw):
     def __init__(self, seed: int, split: str, stream: str = "talk"):
         super().__init__(seed, split, stream)
         self.p = phrases()
-        self.mixed = True  # sums in two steps: with two signs, too
+        self.mixed = 0.75  # share of sums in two steps that have two signs
 
     # -- short states of affairs -------------------------------------------------------------------------------------------------
 
@@ -262,7 +263,7 @@ class Talk(Draw):
         return self.calculated(op, (a, b), r)
 
     def twostep(self) -> tuple[list[Any], str]:
-        ops = self.pick(("++", "--", "+-", "-+") if self.mixed else ("++", "--"))
+        ops = self.pick(("+-", "-+") if self.random() < self.mixed else ("++", "--"))
         while True:
             a, b, c = (self.between(2, 99) for _ in range(3))
             first = a + b if ops[0] == "+" else a - b
@@ -301,7 +302,7 @@ def conversations(seed: int = 0, split: str = "train", kinds: Sequence[str] | No
     if unknown := [k for k in names if k not in KINDS]:
         raise ValueError(f"unknown kind {unknown[0]!r}: the kinds are {', '.join(KINDS)}")
     talk = Talk(seed, split)
-    talk.mixed = kinds is not None
+    talk.mixed = talk.mixed if kinds else MIXED
     makers: list[tuple[str, Callable[[], Any]]] = [(k, getattr(talk, k)) for k in names]
     while True:
         for kind, make in makers:
