@@ -15,7 +15,8 @@ from nanochat.schedule import Schedule
 from nanochat.trainer import Run
 
 HORIZONS = (
-    "num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs", "total_batch_size", "context_stages"
+    "num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs",
+    "total_batch_size", "questions_per_step", "context_stages",
 )  # fmt: skip
 
 

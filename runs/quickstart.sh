@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a chat: environment, embedded corpus, tokenizer, pretraining, midtraining, finetuning, evaluation after each stage.
+# From nothing to a chat: environment, embedded corpus, tokenizer, pretraining, midtraining, finetuning, reinforcement, evaluation after each.
 #     bash runs/quickstart.sh                 12 minutes on two CPU cores, installation included; a GPU is used if there is one
 #     bash runs/quickstart.sh --minutes 30    the same with more training
 # Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
@@ -43,8 +43,8 @@ step tokenizer python -m scripts.tok_train --data tinyworld --vocab_size=2048
 if [ ! -e "$notes/plan" ]; then
     python - "$minutes" "$SECONDS" >"$notes/plan" <<'PLAN'
 import sys
-left = max(60.0, float(sys.argv[1]) * 60 * 0.97 - float(sys.argv[2]) - 45)  # a minute for starting programs, evaluations and the summary
-for stage, share in (("base", 0.28), ("mid", 0.5), ("sft", 0.22)):
+left = max(60.0, float(sys.argv[1]) * 60 * 0.97 - float(sys.argv[2]) - 60)  # a minute for starting programs, evaluations and the summary
+for stage, share in (("base", 0.27), ("mid", 0.5), ("sft", 0.11), ("rl", 0.12)):
     print(f"{stage}={left * share / 60:.2f}")
 PLAN
 fi
@@ -60,6 +60,9 @@ step "questions to the midtrained model" python -m scripts.chat_eval -i mid -g $
 step finetuning python -m scripts.chat_sft --model_tag=$tag --resume=auto --max_minutes="$sft" --data tinyworld@40000 \
     --conversations_per_step=64 --init_lr_frac=0.5 --warmdown_ratio=1 --eval_tokens=32768 --eval_every=0.5
 step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g $tag
+step reinforcement python -m scripts.chat_rl --model_tag=$tag --resume=auto --max_minutes="$rl" --tasks tinyworld/twostep \
+    --questions_per_step=16 --samples=8 --init_lr_frac=0.1 --eval_items=64 --eval_every=0.5
+step "questions to the reinforced model" python -m scripts.chat_eval -i rl -g $tag
 
 say "summary"
 python -m scripts.summary --model_tag=$tag --out="$out" --seconds=$((before + SECONDS))

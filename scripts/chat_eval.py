@@ -34,7 +34,7 @@ class Knobs(MachineKnobs):
         "what to ask: ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee, all for these six; tinyworld, tinyworld/facts ...",
         alias="-a",
     )
-    num_items: int = knob(700, "questions of a task (tinyworld: of all its kinds together); 0 = all there are", alias="-n", low=0)
+    num_items: int = knob(800, "questions of a task (tinyworld: of all its kinds together); 0 = all there are", alias="-n", low=0)
     num_samples: int = knob(1, "answers to every question that is answered freely; from 2 on pass@k is reported", low=1)
     temperature: float = knob(0.0, "of the answers' sampling; 0 = the likeliest token", alias="-t", low=0)
     max_tokens: int = knob(0, "longest answer in tokens; 0 = as the task has it", alias="-m", low=0)

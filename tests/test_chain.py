@@ -48,15 +48,15 @@ def test_stages_hand_down(here):
 
 def test_questions_and_summary(here, capsys):
     for stage in ("base", "mid", "sft"):
-        found = chat_eval_script.main(["-i", stage, "-n", "14", *CPU])
-        assert found["n"] == 14 and set(found["kinds"]) == set(tinyworld.KINDS)
+        found = chat_eval_script.main(["-i", stage, "-n", "16", *CPU])
+        assert found["n"] == 16 and set(found["kinds"]) == set(tinyworld.KINDS)
         assert 0 <= found["lo"] <= found["accuracy"] <= found["hi"] <= 1
     made = summary.main([*CPU, "--samples=2", "--seconds=90"])
     kept = json.loads((here / "quickstart" / "summary.json").read_text())
     assert kept == made and kept["minutes"] == 1.5
     assert set(kept["stages"]) == {"base", "mid", "sft"}
     for stage in kept["stages"].values():
-        assert stage["val_bpb"] > 0 and stage["n"] == 14 and stage["tokens"] > 0 and set(stage["kinds"]) == set(tinyworld.KINDS)
+        assert stage["val_bpb"] > 0 and stage["n"] == 16 and stage["tokens"] > 0 and set(stage["kinds"]) == set(tinyworld.KINDS)
     assert "assistant:" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import toy
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint, hardware, logbook, stage, trainer
@@ -65,6 +66,15 @@ def train(directory: Path, rank: int, world: int, tied: bool, stop: int = 0, res
     run.logbook.close()
 
 
+def reinforce(directory: Path, rank: int, world: int) -> None:
+    """STEPS steps on replies that each rank samples for its own share of the questions, five a step."""
+    rt, m = replace(tiny.CPU, rank=rank, world_size=world), toy.policy(toy.words())
+    feed = toy.feed(toy.words(), m, per_step=5, device_rows=3, total=5 * STEPS, rank=rank, world_size=world)
+    run = tiny.run(directory, m, runtime=rt)
+    trainer.fit(run, m, tiny.optimizer(m, rt, lr_scale=0.1), feed, SCHEDULE)
+    run.logbook.close()
+
+
 def odd_updates(directory: Path, rank: int, world: int) -> None:
     """Optimizer steps on odd numbers of matrices and on tables whose rows do not divide; state gathered, dealt out anew, and on."""
     g = torch.Generator().manual_seed(0)
@@ -110,6 +120,7 @@ def worker(rank: int, port: int, base: Path) -> None:
         train(base / f"two_{tied}", rank, 2, tied)
     train(base / "begun_by_two", rank, 2, False, stop=STOP)
     train(base / "begun_by_one", rank, 2, False, resume=True)
+    reinforce(base / "two_rl", rank, 2)
     whole_command(base, rank)  # leaves the group
 
 
@@ -121,6 +132,7 @@ def base(tmp_path_factory):
         train(base / f"one_{tied}", 0, 1, tied)
     train(base / "begun_by_one", 0, 1, False, stop=STOP)
     odd_updates(base, 0, 1)
+    reinforce(base / "one_rl", 0, 1)
     (base / "flags.json").write_text(json.dumps(tiny.workplace(base)))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -145,6 +157,13 @@ def assert_alike(run: Path, expected: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_ranks_are_one(base, tied):
     assert_alike(base / f"two_{tied}", base / f"one_{tied}")
+
+
+def test_two_ranks_reinforce_as_one(base):
+    """Replies to the same questions, the same rewards, one update: the mean over all tokens that both ranks sampled."""
+    assert_alike(base / "two_rl", base / "one_rl")
+    two, one = ([(r["reward"], r["zero_variance"], r["length"]) for r in tiny.rows(base / d)] for d in ("two_rl", "one_rl"))
+    assert two == one and len({reward for reward, *_ in one}) > 1
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(base):

@@ -19,19 +19,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
+import toy  # noqa: E402
 
 from nanochat import logbook, trainer  # noqa: E402
+from nanochat.gpt import GPT  # noqa: E402
 from nanochat.schedule import Schedule  # noqa: E402
 
 FILE = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 10
 
 
-def ten_losses(feed: tiny.ListFeed, **knobs) -> list[float]:
-    m = tiny.model(seed=7, **knobs)
+def ten_losses(feed: trainer.Feed, m: GPT | None = None, lr_scale: float = 1.0, **knobs) -> list[float]:
+    m = m or tiny.model(seed=7, **knobs)
     with tempfile.TemporaryDirectory() as folder:
         run = tiny.run(Path(folder), m)
-        trainer.fit(run, m, tiny.optimizer(m, weight_decay=0.01), feed, Schedule(warmup=0.2, decay=0.4, final=0.1, momentum_warmup=5))
+        schedule = Schedule(warmup=0.2, decay=0.4, final=0.1, momentum_warmup=5)
+        trainer.fit(run, m, tiny.optimizer(m, weight_decay=0.01, lr_scale=lr_scale), feed, schedule)
         run.logbook.close()
         return [r["loss"] for r in logbook.read(folder) if r["kind"] == "train"]
 
@@ -42,11 +45,18 @@ def text(**batch) -> tiny.ListFeed:
     return tiny.ListFeed([batches[i % 4] for i in range(STEPS)], device_rows=3)
 
 
+def reinforced() -> list[float]:
+    """Of the policy's own replies: what is sampled hangs on the weights of the step before."""
+    m = toy.policy(toy.words())
+    return ten_losses(toy.feed(toy.words(), m, samples=6, device_rows=5, total=4 * STEPS), m, lr_scale=0.1)
+
+
 KINDS = {
     "base": lambda: ten_losses(text()),
     "base, other knobs": lambda: ten_losses(text(), activation="swiglu", tie_embeddings=True, softcap=0.0, window_pattern="SL"),
     "masked as in sft": lambda: ten_losses(text(ignored=0.5)),
     "weighted as in rl": lambda: ten_losses(text(weighted=True)),
+    "rl": reinforced,
 }
 
 

@@ -1,6 +1,5 @@
 """Reinforcement: what a group of replies teaches and what not, one update whatever the memory, resume, ranks, a policy that learns."""
 
-import functools
 import os
 import signal
 from dataclasses import replace
@@ -9,65 +8,21 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from toy import EASY, QUESTIONS, TOY, feed, policy, words
 
 from nanochat import checkpoint, hardware, logbook, rollout, trainer
 from nanochat.common import UserError, sha256_file
-from nanochat.engine import Engine, Row
+from nanochat.engine import Row
 from nanochat.gpt import GPT
 from nanochat.loss import linear_cross_entropy
-from nanochat.rollout import RolloutFeed, Sampler, weighted_batches
+from nanochat.rollout import RolloutFeed, weighted_batches
 from nanochat.schedule import Schedule
-from nanochat.tasks.common import Task, exchange, gold, prompt
-from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
-
-LETTERS = "abcd"
-EASY = Task(
-    "toy", "generative", 0.0, lambda split, n, seed=0, folder=None: [exchange(f"{split} {i}", "b") for i in range(n)], prompt, gold,
-    lambda item, reply: sum(map(ord, reply)) % 2 == 0, max_tokens=6,
-)  # fmt: skip
-TOY = replace(EASY, evaluate=lambda item, reply: reply == "b")  # one letter of four, and then to stop
-QUESTIONS = [(EASY, item) for item in EASY.items("train", 10)]
-
-
-@functools.cache
-def words() -> Tokenizer:
-    return Tokenizer.train(["train val 0 1 2 3 4 5 6 7 8 9 a b c d"], 270)
 
 
 @pytest.fixture(scope="module")
 def tok():
     return words()
-
-
-@functools.cache
-def policy_weights() -> dict[str, torch.Tensor]:
-    """Those of a model that has learnt by imitation to say letters, all alike, and to end with one chance in five after each."""
-    tok = words()
-    m, g = tiny.model(vocab_size=tok.vocab_size, sequence_len=32, n_layer=1), torch.Generator().manual_seed(0)
-    o, letters = tiny.optimizer(m), torch.tensor([tok.encode(c)[0] for c in LETTERS])
-    asked = torch.tensor(tok.render_prompt(prompt(QUESTIONS[0][1])))
-    n = len(asked)
-    for _ in range(40):
-        ids = torch.cat([asked.expand(32, n), letters[torch.randint(0, 4, (32, 31 - n), generator=g)]], dim=1)
-        ids[:, n + 1 :][torch.rand(32, 30 - n, generator=g) < 0.2] = tok.specials["<|assistant_end|>"]
-        targets = ids[:, 1:].clone()
-        targets[:, : n - 1] = -1
-        o.zero_grad()
-        (m.loss(ids[:, :-1], targets) / (targets >= 0).sum()).backward()
-        o.step()
-    return tiny.weights(m)
-
-
-def policy(tok: Tokenizer) -> GPT:
-    m = tiny.model(vocab_size=tok.vocab_size, sequence_len=32, n_layer=1)
-    m.load_state_dict(policy_weights())
-    return m
-
-
-def feed(tok, m=None, questions=QUESTIONS, rows=64, **knobs) -> RolloutFeed:
-    sampler = Sampler(Engine(m or policy(tok), tok), rows, 6)
-    return RolloutFeed(sampler, questions, **{"per_step": 4, "samples": 5, "device_rows": 64, "seed": 3, **knobs})
 
 
 def learn(path: Path, m: GPT, f: RolloutFeed, schedule=Schedule(momentum_warmup=0), **rates) -> list[dict]:  # noqa: B008
@@ -289,6 +244,8 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
         patch.setattr(trainer, "_step", lambda run, *a: (run.step == 9 and os.kill(os.getpid(), signal.SIGTERM), real(run, *a))[1])
         chat_rl.main(flags)
     assert checkpoint.find(sft).name == "step_000010"
+    with pytest.raises(UserError, match=r"started with questions_per_step=4 and is asked to go on with 8, .* learning rate jump"):
+        chat_rl.main([*flags, "--resume=auto", "--questions_per_step=8"])
     chat_rl.main([*flags, "--resume=auto", "--rollout_batch_size=4"])
     again = [{k: r[k] for k in train[0]} for r in logbook.read(sft) if r["kind"] == "train"]
     assert again == train

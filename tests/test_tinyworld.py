@@ -154,7 +154,7 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
             wrong += [f"The answer is something={answer}.", f"={answer}"]  # the right letter of another option
             assert task.evaluate(item, answer) and f"{reply[len('The answer is ') : -1]}\n" in item["messages"][-2]["content"] + "\n"
             assert item["letters"] == list("ABCD")[: len(item["letters"])] and answer in item["letters"]
-        elif kind in ("arithmetic", "counting"):
+        elif kind in ("arithmetic", "twostep", "counting"):
             n = int(answer)
             wrong += [reply.replace(answer, str(n + 1)), f"{n + 1}", f"{n}{n}", f"{reply} Or {n + 2}.", f"{n - 1} {n} {n + 1}"]
             wrong = [x for x in wrong if x != reply]
@@ -174,8 +174,23 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
             assert not task.evaluate(item, bad), (item, bad)
 
 
+def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
+    """What imitation hardly shows is left to reinforcement; a pair of numbers that is asked in val is summed nowhere in train."""
+    shown = [x for x in talks("train", 43_000) if x["kind"] == "twostep"]
+    asked, val = (task.items(split, 600, 0, ("twostep",)) for split in ("train", "val"))
+    sums = lambda items: [x["messages"][-1]["content"][0]["text"] for x in items]  # noqa: E731
+    mixed = lambda items: sum("+" in s and "-" in s for s in sums(items))  # noqa: E731
+    assert len(shown) == 1000 and 2 < mixed(shown) < 25
+    for items in (asked, val):
+        assert {re.sub(r"\d", "", s) for s in sums(items)} == {"++", "+-", "-+", "--"} and 400 < mixed(items) < 500
+        assert all(task.evaluate(x, task.gold(x)) and not task.evaluate(x, task.gold(x).replace(x["answer"], "1")) for x in items)
+    pairs = lambda items: [list(itertools.pairwise(re.findall(r"\d+", s))) for s in sums(items)]  # noqa: E731
+    assert all(held(*first) for first, _ in pairs(val))
+    assert not any(held(*pair) for both in pairs(shown + asked) for pair in both)
+
+
 def test_items_are_balanced_and_chance_levels_are_honest():
-    got = task.items("val", 700, seed=1)
+    got = task.items("val", 800, seed=1)
     assert {k: sum(x["kind"] == k for x in got) for k in task.KINDS} == dict.fromkeys(task.KINDS, 100)
     letters = task.TASKS["choice"].items("val", 3000, 0)
     assert abs(sum(1 / len(x["letters"]) for x in letters) / len(letters) - task.KINDS["choice"]) < 0.02
@@ -183,7 +198,7 @@ def test_items_are_balanced_and_chance_levels_are_honest():
         right = [x["answer"] for x in letters if len(x["letters"]) == n]
         for letter in "ABCD"[:n]:
             assert abs(right.count(letter) / len(right) - 1 / n) < 0.06
-    for kind in ("facts", "smalltalk", "counting", "arithmetic"):  # nothing beats chance by always saying the same
+    for kind in ("facts", "smalltalk", "counting", "arithmetic", "twostep"):  # nothing beats chance by always saying the same
         answers = [x["answer"] for x in task.TASKS[kind].items("val", 1500, 0)]
         assert max(answers.count(a) for a in set(answers)) / len(answers) <= task.KINDS[kind] + 0.02, kind
 

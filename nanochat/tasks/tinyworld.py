@@ -37,7 +37,7 @@ def evaluate(item: Item, reply: str) -> bool:
     if kind == "choice":
         said = re.fullmatch(rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", text)  # the letter, alone or with the option it stands for
         return bool(said and (said[1] is None or f"- {said[1]}={answer}" in item["messages"][-2]["content"].split("\n")))
-    if kind in ("arithmetic", "counting"):
+    if kind in ("arithmetic", "twostep", "counting"):
         numbers = re.findall(r"\d+(?:\.\d+)?", text)
         asked = re.findall(r"\d+", item["messages"][-2]["content"])
         return bool(numbers) and numbers[-1].removesuffix(".0") == answer and numbers[:-1] in ([], asked)

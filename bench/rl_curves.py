@@ -1,0 +1,152 @@
+"""
+What reinforcement does, over seeds: reward, pass@1 and pass@k on held-out questions, step by step, as JSON and as a picture.
+
+    python -m bench.rl_curves --flags="--tasks tinyworld/twostep --num_iterations=60"
+
+Every seed starts from the same finetuned checkpoint, draws questions and replies of its own, and goes on where it was stopped; its folder
+lies under <base>/rl_curves. Before and after, held-out questions of every kind are asked greedily. It refuses a length in minutes: a busy
+machine would change the curves. The last line is JSON.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat import checkpoint, knobs, logbook, report
+from nanochat.common import UserError, atomic_write, base_dir, entry, print0
+from nanochat.comparison import interval
+from nanochat.knobs import knob
+from scripts import chat_rl
+
+
+@dataclass(kw_only=True)
+class Knobs:
+    """Curves of reinforcement"""
+
+    flags: str = knob("--num_iterations=60", "of chat_rl, the same for every seed")
+    seeds: int = knob(3, "runs; their seeds are 1, 2, ...", low=1)
+    source: Literal["sft", "mid"] = knob("sft", "the stage to start from", alias="-i")
+    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
+    ask: tuple[str, ...] = knob(("tinyworld",), "tasks whose questions are asked before and after, as in chat_eval", alias="-a")
+    num_items: int = knob(3200, "questions of a task (tinyworld: of all its kinds together)", alias="-n", low=1)
+    out: str = knob("", "the JSON to write (default: rl_curves.json in <base>/rl_curves)")
+    png: str = knob("", "the picture to write (default: beside the JSON)")
+
+
+def place(start: Path, source: str, flags: Sequence[str], seed: int) -> Path:
+    """The base folder of one run: in it the tokenizer and the checkpoint to start from, as links."""
+    digest = hashlib.sha256(json.dumps([str(start), *flags]).encode()).hexdigest()[:8]
+    base = base_dir() / "rl_curves" / f"{digest}-seed-{seed}"
+    links = {base / "tokenizer": base_dir() / "tokenizer", base / "checkpoints" / source / start.parent.name / start.name: start}
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(target.resolve())
+    return base
+
+
+def run(base: Path, command: str, *words: str) -> None:
+    """A command with `base` as its base folder; what it says goes to the folder's log. UserError when it fails."""
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with open(base / "log", "ab") as log:
+        status = subprocess.run([sys.executable, "-m", f"scripts.{command}", *words], env=env, stdout=log, stderr=log).returncode
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        last = (base / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+        raise UserError(f"{command} ended with status {status}: {last.removeprefix('error: ')} (all it said is in {base / 'log'})")
+
+
+def record(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> dict[str, Any]:
+    """Train and ask what has not been trained and asked yet: {seed, before, after: kind -> accuracy, train, eval: rows of the logbook}."""
+    base, tag = place(start, k.source, flags, seed), start.parent.name
+    asked: dict[str, dict[str, Any]] = {}
+    for stage in (k.source, "rl"):
+        print0(f"seed {seed}: {'reinforcing' if stage == 'rl' else 'asking'}")
+        if stage == "rl":
+            run(base, "chat_rl", f"--source={k.source}", f"--seed={seed}", "--resume=auto", *flags)
+        directory = base / "checkpoints" / stage / tag
+        found = [r for r in logbook.read(directory) if r["kind"] == "chat_eval"]
+        if not found:
+            run(base, "chat_eval", "-i", stage, "-n", str(k.num_items), "-a", *k.ask)
+            found = [r for r in logbook.read(directory) if r["kind"] == "chat_eval"]
+        asked[stage] = {name: {n: x[n] for n in ("accuracy", "n", "lo", "hi")} for name, x in found[-1]["kinds"].items()}
+    rows = {kind: [r for r in logbook.read(base / "checkpoints" / "rl" / tag) if r["kind"] == kind] for kind in ("train", "eval")}
+    numbers = ("step", "seconds", "reward", "zero_variance", "truncated", "length", "rollout_seconds")
+    train = [{n: round(r[n], 4) for n in numbers} for r in rows["train"]]
+    looks = [{n: x for n, x in r.items() if n in ("step", "seconds") or "pass@" in n} for r in rows["eval"]]
+    return {"seed": seed, "before": asked[k.source], "after": asked["rl"], "train": train, "eval": looks}
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """Held-out accuracy by kind before and after, means over the seeds, and the gain with its interval over them."""
+    out = Table("kind", "questions", "before", "after", "gain, points", title=f"greedy answers, mean of {len(records)} seeds")
+    for kind, x in records[0]["before"].items():
+        before, after = ([100 * r[when][kind]["accuracy"] for r in records] for when in ("before", "after"))
+        gain = interval([b - a for a, b in zip(before, after, strict=True)])
+        spread = f" ({gain['lo']:+.1f} to {gain['hi']:+.1f})" if gain["lo"] is not None else ""
+        out.add_row(kind, f"{x['n']:,}", *(f"{sum(v) / len(v):.1f} %" for v in (before, after)), f"{gain['mean']:+.1f}{spread}")
+    return out
+
+
+def picture(records: Sequence[dict[str, Any]]) -> bytes:
+    """Reward of the training questions, and pass@1 and pass@k of held-out ones: mean over the seeds, and the band that they span."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    buffer, ink = io.BytesIO(), "#1d232b"
+    with matplotlib.rc_context({**report.RC, "text.color": ink, "axes.labelcolor": ink}):
+        figure = Figure(figsize=(9, 3.3), layout="constrained", dpi=150)
+        left, right = figure.subplots(1, 2)
+        names = [n for n in records[0]["eval"][0] if "pass@" in n and not n.endswith(("_lo", "_hi"))]
+        for ax, rows, shown in ((left, "train", ["reward"]), (right, "eval", names)):
+            runs = [one[rows] for one in records]
+            parts = np.array_split(np.arange(len(runs[0])), min(len(runs[0]), 24))  # one step's reward is that of few questions
+            steps = [np.mean([runs[0][i]["step"] for i in part]) for part in parts]
+            for name, colour in zip(shown, report.LIGHT, strict=False):
+                y = 100 * np.array([[np.mean([rs[i][name] for i in part]) for part in parts] for rs in runs])  # seeds x parts
+                ax.fill_between(steps, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
+                ax.plot(steps, y.mean(0), color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
+            ax.set_xlabel("optimizer steps")
+            ax.set_ylim(0, 102)
+        left.set_title("Training questions: replies rewarded, %")
+        right.set_title("Held-out questions answered, %")
+        right.legend(frameon=False, loc="lower right")
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    k, _ = knobs.parse(Knobs, argv, command="bench.rl_curves", description="Reinforcement over seeds, as JSON and as a picture.")
+    flags = shlex.split(k.flags)
+    asked, _ = knobs.parse(chat_rl.Knobs, flags, command="chat_rl")
+    if asked.max_minutes or asked.max_hours:
+        raise UserError("the flags give a length in time, which a busy machine would fill with fewer steps: give --num_iterations")
+    start = checkpoint.locate(k.source, k.model_tag)
+    records = [record(k, start, flags, seed) for seed in range(1, k.seeds + 1)]
+    out = Path(k.out) if k.out else base_dir() / "rl_curves" / "rl_curves.json"
+    png = Path(k.png) if k.png else out.with_suffix(".png")
+    summary = {"flags": flags, "source": k.source, "runs": records}
+    atomic_write(out, json.dumps(summary))
+    atomic_write(png, picture(records))
+    Console(width=None if Console().is_terminal else 140).print(table(records))
+    print0(f"{out}\n{png}")
+    last = [{"seed": r["seed"], **{n: r["eval"][-1][n] for n in r["eval"][-1] if "pass@" in n}} for r in records]
+    print(json.dumps({"flags": k.flags, "last": last}))
+    return summary
+
+
+if __name__ == "__main__":
+    entry(main)
