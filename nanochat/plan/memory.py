@@ -10,7 +10,7 @@ shows (a CUDA context, the compiler's cache, fragmentation) is a small margin wi
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanochat import stage
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss import linear_cross_entropy
+from nanochat import loss, stage
+from nanochat.gpt import GPT, Block, GPTConfig
 from nanochat.optim import MuonAdamW
+from nanochat.plan.fused import stand_in
 from nanochat.runtime import Runtime
 
 GB = 1 << 30
@@ -37,17 +37,17 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, block: int):
         super().__init__()
-        self.block, self.phase = block, "weights"  # an allocator hands out whole blocks
+        self.block, self.phase, self.counting = block, "weights", True  # an allocator hands out whole blocks
         self.storages: dict[int, tuple[str, int, Any]] = {}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
+        for t in tree_leaves(out) if self.counting else ():
             if isinstance(t, Tensor):
                 self._see(t)
-        if func in SCRATCH:
+        if func in SCRATCH and self.counting:
             self.note(SCRATCH[func](*args))
         return out
 
@@ -63,8 +63,18 @@ class _Live(TorchDispatchMode):
         phase, size, _ = self.storages.pop(key)
         self.live[phase] -= size
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.counting = False
+        try:
+            yield
+        finally:
+            self.counting = True
+
     def note(self, scratch: int = 0) -> None:
         """Remember the peaks; `scratch` bytes are held for a moment inside an operator."""
+        if not self.counting:
+            return
         for phase in (self.phase, "gradients"):
             self.peak[phase] = max(self.peak[phase], self.live[phase] + (scratch if phase == self.phase else 0))
         self.peak["all"] = max(self.peak["all"], self.live.total() + scratch)
@@ -113,11 +123,12 @@ def _ranks(n: int) -> Iterator[None]:
 
 def trace(
     config: GPTConfig, rows: int, sequence_len: int, *, dtype: torch.dtype, device_type: str, world_size: int = 1,
-    eval_rows: int | None = None, micro_batches: int = 2,
-) -> Counter[str]:  # fmt: skip
+    eval_rows: int | None = None, micro_batches: int = 2, compiled: bool = False,
+) -> tuple[Counter[str], Counter[str]]:  # fmt: skip
     """
-    The peaks in bytes, by phase and of their sum ("all"), of two optimizer steps of `micro_batches` micro-batches each (rows x sequence_len),
-    an evaluation of eval_rows rows and a few samples, run without contents.
+    Two optimizer steps of `micro_batches` micro-batches each (rows x sequence_len), an evaluation of eval_rows rows and a few samples, run
+    without contents: the bytes that were alive at their peaks, by phase
+    and of all together ("all"), and those at the end.
     """
     cpu = device_type == "cpu"
     device = torch.device("cpu" if cpu else "meta")  # meta takes the roads of a GPU, and needs none
@@ -135,24 +146,52 @@ def trace(
             p.register_post_accumulate_grad_hook(lambda p: live.adopt(p.grad, "gradients"))
         optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
         ids = torch.zeros(2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device)  # inputs and targets of a step
-        for _ in range(2):  # the second one with the optimizer's state in place
-            _step(live, model, optimizer, ids.split(rows))
+        with _as_compiled(model, live) if compiled else nullcontext():
+            for _ in range(2):  # the second one with the optimizer's state in place
+                _step(live, model, optimizer, ids.split(rows), compiled)
         _look(live, model, eval_rows or rows)
-    return live.peak
+        return live.peak, live.live.copy()
 
 
-def _step(live: _Live, model: GPT, optimizer: MuonAdamW, batches: tuple[Tensor, ...]) -> None:
+@contextmanager
+def _as_compiled(model: GPT, live: _Live) -> Iterator[None]:
+    """The model's blocks and the loss allocate what they would compiled: one graph for all blocks of a kind, as in GPT.compile."""
+    stand_ins: dict[int, Callable[..., Tensor]] = {}
+    for i, block in enumerate(model.blocks):
+        if (window := model.config.window(i)) not in stand_ins:
+            with live.paused(), model.embed.weight.device:
+                kind = Block(model.config, i)
+            names = [n for n, _ in kind.named_parameters()]
+
+            def plain(x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor, kind: Block = kind, names: list[str] = names) -> Tensor:
+                return torch.func.functional_call(kind, dict(zip(names, weights, strict=True)), (x, cos, sin, None, None, None))
+
+            stand_ins[window] = stand_in(plain, live.note, live.paused)
+        block.forward = lambda x, cos, sin, *_, f=stand_ins[window], block=block: f(x, cos, sin, *block.parameters())
+    both = loss._compiled.get("both")
+    loss._compiled["both"] = stand_in(loss._chunk_both, live.note, live.paused)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            del block.forward
+        loss._compiled.pop("both")
+        if both is not None:
+            loss._compiled["both"] = both
+
+
+def _step(live: _Live, model: GPT, optimizer: MuonAdamW, batches: tuple[Tensor, ...], compiled: bool) -> None:
     """What trainer.fit does in a step, phase by phase."""
     optimizer.zero_grad()
     for idx, targets in zip(batches[::2], batches[1::2], strict=True):
         live.phase = "activations"
         hidden = model(idx)
         live.phase = "loss"
-        loss = linear_cross_entropy(hidden, model.head_weight, targets, None, model.config.softcap) / targets.numel()
+        total = loss.linear_cross_entropy(hidden, model.head_weight, targets, None, model.config.softcap, compiled)
         del hidden
         live.phase = "activations"
-        loss.backward()
-        del loss
+        (total / targets.numel()).backward()
+        del total
     live.phase = "optimizer"
     optimizer.step()
 
