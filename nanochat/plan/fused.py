@@ -5,6 +5,7 @@ them (which intermediates to save, which to compute again), and chains of elemen
 `stand_in` gives a function on tensors without contents that allocates what the compiled one would. It computes nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 KERNELS = {"mm", "bmm", "addmm", "baddbmm"}  # with the fused attentions: called as they are, so what they read and write must exist
+COSTLY_ON_CPU = {"exp", "log", "sigmoid", "tanh"}  # not computed twice there
+MOST_READS = 4  # a chain that reads more buffers than this is not computed twice (realize_reads_threshold)
 
 
 def stand_in(f: Callable[..., Any], note: Callable[[int], None], unseen: Callable[[], AbstractContextManager]) -> Callable[..., Any]:
@@ -82,29 +85,32 @@ def _like(value: Tensor) -> Tensor:
     return torch.empty(value.untyped_storage().nbytes() // value.element_size(), dtype=value.dtype, device=value.device)
 
 
+def _name(n: Node) -> str:
+    return n.target._opname if isinstance(n.target, torch._ops.OpOverload) else ""
+
+
 def _kernel(n: Node) -> bool:
-    name = n.target._opname if isinstance(n.target, torch._ops.OpOverload) else ""
-    return name in KERNELS or name.startswith("_scaled_dot_product")
+    return _name(n) in KERNELS or _name(n).startswith("_scaled_dot_product")
 
 
 def _scratch(graph: GraphModule) -> int:
     """The most bytes alive at once in buffers that are neither inputs nor outputs."""
     nodes = list(graph.graph.nodes)
     outside = {_key(n) for n in nodes if n.op == "placeholder"} | {_key(n) for n in tree_leaves(nodes[-1].args)}
-    real = {_key(n) for n in nodes if _kernel(n) or (getattr(n.target, "__name__", "") == "getitem" and _kernel(n.args[0]))}
-    real |= {_key(a) for n in nodes if _kernel(n) for a in n.all_input_nodes}
+    real = _real(nodes, outside)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for i, n in reversed(list(enumerate(nodes))):
         if (key := _key(n)) is not None:
             first[key] = i
-        read_at = i if key is None or key in real | outside else last.get(key, i)  # a fused chain reads where its end is written
+        read_at = i if key is None or key in real else last.get(key, i)  # a fused chain reads where its end is written
         for a in n.all_input_nodes:
             if (used := _key(a)) is not None and used != key:
                 last[used] = max(last.get(used, 0), read_at)
-    sizes = {key: _value(n).untyped_storage().nbytes() for n in nodes if (key := _key(n)) in real - outside - {None}}  # type: ignore[union-attr]
     changes = [0] * (len(nodes) + 1)
-    for key, size in sizes.items():
+    for key in first.keys() & (real - outside):
+        value = _value(nodes[first[key]])
+        size = 0 if value is None else value.untyped_storage().nbytes()
         changes[first[key]] += size
         changes[last.get(key, first[key]) + 1] -= size
     peak = now = 0
@@ -112,3 +118,28 @@ def _scratch(graph: GraphModule) -> int:
         now += change
         peak = max(peak, now)
     return peak
+
+
+def _real(nodes: list[Node], outside: set[int | None]) -> set[int | None]:
+    """
+    The storages that are written to memory; the others are steps of fused kernels. As torch._inductor.ir has it (mark_reuse): what a kernel
+    reads or writes, what is reduced or scattered to, and what is used again and would be costly to compute twice.
+    """
+    real = set(outside)
+    for n in nodes:
+        if _kernel(n):
+            real |= {_key(n), *map(_key, n.all_input_nodes), *(_key(user) for user in n.users)}  # users: the parts of several outputs
+    uses: Counter[int | None] = Counter(_key(a) for n in nodes for a in n.all_input_nodes if _key(a) != _key(n))
+    reads: Counter[int | None] = Counter()
+    costly: set[int | None] = set()
+    for n in nodes:
+        key, inputs = _key(n), {_key(a) for a in n.all_input_nodes} - {None}
+        if key is None or key in inputs or key in real:  # a view is its base
+            continue
+        reads[key] = sum(1 if a in real else reads[a] for a in inputs)
+        if _name(n) in COSTLY_ON_CPU and _value(n).device.type == "cpu" or any(a in costly - real for a in inputs):  # type: ignore[union-attr]
+            costly.add(key)
+        reduced = any(_value(n).numel() < v.numel() for a in n.all_input_nodes if (v := _value(a)) is not None)  # type: ignore[union-attr]
+        if reduced or "scatter_add" in _name(n) or (uses[key] > 1 and (key in costly or reads[key] > MOST_READS)):
+            real.add(key)
+    return real
