@@ -1,210 +1,182 @@
 """
-Memory before training: what a step, an evaluation and a sample hold at their peaks, by part, and which device batches fit a card.
+Memory before training, by part: which device batches fit a card, this machine, or what --memory_gb says.
 
     python -m scripts.plan memory --depth 12 --gpu rtx3090
+    python -m scripts.plan memory --depth 4 --device_batch_sizes 8 16 32 --sequence_lens 512 1024
 
-The real model, loss and optimizer run on tensors without contents, and a dispatch mode counts every storage that is alive. What no tensor
-shows (a CUDA context, the compiler's cache, fragmentation) is a small margin with its source. It refuses nothing: what does not fit is marked.
+Tensors are counted on the real model, loss and optimizer (plan.live); a context, a compiler and an allocator take a margin on top, measured
+where there is a GPU, else from the runs named beside the figures. A row that does not fit is marked; when none does, that is an error.
 """
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+import psutil
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from nanochat import loss, stage
-from nanochat.gpt import GPT, Block, GPTConfig
-from nanochat.optim import MuonAdamW
-from nanochat.plan.fused import stand_in
-from nanochat.runtime import Runtime
+from nanochat import hardware, stage
+from nanochat.common import UserError, columns, notice, print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.knobs import knob
+from nanochat.plan import live
+from nanochat.plan.arch import SizeKnobs, card, config_for
+from nanochat.runtime import DTYPES, Runtime, compiler_missing, open_runtime, out_of_memory, release_memory
 
-GB = 1 << 30
-SAMPLES = (5, 64)  # rows and positions of the samples that a base_train prints
+GB = 1 << 30  # of a card's memory
+PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "update", "evaluation", "kv_cache", "context", "compile", "fragmentation")
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages alive, by the phase that made them; `peak` by phase, and of their sum ("all")."""
+@dataclass(frozen=True)
+class Margin:
+    """What no tensor shows, in bytes: the process and its context, the compiler's own, and the allocator's share of what is allocated."""
 
-    def __init__(self, block: int):
-        super().__init__()
-        self.block, self.phase, self.counting = block, "weights", True  # an allocator hands out whole blocks
-        self.storages: dict[int, tuple[str, int, Any]] = {}
-        self.live: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out) if self.counting else ():
-            if isinstance(t, Tensor):
-                self._see(t)
-        if func in SCRATCH and self.counting:
-            self.note(SCRATCH[func](*args))
-        return out
-
-    def _see(self, t: Tensor) -> None:
-        storage = t.untyped_storage()
-        if (key := storage._cdata) not in self.storages:
-            size = -(-storage.nbytes() // self.block) * self.block
-            self.storages[key] = self.phase, size, weakref.ref(storage, lambda _: self._forget(key))
-            self.live[self.phase] += size
-            self.note()
-
-    def _forget(self, key: int) -> None:
-        phase, size, _ = self.storages.pop(key)
-        self.live[phase] -= size
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.counting = False
-        try:
-            yield
-        finally:
-            self.counting = True
-
-    def note(self, scratch: int = 0) -> None:
-        """Remember the peaks; `scratch` bytes are held for a moment inside an operator."""
-        if not self.counting:
-            return
-        for phase in (self.phase, "gradients"):
-            self.peak[phase] = max(self.peak[phase], self.live[phase] + (scratch if phase == self.phase else 0))
-        self.peak["all"] = max(self.peak["all"], self.live.total() + scratch)
-
-    def adopt(self, t: Tensor, phase: str) -> None:
-        """Count a tensor as another phase's: a gradient is made in the backward pass and stays."""
-        was, size, ref = self.storages[key := t.untyped_storage()._cdata]
-        self.storages[key] = phase, size, ref
-        self.live[was] -= size
-        self.live[phase] += size
-        self.note()
+    context: float
+    compile: float
+    fragmentation: float
 
 
-def _flash_backward_scratch(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
-    """Bytes inside the flash kernel's backward pass: dq is summed in float32, and shared key-value heads get a gradient a query head."""
-    return 4 * q.numel() + 2 * (q.numel() - k.numel()) * q.element_size()
+MARGINS = {
+    # An RTX 3090's owner saw a context of 1-1.5 GB, 0.8 GB for the compiler's cache and 0.3 GB lost to fragmentation at 17-23 GB
+    "cuda": Margin(1.25e9, 0.8e9, 0.015),
+    "mps": Margin(0.5e9, 0.0, 0.05),
+    "cpu": Margin(0.4e9, 0.2e9, 0.05),
+}
 
 
-SCRATCH: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch}
+@dataclass(kw_only=True)
+class Knobs(SizeKnobs):
+    """Grid"""
+
+    gpu: str = knob("", "the card, for example rtx3090 (default: this machine)")
+    gpus: int = knob(1, "cards that share the optimizer's state", low=1)
+    memory_gb: float = knob(0.0, "memory to fit into (default: the card's, or what is free here)", low=0)
+    device_batch_sizes: tuple[int, ...] = knob((1, 2, 4, 8, 16, 32, 64), "rows of a micro-batch, one line of the table each", low=1)
+    sequence_lens: tuple[int, ...] = knob((), "context lengths of the training rows (default: sequence_len)", low=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of the computation")
+    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU")
+    micro_batches: int = knob(2, "micro-batches of a step; with 1 there are no gradients yet when activations peak", low=1)
+    calibrate: bool = knob(True, "on a GPU of this machine, measure the margin with a short run")
+    json: bool = knob(False, "print JSON alone")
 
 
-class _Flash(TorchFunctionMode):
-    """On tensors without contents torch would decompose attention into a T x T product; a GPU runs the flash kernel where there is no mask."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args, 0.0, True, False, scale=kwargs.get("scale"))[0]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _ranks(n: int) -> Iterator[None]:
-    """A process group of `n` ranks that talk to nobody, so that the optimizer deals out its state as it would among them."""
-    if n == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def trace(
+def predict(
     config: GPTConfig, rows: int, sequence_len: int, *, dtype: torch.dtype, device_type: str, world_size: int = 1,
-    eval_rows: int | None = None, micro_batches: int = 2, compiled: bool = False,
-) -> tuple[Counter[str], Counter[str]]:  # fmt: skip
+    eval_rows: int | None = None, micro_batches: int = 2, compiled: bool | None = None, margin: Margin | None = None,
+) -> dict[str, int]:  # fmt: skip
     """
-    Two optimizer steps of `micro_batches` micro-batches each (rows x sequence_len), an evaluation of eval_rows rows and a few samples, run
-    without contents: the bytes that were alive at their peaks, by phase
-    and of all together ("all"), and those at the end.
+    Bytes that training takes on one device, by part. Weights, gradients and optimizer (its state) stay; activations, loss, update (what an
+    optimizer step needs beside its state), evaluation (eval_rows rows of the whole context; rows when None) and kv_cache are the peaks of
+    moments that do not fall together, so `allocated`, the peak of all tensors, is less than their sum. total = allocated + context + compile
+    + fragmentation. `compiled` None: on a GPU. micro_batches 1: the device batch holds the whole step.
     """
-    cpu = device_type == "cpu"
-    device = torch.device("cpu" if cpu else "meta")  # meta takes the roads of a GPU, and needs none
-    rt = Runtime(device, dtype, 0, world_size, 42)
-    with ExitStack() as stack:
-        stack.enter_context(_ranks(world_size))
-        if cpu:
-            stack.enter_context(FakeTensorMode())
-        live = stack.enter_context(_Live(64 if cpu else 512))
-        stack.enter_context(_Flash())
-        with device:
-            model = GPT(config, dtype)
-            model.set_context(config.sequence_len)
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: live.adopt(p.grad, "gradients"))
-        optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
-        ids = torch.zeros(2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device)  # inputs and targets of a step
-        with _as_compiled(model, live) if compiled else nullcontext():
-            for _ in range(2):  # the second one with the optimizer's state in place
-                _step(live, model, optimizer, ids.split(rows), compiled)
-        _look(live, model, eval_rows or rows)
-        return live.peak, live.live.copy()
+    compiled = device_type == "cuda" if compiled is None else compiled
+    margin = margin or MARGINS[device_type]
+    peak, end = live.trace(config, rows, sequence_len, dtype=dtype, device_type=device_type, world_size=world_size,
+                           eval_rows=eval_rows, micro_batches=micro_batches, compiled=compiled)  # fmt: skip
+    out = {name: end[name] for name in ("weights", "gradients", "optimizer")}
+    out |= {name: peak[name] for name in ("activations", "loss")} | {"update": peak["optimizer"] - end["optimizer"]}
+    out |= {name: peak[name] for name in ("evaluation", "kv_cache")}
+    out |= {"context": round(margin.context), "compile": round(margin.compile) if compiled else 0}
+    out |= {"fragmentation": round(margin.fragmentation * peak["all"]), "allocated": peak["all"]}
+    return out | {"total": sum(out[name] for name in ("allocated", "context", "compile", "fragmentation"))}
 
 
-@contextmanager
-def _as_compiled(model: GPT, live: _Live) -> Iterator[None]:
-    """The model's blocks and the loss allocate what they would compiled: one graph for all blocks of a kind, as in GPT.compile."""
-    stand_ins: dict[int, Callable[..., Tensor]] = {}
-    for i, block in enumerate(model.blocks):
-        if (window := model.config.window(i)) not in stand_ins:
-            with live.paused(), model.embed.weight.device:
-                kind = Block(model.config, i)
-            names = [n for n, _ in kind.named_parameters()]
-
-            def plain(x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor, kind: Block = kind, names: list[str] = names) -> Tensor:
-                return torch.func.functional_call(kind, dict(zip(names, weights, strict=True)), (x, cos, sin, None, None, None))
-
-            stand_ins[window] = stand_in(plain, live.note, live.paused)
-        block.forward = lambda x, cos, sin, *_, f=stand_ins[window], block=block: f(x, cos, sin, *block.parameters())
-    both = loss._compiled.get("both")
-    loss._compiled["both"] = stand_in(loss._chunk_both, live.note, live.paused)
+def calibrate(config: GPTConfig, rows: int, sequence_len: int, rt: Runtime, compiled: bool) -> Margin | None:
+    """
+    The margin of this GPU from two real steps of a small device batch: the context is what the card lacks beyond torch's pool, fragmentation
+    what the pool and the counted tensors leave unexplained. None when even that batch does not fit.
+    """
     try:
-        yield
-    finally:
-        for block in model.blocks:
-            del block.forward
-        loss._compiled.pop("both")
-        if both is not None:
-            loss._compiled["both"] = both
+        model = GPT.build(config, rt.device, rt.dtype)
+        model.init_weights()
+        if compiled:
+            model.compile()
+        optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
+        ids = torch.zeros(2, rows, sequence_len, dtype=torch.int64, device=rt.device)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(2):
+                (model.loss(*ids) / ids[1].numel()).backward()
+            optimizer.step()
+            torch.cuda.synchronize()
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        release_memory(rt.device)
+        return None
+    free, total = torch.cuda.mem_get_info(rt.device)
+    context = total - free - torch.cuda.memory_reserved(rt.device)
+    pool = torch.cuda.max_memory_reserved(rt.device)
+    del model, optimizer, ids
+    release_memory(rt.device)
+    counted = predict(config, rows, sequence_len, dtype=rt.dtype, device_type="cuda", compiled=compiled, eval_rows=1)["allocated"]
+    return Margin(context, 0.0, pool / counted - 1)
 
 
-def _step(live: _Live, model: GPT, optimizer: MuonAdamW, batches: tuple[Tensor, ...], compiled: bool) -> None:
-    """What trainer.fit does in a step, phase by phase."""
-    optimizer.zero_grad()
-    for idx, targets in zip(batches[::2], batches[1::2], strict=True):
-        live.phase = "activations"
-        hidden = model(idx)
-        live.phase = "loss"
-        total = loss.linear_cross_entropy(hidden, model.head_weight, targets, None, model.config.softcap, compiled)
-        del hidden
-        live.phase = "activations"
-        (total / targets.numel()).backward()
-        del total
-    live.phase = "optimizer"
-    optimizer.step()
+def _place(k: Knobs) -> tuple[str, str, torch.dtype, float, Runtime | None]:
+    """(device type, its name, precision, bytes there are, the runtime if it is this machine's)."""
+    if k.gpu:
+        gpu = card(k.gpu)
+        kind = "mps" if gpu.name.startswith("Apple") else "cuda"
+        auto = torch.float32 if kind == "mps" else torch.bfloat16 if gpu.bf16 else torch.float16
+        return kind, gpu.name, DTYPES.get(k.dtype, auto), (k.memory_gb or gpu.memory_gb) * GB, None
+    rt = open_runtime("auto", k.dtype)
+    if rt.device.type == "cuda":
+        there = torch.cuda.mem_get_info(rt.device)[1]
+    else:
+        there = psutil.virtual_memory().available
+    return rt.device.type, hardware.device_name(rt.device), rt.dtype, k.memory_gb * GB or there, rt
 
 
-def _look(live: _Live, model: GPT, rows: int) -> None:
-    """An evaluation over rows of the whole context, and the samples; the gradients of the last step are still there."""
-    live.phase = "evaluation"
-    device = model.embed.weight.device
-    ids = torch.zeros(2, rows, model.config.sequence_len, dtype=torch.int64, device=device)
-    model.token_losses(*ids)
-    del ids
-    live.phase = "kv_cache"
-    with torch.no_grad():
-        n, positions = SAMPLES
-        cache = model.new_cache(n, min(positions, model.config.sequence_len))
-        model.logits(model(torch.zeros(n, cache.capacity, dtype=torch.int64, device=device), cache)[:, -1])
+def grid(
+    config: GPTConfig, batches: Sequence[int], lengths: Sequence[int], there: float, **how: Any
+) -> list[dict[str, Any]]:
+    """predict() for every pair of device batch and length, smallest first, each with whether it fits into `there` bytes."""
+    out, cells = [], [(T, rows) for T in sorted(set(lengths)) for rows in sorted(set(batches))]
+    for i, (T, rows) in enumerate(cells):
+        print0(f"\r\033[K{rows} rows of {T} ({i + 1} of {len(cells)})", end="", file=sys.stderr)
+        parts = predict(config, rows, T, **how)
+        out.append({"rows": rows, "sequence_len": T, "fits": parts["total"] <= there, **parts})
+    print0("\r\033[K", end="", file=sys.stderr)
+    return out
+
+
+def run(k: Knobs) -> dict[str, Any]:
+    """Print the grid and return it; UserError when nothing fits."""
+    kind, name, dtype, there, rt = _place(k)
+    config = config_for(k.shape(), k.arch(), k.vocab)
+    lengths = k.sequence_lens or (k.sequence_len,)
+    if longest := [T for T in lengths if k.sequence_len < T]:
+        raise UserError(f"rows of {longest[0]} tokens do not fit a context of {k.sequence_len}: raise --sequence_len as well")
+    if not k.device_batch_sizes:
+        raise UserError("--device_batch_sizes names none: give some, as in --device_batch_sizes 8 16 32")
+    compiled = k.compile == "on" or (k.compile == "auto" and kind == "cuda")
+    if rt is not None and compiled and (missing := compiler_missing(rt.device)):
+        notice(f"predicted without torch.compile: {missing}")
+        compiled = False
+    margin = MARGINS[kind]
+    if rt is not None and kind == "cuda" and k.calibrate:
+        print0("calibrating with two steps of the smallest device batch", file=sys.stderr)
+        margin = calibrate(config, min(k.device_batch_sizes), min(lengths), rt, compiled) or margin
+    rows = grid(config, k.device_batch_sizes, lengths, there, dtype=dtype, device_type=kind, world_size=k.gpus,
+                micro_batches=k.micro_batches, compiled=compiled, margin=margin)  # fmt: skip
+    precision = str(dtype).removeprefix("torch.")
+    print0(f"{name}, {there / GB:.1f} GB; {precision}, {'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes")
+    shown = ("state", "activations", "loss", "update", "evaluation", "margin", "total")
+    table = []
+    for r in rows:
+        state = r["weights"] + r["gradients"] + r["optimizer"]
+        cells = {**r, "state": state, "margin": r["total"] - r["allocated"]}
+        table.append((r["rows"], r["sequence_len"], *(f"{cells[c] / GB:.2f}" for c in shown), "fits" if r["fits"] else "does not fit"))
+    print0(columns(("rows", "T", *shown, ""), table))
+    out = {"device": name, "memory_bytes": round(there), "dtype": precision, "compiled": compiled, "config": asdict(config), "grid": rows}
+    if not any(r["fits"] for r in rows):
+        least = rows[0]
+        raise UserError(
+            f"nothing fits {name}: {least['rows']} rows of {least['sequence_len']} take {least['total'] / GB:.1f} GB of {there / GB:.1f}; "
+            "choose a smaller --depth, --vocab or --sequence_len"
+            + ("" if least["rows"] == 1 else ", or fewer rows in --device_batch_sizes")
+        )
+    return out
