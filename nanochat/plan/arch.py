@@ -9,6 +9,7 @@ Every figure is counted on the real model, built without memory. It refuses a nu
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from nanochat import hardware, stage
-from nanochat.common import UserError, columns, duration, human, print0
+from nanochat.common import UserError, atomic_write, columns, duration, human, print0
 from nanochat.gpt import GPT, Arch, GPTConfig
 from nanochat.hardware import GPU
 from nanochat.knobs import knob, near
@@ -33,7 +34,7 @@ class SizeKnobs(Arch, Shape):
 
     vocab: int = knob(65_536, "tokens of the vocabulary", low=1)
     depth: int = knob(0, "layers; 0 = 4, or with --params what fits best", low=0)
-    head_dim: int = knob(0, f"width of an attention head; 0 = 128, with --params 64 where that leaves fewer than {FEWEST_HEADS} heads", low=0)
+    head_dim: int = knob(0, f"width of a head; 0 = 128, with --params 64 where that leaves fewer than {FEWEST_HEADS} heads", low=0)
 
     def shape(self) -> Shape:
         given = {f.name: getattr(self, f.name) for f in fields(Shape)}
@@ -52,7 +53,9 @@ class Knobs(SizeKnobs):
     tokens_per_param: float = knob(20.0, "tokens of training a parameter", low=0.01)
     gpu: str = knob("", "price the run on this card, for example rtx4090")
     gpus: int = knob(1, "cards of it", low=1)
-    utilisation: float = knob(round(REFERENCE, 2), "share of the cards' peak that training reaches; a measurement is better: plan probe", low=0.01, high=1)
+    utilisation: float = knob(round(REFERENCE, 2), "share of the cards' peak that training reaches", low=0.01, high=1)
+    device_batch_size: int = knob(32, "rows of a micro-batch on one card, for its memory", low=1)
+    specifications: str = knob("", "write the table of the standard models to this file, docs/model_specifications.md, and stop")
     json: bool = knob(False, "print JSON alone")
 
 
@@ -158,7 +161,8 @@ def _smallest(shape: Shape, arch: Arch, vocab: int, free: bool) -> str:
     n = counts(config_for(least, arch, vocab))
     tables = n["embedding"] + n["head"]
     tie = "" if arch.tie_embeddings else ", or --tie_embeddings"
-    return f"the smallest has {human(n['total'])}, {human(tables)} of them in tables for {vocab:,} tokens; try other --params, a smaller --vocab{tie}"
+    said = f"the smallest has {human(n['total'])}, {human(tables)} of them in tables for {vocab:,} tokens"
+    return f"{said}; try other --params, a smaller --vocab{tie}"
 
 
 def savings(config: GPTConfig) -> list[dict[str, Any]]:
@@ -211,17 +215,70 @@ def figures(config: GPTConfig, tokens_per_param: float = 20.0) -> dict[str, Any]
 
 
 def _price(k: Knobs, config: GPTConfig, flops: float) -> dict[str, Any]:
-    """Hours on the cards that were named."""
+    """Hours and memory on the cards that were named; a device batch that does not fit is halved until it does."""
+    from nanochat.plan import memory  # which knows this module
+
     gpu = card(k.gpu)
+    kind, dtype = memory.kind_of(gpu), torch.bfloat16 if gpu.bf16 else torch.float16
     time = hours(flops, k.gpus * gpu.flops, k.utilisation)
     print0(
         f"  on {k.gpus} x {gpu.name}: {duration(time * 3600)} of pretraining at {k.utilisation:.0%} of {gpu.flops / 1e12:.4g} TFLOP/s each"
     )
-    return {"gpu": gpu.name, "gpus": k.gpus, "utilisation": k.utilisation, "hours": time}
+    rows, there = k.device_batch_size, gpu.memory_gb * memory.GB
+    while True:
+        need = memory.predict(config, rows, config.sequence_len, dtype=dtype, device_type=kind, world_size=k.gpus)["total"]
+        said = f"{rows} rows of {config.sequence_len} a card take {need / memory.GB:.1f} of {gpu.memory_gb:g} GB"
+        if need <= there:
+            break
+        print0(f"  {said}: too much")
+        if rows == 1:
+            raise UserError(f"this model does not fit the {gpu.name}: {said}; choose a smaller --depth, --vocab or --sequence_len")
+        rows //= 2
+    print0(f"  {said}: --device_batch_size={rows}")
+    return {"gpu": gpu.name, "gpus": k.gpus, "utilisation": k.utilisation, "hours": time, "device_batch_size": rows, "memory_bytes": need}
+
+
+SPECIFIED = {f"d{depth}": Shape(depth=depth) for depth in (12, 16, 20, 26, 32)}
+SMALL = {"37.75 M": Shape(depth=4, model_dim=512, head_dim=64)}  # of runs/ittybitty.sh, with its own vocabulary
+SPECIFIED_ROWS = 8
+
+
+def specifications(with_memory: bool = True) -> str:
+    """docs/model_specifications.md: the standard models and what they take."""
+    from nanochat.plan import memory
+
+    rows = []
+    for name, shape in {**SMALL, **SPECIFIED}.items():
+        config = config_for(shape, Arch(), 24_576 if name in SMALL else 65_536)
+        f = figures(config)
+        flags = f"--depth={shape.depth}" + (f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}" if shape.model_dim else "")
+        need = ""
+        if with_memory:
+            how = {"dtype": torch.bfloat16, "device_type": "cuda"}
+            need = f"{memory.predict(config, SPECIFIED_ROWS, config.sequence_len, **how)['total'] / memory.GB:.1f}"
+        heads = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
+        parts = (f"{f[part]:,}" for part in ("embedding", "transformer", "head", "total"))
+        rows.append((name, f"`{flags}`", heads, *parts, human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}", need))
+    head = ("model", "flags", "layers x width", "embedding", "transformer", "head", "total", "FLOPs/token", "tokens", "FLOPs", "GB")
+    return f"""# Specifications of the standard models
+
+Written by `python -m scripts.plan arch --specifications docs/model_specifications.md`; a test holds it to the code.
+
+{columns(head, rows)}
+
+Vocabulary 65,536 (37.75 M: 24,576), context 2,048, no optional knob set. FLOPs are those of training, forward and backward, with causal
+attention counted at its mean length; tokens are 20 a parameter. GB of 2^30 bytes are what one CUDA card needs to train with
+{SPECIFIED_ROWS} rows of 2,048 in bf16, compiled, by `plan memory` (a prediction); on several cards the optimizer's state is shared and takes less.
+"""
 
 
 def run(k: Knobs) -> dict[str, Any]:
     """Print the table that the flags ask for, and return its figures."""
+    if k.specifications:
+        print0("predicting the memory of six models, some seconds each", file=sys.stderr)
+        atomic_write(k.specifications, specifications())
+        print0(f"wrote {k.specifications}")
+        return {"file": k.specifications}
     if k.split and not k.params:
         raise UserError(f"--split={k.split} divides a number of parameters: give it as well, as in --params 38M")
     arch, shape = k.arch(), k.shape()
@@ -238,7 +295,8 @@ def run(k: Knobs) -> dict[str, Any]:
         others = [f for f in near_by if (f.config.n_layer, f.config.n_embd) != (config.n_layer, config.n_embd)][:5]
     config = best.config
     out = {"config": asdict(config), **figures(config, k.tokens_per_param), "saves": savings(config)}
-    out["alternatives"] = [{"depth": f.config.n_layer, "model_dim": f.config.n_embd, "head_dim": f.config.head_dim, **f.counts} for f in others]
+    dims = ("n_layer", "n_embd", "head_dim")
+    out["alternatives"] = [{n: getattr(f.config, n) for n in dims} | f.counts for f in others]
     print0(stage.table_of_counts(model_of(config)))
     print0(
         f"  {human(out['tokens'])} tokens at {k.tokens_per_param:g} a parameter: {out['flops']:.3g} FLOPs; "

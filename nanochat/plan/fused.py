@@ -133,13 +133,13 @@ def _real(nodes: list[Node], outside: set[int | None]) -> set[int | None]:
     reads: Counter[int | None] = Counter()
     costly: set[int | None] = set()
     for n in nodes:
-        key, inputs = _key(n), {_key(a) for a in n.all_input_nodes} - {None}
-        if key is None or key in inputs or key in real:  # a view is its base
+        key, inputs, value = _key(n), {_key(a) for a in n.all_input_nodes} - {None}, _value(n)
+        if value is None or key in inputs or key in real:  # a view is its base
             continue
         reads[key] = sum(1 if a in real else reads[a] for a in inputs)
-        if _name(n) in COSTLY_ON_CPU and _value(n).device.type == "cpu" or any(a in costly - real for a in inputs):  # type: ignore[union-attr]
+        if (_name(n) in COSTLY_ON_CPU and value.device.type == "cpu") or inputs & (costly - real):
             costly.add(key)
-        reduced = any(_value(n).numel() < v.numel() for a in n.all_input_nodes if (v := _value(a)) is not None)  # type: ignore[union-attr]
+        reduced = any(value.numel() < v.numel() for v in map(_value, n.all_input_nodes) if v is not None)
         if reduced or "scatter_add" in _name(n) or (uses[key] > 1 and (key in costly or reads[key] > MOST_READS)):
             real.add(key)
     return real

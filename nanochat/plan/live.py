@@ -94,7 +94,7 @@ SCRATCH: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_fla
 
 
 class _Flash(TorchFunctionMode):
-    """On tensors without contents torch would decompose attention into a T x T product; a GPU runs the flash kernel where there is no mask."""
+    """Without contents torch would decompose attention into a T x T product; a GPU runs the flash kernel where there is no mask."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -123,9 +123,8 @@ def trace(
     eval_rows: int | None = None, micro_batches: int = 2, compiled: bool = False,
 ) -> tuple[Counter[str], Counter[str]]:  # fmt: skip
     """
-    Two optimizer steps of `micro_batches` micro-batches each (rows x sequence_len), an evaluation of eval_rows rows and a few samples, run
-    without contents: the bytes that were alive at their peaks, by phase
-    and of all together ("all"), and those at the end.
+    An optimizer step of `micro_batches` micro-batches (rows x sequence_len each) in the midst of a run, an evaluation of eval_rows rows
+    and a few samples, without contents: the bytes alive at their peaks, by phase and of all together ("all"), and those at the end.
     """
     cpu = device_type == "cpu"
     device = torch.device("cpu" if cpu else "meta")  # meta takes the roads of a GPU, and needs none
@@ -144,8 +143,10 @@ def trace(
         optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
         ids = torch.zeros(2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device)  # inputs and targets of a step
         with _as_compiled(model, live) if compiled else nullcontext():
-            for _ in range(2):  # the second one with the optimizer's state in place
-                _step(live, model, optimizer, ids.split(rows), compiled)
+            live.phase = "optimizer"
+            optimizer.step()  # makes its state, which a step in the midst of a run finds there
+            live.peak.clear()
+            _step(live, model, optimizer, ids.split(rows), compiled)
         _look(live, model, eval_rows or rows)
         return live.peak, live.live.copy()
 

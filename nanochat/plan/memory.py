@@ -25,7 +25,6 @@ from nanochat.plan.arch import SizeKnobs, card, config_for
 from nanochat.runtime import DTYPES, Runtime, compiler_missing, open_runtime, out_of_memory, release_memory
 
 GB = 1 << 30  # of a card's memory
-PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "update", "evaluation", "kv_cache", "context", "compile", "fragmentation")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,10 @@ class Margin:
 MARGINS = {
     # An RTX 3090's owner saw a context of 1-1.5 GB, 0.8 GB for the compiler's cache and 0.3 GB lost to fragmentation at 17-23 GB
     "cuda": Margin(1.25e9, 0.8e9, 0.015),
-    "mps": Margin(0.5e9, 0.0, 0.05),
-    "cpu": Margin(0.4e9, 0.2e9, 0.05),
+    "mps": Margin(0.5e9, 0.0, 0.05),  # not measured
+    # Resident sizes of eight runs (dev/LOG.md), within 7 %: malloc keeps what is freed (runtime.keep_freed_memory) in pieces that often do not
+    # serve again
+    "cpu": Margin(0.4e9, 0.05e9, 0.65),
 }
 
 
@@ -68,8 +69,8 @@ def predict(
     """
     Bytes that training takes on one device, by part. Weights, gradients and optimizer (its state) stay; activations, loss, update (what an
     optimizer step needs beside its state), evaluation (eval_rows rows of the whole context; rows when None) and kv_cache are the peaks of
-    moments that do not fall together, so `allocated`, the peak of all tensors, is less than their sum. total = allocated + context + compile
-    + fragmentation. `compiled` None: on a GPU. micro_batches 1: the device batch holds the whole step.
+    moments that do not fall together, so `allocated`, the peak of all tensors, is less than their sum. total = allocated + context +
+    compile + fragmentation. `compiled` None: on a GPU. micro_batches 1: the device batch holds the whole step.
     """
     compiled = device_type == "cuda" if compiled is None else compiled
     margin = margin or MARGINS[device_type]
@@ -85,8 +86,8 @@ def predict(
 
 def calibrate(config: GPTConfig, rows: int, sequence_len: int, rt: Runtime, compiled: bool) -> Margin | None:
     """
-    The margin of this GPU from two real steps of a small device batch: the context is what the card lacks beyond torch's pool, fragmentation
-    what the pool and the counted tensors leave unexplained. None when even that batch does not fit.
+    The margin of this GPU from two real steps of a small device batch: the context is what the card lacks beyond torch's pool, and
+    fragmentation what the pool has beyond the counted tensors. None when even that batch does not fit.
     """
     try:
         model = GPT.build(config, rt.device, rt.dtype)
@@ -115,11 +116,16 @@ def calibrate(config: GPTConfig, rows: int, sequence_len: int, rt: Runtime, comp
     return Margin(context, 0.0, pool / counted - 1)
 
 
+def kind_of(gpu: hardware.GPU) -> str:
+    """The device type of a card."""
+    return "mps" if gpu.name.startswith("Apple") else "cuda"
+
+
 def _place(k: Knobs) -> tuple[str, str, torch.dtype, float, Runtime | None]:
     """(device type, its name, precision, bytes there are, the runtime if it is this machine's)."""
     if k.gpu:
         gpu = card(k.gpu)
-        kind = "mps" if gpu.name.startswith("Apple") else "cuda"
+        kind = kind_of(gpu)
         auto = torch.float32 if kind == "mps" else torch.bfloat16 if gpu.bf16 else torch.float16
         return kind, gpu.name, DTYPES.get(k.dtype, auto), (k.memory_gb or gpu.memory_gb) * GB, None
     rt = open_runtime("auto", k.dtype)
@@ -136,10 +142,12 @@ def grid(
     """predict() for every pair of device batch and length, smallest first, each with whether it fits into `there` bytes."""
     out, cells = [], [(T, rows) for T in sorted(set(lengths)) for rows in sorted(set(batches))]
     for i, (T, rows) in enumerate(cells):
-        print0(f"\r\033[K{rows} rows of {T} ({i + 1} of {len(cells)})", end="", file=sys.stderr)
+        if sys.stderr.isatty():
+            print0(f"\r\033[K{rows} rows of {T} ({i + 1} of {len(cells)})", end="", file=sys.stderr)
         parts = predict(config, rows, T, **how)
         out.append({"rows": rows, "sequence_len": T, "fits": parts["total"] <= there, **parts})
-    print0("\r\033[K", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print0("\r\033[K", end="", file=sys.stderr)
     return out
 
 
