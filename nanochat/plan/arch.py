@@ -267,8 +267,8 @@ Written by `python -m scripts.plan arch --specifications docs/model_specificatio
 {columns(head, rows)}
 
 Vocabulary 65,536 (37.75 M: 24,576), context 2,048, no optional knob set. FLOPs are those of training, forward and backward, with causal
-attention counted at its mean length; tokens are 20 a parameter. GB of 2^30 bytes are what one CUDA card needs to train with
-{SPECIFIED_ROWS} rows of 2,048 in bf16, compiled, by `plan memory` (a prediction); on several cards the optimizer's state is shared and takes less.
+attention counted at its mean length; tokens are 20 a parameter. GB of 2^30 bytes are what one CUDA card needs to train with {SPECIFIED_ROWS} rows
+of 2,048 in bf16, compiled, as `plan memory` predicts it; on several cards the optimizer's state is shared and takes less.
 """
 
 

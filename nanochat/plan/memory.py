@@ -40,8 +40,7 @@ MARGINS = {
     # An RTX 3090's owner saw a context of 1-1.5 GB, 0.8 GB for the compiler's cache and 0.3 GB lost to fragmentation at 17-23 GB
     "cuda": Margin(1.25e9, 0.8e9, 0.015),
     "mps": Margin(0.5e9, 0.0, 0.05),  # not measured
-    # Resident sizes of eight runs (dev/LOG.md), within 7 %: malloc keeps what is freed (runtime.keep_freed_memory) in pieces that often do not
-    # serve again
+    # Resident sizes of eight runs, within 7 %: malloc keeps what is freed (runtime.keep_freed_memory), in pieces that often serve no more
     "cpu": Margin(0.4e9, 0.05e9, 0.65),
 }
 
