@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from nanochat.plan import arch
 from nanochat.scaling import Shape
 from scripts import plan
 
+DOCUMENT = Path(__file__).parent.parent / "docs" / "model_specifications.md"
 SMALL = Shape(depth=4, model_dim=512, head_dim=64)
 
 
@@ -141,15 +143,14 @@ def test_the_specifications_are_those_of_the_code():
     def cells(text: str) -> list[list[str]]:
         return [[c.strip() for c in line.split("|")[1:-2]] for line in text.splitlines() if line.startswith(("| d", "| 3"))]
 
-    written = (plan.Path(plan.__file__).parent.parent / "docs" / "model_specifications.md").read_text(encoding="utf-8")
+    written = DOCUMENT.read_text(encoding="utf-8")
     assert cells(written) == cells(arch.specifications(with_memory=False)) and len(cells(written)) == 6
 
 
 @pytest.mark.slow
 def test_the_specifications_are_up_to_date(tmp_path):
     planned("--specifications", str(tmp_path / "made.md"))
-    written = plan.Path(plan.__file__).parent.parent / "docs" / "model_specifications.md"
-    assert (tmp_path / "made.md").read_text(encoding="utf-8") == written.read_text(encoding="utf-8")
+    assert (tmp_path / "made.md").read_text(encoding="utf-8") == DOCUMENT.read_text(encoding="utf-8")
 
 
 # ---- errors and the command
@@ -167,7 +168,7 @@ def test_the_specifications_are_up_to_date(tmp_path):
         (["--split", "1:1:1"], "give it as well"),
         (["--gpu", "rtx4091"], r"no card is called 'rtx4091' \(did you mean RTX"),
         (["--gpus", "8"], "Name the card with --gpu"),
-        (["--depth", "40", "--gpu", "rtx3060"], "this model does not fit the RTX 3060: 1 rows"),
+        (["--depth", "14", "--model_dim", "4096", "--gpu", "rtx3060"], "this model does not fit the RTX 3060: a single row"),
         (["--model_dim", "500", "--head_dim", "64"], "try --model_dim=512"),
         (["--parms", "38M"], r"plan arch has no flag --parms \(did you mean --params\?\)"),
     ],

@@ -224,18 +224,27 @@ def _price(k: Knobs, config: GPTConfig, flops: float) -> dict[str, Any]:
     print0(
         f"  on {k.gpus} x {gpu.name}: {duration(time * 3600)} of pretraining at {k.utilisation:.0%} of {gpu.flops / 1e12:.4g} TFLOP/s each"
     )
-    rows, there = k.device_batch_size, gpu.memory_gb * memory.GB
-    while True:
-        need = memory.predict(config, rows, config.sequence_len, dtype=dtype, device_type=kind, world_size=k.gpus)["total"]
-        said = f"{rows} rows of {config.sequence_len} a card take {need / memory.GB:.1f} of {gpu.memory_gb:g} GB"
-        if need <= there:
-            break
-        print0(f"  {said}: too much")
-        if rows == 1:
-            raise UserError(f"this model does not fit the {gpu.name}: {said}; choose a smaller --depth, --vocab or --sequence_len")
-        rows //= 2
-    print0(f"  {said}: --device_batch_size={rows}")
-    return {"gpu": gpu.name, "gpus": k.gpus, "utilisation": k.utilisation, "hours": time, "device_batch_size": rows, "memory_bytes": need}
+    there = gpu.memory_gb * memory.GB
+
+    def need(rows: int) -> int:
+        return memory.predict(config, rows, config.sequence_len, dtype=dtype, device_type=kind, world_size=k.gpus)["total"]
+
+    rows, bytes_needed = k.device_batch_size, need(k.device_batch_size)
+    if bytes_needed > there:
+        print0(f"  {rows} rows of {config.sequence_len} a card take {bytes_needed / memory.GB:.1f} of {gpu.memory_gb:g} GB: too much")
+        least = need(1)
+        if least > there:
+            raise UserError(
+                f"this model does not fit the {gpu.name}: a single row of {config.sequence_len} takes {least / memory.GB:.1f} of "
+                f"{gpu.memory_gb:g} GB; choose a smaller --depth, --vocab or --sequence_len"
+            )
+        each = (bytes_needed - least) / (rows - 1)  # memory is nearly a straight line in rows: the check below is rarely repeated
+        rows = 1 << int(math.log2(1 + (there - least) / each))
+        while (bytes_needed := need(rows)) > there:
+            rows //= 2
+    print0(f"  --device_batch_size={rows}, context {config.sequence_len}: {bytes_needed / memory.GB:.1f} of {gpu.memory_gb:g} GB a card")
+    out = {"gpu": gpu.name, "gpus": k.gpus, "utilisation": k.utilisation, "hours": time}
+    return out | {"device_batch_size": rows, "memory_bytes": bytes_needed}
 
 
 SPECIFIED = {f"d{depth}": Shape(depth=depth) for depth in (12, 16, 20, 26, 32)}
@@ -267,8 +276,8 @@ Written by `python -m scripts.plan arch --specifications docs/model_specificatio
 {columns(head, rows)}
 
 Vocabulary 65,536 (37.75 M: 24,576), context 2,048, no optional knob set. FLOPs are those of training, forward and backward, with causal
-attention counted at its mean length; tokens are 20 a parameter. GB of 2^30 bytes are what one CUDA card needs to train with {SPECIFIED_ROWS} rows
-of 2,048 in bf16, compiled, as `plan memory` predicts it; on several cards the optimizer's state is shared and takes less.
+attention counted at its mean length; tokens are 20 a parameter. GB of 2^30 bytes are what one CUDA card needs for {SPECIFIED_ROWS} rows of
+2,048 in bf16, compiled, as `plan memory` predicts it; on several cards the optimizer's state is shared and takes less.
 """
 
 
