@@ -6,7 +6,7 @@ them (which intermediates to save, which to compute again), and chains of elemen
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,12 +28,12 @@ def stand_in(f: Callable[..., Any], note: Callable[[int], None], unseen: Callabl
     """
     drawn: dict[tuple[torch.Size, ...], Callable[..., Any]] = {}
 
-    def cut(graph: GraphModule, _: Any) -> Callable[..., Any]:
-        scratch, given = _scratch(graph), _placeholders(graph)
-        (outputs,) = next(n for n in graph.graph.nodes if n.op == "output").args
+    def cut(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        scratch, given = _scratch(gm), _placeholders(gm)
+        (outputs,) = next(n for n in gm.graph.nodes if n.op == "output").args
 
         def run(*args: Any) -> list[Any]:
-            made: dict[int, Tensor] = {}
+            made: dict[int | None, Tensor] = {}
             out = [_allocate(n, given, args, made) for n in outputs]
             note(scratch)
             return out
@@ -70,7 +70,7 @@ def _placeholders(graph: GraphModule) -> dict[int | None, int]:
     return {_key(n): i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
 
 
-def _allocate(n: Any, given: dict[int | None, int], args: tuple[Any, ...], made: dict[int, Tensor]) -> Tensor | None:
+def _allocate(n: Any, given: dict[int | None, int], args: tuple[Any, ...], made: dict[int | None, Tensor]) -> Tensor | None:
     if (value := _value(n)) is None:
         return None
     key = value.untyped_storage()._cdata
