@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
@@ -32,19 +31,22 @@ def stand_in(f: Callable[..., Any], note: Callable[[int], None], unseen: Callabl
         scratch, given = _scratch(gm), _placeholders(gm)
         (outputs,) = next(n for n in gm.graph.nodes if n.op == "output").args
 
-        def run(*args: Any) -> list[Any]:
+        def run(args: list[Any]) -> list[Any]:
             made: dict[int | None, Tensor] = {}
             out = [_allocate(n, given, args, made) for n in outputs]
+            args.clear()  # as compiled code does: what is read for the last time goes
             note(scratch)
             return out
 
-        return make_boxed_func(run)
+        run._boxed_call = True  # type: ignore[attr-defined]  # says that the arguments come in one list
+        return run
 
     def call(*args: Any) -> Any:
         shapes = tuple(a.shape for a in args if isinstance(a, Tensor))
         if shapes not in drawn:
             with unseen():
-                from torch._inductor.decomposition import select_decomp_table  # slow to import
+                from functorch.compile import aot_function, min_cut_rematerialization_partition  # slow to import, and not without traces
+                from torch._inductor.decomposition import select_decomp_table
 
                 g = drawn[shapes] = aot_function(f, cut, cut, min_cut_rematerialization_partition, select_decomp_table())
                 own = [torch.empty_like(a).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
@@ -70,7 +72,7 @@ def _placeholders(graph: GraphModule) -> dict[int | None, int]:
     return {_key(n): i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
 
 
-def _allocate(n: Any, given: dict[int | None, int], args: tuple[Any, ...], made: dict[int | None, Tensor]) -> Tensor | None:
+def _allocate(n: Any, given: dict[int | None, int], args: list[Any], made: dict[int | None, Tensor]) -> Tensor | None:
     if (value := _value(n)) is None:
         return None
     key = value.untyped_storage()._cdata
