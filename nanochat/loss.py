@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # logits of one chunk: on a CPU its few temporaries should stay in the cache
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27, "meta": 1 << 27}  # logits of one chunk: a CPU's few temporaries should stay in its cache
 BLOCK_CHUNKS = {"cpu": 8, "cuda": 1}  # chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs
 
 

@@ -115,7 +115,7 @@ class MuonAdamW:
             self._share_params(same, share)
 
     def _orthogonalize_all(self, updates: list[Tensor]) -> Iterable[Tensor]:
-        if updates[0].is_cuda:  # one batched product keeps a GPU busy; a CPU is as fast one by one, in its cache
+        if updates[0].device.type != "cpu":  # one batched product keeps a GPU busy; a CPU is as fast one by one, in its cache
             return orthogonalize(torch.stack(updates), self.ns_dtype).unbind()
         return [orthogonalize(u, self.ns_dtype) for u in updates]
 
