@@ -8,9 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 depth="${DEPTH:-20}" rows="${ROWS:-32}" shards="${SHARDS:-240}" gpus="${GPUS:-8}" # 54 G characters of 250 M a shard, and some to spare
 common=(--model_tag="d$depth" --run="${WANDB_RUN:-dummy}" --resume=auto)
 export OMP_NUM_THREADS=1
-[ -d .venv ] || python3 -m venv .venv
-source .venv/bin/activate
-python -m pip install --quiet -e .
+source runs/environment.sh
 
 python -m scripts.plan arch --depth=$depth --gpu="H100 SXM" --gpus=$gpus --device_batch_size=$rows
 python -m nanochat.dataset -n $shards

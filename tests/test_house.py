@@ -67,7 +67,7 @@ def test_the_ladder():
 def test_files_and_package_stay_small():
     lines = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE}
     assert {name: n for name, n in lines.items() if n > 450} == {}, "a file that outgrows 450 lines has two purposes: split it"
-    assert sum(lines.values()) < 10_500
+    assert sum(lines.values()) < 12_500
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
