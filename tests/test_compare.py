@@ -85,7 +85,7 @@ def made(condition, seed, bpb, step_ms=100.0, speed=1.0):
     }
 
 
-def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):
+def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):  # trap 30
     noise = [0.0, 0.02, -0.03, 0.01]
     runs = [made("none", s, 2.0 + e) for s, e in enumerate(noise)]
     runs += [made("good", s, 1.9 + e + 0.001 * s, step_ms=110.0) for s, e in enumerate(noise)]

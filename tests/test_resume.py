@@ -216,7 +216,7 @@ def test_a_longer_horizon_when_asked_for(whole, place, capsys):
     assert "learning rate x0.000 at step 20, x0.833 from here on (66.7% of the run is over)" in capsys.readouterr().out
 
 
-def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):
+def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):  # trap 7
     """redecay: from the present rate straight to the floor over what is left, also after another stop."""
     flags, run = place
     interrupted(monkeypatch, flags, 14)
