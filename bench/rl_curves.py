@@ -79,7 +79,7 @@ def record(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> dict[str, 
         directory = base / "checkpoints" / stage / tag
         found = [r for r in logbook.read(directory) if r["kind"] == "chat_eval"]
         if not found:
-            run(base, "chat_eval", "-i", stage, "-n", str(k.num_items), "-a", *k.ask)
+            run(base, "chat_eval", "-i", stage, "-n", str(k.num_items), f"--seed={seed}", "-a", *k.ask)
             found = [r for r in logbook.read(directory) if r["kind"] == "chat_eval"]
         asked[stage] = {name: {n: x[n] for n in ("accuracy", "n", "lo", "hi")} for name, x in found[-1]["kinds"].items()}
     rows = {kind: [r for r in logbook.read(base / "checkpoints" / "rl" / tag) if r["kind"] == kind] for kind in ("train", "eval")}
