@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a chat: environment, embedded corpus, tokenizer, pretraining, midtraining, finetuning, reinforcement, evaluation after each.
+# From nothing to a chat: environment, embedded corpus, tokenizer, attention prior, pretraining, midtraining, finetuning, reinforcement, with
+# an evaluation after each.
 #     bash runs/quickstart.sh                 12 minutes on two CPU cores, installation included; a GPU is used if there is one
 #     bash runs/quickstart.sh --minutes 30    the same with more training
 # Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
@@ -11,7 +12,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --minutes=*) minutes=${1#*=}; shift ;;
         --minutes) minutes=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
-        -h | --help) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" 2>/dev/null || sed -n '2,5s/^# \{0,1\}//p' runs/quickstart.sh; exit 0 ;;
+        -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" 2>/dev/null || sed -n '2,6s/^# \{0,1\}//p' runs/quickstart.sh; exit 0 ;;
         *) echo "error: quickstart.sh does not know $1: it takes --minutes N" >&2; exit 2 ;;
     esac
 done
@@ -39,6 +40,17 @@ step() { # step NAME COMMAND...: once; what is done stays done
 
 step tokenizer python -m scripts.tok_train --data tinyworld --vocab_size=2048
 
+# An attention prior, computed from the training text, so that looking things up in the context need not be discovered. It is left out where
+# its environment cannot be made: all works without it, and learns more slowly.
+prior() {
+    python -m scripts.tok_data --data tinyworld
+    python dev/generate_rap_prior.py --env "$out/../rap_env" --max_lag 256 --out "$out/rap_prior.safetensors" ||
+        echo "notice: no attention prior could be made (see above): training goes on without one"
+}
+step "attention prior" prior
+base_flags=(--model_tag=$tag --resume=auto)
+[ ! -e "$out/rap_prior.safetensors" ] || base_flags+=(--rap="$out/rap_prior.safetensors")
+
 # What is left of the time goes to the stages; the split is fixed at the first start, so that an interrupted stage keeps its length.
 if [ ! -e "$notes/plan" ]; then
     python - "$minutes" "$SECONDS" >"$notes/plan" <<'PLAN'
@@ -50,7 +62,7 @@ PLAN
 fi
 source "$notes/plan"
 
-step pretraining python -m scripts.base_train --model_tag=$tag --resume=auto --max_minutes="$base" --data tinyworld \
+step pretraining python -m scripts.base_train "${base_flags[@]}" --max_minutes="$base" --data tinyworld \
     --depth=4 --model_dim=256 --head_dim=64 --sequence_len=256 --total_batch_size=4096 --embedding_lr=0.05 \
     --warmdown_ratio=1 --eval_tokens=65536 --eval_every=0.2
 step "questions to the base model" python -m scripts.chat_eval -i base -g $tag
