@@ -158,13 +158,15 @@ def main() -> None:
     p.add_argument("--base", type=Path, default=cache / "rap_experiments", help="where everything is made")
     p.add_argument("--env", type=Path, default=cache / "rap_env", help="the generator's environment, made if it is not there")
     p.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME", help=", ".join(EXPERIMENTS))
-    p.add_argument("--conditions", nargs="+", metavar="NAME", help="of each experiment these alone, where time is short; the others can follow")
+    p.add_argument("--conditions", nargs="+", metavar="NAME", help="these alone; the others can follow")
     a = p.parse_args()
     for name in a.only:
         e = EXPERIMENTS[name]
         wanted = {n: c for n, c in e.conditions.items() if n in (a.conditions or e.conditions)}
         try:
             experiment(name, e._replace(conditions=wanted), a.base.resolve(), a.texts.resolve(), a.env.resolve())
+        except subprocess.CalledProcessError as e:  # it said why
+            sys.exit(e.returncode)
         finally:
             summarise(a.base.resolve())
 
