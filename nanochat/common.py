@@ -5,8 +5,9 @@ and the one exception that means "the user can mend this". It imports nothing of
 
 import hashlib
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -84,6 +85,16 @@ def duration(seconds: float) -> str:
     if s < 3600:
         return f"{s // 60}m{s % 60:02d}s"
     return f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table that reads well in a terminal and is Markdown as well; every cell as str() gives it, figures to the right."""
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [all(re.match(r"[-+]?[\d.]|$", c) for c in column[1:]) for column in zip(*cells, strict=True)]
+    rule = [("-" * (w - 1) + ":" if r else "-" * w) for w, r in zip(widths, right, strict=True)]
+    lines = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)] for row in cells]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (lines[0], rule, *lines[1:]))
 
 
 def entry(main: Callable[[], object]) -> None:

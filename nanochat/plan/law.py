@@ -1,9 +1,9 @@
 """
-Bits per byte from the size of a model and what it reads: L(N, D) = E + A / N^a + B / D^b (the form of Hoffmann et al. 2022, equation 10), N
-the parameters that a token is multiplied with, D the tokens of a run whose learning rate has decayed.
+Bits per byte from the size of a model and what it reads: L(N, D) = E + A / N^a + B / D^b (the form of Hoffmann et al. 2022, equation
+10), N the parameters that a token is multiplied with, D the tokens of a run whose learning rate has decayed.
 
-It is fitted to a published ladder of compute-optimal runs on web text, and is a first guess: text and tokenizer move the whole curve, which a
-pilot run measures (`scaled`). It never gives a figure without its interval.
+It is fitted to a published ladder of compute-optimal runs on web text, and is a first guess: text and tokenizer move the whole curve,
+which a pilot run measures (`scaled`). A plan never shows its figure without the interval.
 """
 
 import math
@@ -27,7 +27,7 @@ Z90 = 1.645  # intervals here are 90 %
 
 @dataclass(frozen=True)
 class Law:
-    """E, A, B in bits per byte with N and D in units of `size` and `tokens`; `factor` moves the whole curve, `spread` replaces its error."""
+    """E, A, B in bits per byte, N and D in units of `size` and `tokens`; `factor` moves the whole curve, `spread` replaces its error."""
 
     floor: float
     A: float
@@ -45,8 +45,9 @@ class Law:
 
     def interval(self, n: float, d: float) -> tuple[float, float, float]:
         """
-        Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder and as much again for every factor of ten in FLOPs
-        outside it. Check: 4.6 M tokens on 7.3 M parameters, 3.7 factors of ten below, measured 1.84 to 1.87 where the law says 1.79 (dev/LOG.md).
+        Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder and as much again for every factor of ten in
+        FLOPs outside it. A check: 4.6 M tokens on 7.3 M parameters, 3.7 factors of ten below, came to 1.84-1.87 where the law says 1.79
+        (dev/LOG.md, ten minutes of real text).
         """
         low, high = math.log10(LADDER[0][0]), math.log10(LADDER[-1][0])
         at = math.log10(6 * n * d)
