@@ -25,9 +25,9 @@ from nanochat.runtime import compiler_missing
 from nanochat.tokenizer import Tokenizer
 
 PRETRAIN = 0.85  # of a budget goes to pretraining
-# Share of the peak that a step of training reaches, with a 90 % interval. GPU: tokens a second that users report for an RTX 3090 (depth 12),
-# 4070 (depths 12 and 16) and 4090 (124 M parameters) over the table's peaks, 43 to 75 %; a compiled step on two CPU cores took 41 to 50 %
-# (dev/LOG.md).
+# Share of the peak that a step of training reaches, with a 90 % interval. GPU: tokens a second that users report for an RTX 3090 (depth
+# 12), 4070 (depths 12 and 16) and 4090 (124 M parameters) over the table's peaks, 43 to 75 %; a compiled step on two CPU cores took 41 to
+# 50 % (dev/LOG.md).
 SHARES = {"cuda": (0.5, 0.3, 0.75), "mps": (0.3, 0.1, 0.5), "cpu": (0.45, 0.3, 0.55)}
 GIB = 1 << 30
 
@@ -73,6 +73,7 @@ class Machine:
     points: tuple[dict[str, Any], ...] = ()
     source: str = ""  # where the figures come from, in words
     factor: float = 1.0  # measured over predicted speed, from a pilot
+    memory_gap: float | None = None  # bytes measured above a trace's, from a pilot
 
     @property
     def torch_dtype(self) -> torch.dtype:
