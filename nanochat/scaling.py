@@ -41,14 +41,14 @@ class Shape:
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
 
 
-MIN_STEPS = 600  # that a horizon should give at least
+MIN_STEPS = 2000  # that a horizon should give at least
 
 
 def batch_for(tokens: float) -> int:
     """
     Tokens of one optimizer step for a horizon of `tokens`: a power of two near 74 x tokens^0.383, at least 2^12 and at most 2^19, and small
-    enough for 600 steps. The exponent is the reported one for compute-optimal runs; the factor makes a 11.2 G token run use 2^19. Below
-    34 M tokens steps are what is short: for minutes on a small GPU 2^14 was reported best, and on two cores with 2.5 M tokens 2^12 learned
+    enough for 2,000 steps. The exponent is the reported one for compute-optimal runs; the factor makes a 11.2 G token run use 2^19. Below
+    240 M tokens steps are what is short: for minutes on a small GPU 2^14 was reported best, and on two cores with 2.5 M tokens 2^12 learned
     to copy where 2^13 did not (dev/LOG.md, induction).
     """
     tokens = max(tokens, 1.0)

@@ -6,8 +6,9 @@ Try a recipe for a short time, extrapolate to its whole budget with an interval,
 
 While the learning rate is high a loss lies above what the same tokens give once the rate has fallen, so a curve cut short says too little.
 A pilot is therefore several short runs (lengths 1 : 2 : 4), each with the recipe's whole schedule laid over its own length, of which only
-the decayed ends are fitted: L(D) = F + S D^-p. So few points do not tell F from p; what they leave open is taken from the law of plan recipe,
-with the doubt that it deserves, and the interval is that of resampled ends, exponents and floors. It refuses runs too short to be fitted.
+the decayed ends are fitted: L(D) = F + S D^-p. So few points do not tell F from p; what they leave open is taken from the law of plan
+recipe, with the doubt that it deserves, and the interval is that of resampled ends, exponents and floors. It refuses runs too short to
+be fitted.
 """
 
 import hashlib
@@ -75,8 +76,8 @@ class Fit:
 def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, share: float, power: float, seed: int = 0) -> Fit:
     """
     Fit the decayed ends (tokens, bits per byte) of runs and extrapolate to `target` tokens. `share` and `power` are what the law expects at
-    the longest run. The interval comes from DRAWS fits to ends moved by NOISE (or by the residuals, if these are larger) and to expectations
-    moved by DOUBT, each with the noise of the run that is predicted. UserError for ends that do not fall.
+    the longest run. The interval comes from DRAWS fits to ends moved by NOISE (or by the residuals, if these are larger) and to
+    expectations moved by DOUBT, each with the noise of the run that is predicted. UserError for ends that do not fall.
     """
     d, y = np.array(tokens, dtype=float), np.log(np.array(bpb, dtype=float))
     if len(d) < 2 or not np.isfinite(y).all() or y[d.argmax()] >= y[d.argmin()]:
@@ -140,23 +141,27 @@ def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
     return [int(unit * p) for p in parts]
 
 
-def train(file: Path, steps: int, tag: str, compiled: bool, quiet: bool) -> Path:
-    """One short run by base_train in its own process, or what there is of it already; returns its folder. UserError when it fails."""
-    directory = checkpoint.run_directory("base", tag)
-    if any(r.get("kind") == "summary" and r.get("step") == steps for r in logbook.read(directory)):
-        return directory
-    ours = ["--max_minutes=0", "--max_hours=0", f"--num_iterations={steps}", f"--model_tag={tag}", "--resume=auto"]
-    looks = ["--eval_every=0", "--sample_every=0", "--keep=1", "--run=dummy", f"--compile={'on' if compiled else 'off'}"]
+def train(words: Sequence[str], quiet: bool) -> None:
+    """base_train in its own process. UserError when it fails; interrupted, it saves itself first, and the same command goes on with it."""
     out = sys.stderr if quiet else sys.stdout
-    with subprocess.Popen(**process("scripts.base_train", "--recipe", str(file), *ours, *looks), stdout=out, start_new_session=True) as p:
+    with subprocess.Popen(**process("scripts.base_train", *words), stdout=out, start_new_session=True) as p:
         try:
             status = p.wait()
         except BaseException:
-            p.send_signal(signal.SIGINT)  # it saves itself; the same command goes on with it
+            p.send_signal(signal.SIGINT)
             p.wait()
             raise
     if status:
-        raise UserError(f"the pilot's run of {steps} steps ended with status {status}: what it said stands above")
+        raise UserError(f"a run of the pilot ended with status {status}: what it said stands above")
+
+
+def short_run(file: Path, steps: int, tag: str, compiled: bool, quiet: bool) -> Path:
+    """The folder of a run of so many steps with the recipe's own schedule over them, trained unless it is there."""
+    directory = checkpoint.run_directory("base", tag)
+    if not any(r.get("kind") == "summary" and r.get("step") == steps for r in logbook.read(directory)):
+        length = ["--max_minutes=0", "--max_hours=0", f"--num_iterations={steps}", f"--model_tag={tag}", "--resume=auto"]
+        looks = ["--eval_every=0", "--sample_every=0", "--keep=1", "--run=dummy", f"--compile={'on' if compiled else 'off'}"]
+        train(["--recipe", str(file), *length, *looks], quiet)
     return directory
 
 
@@ -198,7 +203,7 @@ def run(k: Knobs) -> dict[str, Any]:
     print0(f"pilot of {file}: runs of {', '.join(f'{n:,}' for n in steps)} of {first['steps']:,} steps, about {duration(seconds)}")
     runs, directory = [], file.parent
     for n in steps:
-        directory = train(file, n, f"pilot-{name}-{n}", found["compiled"], k.json)
+        directory = short_run(file, n, f"pilot-{name}-{n}", found["compiled"], k.json)
         runs.append(measured(directory))
         for path in () if k.keep else checkpoint.steps(directory):
             shutil.rmtree(path)
@@ -220,8 +225,9 @@ def run(k: Knobs) -> dict[str, Any]:
     recipe.show(again, machine)
     chosen = again["primary"]
     whole = recipe.write(k2, machine, again, the_law)
-    out: dict[str, Any] = {"runs": runs, "fit": vars(fit), "speed_ratio": ratio, "changed": chosen.shape != tried, "recipe": whole["recipe"]}
-    out |= {"memory_bytes": last["peak_memory_bytes"], "predicted_before": first["bpb"], "predicted": whole["primary"]}
+    out: dict[str, Any] = {"runs": runs, "fit": vars(fit), "speed_ratio": ratio, "changed": chosen.shape != tried}
+    out |= {"recipe": whole["recipe"], "memory_bytes": last["peak_memory_bytes"]}
+    out |= {"predicted_before": first["bpb"], "predicted": whole["primary"]}
     _say(out, first, chosen, ends)
     if k.target_bpb:
         out["target"] = verdict(k.target_bpb, chosen, the_law)

@@ -19,7 +19,7 @@ from typing import Any
 
 from nanochat import stage
 from nanochat.common import UserError, atomic_write, columns, duration, human, notice, print0
-from nanochat.gpt import GPT, Arch, GPTConfig
+from nanochat.gpt import Arch, GPTConfig
 from nanochat.knobs import knob
 from nanochat.plan import arch, law, memory, speed, throughput
 from nanochat.plan.speed import GIB, PRETRAIN, SHARES, Machine
@@ -32,7 +32,7 @@ USABLE = 0.95  # of a card's memory: the driver and the screen take some
 LOOKS = 4  # evaluations in a run, beside the one before it
 LOOK_SHARE = 0.006  # of the pretraining time for each of them
 OPENING = 6.0  # seconds in which a run opens its data and model and draws its samples
-TIE = 0.002  # predictions nearer than this are equal: the smaller model wins
+TIE = 0.003  # predictions nearer than this are equal: the usual shape wins, then the smaller model
 REST = {"mid_train": 0.45, "chat_sft": 0.3}  # of what pretraining leaves; what remains is for evaluation and for starting programs
 
 
@@ -93,7 +93,10 @@ def machine_of(k: Knobs) -> Machine:
     if k.gpu and k.probe:
         raise UserError(f"--gpu={k.gpu} and --probe={k.probe} are two machines: give one of them")
     if k.gpu:
-        gpu = arch.card(k.gpu)
+        try:
+            gpu = arch.card(k.gpu)
+        except UserError as e:
+            raise UserError(f"{e}. Or measure yours: run plan probe on it and give the file with --probe") from None
         kind, dtype = ("mps", "float32") if gpu.name.startswith("Apple") else ("cuda", "bfloat16" if gpu.bf16 else "float16")
         found = Machine(gpu.name, kind, dtype, gpu.memory_gb * GIB, gpu.flops, source=f"a share of its peak ({gpu.source})")
     elif k.probe:
@@ -111,16 +114,16 @@ def machine_of(k: Knobs) -> Machine:
 
 def candidate(k: Knobs, config: GPTConfig, machine: Machine, the_law: law.Law, seconds: float, most_rows: int = 1 << 30) -> Candidate:
     """What `seconds` of pretraining, evaluations and opening included, make of an architecture."""
-    model, T = arch.model_of(config), config.sequence_len
-    n, staged = model.counts(), machine.device_type != "cpu" and seconds >= 3600
+    T, n = config.sequence_len, speed.counts(config)
+    staged = machine.device_type != "cpu" and seconds >= 3600
     contexts = context_stages(T) if staged and not k.sequence_len else ((0.0, T),)
     longest, total, rows = contexts[-1][1], k.total_batch_size or 1 << 14, 1
     training = max(0.0, seconds - OPENING - len(contexts) * speed.first_step(machine, speed.compiles(machine.device_type, seconds)))
     tokens, rate, eval_tokens = 0.0, speed.Speed(1.0, 1.0, 1.0), 0
     for _ in range(3):  # the batch follows from the tokens, and these a little from the batch
         options = [1 << i for i in range(11) if (1 << i) <= most_rows and (1 << i) * T <= max(total, T)]
-        rows = min(k.device_batch_size, most_rows) or _rows(model, options, total, machine, T)
-        rate = _mean_speed(model, contexts, rows * T, total, machine)
+        rows = min(k.device_batch_size, most_rows) or _rows(config, options, total, machine, T)
+        rate = _mean_speed(config, contexts, rows * T, total, machine)
         share = LOOK_SHARE * seconds * 2 * rate.tok_per_sec / max(1, len(k.data))  # looking takes half of a training step's time a token
         eval_tokens = 1 << min(20, max(13, int(share).bit_length() - 1))
         looking = (LOOKS + 1) * max(1, len(k.data)) * eval_tokens / (2 * rate.tok_per_sec)
@@ -133,19 +136,21 @@ def candidate(k: Knobs, config: GPTConfig, machine: Machine, the_law: law.Law, s
     return found
 
 
-def _rows(model: GPT, options: Sequence[int], total: int, machine: Machine, T: int) -> int:
+def _rows(config: GPTConfig, options: Sequence[int], total: int, machine: Machine, T: int) -> int:
     """Rows of a micro-batch: the fastest by a probe's points (fewer where that costs less than 2 %), else as many as are usual."""
     if not machine.points:
         return max([r for r in options if r * T <= MICRO_TOKENS[machine.device_type]], default=1)
-    rates = {r: speed.tokens_per_second(model, r, T, total, machine).tok_per_sec for r in options}
+    rates = {r: speed.tokens_per_second(config, r, T, total, machine).tok_per_sec for r in options}
     return min(r for r in options if rates[r] >= 0.98 * max(rates.values()))
 
 
-def _mean_speed(model: GPT, contexts: Sequence[tuple[float, int]], micro: int, total: int, machine: Machine) -> speed.Speed:
+def _mean_speed(
+    config: GPTConfig, contexts: Sequence[tuple[float, int]], micro: int, total: int, machine: Machine
+) -> speed.Speed:
     """Over the stages of a run whose progress is time; a micro-batch keeps its tokens."""
     ends = [begin for begin, _ in contexts[1:]] + [1.0]
     spans = [(end - begin, T) for end, (begin, T) in zip(ends, contexts, strict=True)]
-    rates = [(w, speed.tokens_per_second(model, max(1, micro // T), T, total, machine)) for w, T in spans]
+    rates = [(w, speed.tokens_per_second(config, max(1, micro // T), T, total, machine)) for w, T in spans]
     return speed.Speed(*(sum(w * getattr(r, n) for w, r in rates) for n in ("tok_per_sec", "lo", "hi")))
 
 
@@ -179,7 +184,7 @@ def candidates(k: Knobs, machine: Machine, the_law: law.Law, seconds: float) -> 
     aspects = (k.aspect_ratio,) if k.aspect_ratio else (64.0,) if k.model_dim else ASPECTS
     configs = {(c.n_layer, c.n_embd): c for c in (k.config(d, a, T) for d in depths for a in aspects)}
     best, _ = the_law.best(max(reach, 1e9))
-    sizes = {shape: arch.counts(c)["matmul"] for shape, c in configs.items()}
+    sizes = {shape: speed.counts(c)["matmul"] for shape, c in configs.items()}
     near = {s for s in configs if best / 6 <= sizes[s] <= best * 6} or {min(sizes, key=lambda s: sizes[s])}
     found = [candidate(k, configs[s], machine, the_law, seconds) for s in near]
     found.sort(key=lambda c: (bool(c.why), c.bpb[0], c.n))
@@ -225,7 +230,8 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
             "at a time. Try --sequence_len=256, a smaller vocabulary, --tie_embeddings or a smaller --depth"
         )
     fitting.sort(key=lambda c: c.bpb[0])
-    first = min((c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)), key=lambda c: c.n)
+    equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
+    first = min(equal, key=lambda c: (abs(c.config.n_embd / c.config.n_layer - 64) > 8, c.n))
     tried = next((c for c in fitting if c.shape == kept), None)
     if tried and tried.bpb[0] <= first.bpb[0] * 1.01:
         first = tried
@@ -241,7 +247,7 @@ def _lost(c: Candidate, first: Candidate, second: Candidate | None) -> str:
         return "chosen"
     behind = c.bpb[0] - first.bpb[0]
     if c.bpb[0] <= first.bpb[0] * (1 + TIE):
-        why = "as good, and larger" if c.n > first.n else "as good"
+        why = f"{behind:+.3f}: as good, " + ("and larger" if c.n > first.n else "in another shape")
     elif c.n > first.n:
         why = f"{behind:+.3f}: too large, {c.tokens / c.n:.1f} tokens a parameter"
     else:
@@ -273,10 +279,11 @@ def tables(k: Knobs, c: Candidate, found: Mapping[str, Any]) -> dict[str, dict[s
     base |= {"max_minutes": round(pretraining / 60, 3), "total_batch_size": c.total, "device_batch_size": c.rows}
     base |= {"embedding_lr": embedding_rate(c.total), "eval_every": 1 / LOOKS, "eval_tokens": c.eval_tokens}
     base |= {"data": k.data} if k.data else {}
-    talk = {"eval_every": 0.5, "eval_tokens": c.eval_tokens, "warmdown_ratio": 1.0}
-    left = seconds - pretraining
-    later = {name: {"max_minutes": round(share * left / 60, 3), **talk} for name, share in REST.items()} if left > 30 else {}
-    if later:
+    left, later = seconds - pretraining, {}
+    for name, share in REST.items() if left > 30 else ():
+        looks = max(1 << 12, int(c.eval_tokens * share * left / pretraining))
+        later[name] = {"max_minutes": round(share * left / 60, 3), "eval_every": 0.5, "eval_tokens": looks, "warmdown_ratio": 1.0}
+    if later:  # rates as in the quickstart, whose chain was measured (dev/LOG.md)
         later["mid_train"]["lr_scale"] = 0.5
         later["chat_sft"]["init_lr_frac"] = 0.5
     tag = {"model_tag": k.model_tag} if k.model_tag else {}

@@ -7,7 +7,8 @@ be a guess.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -161,17 +162,38 @@ def _place(f: np.ndarray, T: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.stack([np.log(f), 0.5 * np.log(T), 0.5 * np.log(tokens)], axis=-1)
 
 
-def tokens_per_second(model: GPT, rows: int, T: int, total: int, machine: Machine) -> Speed:
+@cache
+def _model(text: str) -> tuple[GPT, dict[str, int]]:
+    model = arch.model_of(GPTConfig(**json.loads(text)))
+    return model, model.counts()
+
+
+@cache
+def _flops(text: str, T: int) -> float:
+    return _model(text)[0].flops_per_token(T)
+
+
+def counts(config: GPTConfig) -> dict[str, int]:
+    """arch.counts, remembered: a plan asks for the same hundred architectures again and again."""
+    return _model(json.dumps(asdict(config), sort_keys=True))[1]
+
+
+def flops_per_token(config: GPTConfig, T: int) -> float:
+    """Training FLOPs of a token in rows of T, remembered."""
+    return _flops(json.dumps(asdict(config), sort_keys=True), T)
+
+
+def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine: Machine) -> Speed:
     """
-    Tokens a second of steps of `total` tokens in micro-batches of `rows` rows of T tokens; `model` may be on the meta device. With points
-    the interval comes from leaving each one out in turn, narrower at a point (3 %) and wider away from all of them. Without, it is that
-    of SHARES, and three times as deep on a GPU below a width of 512, where starting kernels takes longer than running them.
+    Tokens a second of steps of `total` tokens in micro-batches of `rows` rows of T tokens. With points the interval comes from leaving
+    each one out in turn, narrower at a point (3 %) and wider away from all of them. Without, it is that of SHARES, and three times as
+    deep on a GPU below a width of 512, where starting kernels takes longer than running them.
     """
-    f, p = model.flops_per_token(T), model.counts()["total"]
+    f, p = flops_per_token(config, T), counts(config)["total"]
     good = [q for q in machine.points if "error" not in q]
     if not good:
         middle, lo, hi = (machine.factor * s * machine.peak_flops / f for s in SHARES[machine.device_type])
-        narrow = machine.device_type != "cpu" and model.config.n_embd < 512
+        narrow = machine.device_type != "cpu" and config.n_embd < 512
         return Speed(middle, lo / 3 if narrow else lo, hi)
     ms, distance = _Fit(good).step_ms(f, p, T, rows, total)
     misses = []

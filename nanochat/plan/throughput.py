@@ -96,12 +96,6 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     memory runs out.
     """
     rt = open_runtime(spec["device_type"], spec["dtype"])
-    if rt.device.type == "cpu" and sys.platform == "linux":  # without a limit of its own the system may end somebody else
-        import resource
-
-        import psutil
-
-        resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * psutil.virtual_memory().available), resource.RLIM_INFINITY))
     config = GPTConfig(**spec["config"])
     rows, T, n = spec["rows"], config.sequence_len, spec["accumulation"]
     micros, updates, losses = [], [], []
@@ -173,7 +167,7 @@ def grid(k: Knobs, machine: Machine, seconds: float) -> list[tuple[GPTConfig, in
     depths = list(k.depths or ((k.depth,) if k.depth else ()))
     if not depths:
         best, _ = law.fitted().best(SHARES[machine.device_type][0] * machine.peak_flops * PRETRAIN * seconds)
-        sizes = [GPT.build(k.config(d, k.aspect_ratio or 64, lengths[0]), "meta").counts()["matmul"] for d in DEPTHS]
+        sizes = [speed.counts(k.config(d, k.aspect_ratio or 64, lengths[0]))["matmul"] for d in DEPTHS]
         i = min(range(1, len(DEPTHS) - 1), key=lambda i: abs(np.log(sizes[i] / best)))
         depths = [DEPTHS[i], DEPTHS[i - 1], DEPTHS[i + 1]]
     return [(k.config(d, k.aspect_ratio or 64, T), rows) for d in depths for T in lengths for rows in batches]
@@ -193,9 +187,8 @@ def run(k: Knobs) -> dict[str, Any]:
     points, left = [], 0
     full: dict[str, int] = {}  # architecture -> rows that did not fit
     for config, rows in grid(k, machine, seconds):
-        model = GPT.build(config, "meta")
         micro = rows * config.sequence_len
-        reach = SHARES[machine.device_type][0] * machine.peak_flops * training / model.flops_per_token()
+        reach = SHARES[machine.device_type][0] * machine.peak_flops * training / speed.flops_per_token(config, config.sequence_len)
         point = {"name": machine.name, "dtype": machine.dtype, "compiled": compiled, "config": asdict(config), "rows": rows}
         point["accumulation"] = max(1, (k.total_batch_size or batch_for(reach)) // micro)
         shape = json.dumps(asdict(config))
@@ -270,6 +263,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What in_process starts: one measurement, its specification in JSON the only argument."""
     (text,) = sys.argv[1:] if argv is None else argv
     spec = json.loads(text)
+    if sys.platform == "linux":  # where memory ends on a CPU, an error here is better than the system ending some other process
+        import resource
+
+        import psutil
+
+        resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * psutil.virtual_memory().available), resource.RLIM_INFINITY))
     found = measure(spec) if "config" in spec else machine_here(spec["device_type"], spec["dtype"])
     print(json.dumps(found))
     return found
