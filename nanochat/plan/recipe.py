@@ -29,6 +29,7 @@ ASPECTS = (48.0, 64.0, 96.0)  # widths a layer that are tried
 FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape
 MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # of a micro-batch, where no probe says better
 USABLE = 0.95  # of a card's memory: the driver and the screen take some
+MOST_TRACED = 5  # candidates that fit: their memory is looked at, the best prediction first
 LOOKS = 4  # evaluations in a run, beside the one before it
 LOOK_SHARE = 0.006  # of the pretraining time for each of them
 OPENING = 6.0  # seconds in which a run opens its data and model and draws its samples
@@ -212,11 +213,14 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
     found, room, need = candidates(k, machine, the_law, pretraining), machine.memory_bytes * USABLE, Memory(machine)
     fitting: list[Candidate] = []
     for i, c in enumerate(found):
-        if c.why or len(fitting) >= 6:
+        if c.why or len(fitting) >= MOST_TRACED:
             continue
         c.memory = need(c.config, c.rows)
         while c.memory > room and c.rows > 1 and not k.device_batch_size:
-            found[i] = c = candidate(k, c.config, machine, the_law, pretraining, most_rows=c.rows // 2)
+            still = 12 * c.parameters  # weights, gradients and some of the optimizer stay; the rest follows the rows
+            share = max(0.0, room - still) / max(1.0, c.memory - still)
+            fewer = max(1, min(c.rows // 2, 1 << max(0, int(c.rows * share).bit_length() - 1)))
+            found[i] = c = candidate(k, c.config, machine, the_law, pretraining, most_rows=fewer)
             c.memory = need(c.config, c.rows)
         if c.memory > room:
             c.why = f"needs {c.memory / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB"
