@@ -22,8 +22,9 @@ def fast(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe.memory, "predict", predict)
 
 
-def predict(config, rows, sequence_len, *, dtype, device_type):
-    return {"total": 16 * speed.counts(config)["total"] + 60 * rows * sequence_len * config.n_layer * config.n_embd}
+def predict(config, rows, sequence_len, *, dtype, device_type, micro_batches, compiled):
+    tensors = 16 * speed.counts(config)["total"] + 60 * rows * sequence_len * config.n_layer * config.n_embd
+    return {"allocated": tensors, "total": tensors + GIB // 2}
 
 
 def ask(*words: str) -> recipe.Knobs:
@@ -109,7 +110,7 @@ def test_minutes_on_a_processor():
     assert first.contexts == ((0.0, 512),) and first.total <= 2**14 and first.steps > 500 and first.n < 2e7
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(hours=st.floats(0.05, 50), peak=st.floats(3e11, 1e15), gib=st.floats(2, 80), device=st.sampled_from(["cuda", "cpu"]))
 def test_a_plan_keeps_its_promises(hours, peak, gib, device):
     k, m = ask(f"--hours={hours}", "--vocab=8192"), machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device)
@@ -125,8 +126,8 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
 
 
 def test_what_is_given_is_kept():
-    k = ask("--hours=5", "--depth=7", "--model_dim=320", "--sequence_len=768", "--vocab=8192", "--total_batch_size=49152", "--device_batch_size=4",
-            "--tie_embeddings", "--activation=silu", "--kv_ratio=0.2", "--model_tag=mine", "--data", "a=x:1", "b=y:2")  # fmt: skip
+    k = ask("--hours=5", "--depth=7", "--model_dim=320", "--sequence_len=768", "--vocab=8192", "--total_batch_size=49152",
+            "--device_batch_size=4", "--tie_embeddings", "--activation=silu", "--kv_ratio=0.2", "--model_tag=mine", "--data", "a=x:1", "b=y:2")  # fmt: skip
     found = recipe.plan(k, machine(), law.fitted())
     base = recipe.tables(k, found["primary"], found)["base_train"]
     wanted = {"depth": 7, "model_dim": 320, "head_dim": 64, "sequence_len": 768, "total_batch_size": 49152, "device_batch_size": 4,

@@ -218,7 +218,8 @@ def run(k: Knobs) -> dict[str, Any]:
     fit = fit_curve(*zip(*ends, strict=True), tokens, plain.share(n, last["tokens"]), plain.b)
     the_law = plain.scaled(fit.bpb / plain.bpb(n, tokens), math.log(fit.hi / fit.lo) / (2 * law.Z90))
     config = checkpoint.config_of(next(r["config"] for r in logbook.read(directory) if r.get("kind") == "start"))
-    traced = recipe.Memory(replace(machine, memory_gap=0.0))(config, first["device_batch_size"])
+    accumulation = max(1, first["total_batch_size"] // (first["device_batch_size"] * config.sequence_len))
+    traced = recipe.Memory(replace(machine, memory_gap=0.0), found["compiled"]).trace(config, first["device_batch_size"], accumulation)
     machine = replace(machine, memory_gap=last["peak_memory_bytes"] - traced)
     tried = config.n_layer, config.n_embd
     again = recipe.plan(k2, machine, the_law, kept=tried)
@@ -254,7 +255,7 @@ def _say(out: Mapping[str, Any], before: Mapping[str, Any], chosen: recipe.Candi
     )
     print0(
         f"  speed {out['speed_ratio']:.2f} times what was predicted; peak memory {out['memory_bytes'] / GIB:.2f} GiB, predicted "
-        f"{(before['memory_bytes'] or 0) / GIB:.2f}"
+        f"{before['peak_memory_bytes'] / GIB:.2f}"
     )
     kept = "another model is better now, and has not been tried" if out["changed"] else "the recipe keeps its model"
     print0(f"  {kept}: depth {chosen.config.n_layer}, width {chosen.config.n_embd}; {out['recipe']} is corrected")

@@ -29,7 +29,7 @@ ASPECTS = (48.0, 64.0, 96.0)  # widths a layer that are tried
 FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape
 MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # of a micro-batch, where no probe says better
 USABLE = 0.95  # of a card's memory: the driver and the screen take some
-MOST_TRACED = 5  # candidates that fit: their memory is looked at, the best prediction first
+MOST_TRACED = 4  # candidates that fit: their memory is looked at, the best prediction first
 LOOKS = 4  # evaluations in a run, beside the one before it
 LOOK_SHARE = 0.006  # of the pretraining time for each of them
 OPENING = 6.0  # seconds in which a run opens its data and model and draws its samples
@@ -67,12 +67,17 @@ class Candidate:
     eval_tokens: int
     bpb: tuple[float, float, float]
     why: str = ""  # it lost
-    memory: float | None = None
+    memory: float | None = None  # of the device
+    peak: float | None = None  # as the run will report it
     parameters: int = field(default=0)
 
     @property
     def steps(self) -> int:
         return int(self.tokens / self.total)
+
+    @property
+    def accumulation(self) -> int:
+        return max(1, self.total // (self.rows * self.config.sequence_len))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,6 +90,7 @@ class Candidate:
         names |= {"sequence_len": c.sequence_len, "contexts": self.contexts}
         batch = {"total_batch_size": self.total, "device_batch_size": self.rows, "steps": self.steps, "eval_tokens": self.eval_tokens}
         figures = {"parameters": self.parameters, "matmul_parameters": self.n, "tokens": self.tokens, "memory_bytes": self.memory}
+        figures |= {"peak_memory_bytes": self.peak}
         named = {"tok_per_sec": self.rate.tok_per_sec, "tok_per_sec_lo": self.rate.lo, "tok_per_sec_hi": self.rate.hi}
         return {**names, **batch, **figures, **named, **dict(zip(("bpb", "bpb_lo", "bpb_hi"), self.bpb, strict=True)), "why": self.why}
 
@@ -156,25 +162,34 @@ def _mean_speed(
 
 
 class Memory:
-    """Peak memory by `plan memory`; on a machine with points, moved by what these measured above it: a process holds more than tensors."""
+    """
+    Peak memory by `plan memory`, moved by what a pilot or a probe measured above it: a process holds more than tensors. What a run reports
+    of itself is on a GPU what is allocated, elsewhere the whole process.
+    """
 
-    def __init__(self, machine: Machine):
-        self.machine, self.traced = machine, {}
+    def __init__(self, machine: Machine, compiled: bool):
+        self.machine, self.compiled, self.traced = machine, compiled, {}
+        self.reported = "allocated" if machine.device_type == "cuda" else "total"
         self.gap = machine.memory_gap or 0.0
-        if machine.memory_gap is None and (good := [p for p in machine.points if "error" not in p]):
+        if machine.memory_gap is None and (good := [p for p in machine.points if "error" not in p and p["compiled"] == compiled]):
             likely = sorted(good, key=lambda p: p["rows"])[:2]
-            self.gap = fmean(p["peak_memory_bytes"] - self.trace(GPTConfig(**p["config"]), p["rows"]) for p in likely)
+            self.gap = fmean(p["peak_memory_bytes"] - self.trace(GPTConfig(**p["config"]), p["rows"], p["accumulation"]) for p in likely)
 
-    def trace(self, config: GPTConfig, rows: int) -> float:
-        key = json.dumps([asdict(config), rows])
+    def found(self, config: GPTConfig, rows: int, accumulation: int) -> dict[str, int]:
+        key = json.dumps([asdict(config), rows, accumulation > 1])
         if key not in self.traced:
-            m = self.machine
-            found = memory.predict(config, rows, config.sequence_len, dtype=m.torch_dtype, device_type=m.device_type)
-            self.traced[key] = found["total"]
+            m, more = self.machine, {"micro_batches": min(2, accumulation), "compiled": self.compiled}
+            self.traced[key] = memory.predict(config, rows, config.sequence_len, dtype=m.torch_dtype, device_type=m.device_type, **more)
         return self.traced[key]
 
-    def __call__(self, config: GPTConfig, rows: int) -> float:
-        return self.trace(config, rows) + self.gap
+    def trace(self, config: GPTConfig, rows: int, accumulation: int) -> float:
+        """Bytes that a run would report, before any correction."""
+        return self.found(config, rows, accumulation)[self.reported]
+
+    def look(self, c: "Candidate") -> None:
+        """Fill in what a candidate takes of the device, and what it will report."""
+        found = self.found(c.config, c.rows, c.accumulation)
+        c.memory, c.peak = found["total"] + self.gap, found[self.reported] + self.gap
 
 
 def candidates(k: Knobs, machine: Machine, the_law: law.Law, seconds: float) -> list[Candidate]:
@@ -210,18 +225,20 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
     if not seconds:
         raise UserError("nothing says how long the whole of it may take: give --hours or --minutes")
     pretraining = k.pretrain * seconds
-    found, room, need = candidates(k, machine, the_law, pretraining), machine.memory_bytes * USABLE, Memory(machine)
+    found, room = candidates(k, machine, the_law, pretraining), machine.memory_bytes * USABLE
+    need = Memory(machine, speed.compiles(machine.device_type, pretraining))
     fitting: list[Candidate] = []
+    print0(f"  tracing the memory of the best {MOST_TRACED} candidates that fit, a few seconds each")
     for i, c in enumerate(found):
         if c.why or len(fitting) >= MOST_TRACED:
             continue
-        c.memory = need(c.config, c.rows)
+        need.look(c)
         while c.memory > room and c.rows > 1 and not k.device_batch_size:
             still = 12 * c.parameters  # weights, gradients and some of the optimizer stay; the rest follows the rows
             share = max(0.0, room - still) / max(1.0, c.memory - still)
             fewer = max(1, min(c.rows // 2, 1 << max(0, int(c.rows * share).bit_length() - 1)))
             found[i] = c = candidate(k, c.config, machine, the_law, pretraining, most_rows=fewer)
-            c.memory = need(c.config, c.rows)
+            need.look(c)
         if c.memory > room:
             c.why = f"needs {c.memory / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB"
         else:
