@@ -201,7 +201,7 @@ def candidates(k: Knobs, machine: Machine, the_law: law.Law, seconds: float) -> 
     configs = {(c.n_layer, c.n_embd): c for c in (k.config(d, a, T) for d in depths for a in aspects)}
     best, _ = the_law.best(max(reach, 1e9))
     sizes = {shape: speed.counts(c)["matmul"] for shape, c in configs.items()}
-    near = {s for s in configs if best / 6 <= sizes[s] <= best * 6} or {min(sizes, key=lambda s: sizes[s])}
+    near = {s for s in configs if sizes[s] <= best * 6} or {min(sizes, key=lambda s: sizes[s])}  # the small ones for small memories
     found = [candidate(k, configs[s], machine, the_law, seconds) for s in near]
     found.sort(key=lambda c: (bool(c.why), c.bpb[0], c.n))
     if found[0].why:
@@ -227,11 +227,13 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
     pretraining = k.pretrain * seconds
     found, room = candidates(k, machine, the_law, pretraining), machine.memory_bytes * USABLE
     need = Memory(machine, speed.compiles(machine.device_type, pretraining))
-    fitting: list[Candidate] = []
-    print0(f"  tracing the memory of the best {MOST_TRACED} candidates that fit, a few seconds each")
-    for i, c in enumerate(found):
-        if c.why or len(fitting) >= MOST_TRACED:
-            continue
+
+    def fits(i: int) -> bool:
+        """Trace a candidate, with fewer rows until it fits; says why it lost where it never does."""
+        c = found[i]
+        if any(o.why.startswith("needs") and o.parameters <= c.parameters for o in found):
+            c.why = "needs more memory than a smaller one that does not fit"
+            return False
         need.look(c)
         while c.memory > room and c.rows > 1 and not k.device_batch_size:
             still = 12 * c.parameters  # weights, gradients and some of the optimizer stay; the rest follows the rows
@@ -241,8 +243,13 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
             need.look(c)
         if c.memory > room:
             c.why = f"needs {c.memory / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB"
-        else:
-            fitting.append(c)
+        return not c.why
+
+    print0("  tracing the memory of the best candidates, a few seconds each")
+    fitting: list[Candidate] = []
+    for i in range(len(found)):
+        if len(fitting) < MOST_TRACED and not found[i].why and fits(i):
+            fitting.append(found[i])
     if not fitting:
         least = min((c for c in found if c.memory), key=lambda c: c.memory or 0)
         raise UserError(
@@ -256,8 +263,8 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
     tried = next((c for c in fitting if c.shape == kept), None)
     if tried and tried.bpb[0] <= first.bpb[0] * 1.01:
         first = tried
-    smaller = [c for c in fitting if c.n <= 2 / 3 * first.n] or [c for c in fitting if c.n < first.n]
-    second = min(smaller, key=lambda c: c.bpb[0], default=None)
+    small = [i for i, c in enumerate(found) if not c.why and c.n <= 2 / 3 * first.n]
+    second = next((found[i] for i in small if fits(i)), None)
     for c in found:
         c.why = c.why or _lost(c, first, second)
     return {"primary": first, "fallback": second, "candidates": found, "seconds": seconds, "pretraining_seconds": pretraining}
@@ -285,7 +292,7 @@ def toml_value(v: Any) -> str:
         return str(v).lower()
     if isinstance(v, tuple | list):
         return "[" + ", ".join(map(toml_value, v)) + "]"
-    return json.dumps(v, ensure_ascii=False) if isinstance(v, str) else f"{v:.6g}" if isinstance(v, float) else str(v)
+    return json.dumps(v, ensure_ascii=False) if isinstance(v, str) else repr(float(f"{v:.6g}") if isinstance(v, float) else v)
 
 
 def tables(k: Knobs, c: Candidate, found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
