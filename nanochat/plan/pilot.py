@@ -42,7 +42,7 @@ SHARE, MOST = 0.1, 3600.0  # of the pretraining time, and seconds, for all runs 
 FEWEST_STEPS = 16  # of the shortest run
 NOISE = 0.005  # relative standard deviation of a run's end, seed and validation text together: a judgement
 DOUBT = (0.8, 0.35)  # standard deviations of what the law says of the floor (logit of its share) and of the exponent (logarithm)
-DRAWS = 300
+DRAWS = 8000
 
 
 @dataclass(kw_only=True)
@@ -76,8 +76,9 @@ class Fit:
 def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, share: float, power: float, seed: int = 0) -> Fit:
     """
     Fit the decayed ends (tokens, bits per byte) of runs and extrapolate to `target` tokens. `share` and `power` are what the law expects at
-    the longest run. The interval comes from DRAWS fits to ends moved by NOISE (or by the residuals, if these are larger) and to
-    expectations moved by DOUBT, each with the noise of the run that is predicted. UserError for ends that do not fall.
+    the longest run. The curve is that of least squares; value and interval come from DRAWS curves around the law, resampled by how well
+    they meet the ends (to NOISE, or to the residuals if these are larger), each with the noise of the run that is predicted. UserError for
+    ends that do not fall.
     """
     d, y = np.array(tokens, dtype=float), np.log(np.array(bpb, dtype=float))
     if len(d) < 2 or not np.isfinite(y).all() or y[d.argmax()] >= y[d.argmin()]:
@@ -86,24 +87,27 @@ def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, shar
     x = np.log(d / d.max())
     expected = np.array([math.log(share / (1 - share)), math.log(power)])
 
-    def curve(p: np.ndarray, x: np.ndarray) -> np.ndarray:
-        part = 1 / (1 + np.exp(-p[1]))
-        return p[0] + np.log(part + (1 - part) * np.exp(-np.exp(p[2]) * x))
+    def fall(p: np.ndarray, x: np.ndarray | float) -> np.ndarray:
+        """Logarithm of the loss over that of the longest run; p (..., 2): logit of the floor's share, logarithm of the exponent."""
+        part = 1 / (1 + np.exp(-p[..., :1]))
+        return np.log(part + (1 - part) * np.exp(-np.exp(p[..., 1:]) * x))
 
-    def solve(y: np.ndarray, expected: np.ndarray, start: np.ndarray, noise: float) -> np.ndarray:
-        return least_squares(lambda p: np.concatenate([(curve(p, x) - y) / noise, (p[1:] - expected) / DOUBT]), start).x
-
-    best = solve(y, expected, np.array([y[d.argmax()], *expected]), NOISE)
-    misses = curve(best, x) - y
-    noise = max(NOISE, float(np.sqrt(np.sum(misses**2) / max(1, len(d) - 1))))
+    best = least_squares(
+        lambda p: np.concatenate([(p[0] + fall(p[1:], x) - y) / NOISE, (p[1:] - expected) / DOUBT]), [y[d.argmax()], *expected]
+    ).x
+    noise = max(NOISE, float(np.sqrt(np.sum((best[0] + fall(best[1:], x) - y) ** 2) / max(1, len(d) - 1))))
     rng = np.random.default_rng(seed)
-    where, ends = np.array(math.log(target / d.max())), []
-    for _ in range(DRAWS):
-        moved = solve(y + noise * rng.standard_normal(len(y)), expected + np.array(DOUBT) * rng.standard_normal(2), best, noise)
-        ends.append(float(curve(moved, where)) + noise * rng.standard_normal())
-    lo, hi = np.quantile(ends, [0.05, 0.95])
-    floor = float(1 / (1 + np.exp(-best[1])))
-    return Fit(math.exp(best[0]), floor, math.exp(best[2]), float(d.max()), math.exp(float(curve(best, where))), math.exp(lo), math.exp(hi))
+    drawn = expected + np.array(DOUBT) * rng.standard_normal((DRAWS, 2))
+    above = y - fall(drawn, x)  # what each end says of the level
+    level = above.mean(-1)
+    odds = -0.5 * np.sum((above - level[:, None]) ** 2, -1) / noise**2
+    likely = np.exp(odds - odds.max())
+    taken = rng.choice(DRAWS, DRAWS, p=likely / likely.sum())
+    scatter = noise * (rng.standard_normal(DRAWS) / math.sqrt(len(d)) + rng.standard_normal(DRAWS))  # of the level, and of the run itself
+    where = math.log(target / d.max())
+    lo, bpb, hi = np.exp(np.quantile(level[taken] + fall(drawn[taken], where)[:, 0] + scatter, [0.05, 0.5, 0.95]))
+    share = float(1 / (1 + np.exp(-best[1])))
+    return Fit(math.exp(best[0]), share, math.exp(best[2]), float(d.max()), float(bpb), float(lo), float(hi))
 
 
 # running ------------------------------------------------------------------------------------------------------------------
