@@ -32,7 +32,7 @@ class Knobs(throughput.Knobs):
 
 
 def errors(p: dict[str, Any], machine: Machine, others: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Prediction over measurement, less 1, of a point: speed from the other points, speed from the peak, memory; and seconds to predict it."""
+    """Prediction over measurement, less 1, of a point: speed from the other points and from the peak, memory; seconds for all of it."""
     config, rows, n = GPTConfig(**p["config"]), p["rows"], p["accumulation"]
     micro = rows * config.sequence_len
     began = time.monotonic()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanochat import checkpoint, knobs, logbook
 from nanochat.common import UserError
-from nanochat.plan import law, pilot, recipe, throughput
+from nanochat.plan import law, pilot, recipe
 from nanochat.plan.speed import GIB, Machine
 from scripts import base_train
 
@@ -118,7 +118,7 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipe.memory, "predict", lambda config, rows, T, **more: {"total": 10**8 + 4 * rows * T, "allocated": 0})
     flags = tiny.workplace(tmp_path)
     mine = Machine("Toy", "cpu", "float32", 4 * GIB, 2e9, source="the test")
-    monkeypatch.setattr(throughput, "here", lambda *a: mine)
+    monkeypatch.setattr(recipe, "machine_of", lambda k: mine)
     words = [f for f in flags if f.startswith(("--data", "--depth", "--model_dim", "--head_dim", "--kv_ratio", "--sequence_len"))]
     ask = [*words, "--minutes=5", "--total_batch_size=1024", "--device_batch_size=16", "--model_tag=t"]
     recipe.run(knobs.parse(recipe.Knobs, ask, command="plan recipe")[0])

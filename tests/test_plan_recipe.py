@@ -6,6 +6,7 @@ import tomllib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_plan_throughput import point
 
 from nanochat import knobs
 from nanochat.common import UserError
@@ -155,8 +156,6 @@ def test_a_pilot_moves_the_plan():
 
 
 def test_a_probe_decides_the_rows(tmp_path):
-    from test_plan_throughput import point
-
     points = [point(d, rows, b=2e-10 if rows == 8 else 4e-10) for d in (2, 4, 6) for rows in (8, 32)]
     told = {"name": "Some CPU", "device_type": "cpu", "dtype": "float32", "memory_bytes": 8 * GIB, "peak_flops": 1e12}
     (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points}))
@@ -173,7 +172,7 @@ def test_a_probe_decides_the_rows(tmp_path):
     [
         ((), {}, "nothing says how long .*: give --hours or --minutes"),
         (("--hours=1", "--minutes=1"), {}, "--hours=1 and --minutes=1 are two budgets"),
-        (("--minutes=0.1",), {"device_type": "cpu", "peak_flops": 1e11}, r"5s of pretraining are too few .* Give at least 1 minutes"),
+        (("--minutes=0.1",), {"device_type": "cpu", "peak_flops": 1e11}, r"5s of pretraining are too few .* Give at least 3 minutes"),
         (("--hours=24",), {"memory_bytes": GIB / 8}, "Card has too little memory .* needs .* GiB with 1 rows at a time. Try"),
         (("--hours=24", "--depth=40"), {}, "Card has too little memory .* depth 40"),
     ],
@@ -181,6 +180,11 @@ def test_a_probe_decides_the_rows(tmp_path):
 def test_budgets_that_do_not_work(words, more, says):
     with pytest.raises(UserError, match=says):
         recipe.plan(ask(*words, "--vocab=8192"), machine(**more), law.fitted())
+
+
+def test_the_budget_that_would_do_does():
+    slow = machine(device_type="cpu", peak_flops=1e11)
+    assert recipe.plan(ask("--minutes=3", "--vocab=8192"), slow, law.fitted())["primary"].steps >= recipe.FEWEST_STEPS
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,15 @@ def test_toml_values(value):
 
 
 def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipe.throughput, "here", lambda *a: machine(device_type="cpu", peak_flops=1e12, source="measured"))
+    told = {"name": "Some CPU", "device_type": "cpu", "dtype": "float32", "memory_bytes": 8 * GIB, "peak_flops": 1e12}
+
+    def probe(k):
+        assert k.minutes == 40 and k.mlp_ratio == 3 and k.device_batches == (8,), "this machine is measured first, for this budget"
+        (tmp_path / "plan").mkdir()
+        (tmp_path / "plan" / "probe.json").write_text(json.dumps({"machine": told, "points": [point(d, 8) for d in (2, 4)]}))
+
+    monkeypatch.setattr(recipe.throughput, "here", lambda *a: machine(**told))
+    monkeypatch.setattr(recipe.throughput, "run", probe)
     found = recipe.run(ask("--minutes=40", "--vocab=4096", "--data", "own=some folder:1", "--model_tag=day", "--mlp_ratio=3"))
     said = capsys.readouterr().out
     assert "chosen" in said and "fallback" in said and found["recipe"] == str(tmp_path / "plan" / "recipe.toml")
@@ -219,6 +231,7 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
     assert (k.depth, k.model_dim, k.total_batch_size) == (first["depth"], first["model_dim"], first["total_batch_size"])
     assert k.mlp_ratio == 3 and k.data == ("own=some folder:1",) and k.max_minutes == pytest.approx(34)
     assert json.loads((tmp_path / "plan" / "recipe.json").read_text())["primary"] == json.loads(json.dumps(first))
+    assert recipe.machine_of(ask("--minutes=40")).source.startswith("measured"), "and not a second time"
 
 
 def test_a_recipe_of_stages_parses(tmp_path):

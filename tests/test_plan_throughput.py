@@ -159,7 +159,7 @@ def test_a_grid(lab, tmp_path, capsys):
 def test_the_grid_follows_the_budget(lab):
     small, large = (probe("--vocab=4096", "--device_batches=8", f"--hours={h}") for h in (0.05, 50))
     depths = [[p["config"]["n_layer"] for p in found["points"]] for found in (small, large)]
-    assert all(len(set(d)) == 3 for d in depths) and max(depths[0]) < max(depths[1])
+    assert all(len(set(d)) >= 3 for d in depths) and max(depths[0]) < max(depths[1])
     assert small["points"][0]["accumulation"] <= large["points"][0]["accumulation"]
 
 

@@ -12,7 +12,7 @@ holds none.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,7 @@ from nanochat.common import UserError, atomic_write, columns, duration, human, n
 from nanochat.gpt import Arch, GPTConfig
 from nanochat.knobs import knob
 from nanochat.plan import arch, law, memory, speed, throughput
-from nanochat.plan.speed import GIB, PRETRAIN, SHARES, Machine
+from nanochat.plan.speed import GIB, PRETRAIN, Machine
 from nanochat.scaling import batch_for, context_for, context_stages, embedding_rate
 
 ASPECTS = (48.0, 64.0, 96.0)  # widths a layer that are tried
@@ -96,7 +96,10 @@ class Candidate:
 
 
 def machine_of(k: Knobs) -> Machine:
-    """The machine that is planned for: a card by name, a probe, or this one. UserError for two of them and for an unknown card."""
+    """
+    The machine that is planned for: a card by name, the machine of a probe, or this one, which is probed now if it was not before.
+    UserError for two of them and for an unknown card.
+    """
     if k.gpu and k.probe:
         raise UserError(f"--gpu={k.gpu} and --probe={k.probe} are two machines: give one of them")
     if k.gpu:
@@ -113,10 +116,18 @@ def machine_of(k: Knobs) -> Machine:
         if file.exists():
             probed = speed.load(file)
             if (probed.name, probed.device_type, probed.dtype) == (found.name, found.device_type, found.dtype):
-                found = probed
-            else:
-                notice(f"{file} is of {probed.name} in {probed.dtype}, not of this machine: it is not used")
-    return found if not k.memory_gb else Machine(**{**vars(found), "memory_bytes": k.memory_gb * GIB})
+                return _with_memory(k, probed)
+            notice(f"{file} is of {probed.name} in {probed.dtype}, not of this machine: it is measured anew")
+            file.rename(file.with_suffix(".old.json"))
+        print0("this machine has no probe yet: a few points first (plan probe measures more)")
+        shared = {f.name: getattr(k, f.name) for f in fields(throughput.Knobs) if hasattr(k, f.name) and f.name not in ("out", "json")}
+        throughput.run(throughput.Knobs(**shared, device_batches=(8,)))
+        found = speed.load(file)
+    return _with_memory(k, found)
+
+
+def _with_memory(k: Knobs, found: Machine) -> Machine:
+    return replace(found, memory_bytes=k.memory_gb * GIB) if k.memory_gb else found
 
 
 def candidate(k: Knobs, config: GPTConfig, machine: Machine, the_law: law.Law, seconds: float, most_rows: int = 1 << 30) -> Candidate:
@@ -194,7 +205,7 @@ class Memory:
 
 def candidates(k: Knobs, machine: Machine, the_law: law.Law, seconds: float) -> list[Candidate]:
     """All that are worth a look, the best prediction first; those that cannot train in the budget last. UserError when none can."""
-    reach = machine.factor * SHARES[machine.device_type][0] * machine.peak_flops * seconds
+    reach = speed.usual_share(machine) * machine.peak_flops * seconds
     T = k.sequence_len or context_for(reach)
     depths = (k.depth,) if k.depth else throughput.DEPTHS
     aspects = (k.aspect_ratio,) if k.aspect_ratio else (64.0,) if k.model_dim else ASPECTS

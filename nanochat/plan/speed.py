@@ -27,9 +27,10 @@ from nanochat.tokenizer import Tokenizer
 
 PRETRAIN = 0.85  # of a budget goes to pretraining
 # Share of the peak that a step of training reaches, with a 90 % interval. GPU: tokens a second that users report for an RTX 3090 (depth
-# 12), 4070 (depths 12 and 16) and 4090 (124 M parameters) over the table's peaks, 43 to 75 %; a compiled step on two CPU cores took 41 to
-# 50 % (dev/LOG.md).
-SHARES = {"cuda": (0.5, 0.3, 0.75), "mps": (0.3, 0.1, 0.5), "cpu": (0.45, 0.3, 0.55)}
+# 12), 4070 (depths 12 and 16) and 4090 (124 M parameters) over the table's peaks, 43 to 75 %. CPU: a compiled step on two cores took 41 to
+# 50 % of an AVX-512 peak (dev/LOG.md), and 11 % where matrix units lift the peak tenfold and little else: hence a recipe for this machine
+# always measures.
+SHARES = {"cuda": (0.5, 0.3, 0.75), "mps": (0.3, 0.1, 0.5), "cpu": (0.2, 0.08, 0.5)}
 GIB = 1 << 30
 
 
@@ -205,6 +206,12 @@ def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine:
     error = float(np.hypot(0.03, typical * min(1.0, distance / 0.5))) + 0.1 * max(0.0, distance - 0.7)
     rate = machine.factor * total / ms * 1e3
     return Speed(rate, rate * float(np.exp(-law.Z90 * error)), rate * float(np.exp(law.Z90 * error)))
+
+
+def usual_share(machine: Machine) -> float:
+    """Share of the peak that training reaches here, as its points have it in the middle, or by SHARES."""
+    seen = [p["tok_per_sec"] * p["flops_per_token"] / machine.peak_flops for p in machine.points if "error" not in p]
+    return machine.factor * (median(seen) if seen else SHARES[machine.device_type][0])
 
 
 def first_step(machine: Machine, compiled: bool) -> float:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,7 @@ from nanochat.common import UserError, atomic_write, columns, duration, entry, h
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.knobs import knob
 from nanochat.plan import law, speed
-from nanochat.plan.speed import GIB, PRETRAIN, SHARES, Machine
+from nanochat.plan.speed import GIB, PRETRAIN, Machine
 from nanochat.runtime import open_runtime, out_of_memory
 from nanochat.scaling import batch_for
 
@@ -160,13 +160,16 @@ def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
 
 
 def grid(k: Knobs, machine: Machine, seconds: float) -> list[tuple[GPTConfig, int]]:
-    """(architecture, rows) of every point, the likeliest first: the depth in the middle with all its batches, then its neighbours."""
+    """
+    (architecture, rows) of every point, the likeliest first. Where no depths are given, they are the one whose size is best for the FLOPs
+    that the machine is known to do in `seconds`, with all its batches, and its neighbours.
+    """
     cpu = machine.device_type == "cpu"
     lengths = k.lengths or ((k.sequence_len,) if k.sequence_len else (512,) if cpu else (512, 1024, 2048))
     batches = sorted(k.device_batches or ((8, 32) if cpu else (8, 16, 32, 64)))
     depths = list(k.depths or ((k.depth,) if k.depth else ()))
     if not depths:
-        best, _ = law.fitted().best(SHARES[machine.device_type][0] * machine.peak_flops * PRETRAIN * seconds)
+        best, _ = law.fitted().best(speed.usual_share(machine) * machine.peak_flops * seconds)
         sizes = [speed.counts(k.config(d, k.aspect_ratio or 64, lengths[0]))["matmul"] for d in DEPTHS]
         i = min(range(1, len(DEPTHS) - 1), key=lambda i: abs(np.log(sizes[i] / best)))
         depths = [DEPTHS[i], DEPTHS[i - 1], DEPTHS[i + 1]]
@@ -186,9 +189,11 @@ def run(k: Knobs) -> dict[str, Any]:
     stop = time.monotonic() + (k.limit_minutes * 60 or seconds / 12)
     points, left = [], 0
     full: dict[str, int] = {}  # architecture -> rows that did not fit
-    for config, rows in grid(k, machine, seconds):
+    todo = grid(k, machine, training)
+    while todo:
+        config, rows = todo.pop(0)
         micro = rows * config.sequence_len
-        reach = SHARES[machine.device_type][0] * machine.peak_flops * training / speed.flops_per_token(config, config.sequence_len)
+        reach = speed.usual_share(machine) * machine.peak_flops * training / speed.flops_per_token(config, config.sequence_len)
         point = {"name": machine.name, "dtype": machine.dtype, "compiled": compiled, "config": asdict(config), "rows": rows}
         point["accumulation"] = max(1, (k.total_batch_size or batch_for(reach)) // micro)
         shape = json.dumps(asdict(config))
@@ -206,6 +211,9 @@ def run(k: Knobs) -> dict[str, Any]:
             full[shape] = min(rows, full.get(shape, rows))
         points.append(point)
         known[key] = point
+        if len(points) == 1 and "error" not in point:  # now it is known what share of its peak this machine reaches: aim again
+            machine = replace(machine, points=(point,))
+            todo = [p for p in grid(k, machine, training) if p != (config, rows)]
         whole = {"machine": {n: v for n, v in asdict(machine).items() if n in SAVED}, "points": list(known.values())}
         atomic_write(out, json.dumps(whole, indent=1))
     if left:
