@@ -236,8 +236,10 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
     if not seconds:
         raise UserError("nothing says how long the whole of it may take: give --hours or --minutes")
     pretraining = k.pretrain * seconds
-    found, room = candidates(k, machine, the_law, pretraining), machine.memory_bytes * USABLE
-    need = Memory(machine, speed.compiles(machine.device_type, pretraining))
+    compiled = speed.compiles(machine.device_type, pretraining)
+    alike = tuple(p for p in machine.points if p["compiled"] == compiled)  # eager and compiled steps are two machines
+    machine = replace(machine, points=alike or machine.points)
+    found, room, need = candidates(k, machine, the_law, pretraining), machine.memory_bytes * USABLE, Memory(machine, compiled)
 
     def fits(i: int) -> bool:
         """Trace a candidate, with fewer rows until it fits; says why it lost where it never does."""
