@@ -204,11 +204,11 @@ def test_no_path_of_a_machine_and_no_registry_is_named():
 def knob_classes(command: str) -> dict[str, type]:
     """
     The dataclasses that a command parses its flags into: {"base_train": Knobs}. It is its module's Knobs, else the one class with
-    knobs that it defines; a script of several commands names them in COMMANDS instead: {"plan memory": ..., "plan arch": ...}.
+    knobs that it defines; a script of several commands names the modules of these in commands(): {"plan memory": ..., "plan arch": ...}.
     """
     module = importlib.import_module(front.commands()[command][0])
-    if several := getattr(module, "COMMANDS", None):
-        return {f"{command} {name}": cls for name, cls in several.items()}
+    if several := getattr(module, "commands", None):
+        return {f"{command} {name}": importlib.import_module(path).Knobs for name, (path, _) in several().items()}
     if "Knobs" in vars(module):
         return {command: module.Knobs}
     mine = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and isinstance(c, type) and c.__module__ == module.__name__]

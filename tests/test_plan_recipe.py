@@ -162,6 +162,8 @@ def test_a_probe_decides_the_rows(tmp_path):
     k = ask("--minutes=60", f"--probe={tmp_path / 'p.json'}", "--vocab=4096")
     first = recipe.plan(k, recipe.machine_of(k), law.fitted())["primary"]
     assert first.rows == 8 and first.rate.hi / first.rate.lo < 1.5
+    (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points[1::2]}))
+    assert recipe.plan(k, recipe.machine_of(k), law.fitted())["primary"].rows == 32, "one row is not as fast because nobody tried it"
 
 
 # ---- what is refused
