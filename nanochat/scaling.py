@@ -41,14 +41,42 @@ class Shape:
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
 
 
+MIN_STEPS = 2000  # that a horizon should give at least
+
+
 def batch_for(tokens: float) -> int:
     """
-    Tokens of one optimizer step for a horizon of `tokens`: a power of two near 74 x tokens^0.383, at least 2^12 and at most 2^19.
-    The exponent is the reported one for compute-optimal runs; the factor makes a 11.2 G token run use 2^19.
+    Tokens of one optimizer step for a horizon of `tokens`: a power of two near 74 x tokens^0.383, at least 2^12 and at most 2^19, and small
+    enough for 2,000 steps. The exponent is the reported one for compute-optimal runs; the factor makes a 11.2 G token run use 2^19. Below
+    240 M tokens steps are what is short: for minutes on a small GPU 2^14 was reported best, and on two cores with 2.5 M tokens 2^12 learned
+    to copy where 2^13 did not (dev/LOG.md, induction).
     """
-    return 1 << min(19, max(12, round(math.log2(74 * max(tokens, 1.0) ** 0.383))))
+    tokens = max(tokens, 1.0)
+    return 1 << min(19, max(12, round(math.log2(min(74 * tokens**0.383, tokens / MIN_STEPS)))))
 
 
 def width_scale(n_embd: int) -> float:
     """Factor on AdamW's rates: (width / 768)^-0.5, the rates being tuned at width 768."""
     return (n_embd / 768) ** -0.5
+
+
+def embedding_rate(batch: int) -> float:
+    """
+    AdamW's rate for the token embedding (at width 768) at a batch of so many tokens: as the square root of the batch, 0.1 at 2^14 and 0.05
+    at 2^12, the rates of the runs on two cores that learned most (dev/LOG.md); never above the 0.2 of eight-GPU batches.
+    """
+    return min(0.2, 0.1 * math.sqrt(batch / 2**14))
+
+
+def context_for(flops: float) -> int:
+    """
+    Context length that a budget of FLOPs can use: 512 below 1e16, 1,024 below 3e18, then 2,048. The last two follow what users of 24 GB
+    cards report for runs of a day (depths 12 to 14 at 1,024, 16 to 18 at 2,048 late); small models learn little from beyond 512 tokens.
+    """
+    return 512 if flops < 1e16 else 1024 if flops < 3e18 else 2048
+
+
+def context_stages(final: int) -> tuple[tuple[float, int], ...]:
+    """(share of the run, context from there on) for a run of hours that ends at `final`: short rows first, they cost less a token."""
+    plans = {1024: ((0.0, 512), (0.6, 1024)), 2048: ((0.0, 512), (0.6, 1024), (0.9, 2048))}
+    return plans.get(final, ((0.0, final),))

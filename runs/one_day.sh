@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# The best model that a number of hours on this machine buys, unattended: probe, recipe, pilot, pretraining, midtraining, finetuning, report.
+#     bash runs/one_day.sh                                     24 hours, on web text (downloaded first)
+#     bash runs/one_day.sh --minutes 20                        the same in small, on the embedded corpus
+#     bash runs/one_day.sh --hours 8 --data "wiki=DIR:0.6 books=DIR:0.4" --talks "mine=FILE.jsonl:1 identity:1" --target 0.9
+# Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+minutes="" data="" talks="" vocab="" target=0
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
+        -h | --help) sed -n '2,6s/^# \{0,1\}//p' runs/one_day.sh; exit 0 ;;
+        *) flag=$1 value=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
+    esac
+    case "$flag" in
+        --minutes | --hours)
+            [ -z "$minutes" ] || { echo "error: --hours and --minutes are two budgets: give one of them" >&2; exit 2; }
+            if ! [[ "$value" =~ ^[0-9]+$ ]] || [ "$value" -lt 1 ]; then
+                echo "error: $flag is '$value': give a whole number of at least 1" >&2
+                exit 2
+            fi
+            minutes=$value
+            [ "$flag" = --minutes ] || minutes=$((value * 60)) ;;
+        --data) data=$value ;;
+        --talks) talks=$value ;;
+        --vocab) vocab=$value ;;
+        --target) target=$value ;;
+        *) echo "error: one_day.sh does not know $flag: it takes --hours, --minutes, --data, --talks, --vocab and --target" >&2; exit 2 ;;
+    esac
+done
+minutes=${minutes:-1440}
+if [ "$minutes" -lt 10 ]; then
+    echo "error: $minutes minutes are too few for a probe, a pilot and three stages: give at least 10 (runs/quickstart.sh takes 3)" >&2
+    exit 2
+fi
+if [ -z "$data" ]; then
+    data=tinyworld
+    [ "$minutes" -lt 60 ] || data=fineweb-edu
+fi
+if [ -z "$vocab" ]; then
+    vocab=2048 # the embedded corpus knows few words
+    [ "$data" = tinyworld ] || vocab=$((minutes < 60 ? 8192 : minutes < 600 ? 32768 : 65536))
+fi
+
+say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+say "environment"
+if [ ! -x .venv/bin/python ]; then
+    source runs/python.sh
+    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot make a virtual environment: install its venv module" >&2; exit 2; }
+fi
+source .venv/bin/activate
+if ! cmp -s pyproject.toml .venv/installed; then
+    PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet -e .
+    cp pyproject.toml .venv/installed
+fi
+
+tag="day-$minutes"
+base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+out="$base/day/$minutes-minutes"
+mkdir -p "$out" # what is done, and the seconds of earlier, interrupted starts
+read -ra words <<<"$data"
+text=(--data "${words[@]}")
+read -ra words <<<"$talks"
+recipe=(--recipe "$out/recipe.toml" --resume=auto)
+later=("${recipe[@]}")
+[ -z "$talks" ] || later+=(--data "${words[@]}")
+before=$(cat "$out/seconds" 2>/dev/null || echo 0)
+trap 'echo $((before + SECONDS)) >"$out/seconds"' EXIT
+
+step() { # step NAME COMMAND...: once; what is done stays done
+    [ -e "$out/$1.done" ] && return
+    say "$1"
+    "${@:2}"
+    touch "$out/$1.done"
+}
+
+# the clock starts when data and tokenizer are there
+[ "$data" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))
+step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
+[ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
+step probe python -m scripts.plan probe --minutes="$minutes" --out="$out/probe.json"
+# what is left, less a twelfth for the pilot; fixed at the first start, so that an interrupted stage keeps its length
+spent=$((before + SECONDS - $(cat "$out/begun")))
+[ -e "$out/left" ] || awk -v m="$minutes" -v s="$spent" 'BEGIN { printf "%.2f\n", (m - s / 60) * 11 / 12 }' >"$out/left"
+left=$(cat "$out/left")
+step recipe python -m scripts.plan recipe --minutes="$left" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag" "${text[@]}"
+step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target"
+step pretraining python -m scripts.base_train "${recipe[@]}"
+step "questions to the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
+step midtraining python -m scripts.mid_train "${later[@]}"
+step finetuning python -m scripts.chat_sft "${later[@]}"
+tasks=(-a ARC-Easy MMLU GSM8K -n 500)
+[ "$data" != tinyworld ] || tasks=(-a tinyworld)
+step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${tasks[@]}"
+
+say "report"
+runs=("$base/checkpoints/base/$tag" "$base/checkpoints/mid/$tag" "$base/checkpoints/sft/$tag")
+python -m nanochat.report "${runs[@]}" --out="$out/report.html"
+python -m scripts.summary --model_tag="$tag" --out="$out" --seconds=$((before + SECONDS)) --samples=0

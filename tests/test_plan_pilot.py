@@ -1,0 +1,153 @@
+"""The pilot: curves with a known truth are extrapolated within their interval, and a recipe is tried, corrected and judged."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat import checkpoint, knobs, logbook
+from nanochat.common import UserError
+from nanochat.plan import law, pilot, recipe
+from nanochat.plan.speed import GIB, Machine
+from scripts import base_train
+
+PRIOR = {"share": 0.5, "power": 0.29}
+
+
+def ends(share: float, power: float, noise: float = 0.0, runs: int = 3, seed: int = 0) -> tuple[list, list, np.random.Generator]:
+    """Decayed ends of runs of 1, 2, 4 M tokens of a curve that is 2 at the longest."""
+    rng = np.random.default_rng(seed)
+    d = [1e6 * 2**i for i in range(runs)]
+    return d, [truth(share, power, t / d[-1]) * math.exp(noise * rng.standard_normal()) for t in d], rng
+
+
+def truth(share: float, power: float, times: float) -> float:
+    return 2 * (share + (1 - share) * times**-power)
+
+
+@settings(max_examples=15, deadline=None)
+@given(share=st.floats(0.3, 0.7), power=st.floats(0.18, 0.45), times=st.floats(4, 25), runs=st.integers(2, 4))
+def test_the_interval_holds_the_truth(share, power, times, runs):
+    d, y, _ = ends(share, power, runs=runs)
+    fit = pilot.fit_curve(d, y, times * d[-1], **PRIOR)
+    assert fit.lo < truth(share, power, times) < fit.hi and fit.lo < fit.bpb < fit.hi
+    assert fit.at(d[-1]) == pytest.approx(y[-1], rel=0.01) and fit.at(times * d[-1]) == pytest.approx(fit.bpb, rel=0.03)
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for seed in range(200):
+        share, power, times = rng.uniform(0.3, 0.7), math.exp(rng.normal(math.log(0.29), 0.3)), rng.uniform(6, 20)
+        d, y, more = ends(share, power, noise=pilot.NOISE, seed=seed)
+        fit = pilot.fit_curve(d, y, times * d[-1], **PRIOR, seed=seed)
+        hits += fit.lo < truth(share, power, times) * math.exp(pilot.NOISE * more.standard_normal()) < fit.hi
+    assert hits >= 165, f"{hits} of 200 for an interval of 90 %"
+
+
+def test_farther_is_less_certain():
+    d, y, _ = ends(0.5, 0.29)
+    widths = [fit.hi / fit.lo for fit in (pilot.fit_curve(d, y, t * d[-1], **PRIOR) for t in (2, 10, 100))]
+    assert widths == sorted(widths) and 1.01 < widths[0] < 1.05 < widths[2]
+
+
+def test_ends_that_scatter_widen_it():
+    d, y, _ = ends(0.5, 0.29, runs=4)
+    odd = [y[0], y[1] * 1.06, y[2] * 0.95, y[3]]
+    calm, wild = (pilot.fit_curve(d, v, 1e8, **PRIOR) for v in (y, odd))
+    assert wild.hi - wild.lo > 2 * (calm.hi - calm.lo)
+
+
+@pytest.mark.parametrize("y", [[2.0, 2.1], [2.0, 2.0], [2.0, float("nan")]])
+def test_runs_that_do_not_learn(y):
+    with pytest.raises(UserError, match=r"longer runs are not better .* give it more --minutes, or lower the learning rates"):
+        pilot.fit_curve([1e6, 2e6], y, 1e8, **PRIOR)
+
+
+def plan(steps: int = 2000, sources: int = 1) -> dict:
+    first = {"total_batch_size": 4096, "tok_per_sec": 8192.0, "eval_tokens": 8192, "steps": steps}
+    return {"primary": first, "knobs": {"data": ["x"] * sources}}
+
+
+def test_lengths_double_and_take_the_time():
+    got = pilot.lengths(plan(), 200.0, 3)
+    assert got[1] == pytest.approx(2 * got[0], abs=1) and got[2] == pytest.approx(4 * got[0], abs=3)
+    looks = 3 * (recipe.OPENING + 2 * 8192 / (2 * 8192))
+    assert 0.5 * sum(got) + looks == pytest.approx(200, abs=2)
+    assert max(pilot.lengths(plan(steps=200), 1e5, 3)) == 100, "never more than half of the run itself"
+
+
+@pytest.mark.parametrize(
+    ("found", "seconds", "says"),
+    [(plan(), 60.0, r"give runs of 11, 22, 44 steps, too short to be fitted: give at least --minutes=1.3, or fewer --runs"),
+     (plan(steps=100), 60.0, "a run of 100 steps is too short for a pilot")],
+)  # fmt: skip
+def test_pilots_too_short(found, seconds, says):
+    with pytest.raises(UserError, match=says):
+        pilot.lengths(found, seconds, 3)
+    if "minutes" in says:
+        assert min(pilot.lengths(found, 79.0, 3)) >= pilot.FEWEST_STEPS
+
+
+def test_the_target_is_judged():
+    the_law = law.fitted().scaled(1.0, 0.01)
+    n, d = the_law.best(1e18)
+    c = recipe.Candidate(None, n, ((0.0, 512),), 4096, 8, None, d, 8192, the_law.interval(n, d))  # type: ignore[arg-type]
+    assert "are within reach" in pilot.verdict(1.0, c, the_law)
+    assert "are uncertain" in pilot.verdict(c.bpb[0], c, the_law)
+    assert "out of reach" in (said := pilot.verdict(0.8, c, the_law)) and "times the budget would do" in said
+    assert "no budget within" in pilot.verdict(0.5, c, the_law)
+
+
+@pytest.mark.parametrize("missing", ["recipe.toml", "recipe.json"])
+def test_without_a_recipe(tmp_path, missing):
+    (tmp_path / "recipe.toml").write_text("[base_train]\ndepth = 2\n")
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / missing).unlink()
+    with pytest.raises(UserError, match=r"make a recipe with python -m scripts\.plan recipe"):
+        pilot.opened(pilot.Knobs(plan=str(tmp_path / "recipe.toml")))
+
+
+def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
+    """All of it, with base_train in this process, steps of milliseconds, and memory by formula."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(recipe.memory, "predict", lambda config, rows, T, **more: {"total": 10**8 + 4 * rows * T, "allocated": 0})
+    flags = tiny.workplace(tmp_path)
+    mine = Machine("Toy", "cpu", "float32", 4 * GIB, 2e9, source="the test")
+    monkeypatch.setattr(recipe, "machine_of", lambda k: mine)
+    words = [f for f in flags if f.startswith(("--data", "--depth", "--model_dim", "--head_dim", "--kv_ratio", "--sequence_len"))]
+    ask = [*words, "--minutes=5", "--total_batch_size=1024", "--device_batch_size=16", "--model_tag=t"]
+    recipe.run(knobs.parse(recipe.Knobs, ask, command="plan recipe")[0])
+    file = tmp_path / "plan" / "recipe.toml"
+    before = json.loads(file.with_suffix(".json").read_text())
+    monkeypatch.setattr(pilot, "lengths", lambda *a: [16, 32, 64])
+    calls = []
+
+    def train(words, quiet):
+        calls.append(words)
+        base_train.main([*words, "--device_type=cpu", "--dtype=float32", "--compile=off", "--eval_tokens=2000"])
+
+    monkeypatch.setattr(pilot, "train", train)
+    found = pilot.run(knobs.parse(pilot.Knobs, ["--target_bpb=0.01"], command="plan pilot")[0])
+    assert [r["steps"] for r in found["runs"]] == [16, 32, 64] and len(calls) == 3
+    assert found["runs"][0]["final_bpb"] > found["runs"][2]["final_bpb"] > found["fit"]["bpb"]
+    ratio = found["runs"][2]["tok_per_sec"] / before["primary"]["tok_per_sec"]
+    assert found["speed_ratio"] == pytest.approx(ratio)
+    after = json.loads(file.with_suffix(".json").read_text())
+    assert after["machine"]["factor"] == pytest.approx(ratio)
+    assert after["primary"]["tok_per_sec"] == pytest.approx(found["runs"][2]["tok_per_sec"], rel=0.01)
+    assert after["primary"]["bpb"] == pytest.approx(found["fit"]["bpb"], rel=0.01)
+    assert after["primary"]["bpb_lo"] == pytest.approx(found["fit"]["lo"], rel=0.05)
+    assert after["primary"]["peak_memory_bytes"] == pytest.approx(found["memory_bytes"], rel=0.01)
+    assert "out of reach" in found["target"] and not found["changed"]
+    knobs.parse(base_train.Knobs, ["--recipe", str(file)], command="base_train")
+    assert "<svg" in (tmp_path / "plan" / "pilot.html").read_text() and "the law said" in capsys.readouterr().out
+    for directory in (tmp_path / "checkpoints" / "base").iterdir():
+        assert checkpoint.steps(directory) == [] and logbook.read(directory), "the weights go, the figures stay"
+
+    mults = [[r["lr_mult"] for r in logbook.read(d) if r["kind"] == "train"] for d in sorted((tmp_path / "checkpoints" / "base").iterdir())]
+    assert all(m[0] == 1 and m[-1] < 0.2 for m in mults), "every run decays to its own end"
