@@ -44,18 +44,7 @@ if [ -z "$vocab" ]; then
     [ "$data" = tinyworld ] || vocab=$((minutes < 60 ? 8192 : minutes < 600 ? 32768 : 65536))
 fi
 
-say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-
-say "environment"
-if [ ! -x .venv/bin/python ]; then
-    source runs/python.sh
-    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot make a virtual environment: install its venv module" >&2; exit 2; }
-fi
-source .venv/bin/activate
-if ! cmp -s pyproject.toml .venv/installed; then
-    PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet -e .
-    cp pyproject.toml .venv/installed
-fi
+source runs/environment.sh
 
 tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
