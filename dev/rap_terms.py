@@ -78,7 +78,7 @@ def embed(ids: Array, vocab_size: int, dim: int, kind: str, contexts: int = 1024
     return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6)
 
 
-def information(ids: Array, distances: Sequence[int], buckets: int = 512) -> Array:
+def information(ids: Array, distances: Array | Sequence[int], buckets: int = 512) -> Array:
     """
     Nats that the key at each distance tells of the next token: the mutual information of the commonest tokens, the rest being one, less
     what chance gives (Miller and Madow).

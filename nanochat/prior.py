@@ -286,7 +286,7 @@ class Prior(nn.Module):
     def at(self, progress: float) -> None:
         """Follow the run's progress 0..1: annealed gates fall with it."""
         if self.annealed:
-            self.gates.copy_(self.start * (1 - progress))
+            self.gates.copy_(self.get_buffer("start") * (1 - progress))
 
     def forward(self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None, positions: Tensor | None = None) -> list[Bias | None]:
         """What the prior adds in each layer for tokens idx (B, T), which continue what the cache holds; looked up once for all layers."""

@@ -63,7 +63,7 @@ class Law:
             y = self.b * self.B * (flops / 6 / math.exp(log_n) / self.tokens) ** -self.b
             return x - y
 
-        n = math.exp(brentq(slope, 0.0, math.log(flops)))
+        n = math.exp(float(brentq(slope, 0.0, math.log(flops))))  # type: ignore[arg-type]  # the root alone, as full_output is off
         return n, flops / 6 / n
 
     def tokens_for(self, bpb: float, n: float) -> float | None:

@@ -105,9 +105,9 @@ def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, shar
     taken = rng.choice(DRAWS, DRAWS, p=likely / likely.sum())
     scatter = noise * (rng.standard_normal(DRAWS) / math.sqrt(len(d)) + rng.standard_normal(DRAWS))  # of the level, and of the run itself
     where = math.log(target / d.max())
-    lo, bpb, hi = np.exp(np.quantile(level[taken] + fall(drawn[taken], where)[:, 0] + scatter, [0.05, 0.5, 0.95]))
+    lo, middle, hi = np.exp(np.quantile(level[taken] + fall(drawn[taken], where)[:, 0] + scatter, [0.05, 0.5, 0.95])).tolist()
     share = float(1 / (1 + np.exp(-best[1])))
-    return Fit(math.exp(best[0]), share, math.exp(best[2]), float(d.max()), float(bpb), float(lo), float(hi))
+    return Fit(math.exp(best[0]), share, math.exp(best[2]), float(d.max()), middle, lo, hi)
 
 
 # running ------------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,8 @@ def verdict(target: float, c: recipe.Candidate, the_law: law.Law) -> str:
 def knobs_of(found: Mapping[str, Any]) -> recipe.Knobs:
     """The knobs that a plan was made with."""
     known = {f.name for f in fields(recipe.Knobs)}
-    return recipe.Knobs(**{n: tuple(v) if isinstance(v, list) else v for n, v in found["knobs"].items() if n in known})
+    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found["knobs"].items() if n in known}
+    return recipe.Knobs(**given)
 
 
 def run(k: Knobs) -> dict[str, Any]:
@@ -219,7 +220,7 @@ def run(k: Knobs) -> dict[str, Any]:
     machine, k2 = _machine(found, ratio), replace(knobs_of(found), out=str(file))
     tokens = first["tokens"] * ratio
     ends = [(r["tokens"], r["final_bpb"]) for r in runs]
-    fit = fit_curve(*zip(*ends, strict=True), tokens, plain.share(n, last["tokens"]), plain.b)
+    fit = fit_curve([t for t, _ in ends], [b for _, b in ends], tokens, plain.share(n, last["tokens"]), plain.b)
     the_law = plain.scaled(fit.bpb / plain.bpb(n, tokens), math.log(fit.hi / fit.lo) / (2 * law.Z90))
     config = checkpoint.config_of(next(r["config"] for r in logbook.read(directory) if r.get("kind") == "start"))
     accumulation = max(1, first["total_batch_size"] // (first["device_batch_size"] * config.sequence_len))

@@ -67,7 +67,7 @@ class Candidate:
     eval_tokens: int
     bpb: tuple[float, float, float]
     why: str = ""  # it lost
-    memory: float | None = None  # of the device
+    memory: float = 0.0  # of the device; 0 = not looked at
     peak: float | None = None  # as the run will report it
     parameters: int = field(default=0)
 
@@ -89,7 +89,7 @@ class Candidate:
         names = {"depth": c.n_layer, "model_dim": c.n_embd, "head_dim": c.head_dim}
         names |= {"sequence_len": c.sequence_len, "contexts": self.contexts}
         batch = {"total_batch_size": self.total, "device_batch_size": self.rows, "steps": self.steps, "eval_tokens": self.eval_tokens}
-        figures = {"parameters": self.parameters, "matmul_parameters": self.n, "tokens": self.tokens, "memory_bytes": self.memory}
+        figures = {"parameters": self.parameters, "matmul_parameters": self.n, "tokens": self.tokens, "memory_bytes": self.memory or None}
         figures |= {"peak_memory_bytes": self.peak}
         named = {"tok_per_sec": self.rate.tok_per_sec, "tok_per_sec_lo": self.rate.lo, "tok_per_sec_hi": self.rate.hi}
         return {**names, **batch, **figures, **named, **dict(zip(("bpb", "bpb_lo", "bpb_hi"), self.bpb, strict=True)), "why": self.why}

@@ -111,6 +111,7 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
         first = 0.0
         while len(micros) < 6 or (time.perf_counter() - began < spec["seconds"] and len(micros) < 200):
             optimizer.zero_grad()
+            loss, t0, t1 = x.new_zeros(()), 0.0, 0.0
             for _ in range(min(2, n)):  # the second one adds to gradients that are there
                 rt.synchronize()
                 t0 = time.perf_counter()
@@ -176,6 +177,11 @@ def grid(k: Knobs, machine: Machine, seconds: float) -> list[tuple[GPTConfig, in
     return [(k.config(d, k.aspect_ratio or 64, T), rows) for d in depths for T in lengths for rows in batches]
 
 
+def saved(machine: Machine) -> dict[str, Any]:
+    """What the file of a probe says of the machine."""
+    return {n: v for n, v in asdict(machine).items() if n in SAVED}
+
+
 def run(k: Knobs) -> dict[str, Any]:
     """Measure what the file does not have yet; print the table, write file and page; {"machine", "points", "tokens" in the budget, ...}."""
     out = Path(k.out).expanduser() if k.out else speed.folder() / "probe.json"
@@ -214,8 +220,7 @@ def run(k: Knobs) -> dict[str, Any]:
         if len(points) == 1 and "error" not in point:  # now it is known what share of its peak this machine reaches: aim again
             machine = replace(machine, points=(point,))
             todo = [p for p in grid(k, machine, training) if p != (config, rows)]
-        whole = {"machine": {n: v for n, v in asdict(machine).items() if n in SAVED}, "points": list(known.values())}
-        atomic_write(out, json.dumps(whole, indent=1))
+        atomic_write(out, json.dumps({"machine": saved(machine), "points": list(known.values())}, indent=1))
     if left:
         print0(f"  {left} points left out for lack of time: the same command measures them, or raise --limit_minutes")
     good = [p for p in points if "error" not in p]
@@ -224,7 +229,7 @@ def run(k: Knobs) -> dict[str, Any]:
     _print(points, machine)
     page = _page(points, out.with_suffix(".html")) if good else None
     print0(f"  {out}" + (f"\n  {page}" if page else ""))
-    found = {"machine": whole["machine"], "points": points, "seconds": seconds, "pretraining_seconds": training}
+    found = {"machine": saved(machine), "points": points, "seconds": seconds, "pretraining_seconds": training}
     return {**found, "left_out": left, "file": str(out)}
 
 
