@@ -72,7 +72,7 @@ step "questions to the midtrained model" python -m scripts.chat_eval -i mid -g $
 step finetuning python -m scripts.chat_sft --model_tag=$tag --resume=auto --max_minutes="$sft" --data tinyworld@40000 \
     --conversations_per_step=64 --init_lr_frac=0.5 --warmdown_ratio=1 --eval_tokens=32768 --eval_every=0.5
 step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g $tag
-step reinforcement python -m scripts.chat_rl --model_tag=$tag --resume=auto --max_minutes="$rl" --tasks tinyworld/twostep tinyworld/arithmetic \
+step reinforcement python -m scripts.chat_rl --model_tag=$tag --resume=auto --max_minutes="$rl" --tasks tinyworld/twostep \
     --questions_per_step=16 --samples=8 --init_lr_frac=0.1 --eval_items=64 --eval_every=0.5
 step "questions to the reinforced model" python -m scripts.chat_eval -i rl -g $tag
 

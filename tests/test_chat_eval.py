@@ -13,6 +13,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tasks.common import Task, choice, exchange, gold, is_answer, prompt
+from nanochat.tinytalk import KINDS
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval as script
 
@@ -156,7 +157,7 @@ def test_tasks_by_name(monkeypatch, capsys, tmp_path):
     assert [t.name for t in script.named_tasks(["gsm8k", "ARC-Easy", "TinyWorld/Facts", "mmlu", "MMLU"])] == [
         "GSM8K", "ARC-Easy", "tinyworld/facts", "MMLU",
     ]  # fmt: skip
-    assert len(script.named_tasks(["tinyworld"])) == 7
+    assert len(script.named_tasks(["tinyworld"])) == len(KINDS) == 8
     with pytest.raises(UserError, match=r"no task 'gsm9k' \(did you mean gsm8k\?\)"):
         script.named_tasks(["gsm9k"])
     with pytest.raises(UserError, match="is no folder"):

@@ -199,7 +199,7 @@ execution.run("import signal\\nsignal.pthread_sigmask(0, range(1, 32))\\nwhile T
 """
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "MARKER": marker}, cwd=ROOT)
     try:
-        assert soon(lambda: len(running(marker)) >= 3, 30)  # bwrap outside, bwrap inside, Python
+        assert soon(lambda: len(running(marker)) >= 3, 60), (parent.poll(), running(marker))  # bwrap outside, bwrap inside, Python
     finally:
         parent.kill()
         parent.wait()

@@ -244,7 +244,7 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
         patch.setattr(trainer, "_step", lambda run, *a: (run.step == 9 and os.kill(os.getpid(), signal.SIGTERM), real(run, *a))[1])
         chat_rl.main(flags)
     assert checkpoint.find(sft).name == "step_000010"
-    with pytest.raises(UserError, match=r"started with questions_per_step=4 and is asked to go on with 8, .* learning rate jump"):
+    with pytest.raises(UserError, match=r"started with questions_per_step=4 and is asked to go on with 8: .* learning rate"):
         chat_rl.main([*flags, "--resume=auto", "--questions_per_step=8"])
     chat_rl.main([*flags, "--resume=auto", "--rollout_batch_size=4"])
     again = [{k: r[k] for k in train[0]} for r in logbook.read(sft) if r["kind"] == "train"]
