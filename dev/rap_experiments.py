@@ -31,6 +31,7 @@ SIZES = {  # 1.3 M and 5.3 M matrix parameters
     "large": f"--depth=3 --model_dim=384 --head_dim=64 --num_iterations=800 {RUN}",
 }
 
+
 class Condition(NamedTuple):
     made: str | None  # options of the generator; None: no prior
     flags: str = ""  # of base_train
@@ -137,12 +138,12 @@ def summarise(base: Path) -> None:
     RESULTS.mkdir(exist_ok=True)
     summary: dict[str, dict[str, dict[str, dict]]] = {}
     for name, e in EXPERIMENTS.items():
-        file = base / e.corpus / "compare" / name / "results.json"
-        if not file.exists():
+        folder, kept = base / e.corpus / "compare" / name, RESULTS / f"rap_{name}.results.json"
+        for kind in RECORDS if (folder / "results.json").exists() else ():
+            shutil.copyfile(folder / kind, RESULTS / f"rap_{name}.{kind}")
+        if not kept.exists():
             continue
-        results = json.loads(file.read_text(encoding="utf-8"))
-        for kind in RECORDS:
-            shutil.copyfile(file.with_name(kind), RESULTS / f"rap_{name}.{kind}")
+        results = json.loads(kept.read_text(encoding="utf-8"))  # also of experiments that another machine made
         here = summary.setdefault(e.corpus, {}).setdefault(e.size, {})
         for pair in results["pairs"]:
             if pair["n_seeds"] and pair["n_seeds"] >= here.get(pair["name"], {}).get("n_seeds", 0):
@@ -165,8 +166,8 @@ def main() -> None:
         wanted = {n: c for n, c in e.conditions.items() if n in (a.conditions or e.conditions)}
         try:
             experiment(name, e._replace(conditions=wanted), a.base.resolve(), a.texts.resolve(), a.env.resolve())
-        except subprocess.CalledProcessError as e:  # it said why
-            sys.exit(e.returncode)
+        except subprocess.CalledProcessError as failure:  # it said why
+            sys.exit(failure.returncode)
         finally:
             summarise(a.base.resolve())
 

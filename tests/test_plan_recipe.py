@@ -237,8 +237,6 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
 
 
 def test_a_recipe_of_stages_parses(tmp_path):
-    if not hasattr(base_train.Knobs, "context_stages"):
-        pytest.skip("base_train has no context stages yet")
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
     whole = recipe.write(k, recipe.machine_of(k), recipe.plan(k, recipe.machine_of(k), law.fitted()), law.fitted())
     read, _ = knobs.parse(base_train.Knobs, ["--recipe", whole["recipe"]], command="base_train")
