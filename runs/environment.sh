@@ -1,4 +1,5 @@
-# Sourced by the other scripts: makes the environment .venv with everything in it, or finds it, and activates it; defines `say`.
+# Sourced by the other scripts: makes the environment .venv with everything in it, or finds it, and activates it; defines `say`, and for
+# scripts that go on where they were interrupted `resumable FOLDER` and `step`.
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 say "environment"
@@ -16,3 +17,16 @@ if ! cmp -s pyproject.toml .venv/installed; then
     }
     cp pyproject.toml .venv/installed
 fi
+
+resumable() { # resumable FOLDER: notes what is done there; $before: the seconds of earlier, interrupted starts
+    notes=$1
+    mkdir -p "$notes"
+    before=$(cat "$notes/seconds" 2>/dev/null || echo 0)
+    trap 'echo $((before + SECONDS)) >"$notes/seconds"' EXIT
+}
+step() { # step NAME COMMAND...: once; what is done stays done
+    [ -e "$notes/$1.done" ] && return
+    say "$1"
+    "${@:2}"
+    touch "$notes/$1.done"
+}

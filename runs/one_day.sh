@@ -49,22 +49,13 @@ source runs/environment.sh
 tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 out="$base/day/$minutes-minutes"
-mkdir -p "$out" # what is done, and the seconds of earlier, interrupted starts
+resumable "$out"
 read -ra words <<<"$data"
 text=(--data "${words[@]}")
 read -ra words <<<"$talks"
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
 later=("${recipe[@]}")
 [ -z "$talks" ] || later+=(--data "${words[@]}")
-before=$(cat "$out/seconds" 2>/dev/null || echo 0)
-trap 'echo $((before + SECONDS)) >"$out/seconds"' EXIT
-
-step() { # step NAME COMMAND...: once; what is done stays done
-    [ -e "$out/$1.done" ] && return
-    say "$1"
-    "${@:2}"
-    touch "$out/$1.done"
-}
 
 # the clock starts when data and tokenizer are there
 [ "$data" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))

@@ -26,17 +26,7 @@ source runs/environment.sh
 tag=quickstart
 [ "$minutes" = 12 ] || tag="quickstart-$minutes"
 out="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/quickstart"
-notes="$out/$minutes-minutes" # what is done, how the time is split, the seconds of earlier, interrupted starts
-mkdir -p "$notes"
-before=$(cat "$notes/seconds" 2>/dev/null || echo 0)
-trap 'echo $((before + SECONDS)) >"$notes/seconds"' EXIT
-
-step() { # step NAME COMMAND...: once; what is done stays done
-    [ -e "$notes/$1.done" ] && return
-    say "$1"
-    "${@:2}"
-    touch "$notes/$1.done"
-}
+resumable "$out/$minutes-minutes" # also how the time is split
 
 step tokenizer python -m scripts.tok_train --data tinyworld --vocab_size=2048
 
