@@ -28,7 +28,7 @@ MEASURES = "saved_tokens_pct", "saved_seconds_pct", "final_bpb_delta", "step_tim
 RUN = "--embedding_lr=0.1 --sequence_len=256 --total_batch_size=2048 --eval_every=0.1 --eval_tokens=16384 --sample_every=0 --compile=on"
 SIZES = {  # 1.3 M and 5.3 M matrix parameters
     "small": f"--depth=3 --model_dim=192 --head_dim=32 --num_iterations=400 {RUN}",
-    "large": f"--depth=3 --model_dim=384 --head_dim=64 --num_iterations=800 {RUN}",
+    "large": f"--depth=3 --model_dim=384 --head_dim=64 --num_iterations=500 {RUN}",
 }
 
 
@@ -57,12 +57,10 @@ GATES = {
     "fixed": Condition("--generator rules", "--rap_gate=fixed"),
     "annealed": Condition("--generator rules", "--rap_gate=annealed"),
     "half the heads": Condition("--generator rules", "--rap_heads=0.5"),
-    "two layers": Condition("--generator rules", "--rap_layers=2"),
     "first layer": Condition("--generator rules", "--rap_layers=1"),
 }
 TERMS = {
     "no spans": Condition("--generator rules --spans 0"),
-    "sparse 50 %": Condition("--generator rules --sparsity 0.5"),
     "sparse 90 %": Condition("--generator rules --sparsity 0.9"),
     "random codes": Condition("--generator rules --codes hash"),
     "16 bits": Condition("--generator rules --code_bits 16 --pair_bits 16"),
@@ -122,15 +120,31 @@ def experiment(name: str, e: Experiment, base: Path, texts: Path, env: Path) -> 
         run(["-m", "scripts.tok_train", "--vocab_size=4096", "--data", *data], base)
     run(["-m", "scripts.tok_data", "--data", *data], base)
     folder = base / "compare" / name
-    if not folder.exists() and (RESULTS / f"rap_{name}.runs.jsonl").exists():
-        folder.mkdir(parents=True)
-        for kind in RECORDS:
-            shutil.copyfile(RESULTS / f"rap_{name}.{kind}", folder / kind)
+    if not folder.exists():
+        adopt(name, e, folder)
     words = ["-m", "scripts.compare", f"--name={name}", f"--seeds={e.seeds}", f"--common={SIZES[e.size]} --data {shlex.join(data)}"]
     for letter, c in zip("abcdefgh", e.conditions.values(), strict=False):
         rap = f"--rap={generated(c.made, base, data, env)} " if c.made else ""
         words += [f"--{letter}={rap}{c.flags}"]
     run([*words, "--names", *(n.replace(" ", "-").replace("%", "pct") for n in e.conditions)], base)
+
+
+def adopt(name: str, e: Experiment, folder: Path) -> None:
+    """Begin with the runs in dev/results/: of this experiment, or of others in so far as they are the same (corpus, size and condition)."""
+    plan: dict[str, list[str]] = {}
+    runs: list[str] = []
+    for other in sorted(EXPERIMENTS, key=lambda n: n != name):
+        kept = RESULTS / f"rap_{other}.runs.jsonl"
+        if EXPERIMENTS[other][:2] != e[:2] or not kept.exists():
+            continue
+        theirs = json.loads((RESULTS / f"rap_{other}.plan.json").read_text(encoding="utf-8"))
+        new = {c: theirs[c] for c in (theirs if other == name else e.conditions) if c in theirs and c not in plan}
+        runs += [line for line in kept.read_text(encoding="utf-8").splitlines() if json.loads(line)["condition"] in new]
+        plan |= new
+    if runs:
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        (folder / "runs.jsonl").write_text("".join(f"{line}\n" for line in runs), encoding="utf-8")
 
 
 def summarise(base: Path) -> None:

@@ -43,7 +43,8 @@ a logarithmic axis, and never beyond a curve's end. No run was shortened to its 
 would have got there sooner.
 
 Seconds are those of the optimizer steps. Start-up, compilation, evaluation and saving are left out, and the first step of a process counts
-as a median one; they are in the wall time. Bands span the seeds; around differences they are 95 % t intervals, point by point.
+as a median one; they are in the wall time. After --retime they are at the speed that was then measured, the conditions taking turns, and
+not at that of a busy hour or of another machine. Bands span the seeds; around differences they are 95 % t intervals, point by point.
 """
 
 
@@ -108,6 +109,13 @@ def _clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float], float]:
         total += usual if step in firsts else span
         out[step] = total
     return out, usual
+
+
+def at_speed(run: Mapping[str, Any], step_ms: float) -> dict[str, Any]:
+    """The record of a run as if its steps had taken this long: of one that other work, or another machine, made slow."""
+    share = step_ms / run["step_ms"]
+    curve = [[step, tokens, round(seconds * share, 3), bpb] for step, tokens, seconds, bpb in run["curve"]]
+    return {**run, "step_ms": step_ms, "seconds": round(run["seconds"] * share, 3), "curve": curve}
 
 
 def reach(curve: Sequence[Sequence[float]], target: float) -> Reach:
@@ -330,13 +338,22 @@ def _draw(ax: "Axes", bands: Mapping[str, Sequence[Any]], colours: Mapping[str, 
     ax.legend(frameon=False)
 
 
-def _plots(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    colours = {name: report.LIGHT[i % len(report.LIGHT)] for i, name in enumerate(groups)}
-    plots = []
-    for x in ("tokens", "seconds", "FLOPs"):
-        lines = {name: _together(runs, x) for name, runs in groups.items() if runs}
-        bands = {name: (grid, ys.mean(0), ys.min(0), ys.max(0)) for name, (grid, ys) in lines.items() if grid.size}
-        plots.append(report.svg(partial(_draw, bands=bands, colours=colours, x=x, title=f"Bits per byte against {x}")))
+Groups = Mapping[str, Sequence[Mapping[str, Any]]]  # the finished runs of each condition
+
+
+def curves(ax: "Axes", groups: Groups, x: str = "tokens", title: str = "") -> None:
+    """Learning curves with bands from the best to the worst seed, against "tokens", "seconds" or "FLOPs"."""
+    lines = {name: _together(runs, x) for name, runs in groups.items() if runs}
+    bands = {name: (grid, ys.mean(0), ys.min(0), ys.max(0)) for name, (grid, ys) in lines.items() if grid.size}
+    _draw(ax, bands, _colours(groups), x, title or f"Bits per byte against {x}")
+
+
+def _colours(groups: Groups) -> dict[str, str]:
+    return {name: report.LIGHT[i % len(report.LIGHT)] for i, name in enumerate(groups)}
+
+
+def _plots(groups: Groups) -> list[str]:
+    plots = [report.svg(partial(curves, groups=groups, x=x)) for x in ("tokens", "seconds", "FLOPs")]
     first, *others = groups
     base, bands = {r["seed"]: r for r in groups[first]}, {}
     for name in others:
@@ -347,7 +364,7 @@ def _plots(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
             low, high = (np.array([f["mean"] if f[k] is None else f[k] for f in found]) for k in ("lo", "hi"))
             bands[name] = grid, deltas.mean(0), low, high
     title = f"Bits per byte less those of {first}"
-    return [*plots, report.svg(partial(_draw, bands=bands, colours=colours, x="tokens", title=title))] if bands else plots
+    return [*plots, report.svg(partial(_draw, bands=bands, colours=_colours(groups), x="tokens", title=title))] if bands else plots
 
 
 def build(name: str, results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], out: Path) -> Path:

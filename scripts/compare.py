@@ -39,7 +39,7 @@ LETTERS = "abcdefgh"
 TEXTS = {f"--{name}" for name in ("common", *LETTERS)}
 OURS = {"seed": "--first_seed and --seeds", "model_tag": "--names", "resume": "the same command again", "new_horizon": "another --name"}
 SHARED = ("tokenizer", "tokens", "shards")  # of the base folder, made once for all runs
-PROBED = 6  # steps that a dry run takes of every condition
+PROBED, TIMED = 6, 30  # steps that a dry run, and a round of --retime, takes of every condition
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,7 @@ class Knobs:
     points: int = knob(20, "evaluations of a run, where the flags do not set --eval_every", low=2)
     eval_tokens: int = knob(1 << 17, "tokens of an evaluation, where the flags do not set --eval_tokens", low=1)
     keep: bool = knob(False, "keep the weights of finished runs")
+    retime: int = knob(0, f"after the runs, time all conditions anew by turns: rounds of {TIMED} steps each; seconds follow them", low=0)
     dry_run: bool = knob(False, f"say what would run and for how long, from finished runs or {PROBED} steps of each condition")
 
 
@@ -230,10 +231,8 @@ class Comparison:
             for path in checkpoint.steps(self.folder / "checkpoints" / "base" / f"{record['condition']}-s{record['seed']}"):
                 shutil.rmtree(path)
 
-    def probe(self, c: Condition, lock: IO[bytes]) -> float:
-        """Seconds that a run of this condition takes, from its first steps in a folder that is deleted again."""
-        if c.timed:
-            return c.timed
+    def probe(self, c: Condition, lock: IO[bytes], steps: int = PROBED) -> tuple[float, float]:
+        """-> seconds that a run of this condition takes, milliseconds of a step: from first steps in a folder that is deleted again."""
         base = self.folder / "probe"
         shutil.rmtree(base, ignore_errors=True)
         base.mkdir(parents=True)
@@ -242,25 +241,40 @@ class Comparison:
             with open(log, "wb") as out:
                 process = self.start(base, c, 0, out, lock)
                 try:
-                    at = _seen(process, directory)
+                    at = _seen(process, directory, steps)
                 finally:
                     process.kill()
                     process.wait()
             if "train" not in at:
                 raise UserError(f"condition {c.name} does not start: {_error(log, process.returncode)}")
-            steps = next(r["config"]["plan"]["steps"] for r in logbook.read(directory) if r["kind"] == "start")
-            training = at["train"] - at["eval"] + steps * comparison.record(directory)["step_ms"] / 1e3
-            return at["start"] - at["launch"] + (c.looks + 1) * (at["eval"] - at["start"]) + training
+            whole = next(r["config"]["plan"]["steps"] for r in logbook.read(directory) if r["kind"] == "start")
+            step_ms = comparison.record(directory)["step_ms"]
+            training = at["train"] - at["eval"] + whole * step_ms / 1e3
+            return at["start"] - at["launch"] + (c.looks + 1) * (at["eval"] - at["start"]) + training, step_ms
         finally:
             shutil.rmtree(base, ignore_errors=True)
 
 
-def _seen(process: subprocess.Popen, directory: Path) -> dict[str, float]:
-    """When a run wrote its first row of each kind, watched until it has taken enough steps or ended."""
+    def retime(self, rounds: int, lock: IO[bytes]) -> dict[str, Any]:
+        """Time every condition anew, by turns, and give the runs of the n-th seed the step time of round n (modulo rounds)."""
+        times: dict[str, list[float]] = {c.name: [] for c in self.conditions}
+        for n in range(rounds):
+            for c in self.conditions[n % len(times) :] + self.conditions[: n % len(times)]:
+                times[c.name].append(self.probe(c, lock, TIMED)[1])
+                print0(f"round {n + 1} of {rounds}: {c.name}, {times[c.name][-1]:.1f} ms a step")
+        first = min(seed for _, seed in self.todo)
+        for i, r in enumerate(self.records):
+            if r["condition"] in times and not r.get("error"):
+                self.records[i] = comparison.at_speed(r, times[r["condition"]][(r["seed"] - first) % rounds])
+        return self.write()
+
+
+def _seen(process: subprocess.Popen, directory: Path, steps: int) -> dict[str, float]:
+    """When a run wrote its first row of each kind, watched until it has taken so many steps or ended."""
     at = {"launch": time.monotonic()}
     going = True
     while going:
-        going = process.poll() is None and _last(directory).get("step", 0) < PROBED
+        going = process.poll() is None and _last(directory).get("step", 0) < steps
         time.sleep(0.05)
         for row in logbook.read(directory):
             at.setdefault(row["kind"], time.monotonic())
@@ -328,7 +342,7 @@ def _dry_run(work: Comparison, todo: Sequence[tuple[Condition, int]], lock: IO[b
     try:
         for c in work.conditions:
             n = sum(o is c for o, _ in todo)
-            each = work.usual(c) or (work.probe(c, lock) if n else 0.0)
+            each = c.timed or work.usual(c) or (work.probe(c, lock)[0] if n else 0.0)
             total += n * each
             print0(f"  {c.name}: {n} runs of about {duration(each)}")
     finally:
@@ -347,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             words.append(word)
     k, _ = knobs.parse(Knobs, words, command="compare")
     work = Comparison(k, conditions_of(k))
+    if k.retime and any(c.timed for c in work.conditions):
+        raise UserError("--retime cannot be used where a run's length is a time: what it learns depends on its speed")
     with locked(work.folder) as lock:
         todo = [(c, seed) for c, seed in work.todo if not work.done(c, seed)]
         print0(f"{work.name}: {len(work.todo)} runs, {len(work.todo) - len(todo)} finished, in {work.folder}")
@@ -360,6 +376,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             work.clear(record)
             said = record.get("error") or f"{record['final_bpb']:.4f} bits per byte, {record['step_ms']:.1f} ms a step"
             print0(f"\r\033[K  {said}" if sys.stdout.isatty() else f"  {said}")
+        if k.retime:
+            results = work.retime(k.retime, lock)
     for pair in results["pairs"]:
         print0(comparison.text(pair))
     print0(f"{work.folder / 'report.html'}")

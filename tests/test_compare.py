@@ -266,6 +266,25 @@ def test_a_dry_run_leaves_nothing(here, tmp_path, monkeypatch, capsys):
     assert "2 runs of about" in capsys.readouterr().out and not (tmp_path / "compare" / "x").exists()
 
 
+def test_conditions_are_timed_anew(here, tmp_path, monkeypatch):
+    compare.main(asked(here))
+    before = without_time(tmp_path / "compare" / "x")
+    times = iter([100.0, 120.0, 130.0, 110.0])  # relu2 and silu, then the other way round
+    monkeypatch.setattr(compare.Comparison, "probe", lambda self, c, lock, steps: (0.0, next(times)))
+    found = compare.main(asked(here, "--retime=2"))
+    runs = [json.loads(line) for line in (tmp_path / "compare" / "x" / "runs.jsonl").read_text().splitlines()]
+    assert {(r["condition"], r["seed"]): r["step_ms"] for r in runs} == {
+        ("relu2", 42): 100, ("silu", 42): 120, ("silu", 43): 130, ("relu2", 43): 110,
+    }  # fmt: skip
+    assert all(r["curve"][-1][2] == r["seconds"] for r in runs)
+    slow = {"step_ms": 200.0, "seconds": 4.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 4.0, 2.0]]}
+    assert comparison.at_speed(slow, 50.0) == {"step_ms": 50.0, "seconds": 1.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 1.0, 2.0]]}
+    assert found["pairs"][0]["step_time_pct"]["mean"] == pytest.approx(100 * (math.sqrt(1.2 * 130 / 110) - 1))
+    assert without_time(tmp_path / "compare" / "x") == before
+    with pytest.raises(UserError, match="length is a time"):
+        compare.main(asked(here.replace("--num_iterations=8", "--max_minutes=1"), "--retime=2", "--name=y"))
+
+
 @pytest.mark.slow
 def test_the_command_is_killed_and_goes_on(tmp_path):
     """The real thing: runs in their own processes, SIGTERM to the command in the middle of one."""
