@@ -62,6 +62,8 @@ GATES = {
 TERMS = {
     "no spans": Condition("--generator rules --spans 0"),
     "sparse 90 %": Condition("--generator rules --sparsity 0.9"),
+}
+CODES = {
     "random codes": Condition("--generator rules --codes hash"),
     "16 bits": Condition("--generator rules --code_bits 16 --pair_bits 16"),
     "64 bits": Condition("--generator rules --code_bits 64 --pair_bits 64"),
@@ -74,6 +76,7 @@ EXPERIMENTS = {
     "dialogues-small": Experiment("dialogues", "small", 3, NONE | RULES),
     "prose-gates": Experiment("prose", "small", 3, NONE | RULES | GATES),
     "prose-terms": Experiment("prose", "small", 3, NONE | RULES | TERMS),
+    "prose-codes": Experiment("prose", "small", 3, NONE | RULES | CODES),
 }
 
 
@@ -111,7 +114,7 @@ def generated(made: str, base: Path, data: list[str], env: Path) -> str:
     return out
 
 
-def experiment(name: str, e: Experiment, base: Path, texts: Path, env: Path) -> None:
+def experiment(name: str, e: Experiment, base: Path, texts: Path, env: Path, retime: int) -> None:
     """Everything that one experiment needs, and its comparison."""
     base = base / e.corpus
     base.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,7 @@ def experiment(name: str, e: Experiment, base: Path, texts: Path, env: Path) -> 
     for letter, c in zip("abcdefgh", e.conditions.values(), strict=False):
         rap = f"--rap={generated(c.made, base, data, env)} " if c.made else ""
         words += [f"--{letter}={rap}{c.flags}"]
-    run([*words, "--names", *(n.replace(" ", "-").replace("%", "pct") for n in e.conditions)], base)
+    run([*words, f"--retime={retime}", "--names", *(n.replace(" ", "-").replace("%", "pct") for n in e.conditions)], base)
 
 
 def adopt(name: str, e: Experiment, folder: Path) -> None:
@@ -173,13 +176,14 @@ def main() -> None:
     p.add_argument("--base", type=Path, default=cache / "rap_experiments", help="where everything is made")
     p.add_argument("--env", type=Path, default=cache / "rap_env", help="the generator's environment, made if it is not there")
     p.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME", help=", ".join(EXPERIMENTS))
+    p.add_argument("--retime", type=int, default=0, metavar="ROUNDS", help="then time the conditions anew: nothing else should run")
     p.add_argument("--conditions", nargs="+", metavar="NAME", help="these alone; the others can follow")
     a = p.parse_args()
     for name in a.only:
         e = EXPERIMENTS[name]
         wanted = {n: c for n, c in e.conditions.items() if n in (a.conditions or e.conditions)}
         try:
-            experiment(name, e._replace(conditions=wanted), a.base.resolve(), a.texts.resolve(), a.env.resolve())
+            experiment(name, e._replace(conditions=wanted), a.base.resolve(), a.texts.resolve(), a.env.resolve(), a.retime)
         except subprocess.CalledProcessError as failure:  # it said why
             sys.exit(failure.returncode)
         finally:
