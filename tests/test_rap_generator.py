@@ -31,7 +31,7 @@ def load(name: str) -> Any:
         sys.path.remove(str(DEV))
 
 
-rt, worth, rap = load("rap_terms"), load("rap_worth"), load("generate_rap_prior")
+rt, worth, _, rap = map(load, ("rap_terms", "rap_worth", "rap_report", "generate_rap_prior"))
 
 
 def texts(seed, n=220):
