@@ -7,8 +7,8 @@ from itertools import chain
 from pathlib import Path
 from random import Random
 
+import priors
 import pytest
-import test_prior
 import tiny
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ def best(scores):
 
 def with_prior(tok, tmp_path, context):
     """A model whose attention prior counts for much."""
-    path = test_prior.write(tmp_path / "prior.safetensors", test_prior.terms(vocab=tok.vocab_size), tokenizer=tok.fingerprint)
+    path = priors.write(tmp_path / "prior.safetensors", priors.terms(vocab=tok.vocab_size), tokenizer=tok.fingerprint)
     shape = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
     config = GPTConfig(sequence_len=context, vocab_size=tok.vocab_size, **shape)
     config.rap, tensors = prior.prepare(prior.RapKnobs(rap=path, rap_alpha=3.0), config, tok.fingerprint, CPU.device)
