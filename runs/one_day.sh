@@ -3,15 +3,17 @@
 #     bash runs/one_day.sh                                     24 hours, on web text (downloaded first)
 #     bash runs/one_day.sh --minutes 20                        the same in small, on the embedded corpus
 #     bash runs/one_day.sh --hours 8 --data "wiki=DIR:0.6 books=DIR:0.4" --talks "mine=FILE.jsonl:1 identity:1" --target 0.9
+#     bash runs/one_day.sh --hours 8 --recipe FILE.toml        the plan keeps what the recipe says of the architecture
 # Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-minutes="" data="" talks="" vocab="" target=0
+minutes="" data="" talks="" vocab="" target=0 open=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
-        -h | --help) sed -n '2,6s/^# \{0,1\}//p' runs/one_day.sh; exit 0 ;;
+        -h | --help) sed -n '2,7s/^# \{0,1\}//p' runs/one_day.sh; exit 0 ;;
         *) flag=$1 value=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
     esac
     case "$flag" in
@@ -27,7 +29,8 @@ while [ $# -gt 0 ]; do
         --talks) talks=$value ;;
         --vocab) vocab=$value ;;
         --target) target=$value ;;
-        *) echo "error: one_day.sh does not know $flag: it takes --hours, --minutes, --data, --talks, --vocab and --target" >&2; exit 2 ;;
+        --recipe) open=(--recipe "$value") ;;
+        *) echo "error: one_day.sh does not know $flag: it takes --hours, --minutes, --data, --talks, --vocab, --recipe, --target" >&2; exit 2 ;;
     esac
 done
 minutes=${minutes:-1440}
@@ -45,6 +48,7 @@ if [ -z "$vocab" ]; then
 fi
 
 source runs/environment.sh
+cd "$here" # names of files are meant from where the script was started
 
 tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
@@ -61,12 +65,13 @@ later=("${recipe[@]}")
 [ "$data" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
-step probe python -m scripts.plan probe --minutes="$minutes" --out="$out/probe.json"
+step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
 # what is left, less a twelfth for the pilot; fixed at the first start, so that an interrupted stage keeps its length
 spent=$((before + SECONDS - $(cat "$out/begun")))
 [ -e "$out/left" ] || awk -v m="$minutes" -v s="$spent" 'BEGIN { printf "%.2f\n", (m - s / 60) * 11 / 12 }' >"$out/left"
 left=$(cat "$out/left")
-step recipe python -m scripts.plan recipe --minutes="$left" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag" "${text[@]}"
+plan=(${open[@]+"${open[@]}"} --minutes="$left" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")
+step recipe python -m scripts.plan recipe "${plan[@]}" "${text[@]}"
 step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target"
 step pretraining python -m scripts.base_train "${recipe[@]}"
 step "questions to the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
