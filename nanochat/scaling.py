@@ -17,7 +17,7 @@ class Shape:
     aspect_ratio: float = knob(64.0, "model width per layer of depth")
     model_dim: int = knob(0, "model width; 0 = depth x aspect_ratio, rounded up to whole heads")
     head_dim: int = knob(128, "width of an attention head")
-    kv_ratio: float = knob(1.0, "key-value heads as a share of the query heads, for example 0.25")
+    kv_ratio: float = knob(1.0, "key-value heads as a share of the query heads; as near as whole groups allow", high=1)
 
     def dimensions(self) -> dict[str, int]:
         """n_layer, n_embd, n_head, n_kv_head; UserError when the figures make no model."""
@@ -32,12 +32,8 @@ class Shape:
                 f"model_dim {width} is not a multiple of head_dim {self.head_dim}: try --model_dim={near}"
             )
         heads = width // self.head_dim
-        kv = max(1, round(heads * self.kv_ratio))
-        if heads % kv:
-            raise UserError(
-                f"kv_ratio {self.kv_ratio} of {heads} heads gives {kv} key-value heads, which does not divide {heads}: "
-                f"try --kv_ratio={1 / heads:.3g}"
-            )
+        wanted = heads * self.kv_ratio
+        kv = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: max(n / wanted, wanted / n))
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
 
 

@@ -42,7 +42,7 @@ def flags(made, monkeypatch):
     [
         (["--model_dim=30"], "model_dim 30 is not a multiple of head_dim 8: try --model_dim=32"),
         (["--model_dim=28", "--head_dim=7"], "head_dim is 7"),
-        (["--model_dim=56", "--kv_ratio=0.4"], "of 7 heads gives 3 key-value heads"),
+        (["--kv_ratio=2"], "--kv_ratio must be at most 1"),
         (["--depth=0"], "depth is 0"),
         (["--softcap=-1"], "softcap is -1"),
         (["--mlp_ratio=nan"], "mlp_ratio is nan"),
