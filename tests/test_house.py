@@ -221,7 +221,7 @@ def command_lines(text: str) -> list[tuple[str, list[str]]]:
     found = []
     for m in re.finditer(r"-m[ \t]+(scripts\.|nanochat\.|nanochat[ \t]+)(\w+)(?=([^\n]*))", text.replace("\\\n", " ")):
         rest = re.sub(r"\d?>>?\s*(&\d|\S+)", " ", m[3])
-        rest = re.sub(r'"?\$(@|\*|\{\w+\[@\][^}]*\})"?', " ", rest)  # "$@" and arrays: nothing is known of them
+        rest = re.sub(r'"?\$(@|\*|\{\w+\[@\](\+"\$\{\w+\[@\]\}"|[^}]*)\})"?', " ", rest)  # "$@", arrays: nothing is known of them
         rest = re.sub(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+", "1", rest)
         lexer = shlex.shlex(rest.replace("`", " ; "), posix=True, punctuation_chars="();<>|&")
         lexer.whitespace_split = True
