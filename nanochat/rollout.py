@@ -91,7 +91,7 @@ def weighted_batches(
 ) -> list[Batch]:
     """
     (reply, weight) pairs as micro-batches of at most device_rows rows: targets at sampled tokens alone, the stop token among them. Rows of
-    like width share a batch; widths are multiples of 64, `longest` at most: few shapes. Without replies: one ignored row.
+    like width share a batch; widths are multiples of 64, `longest` at most: few shapes. Without replies: one ignored token.
     """
     rows = []
     for row, weight in replies:
@@ -102,7 +102,7 @@ def weighted_batches(
         rows.append(([*row.prompt, *new][:-1], targets, weight))
     out = []
     widths = [min(longest, 64 * max(1, -(-len(ids) // 64))) for ids, _, _ in rows]
-    for T in sorted(set(widths)) or [min(longest, 64)]:
+    for T in sorted(set(widths)) or [1]:
         alike = [row for row, width in zip(rows, widths, strict=True) if width == T] or [([], [], 0.0)]
         for at in range(0, len(alike), device_rows):
             part = alike[at : at + device_rows]

@@ -134,7 +134,7 @@ def test_rows_of_like_width_share_a_batch(tok):
     assert [tuple(b.inputs.shape) for b in made] == [(3, 64), (1, 64), (2, 101)]
     assert sum(int((b.targets >= 0).sum()) for b in made) == 12
     (nothing,) = weighted_batches([], 3, tok.bos, 100)
-    assert nothing.inputs.shape == (1, 64) and (nothing.targets == -1).all()
+    assert nothing.inputs.shape == (1, 1) and (nothing.targets == -1).all()
 
 
 # ---- one update whatever the memory
