@@ -19,7 +19,11 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from nanochat import comparison
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "dev" / "results"
@@ -169,6 +173,33 @@ def summarise(base: Path) -> None:
     (RESULTS / "rap_summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
+def picture(out: Path) -> None:
+    """Learning curves of the larger comparisons, and below them the tokens that every condition saves, with its interval."""
+    kept = {n: json.loads(f.read_text(encoding="utf-8")) for n in EXPERIMENTS if (f := RESULTS / f"rap_{n}.results.json").exists()}
+    drawn = [n for n in kept if EXPERIMENTS[n].conditions.keys() <= MAIN.keys()]
+    across = max(1, len(drawn))
+    figure = Figure(figsize=(4.6 * across, 8), layout="constrained")
+    top, below = figure.subfigures(2, 1)
+    for ax, name in zip(top.subplots(1, across, squeeze=False)[0], drawn, strict=False):
+        lines = (RESULTS / f"rap_{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
+        groups: dict[str, list[dict[str, Any]]] = {c["name"]: [] for c in kept[name]["conditions"] if c["n_seeds"]}
+        for r in map(json.loads, lines):
+            if r["condition"] in groups and not r.get("error"):
+                groups[r["condition"]].append(r)
+        comparison.curves(ax, groups, title=f"{name}, bits per byte")
+    ax = below.subplots()
+    rows = [(f"{n}: {p['name']} ({p['n_seeds']})", p["saved_tokens_pct"]) for n, r in kept.items() for p in r["pairs"]]
+    rows = [(label, found) for label, found in rows if found["mean"] is not None]
+    for y, (_, found) in enumerate(rows):
+        lo, hi = (found["mean"] if found[k] is None else found[k] for k in ("lo", "hi"))
+        ax.errorbar(found["mean"], y, xerr=[[found["mean"] - lo], [hi - found["mean"]]], fmt="o", color="#2a6f97", capsize=3)
+    ax.axvline(0, color="#888", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [label for label, _ in rows])
+    ax.invert_yaxis()
+    ax.set_title("tokens saved, %, with 95 % intervals over (paired seeds)")
+    figure.savefig(out, dpi=100)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
@@ -188,6 +219,7 @@ def main() -> None:
             sys.exit(failure.returncode)
         finally:
             summarise(a.base.resolve())
+            picture(REPO / "dev" / "rap.png")
 
 
 if __name__ == "__main__":
