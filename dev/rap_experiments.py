@@ -17,7 +17,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +90,11 @@ def sources(corpus: str, texts: Path, base: Path) -> list[str]:
             (base / "texts").symlink_to(texts, target_is_directory=True)
         return [f"{name}=texts/{name}:{weight}" for name, weight in (("wikipedia", 0.45), ("books", 0.40), ("reddit", 0.15))]
     file = base / f"{corpus}.jsonl"
-    if not file.exists():
-        if corpus == "code":
-            paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-            documents = [p.read_text(encoding="utf-8", errors="ignore") for p in paths if "site-packages" not in p.parts]
-        else:
-            rows = [json.loads(line) for p in sorted((texts / "dialog").glob("*.jsonl")) for line in p.open(encoding="utf-8")]
-            documents = ["\n".join(f"{m['role']}: {m['content']}" for m in row["messages"]) for row in rows if "messages" in row]
+    if corpus == "code" and not file.exists():
+        run([str(REPO / "dev" / "python_library.py"), str(file)], base)
+    elif not file.exists():
+        rows = [json.loads(line) for p in sorted((texts / "dialog").glob("*.jsonl")) for line in p.open(encoding="utf-8")]
+        documents = ["\n".join(f"{m['role']}: {m['content']}" for m in row["messages"]) for row in rows if "messages" in row]
         file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents if d.strip()), encoding="utf-8")
     return [f"{corpus}={file.name}"]
 

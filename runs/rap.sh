@@ -27,14 +27,7 @@ cache="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 mkdir -p "$cache/rap"
 cache=$(cd "$cache" && pwd)
 if [ ${#data[@]} = 0 ]; then
-    [ -e "$cache/rap/library.jsonl" ] || python - "$cache/rap/library.jsonl" <<'LIBRARY'
-import json, os, pathlib, sys, sysconfig
-folder, out = pathlib.Path(sysconfig.get_path("stdlib")), pathlib.Path(sys.argv[1])
-files = [p for p in sorted(folder.rglob("*.py")) if "site-packages" not in p.parts]
-texts = [text for p in files if (text := p.read_text(encoding="utf-8", errors="ignore")).strip()]
-out.with_suffix(".new").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-os.replace(out.with_suffix(".new"), out)
-LIBRARY
+    [ -e "$cache/rap/library.jsonl" ] || python dev/python_library.py "$cache/rap/library.jsonl"
     data=("library=$cache/rap/library.jsonl")
 else
     cd "$here" # names of files are meant from where the script was started
