@@ -307,7 +307,8 @@ def generate(a: argparse.Namespace) -> None:
     print("measuring on held-out text", flush=True)
     about |= measure(terms, strength, text, held, unseen, V, min(512, a.max_lag))
     about |= {"pairs": a.pairs, "tokens": len(text.ids), "seconds": round(time.monotonic() - began, 1), "rss_bytes": peak_bytes()}
-    said = [f"+{2 * abs(r.weight):.2f}: {r.words()}" for r in rules] + ([about["polished"]] if rules else [])
+    said = [f"+{2 * abs(r.weight):.2f}: {r.words()}" for r in rules if 2 * abs(r.weight) >= 0.005]
+    said += [about["polished"]] if rules else []
     numbers = ("auc", "youden", "fit", "gain", "seconds", "rss_bytes", "pairs", "tokens")
     split = "".join(sorted(m["sha256"] for found in shards.values() for _, m in found))
     meta = {
