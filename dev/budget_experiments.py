@@ -1,0 +1,69 @@
+"""
+The sweeps behind the rules of nanochat/scaling.py for budgets of minutes, and behind runs/english_chat.toml: what dev/LOG.md says of them
+was computed by this.
+
+    python dev/budget_experiments.py --texts DIR
+    python dev/budget_experiments.py --texts DIR --only batch size
+
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Where the budget is time, nothing else should run on the machine. Each experiment is
+one comparison (trials.py).
+"""
+
+import shlex
+from typing import NamedTuple
+
+import trials
+
+LOOK = "--eval_every=0.1 --eval_tokens=32768 --sample_every=0 --compile=on"
+SHAPE = "--depth=3 --model_dim=192 --head_dim=64"  # 1.3 M matrix parameters
+MINUTES = f"--sequence_len=512 --max_minutes=3 {LOOK}"
+TOKENS = f"--sequence_len=512 --num_iterations=400 --total_batch_size=4096 {LOOK}"
+ENGLISH = "--depth=4 --model_dim=256 --head_dim=32 --embedding_lr=0.05"
+
+
+class Experiment(NamedTuple):
+    vocab: int
+    common: str
+    seeds: int
+    conditions: dict[str, str]  # the first is the baseline
+
+
+def english(common: str) -> Experiment:
+    """Each change of the general English model alone, and all together."""
+    alone = {
+        "tied": "--tie_embeddings", "mlp3": "--mlp_ratio=3", "gqa": "--kv_ratio=0.25", "silu": "--activation=silu", "gelu": "--activation=gelu",
+        "nocap": "--softcap=0",
+    }  # fmt: skip
+    together = " ".join(alone[n] for n in ("tied", "mlp3", "gqa", "silu", "nocap"))
+    return Experiment(16384, f"{ENGLISH} {common}", 2, {"default": "", **alone, "all": together})
+
+
+EXPERIMENTS = {
+    "batch": Experiment(4096, f"{SHAPE} {MINUTES}", 2, {
+        str(b): f"--total_batch_size={b} --embedding_lr={0.1 * (b / 2**14) ** 0.5:.3g}" for b in (4096, 1024, 2048, 8192, 16384)
+    }),
+    "rates": Experiment(4096, f"{SHAPE} {TOKENS}", 2, {
+        "usual": "--embedding_lr=0.05",
+        **{f"embedding-{r}": f"--embedding_lr={r}" for r in (0.025, 0.1, 0.2)},
+        **{f"matrix-{r}": f"--embedding_lr=0.05 --matrix_lr={r}" for r in (0.01, 0.04)},
+        **{f"head-{r}": f"--embedding_lr=0.05 --unembedding_lr={r}" for r in (0.002, 0.008)},
+    }),
+    "size": Experiment(4096, f"--total_batch_size=4096 --embedding_lr=0.05 {MINUTES}", 2, {
+        f"{d}x{w}": f"--depth={d} --model_dim={w} --head_dim=64" for d, w in ((3, 192), (1, 128), (2, 128), (2, 256), (4, 256), (6, 320))
+    }),
+    "english-tokens": english(TOKENS),
+    "english-minutes": english(f"--total_batch_size=4096 {MINUTES}"),
+}  # fmt: skip
+
+
+def main() -> None:
+    a = trials.options(__doc__ or "", "budget_experiments", list(EXPERIMENTS)).parse_args()
+    for name in a.only:
+        e, base = EXPERIMENTS[name], a.base.resolve() / f"prose-{EXPERIMENTS[name].vocab}"
+        data = trials.prepared("prose", a.texts.resolve(), base, e.vocab)
+        wanted = {n: flags for n, flags in e.conditions.items() if n in (a.conditions or e.conditions)}
+        trials.compare(f"budget_{name}", base, f"{e.common} --data {shlex.join(data)}", e.seeds, wanted, (), a.retime)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""
+What experiments on real text share: their corpora, and comparisons that go on where they were stopped, also on another machine, as the
+records of all runs lie in dev/results/. rap_experiments.py and budget_experiments.py say what is compared. It trains nothing itself and
+decides nothing: scripts.compare does.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+RESULTS = REPO / "dev" / "results"
+RECORDS = "plan.json", "runs.jsonl", "results.json"  # of a comparison
+
+
+def options(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that experiments share."""
+    p = argparse.ArgumentParser(description=about.split("\n\n")[0], allow_abbrev=False)
+    cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    p.add_argument("--texts", type=Path, required=True, help="folder with wikipedia/, books/, reddit/ and dialog/")
+    p.add_argument("--base", type=Path, default=cache / folder, help="where everything is made")
+    p.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME", help=", ".join(names))
+    p.add_argument("--retime", type=int, default=0, metavar="ROUNDS", help="then time the conditions anew: nothing else should run")
+    p.add_argument("--conditions", nargs="+", metavar="NAME", help="these alone; the others can follow")
+    return p
+
+
+def run(words: Sequence[str], base: Path) -> None:
+    """A command of this repository, with its own base folder. Ends this process with the command's status when it fails: it said why."""
+    path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
+    done = subprocess.run([sys.executable, *words], cwd=base, env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": path})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def prepared(corpus: str, texts: Path, base: Path, vocab_size: int) -> list[str]:
+    """
+    The words of --data for prose, code or dialogues, with paths from the base folder on, so that no path of a machine gets into results;
+    makes the tokenizer and the token shards.
+    """
+    base.mkdir(parents=True, exist_ok=True)
+    if corpus == "prose":
+        if not (base / "texts").exists():
+            (base / "texts").symlink_to(texts, target_is_directory=True)
+        data = [f"{name}=texts/{name}:{weight}" for name, weight in (("wikipedia", 0.45), ("books", 0.40), ("reddit", 0.15))]
+    else:
+        file = base / f"{corpus}.jsonl"
+        if corpus == "code" and not file.exists():
+            run([str(REPO / "dev" / "python_library.py"), str(file)], base)
+        elif not file.exists():
+            rows = [json.loads(line) for p in sorted((texts / "dialog").glob("*.jsonl")) for line in p.open(encoding="utf-8")]
+            documents = ["\n".join(f"{m['role']}: {m['content']}" for m in row["messages"]) for row in rows if "messages" in row]
+            file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents if d.strip()), encoding="utf-8")
+        data = [f"{corpus}={file.name}"]
+    if not (base / "tokenizer" / "tokenizer.json").exists():
+        run(["-m", "scripts.tok_train", f"--vocab_size={vocab_size}", "--data", *data], base)
+    run(["-m", "scripts.tok_data", "--data", *data], base)
+    return data
+
+
+def compare(name: str, base: Path, common: str, seeds: int, conditions: Mapping[str, str], kin: Sequence[str], retime: int) -> None:
+    """
+    One run of scripts.compare: conditions -> their flags, the baseline first; common: flags of all, with --data. It begins with the runs in
+    dev/results/, of `name` and, of the same conditions, of its `kin`: experiments with the same base and common flags. Its records go
+    there, however it ends.
+    """
+    folder = base / "compare" / name
+    if not folder.exists():
+        _adopt([name, *kin], conditions, folder)
+    words = ["-m", "scripts.compare", f"--name={name}", f"--seeds={seeds}", f"--common={common}", f"--retime={retime}"]
+    words += [f"--{letter}={flags}" for letter, flags in zip("abcdefgh", conditions.values(), strict=False)]
+    try:
+        run([*words, "--names", *conditions], base)
+    finally:
+        RESULTS.mkdir(exist_ok=True)
+        for kind in RECORDS if (folder / "results.json").exists() else ():
+            shutil.copyfile(folder / kind, RESULTS / f"{name}.{kind}")
+
+
+def _adopt(names: Sequence[str], conditions: Mapping[str, str], folder: Path) -> None:
+    """Runs that were made elsewhere: all of the first name, of the others those of the conditions."""
+    plan: dict[str, list[str]] = {}
+    runs: list[str] = []
+    for i, name in enumerate(names):
+        if not (RESULTS / f"{name}.runs.jsonl").exists():
+            continue
+        theirs = json.loads((RESULTS / f"{name}.plan.json").read_text(encoding="utf-8"))
+        new = {c: flags for c, flags in theirs.items() if c not in plan and (i == 0 or c in conditions)}
+        lines = (RESULTS / f"{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
+        runs += [line for line in lines if json.loads(line)["condition"] in new]
+        plan |= new
+    if runs:
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        (folder / "runs.jsonl").write_text("".join(f"{line}\n" for line in runs), encoding="utf-8")
