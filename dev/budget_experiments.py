@@ -31,8 +31,8 @@ class Experiment(NamedTuple):
 def english(common: str) -> Experiment:
     """Each change of the general English model alone, and all together."""
     alone = {
-        "tied": "--tie_embeddings", "mlp3": "--mlp_ratio=3", "gqa": "--kv_ratio=0.25", "silu": "--activation=silu", "gelu": "--activation=gelu",
-        "nocap": "--softcap=0",
+        "tied": "--tie_embeddings", "mlp3": "--mlp_ratio=3", "gqa": "--kv_ratio=0.25", "silu": "--activation=silu",
+        "gelu": "--activation=gelu", "nocap": "--softcap=0",
     }  # fmt: skip
     together = " ".join(alone[n] for n in ("tied", "mlp3", "gqa", "silu", "nocap"))
     return Experiment(16384, f"{ENGLISH} {common}", 2, {"default": "", **alone, "all": together})

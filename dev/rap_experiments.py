@@ -126,7 +126,7 @@ def picture(out: Path) -> None:
     drawn = [n for n in found if EXPERIMENTS[n].conditions.keys() <= MAIN.keys()]
     across = max(1, len(drawn))
     figure = Figure(figsize=(4.6 * across, 8), layout="constrained")
-    top, below = figure.subfigures(2, 1)
+    top, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for ax, name in zip(top.subplots(1, across, squeeze=False)[0], drawn, strict=False):
         lines = (trials.RESULTS / f"rap_{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
         groups: dict[str, list[dict[str, Any]]] = {c["name"]: [] for c in found[name]["conditions"] if c["n_seeds"]}
