@@ -27,6 +27,6 @@ resumable() { # resumable FOLDER: notes what is done there; $before: the seconds
 step() { # step NAME COMMAND...: once; what is done stays done
     [ -e "$notes/$1.done" ] && return
     say "$1"
-    "${@:2}"
+    "${@:2}" || return
     touch "$notes/$1.done"
 }

@@ -72,7 +72,10 @@ spent=$((before + SECONDS - $(cat "$out/begun")))
 left=$(cat "$out/left")
 plan=(${open[@]+"${open[@]}"} --minutes="$left" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")
 step recipe python -m scripts.plan recipe "${plan[@]}" "${text[@]}"
-step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target"
+step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
+    [ $? = 2 ] || exit # 2: it says why it cannot; the recipe stays as it is
+    touch "$out/pilot.done"
+}
 step pretraining python -m scripts.base_train "${recipe[@]}"
 step "questions to the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
 step midtraining python -m scripts.mid_train "${later[@]}"
