@@ -57,8 +57,9 @@ GATES = {
     "half the heads": Condition("--generator rules", "--rap_heads=0.5"),
     "first layer": Condition("--generator rules", "--rap_layers=1"),
 }
-TERMS = {
-    "no spans": Condition("--generator rules --spans 0"),
+TERMS = {"no spans": Condition("--generator rules --spans 0")}
+SPARSE = {
+    "sparse 50 %": Condition("--generator rules --sparsity 0.5"),
     "sparse 90 %": Condition("--generator rules --sparsity 0.9"),
 }
 CODES = {
@@ -74,6 +75,7 @@ EXPERIMENTS = {
     "dialogues-small": Experiment("dialogues", "small", 3, NONE | RULES),
     "prose-gates": Experiment("prose", "small", 3, NONE | RULES | GATES),
     "prose-terms": Experiment("prose", "small", 3, NONE | RULES | TERMS),
+    "prose-sparse": Experiment("prose", "small", 3, NONE | RULES | SPARSE),
     "prose-codes": Experiment("prose", "small", 3, NONE | RULES | CODES),
 }
 
