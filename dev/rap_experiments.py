@@ -62,8 +62,8 @@ SPARSE = {
     "sparse 50 %": Condition("--generator rules --sparsity 0.5"),
     "sparse 90 %": Condition("--generator rules --sparsity 0.9"),
 }
-CODES = {
-    "random codes": Condition("--generator rules --codes hash"),
+CODES = {"random codes": Condition("--generator rules --codes hash")}
+RANKS = {
     "16 bits": Condition("--generator rules --code_bits 16 --pair_bits 16"),
     "64 bits": Condition("--generator rules --code_bits 64 --pair_bits 64"),
 }
@@ -77,6 +77,7 @@ EXPERIMENTS = {
     "prose-terms": Experiment("prose", "small", 3, NONE | RULES | TERMS),
     "prose-sparse": Experiment("prose", "small", 3, NONE | RULES | SPARSE),
     "prose-codes": Experiment("prose", "small", 3, NONE | RULES | CODES),
+    "prose-ranks": Experiment("prose", "small", 3, NONE | RULES | RANKS),
 }
 
 
