@@ -261,8 +261,9 @@ def test_a_dry_run_leaves_nothing(here, tmp_path, monkeypatch, capsys):
     ended = {"poll": lambda: 0, "kill": lambda: None, "wait": lambda: None, "returncode": 0}
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended))
     monkeypatch.setattr(compare, "_seen", lambda *_: {"launch": 0.0, "start": 1.0, "eval": 3.0, "train": 4.0})
-    found = compare.main(asked(here, "--dry_run"))
-    assert 4 * (1 + 1 + 5 * 2) < found["seconds"] < 4 * (1 + 1 + 5 * 2) + 10 and found["runs"] == 4
+    monkeypatch.setattr(comparison, "record", lambda _: {"step_ms": 250.0})
+    found = compare.main(asked(here, "--dry_run"))  # a run: 1 s to start, five looks of 2 s, a first step of 1 s, eight of 0.25 s
+    assert found == {"runs": 4, "seconds": 4 * (1 + 5 * 2 + 1 + 8 * 0.25)}
     assert "2 runs of about" in capsys.readouterr().out and not (tmp_path / "compare" / "x").exists()
 
 
