@@ -128,7 +128,7 @@ def picture(out: Path) -> None:
     found = kept()
     drawn = [n for n in found if EXPERIMENTS[n].conditions.keys() <= MAIN.keys()]
     across = max(1, len(drawn))
-    figure = Figure(figsize=(4.6 * across, 8), layout="constrained")
+    figure = Figure(figsize=(4.6 * across, 9), layout="constrained")
     top, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for ax, name in zip(top.subplots(1, across, squeeze=False)[0], drawn, strict=False):
         lines = (trials.RESULTS / f"rap_{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -138,8 +138,10 @@ def picture(out: Path) -> None:
                 groups[r["condition"]].append(r)
         comparison.curves(ax, groups, title=f"{name}, bits per byte")
     ax = below.subplots()
-    rows = [(f"{n}: {p['name']} ({p['n_seeds']})", p["saved_tokens_pct"]) for n, r in found.items() for p in r["pairs"]]
-    rows = [(label, saved) for label, saved in rows if saved["mean"] is not None]
+    rows = []
+    for name, r in found.items():  # what an ablation shares with the comparison before it is drawn once
+        pairs = [p for p in r["pairs"] if p["saved_tokens_pct"]["mean"] is not None and (name in drawn or p["name"] not in MAIN)]
+        rows += [(f"{name}: {p['name']} ({p['n_seeds']})", p["saved_tokens_pct"]) for p in pairs]
     for y, (_, saved) in enumerate(rows):
         lo, hi = (saved["mean"] if saved[k] is None else saved[k] for k in ("lo", "hi"))
         ax.errorbar(saved["mean"], y, xerr=[[saved["mean"] - lo], [hi - saved["mean"]]], fmt="o", color="#2a6f97", capsize=3)
