@@ -258,7 +258,8 @@ def test_every_command_line_parses(where, command, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     if where == "the issue" and command not in front.commands():
         pytest.skip(f"{command} is not written yet")
-    check(command, words)
+    made = [i for i, w in enumerate(words) if w == "--recipe" and not Path(words[i + 1]).expanduser().exists()]  # by a command before it
+    check(command, [w for i, w in enumerate(words) if i not in made and i - 1 not in made])
 
 
 def test_command_lines_are_found():
