@@ -1,6 +1,6 @@
 """
-The sweeps behind the rules of nanochat/scaling.py for budgets of minutes, and behind runs/english_chat.toml: what dev/LOG.md says of them
-was computed by this.
+The sweeps behind the rules of nanochat/scaling.py for budgets of minutes, and behind runs/english_chat.toml; dev/LOG.md says which were
+run.
 
     python dev/budget_experiments.py --texts DIR
     python dev/budget_experiments.py --texts DIR --only batch size
@@ -13,6 +13,8 @@ import shlex
 from typing import NamedTuple
 
 import trials
+
+from nanochat.scaling import embedding_rate
 
 LOOK = "--eval_every=0.1 --eval_tokens=32768 --sample_every=0 --compile=on"
 SHAPE = "--depth=3 --model_dim=192 --head_dim=64"  # 1.3 M matrix parameters
@@ -40,7 +42,7 @@ def english(common: str) -> Experiment:
 
 EXPERIMENTS = {
     "batch": Experiment(4096, f"{SHAPE} {MINUTES}", 2, {
-        str(b): f"--total_batch_size={b} --embedding_lr={0.1 * (b / 2**14) ** 0.5:.3g}" for b in (4096, 1024, 2048, 8192, 16384)
+        str(b): f"--total_batch_size={b} --embedding_lr={embedding_rate(b):.3g}" for b in (4096, 1024, 2048, 8192, 16384)
     }),
     "rates": Experiment(4096, f"{SHAPE} {TOKENS}", 2, {
         "usual": "--embedding_lr=0.05",

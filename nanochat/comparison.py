@@ -371,6 +371,6 @@ def build(name: str, results: Mapping[str, Any], runs: Sequence[Mapping[str, Any
     """Write the page of a comparison: the verdicts, the conditions, the curves, every run."""
     groups = {c["name"]: [r for r in runs if r["condition"] == c["name"] and not r.get("error")] for c in results["conditions"]}
     notes = "".join(f"<p>{html.escape(t)}</p>" for t in NOTES.strip().split("\n\n"))
-    curves = report.gallery(_plots(groups)) if any(groups.values()) else ""
-    first = {"Found": _pairs(results), "Conditions": _conditions(results), "Curves": curves}
+    plots = report.gallery(_plots(groups)) if any(groups.values()) else ""
+    first = {"Found": _pairs(results), "Conditions": _conditions(results), "Curves": plots}
     return report.page(f"nanochat: {name}", {**first, "How it was computed": notes}, out)

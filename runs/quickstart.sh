@@ -33,9 +33,11 @@ step tokenizer python -m scripts.tok_train --data tinyworld --vocab_size=2048
 # An attention prior, computed from the training text, so that looking things up in the context need not be discovered. It is left out where
 # its environment cannot be made: all works without it, and learns more slowly.
 prior() {
-    python -m scripts.tok_data --data tinyworld
-    python dev/generate_rap_prior.py --env "$out/../rap_env" --max_lag 256 --out "$out/rap_prior.safetensors" ||
+    python -m scripts.tok_data --data tinyworld || return # set -e does not reach into what `step` runs
+    python dev/generate_rap_prior.py --env "$out/../rap_env" --max_lag 256 --out "$out/rap_prior.safetensors" || {
+        [ $? != 130 ] || return 130 # interrupted
         echo "notice: no attention prior could be made (see above): training goes on without one"
+    }
 }
 step "attention prior" prior
 base_flags=(--model_tag=$tag --resume=auto)

@@ -254,7 +254,6 @@ class Comparison:
         finally:
             shutil.rmtree(base, ignore_errors=True)
 
-
     def retime(self, rounds: int, lock: IO[bytes]) -> dict[str, Any]:
         """Time every condition anew, by turns, and give the runs of the n-th seed the step time of round n (modulo rounds)."""
         times: dict[str, list[float]] = {c.name: [] for c in self.conditions}
