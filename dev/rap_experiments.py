@@ -105,15 +105,20 @@ def experiment(name: str, wanted: Sequence[str] | None, a: argparse.Namespace) -
 
 
 def summarise() -> None:
-    """rap_summary.json: corpus -> size -> condition -> n_seeds and every measure as mean, lo, hi."""
+    """
+    rap_summary.json: corpus -> size -> condition -> n_seeds and every measure as mean, lo, hi. `timed`: the seconds are of a quiet machine,
+    by turns (--retime); where it is false other work ran beside it, and its seconds and step times say little.
+    """
     summary: dict[str, dict[str, dict[str, dict]]] = {}
     for name, results in kept().items():
         e = EXPERIMENTS[name]
+        runs = (trials.RESULTS / f"rap_{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
+        timed = all(json.loads(line).get("retimed", False) for line in runs)
         here = summary.setdefault(e.corpus, {}).setdefault(e.size, {})
         for pair in results["pairs"]:
             if pair["n_seeds"] and pair["n_seeds"] >= here.get(pair["name"], {}).get("n_seeds", 0):
                 numbers = {m: {k: pair[m].get(k) for k in ("mean", "lo", "hi", "at_least", "at_most") if k in pair[m]} for m in MEASURES}
-                here[pair["name"]] = {"n_seeds": pair["n_seeds"], "experiment": name, **numbers}
+                here[pair["name"]] = {"n_seeds": pair["n_seeds"], "experiment": name, "timed": timed, **numbers}
     (trials.RESULTS / "rap_summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 

@@ -115,7 +115,7 @@ def at_speed(run: Mapping[str, Any], step_ms: float) -> dict[str, Any]:
     """The record of a run as if its steps had taken this long: of one that other work, or another machine, made slow."""
     share = step_ms / run["step_ms"]
     curve = [[step, tokens, round(seconds * share, 3), bpb] for step, tokens, seconds, bpb in run["curve"]]
-    return {**run, "step_ms": step_ms, "seconds": round(run["seconds"] * share, 3), "curve": curve}
+    return {**run, "retimed": True, "step_ms": step_ms, "seconds": round(run["seconds"] * share, 3), "curve": curve}
 
 
 def reach(curve: Sequence[Sequence[float]], target: float) -> Reach:
