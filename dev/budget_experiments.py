@@ -18,9 +18,10 @@ from nanochat.scaling import embedding_rate
 
 LOOK = "--eval_every=0.1 --eval_tokens=32768 --sample_every=0 --compile=on"
 SHAPE = "--depth=3 --model_dim=192 --head_dim=64"  # 1.3 M matrix parameters
-MINUTES = f"--sequence_len=512 --max_minutes=3 {LOOK}"
-TOKENS = f"--sequence_len=512 --num_iterations=400 --total_batch_size=4096 {LOOK}"
-ENGLISH = "--depth=4 --model_dim=256 --head_dim=32 --embedding_lr=0.05"
+MINUTES = f"--sequence_len=512 --max_minutes=2.5 {LOOK}"
+LONGER = f"--sequence_len=512 --max_minutes=3.5 {LOOK}"
+STEPS = f"--sequence_len=512 --num_iterations=300 {LOOK}"
+ENGLISH = "--depth=3 --model_dim=256 --head_dim=32 --embedding_lr=0.05"  # 2.4 M matrix parameters, 2.1 M in the head
 
 
 class Experiment(NamedTuple):
@@ -37,24 +38,24 @@ def english(common: str) -> Experiment:
         "gelu": "--activation=gelu", "nocap": "--softcap=0",
     }  # fmt: skip
     together = " ".join(alone[n] for n in ("tied", "mlp3", "gqa", "silu", "nocap"))
-    return Experiment(16384, f"{ENGLISH} {common}", 2, {"default": "", **alone, "all": together})
+    return Experiment(8192, f"{ENGLISH} {common}", 2, {"default": "", **alone, "all": together})
 
 
 EXPERIMENTS = {
     "batch": Experiment(4096, f"{SHAPE} {MINUTES}", 2, {
         str(b): f"--total_batch_size={b} --embedding_lr={embedding_rate(b):.3g}" for b in (4096, 1024, 2048, 8192, 16384)
     }),
-    "rates": Experiment(4096, f"{SHAPE} {TOKENS}", 2, {
+    "rates": Experiment(4096, f"{SHAPE} --total_batch_size=4096 {STEPS}", 2, {
         "usual": "--embedding_lr=0.05",
         **{f"embedding-{r}": f"--embedding_lr={r}" for r in (0.025, 0.1, 0.2)},
         **{f"matrix-{r}": f"--embedding_lr=0.05 --matrix_lr={r}" for r in (0.01, 0.04)},
         **{f"head-{r}": f"--embedding_lr=0.05 --unembedding_lr={r}" for r in (0.002, 0.008)},
     }),
-    "size": Experiment(4096, f"--total_batch_size=4096 --embedding_lr=0.05 {MINUTES}", 2, {
+    "size": Experiment(4096, f"--total_batch_size=4096 --embedding_lr=0.05 {LONGER}", 2, {
         f"{d}x{w}": f"--depth={d} --model_dim={w} --head_dim=64" for d, w in ((3, 192), (1, 128), (2, 128), (2, 256), (4, 256), (6, 320))
     }),
-    "english-tokens": english(TOKENS),
-    "english-minutes": english(f"--total_batch_size=4096 {MINUTES}"),
+    "english-tokens": english(f"--total_batch_size=2048 {STEPS}"),
+    "english-minutes": english(f"--total_batch_size=2048 {MINUTES} --eval_every=0.5"),  # looking is part of the time
 }  # fmt: skip
 
 

@@ -1,0 +1,104 @@
+"""
+A plan against what follows it: `plan recipe` for a budget on this machine, the run that it asks for, and the same budget with the next-best
+candidates of its table.
+
+    python dev/plan_trial.py --texts DIR --minutes 20
+
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Nothing else should run on the machine. Interrupted and started again it goes on;
+figures go to dev/results/plan_trial.json, the picture to dev/plan_trial.png.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import trials
+from matplotlib.figure import Figure
+
+from nanochat import comparison, logbook
+from nanochat.common import columns, print0
+
+NEXT = 2  # candidates that are tried beside the chosen one
+SHOWN = "depth", "model_dim", "total_batch_size", "device_batch_size", "tok_per_sec", "tok_per_sec_lo", "tok_per_sec_hi", "tokens"
+PREDICTED = *SHOWN, "peak_memory_bytes", "bpb", "bpb_lo", "bpb_hi"
+
+
+def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str, Any]:
+    """What `plan recipe` writes beside base / plan / `out`.toml, made unless it is there."""
+    file = base / "plan" / f"{out}.json"
+    if not file.exists():
+        run = ["-m", "scripts.plan", "recipe", f"--minutes={minutes:g}", f"--model_tag={out}", f"--out=plan/{out}.toml"]
+        trials.run([*run, *words], base)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def trained(base: Path, out: str) -> dict[str, Any]:
+    """The record of the run that a recipe asks for, trained unless it is there, with its tokens a second and the clock's seconds."""
+    trials.run(["-m", "scripts.base_train", "--recipe", f"plan/{out}.toml", "--resume=auto", "--keep=1"], base)
+    directory = base / "checkpoints" / "base" / out
+    found = comparison.record(directory)
+    rate = found["tokens"] / found["seconds"]
+    return found | {"tok_per_sec": rate, "processes": sum(r.get("kind") == "start" for r in logbook.read(directory))}
+
+
+def report(found: dict[str, Any]) -> None:
+    """Prediction and measurement side by side."""
+    rows = []
+    for r in found["runs"]:
+        p, m = r["predicted"], r["measured"]
+        over = {n: m[n] / p[n] - 1 for n in ("tok_per_sec", "tokens", "peak_memory_bytes")}
+        late = m["wall_seconds"] / found["pretraining_seconds"] - 1
+        rows.append([
+            r["name"], r["shape"], f"{p['tok_per_sec']:,.0f}", f"{over['tok_per_sec']:+.1%}", f"{p['tokens'] / 1e6:.2f}M",
+            f"{over['tokens']:+.1%}", f"{p['peak_memory_bytes'] / 2**30:.2f} GiB", f"{over['peak_memory_bytes']:+.1%}",
+            f"{p['bpb']:.3f} ({p['bpb_lo']:.3f}-{p['bpb_hi']:.3f})", f"{m['final_bpb']:.4f}", f"{late:+.2%}",
+        ])  # fmt: skip
+    heads = ("", "depth x width", "tok/s", "was", "tokens", "were", "memory", "was", "bits per byte", "were", "overrun")
+    print0(columns(heads, rows))
+
+
+def picture(found: dict[str, Any], out: Path) -> None:
+    """Learning curves of the runs with what was predicted of their ends."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    comparison.curves(left, {f"{r['name']}: {r['shape']}": [r["measured"]] for r in found["runs"]}, x="seconds")
+    for y, r in enumerate(found["runs"]):
+        p = r["predicted"]
+        right.errorbar(p["bpb"], y, xerr=[[p["bpb"] - p["bpb_lo"]], [p["bpb_hi"] - p["bpb"]]], fmt="o", color="#888", capsize=3)
+        right.plot(r["measured"]["final_bpb"], y, "D", color="#d9541e")
+    right.set_yticks(range(len(found["runs"])), [r["shape"] for r in found["runs"]])
+    right.invert_yaxis()
+    right.set_title("predicted with 90 % (grey), measured (red)")
+    figure.savefig(out, dpi=100)
+
+
+def main() -> None:
+    p = trials.options(__doc__ or "", "plan_trial", [])
+    p.add_argument("--minutes", type=float, default=20, help="the whole budget")
+    p.add_argument("--vocab", type=int, default=8192)
+    a = p.parse_args()
+    base = a.base.resolve()
+    data = ["--data", *trials.prepared("prose", a.texts.resolve(), base, a.vocab)]
+    plan = planned(base, a.minutes, data, "chosen")
+    first = plan["primary"]
+    shape = first["depth"], first["model_dim"]
+    others = [c for c in plan["candidates"] if (c["depth"], c["model_dim"]) != shape]
+    others.sort(key=lambda c: c["bpb"])
+    found: dict[str, Any] = {"machine": plan["machine"]["name"], "minutes": a.minutes, "runs": []}
+    found["pretraining_seconds"] = plan["pretraining_seconds"]
+    for i, c in enumerate((first, *others[:NEXT])):
+        name = f"next-{i}" if i else "chosen"
+        if i:
+            size = [f"--depth={c['depth']}", f"--model_dim={c['model_dim']}"]
+            c = planned(base, a.minutes, [*data, *size, "--probe=plan/probe.json"], name)["primary"]
+        predicted = {n: c[n] for n in PREDICTED}
+        run = {"name": name, "shape": f"{c['depth']} x {c['model_dim']}", "predicted": predicted, "measured": trained(base, name)}
+        found["runs"].append(run)
+        report(found)
+        trials.RESULTS.mkdir(exist_ok=True)
+        (trials.RESULTS / "plan_trial.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        picture(found, trials.REPO / "dev" / "plan_trial.png")
+
+
+if __name__ == "__main__":
+    main()
