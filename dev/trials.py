@@ -19,11 +19,13 @@ RECORDS = "plan.json", "runs.jsonl", "results.json"  # of a comparison
 
 
 def options(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that experiments share."""
+    """The options that experiments share; those of comparisons where there are names."""
     p = argparse.ArgumentParser(description=about.split("\n\n")[0], allow_abbrev=False)
     cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
     p.add_argument("--texts", type=Path, required=True, help="folder with wikipedia/, books/, reddit/ and dialog/")
     p.add_argument("--base", type=Path, default=cache / folder, help="where everything is made")
+    if not names:
+        return p
     p.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME", help=", ".join(names))
     p.add_argument("--retime", type=int, default=0, metavar="ROUNDS", help="then time the conditions anew: nothing else should run")
     p.add_argument("--conditions", nargs="+", metavar="NAME", help="these alone; the others can follow")
