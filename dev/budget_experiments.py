@@ -41,15 +41,23 @@ def english(common: str) -> Experiment:
     return Experiment(8192, f"{ENGLISH} {common}", 2, {"default": "", **alone, "all": together})
 
 
+def four(batch: int) -> str:
+    """Four million tokens in steps of so many."""
+    return f"--total_batch_size={batch} --num_iterations={4_000_000 // batch}"
+
+
 EXPERIMENTS = {
     "batch": Experiment(4096, f"{SHAPE} {MINUTES}", 2, {
         str(b): f"--total_batch_size={b} --embedding_lr={embedding_rate(b):.3g}" for b in (4096, 1024, 2048, 8192)
     }),
-    "rates": Experiment(4096, f"{SHAPE} --total_batch_size=4096 {STEPS}", 2, {
-        "usual": "--embedding_lr=0.05",
-        **{f"embedding-{r}": f"--embedding_lr={r}" for r in (0.025, 0.1, 0.2)},
-        **{f"matrix-{r}": f"--embedding_lr=0.05 --matrix_lr={r}" for r in (0.01, 0.04)},
-        **{f"head-{r}": f"--embedding_lr=0.05 --unembedding_lr={r}" for r in (0.002, 0.008)},
+    "rates": Experiment(4096, f"{SHAPE} --sequence_len=512 {LOOK}", 2, {
+        "4096": f"{four(4096)} --embedding_lr=0.05",
+        "4096-slow": f"{four(4096)} --embedding_lr=0.05 --matrix_lr=0.01",
+        "4096-falling": f"{four(4096)} --embedding_lr=0.05 --warmdown_ratio=0.8",
+        "8192": f"{four(8192)} --embedding_lr=0.0707",
+        "8192-slow": f"{four(8192)} --embedding_lr=0.0707 --matrix_lr=0.01",
+        "8192-falling": f"{four(8192)} --embedding_lr=0.0707 --warmdown_ratio=0.8",
+        "16384": f"{four(16384)} --embedding_lr=0.1",
     }),
     "size": Experiment(4096, f"--total_batch_size=4096 --embedding_lr=0.05 {LONGER}", 2, {
         f"{d}x{w}": f"--depth={d} --model_dim={w} --head_dim=64" for d, w in ((3, 192), (1, 128), (2, 128), (2, 256), (4, 256), (6, 320))
