@@ -279,7 +279,8 @@ def test_conditions_are_timed_anew(here, tmp_path, monkeypatch):
     }  # fmt: skip
     assert all(r["curve"][-1][2] == r["seconds"] for r in runs)
     slow = {"step_ms": 200.0, "seconds": 4.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 4.0, 2.0]]}
-    assert comparison.at_speed(slow, 50.0) == {"retimed": True, "step_ms": 50.0, "seconds": 1.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 1.0, 2.0]]}
+    quick = {"step_ms": 50.0, "seconds": 1.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 1.0, 2.0]]}
+    assert comparison.at_speed(slow, 50.0) == {"retimed": True, **quick}
     assert found["pairs"][0]["step_time_pct"]["mean"] == pytest.approx(100 * (math.sqrt(1.2 * 130 / 110) - 1))
     assert without_time(tmp_path / "compare" / "x") == before
     with pytest.raises(UserError, match="length is a time"):

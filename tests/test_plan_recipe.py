@@ -46,7 +46,7 @@ def test_the_law_gives_its_ladder_back():
         assert fitted.best(6 * n * d)[0] == pytest.approx(n, rel=0.3), f"the optimum of {flops:g} FLOPs"
     assert 0 < fitted.floor < 0.8 and 0.1 < fitted.a < 0.5 and 0.1 < fitted.b < 0.5
     for n, d, bpb in law.MEASURED:
-        assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.02)
+        assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.03)
 
 
 @given(flops=st.floats(1e12, 1e22))
@@ -108,7 +108,7 @@ def test_a_day_on_a_4090():
 def test_minutes_on_a_processor():
     cpu = machine(device_type="cpu", peak_flops=1e12, memory_bytes=8 * GIB)
     first = recipe.plan(ask("--minutes=20", "--vocab=8192"), cpu, law.fitted())["primary"]
-    assert first.contexts == ((0.0, 512),) and first.total <= 2**14 and first.steps > 500 and first.n < 2e7
+    assert first.contexts == ((0.0, 512),) and first.total <= 2**15 and first.steps > 500 and first.n < 2e7
 
 
 @settings(max_examples=8, deadline=None)

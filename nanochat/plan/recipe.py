@@ -214,7 +214,7 @@ def candidates(k: Knobs, machine: Machine, the_law: law.Law, seconds: float) -> 
     configs = {(c.n_layer, c.n_embd): c for c in (k.config(d, a, T) for d in depths for a in aspects)}
     best, _ = the_law.best(max(reach, 1e9))
     sizes = {shape: speed.counts(c)["matmul"] for shape, c in configs.items()}
-    near = {s for s in configs if sizes[s] <= best * 6} or {min(sizes, key=lambda s: sizes[s])}  # the small ones for small memories
+    near = {s for s in configs if sizes[s] <= best * 12} or {min(sizes, key=lambda s: sizes[s])}  # the small ones for small memories
     found = [candidate(k, configs[s], machine, the_law, seconds) for s in near]
     found.sort(key=lambda c: (bool(c.why), c.bpb[0], c.n))
     if found[0].why:
@@ -383,5 +383,5 @@ def run(k: Knobs) -> dict[str, Any]:
     show(found, machine)
     whole = write(k, machine, found, the_law)
     print0(f"  {whole['recipe']}: --recipe for {', '.join(tables(k, found['primary'], found))}")
-    print0("  bits per byte are those of web text by a published ladder of runs: plan pilot measures yours")
+    print0("  bits per byte are those of web text, or for minutes of English prose: plan pilot measures yours")
     return whole
