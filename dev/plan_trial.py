@@ -68,7 +68,7 @@ def picture(found: dict[str, Any], out: Path) -> None:
         right.plot(r["measured"]["final_bpb"], y, "D", color="#d9541e")
     right.set_yticks(range(len(found["runs"])), [r["shape"] for r in found["runs"]])
     right.invert_yaxis()
-    right.set_title("predicted with 90 % (grey), measured (red)")
+    right.set_title("predicted, 90 %; measured (red)")
     figure.savefig(out, dpi=100)
 
 

@@ -45,7 +45,7 @@ def batch_for(tokens: float) -> int:
     Tokens of one optimizer step for a horizon of `tokens`: a power of two near 74 x tokens^0.383, at least 2^12 and at most 2^19, and small
     enough for 2,000 steps. The exponent is the reported one for compute-optimal runs; the factor makes a 11.2 G token run use 2^19. Below
     240 M tokens steps are what is short: for minutes on a small GPU 2^14 was reported best, and on two cores with 2.5 M tokens 2^12 learned
-    to copy where 2^13 did not (dev/LOG.md, induction).
+    to copy where 2^13 did not; with 1.6 M it was the best of 2^10 to 2^13, with 4 M as good as 2^13 (dev/LOG.md, induction, small budgets).
     """
     tokens = max(tokens, 1.0)
     return 1 << min(19, max(12, round(math.log2(min(74 * tokens**0.383, tokens / MIN_STEPS)))))
