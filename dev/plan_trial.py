@@ -19,8 +19,8 @@ from nanochat import comparison, logbook
 from nanochat.common import columns, print0
 
 NEXT = 2  # candidates that are tried beside the chosen one
-SHOWN = "depth", "model_dim", "total_batch_size", "device_batch_size", "tok_per_sec", "tok_per_sec_lo", "tok_per_sec_hi", "tokens"
-PREDICTED = *SHOWN, "peak_memory_bytes", "bpb", "bpb_lo", "bpb_hi"
+SIZES = "depth", "model_dim", "total_batch_size", "device_batch_size"
+PREDICTED = *SIZES, "tok_per_sec", "tok_per_sec_lo", "tok_per_sec_hi", "tokens", "peak_memory_bytes", "bpb", "bpb_lo", "bpb_hi"
 
 
 def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str, Any]:
