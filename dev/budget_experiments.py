@@ -20,7 +20,7 @@ LOOK = "--eval_tokens=32768 --sample_every=0 --compile=on --eval_every=0.1"
 SHAPE = "--depth=3 --model_dim=192 --head_dim=64"  # 1.3 M matrix parameters
 MINUTES = f"--sequence_len=512 --max_minutes=3 {LOOK}".replace("0.1", "0.5")  # looking is part of the time
 LONGER = f"--sequence_len=512 --max_minutes=3.5 {LOOK}"
-STEPS = f"--sequence_len=512 --num_iterations=300 {LOOK}"
+STEPS = f"--sequence_len=512 --num_iterations=300 {LOOK}".replace("0.1", "0.5")
 ENGLISH = "--depth=3 --model_dim=256 --head_dim=32 --embedding_lr=0.05"  # 2.4 M matrix parameters, 2.1 M in the head
 
 

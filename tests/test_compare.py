@@ -287,6 +287,19 @@ def test_conditions_are_timed_anew(here, tmp_path, monkeypatch):
         compare.main(asked(here.replace("--num_iterations=8", "--max_minutes=1"), "--retime=2", "--name=y"))
 
 
+def test_a_budget_of_time_does_not_pay_for_what_only_the_first_run_compiles(here, monkeypatch):
+    order = []
+    monkeypatch.setattr(compare.Comparison, "probe", lambda self, c, lock: order.append(f"probe {c.name}"))
+    monkeypatch.setattr(compare.Comparison, "run", lambda self, c, seed, *_: order.append(c.name) or made(c.name, seed, 2.0))
+    timed = here.replace("--num_iterations=8", "--max_minutes=1")
+    compare.main(asked(timed.replace("--compile=off", "--compile=on")))
+    assert order == ["probe relu2", "relu2", "probe silu", "silu", "silu", "relu2"]
+    order.clear()
+    compare.main(asked(timed, "--name=y"))
+    compare.main(asked(here.replace("--compile=off", "--compile=on"), "--name=z"))
+    assert order == ["relu2", "silu", "silu", "relu2"] * 2, "where nothing is compiled, or steps are counted, nothing is tried first"
+
+
 @pytest.mark.slow
 def test_the_command_is_killed_and_goes_on(tmp_path):
     """The real thing: runs in their own processes, SIGTERM to the command in the middle of one."""
