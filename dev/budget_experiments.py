@@ -29,16 +29,19 @@ class Experiment(NamedTuple):
     common: str
     seeds: int
     conditions: dict[str, str]  # the first is the baseline
+    kin: tuple[str, ...] = ()  # experiments that hold runs of the same conditions
 
 
-def english(common: str) -> Experiment:
-    """Each change of the general English model alone, and all together."""
+def english(common: str, *more: str) -> Experiment:
+    """Each change of the general English model alone, and all together; or all together against all but the softcap's."""
     alone = {
         "tied": "--tie_embeddings", "mlp3": "--mlp_ratio=3", "gqa": "--kv_ratio=0.25", "silu": "--activation=silu",
         "gelu": "--activation=gelu", "nocap": "--softcap=0",
     }  # fmt: skip
-    together = " ".join(alone[n] for n in ("tied", "mlp3", "gqa", "silu", "nocap"))
-    return Experiment(8192, f"{ENGLISH} {common}", 2, {"default": "", **alone, "all": together})
+    capped = " ".join(alone[n] for n in ("tied", "mlp3", "gqa", "silu"))
+    both = {"all": f"{capped} {alone['nocap']}"}
+    conditions = both | {"capped": capped} if more else {"default": "", **alone, **both}
+    return Experiment(8192, f"{ENGLISH} {common}", 2, conditions, more)
 
 
 def four(batch: int) -> str:
@@ -64,6 +67,8 @@ EXPERIMENTS = {
     }),
     "english-tokens": english(f"--total_batch_size=2048 {STEPS}"),
     "english-minutes": english(f"--total_batch_size=2048 {MINUTES}"),
+    "softcap-tokens": english(f"--total_batch_size=2048 {STEPS}", "budget_english-tokens"),
+    "softcap-minutes": english(f"--total_batch_size=2048 {MINUTES}", "budget_english-minutes"),
 }  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def main() -> None:
         e, base = EXPERIMENTS[name], a.base.resolve() / f"prose-{EXPERIMENTS[name].vocab}"
         data = trials.prepared("prose", a.texts.resolve(), base, e.vocab)
         wanted = {n: flags for n, flags in e.conditions.items() if n in (a.conditions or e.conditions)}
-        trials.compare(f"budget_{name}", base, f"{e.common} --data {shlex.join(data)}", e.seeds, wanted, (), a.retime)
+        trials.compare(f"budget_{name}", base, f"{e.common} --data {shlex.join(data)}", e.seeds, wanted, e.kin, a.retime)
 
 
 if __name__ == "__main__":
