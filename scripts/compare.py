@@ -247,8 +247,10 @@ class Comparison:
                     process.wait()
             if "train" not in at:
                 raise UserError(f"condition {c.name} does not start: {_error(log, process.returncode)}")
-            whole = next(r["config"]["plan"]["steps"] for r in logbook.read(directory) if r["kind"] == "start")
             step_ms = comparison.record(directory)["step_ms"]
+            if c.timed:
+                return c.timed, step_ms
+            whole = next(r["config"]["plan"]["steps"] for r in logbook.read(directory) if r["kind"] == "start")
             training = at["train"] - at["eval"] + whole * step_ms / 1e3
             return at["start"] - at["launch"] + (c.looks + 1) * (at["eval"] - at["start"]) + training, step_ms
         finally:

@@ -287,13 +287,18 @@ def test_conditions_are_timed_anew(here, tmp_path, monkeypatch):
         compare.main(asked(here.replace("--num_iterations=8", "--max_minutes=1"), "--retime=2", "--name=y"))
 
 
-def test_a_budget_of_time_does_not_pay_for_what_only_the_first_run_compiles(here, monkeypatch):
-    order = []
-    monkeypatch.setattr(compare.Comparison, "probe", lambda self, c, lock: order.append(f"probe {c.name}"))
-    monkeypatch.setattr(compare.Comparison, "run", lambda self, c, seed, *_: order.append(c.name) or made(c.name, seed, 2.0))
-    timed = here.replace("--num_iterations=8", "--max_minutes=1")
-    compare.main(asked(timed.replace("--compile=off", "--compile=on")))
-    assert order == ["probe relu2", "relu2", "probe silu", "silu", "silu", "relu2"]
+def test_a_budget_of_time_does_not_pay_for_what_only_the_first_run_compiles(here, tmp_path, monkeypatch):
+    order, inside, probe = [], subprocess.Popen, compare.Comparison.probe
+    pins = {"dtype": "float32", "compile": "off"}
+    ended = {"poll": lambda: 0, "kill": lambda: None, "wait": lambda: None, "returncode": 0}
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended))
+    monkeypatch.setattr(compare.Comparison, "probe", lambda self, c, lock: order.append((f"probe {c.name}", probe(self, c, lock)[0])))
+    finished = lambda name, seed: order.append(name) or {**made(name, seed, 2.0), "pins": pins}  # noqa: E731
+    monkeypatch.setattr(compare.Comparison, "run", lambda self, c, seed, *_: finished(c.name, seed))
+    timed = here.replace("--num_iterations=8", "--max_minutes=0.05")
+    compare.main(asked(timed.replace("--compile=off", "--compile=auto")))
+    seconds = pytest.approx(3.0)
+    assert order == [("probe relu2", seconds), "relu2", ("probe silu", seconds), "silu", "silu", "relu2"]
     order.clear()
     compare.main(asked(timed, "--name=y"))
     compare.main(asked(here.replace("--compile=off", "--compile=on"), "--name=z"))
