@@ -21,7 +21,14 @@ SHAPE = "--depth=3 --model_dim=192 --head_dim=64"  # 1.3 M matrix parameters
 MINUTES = f"--sequence_len=512 --max_minutes=3 {LOOK}".replace("0.1", "0.5")  # looking is part of the time
 LONGER = f"--sequence_len=512 --max_minutes=3.5 {LOOK}"
 STEPS = f"--sequence_len=512 --num_iterations=300 {LOOK}".replace("0.1", "0.5")
-ENGLISH = "--depth=3 --model_dim=256 --head_dim=32 --embedding_lr=0.05"  # 2.4 M matrix parameters, 2.1 M in the head
+# 2.4 M matrix parameters, 2.1 M in the head
+ENGLISH = "--depth=3 --model_dim=256 --head_dim=32 --embedding_lr=0.05 --total_batch_size=2048"
+ALONE = {
+    "tied": "--tie_embeddings", "mlp3": "--mlp_ratio=3", "gqa": "--kv_ratio=0.25", "silu": "--activation=silu",
+    "gelu": "--activation=gelu", "nocap": "--softcap=0",
+}  # fmt: skip
+CAPPED = {"capped": " ".join(ALONE[n] for n in ("tied", "mlp3", "gqa", "silu"))}
+ALL = {"all": f"{CAPPED['capped']} --softcap=0"}
 
 
 class Experiment(NamedTuple):
@@ -30,18 +37,6 @@ class Experiment(NamedTuple):
     seeds: int
     conditions: dict[str, str]  # the first is the baseline
     kin: tuple[str, ...] = ()  # experiments that hold runs of the same conditions
-
-
-def english(common: str, *more: str) -> Experiment:
-    """Each change of the general English model alone, and all together; or all together against all but the softcap's."""
-    alone = {
-        "tied": "--tie_embeddings", "mlp3": "--mlp_ratio=3", "gqa": "--kv_ratio=0.25", "silu": "--activation=silu",
-        "gelu": "--activation=gelu", "nocap": "--softcap=0",
-    }  # fmt: skip
-    capped = " ".join(alone[n] for n in ("tied", "mlp3", "gqa", "silu"))
-    both = {"all": f"{capped} {alone['nocap']}"}
-    conditions = both | {"capped": capped} if more else {"default": "", **alone, **both}
-    return Experiment(8192, f"{ENGLISH} {common}", 2, conditions, more)
 
 
 def four(batch: int) -> str:
@@ -65,10 +60,10 @@ EXPERIMENTS = {
     "size": Experiment(4096, f"--total_batch_size=4096 --embedding_lr=0.05 {LONGER}", 2, {
         f"{d}x{w}": f"--depth={d} --model_dim={w} --head_dim=64" for d, w in ((3, 192), (1, 128), (2, 128), (2, 256), (4, 256), (6, 320))
     }),
-    "english-tokens": english(f"--total_batch_size=2048 {STEPS}"),
-    "english-minutes": english(f"--total_batch_size=2048 {MINUTES}"),
-    "softcap-tokens": english(f"--total_batch_size=2048 {STEPS}", "budget_english-tokens"),
-    "softcap-minutes": english(f"--total_batch_size=2048 {MINUTES}", "budget_english-minutes"),
+    "english-tokens": Experiment(8192, f"{ENGLISH} {STEPS}", 2, {"default": "", **ALONE, **ALL}),
+    "english-minutes": Experiment(8192, f"{ENGLISH} {MINUTES}", 2, {"default": "", **ALONE, **ALL}),
+    "softcap-tokens": Experiment(8192, f"{ENGLISH} {STEPS}", 2, {**ALL, **CAPPED}, ("budget_english-tokens",)),
+    "softcap-minutes": Experiment(8192, f"{ENGLISH} {MINUTES}", 2, {"default": "", **ALL, **CAPPED}),  # in one hour, so no kin
 }  # fmt: skip
 
 
