@@ -9,7 +9,7 @@ set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-minutes="" data="" talks="" vocab="" target=0 open=()
+minutes="" data="" talks="" vocab="" target=0 open=() tasks=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
@@ -29,8 +29,9 @@ while [ $# -gt 0 ]; do
         --talks) talks=$value ;;
         --vocab) vocab=$value ;;
         --target) target=$value ;;
+        --task_dir) tasks=(--task_dir "$value") ;;
         --recipe) open=(--recipe "$value") ;;
-        *) echo "error: one_day.sh does not know $flag: it takes --hours, --minutes, --data, --talks, --vocab, --recipe, --target" >&2; exit 2 ;;
+        *) echo "error: one_day.sh does not know $flag: it takes --hours, --minutes, --data, --talks, --task_dir, --vocab, --recipe, --target" >&2; exit 2 ;;
     esac
 done
 minutes=${minutes:-1440}
@@ -58,7 +59,7 @@ read -ra words <<<"$data"
 text=(--data "${words[@]}")
 read -ra words <<<"$talks"
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
-later=("${recipe[@]}")
+later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
 [ -z "$talks" ] || later+=(--data "${words[@]}")
 
 # the clock starts when data and tokenizer are there
@@ -80,9 +81,12 @@ step pretraining python -m scripts.base_train "${recipe[@]}"
 step "questions to the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
 step midtraining python -m scripts.mid_train "${later[@]}"
 step finetuning python -m scripts.chat_sft "${later[@]}"
-tasks=(-a ARC-Easy MMLU GSM8K -n 500)
-[ "$data" != tinyworld ] || tasks=(-a tinyworld)
-step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${tasks[@]}"
+asked=(-a ARC-Easy MMLU GSM8K -n 500 ${tasks[@]+"${tasks[@]}"})
+[ "$data" != tinyworld ] || asked=(-a tinyworld)
+step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" || {
+    [ $? = 2 ] || exit
+    echo "notice: the finetuned model was asked nothing (see above); the report goes without"
+}
 
 say "report"
 runs=("$base/checkpoints/base/$tag" "$base/checkpoints/mid/$tag" "$base/checkpoints/sft/$tag")

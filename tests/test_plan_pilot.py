@@ -83,14 +83,15 @@ def test_lengths_double_and_take_the_time():
 
 @pytest.mark.parametrize(
     ("found", "seconds", "says"),
-    [(plan(), 60.0, r"give runs of 11, 22, 44 steps, too short to be fitted: give at least --minutes=1.3, or fewer --runs"),
-     (plan(steps=100), 60.0, "a run of 100 steps is too short for a pilot")],
+    [(plan(), 25.0, r"give runs of 7, 14 steps, too short to be fitted: give at least --minutes=0.7$"),
+     (plan(steps=60), 60.0, "a run of 60 steps is too short for a pilot")],
 )  # fmt: skip
 def test_pilots_too_short(found, seconds, says):
     with pytest.raises(UserError, match=says):
         pilot.lengths(found, seconds, 3)
     if "minutes" in says:
-        assert min(pilot.lengths(found, 79.0, 3)) >= pilot.FEWEST_STEPS
+        short, long = (pilot.lengths(found, s, 3) for s in (42.0, 79.0))
+        assert (len(short), len(long)) == (2, 3) and min(short + long) >= pilot.FEWEST_STEPS
 
 
 def test_the_target_is_judged():

@@ -47,6 +47,13 @@ def test_a_machine_of_this_kind_is_found_again(a, b, c, d, depth):
     assert got.lo < true["tok_per_sec"] < got.hi
 
 
+def test_points_of_one_size_do_not_promise_that_a_smaller_one_is_faster_by_its_flops():
+    machine = Machine(**HERE, points=(point(4, 8), point(4, 32)))
+    at, smaller = (tokens_per_second(config(depth), 8, 512, 4 * 8 * 512, machine).tok_per_sec for depth in (4, 1))
+    by_flops = speed.flops_per_token(config(4), 512) / speed.flops_per_token(config(1), 512)
+    assert 1.4 * at < smaller < 0.5 * by_flops * at
+
+
 def test_an_odd_point_is_believed_where_it_is_and_doubted_elsewhere():
     points = [point(n, 8) for n in (2, 4, 8)]
     points[1] = {**points[1], "micro_ms": 1.6 * points[1]["micro_ms"]}
@@ -138,7 +145,7 @@ def probe(*words: str) -> dict:
 def test_a_grid(lab, tmp_path, capsys):
     words = ["--depths", "4", "6", "--device_batches", "8", "32", "64", "--vocab=4096", "--minutes=20", "--total_batch_size=65536"]
     found = probe(*words)
-    assert lab == [(4, 512, 8), (4, 512, 32), (4, 512, 64), (6, 512, 8), (6, 512, 32)]  # 64 rows need not be tried where 32 do not fit
+    assert lab == [(4, 512, 8), (6, 512, 8), (4, 512, 32), (6, 512, 32), (4, 512, 64)], "64 rows need not be tried where 32 do not fit"
     assert [p.get("error") for p in found["points"]] == [None, None, None, None, "out of memory", "out of memory"]
     assert [p["accumulation"] for p in found["points"][:3]] == [16, 4, 2]
     good = found["points"][0]

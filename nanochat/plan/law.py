@@ -1,6 +1,7 @@
 """
 Bits per byte from the size of a model and what it reads: L(N, D) = E + A / N^a + B / D^b (the form of Hoffmann et al. 2022, equation
-10), N the parameters that a token is multiplied with, D the tokens of a run whose learning rate has decayed.
+10), N the parameters of its layers, D the tokens of a run whose learning rate has decayed. Embedding and head do not count, as in Kaplan et
+al. 2020: in a model of minutes the head is most of what a token is multiplied with, and counting it makes one narrow layer look best.
 
 It is fitted to a published ladder of compute-optimal runs on web text and to runs of minutes on a CPU that were made here, and is a first
 guess: text and tokenizer move the whole curve, which a pilot run measures (`scaled`). A plan never shows its figure without the interval.
@@ -14,27 +15,34 @@ from functools import cache
 import numpy as np
 from scipy.optimize import brentq, least_squares
 
-# FLOPs, matmul parameters, tokens, bits per byte: depths of nanochat trained compute-optimally on FineWeb-Edu, as published by its author
+# Parameters of the layers, tokens, bits per byte: depths of nanochat trained compute-optimally on FineWeb-Edu with 1, 2, 5 and 10 x 1e18
+# FLOPs, as published by its author; 110.7, 167.8, 250.7 and 381.8 M matmul parameters, less a head of 32,768 tokens at 64 a layer
 LADDER = (
-    (1e18, 110.7e6, 1.24e9, 0.897),
-    (2e18, 167.8e6, 1.79e9, 0.862),
-    (5e18, 250.7e6, 2.64e9, 0.829),
-    (1e19, 381.8e6, 3.81e9, 0.800),
+    (85.5e6, 1.24e9, 0.897),
+    (138.2e6, 1.79e9, 0.862),
+    (216.3e6, 2.64e9, 0.829),
+    (341.8e6, 3.81e9, 0.800),
 )
-# Matmul parameters, tokens, bits per byte: depths 1 to 4 on English prose, minutes on two cores (dev/LOG.md, small budgets)
+# The same of depths 1 to 4 on English prose, minutes on two cores (dev/LOG.md: small budgets, a plan of 20 minutes, general English)
 MEASURED = (
-    (0.72e6, 4.6e6, 1.965),
-    (0.92e6, 3.0e6, 1.987),
-    (2.11e6, 1.57e6, 2.054),
-    (2.62e6, 1.5e6, 2.068),
-    (4.19e6, 0.54e6, 2.262),
-    (2.11e6, 4.0e6, 1.899),
-    (3.34e6, 12.5e6, 1.656),
-    (5.24e6, 8.96e6, 1.727),
+    (0.197e6, 4.6e6, 1.965),
+    (0.393e6, 3.0e6, 1.987),
+    (1.327e6, 1.57e6, 2.054),
+    (1.573e6, 1.5e6, 2.068),
+    (3.146e6, 0.54e6, 2.262),
+    (1.327e6, 4.0e6, 1.899),
+    (1.769e6, 12.5e6, 1.656),
+    (3.146e6, 8.96e6, 1.727),
+    (0.885e6, 19.5e6, 1.698),
+    (1.327e6, 17.4e6, 1.622),
+    (1.769e6, 15.8e6, 1.632),
+    (2.359e6, 0.61e6, 2.211),
+    (0.041e6, 21.1e6, 1.999),
 )
 EXPONENTS = (0.34, 0.28)  # Hoffmann et al. 2022, approach 3: the ladder alone cannot tell exponents from floor
 Z90 = 1.645  # intervals here are 90 %
-LOW, HERE = math.log10(LADDER[0][0]), 14.0  # logarithms of FLOPs: where the ladder begins, and the middle of MEASURED
+LOW, HIGH = (math.log10(6 * n * d) for n, d, _ in (LADDER[0], LADDER[-1]))  # logarithms of 6 N D: the ends of the ladder
+HERE = 14.0  # the middle of MEASURED
 NEAR = 15.0  # up to here MEASURED's text counts in full
 
 
@@ -57,7 +65,7 @@ class Law:
     spread: float | None = None  # relative standard deviation, None = by the distance from the ladder
 
     def bpb(self, n: float, d: float) -> float:
-        """Bits per byte of n matmul parameters after d tokens."""
+        """Bits per byte of n parameters in the layers after d tokens."""
         level = self.factor * math.exp(self.prose * float(np.clip((LOW - math.log10(6 * n * d)) / (LOW - NEAR), 0, 1)))
         return level * (self.floor + self.A * (n / self.size) ** -self.a + self.B * (d / self.tokens) ** -self.b)
 
@@ -66,8 +74,8 @@ class Law:
         Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder, 4 % where runs were made here (one that it is
         not fitted to came to 1.84-1.87 where it says 1.77), 1.5 % more for every factor of ten in FLOPs from the nearer of the two.
         """
-        at, high = math.log10(6 * n * d), math.log10(LADDER[-1][0])
-        ladder, here = math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - high)), math.hypot(0.04, 0.015 * abs(at - HERE))
+        at = math.log10(6 * n * d)
+        ladder, here = math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH)), math.hypot(0.04, 0.015 * abs(at - HERE))
         error, middle = self.spread or min(ladder, here), self.bpb(n, d)
         return middle, middle * math.exp(-Z90 * error), middle * math.exp(Z90 * error)
 
@@ -98,12 +106,12 @@ def fitted() -> Law:
     return fit(LADDER, MEASURED)
 
 
-def fit(ladder: Sequence[tuple[float, float, float, float]], measured: Sequence[tuple[float, float, float]]) -> Law:
+def fit(ladder: Sequence[tuple[float, float, float]], measured: Sequence[tuple[float, float, float]]) -> Law:
     """
     Least squares in logarithms: 0.3 % on the ladder's bits per byte, 1 % on the measured ones, whose text may lie 5 % beside the ladder's,
     a tenth on the optima, 0.1 on the exponents.
     """
-    _, n, d, bpb = np.array(ladder).T
+    n, d, bpb = np.array(ladder).T
     own_n, own_d, own_bpb = np.array(measured).T
     size, tokens = float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean()))
 

@@ -51,7 +51,7 @@ class Knobs:
 
     plan: str = knob("", "recipe to try, its plan (.json) beside it (default: plan/recipe.toml in the base folder)", positional=True)
     minutes: float = knob(0.0, "time for all runs together (0 = a tenth of the pretraining time, an hour at most)", low=0)
-    runs: int = knob(3, "short runs, each twice as long as the one before", low=2, high=6)
+    runs: int = knob(3, "short runs, each twice as long as the one before; two where the time is short", low=2, high=6)
     target_bpb: float = knob(0.0, "bits per byte that are wanted: says whether the budget reaches them", low=0)
     keep: bool = knob(False, "keep the weights of the short runs")
     json: bool = knob(False, "print JSON alone")
@@ -127,7 +127,10 @@ def opened(k: Knobs) -> tuple[Path, dict[str, Any], dict[str, Any]]:
 
 
 def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
-    """Steps of the short runs, 1 : 2 : 4 ..., that take `seconds` in all. UserError when the shortest would be too short to be fitted."""
+    """
+    Steps of the short runs, 1 : 2 : 4 ..., that take `seconds` in all; of fewer runs where the shortest would be too short to be fitted.
+    UserError when it would be so of two.
+    """
     first = found["primary"]
     step = first["total_batch_size"] / first["tok_per_sec"]
     parts = [1 << i for i in range(runs)]
@@ -135,12 +138,14 @@ def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
     unit = (seconds - runs * (recipe.OPENING + looks)) / step / sum(parts)
     unit = min(unit, first["steps"] / 2 / parts[-1])
     if unit < FEWEST_STEPS:
+        if runs > 2:
+            return lengths(found, seconds, runs - 1)
         least = FEWEST_STEPS * step * sum(parts) + runs * (recipe.OPENING + looks)
         if FEWEST_STEPS * parts[-1] * 2 > first["steps"]:
             raise UserError(f"a run of {first['steps']} steps is too short for a pilot of it: it takes hardly longer than the pilot would")
         raise UserError(
             f"{duration(seconds)} give runs of {', '.join(str(max(0, int(unit * p))) for p in parts)} steps, too short to be fitted: "
-            f"give at least --minutes={math.ceil(least / 6) / 10:g}, or fewer --runs"
+            f"give at least --minutes={math.ceil(least / 6) / 10:g}"
         )
     return [int(unit * p) for p in parts]
 
@@ -215,7 +220,7 @@ def run(k: Knobs) -> dict[str, Any]:
     if any(r["final_bpb"] is None for r in runs):
         raise UserError("a run of the pilot has no bits per byte: the validation text holds nothing that counts")
     plain = law.fitted()
-    n, last = first["matmul_parameters"], runs[-1]
+    n, last = first["layer_parameters"], runs[-1]
     ratio = last["tok_per_sec"] / first["tok_per_sec"]
     machine, k2 = _machine(found, ratio), replace(knobs_of(found), out=str(file))
     tokens = first["tokens"] * ratio

@@ -33,7 +33,7 @@ MOST_TRACED = 4  # candidates that fit: their memory is looked at, the best pred
 LOOKS = 4  # evaluations in a run, beside the one before it
 LOOK_SHARE = 0.006  # of the pretraining time for each of them
 OPENING = 6.0  # seconds in which a run opens its data and model and draws its samples
-TIE = 0.003  # predictions nearer than this are equal: the usual shape wins, then the smaller model
+TIE = 0.006  # what seeds differ in: predictions nearer than this are equal, the usual shape wins, then the smaller model
 REST = {"mid_train": 0.45, "chat_sft": 0.3}  # of what pretraining leaves; what remains is for evaluation and for starting programs
 
 
@@ -58,7 +58,7 @@ class Candidate:
     """One architecture and what the budget makes of it. Speeds in tokens a second, memory in bytes, bpb in bits per byte; lo, hi: 90 %."""
 
     config: GPTConfig
-    n: int  # matmul parameters
+    n: int  # parameters of the layers
     contexts: tuple[tuple[float, int], ...]
     total: int  # tokens of a step
     rows: int  # of a micro-batch
@@ -89,7 +89,7 @@ class Candidate:
         names = {"depth": c.n_layer, "model_dim": c.n_embd, "head_dim": c.head_dim}
         names |= {"sequence_len": c.sequence_len, "contexts": self.contexts}
         batch = {"total_batch_size": self.total, "device_batch_size": self.rows, "steps": self.steps, "eval_tokens": self.eval_tokens}
-        figures = {"parameters": self.parameters, "matmul_parameters": self.n, "tokens": self.tokens, "memory_bytes": self.memory or None}
+        figures = {"parameters": self.parameters, "layer_parameters": self.n, "tokens": self.tokens, "memory_bytes": self.memory or None}
         figures |= {"peak_memory_bytes": self.peak}
         named = {"tok_per_sec": self.rate.tok_per_sec, "tok_per_sec_lo": self.rate.lo, "tok_per_sec_hi": self.rate.hi}
         return {**names, **batch, **figures, **named, **dict(zip(("bpb", "bpb_lo", "bpb_hi"), self.bpb, strict=True)), "why": self.why}
@@ -132,7 +132,7 @@ def _with_memory(k: Knobs, found: Machine) -> Machine:
 
 def candidate(k: Knobs, config: GPTConfig, machine: Machine, the_law: law.Law, seconds: float, most_rows: int = 1 << 30) -> Candidate:
     """What `seconds` of pretraining, evaluations and opening included, make of an architecture."""
-    T, n = config.sequence_len, speed.counts(config)
+    T, n = config.sequence_len, speed.size(config)
     staged = machine.device_type != "cpu" and seconds >= 3600
     contexts = context_stages(T) if staged and not k.sequence_len else ((0.0, T),)
     longest, total, rows = contexts[-1][1], k.total_batch_size or 1 << 14, 1
@@ -147,8 +147,8 @@ def candidate(k: Knobs, config: GPTConfig, machine: Machine, the_law: law.Law, s
         looking = (LOOKS + 1) * max(1, len(k.data)) * eval_tokens / (2 * rate.tok_per_sec)
         tokens = max(0.0, training - looking) * rate.tok_per_sec
         total = k.total_batch_size or max(longest, batch_for(tokens) // longest * longest)
-    made = the_law.interval(n["matmul"], max(tokens, 1.0))
-    found = Candidate(config, n["matmul"], contexts, total, rows, rate, tokens, eval_tokens, made, parameters=n["total"])
+    made, parameters = the_law.interval(n, max(tokens, 1.0)), speed.counts(config)["total"]
+    found = Candidate(config, n, contexts, total, rows, rate, tokens, eval_tokens, made, parameters=parameters)
     if found.steps < FEWEST_STEPS:
         found.why = f"{found.steps} steps are too few"
     return found
@@ -212,9 +212,9 @@ def candidates(k: Knobs, machine: Machine, the_law: law.Law, seconds: float) -> 
     depths = (k.depth,) if k.depth else throughput.DEPTHS
     aspects = (k.aspect_ratio,) if k.aspect_ratio else (64.0,) if k.model_dim else ASPECTS
     configs = {(c.n_layer, c.n_embd): c for c in (k.config(d, a, T) for d in depths for a in aspects)}
-    best, _ = the_law.best(max(reach, 1e9))
-    sizes = {shape: speed.counts(c)["matmul"] for shape, c in configs.items()}
-    near = {s for s in configs if sizes[s] <= best * 12} or {min(sizes, key=lambda s: sizes[s])}  # the small ones for small memories
+    sizes = {shape: speed.size(c) for shape, c in configs.items()}
+    best = sizes[min(configs, key=lambda s: speed.promise(configs[s], machine, seconds, the_law))]
+    near = [s for s in configs if sizes[s] <= best * 12]  # the small ones for small memories
     found = [candidate(k, configs[s], machine, the_law, seconds) for s in near]
     found.sort(key=lambda c: (bool(c.why), c.bpb[0], c.n))
     if found[0].why:
@@ -262,7 +262,8 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
 
     print0("  tracing the memory of the best candidates, a few seconds each")
     fitting: list[Candidate] = []
-    for i in range(len(found)):
+    edge = found[0].bpb[0] * (1 + TIE)
+    for i in sorted(range(len(found)), key=lambda i: (0, *_simplicity(found[i])) if found[i].bpb[0] <= edge else (1, found[i].bpb[0])):
         if len(fitting) < MOST_TRACED and not found[i].why and fits(i):
             fitting.append(found[i])
     if not fitting:
@@ -274,7 +275,7 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
         )
     fitting.sort(key=lambda c: c.bpb[0])
     equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
-    first = min(equal, key=lambda c: (abs(c.config.n_embd / c.config.n_layer - 64) > 8, c.n))
+    first = min(equal, key=_simplicity)
     tried = next((c for c in fitting if c.shape == kept), None)
     if tried and tried.bpb[0] <= first.bpb[0] * 1.01:
         first = tried
@@ -285,6 +286,11 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
     return {"primary": first, "fallback": second, "candidates": found, "seconds": seconds, "pretraining_seconds": pretraining}
 
 
+def _simplicity(c: Candidate) -> tuple[bool, int]:
+    """What decides between equal predictions: the usual shape, then the smaller model."""
+    return abs(c.config.n_embd / c.config.n_layer - 64) > 8, c.n
+
+
 def _lost(c: Candidate, first: Candidate, second: Candidate | None) -> str:
     if c is first:
         return "chosen"
@@ -292,9 +298,9 @@ def _lost(c: Candidate, first: Candidate, second: Candidate | None) -> str:
     if c.bpb[0] <= first.bpb[0] * (1 + TIE):
         why = f"{behind:+.3f}: as good, " + ("and larger" if c.n > first.n else "in another shape")
     elif c.n > first.n:
-        why = f"{behind:+.3f}: too large, {c.tokens / c.n:.1f} tokens a parameter"
+        why = f"{behind:+.3f}: too large, {c.tokens / c.parameters:.1f} tokens a parameter"
     else:
-        why = f"{behind:+.3f}: too small, {c.tokens / c.n:.1f} tokens a parameter"
+        why = f"{behind:+.3f}: too small, {c.tokens / c.parameters:.1f} tokens a parameter"
     return "fallback: " + why if c is second else why
 
 

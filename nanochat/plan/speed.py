@@ -141,8 +141,9 @@ class _Fit:
         f, p, tokens, T = (np.array(x, dtype=float) for x in zip(*map(_measures, self.points), strict=True))
         micro = np.array([q["micro_ms"] for q in self.points]) / tokens
         update = np.array([q["update_ms"] for q in self.points])
-        self.micro = nnls(np.stack([1e9 / f.mean() * np.ones_like(f), f], 1) / micro[:, None], np.ones_like(f))[0]
-        self.micro[0] *= 1e9 / f.mean()
+        parts = np.stack([np.ones_like(f), f / f.mean()], 1) / micro[:, None]
+        alike = 0.03 / micro.mean() * np.array([[1.0, -1.0]])  # points of a single f do not tell a from b: half each, then
+        self.micro = nnls(np.concatenate([parts, alike]), np.append(np.ones_like(f), 0.0))[0] / (1.0, f.mean())
         self.update = nnls(np.stack([np.ones_like(p), p], 1) / update[:, None], np.ones_like(p))[0]
         self.at = _place(f, T, tokens)
         self.off = np.log(micro / (self.micro[0] + self.micro[1] * f))
@@ -179,6 +180,11 @@ def counts(config: GPTConfig) -> dict[str, int]:
     return _model(json.dumps(asdict(config), sort_keys=True))[1]
 
 
+def size(config: GPTConfig) -> int:
+    """Parameters of the layers: the N of the law."""
+    return counts(config)["transformer"]
+
+
 def flops_per_token(config: GPTConfig, T: int) -> float:
     """Training FLOPs of a token in rows of T, remembered."""
     return _flops(json.dumps(asdict(config), sort_keys=True), T)
@@ -212,6 +218,12 @@ def usual_share(machine: Machine) -> float:
     """Share of the peak that training reaches here, as its points have it in the middle, or by SHARES."""
     seen = [p["tok_per_sec"] * p["flops_per_token"] / machine.peak_flops for p in machine.points if "error" not in p]
     return machine.factor * (median(seen) if seen else SHARES[machine.device_type][0])
+
+
+def promise(config: GPTConfig, machine: Machine, seconds: float, the_law: law.Law) -> float:
+    """Bits per byte after `seconds` at the usual share of the peak: which sizes are worth a look, before any closer prediction."""
+    flops = usual_share(machine) * machine.peak_flops * seconds
+    return the_law.bpb(size(config), max(1.0, flops / flops_per_token(config, config.sequence_len)))
 
 
 def first_step(machine: Machine, compiled: bool) -> float:

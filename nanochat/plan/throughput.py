@@ -162,19 +162,18 @@ def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
 
 def grid(k: Knobs, machine: Machine, seconds: float) -> list[tuple[GPTConfig, int]]:
     """
-    (architecture, rows) of every point, the likeliest first. Where no depths are given, they are the one whose size is best for the FLOPs
-    that the machine is known to do in `seconds`, with all its batches, and its neighbours.
+    (architecture, rows) of every point: the likeliest depth first, and all depths before other rows, as a speed is foretold from two sizes
+    better than from one. Where no depths are given, they are the most promising for `seconds` on this machine and its neighbours.
     """
     cpu = machine.device_type == "cpu"
     lengths = k.lengths or ((k.sequence_len,) if k.sequence_len else (512,) if cpu else (512, 1024, 2048))
     batches = sorted(k.device_batches or ((8, 32) if cpu else (8, 16, 32, 64)))
     depths = list(k.depths or ((k.depth,) if k.depth else ()))
     if not depths:
-        best, _ = law.fitted().best(speed.usual_share(machine) * machine.peak_flops * seconds)
-        sizes = [speed.counts(k.config(d, k.aspect_ratio or 64, lengths[0]))["matmul"] for d in DEPTHS]
-        i = min(range(1, len(DEPTHS) - 1), key=lambda i: abs(np.log(sizes[i] / best)))
+        shapes = [k.config(d, k.aspect_ratio or 64, lengths[0]) for d in DEPTHS]
+        i = min(range(1, len(DEPTHS) - 1), key=lambda i: speed.promise(shapes[i], machine, seconds, law.fitted()))
         depths = [DEPTHS[i], DEPTHS[i - 1], DEPTHS[i + 1]]
-    return [(k.config(d, k.aspect_ratio or 64, T), rows) for d in depths for T in lengths for rows in batches]
+    return [(k.config(d, k.aspect_ratio or 64, T), rows) for rows in batches for d in depths for T in lengths]
 
 
 def saved(machine: Machine) -> dict[str, Any]:
@@ -223,6 +222,7 @@ def run(k: Knobs) -> dict[str, Any]:
         atomic_write(out, json.dumps({"machine": saved(machine), "points": list(known.values())}, indent=1))
     if left:
         print0(f"  {left} points left out for lack of time: the same command measures them, or raise --limit_minutes")
+    points.sort(key=lambda p: [p["config"][n] for n in ("n_layer", "n_embd", "sequence_len")])  # stable: rows stay in their order
     good = [p for p in points if "error" not in p]
     for p in good:
         p["tokens_in_budget"] = p["tok_per_sec"] * training
