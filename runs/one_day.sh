@@ -67,13 +67,14 @@ later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
-# what is left, less a twelfth for the pilot; fixed at the first start, so that an interrupted stage keeps its length
+# what is left, less a twelfth for the pilot, which would be too short to tell anything below 25 minutes; fixed at the first start, so that
+# an interrupted stage keeps its length
 spent=$((before + SECONDS - $(cat "$out/begun")))
-[ -e "$out/left" ] || awk -v m="$minutes" -v s="$spent" 'BEGIN { printf "%.2f\n", (m - s / 60) * 11 / 12 }' >"$out/left"
+[ -e "$out/left" ] || awk -v m="$minutes" -v s="$spent" 'BEGIN { printf "%.2f\n", (m - s / 60) * (m < 25 ? 1 : 11 / 12) }' >"$out/left"
 left=$(cat "$out/left")
 plan=(${open[@]+"${open[@]}"} --minutes="$left" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")
 step recipe python -m scripts.plan recipe "${plan[@]}" "${text[@]}"
-step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
+[ "$minutes" -lt 25 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
     [ $? = 2 ] || exit # 2: it says why it cannot; the recipe stays as it is
     touch "$out/pilot.done"
 }

@@ -70,13 +70,13 @@ def test_runs_that_do_not_learn(y):
 
 def plan(steps: int = 2000, sources: int = 1) -> dict:
     first = {"total_batch_size": 4096, "tok_per_sec": 8192.0, "eval_tokens": 8192, "steps": steps}
-    return {"primary": first, "knobs": {"data": ["x"] * sources}}
+    return {"primary": first, "knobs": {"data": ["x"] * sources}, "opening_seconds": 6.0}
 
 
 def test_lengths_double_and_take_the_time():
     got = pilot.lengths(plan(), 200.0, 3)
     assert got[1] == pytest.approx(2 * got[0], abs=1) and got[2] == pytest.approx(4 * got[0], abs=3)
-    looks = 3 * (recipe.OPENING + 2 * 8192 / (2 * 8192))
+    looks = 3 * (6.0 + 2 * 8192 / (2 * 8192))
     assert 0.5 * sum(got) + looks == pytest.approx(200, abs=2)
     assert max(pilot.lengths(plan(steps=200), 1e5, 3)) == 100, "never more than half of the run itself"
 

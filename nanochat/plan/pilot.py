@@ -135,12 +135,13 @@ def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
     step = first["total_batch_size"] / first["tok_per_sec"]
     parts = [1 << i for i in range(runs)]
     looks = 2 * max(1, len(found["knobs"]["data"])) * first["eval_tokens"] / (2 * first["tok_per_sec"])
-    unit = (seconds - runs * (recipe.OPENING + looks)) / step / sum(parts)
+    beside = runs * (found["opening_seconds"] + looks)
+    unit = (seconds - beside) / step / sum(parts)
     unit = min(unit, first["steps"] / 2 / parts[-1])
     if unit < FEWEST_STEPS:
         if runs > 2:
             return lengths(found, seconds, runs - 1)
-        least = FEWEST_STEPS * step * sum(parts) + runs * (recipe.OPENING + looks)
+        least = FEWEST_STEPS * step * sum(parts) + beside
         if FEWEST_STEPS * parts[-1] * 2 > first["steps"]:
             raise UserError(f"a run of {first['steps']} steps is too short for a pilot of it: it takes hardly longer than the pilot would")
         raise UserError(

@@ -342,6 +342,7 @@ def tables(k: Knobs, c: Candidate, found: Mapping[str, Any]) -> dict[str, dict[s
 def write(k: Knobs, machine: Machine, found: Mapping[str, Any], the_law: law.Law) -> dict[str, Any]:
     """Write recipe.toml, the fallback's recipe beside it and the plan as JSON; returns that."""
     out = Path(k.out).expanduser() if k.out else speed.folder() / "recipe.toml"
+    compiled = speed.compiles(machine.device_type, found["pretraining_seconds"])
     files = {"primary": out, "fallback": out.with_name(f"{out.stem}-fallback{out.suffix}")}
     for role, file in files.items():
         if (c := found[role]) is None:
@@ -361,7 +362,8 @@ def write(k: Knobs, machine: Machine, found: Mapping[str, Any], the_law: law.Law
         "recipe": str(out),
         **{n: found[n] for n in ("seconds", "pretraining_seconds")},
         **{role: found[role].summary() if found[role] else None for role in files},
-        "compiled": speed.compiles(machine.device_type, found["pretraining_seconds"]),
+        "compiled": compiled,
+        "opening_seconds": OPENING + speed.first_step(machine, compiled),
         "candidates": [c.summary() for c in found["candidates"]],
     }
     atomic_write(out.with_suffix(".json"), json.dumps(whole, indent=1))
