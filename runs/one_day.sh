@@ -4,6 +4,7 @@
 #     bash runs/one_day.sh --minutes 20                        the same in small, on the embedded corpus
 #     bash runs/one_day.sh --hours 8 --data "wiki=DIR:0.6 books=DIR:0.4" --talks "mine=FILE.jsonl:1 identity:1" --target 0.9
 #     bash runs/one_day.sh --hours 8 --recipe FILE.toml        the plan keeps what the recipe says of the architecture
+#     bash runs/one_day.sh --hours 8 --task_dir DIR            ARC, MMLU, GSM8K from a folder instead of the hub
 # Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
@@ -13,7 +14,7 @@ minutes="" data="" talks="" vocab="" target=0 open=() tasks=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
-        -h | --help) sed -n '2,7s/^# \{0,1\}//p' runs/one_day.sh; exit 0 ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' runs/one_day.sh; exit 0 ;;
         *) flag=$1 value=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
     esac
     case "$flag" in

@@ -113,6 +113,13 @@ def test_without_a_recipe(tmp_path, missing):
         pilot.opened(pilot.Knobs(plan=str(tmp_path / "recipe.toml")))
 
 
+def test_a_plan_of_another_version_is_refused(tmp_path):
+    (tmp_path / "recipe.toml").write_text("[base_train]\ndepth = 2\n")
+    (tmp_path / "recipe.json").write_text('{"primary": {}}')
+    with pytest.raises(UserError, match=r"opening_seconds.*make them anew"):
+        pilot.opened(pilot.Knobs(plan=str(tmp_path / "recipe.toml")))
+
+
 def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
     """All of it, with base_train in this process, steps of milliseconds, and memory by formula."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))

@@ -119,7 +119,7 @@ def opened(k: Knobs) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
         found = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        return file, tables["base_train"], found
+        return file, tables["base_train"], {**found, "opening_seconds": float(found["opening_seconds"])}  # older plans do not have it
     except OSError as e:
         raise UserError(f"cannot read {e.filename} ({e.strerror}): make a recipe with python -m scripts.plan recipe --hours N") from None
     except (ValueError, KeyError) as e:
