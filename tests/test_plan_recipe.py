@@ -44,7 +44,7 @@ def test_the_law_gives_its_ladder_back():
     for n, d, bpb in law.LADDER:
         assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.005)
         assert fitted.best(6 * n * d)[0] == pytest.approx(n, rel=0.3), f"the optimum at {n:g}"
-    assert 0 < fitted.floor < 0.8 and 0.05 < fitted.a < 0.5 and 0.05 < fitted.b < 0.5
+    assert 0 < fitted.floor < 0.8 and 0.1 < fitted.a < 0.5 and 0.1 < fitted.b < 0.5
     for n, d, bpb in law.MEASURED:
         assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.03)
 
@@ -59,8 +59,8 @@ def test_the_best_size_is_best(flops):
 
 def test_the_law_is_surest_where_it_was_measured():
     fitted = law.fitted()
-    widths = [hi / lo for _, lo, hi in (fitted.interval(*fitted.best(c)) for c in (3e18, 1e16, 1e14))]
-    assert widths == sorted(widths) and widths[0] < 1.06
+    widths = [hi / lo for _, lo, hi in (fitted.interval(*fitted.best(c)) for c in (3e18, 1e17, 1e16, 1e14, 1e12))]
+    assert widths == sorted(widths) and widths[0] < 1.06 and widths[3] < 1.15 and len(set(widths)) == 5
     middle, lo, hi = fitted.interval(3.1e6, 4.6e6)  # depth 4, width 256: ten minutes of real text on two cores: 1.84 to 1.87 (dev/LOG.md)
     assert lo < 1.84 < 1.87 < hi and 1.7 < middle < 1.9
     moved = fitted.scaled(0.5, 0.01)
@@ -109,7 +109,7 @@ def test_a_day_on_a_4090():
 def test_minutes_on_a_processor():
     cpu = machine(device_type="cpu", peak_flops=1e12, memory_bytes=8 * GIB)
     first = recipe.plan(ask("--minutes=20", "--vocab=8192"), cpu, law.fitted())["primary"]
-    assert first.contexts == ((0.0, 512),) and first.total <= 2**15 and first.steps > 500 and first.n < 2e7
+    assert first.contexts == ((0.0, 512),) and first.total <= 2**14 and first.steps > 500 and first.n < 2e7
 
 
 @settings(max_examples=8, deadline=None)

@@ -72,7 +72,7 @@ class Law:
     def interval(self, n: float, d: float) -> tuple[float, float, float]:
         """
         Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder, 4 % where runs were made here (one that it is
-        not fitted to came to 1.84-1.87 where it says 1.77), 1.5 % more for every factor of ten in FLOPs from the nearer of the two.
+        not fitted to came to 1.84-1.87 where it says 1.78), 1.5 % more for every factor of ten in FLOPs from the nearer of the two.
         """
         at = math.log10(6 * n * d)
         ladder, here = math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH)), math.hypot(0.04, 0.015 * abs(at - HERE))
