@@ -92,8 +92,8 @@ def machine_here(device_type: str, dtype: str) -> dict[str, Any]:
 def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
     Speed and peak memory of one point in this process: spec has config, rows, accumulation, compiled, device_type, dtype, seconds. A step
-    is accumulation x micro_ms + update_ms, both medians; `spread` is the 10 to 90 % range of their sum over its median. {"error"} where
-    memory runs out.
+    is accumulation x micro_ms + update_ms, both medians; `spread` is the 10 to 90 % range of their sum over its median. On a GPU also
+    what the allocator's pool held and what the card holds in all, contexts and other processes too. {"error"} where memory runs out.
     """
     rt = open_runtime(spec["device_type"], spec["dtype"])
     config = GPTConfig(**spec["config"])
@@ -133,7 +133,12 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     micros, updates = np.array(micros[3:]), np.array(updates[3:])  # the first ones compile and warm up
     step = n * float(np.median(micros)) + float(np.median(updates))
     both = micros + updates
+    pool = {}
+    if rt.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(rt.device)
+        pool = {"pool_bytes": torch.cuda.max_memory_reserved(rt.device), "card_bytes": total - free}
     return {
+        **pool,
         "micro_ms": 1e3 * float(np.median(micros)),
         "update_ms": 1e3 * float(np.median(updates)),
         "step_ms": 1e3 * step,
@@ -276,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What in_process starts: one measurement, its specification in JSON the only argument."""
     (text,) = sys.argv[1:] if argv is None else argv
     spec = json.loads(text)
-    if sys.platform == "linux":  # where memory ends on a CPU, an error here is better than the system ending some other process
+    if sys.platform == "linux" and spec["device_type"] == "cpu":  # where memory ends on a CPU, an error here is better than the system ending some other process
         import resource
 
         import psutil
