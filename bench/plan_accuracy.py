@@ -5,7 +5,8 @@ Predictions of the planner against measurement: speed and peak memory over depth
     python -m bench.plan_accuracy --depths 12 20 --lengths 2048 --device_batches 8 16
 
 Every point is trained for some seconds in a process of its own, as plan probe does. Its speed is predicted from the other points and, as
-before any probe, from the peak; its memory from the trace of plan memory alone. The last line is JSON.
+before any probe, from the peak; the memory of its tensors from the trace of plan memory alone; and on a GPU what the whole card holds, as
+plan memory does, with a margin measured at the smallest point. The last line is JSON.
 """
 
 import json
@@ -19,8 +20,10 @@ from nanochat import knobs
 from nanochat.common import UserError, base_dir, columns, entry, print0
 from nanochat.gpt import GPTConfig
 from nanochat.knobs import knob
-from nanochat.plan import recipe, speed, throughput
+from nanochat.plan import memory, recipe, speed, throughput
 from nanochat.plan.speed import Machine
+
+PREDICTED = ("speed_by_points", "speed_by_peak", "memory", "card")
 
 
 @dataclass(kw_only=True)
@@ -43,7 +46,7 @@ def errors(p: dict[str, Any], machine: Machine, others: Sequence[dict[str, Any]]
     }
     traced = recipe.Memory(replace(machine, points=(), memory_gap=0.0), p["compiled"]).trace(config, rows, n)
     found = {name: rate / p["tok_per_sec"] - 1 for name, rate in rates.items()} | {"memory": traced / p["peak_memory_bytes"] - 1}
-    return found | {"seconds": time.monotonic() - began}
+    return found | {"traced": traced, "seconds": time.monotonic() - began}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -63,17 +66,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError("no point could be measured: try a smaller --depths or --device_batches")
     machine = Machine(**probed["machine"])
     rows, lines = [], []
-    for p in good:
-        found = errors(p, machine, [q for q in good if q is not p])
+    every = [errors(p, machine, [q for q in good if q is not p]) for p in good]
+    smallest = min(range(len(good)), key=lambda i: good[i]["peak_memory_bytes"])
+    for i, (p, found) in enumerate(zip(good, every, strict=True)):
+        if "card_bytes" in p and i != smallest:
+            margin = memory.margin_of([good[smallest]], [every[smallest]["traced"]])
+            found["card"] = (found["traced"] * (1 + margin.fragmentation) + margin.context) / p["card_bytes"] - 1
         c = p["config"]
         rows.append({"depth": c["n_layer"], "width": c["n_embd"], "T": c["sequence_len"], "rows": p["rows"], **found})
         rows[-1] |= {"tok_per_sec": p["tok_per_sec"], "peak_memory_bytes": p["peak_memory_bytes"]}
-        said = [f"{found[n]:+.1%}" if n in found else "" for n in ("speed_by_points", "speed_by_peak", "memory")]
-        measured = f"{p['tok_per_sec']:,.0f}", f"{p['peak_memory_bytes'] / 1e9:.2f} GB"
-        lines.append([f"{c['n_layer']} x {c['n_embd']}", c["sequence_len"], p["rows"], measured[0], said[0], said[1], measured[1], said[2]])
-    heads = ("depth x width", "T", "rows", "tok/s", "by the other points", "by the peak", "peak memory", "predicted")
+        said = [f"{found[n]:+.1%}" if n in found else "" for n in PREDICTED]
+        tensors, card = (f"{p[n] / 1e9:.2f} GB" if n in p else "" for n in ("peak_memory_bytes", "card_bytes"))
+        head = [f"{c['n_layer']} x {c['n_embd']}", c["sequence_len"], p["rows"], f"{p['tok_per_sec']:,.0f}"]
+        lines.append([*head, *said[:2], tensors, said[2], card, said[3]])
+    heads = ("depth x width", "T", "rows", "tok/s", "by the points", "by the peak", "peak memory", "predicted", "of the card", "predicted")
     print0(columns(heads, lines))
-    worst = {n: max(abs(r[n]) for r in rows if n in r) for n in ("speed_by_points", "speed_by_peak", "memory") if any(n in r for r in rows)}
+    worst = {n: max(abs(r[n]) for r in rows if n in r) for n in PREDICTED if any(n in r for r in rows)}
     mean = {n: fmean(abs(r[n]) for r in rows if n in r) for n in worst}
     found = {"machine": {n: v for n, v in asdict(machine).items() if n in throughput.SAVED}, "worst": worst, "mean": mean, "rows": rows}
     print(json.dumps(found))

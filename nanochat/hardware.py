@@ -31,6 +31,15 @@ class GPU:
         """FLOP/s of training: bf16, or fp16 where there is none."""
         return 1e12 * (self.bf16 or self.fp16)
 
+    @property
+    def device_type(self) -> str:
+        return "mps" if self.name.startswith("Apple") else "cuda"
+
+    @property
+    def dtype(self) -> str:
+        """The precision that runtime.open_runtime chooses on it."""
+        return "float32" if self.device_type == "mps" else "bfloat16" if self.bf16 else "float16"
+
 
 # GeForce cards multiply in bf16 or fp16 at half rate when they accumulate in fp32, as training does. The usual headline figures (142 for
 # the 3090, 330 for the 4090) are for fp16 accumulation, and the largest ones for 2:4 sparsity: neither can be reached in training.

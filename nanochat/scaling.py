@@ -48,7 +48,8 @@ def batch_for(tokens: float) -> int:
     to copy where 2^13 did not; with 1.6 M it was the best of 2^10 to 2^13, with 4 M as good as 2^13 (dev/LOG.md, induction, small budgets).
     """
     tokens = max(tokens, 1.0)
-    return 1 << min(19, max(12, round(math.log2(min(74 * tokens**0.383, tokens / MIN_STEPS)))))
+    small = max(tokens / MIN_STEPS, 2.6 * math.sqrt(tokens))
+    return 1 << min(19, max(12, round(math.log2(min(74 * tokens**0.383, small)))))
 
 
 def width_scale(n_embd: int) -> float:

@@ -257,7 +257,8 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             if run.peak_flops:
                 numbers["peak_share"] = round(flops / training_seconds / run.peak_flops, 4)
             run.logbook.log(kind="train", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **numbers)
-            shown.train(run.step, after, numbers, (run.clock() - began) * (1 - after) / max(after - started_at, 1e-9))
+            left = (run.clock() - began) * (1 - after) / max(after - started_at, 1e-9)
+            shown.train(run.step, after, numbers, min(left, run.budget_seconds - run.seconds) if run.budget_seconds > 0 else left)
 
             stop = from_main(signals.caught, rt)
             done = after >= 1.0

@@ -70,12 +70,13 @@ step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
 # what is left, less a twelfth for the pilot, which would be too short to tell anything below 25 minutes; fixed at the first start, so that
 # an interrupted stage keeps its length
+pilot=$((minutes >= 25))
 spent=$((before + SECONDS - $(cat "$out/begun")))
-[ -e "$out/left" ] || awk -v m="$minutes" -v s="$spent" 'BEGIN { printf "%.2f\n", (m - s / 60) * (m < 25 ? 1 : 11 / 12) }' >"$out/left"
+[ -e "$out/left" ] || awk -v m="$minutes" -v s="$spent" -v p="$pilot" 'BEGIN { printf "%.2f\n", (m - s / 60) * (1 - p / 12) }' >"$out/left"
 left=$(cat "$out/left")
 plan=(${open[@]+"${open[@]}"} --minutes="$left" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")
 step recipe python -m scripts.plan recipe "${plan[@]}" "${text[@]}"
-[ "$minutes" -lt 25 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
+[ "$pilot" = 0 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
     [ $? = 2 ] || exit # 2: it says why it cannot; the recipe stays as it is
     touch "$out/pilot.done"
 }

@@ -14,7 +14,7 @@ from nanochat import stage
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import lookup
-from nanochat.plan import live, memory
+from nanochat.plan import live, memory, throughput
 from nanochat.runtime import Runtime, compiler_missing
 from scripts import plan
 
@@ -172,12 +172,13 @@ def test_an_older_card_computes_in_float16_and_apples_have_no_compiler(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_holds_what_was_predicted(compiled):
-    rt = Runtime(torch.device("cuda", 0), BF16, 0, 1, 42)
     c = config(sequence_len=1024, vocab_size=16_384, n_layer=6, n_head=6, n_kv_head=6, n_embd=768)
-    if compiled and compiler_missing(rt.device):
+    how = {"compiled": compiled, "device_type": "cuda"}
+    if compiled and compiler_missing(torch.device("cuda")):
         pytest.skip("no Triton")
-    torch.cuda.reset_peak_memory_stats()
-    margin = memory.calibrate(c, 8, 1024, rt, compiled)
+    margin = memory.calibrate(c, 4, 1024, "bfloat16", compiled)
     assert margin is not None and margin.context > 1e8 and 0 <= margin.fragmentation < 0.5
-    counted = memory.predict(c, 8, 1024, dtype=BF16, device_type="cuda", compiled=compiled, eval_rows=1)["allocated"]
-    assert counted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+    spec = {"config": vars(c), "rows": 16, "accumulation": 2, "dtype": "bfloat16", "seconds": 0.0, **how}
+    point, counted = throughput.in_process(spec), memory.predict(c, 16, 1024, dtype=BF16, **how, eval_rows=1, margin=margin)
+    assert counted["allocated"] == pytest.approx(point["peak_memory_bytes"], rel=0.1)
+    assert counted["total"] == pytest.approx(point["card_bytes"], rel=0.1)

@@ -216,33 +216,34 @@ def figures(config: GPTConfig, tokens_per_param: float = 20.0) -> dict[str, Any]
 
 def _price(k: Knobs, config: GPTConfig, flops: float) -> dict[str, Any]:
     """Hours and memory on the cards that were named; a device batch that does not fit is halved until it does."""
-    from nanochat.plan import memory  # which knows this module
+    from nanochat.plan import memory, speed  # which know this module
 
     gpu = card(k.gpu)
-    kind, dtype = memory.kind_of(gpu), torch.bfloat16 if gpu.bf16 else torch.float16
+    machine = speed.Machine.of(gpu)
     time = hours(flops, k.gpus * gpu.flops, k.utilisation)
     print0(
         f"  on {k.gpus} x {gpu.name}: {duration(time * 3600)} of pretraining at {k.utilisation:.0%} of {gpu.flops / 1e12:.4g} TFLOP/s each"
     )
-    there = gpu.memory_gb * memory.GB
+    how: dict[str, Any] = {"dtype": machine.torch_dtype, "device_type": machine.device_type, "world_size": k.gpus}
+    there = machine.memory_bytes
 
     def need(rows: int) -> int:
-        return memory.predict(config, rows, config.sequence_len, dtype=dtype, device_type=kind, world_size=k.gpus)["total"]
+        return memory.predict(config, rows, config.sequence_len, **how)["total"]
 
     rows, bytes_needed = k.device_batch_size, need(k.device_batch_size)
     if bytes_needed > there:
-        print0(f"  {rows} rows of {config.sequence_len} a card take {bytes_needed / memory.GB:.1f} of {gpu.memory_gb:g} GB: too much")
+        print0(f"  {rows} rows of {config.sequence_len} a card take {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB: too much")
         least = need(1)
         if least > there:
             raise UserError(
-                f"this model does not fit the {gpu.name}: a single row of {config.sequence_len} takes {least / memory.GB:.1f} of "
+                f"this model does not fit the {gpu.name}: a single row of {config.sequence_len} takes {least / memory.GIB:.1f} of "
                 f"{gpu.memory_gb:g} GB; choose a smaller --depth, --vocab or --sequence_len"
             )
         each = (bytes_needed - least) / (rows - 1)  # memory is nearly a straight line in rows: the check below is rarely repeated
         rows = 1 << int(math.log2(1 + (there - least) / each))
         while (bytes_needed := need(rows)) > there:
             rows //= 2
-    print0(f"  --device_batch_size={rows}, context {config.sequence_len}: {bytes_needed / memory.GB:.1f} of {gpu.memory_gb:g} GB a card")
+    print0(f"  --device_batch_size={rows}, context {config.sequence_len}: {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB a card")
     out = {"gpu": gpu.name, "gpus": k.gpus, "utilisation": k.utilisation, "hours": time}
     return out | {"device_batch_size": rows, "memory_bytes": bytes_needed}
 
@@ -264,7 +265,7 @@ def specifications(with_memory: bool = True) -> str:
         need = ""
         if with_memory:
             how = {"dtype": torch.bfloat16, "device_type": "cuda"}
-            need = f"{memory.predict(config, SPECIFIED_ROWS, config.sequence_len, **how)['total'] / memory.GB:.1f}"
+            need = f"{memory.predict(config, SPECIFIED_ROWS, config.sequence_len, **how)['total'] / memory.GIB:.1f}"
         heads = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
         parts = (f"{f[part]:,}" for part in ("embedding", "transformer", "head", "total"))
         rows.append((name, f"`{flags}`", heads, *parts, human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}", need))

@@ -49,7 +49,7 @@ NEAR = 15.0  # up to here MEASURED's text counts in full
 @dataclass(frozen=True)
 class Law:
     """
-    E, A, B in bits per byte, N and D in units of `size` and `tokens`. `factor` moves the whole curve, `spread` replaces its error; `prose`
+    E, A, B in bits per byte, N and D in units of `size` and `tokens`. `factor` moves the whole curve, `around` replaces its error; `prose`
     is how far the text of MEASURED lies above that of LADDER, in logarithms, and counts the less the nearer FLOPs come to the ladder's.
     """
 
@@ -62,7 +62,7 @@ class Law:
     tokens: float
     prose: float
     factor: float = 1.0
-    spread: float | None = None  # relative standard deviation, None = by the distance from the ladder
+    around: tuple[float, float] | None = None  # ends of the interval over its middle, None = by the distance from what was measured
 
     def bpb(self, n: float, d: float) -> float:
         """Bits per byte of n parameters in the layers after d tokens."""
@@ -74,10 +74,10 @@ class Law:
         Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder, 4 % where runs were made here (one that it is
         not fitted to came to 1.84-1.87 where it says 1.78), 1.5 % more for every factor of ten in FLOPs from the nearer of the two.
         """
-        at = math.log10(6 * n * d)
+        at, middle = math.log10(6 * n * d), self.bpb(n, d)
         ladder, here = math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH)), math.hypot(0.04, 0.015 * abs(at - HERE))
-        error, middle = self.spread or min(ladder, here), self.bpb(n, d)
-        return middle, middle * math.exp(-Z90 * error), middle * math.exp(Z90 * error)
+        lo, hi = self.around or (math.exp(-Z90 * min(ladder, here)), math.exp(Z90 * min(ladder, here)))
+        return middle, lo * middle, hi * middle
 
     def best(self, flops: float) -> tuple[float, float]:
         """(parameters, tokens) with 6 N D = flops and the lowest bits per byte."""
@@ -95,9 +95,10 @@ class Law:
         rest = self.floor + self.A * (n / self.size) ** -self.a
         return rest / (rest + self.B * (d / self.tokens) ** -self.b)
 
-    def scaled(self, factor: float, spread: float) -> "Law":
-        """The same curve, moved to where a pilot found it, with the pilot's relative standard deviation."""
-        return replace(self, factor=factor, spread=spread)
+    def moved(self, n: float, d: float, bpb: tuple[float, float, float]) -> "Law":
+        """The same curve, moved to where a pilot found it: its interval (middle, lo, hi) at n and d, everywhere as wide."""
+        middle, lo, hi = bpb
+        return replace(self, factor=self.factor * middle / self.bpb(n, d), around=(lo / middle, hi / middle))
 
 
 @cache

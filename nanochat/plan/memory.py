@@ -9,22 +9,20 @@ where there is a GPU, else from the runs named beside the figures. A row that do
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any, Literal
 
-import psutil
 import torch
 
-from nanochat import hardware, stage
 from nanochat.common import UserError, columns, notice, print0
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.knobs import knob
-from nanochat.plan import live
+from nanochat.plan import live, throughput
 from nanochat.plan.arch import SizeKnobs, card, config_for
-from nanochat.runtime import DTYPES, Runtime, compiler_missing, open_runtime, out_of_memory, release_memory
-
-GB = 1 << 30  # of a card's memory
+from nanochat.plan.speed import GIB, Machine
+from nanochat.runtime import DTYPES, compiler_missing
 
 
 @dataclass(frozen=True)
@@ -83,56 +81,38 @@ def predict(
     return out | {"total": sum(out[name] for name in ("allocated", "context", "compile", "fragmentation"))}
 
 
-def calibrate(config: GPTConfig, rows: int, sequence_len: int, rt: Runtime, compiled: bool) -> Margin | None:
+def margin_of(points: Sequence[Mapping[str, Any]], counted: Sequence[float]) -> Margin:
     """
-    The margin of this GPU from two real steps of a small device batch: the context is what the card lacks beyond torch's pool, and
-    fragmentation what the pool has beyond the counted tensors. None when even that batch does not fit.
+    The margin of a GPU from points that throughput.measure made on it: the context is what the card holds beyond torch's pool, other
+    processes included, and fragmentation what the pool has beyond the bytes counted in each. The medians.
     """
-    try:
-        model = GPT.build(config, rt.device, rt.dtype)
-        model.init_weights()
-        if compiled:
-            model.compile()
-        optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
-        ids = torch.zeros(2, rows, sequence_len, dtype=torch.int64, device=rt.device)
-        for _ in range(2):
-            optimizer.zero_grad()
-            for _ in range(2):
-                (model.loss(*ids) / ids[1].numel()).backward()
-            optimizer.step()
-            torch.cuda.synchronize()
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        release_memory(rt.device)
+    context = median(p["card_bytes"] - p["pool_bytes"] for p in points)
+    return Margin(context, 0.0, median(p["pool_bytes"] / n for p, n in zip(points, counted, strict=True)) - 1)
+
+
+def calibrate(config: GPTConfig, rows: int, sequence_len: int, dtype: str, compiled: bool) -> Margin | None:
+    """
+    The margin of this machine's GPU from a few real steps of a small device batch, in a process of its own. None when even that batch does
+    not fit; UserError when it fails in another way.
+    """
+    how: dict[str, Any] = {"compiled": compiled, "device_type": "cuda"}
+    short = replace(config, sequence_len=sequence_len)
+    point = throughput.in_process({"config": asdict(short), "rows": rows, "accumulation": 2, "dtype": dtype, "seconds": 0.0, **how})
+    if point.get("error") == "out of memory":
         return None
-    free, total = torch.cuda.mem_get_info(rt.device)
-    context = total - free - torch.cuda.memory_reserved(rt.device)
-    pool = torch.cuda.max_memory_reserved(rt.device)
-    del model, optimizer, ids
-    release_memory(rt.device)
-    counted = predict(config, rows, sequence_len, dtype=rt.dtype, device_type="cuda", compiled=compiled, eval_rows=1)["allocated"]
-    return Margin(context, 0.0, pool / counted - 1)
+    if "error" in point:
+        raise UserError(f"the margin cannot be measured ({point['error']}): --no_calibrate takes the usual one")
+    return margin_of([point], [predict(short, rows, sequence_len, dtype=DTYPES[dtype], **how, eval_rows=1)["allocated"]])
 
 
-def kind_of(gpu: hardware.GPU) -> str:
-    """The device type of a card."""
-    return "mps" if gpu.name.startswith("Apple") else "cuda"
-
-
-def _place(k: Knobs) -> tuple[str, str, torch.dtype, float, Runtime | None]:
-    """(device type, its name, precision, bytes there are, the runtime if it is this machine's)."""
+def _place(k: Knobs) -> Machine:
+    """The machine that is asked about: a card by name, or this one, measured in a process of its own: ours must hold nothing of a GPU."""
     if k.gpu:
-        gpu = card(k.gpu)
-        kind = kind_of(gpu)
-        auto = torch.float32 if kind == "mps" else torch.bfloat16 if gpu.bf16 else torch.float16
-        return kind, gpu.name, DTYPES.get(k.dtype, auto), (k.memory_gb or gpu.memory_gb) * GB, None
-    rt = open_runtime("auto", k.dtype)
-    if rt.device.type == "cuda":
-        there = torch.cuda.mem_get_info(rt.device)[1]
+        m = Machine.of(card(k.gpu))
+        m = m if k.dtype == "auto" else replace(m, dtype=k.dtype)
     else:
-        there = psutil.virtual_memory().available
-    return rt.device.type, hardware.device_name(rt.device), rt.dtype, k.memory_gb * GB or there, rt
+        m = throughput.here("auto", k.dtype)
+    return replace(m, memory_bytes=k.memory_gb * GIB or m.memory_bytes)
 
 
 def grid(
@@ -152,7 +132,8 @@ def grid(
 
 def run(k: Knobs) -> dict[str, Any]:
     """Print the grid and return it; UserError when nothing fits."""
-    kind, name, dtype, there, rt = _place(k)
+    m = _place(k)
+    kind, there = m.device_type, m.memory_bytes
     config = config_for(k.shape(), k.arch(), k.vocab)
     lengths = k.sequence_lens or (k.sequence_len,)
     if longest := [T for T in lengths if k.sequence_len < T]:
@@ -160,30 +141,29 @@ def run(k: Knobs) -> dict[str, Any]:
     if not k.device_batch_sizes:
         raise UserError("--device_batch_sizes names none: give some, as in --device_batch_sizes 8 16 32")
     compiled = k.compile == "on" or (k.compile == "auto" and kind == "cuda")
-    if rt is not None and compiled and (missing := compiler_missing(rt.device)):
+    if not k.gpu and compiled and (missing := compiler_missing(torch.device(kind))):
         notice(f"predicted without torch.compile: {missing}")
         compiled = False
     margin = MARGINS[kind]
-    if rt is not None and kind == "cuda" and k.calibrate:
-        print0("calibrating with two steps of the smallest device batch", file=sys.stderr)
-        margin = calibrate(config, min(k.device_batch_sizes), min(lengths), rt, compiled) or margin
-    rows = grid(config, k.device_batch_sizes, lengths, there, dtype=dtype, device_type=kind, world_size=k.gpus,
+    if not k.gpu and kind == "cuda" and k.calibrate:
+        print0("calibrating with a few steps of the smallest device batch", file=sys.stderr)
+        margin = calibrate(config, min(k.device_batch_sizes), min(lengths), m.dtype, compiled) or margin
+    rows = grid(config, k.device_batch_sizes, lengths, there, dtype=m.torch_dtype, device_type=kind, world_size=k.gpus,
                 micro_batches=k.micro_batches, compiled=compiled, margin=margin)  # fmt: skip
-    precision = str(dtype).removeprefix("torch.")
-    print0(f"{name}, {there / GB:.1f} GB; {precision}, {'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes")
+    print0(f"{m.name}, {there / GIB:.1f} GB; {m.dtype}, {'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes")
     shown = ("state", "activations", "loss", "update", "evaluation", "margin", "total")
     table = []
     for r in rows:
         state = r["weights"] + r["gradients"] + r["optimizer"]
         cells = {**r, "state": state, "margin": r["total"] - r["allocated"]}
-        table.append((r["rows"], r["sequence_len"], *(f"{cells[c] / GB:.2f}" for c in shown), "fits" if r["fits"] else "does not fit"))
+        table.append((r["rows"], r["sequence_len"], *(f"{cells[c] / GIB:.2f}" for c in shown), "fits" if r["fits"] else "does not fit"))
     print0(columns(("rows", "T", *shown, ""), table))
-    out = {"device": name, "memory_bytes": round(there), "dtype": precision, "compiled": compiled, "config": asdict(config), "grid": rows}
+    out = {"device": m.name, "memory_bytes": round(there), "dtype": m.dtype, "compiled": compiled, "config": asdict(config), "grid": rows}
     if not any(r["fits"] for r in rows):
         least = rows[0]
         raise UserError(
-            f"nothing fits {name}: {least['rows']} rows of {least['sequence_len']} take {least['total'] / GB:.1f} GB of {there / GB:.1f}; "
-            "choose a smaller --depth, --vocab or --sequence_len"
+            f"nothing fits {m.name}: {least['rows']} rows of {least['sequence_len']} take {least['total'] / GIB:.1f} GB of "
+            f"{there / GIB:.1f}; choose a smaller --depth, --vocab or --sequence_len"
             + ("" if least["rows"] == 1 else ", or fewer rows in --device_batch_sizes")
         )
     return out

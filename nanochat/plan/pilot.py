@@ -227,7 +227,7 @@ def run(k: Knobs) -> dict[str, Any]:
     tokens = first["tokens"] * ratio
     ends = [(r["tokens"], r["final_bpb"]) for r in runs]
     fit = fit_curve([t for t, _ in ends], [b for _, b in ends], tokens, plain.share(n, last["tokens"]), plain.b)
-    the_law = plain.scaled(fit.bpb / plain.bpb(n, tokens), math.log(fit.hi / fit.lo) / (2 * law.Z90))
+    the_law = plain.moved(n, tokens, (fit.bpb, fit.lo, fit.hi))
     config = checkpoint.config_of(next(r["config"] for r in logbook.read(directory) if r.get("kind") == "start"))
     accumulation = max(1, first["total_batch_size"] // (first["device_batch_size"] * config.sequence_len))
     traced = recipe.Memory(replace(machine, memory_gap=0.0), found["compiled"]).trace(config, first["device_batch_size"], accumulation)

@@ -104,11 +104,9 @@ def machine_of(k: Knobs) -> Machine:
         raise UserError(f"--gpu={k.gpu} and --probe={k.probe} are two machines: give one of them")
     if k.gpu:
         try:
-            gpu = arch.card(k.gpu)
+            found = Machine.of(arch.card(k.gpu))
         except UserError as e:
             raise UserError(f"{e}. Or measure yours: run plan probe on it and give the file with --probe") from None
-        kind, dtype = ("mps", "float32") if gpu.name.startswith("Apple") else ("cuda", "bfloat16" if gpu.bf16 else "float16")
-        found = Machine(gpu.name, kind, dtype, gpu.memory_gb * GIB, gpu.flops, source=f"a share of its peak ({gpu.source})")
     elif k.probe:
         found = speed.load(k.probe)
     else:
@@ -183,15 +181,18 @@ class Memory:
     def __init__(self, machine: Machine, compiled: bool):
         self.machine, self.compiled, self.traced = machine, compiled, {}
         self.reported = "allocated" if machine.device_type == "cuda" else "total"
-        self.gap = machine.memory_gap or 0.0
-        if machine.memory_gap is None and (good := [p for p in machine.points if "error" not in p and p["compiled"] == compiled]):
+        self.gap, self.margin = machine.memory_gap or 0.0, None
+        good = [p for p in machine.points if "error" not in p and p["compiled"] == compiled]
+        if on_card := [p for p in good if "card_bytes" in p]:
+            self.margin = memory.margin_of(on_card, [p["peak_memory_bytes"] for p in on_card])
+        if machine.memory_gap is None and good:
             likely = sorted(good, key=lambda p: p["rows"])[:2]
             self.gap = fmean(p["peak_memory_bytes"] - self.trace(GPTConfig(**p["config"]), p["rows"], p["accumulation"]) for p in likely)
 
     def found(self, config: GPTConfig, rows: int, accumulation: int) -> dict[str, int]:
         key = json.dumps([asdict(config), rows, accumulation > 1])
         if key not in self.traced:
-            m, more = self.machine, {"micro_batches": min(2, accumulation), "compiled": self.compiled}
+            m, more = self.machine, {"micro_batches": min(2, accumulation), "compiled": self.compiled, "margin": self.margin}
             self.traced[key] = memory.predict(config, rows, config.sequence_len, dtype=m.torch_dtype, device_type=m.device_type, **more)
         return self.traced[key]
 
@@ -358,7 +359,7 @@ def write(k: Knobs, machine: Machine, found: Mapping[str, Any], the_law: law.Law
     whole = {
         "knobs": asdict(k),
         "machine": {**vars(machine), "points": len(machine.points)},
-        "law": {"factor": the_law.factor, "spread": the_law.spread},
+        "law": {"factor": the_law.factor, "around": the_law.around},
         "recipe": str(out),
         **{n: found[n] for n in ("seconds", "pretraining_seconds")},
         **{role: found[role].summary() if found[role] else None for role in files},
@@ -382,6 +383,8 @@ def show(found: Mapping[str, Any], machine: Machine, most: int = 12) -> None:
         rows.append((*size, f"{c.rate.tok_per_sec:,.0f}", human(c.tokens), bpb, memory_of, c.why))
     heads = ("depth x width", "parameters", "context", "batch", "rows", "tok/s", "tokens", "bits per byte", "memory", "")
     print0(columns(heads, rows))
+    if left := len(found["candidates"]) - len(rows):
+        print0(f"  and {left} more, predicted worse: all are in the plan's .json")
 
 
 def run(k: Knobs) -> dict[str, Any]:

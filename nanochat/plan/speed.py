@@ -6,6 +6,7 @@ be a guess.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -20,6 +21,7 @@ from scipy.optimize import nnls
 from nanochat import stage
 from nanochat.common import UserError, base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import GPU
 from nanochat.knobs import knob
 from nanochat.plan import arch, law
 from nanochat.runtime import compiler_missing
@@ -80,6 +82,12 @@ class Machine:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @classmethod
+    def of(cls, gpu: GPU) -> "Machine":
+        """A card as the table has it."""
+        source = f"a share of its peak ({gpu.source})"
+        return cls(gpu.name, gpu.device_type, gpu.dtype, gpu.memory_gb * GIB, gpu.flops, source=source)
 
 
 @dataclass(frozen=True)
@@ -193,8 +201,8 @@ def flops_per_token(config: GPTConfig, T: int) -> float:
 def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine: Machine) -> Speed:
     """
     Tokens a second of steps of `total` tokens in micro-batches of `rows` rows of T tokens. With points the interval comes from leaving
-    each one out in turn, narrower at a point (3 %) and wider away from all of them. Without, it is that of SHARES, and three times as
-    deep on a GPU below a width of 512, where starting kernels takes longer than running them.
+    each one out in turn, narrower at a point (3 %) and wider away from all of them, and from how far they drifted. Without, it is that of
+    SHARES, and three times as deep on a GPU below a width of 512, where starting kernels takes longer than running them.
     """
     f, p = flops_per_token(config, T), counts(config)["total"]
     good = [q for q in machine.points if "error" not in q]
@@ -209,7 +217,8 @@ def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine:
         guess, _ = _Fit(good[:i] + good[i + 1 :]).step_ms(*_measures(q)[:2], q["config"]["sequence_len"], q["rows"], n)
         misses.append(np.log(guess / q["step_ms"]))
     typical = float(np.sqrt(np.mean(np.square(misses)))) if misses else 0.15
-    error = float(np.hypot(0.03, typical * min(1.0, distance / 0.5))) + 0.1 * max(0.0, distance - 0.7)
+    drift = float(np.sqrt(np.mean([q.get("drift", 0.0) ** 2 for q in good])))
+    error = math.hypot(0.03, drift, typical * min(1.0, distance / 0.5)) + 0.1 * max(0.0, distance - 0.7)
     rate = machine.factor * total / ms * 1e3
     return Speed(rate, rate * float(np.exp(-law.Z90 * error)), rate * float(np.exp(law.Z90 * error)))
 
