@@ -37,19 +37,20 @@ class Shape:
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
 
 
-MIN_STEPS = 2000  # that a horizon should give at least
+MIN_STEPS = 2000  # that a horizon should give at least, from 27 M tokens on
 
 
 def batch_for(tokens: float) -> int:
     """
-    Tokens of one optimizer step for a horizon of `tokens`: a power of two near 74 x tokens^0.383, at least 2^12 and at most 2^19, and small
-    enough for 2,000 steps. The exponent is the reported one for compute-optimal runs; the factor makes a 11.2 G token run use 2^19. Below
-    240 M tokens steps are what is short: for minutes on a small GPU 2^14 was reported best, and on two cores with 2.5 M tokens 2^12 learned
-    to copy where 2^13 did not; with 1.6 M it was the best of 2^10 to 2^13, with 4 M as good as 2^13 (dev/LOG.md, induction, small budgets).
+    Tokens of one optimizer step for a horizon of `tokens`: a power of two near 74 x tokens^0.383, between 2^12 and 2^19, and small enough
+    for 2,000 steps, or where these are too many for sqrt(tokens) / 2.6 of them. The exponent is the reported one for compute-optimal runs;
+    the factor makes a 11.2 G token run use 2^19. Below 240 M tokens steps are what is short: for minutes on a small GPU 2^14 was reported
+    best. On two cores 2^12 was the best of 2^10 to 2^13 with 1.6 M tokens, as good as 2^13 with 4 M, and 4 % worse than it with 10 M
+    (dev/LOG.md: small budgets, a batch that was too small).
     """
     tokens = max(tokens, 1.0)
-    small = max(tokens / MIN_STEPS, 2.6 * math.sqrt(tokens))
-    return 1 << min(19, max(12, round(math.log2(min(74 * tokens**0.383, small)))))
+    few = max(tokens / MIN_STEPS, 2.6 * math.sqrt(tokens))
+    return 1 << min(19, max(12, round(math.log2(min(74 * tokens**0.383, few)))))
 
 
 def width_scale(n_embd: int) -> float:
