@@ -29,6 +29,7 @@ ASPECTS = (48.0, 64.0, 96.0)  # widths a layer that are tried
 FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape
 MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # of a micro-batch, where no probe says better
 USABLE = 0.95  # of a card's memory: the driver and the screen take some
+SHORTEST = 512  # context that is tried where memory is short
 MOST_TRACED = 4  # candidates that fit: their memory is looked at, the best prediction first
 LOOKS = 4  # evaluations in a run, beside the one before it
 LOOK_SHARE = 0.006  # of the pretraining time for each of them
@@ -233,7 +234,8 @@ def candidates(k: Knobs, machine: Machine, the_law: law.Law, seconds: float) -> 
 def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | None = None) -> dict[str, Any]:
     """
     {"primary", "fallback" (or None), "candidates", "seconds", "pretraining_seconds"}: candidates as Candidate. `kept` (depth, width),
-    which a pilot tried, stays the primary unless another is predicted 1 % better. UserError when the budget or the memory is too small.
+    which a pilot tried, stays the primary unless another is predicted 1 % better. Where memory shuts better ones out, a shorter context is
+    tried as well, which leaves room for them. UserError when the budget or the memory is too small.
     """
     seconds = speed.budget_seconds(k)
     if not seconds:
@@ -282,6 +284,11 @@ def plan(k: Knobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | N
         first = tried
     small = [i for i, c in enumerate(found) if not c.why and c.n <= 2 / 3 * first.n]
     second = next((found[i] for i in small if fits(i)), None)
+    T, shut_out = first.config.sequence_len, any(c.why.startswith("needs") and c.bpb[0] < first.bpb[0] for c in found)
+    if shut_out and not k.sequence_len and T > SHORTEST:
+        shorter = plan(replace(k, sequence_len=T // 2), machine, the_law, kept)
+        if shorter["primary"].bpb[0] < first.bpb[0]:
+            return shorter
     for c in found:
         c.why = c.why or _lost(c, first, second)
     return {"primary": first, "fallback": second, "candidates": found, "seconds": seconds, "pretraining_seconds": pretraining}
