@@ -68,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows, lines = [], []
     every = [errors(p, machine, [q for q in good if q is not p]) for p in good]
     smallest = min(range(len(good)), key=lambda i: good[i]["peak_memory_bytes"])
+    on_card = "card_bytes" in good[smallest]
+    margin = memory.margin_of([good[smallest]], [every[smallest]["traced"]]) if on_card else None
     for i, (p, found) in enumerate(zip(good, every, strict=True)):
-        if "card_bytes" in p and i != smallest:
-            margin = memory.margin_of([good[smallest]], [every[smallest]["traced"]])
+        if margin and i != smallest:
             found["card"] = (found["traced"] * (1 + margin.fragmentation) + margin.context) / p["card_bytes"] - 1
         c = p["config"]
         rows.append({"depth": c["n_layer"], "width": c["n_embd"], "T": c["sequence_len"], "rows": p["rows"], **found})
