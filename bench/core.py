@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import knobs, stage
-from nanochat.common import entry, print0
-from nanochat.core_eval import Item, Score, Scorer, Task, load_bundle, prepare
-from nanochat.gpt import GPT, Arch, GPTConfig
-from nanochat.knobs import knob
-from nanochat.runtime import open_runtime
-from nanochat.scaling import Shape
-from nanochat.tokenizer import Tokenizer
+from nanochat.base import knobs
+from nanochat.base.common import entry, print0
+from nanochat.base.knobs import knob
+from nanochat.base.runtime import open_runtime
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval.core import Item, Score, Scorer, Task, load_bundle, prepare
+from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.train import run as stage
+from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)

@@ -13,12 +13,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import entry
-from nanochat.dataloader import RowFeed
-from nanochat.dataset import mixed, parse_sources
-from nanochat.knobs import knob, parse
-from nanochat.tokenizer import Tokenizer
-from nanochat.tokens import prepare
+from nanochat.base.common import entry
+from nanochat.base.knobs import knob, parse
+from nanochat.data.feed import RowFeed
+from nanochat.data.shards import prepare
+from nanochat.data.sources import mixed, parse_sources
+from nanochat.data.tokenizer import Tokenizer
 
 
 @dataclass

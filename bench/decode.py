@@ -13,14 +13,14 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-from nanochat import hardware, knobs
-from nanochat.common import entry, human, print0
-from nanochat.engine import Engine
-from nanochat.gpt import GPT, Arch, GPTConfig
-from nanochat.knobs import knob
-from nanochat.runtime import open_runtime
-from nanochat.scaling import Shape
-from nanochat.tokenizer import SPECIAL_TOKENS
+from nanochat.base import hardware, knobs
+from nanochat.base.common import entry, human, print0
+from nanochat.base.knobs import knob
+from nanochat.base.runtime import open_runtime
+from nanochat.chat.generate import Engine
+from nanochat.data.tokenizer import SPECIAL_TOKENS
+from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from nanochat import knobs
-from nanochat.common import UserError, base_dir, columns, entry, print0
-from nanochat.gpt import GPTConfig
-from nanochat.knobs import knob
-from nanochat.plan import memory, recipe, speed, throughput
+from nanochat.base import knobs
+from nanochat.base.common import UserError, base_dir, columns, entry, print0
+from nanochat.base.knobs import knob
+from nanochat.model.gpt import GPTConfig
+from nanochat.plan import memory, recipe, speed
+from nanochat.plan import probe as throughput
 from nanochat.plan.speed import Machine
 
 PREDICTED = ("speed_by_points", "speed_by_peak", "memory", "card")

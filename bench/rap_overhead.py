@@ -23,12 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from nanochat import knobs, prior, stage
-from nanochat.common import UserError, entry, print0
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.knobs import knob
-from nanochat.runtime import compiler_missing, open_runtime
-from nanochat.scaling import Shape
+from nanochat.base import knobs
+from nanochat.base.common import UserError, entry, print0
+from nanochat.base.knobs import knob
+from nanochat.base.runtime import compiler_missing, open_runtime
+from nanochat.model import prior
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train import run as stage
+from nanochat.train.scaling import Shape
 
 ABOUT = ("dtype", "about")
 

@@ -23,11 +23,13 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import checkpoint, knobs, logbook, report
-from nanochat.common import UserError, atomic_write, base_dir, entry, print0
-from nanochat.comparison import interval
-from nanochat.knobs import knob
-from scripts import chat_rl
+from nanochat.base import knobs, logbook
+from nanochat.base.common import UserError, atomic_write, base_dir, entry, print0
+from nanochat.base.knobs import knob
+from nanochat.commands import chat_rl
+from nanochat.model import checkpoint
+from nanochat.study import report
+from nanochat.study.comparison import interval
 
 
 @dataclass(kw_only=True)

@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanochat import hardware, knobs, stage
-from nanochat.common import entry
-from nanochat.dataloader import Batch
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.knobs import knob
-from nanochat.runtime import compiler_missing, open_runtime
-from nanochat.scaling import Shape
+from nanochat.base import hardware, knobs
+from nanochat.base.common import entry
+from nanochat.base.knobs import knob
+from nanochat.base.runtime import compiler_missing, open_runtime
+from nanochat.data.feed import Batch
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train import run as stage
+from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import trials
 
-from nanochat.scaling import embedding_rate
+from nanochat.train.scaling import embedding_rate
 
 LOOK = "--eval_tokens=32768 --sample_every=0 --compile=on --eval_every=0.1"
 SHAPE = "--depth=3 --model_dim=192 --head_dim=64"  # 1.3 M matrix parameters

@@ -15,8 +15,9 @@ from typing import Any
 import trials
 from matplotlib.figure import Figure
 
-from nanochat import comparison, logbook
-from nanochat.common import columns, print0
+from nanochat.base import logbook
+from nanochat.base.common import columns, print0
+from nanochat.study import comparison
 
 NEXT = 2  # candidates that are tried beside the chosen one
 SIZES = "depth", "model_dim", "total_batch_size", "device_batch_size"

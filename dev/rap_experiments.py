@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import trials
 from matplotlib.figure import Figure
 
-from nanochat import comparison
+from nanochat.study import comparison
 
 MEASURES = "saved_tokens_pct", "saved_seconds_pct", "final_bpb_delta", "step_time_pct"
 RUN = "--embedding_lr=0.1 --sequence_len=256 --total_batch_size=2048 --eval_every=0.1 --eval_tokens=16384 --sample_every=0 --compile=on"

@@ -1,7 +1,7 @@
 """
 `python -m nanochat` lists every command in a line; `python -m nanochat base_train --depth=4` runs one.
 
-The lines are the opening sentences of the scripts themselves, read without importing them: the list costs no time and cannot go stale.
+The lines are the opening sentences of the commands themselves, read without importing them: the list costs no time and cannot go stale.
 """
 
 import ast
@@ -11,10 +11,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from nanochat.common import UserError, entry, print0
-from nanochat.knobs import first_sentence, near
+from nanochat.base.common import UserError, entry, print0
+from nanochat.base.knobs import first_sentence, near
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+COMMANDS = Path(__file__).parent / "commands"
 ORDER = (  # that of a first run; a command not named here comes after these
     "dataset", "tok_train", "tok_eval", "tok_data", "base_train", "base_loss", "base_eval", "base_complete", "mid_train", "chat_sft",
     "chat_rl", "chat_eval", "chat_cli", "chat_web", "report", "plan", "compare", "export",
@@ -24,11 +24,10 @@ ORDER = (  # that of a first run; a command not named here comes after these
 def commands() -> dict[str, tuple[str, str]]:
     """Name -> (module that runs it, what it does in a sentence), in the order of a first run."""
     found = {}
-    for file in [*SCRIPTS.glob("*.py"), *Path(__file__).parent.glob("*.py")]:
-        text = file.read_text(encoding="utf-8")
-        if file.stem != "__main__" and "\nif __name__ == " in text:
-            package = "scripts" if file.parent == SCRIPTS else "nanochat"
-            found[file.stem] = f"{package}.{file.stem}", first_sentence(ast.get_docstring(ast.parse(text)))
+    for file in COMMANDS.glob("*.py"):
+        if file.stem != "__init__":
+            doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+            found[file.stem] = f"nanochat.commands.{file.stem}", first_sentence(doc)
     return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0])))
 
 
@@ -48,5 +47,10 @@ def main() -> None:
     runpy.run_module(known[name][0], run_name="__main__", alter_sys=True)
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command `nanochat` that an installation makes."""
     entry(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -1,33 +1,7 @@
-"""Tokenise text ahead of a run: the token shards that base_train would make first, for whoever wants to look at them before."""
+"""`python -m scripts.tok_data` runs the command nanochat/commands/tok_data.py."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from nanochat import knobs, stage
-from nanochat.common import entry, print0
-from nanochat.knobs import knob
-from nanochat.tokenizer import Tokenizer
-from nanochat.tokens import prepare
-
-
-@dataclass(kw_only=True)
-class Knobs:
-    """Data"""
-
-    data: tuple[str, ...] = knob((), "text, as base_train takes it (default: downloaded shards, else tinyworld)")
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, int]:
-    k, _ = knobs.parse(Knobs, argv, command="tok_data")
-    tokenizer = Tokenizer.load()
-    tokens = {}
-    for source in stage.sources_of(k.data):
-        for split in ("train", "val"):
-            shards = prepare(source, split, tokenizer)
-            tokens[f"{source.name}-{split}"] = shards.total
-            print0(f"{source.name} ({split}): {len(shards):,} documents, {shards.total:,} tokens")
-    return tokens
-
+from nanochat.base.common import entry
+from nanochat.commands.tok_data import main
 
 if __name__ == "__main__":
     entry(main)

@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from nanochat import execution
+from nanochat.eval import sandbox as execution
 
 EARLY = "exit 0 before its end"
 ANYTHING = "(?s).*"

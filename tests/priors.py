@@ -6,9 +6,9 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from nanochat import prior
-from nanochat.gpt import GPT
-from nanochat.prior import RapKnobs
+from nanochat.model import prior
+from nanochat.model.gpt import GPT
+from nanochat.model.prior import RapKnobs
 
 V, C = 61, 16  # tiny's vocabulary and context
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

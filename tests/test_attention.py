@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nanochat import attention
-from nanochat.attention import KVCache, attend
+from nanochat.model import attention
+from nanochat.model.attention import attend
+from nanochat.model.cache import KVCache
 
 
 def oracle(q, k, v, window=0):

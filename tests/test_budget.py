@@ -11,13 +11,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import PLAIN, fit, rows
 
-from nanochat import checkpoint, hardware, stage, trainer
-from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.schedule import Contexts, Schedule
-from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Probe
-from scripts import base_train
+from nanochat.base import hardware
+from nanochat.base.common import UserError
+from nanochat.commands import base_train
+from nanochat.data.contexts import Contexts
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.model import checkpoint
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train import loop as trainer
+from nanochat.train import run as stage
+from nanochat.train.loop import Probe
+from nanochat.train.schedule import Schedule
 
 
 class Clock:

@@ -5,13 +5,23 @@ import json
 import pytest
 import torch
 
-from nanochat import chat_eval, checkpoint, logbook
-from nanochat.common import UserError
-from nanochat.engine import Engine, clip
-from nanochat.tasks import tinyworld
-from nanochat.tokenizer import Tokenizer
-from scripts import base_eval, base_loss, base_train, chat_sft, mid_train, summary, tok_train
-from scripts import chat_eval as chat_eval_script
+from nanochat.base import logbook
+from nanochat.base.common import UserError
+from nanochat.chat.generate import Engine, clip
+from nanochat.commands import (
+    base_eval,
+    base_loss,
+    base_train,
+    chat_sft,
+    mid_train,
+    summary,
+    tok_train,
+)
+from nanochat.commands import chat_eval as chat_eval_script
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval import chat as chat_eval
+from nanochat.eval.tasks import tinyworld
+from nanochat.model import checkpoint
 
 SHAPE = ["--depth=1", "--model_dim=32", "--head_dim=16", "--sequence_len=128", "--total_batch_size=512"]
 CPU = ["--device_type=cpu", "--dtype=float32"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import checkpoint
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer
-from scripts import base_complete, chat_cli
+from nanochat.commands import base_complete, chat_cli
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.model import checkpoint
+from nanochat.model.gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 READY = "\033[?2004h"  # what prompt_toolkit tells a terminal when it begins to ask

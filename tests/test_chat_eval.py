@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import chat_eval, execution, logbook
-from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.tasks.common import Task, choice, exchange, gold, is_answer, prompt
-from nanochat.tinytalk import KINDS
-from nanochat.tokenizer import Tokenizer
-from scripts import chat_eval as script
+from nanochat.base import logbook
+from nanochat.base.common import UserError
+from nanochat.chat.generate import Engine
+from nanochat.commands import chat_eval as script
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval import chat as chat_eval
+from nanochat.eval import sandbox as execution
+from nanochat.eval.tasks.common import Task, choice, exchange, gold, is_answer, prompt
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.tinyworld.conversations import KINDS
 
 
 @pytest.fixture(scope="module")

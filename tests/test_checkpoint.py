@@ -17,8 +17,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from nanochat import checkpoint
-from nanochat.common import UserError
+from nanochat.base.common import UserError
+from nanochat.model import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -241,7 +241,7 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
-from nanochat import checkpoint
+from nanochat.model import checkpoint
 directory, step = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 while True:

@@ -15,11 +15,14 @@ import torch.multiprocessing as mp
 import toy
 from safetensors.torch import load_file, save_file
 
-from nanochat import checkpoint, hardware, logbook, stage, trainer
-from nanochat.dataloader import Batch
-from nanochat.optim import Group, MuonAdamW
-from nanochat.schedule import Schedule
-from scripts import base_train
+from nanochat.base import hardware, logbook
+from nanochat.commands import base_train
+from nanochat.data.feed import Batch
+from nanochat.model import checkpoint
+from nanochat.train import loop as trainer
+from nanochat.train import run as stage
+from nanochat.train.optim import Group, MuonAdamW
+from nanochat.train.schedule import Schedule
 
 STEPS, STOP = 6, 3
 SHAPES = {"muon": [(16, 8), (16, 8), (16, 8), (8, 16), (5, 7)], "adamw": [(7, 3), (64, 4), (2, 2), (1, 6)]}

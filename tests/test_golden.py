@@ -21,9 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 import toy  # noqa: E402
 
-from nanochat import logbook, trainer  # noqa: E402
-from nanochat.gpt import GPT  # noqa: E402
-from nanochat.schedule import Schedule  # noqa: E402
+from nanochat.base import logbook  # noqa: E402
+from nanochat.model.gpt import GPT  # noqa: E402
+from nanochat.train import loop as trainer  # noqa: E402
+from nanochat.train.schedule import Schedule  # noqa: E402
 
 FILE = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 10

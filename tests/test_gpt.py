@@ -6,10 +6,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint, gpt
-from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.scaling import Shape
+from nanochat.base.common import UserError
+from nanochat.model import checkpoint, gpt
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train.scaling import Shape
 
 # ---- counts (facts.md)
 

@@ -13,11 +13,11 @@ import tiny
 import torch
 from priors import GPU, made, terms, tokens, whole, with_spans, write
 
-from nanochat import attention, loss
-from nanochat.gpt import GPT
-from nanochat.prior import Prior
-from nanochat.runtime import Runtime, compiler_missing
-from scripts import base_train
+from nanochat.base.runtime import Runtime, compiler_missing
+from nanochat.commands import base_train
+from nanochat.model import attention, loss
+from nanochat.model.gpt import GPT
+from nanochat.model.prior import Prior
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from nanochat import hardware
-from nanochat.hardware import GPUS, lookup
+from nanochat.base import hardware
+from nanochat.base.hardware import GPUS, lookup
 
 CPU = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def test_the_table():
 
 
 def test_looking_up_does_not_import_torch():
-    code = "import sys; from nanochat.hardware import lookup; assert lookup('h100'); assert 'torch' not in sys.modules"
+    code = "import sys; from nanochat.base.hardware import lookup; assert lookup('h100'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -105,7 +105,7 @@ def test_a_known_card_measures_below_its_peak_and_not_far():
 def test_freed_memory_is_kept_where_glibc_is():
     """In a process of its own: a block freed and taken again costs no page faults any more."""
     code = (
-        "import resource, torch; from nanochat.runtime import keep_freed_memory\n"
+        "import resource, torch; from nanochat.base.runtime import keep_freed_memory\n"
         "kept = keep_freed_memory()\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

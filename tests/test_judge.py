@@ -23,9 +23,9 @@ import tiny
 import torch
 from torch.nn.functional import log_softmax
 
-from nanochat.core_eval import Scorer, load_bundle, prepare
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval.core import Scorer, load_bundle, prepare
+from nanochat.model.gpt import GPT, GPTConfig
 
 DATA = Path(os.environ.get("NANOCHAT_SHARED_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
 SHOTS = {"arc_easy": 3, "piqa": 0, "copa": 0, "boolq": 0, "lambada_openai": 0}

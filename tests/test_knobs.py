@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import knobs
-from nanochat.common import UserError
-from nanochat.knobs import knob
+from nanochat.base import knobs
+from nanochat.base.common import UserError
+from nanochat.base.knobs import knob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,5 +187,5 @@ def test_what_is_written_is_read(depth, ratio, data, flag):
 
 
 def test_parsing_does_not_import_torch():
-    code = "import sys, nanochat.knobs; assert 'torch' not in sys.modules"
+    code = "import sys, nanochat.base.knobs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.common import UserError
-from nanochat.logbook import Logbook, read
+from nanochat.base.common import UserError
+from nanochat.base.logbook import Logbook, read
 
 
 def test_rows_come_back(tmp_path):
@@ -71,7 +71,7 @@ def test_a_torn_last_line_is_passed_over_and_cut_on_reopening(tmp_path):
 
 def test_rows_survive_kill_9(tmp_path):
     code = (
-        "import sys, itertools; from nanochat.logbook import Logbook; book = Logbook(sys.argv[1])\n"
+        "import sys, itertools; from nanochat.base.logbook import Logbook; book = Logbook(sys.argv[1])\n"
         "for i in itertools.count(1): book.log(step=i, loss=1.0); print(i, flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import loss
-from nanochat.loss import capped, chunk_rows, linear_cross_entropy, token_losses
+from nanochat.model import loss
+from nanochat.model.loss import capped, chunk_rows, linear_cross_entropy, token_losses
 
 ROWS, D, V = 24, 16, 61
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from nanochat import optim
-from nanochat.optim import Group, MuonAdamW, orthogonalize
+from nanochat.train import optim
+from nanochat.train.optim import Group, MuonAdamW, orthogonalize
 
 SHAPES = [(64, 32), (32, 64), (64, 32), (48, 48), (8, 64), (1, 16)]
 

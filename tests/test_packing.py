@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.packing import one_a_row, pack
+from nanochat.data.packing import one_a_row, pack
 
 
 def rows_of(packing):

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import knobs
-from nanochat.common import UserError, columns
-from nanochat.gpt import Arch
-from nanochat.hardware import lookup
+from nanochat.base import knobs
+from nanochat.base.common import UserError, columns
+from nanochat.base.hardware import lookup
+from nanochat.commands import plan
+from nanochat.model.gpt import Arch
 from nanochat.plan import arch
-from nanochat.scaling import Shape
-from scripts import plan
+from nanochat.train.scaling import Shape
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "model_specifications.md"
 SMALL = Shape(depth=4, model_dim=512, head_dim=64)

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from nanochat import stage
-from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.hardware import lookup
-from nanochat.plan import live, memory, throughput
-from nanochat.runtime import Runtime, compiler_missing
-from scripts import plan
+from nanochat.base.common import UserError
+from nanochat.base.hardware import lookup
+from nanochat.base.runtime import Runtime, compiler_missing
+from nanochat.commands import plan
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.plan import memory
+from nanochat.plan import probe as throughput
+from nanochat.plan import trace_memory as live
+from nanochat.train import run as stage
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 TINY = ["--depth", "2", "--model_dim", "64", "--head_dim", "32", "--vocab", "512", "--sequence_len", "128"]

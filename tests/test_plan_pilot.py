@@ -9,11 +9,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import checkpoint, knobs, logbook
-from nanochat.common import UserError
+from nanochat.base import knobs, logbook
+from nanochat.base.common import UserError
+from nanochat.commands import base_train
+from nanochat.model import checkpoint
 from nanochat.plan import law, pilot, recipe
 from nanochat.plan.speed import GIB, Machine
-from scripts import base_train
 
 PRIOR = {"share": 0.5, "power": 0.29}
 

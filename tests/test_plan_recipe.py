@@ -6,14 +6,14 @@ import tomllib
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_plan_throughput import point
+from test_plan_probe import point
 
-from nanochat import knobs
-from nanochat.common import UserError
+from nanochat.base import knobs
+from nanochat.base.common import UserError
+from nanochat.commands import base_train, chat_sft, mid_train
 from nanochat.plan import law, recipe, speed
 from nanochat.plan.speed import GIB, Machine
-from nanochat.scaling import MIN_STEPS, batch_for, context_for, context_stages, embedding_rate
-from scripts import base_train, chat_sft, mid_train
+from nanochat.train.scaling import MIN_STEPS, batch_for, context_for, context_stages, embedding_rate
 
 
 @pytest.fixture(autouse=True)

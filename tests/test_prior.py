@@ -3,12 +3,25 @@
 import pytest
 import tiny
 import torch
-from priors import CPU, GPU, ORDER, C, made, matrices, model_with, terms, tokens, whole, with_spans, write
+from priors import (
+    CPU,
+    GPU,
+    ORDER,
+    C,
+    made,
+    matrices,
+    model_with,
+    terms,
+    tokens,
+    whole,
+    with_spans,
+    write,
+)
 
-from nanochat import attention, checkpoint, prior
-from nanochat.common import UserError
-from nanochat.gpt import GPT
-from nanochat.prior import Prior
+from nanochat.base.common import UserError
+from nanochat.model import attention, checkpoint, prior
+from nanochat.model.gpt import GPT
+from nanochat.model.prior import Prior
 
 
 @pytest.fixture

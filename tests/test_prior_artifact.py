@@ -10,10 +10,11 @@ import torch
 from priors import GPU, PRINT, C, V, made, model_with, terms, tokens, with_spans, write
 from safetensors.torch import save_file
 
-from nanochat import attention, checkpoint, gpt, prior, trainer
-from nanochat.common import UserError
-from nanochat.gpt import GPT
-from scripts import base_train
+from nanochat.base.common import UserError
+from nanochat.commands import base_train
+from nanochat.model import attention, checkpoint, gpt, prior
+from nanochat.model.gpt import GPT
+from nanochat.train import loop as trainer
 
 
 @pytest.fixture

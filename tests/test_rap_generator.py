@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanochat.dataset import parse_sources
-from nanochat.tokenizer import Tokenizer
-from nanochat.tokens import prepare
+from nanochat.data.shards import prepare
+from nanochat.data.sources import parse_sources
+from nanochat.data.tokenizer import Tokenizer
 
 DEV = Path(__file__).resolve().parent.parent / "dev"
 
@@ -318,7 +318,7 @@ def correlation(base):
 
 
 def test_the_artifact_is_what_training_reads(base, correlation):
-    prior = pytest.importorskip("nanochat.prior", reason="the injection is not here yet")
+    prior = pytest.importorskip("nanochat.model.prior", reason="the injection is not here yet")
     tokenizer = Tokenizer.load(base / "tokenizer")
     tensors, about = prior.load(str(base / "p.safetensors"), tokenizer.vocab_size, tokenizer.fingerprint)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {n: t.shape for n, t in correlation[0].items()} and "correlation" in about

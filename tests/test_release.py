@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts import base_train, chat_cli
+from nanochat.commands import base_train, chat_cli
 
 RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 EXPECTED = json.loads((RELEASE / "expected.json").read_text())

@@ -6,9 +6,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nanochat import report
-from nanochat.common import UserError
-from nanochat.logbook import Logbook
+from nanochat.base.common import UserError
+from nanochat.base.logbook import Logbook
+from nanochat.commands import report as command
+from nanochat.study import report
 
 
 @pytest.fixture
@@ -72,11 +73,11 @@ def test_a_folder_without_rows_is_refused(tmp_path):
 
 def test_picture_and_command(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    report.main(["--png", str(tmp_path / "curves.png")])
+    command.main(["--png", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert str(tmp_path / "report.html") in capsys.readouterr().out
     assert report.find_runs() == runs  # base before sft
-    report.main([str(runs[0]), "-o", str(tmp_path / "one.html")])
+    command.main([str(runs[0]), "-o", str(tmp_path / "one.html")])
     assert "nanochat: base/d4" in (tmp_path / "one.html").read_text()
 
 

@@ -14,11 +14,14 @@ import pytest
 import tiny
 import torch
 
-from nanochat import checkpoint, logbook, resume, trainer
-from nanochat.common import UserError, sha256_file
-from nanochat.tasks import mixture
-from nanochat.tokenizer import Tokenizer
-from scripts import base_train, chat_sft, mid_train
+from nanochat.base import logbook
+from nanochat.base.common import UserError, sha256_file
+from nanochat.commands import base_train, chat_sft, mid_train
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval.tasks import mixture
+from nanochat.model import checkpoint
+from nanochat.train import loop as trainer
+from nanochat.train import resume
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["--num_iterations=20", "--eval_every=8", "--save_every=3"]

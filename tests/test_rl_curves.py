@@ -7,8 +7,9 @@ import tiny
 from matplotlib.image import imread
 
 from bench import rl_curves
-from nanochat import checkpoint, logbook
-from nanochat.common import UserError
+from nanochat.base import logbook
+from nanochat.base.common import UserError
+from nanochat.model import checkpoint
 
 
 def made(seed: int) -> dict:

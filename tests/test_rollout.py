@@ -10,14 +10,17 @@ import tiny
 import torch
 from toy import EASY, QUESTIONS, TOY, feed, policy, words
 
-from nanochat import checkpoint, hardware, logbook, rollout, trainer
-from nanochat.common import UserError, sha256_file
-from nanochat.engine import Row
-from nanochat.gpt import GPT
-from nanochat.loss import linear_cross_entropy
-from nanochat.rollout import RolloutFeed, weighted_batches
-from nanochat.schedule import Schedule
-from scripts import chat_rl
+from nanochat.base import hardware, logbook
+from nanochat.base.common import UserError, sha256_file
+from nanochat.chat.generate import Row
+from nanochat.commands import chat_rl
+from nanochat.model import checkpoint
+from nanochat.model.gpt import GPT
+from nanochat.model.loss import linear_cross_entropy
+from nanochat.train import loop as trainer
+from nanochat.train import rollout
+from nanochat.train.rollout import RolloutFeed, weighted_batches
+from nanochat.train.schedule import Schedule
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.common import UserError
-from nanochat.gpt import GPTConfig
-from nanochat.scaling import Shape, batch_for, width_scale
+from nanochat.base.common import UserError
+from nanochat.model.gpt import GPTConfig
+from nanochat.train.scaling import Shape, batch_for, width_scale
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.common import UserError
-from nanochat.schedule import Contexts, Schedule
+from nanochat.base.common import UserError
+from nanochat.data.contexts import Contexts
+from nanochat.train.schedule import Schedule
 
 share = st.floats(0, 1)
 

@@ -14,11 +14,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import execution, hub
-from nanochat.common import UserError
-from nanochat.tasks import arc, customjson, data, gsm8k, humaneval, identity, mmlu, smoltalk, spellingbee
-from nanochat.tasks.common import choice, prompt
-from nanochat.tokenizer import checked_messages
+from nanochat.base.common import UserError
+from nanochat.data import hub
+from nanochat.data.tokenizer import checked_messages
+from nanochat.eval import sandbox as execution
+from nanochat.eval.tasks import (
+    arc,
+    customjson,
+    data,
+    gsm8k,
+    humaneval,
+    identity,
+    mmlu,
+    smoltalk,
+    spellingbee,
+)
+from nanochat.eval.tasks.common import choice, prompt
 
 SHARED = Path(os.environ.get("NANOCHAT_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder with real data is not here")

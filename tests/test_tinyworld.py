@@ -9,10 +9,10 @@ from string import ascii_lowercase
 
 import pytest
 
-from nanochat import tinyworld
-from nanochat.tasks import tinyworld as task
-from nanochat.tinylexicon import ATTRIBUTES, article, choices, held, world
-from nanochat.tinytalk import phrases
+from nanochat.eval.tasks import tinyworld as task
+from nanochat.tinyworld import documents as tinyworld
+from nanochat.tinyworld.conversations import phrases
+from nanochat.tinyworld.world import ATTRIBUTES, article, choices, held, world
 
 
 @cache

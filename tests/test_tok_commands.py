@@ -6,8 +6,8 @@ import time
 import pytest
 from test_tokenizer import texts
 
-from nanochat.common import UserError
-from nanochat.tokenizer import Tokenizer
+from nanochat.base.common import UserError
+from nanochat.data.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def corpus(tmp_path, monkeypatch):
 
 
 def test_tok_train_saves_and_moves_a_different_tokenizer_aside(corpus, tmp_path, capsys):
-    from scripts import tok_train
+    from nanochat.commands import tok_train
 
     first = tok_train.main(["--vocab_size=400", f"--data=mine={corpus}", "--max_chars=2000000000"])
     assert first["vocab_size"] == 400 and first["documents"] > 150 and 1 < first["bytes_per_token"] < 10
@@ -34,7 +34,7 @@ def test_tok_train_saves_and_moves_a_different_tokenizer_aside(corpus, tmp_path,
 
 
 def test_tok_train_reads_no_more_than_asked(corpus):
-    from scripts import tok_train
+    from nanochat.commands import tok_train
 
     done = tok_train.main(["--vocab_size=300", "--data", corpus, "--max_chars=1000", "--doc_cap=90"])
     assert done["chars"] == 1000 and done["documents"] == 12
@@ -46,7 +46,7 @@ def test_tok_train_reads_no_more_than_asked(corpus):
 def test_tok_eval(corpus, capsys, monkeypatch, trouble):
     import tiktoken
 
-    from scripts import tok_eval, tok_train
+    from nanochat.commands import tok_eval, tok_train
 
     def get_encoding(name):
         if trouble == "offline":
@@ -76,7 +76,7 @@ def test_tok_eval(corpus, capsys, monkeypatch, trouble):
 
 
 def test_tok_data_makes_what_training_would(corpus, tmp_path, capsys):
-    from scripts import tok_data, tok_train
+    from nanochat.commands import tok_data, tok_train
 
     with pytest.raises(UserError, match="tok_train"):
         tok_data.main(["--data", corpus])

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import tokenizer as module
-from nanochat.common import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, WINDOW, StreamDecoder, Tokenizer, segments
+from nanochat.base.common import UserError
+from nanochat.data import tokenizer as module
+from nanochat.data.tokenizer import SPECIAL_TOKENS, WINDOW, StreamDecoder, Tokenizer, segments
 
 WORDS = (
     "the cat sat on a warm stone while rain fell and Anna's dog didn't see 12 or 345 birds; naïve café — 東京の猫 😀 déjà vu\n\n"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import tools
-from nanochat.tools import Refused, calculate, evaluate
+from nanochat.chat import tools
+from nanochat.chat.tools import Refused, calculate, evaluate
 
 ANSWERS = {
     "1+2": "3", " 12 * (3 + 4) ": "84", "170/2": "85", "7/2": "3.5", "7//2": "3", "-7//2": "-4", "7%3": "1", "2**10": "1024",

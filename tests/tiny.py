@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from nanochat import logbook, stage, trainer
-from nanochat.dataloader import Batch
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.logbook import Logbook
-from nanochat.optim import MuonAdamW
-from nanochat.runtime import Runtime
-from nanochat.schedule import Schedule
-from nanochat.tokenizer import Tokenizer
+from nanochat.base import logbook
+from nanochat.base.logbook import Logbook
+from nanochat.base.runtime import Runtime
+from nanochat.data.feed import Batch
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.train import loop as trainer
+from nanochat.train import run as stage
+from nanochat.train.optim import MuonAdamW
+from nanochat.train.schedule import Schedule
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, 42)
 RATES = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "gate_lr": 0.05, "lr_scale": 1.0, "weight_decay": 0.0}

@@ -8,11 +8,11 @@ from dataclasses import replace
 import tiny
 import torch
 
-from nanochat.engine import Engine
-from nanochat.gpt import GPT
-from nanochat.rollout import RolloutFeed, Sampler
-from nanochat.tasks.common import Task, exchange, gold, prompt
-from nanochat.tokenizer import Tokenizer
+from nanochat.chat.generate import Engine
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval.tasks.common import Task, exchange, gold, prompt
+from nanochat.model.gpt import GPT
+from nanochat.train.rollout import RolloutFeed, Sampler
 
 LETTERS = "abcd"
 EASY = Task(

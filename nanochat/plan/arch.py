@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from nanochat import hardware, stage
-from nanochat.common import UserError, atomic_write, columns, duration, human, print0
-from nanochat.gpt import GPT, Arch, GPTConfig
-from nanochat.hardware import GPU
-from nanochat.knobs import knob, near
-from nanochat.scaling import Shape
+from nanochat.base import hardware
+from nanochat.base.common import UserError, atomic_write, columns, duration, human, print0
+from nanochat.base.hardware import GPU
+from nanochat.base.knobs import knob, near
+from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.train import run as stage
+from nanochat.train.scaling import Shape
 
 MISS = 0.1  # how far from the wanted number of parameters a shape may be
 FEWEST_HEADS = 6  # heads of 128 are taken while there are so many, heads of 64 below

@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.common import UserError, columns, notice, print0
-from nanochat.gpt import GPTConfig
-from nanochat.knobs import knob
-from nanochat.plan import live, throughput
+from nanochat.base.common import UserError, columns, notice, print0
+from nanochat.base.knobs import knob
+from nanochat.base.runtime import DTYPES, compiler_missing
+from nanochat.model.gpt import GPTConfig
+from nanochat.plan import probe as throughput
+from nanochat.plan import trace_memory as live
 from nanochat.plan.arch import SizeKnobs, card, config_for
 from nanochat.plan.speed import GIB, Machine
-from nanochat.runtime import DTYPES, compiler_missing
 
 
 @dataclass(frozen=True)

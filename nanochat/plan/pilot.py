@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from nanochat import checkpoint, comparison, logbook, report
-from nanochat.common import UserError, atomic_write, columns, duration, human, print0
-from nanochat.knobs import knob
+from nanochat.base import logbook
+from nanochat.base.common import UserError, atomic_write, columns, duration, human, print0
+from nanochat.base.knobs import knob
+from nanochat.model import checkpoint
 from nanochat.plan import law, recipe, speed
+from nanochat.plan.probe import process
 from nanochat.plan.speed import GIB, Machine
-from nanochat.plan.throughput import process
+from nanochat.study import comparison, report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,7 +156,7 @@ def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
 def train(words: Sequence[str], quiet: bool) -> None:
     """base_train in its own process. UserError when it fails; interrupted, it saves itself first, and the same command goes on with it."""
     out = sys.stderr if quiet else sys.stdout
-    with subprocess.Popen(**process("scripts.base_train", *words), stdout=out, start_new_session=True) as p:
+    with subprocess.Popen(**process("nanochat.commands.base_train", *words), stdout=out, start_new_session=True) as p:
         try:
             status = p.wait()
         except BaseException:

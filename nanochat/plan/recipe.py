@@ -17,13 +17,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nanochat import stage
-from nanochat.common import UserError, atomic_write, columns, duration, human, notice, print0
-from nanochat.gpt import Arch, GPTConfig
-from nanochat.knobs import knob
-from nanochat.plan import arch, law, memory, speed, throughput
+from nanochat.base.common import UserError, atomic_write, columns, duration, human, notice, print0
+from nanochat.base.knobs import knob
+from nanochat.model.gpt import Arch, GPTConfig
+from nanochat.plan import arch, law, memory, speed
+from nanochat.plan import probe as throughput
 from nanochat.plan.speed import GIB, PRETRAIN, Machine
-from nanochat.scaling import batch_for, context_for, context_stages, embedding_rate
+from nanochat.train import run as stage
+from nanochat.train.scaling import batch_for, context_for, context_stages, embedding_rate
 
 ASPECTS = (48.0, 64.0, 96.0)  # widths a layer that are tried
 FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape

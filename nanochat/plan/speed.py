@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from nanochat import stage
-from nanochat.common import UserError, base_dir
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.hardware import GPU
-from nanochat.knobs import knob
+from nanochat.base.common import UserError, base_dir
+from nanochat.base.hardware import GPU
+from nanochat.base.knobs import knob
+from nanochat.base.runtime import compiler_missing
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.plan import arch, law
-from nanochat.runtime import compiler_missing
-from nanochat.tokenizer import Tokenizer
+from nanochat.train import run as stage
 
 PRETRAIN = 0.85  # of a budget goes to pretraining
 # Share of the peak that a step of training reaches, with a 90 % interval. GPU: tokens a second that users report for an RTX 3090 (depth

@@ -1,9 +1,0 @@
-"""SmolTalk (Allal et al. 2025, arXiv 2502.02737), cut for small models: 460,000 conversations to train on; nothing is evaluated."""
-
-from nanochat.tasks.data import DataSet
-
-DATA = DataSet(
-    "smoltalk", "HuggingFaceTB/smol-smoltalk", "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
-    hub={"train": "data/train-*.parquet"},
-    local={"train": ("smoltalk/train*.*",)},
-)  # fmt: skip

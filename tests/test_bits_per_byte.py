@@ -1,0 +1,89 @@
+"""Bits per byte: by hand, over any cut, with memory running out."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from nanochat.data.feed import Batch
+from nanochat.eval import bits_per_byte as loss_eval
+from nanochat.eval.bits_per_byte import bits_per_byte
+from nanochat.train.loop import recut
+
+BYTES = np.arange(61, dtype=np.int32) % 5  # every fifth token spells nothing
+
+
+def cut(b: Batch):
+    return lambda rows: recut([b], rows)
+
+
+def by_hand(m, b: Batch) -> float:
+    with torch.no_grad():
+        logp = torch.log_softmax(m.logits(m(b.inputs)).double(), -1)
+    nats = n = 0.0
+    for row, targets in enumerate(b.targets.tolist()):
+        for t, target in enumerate(targets):
+            if target >= 0 and BYTES[target]:
+                nats -= float(logp[row, t, target])
+                n += int(BYTES[target])
+    return nats / math.log(2) / n
+
+
+def test_by_hand():
+    m, b = tiny.randomise(tiny.model()), tiny.batch(ignored=0.4)
+    expected = by_hand(m, b)
+    values = [bits_per_byte(m, cut(b), BYTES, tiny.CPU, rows) for rows in (8, 5, 1)]
+    assert values == [pytest.approx(expected, rel=1e-6)] * 3
+
+
+def test_guessing_among_256_single_bytes_costs_8_bits():
+    m = tiny.model(vocab_size=256)
+    with torch.no_grad():
+        m.head.weight.zero_()
+    assert bits_per_byte(m, cut(tiny.batch(vocab=256)), np.ones(256), tiny.CPU, 8) == pytest.approx(8.0)
+
+
+def test_nothing_to_count_is_nan():
+    m, b = tiny.model(), tiny.batch()
+    assert math.isnan(bits_per_byte(m, cut(Batch(b.inputs, torch.full_like(b.targets, -1))), BYTES, tiny.CPU, 8))
+    assert math.isnan(bits_per_byte(m, lambda rows: [], BYTES, tiny.CPU, 8))
+    assert math.isnan(bits_per_byte(m, cut(b), np.zeros(61), tiny.CPU, 8))
+
+
+def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, capsys):
+    m, b = tiny.randomise(tiny.model()), tiny.batch(rows=8)
+    expected, real, asked = bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8), m.token_losses, []
+
+    def limited(idx, targets):
+        asked.append(idx.size(0))
+        if idx.size(0) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(idx, targets)
+
+    monkeypatch.setattr(m, "token_losses", limited)
+    m.train()
+    assert bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8) == pytest.approx(expected, rel=1e-6)
+    assert asked == [8, 4, 2, 2, 2, 2] and m.training
+    assert capsys.readouterr().err.splitlines()[-1] == "notice: out of memory while evaluating: going on with 2 rows at a time"
+
+    monkeypatch.setattr(m, "token_losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8)
+    monkeypatch.setattr(m, "token_losses", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8)
+
+
+def test_ranks_are_summed_not_averaged(monkeypatch):
+    """A rank with few bytes must not weigh as much as one with many."""
+    m, b = tiny.randomise(tiny.model()), tiny.batch()
+    parts = recut([b], 5)  # 5 rows and 3
+    sums = []
+    monkeypatch.setattr(loss_eval.dist, "all_reduce", lambda t: sums.append(t.clone()))
+    for part in parts:
+        bits_per_byte(m, cut(part), BYTES, replace(tiny.CPU, world_size=2), 8)
+    monkeypatch.setattr(loss_eval.dist, "all_reduce", lambda t: t.copy_(sum(sums)))
+    assert bits_per_byte(m, cut(parts[0]), BYTES, replace(tiny.CPU, world_size=2), 8) == pytest.approx(by_hand(m, b), rel=1e-6)

@@ -1,0 +1,211 @@
+"""nanochat.hub and `python -m nanochat.dataset`, against a hub of our own on this machine."""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from nanochat.base.common import UserError
+from nanochat.commands import dataset as dataset_command
+from nanochat.data import hub
+from nanochat.data import sources as dataset
+
+COMMIT = "c" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """The tree API in pages of two, and files with ranges. `faults`: what the next requests of files meet: a status, a cut, garbage."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.requests, self.ranges, self.commit = {}, [], [], True, COMMIT
+        self.listed = {}  # lies about the SHA-256
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        hub_ = self.server
+        hub_.requests.append((self.path, self.headers.get("Range")))
+        if m := re.fullmatch(r"/api/datasets/karpathy/[\w-]+/revision/(.+)", self.path):
+            return self.reply(200, json.dumps({"sha": hub_.commit}).encode()) if m[1] in ("main", hub_.commit) else self.reply(404)
+        if m := re.fullmatch(rf"/api/datasets/karpathy/[\w-]+/tree/{hub_.commit}\?recursive=true(?:&cursor=(\d+))?", self.path):
+            at, entries = int(m[1] or 0), [{"type": "directory", "path": "data", "oid": "0"}]
+            for name, data in hub_.files.items():
+                sha = hub_.listed.get(name) or hashlib.sha256(data).hexdigest()
+                entries.append({"type": "file", "path": name, "size": len(data), "oid": "0", "lfs": {"oid": sha, "size": len(data)}})
+            link = {"Link": f'<{hub_.url}{self.path.split("&")[0]}&cursor={at + 2}>; rel="next"'} if at + 2 < len(entries) else {}
+            return self.reply(200, json.dumps(entries[at : at + 2]).encode(), **link)
+        name = self.path.rsplit("/", 1)[1]
+        if f"/resolve/{hub_.commit}/" not in self.path or name not in hub_.files:
+            return self.reply(404)
+        data, fault = hub_.files[name], hub_.faults.pop(0) if hub_.faults else None
+        if isinstance(fault, int):
+            return self.reply(fault)
+        start = int(m[1]) if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")) and hub_.ranges else 0
+        if start >= len(data):
+            return self.reply(416)
+        body = bytes(len(data) - start) if fault == "garbage" else data[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(body[: fault[1]] if isinstance(fault, tuple) else body)
+        self.close_connection = True
+        return None
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    server = Hub()
+    server.files = {f"shard_{i:05d}.parquet": bytes([i]) * (3000 + i) for i in range(6)} | {"README.md": b"hello"}
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(hub, "BACKOFF", 0.001)
+    monkeypatch.setattr(hub, "CHUNK", 256)
+    monkeypatch.setitem(dataset.SHARD_SETS, "climbmix", dataset.ShardSet("karpathy/climbmix-400b-shuffle", last=5))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def get(*argv):
+    dataset_command.main(["--set", "climbmix", *argv])
+
+
+def fetched(server):
+    return [(path.rsplit("/", 1)[1], ranges) for path, ranges in server.requests if "/resolve/" in path]
+
+
+def have(tmp_path):
+    return {p.name: p.read_bytes() for p in (tmp_path / "shards" / "climbmix").glob("*.parquet*")}
+
+
+def shards(server, *numbers):
+    return {f"shard_{i:05d}.parquet": server.files[f"shard_{i:05d}.parquet"] for i in numbers}
+
+
+def test_first_shards_and_always_the_last(server, tmp_path, capsys):
+    get("-n", "2", "-w", "3")
+    assert have(tmp_path) == shards(server, 0, 1, 5)
+    assert "2 training shards" in capsys.readouterr().out
+    server.requests.clear()
+    get("-n", "3")
+    assert fetched(server) == [("shard_00002.parquet", None)]
+    get("-n", "1000")
+    assert have(tmp_path) == shards(server, *range(6))
+
+
+def test_resumes_in_the_middle_of_a_file(server, tmp_path):
+    server.faults = [("cut", 1000), ("cut", 700), 503, 429]
+    get("-n", "0")
+    assert have(tmp_path) == shards(server, 5)
+    ranges = [ranges for _, ranges in fetched(server)]
+    assert ranges[0] is None and ranges[1] == "bytes=1000-" and ranges[2] == "bytes=1700-" and len(ranges) == 5
+
+
+def test_what_arrived_survives_a_failure_and_the_next_run_goes_on(server, tmp_path):
+    server.faults = [("cut", 1000), *[503] * hub.ATTEMPTS]
+    with pytest.raises(UserError, match="what has arrived is kept"):
+        get("-n", "0")
+    (part,) = have(tmp_path)
+    assert part.endswith(".part") and len(have(tmp_path)[part]) == 1000
+    server.requests.clear()
+    server.faults = []
+    get("-n", "0")
+    assert fetched(server) == [("shard_00005.parquet", "bytes=1000-")]
+    assert have(tmp_path) == shards(server, 5)
+
+
+def test_a_server_without_ranges(server, tmp_path):
+    server.ranges, server.faults = False, [("cut", 999)]
+    get("-n", "0")
+    assert have(tmp_path) == shards(server, 5)
+
+
+def test_corrupt_data_is_fetched_again_and_never_named(server, tmp_path):
+    server.faults = ["garbage"]
+    get("-n", "0")
+    assert have(tmp_path) == shards(server, 5)
+    server.listed["shard_00000.parquet"] = "0" * 64
+    (tmp_path / "shards/climbmix/manifest.json").unlink()
+    with pytest.raises(UserError, match="SHA-256"):
+        get("-n", "1")
+    assert "shard_00000.parquet" not in have(tmp_path)
+
+
+def test_damage_on_the_disk_is_found(server, tmp_path):
+    get("-n", "1")
+    path = tmp_path / "shards/climbmix/shard_00000.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+    get("-n", "1")
+    assert have(tmp_path) == shards(server, 0, 5)
+
+
+def test_the_commit_is_pinned(server, tmp_path):
+    get("-n", "0")
+    server.requests.clear()
+    get("-n", "0")
+    assert server.requests == []  # neither the branch nor the file is asked for again
+    old, server.commit = server.commit, "d" * 40
+    server.files["shard_00000.parquet"] = b"newer"
+    with pytest.raises(UserError, match="404"):
+        get("-n", "1")  # this hub has forgotten the old commit: nothing of the new one sneaks in
+    get("-n", "1", "--revision", server.commit)
+    assert have(tmp_path) == shards(server, 0, 5)
+    assert json.loads((tmp_path / "shards/climbmix/manifest.json").read_text())["commit"] == server.commit != old
+
+
+def test_offline_and_unknown(server, monkeypatch):
+    with pytest.raises(UserError, match="has no karpathy/climbmix-400b-shuffle at revision nope"):
+        get("--revision", "nope")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"cannot reach http://127\.0\.0\.1:9"):
+        get("-n", "1")
+
+
+def test_a_disk_too_small(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match="free some space"):
+        get("-n", "1")
+
+
+def test_interruption_keeps_everything(server, tmp_path, monkeypatch):
+    real = hub.wait
+
+    def interrupted(*args, **kwargs):
+        real(*args, **{**kwargs, "timeout": 5})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get("-n", "4", "-w", "1")
+    monkeypatch.setattr(hub, "wait", real)
+    before = have(tmp_path)
+    assert "shard_00000.parquet" in before
+    server.requests.clear()
+    get("-n", "4")
+    assert have(tmp_path) == shards(server, *range(4), 5)
+    assert not any(name == "shard_00000.parquet" for name, _ in fetched(server))

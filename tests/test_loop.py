@@ -1,0 +1,400 @@
+"""The loop: one update however a batch is cut, schedules of steps and of time, probes, memory, signals, NaN, float16."""
+
+import errno
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import PLAIN, fit, losses, rows
+from torch._dynamo.testing import CompileCounter
+
+from nanochat.base.common import UserError
+from nanochat.data.feed import Batch
+from nanochat.model import checkpoint, loss
+from nanochat.model.gpt import GPT
+from nanochat.train import loop as trainer
+from nanochat.train.loop import Probe
+from nanochat.train.schedule import Schedule
+
+# ---- one update however a batch is cut
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["masked", "weighted as in RL"])
+def test_the_cut_of_a_batch_changes_nothing(tmp_path, weighted):
+    """Micro-batches of 8, 4, 3 and 1 rows with uneven masks, in float32."""
+    seen = {}
+    for cut in (8, 4, 3, 1):
+        feed = tiny.ListFeed.random(3, ignored=0.5, weighted=weighted)
+        feed.device_rows = cut
+        _, _, m = fit(tmp_path / str(cut), tiny.randomise(tiny.model()), feed, Schedule(decay=0.0))
+        seen[cut] = losses(tmp_path / str(cut)), tiny.weights(m)
+    start = tiny.weights(tiny.randomise(tiny.model()))
+    for cut in (4, 3, 1):
+        assert seen[cut][0] == pytest.approx(seen[8][0], rel=1e-5, abs=1e-6)
+        for name, w in seen[cut][1].items():
+            moved = (seen[8][1][name] - start[name]).norm()
+            assert moved > 0 and (w - seen[8][1][name]).norm() < 2e-3 * moved, name
+
+
+def test_gradients_are_those_of_the_mean_over_valid_targets():
+    m, b = tiny.randomise(tiny.model()), tiny.batch(ignored=0.6)
+    m.loss(b.inputs, b.targets).backward()
+    whole = {n: p.grad / (b.targets >= 0).sum() for n, p in m.named_parameters()}
+    other, caught = tiny.randomise(tiny.model()), {}
+    o = tiny.optimizer(other)
+    o.step = lambda *_: caught.update({n: p.grad.clone() for n, p in other.named_parameters()})
+    feed = tiny.ListFeed([b], device_rows=1)
+    trainer._step(_bare_run(), other, o, feed, next(feed), 1.0, 0.9)
+    for name, g in whole.items():
+        torch.testing.assert_close(caught[name], g, rtol=1e-4, atol=1e-7)
+
+
+def _bare_run():
+    return trainer.Run(tiny.CPU, None, None, {})
+
+
+def test_a_step_without_targets_changes_nothing(tmp_path):
+    steps = [tiny.batch(seed=1), tiny.batch(seed=2), tiny.batch(seed=3)]
+    steps.insert(1, Batch(steps[0].inputs, torch.full_like(steps[0].targets, -1)))
+    before = []
+    m = tiny.model()
+    fit(tmp_path, m, tiny.ListFeed(steps), Schedule(decay=0), [Probe("watch", 1, lambda: before.append(tiny.weights(m)) or {"x": 1.0})])
+    assert losses(tmp_path)[1] == 0.0
+    assert tiny.same(before[0], before[1])
+    assert not tiny.same(before[1], before[2])
+    _, _, without = fit(tmp_path / "b", None, tiny.ListFeed([steps[0], *steps[2:]]), Schedule(decay=0, momentum_warmup=0))
+    _, _, with_it = fit(tmp_path / "c", None, tiny.ListFeed(steps), Schedule(decay=0, momentum_warmup=0))
+    assert tiny.same(tiny.weights(without), tiny.weights(with_it)), "momentum, bias correction and all"
+
+
+def test_a_step_left_out_before_a_resume_is_not_counted_as_an_update(tmp_path):
+    steps = [tiny.batch(seed=i) for i in range(6)]
+    steps[1] = Batch(steps[1].inputs, torch.full_like(steps[1].targets, -1))
+    _, _, whole = fit(tmp_path / "whole", None, tiny.ListFeed(steps))
+
+    class Stopping(tiny.ListFeed):
+        def __next__(self):
+            if self.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    with pytest.raises(trainer.Interrupted):
+        fit(tmp_path / "parts", None, Stopping(steps))
+    m, feed = tiny.model(), tiny.ListFeed(steps)
+    run, o = tiny.run(tmp_path / "parts", m, step=3), tiny.optimizer(m)
+    trainer.restore(run, checkpoint.find(tmp_path / "parts"), m, o, feed)
+    assert (run.step, o.steps) == (3, 2)
+    trainer.fit(run, m, o, feed, PLAIN)
+    assert tiny.same(tiny.weights(m), tiny.weights(whole)) and losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_one_ignored_micro_batch_among_others(tmp_path):
+    b = tiny.batch()
+    targets = b.targets.clone()
+    targets[:4] = -1
+    _, _, m = fit(tmp_path, None, tiny.ListFeed([Batch(b.inputs, targets)] * 3, device_rows=4))
+    assert all(p.isfinite().all() for p in m.parameters())
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+# ---- schedules of steps
+
+
+@settings(max_examples=12, deadline=None)
+@given(n=st.integers(1, 7), cut=st.integers(1, 9), warmup=st.floats(0, 1), decay=st.floats(0, 1))
+def test_exactly_n_updates_with_rates_within_bounds(tmp_path_factory, n, cut, warmup, decay):
+    path = tmp_path_factory.mktemp("run")
+    m = tiny.model(n_layer=1)
+    run, o = tiny.run(path, m), tiny.optimizer(m)
+    feed = tiny.ListFeed.random(n, rows=4)
+    feed.device_rows = cut
+    trainer.fit(run, m, o, feed, Schedule(warmup, decay))
+    assert run.step == o.steps == n == len(rows(path))
+    assert all(0 <= r["lr_mult"] <= 1 for r in rows(path))
+    assert [r["progress"] for r in rows(path)] == [pytest.approx((i + 1) / n, abs=1e-6) for i in range(n)]
+    assert checkpoint.read_meta(checkpoint.find(path))["updates"] == n
+
+
+# ---- probes and checkpoints
+
+
+def test_a_checkpoint_precedes_every_look_and_takes_up_its_numbers(tmp_path):
+    seen = []
+
+    def look():
+        path = checkpoint.find(tmp_path)
+        seen.append(checkpoint.read_meta(path)["step"])
+        return {"val_bpb": 5.0 - len(seen)}
+
+    summary, run, _ = fit(tmp_path, None, None, PLAIN, [Probe("eval", 0.25, look, start=True)])
+    assert seen == [0, 2, 4, 6, 8]
+    assert summary["eval"] == {"val_bpb": 0.0} and run.best == {"step": 8, "val_bpb": 0.0}
+    meta = checkpoint.read_meta(checkpoint.find(tmp_path))
+    assert meta["done"] and meta["best"] == run.best and meta["last"] == {"eval": {"val_bpb": 0.0}}
+    earlier = checkpoint.read_meta(checkpoint.find(tmp_path, 6))
+    assert not earlier["done"] and earlier["best"] == {"step": 6, "val_bpb": 1.0}
+    assert [r["step"] for r in rows(tmp_path, "eval")] == seen
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    values = iter([3.0, 1.0, 2.0, float("nan"), 2.0, 2.0, 2.0, 2.0, 2.0])
+    _, run, _ = fit(tmp_path, None, None, PLAIN, [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)], keep=2)
+    assert run.best == {"step": 1, "val_bpb": 1.0}
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_000001", "step_000007", "step_000008"]
+
+
+def test_a_nan_is_never_the_best(tmp_path):
+    values = iter([float("nan"), 2.0, float("nan")] + [3.0] * 9)
+    _, run, _ = fit(tmp_path, None, None, PLAIN, [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)])
+    assert run.best == {"step": 1, "val_bpb": 2.0}
+
+
+@pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 8]), (0, [8]), (0.5, [4, 8]), (1, list(range(1, 9))), (100, [8])])
+def test_when_a_probe_looks(tmp_path, every, expected):
+    fit(tmp_path, None, None, PLAIN, [Probe("x", every, lambda: {"n": 1})])
+    assert [r["step"] for r in rows(tmp_path, "x")] == expected
+
+
+@pytest.mark.parametrize("every", [4, 0.5])
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_a_look_that_a_signal_came_before_is_made_up_for(tmp_path, every, at):
+    class Stopping(tiny.ListFeed):
+        def __next__(self):
+            if self.step == at - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    probes = [Probe("x", every, lambda: {"n": 1})]
+    with pytest.raises(trainer.Interrupted):
+        fit(tmp_path, None, Stopping.random(8), PLAIN, probes)
+    assert [r["step"] for r in rows(tmp_path, "x")] == [4] * (at > 4)
+    m = tiny.model()
+    run, o, feed = tiny.run(tmp_path, m, step=at), tiny.optimizer(m), tiny.ListFeed.random(8)
+    trainer.restore(run, checkpoint.find(tmp_path), m, o, feed)
+    trainer.fit(run, m, o, feed, PLAIN, probes)
+    assert [r["step"] for r in rows(tmp_path, "x")] == [4, 8]
+
+
+def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
+    """Three stages within a limit of one compilation: those of earlier stages do not count against it."""
+    counters = layers, head = CompileCounter(), CompileCounter()
+    m = tiny.model(n_layer=2)
+    for block in m.blocks:
+        block.compile(dynamic=False, backend=layers)
+    m.compiled = True
+    monkeypatch.setitem(loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head))
+
+    class Staged(tiny.ListFeed):
+        T = 4
+
+        def at(self, progress):
+            before, self.T = self.T, 4 if progress < 0.3 else 8 if progress < 0.6 else 16
+            return "longer" if before != self.T else ""
+
+        def __next__(self):
+            return [tiny.batch(rows=32 // self.T, T=self.T) for _ in super().__next__()]
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        fit(tmp_path, m, Staged.random(10))
+    torch.compiler.reset()
+    assert [c.frame_count for c in counters] == [3, 3]
+
+
+def test_saves_between_looks(tmp_path):
+    kept = []
+    fit(tmp_path, None, None, PLAIN, [Probe("x", 1, lambda: kept.append(len(checkpoint.steps(tmp_path))) or {})], save_every=2, keep=3)
+    assert max(kept) == 3
+
+
+# ---- memory
+
+
+def test_out_of_memory_in_a_look_costs_its_numbers_only(tmp_path, capsys):
+    def look():
+        assert checkpoint.find(tmp_path) is not None
+        if len(checkpoint.steps(tmp_path)) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return {"val_bpb": 1.0}
+
+    _, run, m = fit(tmp_path, None, None, PLAIN, [Probe("eval", 0.25, look, start=True)], keep=2)
+    assert run.step == 8 and run.done
+    assert "out of memory in eval: its numbers are missing at this step, training goes on" in capsys.readouterr().err
+    assert tiny.same(tiny.weights(m), tiny.weights(fit(tmp_path / "b")[2]))
+
+
+def test_other_errors_in_a_look_are_not_swallowed(tmp_path):
+    def look():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        fit(tmp_path, None, None, PLAIN, [Probe("eval", 4, look)])
+    assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 4
+
+
+def limited(m: GPT, most: int) -> GPT:
+    """A model that has memory for so many rows at a time."""
+    real = m.loss
+
+    def loss(idx, targets, weights=None):
+        if idx.size(0) > most:
+            real(idx[:1], targets[:1], None).backward()  # what was begun must not count
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(idx, targets, weights)
+
+    m.loss = loss
+    return m
+
+
+def test_out_of_memory_in_a_step_halves_the_micro_batch(tmp_path, capsys):
+    feed = tiny.ListFeed.random(8, ignored=0.3)
+    _, _, m = fit(tmp_path / "a", limited(tiny.model(), 2), feed)
+    assert feed.device_rows == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert len(said) == 2 and "micro-batches of 2 rows from now on, 4 a step, the total batch unchanged" in said[1]
+    same = tiny.ListFeed.random(8, ignored=0.3)
+    same.device_rows = 2
+    _, _, expected = fit(tmp_path / "b", None, same)
+    assert tiny.same(tiny.weights(m), tiny.weights(expected))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_row_that_does_not_fit_ends_the_run(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path, limited(tiny.model(), 0))
+
+
+def test_recutting_keeps_every_row():
+    b = tiny.batch(rows=7, weighted=True)
+    for n in (1, 2, 3, 7, 9):
+        parts = trainer.recut([b], n)
+        assert max(p.inputs.size(0) for p in parts) <= n
+        for field in ("inputs", "targets", "weights"):
+            assert torch.equal(torch.cat([getattr(p, field) for p in parts]), getattr(b, field))
+
+
+# ---- what stops a run
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path, value):
+    m = tiny.model()
+    real, calls = m.loss, []
+
+    def loss(*args):
+        calls.append(1)
+        return real(*args) * (value if len(calls) == 6 else 1.0)
+
+    m.loss = loss
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 5: the checkpoint of step 4 in .* is kept; lower the l"):
+        fit(tmp_path, m, None, PLAIN, [Probe("eval", 2, lambda: {"val_bpb": 1.0})])
+    meta = checkpoint.read_meta(checkpoint.find(tmp_path))
+    again, _ = checkpoint.load_model(checkpoint.find(tmp_path), "cpu", torch.float32)
+    assert meta["step"] == 4 and all(p.isfinite().all() for p in again.parameters())
+    assert len(rows(tmp_path)) == 5
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    m = tiny.model()
+
+    def spoil():
+        with torch.no_grad():
+            m.embed.weight[0, 0] = torch.nan
+        return {}
+
+    with pytest.raises(UserError, match=r"(the weights are no longer finite|the loss is nan)"):
+        fit(tmp_path, m, None, PLAIN, [Probe("spoil", 4, spoil)], save_every=1)
+    for path in checkpoint.steps(tmp_path):
+        again, meta = checkpoint.load_model(path, "cpu", torch.float32)
+        assert meta["step"] <= 4 and all(p.isfinite().all() for p in again.parameters())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
+    class Stopping(tiny.ListFeed):
+        def __next__(self):
+            if self.step == 3:
+                os.kill(os.getpid(), number)
+            return super().__next__()
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(trainer.Interrupted):
+        fit(tmp_path, None, Stopping(tiny.ListFeed.random(8).steps))
+    assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 4
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    class Stopping(tiny.ListFeed):
+        def __next__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().__next__()
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, None, Stopping(tiny.ListFeed.random(2).steps))
+
+
+def test_a_full_disk_in_mid_run(tmp_path, monkeypatch):
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        fit(tmp_path, None, None, PLAIN, [Probe("eval", 2, lambda: {"val_bpb": 1.0})])
+    assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---- float16
+
+
+HALF = replace(tiny.CPU, dtype=torch.float16)
+
+
+def half_model() -> GPT:
+    m = GPT.build(tiny.config(), "cpu", torch.float16)
+    m.init_weights(1)
+    return m
+
+
+def test_float16_learns_as_float32_does(tmp_path):
+    _, run, _ = fit(tmp_path / "half", half_model(), None, PLAIN, runtime=HALF)
+    fit(tmp_path / "full")
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.01)
+    assert run.scale == pytest.approx(2.0**10 * 2 ** (8 / 1000))
+
+
+def test_an_overflow_leaves_the_step_out_and_lowers_the_scale(tmp_path):
+    m = tiny.randomise(half_model())
+    with torch.no_grad():
+        m.head.weight.mul_(30)
+    run, o = tiny.run(tmp_path, m, runtime=HALF, scale=2.0**15), tiny.optimizer(m, HALF)
+    before = tiny.weights(m)
+    feed = tiny.ListFeed.random(1)
+    assert torch.isfinite(torch.tensor(trainer._step(run, m, o, feed, next(feed), 1.0, 0.9)))
+    assert run.scale == 2.0**14 and o.steps == 0 and tiny.same(before, tiny.weights(m))
+
+
+def test_the_scale_is_undone():
+    m = tiny.model()
+    o, run = tiny.optimizer(m), _bare_run()
+    run.scale = 64.0
+    for p in m.parameters():
+        p.grad = torch.full_like(p, 64.0 * 10)
+    assert trainer._unscale(run, o, 10)
+    assert all((p.grad == 1).all() for p in m.parameters())
+    assert 64 < run.scale < 64.1
+    m.embed.weight.grad[3, 3] = torch.inf
+    run.scale = 64.0
+    assert not trainer._unscale(run, o, 10) and run.scale == 32

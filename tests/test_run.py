@@ -1,0 +1,181 @@
+"""Opening a stage: bad input in one line and status 2, horizons, rates, what is printed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+from nanochat.base import hardware
+from nanochat.base.common import UserError, entry
+from nanochat.commands import base_train
+from nanochat.train import run as stage
+from nanochat.train.resume import HORIZONS
+from nanochat.train.run import Stage
+from nanochat.train.scaling import batch_for
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    return base, tiny.workplace(base)
+
+
+@pytest.fixture
+def flags(made, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(made[0]))
+    monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
+    return made[1]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--model_dim=30"], "model_dim 30 is not a multiple of head_dim 8: try --model_dim=32"),
+        (["--model_dim=28", "--head_dim=7"], "head_dim is 7"),
+        (["--kv_ratio=2"], "--kv_ratio must be at most 1"),
+        (["--depth=0"], "depth is 0"),
+        (["--softcap=-1"], "softcap is -1"),
+        (["--mlp_ratio=nan"], "mlp_ratio is nan"),
+        (["--window_pattern=XL"], "'XL'"),
+        (["--activation=tanh"], "activation"),
+        (["--modeldim=32"], "model_dim"),
+        (["--depth=four"], "depth"),
+        (["--total_batch_size=1000"], "not a whole number of rows of 32: try --total_batch_size=992"),
+        (["--num_iterations=-1", "--target_param_data_ratio=-1"], "nothing says how long to train"),
+        (["--target_flops=1e9"], "two lengths for one run"),
+        (["--max_minutes=1", "--max_hours=1"], "two budgets"),
+        (["--data=mine=/nowhere.txt"], "/nowhere.txt"),
+        (["--model_tag=../x"], "cannot be a folder name"),
+        (["--device_batch_size=0"], "device_batch_size"),
+        pytest.param(["--device_type=cuda"], "use --device_type=cpu", marks=no_gpu),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_status_2(flags, wrong, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        entry(lambda: base_train.main([*flags, "--num_iterations=2", *wrong]))
+    err = capsys.readouterr().err
+    assert e.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert not (Path(os.environ["NANOCHAT_BASE_DIR"]) / "checkpoints").exists()
+
+
+def test_no_tokenizer(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="tok_train"):
+        base_train.main([*flags, "--num_iterations=2"])
+
+
+def test_as_a_process(made):
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(made[0]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "scripts.base_train", "--", *made[1], "--model-dim=30", "--num-iterations=2"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model_dim 30 is not a multiple of head_dim 8: try --model_dim=32")
+    assert done.stderr.count("\n") == 1
+
+
+def test_memory_that_does_not_suffice_is_one_sentence():
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(UserError, match="out of memory, even with one row at a time: choose a smaller --depth"):
+        stage.finish(work)
+    with pytest.raises(RuntimeError, match="a bug"):
+        stage.finish(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+# ---- horizons
+
+
+def opened(tmp_path, m=None, **knobs) -> Stage:
+    k = SimpleNamespace(**{"total_batch_size": 0, "num_iterations": -1, "target_flops": -1.0, "target_param_data_ratio": 20.0,
+                           "max_minutes": 0.0, "max_hours": 0.0, "new_horizon": "", **knobs})  # fmt: skip
+    origins = {n: "command line" if n in knobs else "default" for n in vars(k)}
+    return Stage("base", k, origins, tiny.CPU, None, m or tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
+
+
+def test_a_number_of_steps(tmp_path):
+    assert stage.horizon(opened(tmp_path, num_iterations=954, target_param_data_ratio=-1.0)) == ((1 << 19) // 16, 954)
+    assert stage.horizon(opened(tmp_path, num_iterations=1, total_batch_size=64)) == (4, 1)
+
+
+def test_tokens_a_parameter(tmp_path):
+    s = opened(tmp_path, target_param_data_ratio=10.0, total_batch_size=160)
+    assert stage.horizon(s) == (10, round(10 * s.model.counts()["total"] / 160))
+    rows, steps = stage.horizon(opened(tmp_path))
+    assert rows * 16 == batch_for(20 * s.model.counts()["total"]) and steps == round(20 * s.model.counts()["total"] / (rows * 16))
+
+
+def test_flops(tmp_path):
+    s = opened(tmp_path, target_flops=1e12, total_batch_size=160)
+    rows, steps = stage.horizon(s)
+    assert rows * 16 * steps * s.model.flops_per_token() == pytest.approx(1e12, rel=0.01)
+
+
+def test_time(tmp_path):
+    rows, steps = stage.horizon(opened(tmp_path, max_minutes=2.0))
+    assert steps is None and rows >= 1
+    both = opened(tmp_path, max_minutes=2.0, num_iterations=5, total_batch_size=32)
+    assert stage.horizon(both) == (2, 5), "the first of the two ends the run"
+    assert opened(tmp_path, max_minutes=2.0).budget_seconds == 120 and opened(tmp_path, max_hours=2.0).budget_seconds == 7200
+
+
+def test_a_new_length_keeps_the_batch(tmp_path):
+    (tmp_path / "meta.json").write_text('{"format": 1, "plan": {"rows": 7, "steps": 20}}')
+    for given, rows in ((0, 7), (48, 3)):
+        s = opened(tmp_path, max_minutes=600.0, new_horizon="stretch", total_batch_size=given)
+        s.resume_from = tmp_path
+        assert stage.horizon(s) == (rows, None)
+
+
+def test_two_lengths_for_one_conversation_stage(tmp_path):
+    assert stage.talk_horizon(opened(tmp_path, epochs=3)) == (None, 3)
+    assert stage.talk_horizon(opened(tmp_path, epochs=1, max_minutes=2.0)) == (None, None)
+    for knobs, says in [
+        ({"epochs": 2, "max_minutes": 2.0}, "--epochs=2 and a budget of time are two lengths for one run"),
+        ({"epochs": 2, "num_iterations": 5}, "--epochs=2 and --num_iterations=5 are two lengths for one run"),
+        ({"epochs": 1, "num_iterations": 5, "max_hours": 1.0}, "--num_iterations=5 and a budget of time are two lengths"),
+        ({"epochs": 1, "num_iterations": 0}, "--num_iterations=0 is no length of a run"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            stage.talk_horizon(opened(tmp_path, **knobs))
+
+
+def test_every_horizon_is_known_to_the_resume():
+    assert {n for n in vars(base_train.Knobs()) if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))} <= set(HORIZONS)
+
+
+# ---- rates, counts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rates_follow_width_and_part(tied):
+    m = tiny.model(tie_embeddings=tied, n_embd=192)
+    groups = {g.names[0]: g for g in tiny.optimizer(m, lr_scale=0.5, weight_decay=0.1).groups}
+    table, matrices = groups["embed.weight"], groups["blocks.0.attn.q.weight"]
+    assert table.lr == pytest.approx((0.004 if tied else 0.2) * 2 * 0.5)  # (192 / 768)^-0.5 = 2
+    assert (table.optimizer, table.weight_decay) == ("adamw", 0.0)
+    assert (matrices.optimizer, matrices.lr, matrices.weight_decay) == ("muon", 0.01, 0.1)
+    if not tied:
+        assert groups["head.weight"].lr == pytest.approx(0.004)
+    assert sum(len(g.names) for g in groups.values()) == len(list(m.parameters()))
+
+
+def test_the_table_of_counts():
+    text = stage.table_of_counts(tiny.model(n_embd=64))
+    assert "embedding" in text and "4,096" in text and "2 layers, width 64, 4 heads of 16 (2 key-value), MLP 256, context 16" in text
+    shares = [float(word[:-1]) for word in text.split() if word.endswith("%")]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
+    assert "share one table" in stage.table_of_counts(tiny.model(tie_embeddings=True))

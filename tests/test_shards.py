@@ -1,0 +1,183 @@
+import errno
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+from nanochat.base.common import UserError
+from nanochat.data import shards as tokens
+from nanochat.data.shards import Shards, prepare, prepare_conversations
+from nanochat.data.sources import Source, parse_sources
+
+
+class Letters:
+    """One token a character. Calls are counted, to see what is made again."""
+
+    bos = 0
+
+    def __init__(self, vocab_size=1000, fingerprint="letters"):
+        self.vocab_size, self.fingerprint, self.texts = vocab_size, fingerprint, 0
+
+    def encode_batch(self, texts, bos=False, threads=None):
+        self.texts += len(texts)
+        return [[0] * bos + [min(ord(c), self.vocab_size - 1) for c in text] for text in texts]
+
+    def render_conversation(self, conversation):
+        self.texts += 1
+        ids = [0, *map(ord, conversation["q"]), *map(ord, conversation["a"])]
+        return ids, [0] * (1 + len(conversation["q"])) + [1] * len(conversation["a"])
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for f in range(3):
+        rows = [{"text": f"Document {f} {i} " + "abcdefg"[: i % 7]} for i in range(400)]
+        (folder / f"{f}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return parse_sources([f"stuff={folder}"])[0]
+
+
+def texts(shards):
+    return ["".join(map(chr, shards.tokens(i)[1:])) for i in range(len(shards))]
+
+
+def test_round_trip(source, tmp_path):
+    tokenizer = Letters()
+    train, val = (prepare(source, split, tokenizer, tmp_path / "tokens") for split in ("train", "val"))
+    assert len(train) + len(val) == 1200 and 0 < len(val) < 40
+    assert not set(texts(train)) & set(texts(val))
+    assert all(train.tokens(i)[0] == 0 and len(train.tokens(i)) == train.lengths[i] for i in range(len(train)))
+    assert train.tokens(0).dtype == np.uint16 and train.mask(0) is None and not train.masked
+    assert train.total == train.lengths.sum() == sum(map(len, texts(train))) + len(train)
+    assert train.text_bytes == sum(len(t.encode()) for t in texts(train))
+    assert (train.fingerprint, train.vocab_size, train.bos, train.name) == ("letters", 1000, 0, "stuff")
+
+
+def test_reused_until_something_changes(source, tmp_path):
+    tokenizer, root = Letters(), tmp_path / "tokens"
+    first = prepare(source, "train", tokenizer, root)
+    n = tokenizer.texts
+    again = prepare(source, "train", tokenizer, root)
+    assert tokenizer.texts == n and again.sha256 == first.sha256
+    prepare(source, "train", Letters(fingerprint="other"), root)
+    assert prepare(source, "train", tokenizer, root).sha256 == first.sha256
+    with open(source.paths[0] / "1.jsonl", "a") as f:
+        f.write('\n{"text": "one more"}')
+    assert len(prepare(source, "train", tokenizer, root)) == len(first) + 1
+
+
+def test_many_parts_read_as_one_and_only_new_ones_are_made(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1)
+    tokenizer, root = Letters(), tmp_path / "tokens"
+    split = prepare(source, "train", tokenizer, root)
+    monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1 << 28)
+    whole = prepare(source, "train", tokenizer, root)
+    assert texts(split) == texts(whole) and len(list(root.iterdir())) == 5  # 3 parts, the whole and the lock
+    monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1)
+    (source.paths[0] / "9.jsonl").write_text('{"text": "a new file"}')
+    n = tokenizer.texts
+    assert texts(prepare(source, "train", tokenizer, root)) == [*texts(whole), "a new file"]
+    assert tokenizer.texts == n + 1
+
+
+def test_wide_vocabularies_get_wide_tokens(source, tmp_path):
+    for vocab_size, dtype in ((1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)):
+        shards = prepare(source, "val", Letters(vocab_size, str(vocab_size)), tmp_path / "tokens")
+        assert shards.tokens(0).dtype == dtype
+
+
+def test_conversations_keep_their_masks_and_order(tmp_path):
+    tokenizer = Letters()
+    rows = [{"q": "why", "a": "b" * n} for n in range(1, 9)]
+    shards = prepare_conversations("chat", rows, tokenizer, tmp_path, identity="v1")
+    assert shards.masked and [s[3:] for s in texts(shards)] == [r["a"] for r in rows]
+    assert shards.mask(1).tolist() == [0, 0, 0, 0, 1, 1]
+    n = tokenizer.texts
+    prepare_conversations("chat", iter(()), tokenizer, tmp_path, identity="v1")
+    assert tokenizer.texts == n
+    assert len(prepare_conversations("chat", rows[:2], tokenizer, tmp_path)) == 2
+    assert len(prepare_conversations("chat", rows[:3], tokenizer, tmp_path)) == 3  # without an identity: rendered every time
+    with pytest.raises(UserError, match="no conversations in empty"):
+        prepare_conversations("empty", [], tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "no meta", "half a meta", "no offsets"])
+def test_a_damaged_shard_is_refused_and_made_again(source, tmp_path, damage, capsys):
+    tokenizer, root = Letters(), tmp_path / "tokens"
+    good = prepare(source, "train", tokenizer, root)
+    (folder,) = root.glob("stuff-*")
+    if damage == "truncate":
+        os.truncate(folder / "tokens.bin", 100)
+    elif damage == "half a meta":
+        os.truncate(folder / "meta.json", 20)
+    else:
+        (folder / {"no meta": "meta.json", "no offsets": "offsets.npy"}[damage]).unlink()
+    with pytest.raises(UserError, match="damaged"):
+        Shards("stuff", [folder])
+    assert prepare(source, "train", tokenizer, root).sha256 == good.sha256
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_an_interrupted_build_leaves_nothing_and_a_killed_one_is_swept(source, tmp_path):
+    root = tmp_path / "tokens"
+
+    class Interrupted(Letters):
+        def encode_batch(self, texts, bos=False, threads=None):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, "train", Interrupted(), root)
+    assert [p.name for p in root.iterdir()] == [".lock"]
+    (root / ".build-stuff-train-0-99999").mkdir()
+    prepare(source, "train", Letters(), root)
+    assert len(list(root.glob(".build-*"))) == 0
+
+
+def test_a_full_disk_is_said(source, tmp_path, monkeypatch):
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokens._Writer, "add", full)
+    with pytest.raises(UserError, match=r"No space left on device.*free some space"):
+        prepare(source, "train", Letters(), tmp_path / "tokens")
+    assert [p.name for p in (tmp_path / "tokens").iterdir()] == [".lock"]
+
+
+def test_a_bad_file_is_said_and_leaves_no_shard(source, tmp_path):
+    (source.paths[0] / "2.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    with pytest.raises(UserError, match=r"2\.jsonl, line 2,"):
+        prepare(source, "train", Letters(), tmp_path / "tokens")
+
+
+def _prepare(source, root, results):
+    tokenizer = Letters()
+    shards = prepare(source, "train", tokenizer, root)
+    results.put((tokenizer.texts, shards.sha256))
+
+
+def test_ranks_share_the_work_of_one(source, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=_prepare, args=(source, tmp_path / "tokens", results)) for _ in range(2)]
+    for process in ranks:
+        process.start()
+    (a, hash_a), (b, hash_b) = results.get(timeout=60), results.get(timeout=60)
+    for process in ranks:
+        process.join()
+    assert hash_a == hash_b and min(a, b) == 0 < max(a, b)
+
+
+def test_two_tokenizers_never_mix(source, tmp_path):
+    prepare(source, "train", Letters(), tmp_path)
+    prepare(source, "train", Letters(fingerprint="other"), tmp_path)
+    with pytest.raises(UserError, match="different tokenizers"):
+        Shards("stuff", sorted(tmp_path.glob("stuff-*")))
+
+
+def test_a_split_without_text(tmp_path):
+    (tmp_path / "a.txt").write_text("alone")
+    with pytest.raises(UserError, match="at least two different documents"):
+        prepare(Source("a", (tmp_path / "a.txt",)), "val", Letters(), tmp_path / "tokens")
