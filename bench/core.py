@@ -39,8 +39,12 @@ class Knobs(stage.MachineKnobs, Arch, Shape):
 
     depth: int = knob(4, "layers", low=1)
     sequence_len: int = knob(512, "context length in tokens", low=16)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("float32", "precision of the computation")
-    vocab_size: int = knob(8192, "tokens of the vocabulary, which is learned from the items", low=265)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "float32", "precision of the computation"
+    )
+    vocab_size: int = knob(
+        8192, "tokens of the vocabulary, which is learned from the items", low=265
+    )
     core: str = knob("", "folder of an evaluation bundle (default: made-up items)")
     items: int = knob(200, "items of a task", low=1)
     alone: int = knob(10, "of these, items that are also scored the slow ways", low=1)
@@ -60,9 +64,26 @@ def made_up(seed: int) -> list[Task]:
     def several(n: int, low: int, high: int) -> list[str]:
         return [say(low, high) + "." for _ in range(n)]
 
-    easy = [{"query": f"Question: {say(12, 28)}?", "choices": several(4, 2, 6), "gold": rng.randrange(4)} for _ in range(800)]
-    swag = [{"query": say(25, 50), "choices": several(4, 15, 30), "gold": rng.randrange(4)} for _ in range(800)]
-    wino = [{"context_options": several(2, 10, 16), "continuation": say(3, 8) + ".", "gold": rng.randrange(2)} for _ in range(800)]
+    easy = [
+        {
+            "query": f"Question: {say(12, 28)}?",
+            "choices": several(4, 2, 6),
+            "gold": rng.randrange(4),
+        }
+        for _ in range(800)
+    ]
+    swag = [
+        {"query": say(25, 50), "choices": several(4, 15, 30), "gold": rng.randrange(4)}
+        for _ in range(800)
+    ]
+    wino = [
+        {
+            "context_options": several(2, 10, 16),
+            "continuation": say(3, 8) + ".",
+            "gold": rng.randrange(2),
+        }
+        for _ in range(800)
+    ]
     quiz = [{"context": say(15, 25), "continuation": say(1, 3)} for _ in range(800)]
     return [
         Task("like arc_easy", "multiple_choice", 10, "\nAnswer: ", 0.25, easy),
@@ -75,7 +96,13 @@ def made_up(seed: int) -> list[Task]:
 def apart(items: Sequence[Item], prompts: Sequence[Sequence[int]]) -> list[Item]:
     """Every sequence as an item of its own that shares nothing."""
     return [
-        item._replace(prompt=0, past=0, ids=[[*prompts[item.prompt][: item.past], *s]], shared=1, starts=[item.past + start])
+        item._replace(
+            prompt=0,
+            past=0,
+            ids=[[*prompts[item.prompt][: item.past], *s]],
+            shared=1,
+            starts=[item.past + start],
+        )
         for item in items
         for s, start in zip(item.ids, item.starts, strict=True)
     ]
@@ -87,7 +114,10 @@ def one_by_one(model: GPT, items: Sequence[Item]) -> list[Score]:
     out = []
     for item in items:
         tokens = torch.tensor(item.ids, device=model.embed.weight.device)
-        logits, targets = model.logits(model(tokens[:, :-1])[0, item.starts[0] - 1 :]), tokens[0, item.starts[0] :]
+        logits, targets = (
+            model.logits(model(tokens[:, :-1])[0, item.starts[0] - 1 :]),
+            tokens[0, item.starts[0] :],
+        )
         nats = F.cross_entropy(logits, targets).item()
         out.append(Score(nats, len(targets), bool((logits.argmax(-1) == targets).all())))
     return out
@@ -98,7 +128,9 @@ def answers(items: Sequence[Item], scores: Sequence[Score]) -> list[Any]:
     out, rest = [], iter(scores)
     for item in items:
         mine = [next(rest) for _ in item.ids]
-        out.append(min(range(len(mine)), key=lambda j: mine[j].nats) if len(mine) > 1 else mine[0].greedy)
+        out.append(
+            min(range(len(mine)), key=lambda j: mine[j].nats) if len(mine) > 1 else mine[0].greedy
+        )
     return out
 
 
@@ -106,13 +138,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(Knobs, argv, command="bench.core")
     rt = open_runtime(k.device_type, k.dtype, k.seed)
     tasks = load_bundle(k.core)[0] if k.core else made_up(k.seed)
-    tok = Tokenizer.train((text for task in tasks for row in task.rows[:400] for text in task.texts(row)), k.vocab_size)
+    tok = Tokenizer.train(
+        (text for task in tasks for row in task.rows[:400] for text in task.texts(row)),
+        k.vocab_size,
+    )
     arch: dict[str, Any] = {f.name: getattr(k, f.name) for f in fields(Arch)}
-    model = GPT.build(GPTConfig(**{**arch, **k.dimensions()}, vocab_size=tok.vocab_size), rt.device, rt.dtype)
+    model = GPT.build(
+        GPTConfig(**{**arch, **k.dimensions()}, vocab_size=tok.vocab_size), rt.device, rt.dtype
+    )
     model.init_weights(k.seed)
     with torch.no_grad():
         for _, p, row in model.roster():
-            if row.init in ("zero", "small"):  # else its answers would hardly depend on what it reads
+            if row.init in (
+                "zero",
+                "small",
+            ):  # else its answers would hardly depend on what it reads
                 p.normal_(0, 0.05)
     model.cast_for_inference()
     scorer = Scorer(model, k.memory * 2**20)
@@ -143,29 +183,68 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             times["shared"].append(s / len(items))
             said["shared"] = answers(few, [score for i in some for score in found[i]])
         per_item = {way: statistics.median(t) for way, t in times.items()}
-        agree = {way: sum(a == b for a, b in zip(said["alone"], said[way], strict=True)) / len(few) for way in ("batched", "shared")}
-        rows.append({"task": task.name, "kind": task.kind, "items": len(items), "compared": len(few), "seconds": per_item, "agree": agree})
+        agree = {
+            way: sum(a == b for a, b in zip(said["alone"], said[way], strict=True)) / len(few)
+            for way in ("batched", "shared")
+        }
+        rows.append(
+            {
+                "task": task.name,
+                "kind": task.kind,
+                "items": len(items),
+                "compared": len(few),
+                "seconds": per_item,
+                "agree": agree,
+            }
+        )
         print0(f"{task.name}: {per_item['alone'] / per_item['shared']:.1f} times as fast as alone")
 
     def cells(name: str, t: dict[str, float], agree: float) -> list[str]:
         rates = [1 / t[way] for way in ("alone", "batched", "shared")]
-        return [name, *(f"{x:,.1f}" for x in rates), f"{rates[2] / rates[0]:.1f}", f"{rates[2] / rates[1]:.1f}", f"{agree:.0%}"]
+        return [
+            name,
+            *(f"{x:,.1f}" for x in rates),
+            f"{rates[2] / rates[0]:.1f}",
+            f"{rates[2] / rates[1]:.1f}",
+            f"{agree:.0%}",
+        ]
 
-    mean = {way: statistics.fmean(row["seconds"][way] for row in rows) for way in ("alone", "batched", "shared")}
+    mean = {
+        way: statistics.fmean(row["seconds"][way] for row in rows)
+        for way in ("alone", "batched", "shared")
+    }
     compared = sum(row["compared"] for row in rows)
-    agree = {way: sum(row["agree"][way] * row["compared"] for row in rows) / compared for way in ("batched", "shared")}
+    agree = {
+        way: sum(row["agree"][way] * row["compared"] for row in rows) / compared
+        for way in ("batched", "shared")
+    }
     title = f"items a second: depth {k.depth}, width {model.config.n_embd}, context {k.sequence_len}, {rt.dtype_name} on {rt.device.type}"
-    table = Table("task", "alone", "batched", "shared", "shared / alone", "shared / batched", "agree", title=title)
+    table = Table(
+        "task",
+        "alone",
+        "batched",
+        "shared",
+        "shared / alone",
+        "shared / batched",
+        "agree",
+        title=title,
+    )
     for row in rows:
         table.add_row(*cells(row["task"], row["seconds"], row["agree"]["shared"]))
     table.add_section()
     table.add_row(*cells("all", mean, agree["shared"]))
     Console(width=120).print(table)
     out = {
-        "depth": k.depth, "sequence_len": k.sequence_len, "dtype": rt.dtype_name, "tasks": len(rows), "compared": compared,
+        "depth": k.depth,
+        "sequence_len": k.sequence_len,
+        "dtype": rt.dtype_name,
+        "tasks": len(rows),
+        "compared": compared,
         **{f"{way}_items_per_sec": round(1 / t, 2) for way, t in mean.items()},
-        "ratio": round(mean["alone"] / mean["shared"], 2), "ratio_to_batched": round(mean["batched"] / mean["shared"], 2),
-        "agree": round(agree["shared"], 4), "agree_batched": round(agree["batched"], 4),
+        "ratio": round(mean["alone"] / mean["shared"], 2),
+        "ratio_to_batched": round(mean["batched"] / mean["shared"], 2),
+        "agree": round(agree["shared"], 4),
+        "agree_batched": round(agree["batched"], 4),
     }
     print0(json.dumps(out))
     return {**out, "rows": rows}

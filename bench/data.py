@@ -35,11 +35,17 @@ def main() -> None:
     """Measure, print the table and the line of JSON."""
     k, _ = parse(Knobs, command="bench.data")
     sources = parse_sources(k.data)
-    tokenizer = Tokenizer.load(Path(k.tokenizer)) if k.tokenizer else Tokenizer.train(mixed(sources, max_chars=k.max_chars), k.vocab_size)
+    tokenizer = (
+        Tokenizer.load(Path(k.tokenizer))
+        if k.tokenizer
+        else Tokenizer.train(mixed(sources, max_chars=k.max_chars), k.vocab_size)
+    )
     result: dict = {"vocab_size": tokenizer.vocab_size, "tokenise": {}, "feed": {}}
     with tempfile.TemporaryDirectory() as folder:
         shards, seconds, size = [], 0.0, 0
-        print(f"{'source':<16} {'documents':>10} {'tokens':>12} {'MB':>8} {'MB/s':>8} {'bytes/token':>12}")
+        print(
+            f"{'source':<16} {'documents':>10} {'tokens':>12} {'MB':>8} {'MB/s':>8} {'bytes/token':>12}"
+        )
         for source in sources:
             began = time.perf_counter()
             made = prepare(source, "train", tokenizer, Path(folder))
@@ -47,14 +53,22 @@ def main() -> None:
             seconds, size = seconds + took, size + made.text_bytes
             shards.append((made, source.weight))
             per_token, rate = made.text_bytes / made.total, made.text_bytes / took / 1e6
-            print(f"{source.name:<16} {len(made):>10,} {made.total:>12,} {made.text_bytes / 1e6:>8.1f} {rate:>8.2f} {per_token:>12.2f}")
-            result["tokenise"][source.name] = {"mb_per_s": round(rate, 2), "bytes_per_token": round(per_token, 3), "tokens": made.total}
+            print(
+                f"{source.name:<16} {len(made):>10,} {made.total:>12,} {made.text_bytes / 1e6:>8.1f} {rate:>8.2f} {per_token:>12.2f}"
+            )
+            result["tokenise"][source.name] = {
+                "mb_per_s": round(rate, 2),
+                "bytes_per_token": round(per_token, 3),
+                "tokens": made.total,
+            }
         result["mb_per_s"] = round(size / seconds / 1e6, 2)
         print(f"\n{'T':>6} {'rows/s':>10} {'M tokens/s':>11} {'padding':>9} {'resume':>9}")
         for T in (256, 512, 1024, 2048):
             result["feed"][T] = measure = read(shards, k, T)
             million = measure["rows_per_s"] * T / 1e6
-            print(f"{T:>6} {measure['rows_per_s']:>10,} {million:>11.2f} {measure['padding']:>9.3%} {measure['resume_ms']:>6.0f} ms")
+            print(
+                f"{T:>6} {measure['rows_per_s']:>10,} {million:>11.2f} {measure['padding']:>9.3%} {measure['resume_ms']:>6.0f} ms"
+            )
     print(json.dumps(result))
 
 
@@ -62,7 +76,9 @@ def read(shards: list, k: Knobs, sequence_len: int) -> dict[str, float]:
     """Rows a second while nothing else runs, the share of padded targets, milliseconds from a stored position to its batch."""
 
     def feed() -> RowFeed:
-        return RowFeed(shards, rows=k.rows, device_rows=k.rows, sequence_len=sequence_len, total_steps=None)
+        return RowFeed(
+            shards, rows=k.rows, device_rows=k.rows, sequence_len=sequence_len, total_steps=None
+        )
 
     running = feed()
     next(running)  # the first block is packed
@@ -81,7 +97,11 @@ def read(shards: list, k: Knobs, sequence_len: int) -> dict[str, float]:
     resume = 1e3 * (time.perf_counter() - began)
     resumed.close()
     share = padding / max(rows * sequence_len, 1)
-    return {"rows_per_s": round(rows / took), "padding": round(share, 6), "resume_ms": round(resume, 1)}
+    return {
+        "rows_per_s": round(rows / took),
+        "padding": round(share, 6),
+        "resume_ms": round(resume, 1),
+    }
 
 
 if __name__ == "__main__":

@@ -38,27 +38,44 @@ class Knobs(Arch, Shape):
 
 
 def main(argv=None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="bench.decode", description="Measure how fast a random model generates.")
+    k, _ = knobs.parse(
+        Knobs,
+        argv,
+        command="bench.decode",
+        description="Measure how fast a random model generates.",
+    )
     rt = open_runtime(k.device_type, k.dtype)
     arch: dict[str, Any] = {f.name: getattr(k, f.name) for f in fields(Arch)}
     config = GPTConfig(**{**arch, **k.dimensions()}, vocab_size=k.vocab_size)
     model = GPT.build(config, rt.device, rt.dtype)
     model.init_weights()
     model.cast_for_inference()
-    nothing: Any = SimpleNamespace(specials=dict.fromkeys(SPECIAL_TOKENS, -1))  # no token stops a row: all run their full length
+    nothing: Any = SimpleNamespace(
+        specials=dict.fromkeys(SPECIAL_TOKENS, -1)
+    )  # no token stops a row: all run their full length
     engine = Engine(model, nothing)
 
     weights = model.counts()["matmul"] * rt.dtype.itemsize
     cache = model.new_cache(1, 1)
     middle = k.prompt + k.tokens // 2
-    seen = sum(min(config.window(layer) or middle, middle) for layer in range(config.n_layer))  # keys a row reads in a step
+    seen = sum(
+        min(config.window(layer) or middle, middle) for layer in range(config.n_layer)
+    )  # keys a row reads in a step
     kept = 2 * seen * config.n_kv_head * config.head_dim * cache.k.dtype.itemsize
     size = human(model.counts()["total"])
-    print0(f"depth {k.depth}, width {config.n_embd}, {size} parameters, {rt.dtype_name} on {hardware.device_name(rt.device)}")
-    print0(f"a step reads {weights / 1e6:.1f} MB of weights and {kept / 1e6:.1f} MB of keys and values a row")
-    print0(f"{'batch':>6}  {'tok/s':>8}  {'ms a step':>9}  {'GB/s':>6}  {'read GB/s here':>14}  {'share of the bound':>18}")
+    print0(
+        f"depth {k.depth}, width {config.n_embd}, {size} parameters, {rt.dtype_name} on {hardware.device_name(rt.device)}"
+    )
+    print0(
+        f"a step reads {weights / 1e6:.1f} MB of weights and {kept / 1e6:.1f} MB of keys and values a row"
+    )
+    print0(
+        f"{'batch':>6}  {'tok/s':>8}  {'ms a step':>9}  {'GB/s':>6}  {'read GB/s here':>14}  {'share of the bound':>18}"
+    )
     rows: list[dict[str, float]] = []
-    readings = [hardware.read_bandwidth(rt.device)]  # one between any two runs: a shared machine's memory is not equally fast all the time
+    readings = [
+        hardware.read_bandwidth(rt.device)
+    ]  # one between any two runs: a shared machine's memory is not equally fast all the time
     for batch in k.batch:
         typical = []
         for _ in range(k.repeats):
@@ -67,14 +84,28 @@ def main(argv=None) -> dict[str, Any]:
             times = [time.perf_counter(), *(time.perf_counter() for _ in steps)]
             typical.append(statistics.median(b - a for a, b in pairwise(times)))
             readings.append(hardware.read_bandwidth(rt.device))
-        seconds, bandwidth = statistics.median(typical), statistics.median(readings[-k.repeats - 1 :])
+        seconds, bandwidth = (
+            statistics.median(typical),
+            statistics.median(readings[-k.repeats - 1 :]),
+        )
         rate = (weights + batch * kept) / seconds
-        figures = {"tok_per_sec": round(batch / seconds, 1), "bandwidth_share": round(rate / bandwidth, 4)}
+        figures = {
+            "tok_per_sec": round(batch / seconds, 1),
+            "bandwidth_share": round(rate / bandwidth, 4),
+        }
         rows.append({"batch": batch, "read_bandwidth": round(bandwidth), **figures})
         shown = f"{batch:>6}  {batch / seconds:>8.1f}  {seconds * 1e3:>9.2f}  {rate / 1e9:>6.1f}  {bandwidth / 1e9:>14.1f}"
         print0(f"{shown}  {rate / bandwidth:>18.1%}")
-    print0(f"read bandwidth in this run: {min(readings) / 1e9:.1f} to {max(readings) / 1e9:.1f} GB/s; the median beside a batch counts")
-    out = {"depth": k.depth, "dtype": rt.dtype_name, "read_bandwidths": [round(r) for r in readings], **rows[0], "batches": rows}
+    print0(
+        f"read bandwidth in this run: {min(readings) / 1e9:.1f} to {max(readings) / 1e9:.1f} GB/s; the median beside a batch counts"
+    )
+    out = {
+        "depth": k.depth,
+        "dtype": rt.dtype_name,
+        "read_bandwidths": [round(r) for r in readings],
+        **rows[0],
+        "batches": rows,
+    }
     print0(json.dumps(out))
     return out
 

@@ -35,18 +35,26 @@ class Knobs(throughput.Knobs):
     limit_minutes: float = knob(600.0, "begin no further point after so long", low=0)
 
 
-def errors(p: dict[str, Any], machine: Machine, others: Sequence[dict[str, Any]]) -> dict[str, float]:
+def errors(
+    p: dict[str, Any], machine: Machine, others: Sequence[dict[str, Any]]
+) -> dict[str, float]:
     """Prediction over measurement, less 1, of a point: speed from the other points and from the peak, memory; seconds for all of it."""
     config, rows, n = GPTConfig(**p["config"]), p["rows"], p["accumulation"]
     micro = rows * config.sequence_len
     began = time.monotonic()
     rates = {
-        name: speed.tokens_per_second(config, rows, config.sequence_len, n * micro, replace(machine, points=tuple(points))).tok_per_sec
+        name: speed.tokens_per_second(
+            config, rows, config.sequence_len, n * micro, replace(machine, points=tuple(points))
+        ).tok_per_sec
         for name, points in (("speed_by_points", others), ("speed_by_peak", ()))
         if points or name == "speed_by_peak"
     }
-    traced = recipe.Memory(replace(machine, points=(), memory_gap=0.0), p["compiled"]).trace(config, rows, n)
-    found = {name: rate / p["tok_per_sec"] - 1 for name, rate in rates.items()} | {"memory": traced / p["peak_memory_bytes"] - 1}
+    traced = recipe.Memory(replace(machine, points=(), memory_gap=0.0), p["compiled"]).trace(
+        config, rows, n
+    )
+    found = {name: rate / p["tok_per_sec"] - 1 for name, rate in rates.items()} | {
+        "memory": traced / p["peak_memory_bytes"] - 1
+    }
     return found | {"traced": traced, "seconds": time.monotonic() - began}
 
 
@@ -73,19 +81,54 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     margin = memory.margin_of([good[smallest]], [every[smallest]["traced"]]) if on_card else None
     for i, (p, found) in enumerate(zip(good, every, strict=True)):
         if margin and i != smallest:
-            found["card"] = (found["traced"] * (1 + margin.fragmentation) + margin.context) / p["card_bytes"] - 1
+            found["card"] = (found["traced"] * (1 + margin.fragmentation) + margin.context) / p[
+                "card_bytes"
+            ] - 1
         c = p["config"]
-        rows.append({"depth": c["n_layer"], "width": c["n_embd"], "T": c["sequence_len"], "rows": p["rows"], **found})
+        rows.append(
+            {
+                "depth": c["n_layer"],
+                "width": c["n_embd"],
+                "T": c["sequence_len"],
+                "rows": p["rows"],
+                **found,
+            }
+        )
         rows[-1] |= {"tok_per_sec": p["tok_per_sec"], "peak_memory_bytes": p["peak_memory_bytes"]}
         said = [f"{found[n]:+.1%}" if n in found else "" for n in PREDICTED]
-        tensors, card = (f"{p[n] / 1e9:.2f} GB" if n in p else "" for n in ("peak_memory_bytes", "card_bytes"))
-        head = [f"{c['n_layer']} x {c['n_embd']}", c["sequence_len"], p["rows"], f"{p['tok_per_sec']:,.0f}"]
+        tensors, card = (
+            f"{p[n] / 1e9:.2f} GB" if n in p else "" for n in ("peak_memory_bytes", "card_bytes")
+        )
+        head = [
+            f"{c['n_layer']} x {c['n_embd']}",
+            c["sequence_len"],
+            p["rows"],
+            f"{p['tok_per_sec']:,.0f}",
+        ]
         lines.append([*head, *said[:2], tensors, said[2], card, said[3]])
-    heads = ("depth x width", "T", "rows", "tok/s", "by the points", "by the peak", "peak memory", "predicted", "of the card", "predicted")
+    heads = (
+        "depth x width",
+        "T",
+        "rows",
+        "tok/s",
+        "by the points",
+        "by the peak",
+        "peak memory",
+        "predicted",
+        "of the card",
+        "predicted",
+    )
     print0(columns(heads, lines))
-    worst = {n: max(abs(r[n]) for r in rows if n in r) for n in PREDICTED if any(n in r for r in rows)}
+    worst = {
+        n: max(abs(r[n]) for r in rows if n in r) for n in PREDICTED if any(n in r for r in rows)
+    }
     mean = {n: fmean(abs(r[n]) for r in rows if n in r) for n in worst}
-    found = {"machine": {n: v for n, v in asdict(machine).items() if n in throughput.SAVED}, "worst": worst, "mean": mean, "rows": rows}
+    found = {
+        "machine": {n: v for n, v in asdict(machine).items() if n in throughput.SAVED},
+        "worst": worst,
+        "mean": mean,
+        "rows": rows,
+    }
     print(json.dumps(found))
     return found
 

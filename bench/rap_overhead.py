@@ -41,7 +41,9 @@ class Knobs(stage.TrainKnobs, Shape):
 
     model_dim: int = knob(512, "model width")
     lengths: tuple[int, ...] = knob((512, 1024, 2048), "context lengths", low=1)
-    conditions: tuple[str, ...] = knob((), "of none dense factored flex; default: all that run here")
+    conditions: tuple[str, ...] = knob(
+        (), "of none dense factored flex; default: all that run here"
+    )
     vocab_size: int = knob(8192, "tokens of the vocabulary", low=1)
     batch_tokens: int = knob(8192, "tokens of a step", low=1)
     steps: int = knob(8, "steps timed in a process, after two that are not", low=1)
@@ -53,11 +55,19 @@ class Knobs(stage.TrainKnobs, Shape):
 def artifact(k: Knobs, T: int, path: Path) -> str:
     """A random prior with the groups of a generated one."""
     g = torch.Generator().manual_seed(k.seed)
-    codes, query, now = (torch.randint(0, 2, (3, k.vocab_size, k.codes), generator=g) * 2 - 1).to(torch.int8).unbind()
+    codes, query, now = (
+        (torch.randint(0, 2, (3, k.vocab_size, k.codes), generator=g) * 2 - 1)
+        .to(torch.int8)
+        .unbind()
+    )
     match = torch.stack([torch.zeros(k.codes, k.codes), torch.eye(k.codes) / k.codes])
     lag, key = (1 + torch.arange(T)) ** -0.5, torch.rand(k.vocab_size, generator=g)
     spans = torch.stack([torch.arange(T) // low == 1 for low in (1, 2, 4, 8)]).float()
-    pair = {"pair_query": query.clone(), "pair_now": now.clone(), "pair": torch.full((k.codes,), 1 / k.codes)}
+    pair = {
+        "pair_query": query.clone(),
+        "pair_now": now.clone(),
+        "pair": torch.full((k.codes,), 1 / k.codes),
+    }
     terms = {"lag": lag, "spans": spans, "key": key, "codes": codes.clone(), "match": match, **pair}
     save_file(terms, path, {"format": prior.FORMAT, "tokenizer": "bench"})
     return str(path)
@@ -70,7 +80,10 @@ def measure(k: Knobs, condition: str, T: int) -> dict[str, Any]:
     config, tables = GPTConfig(**shape), {}
     if condition != "none":
         with tempfile.TemporaryDirectory() as folder:
-            asked: Any = {"rap": artifact(k, T, Path(folder) / "rap_prior.safetensors"), "attention": condition}
+            asked: Any = {
+                "rap": artifact(k, T, Path(folder) / "rap_prior.safetensors"),
+                "attention": condition,
+            }
             config.rap, tables = prior.prepare(prior.RapKnobs(**asked), config, "bench", rt.device)
     model = GPT.build(config, rt.device, rt.dtype)
     model.init_weights(k.seed)
@@ -109,30 +122,73 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     given = list(sys.argv[1:] if argv is None else argv)
     over_base = f"over {conditions[0]}"
     title = f"depth {k.depth}, width {k.model_dim}, heads of {k.head_dim}"
-    table = Table("T", "prior", "step ms", over_base, "best ms", over_base, "peak memory MB", over_base, title=title)
+    table = Table(
+        "T",
+        "prior",
+        "step ms",
+        over_base,
+        "best ms",
+        over_base,
+        "peak memory MB",
+        over_base,
+        title=title,
+    )
     rows: list[dict[str, Any]] = []
     for T in k.lengths:
         seen: dict[str, list[dict[str, Any]]] = {c: [] for c in conditions}
         for turn in range(k.rounds):
             for c in conditions if turn % 2 == 0 else reversed(conditions):
-                command = [sys.executable, "-m", "bench.rap_overhead", *given, f"--lengths={T}", f"--one={c}"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bench.rap_overhead",
+                    *given,
+                    f"--lengths={T}",
+                    f"--one={c}",
+                ]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise UserError(f"measuring {c} at T = {T} failed: {done.stderr.strip().splitlines()[-1:]}")
+                    raise UserError(
+                        f"measuring {c} at T = {T} failed: {done.stderr.strip().splitlines()[-1:]}"
+                    )
                 seen[c].append(json.loads(done.stdout.splitlines()[-1]))
-                print0(f"T {T} {c}: {seen[c][-1]['step_ms']:.0f} ms, {seen[c][-1]['peak_memory_bytes'] / 1e6:.0f} MB")
+                print0(
+                    f"T {T} {c}: {seen[c][-1]['step_ms']:.0f} ms, {seen[c][-1]['peak_memory_bytes'] / 1e6:.0f} MB"
+                )
         base: dict[str, Any] = {}
         for c in conditions:
-            r: dict[str, Any] = {n: sorted(x[n] for x in seen[c])[k.rounds // 2] for n in ("step_ms", "peak_memory_bytes")}
+            r: dict[str, Any] = {
+                n: sorted(x[n] for x in seen[c])[k.rounds // 2]
+                for n in ("step_ms", "peak_memory_bytes")
+            }
             r["best_ms"] = min(x["best_ms"] for x in seen[c])
             base = base or dict(r)
             over = {f"{n}_over_{conditions[0]}": round(r[n] / base[n] - 1, 4) for n in base}
-            rows.append({"T": T, "condition": c, **{n: round(v, 2) for n, v in r.items()}, **over, **{n: seen[c][0][n] for n in ABOUT}})
-            shown = [f"{r['step_ms']:,.1f}", f"{r['best_ms']:,.1f}", f"{r['peak_memory_bytes'] / 1e6:,.0f}"]
-            shares = [f"{over[f'{n}_over_{conditions[0]}']:+.1%}" for n in ("step_ms", "best_ms", "peak_memory_bytes")]
+            rows.append(
+                {
+                    "T": T,
+                    "condition": c,
+                    **{n: round(v, 2) for n, v in r.items()},
+                    **over,
+                    **{n: seen[c][0][n] for n in ABOUT},
+                }
+            )
+            shown = [
+                f"{r['step_ms']:,.1f}",
+                f"{r['best_ms']:,.1f}",
+                f"{r['peak_memory_bytes'] / 1e6:,.0f}",
+            ]
+            shares = [
+                f"{over[f'{n}_over_{conditions[0]}']:+.1%}"
+                for n in ("step_ms", "best_ms", "peak_memory_bytes")
+            ]
             table.add_row(str(T), c, *(x for pair in zip(shown, shares, strict=True) for x in pair))
     Console(width=120).print(table)
-    print(json.dumps({"depth": k.depth, "model_dim": k.model_dim, "head_dim": k.head_dim, "rows": rows}))
+    print(
+        json.dumps(
+            {"depth": k.depth, "model_dim": k.model_dim, "head_dim": k.head_dim, "rows": rows}
+        )
+    )
     return {"rows": rows}
 
 

@@ -40,8 +40,14 @@ class Knobs:
     seeds: int = knob(3, "runs; their seeds are 1, 2, ...", low=1)
     source: Literal["sft", "mid"] = knob("sft", "the stage to start from", alias="-i")
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
-    ask: tuple[str, ...] = knob(("tinyworld",), "tasks whose questions are asked before and after, as in chat_eval", alias="-a")
-    num_items: int = knob(3200, "questions of a task (tinyworld: of all its kinds together)", alias="-n", low=1)
+    ask: tuple[str, ...] = knob(
+        ("tinyworld",),
+        "tasks whose questions are asked before and after, as in chat_eval",
+        alias="-a",
+    )
+    num_items: int = knob(
+        3200, "questions of a task (tinyworld: of all its kinds together)", alias="-n", low=1
+    )
     out: str = knob("", "the JSON to write (default: rl_curves.json in <base>/rl_curves)")
     png: str = knob("", "the picture to write (default: beside the JSON)")
 
@@ -50,7 +56,10 @@ def place(start: Path, source: str, flags: Sequence[str], seed: int) -> Path:
     """The base folder of one run: in it the tokenizer and the checkpoint to start from, as links."""
     digest = hashlib.sha256(json.dumps([str(start), *flags]).encode()).hexdigest()[:8]
     base = base_dir() / "rl_curves" / f"{digest}-seed-{seed}"
-    links = {base / "tokenizer": base_dir() / "tokenizer", base / "checkpoints" / source / start.parent.name / start.name: start}
+    links = {
+        base / "tokenizer": base_dir() / "tokenizer",
+        base / "checkpoints" / source / start.parent.name / start.name: start,
+    }
     for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
@@ -60,14 +69,22 @@ def place(start: Path, source: str, flags: Sequence[str], seed: int) -> Path:
 
 def run(base: Path, command: str, *words: str) -> None:
     """A command with `base` as its base folder; what it says goes to the folder's log. UserError when it fails."""
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    env = {
+        **os.environ,
+        "NANOCHAT_BASE_DIR": str(base),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     with open(base / "log", "ab") as log:
-        status = subprocess.run([sys.executable, "-m", f"scripts.{command}", *words], env=env, stdout=log, stderr=log).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", f"scripts.{command}", *words], env=env, stdout=log, stderr=log
+        ).returncode
     if status == 130:
         raise KeyboardInterrupt
     if status:
         last = (base / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-        raise UserError(f"{command} ended with status {status}: {last.removeprefix('error: ')} (all it said is in {base / 'log'})")
+        raise UserError(
+            f"{command} ended with status {status}: {last.removeprefix('error: ')} (all it said is in {base / 'log'})"
+        )
 
 
 def record(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> dict[str, Any]:
@@ -81,24 +98,71 @@ def record(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> dict[str, 
         directory = base / "checkpoints" / stage / tag
         found = [r for r in logbook.read(directory) if r["kind"] == "chat_eval"]
         if not found:
-            run(base, "chat_eval", "-i", stage, "-n", str(k.num_items), f"--seed={seed}", "-a", *k.ask)
+            run(
+                base,
+                "chat_eval",
+                "-i",
+                stage,
+                "-n",
+                str(k.num_items),
+                f"--seed={seed}",
+                "-a",
+                *k.ask,
+            )
             found = [r for r in logbook.read(directory) if r["kind"] == "chat_eval"]
-        asked[stage] = {name: {n: x[n] for n in ("accuracy", "n", "lo", "hi")} for name, x in found[-1]["kinds"].items()}
-    rows = {kind: [r for r in logbook.read(base / "checkpoints" / "rl" / tag) if r["kind"] == kind] for kind in ("train", "eval")}
-    numbers = ("step", "seconds", "reward", "zero_variance", "truncated", "length", "rollout_seconds")
+        asked[stage] = {
+            name: {n: x[n] for n in ("accuracy", "n", "lo", "hi")}
+            for name, x in found[-1]["kinds"].items()
+        }
+    rows = {
+        kind: [r for r in logbook.read(base / "checkpoints" / "rl" / tag) if r["kind"] == kind]
+        for kind in ("train", "eval")
+    }
+    numbers = (
+        "step",
+        "seconds",
+        "reward",
+        "zero_variance",
+        "truncated",
+        "length",
+        "rollout_seconds",
+    )
     train = [{n: round(r[n], 4) for n in numbers} for r in rows["train"]]
-    looks = [{n: x for n, x in r.items() if n in ("step", "seconds") or "pass@" in n} for r in rows["eval"]]
-    return {"seed": seed, "before": asked[k.source], "after": asked["rl"], "train": train, "eval": looks}
+    looks = [
+        {n: x for n, x in r.items() if n in ("step", "seconds") or "pass@" in n}
+        for r in rows["eval"]
+    ]
+    return {
+        "seed": seed,
+        "before": asked[k.source],
+        "after": asked["rl"],
+        "train": train,
+        "eval": looks,
+    }
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """Held-out accuracy by kind before and after, means over the seeds, and the gain with its interval over them."""
-    out = Table("kind", "questions", "before", "after", "gain, points", title=f"greedy answers, mean of {len(records)} seeds")
+    out = Table(
+        "kind",
+        "questions",
+        "before",
+        "after",
+        "gain, points",
+        title=f"greedy answers, mean of {len(records)} seeds",
+    )
     for kind, x in records[0]["before"].items():
-        before, after = ([100 * r[when][kind]["accuracy"] for r in records] for when in ("before", "after"))
+        before, after = (
+            [100 * r[when][kind]["accuracy"] for r in records] for when in ("before", "after")
+        )
         gain = interval([b - a for a, b in zip(before, after, strict=True)])
         spread = f" ({gain['lo']:+.1f} to {gain['hi']:+.1f})" if gain["lo"] is not None else ""
-        out.add_row(kind, f"{x['n']:,}", *(f"{sum(v) / len(v):.1f} %" for v in (before, after)), f"{gain['mean']:+.1f}{spread}")
+        out.add_row(
+            kind,
+            f"{x['n']:,}",
+            *(f"{sum(v) / len(v):.1f} %" for v in (before, after)),
+            f"{gain['mean']:+.1f}{spread}",
+        )
     return out
 
 
@@ -112,15 +176,29 @@ def picture(records: Sequence[dict[str, Any]]) -> bytes:
     with matplotlib.rc_context({**report.RC, "text.color": ink, "axes.labelcolor": ink}):
         figure = Figure(figsize=(9, 3.3), layout="constrained", dpi=150)
         left, right = figure.subplots(1, 2)
-        names = [n for n in records[0]["eval"][0] if "pass@" in n and not n.endswith(("_lo", "_hi"))]
+        names = [
+            n for n in records[0]["eval"][0] if "pass@" in n and not n.endswith(("_lo", "_hi"))
+        ]
         for ax, rows, shown in ((left, "train", ["reward"]), (right, "eval", names)):
             runs = [one[rows] for one in records]
-            parts = np.array_split(np.arange(len(runs[0])), min(len(runs[0]), 24))  # one step's reward is that of few questions
+            parts = np.array_split(
+                np.arange(len(runs[0])), min(len(runs[0]), 24)
+            )  # one step's reward is that of few questions
             steps = [np.mean([runs[0][i]["step"] for i in part]) for part in parts]
             for name, colour in zip(shown, report.LIGHT, strict=False):
-                y = 100 * np.array([[np.mean([rs[i][name] for i in part]) for part in parts] for rs in runs])  # seeds x parts
+                y = 100 * np.array(
+                    [[np.mean([rs[i][name] for i in part]) for part in parts] for rs in runs]
+                )  # seeds x parts
                 ax.fill_between(steps, y.min(0), y.max(0), color=colour, alpha=0.18, linewidth=0)
-                ax.plot(steps, y.mean(0), color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
+                ax.plot(
+                    steps,
+                    y.mean(0),
+                    color=colour,
+                    linewidth=1.8,
+                    marker="o",
+                    markersize=3,
+                    label=name,
+                )
             ax.set_xlabel("optimizer steps")
             ax.set_ylim(0, 102)
         left.set_title("Training questions: replies rewarded, %")
@@ -131,11 +209,18 @@ def picture(records: Sequence[dict[str, Any]]) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="bench.rl_curves", description="Reinforcement over seeds, as JSON and as a picture.")
+    k, _ = knobs.parse(
+        Knobs,
+        argv,
+        command="bench.rl_curves",
+        description="Reinforcement over seeds, as JSON and as a picture.",
+    )
     flags = shlex.split(k.flags)
     asked, _ = knobs.parse(chat_rl.Knobs, flags, command="chat_rl")
     if asked.max_minutes or asked.max_hours:
-        raise UserError("the flags give a length in time, which a busy machine would fill with fewer steps: give --num_iterations")
+        raise UserError(
+            "the flags give a length in time, which a busy machine would fill with fewer steps: give --num_iterations"
+        )
     start = checkpoint.locate(k.source, k.model_tag)
     records = [record(k, start, flags, seed) for seed in range(1, k.seeds + 1)]
     out = Path(k.out) if k.out else base_dir() / "rl_curves" / "rl_curves.json"
@@ -145,7 +230,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     atomic_write(png, picture(records))
     Console(width=None if Console().is_terminal else 140).print(table(records))
     print0(f"{out}\n{png}")
-    last = [{"seed": r["seed"], **{n: r["eval"][-1][n] for n in r["eval"][-1] if "pass@" in n}} for r in records]
+    last = [
+        {"seed": r["seed"], **{n: r["eval"][-1][n] for n in r["eval"][-1] if "pass@" in n}}
+        for r in records
+    ]
     print(json.dumps({"flags": k.flags, "last": last}))
     return summary
 

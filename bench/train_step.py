@@ -42,7 +42,11 @@ def measure(k: Knobs, compiled: bool) -> dict[str, Any]:
     """Median step time of one mode after three steps of warm-up, as a dict of figures."""
     rt = open_runtime(k.device_type, k.dtype, k.seed)
     peak = hardware.measured_peak(rt.device, rt.dtype)
-    shape: dict[str, Any] = {"vocab_size": k.vocab_size, "sequence_len": k.sequence_len, **k.dimensions()}
+    shape: dict[str, Any] = {
+        "vocab_size": k.vocab_size,
+        "sequence_len": k.sequence_len,
+        **k.dimensions(),
+    }
     model = GPT.build(GPTConfig(**shape), rt.device, rt.dtype)
     model.init_weights(k.seed)
     if compiled:
@@ -61,7 +65,9 @@ def measure(k: Knobs, compiled: bool) -> dict[str, Any]:
             times.append(time.perf_counter() - began)
     median = sorted(times)[len(times) // 2]
     rate = b.inputs.numel() / median
-    peak = max(peak, hardware.measured_peak(rt.device, rt.dtype))  # before and after: a busy moment must not flatter the share
+    peak = max(
+        peak, hardware.measured_peak(rt.device, rt.dtype)
+    )  # before and after: a busy moment must not flatter the share
     share = rate * model.flops_per_token() / peak
     return {
         "mode": "compiled" if compiled else "eager",
@@ -79,15 +85,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(Knobs, argv, command="bench.train_step")
     rows = []
     for mode in k.modes:
-        missing = compiler_missing(open_runtime(k.device_type, k.dtype, k.seed).device) if mode == "compiled" else ""
+        missing = (
+            compiler_missing(open_runtime(k.device_type, k.dtype, k.seed).device)
+            if mode == "compiled"
+            else ""
+        )
         if missing:
             print(f"compiled: left out, {missing}")
         else:
             rows.append(measure(k, mode == "compiled"))
     columns = ("mode", "dtype", "step_ms", "tok_per_sec", "peak_share", "peak_memory_bytes")
-    table = Table(*columns, title=f"depth {k.depth}, context {k.sequence_len}, vocabulary {k.vocab_size:,}, batch {k.batch}")
+    table = Table(
+        *columns,
+        title=f"depth {k.depth}, context {k.sequence_len}, vocabulary {k.vocab_size:,}, batch {k.batch}",
+    )
     for row in rows:
-        table.add_row(*(row[c] if isinstance(row[c], str) else f"{row[c]:.1%}" if c == "peak_share" else f"{row[c]:,}" for c in columns))
+        table.add_row(
+            *(
+                row[c]
+                if isinstance(row[c], str)
+                else f"{row[c]:.1%}"
+                if c == "peak_share"
+                else f"{row[c]:,}"
+                for c in columns
+            )
+        )
     Console(width=120).print(table)
     best = max(rows, key=lambda row: row["tok_per_sec"])
     print(json.dumps({**best, "all": rows}))

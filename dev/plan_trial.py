@@ -21,25 +21,48 @@ from nanochat.study import comparison
 
 NEXT = 2  # candidates that are tried beside the chosen one
 SIZES = "depth", "model_dim", "total_batch_size", "device_batch_size"
-PREDICTED = *SIZES, "tok_per_sec", "tok_per_sec_lo", "tok_per_sec_hi", "tokens", "peak_memory_bytes", "bpb", "bpb_lo", "bpb_hi"
+PREDICTED = (
+    *SIZES,
+    "tok_per_sec",
+    "tok_per_sec_lo",
+    "tok_per_sec_hi",
+    "tokens",
+    "peak_memory_bytes",
+    "bpb",
+    "bpb_lo",
+    "bpb_hi",
+)
 
 
 def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str, Any]:
     """What `plan recipe` writes beside base / plan / `out`.toml, made unless it is there."""
     file = base / "plan" / f"{out}.json"
     if not file.exists():
-        run = ["-m", "scripts.plan", "recipe", f"--minutes={minutes:g}", f"--model_tag={out}", f"--out=plan/{out}.toml"]
+        run = [
+            "-m",
+            "scripts.plan",
+            "recipe",
+            f"--minutes={minutes:g}",
+            f"--model_tag={out}",
+            f"--out=plan/{out}.toml",
+        ]
         trials.run([*run, *words], base)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def trained(base: Path, out: str) -> dict[str, Any]:
     """The record of the run that a recipe asks for, trained unless it is there, with its tokens a second and the clock's seconds."""
-    trials.run(["-m", "scripts.base_train", "--recipe", f"plan/{out}.toml", "--resume=auto", "--keep=1"], base)
+    trials.run(
+        ["-m", "scripts.base_train", "--recipe", f"plan/{out}.toml", "--resume=auto", "--keep=1"],
+        base,
+    )
     directory = base / "checkpoints" / "base" / out
     found = comparison.record(directory)
     rate = found["tokens"] / found["seconds"]
-    return found | {"tok_per_sec": rate, "processes": sum(r.get("kind") == "start" for r in logbook.read(directory))}
+    return found | {
+        "tok_per_sec": rate,
+        "processes": sum(r.get("kind") == "start" for r in logbook.read(directory)),
+    }
 
 
 def report(found: dict[str, Any]) -> None:
@@ -49,12 +72,34 @@ def report(found: dict[str, Any]) -> None:
         p, m = r["predicted"], r["measured"]
         over = {n: m[n] / p[n] - 1 for n in ("tok_per_sec", "tokens", "peak_memory_bytes")}
         late = m["wall_seconds"] / found["pretraining_seconds"] - 1
-        rows.append([
-            r["name"], r["shape"], f"{p['tok_per_sec']:,.0f}", f"{over['tok_per_sec']:+.1%}", f"{p['tokens'] / 1e6:.2f}M",
-            f"{over['tokens']:+.1%}", f"{p['peak_memory_bytes'] / 2**30:.2f} GiB", f"{over['peak_memory_bytes']:+.1%}",
-            f"{p['bpb']:.3f} ({p['bpb_lo']:.3f}-{p['bpb_hi']:.3f})", f"{m['final_bpb']:.4f}", f"{late:+.2%}",
-        ])  # fmt: skip
-    heads = ("", "depth x width", "tok/s", "was", "tokens", "were", "memory", "was", "bits per byte", "were", "overrun")
+        rows.append(
+            [
+                r["name"],
+                r["shape"],
+                f"{p['tok_per_sec']:,.0f}",
+                f"{over['tok_per_sec']:+.1%}",
+                f"{p['tokens'] / 1e6:.2f}M",
+                f"{over['tokens']:+.1%}",
+                f"{p['peak_memory_bytes'] / 2**30:.2f} GiB",
+                f"{over['peak_memory_bytes']:+.1%}",
+                f"{p['bpb']:.3f} ({p['bpb_lo']:.3f}-{p['bpb_hi']:.3f})",
+                f"{m['final_bpb']:.4f}",
+                f"{late:+.2%}",
+            ]
+        )
+    heads = (
+        "",
+        "depth x width",
+        "tok/s",
+        "was",
+        "tokens",
+        "were",
+        "memory",
+        "was",
+        "bits per byte",
+        "were",
+        "overrun",
+    )
     print0(columns(heads, rows))
 
 
@@ -62,10 +107,19 @@ def picture(found: dict[str, Any], out: Path) -> None:
     """Learning curves of the runs with what was predicted of their ends."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    comparison.curves(left, {f"{r['name']}: {r['shape']}": [r["measured"]] for r in found["runs"]}, x="seconds")
+    comparison.curves(
+        left, {f"{r['name']}: {r['shape']}": [r["measured"]] for r in found["runs"]}, x="seconds"
+    )
     for y, r in enumerate(found["runs"]):
         p = r["predicted"]
-        right.errorbar(p["bpb"], y, xerr=[[p["bpb"] - p["bpb_lo"]], [p["bpb_hi"] - p["bpb"]]], fmt="o", color="#888", capsize=3)
+        right.errorbar(
+            p["bpb"],
+            y,
+            xerr=[[p["bpb"] - p["bpb_lo"]], [p["bpb_hi"] - p["bpb"]]],
+            fmt="o",
+            color="#888",
+            capsize=3,
+        )
         right.plot(r["measured"]["final_bpb"], y, "D", color="#d9541e")
     right.set_yticks(range(len(found["runs"])), [r["shape"] for r in found["runs"]])
     right.invert_yaxis()
@@ -93,11 +147,18 @@ def main() -> None:
             size = [f"--depth={c['depth']}", f"--model_dim={c['model_dim']}"]
             c = planned(base, a.minutes, [*data, *size, "--probe=plan/probe.json"], name)["primary"]
         predicted = {n: c[n] for n in PREDICTED}
-        run = {"name": name, "shape": f"{c['depth']} x {c['model_dim']}", "predicted": predicted, "measured": trained(base, name)}
+        run = {
+            "name": name,
+            "shape": f"{c['depth']} x {c['model_dim']}",
+            "predicted": predicted,
+            "measured": trained(base, name),
+        }
         found["runs"].append(run)
         report(found)
         trials.RESULTS.mkdir(exist_ok=True)
-        (trials.RESULTS / "plan_trial.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (trials.RESULTS / "plan_trial.json").write_text(
+            json.dumps(found, indent=1) + "\n", encoding="utf-8"
+        )
         picture(found, trials.REPO / "dev" / "plan_trial.png")
 
 

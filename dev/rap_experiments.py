@@ -86,8 +86,15 @@ def generated(made: str, base: Path, data: list[str], env: Path) -> str:
     out = f"priors/{re.sub(r'[^a-z0-9]+', '-', made.removeprefix('--generator '))}.safetensors"
     if not (base / out).exists():
         mix = [f"{m[1]}:{m[2]}" for d in data if (m := re.fullmatch(r"(\w+)=.*:([\d.]+)", d))]
-        words = [str(trials.REPO / "dev" / "generate_rap_prior.py"), "--env", str(env), *shlex.split(made)]
-        trials.run([*words, "--max_lag", "256", "--out", out, *(["--mix", *mix] if mix else [])], base)
+        words = [
+            str(trials.REPO / "dev" / "generate_rap_prior.py"),
+            "--env",
+            str(env),
+            *shlex.split(made),
+        ]
+        trials.run(
+            [*words, "--max_lag", "256", "--out", out, *(["--mix", *mix] if mix else [])], base
+        )
     return out
 
 
@@ -101,7 +108,15 @@ def experiment(name: str, wanted: Sequence[str] | None, a: argparse.Namespace) -
             rap = f"--rap={generated(c.made, base, data, a.env.resolve())} " if c.made else ""
             flags[n.replace(" ", "-").replace("%", "pct")] = rap + c.flags
     kin = [f"rap_{n}" for n, o in EXPERIMENTS.items() if n != name and o[:2] == e[:2]]
-    trials.compare(f"rap_{name}", base, f"{SIZES[e.size]} --data {shlex.join(data)}", e.seeds, flags, kin, a.retime)
+    trials.compare(
+        f"rap_{name}",
+        base,
+        f"{SIZES[e.size]} --data {shlex.join(data)}",
+        e.seeds,
+        flags,
+        kin,
+        a.retime,
+    )
 
 
 def summarise() -> None:
@@ -117,9 +132,23 @@ def summarise() -> None:
         here = summary.setdefault(e.corpus, {}).setdefault(e.size, {})
         for pair in results["pairs"]:
             if pair["n_seeds"] and pair["n_seeds"] >= here.get(pair["name"], {}).get("n_seeds", 0):
-                numbers = {m: {k: pair[m].get(k) for k in ("mean", "lo", "hi", "at_least", "at_most") if k in pair[m]} for m in MEASURES}
-                here[pair["name"]] = {"n_seeds": pair["n_seeds"], "experiment": name, "timed": timed, **numbers}
-    (trials.RESULTS / "rap_summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+                numbers = {
+                    m: {
+                        k: pair[m].get(k)
+                        for k in ("mean", "lo", "hi", "at_least", "at_most")
+                        if k in pair[m]
+                    }
+                    for m in MEASURES
+                }
+                here[pair["name"]] = {
+                    "n_seeds": pair["n_seeds"],
+                    "experiment": name,
+                    "timed": timed,
+                    **numbers,
+                }
+    (trials.RESULTS / "rap_summary.json").write_text(
+        json.dumps(summary, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def kept() -> dict[str, dict[str, Any]]:
@@ -137,19 +166,36 @@ def picture(out: Path) -> None:
     top, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for ax, name in zip(top.subplots(1, across, squeeze=False)[0], drawn, strict=False):
         lines = (trials.RESULTS / f"rap_{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
-        groups: dict[str, list[dict[str, Any]]] = {c["name"]: [] for c in found[name]["conditions"] if c["n_seeds"]}
+        groups: dict[str, list[dict[str, Any]]] = {
+            c["name"]: [] for c in found[name]["conditions"] if c["n_seeds"]
+        }
         for r in map(json.loads, lines):
             if r["condition"] in groups and not r.get("error"):
                 groups[r["condition"]].append(r)
         comparison.curves(ax, groups, title=f"{name}, bits per byte")
     ax = below.subplots()
     rows = []
-    for name, r in found.items():  # what an ablation shares with the comparison before it is drawn once
-        pairs = [p for p in r["pairs"] if p["saved_tokens_pct"]["mean"] is not None and (name in drawn or p["name"] not in MAIN)]
+    for (
+        name,
+        r,
+    ) in found.items():  # what an ablation shares with the comparison before it is drawn once
+        pairs = [
+            p
+            for p in r["pairs"]
+            if p["saved_tokens_pct"]["mean"] is not None
+            and (name in drawn or p["name"] not in MAIN)
+        ]
         rows += [(f"{name}: {p['name']} ({p['n_seeds']})", p["saved_tokens_pct"]) for p in pairs]
     for y, (_, saved) in enumerate(rows):
         lo, hi = (saved["mean"] if saved[k] is None else saved[k] for k in ("lo", "hi"))
-        ax.errorbar(saved["mean"], y, xerr=[[saved["mean"] - lo], [hi - saved["mean"]]], fmt="o", color="#2a6f97", capsize=3)
+        ax.errorbar(
+            saved["mean"],
+            y,
+            xerr=[[saved["mean"] - lo], [hi - saved["mean"]]],
+            fmt="o",
+            color="#2a6f97",
+            capsize=3,
+        )
     ax.axvline(0, color="#888", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [label for label, _ in rows])
     ax.invert_yaxis()
@@ -160,7 +206,12 @@ def picture(out: Path) -> None:
 def main() -> None:
     p = trials.options(__doc__ or "", "rap_experiments", list(EXPERIMENTS))
     cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-    p.add_argument("--env", type=Path, default=cache / "rap_env", help="the generator's environment, made if it is not there")
+    p.add_argument(
+        "--env",
+        type=Path,
+        default=cache / "rap_env",
+        help="the generator's environment, made if it is not there",
+    )
     a = p.parse_args()
     for name in a.only:
         try:

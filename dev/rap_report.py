@@ -18,34 +18,93 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem a
 table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;border-bottom:1px solid #ccc}svg{max-width:100%}"""
 
 
-def report(a: Namespace, terms: dict, rules: list, about: dict, strength: dict, held: rt.Text, tokens: list[bytes]) -> str:
+def report(
+    a: Namespace,
+    terms: dict,
+    rules: list,
+    about: dict,
+    strength: dict,
+    held: rt.Text,
+    tokens: list[bytes],
+) -> str:
     """One page that needs nothing else: the rules, what they are worth, and pictures of B."""
 
     def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         lines = [("th", heads), *(("td", row) for row in rows)]
-        return "<table>" + "".join("<tr>" + "".join(f"<{tag}>{escape(str(x))}</{tag}>" for x in row) for tag, row in lines) + "</table>"
+        return (
+            "<table>"
+            + "".join(
+                "<tr>" + "".join(f"<{tag}>{escape(str(x))}</{tag}>" for x in row)
+                for tag, row in lines
+            )
+            + "</table>"
+        )
 
     n, seconds, size = about["tokens"], about["seconds"], about["rss_bytes"] / 1e9
-    out = [f"<h1>Attention prior: {a.generator}</h1><p>{n:,} tokens of the training split, {about['pairs']:,} pairs, half of them useful; "]
+    out = [
+        f"<h1>Attention prior: {a.generator}</h1><p>{n:,} tokens of the training split, {about['pairs']:,} pairs, half of them useful; "
+    ]
     out.append(f"{seconds:.0f} seconds, {size:.2f} GB.</p>")
-    told: list[tuple] = [("the prior, on held-out pairs", f"{about['auc']:.3f}", f"{about['youden']:.3f}")]
+    told: list[tuple] = [
+        ("the prior, on held-out pairs", f"{about['auc']:.3f}", f"{about['youden']:.3f}")
+    ]
     if rules:
-        told.append(("the fitted rules, cross-validated in three folds", *(f"{x:.3f}" for x in about["fit"])))
-        ranges = ["..".join("" if x is None else f"{x:.3g}" for x in (r.low, r.high)) for r in rules]
-        rows = [(f"+{2 * abs(r.weight):.2f}", r.words(), c, rt.FEATURES[r.feature][1]) for r, c in zip(rules, ranges, strict=True)]
-        out.append("<h2>Rules</h2><p>What makes a key more useful, in log odds, and the critical range of keys that are not:</p>")
-        out.append(table(("log odds", "a key is more useful when", "critical range", "becomes"), rows))
-        out.append(f"<p>Polished to logic: {escape(about['polished'])} (Youden's J {about['polished_youden']:.3f}).</p>")
+        told.append(
+            (
+                "the fitted rules, cross-validated in three folds",
+                *(f"{x:.3f}" for x in about["fit"]),
+            )
+        )
+        ranges = [
+            "..".join("" if x is None else f"{x:.3g}" for x in (r.low, r.high)) for r in rules
+        ]
+        rows = [
+            (f"+{2 * abs(r.weight):.2f}", r.words(), c, rt.FEATURES[r.feature][1])
+            for r, c in zip(rules, ranges, strict=True)
+        ]
+        out.append(
+            "<h2>Rules</h2><p>What makes a key more useful, in log odds, and the critical range of keys that are not:</p>"
+        )
+        out.append(
+            table(("log odds", "a key is more useful when", "critical range", "becomes"), rows)
+        )
+        out.append(
+            f"<p>Polished to logic: {escape(about['polished'])} (Youden's J {about['polished_youden']:.3f}).</p>"
+        )
     out.append("<h2>How well it tells useful keys</h2>" + table(("", "AUC", "Youden's J"), told))
-    out.append("<p>A single head that attends by the prior alone and copies, mixed into a bigram table, takes ")
-    out.append(f"{about['gain']:.3f} nats off its loss of {about['base']:.3f} a token on held-out rows of {about['row']}; ")
+    out.append(
+        "<p>A single head that attends by the prior alone and copies, mixed into a bigram table, takes "
+    )
+    out.append(
+        f"{about['gain']:.3f} nats off its loss of {about['base']:.3f} a token on held-out rows of {about['row']}; "
+    )
     out.append(f"one that attends evenly takes {about['even']:.3f}.</p>")
     needs, gates, alone = ranks(terms), about["gates"], about["alone"]
-    rows = [(g, f"{strength[g]:.2f}", needs[g][0], f"{needs[g][1]:.2g}", gates[g], f"{alone[g]:.3f}") for g in strength]
-    out.append(table(("term", "strength, log odds", "rank", "largest error", "its gate in that head", "nats with it alone"), rows))
+    rows = [
+        (g, f"{strength[g]:.2f}", needs[g][0], f"{needs[g][1]:.2g}", gates[g], f"{alone[g]:.3f}")
+        for g in strength
+    ]
+    out.append(
+        table(
+            (
+                "term",
+                "strength, log odds",
+                "rank",
+                "largest error",
+                "its gate in that head",
+                "nats with it alone",
+            ),
+            rows,
+        )
+    )
     if "spans" in terms:
-        told_spans = [(f"{low}" if low == high else f"{low} to {high}", f"{nats:.3f}") for low, high, nats in about["spans"]]
-        out.append("<h2>Spans</h2><p>One head each looks at these distances and at no other, to start with:</p>")
+        told_spans = [
+            (f"{low}" if low == high else f"{low} to {high}", f"{nats:.3f}")
+            for low, high, nats in about["spans"]
+        ]
+        out.append(
+            "<h2>Spans</h2><p>One head each looks at these distances and at no other, to start with:</p>"
+        )
         out.append(table(("distance", "nats that its first tells of the next token"), told_spans))
     out.append("<h2>Pictures</h2>" + pictures(terms, gates, held, tokens))
     head = f'<meta charset="utf-8"><title>Attention prior</title><style>{STYLE}</style>'
@@ -55,9 +114,15 @@ def report(a: Namespace, terms: dict, rules: list, about: dict, strength: dict, 
 def pictures(terms: dict, gates: dict[str, float], held: rt.Text, tokens: list[bytes]) -> str:
     """SVG: the lag curve, and softmax(B) on the first 40 tokens of a held-out document."""
     n = 40
-    first = next((b for b in np.unique(held.begin) if b + n <= len(held.ids) and held.begin[b + n - 1] == b), 0)
+    first = next(
+        (b for b in np.unique(held.begin) if b + n <= len(held.ids) and held.begin[b + n - 1] == b),
+        0,
+    )
     ids = held.ids[first : first + n]
-    words = [tokens[t].decode("utf-8", "replace").replace("\n", "\u21b5").replace("$", r"\$") or "\u25ae" for t in ids]
+    words = [
+        tokens[t].decode("utf-8", "replace").replace("\n", "\u21b5").replace("$", r"\$") or "\u25ae"
+        for t in ids
+    ]
     score = sum(m[0] * max(gates.get(g, 0), 1) for g, m in rt.matrices(terms, ids[None]).items())
     weight = np.exp(np.where(np.tril(np.ones((n, n), bool)), score, -np.inf))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rap", "font.size": 8}):
@@ -73,18 +138,25 @@ def pictures(terms: dict, gates: dict[str, float], held: rt.Text, tokens: list[b
         below.set_title("where each token (row) looks by the prior alone")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r".*?(<svg.*?)<metadata>.*?</metadata>", r"\1", buffer.getvalue(), count=1, flags=re.DOTALL)
+    return re.sub(
+        r".*?(<svg.*?)<metadata>.*?</metadata>", r"\1", buffer.getvalue(), count=1, flags=re.DOTALL
+    )
 
 
 def ranks(terms: dict, error: float = 0.02, T: int = 512) -> dict[str, tuple[int, float]]:
     """The columns that each group needs beside q and k, and the largest error: lag as a truncated SVD (free above the diagonal)."""
     out = {"key": (1, 0.0)} if "key" in terms else {}
     if "match" in terms:
-        out["match"] = int(np.linalg.matrix_rank(np.concatenate(list(terms["match"]), 1), rtol=1e-6)), 0.0
+        out["match"] = (
+            int(np.linalg.matrix_rank(np.concatenate(list(terms["match"]), 1), rtol=1e-6)),
+            0.0,
+        )
     if "pair" in terms:
         out["pair"] = int(np.count_nonzero(terms["pair"])), 0.0
     if "lag" in terms:
-        left = rt.matrices({"lag": terms["lag"]}, np.zeros((1, min(T, len(terms["lag"]))), int))["lag"][0].astype(np.float64)
+        left = rt.matrices({"lag": terms["lag"]}, np.zeros((1, min(T, len(terms["lag"]))), int))[
+            "lag"
+        ][0].astype(np.float64)
         (u, s, v), rank = np.linalg.svd(left), 0
         while (worst := float(np.abs(np.tril(left)).max())) > error and rank < len(s):
             left, rank = left - s[rank] * np.outer(u[:, rank], v[rank]), rank + 1

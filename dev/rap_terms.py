@@ -13,9 +13,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy import ndarray as Array
 
-LEVELS = 0.25, 0.5, 0.75  # a feature has a critical range up to each of these quantiles, besides the whole one
-PENALTIES = [0.003, 0.01, 0.03, 0.1]  # C of the LASSO; beyond, a fit takes minutes and finds no more
-GROUPS = {"lag": ("lag",), "key": ("key",), "match": ("codes", "match"), "pair": ("pair_query", "pair_now", "pair")}
+LEVELS = (
+    0.25,
+    0.5,
+    0.75,
+)  # a feature has a critical range up to each of these quantiles, besides the whole one
+PENALTIES = [
+    0.003,
+    0.01,
+    0.03,
+    0.1,
+]  # C of the LASSO; beyond, a fit takes minutes and finds no more
+GROUPS = {
+    "lag": ("lag",),
+    "key": ("key",),
+    "match": ("codes", "match"),
+    "pair": ("pair_query", "pair_now", "pair"),
+}
 FEATURES = {  # what each feature of a pair says of it, and the term of B that it becomes
     "copy": ("the token before the key is the query's token", "match 1"),
     "copy_pair": ("the two tokens before the key are the query's and the one before it", "pair"),
@@ -41,12 +55,24 @@ class Progress:
     """A bar on a terminal, else a line every ten seconds; nothing for what takes less than two."""
 
     def __init__(self, label: str):
-        self.label, self.began, self.said, self.bar = label, time.monotonic(), 0.0, sys.stderr.isatty()
+        self.label, self.began, self.said, self.bar = (
+            label,
+            time.monotonic(),
+            0.0,
+            sys.stderr.isatty(),
+        )
 
     def __call__(self, share: float) -> None:
-        if (took := time.monotonic() - self.began) > 2 and took - self.said > (0.2 if self.bar else 10):
+        if (took := time.monotonic() - self.began) > 2 and took - self.said > (
+            0.2 if self.bar else 10
+        ):
             self.said, end = took, "\r" if self.bar and share < 1 else "\n"
-            print(f"  {self.label} [{'#' * round(30 * share):<30}] {share:4.0%}", end=end, file=sys.stderr, flush=True)
+            print(
+                f"  {self.label} [{'#' * round(30 * share):<30}] {share:4.0%}",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class Text(NamedTuple):
@@ -66,13 +92,23 @@ def embed(ids: Array, vocab_size: int, dim: int, kind: str, contexts: int = 1024
     column[common] = np.arange(len(common))
     counts = np.zeros(vocab_size * len(common))
     for distance in (1,) if kind == "next" else (1, 2, 3, 4, -1, -2, -3, -4):
-        token, c = (ids[:-distance], column[ids[distance:]]) if distance > 0 else (ids[-distance:], column[ids[:distance]])
-        counts += np.bincount(token[c >= 0].astype(np.int64) * len(common) + c[c >= 0], minlength=len(counts))
+        token, c = (
+            (ids[:-distance], column[ids[distance:]])
+            if distance > 0
+            else (ids[-distance:], column[ids[:distance]])
+        )
+        counts += np.bincount(
+            token[c >= 0].astype(np.int64) * len(common) + c[c >= 0], minlength=len(counts)
+        )
     n = counts.reshape(vocab_size, -1).astype(np.float32)
     expected = n.sum(1, keepdims=True) @ (n.sum(0, keepdims=True) / max(n.sum(), 1))
-    ppmi = np.log(np.maximum(n, 1e-9) / np.maximum(expected, 1e-9), where=n > 0, out=np.zeros_like(n)).clip(0)
+    ppmi = np.log(
+        np.maximum(n, 1e-9) / np.maximum(expected, 1e-9), where=n > 0, out=np.zeros_like(n)
+    ).clip(0)
     directions = np.linalg.eigh((ppmi.T @ ppmi).astype(np.float64))[1][:, ::-1][:, :dim]
-    directions *= np.where(np.abs(directions).max(0) == directions.max(0), 1, -1)  # the sign is free: fix it
+    directions *= np.where(
+        np.abs(directions).max(0) == directions.max(0), 1, -1
+    )  # the sign is free: fix it
     e = ppmi @ directions.astype(np.float32)
     e = np.pad(e, ((0, 0), (0, dim - e.shape[1])))
     return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6)
@@ -83,11 +119,15 @@ def information(ids: Array, distances: Array | Sequence[int], buckets: int = 512
     Nats that the key at each distance tells of the next token: the mutual information of the commonest tokens, the rest being one, less
     what chance gives (Miller and Madow).
     """
-    ids = np.argsort(np.argsort(-np.bincount(ids), kind="stable"), kind="stable").clip(max=buckets - 1)[ids]
+    ids = np.argsort(np.argsort(-np.bincount(ids), kind="stable"), kind="stable").clip(
+        max=buckets - 1
+    )[ids]
     found = []
     for d in distances:
         now, then = ids[: -d - 1], ids[d + 1 :]
-        joint = np.bincount(now.astype(np.int64) * buckets + then, minlength=buckets**2).reshape(buckets, buckets) / len(now)
+        joint = np.bincount(now.astype(np.int64) * buckets + then, minlength=buckets**2).reshape(
+            buckets, buckets
+        ) / len(now)
         a, b, seen = joint.sum(1), joint.sum(0), joint > 0
         chance = (seen.sum() - (a > 0).sum() - (b > 0).sum() + 1) / (2 * len(now))
         found.append((joint[seen] * np.log(joint[seen] / np.outer(a, b)[seen])).sum() - chance)
@@ -105,7 +145,9 @@ def lag_curve(ids: Array, max_lag: int, source: str) -> Array:
     if source == "information":
         values = np.log(information(ids, bins).clip(1e-4))
     else:
-        rates = np.array([((ids[: -d - 1] == ids[d + 1 :]).sum() + 0.5) / (len(ids) - d) for d in bins])
+        rates = np.array(
+            [((ids[: -d - 1] == ids[d + 1 :]).sum() + 0.5) / (len(ids) - d) for d in bins]
+        )
         values = np.log(rates / (1 - rates))
     smooth = np.convolve(np.pad(values, 2, mode="edge"), [0.1, 0.2, 0.4, 0.2, 0.1], mode="valid")
     values = np.where(bins < 8, values, smooth) - values[-4:].mean()
@@ -113,7 +155,9 @@ def lag_curve(ids: Array, max_lag: int, source: str) -> Array:
     return np.interp(np.log2(1 + np.arange(max_lag)), np.log2(1 + bins), values)
 
 
-def find_spans(ids: Array, max_lag: int, n: int, enough: int = 4_000_000) -> list[tuple[int, int, float]]:
+def find_spans(
+    ids: Array, max_lag: int, n: int, enough: int = 4_000_000
+) -> list[tuple[int, int, float]]:
     """
     At most n spans of distances, (first, last, nats that the first tells beyond the level far away): from 1 on, each as far as a distance
     tells half of what the span's first does, so that a head which attends evenly to a span loses little by that.
@@ -166,7 +210,9 @@ def sample_pairs(text: Text, n: int, max_lag: int, rng: Any, matched: bool = Fal
     while got < n // 2:
         tries += size
         if tries > 200 * n + 100_000:
-            raise TooLittle(f"only {got:,} useful pairs were found where {n // 2:,} are wanted: give more text, or fewer --pairs")
+            raise TooLittle(
+                f"only {got:,} useful pairs were found where {n // 2:,} are wanted: give more text, or fewer --pairs"
+            )
         i = rng.integers(3, len(ids) - 1, size)
         i = i[(i - begin[i] > 2) & (begin[i + 1] == begin[i])]
         j = i[:, None] - distance
@@ -185,7 +231,9 @@ def sample_pairs(text: Text, n: int, max_lag: int, rng: Any, matched: bool = Fal
     return Pairs(np.r_[i, i], np.r_[j, k], np.repeat([True, False], len(i)))
 
 
-def columns(text: Text, pairs: Pairs, wanted: Sequence[str], share: Array, kind: dict[str, Array], e: Array) -> dict[str, Array]:
+def columns(
+    text: Text, pairs: Pairs, wanted: Sequence[str], share: Array, kind: dict[str, Array], e: Array
+) -> dict[str, Array]:
     """The features of the pairs, (n,) float64 each, by name; e (V, D): of which likeness is the product."""
     ids, i, j = text.ids, pairs.i, pairs.j
     query, key, before, skipped = ids[i], ids[j], ids[j - 1], ids[(j - 2).clip(0)]
@@ -194,11 +242,18 @@ def columns(text: Text, pairs: Pairs, wanted: Sequence[str], share: Array, kind:
         return np.einsum("nd,nd->n", e[x], e[y])
 
     made = {
-        "copy": before == query, "copy_pair": (before == query) & (skipped == ids[i - 1]), "same": key == query, "skip": skipped == query,
-        "similar": like(query, before), "similar_key": like(query, key), "similar_skip": like(query, skipped),
+        "copy": before == query,
+        "copy_pair": (before == query) & (skipped == ids[i - 1]),
+        "same": key == query,
+        "skip": skipped == query,
+        "similar": like(query, before),
+        "similar_key": like(query, key),
+        "similar_skip": like(query, skipped),
         "distance": np.log2(1 + i - j),
-    }  # fmt: skip
-    made |= {"key_frequency": np.log2(share[key])} | {f"key_{name}": of[key] for name, of in kind.items()}
+    }
+    made |= {"key_frequency": np.log2(share[key])} | {
+        f"key_{name}": of[key] for name, of in kind.items()
+    }
     return {name: made[name].astype(np.float64) for name in wanted}
 
 
@@ -211,7 +266,10 @@ class Rule(NamedTuple):
     weight: float = 0.0
 
     def of(self, values: Array) -> Array:
-        low, high = -np.inf if self.low is None else self.low, np.inf if self.high is None else self.high
+        low, high = (
+            -np.inf if self.low is None else self.low,
+            np.inf if self.high is None else self.high,
+        )
         return 2.0 * ((values >= low) & (values <= high)) - 1
 
     def words(self) -> str:
@@ -220,7 +278,9 @@ class Rule(NamedTuple):
             return text if outside else f"not: {text}"
         if self.low is not None and self.high is not None:
             return f"{text} is {'outside' if outside else 'within'} {self.low:.3g}..{self.high:.3g}"
-        side = ("above", "at most", self.high) if self.low is None else ("below", "at least", self.low)
+        side = (
+            ("above", "at most", self.high) if self.low is None else ("below", "at least", self.low)
+        )
         return f"{text} is {side[not outside]} {side[2]:.3g}"
 
 
@@ -229,26 +289,42 @@ def rectify(cutlass: Any, raw: dict[str, Array], useful: Array) -> list[Rule]:
     names, table = list(raw), np.stack(list(raw.values()), 1)
     rules, seen = [], set()
     for level in (None, *LEVELS):
-        r = cutlass.Rectifier(groups={n: [n] for n in names}, quantile_bounds=None if level is None else (0.0, level))
+        r = cutlass.Rectifier(
+            groups={n: [n] for n in names}, quantile_bounds=None if level is None else (0.0, level)
+        )
         r.fit(table, ~useful, feature_names=names)
         for name, low, high in zip(names, r.rmin_, r.rmax_, strict=True):
-            rule = Rule(name, None if np.isnan(low) else float(low), None if np.isnan(high) else float(high))
+            rule = Rule(
+                name, None if np.isnan(low) else float(low), None if np.isnan(high) else float(high)
+            )
             signs = rule.of(raw[name])
-            if (key := (name, signs.astype(np.int8).tobytes())) not in seen and abs(signs.mean()) < 1:
+            if (key := (name, signs.astype(np.int8).tobytes())) not in seen and abs(
+                signs.mean()
+            ) < 1:
                 seen.add(key)
                 rules.append(rule)
     return rules
 
 
-def fit_rules(cutlass: Any, raw: dict[str, Array], useful: Array, seed: int) -> tuple[list[Rule], dict[str, Any]]:
+def fit_rules(
+    cutlass: Any, raw: dict[str, Array], useful: Array, seed: int
+) -> tuple[list[Rule], dict[str, Any]]:
     """Rules with weights, the strongest first, and what the fit says of itself: words of the polished rule, auc and youden of 3 folds."""
     rules = rectify(cutlass, raw, useful)
     x, y = np.stack([r.of(raw[r.feature]) for r in rules], 1), (~useful).astype(int)
     names = [f"{r.feature}.{n}." for n, r in enumerate(rules)]
 
     def fit(rows: Array, Cs: Sequence[float], polish: bool) -> Any:
-        plain = {"rectify": False, "use_scaler": False, "duplicate_mode": "none", "verbose": False, "random_state": seed}
-        model = cutlass.CutlassClassifier(Cs=Cs, cv_rule="1se", tol=1e-3, logic_polish=polish, logic_intercept="maxj", **plain)
+        plain = {
+            "rectify": False,
+            "use_scaler": False,
+            "duplicate_mode": "none",
+            "verbose": False,
+            "random_state": seed,
+        }
+        model = cutlass.CutlassClassifier(
+            Cs=Cs, cv_rule="1se", tol=1e-3, logic_polish=polish, logic_intercept="maxj", **plain
+        )
         return model.fit(x[rows], y[rows], feature_names=names)
 
     progress = Progress("fitting")
@@ -259,12 +335,22 @@ def fit_rules(cutlass: Any, raw: dict[str, Array], useful: Array, seed: int) -> 
         model = fit(np.flatnonzero(fold != k), [whole.classifier_.C_], False)
         score[fold == k] = model.predict_proba(x[fold == k], feature_names=names)[:, 0]
     polish = whole.logic_diag_
-    rules = [r._replace(weight=float(w)) for r, w in zip(rules, whole.coef_fit_.ravel(), strict=True)]
+    rules = [
+        r._replace(weight=float(w)) for r, w in zip(rules, whole.coef_fit_.ravel(), strict=True)
+    ]
     if not (k := int(polish.get("k_chosen", 0))):
-        raise TooLittle("no feature told useful pairs from others: fit on more --pairs, or allow more --features")
+        raise TooLittle(
+            "no feature told useful pairs from others: fit on more --pairs, or allow more --features"
+        )
     need = int(np.floor((k + polish["b_k"][k - 1] / polish["K_used"]) / 2)) + 1
-    words = f"useful when at least {need} of {k} hold: " + "; ".join(rules[n].words() for n in polish["order"][:k])
-    about = {"polished": words, "polished_youden": float(polish["J_chosen"]), "fit": discrimination(score, useful)}
+    words = f"useful when at least {need} of {k} hold: " + "; ".join(
+        rules[n].words() for n in polish["order"][:k]
+    )
+    about = {
+        "polished": words,
+        "polished_youden": float(polish["J_chosen"]),
+        "fit": discrimination(score, useful),
+    }
     return sorted((r for r in rules if r.weight), key=lambda r: -abs(r.weight)), about
 
 
@@ -273,7 +359,15 @@ def effect(rules: Sequence[Rule], feature: str, values: Array) -> Array:
     return sum((-r.weight * r.of(values) for r in rules if r.feature == feature), values * 0.0)
 
 
-def rules_terms(rules: Sequence[Rule], raw: dict[str, Array], curves: dict[str, Array], ids: Array, pairs: Pairs, P: int, P2: int) -> dict:
+def rules_terms(
+    rules: Sequence[Rule],
+    raw: dict[str, Array],
+    curves: dict[str, Array],
+    ids: Array,
+    pairs: Pairs,
+    P: int,
+    P2: int,
+) -> dict:
     """
     Fitted rules -> terms. A match is worth what its feature gains from an ordinary value to 1, spread over the P or P2 bits of codes; one
     of less than a quarter of the best, or below 0, is left out: by chance likeness of codes it costs more than it tells. lag and key
@@ -284,22 +378,31 @@ def rules_terms(rules: Sequence[Rule], raw: dict[str, Array], curves: dict[str, 
     for feature, values in raw.items():
         term = FEATURES[feature][1]
         if term in gain:
-            gain[term] += float(np.diff(effect(rules, feature, np.array([np.median(values), 1.0])))[0])
+            gain[term] += float(
+                np.diff(effect(rules, feature, np.array([np.median(values), 1.0])))[0]
+            )
         else:
             told[term] += effect(rules, feature, values)
     terms, shifts = {}, [gain[f"match {s}"] for s in range(3)]
     if max(shifts) > 0:
-        terms["match"] = np.stack([(w if w > max(shifts) / 4 else 0) / P * np.eye(P) for w in shifts])
+        terms["match"] = np.stack(
+            [(w if w > max(shifts) / 4 else 0) / P * np.eye(P) for w in shifts]
+        )
     if gain["pair"] > 0:
         terms["pair"] = np.full(P2, gain["pair"] / P2)
-    for name, at in (("lag", (pairs.i - pairs.j).clip(max=len(curves["lag"]) - 1)), ("key", ids[pairs.j])):
+    for name, at in (
+        ("lag", (pairs.i - pairs.j).clip(max=len(curves["lag"]) - 1)),
+        ("key", ids[pairs.j]),
+    ):
         x = curves[name][at]
         if (scale := np.cov(told[name], x)[0, 1] / max(x.var(), 1e-12)) > 0:
             terms[name] = scale * curves[name]
     return terms
 
 
-def difference_terms(ids: Array, pairs: Pairs, features: Array, pair_codes: Sequence[Array]) -> dict[str, Array]:
+def difference_terms(
+    ids: Array, pairs: Pairs, features: Array, pair_codes: Sequence[Array]
+) -> dict[str, Array]:
     """
     match (3, P, P): mean of features[x_i] x features[x_(j - s)] over useful pairs minus that over others; pair: the same by bits of two
     tokens. Scaled to log odds as Fisher's discriminant is: by the difference of their values' means over the variance.
@@ -311,7 +414,11 @@ def difference_terms(ids: Array, pairs: Pairs, features: Array, pair_codes: Sequ
 
     q, keys = features[ids[pairs.i]], [features[ids[(pairs.j - s).clip(0)]] for s in range(3)]
     w = np.stack([(q[u].T @ k[u] - q[~u].T @ k[~u]) / u.sum() for k in keys])
-    terms = {"match": scaled(w, np.add.reduce([((q @ m) * k).sum(1) for m, k in zip(w, keys, strict=True)]))}
+    terms = {
+        "match": scaled(
+            w, np.add.reduce([((q @ m) * k).sum(1) for m, k in zip(w, keys, strict=True)])
+        )
+    }
     if pair_codes:
         product = two_tokens(pair_codes[0], pair_codes[1], ids, pairs).astype(np.float64)
         p = product[u].mean(0) - product[~u].mean(0)
@@ -325,15 +432,21 @@ def two_tokens(a: Array, b: Array, ids: Array, pairs: Pairs) -> Array:
     return a[ids[i - 1]] * b[ids[i]] * a[ids[(j - 2).clip(0)]] * b[ids[j - 1]]
 
 
-def rectified_codes(cutlass: Any, e: Array, text: Text, pairs: Pairs) -> tuple[Array, dict[str, list]]:
+def rectified_codes(
+    cutlass: Any, e: Array, text: Text, pairs: Pairs
+) -> tuple[Array, dict[str, list]]:
     """
     (V, P) int8: whether each number of a token's embedding lies in the lower half of those that stand before keys that are not useful (half
     and half is where a bit tells most), and those critical ranges.
     """
     names = [f"code {p}" for p in range(e.shape[1])]
-    r = cutlass.Rectifier(groups={n: [n] for n in names}, sdfilter=None, snap=0.0, quantile_bounds=(0.0, 0.5))
+    r = cutlass.Rectifier(
+        groups={n: [n] for n in names}, sdfilter=None, snap=0.0, quantile_bounds=(0.0, 0.5)
+    )
     r.fit(e[text.ids[pairs.j - 1]].astype(np.float64), ~pairs.useful, feature_names=names)
-    return np.where(e > r.rmax_, -1, 1).astype(np.int8), {n: [None, float(x)] for n, x in zip(names, r.rmax_, strict=True)}
+    return np.where(e > r.rmax_, -1, 1).astype(np.int8), {
+        n: [None, float(x)] for n, x in zip(names, r.rmax_, strict=True)
+    }
 
 
 def spell(raw: Array, bits: int = 3) -> tuple[Array, Array]:
@@ -361,31 +474,56 @@ def matrices(terms: dict[str, Array], rows: Array) -> dict[str, Array]:
     if "key" in terms:
         out["key"] = np.broadcast_to(terms["key"][rows][:, None], (R, T, T)).astype(np.float32)
     if "match" in terms:
-        keys = sum(before(terms["codes"], s) @ w.T.astype(np.float32) for s, w in enumerate(terms["match"]))
+        keys = sum(
+            before(terms["codes"], s) @ w.T.astype(np.float32) for s, w in enumerate(terms["match"])
+        )
         out["match"] = before(terms["codes"], 0) @ np.swapaxes(keys, 1, 2)
     if "pair" in terms:
         a, b = terms["pair_query"], terms["pair_now"]
-        out["pair"] = (before(a, 1) * before(b, 0) * terms["pair"]) @ (before(a, 2) * before(b, 1)).transpose(0, 2, 1)
+        out["pair"] = (before(a, 1) * before(b, 0) * terms["pair"]) @ (
+            before(a, 2) * before(b, 1)
+        ).transpose(0, 2, 1)
     return out
 
 
 def values_of(terms: dict[str, Array], ids: Array, pairs: Pairs) -> dict[str, Array]:
     """What each group adds to each of the pairs (n,)."""
     i, j = pairs.i, pairs.j
-    out = {"lag": np.pad(terms["lag"], (0, 1))[(i - j).clip(max=len(terms["lag"]))]} if "lag" in terms else {}
+    out = (
+        {"lag": np.pad(terms["lag"], (0, 1))[(i - j).clip(max=len(terms["lag"]))]}
+        if "lag" in terms
+        else {}
+    )
     if "key" in terms:
         out["key"] = terms["key"][ids[j]]
     if "match" in terms:
-        q, k = terms["codes"][ids[i]].astype(np.float32), [terms["codes"][ids[(j - s).clip(0)]] for s in range(len(terms["match"]))]
-        out["match"] = np.add.reduce([((q @ w.astype(np.float32)) * x).sum(1) for w, x in zip(terms["match"], k, strict=True)])
+        q, k = (
+            terms["codes"][ids[i]].astype(np.float32),
+            [terms["codes"][ids[(j - s).clip(0)]] for s in range(len(terms["match"]))],
+        )
+        out["match"] = np.add.reduce(
+            [
+                ((q @ w.astype(np.float32)) * x).sum(1)
+                for w, x in zip(terms["match"], k, strict=True)
+            ]
+        )
     if "pair" in terms:
-        out["pair"] = two_tokens(terms["pair_query"], terms["pair_now"], ids, pairs) @ terms["pair"].astype(np.float32)
+        out["pair"] = two_tokens(terms["pair_query"], terms["pair_now"], ids, pairs) @ terms[
+            "pair"
+        ].astype(np.float32)
     return out
 
 
-def finish(terms: dict[str, Array], a: Namespace, ids: Array, pairs: Pairs) -> tuple[dict[str, Array], dict[str, float]]:
+def finish(
+    terms: dict[str, Array], a: Namespace, ids: Array, pairs: Pairs
+) -> tuple[dict[str, Array], dict[str, float]]:
     """The wanted groups, sparse, banded and with a largest value of 1, and what that 1 was before: the strength of each group."""
-    terms = {n: terms[n] for g in a.groups for n in (*GROUPS[g], *(["spans"] if g == "lag" else [])) if n in terms}
+    terms = {
+        n: terms[n]
+        for g in a.groups
+        for n in (*GROUPS[g], *(["spans"] if g == "lag" else []))
+        if n in terms
+    }
     for name in set(terms) & set(GROUPS):
         size = np.abs(terms[name])
         terms[name] = np.where(size < np.quantile(size, a.sparsity), 0, terms[name])
@@ -398,7 +536,9 @@ def finish(terms: dict[str, Array], a: Namespace, ids: Array, pairs: Pairs) -> t
         if most > 0 and np.isfinite(most):
             strength[name], terms[name] = most, (terms[name] / most).astype(np.float32)
     if not strength:
-        raise TooLittle("no term of the prior survived: fit on more --pairs, or allow more --features and --groups")
+        raise TooLittle(
+            "no term of the prior survived: fit on more --pairs, or allow more --features and --groups"
+        )
     out = {n: np.ascontiguousarray(terms[n]) for g in strength for n in GROUPS[g]}
     if spans is not None and "lag" in strength:
         out["spans"] = np.ascontiguousarray(spans[:, : len(out["lag"])], np.float32)
@@ -408,6 +548,8 @@ def finish(terms: dict[str, Array], a: Namespace, ids: Array, pairs: Pairs) -> t
 def discrimination(score: Array, useful: Array) -> tuple[float, float]:
     """AUC (Mann and Whitney; ties count half) and Youden's J (the largest sensitivity + specificity - 1) of a score."""
     levels, place = np.unique(-score, return_inverse=True)
-    counts = (np.bincount(place[w], minlength=len(levels)) / max(w.sum(), 1) for w in (useful, ~useful))
+    counts = (
+        np.bincount(place[w], minlength=len(levels)) / max(w.sum(), 1) for w in (useful, ~useful)
+    )
     hits, misses = (np.r_[0, np.cumsum(c)] for c in counts)
     return float(((hits[1:] + hits[:-1]) / 2 * np.diff(misses)).sum()), float((hits - misses).max())

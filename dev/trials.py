@@ -22,20 +22,44 @@ def options(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentP
     """The options that experiments share; those of comparisons where there are names."""
     p = argparse.ArgumentParser(description=about.split("\n\n")[0], allow_abbrev=False)
     cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-    p.add_argument("--texts", type=Path, required=True, help="folder with wikipedia/, books/, reddit/ and dialog/")
+    p.add_argument(
+        "--texts",
+        type=Path,
+        required=True,
+        help="folder with wikipedia/, books/, reddit/ and dialog/",
+    )
     p.add_argument("--base", type=Path, default=cache / folder, help="where everything is made")
     if not names:
         return p
-    p.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME", help=", ".join(names))
-    p.add_argument("--retime", type=int, default=0, metavar="ROUNDS", help="then time the conditions anew: nothing else should run")
-    p.add_argument("--conditions", nargs="+", metavar="NAME", help="these alone; the others can follow")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=list(names),
+        metavar="NAME",
+        help=", ".join(names),
+    )
+    p.add_argument(
+        "--retime",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="then time the conditions anew: nothing else should run",
+    )
+    p.add_argument(
+        "--conditions", nargs="+", metavar="NAME", help="these alone; the others can follow"
+    )
     return p
 
 
 def run(words: Sequence[str], base: Path) -> None:
     """A command of this repository, with its own base folder. Ends this process with the command's status when it fails: it said why."""
     path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
-    done = subprocess.run([sys.executable, *words], cwd=base, env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=base,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": path},
+    )
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -49,15 +73,29 @@ def prepared(corpus: str, texts: Path, base: Path, vocab_size: int) -> list[str]
     if corpus == "prose":
         if not (base / "texts").exists():
             (base / "texts").symlink_to(texts, target_is_directory=True)
-        data = [f"{name}=texts/{name}:{weight}" for name, weight in (("wikipedia", 0.45), ("books", 0.40), ("reddit", 0.15))]
+        data = [
+            f"{name}=texts/{name}:{weight}"
+            for name, weight in (("wikipedia", 0.45), ("books", 0.40), ("reddit", 0.15))
+        ]
     else:
         file = base / f"{corpus}.jsonl"
         if corpus == "code" and not file.exists():
             run([str(REPO / "dev" / "python_library.py"), str(file)], base)
         elif not file.exists():
-            rows = [json.loads(line) for p in sorted((texts / "dialog").glob("*.jsonl")) for line in p.open(encoding="utf-8")]
-            documents = ["\n".join(f"{m['role']}: {m['content']}" for m in row["messages"]) for row in rows if "messages" in row]
-            file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents if d.strip()), encoding="utf-8")
+            rows = [
+                json.loads(line)
+                for p in sorted((texts / "dialog").glob("*.jsonl"))
+                for line in p.open(encoding="utf-8")
+            ]
+            documents = [
+                "\n".join(f"{m['role']}: {m['content']}" for m in row["messages"])
+                for row in rows
+                if "messages" in row
+            ]
+            file.write_text(
+                "".join(json.dumps({"text": d}) + "\n" for d in documents if d.strip()),
+                encoding="utf-8",
+            )
         data = [f"{corpus}={file.name}"]
     if not (base / "tokenizer" / "tokenizer.json").exists():
         run(["-m", "scripts.tok_train", f"--vocab_size={vocab_size}", "--data", *data], base)
@@ -65,7 +103,15 @@ def prepared(corpus: str, texts: Path, base: Path, vocab_size: int) -> list[str]
     return data
 
 
-def compare(name: str, base: Path, common: str, seeds: int, conditions: Mapping[str, str], kin: Sequence[str], retime: int) -> None:
+def compare(
+    name: str,
+    base: Path,
+    common: str,
+    seeds: int,
+    conditions: Mapping[str, str],
+    kin: Sequence[str],
+    retime: int,
+) -> None:
     """
     One run of scripts.compare: conditions -> their flags, the baseline first; common: flags of all, with --data. It begins with the runs in
     dev/results/, of `name` and, of the same conditions, of its `kin`: experiments with the same base and common flags. Its records go
@@ -74,8 +120,18 @@ def compare(name: str, base: Path, common: str, seeds: int, conditions: Mapping[
     folder = base / "compare" / name
     if not folder.exists():
         _adopt([name, *kin], conditions, folder)
-    words = ["-m", "scripts.compare", f"--name={name}", f"--seeds={seeds}", f"--common={common}", f"--retime={retime}"]
-    words += [f"--{letter}={flags}" for letter, flags in zip("abcdefgh", conditions.values(), strict=False)]
+    words = [
+        "-m",
+        "scripts.compare",
+        f"--name={name}",
+        f"--seeds={seeds}",
+        f"--common={common}",
+        f"--retime={retime}",
+    ]
+    words += [
+        f"--{letter}={flags}"
+        for letter, flags in zip("abcdefgh", conditions.values(), strict=False)
+    ]
     try:
         run([*words, "--names", *conditions], base)
     finally:
@@ -92,7 +148,9 @@ def _adopt(names: Sequence[str], conditions: Mapping[str, str], folder: Path) ->
         if not (RESULTS / f"{name}.runs.jsonl").exists():
             continue
         theirs = json.loads((RESULTS / f"{name}.plan.json").read_text(encoding="utf-8"))
-        new = {c: flags for c, flags in theirs.items() if c not in plan and (i == 0 or c in conditions)}
+        new = {
+            c: flags for c, flags in theirs.items() if c not in plan and (i == 0 or c in conditions)
+        }
         lines = (RESULTS / f"{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
         runs += [line for line in lines if json.loads(line)["condition"] in new]
         plan |= new

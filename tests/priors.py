@@ -24,21 +24,35 @@ def terms(seed=0, vocab=V, reach=C, P=8, P2=6):
         return (torch.randint(0, 2, shape, generator=g) * 2 - 1).to(torch.int8)
 
     lag = torch.exp(-torch.arange(reach) / 4) + 0.1 * torch.randn(reach, generator=g)
-    match = torch.stack([0.02 * torch.randn(P, P, generator=g), torch.eye(P) / P, torch.zeros(P, P)])
+    match = torch.stack(
+        [0.02 * torch.randn(P, P, generator=g), torch.eye(P) / P, torch.zeros(P, P)]
+    )
     pair = torch.rand(P2, generator=g) / P2
     pair[1] = 0  # some generators leave columns unused
-    out = {"lag": lag, "key": torch.randn(vocab, generator=g), "codes": signs(vocab, P), "match": match}
+    out = {
+        "lag": lag,
+        "key": torch.randn(vocab, generator=g),
+        "codes": signs(vocab, P),
+        "match": match,
+    }
     return out | {"pair_query": signs(vocab, P2), "pair_now": signs(vocab, P2), "pair": pair}
 
 
 def with_spans(reach=C, seed=0, **more):
     """The same and spans for three heads."""
-    return {**terms(seed, reach=reach, **more), "spans": torch.rand(3, reach, generator=torch.Generator().manual_seed(seed))}
+    return {
+        **terms(seed, reach=reach, **more),
+        "spans": torch.rand(3, reach, generator=torch.Generator().manual_seed(seed)),
+    }
 
 
 def write(path: Path, tensors, **about) -> str:
     meta = {"format": "rap-1", "generator": "rules", "tokenizer": PRINT, **about}
-    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={n: v for n, v in meta.items() if v})
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()},
+        path,
+        metadata={n: v for n, v in meta.items() if v},
+    )
     return str(path)
 
 
@@ -46,7 +60,11 @@ def brute(tensors, x, i, j):
     """B_g[i, j] of every group by the formulas of the artifact, for one row of tokens x."""
 
     def at(name, position):
-        return tensors[name][x[position]].double() if position >= 0 else torch.zeros(tensors[name].size(1), dtype=torch.float64)
+        return (
+            tensors[name][x[position]].double()
+            if position >= 0
+            else torch.zeros(tensors[name].size(1), dtype=torch.float64)
+        )
 
     out = {}
     if "lag" in tensors:
@@ -56,9 +74,15 @@ def brute(tensors, x, i, j):
     if "key" in tensors:
         out["key"] = float(tensors["key"][x[j]])
     if "match" in tensors:
-        out["match"] = sum(float(at("codes", i) @ m.double() @ at("codes", j - s)) for s, m in enumerate(tensors["match"]))
+        out["match"] = sum(
+            float(at("codes", i) @ m.double() @ at("codes", j - s))
+            for s, m in enumerate(tensors["match"])
+        )
     if "pair" in tensors:
-        mine, theirs = at("pair_query", i - 1) * at("pair_now", i), at("pair_query", j - 2) * at("pair_now", j - 1)
+        mine, theirs = (
+            at("pair_query", i - 1) * at("pair_now", i),
+            at("pair_query", j - 2) * at("pair_now", j - 1),
+        )
         out["pair"] = float((tensors["pair"].double() * mine * theirs).sum())
     return out
 
@@ -84,9 +108,15 @@ def whole(tensors, idx):
         x = tensors[name].double()[idx]
         return torch.cat((torch.zeros_like(x[:, :s]), x[:, : T - s]), 1)
 
-    out = {"lag": torch.nn.functional.pad(tensors["lag"], (0, T)).double()[(i - j).clamp(min=0)].expand(len(idx), -1, -1)}
+    out = {
+        "lag": torch.nn.functional.pad(tensors["lag"], (0, T))
+        .double()[(i - j).clamp(min=0)]
+        .expand(len(idx), -1, -1)
+    }
     out["key"] = tensors["key"].double()[idx][:, None].expand(-1, T, -1)
-    out["match"] = sum(at("codes", 0) @ m.double() @ at("codes", s).mT for s, m in enumerate(tensors["match"]))
+    out["match"] = sum(
+        at("codes", 0) @ m.double() @ at("codes", s).mT for s, m in enumerate(tensors["match"])
+    )
     mine, theirs = at("pair_query", 1) * at("pair_now", 0), at("pair_query", 2) * at("pair_now", 1)
     out["pair"] = (mine * tensors["pair"].double()) @ theirs.mT
     return {name: B.tril() for name, B in out.items()}
@@ -101,11 +131,15 @@ def made(path, device=CPU, config=None, **knobs):
 
 def model_with(path, seed=3, device=CPU, shape=None, **knobs):
     """A random tiny model with a prior, gates of different sizes."""
-    config, tensors = made(path, device, tiny.config(**(shape or {})), **{"rap_alpha": 1.0, **knobs})
+    config, tensors = made(
+        path, device, tiny.config(**(shape or {})), **{"rap_alpha": 1.0, **knobs}
+    )
     m = tiny.randomise(GPT.build(config), seed)
     m.prior.load_state_dict(tensors)
     with torch.no_grad():
-        m.prior.gates += 0.5 * torch.randn(m.prior.gates.shape, generator=torch.Generator().manual_seed(seed))
+        m.prior.gates += 0.5 * torch.randn(
+            m.prior.gates.shape, generator=torch.Generator().manual_seed(seed)
+        )
     return m
 
 

@@ -26,7 +26,9 @@ def draw(B, H, H_kv, T, D=8, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("T", [1, 2, 7, 128, 200])
 @pytest.mark.parametrize("window", [0, 1, 3, 64, 130])
-def test_attend_is_the_oracle(heads, T, window):  # outputs and gradients, also for T that no block divides
+def test_attend_is_the_oracle(
+    heads, T, window
+):  # outputs and gradients, also for T that no block divides
     exact = draw(2, *heads, T)
     weights = torch.randn(2, heads[0], T, 8, dtype=torch.float64)
     want_in = [x.clone().requires_grad_() for x in exact]
@@ -44,7 +46,9 @@ def test_attend_without_gradients_and_in_bfloat16(window):
     q, k, v = draw(1, 4, 2, 150)
     want = oracle(q, k, v, window)
     with torch.no_grad():
-        torch.testing.assert_close(attend(q.float(), k.float(), v.float(), window).double(), want, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            attend(q.float(), k.float(), v.float(), window).double(), want, atol=2e-5, rtol=1e-4
+        )
         low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), want, atol=0.05, rtol=0.05)
@@ -64,7 +68,9 @@ def cached(cache, q, k, v, sizes, window=0, lengths=None):
     done = [0] * B
     for n in sizes:
         counts = [min(n, lengths[b] - done[b]) for b in range(B)]
-        part = [torch.full((B, x.size(1), n, D), 9.0, dtype=x.dtype) for x in (q, k, v)]  # 9: what padding holds
+        part = [
+            torch.full((B, x.size(1), n, D), 9.0, dtype=x.dtype) for x in (q, k, v)
+        ]  # 9: what padding holds
         for b in range(B):
             for x, y in zip(part, (q, k, v), strict=True):
                 x[b, :, : counts[b]] = y[b, :, done[b] : done[b] + counts[b]]
@@ -96,7 +102,9 @@ def test_ragged_rows_in_the_cache(heads, window):
     want = oracle(q, k, v, window)
     lengths = [20, 13, 2]
     for sizes in ([20], [8, 8, 4], [3, 10, 6, 1], [1] * 20):
-        got = cached(KVCache(2, 3, heads[1], 20, 8, "cpu", torch.float64), q, k, v, sizes, window, lengths)
+        got = cached(
+            KVCache(2, 3, heads[1], 20, 8, "cpu", torch.float64), q, k, v, sizes, window, lengths
+        )
         for b, n in enumerate(lengths):
             torch.testing.assert_close(got[b, :, :n], want[b, :, :n])
 
@@ -146,7 +154,9 @@ def test_the_cache_refuses_more_than_it_holds():
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_no_row_gives_nan(window):  # trap 34: huge scores, padding beyond the capacity, rows of length 0
+def test_no_row_gives_nan(
+    window,
+):  # trap 34: huge scores, padding beyond the capacity, rows of length 0
     q, k, v = draw(2, 4, 2, 9, dtype=torch.float32)
     for x in (q * 1e4, torch.zeros_like(q)):
         leaves = [t.clone().requires_grad_() for t in (x, k, v)]

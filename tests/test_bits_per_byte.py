@@ -43,12 +43,16 @@ def test_guessing_among_256_single_bytes_costs_8_bits():
     m = tiny.model(vocab_size=256)
     with torch.no_grad():
         m.head.weight.zero_()
-    assert bits_per_byte(m, cut(tiny.batch(vocab=256)), np.ones(256), tiny.CPU, 8) == pytest.approx(8.0)
+    assert bits_per_byte(m, cut(tiny.batch(vocab=256)), np.ones(256), tiny.CPU, 8) == pytest.approx(
+        8.0
+    )
 
 
 def test_nothing_to_count_is_nan():
     m, b = tiny.model(), tiny.batch()
-    assert math.isnan(bits_per_byte(m, cut(Batch(b.inputs, torch.full_like(b.targets, -1))), BYTES, tiny.CPU, 8))
+    assert math.isnan(
+        bits_per_byte(m, cut(Batch(b.inputs, torch.full_like(b.targets, -1))), BYTES, tiny.CPU, 8)
+    )
     assert math.isnan(bits_per_byte(m, lambda rows: [], BYTES, tiny.CPU, 8))
     assert math.isnan(bits_per_byte(m, cut(b), np.zeros(61), tiny.CPU, 8))
 
@@ -67,9 +71,16 @@ def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, c
     m.train()
     assert bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8) == pytest.approx(expected, rel=1e-6)
     assert asked == [8, 4, 2, 2, 2, 2] and m.training
-    assert capsys.readouterr().err.splitlines()[-1] == "notice: out of memory while evaluating: going on with 2 rows at a time"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "notice: out of memory while evaluating: going on with 2 rows at a time"
+    )
 
-    monkeypatch.setattr(m, "token_losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(
+        m,
+        "token_losses",
+        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
+    )
     with pytest.raises(torch.OutOfMemoryError):
         bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8)
     monkeypatch.setattr(m, "token_losses", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
@@ -86,4 +97,6 @@ def test_ranks_are_summed_not_averaged(monkeypatch):
     for part in parts:
         bits_per_byte(m, cut(part), BYTES, replace(tiny.CPU, world_size=2), 8)
     monkeypatch.setattr(loss_eval.dist, "all_reduce", lambda t: t.copy_(sum(sums)))
-    assert bits_per_byte(m, cut(parts[0]), BYTES, replace(tiny.CPU, world_size=2), 8) == pytest.approx(by_hand(m, b), rel=1e-6)
+    assert bits_per_byte(
+        m, cut(parts[0]), BYTES, replace(tiny.CPU, world_size=2), 8
+    ) == pytest.approx(by_hand(m, b), rel=1e-6)

@@ -66,7 +66,9 @@ def test_a_budget_of_time(tmp_path, pace, look, slack):
 
     feed = TimedFeed(clock, pace)
     probes = [Probe("eval", 0.25, probe, start=True)] if look else []
-    _, run, _ = fit(tmp_path, None, feed, Schedule(decay=0.4), probes, clock=clock, budget_seconds=100.0)
+    _, run, _ = fit(
+        tmp_path, None, feed, Schedule(decay=0.4), probes, clock=clock, budget_seconds=100.0
+    )
     mults = [r["lr_mult"] for r in rows(tmp_path)]
     assert mults[0] == 1.0 and mults == sorted(mults, reverse=True)
     assert clock.now - 1000 <= 100 + slack + 1e-6, "at most one step over the deadline"
@@ -93,10 +95,21 @@ def test_time_spent_is_kept_over_a_resume_and_the_rate_does_not_jump(tmp_path):
 
     probes = [Probe("eval", 0.3, probe, start=True)]
     with pytest.raises(trainer.Interrupted):
-        fit(tmp_path, None, Stopping(clock, lambda i: 1.0), Schedule(decay=0.5), probes, clock=clock, budget_seconds=100.0)
+        fit(
+            tmp_path,
+            None,
+            Stopping(clock, lambda i: 1.0),
+            Schedule(decay=0.5),
+            probes,
+            clock=clock,
+            budget_seconds=100.0,
+        )
     before = rows(tmp_path)[-1]
     m = tiny.model()
-    run, o = tiny.run(tmp_path, m, clock=clock, budget_seconds=100.0, step=before["step"]), tiny.optimizer(m)
+    run, o = (
+        tiny.run(tmp_path, m, clock=clock, budget_seconds=100.0, step=before["step"]),
+        tiny.optimizer(m),
+    )
     feed = TimedFeed(clock, lambda i: 1.0)
     trainer.restore(run, checkpoint.find(tmp_path), m, o, feed)
     assert run.seconds == pytest.approx(before["seconds"])
@@ -119,10 +132,20 @@ def test_a_look_that_takes_long_hides_no_other(tmp_path):
 
     feed = TimedFeed(clock, lambda i: 1.0)
     quick = Probe("quick", 0.48, lambda: {"n": 1})
-    fit(tmp_path, None, feed, PLAIN, [Probe("slow", 0.45, slow), quick], clock=clock, budget_seconds=109.0)
+    fit(
+        tmp_path,
+        None,
+        feed,
+        PLAIN,
+        [Probe("slow", 0.45, slow), quick],
+        clock=clock,
+        budget_seconds=109.0,
+    )
     progress = {r["step"]: r["progress"] for r in rows(tmp_path)}
     looks = [r["step"] for r in rows(tmp_path, "quick")]
-    assert looks[0] == 0, "under a budget everything is looked at once first, so that its time is known"
+    assert looks[0] == 0, (
+        "under a budget everything is looked at once first, so that its time is known"
+    )
     assert progress[looks[1]] == pytest.approx(0.55, abs=0.011)
 
 
@@ -130,16 +153,39 @@ speeds = st.floats(0.5, 12.0)
 costs = st.floats(0, 12.0)
 
 
-PLAINLY = {"slow": 1.0, "quick": 1.0, "at": 0, "evaluation": 0.0, "sample": 0.0, "saving": 0.0, "every": 0.5, "seldom": 0}
+PLAINLY = {
+    "slow": 1.0,
+    "quick": 1.0,
+    "at": 0,
+    "evaluation": 0.0,
+    "sample": 0.0,
+    "saving": 0.0,
+    "every": 0.5,
+    "seldom": 0,
+}
 
 
 @settings(max_examples=15, deadline=None)
-@example(**{**PLAINLY, "evaluation": 10.0, "every": 7})  # one is due when there is only time for the last
+@example(
+    **{**PLAINLY, "evaluation": 10.0, "every": 7}
+)  # one is due when there is only time for the last
 @example(**{**PLAINLY, "sample": 9.0, "seldom": 1000})  # not seen before the end
-@example(**{**PLAINLY, "evaluation": 4.0, "sample": 9.0, "seldom": 0.48})  # never due together before the end
-@given(slow=speeds, quick=speeds, at=st.integers(0, 40), evaluation=costs, sample=costs, saving=costs,
-       every=st.sampled_from([0.1, 0.33, 0.5, 7]), seldom=st.sampled_from([0, 0.48, 0.99, 1000]))  # fmt: skip
-def test_the_deadline_holds(tmp_path_factory, slow, quick, at, evaluation, sample, saving, every, seldom):
+@example(
+    **{**PLAINLY, "evaluation": 4.0, "sample": 9.0, "seldom": 0.48}
+)  # never due together before the end
+@given(
+    slow=speeds,
+    quick=speeds,
+    at=st.integers(0, 40),
+    evaluation=costs,
+    sample=costs,
+    saving=costs,
+    every=st.sampled_from([0.1, 0.33, 0.5, 7]),
+    seldom=st.sampled_from([0, 0.48, 0.99, 1000]),
+)
+def test_the_deadline_holds(
+    tmp_path_factory, slow, quick, at, evaluation, sample, saving, every, seldom
+):
     """
     Whatever the speed, also when it changes, and whatever is due when: at most a step and a save too late, and never early. The rate
     plateaus, falls, and is at its floor when the run ends.
@@ -154,13 +200,25 @@ def test_the_deadline_holds(tmp_path_factory, slow, quick, at, evaluation, sampl
 
         return act
 
-    probes = [Probe("eval", every, takes(evaluation, lambda: {"val_bpb": 1.0}), start=True), Probe("sample", seldom, takes(sample, dict))]
+    probes = [
+        Probe("eval", every, takes(evaluation, lambda: {"val_bpb": 1.0}), start=True),
+        Probe("sample", seldom, takes(sample, dict)),
+    ]
     feed = TimedFeed(clock, lambda i: slow if i < at else quick)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", takes(saving, save))
         patch.setattr(trainer, "_step", lambda *_: 1.0)  # what is computed does not matter here
         try:
-            _, run, _ = fit(path, None, feed, Schedule(decay=0.4), probes, clock=clock, budget_seconds=budget, save_every=0.3)
+            _, run, _ = fit(
+                path,
+                None,
+                feed,
+                Schedule(decay=0.4),
+                probes,
+                clock=clock,
+                budget_seconds=budget,
+                save_every=0.3,
+            )
         except UserError as e:
             assert 2 * (evaluation + sample + saving) >= budget - 1e-6 and "holds no step" in str(e)
             return
@@ -183,8 +241,19 @@ def test_a_budget_that_holds_no_step(tmp_path):
         return {"val_bpb": 1.0}
 
     feed = TimedFeed(clock, lambda i: 1.0)
-    with pytest.raises(UserError, match=r"a budget of 100 s holds no step: 60 s had gone before the first and 60 s are kept .*minutes=4"):
-        fit(tmp_path, None, feed, PLAIN, [Probe("eval", 0.1, probe, start=True)], clock=clock, budget_seconds=100.0)
+    with pytest.raises(
+        UserError,
+        match=r"a budget of 100 s holds no step: 60 s had gone before the first and 60 s are kept .*minutes=4",
+    ):
+        fit(
+            tmp_path,
+            None,
+            feed,
+            PLAIN,
+            [Probe("eval", 0.1, probe, start=True)],
+            clock=clock,
+            budget_seconds=100.0,
+        )
     assert feed.step == 0
 
 
@@ -198,12 +267,29 @@ TOKENS = 1024
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
-    return base, [*tiny.workplace(base), "--context_stages", "8@0", "16@0.5", "32@0.8", "--compile=off"]
+    return base, [
+        *tiny.workplace(base),
+        "--context_stages",
+        "8@0",
+        "16@0.5",
+        "32@0.8",
+        "--compile=off",
+    ]
 
 
 def horizons() -> dict[str, tuple[list[str], int | None]]:
     """Flags of four runs -> the steps that they should take, None where the clock decides."""
-    m = GPT.build(GPTConfig(sequence_len=32, vocab_size=Tokenizer.load().vocab_size, n_layer=2, n_embd=32, n_head=4, n_kv_head=2), "meta")
+    m = GPT.build(
+        GPTConfig(
+            sequence_len=32,
+            vocab_size=Tokenizer.load().vocab_size,
+            n_layer=2,
+            n_embd=32,
+            n_head=4,
+            n_kv_head=2,
+        ),
+        "meta",
+    )
     flops = 0.5 * m.flops_per_token(8) + 0.3 * m.flops_per_token(16) + 0.2 * m.flops_per_token(32)
     return {
         "steps": (["--num_iterations=20"], 20),
@@ -227,7 +313,9 @@ def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
     step, evaluate = trainer._step, stage.of_shards
 
     def stepping(run, *rest):
-        clock.now += pace * (1 + (run.step > 12))  # in the middle of the run the machine gets another job
+        clock.now += pace * (
+            1 + (run.step > 12)
+        )  # in the middle of the run the machine gets another job
         if interrupt and run.tokens and run.progress(rest[2]) > 0.75:
             interrupt.pop()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -248,15 +336,28 @@ def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
 
     run = base / "checkpoints" / "base" / name
     train, meta = rows(run), checkpoint.read_meta(checkpoint.find(run))
-    assert meta["done"] and set(looked) == {32} and [r["step"] for r in train] == list(range(1, len(train) + 1))
+    assert (
+        meta["done"]
+        and set(looked) == {32}
+        and [r["step"] for r in train] == list(range(1, len(train) + 1))
+    )
     assert all(r["tokens"] == TOKENS * r["step"] for r in train), "the batch in tokens is kept"
     before = [0.0, *(r["progress"] for r in train[:-1])]
-    assert all(STAGES.at(b) <= r["context"] <= STAGES.at(r["progress"]) for b, r in zip(before, train, strict=True))
+    assert all(
+        STAGES.at(b) <= r["context"] <= STAGES.at(r["progress"])
+        for b, r in zip(before, train, strict=True)
+    )
     assert {r["context"] for r in train} == {8, 16, 32}
     mults = [r["lr_mult"] for r in train]
-    assert mults[0] == 1.0 and mults == sorted(mults, reverse=True) and 0.5 <= mults.count(1.0) / len(mults) <= 0.75
+    assert (
+        mults[0] == 1.0
+        and mults == sorted(mults, reverse=True)
+        and 0.5 <= mults.count(1.0) / len(mults) <= 0.75
+    )
     if steps:
-        assert len(train) == steps and [r["context"] for r in train] == [STAGES.at(i / steps) for i in range(steps)]
+        assert len(train) == steps and [r["context"] for r in train] == [
+            STAGES.at(i / steps) for i in range(steps)
+        ]
         assert mults[-1] == pytest.approx(1 / steps / 0.4)
     else:
         budget = {"slow": 120, "fast": 180}[name]
@@ -280,22 +381,40 @@ def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
         monkeypatch.setattr(trainer, "_step", stepping)
         for _ in stops:
             with pytest.raises(KeyboardInterrupt):
-                base_train.main([*flags, f"--model_tag={tag}", "--num_iterations=16", "--eval_every=5", "--resume=auto"])
-        base_train.main([*flags, f"--model_tag={tag}", "--num_iterations=16", "--eval_every=5", "--resume=auto"])
+                base_train.main(
+                    [
+                        *flags,
+                        f"--model_tag={tag}",
+                        "--num_iterations=16",
+                        "--eval_every=5",
+                        "--resume=auto",
+                    ]
+                )
+        base_train.main(
+            [*flags, f"--model_tag={tag}", "--num_iterations=16", "--eval_every=5", "--resume=auto"]
+        )
         folder = base / "checkpoints" / "base" / tag
         m = checkpoint.Tensors(checkpoint.find(folder) / "model.safetensors")
         return tiny.losses(folder), dict(m), [r["step"] for r in rows(folder, "eval")]
 
     (losses, weights, looks), (again, others, seen) = run("whole"), run("parts", 10, 14)
     assert losses == again and len(losses) == 16 and tiny.same(weights, others)
-    assert looks == seen == [0, 5, 10, 15, 16], "an evaluation that a signal came before is made up for"
+    assert looks == seen == [0, 5, 10, 15, 16], (
+        "an evaluation that a signal came before is made up for"
+    )
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (["--context_stages", "8@0", "16@0.5", "--num_iterations=2"], "the last context stage has 16 tokens, but sequence_len is 32"),
-        (["--context_stages", "12@0", "32@0.5", "--num_iterations=2"], "whole number of rows of 12 and of 32: try --total_batch_size=1056"),
+        (
+            ["--context_stages", "8@0", "16@0.5", "--num_iterations=2"],
+            "the last context stage has 16 tokens, but sequence_len is 32",
+        ),
+        (
+            ["--context_stages", "12@0", "32@0.5", "--num_iterations=2"],
+            "whole number of rows of 12 and of 32: try --total_batch_size=1056",
+        ),
         (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "8@0.5 comes after 32@0"),
         (["--num_iterations=0"], "--num_iterations=0 is no length of a run"),
         (["--target_flops=nan"], "--target_flops=nan is no length of a run"),

@@ -23,7 +23,13 @@ from nanochat.eval import chat as chat_eval
 from nanochat.eval.tasks import tinyworld
 from nanochat.model import checkpoint
 
-SHAPE = ["--depth=1", "--model_dim=32", "--head_dim=16", "--sequence_len=128", "--total_batch_size=512"]
+SHAPE = [
+    "--depth=1",
+    "--model_dim=32",
+    "--head_dim=16",
+    "--sequence_len=128",
+    "--total_batch_size=512",
+]
 CPU = ["--device_type=cpu", "--dtype=float32"]
 
 
@@ -34,9 +40,38 @@ def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv("NANOCHAT_BASE_DIR", str(folder))
         tok_train.main(["--data", "tinyworld@0.2", "--vocab_size=400"])
-        base_train.main([*SHAPE, *CPU, "--data", "tinyworld@0.2", "--num_iterations=4", "--eval_tokens=2000", "--sample_every=0"])
-        mid_train.main([*CPU, "--data", "tinyworld@60", "--text", "tinyworld@0.2", "--num_iterations=3", "--eval_tokens=2000"])
-        chat_sft.main([*CPU, "--data", "tinyworld@30", "--conversations_per_step=4", "--epochs=1", "--eval_tokens=2000"])
+        base_train.main(
+            [
+                *SHAPE,
+                *CPU,
+                "--data",
+                "tinyworld@0.2",
+                "--num_iterations=4",
+                "--eval_tokens=2000",
+                "--sample_every=0",
+            ]
+        )
+        mid_train.main(
+            [
+                *CPU,
+                "--data",
+                "tinyworld@60",
+                "--text",
+                "tinyworld@0.2",
+                "--num_iterations=3",
+                "--eval_tokens=2000",
+            ]
+        )
+        chat_sft.main(
+            [
+                *CPU,
+                "--data",
+                "tinyworld@30",
+                "--conversations_per_step=4",
+                "--epochs=1",
+                "--eval_tokens=2000",
+            ]
+        )
         yield folder
 
 
@@ -47,10 +82,14 @@ def here(base, monkeypatch):
 
 
 def test_stages_hand_down(here):
-    metas = {stage: checkpoint.read_meta(checkpoint.locate(stage)) for stage in ("base", "mid", "sft")}
+    metas = {
+        stage: checkpoint.read_meta(checkpoint.locate(stage)) for stage in ("base", "mid", "sft")
+    }
     assert {m["config"]["n_embd"] for m in metas.values()} == {32}
     assert all(m["done"] for m in metas.values())
-    assert metas["mid"]["plan"]["rows"] == metas["base"]["plan"]["rows"], "midtraining keeps the batch of pretraining"
+    assert metas["mid"]["plan"]["rows"] == metas["base"]["plan"]["rows"], (
+        "midtraining keeps the batch of pretraining"
+    )
     assert metas["sft"]["step"] == 8, "30 conversations, 4 a step, the last step short"
     assert metas["mid"]["knobs"]["dtype"] == "float32"
     assert checkpoint.locate("sft").parent.name == "d1"
@@ -66,7 +105,12 @@ def test_questions_and_summary(here, capsys):
     assert kept == made and kept["minutes"] == 1.5
     assert set(kept["stages"]) == {"base", "mid", "sft"}
     for stage in kept["stages"].values():
-        assert stage["val_bpb"] > 0 and stage["n"] == 16 and stage["tokens"] > 0 and set(stage["kinds"]) == set(tinyworld.KINDS)
+        assert (
+            stage["val_bpb"] > 0
+            and stage["n"] == 16
+            and stage["tokens"] > 0
+            and set(stage["kinds"]) == set(tinyworld.KINDS)
+        )
     assert "assistant:" in capsys.readouterr().out
 
 
@@ -76,12 +120,25 @@ def test_base_loss_and_base_eval(here):
     seen = base_eval.main([*CPU, "--eval_tokens=2000", "--max_tokens=4"])
     assert seen["bpb"] == {"tinyworld/val": bpb["tinyworld/val"]}
     assert all(len(texts) == 2 for texts in seen["samples"].values())
-    assert [r for r in logbook.read(checkpoint.run_directory("base", "d1")) if r["kind"] == "base_eval"]
+    assert [
+        r for r in logbook.read(checkpoint.run_directory("base", "d1")) if r["kind"] == "base_eval"
+    ]
 
 
 def test_a_finished_stage_has_nothing_to_do(here, capsys):
     before = checkpoint.locate("mid").stat().st_mtime_ns
-    mid_train.main([*CPU, "--data", "tinyworld@60", "--text", "tinyworld@0.2", "--num_iterations=3", "--eval_tokens=2000", "--resume=auto"])
+    mid_train.main(
+        [
+            *CPU,
+            "--data",
+            "tinyworld@60",
+            "--text",
+            "tinyworld@0.2",
+            "--num_iterations=3",
+            "--eval_tokens=2000",
+            "--resume=auto",
+        ]
+    )
     assert "nothing to do" in capsys.readouterr().out
     assert checkpoint.locate("mid").stat().st_mtime_ns == before
 
@@ -96,11 +153,16 @@ def test_no_parent_is_said(tmp_path, monkeypatch):
 
 def test_letters_are_chosen_among_the_item_s_own(here):
     tok = Tokenizer.load()
-    model, _ = checkpoint.load_model(checkpoint.locate("sft"), "cpu", torch.float32, tok.fingerprint)
+    model, _ = checkpoint.load_model(
+        checkpoint.locate("sft"), "cpu", torch.float32, tok.fingerprint
+    )
     items = tinyworld.TASKS["choice"].items("val", 12, 0)
     prompts = [clip(tok.render_prompt(tinyworld.prompt(i)), 100) for i in items]
     one_letter = [["C"]] * len(items)
     assert chat_eval.choose_letters(Engine(model, tok), prompts, one_letter) == ["C"] * len(items)
     chosen = chat_eval.choose_letters(Engine(model, tok), prompts, [i["letters"] for i in items])
-    alone = [chat_eval.choose_letters(Engine(model, tok), [p], [i["letters"]])[0] for p, i in zip(prompts, items, strict=True)]
+    alone = [
+        chat_eval.choose_letters(Engine(model, tok), [p], [i["letters"]])[0]
+        for p, i in zip(prompts, items, strict=True)
+    ]
     assert chosen == alone, "padding must not change a choice"

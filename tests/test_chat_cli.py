@@ -23,15 +23,27 @@ TEXT = "The cat sat on the mat. What is 12+30? It is 42. Grüße, 世界 😀�
 
 
 def put(stage, tokenizer, tag="d2", fingerprint=None, sequence_len=64):
-    config = GPTConfig(sequence_len=sequence_len, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+    config = GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=tokenizer.vocab_size,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=1,
+        n_embd=32,
+    )
     m = GPT.build(config)
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in m.parameters():
             p.normal_(0, 0.3, generator=g)
-    meta = {"config": checkpoint.config_dict(config), "tokenizer": fingerprint or tokenizer.fingerprint}
+    meta = {
+        "config": checkpoint.config_dict(config),
+        "tokenizer": fingerprint or tokenizer.fingerprint,
+    }
     optim = {"nothing": torch.zeros(1)}
-    return checkpoint.save(checkpoint.run_directory(stage, tag), 7, dict(m.named_parameters()), optim, meta)
+    return checkpoint.save(
+        checkpoint.run_directory(stage, tag), 7, dict(m.named_parameters()), optim, meta
+    )
 
 
 @pytest.fixture
@@ -44,7 +56,9 @@ def tokenizer(tmp_path, monkeypatch):
 
 def command(name, *words, **more):
     argv = [sys.executable, "-m", f"scripts.{name}", "--device_type=cpu", "--dtype=float32", *words]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120, **more)
+    return subprocess.run(
+        argv, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120, **more
+    )
 
 
 def in_process(monkeypatch, capsys, main, argv, stdin=""):
@@ -68,10 +82,27 @@ class _Lines(list):
 
 def test_one_question_and_out(tokenizer):
     put("sft", tokenizer)
-    first, again = (command("chat_cli", "-p", "What is 12+30?", "-m", "20", "-t", "1") for _ in range(2))
+    first, again = (
+        command("chat_cli", "-p", "What is 12+30?", "-m", "20", "-t", "1") for _ in range(2)
+    )
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout and first.stdout.strip() and "\033" not in first.stdout
-    words = ["-m", "20", "-t", "1", "--seed=1", "-i", "sft", "-g", "d2", "-s", "7", "-k", "0", "--top_p=0.9"]
+    words = [
+        "-m",
+        "20",
+        "-t",
+        "1",
+        "--seed=1",
+        "-i",
+        "sft",
+        "-g",
+        "d2",
+        "-s",
+        "7",
+        "-k",
+        "0",
+        "--top_p=0.9",
+    ]
     other = command("chat_cli", "--prompt=What is 12+30?", *words)
     assert other.returncode == 0 and other.stdout != first.stdout
 
@@ -108,7 +139,9 @@ def test_piped_questions_give_answers_alone(tokenizer, monkeypatch, capsys):
             yield "python_output", "42"
 
     monkeypatch.setattr(chat_cli, "Reply", Said)
-    out, err = in_process(monkeypatch, capsys, chat_cli.main, [], "first\n\n  second \n/clear\nthird\n/quit\nnever\n")
+    out, err = in_process(
+        monkeypatch, capsys, chat_cli.main, [], "first\n\n  second \n/clear\nthird\n/quit\nnever\n"
+    )
     assert out == "one\ntwo 😀\nthree\n"
     assert "calculator: 12+30 = 42" in err
     assert [m["content"] for m in seen[1][0]["messages"]] == ["first", "one", "second"]
@@ -118,8 +151,15 @@ def test_piped_questions_give_answers_alone(tokenizer, monkeypatch, capsys):
 
 def test_system_and_unknown_commands(tokenizer, monkeypatch, capsys):
     put("sft", tokenizer)
-    out, err = in_process(monkeypatch, capsys, chat_cli.main, [], "/system Be brief.\n/sytem\n/help\n")
-    assert out == "" and "a new conversation" in err and "there is no command /sytem" in err and "/clear" in err
+    out, err = in_process(
+        monkeypatch, capsys, chat_cli.main, [], "/system Be brief.\n/sytem\n/help\n"
+    )
+    assert (
+        out == ""
+        and "a new conversation" in err
+        and "there is no command /sytem" in err
+        and "/clear" in err
+    )
 
 
 def test_long_conversations_forget_their_beginning(tokenizer, monkeypatch, capsys):
@@ -134,7 +174,11 @@ def test_text_that_spells_special_tokens_stays_text(tokenizer, monkeypatch, caps
     put("sft", tokenizer, sequence_len=256)
     seen = []
     real = chat_cli.Engine.generate
-    monkeypatch.setattr(chat_cli.Engine, "generate", lambda self, tokens, **more: seen.append(tokens) or real(self, tokens, **more))
+    monkeypatch.setattr(
+        chat_cli.Engine,
+        "generate",
+        lambda self, tokens, **more: seen.append(tokens) or real(self, tokens, **more),
+    )
     in_process(monkeypatch, capsys, chat_cli.main, ["-p", "<|assistant_end|><|bos|>"])
     s = tokenizer.specials
     assert seen[0].count(s["<|bos|>"]) == 1 and s["<|assistant_end|>"] not in seen[0]
@@ -149,7 +193,9 @@ def test_mistakes_are_one_sentence_and_status_2(tokenizer):
         ("-p", "hi", "--temprature=1"): "did you mean --temperature",
     }.items():
         done = command("chat_cli", *words)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, (
+            done.stderr
+        )
 
 
 def test_no_tokenizer(tokenizer, tmp_path, monkeypatch, capsys):
@@ -161,9 +207,19 @@ def test_no_tokenizer(tokenizer, tmp_path, monkeypatch, capsys):
 
 def test_bytes_that_are_no_text(tokenizer):
     put("sft", tokenizer)
-    argv = [sys.executable, "-m", "scripts.chat_cli", "--device_type=cpu", "--dtype=float32", "-m", "8"]
+    argv = [
+        sys.executable,
+        "-m",
+        "scripts.chat_cli",
+        "--device_type=cpu",
+        "--dtype=float32",
+        "-m",
+        "8",
+    ]
     env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run(argv, cwd=ROOT, input=b"caf\xe9 \xff\xfe\n", capture_output=True, timeout=120, env=env)
+    done = subprocess.run(
+        argv, cwd=ROOT, input=b"caf\xe9 \xff\xfe\n", capture_output=True, timeout=120, env=env
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -174,17 +230,50 @@ def test_three_hashes_complete_the_lines_before(tokenizer, monkeypatch, capsys):
     put("base", tokenizer)
     seen = []
     real = chat_cli.Engine.generate
-    monkeypatch.setattr(chat_cli.Engine, "generate", lambda self, tokens, **more: seen.append(tokens) or real(self, tokens, **more))
-    out, err = in_process(monkeypatch, capsys, base_complete.main, [], "The cat\nsat on\n###\n###\nIt is\n###\nleft over\n")
-    assert seen == [tokenizer.encode("The cat\nsat on", bos=True), tokenizer.encode("It is", bos=True)]
-    assert out.index("> The cat") < out.index("> sat on") < out.index("> ###") < out.index("> It is")
+    monkeypatch.setattr(
+        chat_cli.Engine,
+        "generate",
+        lambda self, tokens, **more: seen.append(tokens) or real(self, tokens, **more),
+    )
+    out, err = in_process(
+        monkeypatch,
+        capsys,
+        base_complete.main,
+        [],
+        "The cat\nsat on\n###\n###\nIt is\n###\nleft over\n",
+    )
+    assert seen == [
+        tokenizer.encode("The cat\nsat on", bos=True),
+        tokenizer.encode("It is", bos=True),
+    ]
+    assert (
+        out.index("> The cat") < out.index("> sat on") < out.index("> ###") < out.index("> It is")
+    )
     assert "there is no text before ###" in err and "the last 1 lines were not completed" in err
 
 
 def test_the_line_of_the_issue(tokenizer):
     put("base", tokenizer)
-    argv = [sys.executable, "-m", "scripts.base_complete", "--device-type", "cpu", "-t", "0.5", "-m", "20"]
-    done = subprocess.run(argv, cwd=ROOT, input="The cat\n###\n", capture_output=True, text=True, encoding="utf-8", timeout=120)
+    argv = [
+        sys.executable,
+        "-m",
+        "scripts.base_complete",
+        "--device-type",
+        "cpu",
+        "-t",
+        "0.5",
+        "-m",
+        "20",
+    ]
+    done = subprocess.run(
+        argv,
+        cwd=ROOT,
+        input="The cat\n###\n",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
     assert done.returncode == 0 and "> The cat\n> ###\n" in done.stdout, done.stderr
     done = command("base_complete", "-i", "mid", input="")
     assert done.returncode == 2 and "there is no mid checkpoint" in done.stderr
@@ -201,7 +290,17 @@ class Terminal:
         if self.pid == 0:
             os.chdir(ROOT)
             os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, "-m", f"scripts.{name}", "--device_type=cpu", "--dtype=float32", *words])
+            os.execv(
+                sys.executable,
+                [
+                    sys.executable,
+                    "-m",
+                    f"scripts.{name}",
+                    "--device_type=cpu",
+                    "--dtype=float32",
+                    *words,
+                ],
+            )
         self.shown = ""
 
     def wait(self, text, seconds=60.0):

@@ -23,8 +23,14 @@ from nanochat.tinyworld.conversations import KINDS
 @pytest.fixture(scope="module")
 def engine():
     """An engine of a random tiny model, with no matrix at zero."""
-    tok = Tokenizer.train(["Which one is it? Answer with the letter alone. A B C D - one=A two=B three=C"], 300)
-    model = GPT.build(GPTConfig(sequence_len=192, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    tok = Tokenizer.train(
+        ["Which one is it? Answer with the letter alone. A B C D - one=A two=B three=C"], 300
+    )
+    model = GPT.build(
+        GPTConfig(
+            sequence_len=192, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32
+        )
+    )
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -37,7 +43,10 @@ def parity(item, reply):
     return hashlib.sha256(reply.encode()).digest()[0] % 2 == 0
 
 
-CHOICES = [choice("Which one?" + " Well?" * (i % 7), [f"{'x' * i}{j}" for j in range(2 + i % 4)], 0) for i in range(13)]
+CHOICES = [
+    choice("Which one?" + " Well?" * (i % 7), [f"{'x' * i}{j}" for j in range(2 + i % 4)], 0)
+    for i in range(13)
+]
 FREE = [exchange("Say something" + ", please" * (i % 5), "!", answer="!") for i in range(13)]
 CHOOSE = Task("choose", "choice", 0.25, lambda *_: CHOICES, prompt, gold, is_answer)
 SAY = Task("say", "generative", 0.5, lambda *_: FREE, prompt, gold, parity, max_tokens=12)
@@ -53,24 +62,42 @@ def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_one():
     for n, right in itertools.product((1, 4, 6), range(7)):
         for k in range(1, n + 1) if right <= n else ():
             draws = list(itertools.combinations([i < right for i in range(n)], k))
-            assert chat_eval.pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+            assert chat_eval.pass_at_k(n, right, k) == pytest.approx(
+                sum(map(any, draws)) / len(draws)
+            )
 
 
 def test_results_of_several_samples():
     found = chat_eval.Verdicts([0, 3, 6, 1], samples=6, clipped=1, unfinished=2).result(chance=0.1)
-    assert found["accuracy"] == pytest.approx(10 / 24) and found["n"] == 4 and found["lo"] < 10 / 24 < found["hi"]
-    assert list(found["pass"]) == ["2", "4", "6"] and (found["samples"], found["clipped"], found["unfinished"]) == (6, 1, 2)
-    assert found["pass"]["6"]["accuracy"] == 0.75 and found["pass"]["2"]["chance"] == pytest.approx(0.19)
-    assert found["pass"]["2"]["accuracy"] == pytest.approx((0 + (1 - 3 / 15) + 1 + (1 - 10 / 15)) / 4)
+    assert (
+        found["accuracy"] == pytest.approx(10 / 24)
+        and found["n"] == 4
+        and found["lo"] < 10 / 24 < found["hi"]
+    )
+    assert list(found["pass"]) == ["2", "4", "6"] and (
+        found["samples"],
+        found["clipped"],
+        found["unfinished"],
+    ) == (6, 1, 2)
+    assert found["pass"]["6"]["accuracy"] == 0.75 and found["pass"]["2"]["chance"] == pytest.approx(
+        0.19
+    )
+    assert found["pass"]["2"]["accuracy"] == pytest.approx(
+        (0 + (1 - 3 / 15) + 1 + (1 - 10 / 15)) / 4
+    )
     assert "pass" not in chat_eval.Verdicts([1, 0], 1, 0).result(0.25)
 
 
 def test_chatcore_is_the_mean_of_its_six_tasks_alone():
     by_task = {name: chat_eval.accuracy([True, False], 0.25) for name in chat_eval.CHATCORE}
     assert chat_eval.summarise(by_task)["chatcore"] == pytest.approx(1 / 3)
-    assert chat_eval.summarise({**by_task, "facts": chat_eval.accuracy([True], 0.0)})["chatcore"] == pytest.approx(1 / 3)
+    assert chat_eval.summarise({**by_task, "facts": chat_eval.accuracy([True], 0.0)})[
+        "chatcore"
+    ] == pytest.approx(1 / 3)
     del by_task["MMLU"]
-    assert "chatcore" not in chat_eval.summarise(by_task) and chat_eval.summarise(by_task)["centred"] == pytest.approx(1 / 3)
+    assert "chatcore" not in chat_eval.summarise(by_task) and chat_eval.summarise(by_task)[
+        "centred"
+    ] == pytest.approx(1 / 3)
 
 
 def test_a_letter_is_scored_as_the_token_that_the_gold_reply_begins_with(engine):
@@ -78,7 +105,10 @@ def test_a_letter_is_scored_as_the_token_that_the_gold_reply_begins_with(engine)
     prompts = [tok.render_prompt(prompt(item)) for item in CHOICES]
     chosen = chat_eval.choose_letters(engine, prompts, [item["letters"] for item in CHOICES])
     for item, ids, letter in zip(CHOICES, prompts, chosen, strict=True):
-        ends = {x: {"messages": [*item["messages"][:-1], {"role": "assistant", "content": x}]} for x in item["letters"]}
+        ends = {
+            x: {"messages": [*item["messages"][:-1], {"role": "assistant", "content": x}]}
+            for x in item["letters"]
+        }
         whole = {x: tok.render_conversation(conversation)[0] for x, conversation in ends.items()}
         assert all(w[: len(ids)] == ids for w in whole.values())
         logits = model.logits(model(torch.tensor([ids])))[0, -1]
@@ -105,15 +135,20 @@ def test_labels_longer_than_a_token_are_scored_whole(engine):
 
 def test_no_result_depends_on_how_many_are_asked_at_a_time(engine):
     for task, items, more in (
-        (CHOOSE, CHOICES, {}), (SAY, FREE, {}), (SAY, FREE, {"num_samples": 3, "temperature": 1.0}), (SAY, FREE[:7], {"temperature": 0.7}),
-    ):  # fmt: skip
+        (CHOOSE, CHOICES, {}),
+        (SAY, FREE, {}),
+        (SAY, FREE, {"num_samples": 3, "temperature": 1.0}),
+        (SAY, FREE[:7], {"temperature": 0.7}),
+    ):
         seen = [chat_eval.judge(engine, task, items, rows=rows, **more) for rows in (1, 4, 64)]
         assert seen[0] == seen[1] == seen[2]
         assert 0 < sum(seen[0].right) < len(items) * seen[0].samples
     sampled = {"num_samples": 3, "temperature": 1.0}
     few, many = (chat_eval.judge(engine, SAY, FREE[:n], **sampled).right for n in (5, 13))
     assert few == many[:5], "an item's samples are its own"
-    assert chat_eval.judge(engine, SAY, FREE, seed=1, **sampled) != chat_eval.judge(engine, SAY, FREE, seed=2, **sampled)
+    assert chat_eval.judge(engine, SAY, FREE, seed=1, **sampled) != chat_eval.judge(
+        engine, SAY, FREE, seed=2, **sampled
+    )
 
 
 def test_long_prompts_keep_their_end_and_are_counted(engine, capsys):
@@ -131,7 +166,11 @@ def test_long_prompts_keep_their_end_and_are_counted(engine, capsys):
     found = chat_eval.judge(Spy(engine.model, tok), SAY, items, max_tokens=1000)
     assert found.clipped == 1 and "1 of 3 prompts of say" in capsys.readouterr().err
     kept = max(seen, key=len)
-    assert len(kept) == context - context // 4 and kept[0] == tok.bos and kept[-1] == tok.specials["<|assistant_start|>"]
+    assert (
+        len(kept) == context - context // 4
+        and kept[0] == tok.bos
+        and kept[-1] == tok.specials["<|assistant_start|>"]
+    )
     assert found.result(0)["clipped"] == 1
     long = choice("Which? " * 200, ["a", "b"], 0)
     assert chat_eval.judge(engine, CHOOSE, [long, *CHOICES[:2]]).clipped == 1
@@ -149,24 +188,38 @@ def test_it_asks_fewer_at_a_time_when_memory_runs_out(engine, monkeypatch, capsy
     monkeypatch.setattr(Engine, "generate_batch", short_of_memory)
     assert chat_eval.judge(engine, SAY, FREE, rows=8) == expected
     assert sizes[:3] == [8, 4, 2] and "going on with 2 questions" in capsys.readouterr().err
-    monkeypatch.setattr(Engine, "generate_batch", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(
+        Engine,
+        "generate_batch",
+        lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")),
+    )
     with pytest.raises(RuntimeError):
         chat_eval.judge(engine, SAY, FREE, rows=2)
 
 
 def test_tasks_by_name(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(execution, "missing", lambda: "")
-    assert [t.name for t in script.named_tasks(["gsm8k", "ARC-Easy", "TinyWorld/Facts", "mmlu", "MMLU"])] == [
-        "GSM8K", "ARC-Easy", "tinyworld/facts", "MMLU",
-    ]  # fmt: skip
+    assert [
+        t.name for t in script.named_tasks(["gsm8k", "ARC-Easy", "TinyWorld/Facts", "mmlu", "MMLU"])
+    ] == [
+        "GSM8K",
+        "ARC-Easy",
+        "tinyworld/facts",
+        "MMLU",
+    ]
     assert len(script.named_tasks(["tinyworld"])) == len(KINDS) == 8
     with pytest.raises(UserError, match=r"no task 'gsm9k' \(did you mean gsm8k\?\)"):
         script.named_tasks(["gsm9k"])
     with pytest.raises(UserError, match="is no folder"):
         script.named_tasks(["gsm8k"], str(tmp_path / "x"))[0].items("val", 1)
-    without = [script.replace(t, missing=lambda: "get a sandbox") if t.name == "HumanEval" else t for t in script.TASKS]
+    without = [
+        script.replace(t, missing=lambda: "get a sandbox") if t.name == "HumanEval" else t
+        for t in script.TASKS
+    ]
     monkeypatch.setattr(script, "TASKS", without)
-    assert tuple(t.name for t in script.named_tasks(["all"])) == tuple(n for n in chat_eval.CHATCORE if n != "HumanEval")
+    assert tuple(t.name for t in script.named_tasks(["all"])) == tuple(
+        n for n in chat_eval.CHATCORE if n != "HumanEval"
+    )
     assert "HumanEval is left out: get a sandbox" in capsys.readouterr().err
     with pytest.raises(UserError, match="HumanEval: get a sandbox"):
         script.named_tasks(["humaneval"])
@@ -177,9 +230,12 @@ def test_tasks_by_name(monkeypatch, capsys, tmp_path):
 def test_the_table_shows_the_last_result_of_every_task_and_stage(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     for stage, step, task, verdicts in (
-        ("mid", 5, "MMLU", [1, 1]), ("sft", 8, "old", [1, 1]), ("sft", 9, "MMLU", [1, 0]), ("sft", 9, "MMLU", [0, 0]),
+        ("mid", 5, "MMLU", [1, 1]),
+        ("sft", 8, "old", [1, 1]),
+        ("sft", 9, "MMLU", [1, 0]),
+        ("sft", 9, "MMLU", [0, 0]),
         ("sft", 9, "GSM8K", [3, 1]),
-    ):  # fmt: skip
+    ):
         samples = 4 if task == "GSM8K" else 1
         summary = chat_eval.summarise({task: chat_eval.Verdicts(verdicts, samples, 0).result(0.25)})
         with logbook.Logbook(tmp_path / "checkpoints" / stage / "t") as log:
@@ -187,7 +243,12 @@ def test_the_table_shows_the_last_result_of_every_task_and_stage(monkeypatch, tm
     table = script.stage_table("t")
     cells = list(zip(*(list(column.cells) for column in table.columns), strict=True))
     rows = {name: [cell.split(" ")[0] for cell in more] for name, *more in cells}
-    assert rows["MMLU"] == ["2", "25%", "100.0%", "0.0%"] and rows["GSM8K"] == ["2", "25%", "", "50.0%"]
+    assert rows["MMLU"] == ["2", "25%", "100.0%", "0.0%"] and rows["GSM8K"] == [
+        "2",
+        "25%",
+        "",
+        "50.0%",
+    ]
     best = (1 + (1 - math.comb(3, 2) / math.comb(4, 2))) / 2
     assert rows["GSM8K pass@2"][3] == f"{best:.1%}" and "old" not in rows and "all" not in rows
     assert script.stage_table("nobody") is None

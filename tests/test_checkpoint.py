@@ -25,7 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def write(directory: Path, step: int, value: float = 1.0, **meta) -> Path:
     tensors = {"w": torch.full((64, 64), value), "b": torch.arange(7.0) + step}
-    return checkpoint.save(directory, step, tensors, {"w/momentum": torch.full((64, 64), -value)}, {**tiny.meta(tiny.model()), **meta})
+    return checkpoint.save(
+        directory,
+        step,
+        tensors,
+        {"w/momentum": torch.full((64, 64), -value)},
+        {**tiny.meta(tiny.model()), **meta},
+    )
 
 
 def found(directory: Path) -> int | None:
@@ -45,7 +51,12 @@ def base(tmp_path, monkeypatch):
 def test_what_is_written_comes_back(tmp_path):
     path = write(tmp_path, 120, tokens=5, last={"eval": {"val_bpb": 0.9}})
     assert path.name == "step_000120"
-    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "meta.json", "model.safetensors", "optim.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "manifest.json",
+        "meta.json",
+        "model.safetensors",
+        "optim.safetensors",
+    ]
     meta, tensors = checkpoint.read_meta(path), checkpoint.Tensors(path / "model.safetensors")
     assert meta["step"] == 120 and meta["last"] == {"eval": {"val_bpb": 0.9}}
     assert set(tensors) == {"w", "b"} and len(tensors) == 2
@@ -67,7 +78,9 @@ def test_amended_metadata(tmp_path):
     for done in (False, True):
         checkpoint.amend(path, {**tiny.meta(tiny.model()), "done": done, "text": "añ"})
         assert not checkpoint.damage(path)
-        assert checkpoint.read_meta(path)["done"] is done and checkpoint.read_meta(path)["step"] == 3
+        assert (
+            checkpoint.read_meta(path)["done"] is done and checkpoint.read_meta(path)["step"] == 3
+        )
 
 
 def test_amending_is_safe_at_every_moment(tmp_path, monkeypatch):
@@ -93,7 +106,10 @@ def test_a_model_comes_back_with_its_tokenizer_checked(tmp_path):
     path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
     again, meta = checkpoint.load_model(path, "cpu", torch.float32, "f" * 64)
     assert tiny.same(tiny.weights(again), tiny.weights(m)) and meta["stage"] == "base"
-    with pytest.raises(UserError, match=r"was trained with tokenizer ffffffffffff, the one in .* is aaaaaaaaaaaa: restore"):
+    with pytest.raises(
+        UserError,
+        match=r"was trained with tokenizer ffffffffffff, the one in .* is aaaaaaaaaaaa: restore",
+    ):
         checkpoint.load_model(path, "cpu", torch.float32, "a" * 64)
 
 
@@ -112,7 +128,11 @@ def test_the_newest_is_found_by_number(tmp_path):
         write(tmp_path, step)
     (tmp_path / "step_notes").mkdir()
     assert found(tmp_path) == 1_000_000
-    assert [checkpoint.read_meta(p)["step"] for p in checkpoint.steps(tmp_path)] == [5, 999_999, 1_000_000]
+    assert [checkpoint.read_meta(p)["step"] for p in checkpoint.steps(tmp_path)] == [
+        5,
+        999_999,
+        1_000_000,
+    ]
     assert checkpoint.find(tmp_path, 5).name == "step_000005"
     assert checkpoint.find(tmp_path, 6) is None and checkpoint.find(tmp_path / "absent") is None
 
@@ -122,7 +142,11 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path):
         write(tmp_path, step)
     (tmp_path / ".step_000060.77.tmp").mkdir()
     checkpoint.prune(tmp_path, 50, keep=2, best=10)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000010", "step_000040", "step_000050"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step_000010",
+        "step_000040",
+        "step_000050",
+    ]
     checkpoint.prune(tmp_path, 50, keep=1, best=None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000050"]
 
@@ -139,9 +163,15 @@ def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path):
 
 
 def test_locating(base):
-    with pytest.raises(UserError, match=r"there is no base checkpoint under .*: make one with python -m scripts.base_train"):
+    with pytest.raises(
+        UserError,
+        match=r"there is no base checkpoint under .*: make one with python -m scripts.base_train",
+    ):
         checkpoint.locate("base")
-    old, new = write(checkpoint.run_directory("base", "d4"), 7), write(checkpoint.run_directory("base", "d2"), 3)
+    old, new = (
+        write(checkpoint.run_directory("base", "d4"), 7),
+        write(checkpoint.run_directory("base", "d2"), 3),
+    )
     os.utime(old, (1, 1))
     assert checkpoint.locate("base") == new
     assert checkpoint.locate("base", "d4") == old
@@ -162,7 +192,9 @@ def test_locating(base):
 def test_any_damage_is_noticed_and_passed_over(tmp_path, seed, capsys):
     write(tmp_path, 10)
     path, rng = write(tmp_path, 20), random.Random(seed)
-    victim = path / rng.choice(["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"])
+    victim = path / rng.choice(
+        ["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"]
+    )
     data = bytearray(victim.read_bytes())
     at = rng.randrange(len(data))
     if seed % 3 == 0:
@@ -176,7 +208,11 @@ def test_any_damage_is_noticed_and_passed_over(tmp_path, seed, capsys):
         victim.unlink()
     assert found(tmp_path) == 10
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "passing over the damaged checkpoint" in said and "step_000020" in said
+    assert (
+        said.count("\n") == 1
+        and "passing over the damaged checkpoint" in said
+        and "step_000020" in said
+    )
 
 
 def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
@@ -184,7 +220,9 @@ def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
     file = path / "model.safetensors"
     for size in (0, 4, 100, file.stat().st_size - 1):
         os.truncate(file, size)
-        with pytest.raises(UserError, match=r"cannot read .*model.safetensors .*damaged or truncated"):
+        with pytest.raises(
+            UserError, match=r"cannot read .*model.safetensors .*damaged or truncated"
+        ):
             checkpoint.Tensors(file)
     for text in ("", "{", "\xff"):
         (path / "meta.json").write_bytes(text.encode("latin-1"))
@@ -198,14 +236,19 @@ def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
 def test_unknown_architecture_knobs():
     meta = tiny.meta(tiny.model())
     meta["config"] = {**meta["config"], "mixture_of": 8}
-    with pytest.raises(UserError, match=r"knobs that this version does not have \(mixture_of\): use the version that wrote it"):
+    with pytest.raises(
+        UserError,
+        match=r"knobs that this version does not have \(mixture_of\): use the version that wrote it",
+    ):
         checkpoint.config_of(meta)
 
 
 def test_another_architecture(tmp_path):
     m = tiny.model()
     path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
-    with pytest.raises(UserError, match=r"holds \(64, 32\) for embed.weight where the model needs \(64, 64\)"):
+    with pytest.raises(
+        UserError, match=r"holds \(64, 32\) for embed.weight where the model needs \(64, 64\)"
+    ):
         checkpoint.fill(tiny.model(n_embd=64), path)
     with pytest.raises(UserError, match=r"holds nothing for blocks.2"):
         checkpoint.fill(tiny.model(n_layer=3), path)
@@ -230,7 +273,10 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails_at, again):
     if fails_at == "meta":
         monkeypatch.setattr(checkpoint, "_sync", lambda path: (_ for _ in ()).throw(full))
     step = 10 if again else 20
-    with pytest.raises(UserError, match=rf"cannot write the checkpoint .*step_0000{step} .*No space left.*: free some space"):
+    with pytest.raises(
+        UserError,
+        match=rf"cannot write the checkpoint .*step_0000{step} .*No space left.*: free some space",
+    ):
         write(tmp_path, step, 2.0)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000010"]
     assert found(tmp_path) == 10
@@ -258,7 +304,12 @@ def test_kill_at_any_moment_of_writing(tmp_path):
     """kill -9 in a loop of saves: whatever was reported written, or something newer, is found intact afterwards."""
     rng, step = random.Random(0), 0
     for _ in range(4):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(step)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(step)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert writer.stdout.readline() == "ready\n"
         time.sleep(rng.uniform(0.05, 0.4))
         writer.send_signal(signal.SIGKILL)
@@ -327,10 +378,26 @@ def test_nothing_that_is_loaded_can_run_code():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
-                assert not {n.split(".")[0] for n in names} & {"pickle", "dill", "joblib", "shelve", "marshal"}, file
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-                plain = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-                assert plain or (node.func.value.id, node.func.attr) not in {("torch", "load"), ("torch", "save")}, file
+                assert not {n.split(".")[0] for n in names} & {
+                    "pickle",
+                    "dill",
+                    "joblib",
+                    "shelve",
+                    "marshal",
+                }, file
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+            ):
+                plain = any(
+                    k.arg == "weights_only" and ast.unparse(k.value) == "True"
+                    for k in node.keywords
+                )
+                assert plain or (node.func.value.id, node.func.attr) not in {
+                    ("torch", "load"),
+                    ("torch", "save"),
+                }, file
 
 
 def test_a_strangers_metadata_is_data(tmp_path):

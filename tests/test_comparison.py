@@ -30,12 +30,20 @@ from nanochat.train.loop import Probe
 
 def test_intervals_are_those_of_the_t_distribution():
     found = interval([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0 and found["lo"] == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-6)
+    assert found["mean"] == 2.0 and found["lo"] == pytest.approx(
+        2 - 4.302653 / math.sqrt(3), abs=1e-6
+    )
     values = [0.3, -0.1, 0.4, 0.2, 0.05]
     ours, theirs = interval(values), stats.ttest_1samp(values, 0)
-    assert (ours["lo"], ours["hi"]) == pytest.approx(tuple(theirs.confidence_interval(0.95))) and ours["p"] == pytest.approx(theirs.pvalue)
+    assert (ours["lo"], ours["hi"]) == pytest.approx(
+        tuple(theirs.confidence_interval(0.95))
+    ) and ours["p"] == pytest.approx(theirs.pvalue)
     assert interval([0.7]) == {"n": 1, "mean": 0.7, "lo": None, "hi": None, "p": None}
-    assert interval([0.0, 0.0])["p"] == 1.0 and interval([1.0, 1.0])["p"] == 0.0 and interval([])["mean"] is None
+    assert (
+        interval([0.0, 0.0])["p"] == 1.0
+        and interval([1.0, 1.0])["p"] == 0.0
+        and interval([])["mean"] is None
+    )
 
 
 def test_intervals_cover_what_they_promise():
@@ -50,7 +58,13 @@ def test_holm():
 
 
 def test_a_target_is_interpolated_on_the_logarithm_of_tokens():
-    curve = [[0, 0, 0.0, 9.0], [1, 100, 5.0, 3.0], [10, 1000, 50.0, 2.0], [20, 2000, 100.0, 2.5], [40, 4000, 200.0, 1.0]]
+    curve = [
+        [0, 0, 0.0, 9.0],
+        [1, 100, 5.0, 3.0],
+        [10, 1000, 50.0, 2.0],
+        [20, 2000, 100.0, 2.5],
+        [40, 4000, 200.0, 1.0],
+    ]
     steps, tokens, seconds, bound = reach(curve, 2.5)
     assert tokens == pytest.approx(10**2.5) and bound == ""
     assert (steps, seconds) == pytest.approx((tokens / 100, tokens / 20))
@@ -61,12 +75,20 @@ def test_a_target_is_interpolated_on_the_logarithm_of_tokens():
 
 def test_savings_and_what_is_known_when_a_target_is_missed():
     saved = ratio_interval([(0.5, ""), (0.5, "")], -1)
-    assert saved["mean"] == pytest.approx(50) and (saved["lo"], saved["hi"]) == pytest.approx((50, 50))
-    assert ratio_interval([(2.0, ""), (0.5, "")], -1)["mean"] == pytest.approx(0), "twice as slow and twice as fast cancel"
+    assert saved["mean"] == pytest.approx(50) and (saved["lo"], saved["hi"]) == pytest.approx(
+        (50, 50)
+    )
+    assert ratio_interval([(2.0, ""), (0.5, "")], -1)["mean"] == pytest.approx(0), (
+        "twice as slow and twice as fast cancel"
+    )
     wide = ratio_interval([(0.8, ""), (0.9, ""), (0.7, "")], -1)
     assert wide["lo"] < wide["mean"] < wide["hi"] < 100
     missed = ratio_interval([(1.0, ">"), (0.8, "")], -1)
-    assert missed["mean"] is None and missed["censored"] == 1 and missed["at_most"] == pytest.approx(100 * (1 - math.sqrt(0.8)))
+    assert (
+        missed["mean"] is None
+        and missed["censored"] == 1
+        and missed["at_most"] == pytest.approx(100 * (1 - math.sqrt(0.8)))
+    )
     assert ratio_interval([(0.6, "<")], -1)["at_least"] == pytest.approx(40)
     assert not {"at_most", "at_least"} & set(ratio_interval([(1.0, ">"), (1.0, "<")], -1))
 
@@ -75,7 +97,14 @@ def made(condition, seed, bpb, step_ms=100.0, speed=1.0):
     """A finished run of 40 steps of 1,000 tokens whose curve falls as 3 - log10(tokens) x 0.2, shifted to end at bpb."""
     at = lambda n: bpb + 0.2 * math.log10(40 / n) / speed  # noqa: E731
     curve = [[0, 0, 0.0, 9.0]] + [[n, 1000 * n, n * step_ms / 1e3, at(n)] for n in range(2, 41, 2)]
-    size = {"steps": 40, "tokens": 40_000, "parameters": 1000, "flops_per_token": 6000.0, "peak_memory_bytes": 10**9, "wall_seconds": 9.0}
+    size = {
+        "steps": 40,
+        "tokens": 40_000,
+        "parameters": 1000,
+        "flops_per_token": 6000.0,
+        "peak_memory_bytes": 10**9,
+        "wall_seconds": 9.0,
+    }
     return {
         "condition": condition,
         "seed": seed,
@@ -95,40 +124,78 @@ def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):  # trap 30
     runs += [made("bad", s, 2.1 + e + 0.002 * s) for s, e in enumerate(noise)]
     flags = dict.fromkeys(("none", "good", "noisy", "bad"), "--x")
     good, noisy, bad = analyse(runs, flags)["pairs"]
-    assert good["final_bpb_delta"]["mean"] == pytest.approx(-0.0985) and good["final_bpb_delta"]["verdict"] == "better"
+    assert (
+        good["final_bpb_delta"]["mean"] == pytest.approx(-0.0985)
+        and good["final_bpb_delta"]["verdict"] == "better"
+    )
     # seed 0: down by 0.1, and a decade of tokens is worth 0.2
-    assert 60 < good["saved_tokens_pct"]["lo"] < 100 * (1 - 10**-0.5) + 1 < 70 and good["saved_tokens_pct"]["verdict"] == "better"
-    assert good["saved_seconds_pct"]["mean"] == pytest.approx(100 - (100 - good["saved_tokens_pct"]["mean"]) * 1.1)
-    assert good["step_time_pct"]["mean"] == pytest.approx(10) and good["step_time_pct"]["verdict"] == "worse"
-    assert noisy["final_bpb_delta"]["verdict"] == noisy["saved_tokens_pct"]["verdict"] == "no difference seen"
-    assert noisy["step_time_pct"]["verdict"] == "no difference seen" and noisy["step_time_pct"]["mean"] == 0
-    assert bad["final_bpb_delta"]["verdict"] == "worse" and bad["saved_tokens_pct"]["hi"] < 0, "a loser has a loss, not a blank"
+    assert (
+        60 < good["saved_tokens_pct"]["lo"] < 100 * (1 - 10**-0.5) + 1 < 70
+        and good["saved_tokens_pct"]["verdict"] == "better"
+    )
+    assert good["saved_seconds_pct"]["mean"] == pytest.approx(
+        100 - (100 - good["saved_tokens_pct"]["mean"]) * 1.1
+    )
+    assert (
+        good["step_time_pct"]["mean"] == pytest.approx(10)
+        and good["step_time_pct"]["verdict"] == "worse"
+    )
+    assert (
+        noisy["final_bpb_delta"]["verdict"]
+        == noisy["saved_tokens_pct"]["verdict"]
+        == "no difference seen"
+    )
+    assert (
+        noisy["step_time_pct"]["verdict"] == "no difference seen"
+        and noisy["step_time_pct"]["mean"] == 0
+    )
+    assert bad["final_bpb_delta"]["verdict"] == "worse" and bad["saved_tokens_pct"]["hi"] < 0, (
+        "a loser has a loss, not a blank"
+    )
     assert good["final_bpb_delta"]["p_holm"] >= good["final_bpb_delta"]["p"]
     (one,) = analyse([r for r in runs if r["seed"] == 0], {"none": "", "good": ""})["pairs"]
     assert {one[m]["verdict"] for m in comparison.MEASURES} == {"one seed shows nothing"}
     far = analyse(runs, flags, target=1.0)
-    assert "not met" in far["pairs"][0]["saved_tokens_pct"]["verdict"] and far["conditions"][0]["to_target"] == {
-        "tokens": None, "steps": None, "seconds": None, "reached": 0, "of": 4,
-    }  # fmt: skip
+    assert "not met" in far["pairs"][0]["saved_tokens_pct"]["verdict"] and far["conditions"][0][
+        "to_target"
+    ] == {
+        "tokens": None,
+        "steps": None,
+        "seconds": None,
+        "reached": 0,
+        "of": 4,
+    }
     lost = [*runs[:7], {"condition": "good", "seed": 3, "error": "the loss is nan"}]
     (pair,) = analyse(lost, {"none": "", "good": ""})["pairs"]
-    assert pair["n_seeds"] == 3 and "1 of its pairs" in pair["final_bpb_delta"]["verdict"], "a run that failed is never left out"
+    assert pair["n_seeds"] == 3 and "1 of its pairs" in pair["final_bpb_delta"]["verdict"], (
+        "a run that failed is never left out"
+    )
     for found, svgs in ((lost, 4), ([], 0)):
         results = analyse(found, flags)
         page = comparison.build("x <b>", results, found, tmp_path / "page.html").read_text()
-        assert "x &lt;b&gt;" in page and page.count("<svg") == svgs and ("seed 3: the loss is nan" in page) == bool(svgs)
+        assert (
+            "x &lt;b&gt;" in page
+            and page.count("<svg") == svgs
+            and ("seed 3: the loss is nan" in page) == bool(svgs)
+        )
         assert json.dumps(results, allow_nan=False)
 
 
 def test_training_seconds_leave_out_first_steps_and_everything_between(tmp_path):
     with Logbook(tmp_path, config={}, step=0) as book:
         for step, spent in enumerate([7.0, 7.5, 8.0, 8.5], 1):
-            book.log(step=step, tokens=100 * step, seconds=100.0 * step, tok_per_sec=100 * step / spent)
+            book.log(
+                step=step, tokens=100 * step, seconds=100.0 * step, tok_per_sec=100 * step / spent
+            )
     with Logbook(tmp_path, config={}, step=3) as book:  # killed, and gone on with from step 3
         for step, spent in enumerate([4.0, 4.6], 4):
-            book.log(step=step, tokens=100 * step, seconds=999.0, tok_per_sec=100 * (step - 3) / spent)
+            book.log(
+                step=step, tokens=100 * step, seconds=999.0, tok_per_sec=100 * (step - 3) / spent
+            )
     seconds, usual = comparison._clock(comparison.logbook.read(tmp_path))
-    assert usual == pytest.approx(0.5) and seconds == pytest.approx({0: 0, 1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0, 5: 2.6})
+    assert usual == pytest.approx(0.5) and seconds == pytest.approx(
+        {0: 0, 1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0, 5: 2.6}
+    )
 
 
 # ---- running
@@ -138,7 +205,9 @@ def test_training_seconds_leave_out_first_steps_and_everything_between(tmp_path)
 def here(tmp_path, monkeypatch):
     """The flags of a small base_train, with runs inside this process instead of in their own: torch takes seconds to import."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    flags = [f for f in tiny.workplace(tmp_path) if not f.startswith(("--model_tag", "--sample_every"))]
+    flags = [
+        f for f in tiny.workplace(tmp_path) if not f.startswith(("--model_tag", "--sample_every"))
+    ]
 
     def inside(words, env, **_):
         with monkeypatch.context() as m:
@@ -154,20 +223,40 @@ def here(tmp_path, monkeypatch):
 
 
 def asked(common, *more):
-    words = ["--name=x", f"--common={common}", "--a", "", "--b", "--activation=silu", "--names", "relu2", "silu"]
+    words = [
+        "--name=x",
+        f"--common={common}",
+        "--a",
+        "",
+        "--b",
+        "--activation=silu",
+        "--names",
+        "relu2",
+        "silu",
+    ]
     return [*words, "--seeds=2", "--points=4", *more]
 
 
 def without_time(folder):
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-    return {(r["condition"], r["seed"]): ([(step, tokens, bpb) for step, tokens, _, bpb in r["curve"]], r["final_bpb"]) for r in runs}
+    return {
+        (r["condition"], r["seed"]): (
+            [(step, tokens, bpb) for step, tokens, _, bpb in r["curve"]],
+            r["final_bpb"],
+        )
+        for r in runs
+    }
 
 
-def test_interrupted_and_gone_on_with_it_is_the_same_comparison(here, tmp_path, monkeypatch, capsys):
+def test_interrupted_and_gone_on_with_it_is_the_same_comparison(
+    here, tmp_path, monkeypatch, capsys
+):
     compare.main(asked(here))
     folder = tmp_path / "compare" / "x"
     whole = without_time(folder)
-    assert list(whole) == [("relu2", 42), ("silu", 42), ("silu", 43), ("relu2", 43)], "in turns first"
+    assert list(whole) == [("relu2", 42), ("silu", 42), ("silu", 43), ("relu2", 43)], (
+        "in turns first"
+    )
     assert [step for step, *_ in whole["relu2", 42][0]] == [0, 2, 4, 6, 8]
     out = capsys.readouterr().out
     assert "silu against relu2, 2 paired seeds:" in out and str(folder / "report.html") in out
@@ -199,11 +288,35 @@ def test_interrupted_and_gone_on_with_it_is_the_same_comparison(here, tmp_path, 
 
 
 def test_equal_conditions_differ_by_exactly_nothing(here, tmp_path):
-    (pair,) = compare.main(["--name=same", f"--common={here}", "--b=", "--names", "one", "two", "--seeds=2", "--points=4"])["pairs"]
+    (pair,) = compare.main(
+        [
+            "--name=same",
+            f"--common={here}",
+            "--b=",
+            "--names",
+            "one",
+            "two",
+            "--seeds=2",
+            "--points=4",
+        ]
+    )["pairs"]
     for measure in ("final_bpb_delta", "saved_tokens_pct"):
         found = pair[measure]
-        assert (found["mean"], found["lo"], found["hi"], found["p"]) == (0, 0, 0, 1) and found["verdict"] == "no difference seen"
-    grown = compare.main(["--name=same", f"--common={here}", "--b=", "--names", "one", "two", "--seeds=3", "--points=4"])
+        assert (found["mean"], found["lo"], found["hi"], found["p"]) == (0, 0, 0, 1) and found[
+            "verdict"
+        ] == "no difference seen"
+    grown = compare.main(
+        [
+            "--name=same",
+            f"--common={here}",
+            "--b=",
+            "--names",
+            "one",
+            "two",
+            "--seeds=3",
+            "--points=4",
+        ]
+    )
     assert grown["pairs"][0]["n_seeds"] == 3
 
 
@@ -231,7 +344,9 @@ def test_misuse_is_said_before_anything_runs(here, tmp_path, words, message):
     assert not (tmp_path / "compare").exists()
 
 
-def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(here, tmp_path, monkeypatch):
+def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(
+    here, tmp_path, monkeypatch
+):
     inside = subprocess.Popen
 
     def failing(words, env, stdout, **_):
@@ -254,67 +369,119 @@ def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(here, tm
 
 
 def test_only_one_process_compares(here, tmp_path):
-    with compare.locked(tmp_path / "compare" / "x"), pytest.raises(UserError, match="being compared already"):
+    with (
+        compare.locked(tmp_path / "compare" / "x"),
+        pytest.raises(UserError, match="being compared already"),
+    ):
         compare.main(asked(here))
 
 
 def test_a_dry_run_leaves_nothing(here, tmp_path, monkeypatch, capsys):
     inside = subprocess.Popen
     ended = {"poll": lambda: 0, "kill": lambda: None, "wait": lambda: None, "returncode": 0}
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended))
-    monkeypatch.setattr(compare, "_seen", lambda *_: {"launch": 0.0, "start": 1.0, "eval": 3.0, "train": 4.0})
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended)
+    )
+    monkeypatch.setattr(
+        compare, "_seen", lambda *_: {"launch": 0.0, "start": 1.0, "eval": 3.0, "train": 4.0}
+    )
     monkeypatch.setattr(comparison, "record", lambda _: {"step_ms": 250.0})
-    found = compare.main(asked(here, "--dry_run"))  # a run: 1 s to start, five looks of 2 s, a first step of 1 s, eight of 0.25 s
+    found = compare.main(
+        asked(here, "--dry_run")
+    )  # a run: 1 s to start, five looks of 2 s, a first step of 1 s, eight of 0.25 s
     assert found == {"runs": 4, "seconds": 4 * (1 + 5 * 2 + 1 + 8 * 0.25)}
-    assert "2 runs of about" in capsys.readouterr().out and not (tmp_path / "compare" / "x").exists()
+    assert (
+        "2 runs of about" in capsys.readouterr().out and not (tmp_path / "compare" / "x").exists()
+    )
 
 
 def test_conditions_are_timed_anew(here, tmp_path, monkeypatch):
     compare.main(asked(here))
     before = without_time(tmp_path / "compare" / "x")
     times = iter([100.0, 120.0, 130.0, 110.0])  # relu2 and silu, then the other way round
-    monkeypatch.setattr(compare.Comparison, "probe", lambda self, c, lock, steps: (0.0, next(times)))
+    monkeypatch.setattr(
+        compare.Comparison, "probe", lambda self, c, lock, steps: (0.0, next(times))
+    )
     found = compare.main(asked(here, "--retime=2"))
-    runs = [json.loads(line) for line in (tmp_path / "compare" / "x" / "runs.jsonl").read_text().splitlines()]
+    runs = [
+        json.loads(line)
+        for line in (tmp_path / "compare" / "x" / "runs.jsonl").read_text().splitlines()
+    ]
     assert {(r["condition"], r["seed"]): r["step_ms"] for r in runs} == {
-        ("relu2", 42): 100, ("silu", 42): 120, ("silu", 43): 130, ("relu2", 43): 110,
-    }  # fmt: skip
+        ("relu2", 42): 100,
+        ("silu", 42): 120,
+        ("silu", 43): 130,
+        ("relu2", 43): 110,
+    }
     assert all(r["curve"][-1][2] == r["seconds"] for r in runs)
     slow = {"step_ms": 200.0, "seconds": 4.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 4.0, 2.0]]}
     quick = {"step_ms": 50.0, "seconds": 1.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 1.0, 2.0]]}
     assert comparison.at_speed(slow, 50.0) == {"retimed": True, **quick}
-    assert found["pairs"][0]["step_time_pct"]["mean"] == pytest.approx(100 * (math.sqrt(1.2 * 130 / 110) - 1))
+    assert found["pairs"][0]["step_time_pct"]["mean"] == pytest.approx(
+        100 * (math.sqrt(1.2 * 130 / 110) - 1)
+    )
     assert without_time(tmp_path / "compare" / "x") == before
     with pytest.raises(UserError, match="length is a time"):
-        compare.main(asked(here.replace("--num_iterations=8", "--max_minutes=1"), "--retime=2", "--name=y"))
+        compare.main(
+            asked(here.replace("--num_iterations=8", "--max_minutes=1"), "--retime=2", "--name=y")
+        )
 
 
-def test_a_budget_of_time_does_not_pay_for_what_only_the_first_run_compiles(here, tmp_path, monkeypatch):
+def test_a_budget_of_time_does_not_pay_for_what_only_the_first_run_compiles(
+    here, tmp_path, monkeypatch
+):
     order, inside, probe = [], subprocess.Popen, compare.Comparison.probe
     pins = {"dtype": "float32", "compile": "off"}
     ended = {"poll": lambda: 0, "kill": lambda: None, "wait": lambda: None, "returncode": 0}
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended))
-    monkeypatch.setattr(compare.Comparison, "probe", lambda self, c, lock: order.append((f"probe {c.name}", probe(self, c, lock)[0])))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended)
+    )
+    monkeypatch.setattr(
+        compare.Comparison,
+        "probe",
+        lambda self, c, lock: order.append((f"probe {c.name}", probe(self, c, lock)[0])),
+    )
     finished = lambda name, seed: order.append(name) or {**made(name, seed, 2.0), "pins": pins}  # noqa: E731
     monkeypatch.setattr(compare.Comparison, "run", lambda self, c, seed, *_: finished(c.name, seed))
     timed = here.replace("--num_iterations=8", "--max_minutes=0.05")
     compare.main(asked(timed.replace("--compile=off", "--compile=auto")))
     seconds = pytest.approx(3.0)
-    assert order == [("probe relu2", seconds), "relu2", ("probe silu", seconds), "silu", "silu", "relu2"]
+    assert order == [
+        ("probe relu2", seconds),
+        "relu2",
+        ("probe silu", seconds),
+        "silu",
+        "silu",
+        "relu2",
+    ]
     order.clear()
     compare.main(asked(timed, "--name=y"))
     compare.main(asked(here.replace("--compile=off", "--compile=on"), "--name=z"))
-    assert order == ["relu2", "silu", "silu", "relu2"] * 2, "where nothing is compiled, or steps are counted, nothing is tried first"
+    assert order == ["relu2", "silu", "silu", "relu2"] * 2, (
+        "where nothing is compiled, or steps are counted, nothing is tried first"
+    )
 
 
 @pytest.mark.slow
 def test_the_command_is_killed_and_goes_on(tmp_path):
     """The real thing: runs in their own processes, SIGTERM to the command in the middle of one."""
-    flags = [f for f in tiny.workplace(tmp_path) if not f.startswith(("--model_tag", "--sample_every"))]
+    flags = [
+        f for f in tiny.workplace(tmp_path) if not f.startswith(("--model_tag", "--sample_every"))
+    ]
     root = str(Path(compare.__file__).parents[1])
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "PYTHONPATH": root}
-    words = [sys.executable, "-m", "scripts.compare", *asked(shlex.join([*flags, "--num_iterations=60"]))]
-    assert "about" in subprocess.run([*words, "--dry_run"], env=env, capture_output=True, text=True, check=True).stdout
+    words = [
+        sys.executable,
+        "-m",
+        "scripts.compare",
+        *asked(shlex.join([*flags, "--num_iterations=60"])),
+    ]
+    assert (
+        "about"
+        in subprocess.run(
+            [*words, "--dry_run"], env=env, capture_output=True, text=True, check=True
+        ).stdout
+    )
     process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL)
     folder = tmp_path / "compare" / "x"
     second = folder / "checkpoints" / "base" / "silu-s42"

@@ -32,8 +32,32 @@ from nanochat.eval.core import (
 from nanochat.model import prior
 from nanochat.model.gpt import GPT, GPTConfig
 
-WORDS = ["cat", "dog", "tree", "river", "old", "green", "sings", "walks", "under", "the", "a", "never", "seven", "stone", "who", "what"]
-BUNDLE = Path(os.environ.get("NANOCHAT_SHARED_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data")) / "eval_bundle"
+WORDS = [
+    "cat",
+    "dog",
+    "tree",
+    "river",
+    "old",
+    "green",
+    "sings",
+    "walks",
+    "under",
+    "the",
+    "a",
+    "never",
+    "seven",
+    "stone",
+    "who",
+    "what",
+]
+BUNDLE = (
+    Path(
+        os.environ.get(
+            "NANOCHAT_SHARED_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"
+        )
+    )
+    / "eval_bundle"
+)
 SHAPES = {
     "default": {},
     "grouped, tied, no cap": {"n_kv_head": 1, "tie_embeddings": True, "softcap": 0.0},
@@ -53,12 +77,26 @@ def made(kind, n=14, shots=3, seed=0, delimiter=" ", low=2, high=9):
     for _ in range(n):
         if kind == "multiple_choice":
             first = say(rng, 1, 3)
-            options = [first, f"{first} {say(rng, 1, 4)}", say(rng, 1, 6), say(rng, 1, 2)][: rng.randint(2, 4)]
-            rows.append({"query": say(rng, low, high), "choices": options, "gold": rng.randrange(len(options))})
+            options = [first, f"{first} {say(rng, 1, 4)}", say(rng, 1, 6), say(rng, 1, 2)][
+                : rng.randint(2, 4)
+            ]
+            rows.append(
+                {
+                    "query": say(rng, low, high),
+                    "choices": options,
+                    "gold": rng.randrange(len(options)),
+                }
+            )
         elif kind == "schema":
             begin = say(rng, low, high)
             options = [f"{begin} {say(rng, 1, 3)}", f"{begin} {say(rng, 1, 3)}"]
-            rows.append({"context_options": options, "continuation": say(rng, 1, 4) + ".", "gold": rng.randrange(2)})
+            rows.append(
+                {
+                    "context_options": options,
+                    "continuation": say(rng, 1, 4) + ".",
+                    "gold": rng.randrange(2),
+                }
+            )
         else:
             rows.append({"context": say(rng, low, high) + " ", "continuation": say(rng, 1, 2)})
     return Task(kind, kind, shots, delimiter, 0.0 if kind == "language_modeling" else 0.25, rows)
@@ -69,12 +107,22 @@ TASKS = {kind: made(kind) for kind in core_eval.FIELDS}
 
 @pytest.fixture(scope="module")
 def tok():
-    return Tokenizer.train([" ".join(Random(1).choices(WORDS, k=3000)) + ". Question: Answer:"], 330)
+    return Tokenizer.train(
+        [" ".join(Random(1).choices(WORDS, k=3000)) + ". Question: Answer:"], 330
+    )
 
 
 def model(tok, sequence_len=64, **shape):
     """A random tiny model, with no matrix at zero as training starts them."""
-    config = {"sequence_len": sequence_len, "vocab_size": tok.vocab_size, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 32, **shape}
+    config = {
+        "sequence_len": sequence_len,
+        "vocab_size": tok.vocab_size,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_kv_head": 4,
+        "n_embd": 32,
+        **shape,
+    }
     return tiny.randomise(GPT.build(GPTConfig(**config)), 5)
 
 
@@ -93,19 +141,30 @@ def plain_prompts(task, r, tok, context, seed=42):
     draw = Random(f"{seed}/{task.name}/{r % PROMPTS if task.shots else 0}").sample(
         range(len(task.rows)), min(task.shots + 1, len(task.rows))
     )
-    examples, row, d = [task.rows[e] for e in draw if e != r][: task.shots], task.rows[r], task.delimiter
+    examples, row, d = (
+        [task.rows[e] for e in draw if e != r][: task.shots],
+        task.rows[r],
+        task.delimiter,
+    )
     while True:
         if task.kind == "multiple_choice":
             before = "".join(x["query"] + d + x["choices"][x["gold"]] + "\n\n" for x in examples)
             seqs = [tok.encode(before + row["query"] + d + choice) for choice in row["choices"]]
             starts = [min(leading(seqs), min(len(s) for s in seqs) - 1)] * len(seqs)
         elif task.kind == "schema":
-            before = "".join(x["context_options"][x["gold"]] + d + x["continuation"] + "\n\n" for x in examples)
-            seqs = [tok.encode(before + begin + d + row["continuation"]) for begin in row["context_options"]]
+            before = "".join(
+                x["context_options"][x["gold"]] + d + x["continuation"] + "\n\n" for x in examples
+            )
+            seqs = [
+                tok.encode(before + begin + d + row["continuation"])
+                for begin in row["context_options"]
+            ]
             own = [tok.encode(begin + d + row["continuation"]) for begin in row["context_options"]]
             starts = [len(s) - leading([x[::-1] for x in own]) for s in seqs]
         else:
-            before = "".join(x["context"].strip() + d + x["continuation"] + "\n\n" for x in examples)
+            before = "".join(
+                x["context"].strip() + d + x["continuation"] + "\n\n" for x in examples
+            )
             seqs = [tok.encode(before + row["context"].strip() + d + row["continuation"])]
             starts = [len(tok.encode((before + row["context"].strip() + d).rstrip()))]
         seqs, starts = [[tok.bos, *s] for s in seqs], [s + 1 for s in starts]
@@ -114,7 +173,10 @@ def plain_prompts(task, r, tok, context, seed=42):
         if not examples:
             cut = max(len(s) for s in seqs) - context - 1
             assert cut < leading(seqs), "a longer answer than the judge is made for"
-            return [([tok.bos, *s[1 + cut :]], start - cut) for s, start in zip(seqs, starts, strict=True)]
+            return [
+                ([tok.bos, *s[1 + cut :]], start - cut)
+                for s, start in zip(seqs, starts, strict=True)
+            ]
         examples = examples[:-1]
 
 
@@ -124,7 +186,13 @@ def plain_scores(m, task, r, tok):
     for tokens, start in plain_prompts(task, r, tok, m.config.sequence_len):
         logits = m.logits(m(torch.tensor([tokens[:-1]])))[0, start - 1 :]
         target = torch.tensor(tokens[start:])
-        scores.append(Score(F.cross_entropy(logits, target).item(), len(target), bool((logits.argmax(-1) == target).all())))
+        scores.append(
+            Score(
+                F.cross_entropy(logits, target).item(),
+                len(target),
+                bool((logits.argmax(-1) == target).all()),
+            )
+        )
     return scores
 
 
@@ -134,10 +202,16 @@ def best(scores):
 
 def with_prior(tok, tmp_path, context):
     """A model whose attention prior counts for much."""
-    path = priors.write(tmp_path / "prior.safetensors", priors.terms(vocab=tok.vocab_size), tokenizer=tok.fingerprint)
+    path = priors.write(
+        tmp_path / "prior.safetensors",
+        priors.terms(vocab=tok.vocab_size),
+        tokenizer=tok.fingerprint,
+    )
     shape = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
     config = GPTConfig(sequence_len=context, vocab_size=tok.vocab_size, **shape)
-    config.rap, tensors = prior.prepare(prior.RapKnobs(rap=path, rap_alpha=3.0), config, tok.fingerprint, CPU.device)
+    config.rap, tensors = prior.prepare(
+        prior.RapKnobs(rap=path, rap_alpha=3.0), config, tok.fingerprint, CPU.device
+    )
     m = tiny.randomise(GPT.build(config), 5)
     m.prior.load_state_dict(tensors)
     return m
@@ -145,12 +219,17 @@ def with_prior(tok, tmp_path, context):
 
 @pytest.mark.parametrize("context", [96, 28])  # with room for the examples, and without
 @pytest.mark.parametrize("shape", [*SHAPES.values(), None], ids=[*SHAPES, "attention prior"])
-def test_scores_are_those_of_plain_passes_by_whatever_batches(tok, tmp_path, shape, context):  # trap 25
+def test_scores_are_those_of_plain_passes_by_whatever_batches(
+    tok, tmp_path, shape, context
+):  # trap 25
     m = with_prior(tok, tmp_path, context) if shape is None else model(tok, context, **shape)
     kinds = set()
     for task in TASKS.values():
         items, prompts = prepare(task, tok, context)
-        kinds |= {(i.past > 0, i.cropped, i.shots < task.shots, len(set(map(len, i.ids))) > 1) for i in items}
+        kinds |= {
+            (i.past > 0, i.cropped, i.shots < task.shots, len(set(map(len, i.ids))) > 1)
+            for i in items
+        }
         want = [plain_scores(m, task, item.row, tok) for item in items]
         for memory in (1, 2e5, 1e9):  # items one at a time, a few, all of a prompt at once
             got = Scorer(m, memory)(items, prompts)
@@ -182,7 +261,9 @@ def test_shared_beginnings_are_computed_once(tok, monkeypatch):
     m = model(tok, 256)
     items, prompts = prepare(task, tok, 256)
     seen, body = [], m.body
-    monkeypatch.setattr(m, "body", lambda idx, *rest: (seen.append(idx.numel()), body(idx, *rest))[1])
+    monkeypatch.setattr(
+        m, "body", lambda idx, *rest: (seen.append(idx.numel()), body(idx, *rest))[1]
+    )
     Scorer(m, 1e6)(items, prompts)
     alone = sum(item.past + len(s) - 1 for item in items for s in item.ids)
     assert sum(seen) * 6 < alone, "padding and prompts included"
@@ -202,9 +283,16 @@ def test_memory_that_runs_out_halves_the_pass_and_changes_nothing(tok, monkeypat
     monkeypatch.setattr(m, "body", limited)
     got = Scorer(m, 1e9)(items, prompts)
     assert [best(s) for s in got] == [best(s) for s in want]
-    assert asked[:3] == [1, 4, 2] and sum(n > 2 for n in asked) == 2, "what it learned holds for the other prompts too"
-    assert capsys.readouterr().err.splitlines()[0] == "notice: out of memory: going on with 2 items at a time"
-    monkeypatch.setattr(m, "body", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    assert asked[:3] == [1, 4, 2] and sum(n > 2 for n in asked) == 2, (
+        "what it learned holds for the other prompts too"
+    )
+    assert (
+        capsys.readouterr().err.splitlines()[0]
+        == "notice: out of memory: going on with 2 items at a time"
+    )
+    monkeypatch.setattr(
+        m, "body", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         Scorer(m)(items, prompts)
 
@@ -217,7 +305,9 @@ def test_more_examples_than_data_are_clamped_and_counted(tok):  # trap 28
     items, _ = prepare(task, tok, 512)
     assert [item.shots for item in items] == [4] * 5
     found = evaluate(Scorer(model(tok, 512)), task, tok, CPU)
-    assert found["shots"] == 10 and found["fewer"] == 5 and found["cropped"] == found["overlong"] == 0
+    assert (
+        found["shots"] == 10 and found["fewer"] == 5 and found["cropped"] == found["overlong"] == 0
+    )
     assert [i.shots for i in prepare(replace(task, rows=task.rows[:1]), tok, 512)[0]] == [0]
 
 
@@ -242,7 +332,11 @@ def test_a_part_of_the_items_is_drawn_by_the_seed(tok):
     task = TASKS["schema"]
     rows = [i.row for i in prepare(task, tok, 64, 42, 10)[0]]
     assert len(set(rows)) == 10 and rows == sorted(rows)
-    assert rows == [i.row for i in prepare(task, tok, 64, 42, 10)[0]] != [i.row for i in prepare(task, tok, 64, 43, 10)[0]]
+    assert (
+        rows
+        == [i.row for i in prepare(task, tok, 64, 42, 10)[0]]
+        != [i.row for i in prepare(task, tok, 64, 43, 10)[0]]
+    )
     assert len(prepare(task, tok, 64, 42, 99)[0]) == 14 == len(prepare(task, tok, 64)[0])
 
 
@@ -267,13 +361,29 @@ def test_long_questions_keep_bos_their_end_and_what_is_scored(tok):  # trap 28
 
 def test_an_answer_longer_than_the_context_is_scored_on_its_end_and_counted(tok):
     rng = Random(0)
-    long = [{"query": "who", "choices": [say(rng, 60, 80), say(rng, 1, 3)], "gold": 1} for _ in range(3)]
-    tasks = [Task("a", "multiple_choice", 1, " ", 0.5, long), made("language_modeling", n=3, shots=0)]
+    long = [
+        {"query": "who", "choices": [say(rng, 60, 80), say(rng, 1, 3)], "gold": 1} for _ in range(3)
+    ]
+    tasks = [
+        Task("a", "multiple_choice", 1, " ", 0.5, long),
+        made("language_modeling", n=3, shots=0),
+    ]
     tasks[1].rows[0]["continuation"] = say(rng, 60, 80)
-    tasks.append(Task("b", "schema", 0, " ", 0.5, [{"context_options": ["cat", "dog"], "continuation": say(rng, 60, 80), "gold": 0}]))
+    tasks.append(
+        Task(
+            "b",
+            "schema",
+            0,
+            " ",
+            0.5,
+            [{"context_options": ["cat", "dog"], "continuation": say(rng, 60, 80), "gold": 0}],
+        )
+    )
     for task, n in zip(tasks, (3, 1, 1), strict=True):
         items, _ = prepare(task, tok, 16)
-        assert max(len(s) for item in items for s in item.ids) == 17 and all(s[0] == tok.bos for item in items for s in item.ids)
+        assert max(len(s) for item in items for s in item.ids) == 17 and all(
+            s[0] == tok.bos for item in items for s in item.ids
+        )
         assert all(1 <= item.shared <= min(item.starts) for item in items)
         found = evaluate(Scorer(model(tok, 16)), task, tok, CPU)
         assert found["overlong"] == n <= found["cropped"]
@@ -287,17 +397,26 @@ def test_ties_are_decided_by_lot(tok):
     m = model(tok)
     with torch.no_grad():
         m.head.weight.zero_()
-    rows = [{"query": "what", "choices": ["cat", "dog", "tree sings", "river of stone"], "gold": 0}] * 400
+    rows = [
+        {"query": "what", "choices": ["cat", "dog", "tree sings", "river of stone"], "gold": 0}
+    ] * 400
     found = evaluate(Scorer(m), Task("tied", "multiple_choice", 0, " ", 0.25, rows), tok, CPU)
     assert found["lo"] <= 0.25 <= found["hi"] and found["guess"] == 0.25
-    picked = [choose([Score(1.0, 1, False), Score(2.0, 1, False), Score(1.0 + 1e-7, 3, False)], Random(i)) for i in range(200)]
+    picked = [
+        choose([Score(1.0, 1, False), Score(2.0, 1, False), Score(1.0 + 1e-7, 3, False)], Random(i))
+        for i in range(200)
+    ]
     assert set(picked) == {0, 2} and 70 < picked.count(0) < 130
     with pytest.raises(UserError, match="not finite"):
         choose([Score(float("nan"), 1, False), Score(1.0, 1, False)], Random(0))
 
 
 def test_a_fresh_model_scores_what_guessing_does(tok):
-    m = GPT.build(GPTConfig(sequence_len=128, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    m = GPT.build(
+        GPTConfig(
+            sequence_len=128, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32
+        )
+    )
     m.init_weights(1)
     tasks = [made(kind, n=400, shots=shots, seed=shots) for kind in TASKS for shots in (0, 2)]
     results = {f"{t.name}{t.shots}": evaluate(Scorer(m), t, tok, CPU) for t in tasks}
@@ -307,16 +426,27 @@ def test_a_fresh_model_scores_what_guessing_does(tok):
 
 def test_the_summary_by_hand(tok):
     def row(accuracy, n, chance, guess):
-        return {**core_eval.accuracy([True] * round(accuracy * n) + [False] * round((1 - accuracy) * n), chance), "guess": guess}
+        return {
+            **core_eval.accuracy(
+                [True] * round(accuracy * n) + [False] * round((1 - accuracy) * n), chance
+            ),
+            "guess": guess,
+        }
 
     results = {"a": row(0.5, 100, 0.25, 0.25), "b": row(0.2, 50, 0.0, 0.0)}
     for name, (share, chance) in {"a": (0.5, 0.25), "b": (0.2, 0.0)}.items():
         results[name]["centred"] = (share - chance) / (1 - chance)
     whole = summarise(results)
-    assert whole["name"] == "CORE" and whole["score"] == pytest.approx((1 / 3 + 0.2) / 2) and whole["guess"] == 0
+    assert (
+        whole["name"] == "CORE"
+        and whole["score"] == pytest.approx((1 / 3 + 0.2) / 2)
+        and whole["guess"] == 0
+    )
     assert whole["margin"] == pytest.approx(((0.0964 / 0.75) ** 2 + 0.1095**2) ** 0.5 / 2, rel=0.02)
     part = summarise(results, ["coqa"])
-    assert part["name"] == "mean centred accuracy of 2 of 3 tasks" and part["score"] == whole["score"]
+    assert (
+        part["name"] == "mean centred accuracy of 2 of 3 tasks" and part["score"] == whole["score"]
+    )
 
 
 def test_ranks_share_the_items(tok, monkeypatch):
@@ -328,7 +458,9 @@ def test_ranks_share_the_items(tok, monkeypatch):
         with pytest.raises(TypeError):  # nobody answered
             evaluate(Scorer(m), task, tok, rt)
     assert [len(p) for p in parts] == [5, 5, 4]
-    monkeypatch.setattr(core_eval.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), parts))
+    monkeypatch.setattr(
+        core_eval.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), parts)
+    )
     assert evaluate(Scorer(m), task, tok, ranks[0]) == want
 
 
@@ -341,10 +473,17 @@ def bundle(folder, missing=()):
     (folder / "eval_data" / "some").mkdir(parents=True)
     lines = ["icl_tasks:"]
     for t in tasks:
-        fields = {"label": t.name, "dataset_uri": f"some/{t.name}.jsonl", "num_fewshot": [t.shots], "icl_task_type": t.kind}
+        fields = {
+            "label": t.name,
+            "dataset_uri": f"some/{t.name}.jsonl",
+            "num_fewshot": [t.shots],
+            "icl_task_type": t.kind,
+        }
         lines += ["-", *(f"  {name}: {value}" for name, value in fields.items())]
         if t.name not in missing:
-            (folder / "eval_data" / "some" / f"{t.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in t.rows))
+            (folder / "eval_data" / "some" / f"{t.name}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in t.rows)
+            )
     (folder / "core.yaml").write_text("\n".join(lines))
     table = ["Eval Task,Random baseline", *(f"{t.name},{100 * t.chance:g}" for t in tasks)]
     (folder / "eval_meta_data.csv").write_text("\n".join(table))
@@ -362,13 +501,25 @@ def test_a_bundle_is_read_as_it_stands(tmp_path):
         ("schema", "{", "not JSON"),
         ("schema", "[]", "not an object"),
         ("schema", '{"context_options": ["a"], "continuation": "b", "gold": 0}', "two or more"),
-        ("schema", '{"context_options": ["a", "b"], "continuation": 3, "gold": 0}', "continuation must be a text"),
-        ("schema", '{"context_options": ["a", "b"], "continuation": " ", "gold": 0}', "an answer is empty"),
+        (
+            "schema",
+            '{"context_options": ["a", "b"], "continuation": 3, "gold": 0}',
+            "continuation must be a text",
+        ),
+        (
+            "schema",
+            '{"context_options": ["a", "b"], "continuation": " ", "gold": 0}',
+            "an answer is empty",
+        ),
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"]}', "gold is None"),
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "from 0 to 1"),
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"], "gold": true}', "gold is True"),
         ("multiple_choice", '{"query": "q", "choices": ["a", 4], "gold": 0}', "two or more"),
-        ("multiple_choice", '{"query": "q", "choices": ["a", ""], "gold": 0}', "an answer is empty"),
+        (
+            "multiple_choice",
+            '{"query": "q", "choices": ["a", ""], "gold": 0}',
+            "an answer is empty",
+        ),
         ("language_modeling", '{"context": "q"}', "continuation must be a text"),
     ],
 )
@@ -388,8 +539,12 @@ def test_a_bundle_that_is_none_says_why(tmp_path):
     listed, figures = tmp_path / "core.yaml", tmp_path / "eval_meta_data.csv"
     good, chances = listed.read_text(), figures.read_text()
     for bad, says in [
-        ("icl_tasks: [", "core.yaml is no list"), ("tasks: []", "KeyError"), ("icl_tasks: 3", "TypeError"), ("icl_tasks: []", "0 tasks"),
-        (good.replace("schema", "scheme"), "icl_task_type 'scheme'"), (good.replace("[3]", "[-1]"), "num_fewshot -1"),
+        ("icl_tasks: [", "core.yaml is no list"),
+        ("tasks: []", "KeyError"),
+        ("icl_tasks: 3", "TypeError"),
+        ("icl_tasks: []", "0 tasks"),
+        (good.replace("schema", "scheme"), "icl_task_type 'scheme'"),
+        (good.replace("[3]", "[-1]"), "num_fewshot -1"),
         (good + good.removeprefix("icl_tasks:"), "names that differ"),
         (good.replace("label: schema", "label: other"), "no row for the task other"),
         (good.replace("uri: some", "uri: none"), "the data of 0 are there"),
@@ -398,7 +553,11 @@ def test_a_bundle_that_is_none_says_why(tmp_path):
         with pytest.raises(UserError, match=says):
             load_bundle(tmp_path)
     listed.write_text(good)
-    for bad, says in [(chances.replace("25", "x"), "line 2"), (chances.replace("25", "100"), "below 100 %"), ("a,b\n1,2\n", "line 2")]:
+    for bad, says in [
+        (chances.replace("25", "x"), "line 2"),
+        (chances.replace("25", "100"), "below 100 %"),
+        ("a,b\n1,2\n", "line 2"),
+    ]:
         figures.write_text(bad)
         with pytest.raises(UserError, match=says):
             load_bundle(tmp_path)
@@ -409,18 +568,37 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     base_train.main([*tiny.workplace(tmp_path), "--num_iterations=2"])
     capsys.readouterr()
-    flags = ["--device_type=cpu", "--dtype=float32", "--eval_tokens=2000", "--max_tokens=2", "--max_per_task=10"]
+    flags = [
+        "--device_type=cpu",
+        "--dtype=float32",
+        "--eval_tokens=2000",
+        "--max_tokens=2",
+        "--max_per_task=10",
+    ]
     with pytest.raises(UserError, match="there is no nowhere"):
         base_eval.main([*flags, "--core=nowhere"])
     folder = bundle(tmp_path / "bundle", missing=("schema",))
     found = base_eval.main([*flags, f"--core={folder}"])["core"]
-    assert found["name"] == "mean centred accuracy of 2 of 3 tasks" and found["absent"] == ["schema"]
+    assert found["name"] == "mean centred accuracy of 2 of 3 tasks" and found["absent"] == [
+        "schema"
+    ]
     again = base_eval.main([*flags, f"--core={folder}", "--core_memory=0.001"])["core"]
     assert {**again, "seconds_taken": 0} == {**found, "seconds_taken": 0}, "trap 25"
-    (row,) = [r for r in logbook.read(tmp_path / "checkpoints" / "base" / "t") if r["kind"] == "core_eval"]
-    assert row["score"] == found["score"] and row["tasks"]["multiple_choice"]["n"] == 10 and row["step"] == 2
+    (row,) = [
+        r for r in logbook.read(tmp_path / "checkpoints" / "base" / "t") if r["kind"] == "core_eval"
+    ]
+    assert (
+        row["score"] == found["score"]
+        and row["tasks"]["multiple_choice"]["n"] == 10
+        and row["step"] == 2
+    )
     said = capsys.readouterr().out
-    assert "2 of 3 tasks: " in said and "CORE" not in said and "absent" in said and "multiple_choice" in said
+    assert (
+        "2 of 3 tasks: " in said
+        and "CORE" not in said
+        and "absent" in said
+        and "multiple_choice" in said
+    )
 
 
 def test_the_real_bundle(tok):
@@ -430,6 +608,11 @@ def test_the_real_bundle(tok):
     assert len(tasks) == 21 and absent == ["coqa"]
     for task in tasks:
         items, prompts = prepare(task, tok, 1 << 20, max_items=6)
-        for item in items:  # examples encoded apart are those encoded in one piece, and the spans are the judge's
+        for item in (
+            items
+        ):  # examples encoded apart are those encoded in one piece, and the spans are the judge's
             want = plain_prompts(task, item.row, tok, 1 << 20)
-            assert [(prompts[item.prompt][: item.past] + s, item.past + a) for s, a in zip(item.ids, item.starts, strict=True)] == want
+            assert [
+                (prompts[item.prompt][: item.past] + s, item.past + a)
+                for s, a in zip(item.ids, item.starts, strict=True)
+            ] == want

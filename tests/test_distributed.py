@@ -25,7 +25,10 @@ from nanochat.train.optim import Group, MuonAdamW
 from nanochat.train.schedule import Schedule
 
 STEPS, STOP = 6, 3
-SHAPES = {"muon": [(16, 8), (16, 8), (16, 8), (8, 16), (5, 7)], "adamw": [(7, 3), (64, 4), (2, 2), (1, 6)]}
+SHAPES = {
+    "muon": [(16, 8), (16, 8), (16, 8), (8, 16), (5, 7)],
+    "adamw": [(7, 3), (64, 4), (2, 2), (1, 6)],
+}
 SCHEDULE = Schedule(decay=0.5, momentum_warmup=4)
 
 
@@ -33,7 +36,9 @@ class Share(tiny.ListFeed):
     """What one rank gets of every step: unequal shares, in one step nothing; a signal to all in the course of step `stop`."""
 
     def __init__(self, rank: int, world: int, stop: int = 0):
-        super().__init__([tiny.batch(rows=7, seed=i, ignored=0.4) for i in range(STEPS)], device_rows=3)
+        super().__init__(
+            [tiny.batch(rows=7, seed=i, ignored=0.4) for i in range(STEPS)], device_rows=3
+        )
         self.rank, self.world, self.stop = rank, world, stop
 
     def __next__(self):
@@ -43,7 +48,11 @@ class Share(tiny.ListFeed):
         if self.world == 1:
             return trainer.recut([_join(whole)], self.device_rows)
         if self.step == 2:  # one rank has it all, the other a row that is all ignored
-            mine = whole if self.rank else [Batch(whole[0].inputs, torch.full_like(whole[0].targets, -1))]
+            mine = (
+                whole
+                if self.rank
+                else [Batch(whole[0].inputs, torch.full_like(whole[0].targets, -1))]
+            )
         else:
             mine = whole[self.rank :: self.world]
         return trainer.recut([_join(mine)], self.device_rows)
@@ -53,7 +62,9 @@ def _join(batches):
     return Batch(torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches]))
 
 
-def train(directory: Path, rank: int, world: int, tied: bool, stop: int = 0, resume: bool = False) -> None:
+def train(
+    directory: Path, rank: int, world: int, tied: bool, stop: int = 0, resume: bool = False
+) -> None:
     """A run of STEPS steps, stopped in the course of `stop`, or going on from what `directory` holds."""
     rt = replace(tiny.CPU, rank=rank, world_size=world)
     m = tiny.randomise(tiny.model(tie_embeddings=tied))
@@ -63,7 +74,14 @@ def train(directory: Path, rank: int, world: int, tied: bool, stop: int = 0, res
     if path:
         trainer.restore(run, path, m, o, feed)
     try:
-        trainer.fit(run, m, o, feed, SCHEDULE, [trainer.Probe("eval", 2, lambda: {"val_bpb": float(10 - run.step)}, start=True)])
+        trainer.fit(
+            run,
+            m,
+            o,
+            feed,
+            SCHEDULE,
+            [trainer.Probe("eval", 2, lambda: {"val_bpb": float(10 - run.step)}, start=True)],
+        )
     except trainer.Interrupted:
         assert stop
     run.logbook.close()
@@ -72,7 +90,9 @@ def train(directory: Path, rank: int, world: int, tied: bool, stop: int = 0, res
 def reinforce(directory: Path, rank: int, world: int) -> None:
     """STEPS steps on replies that each rank samples for its own share of the questions, five a step."""
     rt, m = replace(tiny.CPU, rank=rank, world_size=world), toy.policy(toy.words())
-    feed = toy.feed(toy.words(), m, per_step=5, device_rows=3, total=5 * STEPS, rank=rank, world_size=world)
+    feed = toy.feed(
+        toy.words(), m, per_step=5, device_rows=3, total=5 * STEPS, rank=rank, world_size=world
+    )
     run = tiny.run(directory, m, runtime=rt)
     trainer.fit(run, m, tiny.optimizer(m, rt, lr_scale=0.1), feed, SCHEDULE)
     run.logbook.close()
@@ -86,7 +106,10 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
 
     def optimizer():
         names = {kind: [n for n in params if n.startswith(kind)] for kind in SHAPES}
-        return MuonAdamW([Group(kind, names[kind], [params[n] for n in names[kind]], 0.05) for kind in SHAPES], torch.float32)
+        return MuonAdamW(
+            [Group(kind, names[kind], [params[n] for n in names[kind]], 0.05) for kind in SHAPES],
+            torch.float32,
+        )
 
     o = optimizer()
     for step in range(4):
@@ -101,7 +124,10 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
             o = optimizer()
             o.load_state_tensors(state, steps)
     tensors = {**{n: p.detach() for n, p in params.items()}, **o.state_tensors()}
-    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / f"odd_{world}_{rank}.safetensors")
+    save_file(
+        {k: t.contiguous() for k, t in tensors.items()},
+        directory / f"odd_{world}_{rank}.safetensors",
+    )
 
 
 def whole_command(base: Path, rank: int) -> None:
@@ -110,12 +136,21 @@ def whole_command(base: Path, rank: int) -> None:
     hardware.measured_peak = lambda *_: 1e9 * 1e5**rank
     stage.horizon = lambda s: chosen.append(real(s)) or chosen[-1]
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
-    base_train.main([*json.loads((base / "flags.json").read_text()), "--total_batch_size=0", "--max_minutes=0.03", "--eval_every=0"])
+    base_train.main(
+        [
+            *json.loads((base / "flags.json").read_text()),
+            "--total_batch_size=0",
+            "--max_minutes=0.03",
+            "--eval_every=0",
+        ]
+    )
     (base / f"horizon_{rank}.json").write_text(json.dumps(chosen))
 
 
 def worker(rank: int, port: int, base: Path) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     odd_updates(base, rank, 2)
@@ -165,7 +200,10 @@ def test_two_ranks_are_one(base, tied):
 def test_two_ranks_reinforce_as_one(base):
     """Replies to the same questions, the same rewards, one update: the mean over all tokens that both ranks sampled."""
     assert_alike(base / "two_rl", base / "one_rl")
-    two, one = ([(r["reward"], r["zero_variance"], r["length"]) for r in tiny.rows(base / d)] for d in ("two_rl", "one_rl"))
+    two, one = (
+        [(r["reward"], r["zero_variance"], r["length"]) for r in tiny.rows(base / d)]
+        for d in ("two_rl", "one_rl")
+    )
     assert two == one and len({reward for reward, *_ in one}) > 1
 
 
@@ -183,7 +221,9 @@ def test_odd_shapes(base):
         assert t.keys() == one.keys()
         for name in one:
             torch.testing.assert_close(t[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
-    assert all(torch.equal(two[0][name], two[1][name]) for name in one), "the ranks agree to the bit"
+    assert all(torch.equal(two[0][name], two[1][name]) for name in one), (
+        "the ranks agree to the bit"
+    )
 
 
 def test_the_ranks_agree_on_the_horizon(base):

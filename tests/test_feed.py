@@ -33,9 +33,18 @@ def make(path, lengths, name="a", masked=False, first=1):
     rows, n = [], first
     for length in lengths:
         ids = [BOS, *range(n, n + length - 1)]
-        rows.append({"ids": ids, "mask": [int(masked and 2 * i >= length) if masked else int(i > 0) for i in range(length)]})
+        rows.append(
+            {
+                "ids": ids,
+                "mask": [
+                    int(masked and 2 * i >= length) if masked else int(i > 0) for i in range(length)
+                ],
+            }
+        )
         n += length - 1
-    return prepare_conversations(name, rows, Plain(), path, identity=f"{name} {list(lengths)} {masked} {first}")
+    return prepare_conversations(
+        name, rows, Plain(), path, identity=f"{name} {list(lengths)} {masked} {first}"
+    )
 
 
 @pytest.fixture
@@ -50,11 +59,17 @@ def small_blocks(monkeypatch):
 
 def feed(*shards, **changes):
     knobs = {"rows": 8, "device_rows": 3, "sequence_len": 32, "seed": 1, "epochs": 2}
-    return RowFeed([s if isinstance(s, tuple) else (s, None) for s in shards], **{**knobs, **changes})
+    return RowFeed(
+        [s if isinstance(s, tuple) else (s, None) for s in shards], **{**knobs, **changes}
+    )
 
 
 def rows(batches):
-    return [(tuple(i.tolist()), tuple(t.tolist())) for b in batches for i, t in zip(b.inputs, b.targets, strict=True)]
+    return [
+        (tuple(i.tolist()), tuple(t.tolist()))
+        for b in batches
+        for i, t in zip(b.inputs, b.targets, strict=True)
+    ]
 
 
 def targets(steps):
@@ -110,11 +125,19 @@ def test_rows_of_a_step_depend_on_no_memory_knob(data, mode, world_size):
     """Trap 25: ranks and micro-batches divide the same rows, in the same order."""
     one = [rows(b) for b in feed(data, mode=mode, device_rows=8)]
     for device_rows in (1, 3, 100):
-        ranks = [feed(data, mode=mode, device_rows=device_rows, rank=r, world_size=world_size) for r in range(world_size)]
+        ranks = [
+            feed(data, mode=mode, device_rows=device_rows, rank=r, world_size=world_size)
+            for r in range(world_size)
+        ]
         for step in one:
             parts = [next(f) for f in ranks]
             assert all(len(b.inputs) <= device_rows for p in parts for b in p)
-            assert [row for p in parts for row in rows(p) if len(step) >= world_size or any(t >= 0 for t in row[1])] == step
+            assert [
+                row
+                for p in parts
+                for row in rows(p)
+                if len(step) >= world_size or any(t >= 0 for t in row[1])
+            ] == step
 
 
 def test_micro_batches_are_even_and_may_shrink_in_flight(data):
@@ -138,7 +161,17 @@ def test_a_rank_without_rows_gets_an_ignored_one(tmp_path):
 def test_next_token_targets_and_padding(tmp_path):
     (batch,) = next(feed(make(tmp_path, [4, 3]), sequence_len=9, epochs=1))
     i, t = batch.inputs[0].tolist(), batch.targets[0].tolist()
-    assert i == [0, 1, 2, 3, 0, 4, 5, 0, 0] and t == [1, 2, 3, -1, 4, 5, -1, -1, -1]  # this tokenizer's mask leaves <|bos|> out
+    assert i == [0, 1, 2, 3, 0, 4, 5, 0, 0] and t == [
+        1,
+        2,
+        3,
+        -1,
+        4,
+        5,
+        -1,
+        -1,
+        -1,
+    ]  # this tokenizer's mask leaves <|bos|> out
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64 and batch.weights is None
 
 
@@ -151,7 +184,9 @@ def test_split_documents_lose_no_target(tmp_path):
 
 def test_masks_decide_the_targets(tmp_path):
     shards = make(tmp_path, [6, 40, 11], masked=True)
-    wanted = sorted(int(x) for i in range(3) for x, m in zip(shards.tokens(i), shards.mask(i), strict=True) if m)
+    wanted = sorted(
+        int(x) for i in range(3) for x, m in zip(shards.tokens(i), shards.mask(i), strict=True) if m
+    )
     assert sorted(targets(feed(shards, epochs=1))) == wanted
 
 
@@ -167,7 +202,9 @@ def test_only_over_long_conversations(tmp_path, capsys):
 
 
 def test_padded_rows_are_as_wide_as_the_step_needs(tmp_path):
-    f = feed(make(tmp_path, [5, 70, 65, 66, 200]), mode="padded", rows=1, epochs=1, sequence_len=150)
+    f = feed(
+        make(tmp_path, [5, 70, 65, 66, 200]), mode="padded", rows=1, epochs=1, sequence_len=150
+    )
     widths = {int((b.targets >= 0).sum()): b.inputs.shape[1] for (b,) in f}
     assert widths == {4: 64, 64: 64, 65: 128, 69: 128, 150: 150}
 
@@ -240,8 +277,14 @@ def told(f, shares=None):
             return
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(first=st.integers(0, 40), second=st.integers(0, 40), lengths=st.lists(st.integers(1, 150), min_size=1, max_size=60))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    first=st.integers(0, 40),
+    second=st.integers(0, 40),
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=60),
+)
 def test_stages_lose_and_repeat_nothing(tmp_path, first, second, lengths):
     """Every target of the epoch once, wherever the context grows: within a block or at its end, in long documents and short ones."""
     data = make(tmp_path / f"{len(lengths)}_{sum(lengths)}_{hash(tuple(lengths))}", lengths)
@@ -262,11 +305,23 @@ def test_a_longer_context_joins_the_pieces_of_a_document(tmp_path):
 
 def test_stages_keep_the_tokens_of_steps_and_micro_batches(data):
     f = staged(data, rows=6, device_rows=2)
-    for progress, T in ((0.0, 8), (0.2, 8), (0.3, 16), (0.79, 16), (0.8, 32), (0.1, 32)):  # a context once reached is kept
+    for progress, T in (
+        (0.0, 8),
+        (0.2, 8),
+        (0.3, 16),
+        (0.79, 16),
+        (0.8, 32),
+        (0.1, 32),
+    ):  # a context once reached is kept
         said = f.at(progress)
         step = next(f)
-        assert [tuple(b.inputs.shape) for b in step] == [(64 // T, T)] * 3 and f.numbers == {"context": T}
-        assert said == {0.3: "context 8 -> 16, 12 rows a step", 0.8: "context 16 -> 32, 6 rows a step"}.get(progress, "")
+        assert [tuple(b.inputs.shape) for b in step] == [(64 // T, T)] * 3 and f.numbers == {
+            "context": T
+        }
+        assert said == {
+            0.3: "context 8 -> 16, 12 rows a step",
+            0.8: "context 16 -> 32, 6 rows a step",
+        }.get(progress, "")
     g = staged(data, rows=4, device_rows=4)
     next(g)
     g.device_rows = 4  # lowered from 16, as when memory runs out
@@ -281,10 +336,21 @@ def test_resume_anywhere_in_the_stages(data):
     for batches in told(f):
         whole.append(rows(batches))
         states.append(json.loads(json.dumps(f.state_dict())))
-    assert len({s["sequence_len"] for s in states}) == 3 and max(len(s["cuts"]) for s in states) >= 1
+    assert (
+        len({s["sequence_len"] for s in states}) == 3 and max(len(s["cuts"]) for s in states) >= 1
+    )
     progress = [s["progress"] for s in states]
     assert progress == sorted(progress) and progress[-1] == 1.0
-    for at in {0, 5, *(i for i in range(len(whole) - 1) if states[i]["sequence_len"] != states[i + 1]["sequence_len"]), len(whole) - 3}:
+    for at in {
+        0,
+        5,
+        *(
+            i
+            for i in range(len(whole) - 1)
+            if states[i]["sequence_len"] != states[i + 1]["sequence_len"]
+        ),
+        len(whole) - 3,
+    }:
         for there in (at, at + 1):
             g = staged(data)
             g.load_state_dict(states[there])
@@ -308,15 +374,25 @@ def test_a_finished_stage_of_a_block_counts_once(data, monkeypatch):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_stages_depend_on_no_memory_knob(data, world_size):
     one = [rows(b) for b in told(staged(data, rows=4, device_rows=8))]
-    ranks = [told(staged(data, rows=4, device_rows=1, rank=r, world_size=world_size)) for r in range(world_size)]
+    ranks = [
+        told(staged(data, rows=4, device_rows=1, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
     for step in one:
         parts = [rows(next(f)) for f in ranks]
-        assert [row for p in parts for row in p if len(step) >= world_size or any(t >= 0 for t in row[1])] == step
+        assert [
+            row
+            for p in parts
+            for row in p
+            if len(step) >= world_size or any(t >= 0 for t in row[1])
+        ] == step
 
 
 def test_errors_in_the_thread_surface(data, monkeypatch):
     f = feed(data)
-    monkeypatch.setattr(type(data), "tokens", lambda self, i: (_ for _ in ()).throw(OSError("disk gone")))
+    monkeypatch.setattr(
+        type(data), "tokens", lambda self, i: (_ for _ in ()).throw(OSError("disk gone"))
+    )
     with pytest.raises(OSError, match="disk gone"):
         next(f)
 
@@ -355,5 +431,14 @@ def test_eval_reads_the_same_rows_always(data):
     ranks = [r for k in range(3) for r in rows(read(rank=k, world_size=3, rows_per_batch=5))]
     assert sorted(r for r in ranks if any(t >= 0 for t in r[1])) == real
     assert len({b.inputs.shape for b in read()}) == 1
-    assert sorted(t for r in rows(read(max_tokens=None)) for t in r[1] if t > 0) == list(range(1, data.total - len(data) + 1))
-    assert list(eval_batches(data, rows_per_batch=4, sequence_len=32, max_tokens=5, rank=1, world_size=2)) == []
+    assert sorted(t for r in rows(read(max_tokens=None)) for t in r[1] if t > 0) == list(
+        range(1, data.total - len(data) + 1)
+    )
+    assert (
+        list(
+            eval_batches(
+                data, rows_per_batch=4, sequence_len=32, max_tokens=5, rank=1, world_size=2
+            )
+        )
+        == []
+    )

@@ -17,8 +17,18 @@ SHAPES = {
     "default": {},
     "grouped, tied": {"n_kv_head": 1, "tie_embeddings": True},
     "windows, swiglu": {"window_pattern": "SSL", "activation": "swiglu", "softcap": 0.0},
-    "grouped windows, silu, narrow": {"n_kv_head": 2, "window_pattern": "S", "activation": "silu", "mlp_ratio": 2.5},
-    "gelu, another rotation": {"activation": "gelu", "rope_base": 500.0, "tie_embeddings": True, "softcap": 30.0},
+    "grouped windows, silu, narrow": {
+        "n_kv_head": 2,
+        "window_pattern": "S",
+        "activation": "silu",
+        "mlp_ratio": 2.5,
+    },
+    "gelu, another rotation": {
+        "activation": "gelu",
+        "rope_base": 500.0,
+        "tie_embeddings": True,
+        "softcap": 30.0,
+    },
 }
 
 
@@ -29,7 +39,17 @@ def tokenizer():
 
 def model(vocab_size, dtype=torch.float32, seed=0, **shape):
     """A random tiny model, with no matrix at zero as training starts them."""
-    config = GPTConfig(**{"sequence_len": 32, "vocab_size": vocab_size, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 32, **shape})
+    config = GPTConfig(
+        **{
+            "sequence_len": 32,
+            "vocab_size": vocab_size,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_kv_head": 4,
+            "n_embd": 32,
+            **shape,
+        }
+    )
     m = GPT.build(config, compute_dtype=dtype)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -58,7 +78,9 @@ def quiet(tokenizer, m):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_decoding_is_the_full_forward_up_to_the_last_position(tokenizer, shape, monkeypatch):  # trap 20
+def test_decoding_is_the_full_forward_up_to_the_last_position(
+    tokenizer, shape, monkeypatch
+):  # trap 20
     m = model(tokenizer.vocab_size, **shape)
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
     want = [greedy(m, p, 33 - len(p)) for p in prompts]
@@ -75,12 +97,19 @@ def test_decoding_is_the_full_forward_up_to_the_last_position(tokenizer, shape, 
 def test_every_logit_of_cached_passes_is_that_of_the_whole(tokenizer):
     for shape in SHAPES.values():
         m = model(tokenizer.vocab_size, **shape)
-        idx = torch.randint(0, tokenizer.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
+        idx = torch.randint(
+            0, tokenizer.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1)
+        )
         with torch.no_grad():
             want = m.logits(m(idx))
             cache, at = m.new_cache(2), 0
             for n in (5, 1, 17, 1, 8):
-                torch.testing.assert_close(m.logits(m(idx[:, at : at + n], cache)), want[:, at : at + n], atol=1e-4, rtol=1e-3)
+                torch.testing.assert_close(
+                    m.logits(m(idx[:, at : at + n], cache)),
+                    want[:, at : at + n],
+                    atol=1e-4,
+                    rtol=1e-3,
+                )
                 cache.advance(n)
                 at += n
 
@@ -102,7 +131,9 @@ def test_the_fast_copy_computes_the_same_and_leaves_the_model_alone(tokenizer, d
     torch.testing.assert_close(got, want, **near)
     assert [name for name, _ in m.named_parameters()] == names
     assert {p.dtype for p in m.parameters()} == {dtype if frozen else torch.float32}
-    assert (e._prepared()[0] is body) == frozen  # a model in training is read anew, one at rest is prepared once
+    assert (
+        e._prepared()[0] is body
+    ) == frozen  # a model in training is read anew, one at rest is prepared once
 
 
 def test_training_between_two_calls_is_seen(tokenizer):
@@ -112,7 +143,9 @@ def test_training_between_two_calls_is_seen(tokenizer):
     with torch.no_grad():
         for p in m.parameters():
             p.normal_(0, 0.3, generator=torch.Generator().manual_seed(7))
-    assert e.generate_batch([1, 2, 3], max_tokens=20, temperature=0)[0].tokens == greedy(m, [1, 2, 3], 20)
+    assert e.generate_batch([1, 2, 3], max_tokens=20, temperature=0)[0].tokens == greedy(
+        m, [1, 2, 3], 20
+    )
 
 
 # --- rows and seeds
@@ -127,12 +160,17 @@ def test_rows_do_not_depend_on_their_company(tokenizer):  # trap 23
         for p, s in itertools.product(range(3), range(n)):
             assert rows[p * n + s] == alone[p][s]
     some = e.generate_batch(prompts, 2, 12, seed=3)
-    assert e.generate_batch(prompts[:2], 1, 12, seed=3) == [some[0], some[2]]  # one seed for all: a prompt's number tells it apart
+    assert e.generate_batch(prompts[:2], 1, 12, seed=3) == [
+        some[0],
+        some[2],
+    ]  # one seed for all: a prompt's number tells it apart
     assert some != e.generate_batch(prompts, 2, 12, seed=4)
 
 
 def test_samples_differ_from_their_first_token_on(tokenizer):  # trap 23
-    rows = quiet(tokenizer, model(tokenizer.vocab_size)).generate_batch([1, 2, 3], num_samples=16, max_tokens=3)
+    rows = quiet(tokenizer, model(tokenizer.vocab_size)).generate_batch(
+        [1, 2, 3], num_samples=16, max_tokens=3
+    )
     assert len({r.tokens[0] for r in rows}) > 8 and len({tuple(r.tokens) for r in rows}) == 16
 
 
@@ -170,7 +208,9 @@ def test_finished_rows_leave_the_batch(tokenizer):
         engine_module._forward = forward
     assert rows == list(want.values())
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 8 and sizes[-1] < 4
-    assert {r.finish for r in rows} >= {"stop"} and all(r.stop in e._stops for r in rows if r.finish == "stop")
+    assert {r.finish for r in rows} >= {"stop"} and all(
+        r.stop in e._stops for r in rows if r.finish == "stop"
+    )
 
 
 # --- sampling
@@ -190,17 +230,31 @@ def test_ids_in_the_padding_are_never_sampled(tokenizer):  # trap 14, even with 
 def test_choose():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     p = torch.softmax(logits.double(), -1)[0]
-    assert choose(logits, [0.9], temperature=0) == [1] == choose(logits, [0.999], top_k=1) == choose(logits, [0.999], top_p=0.01)
+    assert (
+        choose(logits, [0.9], temperature=0)
+        == [1]
+        == choose(logits, [0.999], top_k=1)
+        == choose(logits, [0.999], top_p=0.01)
+    )
     n = 4000
     u = [(i + 0.5) / n for i in range(n)]
     for top_k in (None, 0, 4, 99):
-        share = torch.bincount(torch.tensor(choose(logits.expand(n, 4), u, top_k=top_k)), minlength=4) / n
+        share = (
+            torch.bincount(torch.tensor(choose(logits.expand(n, 4), u, top_k=top_k)), minlength=4)
+            / n
+        )
         torch.testing.assert_close(share.double(), p, atol=1e-3, rtol=0)
     assert set(choose(logits.expand(n, 4), u, top_k=2)) == {1, 3}
-    assert set(choose(logits.expand(n, 4), u, top_p=float(p[1]) + 0.01)) == {1, 3}  # the token that crosses the threshold stays
+    assert set(choose(logits.expand(n, 4), u, top_p=float(p[1]) + 0.01)) == {
+        1,
+        3,
+    }  # the token that crosses the threshold stays
     assert set(choose(logits.expand(n, 4), u, top_p=float(p[1]) - 0.01)) == {1}
     assert set(choose(logits.expand(n, 4), u, temperature=1e-4)) == {1}
-    hot = torch.bincount(torch.tensor(choose(logits.expand(n, 4), u, temperature=1e4)), minlength=4) / n
+    hot = (
+        torch.bincount(torch.tensor(choose(logits.expand(n, 4), u, temperature=1e4)), minlength=4)
+        / n
+    )
     torch.testing.assert_close(hot, torch.full((4,), 0.25), atol=2e-3, rtol=0)
 
 
@@ -213,7 +267,13 @@ def test_choose_at_the_edges_takes_only_possible_tokens():
 
 def test_senseless_sampling_is_refused(tokenizer):
     e = Engine(model(tokenizer.vocab_size), tokenizer)
-    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}):
+    for bad in (
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"temperature": float("nan")},
+    ):
         with pytest.raises(UserError, match="top_p above 0"):
             e.generate_batch([1], **bad)
     with pytest.raises(ValueError, match="at least one token"):
@@ -225,7 +285,11 @@ def test_senseless_sampling_is_refused(tokenizer):
 
 
 def test_clip():
-    assert clip([1, 2, 3], 3) == [1, 2, 3] and clip([1, 2, 3, 4, 5], 3) == [1, 4, 5] and clip([1, 2, 3], 1) == [1]
+    assert (
+        clip([1, 2, 3], 3) == [1, 2, 3]
+        and clip([1, 2, 3, 4, 5], 3) == [1, 4, 5]
+        and clip([1, 2, 3], 1) == [1]
+    )
 
 
 def test_long_prompts_keep_bos_and_their_end(tokenizer):
@@ -238,8 +302,13 @@ def test_long_prompts_keep_bos_and_their_end(tokenizer):
 
 def test_lengths_and_reasons(tokenizer):
     e = quiet(tokenizer, model(tokenizer.vocab_size))
-    assert [(r.finish, len(r.tokens)) for r in e.generate_batch([[1, 2]] * 2, 2, 5)] == [("length", 5)] * 4
-    assert [(r.finish, len(r.tokens)) for r in e.generate_batch([[1] * 30, [1] * 20], 1, 10)] == [("context", 3), ("length", 10)]
+    assert [(r.finish, len(r.tokens)) for r in e.generate_batch([[1, 2]] * 2, 2, 5)] == [
+        ("length", 5)
+    ] * 4
+    assert [(r.finish, len(r.tokens)) for r in e.generate_batch([[1] * 30, [1] * 20], 1, 10)] == [
+        ("context", 3),
+        ("length", 10),
+    ]
     assert [(r.finish, r.tokens) for r in e.generate_batch([1], max_tokens=0)] == [("length", [])]
 
 
@@ -254,7 +323,9 @@ class Script:
             self.rows, self.new, self.k = rows, [], torch.zeros(1)
 
         def advance(self, counts):
-            self.rows = [row + new[:n] for row, new, n in zip(self.rows, self.new, counts, strict=True)]
+            self.rows = [
+                row + new[:n] for row, new, n in zip(self.rows, self.new, counts, strict=True)
+            ]
 
         def expand(self, rows):
             return Script.Cache([list(self.rows[r]) for r in rows])
@@ -328,11 +399,17 @@ def test_the_calculator_answers_in_every_row(tokenizer, feed, monkeypatch):
 
 def test_forced_tokens_end_at_the_limit(tokenizer):
     said = call(tokenizer, "9999*9999")
-    rows = scripted(tokenizer, {1: said}).generate_batch([1], max_tokens=len(said) + 2, temperature=0)
+    rows = scripted(tokenizer, {1: said}).generate_batch(
+        [1], max_tokens=len(said) + 2, temperature=0
+    )
     assert rows[0].tokens == said + output(tokenizer, "99980001")[:2] and rows[0].finish == "length"
     assert rows[0].mask == [1] * len(said) + [0, 0]
-    rows = scripted(tokenizer, {1: said}, context=len(said) + 1).generate_batch([1], max_tokens=99, temperature=0)
-    assert rows[0].tokens == said + output(tokenizer, "99980001")[:1] and rows[0].finish == "context"
+    rows = scripted(tokenizer, {1: said}, context=len(said) + 1).generate_batch(
+        [1], max_tokens=99, temperature=0
+    )
+    assert (
+        rows[0].tokens == said + output(tokenizer, "99980001")[:1] and rows[0].finish == "context"
+    )
 
 
 @pytest.mark.parametrize("feed", [1, 64])
@@ -355,7 +432,9 @@ def test_the_model_sees_what_the_calculator_said(tokenizer, feed, monkeypatch):
 
     e._open = open_with_a_call
     answer = output(tokenizer, "42")
-    for p, row in zip(prompts, e.generate_batch(prompts, max_tokens=16, temperature=0), strict=True):
+    for p, row in zip(
+        prompts, e.generate_batch(prompts, max_tokens=16, temperature=0), strict=True
+    ):
         tokens, called = list(p), False
         while len(tokens) - len(p) < 16:
             tokens += greedy(m, tokens, 1)
@@ -369,7 +448,12 @@ def test_the_model_sees_what_the_calculator_said(tokenizer, feed, monkeypatch):
 
 
 def test_a_reply_streams_text_and_tool_calls(tokenizer):
-    said = [*tokenizer.encode("It is "), *call(tokenizer, "12+30"), *output(tokenizer, "42"), *tokenizer.encode("42. 😀")]
+    said = [
+        *tokenizer.encode("It is "),
+        *call(tokenizer, "12+30"),
+        *output(tokenizer, "42"),
+        *tokenizer.encode("42. 😀"),
+    ]
     said.append(tokenizer.specials["<|assistant_end|>"])
     conversation = {"messages": [{"role": "user", "content": "What is 12+30?"}]}
     prompt = tokenizer.render_prompt(conversation)
@@ -381,7 +465,9 @@ def test_a_reply_streams_text_and_tool_calls(tokenizer):
     assert r.content == [{"type": kind, "text": text} for kind, text in parts]
     assert r.finish == "stop" and r.tokens == len(said) and r.prompt == prompt
     whole = [*conversation["messages"], {"role": "assistant", "content": r.content}]
-    assert tokenizer.render_conversation({"messages": whole})[0] == prompt + said  # what it said is what it will be shown
+    assert (
+        tokenizer.render_conversation({"messages": whole})[0] == prompt + said
+    )  # what it said is what it will be shown
 
 
 def test_a_reply_never_splits_a_character(tokenizer):  # trap 16
@@ -389,22 +475,42 @@ def test_a_reply_never_splits_a_character(tokenizer):  # trap 16
     said = [tokenizer.ranks[bytes([b])] for b in text.encode()]  # every byte a token of its own
     conversation = {"messages": [{"role": "user", "content": "hi"}]}
     prompt = tokenizer.render_prompt(conversation)
-    r = Reply(scripted(tokenizer, {tokenizer.bos: [*said, tokenizer.bos]}, len(prompt)), conversation, temperature=0)
+    r = Reply(
+        scripted(tokenizer, {tokenizer.bos: [*said, tokenizer.bos]}, len(prompt)),
+        conversation,
+        temperature=0,
+    )
     pieces = [p for _, p in r]
-    assert "".join(pieces) == text == r.content and all("�" not in p for p in pieces) and len(pieces) == len(text)
-    cut = Reply(scripted(tokenizer, {tokenizer.bos: said}, len(prompt)), conversation, temperature=0, max_tokens=9)
+    assert (
+        "".join(pieces) == text == r.content
+        and all("�" not in p for p in pieces)
+        and len(pieces) == len(text)
+    )
+    cut = Reply(
+        scripted(tokenizer, {tokenizer.bos: said}, len(prompt)),
+        conversation,
+        temperature=0,
+        max_tokens=9,
+    )
     assert "".join(p for _, p in cut) == "Grüße �" and cut.finish == "length"
 
 
 def test_a_reply_that_stops_inside_a_call_loses_nothing(tokenizer):
     said = [tokenizer.specials["<|user_start|>"], *call(tokenizer, "1+1")[:-1], tokenizer.bos]
     conversation = {"messages": [{"role": "user", "content": "hi"}]}
-    r = Reply(scripted(tokenizer, {tokenizer.bos: said}, len(tokenizer.render_prompt(conversation))), conversation, temperature=0)
+    r = Reply(
+        scripted(tokenizer, {tokenizer.bos: said}, len(tokenizer.render_prompt(conversation))),
+        conversation,
+        temperature=0,
+    )
     assert list(r) == [("python", "1+1")] and r.finish == "stop"
 
 
 def test_long_conversations_lose_their_oldest_exchanges(tokenizer):
-    turn = [{"role": "user", "content": "The cat sat"}, {"role": "assistant", "content": "on the mat."}]
+    turn = [
+        {"role": "user", "content": "The cat sat"},
+        {"role": "assistant", "content": "on the mat."},
+    ]
     system = {"role": "system", "content": "Grüße"}
     whole = {"messages": [system, *turn * 5, turn[0]], "kind": "x"}
     size = len(tokenizer.render_prompt(whole))

@@ -30,7 +30,9 @@ FILE = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 10
 
 
-def ten_losses(feed: trainer.Feed, m: GPT | None = None, lr_scale: float = 1.0, **knobs) -> list[float]:
+def ten_losses(
+    feed: trainer.Feed, m: GPT | None = None, lr_scale: float = 1.0, **knobs
+) -> list[float]:
     m = m or tiny.model(seed=7, **knobs)
     with tempfile.TemporaryDirectory() as folder:
         run = tiny.run(Path(folder), m)
@@ -49,12 +51,16 @@ def text(**batch) -> tiny.ListFeed:
 def reinforced() -> list[float]:
     """Of the policy's own replies: what is sampled hangs on the weights of the step before."""
     m = toy.policy(toy.words())
-    return ten_losses(toy.feed(toy.words(), m, samples=6, device_rows=5, total=4 * STEPS), m, lr_scale=0.1)
+    return ten_losses(
+        toy.feed(toy.words(), m, samples=6, device_rows=5, total=4 * STEPS), m, lr_scale=0.1
+    )
 
 
 KINDS = {
     "base": lambda: ten_losses(text()),
-    "base, other knobs": lambda: ten_losses(text(), activation="swiglu", tie_embeddings=True, softcap=0.0, window_pattern="SL"),
+    "base, other knobs": lambda: ten_losses(
+        text(), activation="swiglu", tie_embeddings=True, softcap=0.0, window_pattern="SL"
+    ),
     "masked as in sft": lambda: ten_losses(text(ignored=0.5)),
     "weighted as in rl": lambda: ten_losses(text(weighted=True)),
     "rl": reinforced,
@@ -70,5 +76,9 @@ def test_losses_are_the_golden_ones(kind):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    FILE.write_text(json.dumps({kind: [round(x, 6) for x in f()] for kind, f in KINDS.items()}, indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(
+        json.dumps({kind: [round(x, 6) for x in f()] for kind, f in KINDS.items()}, indent=1)
+        + "\n",
+        encoding="utf-8",
+    )
     print(FILE.read_text())

@@ -21,15 +21,36 @@ def counts(vocab: int, shape: Shape, **arch) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("vocab", "shape", "tied", "embedding", "transformer", "head", "total"),
     [
-        (24576, Shape(depth=4, model_dim=512, head_dim=64), False, 12_582_912, 12_582_912, 12_582_912, 37_748_736),
-        (24576, Shape(depth=4, model_dim=512, head_dim=64), True, 12_582_912, 12_582_912, 0, 25_165_824),
+        (
+            24576,
+            Shape(depth=4, model_dim=512, head_dim=64),
+            False,
+            12_582_912,
+            12_582_912,
+            12_582_912,
+            37_748_736,
+        ),
+        (
+            24576,
+            Shape(depth=4, model_dim=512, head_dim=64),
+            True,
+            12_582_912,
+            12_582_912,
+            0,
+            25_165_824,
+        ),
         (24576, Shape(depth=4), False, 6_291_456, 3_145_728, 6_291_456, 15_728_640),
         (65536, Shape(depth=20), False, 83_886_080, 393_216_000, 83_886_080, 560_988_160),
     ],
 )
 def test_counts(vocab, shape, tied, embedding, transformer, head, total):
     n = counts(vocab, shape, tie_embeddings=tied)
-    assert (n["embedding"], n["transformer"], n["head"], n["total"]) == (embedding, transformer, head, total)
+    assert (n["embedding"], n["transformer"], n["head"], n["total"]) == (
+        embedding,
+        transformer,
+        head,
+        total,
+    )
     assert n["matmul"] == transformer + (embedding if tied else head)
 
 
@@ -43,7 +64,9 @@ def test_what_the_knobs_save():
 
 
 def test_a_quarter_of_a_layer():
-    assert counts(24576, Shape(depth=4, model_dim=512, head_dim=64))["transformer"] // 4 == 3_145_728
+    assert (
+        counts(24576, Shape(depth=4, model_dim=512, head_dim=64))["transformer"] // 4 == 3_145_728
+    )
 
 
 def test_flops_by_counting_pairs():
@@ -83,9 +106,18 @@ def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
     for layer in range(c.n_layer):
         a = f"blocks.{layer}.attn."
         h = rms(x)
-        q = [[rotated(w[a + "q.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_head)] for t in range(T)]
-        k = [[rotated(w[a + "k.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_kv_head)] for t in range(T)]
-        v = [[w[a + "v.weight"][n * D : (n + 1) * D] @ h[t] for n in range(c.n_kv_head)] for t in range(T)]
+        q = [
+            [rotated(w[a + "q.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_head)]
+            for t in range(T)
+        ]
+        k = [
+            [rotated(w[a + "k.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_kv_head)]
+            for t in range(T)
+        ]
+        v = [
+            [w[a + "v.weight"][n * D : (n + 1) * D] @ h[t] for n in range(c.n_kv_head)]
+            for t in range(T)
+        ]
         short = c.window_pattern[layer % len(c.window_pattern)] == "S" and layer < c.n_layer - 1
         reach = c.sequence_len // 2 if short else T
         y = np.zeros_like(x)
@@ -94,10 +126,14 @@ def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
                 kv, seen = n * c.n_kv_head // c.n_head, range(max(0, t - reach + 1), t + 1)
                 s = np.array([q[t][n] @ k[j][kv] for j in seen]) / np.sqrt(D)
                 p = np.exp(s - s.max())
-                y[t, n * D : (n + 1) * D] = sum(pj * v[j][kv] for pj, j in zip(p / p.sum(), seen, strict=True))
+                y[t, n * D : (n + 1) * D] = sum(
+                    pj * v[j][kv] for pj, j in zip(p / p.sum(), seen, strict=True)
+                )
         x = x + y @ w[a + "out.weight"].T
         h = rms(x)
-        x = x + np.stack([w[f"blocks.{layer}.mlp.down.weight"] @ activation(layer, h[t]) for t in range(T)])
+        x = x + np.stack(
+            [w[f"blocks.{layer}.mlp.down.weight"] @ activation(layer, h[t]) for t in range(T)]
+        )
     logits = rms(x) @ w["embed.weight" if c.tie_embeddings else "head.weight"][: c.vocab_size].T
     return c.softcap * np.tanh(logits / c.softcap) if c.softcap else logits
 
@@ -115,7 +151,14 @@ KNOBS = [
     {"window_pattern": "SSSL", "n_layer": 5},
     {"n_kv_head": 1},
     {"n_kv_head": 4},
-    {"tie_embeddings": True, "activation": "swiglu", "softcap": 0.0, "n_kv_head": 1, "mlp_ratio": 8 / 3, "window_pattern": "S"},
+    {
+        "tie_embeddings": True,
+        "activation": "swiglu",
+        "softcap": 0.0,
+        "n_kv_head": 1,
+        "mlp_ratio": 8 / 3,
+        "window_pattern": "S",
+    },
 ]
 
 
@@ -138,7 +181,9 @@ def test_every_knob_trains_decodes_and_comes_back(knobs, tmp_path):
         o.zero_grad()
         loss = m.loss(b.inputs, b.targets) / b.targets.numel()
         loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in m.parameters())
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in m.parameters()
+        )
         o.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
@@ -201,7 +246,9 @@ def test_an_uncovered_parameter_is_an_error():
 
 
 def test_a_parameter_covered_twice_is_an_error(monkeypatch):
-    monkeypatch.setattr(gpt, "ROSTER", (*gpt.ROSTER, gpt.ROSTER[2]._replace(pattern=r"blocks\.0\..*")))
+    monkeypatch.setattr(
+        gpt, "ROSTER", (*gpt.ROSTER, gpt.ROSTER[2]._replace(pattern=r"blocks\.0\..*"))
+    )
     with pytest.raises(RuntimeError, match="covered by 2 rows"):
         tiny.model()
 
@@ -249,7 +296,9 @@ def test_init_has_the_documented_spread():
 
 def test_the_first_loss_is_that_of_guessing():
     m, b = tiny.model(), tiny.batch()
-    assert m.loss(b.inputs, b.targets).item() / b.targets.numel() == pytest.approx(np.log(61), abs=0.01)
+    assert m.loss(b.inputs, b.targets).item() / b.targets.numel() == pytest.approx(
+        np.log(61), abs=0.01
+    )
 
 
 # ---- tying
@@ -320,13 +369,18 @@ def test_impossible_shapes(knobs, says):
 
 
 def test_keys_are_clean(tmp_path):
-    plain, compiled = tiny.model(), tiny.model().compile()  # nothing is compiled before the first call
+    plain, compiled = (
+        tiny.model(),
+        tiny.model().compile(),
+    )  # nothing is compiled before the first call
     assert [n for n, _ in compiled.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert list(compiled.state_dict()) == list(plain.state_dict())
     path = checkpoint.save(tmp_path, 0, dict(compiled.named_parameters()), {}, tiny.meta(compiled))
     assert not any("_orig_mod" in name for name in load_file(path / "model.safetensors"))
     checkpoint.fill(plain, path)
-    checkpoint.fill(compiled, checkpoint.save(tmp_path, 1, dict(plain.named_parameters()), {}, tiny.meta(plain)))
+    checkpoint.fill(
+        compiled, checkpoint.save(tmp_path, 1, dict(plain.named_parameters()), {}, tiny.meta(plain))
+    )
 
 
 @pytest.mark.slow

@@ -19,9 +19,15 @@ from nanochat.model import attention, loss
 from nanochat.model.gpt import GPT
 from nanochat.model.prior import Prior
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 FP32, BF16 = torch.float32, torch.bfloat16
-CLOSE = {FP32: {"atol": 5e-3, "rtol": 5e-3}, BF16: {"atol": 0.06, "rtol": 0.06}}  # float32 products are TF32's
+CLOSE = {
+    FP32: {"atol": 5e-3, "rtol": 5e-3},
+    BF16: {"atol": 0.06, "rtol": 0.06},
+}  # float32 products are TF32's
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +46,16 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize(("heads", "T", "window"), [((4, 4), 256, 0), ((4, 2), 200, 0), ((4, 1), 256, 64), ((4, 2), 300, 130)])
+@pytest.mark.parametrize(
+    ("heads", "T", "window"),
+    [((4, 4), 256, 0), ((4, 2), 200, 0), ((4, 1), 256, 64), ((4, 2), 300, 130)],
+)
 def test_attention_and_its_gradients(heads, T, window, dtype):
     exact = [x.to(dtype).double().requires_grad_() for x in test_attention.draw(2, *heads, T, 64)]
     given = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
-    weights = torch.randn(2, heads[0], T, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(
+        2, heads[0], T, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     want, got = test_attention.oracle(*exact, window), attention.attend(*given, window)
     (want * weights).sum().backward()
     (got * weights.to("cuda", dtype)).sum().backward()
@@ -74,20 +85,33 @@ def test_a_prior_and_the_gradients_of_its_gates(tmp_path, kind, window, dtype, b
     bias = p(idx.cuda(), dtype)[0]
     B = whole(given, idx)
     if backend == "factored":  # its positions are columns: the fit, whose error is stated
-        B["lag"] = (tensors["place_u"].double() @ tensors["place_w"].double().T).tril().expand(2, T, T)
+        B["lag"] = (
+            (tensors["place_u"].double() @ tensors["place_w"].double().T).tril().expand(2, T, T)
+        )
     gates = p.gates[0].detach().cpu().double().requires_grad_()
     rows = config.rap["rows"][0] if kind == "spans" else [0] * heads[0]
     curves = [given["lag"], *given.get("spans", [])]
     i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
     added = []
     for h in range(heads[0]):
-        lag = B["lag"] if kind == "terms" else curves[rows[h]].double()[(i - j).clamp(min=0)].tril().expand(2, T, T)
+        lag = (
+            B["lag"]
+            if kind == "terms"
+            else curves[rows[h]].double()[(i - j).clamp(min=0)].tril().expand(2, T, T)
+        )
         parts = {**B, "lag": lag}
-        added.append(sum(gates[h, g] * parts[name] for g, (name, _) in enumerate(config.rap["columns"])))
+        added.append(
+            sum(gates[h, g] * parts[name] for g, (name, _) in enumerate(config.rap["columns"]))
+        )
     exact = [x.to(dtype).double().requires_grad_() for x in test_attention.draw(2, *heads, T, D)]
     sent = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
-    weights = torch.randn(2, heads[0], T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    want, got = test_prior.oracle(*exact, window, torch.stack(added, 1)), attention.attend(*sent, window, bias)
+    weights = torch.randn(
+        2, heads[0], T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    want, got = (
+        test_prior.oracle(*exact, window, torch.stack(added, 1)),
+        attention.attend(*sent, window, bias),
+    )
     (want * weights).sum().backward()
     (got * weights.to("cuda", dtype)).sum().backward()
     most = 5e-3 if dtype is FP32 else 2e-2
@@ -106,14 +130,26 @@ def test_the_loss_and_its_gradients(compiled, dtype, monkeypatch):
     got = loss.linear_cross_entropy(a, b, targets.cuda(), weights.cuda(), 15.0, compiled)
     got.backward()
     most = 2e-3 if dtype is FP32 else 1e-2
-    assert relative(got.detach(), want) < most and relative(a.grad, dx) < most and relative(b.grad, dw) < most
+    assert (
+        relative(got.detach(), want) < most
+        and relative(a.grad, dx) < most
+        and relative(b.grad, dw) < most
+    )
 
 
 # ---- the model
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("knobs", [{}, {"window_pattern": "SL"}, {"activation": "swiglu", "tie_embeddings": True, "softcap": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"window_pattern": "SL"},
+        {"activation": "swiglu", "tie_embeddings": True, "softcap": 0.0},
+    ],
+    ids=str,
+)
 def test_steps_are_those_of_the_cpu(compiled, knobs, monkeypatch):
     rt = Runtime(torch.device("cuda", 0), FP32, 0, 1, 42)
     models = [tiny.randomise(tiny.model(n_embd=64, **knobs)) for _ in range(2)]
@@ -142,7 +178,9 @@ def test_steps_are_those_of_the_cpu(compiled, knobs, monkeypatch):
 @pytest.mark.parametrize("window_pattern", ["L", "SL"])
 def test_cached_decoding_is_the_whole_sequence(dtype, window_pattern):
     m = GPT.build(tiny.config(window_pattern=window_pattern, n_embd=64), "cuda", dtype)
-    m.load_state_dict(tiny.randomise(tiny.model(window_pattern=window_pattern, n_embd=64)).state_dict())
+    m.load_state_dict(
+        tiny.randomise(tiny.model(window_pattern=window_pattern, n_embd=64)).state_dict()
+    )
     idx = tiny.batch(rows=3).inputs.cuda()
     with torch.no_grad():
         want = m.logits(m(idx))
@@ -159,26 +197,57 @@ def test_cached_decoding_is_the_whole_sequence(dtype, window_pattern):
 
 def on_gpu(directory) -> list[str]:
     """tiny's base_train, on the GPU and in its own precision; the width is one that its kernels take."""
-    words = [w for w in tiny.workplace(directory) if not w.startswith(("--device_type", "--dtype", "--model_dim", "--head_dim"))]
+    words = [
+        w
+        for w in tiny.workplace(directory)
+        if not w.startswith(("--device_type", "--dtype", "--model_dim", "--head_dim"))
+    ]
     return [*words, "--device_type=cuda", "--model_dim=128", "--head_dim=32"]
 
 
 def test_a_run_learns_is_resumed_and_switches_its_context(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    words = [*on_gpu(tmp_path), "--num_iterations=60", "--eval_every=0.5", "--context_stages", "16@0", "32@0.5"]
+    words = [
+        *on_gpu(tmp_path),
+        "--num_iterations=60",
+        "--eval_every=0.5",
+        "--context_stages",
+        "16@0",
+        "32@0.5",
+    ]
     whole = base_train.main(words)
     assert whole["val_bpb"] < 2.0 and whole["steps"] == 60
     said = capsys.readouterr().out
-    assert "cuda x1, bfloat16" in said and "compiling at the first step" in said and "rows of 32 tokens" in said
+    assert (
+        "cuda x1, bfloat16" in said
+        and "compiling at the first step" in said
+        and "rows of 32 tokens" in said
+    )
     half = base_train.main([*words, "--model_tag=half", "--num_iterations=30"])
     assert half["steps"] == 30
-    again = base_train.main([*words, "--model_tag=half", "--num_iterations=60", "--resume=auto", "--new_horizon=stretch"])
-    assert again["tokens"] == whole["tokens"] and again["val_bpb"] == pytest.approx(whole["val_bpb"], rel=0.1)
+    again = base_train.main(
+        [
+            *words,
+            "--model_tag=half",
+            "--num_iterations=60",
+            "--resume=auto",
+            "--new_horizon=stretch",
+        ]
+    )
+    assert again["tokens"] == whole["tokens"] and again["val_bpb"] == pytest.approx(
+        whole["val_bpb"], rel=0.1
+    )
 
 
 def test_memory_that_runs_out_halves_the_micro_batch(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    words = [*on_gpu(tmp_path), "--num_iterations=4", "--compile=off", "--total_batch_size=131072", "--device_batch_size=4096"]
+    words = [
+        *on_gpu(tmp_path),
+        "--num_iterations=4",
+        "--compile=off",
+        "--total_batch_size=131072",
+        "--device_batch_size=4096",
+    ]
     torch.cuda.empty_cache()
     there = torch.cuda.get_device_properties(0).total_memory
     try:

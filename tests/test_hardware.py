@@ -65,12 +65,41 @@ def test_the_table():
     keys = [hardware._key(n) for g in GPUS for n in (g.name, *g.aliases)]
     assert len(keys) == len(set(keys))
     for gpu in GPUS:
-        assert gpu.source and 0 < (gpu.bf16 or gpu.fp16) < 3000 and gpu.memory_gb > 0 and 50 < gpu.bandwidth < 10000
-    for name, bf16, memory, bandwidth in [("3090", 71, 24, 936), ("4090", 165, 24, 1008), ("5090", 209, 32, 1792), ("a100", 312, 80, 2039)]:
+        assert (
+            gpu.source
+            and 0 < (gpu.bf16 or gpu.fp16) < 3000
+            and gpu.memory_gb > 0
+            and 50 < gpu.bandwidth < 10000
+        )
+    for name, bf16, memory, bandwidth in [
+        ("3090", 71, 24, 936),
+        ("4090", 165, 24, 1008),
+        ("5090", 209, 32, 1792),
+        ("a100", 312, 80, 2039),
+    ]:
         gpu = lookup(name)
         assert gpu is not None and gpu.bf16 is not None
-        assert int(gpu.bf16) == bf16 and gpu.memory_gb == memory and gpu.bandwidth == bandwidth  # the half rate, for fp32 accumulation
-    for name in ("3060", "3090", "4070", "4080", "4090", "5090", "A10", "A100", "L4", "L40S", "H100", "H200", "M1", "M2", "M3", "M4"):
+        assert (
+            int(gpu.bf16) == bf16 and gpu.memory_gb == memory and gpu.bandwidth == bandwidth
+        )  # the half rate, for fp32 accumulation
+    for name in (
+        "3060",
+        "3090",
+        "4070",
+        "4080",
+        "4090",
+        "5090",
+        "A10",
+        "A100",
+        "L4",
+        "L40S",
+        "H100",
+        "H200",
+        "M1",
+        "M2",
+        "M3",
+        "M4",
+    ):
         assert lookup(name), name
 
 
@@ -80,7 +109,9 @@ def test_looking_up_does_not_import_torch():
 
 
 def test_measurements_are_plausible_and_quick():
-    hardware.measured_peak(CPU, torch.float32)  # the first product of a process also sets the library up
+    hardware.measured_peak(
+        CPU, torch.float32
+    )  # the first product of a process also sets the library up
     start = time.perf_counter()
     peak = hardware.measured_peak(CPU, torch.float32)
     bandwidth = hardware.read_bandwidth(CPU)
@@ -113,6 +144,8 @@ def test_freed_memory_is_kept_where_glibc_is():
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "faults(); print(kept, faults())"
     )
-    kept, faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    kept, faults = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert (kept == "True") == (platform.libc_ver()[0] == "glibc")
     assert kept == "False" or int(faults) < 1000  # 20 blocks of 64 MB: 327,680 pages of 4 KB

@@ -28,7 +28,12 @@ FLAGS = ROOT / "tests" / "golden" / "flags.json"
 PACKAGE = sorted(p for p in (ROOT / "nanochat").rglob("*.py"))
 COMMANDS = sorted(p for p in (ROOT / "nanochat/commands").glob("*.py") if p.stem != "__init__")
 SCRIPTS = sorted(p for p in (ROOT / "scripts").glob("*.py") if p.stem != "__init__")
-SOURCES = [*PACKAGE, *SCRIPTS, *sorted((ROOT / "bench").glob("*.py")), *sorted((ROOT / "dev").glob("*.py"))]
+SOURCES = [
+    *PACKAGE,
+    *SCRIPTS,
+    *sorted((ROOT / "bench").glob("*.py")),
+    *sorted((ROOT / "dev").glob("*.py")),
+]
 SHELL = sorted((ROOT / "runs").glob("*.sh"))
 README = ROOT / "README.md"
 MUST_WORK = """
@@ -52,8 +57,14 @@ def module_of(path: Path) -> str:
 
 def extras() -> set[str]:
     """Import names of the optional packages, which a module may need at import."""
-    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    return {re.split(r"[\[<>=~! ]", need)[0].replace("-", "_") for needs in optional.values() for need in needs}
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    return {
+        re.split(r"[\[<>=~! ]", need)[0].replace("-", "_")
+        for needs in optional.values()
+        for need in needs
+    }
 
 
 # ---- structure
@@ -68,7 +79,9 @@ def test_the_ladder():
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_file_says_what_it_is_for(path):
     text = path.read_text(encoding="utf-8")
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), "one docstring a file: what it is for and what it refuses to do"
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), (
+        "one docstring a file: what it is for and what it refuses to do"
+    )
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=name_of)
@@ -76,7 +89,9 @@ def test_a_command_is_one_thin_main(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     main = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"), None)
     assert main is not None and len(main.args.defaults) == len(main.args.args), "main(argv=None)"
-    assert ast.unparse(tree.body[-1]).endswith("entry(main)") and ast.unparse(tree.body[-1]).startswith("if __name__ == '__main__'")
+    assert ast.unparse(tree.body[-1]).endswith("entry(main)") and ast.unparse(
+        tree.body[-1]
+    ).startswith("if __name__ == '__main__'")
 
 
 def test_every_command_has_a_script():
@@ -118,7 +133,11 @@ def test_importing_does_nothing(tmp_path):
     for folder in ("home", "work"):
         (tmp_path / folder).mkdir()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("NANOCHAT", "PYTEST", "XDG"))}
-    env = kept | {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = kept | {
+        "HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     modules = [module_of(p) for p in [*PACKAGE, *SCRIPTS]]
     command = [sys.executable, "-c", WATCH, ",".join(extras()), *modules]
     done = subprocess.run(command, cwd=tmp_path / "work", env=env, capture_output=True, text=True)
@@ -132,7 +151,9 @@ def test_the_front_door_lists_every_command_without_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for path in COMMANDS:
-        assert re.search(rf"^  {path.stem} +\w", done.stdout, re.MULTILINE), f"{path.stem} is missing from python -m nanochat"
+        assert re.search(rf"^  {path.stem} +\w", done.stdout, re.MULTILINE), (
+            f"{path.stem} is missing from python -m nanochat"
+        )
 
 
 def test_the_front_door_runs_a_command_and_knows_its_neighbours(monkeypatch, capsys):
@@ -157,9 +178,15 @@ def offences(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         where = f"line {getattr(node, 'lineno', 0)}: "
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             found += [where + f"import {n}" for n in names if n.split(".")[0] in UNSAFE]
-        if isinstance(node, ast.ExceptHandler) and (node.type is None or [type(n) for n in node.body] == [ast.Pass]):
+        if isinstance(node, ast.ExceptHandler) and (
+            node.type is None or [type(n) for n in node.body] == [ast.Pass]
+        ):
             found.append(where + "an error swallowed without a word")
         if not isinstance(node, ast.Call):
             continue
@@ -167,9 +194,15 @@ def offences(tree: ast.AST) -> list[str]:
         options = {k.arg: ast.unparse(k.value) for k in node.keywords}
         if called in ("eval", "exec", "os.system", "yaml.load"):
             found.append(where + called)
-        if options.get("weights_only") == "False" or (called == "torch.load" and options.get("weights_only") != "True"):
+        if options.get("weights_only") == "False" or (
+            called == "torch.load" and options.get("weights_only") != "True"
+        ):
             found.append(where + "torch.load of more than weights")
-        if options.get("allow_pickle") == "True" or options.get("shell") == "True" or options.get("trust_remote_code") == "True":
+        if (
+            options.get("allow_pickle") == "True"
+            or options.get("shell") == "True"
+            or options.get("trust_remote_code") == "True"
+        ):
             found.append(where + ast.unparse(node))
     return found
 
@@ -180,22 +213,58 @@ def test_nothing_forbidden_is_written(path):
 
 
 def test_the_forbidden_is_recognised():
-    bad = ["import pickle", "from dill import load", "eval('1')", "torch.load(f)", "torch.load(f, weights_only=False)"]
-    for code in [*bad, "np.load(f, allow_pickle=True)", "run(c, shell=True)", "try: f()\nexcept Exception: pass", "try: f()\nexcept: g()"]:
+    bad = [
+        "import pickle",
+        "from dill import load",
+        "eval('1')",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+    ]
+    for code in [
+        *bad,
+        "np.load(f, allow_pickle=True)",
+        "run(c, shell=True)",
+        "try: f()\nexcept Exception: pass",
+        "try: f()\nexcept: g()",
+    ]:
         assert offences(ast.parse(code)), code
-    assert offences(ast.parse("model.eval(); torch.load(f, weights_only=True)\ntry: f()\nexcept OSError: g()")) == []
+    assert (
+        offences(
+            ast.parse(
+                "model.eval(); torch.load(f, weights_only=True)\ntry: f()\nexcept OSError: g()"
+            )
+        )
+        == []
+    )
 
 
 def test_no_path_of_a_machine_and_no_registry_is_named():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    files = [ROOT / f for f in listed.stdout.splitlines()] if listed.returncode == 0 else [*SOURCES, *SHELL, README]
-    words = ("/wo" "rk/", "/ro" "ot/", r"/home/\w", r"/Us" r"ers/\w", "/tmp/ve" "nv", r"py" r"pi\.org", "python" "hosted", "index" "-url")
+    files = (
+        [ROOT / f for f in listed.stdout.splitlines()]
+        if listed.returncode == 0
+        else [*SOURCES, *SHELL, README]
+    )
+    words = (
+        "/work/",
+        "/root/",
+        r"/home/\w",
+        r"/Us" r"ers/\w",
+        "/tmp/venv",
+        r"py" r"pi\.org",
+        "pythonhosted",
+        "index-url",
+    )
     named = re.compile("|".join(words))
     found = []
     for f in files:
         if f.is_file() and f.suffix in (".py", ".sh", ".md", ".toml", ".json", ".html", ".txt", ""):
             lines = f.read_text(encoding="utf-8", errors="ignore").splitlines()
-            found += [f"{name_of(f)}:{i}: {m[0]}" for i, line in enumerate(lines, 1) if (m := named.search(line)) and f != Path(__file__)]
+            found += [
+                f"{name_of(f)}:{i}: {m[0]}"
+                for i, line in enumerate(lines, 1)
+                if (m := named.search(line)) and f != Path(__file__)
+            ]
     assert found == []
 
 
@@ -209,10 +278,17 @@ def knob_classes(command: str) -> dict[str, type]:
     """
     module = importlib.import_module(front.commands()[command][0])
     if several := getattr(module, "commands", None):
-        return {f"{command} {name}": importlib.import_module(path).Knobs for name, (path, _) in several().items()}
+        return {
+            f"{command} {name}": importlib.import_module(path).Knobs
+            for name, (path, _) in several().items()
+        }
     if "Knobs" in vars(module):
         return {command: module.Knobs}
-    mine = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and isinstance(c, type) and c.__module__ == module.__name__]
+    mine = [
+        c
+        for c in vars(module).values()
+        if dataclasses.is_dataclass(c) and isinstance(c, type) and c.__module__ == module.__name__
+    ]
     (cls,) = [c for c in mine if any("help" in f.metadata for f in dataclasses.fields(c))]
     return {command: cls}
 
@@ -220,9 +296,13 @@ def knob_classes(command: str) -> dict[str, type]:
 def command_lines(text: str) -> list[tuple[str, list[str]]]:
     """Every `-m scripts.X ...` or `-m nanochat X ...` of a shell text -> (command, its words); a variable becomes 1."""
     found = []
-    for m in re.finditer(r"-m[ \t]+(scripts\.|nanochat\.|nanochat[ \t]+)(\w+)(?=([^\n]*))", text.replace("\\\n", " ")):
+    for m in re.finditer(
+        r"-m[ \t]+(scripts\.|nanochat\.|nanochat[ \t]+)(\w+)(?=([^\n]*))", text.replace("\\\n", " ")
+    ):
         rest = re.sub(r"\d?>>?\s*(&\d|\S+)", " ", m[3])
-        rest = re.sub(r'"?\$(@|\*|\{\w+\[@\](\+"\$\{\w+\[@\]\}"|[^}]*)\})"?', " ", rest)  # "$@", arrays: nothing is known of them
+        rest = re.sub(
+            r'"?\$(@|\*|\{\w+\[@\](\+"\$\{\w+\[@\]\}"|[^}]*)\})"?', " ", rest
+        )  # "$@", arrays: nothing is known of them
         rest = re.sub(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+", "1", rest)
         lexer = shlex.shlex(rest.replace("`", " ; "), posix=True, punctuation_chars="();<>|&")
         lexer.whitespace_split = True
@@ -250,16 +330,32 @@ def readme_code() -> str:
 
 
 def all_lines() -> list[tuple[str, str, list[str]]]:
-    texts = {"the issue": MUST_WORK, "README.md": readme_code(), **{name_of(p): p.read_text(encoding="utf-8") for p in SHELL}}
-    return [(where, command, words) for where, text in texts.items() for command, words in command_lines(text)]
+    texts = {
+        "the issue": MUST_WORK,
+        "README.md": readme_code(),
+        **{name_of(p): p.read_text(encoding="utf-8") for p in SHELL},
+    }
+    return [
+        (where, command, words)
+        for where, text in texts.items()
+        for command, words in command_lines(text)
+    ]
 
 
-@pytest.mark.parametrize(("where", "command", "words"), all_lines(), ids=lambda v: v if isinstance(v, str) else " ".join(v)[:60])
+@pytest.mark.parametrize(
+    ("where", "command", "words"),
+    all_lines(),
+    ids=lambda v: v if isinstance(v, str) else " ".join(v)[:60],
+)
 def test_every_command_line_parses(where, command, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     if where == "the issue" and command not in front.commands():
         pytest.skip(f"{command} is not written yet")
-    made = [i for i, w in enumerate(words) if w == "--recipe" and not Path(words[i + 1]).expanduser().exists()]  # by a command before it
+    made = [
+        i
+        for i, w in enumerate(words)
+        if w == "--recipe" and not Path(words[i + 1]).expanduser().exists()
+    ]  # by a command before it
     check(command, [w for i, w in enumerate(words) if i not in made and i - 1 not in made])
 
 
@@ -295,14 +391,20 @@ def test_the_readme_names_every_command():
 
 
 def all_flags() -> dict[str, dict[str, str]]:
-    return {name: knobs.flags(cls) for command in front.commands() for name, cls in knob_classes(command).items()}
+    return {
+        name: knobs.flags(cls)
+        for command in front.commands()
+        for name, cls in knob_classes(command).items()
+    }
 
 
 @pytest.mark.parametrize("command", front.commands())
 def test_flags_are_frozen(command):
     frozen = json.loads(FLAGS.read_text()) if FLAGS.exists() else {}
     for name, cls in knob_classes(command).items():
-        assert knobs.flags(cls) == frozen.get(name), f"the flags of {name} changed; if that is meant: python tests/test_house.py"
+        assert knobs.flags(cls) == frozen.get(name), (
+            f"the flags of {name} changed; if that is meant: python tests/test_house.py"
+        )
 
 
 @pytest.mark.parametrize("command", front.commands())

@@ -47,13 +47,32 @@ class Handler(BaseHTTPRequestHandler):
         hub_ = self.server
         hub_.requests.append((self.path, self.headers.get("Range")))
         if m := re.fullmatch(r"/api/datasets/karpathy/[\w-]+/revision/(.+)", self.path):
-            return self.reply(200, json.dumps({"sha": hub_.commit}).encode()) if m[1] in ("main", hub_.commit) else self.reply(404)
-        if m := re.fullmatch(rf"/api/datasets/karpathy/[\w-]+/tree/{hub_.commit}\?recursive=true(?:&cursor=(\d+))?", self.path):
+            return (
+                self.reply(200, json.dumps({"sha": hub_.commit}).encode())
+                if m[1] in ("main", hub_.commit)
+                else self.reply(404)
+            )
+        if m := re.fullmatch(
+            rf"/api/datasets/karpathy/[\w-]+/tree/{hub_.commit}\?recursive=true(?:&cursor=(\d+))?",
+            self.path,
+        ):
             at, entries = int(m[1] or 0), [{"type": "directory", "path": "data", "oid": "0"}]
             for name, data in hub_.files.items():
                 sha = hub_.listed.get(name) or hashlib.sha256(data).hexdigest()
-                entries.append({"type": "file", "path": name, "size": len(data), "oid": "0", "lfs": {"oid": sha, "size": len(data)}})
-            link = {"Link": f'<{hub_.url}{self.path.split("&")[0]}&cursor={at + 2}>; rel="next"'} if at + 2 < len(entries) else {}
+                entries.append(
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": len(data),
+                        "oid": "0",
+                        "lfs": {"oid": sha, "size": len(data)},
+                    }
+                )
+            link = (
+                {"Link": f'<{hub_.url}{self.path.split("&")[0]}&cursor={at + 2}>; rel="next"'}
+                if at + 2 < len(entries)
+                else {}
+            )
             return self.reply(200, json.dumps(entries[at : at + 2]).encode(), **link)
         name = self.path.rsplit("/", 1)[1]
         if f"/resolve/{hub_.commit}/" not in self.path or name not in hub_.files:
@@ -61,7 +80,11 @@ class Handler(BaseHTTPRequestHandler):
         data, fault = hub_.files[name], hub_.faults.pop(0) if hub_.faults else None
         if isinstance(fault, int):
             return self.reply(fault)
-        start = int(m[1]) if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")) and hub_.ranges else 0
+        start = (
+            int(m[1])
+            if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")) and hub_.ranges
+            else 0
+        )
         if start >= len(data):
             return self.reply(416)
         body = bytes(len(data) - start) if fault == "garbage" else data[start:]
@@ -78,12 +101,16 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     server = Hub()
-    server.files = {f"shard_{i:05d}.parquet": bytes([i]) * (3000 + i) for i in range(6)} | {"README.md": b"hello"}
+    server.files = {f"shard_{i:05d}.parquet": bytes([i]) * (3000 + i) for i in range(6)} | {
+        "README.md": b"hello"
+    }
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(hub, "BACKOFF", 0.001)
     monkeypatch.setattr(hub, "CHUNK", 256)
-    monkeypatch.setitem(dataset.SHARD_SETS, "climbmix", dataset.ShardSet("karpathy/climbmix-400b-shuffle", last=5))
+    monkeypatch.setitem(
+        dataset.SHARD_SETS, "climbmix", dataset.ShardSet("karpathy/climbmix-400b-shuffle", last=5)
+    )
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
@@ -96,7 +123,9 @@ def get(*argv):
 
 
 def fetched(server):
-    return [(path.rsplit("/", 1)[1], ranges) for path, ranges in server.requests if "/resolve/" in path]
+    return [
+        (path.rsplit("/", 1)[1], ranges) for path, ranges in server.requests if "/resolve/" in path
+    ]
 
 
 def have(tmp_path):
@@ -123,7 +152,12 @@ def test_resumes_in_the_middle_of_a_file(server, tmp_path):
     get("-n", "0")
     assert have(tmp_path) == shards(server, 5)
     ranges = [ranges for _, ranges in fetched(server)]
-    assert ranges[0] is None and ranges[1] == "bytes=1000-" and ranges[2] == "bytes=1700-" and len(ranges) == 5
+    assert (
+        ranges[0] is None
+        and ranges[1] == "bytes=1000-"
+        and ranges[2] == "bytes=1700-"
+        and len(ranges) == 5
+    )
 
 
 def test_what_arrived_survives_a_failure_and_the_next_run_goes_on(server, tmp_path):
@@ -175,7 +209,11 @@ def test_the_commit_is_pinned(server, tmp_path):
         get("-n", "1")  # this hub has forgotten the old commit: nothing of the new one sneaks in
     get("-n", "1", "--revision", server.commit)
     assert have(tmp_path) == shards(server, 0, 5)
-    assert json.loads((tmp_path / "shards/climbmix/manifest.json").read_text())["commit"] == server.commit != old
+    assert (
+        json.loads((tmp_path / "shards/climbmix/manifest.json").read_text())["commit"]
+        == server.commit
+        != old
+    )
 
 
 def test_offline_and_unknown(server, monkeypatch):

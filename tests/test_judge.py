@@ -27,7 +27,11 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.core import Scorer, load_bundle, prepare
 from nanochat.model.gpt import GPT, GPTConfig
 
-DATA = Path(os.environ.get("NANOCHAT_SHARED_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
+DATA = Path(
+    os.environ.get(
+        "NANOCHAT_SHARED_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    )
+)
 SHOTS = {"arc_easy": 3, "piqa": 0, "copa": 0, "boolq": 0, "lambada_openai": 0}
 ITEMS = 100
 
@@ -43,20 +47,36 @@ def tok():
 
 @pytest.fixture(scope="module")
 def model(tok):
-    m = GPT.build(GPTConfig(sequence_len=2048, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
+    m = GPT.build(
+        GPTConfig(
+            sequence_len=2048,
+            vocab_size=tok.vocab_size,
+            n_layer=2,
+            n_head=2,
+            n_kv_head=2,
+            n_embd=64,
+        )
+    )
     return tiny.randomise(m, 3)
 
 
 @pytest.fixture(scope="module")
 def tasks(tok, model):
     found = {t.name: t for t in load_bundle(DATA / "eval_bundle")[0]}
-    chosen = {name: replace(found[name], shots=n, rows=found[name].rows[:ITEMS]) for name, n in SHOTS.items()}
+    chosen = {
+        name: replace(found[name], shots=n, rows=found[name].rows[:ITEMS])
+        for name, n in SHOTS.items()
+    }
     rows = []
-    for i, row in enumerate(chosen["lambada_openai"].rows):  # what a random model says is never right: half the rows ask for just that
+    for i, row in enumerate(
+        chosen["lambada_openai"].rows
+    ):  # what a random model says is never right: half the rows ask for just that
         context = row["context"].strip()
         ids = tok.encode(context)
         with torch.no_grad():
-            said = tok.decode([int(model.logits(model(torch.tensor([[tok.bos, *ids]])))[0, -1].argmax())])
+            said = tok.decode(
+                [int(model.logits(model(torch.tensor([[tok.bos, *ids]])))[0, -1].argmax())]
+            )
         usable = said.startswith(" ") and said.strip() and tok.encode(context + said)[:-1] == ids
         rows.append({**row, "continuation": said.strip()} if i % 2 and usable else row)
     chosen["lambada_openai"] = replace(chosen["lambada_openai"], rows=rows)
@@ -65,7 +85,9 @@ def tasks(tok, model):
 
 def judged(model, tok, tasks, folder):
     """{task: [(summed log-likelihood, is it what greedy decoding says) of every answer, an item each]} by lm-evaluation-harness."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nanochat[judge]'")
+    lm_eval = pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nanochat[judge]'"
+    )
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 
@@ -79,7 +101,9 @@ def judged(model, tok, tasks, folder):
             out = []
             for _, context, continuation in requests:
                 with torch.no_grad():
-                    logits = model.logits(model(torch.tensor([[tok.bos, *context, *continuation[:-1]]])))[0, -len(continuation) :]
+                    logits = model.logits(
+                        model(torch.tensor([[tok.bos, *context, *continuation[:-1]]]))
+                    )[0, -len(continuation) :]
                 targets = torch.tensor(continuation)
                 nats = log_softmax(logits, -1).gather(1, targets[:, None]).sum()
                 out.append((float(nats), bool((logits.argmax(-1) == targets).all())))
@@ -96,29 +120,57 @@ def judged(model, tok, tasks, folder):
         rows = []
         for item in items:
             examples = tok.decode((prompts[item.prompt][: item.past] + item.ids[0])[1:])
-            rows.append({**task.rows[item.row], "examples": examples[: examples.rindex("\n\n") + 2] if task.shots else ""})
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            rows.append(
+                {
+                    **task.rows[item.row],
+                    "examples": examples[: examples.rindex("\n\n") + 2] if task.shots else "",
+                }
+            )
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
         choice = task.kind == "multiple_choice"
         assert task.delimiter.endswith(" ")
         config = {
-            "task": f"local_{name}", "dataset_path": "json", "test_split": "test",
-            "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}, "cache_dir": str(folder / "cache")},
+            "task": f"local_{name}",
+            "dataset_path": "json",
+            "test_split": "test",
+            "dataset_kwargs": {
+                "data_files": {"test": str(folder / f"{name}.jsonl")},
+                "cache_dir": str(folder / "cache"),
+            },
             "output_type": "multiple_choice" if choice else "loglikelihood",
-            "doc_to_text": "{{examples}}" + ("{{query}}" if choice else "{{context|trim}}") + task.delimiter[:-1],
-            "target_delimiter": " ", "doc_to_target": "gold" if choice else "{{' ' + continuation}}",  # the delimiter is for choices alone
-            **({"doc_to_choice": "choices"} if choice else {}), "metric_list": [{"metric": "acc"}],
+            "doc_to_text": "{{examples}}"
+            + ("{{query}}" if choice else "{{context|trim}}")
+            + task.delimiter[:-1],
+            "target_delimiter": " ",
+            "doc_to_target": "gold"
+            if choice
+            else "{{' ' + continuation}}",  # the delimiter is for choices alone
+            **({"doc_to_choice": "choices"} if choice else {}),
+            "metric_list": [{"metric": "acc"}],
         }
         (folder / f"{name}.yaml").write_text(json.dumps(config))  # which is YAML too
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     names = [f"local_{name}" for name in tasks]
     found = lm_eval.simple_evaluate(
-        model=Wrapped(), tasks=names, num_fewshot=0, task_manager=manager, bootstrap_iters=0, log_samples=True
+        model=Wrapped(),
+        tasks=names,
+        num_fewshot=0,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=True,
     )
     out = {}
     for name in tasks:
         samples = sorted(found["samples"][f"local_{name}"], key=lambda s: s["doc_id"])
-        out[name] = [[answer[0] if isinstance(answer[0], (list, tuple)) else answer for answer in s["resps"]] for s in samples]
-        out[name] = [[(float(ll), str(greedy) == "True") for ll, greedy in item] for item in out[name]]
+        out[name] = [
+            [answer[0] if isinstance(answer[0], (list, tuple)) else answer for answer in s["resps"]]
+            for s in samples
+        ]
+        out[name] = [
+            [(float(ll), str(greedy) == "True") for ll, greedy in item] for item in out[name]
+        ]
         print(name, found["results"][f"local_{name}"])
     return out
 
@@ -146,14 +198,24 @@ def test_the_judge_chooses_the_same_answers(tok, model, tasks, tmp_path, monkeyp
                 assert -mine[0].nats * mine[0].tokens == pytest.approx(theirs[0][0], abs=1e-3)
                 continue
             sums = [-s.nats * s.tokens for s in mine]
-            shift = [ll - s for (ll, _), s in zip(theirs, sums, strict=True)]  # the beginning that all answers share
-            assert shift == pytest.approx([shift[0]] * len(shift), abs=1e-3) and shift[0] < 1e-3, f"{name}, row {item.row}"
+            shift = [
+                ll - s for (ll, _), s in zip(theirs, sums, strict=True)
+            ]  # the beginning that all answers share
+            assert shift == pytest.approx([shift[0]] * len(shift), abs=1e-3) and shift[0] < 1e-3, (
+                f"{name}, row {item.row}"
+            )
             means = [(ll - shift[0]) / s.tokens for (ll, _), s in zip(theirs, mine, strict=True)]
             by_sum, by_mean = best([ll for ll, _ in theirs]), best(means)
             assert by_sum == best(sums), f"{name}, row {item.row}: the answer of acc"
-            assert by_mean == best([-s.nats for s in mine]), f"{name}, row {item.row}: the answer of CORE"
+            assert by_mean == best([-s.nats for s in mine]), (
+                f"{name}, row {item.row}: the answer of CORE"
+            )
             apart[name] += by_sum != by_mean
     said = sum(scores[0][1] for scores in verdicts["lambada_openai"])
     assert 5 <= said < ITEMS, "some rows are answered greedily, and not all"
-    print(f"answered as greedy decoding would: {said} of lambada; items where the rules choose differently: {apart}")
-    assert len(apart) == 4 and sum(apart.values()) > 0, "rules that agree everywhere would show little"
+    print(
+        f"answered as greedy decoding would: {said} of lambada; items where the rules choose differently: {apart}"
+    )
+    assert len(apart) == 4 and sum(apart.values()) > 0, (
+        "rules that agree everywhere would show little"
+    )

@@ -115,10 +115,32 @@ def test_mistakes_are_one_sentence(argv, words):
 
 def test_precedence_and_origins(tmp_path):
     recipe = tmp_path / "r.toml"
-    recipe.write_text('[all]\ndepth = 5\nrun = "all"\nunrelated = 1\n[base_train]\nrun = "mine"\nmodel-dim = 64\ndata = ["a", "b"]\n')
-    inherited = {"depth": 4, "ratio": 7, "tie_embeddings": True, "activation": "gelu", "data": ["old"], "unknown": 3}
-    values, origins = knobs.parse(Train, [f"--recipe={recipe}", "--activation=relu2"], command="base_train", inherited=inherited)
-    assert values == Train(depth=5, run="mine", model_dim=64, data=("a", "b"), ratio=7.0, tie_embeddings=True, activation="relu2")
+    recipe.write_text(
+        '[all]\ndepth = 5\nrun = "all"\nunrelated = 1\n[base_train]\nrun = "mine"\nmodel-dim = 64\ndata = ["a", "b"]\n'
+    )
+    inherited = {
+        "depth": 4,
+        "ratio": 7,
+        "tie_embeddings": True,
+        "activation": "gelu",
+        "data": ["old"],
+        "unknown": 3,
+    }
+    values, origins = knobs.parse(
+        Train,
+        [f"--recipe={recipe}", "--activation=relu2"],
+        command="base_train",
+        inherited=inherited,
+    )
+    assert values == Train(
+        depth=5,
+        run="mine",
+        model_dim=64,
+        data=("a", "b"),
+        ratio=7.0,
+        tie_embeddings=True,
+        activation="relu2",
+    )
     assert origins["depth"] == origins["run"] == f"recipe {recipe}"
     assert origins["ratio"] == origins["tie_embeddings"] == "inherited"
     assert origins["activation"] == "command line"
@@ -160,9 +182,16 @@ def test_help(capsys):
         read("--depth=4", "-h", description="Pretrain a model.")
     assert e.value.code == 0
     out = capsys.readouterr().out
-    assert "Pretrain a model." in out and "A made-up command:" in out and "Shape of the model:" in out
+    assert (
+        "Pretrain a model." in out and "A made-up command:" in out and "Shape of the model:" in out
+    )
     assert out.index("--run TEXT") < out.index("--depth N")  # the command's own knobs come first
-    assert "layers [20]" in out and "-p, --prompt" in out and "--[no-]tie_embeddings" in out and "relu2|gelu" in out
+    assert (
+        "layers [20]" in out
+        and "-p, --prompt" in out
+        and "--[no-]tie_embeddings" in out
+        and "relu2|gelu" in out
+    )
     assert not any(c in out for c in "│╭━")
 
 
@@ -180,9 +209,13 @@ def test_positional():
 sources = st.lists(st.from_regex(r"[a-z/][\w=:/. ]*", fullmatch=True), min_size=1)
 
 
-@given(depth=st.integers(1, 10**12), ratio=st.floats(allow_nan=False), data=sources, flag=st.booleans())
+@given(
+    depth=st.integers(1, 10**12), ratio=st.floats(allow_nan=False), data=sources, flag=st.booleans()
+)
 def test_what_is_written_is_read(depth, ratio, data, flag):
-    got = read(f"--depth={depth}", "--ratio", str(ratio), "--data", *data, f"--tie_embeddings={flag}")
+    got = read(
+        f"--depth={depth}", "--ratio", str(ratio), "--data", *data, f"--tie_embeddings={flag}"
+    )
     assert got == Train(depth=depth, ratio=ratio, data=tuple(data), tie_embeddings=flag)
 
 

@@ -17,21 +17,50 @@ from nanochat.base.logbook import Logbook, read
 
 def test_rows_come_back(tmp_path):
     with Logbook(tmp_path / "run", config={"depth": 4, "path": tmp_path}, step=0) as book:
-        book.log(step=1, loss=torch.tensor(2.5), lr_mult=np.float32(0.5), tokens=np.int64(7), note="Größe")
-        book.log(step=1, kind="eval", val_bpb=1.25, kinds={"sums": {"accuracy": 0.5, "n": 10}}, lines=["a", "b"])
+        book.log(
+            step=1,
+            loss=torch.tensor(2.5),
+            lr_mult=np.float32(0.5),
+            tokens=np.int64(7),
+            note="Größe",
+        )
+        book.log(
+            step=1,
+            kind="eval",
+            val_bpb=1.25,
+            kinds={"sums": {"accuracy": 0.5, "n": 10}},
+            lines=["a", "b"],
+        )
     start, train, evaluation = read(tmp_path / "run")
     assert start["kind"] == "start" and start["config"] == {"depth": 4, "path": str(tmp_path)}
-    assert train == {"kind": "train", "step": 1, "loss": 2.5, "lr_mult": 0.5, "tokens": 7, "note": "Größe"}
+    assert train == {
+        "kind": "train",
+        "step": 1,
+        "loss": 2.5,
+        "lr_mult": 0.5,
+        "tokens": 7,
+        "note": "Größe",
+    }
     assert evaluation["kinds"]["sums"]["n"] == 10 and evaluation["lines"] == ["a", "b"]
 
 
 def test_numbers_that_json_cannot_write(tmp_path):
     with Logbook(tmp_path) as book:
-        book.log(step=1, loss=float("nan"), norm=torch.tensor(float("inf")), low=-math.inf, missing=None)
+        book.log(
+            step=1, loss=float("nan"), norm=torch.tensor(float("inf")), low=-math.inf, missing=None
+        )
     raw = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(raw, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] is None
+    assert (
+        json.loads(raw, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"]
+        is None
+    )
     (row,) = read(tmp_path)
-    assert math.isnan(row["loss"]) and row["norm"] == math.inf and row["low"] == -math.inf and row["missing"] is None
+    assert (
+        math.isnan(row["loss"])
+        and row["norm"] == math.inf
+        and row["low"] == -math.inf
+        and row["missing"] is None
+    )
 
 
 def test_a_restart_supersedes_what_came_after(tmp_path):
@@ -47,8 +76,18 @@ def test_a_restart_supersedes_what_came_after(tmp_path):
         book.log(step=6, kind="chat_eval", stage="mid", accuracy=0.3)
         book.log(step=6, kind="chat_eval", stage="sft", accuracy=0.2)
     rows = [r for r in read(tmp_path) if r["kind"] != "start"]
-    assert [(r["step"], r["loss"]) for r in rows if r["kind"] == "train"] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
-    assert [(r["stage"], r["accuracy"]) for r in rows if r["kind"] == "chat_eval"] == [("mid", 0.3), ("sft", 0.2)]
+    assert [(r["step"], r["loss"]) for r in rows if r["kind"] == "train"] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 2),
+        (6, 2),
+    ]
+    assert [(r["stage"], r["accuracy"]) for r in rows if r["kind"] == "chat_eval"] == [
+        ("mid", 0.3),
+        ("sft", 0.2),
+    ]
     assert not any(r["kind"] == "eval" for r in rows)
     Logbook(tmp_path, step=0).close()  # begun anew: nothing of the old run counts
     assert [r["kind"] for r in read(tmp_path)] == ["start"]
@@ -74,7 +113,9 @@ def test_rows_survive_kill_9(tmp_path):
         "import sys, itertools; from nanochat.base.logbook import Logbook; book = Logbook(sys.argv[1])\n"
         "for i in itertools.count(1): book.log(step=i, loss=1.0); print(i, flush=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     seen = [int(process.stdout.readline()) for _ in range(20)]
     time.sleep(0.01)
@@ -113,7 +154,9 @@ def test_sink_gets_the_numbers(tmp_path, monkeypatch):
     with Logbook(tmp_path, sinks=["wandb"], run_name="first", config={"depth": 4}) as book:
         book.log(step=3, kind="eval", val_bpb=1.5, note="text", kinds={"sums": {"n": 2}})
     assert fake.sent == [(3, {"eval/val_bpb": 1.5, "eval/kinds/sums/n": 2})]
-    assert fake.kwargs["name"] == "first" and fake.kwargs["config"] == {"depth": 4} and fake.finished
+    assert (
+        fake.kwargs["name"] == "first" and fake.kwargs["config"] == {"depth": 4} and fake.finished
+    )
 
 
 def test_a_failing_sink_is_reported_once_and_training_goes_on(tmp_path, monkeypatch, capsys):

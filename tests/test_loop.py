@@ -63,13 +63,28 @@ def test_a_step_without_targets_changes_nothing(tmp_path):
     steps.insert(1, Batch(steps[0].inputs, torch.full_like(steps[0].targets, -1)))
     before = []
     m = tiny.model()
-    fit(tmp_path, m, tiny.ListFeed(steps), Schedule(decay=0), [Probe("watch", 1, lambda: before.append(tiny.weights(m)) or {"x": 1.0})])
+    fit(
+        tmp_path,
+        m,
+        tiny.ListFeed(steps),
+        Schedule(decay=0),
+        [Probe("watch", 1, lambda: before.append(tiny.weights(m)) or {"x": 1.0})],
+    )
     assert losses(tmp_path)[1] == 0.0
     assert tiny.same(before[0], before[1])
     assert not tiny.same(before[1], before[2])
-    _, _, without = fit(tmp_path / "b", None, tiny.ListFeed([steps[0], *steps[2:]]), Schedule(decay=0, momentum_warmup=0))
-    _, _, with_it = fit(tmp_path / "c", None, tiny.ListFeed(steps), Schedule(decay=0, momentum_warmup=0))
-    assert tiny.same(tiny.weights(without), tiny.weights(with_it)), "momentum, bias correction and all"
+    _, _, without = fit(
+        tmp_path / "b",
+        None,
+        tiny.ListFeed([steps[0], *steps[2:]]),
+        Schedule(decay=0, momentum_warmup=0),
+    )
+    _, _, with_it = fit(
+        tmp_path / "c", None, tiny.ListFeed(steps), Schedule(decay=0, momentum_warmup=0)
+    )
+    assert tiny.same(tiny.weights(without), tiny.weights(with_it)), (
+        "momentum, bias correction and all"
+    )
 
 
 def test_a_step_left_out_before_a_resume_is_not_counted_as_an_update(tmp_path):
@@ -90,7 +105,9 @@ def test_a_step_left_out_before_a_resume_is_not_counted_as_an_update(tmp_path):
     trainer.restore(run, checkpoint.find(tmp_path / "parts"), m, o, feed)
     assert (run.step, o.steps) == (3, 2)
     trainer.fit(run, m, o, feed, PLAIN)
-    assert tiny.same(tiny.weights(m), tiny.weights(whole)) and losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert tiny.same(tiny.weights(m), tiny.weights(whole)) and losses(tmp_path / "parts") == losses(
+        tmp_path / "whole"
+    )
 
 
 def test_one_ignored_micro_batch_among_others(tmp_path):
@@ -116,7 +133,9 @@ def test_exactly_n_updates_with_rates_within_bounds(tmp_path_factory, n, cut, wa
     trainer.fit(run, m, o, feed, Schedule(warmup, decay))
     assert run.step == o.steps == n == len(rows(path))
     assert all(0 <= r["lr_mult"] <= 1 for r in rows(path))
-    assert [r["progress"] for r in rows(path)] == [pytest.approx((i + 1) / n, abs=1e-6) for i in range(n)]
+    assert [r["progress"] for r in rows(path)] == [
+        pytest.approx((i + 1) / n, abs=1e-6) for i in range(n)
+    ]
     assert checkpoint.read_meta(checkpoint.find(path))["updates"] == n
 
 
@@ -143,18 +162,38 @@ def test_a_checkpoint_precedes_every_look_and_takes_up_its_numbers(tmp_path):
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     values = iter([3.0, 1.0, 2.0, float("nan"), 2.0, 2.0, 2.0, 2.0, 2.0])
-    _, run, _ = fit(tmp_path, None, None, PLAIN, [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)], keep=2)
+    _, run, _ = fit(
+        tmp_path,
+        None,
+        None,
+        PLAIN,
+        [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)],
+        keep=2,
+    )
     assert run.best == {"step": 1, "val_bpb": 1.0}
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_000001", "step_000007", "step_000008"]
+    assert [p.name for p in checkpoint.steps(tmp_path)] == [
+        "step_000001",
+        "step_000007",
+        "step_000008",
+    ]
 
 
 def test_a_nan_is_never_the_best(tmp_path):
     values = iter([float("nan"), 2.0, float("nan")] + [3.0] * 9)
-    _, run, _ = fit(tmp_path, None, None, PLAIN, [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)])
+    _, run, _ = fit(
+        tmp_path,
+        None,
+        None,
+        PLAIN,
+        [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)],
+    )
     assert run.best == {"step": 1, "val_bpb": 2.0}
 
 
-@pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 8]), (0, [8]), (0.5, [4, 8]), (1, list(range(1, 9))), (100, [8])])
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(3, [3, 6, 8]), (0, [8]), (0.5, [4, 8]), (1, list(range(1, 9))), (100, [8])],
+)
 def test_when_a_probe_looks(tmp_path, every, expected):
     fit(tmp_path, None, None, PLAIN, [Probe("x", every, lambda: {"n": 1})])
     assert [r["step"] for r in rows(tmp_path, "x")] == expected
@@ -187,7 +226,9 @@ def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
     for block in m.blocks:
         block.compile(dynamic=False, backend=layers)
     m.compiled = True
-    monkeypatch.setitem(loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head))
+    monkeypatch.setitem(
+        loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head)
+    )
 
     class Staged(tiny.ListFeed):
         T = 4
@@ -208,7 +249,15 @@ def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
 
 def test_saves_between_looks(tmp_path):
     kept = []
-    fit(tmp_path, None, None, PLAIN, [Probe("x", 1, lambda: kept.append(len(checkpoint.steps(tmp_path))) or {})], save_every=2, keep=3)
+    fit(
+        tmp_path,
+        None,
+        None,
+        PLAIN,
+        [Probe("x", 1, lambda: kept.append(len(checkpoint.steps(tmp_path))) or {})],
+        save_every=2,
+        keep=3,
+    )
     assert max(kept) == 3
 
 
@@ -224,7 +273,10 @@ def test_out_of_memory_in_a_look_costs_its_numbers_only(tmp_path, capsys):
 
     _, run, m = fit(tmp_path, None, None, PLAIN, [Probe("eval", 0.25, look, start=True)], keep=2)
     assert run.step == 8 and run.done
-    assert "out of memory in eval: its numbers are missing at this step, training goes on" in capsys.readouterr().err
+    assert (
+        "out of memory in eval: its numbers are missing at this step, training goes on"
+        in capsys.readouterr().err
+    )
     assert tiny.same(tiny.weights(m), tiny.weights(fit(tmp_path / "b")[2]))
 
 
@@ -256,7 +308,10 @@ def test_out_of_memory_in_a_step_halves_the_micro_batch(tmp_path, capsys):
     _, _, m = fit(tmp_path / "a", limited(tiny.model(), 2), feed)
     assert feed.device_rows == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert len(said) == 2 and "micro-batches of 2 rows from now on, 4 a step, the total batch unchanged" in said[1]
+    assert (
+        len(said) == 2
+        and "micro-batches of 2 rows from now on, 4 a step, the total batch unchanged" in said[1]
+    )
     same = tiny.ListFeed.random(8, ignored=0.3)
     same.device_rows = 2
     _, _, expected = fit(tmp_path / "b", None, same)
@@ -291,7 +346,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
         return real(*args) * (value if len(calls) == 6 else 1.0)
 
     m.loss = loss
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 5: the checkpoint of step 4 in .* is kept; lower the l"):
+    with pytest.raises(
+        UserError,
+        match=r"the loss is (nan|inf) at step 5: the checkpoint of step 4 in .* is kept; lower the l",
+    ):
         fit(tmp_path, m, None, PLAIN, [Probe("eval", 2, lambda: {"val_bpb": 1.0})])
     meta = checkpoint.read_meta(checkpoint.find(tmp_path))
     again, _ = checkpoint.load_model(checkpoint.find(tmp_path), "cpu", torch.float32)

@@ -25,7 +25,9 @@ def reference(x, w, targets, weights, softcap):
     x, w = x.detach().double().requires_grad_(), w.detach().to(x.dtype).double().requires_grad_()
     z = x @ w.t()
     z = softcap * torch.tanh(z / softcap) if softcap else z
-    nll = F.cross_entropy(z.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(targets.shape)
+    nll = F.cross_entropy(
+        z.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+    ).view(targets.shape)
     total = (nll * (1 if weights is None else weights.double())).sum()
     total.backward()
     return total.detach(), x.grad, w.grad, nll.detach()
@@ -62,9 +64,15 @@ def test_a_negative_weight_pushes_the_other_way():
 def test_weights_at_ignored_positions_do_not_count():
     x, w, targets, weights = problem()
     other = weights.masked_fill(targets < 0, 1e30)
-    assert torch.equal(linear_cross_entropy(x, w, targets, weights, 15.0), linear_cross_entropy(x, w, targets, other, 15.0))
+    assert torch.equal(
+        linear_cross_entropy(x, w, targets, weights, 15.0),
+        linear_cross_entropy(x, w, targets, other, 15.0),
+    )
     broken = weights.masked_fill(targets < 0, torch.nan)
-    assert torch.equal(linear_cross_entropy(x, w, targets, weights, 15.0), linear_cross_entropy(x, w, targets, broken, 15.0))
+    assert torch.equal(
+        linear_cross_entropy(x, w, targets, weights, 15.0),
+        linear_cross_entropy(x, w, targets, broken, 15.0),
+    )
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
@@ -104,9 +112,13 @@ def test_token_losses(softcap, chunk, monkeypatch):
     monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk)
     x, w, targets, _ = problem()
     nll = token_losses(x, w, targets, softcap)
-    torch.testing.assert_close(nll.double(), reference(x, w, targets, None, softcap)[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        nll.double(), reference(x, w, targets, None, softcap)[3], rtol=1e-5, atol=1e-5
+    )
     assert nll.shape == targets.shape and not nll.requires_grad
-    torch.testing.assert_close(nll.sum(), linear_cross_entropy(x, w, targets, None, softcap).detach())
+    torch.testing.assert_close(
+        nll.sum(), linear_cross_entropy(x, w, targets, None, softcap).detach()
+    )
 
 
 def test_the_cap_is_tanh():

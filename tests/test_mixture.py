@@ -16,7 +16,13 @@ from nanochat.model import checkpoint
 
 
 def talk(i):
-    return {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}!"}], "id": i}
+    return {
+        "messages": [
+            {"role": "user", "content": f"Say {i}."},
+            {"role": "assistant", "content": f"{i}!"},
+        ],
+        "id": i,
+    }
 
 
 @pytest.fixture
@@ -37,17 +43,34 @@ def texts(shards, tokenizer):
 
 
 def test_specs(file):
-    found = mixture.parse(["tinyworld@500:2", f"mine={file}:1", "more=GSM8K:.5", f"less={file}@30:3", "spellingbee@7:1"])
+    found = mixture.parse(
+        [
+            "tinyworld@500:2",
+            f"mine={file}:1",
+            "more=GSM8K:.5",
+            f"less={file}@30:3",
+            "spellingbee@7:1",
+        ]
+    )
     assert [(s.name, s.kind, s.count, s.weight) for s in found] == [
-        ("tinyworld", "tinyworld", 500, 2.0), ("mine", "files", None, 1.0), ("more", "gsm8k", None, 0.5), ("less", "files", 30, 3.0),
+        ("tinyworld", "tinyworld", 500, 2.0),
+        ("mine", "files", None, 1.0),
+        ("more", "gsm8k", None, 0.5),
+        ("less", "files", 30, 3.0),
         ("spellingbee", "spellingbee", 7, 1.0),
-    ]  # fmt: skip
+    ]
     assert found[1].paths == found[3].paths == (file,)
     for bad, says in {
-        ("tinyworld@many",): "whole number", ("gsm8k@0",): "whole number", (f"{file}@0",): "whole number", ("mmlu:0",): "weight above 0",
-        ("fineweb-edu",): "holds text", ("nonsense",): "spellingbee", ("gsm8k", "gsm8k"): "two sources",
-        ("gsm8k:1", "mmlu"): "mmlu has no weight", (): "no conversations are named",
-    }.items():  # fmt: skip
+        ("tinyworld@many",): "whole number",
+        ("gsm8k@0",): "whole number",
+        (f"{file}@0",): "whole number",
+        ("mmlu:0",): "weight above 0",
+        ("fineweb-edu",): "holds text",
+        ("nonsense",): "spellingbee",
+        ("gsm8k", "gsm8k"): "two sources",
+        ("gsm8k:1", "mmlu"): "mmlu has no weight",
+        (): "no conversations are named",
+    }.items():
         with pytest.raises(UserError, match=says):
             mixture.parse(bad)
 
@@ -58,17 +81,31 @@ def test_a_stage_s_default_follows_what_the_base_was_trained_on():
             assert [s.kind for s in mixture.parse(mixture.default(stage, alone))] == ["tinyworld"]
         for other in (["tinyworld", "books=b:1"], ["tinyworlds"], ["fineweb-edu"]):
             assert mixture.parse(mixture.default(stage, other))[0].kind != "tinyworld"
-    kinds = {stage: {s.kind for s in mixture.parse(mixture.default(stage, ["wikipedia=x"]))} for stage in ("mid", "sft")}
+    kinds = {
+        stage: {s.kind for s in mixture.parse(mixture.default(stage, ["wikipedia=x"]))}
+        for stage in ("mid", "sft")
+    }
     assert kinds["mid"] == {"smoltalk", "mmlu", "gsm8k", "spellingbee", "identity"}
-    assert kinds["sft"] == {"arc-easy", "arc-challenge", "smoltalk", "gsm8k", "spellingbee", "identity"}
+    assert kinds["sft"] == {
+        "arc-easy",
+        "arc-challenge",
+        "smoltalk",
+        "gsm8k",
+        "spellingbee",
+        "identity",
+    }
 
 
 def test_own_conversations_are_divided_by_content(file):
     read = lambda: data.made(customjson.conversation, customjson.files([file]))  # noqa: E731
     train, val = (list(mixture.split_of(read, split)) for split in ("train", "val"))
     assert len(train) + len(val) == 400 and 8 <= len(val) <= 30
-    file.write_text(file.read_text() + "\n".join(json.dumps(talk(i)) for i in (*range(400, 420), 3, 3)) + "\n")
-    assert not {c["id"] for c in mixture.split_of(read, "train")} & {c["id"] for c in val}, "adding some moves none across"
+    file.write_text(
+        file.read_text() + "\n".join(json.dumps(talk(i)) for i in (*range(400, 420), 3, 3)) + "\n"
+    )
+    assert not {c["id"] for c in mixture.split_of(read, "train")} & {c["id"] for c in val}, (
+        "adding some moves none across"
+    )
     for n, held in ((2, 1), (20, 2), (3, 1)):
         file.write_text("\n".join(json.dumps(talk(i)) for i in range(n)))
         assert len(list(mixture.split_of(read, "val"))) == held, "a small file has some too"
@@ -78,8 +115,13 @@ def test_own_conversations_are_divided_by_content(file):
     pair = {"prompt": "Question?", "response": "Answer."}
     file.write_text("\n".join(map(json.dumps, (pair, talk(1)))))
     assert [c["messages"][1]["content"] for c in read()] == ["Answer.", "1!"]
-    for bad, says in (("{", "not JSON"), ('{"text": "x"}', '"messages"'), ('{"messages": [{"role": "robot", "content": "x"}]}', "role"),
-                      ('{"prompt": "x"}', "response"), ('"x"', "not an object")):  # fmt: skip
+    for bad, says in (
+        ("{", "not JSON"),
+        ('{"text": "x"}', '"messages"'),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "role"),
+        ('{"prompt": "x"}', "response"),
+        ('"x"', "not an object"),
+    ):
         file.write_text(f"{json.dumps(pair)}\n{bad}\n")
         with pytest.raises(UserError, match=f"talk.jsonl, line 2: .*{says}"):
             list(read())
@@ -93,7 +135,10 @@ def test_slices_and_epochs(file, tokenizer):
     whole, val = made(f"mine={file}"), made(f"mine={file}", "val")
     assert len(whole) + len(val) == 400 and not set(whole) & set(val)
     assert len(made(f"mine={file}@50")) == 50 and set(made(f"mine={file}@50")) < set(whole)
-    assert made(f"mine={file}@50", seed=1) != made(f"mine={file}@50") and made(f"mine={file}@50", "val") == val
+    assert (
+        made(f"mine={file}@50", seed=1) != made(f"mine={file}@50")
+        and made(f"mine={file}@50", "val") == val
+    )
     twice = Counter(made(f"mine={file}@{2 * len(whole)}"))
     assert set(twice) == set(whole) and set(twice.values()) == {2}
 
@@ -113,10 +158,14 @@ def test_what_was_rendered_is_not_rendered_again(file, tokenizer, monkeypatch):
             with pytest.raises(AssertionError):
                 mixture.shards(specs, "train", tokenizer, **{"name": "Ada", **changed})
     ((named, _),) = mixture.shards(["identity@40"], "train", tokenizer, name="Bea")
-    assert "Bea" in "".join(texts(named, tokenizer)) and "nanochat." not in "".join(texts(named, tokenizer))
+    assert "Bea" in "".join(texts(named, tokenizer)) and "nanochat." not in "".join(
+        texts(named, tokenizer)
+    )
     file.write_text(file.read_text().replace("!", "?"))
     ((again, _),) = mixture.shards(specs[:1], "train", tokenizer)
-    assert again.sha256 != first[0] and "?" in texts(again, tokenizer)[0], "another content is another source"
+    assert again.sha256 != first[0] and "?" in texts(again, tokenizer)[0], (
+        "another content is another source"
+    )
 
 
 def test_the_default_stages_train_on_data_of_a_folder(tmp_path, monkeypatch, capsys):
@@ -124,17 +173,28 @@ def test_the_default_stages_train_on_data_of_a_folder(tmp_path, monkeypatch, cap
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(mixture, "MADE", dict.fromkeys(mixture.MADE, (60, 10)))
-    monkeypatch.setattr(hardware, "measured_peak", lambda *_: 1e12)  # measuring takes longer than all that is tested here
+    monkeypatch.setattr(
+        hardware, "measured_peak", lambda *_: 1e12
+    )  # measuring takes longer than all that is tested here
     flags = tiny.workplace(tmp_path)
     rows = {
-        "smoltalk/train.jsonl": lines(map(talk, range(30))), "gsm8k/train.jsonl": lines(GSM8K), "mmlu/dev/x.csv": MMLU,
-        "arc_easy/train.jsonl": lines(ARC), "ARC-Challenge/train.jsonl": lines(ARC),
-    }  # fmt: skip
+        "smoltalk/train.jsonl": lines(map(talk, range(30))),
+        "gsm8k/train.jsonl": lines(GSM8K),
+        "mmlu/dev/x.csv": MMLU,
+        "arc_easy/train.jsonl": lines(ARC),
+        "ARC-Challenge/train.jsonl": lines(ARC),
+    }
     for name, text in rows.items():
         (tmp_path / "tasks" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tasks" / name).write_text(text)
     base_train.main([*flags, "--num_iterations=1"])
-    own = ["--device_type=cpu", "--dtype=float32", "--eval_tokens=2000", f"--task_dir={tmp_path / 'tasks'}", "--name=Ada"]
+    own = [
+        "--device_type=cpu",
+        "--dtype=float32",
+        "--eval_tokens=2000",
+        f"--task_dir={tmp_path / 'tasks'}",
+        "--name=Ada",
+    ]
     mid_train.main([*own, "--num_iterations=1"])
     chat_sft.main([*own, "--num_iterations=1", "--conversations_per_step=4"])
     for stage in ("mid", "sft"):
@@ -142,18 +202,28 @@ def test_the_default_stages_train_on_data_of_a_folder(tmp_path, monkeypatch, cap
         assert tuple(kept["data"]) == mixture.DEFAULTS[stage][0] and kept["name"] == "Ada"
     assert f"conversations: {' '.join(mixture.DEFAULTS['mid'][0])}" in capsys.readouterr().out
     assert {p.name.split("-talk-")[0] for p in Path(tmp_path / "tokens").glob("*-talk-*")} == {
-        "smoltalk", "gsm8k", "mmlu", "arc-easy", "arc-challenge", "spellingbee", "identity",
-    }  # fmt: skip
+        "smoltalk",
+        "gsm8k",
+        "mmlu",
+        "arc-easy",
+        "arc-challenge",
+        "spellingbee",
+        "identity",
+    }
 
 
 def test_dialogs_of_real_people(tmp_path, monkeypatch):
     from test_tasks import SHARED
 
-    dialogs = sorted((SHARED / "dialog").glob("*_small.jsonl")) + sorted((SHARED / "dialog").glob("topical_val.jsonl"))
+    dialogs = sorted((SHARED / "dialog").glob("*_small.jsonl")) + sorted(
+        (SHARED / "dialog").glob("topical_val.jsonl")
+    )
     if not dialogs:
         pytest.skip("the folder with real data is not here")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     tokenizer = Tokenizer.train(["plain"], 265)
-    for shards, _ in mixture.shards([f"d{i}={path}@40" for i, path in enumerate(dialogs)], "train", tokenizer):
+    for shards, _ in mixture.shards(
+        [f"d{i}={path}@40" for i, path in enumerate(dialogs)], "train", tokenizer
+    ):
         masks = [shards.mask(i) for i in range(40)]
         assert len(shards) == 40 and all(m is not None and m.any() for m in masks)

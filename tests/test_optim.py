@@ -33,8 +33,16 @@ def ours(kind: str, params, ns=torch.bfloat16, **settings) -> MuonAdamW:
 def test_adamw_is_torchs(decay):
     a, b = parameters([(64, 32), (7, 5), (3, 2)]), parameters([(64, 32), (7, 5), (3, 2)])
     mine = ours("adamw", a, lr=0.01, weight_decay=decay, betas=(0.8, 0.95), eps=1e-10)
-    theirs = torch.optim.AdamW(b, lr=0.01, weight_decay=decay, betas=(0.8, 0.95), eps=1e-10, fused=True)
-    plain = torch.optim.AdamW(c := parameters([(64, 32), (7, 5), (3, 2)]), lr=0.01, weight_decay=decay, betas=(0.8, 0.95), eps=1e-10)
+    theirs = torch.optim.AdamW(
+        b, lr=0.01, weight_decay=decay, betas=(0.8, 0.95), eps=1e-10, fused=True
+    )
+    plain = torch.optim.AdamW(
+        c := parameters([(64, 32), (7, 5), (3, 2)]),
+        lr=0.01,
+        weight_decay=decay,
+        betas=(0.8, 0.95),
+        eps=1e-10,
+    )
     for step in range(10):
         for params, optimizer in ((a, mine), (b, theirs), (c, plain)):
             give(params, step)
@@ -48,17 +56,25 @@ def test_adamw_is_torchs(decay):
 @pytest.mark.parametrize("shared", [False, True], ids=["own products", "torch's products"])
 def test_muon_is_torchs(decay, shared, monkeypatch):
     if shared:
-        monkeypatch.setattr(optim, "orthogonalize", lambda g, dtype: _zeropower_via_newtonschulz(g, optim.NS_COEFFICIENTS, 5, 1e-7))
+        monkeypatch.setattr(
+            optim,
+            "orthogonalize",
+            lambda g, dtype: _zeropower_via_newtonschulz(g, optim.NS_COEFFICIENTS, 5, 1e-7),
+        )
     a, b = parameters(), parameters()
     mine = ours("muon", a, lr=0.02, weight_decay=decay, momentum=0.9)
-    theirs = torch.optim.Muon(b, lr=0.02, weight_decay=decay, momentum=0.9, nesterov=True, adjust_lr_fn="original")
+    theirs = torch.optim.Muon(
+        b, lr=0.02, weight_decay=decay, momentum=0.9, nesterov=True, adjust_lr_fn="original"
+    )
     for step in range(10):
         for params, optimizer in ((a, mine), (b, theirs)):
             give(params, step)
             optimizer.step()
     for p, q, start in zip(a, b, parameters(), strict=True):
         apart, went = (p - q).norm().item(), (q - start).norm().item()
-        assert apart < (1e-6 if shared else 0.03) * went  # our products of bfloat16 are grouped otherwise
+        assert (
+            apart < (1e-6 if shared else 0.03) * went
+        )  # our products of bfloat16 are grouped otherwise
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64), (3, 40, 24)])

@@ -9,7 +9,9 @@ from nanochat.data.packing import one_a_row, pack
 def rows_of(packing):
     for r in range(len(packing)):
         span = range(packing.first[r], packing.first[r + 1])
-        yield [(int(packing.document[p]), int(packing.start[p]), int(packing.stop[p])) for p in span]
+        yield [
+            (int(packing.document[p]), int(packing.start[p]), int(packing.stop[p])) for p in span
+        ]
 
 
 @settings(max_examples=200, deadline=None)
@@ -36,14 +38,19 @@ def test_every_token_once_in_order_and_no_row_overflows(lengths, width):
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 90)), max_size=60), st.integers(2, 40))
 def test_what_is_left_of_documents(left, width):
     """Tokens begin:stop of each once, in order; a piece that does not open its document takes one place more."""
-    begin, stop = np.array([b for b, _ in left], dtype=np.int64), np.array([b + n for b, n in left], dtype=np.int64)
+    begin, stop = (
+        np.array([b for b, _ in left], dtype=np.int64),
+        np.array([b + n for b, n in left], dtype=np.int64),
+    )
     pieces = {d: [] for d in range(len(left))}
     for row in rows_of(pack(stop, width, begin)):
         assert sum(b - a + (a > 0) for _, a, b in row) <= width
         for d, a, b in row:
             pieces[d].append((a, b))
     for d, (b, n) in enumerate(left):
-        assert [t for start, end in sorted(pieces[d]) for t in range(start, end)] == list(range(b, b + n))
+        assert [t for start, end in sorted(pieces[d]) for t in range(start, end)] == list(
+            range(b, b + n)
+        )
         if n + (b > 0) <= width and b == 0:
             assert len(pieces[d]) == 1
 
@@ -52,7 +59,9 @@ def test_what_is_left_of_documents(left, width):
 @given(st.lists(st.integers(0, 200), max_size=80), st.integers(2, 64))
 def test_same_lengths_same_rows(lengths, width):
     a, b = pack(np.array(lengths), width), pack(np.array(lengths), width)
-    assert all(np.array_equal(getattr(a, f), getattr(b, f)) for f in ("document", "start", "stop", "first"))
+    assert all(
+        np.array_equal(getattr(a, f), getattr(b, f)) for f in ("document", "start", "stop", "first")
+    )
 
 
 def test_nothing_to_pack():
@@ -86,12 +95,16 @@ def test_hardly_any_padding_on_text_like_lengths(width, mean):
 
 @pytest.mark.parametrize("width", [257, 513, 1025])
 def test_padding_under_one_percent_without_splitting(width):
-    lengths = np.random.default_rng(0).normal(width / 4, width / 20, 5000).astype(np.int64).clip(2, width)  # too alike to mix at will
+    lengths = (
+        np.random.default_rng(0).normal(width / 4, width / 20, 5000).astype(np.int64).clip(2, width)
+    )  # too alike to mix at will
     assert padding(pack(lengths, width), width) < 0.01
 
 
 def test_lengths_that_go_badly_together_fill_their_holes():
-    lengths = np.random.default_rng(0).integers(1400, 1900, 2000)  # remainders that never pair up in rows of 1024
+    lengths = np.random.default_rng(0).integers(
+        1400, 1900, 2000
+    )  # remainders that never pair up in rows of 1024
     assert padding(pack(lengths, 1024), 1024) < 0.002
 
 

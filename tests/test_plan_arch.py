@@ -38,35 +38,66 @@ def planned(*words: str) -> dict:
 )
 def test_the_tables(shape, tied, vocab, embedding, transformer, head, total):
     n = arch.counts(arch.config_for(shape, Arch(tie_embeddings=tied), vocab))
-    assert [n[p] for p in ("embedding", "transformer", "head", "total")] == [embedding, transformer, head, total]
+    assert [n[p] for p in ("embedding", "transformer", "head", "total")] == [
+        embedding,
+        transformer,
+        head,
+        total,
+    ]
 
 
 def test_a_budget_and_a_split_find_the_model_and_print_its_table(capsys):
     out = planned("--params", "38M", "--vocab", "24576", "--split", "1:1:1")
     said = capsys.readouterr().out
-    assert said.count("12,582,912") >= 3 and "37,748,736" in said and "4 layers, width 512, 8 heads of 64" in said
-    assert (out["embedding"], out["transformer"], out["head"], out["total"]) == (12_582_912, 12_582_912, 12_582_912, 37_748_736)
-    assert (out["config"]["n_layer"], out["config"]["n_embd"], out["config"]["n_head"]) == (4, 512, 8)
-    assert out["tokens"] == 20 * 37_748_736 and out["flops"] == out["tokens"] * out["flops_per_token"]
-    assert len(out["alternatives"]) >= 3 and all(abs(a["total"] / 38e6 - 1) <= 0.1 for a in out["alternatives"])
+    assert (
+        said.count("12,582,912") >= 3
+        and "37,748,736" in said
+        and "4 layers, width 512, 8 heads of 64" in said
+    )
+    assert (out["embedding"], out["transformer"], out["head"], out["total"]) == (
+        12_582_912,
+        12_582_912,
+        12_582_912,
+        37_748_736,
+    )
+    assert (out["config"]["n_layer"], out["config"]["n_embd"], out["config"]["n_head"]) == (
+        4,
+        512,
+        8,
+    )
+    assert (
+        out["tokens"] == 20 * 37_748_736 and out["flops"] == out["tokens"] * out["flops_per_token"]
+    )
+    assert len(out["alternatives"]) >= 3 and all(
+        abs(a["total"] / 38e6 - 1) <= 0.1 for a in out["alternatives"]
+    )
 
 
 def test_flags_give_their_table_and_other_shapes_of_the_size():
     out = planned("--depth", "20")
     assert out["total"] == 560_988_160
-    assert out["alternatives"] and all((a["n_layer"], a["n_embd"]) != (20, 1280) for a in out["alternatives"])
+    assert out["alternatives"] and all(
+        (a["n_layer"], a["n_embd"]) != (20, 1280) for a in out["alternatives"]
+    )
 
 
 def test_a_default_shape_is_found_again_from_its_size():
     for depth in (8, 12, 20):
         total = arch.counts(arch.config_for(Shape(depth=depth), Arch(), 65_536))["total"]
         out = planned("--params", str(total))
-        assert out["total"] == total and out["config"]["n_layer"] == depth and out["config"]["n_embd"] == 64 * depth
+        assert (
+            out["total"] == total
+            and out["config"]["n_layer"] == depth
+            and out["config"]["n_embd"] == 64 * depth
+        )
 
 
 def test_a_fixed_depth_width_or_head_binds():
     assert planned("--params", "60M", "--vocab", "8192", "--depth", "6")["config"]["n_layer"] == 6
-    assert planned("--params", "60M", "--vocab", "8192", "--model_dim", "512")["config"]["n_embd"] == 512
+    assert (
+        planned("--params", "60M", "--vocab", "8192", "--model_dim", "512")["config"]["n_embd"]
+        == 512
+    )
     out = planned("--params", "60M", "--vocab", "8192", "--head_dim", "32")["config"]
     assert out["n_embd"] // out["n_head"] == 32
 
@@ -77,10 +108,17 @@ def test_a_tied_model_has_two_parts():
 
 
 @settings(max_examples=15, deadline=None)
-@given(params=st.floats(3e6, 3e8), vocab=st.sampled_from([512, 8192, 32_768]), tied=st.booleans(), kv=st.sampled_from([1.0, 0.5]))
+@given(
+    params=st.floats(3e6, 3e8),
+    vocab=st.sampled_from([512, 8192, 32_768]),
+    tied=st.booleans(),
+    kv=st.sampled_from([1.0, 0.5]),
+)
 def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv):
     try:
-        found = arch.search(params, None, Shape(depth=0, kv_ratio=kv), Arch(tie_embeddings=tied), vocab)
+        found = arch.search(
+            params, None, Shape(depth=0, kv_ratio=kv), Arch(tie_embeddings=tied), vocab
+        )
     except UserError as e:
         assert "the smallest has" in str(e)
         return
@@ -96,23 +134,39 @@ def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv)
 
 
 def test_what_the_knobs_save_of_depth_20():
-    config = arch.config_for(Shape(depth=20, head_dim=64), Arch(), 65_536)  # 20 heads, which four divides
+    config = arch.config_for(
+        Shape(depth=20, head_dim=64), Arch(), 65_536
+    )  # 20 heads, which four divides
     saves = {s["flag"]: s for s in arch.savings(config)}
-    assert saves["--tie_embeddings"]["parameters"] == 83_886_080 and saves["--tie_embeddings"]["flops"] == 0
+    assert (
+        saves["--tie_embeddings"]["parameters"] == 83_886_080
+        and saves["--tie_embeddings"]["flops"] == 0
+    )
     assert saves["--mlp_ratio=3"]["parameters"] == 65_536_000
     quarter = saves["--kv_ratio=0.25"]
-    assert quarter["parameters"] == 3 * 2 * 1280 * 1280 * 20 // 4 and quarter["kv_cache"] == 0.75  # three quarters of W_K and W_V
-    assert saves["--window_pattern=SSSL"]["parameters"] == 0 and 0 < saves["--window_pattern=SSSL"]["flops"] < 0.1
+    assert (
+        quarter["parameters"] == 3 * 2 * 1280 * 1280 * 20 // 4 and quarter["kv_cache"] == 0.75
+    )  # three quarters of W_K and W_V
+    assert (
+        saves["--window_pattern=SSSL"]["parameters"] == 0
+        and 0 < saves["--window_pattern=SSSL"]["flops"] < 0.1
+    )
 
 
 def test_what_is_saved_already_is_not_offered():
-    config = arch.config_for(replace(SMALL, kv_ratio=0.25), Arch(tie_embeddings=True, mlp_ratio=3, window_pattern="SSSL"), 24_576)
+    config = arch.config_for(
+        replace(SMALL, kv_ratio=0.25),
+        Arch(tie_embeddings=True, mlp_ratio=3, window_pattern="SSSL"),
+        24_576,
+    )
     assert [s["flag"] for s in arch.savings(config)] == ["--mlp_ratio=2.5"]
 
 
 def test_the_cache_of_a_token():
     model = arch.model_of(arch.config_for(replace(SMALL, kv_ratio=0.25), Arch(), 24_576))
-    assert arch.kv_bytes(model) == 2 * 4 * 2 * 64 * 2  # keys and values, layers, heads, width, bytes
+    assert (
+        arch.kv_bytes(model) == 2 * 4 * 2 * 64 * 2
+    )  # keys and values, layers, heads, width, bytes
 
 
 # ---- hours
@@ -122,14 +176,29 @@ def test_the_reference_run_takes_its_hours():
     h100 = lookup("H100 SXM")
     assert h100 is not None
     assert arch.hours(4.33e19, 8 * h100.flops, arch.REFERENCE) == pytest.approx(2.76)
-    assert knobs.parse(arch.Knobs, [], command="plan arch")[0].utilisation == pytest.approx(arch.REFERENCE, abs=0.005)
+    assert knobs.parse(arch.Knobs, [], command="plan arch")[0].utilisation == pytest.approx(
+        arch.REFERENCE, abs=0.005
+    )
 
 
 def test_a_run_is_priced_and_its_batch_halved_until_it_fits(capsys):
-    out = planned("--depth", "4", "--vocab", "4096", "--gpu", "rtx3060", "--gpus", "2", "--device_batch_size", "512")
+    out = planned(
+        "--depth",
+        "4",
+        "--vocab",
+        "4096",
+        "--gpu",
+        "rtx3060",
+        "--gpus",
+        "2",
+        "--device_batch_size",
+        "512",
+    )
     said = capsys.readouterr().out
     run = out["run"]
-    assert run["gpu"] == "RTX 3060" and run["hours"] == pytest.approx(out["flops"] / (2 * 25.5e12 * run["utilisation"]) / 3600)
+    assert run["gpu"] == "RTX 3060" and run["hours"] == pytest.approx(
+        out["flops"] / (2 * 25.5e12 * run["utilisation"]) / 3600
+    )
     assert run["device_batch_size"] < 512 and run["memory_bytes"] <= 12 * 2**30
     assert "512 rows of 2048 a card take" in said and "too much" in said
 
@@ -141,16 +210,24 @@ def test_the_specifications_are_those_of_the_code():
     """The whole file is compared by the slow test below; here all but the column that takes seconds a model."""
 
     def cells(text: str) -> list[list[str]]:
-        return [[c.strip() for c in line.split("|")[1:-2]] for line in text.splitlines() if line.startswith(("| d", "| 3"))]
+        return [
+            [c.strip() for c in line.split("|")[1:-2]]
+            for line in text.splitlines()
+            if line.startswith(("| d", "| 3"))
+        ]
 
     written = DOCUMENT.read_text(encoding="utf-8")
-    assert cells(written) == cells(arch.specifications(with_memory=False)) and len(cells(written)) == 6
+    assert (
+        cells(written) == cells(arch.specifications(with_memory=False)) and len(cells(written)) == 6
+    )
 
 
 @pytest.mark.slow
 def test_the_specifications_are_up_to_date(tmp_path):
     planned("--specifications", str(tmp_path / "made.md"))
-    assert (tmp_path / "made.md").read_text(encoding="utf-8") == DOCUMENT.read_text(encoding="utf-8")
+    assert (tmp_path / "made.md").read_text(encoding="utf-8") == DOCUMENT.read_text(
+        encoding="utf-8"
+    )
 
 
 # ---- errors and the command
@@ -162,13 +239,22 @@ def test_the_specifications_are_up_to_date(tmp_path):
         (["--params", "1000"], "no model of these flags has about 1k parameters: the smallest has"),
         (["--params", "many"], "--params takes a number such as 38M or 1.2G, not 'many'"),
         (["--params", "0"], "not '0'"),
-        (["--params", "38M", "--split", "1:1"], "--split takes embedding:layers:head, for example 1:1:1, not '1:1'"),
+        (
+            ["--params", "38M", "--split", "1:1"],
+            "--split takes embedding:layers:head, for example 1:1:1, not '1:1'",
+        ),
         (["--params", "38M", "--split", "1:0:1"], "not '1:0:1'"),
-        (["--params", "25M", "--split", "1:1:1", "--tie_embeddings"], "embedding:layers of a tied model, for example 1:1, not '1:1:1'"),
+        (
+            ["--params", "25M", "--split", "1:1:1", "--tie_embeddings"],
+            "embedding:layers of a tied model, for example 1:1, not '1:1:1'",
+        ),
         (["--split", "1:1:1"], "give it as well"),
         (["--gpu", "rtx4091"], r"no card is called 'rtx4091' \(did you mean RTX"),
         (["--gpus", "8"], "Name the card with --gpu"),
-        (["--depth", "14", "--model_dim", "4096", "--gpu", "rtx3060"], "this model does not fit the RTX 3060: a single row"),
+        (
+            ["--depth", "14", "--model_dim", "4096", "--gpu", "rtx3060"],
+            "this model does not fit the RTX 3060: a single row",
+        ),
         (["--model_dim", "500", "--head_dim", "64"], "try --model_dim=512"),
         (["--parms", "38M"], r"plan arch has no flag --parms \(did you mean --params\?\)"),
     ],
@@ -189,7 +275,10 @@ def test_the_command_lists_its_parts_and_knows_the_near_one(capsys):
 
 def test_json_is_alone_on_standard_output(capsys):
     out = planned("--depth", "2", "--vocab", "512", "--json")
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(out)) and out["config"]["n_layer"] == 2
+    assert (
+        json.loads(capsys.readouterr().out) == json.loads(json.dumps(out))
+        and out["config"]["n_layer"] == 2
+    )
 
 
 def test_columns_align_figures_to_the_right():

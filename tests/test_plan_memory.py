@@ -21,14 +21,37 @@ from nanochat.plan import trace_memory as live
 from nanochat.train import run as stage
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
-TINY = ["--depth", "2", "--model_dim", "64", "--head_dim", "32", "--vocab", "512", "--sequence_len", "128"]
+TINY = [
+    "--depth",
+    "2",
+    "--model_dim",
+    "64",
+    "--head_dim",
+    "32",
+    "--vocab",
+    "512",
+    "--sequence_len",
+    "128",
+]
 
 
 def config(**knobs) -> GPTConfig:
-    return GPTConfig(**{"sequence_len": 128, "vocab_size": 2048, "n_layer": 3, "n_head": 4, "n_kv_head": 4, "n_embd": 128, **knobs})
+    return GPTConfig(
+        **{
+            "sequence_len": 128,
+            "vocab_size": 2048,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_kv_head": 4,
+            "n_embd": 128,
+            **knobs,
+        }
+    )
 
 
-def measured(c: GPTConfig, rows: int, dtype: torch.dtype, micro_batches: int = 2, compiled: bool = False) -> int:
+def measured(
+    c: GPTConfig, rows: int, dtype: torch.dtype, micro_batches: int = 2, compiled: bool = False
+) -> int:
     """Bytes at the peak of a real step in the midst of a run, by the allocator's own events; the model and its state included."""
     rt = Runtime(CPU, dtype, 0, 1, 42)
     model = GPT.build(c, CPU, dtype)
@@ -47,7 +70,13 @@ def measured(c: GPTConfig, rows: int, dtype: torch.dtype, micro_batches: int = 2
 
     step()
     optimizer.zero_grad()
-    there = [*model.parameters(), model.cos, model.sin, ids, *(t for g in optimizer.groups for s in g.state.values() for t in s.values())]
+    there = [
+        *model.parameters(),
+        model.cos,
+        model.sin,
+        ids,
+        *(t for g in optimizer.groups for s in g.state.values() for t in s.values()),
+    ]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         step()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -61,7 +90,13 @@ def measured(c: GPTConfig, rows: int, dtype: torch.dtype, micro_batches: int = 2
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"n_kv_head": 1}, {"tie_embeddings": True}, {"activation": "swiglu", "mlp_ratio": 2.5}, {"window_pattern": "SL", "softcap": 0.0}],
+    [
+        {},
+        {"n_kv_head": 1},
+        {"tie_embeddings": True},
+        {"activation": "swiglu", "mlp_ratio": 2.5},
+        {"window_pattern": "SL", "softcap": 0.0},
+    ],
     ids=str,
 )
 def test_a_step_holds_what_was_predicted(knobs, dtype):
@@ -72,7 +107,10 @@ def test_a_step_holds_what_was_predicted(knobs, dtype):
 
 def test_a_step_of_one_micro_batch_has_no_gradients_when_activations_peak():
     c = config(n_layer=2, vocab_size=16_384)
-    one, two = (live.trace(c, 4, 128, dtype=FP32, device_type="cpu", micro_batches=n, eval_rows=1)[0]["all"] for n in (1, 2))
+    one, two = (
+        live.trace(c, 4, 128, dtype=FP32, device_type="cpu", micro_batches=n, eval_rows=1)[0]["all"]
+        for n in (1, 2)
+    )
     assert one == pytest.approx(measured(c, 4, FP32, micro_batches=1), rel=0.02)
     assert two == pytest.approx(measured(c, 4, FP32, micro_batches=2), rel=0.02) and two > one
 
@@ -95,15 +133,21 @@ def test_state_is_that_of_the_roster():
     _, end = live.trace(c, 2, 64, dtype=BF16, device_type="cuda")
     assert end["optimizer"] == sizes["muon"] + 2 * sizes["adamw"]  # one moment, and two
     assert end["gradients"] == sum(sizes.values())
-    assert end["weights"] == pytest.approx(sum(sizes.values()) + 2 * 2 * model.cos.numel(), rel=0.001)
-    assert end["activations"] == end["loss"] == end["evaluation"] == end["kv_cache"] == 0  # nothing is left behind
+    assert end["weights"] == pytest.approx(
+        sum(sizes.values()) + 2 * 2 * model.cos.numel(), rel=0.001
+    )
+    assert (
+        end["activations"] == end["loss"] == end["evaluation"] == end["kv_cache"] == 0
+    )  # nothing is left behind
 
 
 def test_ranks_share_the_optimizers_state_and_nothing_else():
     c = config()
     how = {"dtype": BF16, "device_type": "cuda"}
     one, four = (memory.predict(c, 2, 128, world_size=n, **how) for n in (1, 4))
-    assert one["optimizer"] / 4 <= four["optimizer"] < one["optimizer"] / 3  # 3 layers do not divide by 4
+    assert (
+        one["optimizer"] / 4 <= four["optimizer"] < one["optimizer"] / 3
+    )  # 3 layers do not divide by 4
     assert all(one[n] == four[n] for n in ("weights", "gradients", "activations", "loss"))
     assert not dist.is_initialized()
 
@@ -125,37 +169,72 @@ def test_activations_grow_with_rows_and_the_logits_are_never_whole():
     assert many["activations"] == pytest.approx(2 * few["activations"], rel=0.05)
     assert many["loss"] < 2e9 < 4 * 48 * 2048 * 24_576  # float32 logits would be 9.7 GB
     rtx3090 = lookup("rtx3090")
-    assert rtx3090 is not None and many["total"] < 0.6 * rtx3090.memory_gb * 2**30  # a naive head takes 23.4 GB there
+    assert (
+        rtx3090 is not None and many["total"] < 0.6 * rtx3090.memory_gb * 2**30
+    )  # a naive head takes 23.4 GB there
 
 
 # ---- the command
 
 
 def test_the_grid_says_what_fits(capsys):
-    words = ["memory", *TINY, "--gpu", "rtx3060", "--device_batch_sizes", "4", "1", "--sequence_lens", "64", "128", "--memory_gb", "2.0"]
+    words = [
+        "memory",
+        *TINY,
+        "--gpu",
+        "rtx3060",
+        "--device_batch_sizes",
+        "4",
+        "1",
+        "--sequence_lens",
+        "64",
+        "128",
+        "--memory_gb",
+        "2.0",
+    ]
     out = plan.main(words)
     said = capsys.readouterr().out
-    assert [(r["sequence_len"], r["rows"]) for r in out["grid"]] == [(64, 1), (64, 4), (128, 1), (128, 4)]
-    assert out["device"] == "RTX 3060" and out["dtype"] == "bfloat16" and out["compiled"] and all(r["fits"] for r in out["grid"])
+    assert [(r["sequence_len"], r["rows"]) for r in out["grid"]] == [
+        (64, 1),
+        (64, 4),
+        (128, 1),
+        (128, 4),
+    ]
+    assert (
+        out["device"] == "RTX 3060"
+        and out["dtype"] == "bfloat16"
+        and out["compiled"]
+        and all(r["fits"] for r in out["grid"])
+    )
     assert said.count("| fits") == 4
     totals = [r["total"] for r in out["grid"]]
     limit = (totals[2] + totals[3]) / 2 / 2**30
     some = plan.main([*words[:-1], str(limit), "--json"])
-    assert [r["fits"] for r in some["grid"]] == [t <= limit * 2**30 for t in totals] and not some["grid"][-1]["fits"]
+    assert [r["fits"] for r in some["grid"]] == [t <= limit * 2**30 for t in totals] and not some[
+        "grid"
+    ][-1]["fits"]
     assert json.loads(capsys.readouterr().out)["grid"] == some["grid"]
 
 
 def test_this_machine_is_the_default(capsys):
-    out = plan.main(["memory", *TINY, "--device_batch_sizes", "1", "--dtype", "float32", "--no_calibrate"])
+    out = plan.main(
+        ["memory", *TINY, "--device_batch_sizes", "1", "--dtype", "float32", "--no_calibrate"]
+    )
     assert out["memory_bytes"] > 0 and out["grid"][0]["context"] > 0 and out["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--gpu", "rtx3060", "--memory_gb", "1"], r"nothing fits RTX 3060: 2 rows of 128 take 1.9 GB of 1.0; choose a smaller --depth"),
+        (
+            ["--gpu", "rtx3060", "--memory_gb", "1"],
+            r"nothing fits RTX 3060: 2 rows of 128 take 1.9 GB of 1.0; choose a smaller --depth",
+        ),
         (["--gpu", "rtx30600"], "no card is called 'rtx30600'"),
-        (["--gpu", "rtx3060", "--sequence_lens", "256"], "rows of 256 tokens do not fit a context of 128"),
+        (
+            ["--gpu", "rtx3060", "--sequence_lens", "256"],
+            "rows of 256 tokens do not fit a context of 128",
+        ),
         (["--gpu", "rtx3060", "--device_batch_sizes", "0"], "must be at least 1, not 0"),
     ],
 )
@@ -165,7 +244,10 @@ def test_bad_input(words, says):
 
 
 def test_an_older_card_computes_in_float16_and_apples_have_no_compiler(capsys):
-    assert plan.main(["memory", *TINY, "--gpu", "T4", "--device_batch_sizes", "1"])["dtype"] == "float16"
+    assert (
+        plan.main(["memory", *TINY, "--gpu", "T4", "--device_batch_sizes", "1"])["dtype"]
+        == "float16"
+    )
     apple = plan.main(["memory", *TINY, "--gpu", "Apple M2", "--device_batch_sizes", "1"])
     assert apple["dtype"] == "float32" and not apple["compiled"]
 
@@ -180,7 +262,17 @@ def test_a_gpu_holds_what_was_predicted(compiled):
         pytest.skip("no Triton")
     margin = memory.calibrate(c, 4, 1024, "bfloat16", compiled)
     assert margin is not None and margin.context > 1e8 and 0 <= margin.fragmentation < 0.5
-    spec = {"config": vars(c), "rows": 16, "accumulation": 2, "dtype": "bfloat16", "seconds": 0.0, **how}
-    point, counted = throughput.in_process(spec), memory.predict(c, 16, 1024, dtype=BF16, **how, eval_rows=1, margin=margin)
+    spec = {
+        "config": vars(c),
+        "rows": 16,
+        "accumulation": 2,
+        "dtype": "bfloat16",
+        "seconds": 0.0,
+        **how,
+    }
+    point, counted = (
+        throughput.in_process(spec),
+        memory.predict(c, 16, 1024, dtype=BF16, **how, eval_rows=1, margin=margin),
+    )
     assert counted["allocated"] == pytest.approx(point["peak_memory_bytes"], rel=0.1)
     assert counted["total"] == pytest.approx(point["card_bytes"], rel=0.1)

@@ -19,11 +19,17 @@ from nanochat.plan.speed import GIB, Machine
 PRIOR = {"share": 0.5, "power": 0.29}
 
 
-def ends(share: float, power: float, noise: float = 0.0, runs: int = 3, seed: int = 0) -> tuple[list, list, np.random.Generator]:
+def ends(
+    share: float, power: float, noise: float = 0.0, runs: int = 3, seed: int = 0
+) -> tuple[list, list, np.random.Generator]:
     """Decayed ends of runs of 1, 2, 4 M tokens of a curve that is 2 at the longest."""
     rng = np.random.default_rng(seed)
     d = [1e6 * 2**i for i in range(runs)]
-    return d, [truth(share, power, t / d[-1]) * math.exp(noise * rng.standard_normal()) for t in d], rng
+    return (
+        d,
+        [truth(share, power, t / d[-1]) * math.exp(noise * rng.standard_normal()) for t in d],
+        rng,
+    )
 
 
 def truth(share: float, power: float, times: float) -> float:
@@ -31,28 +37,45 @@ def truth(share: float, power: float, times: float) -> float:
 
 
 @settings(max_examples=15, deadline=None)
-@given(share=st.floats(0.3, 0.7), power=st.floats(0.18, 0.45), times=st.floats(4, 25), runs=st.integers(2, 4))
+@given(
+    share=st.floats(0.3, 0.7),
+    power=st.floats(0.18, 0.45),
+    times=st.floats(4, 25),
+    runs=st.integers(2, 4),
+)
 def test_the_interval_holds_the_truth(share, power, times, runs):
     d, y, _ = ends(share, power, runs=runs)
     fit = pilot.fit_curve(d, y, times * d[-1], **PRIOR)
     assert fit.lo < truth(share, power, times) < fit.hi and fit.lo < fit.bpb < fit.hi
-    assert fit.at(d[-1]) == pytest.approx(y[-1], rel=0.01) and fit.at(times * d[-1]) == pytest.approx(fit.bpb, rel=0.03)
+    assert fit.at(d[-1]) == pytest.approx(y[-1], rel=0.01) and fit.at(
+        times * d[-1]
+    ) == pytest.approx(fit.bpb, rel=0.03)
 
 
 def test_the_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
-        share, power, times = rng.uniform(0.3, 0.7), math.exp(rng.normal(math.log(0.29), 0.3)), rng.uniform(6, 20)
+        share, power, times = (
+            rng.uniform(0.3, 0.7),
+            math.exp(rng.normal(math.log(0.29), 0.3)),
+            rng.uniform(6, 20),
+        )
         d, y, more = ends(share, power, noise=pilot.NOISE, seed=seed)
         fit = pilot.fit_curve(d, y, times * d[-1], **PRIOR, seed=seed)
-        hits += fit.lo < truth(share, power, times) * math.exp(pilot.NOISE * more.standard_normal()) < fit.hi
+        hits += (
+            fit.lo
+            < truth(share, power, times) * math.exp(pilot.NOISE * more.standard_normal())
+            < fit.hi
+        )
     assert hits >= 165, f"{hits} of 200 for an interval of 90 %"
 
 
 def test_farther_is_less_certain():
     d, y, _ = ends(0.5, 0.29)
-    widths = [fit.hi / fit.lo for fit in (pilot.fit_curve(d, y, t * d[-1], **PRIOR) for t in (2, 10, 100))]
+    widths = [
+        fit.hi / fit.lo for fit in (pilot.fit_curve(d, y, t * d[-1], **PRIOR) for t in (2, 10, 100))
+    ]
     assert widths == sorted(widths) and 1.01 < widths[0] < 1.05 < widths[2]
 
 
@@ -65,7 +88,10 @@ def test_ends_that_scatter_widen_it():
 
 @pytest.mark.parametrize("y", [[2.0, 2.1], [2.0, 2.0], [2.0, float("nan")]])
 def test_runs_that_do_not_learn(y):
-    with pytest.raises(UserError, match=r"longer runs are not better .* give it more --minutes, or lower the learning rates"):
+    with pytest.raises(
+        UserError,
+        match=r"longer runs are not better .* give it more --minutes, or lower the learning rates",
+    ):
         pilot.fit_curve([1e6, 2e6], y, 1e8, **PRIOR)
 
 
@@ -79,14 +105,22 @@ def test_lengths_double_and_take_the_time():
     assert got[1] == pytest.approx(2 * got[0], abs=1) and got[2] == pytest.approx(4 * got[0], abs=3)
     looks = 3 * (6.0 + 2 * 8192 / (2 * 8192))
     assert 0.5 * sum(got) + looks == pytest.approx(200, abs=2)
-    assert max(pilot.lengths(plan(steps=200), 1e5, 3)) == 100, "never more than half of the run itself"
+    assert max(pilot.lengths(plan(steps=200), 1e5, 3)) == 100, (
+        "never more than half of the run itself"
+    )
 
 
 @pytest.mark.parametrize(
     ("found", "seconds", "says"),
-    [(plan(), 25.0, r"give runs of 7, 14 steps, too short to be fitted: give at least --minutes=0.7$"),
-     (plan(steps=60), 60.0, "a run of 60 steps is too short for a pilot")],
-)  # fmt: skip
+    [
+        (
+            plan(),
+            25.0,
+            r"give runs of 7, 14 steps, too short to be fitted: give at least --minutes=0.7$",
+        ),
+        (plan(steps=60), 60.0, "a run of 60 steps is too short for a pilot"),
+    ],
+)
 def test_pilots_too_short(found, seconds, says):
     with pytest.raises(UserError, match=says):
         pilot.lengths(found, seconds, 3)
@@ -102,7 +136,10 @@ def test_the_target_is_judged():
     c = recipe.Candidate(None, n, ((0.0, 512),), 4096, 8, None, d, 8192, the_law.interval(n, d))  # type: ignore[arg-type]
     assert "are within reach" in pilot.verdict(1.0, c, the_law)
     assert "are uncertain" in pilot.verdict(c.bpb[0], c, the_law)
-    assert "out of reach" in (said := pilot.verdict(0.8, c, the_law)) and "times the budget would do" in said
+    assert (
+        "out of reach" in (said := pilot.verdict(0.8, c, the_law))
+        and "times the budget would do" in said
+    )
     assert "no budget within" in pilot.verdict(0.5, c, the_law)
 
 
@@ -125,12 +162,28 @@ def test_a_plan_of_another_version_is_refused(tmp_path):
 def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
     """All of it, with base_train in this process, steps of milliseconds, and memory by formula."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(recipe.memory, "predict", lambda config, rows, T, **more: {"total": 10**8 + 4 * rows * T, "allocated": 0})
+    monkeypatch.setattr(
+        recipe.memory,
+        "predict",
+        lambda config, rows, T, **more: {"total": 10**8 + 4 * rows * T, "allocated": 0},
+    )
     flags = tiny.workplace(tmp_path)
     mine = Machine("Toy", "cpu", "float32", 4 * GIB, 2e9, source="the test")
     monkeypatch.setattr(recipe, "machine_of", lambda k: mine)
-    words = [f for f in flags if f.startswith(("--data", "--depth", "--model_dim", "--head_dim", "--kv_ratio", "--sequence_len"))]
-    ask = [*words, "--minutes=5", "--total_batch_size=1024", "--device_batch_size=16", "--model_tag=t"]
+    words = [
+        f
+        for f in flags
+        if f.startswith(
+            ("--data", "--depth", "--model_dim", "--head_dim", "--kv_ratio", "--sequence_len")
+        )
+    ]
+    ask = [
+        *words,
+        "--minutes=5",
+        "--total_batch_size=1024",
+        "--device_batch_size=16",
+        "--model_tag=t",
+    ]
     recipe.run(knobs.parse(recipe.Knobs, ask, command="plan recipe")[0])
     file = tmp_path / "plan" / "recipe.toml"
     before = json.loads(file.with_suffix(".json").read_text())
@@ -139,7 +192,9 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
 
     def train(words, quiet):
         calls.append(words)
-        base_train.main([*words, "--device_type=cpu", "--dtype=float32", "--compile=off", "--eval_tokens=2000"])
+        base_train.main(
+            [*words, "--device_type=cpu", "--dtype=float32", "--compile=off", "--eval_tokens=2000"]
+        )
 
     monkeypatch.setattr(pilot, "train", train)
     found = pilot.run(knobs.parse(pilot.Knobs, ["--target_bpb=0.01"], command="plan pilot")[0])
@@ -149,15 +204,25 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
     assert found["speed_ratio"] == pytest.approx(ratio)
     after = json.loads(file.with_suffix(".json").read_text())
     assert after["machine"]["factor"] == pytest.approx(ratio)
-    assert after["primary"]["tok_per_sec"] == pytest.approx(found["runs"][2]["tok_per_sec"], rel=0.01)
+    assert after["primary"]["tok_per_sec"] == pytest.approx(
+        found["runs"][2]["tok_per_sec"], rel=0.01
+    )
     for in_plan, in_pilot in (("bpb", "bpb"), ("bpb_lo", "lo"), ("bpb_hi", "hi")):
         assert after["primary"][in_plan] == pytest.approx(found["fit"][in_pilot], rel=0.01)
     assert after["primary"]["peak_memory_bytes"] == pytest.approx(found["memory_bytes"], rel=0.01)
     assert "out of reach" in found["target"] and not found["changed"]
     knobs.parse(base_train.Knobs, ["--recipe", str(file)], command="base_train")
-    assert "<svg" in (tmp_path / "plan" / "pilot.html").read_text() and "the law said" in capsys.readouterr().out
+    assert (
+        "<svg" in (tmp_path / "plan" / "pilot.html").read_text()
+        and "the law said" in capsys.readouterr().out
+    )
     for directory in (tmp_path / "checkpoints" / "base").iterdir():
-        assert checkpoint.steps(directory) == [] and logbook.read(directory), "the weights go, the figures stay"
+        assert checkpoint.steps(directory) == [] and logbook.read(directory), (
+            "the weights go, the figures stay"
+        )
 
-    mults = [[r["lr_mult"] for r in logbook.read(d) if r["kind"] == "train"] for d in sorted((tmp_path / "checkpoints" / "base").iterdir())]
+    mults = [
+        [r["lr_mult"] for r in logbook.read(d) if r["kind"] == "train"]
+        for d in sorted((tmp_path / "checkpoints" / "base").iterdir())
+    ]
     assert all(m[0] == 1 and m[-1] < 0.2 for m in mults), "every run decays to its own end"

@@ -18,30 +18,73 @@ from nanochat.plan import probe as throughput
 from nanochat.plan import speed
 from nanochat.plan.speed import Machine, tokens_per_second
 
-HERE = {"name": "Some CPU", "device_type": "cpu", "dtype": "float32", "memory_bytes": 8 * 2**30, "peak_flops": 1e12}
+HERE = {
+    "name": "Some CPU",
+    "device_type": "cpu",
+    "dtype": "float32",
+    "memory_bytes": 8 * 2**30,
+    "peak_flops": 1e12,
+}
 
 
 def config(depth: int, T: int = 512) -> GPTConfig:
-    return GPTConfig(n_layer=depth, n_embd=64 * depth, n_head=depth, n_kv_head=depth, vocab_size=4096, sequence_len=T)
+    return GPTConfig(
+        n_layer=depth,
+        n_embd=64 * depth,
+        n_head=depth,
+        n_kv_head=depth,
+        vocab_size=4096,
+        sequence_len=T,
+    )
 
 
-def point(depth: int, rows: int, T: int = 512, a: float = 1e-3, b: float = 2e-10, c: float = 5.0, d: float = 1e-6, n: int = 4) -> dict:
+def point(
+    depth: int,
+    rows: int,
+    T: int = 512,
+    a: float = 1e-3,
+    b: float = 2e-10,
+    c: float = 5.0,
+    d: float = 1e-6,
+    n: int = 4,
+) -> dict:
     """A point of a machine that takes a + b f ms a token and c + d P ms an update."""
     f, p = speed.flops_per_token(config(depth, T), T), speed.counts(config(depth, T))["total"]
     micro, update = (a + b * f) * rows * T, c + d * p
     step = n * micro + update
     return {
-        "name": "Some CPU", "dtype": "float32", "compiled": True, "config": asdict(config(depth, T)), "rows": rows, "accumulation": n,
-        "micro_ms": micro, "update_ms": update, "step_ms": step, "tok_per_sec": 1e3 * n * rows * T / step, "spread": 0.05,
-        "first_step_s": 20.0, "peak_memory_bytes": 1e9, "finite": True, "flops_per_token": f, "parameters": p,
-    }  # fmt: skip
+        "name": "Some CPU",
+        "dtype": "float32",
+        "compiled": True,
+        "config": asdict(config(depth, T)),
+        "rows": rows,
+        "accumulation": n,
+        "micro_ms": micro,
+        "update_ms": update,
+        "step_ms": step,
+        "tok_per_sec": 1e3 * n * rows * T / step,
+        "spread": 0.05,
+        "first_step_s": 20.0,
+        "peak_memory_bytes": 1e9,
+        "finite": True,
+        "flops_per_token": f,
+        "parameters": p,
+    }
 
 
 @settings(max_examples=30, deadline=None)
-@given(a=st.floats(0, 5e-3), b=st.floats(1e-11, 1e-9), c=st.floats(0.1, 50), d=st.floats(0, 1e-6), depth=st.integers(2, 8))
+@given(
+    a=st.floats(0, 5e-3),
+    b=st.floats(1e-11, 1e-9),
+    c=st.floats(0.1, 50),
+    d=st.floats(0, 1e-6),
+    depth=st.integers(2, 8),
+)
 def test_a_machine_of_this_kind_is_found_again(a, b, c, d, depth):
     law = {"a": a, "b": b, "c": c, "d": d}
-    machine = Machine(**HERE, points=tuple(point(n, rows, **law) for n in (2, 4, 8) for rows in (8, 32)))
+    machine = Machine(
+        **HERE, points=tuple(point(n, rows, **law) for n in (2, 4, 8) for rows in (8, 32))
+    )
     true = point(depth, 16, **law, n=8)
     got = tokens_per_second(config(depth), 16, 512, 8 * 16 * 512, machine)
     assert got.tok_per_sec == pytest.approx(true["tok_per_sec"], rel=0.02)
@@ -50,7 +93,10 @@ def test_a_machine_of_this_kind_is_found_again(a, b, c, d, depth):
 
 def test_points_of_one_size_do_not_promise_that_a_smaller_one_is_faster_by_its_flops():
     machine = Machine(**HERE, points=(point(4, 8), point(4, 32)))
-    at, smaller = (tokens_per_second(config(depth), 8, 512, 4 * 8 * 512, machine).tok_per_sec for depth in (4, 1))
+    at, smaller = (
+        tokens_per_second(config(depth), 8, 512, 4 * 8 * 512, machine).tok_per_sec
+        for depth in (4, 1)
+    )
     by_flops = speed.flops_per_token(config(4), 512) / speed.flops_per_token(config(1), 512)
     assert 1.4 * at < smaller < 0.5 * by_flops * at
 
@@ -68,9 +114,14 @@ def test_an_odd_point_is_believed_where_it_is_and_doubted_elsewhere():
 
 def test_a_machine_that_drifts_is_trusted_less():
     points = tuple(point(n, 8) for n in (2, 4, 8))
-    calm, warm = (Machine(**HERE, points=tuple({**p, "drift": drift} for p in points)) for drift in (0.0, 0.1))
+    calm, warm = (
+        Machine(**HERE, points=tuple({**p, "drift": drift} for p in points)) for drift in (0.0, 0.1)
+    )
     a, b = (tokens_per_second(config(4), 8, 512, 4 * 8 * 512, m) for m in (calm, warm))
-    assert a.tok_per_sec == b.tok_per_sec and b.lo < 0.9 * b.tok_per_sec < a.lo < a.hi < 1.1 * b.tok_per_sec < b.hi
+    assert (
+        a.tok_per_sec == b.tok_per_sec
+        and b.lo < 0.9 * b.tok_per_sec < a.lo < a.hi < 1.1 * b.tok_per_sec < b.hi
+    )
 
 
 def test_without_points_a_share_of_the_peak():
@@ -78,15 +129,33 @@ def test_without_points_a_share_of_the_peak():
     got = tokens_per_second(config(4), 8, 512, 1 << 14, machine)
     share, lo, hi = speed.SHARES["cpu"]
     assert got.tok_per_sec * speed.flops_per_token(config(4), 512) == pytest.approx(share * 1e12)
-    assert got.lo / got.tok_per_sec == pytest.approx(lo / share) and got.hi / got.tok_per_sec == pytest.approx(hi / share)
-    narrow = tokens_per_second(config(4), 8, 512, 1 << 14, Machine(**{**HERE, "device_type": "cuda"}))
+    assert got.lo / got.tok_per_sec == pytest.approx(
+        lo / share
+    ) and got.hi / got.tok_per_sec == pytest.approx(hi / share)
+    narrow = tokens_per_second(
+        config(4), 8, 512, 1 << 14, Machine(**{**HERE, "device_type": "cuda"})
+    )
     wide = tokens_per_second(config(8), 8, 512, 1 << 14, Machine(**{**HERE, "device_type": "cuda"}))
     assert narrow.lo / narrow.tok_per_sec < 0.5 * wide.lo / wide.tok_per_sec
 
 
 def test_a_measured_point():
-    spec = {"config": asdict(GPTConfig(n_layer=1, n_embd=32, n_head=2, n_kv_head=2, vocab_size=64, sequence_len=16)), "rows": 2}
-    found = throughput.measure({**spec, "accumulation": 3, "compiled": False, "device_type": "cpu", "dtype": "float32", "seconds": 0})
+    spec = {
+        "config": asdict(
+            GPTConfig(n_layer=1, n_embd=32, n_head=2, n_kv_head=2, vocab_size=64, sequence_len=16)
+        ),
+        "rows": 2,
+    }
+    found = throughput.measure(
+        {
+            **spec,
+            "accumulation": 3,
+            "compiled": False,
+            "device_type": "cpu",
+            "dtype": "float32",
+            "seconds": 0,
+        }
+    )
     assert found["step_ms"] == pytest.approx(3 * found["micro_ms"] + found["update_ms"])
     assert found["tok_per_sec"] == pytest.approx(3 * 2 * 16 / found["step_ms"] * 1e3)
     assert found["finite"] and found["peak_memory_bytes"] > 1e6 and found["first_step_s"] > 0
@@ -97,7 +166,14 @@ def test_memory_that_runs_out_is_a_result(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GPT, "build", build)
-    spec = {"config": asdict(config(2)), "rows": 2, "accumulation": 1, "compiled": False, "device_type": "cpu", "dtype": "float32"}
+    spec = {
+        "config": asdict(config(2)),
+        "rows": 2,
+        "accumulation": 1,
+        "compiled": False,
+        "device_type": "cpu",
+        "dtype": "float32",
+    }
     assert throughput.measure({**spec, "seconds": 0}) == {"error": "out of memory"}
 
 
@@ -105,7 +181,10 @@ def test_memory_that_runs_out_is_a_result(monkeypatch):
     ("done", "error"),
     [
         (SimpleNamespace(returncode=-9, stdout="", stderr=""), "out of memory"),
-        (SimpleNamespace(returncode=2, stdout="", stderr="notice: x\nerror: dtype is 'int3'\n"), "dtype is 'int3'"),
+        (
+            SimpleNamespace(returncode=2, stdout="", stderr="notice: x\nerror: dtype is 'int3'\n"),
+            "dtype is 'int3'",
+        ),
         (SimpleNamespace(returncode=-11, stdout="", stderr=""), "ended with status -11"),
     ],
 )
@@ -124,7 +203,11 @@ def test_a_process_that_takes_too_long(monkeypatch):
 
 def test_a_process_of_its_own():
     found = throughput.in_process({"device_type": "cpu", "dtype": "float32"})
-    assert found["device_type"] == "cpu" and found["peak_flops"] > 1e9 and found["memory_bytes"] > 2**28
+    assert (
+        found["device_type"] == "cpu"
+        and found["peak_flops"] > 1e9
+        and found["memory_bytes"] > 2**28
+    )
 
 
 @pytest.fixture
@@ -145,7 +228,13 @@ def lab(tmp_path, monkeypatch):
         if spec["config"]["n_layer"] >= 6 and spec["rows"] >= 32:
             return {"error": "out of memory"}
         slow = {"a": warm * 1e-3, "b": warm * 2e-10, "c": warm * 5.0, "d": warm * 1e-6}
-        made = point(spec["config"]["n_layer"], spec["rows"], spec["config"]["sequence_len"], n=spec["accumulation"], **slow)
+        made = point(
+            spec["config"]["n_layer"],
+            spec["rows"],
+            spec["config"]["sequence_len"],
+            n=spec["accumulation"],
+            **slow,
+        )
         return {n: made[n] for n in made if n not in spec}
 
     monkeypatch.setattr(throughput, "in_process", measure)
@@ -157,15 +246,37 @@ def probe(*words: str) -> dict:
 
 
 def test_a_grid(lab, tmp_path, capsys):
-    words = ["--depths", "4", "6", "--device_batches", "8", "32", "64", "--vocab=4096", "--minutes=20", "--total_batch_size=65536"]
+    words = [
+        "--depths",
+        "4",
+        "6",
+        "--device_batches",
+        "8",
+        "32",
+        "64",
+        "--vocab=4096",
+        "--minutes=20",
+        "--total_batch_size=65536",
+    ]
     found = probe(*words)
     first = [(4, 512, 8), (6, 512, 8), (4, 512, 32), (6, 512, 32), (4, 512, 64)]
     assert lab[:5] == first, "64 rows need not be tried where 32 do not fit"
-    assert sorted(lab[5:]) == sorted(set(first) - {(6, 512, 32)}), "and once more what fitted, when the machine is warm"
-    assert [p.get("error") for p in found["points"]] == [None, None, None, None, "out of memory", "out of memory"]
+    assert sorted(lab[5:]) == sorted(set(first) - {(6, 512, 32)}), (
+        "and once more what fitted, when the machine is warm"
+    )
+    assert [p.get("error") for p in found["points"]] == [
+        None,
+        None,
+        None,
+        None,
+        "out of memory",
+        "out of memory",
+    ]
     assert [p["accumulation"] for p in found["points"][:3]] == [16, 4, 2]
     good = found["points"][0]
-    assert good["drift"] == pytest.approx(0.1) and good["step_ms"] == pytest.approx(1.1 * point(4, 8, n=16)["step_ms"])
+    assert good["drift"] == pytest.approx(0.1) and good["step_ms"] == pytest.approx(
+        1.1 * point(4, 8, n=16)["step_ms"]
+    )
     assert good["tokens_in_budget"] == pytest.approx(good["tok_per_sec"] * 0.85 * 1200)
     said = capsys.readouterr().out
     assert "out of memory" in said and "tokens in the budget" in said
@@ -190,8 +301,14 @@ def test_the_grid_follows_the_budget(lab):
 def test_time_for_the_grid_is_limited(lab, monkeypatch, capsys):
     clock = iter(np.arange(0, 1e4, 40.0))
     monkeypatch.setattr(throughput.time, "monotonic", lambda: float(next(clock)))
-    found = probe("--depths", "2", "3", "4", "5", "--device_batches", "8", "--vocab=4096", "--limit_minutes=1")
-    assert len(found["points"]) == 2 and found["left_out"] == 2 and "2 points left out" in capsys.readouterr().out
+    found = probe(
+        "--depths", "2", "3", "4", "5", "--device_batches", "8", "--vocab=4096", "--limit_minutes=1"
+    )
+    assert (
+        len(found["points"]) == 2
+        and found["left_out"] == 2
+        and "2 points left out" in capsys.readouterr().out
+    )
 
 
 def test_two_budgets_contradict(lab):
@@ -201,9 +318,16 @@ def test_two_budgets_contradict(lab):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [(None, "make one with python -m scripts.plan probe"), ("{}", "not what plan probe writes"), ("[1", "not what plan probe writes"),
-     (json.dumps({"machine": {"name": "x", "dtype": "y"}, "points": []}), "not what plan probe writes")],
-)  # fmt: skip
+    [
+        (None, "make one with python -m scripts.plan probe"),
+        ("{}", "not what plan probe writes"),
+        ("[1", "not what plan probe writes"),
+        (
+            json.dumps({"machine": {"name": "x", "dtype": "y"}, "points": []}),
+            "not what plan probe writes",
+        ),
+    ],
+)
 def test_a_file_that_is_no_probe(tmp_path, text, says):
     if text is not None:
         (tmp_path / "p.json").write_text(text)

@@ -24,8 +24,15 @@ def fast(tmp_path, monkeypatch):
 
 
 def predict(config, rows, sequence_len, *, dtype, device_type, micro_batches, compiled, margin):
-    tensors = 16 * speed.counts(config)["total"] + 60 * rows * sequence_len * config.n_layer * config.n_embd
-    return {"allocated": tensors, "total": tensors + (margin.context + margin.fragmentation * tensors if margin else GIB // 2)}
+    tensors = (
+        16 * speed.counts(config)["total"]
+        + 60 * rows * sequence_len * config.n_layer * config.n_embd
+    )
+    return {
+        "allocated": tensors,
+        "total": tensors
+        + (margin.context + margin.fragmentation * tensors if margin else GIB // 2),
+    }
 
 
 def ask(*words: str) -> recipe.Knobs:
@@ -33,7 +40,16 @@ def ask(*words: str) -> recipe.Knobs:
 
 
 def machine(**more) -> Machine:
-    return Machine(**{"name": "Card", "device_type": "cuda", "dtype": "bfloat16", "memory_bytes": 24 * GIB, "peak_flops": 165e12, **more})
+    return Machine(
+        **{
+            "name": "Card",
+            "device_type": "cuda",
+            "dtype": "bfloat16",
+            "memory_bytes": 24 * GIB,
+            "peak_flops": 165e12,
+            **more,
+        }
+    )
 
 
 # ---- the law
@@ -59,14 +75,23 @@ def test_the_best_size_is_best(flops):
 
 def test_the_law_is_surest_where_it_was_measured():
     fitted = law.fitted()
-    widths = [hi / lo for _, lo, hi in (fitted.interval(*fitted.best(c)) for c in (3e18, 1e17, 1e16, 1e14, 1e12))]
-    assert widths == sorted(widths) and widths[0] < 1.06 and widths[3] < 1.15 and len(set(widths)) == 5
-    middle, lo, hi = fitted.interval(3.1e6, 4.6e6)  # depth 4, width 256: ten minutes of real text on two cores: 1.84 to 1.87 (dev/LOG.md)
+    widths = [
+        hi / lo
+        for _, lo, hi in (fitted.interval(*fitted.best(c)) for c in (3e18, 1e17, 1e16, 1e14, 1e12))
+    ]
+    assert (
+        widths == sorted(widths) and widths[0] < 1.06 and widths[3] < 1.15 and len(set(widths)) == 5
+    )
+    middle, lo, hi = fitted.interval(
+        3.1e6, 4.6e6
+    )  # depth 4, width 256: ten minutes of real text on two cores: 1.84 to 1.87 (dev/LOG.md)
     assert lo < 1.84 < 1.87 < hi and 1.7 < middle < 1.9
     moved = fitted.moved(1e8, 1e9, (0.5, 0.49, 0.52))
     assert moved.interval(1e8, 1e9) == pytest.approx((0.5, 0.49, 0.52))
     assert moved.bpb(1e7, 1e8) / fitted.bpb(1e7, 1e8) == pytest.approx(0.5 / fitted.bpb(1e8, 1e9))
-    assert moved.moved(1e8, 1e9, (0.6, 0.5, 0.7)).interval(1e8, 1e9) == pytest.approx((0.6, 0.5, 0.7)), "and once more"
+    assert moved.moved(1e8, 1e9, (0.6, 0.5, 0.7)).interval(1e8, 1e9) == pytest.approx(
+        (0.6, 0.5, 0.7)
+    ), "and once more"
 
 
 @given(n=st.floats(1e6, 1e9), d=st.floats(1e6, 1e11))
@@ -81,9 +106,18 @@ def test_more_tokens_leave_less_to_remove(n, d):
 
 def test_small_budgets_take_many_small_steps():
     assert batch_for(3e6) == 2**12 and batch_for(40e6) == 2**14 and batch_for(4e9) >= 2**17
-    assert [batch_for(d) for d in (1.6e6, 4e6, 10e6, 16e6)] == [2**12, 2**12, 2**13, 2**13], "as measured (dev/LOG.md)"
-    assert all(d / batch_for(d) >= MIN_STEPS / 2**0.5 for d in (1e8, 1e9, 1e10)) and 1e7 / batch_for(1e7) > 1000
-    assert embedding_rate(2**14) == 0.1 and embedding_rate(2**12) == 0.05 and embedding_rate(2**19) == 0.2
+    assert [batch_for(d) for d in (1.6e6, 4e6, 10e6, 16e6)] == [2**12, 2**12, 2**13, 2**13], (
+        "as measured (dev/LOG.md)"
+    )
+    assert (
+        all(d / batch_for(d) >= MIN_STEPS / 2**0.5 for d in (1e8, 1e9, 1e10))
+        and 1e7 / batch_for(1e7) > 1000
+    )
+    assert (
+        embedding_rate(2**14) == 0.1
+        and embedding_rate(2**12) == 0.05
+        and embedding_rate(2**19) == 0.2
+    )
     assert [context_for(c) for c in (1e14, 1e17, 1e19)] == [512, 1024, 2048]
     for final in (256, 512, 1024, 2048):
         stages = context_stages(final)
@@ -99,30 +133,60 @@ def test_a_day_on_a_4090():
     assert (card.name, card.dtype, card.memory_bytes) == ("RTX 4090", "bfloat16", 24 * GIB)
     found = recipe.plan(k, card, law.fitted())
     first, second = found["primary"], found["fallback"]
-    assert 12 <= first.config.n_layer <= 20 and first.config.sequence_len == 2048, "band B of what users report"
+    assert 12 <= first.config.n_layer <= 20 and first.config.sequence_len == 2048, (
+        "band B of what users report"
+    )
     assert [T for _, T in first.contexts] == [512, 1024, 2048]
     assert 0.75 < first.bpb[0] < 0.9 and first.memory < 24 * GIB
     assert second.n < first.n and second.bpb[0] >= first.bpb[0]
-    assert all(c.why for c in found["candidates"]) and sum(c.why == "chosen" for c in found["candidates"]) == 1
+    assert (
+        all(c.why for c in found["candidates"])
+        and sum(c.why == "chosen" for c in found["candidates"]) == 1
+    )
     base = recipe.tables(k, first, found)["base_train"]
-    assert base["context_stages"] == ("512@0", "1024@0.6", "2048@0.9") and base["max_minutes"] == pytest.approx(0.85 * 24 * 60)
+    assert base["context_stages"] == ("512@0", "1024@0.6", "2048@0.9") and base[
+        "max_minutes"
+    ] == pytest.approx(0.85 * 24 * 60)
 
 
 def test_minutes_on_a_processor():
     cpu = machine(device_type="cpu", peak_flops=1e12, memory_bytes=8 * GIB)
     first = recipe.plan(ask("--minutes=20", "--vocab=8192"), cpu, law.fitted())["primary"]
-    assert first.contexts == ((0.0, 512),) and first.total <= 2**14 and first.steps > 500 and first.n < 2e7
+    assert (
+        first.contexts == ((0.0, 512),)
+        and first.total <= 2**14
+        and first.steps > 500
+        and first.n < 2e7
+    )
 
 
 @settings(max_examples=8, deadline=None)
-@example(hours=8.0, peak=4.08e14, gib=1.0, device="cpu")  # with more time, a longer context that shut better models out of the memory
-@given(hours=st.floats(0.05, 50), peak=st.floats(3e11, 1e15), gib=st.floats(1, 80), device=st.sampled_from(["cuda", "cpu"]))
+@example(
+    hours=8.0, peak=4.08e14, gib=1.0, device="cpu"
+)  # with more time, a longer context that shut better models out of the memory
+@given(
+    hours=st.floats(0.05, 50),
+    peak=st.floats(3e11, 1e15),
+    gib=st.floats(1, 80),
+    device=st.sampled_from(["cuda", "cpu"]),
+)
 def test_a_plan_keeps_its_promises(hours, peak, gib, device):
-    k, m = ask(f"--hours={hours}", "--vocab=8192"), machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device)
+    k, m = (
+        ask(f"--hours={hours}", "--vocab=8192"),
+        machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device),
+    )
     found = recipe.plan(k, m, law.fitted())
     for c in filter(None, (found["primary"], found["fallback"])):
-        assert c.memory <= m.memory_bytes and c.rows * c.config.sequence_len <= c.total and c.total % c.config.sequence_len == 0
-        assert c.steps >= recipe.FEWEST_STEPS and c.bpb[1] < c.bpb[0] < c.bpb[2] and c.rate.lo < c.rate.tok_per_sec < c.rate.hi
+        assert (
+            c.memory <= m.memory_bytes
+            and c.rows * c.config.sequence_len <= c.total
+            and c.total % c.config.sequence_len == 0
+        )
+        assert (
+            c.steps >= recipe.FEWEST_STEPS
+            and c.bpb[1] < c.bpb[0] < c.bpb[2]
+            and c.rate.lo < c.rate.tok_per_sec < c.rate.hi
+        )
         assert c.tokens <= c.rate.tok_per_sec * found["pretraining_seconds"]
         tables = recipe.tables(k, c, found)
         assert sum(t["max_minutes"] for t in tables.values()) <= hours * 60 + 0.01
@@ -131,30 +195,74 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
 
 
 def test_what_is_given_is_kept():
-    size = ("--depth=7", "--model_dim=320", "--sequence_len=768", "--vocab=8192", "--tie_embeddings", "--activation=silu", "--kv_ratio=0.2")
-    rest = ("--total_batch_size=49152", "--device_batch_size=4", "--model_tag=mine", "--data", "a=x:1", "b=y:2")
+    size = (
+        "--depth=7",
+        "--model_dim=320",
+        "--sequence_len=768",
+        "--vocab=8192",
+        "--tie_embeddings",
+        "--activation=silu",
+        "--kv_ratio=0.2",
+    )
+    rest = (
+        "--total_batch_size=49152",
+        "--device_batch_size=4",
+        "--model_tag=mine",
+        "--data",
+        "a=x:1",
+        "b=y:2",
+    )
     k = ask("--hours=5", *size, *rest)
     found = recipe.plan(k, machine(), law.fitted())
     base = recipe.tables(k, found["primary"], found)["base_train"]
-    wanted = {"depth": 7, "model_dim": 320, "head_dim": 64, "sequence_len": 768, "total_batch_size": 49152, "device_batch_size": 4,
-              "tie_embeddings": True, "activation": "silu", "kv_ratio": 0.2, "model_tag": "mine", "data": ("a=x:1", "b=y:2")}  # fmt: skip
+    wanted = {
+        "depth": 7,
+        "model_dim": 320,
+        "head_dim": 64,
+        "sequence_len": 768,
+        "total_batch_size": 49152,
+        "device_batch_size": 4,
+        "tie_embeddings": True,
+        "activation": "silu",
+        "kv_ratio": 0.2,
+        "model_tag": "mine",
+        "data": ("a=x:1", "b=y:2"),
+    }
     assert {n: base.get(n) for n in wanted} == wanted and "context_stages" not in base
     assert found["fallback"] is None
 
 
 def test_rows_are_halved_until_they_fit():
     k = ask("--hours=24", "--depth=12", "--aspect_ratio=64", "--vocab=65536")
-    roomy, narrow = (recipe.plan(k, machine(memory_bytes=g * GIB), law.fitted())["primary"] for g in (80, 8))
-    assert narrow.rows < roomy.rows and narrow.total == roomy.total and narrow.memory <= 8 * GIB < roomy.memory
+    roomy, narrow = (
+        recipe.plan(k, machine(memory_bytes=g * GIB), law.fitted())["primary"] for g in (80, 8)
+    )
+    assert (
+        narrow.rows < roomy.rows
+        and narrow.total == roomy.total
+        and narrow.memory <= 8 * GIB < roomy.memory
+    )
 
 
 def test_a_pilot_moves_the_plan():
     k, fitted = ask("--hours=24", "--vocab=65536"), law.fitted()
     before = recipe.plan(k, machine(), fitted)["primary"]
     worse = 1.1 * fitted.bpb(before.n, before.tokens)
-    slow = recipe.plan(k, machine(factor=0.3), fitted.moved(before.n, before.tokens, (worse, 0.99 * worse, 1.01 * worse)))["primary"]
-    assert slow.rate.tok_per_sec < before.rate.tok_per_sec * 1.5 and slow.n < before.n and slow.bpb[0] > 1.1 * before.bpb[0]
-    others = [c.shape for c in recipe.plan(k, machine(), fitted)["candidates"] if c.memory and c.why != "chosen"]
+    slow = recipe.plan(
+        k,
+        machine(factor=0.3),
+        fitted.moved(before.n, before.tokens, (worse, 0.99 * worse, 1.01 * worse)),
+    )["primary"]
+    assert (
+        slow.rate.tok_per_sec < before.rate.tok_per_sec * 1.5
+        and slow.n < before.n
+        and slow.bpb[0] > 1.1 * before.bpb[0]
+    )
+    others = [
+        c.shape
+        for c in recipe.plan(k, machine(), fitted)["candidates"]
+        if c.memory and c.why != "chosen"
+    ]
     kept = recipe.plan(k, machine(), fitted, kept=others[0])["primary"]
     assert kept.shape == others[0], "what was tried stays where nothing is a hundredth better"
     assert recipe.plan(k, machine(memory_gap=5 * GIB), fitted)["primary"].memory > 5 * GIB
@@ -162,9 +270,15 @@ def test_a_pilot_moves_the_plan():
 
 def test_a_probe_says_what_the_card_holds_beside_tensors():
     k = ask("--hours=24", "--depth=4", "--vocab=8192")
-    held = {n: {"peak_memory_bytes": n, "pool_bytes": 1.1 * n, "card_bytes": 1.1 * n + 0.7e9} for n in (1e9, 2e9)}
+    held = {
+        n: {"peak_memory_bytes": n, "pool_bytes": 1.1 * n, "card_bytes": 1.1 * n + 0.7e9}
+        for n in (1e9, 2e9)
+    }
     points = [point(2, 8) | held[1e9], point(4, 8) | held[2e9]]
-    seen, gpu = (recipe.Memory(machine(points=p, memory_gap=0.0), points[0]["compiled"]) for p in (tuple(points), ()))
+    seen, gpu = (
+        recipe.Memory(machine(points=p, memory_gap=0.0), points[0]["compiled"])
+        for p in (tuple(points), ())
+    )
     config = recipe.plan(k, machine(), law.fitted())["primary"].config
     tensors = seen.found(config, 8, 1)["allocated"]
     assert seen.found(config, 8, 1)["total"] == pytest.approx(1.1 * tensors + 0.7e9)
@@ -172,14 +286,24 @@ def test_a_probe_says_what_the_card_holds_beside_tensors():
 
 
 def test_a_probe_decides_the_rows(tmp_path):
-    points = [point(d, rows, b=2e-10 if rows == 8 else 4e-10) for d in (2, 4, 6) for rows in (8, 32)]
-    told = {"name": "Some CPU", "device_type": "cpu", "dtype": "float32", "memory_bytes": 8 * GIB, "peak_flops": 1e12}
+    points = [
+        point(d, rows, b=2e-10 if rows == 8 else 4e-10) for d in (2, 4, 6) for rows in (8, 32)
+    ]
+    told = {
+        "name": "Some CPU",
+        "device_type": "cpu",
+        "dtype": "float32",
+        "memory_bytes": 8 * GIB,
+        "peak_flops": 1e12,
+    }
     (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points}))
     k = ask("--minutes=60", f"--probe={tmp_path / 'p.json'}", "--vocab=4096")
     first = recipe.plan(k, recipe.machine_of(k), law.fitted())["primary"]
     assert first.rows == 8 and first.rate.hi / first.rate.lo < 1.5
     (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points[1::2]}))
-    assert recipe.plan(k, recipe.machine_of(k), law.fitted())["primary"].rows == 32, "one row is not as fast because nobody tried it"
+    assert recipe.plan(k, recipe.machine_of(k), law.fitted())["primary"].rows == 32, (
+        "one row is not as fast because nobody tried it"
+    )
 
 
 # ---- what is refused
@@ -190,8 +314,16 @@ def test_a_probe_decides_the_rows(tmp_path):
     [
         ((), {}, "nothing says how long .*: give --hours or --minutes"),
         (("--hours=1", "--minutes=1"), {}, "--hours=1 and --minutes=1 are two budgets"),
-        (("--minutes=0.1",), {"device_type": "cpu", "peak_flops": 1e11}, r"5s of pretraining are too few .* Give at least 3 minutes"),
-        (("--hours=24",), {"memory_bytes": GIB / 8}, "Card has too little memory .* needs .* GiB with 1 rows at a time. Try"),
+        (
+            ("--minutes=0.1",),
+            {"device_type": "cpu", "peak_flops": 1e11},
+            r"5s of pretraining are too few .* Give at least 3 minutes",
+        ),
+        (
+            ("--hours=24",),
+            {"memory_bytes": GIB / 8},
+            "Card has too little memory .* needs .* GiB with 1 rows at a time. Try",
+        ),
         (("--hours=24", "--depth=40"), {}, "Card has too little memory .* depth 40"),
     ],
 )
@@ -202,7 +334,10 @@ def test_budgets_that_do_not_work(words, more, says):
 
 def test_the_budget_that_would_do_does():
     slow = machine(device_type="cpu", peak_flops=1e11)
-    assert recipe.plan(ask("--minutes=3", "--vocab=8192"), slow, law.fitted())["primary"].steps >= recipe.FEWEST_STEPS
+    assert (
+        recipe.plan(ask("--minutes=3", "--vocab=8192"), slow, law.fitted())["primary"].steps
+        >= recipe.FEWEST_STEPS
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,39 +356,88 @@ def test_machines_that_are_not_known(words, says):
 # ---- the files
 
 
-@pytest.mark.parametrize("value", [True, 3, 0.05, 17.0, 1e-9, 123456789, 'a "quoted" \\ text', ("512@0", "1024@0.6"), ()])
+@pytest.mark.parametrize(
+    "value", [True, 3, 0.05, 17.0, 1e-9, 123456789, 'a "quoted" \\ text', ("512@0", "1024@0.6"), ()]
+)
 def test_toml_values(value):
     read = tomllib.loads(f"x = {recipe.toml_value(value)}")["x"]
-    assert (tuple(read) if isinstance(read, list) else read) == value and type(read) is (list if isinstance(value, tuple) else type(value))
+    assert (tuple(read) if isinstance(read, list) else read) == value and type(read) is (
+        list if isinstance(value, tuple) else type(value)
+    )
 
 
 def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
-    told = {"name": "Some CPU", "device_type": "cpu", "dtype": "float32", "memory_bytes": 8 * GIB, "peak_flops": 1e12}
+    told = {
+        "name": "Some CPU",
+        "device_type": "cpu",
+        "dtype": "float32",
+        "memory_bytes": 8 * GIB,
+        "peak_flops": 1e12,
+    }
 
     def probe(k):
-        assert k.minutes == 40 and k.mlp_ratio == 3 and k.device_batches == (8,), "this machine is measured first, for this budget"
+        assert k.minutes == 40 and k.mlp_ratio == 3 and k.device_batches == (8,), (
+            "this machine is measured first, for this budget"
+        )
         (tmp_path / "plan").mkdir()
-        (tmp_path / "plan" / "probe.json").write_text(json.dumps({"machine": told, "points": [point(d, 8) for d in (2, 4)]}))
+        (tmp_path / "plan" / "probe.json").write_text(
+            json.dumps({"machine": told, "points": [point(d, 8) for d in (2, 4)]})
+        )
 
     monkeypatch.setattr(recipe.throughput, "here", lambda *a: machine(**told))
     monkeypatch.setattr(recipe.throughput, "run", probe)
-    found = recipe.run(ask("--minutes=40", "--vocab=4096", "--data", "own=some folder:1", "--model_tag=day", "--mlp_ratio=3"))
+    found = recipe.run(
+        ask(
+            "--minutes=40",
+            "--vocab=4096",
+            "--data",
+            "own=some folder:1",
+            "--model_tag=day",
+            "--mlp_ratio=3",
+        )
+    )
     said = capsys.readouterr().out
-    assert "chosen" in said and "fallback" in said and found["recipe"] == str(tmp_path / "plan" / "recipe.toml")
+    assert (
+        "chosen" in said
+        and "fallback" in said
+        and found["recipe"] == str(tmp_path / "plan" / "recipe.toml")
+    )
     for name in ("recipe.toml", "recipe-fallback.toml"):
-        for command, module in {"base_train": base_train, "mid_train": mid_train, "chat_sft": chat_sft}.items():
-            k, origins = knobs.parse(module.Knobs, ["--recipe", str(tmp_path / "plan" / name)], command=command)
-            assert k.model_tag == "day" and k.max_minutes > 0 and origins["max_minutes"].startswith("recipe")
+        for command, module in {
+            "base_train": base_train,
+            "mid_train": mid_train,
+            "chat_sft": chat_sft,
+        }.items():
+            k, origins = knobs.parse(
+                module.Knobs, ["--recipe", str(tmp_path / "plan" / name)], command=command
+            )
+            assert (
+                k.model_tag == "day"
+                and k.max_minutes > 0
+                and origins["max_minutes"].startswith("recipe")
+            )
     k, _ = knobs.parse(base_train.Knobs, ["--recipe", found["recipe"]], command="base_train")
     first = found["primary"]
-    assert (k.depth, k.model_dim, k.total_batch_size) == (first["depth"], first["model_dim"], first["total_batch_size"])
-    assert k.mlp_ratio == 3 and k.data == ("own=some folder:1",) and k.max_minutes == pytest.approx(34)
-    assert json.loads((tmp_path / "plan" / "recipe.json").read_text())["primary"] == json.loads(json.dumps(first))
-    assert recipe.machine_of(ask("--minutes=40")).source.startswith("measured"), "and not a second time"
+    assert (k.depth, k.model_dim, k.total_batch_size) == (
+        first["depth"],
+        first["model_dim"],
+        first["total_batch_size"],
+    )
+    assert (
+        k.mlp_ratio == 3 and k.data == ("own=some folder:1",) and k.max_minutes == pytest.approx(34)
+    )
+    assert json.loads((tmp_path / "plan" / "recipe.json").read_text())["primary"] == json.loads(
+        json.dumps(first)
+    )
+    assert recipe.machine_of(ask("--minutes=40")).source.startswith("measured"), (
+        "and not a second time"
+    )
 
 
 def test_a_recipe_of_stages_parses(tmp_path):
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
-    whole = recipe.write(k, recipe.machine_of(k), recipe.plan(k, recipe.machine_of(k), law.fitted()), law.fitted())
+    whole = recipe.write(
+        k, recipe.machine_of(k), recipe.plan(k, recipe.machine_of(k), law.fitted()), law.fitted()
+    )
     read, _ = knobs.parse(base_train.Knobs, ["--recipe", whole["recipe"]], command="base_train")
     assert read.context_stages == ("512@0", "1024@0.6", "2048@0.9") and read.sequence_len == 2048

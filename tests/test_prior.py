@@ -32,7 +32,9 @@ def path(tmp_path):
 # ---- B is what its formulas say
 
 
-@pytest.mark.parametrize("columns", [False, True])  # positions looked up by the kernel, or as columns of u and w
+@pytest.mark.parametrize(
+    "columns", [False, True]
+)  # positions looked up by the kernel, or as columns of u and w
 def test_b_is_that_of_the_formulas(path, columns):
     config, tensors = made(path, GPU if columns else CPU, rap_error=1e-6)
     p = Prior(config.rap, [0, 0], 8)
@@ -43,7 +45,9 @@ def test_b_is_that_of_the_formulas(path, columns):
         torch.testing.assert_close(quick[name], want[name])
     if columns:
         p._looks_up = lambda device: False
-        want["lag"] = (tensors["place_u"] @ tensors["place_w"].T).tril().double().expand(2, C, C)  # tested below
+        want["lag"] = (
+            (tensors["place_u"] @ tensors["place_w"].T).tril().double().expand(2, C, C)
+        )  # tested below
     for g, name in enumerate(ORDER):
         with torch.no_grad():
             p.gates.zero_()
@@ -66,17 +70,28 @@ def oracle(q, k, v, window, B):
 
 def fused(q, k, v, window, bias):
     """What other devices than a CPU run."""
-    return attention._attend_fused(*attention._widened(q, k, v, bias), window, q.size(3) ** -0.5)[..., : q.size(3)]
+    return attention._attend_fused(*attention._widened(q, k, v, bias), window, q.size(3) ** -0.5)[
+        ..., : q.size(3)
+    ]
 
 
 def dense(q, k, v, window, bias):
     return attention.attend(q, k, v, window, bias._replace(backend="dense"))
 
 
-@pytest.mark.parametrize("backend", [attention.attend, fused, dense], ids=["blocks", "fused", "dense"])
-@pytest.mark.parametrize(("heads", "D", "T", "window", "biased"), [
-    ((4, 4), 32, 1, 0, 4), ((4, 2), 64, 9, 0, 3), ((4, 1), 128, 150, 0, 4), ((4, 2), 32, 150, 40, 2), ((2, 2), 64, 130, 129, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend", [attention.attend, fused, dense], ids=["blocks", "fused", "dense"]
+)
+@pytest.mark.parametrize(
+    ("heads", "D", "T", "window", "biased"),
+    [
+        ((4, 4), 32, 1, 0, 4),
+        ((4, 2), 64, 9, 0, 3),
+        ((4, 1), 128, 150, 0, 4),
+        ((4, 2), 32, 150, 40, 2),
+        ((2, 2), 64, 130, 129, 1),
+    ],
+)
 def test_backends_agree_with_the_oracle(tmp_path, backend, heads, D, T, window, biased):
     given = terms(reach=T)
     shape = {"n_head": heads[0], "n_kv_head": heads[1], "n_embd": heads[0] * D, "sequence_len": T}
@@ -88,17 +103,26 @@ def test_backends_agree_with_the_oracle(tmp_path, backend, heads, D, T, window, 
     want_B = whole(given, idx)
     if backend is fused:
         p._looks_up = lambda device: False
-        want_B["lag"] = (tensors["place_u"].double() @ tensors["place_w"].double().T).tril().expand(2, T, T)
+        want_B["lag"] = (
+            (tensors["place_u"].double() @ tensors["place_w"].double().T).tril().expand(2, T, T)
+        )
     g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, h, T, D, dtype=torch.float64, generator=g) for h in (heads[0], *heads[1:] * 2))
-    gates, weights = (torch.randn(*s, dtype=torch.float64, generator=g) for s in ((biased, 4), q.shape))
+    q, k, v = (
+        torch.randn(2, h, T, D, dtype=torch.float64, generator=g)
+        for h in (heads[0], *heads[1:] * 2)
+    )
+    gates, weights = (
+        torch.randn(*s, dtype=torch.float64, generator=g) for s in ((biased, 4), q.shape)
+    )
     grads = []
     for kind in ("want", "got"):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         if kind == "want":
             gate = gates.clone().requires_grad_()
             B = torch.einsum("hg,gbij->bhij", gate, torch.stack([want_B[n] for n in ORDER]))
-            y = want = oracle(*leaves, window, torch.nn.functional.pad(B, (0, 0, 0, 0, 0, heads[0] - biased)))
+            y = want = oracle(
+                *leaves, window, torch.nn.functional.pad(B, (0, 0, 0, 0, 0, heads[0] - biased))
+            )
         else:
             with torch.no_grad():
                 p.gates[0] = gates
@@ -109,7 +133,9 @@ def test_backends_agree_with_the_oracle(tmp_path, backend, heads, D, T, window, 
         grads.append([x.grad for x in (*leaves, gate)])
     grads[1][3] = grads[1][3][0]
     for name, a, b in zip(["q", "k", "v", "gates"], *grads, strict=True):
-        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"gradient of {name}: {m}")
+        torch.testing.assert_close(
+            b, a, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"gradient of {name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("backend", [attention.attend, dense], ids=["blocks", "dense"])
@@ -117,12 +143,17 @@ def test_spans_are_curves_of_single_heads(tmp_path, backend):
     """Five items (match, pair, three spans) for four heads: the second layer deals on, and a head without a span has the common lag."""
     T, D, given = 150, 32, with_spans(150)
     shape = {"n_head": 4, "n_kv_head": 2, "n_embd": 4 * D, "sequence_len": T}
-    config, tensors = made(write(tmp_path / "p.safetensors", given), CPU, tiny.config(**shape), rap_lead=3.0)
+    config, tensors = made(
+        write(tmp_path / "p.safetensors", given), CPU, tiny.config(**shape), rap_lead=3.0
+    )
     assert config.rap["rows"] == [[0, 0, 1, 2], [3, 0, 0, 1]] and "3 spans" in config.rap["about"]
     leads = torch.full((2, 4, 4), 0.1)
     leads[0, [0, 1, 2, 3], [1, 2, 3, 3]] = leads[1, [0, 1, 2, 3], [3, 1, 2, 3]] = 3.0
     torch.testing.assert_close(tensors["gates"], leads)
-    assert torch.equal(made(write(tmp_path / "p.safetensors", given), rap_lead=0)[1]["gates"], torch.full((2, 4, 4), 0.1))
+    assert torch.equal(
+        made(write(tmp_path / "p.safetensors", given), rap_lead=0)[1]["gates"],
+        torch.full((2, 4, 4), 0.1),
+    )
     p = Prior(config.rap, [0, 40], D).double()
     p.load_state_dict(tensors)
     idx, g = tokens(T=T), torch.Generator().manual_seed(1)
@@ -152,12 +183,16 @@ def test_who_leads():
 def test_backends_agree_in_lower_precision(path):
     for dtype, near in ((torch.float32, 2e-5), (torch.bfloat16, 0.06)):
         m = model_with(path)
-        q, k, v = (torch.randn(2, h, C, 8, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+        q, k, v = (
+            torch.randn(2, h, C, 8, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2)
+        )
         with torch.no_grad():
             exact = m.prior(tokens(), torch.float64)[0]
             exact = exact._replace(gate=exact.gate.double())
             want = attention.attend(q.double(), k.double(), v.double(), 0, exact)
-            got = attention.attend(q.to(dtype), k.to(dtype), v.to(dtype), 0, m.prior(tokens(), dtype)[0])
+            got = attention.attend(
+                q.to(dtype), k.to(dtype), v.to(dtype), 0, m.prior(tokens(), dtype)[0]
+            )
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, atol=near, rtol=near)
 
@@ -169,8 +204,12 @@ def test_without_a_prior_nothing_is_new():
     m = tiny.model()
     assert m.prior is None and "rap" not in checkpoint.config_dict(m.config)
     assert list(m.state_dict()) == [n for n, _ in m.named_parameters()] and not list(m.buffers())
-    assert m.counts()["total"] == sum(p.numel() for p in m.parameters()) and not any(row.rate == "gate" for *_, row in m.roster())
-    assert {g.optimizer for g in tiny.optimizer(m).groups} == {"adamw", "muon"} and len(tiny.optimizer(m).groups) == 3
+    assert m.counts()["total"] == sum(p.numel() for p in m.parameters()) and not any(
+        row.rate == "gate" for *_, row in m.roster()
+    )
+    assert {g.optimizer for g in tiny.optimizer(m).groups} == {"adamw", "muon"} and len(
+        tiny.optimizer(m).groups
+    ) == 3
 
 
 @pytest.mark.parametrize("what", ["terms", "gates"])
@@ -189,7 +228,9 @@ def test_a_prior_of_zeros_is_none(tmp_path, what):  # trap 22
     for x in losses:
         x.backward()
     for name, p in plain.named_parameters():
-        torch.testing.assert_close(dict(m.named_parameters())[name].grad, p.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            dict(m.named_parameters())[name].grad, p.grad, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_heads_and_layers_that_are_left_free(path):
@@ -209,20 +250,29 @@ def test_heads_and_layers_that_are_left_free(path):
 # ---- caches: the same logits whatever the passes
 
 
-@pytest.mark.parametrize("knobs", [{}, {"attention": "dense"}, {"rap_layers": 1, "rap_heads": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"attention": "dense"}, {"rap_layers": 1, "rap_heads": 0.5}], ids=str
+)
 @pytest.mark.parametrize("kind", ["terms", "spans", "bias", "key"])
 def test_cached_passes_are_the_whole(tmp_path, kind, knobs):  # traps 20 and 22
     matrix = torch.randn(C, C, generator=torch.Generator().manual_seed(4))
     given = {"bias": {"bias": matrix / matrix.tril().abs().max()}, "key": {"key": terms()["key"]}}
     given = (given | {"terms": terms(), "spans": with_spans()})[kind]
-    m = model_with(write(tmp_path / "p.safetensors", given), shape={"window_pattern": "SL"}, **knobs)
+    m = model_with(
+        write(tmp_path / "p.safetensors", given), shape={"window_pattern": "SL"}, **knobs
+    )
     idx = tokens(3)
     with torch.no_grad():
         want = m.logits(m(idx))
         for sizes in ([16], [5, 1, 1, 9], [1] * 16):
             cache, at = m.new_cache(3), 0
             for n in sizes:
-                torch.testing.assert_close(m.logits(m(idx[:, at : at + n], cache)), want[:, at : at + n], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(
+                    m.logits(m(idx[:, at : at + n], cache)),
+                    want[:, at : at + n],
+                    atol=2e-5,
+                    rtol=1e-4,
+                )
                 cache.advance(n)
                 at += n
         # ragged: rows of 7, 2 and 0 tokens so far, padded with a token that must leave no trace; reordered, copied and dropped
@@ -233,20 +283,29 @@ def test_cached_passes_are_the_whole(tmp_path, kind, knobs):  # traps 20 and 22
                 part[b, :c] = idx[b, cache.lengths[b] : cache.lengths[b] + c]
             got = m.logits(m(part, cache))
             for b, c in enumerate(counts):
-                torch.testing.assert_close(got[b, :c], want[b, cache.lengths[b] : cache.lengths[b] + c], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(
+                    got[b, :c],
+                    want[b, cache.lengths[b] : cache.lengths[b] + c],
+                    atol=2e-5,
+                    rtol=1e-4,
+                )
             cache.advance(counts)
         cache, rows = cache.expand([2, 0, 1, 2]), [2, 0, 1, 2]
         cache.drop(1)
         rows = [2, 2, 1]
         for _ in range(3):
-            part = torch.stack([idx[r, n : n + 1] for r, n in zip(rows, cache.lengths, strict=True)])
+            part = torch.stack(
+                [idx[r, n : n + 1] for r, n in zip(rows, cache.lengths, strict=True)]
+            )
             got = m.logits(m(part, cache))
             for b, (r, n) in enumerate(zip(rows, cache.lengths, strict=True)):
                 torch.testing.assert_close(got[b, 0], want[r, n], atol=2e-5, rtol=1e-4)
             cache.advance(1)
 
 
-def test_a_prior_looks_back_by_absolute_position(tmp_path):  # trap 22, said plainly: B of a later pass is the matching part of B
+def test_a_prior_looks_back_by_absolute_position(
+    tmp_path,
+):  # trap 22, said plainly: B of a later pass is the matching part of B
     m = model_with(write(tmp_path / "p.safetensors", terms()))
     idx, i = tokens(1), torch.arange(C)[None, :, None]
     with torch.no_grad():
@@ -255,7 +314,7 @@ def test_a_prior_looks_back_by_absolute_position(tmp_path):  # trap 22, said pla
         m(idx[:, :6], cache)
         cache.advance(6)
         positions = cache.positions(4)
-        got = m.prior(idx[:, 6:10], torch.float32, cache, positions)[0].scores(positions[:, :, None], 0, 10, 4)
+        got = m.prior(idx[:, 6:10], torch.float32, cache, positions)[0].scores(
+            positions[:, :, None], 0, 10, 4
+        )
     torch.testing.assert_close(got.tril(6), want[:, :, 6:10, :10].tril(6))
-
-

@@ -48,7 +48,9 @@ def test_a_checkpoint_carries_the_prior(tmp_path, path, gate):
     b = tiny.batch()
     meta = {**tiny.meta(m), "config": checkpoint.config_dict(m.config)}
     Path(path).unlink()
-    again, _ = checkpoint.load_model(checkpoint.save(tmp_path, 1, m.state_dict(), {}, meta), "cpu", torch.float32)
+    again, _ = checkpoint.load_model(
+        checkpoint.save(tmp_path, 1, m.state_dict(), {}, meta), "cpu", torch.float32
+    )
     with torch.no_grad():
         assert torch.equal(again.logits(again(b.inputs)), m.logits(m(b.inputs)))
     assert again.config == m.config and again.counts() == m.counts()
@@ -61,7 +63,11 @@ def test_a_checkpoint_carries_the_prior(tmp_path, path, gate):
     tiny.fit(tmp_path / "run", m)
     assert not m.prior.gates.any()  # and what goes on from it is a model without
     after, _ = checkpoint.load_model(checkpoint.find(tmp_path / "run"), "cpu", torch.float32)
-    assert after.prior is None and after.config == tiny.config() and "prior.gates" not in after.state_dict()
+    assert (
+        after.prior is None
+        and after.config == tiny.config()
+        and "prior.gates" not in after.state_dict()
+    )
     with torch.no_grad():
         torch.testing.assert_close(after.logits(after(b.inputs)), m.logits(m(b.inputs)))
 
@@ -70,7 +76,11 @@ def test_base_train_takes_a_prior_and_needs_it_once(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     flags = [*tiny.workplace(tmp_path), "--eval_every=0", "--keep=9"]
     about = json.loads((tmp_path / "tokenizer" / "meta.json").read_text())
-    artifact = write(tmp_path / "p.safetensors", terms(vocab=about["vocab_size"], reach=64), tokenizer=about["fingerprint"])
+    artifact = write(
+        tmp_path / "p.safetensors",
+        terms(vocab=about["vocab_size"], reach=64),
+        tokenizer=about["fingerprint"],
+    )
     rap = [f"--rap={artifact}", "--rap_alpha=1", "--rap_gate=annealed", "--rap_heads=0.5"]
     base_train.main([*flags, *rap, "--num_iterations=6", "--save_every=3"])
     assert "prior        rules" in capsys.readouterr().out
@@ -78,7 +88,9 @@ def test_base_train_takes_a_prior_and_needs_it_once(tmp_path, monkeypatch, capsy
     whole = checkpoint.Tensors(checkpoint.folder(run, 6) / "model.safetensors")
     want = {n: whole[n] for n in whole}
     halfway = checkpoint.Tensors(checkpoint.folder(run, 3) / "model.safetensors")["prior.gates"]
-    assert float(halfway.max()) == pytest.approx(2) and float(halfway.min()) == pytest.approx(0.5)  # of --rap_lead and --rap_alpha
+    assert float(halfway.max()) == pytest.approx(2) and float(halfway.min()) == pytest.approx(
+        0.5
+    )  # of --rap_lead and --rap_alpha
     assert not want["prior.gates"].any()
     checkpoint.folder(run, 6).rename(run / "gone")
     Path(artifact).unlink()
@@ -109,7 +121,10 @@ def test_warm_start(tmp_path, path, monkeypatch):
         m(idx)
     same = (idx[:, :, None] == idx[:, None, :]) & torch.ones(64, 64).tril(-1).bool()
     other = (idx[:, :, None] != idx[:, None, :]) & torch.ones(64, 64).tril(-1).bool()
-    gap = [[float(s[:, h][same].mean() - s[:, h][other].mean()) for h in range(4)] for s in seen["scores"]]
+    gap = [
+        [float(s[:, h][same].mean() - s[:, h][other].mean()) for h in range(4)]
+        for s in seen["scores"]
+    ]
     assert min(gap[0][:2]) > 1.5 and max(map(abs, gap[0][2:] + gap[1])) < 1.0
     plain = write(tmp_path / "lag.safetensors", {"lag": terms()["lag"]})
     config, tensors = made(plain)
@@ -127,19 +142,28 @@ def test_the_rank_is_the_smallest_that_meets_the_error():
         u, w, worst = prior.factor_lag(smooth, error)
         i, j = torch.arange(200)[:, None], torch.arange(200)
         off = (u @ w.T - smooth[(i - j).clamp(min=0)]).tril().abs().max()
-        assert worst <= error and float(off) == pytest.approx(worst, abs=2e-5) and u.abs().max() <= 1
+        assert (
+            worst <= error and float(off) == pytest.approx(worst, abs=2e-5) and u.abs().max() <= 1
+        )
         assert u.size(1) == 1 or prior.factor_lag(smooth, error, u.size(1) - 1)[2] > error
         ranks.append(u.size(1))
     assert ranks == sorted(ranks) and ranks[-1] < 40
-    u, w, worst = prior.factor_lag(torch.eye(200)[3], 0.02, 17)  # too sharp: the columns end, the error is said
+    u, w, worst = prior.factor_lag(
+        torch.eye(200)[3], 0.02, 17
+    )  # too sharp: the columns end, the error is said
     assert u.size(1) == 17 and worst > 0.5
     low = torch.randn(30, 4) @ torch.randn(4, 30)
     u, w, worst = prior.factor_matrix(low, 1e-4)
-    assert u.size(1) == 4 and worst < 1e-4 and torch.allclose((u @ w.T).tril(), low.tril(), atol=1e-4)
+    assert (
+        u.size(1) == 4 and worst < 1e-4 and torch.allclose((u @ w.T).tril(), low.tril(), atol=1e-4)
+    )
     assert prior.factor_matrix(torch.randn(90, 90), 1e-3)[0].size(1) == prior.PLACE_COLUMNS
     codes = terms(P=8)["codes"]
     thin = torch.zeros(3, 8, 8)
-    thin[1], thin[2] = torch.outer(torch.rand(8), torch.rand(8)), torch.outer(torch.ones(8), torch.ones(8)) * 1e-5
+    thin[1], thin[2] = (
+        torch.outer(torch.rand(8), torch.rand(8)),
+        torch.outer(torch.ones(8), torch.ones(8)) * 1e-5,
+    )
     shifts, query, keys, worst = prior.factor_match(codes, thin, 0.02)
     assert shifts == [1, 2] and query.shape == (8, 1) and keys.shape == (2, 8, 1) and worst <= 0.02
 
@@ -147,10 +171,14 @@ def test_the_rank_is_the_smallest_that_meets_the_error():
 def test_what_an_accelerator_gets(tmp_path):
     """Away from the CPU, lag becomes its fit for good; a matrix of high rank goes to dense; ranks wider than kernels are refused."""
     sharp = 1 / (1 + torch.arange(300.0))
-    config, tensors = made(write(tmp_path / "p.safetensors", {"lag": sharp}), GPU, tiny.config(sequence_len=300))
+    config, tensors = made(
+        write(tmp_path / "p.safetensors", {"lag": sharp}), GPU, tiny.config(sequence_len=300)
+    )
     u, w = tensors["place_u"], tensors["place_w"]
     assert u.size(1) <= 64 and f"rank {u.size(1)}" in config.rap["about"]
-    torch.testing.assert_close((u @ w.T)[200, :201].flip(0), tensors["place"][:201], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        (u @ w.T)[200, :201].flip(0), tensors["place"][:201], atol=1e-5, rtol=0
+    )
     assert tensors["place"].numel() == 301 and tensors["place"][-1] == 0
     torch.save(torch.randn(300, 300), tmp_path / "m.pt")
     config, tensors = made(str(tmp_path / "m.pt"), GPU, tiny.config(sequence_len=300))
@@ -160,27 +188,41 @@ def test_what_an_accelerator_gets(tmp_path):
         made(wide, GPU)
     assert made(wide)[0].rap["attention"] == "factored"
     sharper = write(tmp_path / "s.safetensors", with_spans())
-    assert made(sharper, GPU)[0].rap["attention"] == "dense" and made(sharper)[0].rap["attention"] == "factored"
+    assert (
+        made(sharper, GPU)[0].rap["attention"] == "dense"
+        and made(sharper)[0].rap["attention"] == "factored"
+    )
     with pytest.raises(UserError, match="factored cannot add the spans"):
         made(sharper, GPU, attention="factored")
 
 
 def test_flex_says_why_it_cannot(path, capsys):
     m = model_with(path, attention="flex")
-    assert m.config.rap["attention"] == "factored" and "FlexAttention cannot train on cpu" in capsys.readouterr().err
+    assert (
+        m.config.rap["attention"] == "factored"
+        and "FlexAttention cannot train on cpu" in capsys.readouterr().err
+    )
     m.config.rap["attention"] = "flex"  # as a checkpoint from elsewhere says
     with torch.no_grad():
         want, got = model_with(path)(tokens()), [m(tokens()), m(tokens())]
     assert torch.equal(got[0], want) and torch.equal(got[1], want)
     assert capsys.readouterr().err.count("added in the factored form") == 1
     t = dict(m.prior.named_buffers())
-    assert m.prior._choose(t, torch.device("mps"), torch.float32) == "dense"  # positions are looked up, as where it was trained
-    assert m.prior._choose(t | {"place_u": t["place"]}, torch.device("mps"), torch.float32) == "factored"
+    assert (
+        m.prior._choose(t, torch.device("mps"), torch.float32) == "dense"
+    )  # positions are looked up, as where it was trained
+    assert (
+        m.prior._choose(t | {"place_u": t["place"]}, torch.device("mps"), torch.float32)
+        == "factored"
+    )
 
 
 @pytest.mark.slow
 def test_compiled_equals_eager_with_a_prior(path):
-    b, models = tiny.batch(), [model_with(path, rap_layers=1, shape={"n_layer": 3}) for _ in range(2)]
+    b, models = (
+        tiny.batch(),
+        [model_with(path, rap_layers=1, shape={"n_layer": 3}) for _ in range(2)],
+    )
     models[1].compile()
     for m in models:
         m.loss(b.inputs, b.targets).backward()
@@ -192,14 +234,22 @@ def test_compiled_equals_eager_with_a_prior(path):
 @pytest.mark.parametrize("kind", ["terms", "spans", "bias"])
 def test_flex_forward_agrees(tmp_path, kind):
     shape = {"n_embd": 256, "n_head": 4, "sequence_len": 256}
-    given = {"terms": terms(reach=256), "spans": with_spans(256), "bias": {"bias": torch.rand(256, 256)}}[kind]
+    given = {
+        "terms": terms(reach=256),
+        "spans": with_spans(256),
+        "bias": {"bias": torch.rand(256, 256)},
+    }[kind]
     m = model_with(write(tmp_path / "p.safetensors", given), shape=shape, rap_heads=0.75)
-    q, k, v = (torch.randn(2, h, 256, 64, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    q, k, v = (
+        torch.randn(2, h, 256, 64, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2)
+    )
     with torch.no_grad():
         bias = m.prior(tokens(T=256), torch.float32)[0]
         for window in (0, 100):
             got = attention._attend_flex(q, k, v, window, bias)
-            torch.testing.assert_close(got, attention.attend(q, k, v, window, bias), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                got, attention.attend(q, k, v, window, bias), atol=1e-4, rtol=1e-3
+            )
 
 
 # ---- artifacts that are refused
@@ -227,36 +277,53 @@ def test_what_is_no_prior(tmp_path, capsys):
     assert "must not run" not in capsys.readouterr().out
     torch.save({"a": torch.ones(2, 2)}, tmp_path / "dict.pt")
     refused(tmp_path / "dict.pt", "no tensor where one should be")
-    refused(write(tmp_path / "a.safetensors", terms(), format="rap-9"), "format 'rap-9', this version reads 'rap-1'")
+    refused(
+        write(tmp_path / "a.safetensors", terms(), format="rap-9"),
+        "format 'rap-9', this version reads 'rap-1'",
+    )
     refused(write(tmp_path / "a.safetensors", terms(), format=None), "format None")
-    refused(write(tmp_path / "a.safetensors", terms(), tokenizer="abc" * 9), "tokenizer abcabcabcabc, this run's is ffffffffffff: generate")
+    refused(
+        write(tmp_path / "a.safetensors", terms(), tokenizer="abc" * 9),
+        "tokenizer abcabcabcabc, this run's is ffffffffffff: generate",
+    )
     refused(write(tmp_path / "a.safetensors", terms(), tokenizer=None), "tokenizer unknown")
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"spans": torch.ones(3)}, r"spans of shape \(3,\), not N, T = 16:"),
-    ({"spans": torch.ones(2, 16), "lag": None}, "spans without lag"),
-    ({"lag": torch.ones(3, 3)}, r"lag of shape \(3, 3\), not T:"),
-    ({"key": torch.ones(7)}, r"key of shape \(7,\), not V = 61:"),
-    ({"match": torch.ones(2, 8, 7)}, r"match of shape \(2, 8, 7\), not S = 2, P = 8, P = 8"),
-    ({"codes": torch.ones(60, 8, dtype=torch.int8)}, r"codes of shape \(60, 8\), not V = 61, P"),
-    ({"codes": torch.zeros(61, 8, dtype=torch.int8)}, "codes as torch.int8, not -1 and 1"),
-    ({"codes": torch.ones(61, 8)}, "codes as torch.float32, not -1 and 1 as int8"),
-    ({"lag": torch.tensor([1.0, float("nan")])}, "lag that are not finite"),
-    ({"pair": torch.tensor([float("inf")] * 6)}, "pair that are not finite"),
-    ({"key": torch.ones(61, dtype=torch.int64)}, "key as torch.int64, not float32"),
-    ({"match": None}, "codes without match"),
-    ({"surprise": torch.ones(3)}, "surprise, which is no term"),
-    ({"bias": torch.ones(4, 4)}, "bias together with other terms"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"spans": torch.ones(3)}, r"spans of shape \(3,\), not N, T = 16:"),
+        ({"spans": torch.ones(2, 16), "lag": None}, "spans without lag"),
+        ({"lag": torch.ones(3, 3)}, r"lag of shape \(3, 3\), not T:"),
+        ({"key": torch.ones(7)}, r"key of shape \(7,\), not V = 61:"),
+        ({"match": torch.ones(2, 8, 7)}, r"match of shape \(2, 8, 7\), not S = 2, P = 8, P = 8"),
+        (
+            {"codes": torch.ones(60, 8, dtype=torch.int8)},
+            r"codes of shape \(60, 8\), not V = 61, P",
+        ),
+        ({"codes": torch.zeros(61, 8, dtype=torch.int8)}, "codes as torch.int8, not -1 and 1"),
+        ({"codes": torch.ones(61, 8)}, "codes as torch.float32, not -1 and 1 as int8"),
+        ({"lag": torch.tensor([1.0, float("nan")])}, "lag that are not finite"),
+        ({"pair": torch.tensor([float("inf")] * 6)}, "pair that are not finite"),
+        ({"key": torch.ones(61, dtype=torch.int64)}, "key as torch.int64, not float32"),
+        ({"match": None}, "codes without match"),
+        ({"surprise": torch.ones(3)}, "surprise, which is no term"),
+        ({"bias": torch.ones(4, 4)}, "bias together with other terms"),
+    ],
+)
 def test_terms_that_do_not_fit(tmp_path, change, says):
     given = {n: t for n, t in (terms() | change).items() if t is not None}
     refused(write(tmp_path / "a.safetensors", given), says)
 
 
-@pytest.mark.parametrize(("matrix", "says"), [
-    (torch.ones(3, 4), r"bias of shape \(3, 4\)"), (torch.ones(5), r"bias of shape \(5,\)"), (torch.full((2, 2), torch.nan), "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("matrix", "says"),
+    [
+        (torch.ones(3, 4), r"bias of shape \(3, 4\)"),
+        (torch.ones(5), r"bias of shape \(5,\)"),
+        (torch.full((2, 2), torch.nan), "not finite"),
+    ],
+)
 def test_matrices_that_do_not_fit(tmp_path, matrix, says):
     torch.save(matrix, tmp_path / "m.pt")
     refused(tmp_path / "m.pt", says)
@@ -271,5 +338,12 @@ def test_a_matrix_of_ones_own(tmp_path):
     torch.testing.assert_close(got["bias"], m / m.tril().abs().max())
     assert about.startswith("matrix ")
     _, tensors = made(str(tmp_path / "m.pt"))
-    assert tensors["place"].shape == (C, C) and not tensors["place"][5:].any() and not tensors["place"][:, 5:].any()
-    torch.testing.assert_close(made(str(tmp_path / "m.pt"), config=tiny.config(sequence_len=4))[1]["place"], got["bias"][:4, :4])
+    assert (
+        tensors["place"].shape == (C, C)
+        and not tensors["place"][5:].any()
+        and not tensors["place"][:, 5:].any()
+    )
+    torch.testing.assert_close(
+        made(str(tmp_path / "m.pt"), config=tiny.config(sequence_len=4))[1]["place"],
+        got["bias"][:4, :4],
+    )

@@ -40,8 +40,16 @@ def texts(seed, n=220):
     common = ["the", "of", "and", "a", "to", "in", "was", "he", "it", "that"]
     made = []
     for _ in range(n):
-        names = [" ".join("".join(rng.choices("bdgklmnprst", k=2)) + rng.choice("aeiou") for _ in range(2)).title() for _ in range(4)]
-        made.append(" ".join(rng.choice(names if rng.random() < 0.5 else common) for _ in range(60)) + f".\nIn {rng.randint(1, 99)}!")
+        names = [
+            " ".join(
+                "".join(rng.choices("bdgklmnprst", k=2)) + rng.choice("aeiou") for _ in range(2)
+            ).title()
+            for _ in range(4)
+        ]
+        made.append(
+            " ".join(rng.choice(names if rng.random() < 0.5 else common) for _ in range(60))
+            + f".\nIn {rng.randint(1, 99)}!"
+        )
     return made
 
 
@@ -55,12 +63,21 @@ def base(tmp_path_factory):
     for name, lines in (("one", a), ("two-train-2", b)):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in lines))
         for split in ("train", "val"):
-            prepare(parse_sources([f"{name}={folder / name}.jsonl"])[0], split, tokenizer, folder / "tokens")
+            prepare(
+                parse_sources([f"{name}={folder / name}.jsonl"])[0],
+                split,
+                tokenizer,
+                folder / "tokens",
+            )
     return folder
 
 
 def run(base, *argv):
-    folders = [f"--tokenizer={base / 'tokenizer'}", f"--tokens={base / 'tokens'}", f"--out={base / 'p.safetensors'}"]
+    folders = [
+        f"--tokenizer={base / 'tokenizer'}",
+        f"--tokens={base / 'tokens'}",
+        f"--out={base / 'p.safetensors'}",
+    ]
     return rap.main([*folders, *argv])
 
 
@@ -80,7 +97,9 @@ def text():
     rng = np.random.default_rng(5)
     documents = [np.r_[0, rng.integers(1, 12, rng.integers(40, 80))] for _ in range(33)]
     lengths = np.array([len(d) for d in documents])
-    return rt.Text(np.concatenate(documents).astype(np.int32), np.repeat(np.cumsum(lengths) - lengths, lengths))
+    return rt.Text(
+        np.concatenate(documents).astype(np.int32), np.repeat(np.cumsum(lengths) - lengths, lengths)
+    )
 
 
 # ---- reading
@@ -89,16 +108,27 @@ def text():
 def test_it_reads_the_training_split_alone_and_splits_off_whole_documents(base):
     tokenizer = Tokenizer.load(base / "tokenizer")
     vocabulary = rap.read_tokenizer(base / "tokenizer")
-    assert vocabulary.fingerprint == tokenizer.fingerprint and len(vocabulary.tokens) == tokenizer.vocab_size
+    assert (
+        vocabulary.fingerprint == tokenizer.fingerprint
+        and len(vocabulary.tokens) == tokenizer.vocab_size
+    )
     assert vocabulary.tokens[: len(tokenizer.ranks)] == list(tokenizer.ranks)
     shards = rap.find_shards(base / "tokens", vocabulary.fingerprint)
-    assert list(shards) == ["one", "two-train-2"] and all("-val-" not in str(f) for found in shards.values() for f, _ in found)
+    assert list(shards) == ["one", "two-train-2"] and all(
+        "-val-" not in str(f) for found in shards.values() for f, _ in found
+    )
     fit, held = rap.read_text(shards, {}, 10**9, np.random.default_rng(0))
-    train = [prepare(parse_sources([f"{n}={base / n}.jsonl"])[0], "train", tokenizer, base / "tokens") for n in shards]
+    train = [
+        prepare(parse_sources([f"{n}={base / n}.jsonl"])[0], "train", tokenizer, base / "tokens")
+        for n in shards
+    ]
     want = sorted(tuple(s.tokens(i)) for s in train for i in range(len(s)))
 
     def documents(t):
-        return [tuple(t.ids[b : b + n]) for b, n in zip(*np.unique(t.begin, return_counts=True), strict=True)]
+        return [
+            tuple(t.ids[b : b + n])
+            for b, n in zip(*np.unique(t.begin, return_counts=True), strict=True)
+        ]
 
     assert sorted(documents(fit) + documents(held)) == want
     assert 0.03 < len(held.ids) / sum(map(len, want)) < 0.08
@@ -108,7 +138,12 @@ def test_a_mixture_has_its_shares_and_repeats_a_short_source_but_not_into_what_i
     shards = rap.find_shards(base / "tokens", rap.read_tokenizer(base / "tokenizer").fingerprint)
     sizes = {n: sum(m["tokens"] for _, m in found) for n, found in shards.items()}
     limit = 2 * sizes["one"]
-    fit, held = rap.read_text(shards, rap.parse_mix(["one:1", "two-train-2:3"], list(shards)), limit, np.random.default_rng(0))
+    fit, held = rap.read_text(
+        shards,
+        rap.parse_mix(["one:1", "two-train-2:3"], list(shards)),
+        limit,
+        np.random.default_rng(0),
+    )
     assert len(fit.ids) + len(held.ids) == pytest.approx(limit, rel=0.02)
     documents = {tuple(t.ids[b : b + 20]) for t in (held,) for b in np.unique(t.begin)}
     assert documents and not documents & {tuple(fit.ids[b : b + 20]) for b in np.unique(fit.begin)}
@@ -118,7 +153,9 @@ def test_a_mixture_has_its_shares_and_repeats_a_short_source_but_not_into_what_i
 
 
 def test_words_look_like_what_they_are():
-    kinds = rap.kinds([b" the", b"ing", b" 12", b"7", b".", b" (", b".\n", b"", "é".encode(), b" \xc3\xa9t"])
+    kinds = rap.kinds(
+        [b" the", b"ing", b" 12", b"7", b".", b" (", b".\n", b"", "é".encode(), b" \xc3\xa9t"]
+    )
     assert kinds["word"].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     assert kinds["digit"].tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
     assert kinds["mark"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
@@ -127,7 +164,9 @@ def test_words_look_like_what_they_are():
 
 def test_tokens_that_are_followed_alike_get_like_embeddings():
     rng = np.random.default_rng(0)
-    kind = rng.integers(0, 3, 6000)  # three classes of five words, each class followed by a different one
+    kind = rng.integers(
+        0, 3, 6000
+    )  # three classes of five words, each class followed by a different one
     for n in range(1, len(kind)):
         kind[n] = (kind[n - 1] + 1) % 3
     ids = kind * 5 + rng.integers(0, 5, len(kind))
@@ -141,22 +180,35 @@ def test_tokens_that_are_followed_alike_get_like_embeddings():
 def test_the_lag_curve_finds_the_distance_that_tells(source):
     rng = np.random.default_rng(1)
     ids = rng.integers(0, 30, 40_000)
-    for n in range(5, len(ids)):  # half of the tokens are those of five places before: the key at distance 4 is the next token
+    for n in range(
+        5, len(ids)
+    ):  # half of the tokens are those of five places before: the key at distance 4 is the next token
         if rng.random() < 0.5:
             ids[n] = ids[n - 5]
     lag = rt.lag_curve(ids, 128, source)
-    assert lag.shape == (128,) and lag.argmax() == 4 and lag[-1] == 0 and abs(lag[60:]).max() < 0.5 * lag[4]
+    assert (
+        lag.shape == (128,)
+        and lag.argmax() == 4
+        and lag[-1] == 0
+        and abs(lag[60:]).max() < 0.5 * lag[4]
+    )
 
 
 def test_spans_end_where_distances_tell_half(text):
     rng = np.random.default_rng(2)
     ids = rng.integers(0, 12, 60_000)
-    for n in range(4, len(ids)):  # the token before tells most, the three before that less, all others nothing
+    for n in range(
+        4, len(ids)
+    ):  # the token before tells most, the three before that less, all others nothing
         dice = rng.random()
         if dice < 0.7:
             ids[n] = ids[n - 2] if dice < 0.4 else ids[n - 3 - rng.integers(3)]
     spans = rt.find_spans(ids, 64, 2)
-    assert spans[0][:2] == (1, 1) and spans[1][0] == 2 < spans[1][1] < 12 and spans[0][2] > 2 * spans[1][2] > 0
+    assert (
+        spans[0][:2] == (1, 1)
+        and spans[1][0] == 2 < spans[1][1] < 12
+        and spans[0][2] > 2 * spans[1][2] > 0
+    )
     assert len(rt.find_spans(ids, 64, 1)) == 1 and rt.find_spans(ids, 64, 0) == []
     assert rt.information(rng.integers(0, 12, 60_000), [1, 5]) == pytest.approx(0, abs=1e-3)
 
@@ -183,7 +235,10 @@ def test_pairs_are_labelled_as_brute_force_labels_them(text, matched):
         assert useful == (text.ids[j] == text.ids[i + 1])
     if matched:
         n = np.bincount(text.ids)
-        first, second = (np.stack([np.log2(p.i - p.j), np.log2(n[text.ids[p.j]])], 1)[p.useful == u].astype(int) for u in (True, False))
+        first, second = (
+            np.stack([np.log2(p.i - p.j), np.log2(n[text.ids[p.j]])], 1)[p.useful == u].astype(int)
+            for u in (True, False)
+        )
         assert (first == second).all()
 
 
@@ -200,15 +255,26 @@ def test_too_little_to_sample_is_said(text):
 
 def test_the_features_of_a_pair(text):
     p = rt.sample_pairs(text, 300, 20, np.random.default_rng(0))
-    share, e = np.bincount(text.ids, minlength=15) / len(text.ids) + 1e-9, np.random.default_rng(0).normal(size=(15, 4))
-    kind = {name: np.arange(15) % 3 == n for n, name in enumerate(("word", "mark", "digit"))} | {"newline": np.arange(15) > 9}
+    share, e = (
+        np.bincount(text.ids, minlength=15) / len(text.ids) + 1e-9,
+        np.random.default_rng(0).normal(size=(15, 4)),
+    )
+    kind = {name: np.arange(15) % 3 == n for n, name in enumerate(("word", "mark", "digit"))} | {
+        "newline": np.arange(15) > 9
+    }
     f = rt.columns(text, p, list(rt.FEATURES), share, kind, e)
     x = text.ids
     assert list(f) == list(rt.FEATURES)
     for n, (i, j) in enumerate(zip(p.i, p.j, strict=True)):
-        assert f["copy"][n] == (x[j - 1] == x[i]) and f["same"][n] == (x[j] == x[i]) and f["skip"][n] == (x[j - 2] == x[i])
+        assert (
+            f["copy"][n] == (x[j - 1] == x[i])
+            and f["same"][n] == (x[j] == x[i])
+            and f["skip"][n] == (x[j - 2] == x[i])
+        )
         assert f["copy_pair"][n] == (x[j - 1] == x[i] and x[j - 2] == x[i - 1])
-        assert f["similar"][n] == pytest.approx(e[x[i]] @ e[x[j - 1]]) and f["distance"][n] == np.log2(1 + i - j)
+        assert f["similar"][n] == pytest.approx(e[x[i]] @ e[x[j - 1]]) and f["distance"][
+            n
+        ] == np.log2(1 + i - j)
         assert f["key_frequency"][n] == np.log2(share[x[j]]) and f["key_word"][n] == (x[j] % 3 == 0)
 
 
@@ -219,9 +285,14 @@ def made_terms(V=15, P=6, T=10, seed=0):
     rng = np.random.default_rng(seed)
     codes, a, b = (rng.choice(np.array([-1, 1], np.int8), (V, P)) for _ in range(3))
     return {
-        "lag": rng.normal(size=T), "key": rng.normal(size=V), "codes": codes, "match": rng.normal(size=(3, P, P)),
-        "pair_query": a, "pair_now": b, "pair": rng.normal(size=P),
-    }  # fmt: skip
+        "lag": rng.normal(size=T),
+        "key": rng.normal(size=V),
+        "codes": codes,
+        "match": rng.normal(size=(3, P, P)),
+        "pair_query": a,
+        "pair_now": b,
+        "pair": rng.normal(size=P),
+    }
 
 
 def test_the_values_of_a_prior_follow_the_definition(text):
@@ -231,11 +302,15 @@ def test_the_values_of_a_prior_follow_the_definition(text):
     values, whole = rt.values_of(t, ids, rt.Pairs(i, j, None)), rt.matrices(t, ids[None])
     for n, (q, k) in enumerate(zip(i, j, strict=True)):
         want = {"lag": t["lag"][q - k] if q - k < T else 0.0, "key": t["key"][ids[k]]}
-        want["match"] = sum(t["codes"][ids[q]] @ t["match"][s] @ t["codes"][ids[k - s]] for s in range(3) if k >= s)
+        want["match"] = sum(
+            t["codes"][ids[q]] @ t["match"][s] @ t["codes"][ids[k - s]] for s in range(3) if k >= s
+        )
         want["pair"] = 0.0
         if k >= 2:
             a, b = t["pair_query"], t["pair_now"]
-            want["pair"] = (t["pair"] * a[ids[q - 1]] * b[ids[q]] * a[ids[k - 2]] * b[ids[k - 1]]).sum()
+            want["pair"] = (
+                t["pair"] * a[ids[q - 1]] * b[ids[q]] * a[ids[k - 2]] * b[ids[k - 1]]
+            ).sum()
         for g, v in want.items():
             assert whole[g][0, q, k] == pytest.approx(v, abs=1e-5)
             assert k < 2 or values[g][n] == pytest.approx(v, abs=1e-5)
@@ -245,12 +320,16 @@ def test_a_finished_prior_has_largest_value_one_and_only_what_was_asked_for(text
     p = rt.sample_pairs(text, 400, 20, np.random.default_rng(0))
     a = Namespace(groups=["lag", "match", "pair"], sparsity=0.5, band=7)
     t, strength = rt.finish(made_terms(), a, text.ids, p)
-    assert set(t) == {"lag", "codes", "match", "pair_query", "pair_now", "pair"} and set(strength) == {"lag", "match", "pair"}
+    assert set(t) == {"lag", "codes", "match", "pair_query", "pair_now", "pair"} and set(
+        strength
+    ) == {"lag", "match", "pair"}
     assert t["lag"].shape == (7,) and np.abs(t["lag"]).max() == 1
     values = rt.values_of(t, text.ids, p)
     assert all(np.abs(values[g]).max() == pytest.approx(1) for g in ("match", "pair"))
     assert all((t[g] == 0).mean() == pytest.approx(0.5, abs=0.1) for g in ("match", "pair"))
-    assert {n: x.dtype.name for n, x in t.items()} == {n: "float32" if n in strength else "int8" for n in t}
+    assert {n: x.dtype.name for n, x in t.items()} == {
+        n: "float32" if n in strength else "int8" for n in t
+    }
     with pytest.raises(rt.TooLittle, match="no term"):
         rt.finish({"lag": np.zeros(5)}, a, text.ids, p)
 
@@ -267,14 +346,20 @@ def test_raw_features_are_spelled_in_codes_to_within_a_step():
 def test_rules_become_terms(text):
     p = rt.sample_pairs(text, 400, 20, np.random.default_rng(0))
     raw = {"copy": np.r_[np.ones(40), np.zeros(360)], "distance": np.log2(1 + p.i - p.j)}
-    rules = [rt.Rule("copy", None, 0.0, 1.5), rt.Rule("distance", 0.0, 2.0, -0.5), rt.Rule("same", None, 0.0, 9.0)]
+    rules = [
+        rt.Rule("copy", None, 0.0, 1.5),
+        rt.Rule("distance", 0.0, 2.0, -0.5),
+        rt.Rule("same", None, 0.0, 9.0),
+    ]
     assert rt.effect(rules, "copy", np.array([0.0, 1.0])).tolist() == [-1.5, 1.5]
     lag = np.linspace(1, 0, 20)
     t = rt.rules_terms(rules, raw, {"lag": lag, "key": np.ones(15)}, text.ids, p, 4, 4)
     assert set(t) == {"match", "lag"}  # nothing was found of pairs and keys
     assert np.abs(t["match"][1] - 3 / 4 * np.eye(4)).max() < 1e-12 and not t["match"][[0, 2]].any()
     assert t["lag"][0] > 0 and t["lag"] / t["lag"][0] == pytest.approx(lag)
-    assert rules[0].words() == rt.FEATURES["copy"][0] and rules[1].words().endswith("is within 0..2")
+    assert rules[0].words() == rt.FEATURES["copy"][0] and rules[1].words().endswith(
+        "is within 0..2"
+    )
 
 
 # ---- measures
@@ -303,7 +388,9 @@ def test_a_copying_head_gains_by_the_copy_rule_where_text_repeats():
     ids = np.concatenate(documents).astype(np.int32)
     t = rt.Text(ids, np.repeat(np.arange(120) * 64, 64))
     head = worth.CopyingHead(t, t, 40, T=64, tokens=512)
-    copy = np.stack([np.pad(r[:, None] == r[None, :-1], ((0, 0), (1, 0))) for r in head.rows]).astype(np.float32)
+    copy = np.stack(
+        [np.pad(r[:, None] == r[None, :-1], ((0, 0), (1, 0))) for r in head.rows]
+    ).astype(np.float32)
     gain, gates = head.tune({"match": copy})
     assert gain > 1.0 > head.gain(np.zeros(copy.shape, np.float32)) and gates["match"] > 2
 
@@ -320,19 +407,34 @@ def correlation(base):
 def test_the_artifact_is_what_training_reads(base, correlation):
     prior = pytest.importorskip("nanochat.model.prior", reason="the injection is not here yet")
     tokenizer = Tokenizer.load(base / "tokenizer")
-    tensors, about = prior.load(str(base / "p.safetensors"), tokenizer.vocab_size, tokenizer.fingerprint)
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == {n: t.shape for n, t in correlation[0].items()} and "correlation" in about
+    tensors, about = prior.load(
+        str(base / "p.safetensors"), tokenizer.vocab_size, tokenizer.fingerprint
+    )
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {
+        n: t.shape for n, t in correlation[0].items()
+    } and "correlation" in about
 
 
 def test_the_artifact_says_where_it_is_from(base, correlation):
     tensors, meta = correlation
-    assert set(tensors) == {"lag", "spans", "key", "codes", "match"} and tensors["match"].shape == (3, 24, 24)
+    assert set(tensors) == {"lag", "spans", "key", "codes", "match"} and tensors["match"].shape == (
+        3,
+        24,
+        24,
+    )
     assert (meta["format"], meta["generator"]) == ("rap-1", "correlation")
     assert meta["tokenizer"] == Tokenizer.load(base / "tokenizer").fingerprint
     numbers = json.loads(meta["report"])
-    assert 0.4 < numbers["auc"] <= 1 and numbers["pairs"] == 600 and numbers["rss_bytes"] >= 0 and len(meta["split"]) == 64
+    assert (
+        0.4 < numbers["auc"] <= 1
+        and numbers["pairs"] == 600
+        and numbers["rss_bytes"] >= 0
+        and len(meta["split"]) == 64
+    )
     page = (base / "p.html").read_text()
-    assert "<svg" in page and "Youden" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert (
+        "<svg" in page and "Youden" in page and "http" not in page.replace("http://www.w3.org", "")
+    )
 
 
 def test_the_same_seed_gives_the_same_tensors(base, correlation):
@@ -353,14 +455,26 @@ def rap_python():
 @pytest.mark.parametrize("generator", ["rules", "rectified"])
 def test_the_full_cycle(base, generator):
     if not (python := rap_python()):
-        pytest.skip("no cutlass: set NANOCHAT_RAP_PYTHON to the Python of an environment that generate_rap_prior.py --env made")
+        pytest.skip(
+            "no cutlass: set NANOCHAT_RAP_PYTHON to the Python of an environment that generate_rap_prior.py --env made"
+        )
     out = base / f"{generator}.safetensors"
-    command = [python, DEV / "generate_rap_prior.py", f"--tokenizer={base / 'tokenizer'}", f"--tokens={base / 'tokens'}", f"--out={out}"]
-    done = subprocess.run([*command, "--generator", generator, *SMALL], capture_output=True, text=True)
+    command = [
+        python,
+        DEV / "generate_rap_prior.py",
+        f"--tokenizer={base / 'tokenizer'}",
+        f"--tokens={base / 'tokens'}",
+        f"--out={out}",
+    ]
+    done = subprocess.run(
+        [*command, "--generator", generator, *SMALL], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     tensors, meta = read(out)
     assert "match" in tensors and meta["cutlass"] == rap.CUTLASS and json.loads(meta["ranges"])
-    assert tensors["match"][1].trace() > abs(tensors["match"][0].trace())  # the copy rule is what there is to find
+    assert tensors["match"][1].trace() > abs(
+        tensors["match"][0].trace()
+    )  # the copy rule is what there is to find
     if generator == "rules":
         assert any("token before the key" in rule for rule in json.loads(meta["rules"]))
 
@@ -387,14 +501,18 @@ def copied(base, to, change=lambda folder, meta: meta):
 
 def test_missing_tokens_and_tokenizers_are_said(base, tmp_path, capsys):
     plain = "--generator=correlation"
-    assert "no training shards of text: let base_train" in refusal(capsys, base, plain, f"--tokens={tmp_path / 'none'}")
+    assert "no training shards of text: let base_train" in refusal(
+        capsys, base, plain, f"--tokens={tmp_path / 'none'}"
+    )
     assert "there is no tokenizer in" in refusal(capsys, base, plain, f"--tokenizer={tmp_path}")
     for name in ("tokenizer.json", "meta.json"):
         (tmp_path / name).write_text("{")
     assert "damaged (JSONDecodeError)" in refusal(capsys, base, plain, f"--tokenizer={tmp_path}")
     assert "out of range" in refusal(capsys, base, plain, "--code_bits=0")
     assert "no NAME:WEIGHT" in refusal(capsys, base, plain, "--mix", "one")
-    assert "no training shards of three, only of one, two-train-2" in refusal(capsys, base, plain, "--mix", "three:1")
+    assert "no training shards of three, only of one, two-train-2" in refusal(
+        capsys, base, plain, "--mix", "three:1"
+    )
     assert "no feature" in refusal(capsys, base, plain, "--features", "beauty")
 
 
@@ -404,7 +522,9 @@ def test_shards_that_may_not_be_used_are_refused(base, tmp_path, capsys):
     for folder in val.glob("*-train-*"):
         if "-val-" not in folder.name:
             folder.rename(tmp_path / folder.name)
-    assert "only validation shards, which no prior may see" in refusal(capsys, base, plain, f"--tokens={val}")
+    assert "only validation shards, which no prior may see" in refusal(
+        capsys, base, plain, f"--tokens={val}"
+    )
     other = copied(base, tmp_path / "other", lambda folder, meta: {**meta, "tokenizer": "x"})
     assert "(4 shards are of another tokenizer)" in refusal(capsys, base, plain, other)
     newer = copied(base, tmp_path / "newer", lambda folder, meta: {**meta, "format": 2})
@@ -420,7 +540,9 @@ def test_shards_that_may_not_be_used_are_refused(base, tmp_path, capsys):
         return {**meta, "tokens": 0, "documents": 0}
 
     assert "is damaged" in refusal(capsys, base, plain, copied(base, tmp_path / "cut", cut))
-    assert "holds 0 tokens, too few" in refusal(capsys, base, plain, copied(base, tmp_path / "empty", empty))
+    assert "holds 0 tokens, too few" in refusal(
+        capsys, base, plain, copied(base, tmp_path / "empty", empty)
+    )
 
 
 def test_the_wrong_cutlass_is_recognised(base, monkeypatch, capsys):
@@ -429,11 +551,20 @@ def test_the_wrong_cutlass_is_recognised(base, monkeypatch, capsys):
 
     monkeypatch.setattr(rap.metadata, "version", absent)
     monkeypatch.setattr(rap.util, "find_spec", lambda name: None)
-    assert "cutlass 0.9.0, the rectified LASSO, is not installed here: run this file with --env" in refusal(capsys, base)
-    monkeypatch.setattr(rap.util, "find_spec", lambda name: SimpleNamespace(origin="dsl/cutlass/__init__.py"))
+    assert (
+        "cutlass 0.9.0, the rectified LASSO, is not installed here: run this file with --env"
+        in refusal(capsys, base)
+    )
+    monkeypatch.setattr(
+        rap.util, "find_spec", lambda name: SimpleNamespace(origin="dsl/cutlass/__init__.py")
+    )
     assert "(dsl/cutlass/__init__.py) is NVIDIA's or another's" in refusal(capsys, base)
     monkeypatch.setattr(rap.metadata, "version", lambda name: "0.8.1")
-    assert "installed in version 0.8.1, and this generator was written for 0.9.0" in refusal(capsys, base)
+    assert "installed in version 0.8.1, and this generator was written for 0.9.0" in refusal(
+        capsys, base
+    )
     monkeypatch.setattr(rap.metadata, "version", lambda name: rap.CUTLASS)
-    monkeypatch.setattr(rap, "import_module", lambda name: SimpleNamespace(__file__="dsl/cutlass/__init__.py"))
+    monkeypatch.setattr(
+        rap, "import_module", lambda name: SimpleNamespace(__file__="dsl/cutlass/__init__.py")
+    )
     assert "NVIDIA's cutlass (dsl/cutlass/__init__.py) hides" in refusal(capsys, base)

@@ -28,7 +28,10 @@ def base(tmp_path, monkeypatch):
 
 def test_a_base_run_resumes_to_the_recorded_end(base):
     base_train.main(["--model_tag=old", "--resume=auto", "--data", "own=text.jsonl"])
-    rows = [json.loads(line) for line in (base / "checkpoints/base/old/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (base / "checkpoints/base/old/metrics.jsonl").read_text().splitlines()
+    ]
     losses = {str(r["step"]): r["loss"] for r in rows if r["kind"] == "train" and r["step"] > 6}
     assert losses.keys() == EXPECTED["losses"].keys()
     for step, loss in losses.items():
@@ -36,7 +39,9 @@ def test_a_base_run_resumes_to_the_recorded_end(base):
     weights = load_file(base / "checkpoints/base/old/step_000012/model.safetensors")
     assert weights.keys() == EXPECTED["norms"].keys()
     for name, tensor in weights.items():
-        assert float(tensor.to(torch.float64).norm()) == pytest.approx(EXPECTED["norms"][name], rel=1e-4)
+        assert float(tensor.to(torch.float64).norm()) == pytest.approx(
+            EXPECTED["norms"][name], rel=1e-4
+        )
 
 
 def test_a_finetuned_model_chats(base, capsys):

@@ -23,9 +23,19 @@ def runs(tmp_path):
                 rates = {"lr_mult": 1 - step / 1000, "tok_per_sec": 2000.0, "peak_share": 0.5}
                 book.log(step=step, tokens=step * 1000, seconds=step * 0.5, loss=nll, **rates)
             for step in (0, 500, 1000):
-                book.log(kind="eval", step=step, tokens=step * 1000, seconds=step * 0.5, val_bpb=loss / (1 + step / 1000))
-            kinds = {"sums <&>": {"accuracy": accuracy, "n": 50, "chance": 0.25, "lo": 0.0, "hi": 1.0}}
-            book.log(kind="chat_eval", step=1000, stage=stage, accuracy=accuracy, n=500, kinds=kinds)
+                book.log(
+                    kind="eval",
+                    step=step,
+                    tokens=step * 1000,
+                    seconds=step * 0.5,
+                    val_bpb=loss / (1 + step / 1000),
+                )
+            kinds = {
+                "sums <&>": {"accuracy": accuracy, "n": 50, "chance": 0.25, "lo": 0.0, "hi": 1.0}
+            }
+            book.log(
+                kind="chat_eval", step=1000, stage=stage, accuracy=accuracy, n=500, kinds=kinds
+            )
             book.log(kind="sample", step=1000, **{"sample/The": " <script>alert(1)</script>"})
         directories.append(directory)
     return directories
@@ -46,12 +56,24 @@ def test_the_page_stands_alone_and_says_what_was_measured(runs, tmp_path):
     page = Page(text)
     tags = [tag for tag, _ in page.tags]
     assert tags.count("svg") == 6 and not {"script", "img", "link", "iframe"} & set(tags)
-    assert not any(attrs.get("src") or str(attrs.get("href", "#"))[0] != "#" for _, attrs in page.tags if "src" in attrs or "href" in attrs)
+    assert not any(
+        attrs.get("src") or str(attrs.get("href", "#"))[0] != "#"
+        for _, attrs in page.tags
+        if "src" in attrs or "href" in attrs
+    )
     urls = set(re.findall(r"https?://[^\"' )<]+", text))
     assert all("w3.org" in u for u in urls), urls  # XML namespaces, never fetched
-    assert "base/d4" in text and "2.0000" in text and "1,000" in text and "8m20s" in text and "50%" in text
+    assert (
+        "base/d4" in text
+        and "2.0000" in text
+        and "1,000" in text
+        and "8m20s" in text
+        and "50%" in text
+    )
     assert "90.0%" in text and "sums &lt;&amp;&gt;" in text and "&lt;script&gt;" in text
-    assert "prefers-color-scheme: dark" in text and report.INK not in text and "currentColor" in text
+    assert (
+        "prefers-color-scheme: dark" in text and report.INK not in text and "currentColor" in text
+    )
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
     assert len(text) < 400_000

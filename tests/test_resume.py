@@ -60,7 +60,10 @@ def assert_same_end(run: Path, expected: Path) -> None:
     assert losses(run) == losses(expected) and len(losses(run)) == 20
     for file in ("model.safetensors", "optim.safetensors"):
         assert sha256_file(a / file) == sha256_file(b / file), file
-    assert checkpoint.read_meta(a)["done"] and checkpoint.read_meta(a)["best"] == checkpoint.read_meta(b)["best"]
+    assert (
+        checkpoint.read_meta(a)["done"]
+        and checkpoint.read_meta(a)["best"] == checkpoint.read_meta(b)["best"]
+    )
 
 
 def stop_at(monkeypatch, step: int, act) -> None:
@@ -118,9 +121,20 @@ def test_a_crash_without_warning(whole, place, monkeypatch):
 
 
 def command(flags: list[str], base: Path) -> subprocess.Popen:
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "scripts.base_train", *flags], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    env = {
+        **os.environ,
+        "NANOCHAT_BASE_DIR": str(base),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.base_train", *flags],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def await_step(process: subprocess.Popen, run: Path, step: int) -> None:
@@ -150,7 +164,10 @@ def test_killed_at_any_moment(whole, place):
 
 @pytest.mark.parametrize(
     ("script", "flags"),
-    [(mid_train, ["--total_batch_size=1024"]), (chat_sft, ["--conversations_per_step=16", "--source=base"])],
+    [
+        (mid_train, ["--total_batch_size=1024"]),
+        (chat_sft, ["--conversations_per_step=16", "--source=base"]),
+    ],
     ids=["mid", "sft"],
 )
 def test_later_stages_go_on_too(whole, place, monkeypatch, script, flags):
@@ -188,9 +205,15 @@ def test_a_finished_run_has_nothing_to_do(whole, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--num_iterations=40", r"started with num_iterations=20 and is asked to go on with 40.*--new_horizon"),
+        (
+            "--num_iterations=40",
+            r"started with num_iterations=20 and is asked to go on with 40.*--new_horizon",
+        ),
         ("--max_minutes=3", r"started with max_minutes=0 and is asked to go on with 3"),
-        ("--total_batch_size=512", r"started with total_batch_size=1024 and is asked to go on with 512"),
+        (
+            "--total_batch_size=512",
+            r"started with total_batch_size=1024 and is asked to go on with 512",
+        ),
         ("--softcap=0", r"has softcap=15.0, not 0.0: leave the flag out to go on"),
         ("--activation=gelu", r"has activation=relu2, not gelu"),
         ("--depth=3", r"has n_layer=2, not 3"),
@@ -215,8 +238,13 @@ def test_a_longer_horizon_when_asked_for(whole, place, capsys):
     assert checkpoint.find(run).name == "step_000030"
     trained = [r for r in logbook.read(run) if r["kind"] == "train"]
     assert [r["step"] for r in trained] == list(range(1, 31))
-    assert trained[20]["lr_mult"] == pytest.approx((1 - 20 / 30) / 0.4), "the schedule is laid over the new length"
-    assert "learning rate x0.000 at step 20, x0.833 from here on (66.7% of the run is over)" in capsys.readouterr().out
+    assert trained[20]["lr_mult"] == pytest.approx((1 - 20 / 30) / 0.4), (
+        "the schedule is laid over the new length"
+    )
+    assert (
+        "learning rate x0.000 at step 20, x0.833 from here on (66.7% of the run is over)"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):  # trap 7
@@ -224,7 +252,10 @@ def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):  # 
     flags, run = place
     interrupted(monkeypatch, flags, 14)
     longer = [*flags, "--resume=auto", "--num_iterations=34"]
-    with pytest.raises(UserError, match=r"started with num_iterations=20 .* --new_horizon=stretch .*--new_horizon=redecay"):
+    with pytest.raises(
+        UserError,
+        match=r"started with num_iterations=20 .* --new_horizon=stretch .*--new_horizon=redecay",
+    ):
         base_train.main(longer)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -241,9 +272,14 @@ def test_new_horizons_that_leave_nothing_to_do(whole, place, monkeypatch, capsys
     flags, run = place
     shutil.copytree(whole[2], run)
     again = [*flags, "--resume=auto"]
-    with pytest.raises(UserError, match=r"at its floor \(x0\), from which redecay cannot fall: say --new_horizon=stretch"):
+    with pytest.raises(
+        UserError,
+        match=r"at its floor \(x0\), from which redecay cannot fall: say --new_horizon=stretch",
+    ):
         base_train.main([*again, "--num_iterations=30", "--new_horizon=redecay"])
-    with pytest.raises(UserError, match="--new_horizon needs a value after it: one of '', stretch, redecay"):
+    with pytest.raises(
+        UserError, match="--new_horizon needs a value after it: one of '', stretch, redecay"
+    ):
         base_train.main([*again, "--new_horizon"])
     base_train.main([*again, "--num_iterations=20", "--new_horizon=stretch"])
     assert "nothing to do" in capsys.readouterr().out
@@ -261,17 +297,27 @@ def test_a_rate_that_jumps_is_said(place, monkeypatch, capsys):
 
 
 def test_one_budget_in_two_units():
-    hours, minutes = ({"max_minutes": 0.0, "max_hours": 1.5}, {"max_minutes": 90.0, "max_hours": 0.0})
+    hours, minutes = (
+        {"max_minutes": 0.0, "max_hours": 1.5},
+        {"max_minutes": 90.0, "max_hours": 0.0},
+    )
     resume.same_horizons(hours, minutes)
-    with pytest.raises(UserError, match="started with max_minutes=90 and is asked to go on with 91"):
+    with pytest.raises(
+        UserError, match="started with max_minutes=90 and is asked to go on with 91"
+    ):
         resume.same_horizons(hours, {**minutes, "max_minutes": 91.0})
 
 
 def test_another_tokenizer(whole, place):
     flags, run = place
     shutil.copytree(whole[2], run)
-    Tokenizer.train(["entirely different words here"] * 9, 280).save(run.parent.parent.parent / "tokenizer")
-    with pytest.raises(UserError, match=r"was trained with tokenizer \w{12}, the one in .* is \w{12}: restore that tokenizer"):
+    Tokenizer.train(["entirely different words here"] * 9, 280).save(
+        run.parent.parent.parent / "tokenizer"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"was trained with tokenizer \w{12}, the one in .* is \w{12}: restore that tokenizer",
+    ):
         base_train.main([*flags, "--resume=auto", "--num_iterations=20"])
 
 
@@ -290,5 +336,14 @@ def test_a_new_run_sets_the_old_one_aside_only_when_it_begins(whole, place, caps
 
 def test_the_metadata_says_how_the_run_came_about(whole):
     meta = json.loads((checkpoint.find(whole[2]) / "meta.json").read_text())
-    assert meta["knobs"]["depth"] == 2 and meta["origins"]["depth"] == "command line" and meta["origins"]["softcap"] == "default"
-    assert (meta["plan"]["rows"], meta["plan"]["steps"], meta["updates"], meta["tokens"]) == (32, 20, 20, 20 * 1024)
+    assert (
+        meta["knobs"]["depth"] == 2
+        and meta["origins"]["depth"] == "command line"
+        and meta["origins"]["softcap"] == "default"
+    )
+    assert (meta["plan"]["rows"], meta["plan"]["steps"], meta["updates"], meta["tokens"]) == (
+        32,
+        20,
+        20,
+        20 * 1024,
+    )

@@ -28,7 +28,9 @@ def tok():
     return words()
 
 
-def learn(path: Path, m: GPT, f: RolloutFeed, schedule=Schedule(momentum_warmup=0), **rates) -> list[dict]:  # noqa: B008
+def learn(
+    path: Path, m: GPT, f: RolloutFeed, schedule=Schedule(momentum_warmup=0), **rates
+) -> list[dict]:
     run = tiny.run(path, m)
     try:
         trainer.fit(run, m, tiny.optimizer(m, **rates), f, schedule)
@@ -44,7 +46,13 @@ def scripted(f: RolloutFeed, verdicts: list[list[int]]) -> list[list[Row]]:
     """Make the feed's next groups replies of 1, 2, ... tokens, which end in b where `verdicts` say 1."""
     tok = f.sampler.engine.tokenizer
     a, b, end = tok.encode("a"), tok.encode("b"), tok.specials["<|assistant_end|>"]
-    groups = [[Row([1, 2, 3], 0, a * i + (b if v else a), [1] * (i + 1), "stop", end) for i, v in enumerate(vs)] for vs in verdicts]
+    groups = [
+        [
+            Row([1, 2, 3], 0, a * i + (b if v else a), [1] * (i + 1), "stop", end)
+            for i, v in enumerate(vs)
+        ]
+        for vs in verdicts
+    ]
     f.sampler.replies = lambda *_: groups
     return groups
 
@@ -57,9 +65,13 @@ def test_advantages_of_a_group_made_by_hand(tok):
     # replies of 2, 3, 4 and 5 tokens with their ends: 14 a group; the group without variance counts, but has no row
     assert b.inputs.shape == (8, 32) and int((b.targets >= 0).sum()) == 28
     per_row = [w[t >= 0].unique().tolist() for w, t in zip(b.weights, b.targets, strict=True)]
-    assert per_row == [[pytest.approx(a * 28 / 42)] for a in (0.75, -0.25, -0.25, -0.25, 0.5, -0.5, 0.5, -0.5)]
+    assert per_row == [
+        [pytest.approx(a * 28 / 42)] for a in (0.75, -0.25, -0.25, -0.25, 0.5, -0.5, 0.5, -0.5)
+    ]
     seen = {k: v for k, v in f.numbers.items() if k != "rollout_seconds"}
-    assert seen == pytest.approx({"reward": 7 / 12, "zero_variance": 1 / 3, "truncated": 0.0, "length": 2.5})
+    assert seen == pytest.approx(
+        {"reward": 7 / 12, "zero_variance": 1 / 3, "truncated": 0.0, "length": 2.5}
+    )
 
 
 def test_the_loss_is_the_mean_over_all_sampled_tokens(tok, tmp_path):
@@ -82,7 +94,9 @@ def test_replies_that_are_the_same_are_one_row(tok, tmp_path):
     moved = []
     for copies in (1, 3):
         m = policy(tok)
-        f = feed(tok, m, [(task, item) for _, item in QUESTIONS], per_step=1, samples=2 * copies, total=1)
+        f = feed(
+            tok, m, [(task, item) for _, item in QUESTIONS], per_step=1, samples=2 * copies, total=1
+        )
         (group,) = scripted(f, [[1, 0]])
         f.sampler.replies = lambda *_, group=group, copies=copies: [group * copies]
         (b,) = next(f)
@@ -95,7 +109,14 @@ def test_replies_that_are_the_same_are_one_row(tok, tmp_path):
 
 def test_groups_without_variance_change_nothing(tok, tmp_path):
     m = policy(tok)
-    f = feed(tok, m, [(replace(TOY, evaluate=lambda item, reply: True), QUESTIONS[0][1])], per_step=2, samples=2, total=2)
+    f = feed(
+        tok,
+        m,
+        [(replace(TOY, evaluate=lambda item, reply: True), QUESTIONS[0][1])],
+        per_step=2,
+        samples=2,
+        total=2,
+    )
     scripted(f, [[1, 1], [0, 0]])
     before = tiny.weights(m)
     (row,) = learn(tmp_path, m, f)
@@ -107,7 +128,9 @@ def test_gradient_at_every_sampled_token_and_nowhere_else(tok):  # trap 24
     s, x = tok.specials, tok.encode("3")[0]
     call = [s["<|python_start|>"], x, s["<|python_end|>"]]
     output = [s["<|output_start|>"], x, s["<|output_end|>"]]
-    called = Row([5, 6, 7, 8], 0, [*call, *output, x], [1, 1, 1, 0, 0, 0, 1], "stop", s["<|assistant_end|>"])
+    called = Row(
+        [5, 6, 7, 8], 0, [*call, *output, x], [1, 1, 1, 0, 0, 0, 1], "stop", s["<|assistant_end|>"]
+    )
     cut = Row([5, 6], 0, [x, x, x], [1, 1, 1], "length")
     (b,) = weighted_batches([(called, 0.5), (cut, -0.5)], 8, tok.bos, 32)
     m = policy(tok)
@@ -115,9 +138,14 @@ def test_gradient_at_every_sampled_token_and_nowhere_else(tok):  # trap 24
     hidden.retain_grad()
     linear_cross_entropy(hidden, m.head_weight, b.targets, b.weights, m.config.softcap).backward()
     felt = (hidden.grad.abs().sum(-1) > 0).tolist()
-    assert felt[0] == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 2 + [False] * 21, "the last True is where the end token is said"
+    assert felt[0] == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 2 + [False] * 21, (
+        "the last True is where the end token is said"
+    )
     assert felt[1] == [False] + [True] * 3 + [False] * 28
-    assert b.inputs[0, :11].tolist() == [*called.prompt, *called.tokens] and b.targets[0, 10] == s["<|assistant_end|>"]
+    assert (
+        b.inputs[0, :11].tolist() == [*called.prompt, *called.tokens]
+        and b.targets[0, 10] == s["<|assistant_end|>"]
+    )
     assert ((b.weights != 0) == (b.targets >= 0)).all()
 
 
@@ -128,7 +156,10 @@ def test_only_a_reply_that_ended_itself_is_right(tok):
     assert rollout.reward(tok, question, Row([1], 0, b, [1], "length")) == 0
     assert rollout.reward(tok, question, Row([1], 0, b, [1], "context")) == 0
     assert rollout.reward(tok, question, Row([1], 0, b, [1], "stop", s["<|bos|>"])) == 0
-    assert rollout.reward(tok, question, Row([1], 0, b * 2, [1, 1], "stop", s["<|assistant_end|>"])) == 0
+    assert (
+        rollout.reward(tok, question, Row([1], 0, b * 2, [1, 1], "stop", s["<|assistant_end|>"]))
+        == 0
+    )
 
 
 def test_rows_of_like_width_share_a_batch(tok):
@@ -145,7 +176,11 @@ def test_rows_of_like_width_share_a_batch(tok):
 
 def drawn(f: RolloutFeed) -> list:
     """The rows of a step, cut as they may be, as a set that can be compared."""
-    rows = [(b.inputs[i].tolist(), b.targets[i].tolist(), b.weights[i].tolist()) for b in next(f) for i in range(b.inputs.size(0))]
+    rows = [
+        (b.inputs[i].tolist(), b.targets[i].tolist(), b.weights[i].tolist())
+        for b in next(f)
+        for i in range(b.inputs.size(0))
+    ]
     return sorted(rows)
 
 
@@ -177,7 +212,9 @@ def test_what_is_sampled_does_not_depend_on_memory(tok, capsys):  # trap 25
     f.sampler.engine.generate_batch = limited
     assert drawn(f) == expected
     assert [line.split(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
-        "10 replies at a time from now on", "5 replies at a time from now on"]  # fmt: skip
+        "10 replies at a time from now on",
+        "5 replies at a time from now on",
+    ]
 
 
 def test_micro_batches_may_shrink_between_steps(tok):
@@ -193,12 +230,18 @@ def test_micro_batches_may_shrink_between_steps(tok):
 def test_every_question_once_an_epoch_and_a_short_last_step(tok):
     f, asked = feed(tok, per_step=4, total=18), []
     real = f.sampler.replies
-    f.sampler.replies = lambda questions, *rest: asked.append([i["messages"][0]["content"] for _, i in questions]) or real(questions, *rest)
+    f.sampler.replies = lambda questions, *rest: (
+        asked.append([i["messages"][0]["content"] for _, i in questions]) or real(questions, *rest)
+    )
     shares = [f.progress for _ in iter(lambda: next(f, None), None)]
     assert shares == [pytest.approx(n / 18) for n in (4, 8, 12, 16, 18)]
     order = [question for step in asked for question in step]
     assert [len(step) for step in asked] == [4, 4, 4, 4, 2]
-    assert sorted(order[:10]) == [f"train {i}" for i in range(10)] and len(set(order[10:])) == 8 and order[:8] != order[10:]
+    assert (
+        sorted(order[:10]) == [f"train {i}" for i in range(10)]
+        and len(set(order[10:])) == 8
+        and order[:8] != order[10:]
+    )
     assert feed(tok).progress == 0.0, "endless"
 
 
@@ -220,8 +263,19 @@ def sft(tok, tmp_path, monkeypatch):
     monkeypatch.setattr(chat_rl, "named_tasks", lambda names, folder: [EASY])
     tok.save(tmp_path / "tokenizer")
     m = policy(tok)
-    meta = {**tiny.meta(m), "stage": "sft", "tokenizer": tok.fingerprint, "knobs": {"device_batch_size": 16, "dtype": "float32"}}
-    checkpoint.save(checkpoint.run_directory("sft", "t"), 1, dict(m.named_parameters()), tiny.optimizer(m).state_tensors(), meta)
+    meta = {
+        **tiny.meta(m),
+        "stage": "sft",
+        "tokenizer": tok.fingerprint,
+        "knobs": {"device_batch_size": 16, "dtype": "float32"},
+    }
+    checkpoint.save(
+        checkpoint.run_directory("sft", "t"),
+        1,
+        dict(m.named_parameters()),
+        tiny.optimizer(m).state_tensors(),
+        meta,
+    )
     return tmp_path / "checkpoints" / "rl" / "t"
 
 
@@ -229,30 +283,63 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
     """The command: the bits of a run that was stopped and went on are those of one that was not; what it logs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order
-    flags = ["--device_type=cpu", "--num_iterations=20", "--num_items=30", "--questions_per_step=4", "--samples=4", "--eval_items=6",
-             "--eval_every=8", "--init_lr_frac=0.3"]  # fmt: skip
+    flags = [
+        "--device_type=cpu",
+        "--num_iterations=20",
+        "--num_items=30",
+        "--questions_per_step=4",
+        "--samples=4",
+        "--eval_items=6",
+        "--eval_every=8",
+        "--init_lr_frac=0.3",
+    ]
     summary = chat_rl.main(flags)
     rows = logbook.read(sft)
-    train, looks = ([{k: v for k, v in r.items() if k not in ("seconds", "tok_per_sec", "peak_share", "rollout_seconds")} for r in rows
-                     if r["kind"] == kind] for kind in ("train", "eval"))  # fmt: skip
-    assert len(train) == 20 and {"reward", "zero_variance", "truncated", "length"} <= train[0].keys()
+    train, looks = (
+        [
+            {
+                k: v
+                for k, v in r.items()
+                if k not in ("seconds", "tok_per_sec", "peak_share", "rollout_seconds")
+            }
+            for r in rows
+            if r["kind"] == kind
+        ]
+        for kind in ("train", "eval")
+    )
+    assert (
+        len(train) == 20 and {"reward", "zero_variance", "truncated", "length"} <= train[0].keys()
+    )
     assert [r["step"] for r in looks] == [0, 8, 16, 20] and summary["eval"]["n"] == 6
     for r in looks:
-        assert 0 <= r["pass@1_lo"] <= r["pass@1"] <= r["pass@1_hi"] <= 1 and r["pass@1"] <= r["pass@4"]
+        assert (
+            0 <= r["pass@1_lo"] <= r["pass@1"] <= r["pass@1_hi"] <= 1 and r["pass@1"] <= r["pass@4"]
+        )
     whole = checkpoint.find(sft)
     hashes = [sha256_file(whole / f"{name}.safetensors") for name in ("model", "optim")]
 
     real = trainer._step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "_step", lambda run, *a: (run.step == 9 and os.kill(os.getpid(), signal.SIGTERM), real(run, *a))[1])
+        patch.setattr(
+            trainer,
+            "_step",
+            lambda run, *a: (run.step == 9 and os.kill(os.getpid(), signal.SIGTERM), real(run, *a))[
+                1
+            ],
+        )
         chat_rl.main(flags)
     assert checkpoint.find(sft).name == "step_000010"
-    with pytest.raises(UserError, match=r"started with questions_per_step=4 and is asked to go on with 8: .* learning rate"):
+    with pytest.raises(
+        UserError,
+        match=r"started with questions_per_step=4 and is asked to go on with 8: .* learning rate",
+    ):
         chat_rl.main([*flags, "--resume=auto", "--questions_per_step=8"])
     chat_rl.main([*flags, "--resume=auto", "--rollout_batch_size=4"])
     again = [{k: r[k] for k in train[0]} for r in logbook.read(sft) if r["kind"] == "train"]
     assert again == train
-    assert [sha256_file(checkpoint.find(sft) / f"{name}.safetensors") for name in ("model", "optim")] == hashes
+    assert [
+        sha256_file(checkpoint.find(sft) / f"{name}.safetensors") for name in ("model", "optim")
+    ] == hashes
     assert checkpoint.load_model(checkpoint.locate("rl"), "cpu", torch.float32)[1]["stage"] == "rl"
     torch.set_num_threads(threads)
 
@@ -262,14 +349,19 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
 
 def test_two_ranks_share_out_what_one_does(tok, monkeypatch):
     """Without processes: what the ranks would be told by each other is told by the test."""
-    whole, parts = feed(tok, per_step=5), [feed(tok, per_step=5, rank=rank, world_size=2) for rank in (0, 1)]
+    whole, parts = (
+        feed(tok, per_step=5),
+        [feed(tok, per_step=5, rank=rank, world_size=2) for rank in (0, 1)],
+    )
     for _ in range(2):
         expected, counts = drawn(whole), []
         monkeypatch.setattr(rollout, "summed", lambda c, *_: counts.append(c) or c)  # noqa: B023
         before = [f.state_dict() for f in parts]
         for f in parts:
             next(f)
-        monkeypatch.setattr(rollout, "summed", lambda *_: [sum(c) for c in zip(*counts, strict=True)])  # noqa: B023
+        monkeypatch.setattr(
+            rollout, "summed", lambda *_: [sum(c) for c in zip(*counts, strict=True)]
+        )
         got = []
         for f, state in zip(parts, before, strict=True):
             f.load_state_dict(state)
@@ -285,8 +377,18 @@ def test_two_ranks_share_out_what_one_does(tok, monkeypatch):
 def test_a_policy_learns_the_answer_and_to_stop(tok, tmp_path):  # trap 24
     """From replies of one to many random letters, a seventh of which are cut, to the right letter alone."""
     m = policy(tok)
-    f = feed(tok, m, [(TOY, item) for item in TOY.items("train", 50)], per_step=8, samples=8, total=8 * 40)
+    f = feed(
+        tok,
+        m,
+        [(TOY, item) for item in TOY.items("train", 50)],
+        per_step=8,
+        samples=8,
+        total=8 * 40,
+    )
     rows = learn(tmp_path, m, f, Schedule(decay=1.0, momentum_warmup=0), lr_scale=0.3)
-    first, last = ({k: sum(r[k] for r in part) / 5 for k in ("reward", "truncated", "length")} for part in (rows[:5], rows[-5:]))
+    first, last = (
+        {k: sum(r[k] for r in part) / 5 for k in ("reward", "truncated", "length")}
+        for part in (rows[:5], rows[-5:])
+    )
     assert first["reward"] < 0.2 and first["truncated"] > 0.1, first
     assert last["reward"] > 0.7 and last["truncated"] < 0.03 and last["length"] < 1.4, last

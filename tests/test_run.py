@@ -51,7 +51,10 @@ def flags(made, monkeypatch):
         (["--activation=tanh"], "activation"),
         (["--modeldim=32"], "model_dim"),
         (["--depth=four"], "depth"),
-        (["--total_batch_size=1000"], "not a whole number of rows of 32: try --total_batch_size=992"),
+        (
+            ["--total_batch_size=1000"],
+            "not a whole number of rows of 32: try --total_batch_size=992",
+        ),
         (["--num_iterations=-1", "--target_param_data_ratio=-1"], "nothing says how long to train"),
         (["--target_flops=1e9"], "two lengths for one run"),
         (["--max_minutes=1", "--max_hours=1"], "two budgets"),
@@ -79,10 +82,20 @@ def test_no_tokenizer(flags, tmp_path, monkeypatch):
 
 def test_as_a_process(made):
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(made[0]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "scripts.base_train", "--", *made[1], "--model-dim=30", "--num-iterations=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.base_train",
+        "--",
+        *made[1],
+        "--model-dim=30",
+        "--num-iterations=2",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: model_dim 30 is not a multiple of head_dim 8: try --model_dim=32")
+    assert done.stderr.startswith(
+        "error: model_dim 30 is not a multiple of head_dim 8: try --model_dim=32"
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -90,7 +103,9 @@ def test_memory_that_does_not_suffice_is_one_sentence():
     def work():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    with pytest.raises(UserError, match="out of memory, even with one row at a time: choose a smaller --depth"):
+    with pytest.raises(
+        UserError, match="out of memory, even with one row at a time: choose a smaller --depth"
+    ):
         stage.finish(work)
     with pytest.raises(RuntimeError, match="a bug"):
         stage.finish(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
@@ -100,14 +115,27 @@ def test_memory_that_does_not_suffice_is_one_sentence():
 
 
 def opened(tmp_path, m=None, **knobs) -> Stage:
-    k = SimpleNamespace(**{"total_batch_size": 0, "num_iterations": -1, "target_flops": -1.0, "target_param_data_ratio": 20.0,
-                           "max_minutes": 0.0, "max_hours": 0.0, "new_horizon": "", **knobs})  # fmt: skip
+    k = SimpleNamespace(
+        **{
+            "total_batch_size": 0,
+            "num_iterations": -1,
+            "target_flops": -1.0,
+            "target_param_data_ratio": 20.0,
+            "max_minutes": 0.0,
+            "max_hours": 0.0,
+            "new_horizon": "",
+            **knobs,
+        }
+    )
     origins = {n: "command line" if n in knobs else "default" for n in vars(k)}
     return Stage("base", k, origins, tiny.CPU, None, m or tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
 
 
 def test_a_number_of_steps(tmp_path):
-    assert stage.horizon(opened(tmp_path, num_iterations=954, target_param_data_ratio=-1.0)) == ((1 << 19) // 16, 954)
+    assert stage.horizon(opened(tmp_path, num_iterations=954, target_param_data_ratio=-1.0)) == (
+        (1 << 19) // 16,
+        954,
+    )
     assert stage.horizon(opened(tmp_path, num_iterations=1, total_batch_size=64)) == (4, 1)
 
 
@@ -115,7 +143,9 @@ def test_tokens_a_parameter(tmp_path):
     s = opened(tmp_path, target_param_data_ratio=10.0, total_batch_size=160)
     assert stage.horizon(s) == (10, round(10 * s.model.counts()["total"] / 160))
     rows, steps = stage.horizon(opened(tmp_path))
-    assert rows * 16 == batch_for(20 * s.model.counts()["total"]) and steps == round(20 * s.model.counts()["total"] / (rows * 16))
+    assert rows * 16 == batch_for(20 * s.model.counts()["total"]) and steps == round(
+        20 * s.model.counts()["total"] / (rows * 16)
+    )
 
 
 def test_flops(tmp_path):
@@ -129,7 +159,10 @@ def test_time(tmp_path):
     assert steps is None and rows >= 1
     both = opened(tmp_path, max_minutes=2.0, num_iterations=5, total_batch_size=32)
     assert stage.horizon(both) == (2, 5), "the first of the two ends the run"
-    assert opened(tmp_path, max_minutes=2.0).budget_seconds == 120 and opened(tmp_path, max_hours=2.0).budget_seconds == 7200
+    assert (
+        opened(tmp_path, max_minutes=2.0).budget_seconds == 120
+        and opened(tmp_path, max_hours=2.0).budget_seconds == 7200
+    )
 
 
 def test_a_new_length_keeps_the_batch(tmp_path):
@@ -144,9 +177,18 @@ def test_two_lengths_for_one_conversation_stage(tmp_path):
     assert stage.talk_horizon(opened(tmp_path, epochs=3)) == (None, 3)
     assert stage.talk_horizon(opened(tmp_path, epochs=1, max_minutes=2.0)) == (None, None)
     for knobs, says in [
-        ({"epochs": 2, "max_minutes": 2.0}, "--epochs=2 and a budget of time are two lengths for one run"),
-        ({"epochs": 2, "num_iterations": 5}, "--epochs=2 and --num_iterations=5 are two lengths for one run"),
-        ({"epochs": 1, "num_iterations": 5, "max_hours": 1.0}, "--num_iterations=5 and a budget of time are two lengths"),
+        (
+            {"epochs": 2, "max_minutes": 2.0},
+            "--epochs=2 and a budget of time are two lengths for one run",
+        ),
+        (
+            {"epochs": 2, "num_iterations": 5},
+            "--epochs=2 and --num_iterations=5 are two lengths for one run",
+        ),
+        (
+            {"epochs": 1, "num_iterations": 5, "max_hours": 1.0},
+            "--num_iterations=5 and a budget of time are two lengths",
+        ),
         ({"epochs": 1, "num_iterations": 0}, "--num_iterations=0 is no length of a run"),
     ]:
         with pytest.raises(UserError, match=says):
@@ -154,7 +196,11 @@ def test_two_lengths_for_one_conversation_stage(tmp_path):
 
 
 def test_every_horizon_is_known_to_the_resume():
-    assert {n for n in vars(base_train.Knobs()) if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))} <= set(HORIZONS)
+    assert {
+        n
+        for n in vars(base_train.Knobs())
+        if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))
+    } <= set(HORIZONS)
 
 
 # ---- rates, counts
@@ -175,7 +221,11 @@ def test_rates_follow_width_and_part(tied):
 
 def test_the_table_of_counts():
     text = stage.table_of_counts(tiny.model(n_embd=64))
-    assert "embedding" in text and "4,096" in text and "2 layers, width 64, 4 heads of 16 (2 key-value), MLP 256, context 16" in text
+    assert (
+        "embedding" in text
+        and "4,096" in text
+        and "2 layers, width 64, 4 heads of 16 (2 key-value), MLP 256, context 16" in text
+    )
     shares = [float(word[:-1]) for word in text.split() if word.endswith("%")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
     assert "share one table" in stage.table_of_counts(tiny.model(tie_embeddings=True))

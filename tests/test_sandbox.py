@@ -25,7 +25,10 @@ from nanochat.eval import sandbox as execution
 from nanochat.eval.sandbox import OUTPUT, Outcome, run
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("NANOCHAT_SHARED_DATA") or ROOT.parent / "shared/data") / "humaneval/HumanEval.jsonl"
+DATA = (
+    Path(os.environ.get("NANOCHAT_SHARED_DATA") or ROOT.parent / "shared/data")
+    / "humaneval/HumanEval.jsonl"
+)
 NOBODY = 12345  # the normal user that root becomes here
 
 
@@ -55,7 +58,9 @@ def running(marker: str) -> list[str]:
 def soon(condition, seconds: float = 5.0) -> bool:
     """Whether the condition comes true within so many seconds: the kernel takes a moment to end what has been killed."""
     deadline = time.monotonic() + seconds
-    while not (met := condition()) and time.monotonic() < deadline:  # asked once: what holds now need not hold a moment later
+    while (
+        not (met := condition()) and time.monotonic() < deadline
+    ):  # asked once: what holds now need not hold a moment later
         time.sleep(0.02)
     return bool(met)
 
@@ -65,17 +70,30 @@ class Outside:
 
     def __init__(self, folder: Path):
         self.visits: list[str] = []
-        self.secret, self.path, abstract = folder / "secret", folder / "socket", f"nanochat-{uuid.uuid4().hex}"
+        self.secret, self.path, abstract = (
+            folder / "secret",
+            folder / "socket",
+            f"nanochat-{uuid.uuid4().hex}",
+        )
         self.secret.write_text("the secret")
         self.secret.chmod(0o644)
         self.open = os.open(self.secret, os.O_RDONLY)
         os.set_inheritable(self.open, True)
         self.tcp = self.serve(socket.AF_INET, ("127.0.0.1", 0))
-        self.servers = [self.tcp, self.serve(socket.AF_UNIX, str(self.path)), self.serve(socket.AF_UNIX, "\0" + abstract)]
+        self.servers = [
+            self.tcp,
+            self.serve(socket.AF_UNIX, str(self.path)),
+            self.serve(socket.AF_UNIX, "\0" + abstract),
+        ]
         self.facts = {
-            "PORT": str(self.tcp.getsockname()[1]), "SOCKET": str(self.path), "ABSTRACT": abstract, "PID": str(os.getpid()),
-            "SECRET": str(self.secret), "HOME": str(Path.home()), "HERE": __file__,
-        }  # fmt: skip
+            "PORT": str(self.tcp.getsockname()[1]),
+            "SOCKET": str(self.path),
+            "ABSTRACT": abstract,
+            "PID": str(os.getpid()),
+            "SECRET": str(self.secret),
+            "HOME": str(Path.home()),
+            "HERE": __file__,
+        }
 
     def serve(self, family: int, address) -> socket.socket:
         server = socket.socket(family)
@@ -118,11 +136,22 @@ def normal_user(outside: Outside, facts: dict[str, str]) -> dict[str, Outcome]:
 
     def as_user(python: str, *arguments: str) -> subprocess.CompletedProcess:
         who = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        return subprocess.run([python, *arguments], **who, cwd=folder, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+        return subprocess.run(
+            [python, *arguments],
+            **who,
+            cwd=folder,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        )
 
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         try:
-            tried = as_user(python, "-c", "from nanochat.eval import sandbox as execution; print(execution.missing())")
+            tried = as_user(
+                python,
+                "-c",
+                "from nanochat.eval import sandbox as execution; print(execution.missing())",
+            )
         except OSError:  # not there, or not for this user
             continue
         if tried.returncode == 0:
@@ -161,7 +190,9 @@ def test_attack_is_contained(outcomes, name):  # trap 19
 
 def test_nobody_was_reached(outcomes, outside):
     assert outcomes and not outside.visits
-    with socket.create_connection(outside.tcp.getsockname(), 5):  # while a visitor from here is seen
+    with socket.create_connection(
+        outside.tcp.getsockname(), 5
+    ):  # while a visitor from here is seen
         assert soon(lambda: len(outside.visits) == 1)
     outside.visits.clear()
 
@@ -172,7 +203,10 @@ def test_a_token_in_sight_would_be_found(sandbox, monkeypatch):
     monkeypatch.setattr(execution.secrets, "token_bytes", lambda _: token)
     outcome = run(attack)
     assert not outcome.passed and token.hex() not in outcome.stdout
-    careless = execution._HARNESS.replace("os.write({proof}, os.read(0, {size}) +", "kept = os.read(0, {size})\nos.write({proof}, kept +")
+    careless = execution._HARNESS.replace(
+        "os.write({proof}, os.read(0, {size}) +",
+        "kept = os.read(0, {size})\nos.write({proof}, kept +",
+    )
     monkeypatch.setattr(execution, "_HARNESS", careless)
     assert token.hex() in run(attack).stdout
 
@@ -198,9 +232,14 @@ execution.missing()  # tries the sandbox, which is not the run to wait for
 execution._HARNESS = f"# {os.environ['MARKER']}" + execution._HARNESS
 execution.run("import signal\\nsignal.pthread_sigmask(0, range(1, 32))\\nwhile True: pass", seconds=60)
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "MARKER": marker}, cwd=ROOT)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "MARKER": marker}, cwd=ROOT
+    )
     try:
-        assert soon(lambda: len(running(marker)) >= 3, 60), (parent.poll(), running(marker))  # bwrap outside, bwrap inside, Python
+        assert soon(lambda: len(running(marker)) >= 3, 60), (
+            parent.poll(),
+            running(marker),
+        )  # bwrap outside, bwrap inside, Python
     finally:
         parent.kill()
         parent.wait()
@@ -210,39 +249,61 @@ execution.run("import signal\\nsignal.pthread_sigmask(0, range(1, 32))\\nwhile T
 def test_ends_when_interrupted(sandbox, monkeypatch):
     marker = uuid.uuid4().hex
     monkeypatch.setattr(execution, "_HARNESS", f"# {marker}{execution._HARNESS}")
-    monkeypatch.setattr(execution.selectors.DefaultSelector, "select", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        execution.selectors.DefaultSelector,
+        "select",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         run("while True: pass", seconds=60)
     assert soon(lambda: not running(marker))
 
 
 HONEST = {
-    "": "", "print('été 😀')": "été 😀\n", "import sys\nprint(sys.stdin.read() == '')": "True\n", "# " + "x" * 2**21 + "\nprint(1)": "1\n",
+    "": "",
+    "print('été 😀')": "été 😀\n",
+    "import sys\nprint(sys.stdin.read() == '')": "True\n",
+    "# " + "x" * 2**21 + "\nprint(1)": "1\n",
     "print(sorted(globals()))": f"{sorted(['__name__', '__doc__', '__package__', '__loader__', '__spec__', '__builtins__'])}\n",
     "import bz2, ctypes, decimal, hashlib, heapq, itertools, json, math, random, re, statistics, string, typing, unittest\nprint(1)": "1\n",
     "import asyncio\nasync def f(): return 7\nprint(asyncio.run(f()))": "7\n",
     "from concurrent.futures import ThreadPoolExecutor as T\nwith T(4) as t: print(list(t.map(abs, [-1, 2])))": "[1, 2]\n",
     "import typing\nclass A: b: 'A'\nprint(typing.get_type_hints(A)['b'].__name__)": "A\n",
     "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)": "A\n",
-    "open('x', 'w').write('y')\nprint(open('/tmp/x').read())": "y\n", "if __name__ == '__main__': print(1)": "1\n",
-    "import atexit\natexit.register(print, 'bye')": "bye\n", "import sys\nprint('e', file=sys.stderr)": "", "hash('a')": "",
-}  # fmt: skip
+    "open('x', 'w').write('y')\nprint(open('/tmp/x').read())": "y\n",
+    "if __name__ == '__main__': print(1)": "1\n",
+    "import atexit\natexit.register(print, 'bye')": "bye\n",
+    "import sys\nprint('e', file=sys.stderr)": "",
+    "hash('a')": "",
+}
 
 FAILING = {
-    "assert 1 == 2, 'no'": "AssertionError: no", "import os\nassert os": "", "os.getcwd()": "NameError: name 'os' is not defined",
-    "import numpy": "ModuleNotFoundError: No module named 'numpy'", "import pip": "ModuleNotFoundError: No module named 'pip'",
-    "def f(:": "SyntaxError: invalid syntax", "x = '\ud800'": r"SyntaxError: .*", "import sys\nsys.exit(3)": "exit 3",
-    "raise SystemExit('words')": "exit 1", "import os\nos.abort()": "exit 134", "raise MemoryError": "memory",
-    "raise ValueError('one\\ntwo')": "two", "import resource\n1 / 0": "ZeroDivisionError: .*",
+    "assert 1 == 2, 'no'": "AssertionError: no",
+    "import os\nassert os": "",
+    "os.getcwd()": "NameError: name 'os' is not defined",
+    "import numpy": "ModuleNotFoundError: No module named 'numpy'",
+    "import pip": "ModuleNotFoundError: No module named 'pip'",
+    "def f(:": "SyntaxError: invalid syntax",
+    "x = '\ud800'": r"SyntaxError: .*",
+    "import sys\nsys.exit(3)": "exit 3",
+    "raise SystemExit('words')": "exit 1",
+    "import os\nos.abort()": "exit 134",
+    "raise MemoryError": "memory",
+    "raise ValueError('one\\ntwo')": "two",
+    "import resource\n1 / 0": "ZeroDivisionError: .*",
     "print(open('/tmp/x').read())": r"FileNotFoundError: .*",
-    "raise ValueError('x' * 10**4)": r"ValueError: x{188}", "import sys\nsys.stderr.write('Traceback')\nsys.exit(1)": "exit 1",
-}  # fmt: skip
+    "raise ValueError('x' * 10**4)": r"ValueError: x{188}",
+    "import sys\nsys.stderr.write('Traceback')\nsys.exit(1)": "exit 1",
+}
 
 
 def test_honest_programs_run(sandbox):
     with ThreadPoolExecutor(2) as pool:
         for program, outcome in zip(HONEST, pool.map(run, HONEST), strict=True):
-            assert outcome.passed and not outcome.reason and outcome.stdout == HONEST[program], (program[:99], outcome)
+            assert outcome.passed and not outcome.reason and outcome.stdout == HONEST[program], (
+                program[:99],
+                outcome,
+            )
 
 
 def test_failures_say_why(sandbox):
@@ -268,8 +329,12 @@ def humaneval(step: int) -> None:
         pytest.skip(f"needs {DATA.name} in NANOCHAT_SHARED_DATA/humaneval")
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 164
-    bodies = [(row, body) for row in rows[::step] for body in (row["canonical_solution"], "    pass\n")]
-    programs = [f"{row['prompt']}{body}\n{row['test']}\ncheck({row['entry_point']})" for row, body in bodies]
+    bodies = [
+        (row, body) for row in rows[::step] for body in (row["canonical_solution"], "    pass\n")
+    ]
+    programs = [
+        f"{row['prompt']}{body}\n{row['test']}\ncheck({row['entry_point']})" for row, body in bodies
+    ]
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(lambda program: run(program, seconds=20.0), programs))
     assert [outcome for outcome in outcomes[::2] if not outcome.passed] == []
@@ -315,10 +380,13 @@ def test_refuses_elsewhere(fresh, monkeypatch):
     assert "s390x" in refuses()
 
 
-@pytest.mark.parametrize("complaint, remedy", [
-    ("bwrap: No permissions to create new namespace", "docker run --privileged"),
-    ("bwrap: Unknown option --size", "bubblewrap 0.7 or later"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "complaint, remedy",
+    [
+        ("bwrap: No permissions to create new namespace", "docker run --privileged"),
+        ("bwrap: Unknown option --size", "bubblewrap 0.7 or later"),
+    ],
+)
 @pytest.mark.parametrize("status", [0, 1])
 def test_refuses_where_bubblewrap_fails(fresh, monkeypatch, tmp_path, complaint, remedy, status):
     (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{complaint}' >&2\nexit {status}\n")
@@ -330,7 +398,9 @@ def test_refuses_where_bubblewrap_fails(fresh, monkeypatch, tmp_path, complaint,
 
 def test_refuses_a_bubblewrap_that_protects_nothing(fresh, sandbox, monkeypatch, tmp_path):
     """One that just runs what it is given."""
-    (tmp_path / "bwrap").write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
+    (tmp_path / "bwrap").write_text(
+        '#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n'
+    )
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert "does not work" in refuses()
@@ -341,7 +411,9 @@ def test_a_kernel_that_forbids_user_namespaces_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(execution, "Path", lambda _, name: tmp_path / name.replace("/", "."))
     assert "container" in execution._remedy("bwrap: setting up uid map: Permission denied")
     (tmp_path / "kernel.apparmor_restrict_unprivileged_userns").write_text("1\n")
-    assert "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0" in execution._remedy("bwrap: setting up uid map: Permission denied")
+    assert "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0" in execution._remedy(
+        "bwrap: setting up uid map: Permission denied"
+    )
 
 
 def test_a_sandbox_that_breaks_is_no_failure_of_the_program(sandbox, monkeypatch, tmp_path):
@@ -350,7 +422,9 @@ def test_a_sandbox_that_breaks_is_no_failure_of_the_program(sandbox, monkeypatch
         (tmp_path / "bwrap").write_text(text)
         (tmp_path / "bwrap").chmod(0o755)
         monkeypatch.setattr(execution.shutil, "which", lambda _: str(tmp_path / "bwrap"))
-        with pytest.raises(UserError, match=r"broke before the program began|cannot start bubblewrap"):
+        with pytest.raises(
+            UserError, match=r"broke before the program began|cannot start bubblewrap"
+        ):
             run("print(1)")
 
 
@@ -359,14 +433,21 @@ def test_importing_runs_nothing():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("machine, header", [(0, "x86_64-linux-gnu/asm/unistd_64.h"), (1, "asm-generic/unistd.h")])
+@pytest.mark.parametrize(
+    "machine, header", [(0, "x86_64-linux-gnu/asm/unistd_64.h"), (1, "asm-generic/unistd.h")]
+)
 def test_system_call_numbers(machine, header):
     file = Path("/usr/include", header)
     if not file.exists():
         pytest.skip(f"needs {file} (Debian: linux-libc-dev)")
-    numbers = {name: int(n) for name, n in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", file.read_text())}
+    numbers = {
+        name: int(n)
+        for name, n in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", file.read_text())
+    }
     table = {**execution._REFUSED, "clone": execution._CLONE}
-    assert {name: numbers.get(name) for name in table} == {name: pair[machine] for name, pair in table.items()}
+    assert {name: numbers.get(name) for name in table} == {
+        name: pair[machine] for name, pair in table.items()
+    }
     assert numbers["pidfd_send_signal"] == execution._NEW and signal.SIGKILL == 9
 
 

@@ -19,18 +19,32 @@ from nanochat.train.scaling import Shape, batch_for, width_scale
         (Shape(depth=1, aspect_ratio=1.5, head_dim=16), 1, 16, 1, 1),
         (Shape(depth=4, model_dim=512, head_dim=64, kv_ratio=0.25), 4, 512, 8, 2),
         (Shape(depth=4, model_dim=512, head_dim=64, kv_ratio=0.01), 4, 512, 8, 1),
-        (Shape(depth=4, model_dim=576, head_dim=64, kv_ratio=0.25), 4, 576, 9, 3),  # 2.25 of 9 is no whole group
+        (
+            Shape(depth=4, model_dim=576, head_dim=64, kv_ratio=0.25),
+            4,
+            576,
+            9,
+            3,
+        ),  # 2.25 of 9 is no whole group
         (Shape(depth=4, model_dim=448, head_dim=64, kv_ratio=0.25), 4, 448, 7, 1),
     ],
 )
 def test_shapes(shape, layers, width, heads, kv):
-    assert shape.dimensions() == {"n_layer": layers, "n_embd": width, "n_head": heads, "n_kv_head": kv}
+    assert shape.dimensions() == {
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "n_kv_head": kv,
+    }
 
 
 @pytest.mark.parametrize(
     ("shape", "says"),
     [
-        (Shape(depth=4, model_dim=500, head_dim=64), "model_dim 500 is not a multiple of head_dim 64: try --model_dim=512"),
+        (
+            Shape(depth=4, model_dim=500, head_dim=64),
+            "model_dim 500 is not a multiple of head_dim 64: try --model_dim=512",
+        ),
         (Shape(depth=4, model_dim=10, head_dim=64), "try --model_dim=64"),
         (Shape(depth=0), "depth is 0"),
         (Shape(depth=-3), "depth is -3"),
@@ -51,7 +65,12 @@ def test_an_odd_head():
         GPTConfig(**Shape(depth=2, model_dim=12, head_dim=3).dimensions())
 
 
-@given(depth=st.integers(1, 64), ratio=st.floats(1, 200), half=st.integers(1, 128), kv=st.sampled_from([1.0, 0.5, 0.25, 0.125]))
+@given(
+    depth=st.integers(1, 64),
+    ratio=st.floats(1, 200),
+    half=st.integers(1, 128),
+    kv=st.sampled_from([1.0, 0.5, 0.25, 0.125]),
+)
 def test_what_is_accepted_makes_a_model(depth, ratio, half, kv):
     try:
         d = Shape(depth=depth, aspect_ratio=ratio, head_dim=2 * half, kv_ratio=kv).dimensions()

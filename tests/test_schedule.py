@@ -66,10 +66,19 @@ def test_redecay_falls_straight_from_where_it_stands(begin, factor, final, progr
 
 def test_context_stages():
     c = Contexts.parse(("512@0", "1024@0.6", "2048@.9"), 2048)
-    assert [c.at(p) for p in (0.0, 0.5999, 0.6, 0.75, 0.9, 1.0)] == [512, 512, 1024, 1024, 2048, 2048]
+    assert [c.at(p) for p in (0.0, 0.5999, 0.6, 0.75, 0.9, 1.0)] == [
+        512,
+        512,
+        1024,
+        1024,
+        2048,
+        2048,
+    ]
     assert c.lengths == [512, 1024, 2048] and c.longest == 2048
     assert c.mean(float) == pytest.approx(0.6 * 512 + 0.3 * 1024 + 0.1 * 2048)
-    assert Contexts.parse(("512@0 1024@0.6 2048@0.9",), 7, fixed=False) == c, "in one text too, and setting the length"
+    assert Contexts.parse(("512@0 1024@0.6 2048@0.9",), 7, fixed=False) == c, (
+        "in one text too, and setting the length"
+    )
     alone = Contexts.parse((), 300)
     assert alone.stages == ((0.0, 300),) and alone.mean(lambda T: T * 1.1) == 300 * 1.1
 
@@ -91,7 +100,10 @@ def test_every_stage_begins_at_its_share_of_the_steps(n, tenths):
         ("512", "'512' is not TOKENS@SHARE: write for example 512@0 1024@0.6"),
         ("512@0 1024@x", "'1024@x' is not TOKENS@SHARE"),
         ("512@0 1024@-0.5", "is not TOKENS@SHARE"),
-        ("512@0.1 1024@0.6", "nothing is said of the run before its context stage 512@0.1: let the first one begin at 0, as in 512@0"),
+        (
+            "512@0.1 1024@0.6",
+            "nothing is said of the run before its context stage 512@0.1: let the first one begin at 0, as in 512@0",
+        ),
         ("512@0 1024@1", "1024@1 never trains"),
         ("512@0 1024@1.5", "1024@1.5 never trains"),
         ("0@0 1024@0.5", "0@0 never trains"),

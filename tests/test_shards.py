@@ -46,14 +46,24 @@ def texts(shards):
 
 def test_round_trip(source, tmp_path):
     tokenizer = Letters()
-    train, val = (prepare(source, split, tokenizer, tmp_path / "tokens") for split in ("train", "val"))
+    train, val = (
+        prepare(source, split, tokenizer, tmp_path / "tokens") for split in ("train", "val")
+    )
     assert len(train) + len(val) == 1200 and 0 < len(val) < 40
     assert not set(texts(train)) & set(texts(val))
-    assert all(train.tokens(i)[0] == 0 and len(train.tokens(i)) == train.lengths[i] for i in range(len(train)))
+    assert all(
+        train.tokens(i)[0] == 0 and len(train.tokens(i)) == train.lengths[i]
+        for i in range(len(train))
+    )
     assert train.tokens(0).dtype == np.uint16 and train.mask(0) is None and not train.masked
     assert train.total == train.lengths.sum() == sum(map(len, texts(train))) + len(train)
     assert train.text_bytes == sum(len(t.encode()) for t in texts(train))
-    assert (train.fingerprint, train.vocab_size, train.bos, train.name) == ("letters", 1000, 0, "stuff")
+    assert (train.fingerprint, train.vocab_size, train.bos, train.name) == (
+        "letters",
+        1000,
+        0,
+        "stuff",
+    )
 
 
 def test_reused_until_something_changes(source, tmp_path):
@@ -75,7 +85,9 @@ def test_many_parts_read_as_one_and_only_new_ones_are_made(source, tmp_path, mon
     split = prepare(source, "train", tokenizer, root)
     monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1 << 28)
     whole = prepare(source, "train", tokenizer, root)
-    assert texts(split) == texts(whole) and len(list(root.iterdir())) == 5  # 3 parts, the whole and the lock
+    assert (
+        texts(split) == texts(whole) and len(list(root.iterdir())) == 5
+    )  # 3 parts, the whole and the lock
     monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1)
     (source.paths[0] / "9.jsonl").write_text('{"text": "a new file"}')
     n = tokenizer.texts
@@ -99,7 +111,9 @@ def test_conversations_keep_their_masks_and_order(tmp_path):
     prepare_conversations("chat", iter(()), tokenizer, tmp_path, identity="v1")
     assert tokenizer.texts == n
     assert len(prepare_conversations("chat", rows[:2], tokenizer, tmp_path)) == 2
-    assert len(prepare_conversations("chat", rows[:3], tokenizer, tmp_path)) == 3  # without an identity: rendered every time
+    assert (
+        len(prepare_conversations("chat", rows[:3], tokenizer, tmp_path)) == 3
+    )  # without an identity: rendered every time
     with pytest.raises(UserError, match="no conversations in empty"):
         prepare_conversations("empty", [], tokenizer, tmp_path)
 
@@ -161,7 +175,10 @@ def _prepare(source, root, results):
 def test_ranks_share_the_work_of_one(source, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_prepare, args=(source, tmp_path / "tokens", results)) for _ in range(2)]
+    ranks = [
+        context.Process(target=_prepare, args=(source, tmp_path / "tokens", results))
+        for _ in range(2)
+    ]
     for process in ranks:
         process.start()
     (a, hash_a), (b, hash_b) = results.get(timeout=60), results.get(timeout=60)

@@ -32,7 +32,9 @@ def jsonl(path, rows):
 def test_specifications(tmp_path):
     folder = tmp_path / "my texts"
     folder.mkdir()
-    one, two, three = parse_sources([f"books={folder}:0.4#body", f"{folder}:.5", f"x={folder}#body:1"])
+    one, two, three = parse_sources(
+        [f"books={folder}:0.4#body", f"{folder}:.5", f"x={folder}#body:1"]
+    )
     assert (one.name, one.paths, one.weight, one.field) == ("books", (folder,), 0.4, "body")
     assert (two.name, two.paths, two.weight, two.field) == ("my_texts", (folder,), 0.5, None)
     assert (three.weight, three.field) == (1, "body")
@@ -40,10 +42,16 @@ def test_specifications(tmp_path):
 
 def test_specifications_of_what_is_built_in(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    a, b, c, d = parse_sources(["tinyworld:1", "small=tinyworld@2.5:2", "fineweb-edu:1", "web=climbmix:1"])
+    a, b, c, d = parse_sources(
+        ["tinyworld:1", "small=tinyworld@2.5:2", "fineweb-edu:1", "web=climbmix:1"]
+    )
     assert (a.kind, a.name, a.megabytes, a.weight) == ("tinyworld", "tinyworld", 20, 1)
     assert (b.kind, b.name, b.megabytes, b.weight) == ("tinyworld", "small", 2.5, 2)
-    assert (c.kind, c.name, c.paths) == ("shards", "fineweb-edu", (tmp_path / "shards" / "fineweb-edu",))
+    assert (c.kind, c.name, c.paths) == (
+        "shards",
+        "fineweb-edu",
+        (tmp_path / "shards" / "fineweb-edu",),
+    )
     assert (d.kind, d.name) == ("shards", "web")
 
 
@@ -89,7 +97,15 @@ def test_every_form_gives_the_same_documents(tmp_path):
 
 
 def test_folders_are_read_in_order_and_through(tmp_path):
-    for name in ("b/2.txt", "b/1.txt", "a.txt", "c/d/e.jsonl", ".hidden.txt", ".git/x.txt", "README.md"):
+    for name in (
+        "b/2.txt",
+        "b/1.txt",
+        "a.txt",
+        "c/d/e.jsonl",
+        ".hidden.txt",
+        ".git/x.txt",
+        "README.md",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
     assert read(tmp_path) == ["a.txt", "b/1.txt", "b/2.txt", "c/d/e.jsonl"]
@@ -104,7 +120,9 @@ def test_fields(tmp_path):
 
 def test_rows_without_text_are_passed_over(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('\ufeff{"text": "one"}\r\n\n{"text": null}\n{"text": ""}\n{"text": " \\n "}\n"bare"\n')
+    path.write_text(
+        '\ufeff{"text": "one"}\r\n\n{"text": null}\n{"text": ""}\n{"text": " \\n "}\n"bare"\n'
+    )
     assert read(path) == ["one", "bare"]
 
 
@@ -147,7 +165,10 @@ def test_errors_name_the_place(tmp_path):
         (b'{"text": "a"}\n[1]\n', r"line 2, holds a list"),
         (b'{"text": "a"}\n{"text": 5}\n', r"line 2: the field holds a int"),
         (b'{"text": "a"}\n\xff\n', r"not UTF-8 at byte 14 \(line 2\)"),
-        (b'{"prompt": "a", "response": "b"}\n', r"line 1, has no field text or content or body, only prompt, response.*PATH#FIELD"),
+        (
+            b'{"prompt": "a", "response": "b"}\n',
+            r"line 1, has no field text or content or body, only prompt, response.*PATH#FIELD",
+        ),
         (b'{"messages": []}\n', r"conversations, train on them with mid_train"),
         (b"[" * 100_000, r"line 1, is not JSON"),
     ]:
@@ -162,7 +183,12 @@ def test_unreadable_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"document {i} " * 50 for i in range(5000)]}), path)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"PAR1 no parquet at all", whole[:2000] + bytes(4000) + whole[6000:]):
+    for content in (
+        whole[: len(whole) // 2],
+        b"",
+        b"PAR1 no parquet at all",
+        whole[:2000] + bytes(4000) + whole[6000:],
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.parquet is no readable parquet file"):
             read(path)
@@ -193,7 +219,11 @@ def test_nothing_there(tmp_path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(alphabet="ab .!\n", max_size=400), st.lists(st.integers(1, 50), max_size=10), st.integers(4, 60))
+@given(
+    st.text(alphabet="ab .!\n", max_size=400),
+    st.lists(st.integers(1, 50), max_size=10),
+    st.integers(4, 60),
+)
 def test_cutting_loses_nothing_but_line_breaks(text, sizes, limit):
     pieces, at = [], 0
     for size in sizes:
@@ -221,7 +251,9 @@ def test_a_book_gives_many_documents(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(f"{i} {paragraph}" for i in range(500)))
     docs = read(path)
-    assert "\n\n".join(docs) == path.read_text() and len(docs) == pytest.approx(len(path.read_text()) / 16_000, rel=0.1)
+    assert "\n\n".join(docs) == path.read_text() and len(docs) == pytest.approx(
+        len(path.read_text()) / 16_000, rel=0.1
+    )
 
 
 # --- the validation split
@@ -253,7 +285,9 @@ def test_membership_is_by_content(tmp_path):
 
 @pytest.mark.parametrize("n", [2, 3, 20, 100, 700])
 def test_small_sources_have_a_validation_split_too(tmp_path, n):
-    train, val = splits(source(jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(n)])))
+    train, val = splits(
+        source(jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(n)]))
+    )
     assert min(8, n // 10) <= len(val) or n < 10
     assert val and train and len(train) + len(val) == n
 
@@ -267,13 +301,18 @@ def test_one_document_cannot_be_split(tmp_path):
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setitem(dataset.SHARD_SETS, "climbmix", dataset.ShardSet("karpathy/climbmix-400b-shuffle", last=9))
+    monkeypatch.setitem(
+        dataset.SHARD_SETS, "climbmix", dataset.ShardSet("karpathy/climbmix-400b-shuffle", last=9)
+    )
     folder = tmp_path / "shards" / "climbmix"
     folder.mkdir(parents=True)
 
     def put(*numbers):
         for i in numbers:
-            pq.write_table(pa.table({"text": [f"shard {i} document {j}" for j in range(100)]}), folder / f"shard_{i:05d}.parquet")
+            pq.write_table(
+                pa.table({"text": [f"shard {i} document {j}" for j in range(100)]}),
+                folder / f"shard_{i:05d}.parquet",
+            )
         return parse_sources(["climbmix"])[0]
 
     return put
@@ -298,7 +337,9 @@ def test_the_last_shard_is_validation_whatever_else_is_there(shards):
 
 
 def test_no_training_shard_is_promoted(shards):
-    with pytest.raises(UserError, match=r"no training shards.*python -m nanochat\.dataset -n 15 --set climbmix"):
+    with pytest.raises(
+        UserError, match=r"no training shards.*python -m nanochat\.dataset -n 15 --set climbmix"
+    ):
         list(documents(shards(9), "train"))
     (shards(9).paths[0] / "shard_00009.parquet").unlink()
     with pytest.raises(UserError, match=r"validation shard .*shard_00009\.parquet is absent"):
@@ -311,15 +352,26 @@ def test_no_training_shard_is_promoted(shards):
 def test_mixtures_keep_their_shares_throughout(tmp_path):
     for name, length in (("a", 50), ("b", 400)):
         (tmp_path / name).mkdir()
-        jsonl(tmp_path / name / "x.jsonl", [{"text": f"{name}{i:04d}" + name * length} for i in range(800)])
+        jsonl(
+            tmp_path / name / "x.jsonl",
+            [{"text": f"{name}{i:04d}" + name * length} for i in range(800)],
+        )
     sources = parse_sources([f"{tmp_path}/a:0.25", f"{tmp_path}/b:0.75"])
     got = list(mixed(sources, max_chars=40_000))
     assert 40_000 <= sum(map(len, got)) < 40_500
-    assert sum(len(t) for t in got if t[0] == "a") / sum(map(len, got)) == pytest.approx(0.25, abs=0.02)
+    assert sum(len(t) for t in got if t[0] == "a") / sum(map(len, got)) == pytest.approx(
+        0.25, abs=0.02
+    )
     everything = list(mixed(sources))
-    assert len(everything) == len(set(everything)) == sum(len(list(documents(s, "train"))) for s in sources)
+    assert (
+        len(everything)
+        == len(set(everything))
+        == sum(len(list(documents(s, "train"))) for s in sources)
+    )
     by_size = list(mixed(parse_sources([f"{tmp_path}/a", f"{tmp_path}/b"]), max_chars=100_000))
-    assert sum(len(t) for t in by_size if t[0] == "a") / sum(map(len, by_size)) == pytest.approx(55 / 460, abs=0.04)
+    assert sum(len(t) for t in by_size if t[0] == "a") / sum(map(len, by_size)) == pytest.approx(
+        55 / 460, abs=0.04
+    )
 
 
 def test_the_embedded_corpus():

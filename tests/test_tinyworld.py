@@ -27,20 +27,29 @@ def talks(split="train", n=20_000, seed=0):
 
 def text_of(item):
     contents = (m["content"] for m in item["messages"])
-    return "\n".join(c if isinstance(c, str) else "\n".join(part["text"] for part in c) for c in contents)
+    return "\n".join(
+        c if isinstance(c, str) else "\n".join(part["text"] for part in c) for c in contents
+    )
 
 
 def test_choices_and_articles():
     assert choices("a [b|c[d|]] e") == ["a b e", "a cd e", "a c e"]
     assert choices("x | y z") == ["x", "y z"]
-    assert [article(w) for w in ("apple", "kite", "umbrella", "orange ring")] == ["an apple", "a kite", "an umbrella", "an orange ring"]
+    assert [article(w) for w in ("apple", "kite", "umbrella", "orange ring")] == [
+        "an apple",
+        "a kite",
+        "an umbrella",
+        "an orange ring",
+    ]
 
 
 def test_streams_are_endless_seeded_and_reject_unknown_splits():
     assert docs(n=300) == docs(n=300, seed=0) != docs(n=300, seed=1)
     first = list(itertools.islice(tinyworld.documents(0, "train"), 300))
     assert first == docs(n=300)
-    assert list(itertools.islice(tinyworld.conversations(3, "val"), 100)) == list(itertools.islice(tinyworld.conversations(3, "val"), 100))
+    assert list(itertools.islice(tinyworld.conversations(3, "val"), 100)) == list(
+        itertools.islice(tinyworld.conversations(3, "val"), 100)
+    )
     with pytest.raises(ValueError, match="'test'"):
         next(tinyworld.documents(0, "test"))
     with pytest.raises(ValueError, match="poetry"):
@@ -67,30 +76,56 @@ def test_vocabulary_is_wide_and_simple():
 def test_speed():
     world(), phrases()
     rates = []
-    for stream, size in ((tinyworld.documents(9), len), (tinyworld.conversations(9), lambda x: len(text_of(x)))):
+    for stream, size in (
+        (tinyworld.documents(9), len),
+        (tinyworld.conversations(9), lambda x: len(text_of(x))),
+    ):
         start, n = time.process_time(), 0
         while n < 1_000_000:
             n += size(next(stream))
         rates.append(n / 1e6 / (time.process_time() - start))
-    assert rates[0] > 3 and rates[1] > 1.5, rates  # several times faster on an idle core; this only catches a blunder
+    assert rates[0] > 3 and rates[1] > 1.5, (
+        rates
+    )  # several times faster on an idle core; this only catches a blunder
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_grammar(split):
     text = "\n".join(docs(split, 5000)) + "\n" + "\n".join(map(text_of, talks(split, 5000)))
     for pattern in (
-        r"(?<!letter )(?<!letters )(?<!=)\b[Aa] [aeiou]\w+", r"\b[Aa]n (?!hour)[^aeiou\W]", r"%\(", r"[{}\[\]|<>]", r"  ", r" [.,;!?]",
-        r"\bone (?!is|was|has)\w+s\b", r"\b1 times\b", r"\b(\w{2,}) \1\b", r"[.!?] [a-z]", r"\bNone\b", r",,|\.\.|\?\.|!\.",
-    ):  # fmt: skip
-        bad = [m.group() for m in re.finditer(pattern, text) if m.group() not in ("A a", "had had", "a one", "a occurs")]
-        assert not bad, (pattern, bad[:5], [text[m.start() - 60 : m.end() + 40] for m in re.finditer(pattern, text)][:2])
+        r"(?<!letter )(?<!letters )(?<!=)\b[Aa] [aeiou]\w+",
+        r"\b[Aa]n (?!hour)[^aeiou\W]",
+        r"%\(",
+        r"[{}\[\]|<>]",
+        r"  ",
+        r" [.,;!?]",
+        r"\bone (?!is|was|has)\w+s\b",
+        r"\b1 times\b",
+        r"\b(\w{2,}) \1\b",
+        r"[.!?] [a-z]",
+        r"\bNone\b",
+        r",,|\.\.|\?\.|!\.",
+    ):
+        bad = [
+            m.group()
+            for m in re.finditer(pattern, text)
+            if m.group() not in ("A a", "had had", "a one", "a occurs")
+        ]
+        assert not bad, (
+            pattern,
+            bad[:5],
+            [text[m.start() - 60 : m.end() + 40] for m in re.finditer(pattern, text)][:2],
+        )
 
 
 def test_nobody_meets_themself():
     for text in docs(n=8000):
         for name, other in re.findall(r"\b([A-Z]\w+) and ([A-Z]\w+)\b", text):
             assert name != other, text
-        assert not re.search(r'"[^"]*\b([A-Z][a-z]+)[.!?,]+" (?:said|asked) \1\b', re.sub(r'"I am [A-Z]\w+', "", text)), text
+        assert not re.search(
+            r'"[^"]*\b([A-Z][a-z]+)[.!?,]+" (?:said|asked) \1\b',
+            re.sub(r'"I am [A-Z]\w+', "", text),
+        ), text
 
 
 def test_no_held_out_pairing_is_ever_shown_in_train():
@@ -115,10 +150,26 @@ def test_no_held_out_pairing_is_ever_shown_in_train():
 
 def test_no_held_out_question_is_ever_asked_in_train():
     w, p = world(), phrases()
-    forbidden = {q % {"P": name} for name in w.people for a in ATTRIBUTES if held(name, a) for q in p["facts"][a][0]}
-    forbidden |= {q % {"w": x} for x in w.words if held(x, "spelling") for q in p["spelling"]["ask"]}
-    forbidden |= {q % {"w": x, "l": c} for x in w.words for c in ascii_lowercase if held(x, c) for q in p["spelling"]["count"]}
-    kinds = {q % {"k": k, "a k": article(k)} for k in w.data["kinds"] for q in p["choice"]["member"]}
+    forbidden = {
+        q % {"P": name}
+        for name in w.people
+        for a in ATTRIBUTES
+        if held(name, a)
+        for q in p["facts"][a][0]
+    }
+    forbidden |= {
+        q % {"w": x} for x in w.words if held(x, "spelling") for q in p["spelling"]["ask"]
+    }
+    forbidden |= {
+        q % {"w": x, "l": c}
+        for x in w.words
+        for c in ascii_lowercase
+        if held(x, c)
+        for q in p["spelling"]["count"]
+    }
+    kinds = {
+        q % {"k": k, "a k": article(k)} for k in w.data["kinds"] for q in p["choice"]["member"]
+    }
     lettered = 0
     for text in itertools.chain(docs(), map(text_of, talks())):
         for line in text.split("\n"):
@@ -126,7 +177,9 @@ def test_no_held_out_question_is_ever_asked_in_train():
             assert line not in forbidden, text
         for a, op, b in re.findall(r"\b(\d+) (plus|minus|times|divided by|[-+*/]) (\d+)", text):
             assert not held(a, b), (a, op, b, text)
-        asked_and_answered = r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*[.?]\n)?(?:Answer: )?The answer is .*=([A-D])\."
+        asked_and_answered = (
+            r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*[.?]\n)?(?:Answer: )?The answer is .*=([A-D])\."
+        )
         for question, options, answer in re.findall(asked_and_answered, text):
             if question.removeprefix("Question: ") in kinds:
                 option = re.search(rf"- (.*)={answer}", options)
@@ -141,7 +194,14 @@ def test_no_held_out_question_is_ever_asked_in_train():
 def test_every_key_is_accepted_and_every_corruption_is_not():
     rng = random.Random(0)
     w = world()
-    others = {"context": w.people + w.classes["colour"] + w.classes["thing"] + w.classes["spot"] + w.classes["place"] + w.classes["number"]}
+    others = {
+        "context": w.people
+        + w.classes["colour"]
+        + w.classes["thing"]
+        + w.classes["spot"]
+        + w.classes["place"]
+        + w.classes["number"]
+    }
     for item in talks("val", 4000) + talks("train", 4000):
         kind, answer, reply = item["kind"], item["answer"], task.gold(item)
         assert task.evaluate(item, reply), item
@@ -149,22 +209,51 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
         wrong = ["", "I do not know.", "."]
         if kind == "choice":
             wrong += [x for x in item["letters"] if x != answer]
-            wrong += [" ".join(item["letters"]), f"{answer} {item['letters'][0]}", answer.lower(), f"a=A, b=B, c=C, d={answer}"]
+            wrong += [
+                " ".join(item["letters"]),
+                f"{answer} {item['letters'][0]}",
+                answer.lower(),
+                f"a=A, b=B, c=C, d={answer}",
+            ]
             wrong += [reply.replace(f"={answer}", f"={x}") for x in item["letters"] if x != answer]
-            wrong += [f"The answer is something={answer}.", f"={answer}"]  # the right letter of another option
-            assert task.evaluate(item, answer) and f"{reply[len('The answer is ') : -1]}\n" in item["messages"][-2]["content"] + "\n"
-            assert item["letters"] == list("ABCD")[: len(item["letters"])] and answer in item["letters"]
+            wrong += [
+                f"The answer is something={answer}.",
+                f"={answer}",
+            ]  # the right letter of another option
+            assert (
+                task.evaluate(item, answer)
+                and f"{reply[len('The answer is ') : -1]}\n"
+                in item["messages"][-2]["content"] + "\n"
+            )
+            assert (
+                item["letters"] == list("ABCD")[: len(item["letters"])]
+                and answer in item["letters"]
+            )
         elif kind in ("arithmetic", "twostep", "counting"):
             n = int(answer)
-            wrong += [reply.replace(answer, str(n + 1)), f"{n + 1}", f"{n}{n}", f"{reply} Or {n + 2}.", f"{n - 1} {n} {n + 1}"]
+            wrong += [
+                reply.replace(answer, str(n + 1)),
+                f"{n + 1}",
+                f"{n}{n}",
+                f"{reply} Or {n + 2}.",
+                f"{n - 1} {n} {n + 1}",
+            ]
             wrong = [x for x in wrong if x != reply]
             assert item["messages"][-1]["content"][1]["text"] == answer
         elif kind == "spelling":
-            wrong += [reply.replace(answer, x) for x in (answer[:-2], answer + "-s", answer.replace("-", ""), f"{answer} {answer}")]
+            wrong += [
+                reply.replace(answer, x)
+                for x in (answer[:-2], answer + "-s", answer.replace("-", ""), f"{answer} {answer}")
+            ]
         else:
             assert re.search(rf"\b{answer}\b", reply, re.I), item
-            rivals = [x for x in (others.get(kind) or w.people + w.classes["colour"]) if x not in reply]
-            wrong += [re.sub(rf"\b{answer}\b", "something", reply, flags=re.I), f"It is not {answer}."]
+            rivals = [
+                x for x in (others.get(kind) or w.people + w.classes["colour"]) if x not in reply
+            ]
+            wrong += [
+                re.sub(rf"\b{answer}\b", "something", reply, flags=re.I),
+                f"It is not {answer}.",
+            ]
             same = next((c for c in w.classes.values() if answer in c and len(c) < 60), None)
             if same:
                 other = rng.choice([x for x in same if x != answer])
@@ -182,8 +271,17 @@ def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
     mixed = lambda items: sum("+" in s and "-" in s for s in sums(items))  # noqa: E731
     assert len(shown) == 1000 and 2 < mixed(shown) < 25
     for items in (asked, val):
-        assert {re.sub(r"\d", "", s) for s in sums(items)} == {"++", "+-", "-+", "--"} and 400 < mixed(items) < 500
-        assert all(task.evaluate(x, task.gold(x)) and not task.evaluate(x, task.gold(x).replace(x["answer"], "1")) for x in items)
+        assert {re.sub(r"\d", "", s) for s in sums(items)} == {
+            "++",
+            "+-",
+            "-+",
+            "--",
+        } and 400 < mixed(items) < 500
+        assert all(
+            task.evaluate(x, task.gold(x))
+            and not task.evaluate(x, task.gold(x).replace(x["answer"], "1"))
+            for x in items
+        )
     pairs = lambda items: [list(itertools.pairwise(re.findall(r"\d+", s))) for s in sums(items)]  # noqa: E731
     assert all(held(*first) for first, _ in pairs(val))
     assert not any(held(*pair) for both in pairs(shown + asked) for pair in both)
@@ -191,16 +289,29 @@ def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
 
 def test_items_are_balanced_and_chance_levels_are_honest():
     got = task.items("val", 800, seed=1)
-    assert {k: sum(x["kind"] == k for x in got) for k in task.KINDS} == dict.fromkeys(task.KINDS, 100)
+    assert {k: sum(x["kind"] == k for x in got) for k in task.KINDS} == dict.fromkeys(
+        task.KINDS, 100
+    )
     letters = task.TASKS["choice"].items("val", 3000, 0)
-    assert abs(sum(1 / len(x["letters"]) for x in letters) / len(letters) - task.KINDS["choice"]) < 0.02
+    assert (
+        abs(sum(1 / len(x["letters"]) for x in letters) / len(letters) - task.KINDS["choice"])
+        < 0.02
+    )
     for n in (2, 3, 4):  # the right letter is uniform
         right = [x["answer"] for x in letters if len(x["letters"]) == n]
         for letter in "ABCD"[:n]:
             assert abs(right.count(letter) / len(right) - 1 / n) < 0.06
-    for kind in ("facts", "smalltalk", "counting", "arithmetic", "twostep"):  # nothing beats chance by always saying the same
+    for kind in (
+        "facts",
+        "smalltalk",
+        "counting",
+        "arithmetic",
+        "twostep",
+    ):  # nothing beats chance by always saying the same
         answers = [x["answer"] for x in task.TASKS[kind].items("val", 1500, 0)]
-        assert max(answers.count(a) for a in set(answers)) / len(answers) <= task.KINDS[kind] + 0.02, kind
+        assert (
+            max(answers.count(a) for a in set(answers)) / len(answers) <= task.KINDS[kind] + 0.02
+        ), kind
 
 
 def test_the_world_is_consistent():

@@ -22,7 +22,11 @@ def test_tok_train_saves_and_moves_a_different_tokenizer_aside(corpus, tmp_path,
     from nanochat.commands import tok_train
 
     first = tok_train.main(["--vocab_size=400", f"--data=mine={corpus}", "--max_chars=2000000000"])
-    assert first["vocab_size"] == 400 and first["documents"] > 150 and 1 < first["bytes_per_token"] < 10
+    assert (
+        first["vocab_size"] == 400
+        and first["documents"] > 150
+        and 1 < first["bytes_per_token"] < 10
+    )
     assert Tokenizer.load().fingerprint == first["fingerprint"]
     again = tok_train.main(["--vocab-size", "400", "--data", f"mine={corpus}"])
     assert again["fingerprint"] == first["fingerprint"]
@@ -30,13 +34,18 @@ def test_tok_train_saves_and_moves_a_different_tokenizer_aside(corpus, tmp_path,
     second = tok_train.main(["--vocab_size=401", "--data", f"mine={corpus}"])
     assert "different tokenizer" in capsys.readouterr().err
     assert Tokenizer.load().fingerprint == second["fingerprint"] != first["fingerprint"]
-    assert Tokenizer.load(tmp_path / "made" / f"tokenizer_{first['fingerprint'][:8]}").fingerprint == first["fingerprint"]
+    assert (
+        Tokenizer.load(tmp_path / "made" / f"tokenizer_{first['fingerprint'][:8]}").fingerprint
+        == first["fingerprint"]
+    )
 
 
 def test_tok_train_reads_no_more_than_asked(corpus):
     from nanochat.commands import tok_train
 
-    done = tok_train.main(["--vocab_size=300", "--data", corpus, "--max_chars=1000", "--doc_cap=90"])
+    done = tok_train.main(
+        ["--vocab_size=300", "--data", corpus, "--max_chars=1000", "--doc_cap=90"]
+    )
     assert done["chars"] == 1000 and done["documents"] == 12
     with pytest.raises(UserError, match="265"):
         tok_train.main(["--vocab_size=200", "--data", corpus])
@@ -53,7 +62,12 @@ def test_tok_eval(corpus, capsys, monkeypatch, trouble):
             raise ConnectionError("a long story\nabout proxies")
         if trouble == "silent":
             time.sleep(30)
-        return tiktoken.Encoding(name, pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
+        return tiktoken.Encoding(
+            name,
+            pat_str=".",
+            mergeable_ranks={bytes([b]): b for b in range(256)},
+            special_tokens={},
+        )
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     with pytest.raises(UserError, match="tok_train"):
@@ -66,13 +80,19 @@ def test_tok_eval(corpus, capsys, monkeypatch, trouble):
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
     assert {"mine", "(english)", "(code)", "(maths)", "(cjk)", "(emoji)"} <= set(result["texts"])
-    assert result["texts"]["mine"]["bytes_per_token"] > 1.5 and all(row["exact"] for row in result["texts"].values())
+    assert result["texts"]["mine"]["bytes_per_token"] > 1.5 and all(
+        row["exact"] for row in result["texts"].values()
+    )
     if trouble == "none":
         assert result["compared_with"] == ["gpt2", "gpt4"] and err == ""
-        assert result["texts"]["(english)"]["gpt2"]["bytes_per_token"] == pytest.approx(1, abs=0.02)  # "." leaves line ends out
+        assert result["texts"]["(english)"]["gpt2"]["bytes_per_token"] == pytest.approx(
+            1, abs=0.02
+        )  # "." leaves line ends out
     else:
         assert result["compared_with"] == []
-        assert err.count("\n") == 1 and "no comparison with the vocabularies of gpt2 and gpt4" in err
+        assert (
+            err.count("\n") == 1 and "no comparison with the vocabularies of gpt2 and gpt4" in err
+        )
 
 
 def test_tok_data_makes_what_training_would(corpus, tmp_path, capsys):
@@ -82,7 +102,21 @@ def test_tok_data_makes_what_training_would(corpus, tmp_path, capsys):
         tok_data.main(["--data", corpus])
     tok_train.main(["--vocab_size=400", f"--data=mine={corpus}"])
     made = tok_data.main(["--data", f"mine={corpus}"])
-    folders = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "made" / "tokens").iterdir() if p.is_dir()}
-    assert set(made) == {"mine-train", "mine-val"} and made["mine-train"] > 10 * made["mine-val"] > 0 and len(folders) == 2
+    folders = {
+        p.name: p.stat().st_mtime_ns for p in (tmp_path / "made" / "tokens").iterdir() if p.is_dir()
+    }
+    assert (
+        set(made) == {"mine-train", "mine-val"}
+        and made["mine-train"] > 10 * made["mine-val"] > 0
+        and len(folders) == 2
+    )
     again = tok_data.main(["--data", f"mine={corpus}"])
-    assert again == made and {p.name: p.stat().st_mtime_ns for p in (tmp_path / "made" / "tokens").iterdir() if p.is_dir()} == folders
+    assert (
+        again == made
+        and {
+            p.name: p.stat().st_mtime_ns
+            for p in (tmp_path / "made" / "tokens").iterdir()
+            if p.is_dir()
+        }
+        == folders
+    )

@@ -23,7 +23,10 @@ WORDS = (
 
 def texts(n: int = 400) -> list[str]:
     rng = random.Random(0)
-    made_up = ["".join(rng.choices(["ka", "lo", "mi", "ren", "st", "u"], k=rng.randint(1, 5))) for _ in range(300)]
+    made_up = [
+        "".join(rng.choices(["ka", "lo", "mi", "ren", "st", "u"], k=rng.randint(1, 5)))
+        for _ in range(300)
+    ]
     return [" ".join(rng.choices(WORDS.split(" ") * 5 + made_up, k=40)) for _ in range(n)]
 
 
@@ -44,10 +47,26 @@ def hf(tok, tmp_path_factory):
 
 
 ODD = [
-    "", " ", "a", "\x00", "\x00\x00 \x00", "\ufeff", "\r\n\r\n", " \n \n x", "\t\t x\u00a0\u3000y", "😀",
-    "👩\u200d👧🏽 é e\u0301", "東京の猫。\nはい", "𝕏𐍈", "\U0010ffff",
-    "I'm you'LL we'Ve it'ſ", "1234567 ١٢٣ ½", "=== ---\n\n", "x" * 5000, "<|bos|><|assistant_end|>",
-]  # fmt: skip
+    "",
+    " ",
+    "a",
+    "\x00",
+    "\x00\x00 \x00",
+    "\ufeff",
+    "\r\n\r\n",
+    " \n \n x",
+    "\t\t x\u00a0\u3000y",
+    "😀",
+    "👩\u200d👧🏽 é e\u0301",
+    "東京の猫。\nはい",
+    "𝕏𐍈",
+    "\U0010ffff",
+    "I'm you'LL we'Ve it'ſ",
+    "1234567 ١٢٣ ½",
+    "=== ---\n\n",
+    "x" * 5000,
+    "<|bos|><|assistant_end|>",
+]
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -56,7 +75,14 @@ def test_odd_texts_survive(tok, hf, text):
     assert hf.encode(text).ids == tok.encode(text)
 
 
-@given(st.text(alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("ab '\n\r19.é東😀")), max_size=200))
+@given(
+    st.text(
+        alphabet=st.one_of(
+            st.characters(exclude_categories=["Cs"]), st.sampled_from("ab '\n\r19.é東😀")
+        ),
+        max_size=200,
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_lossless_and_the_same_through_tokenizers(tok, hf, text):
     ids = tok.encode(text)
@@ -80,7 +106,9 @@ def test_surrogates(tok):
     assert trained.decode(trained.encode("a\ud800 b")) == "a\ufffd b"
 
 
-@pytest.mark.parametrize("unit", [" ", "\n", "a", "=", "7", "\x00", " \n", "猫", "😀", "\t ", "ab", "a "])
+@pytest.mark.parametrize(
+    "unit", [" ", "\n", "a", "=", "7", "\x00", " \n", "猫", "😀", "\t ", "ab", "a "]
+)
 def test_megabytes_of_one_thing(tok, unit):  # trap 27
     text = unit * (2_000_000 // len(unit.encode()))
     start = time.perf_counter()
@@ -92,7 +120,26 @@ def test_megabytes_of_one_thing(tok, unit):  # trap 27
 
 def test_cuts_change_nothing_where_the_pattern_splits_anyway(tok, hf):
     rng = random.Random(1)
-    words = ["word", "x1", " ", "  ", "\n", "\n\n", "\t", "...", "'s", "é", "猫", ")\n", " 7", "12345", "\r\n", "\x1c", "\x85", "😀!"]
+    words = [
+        "word",
+        "x1",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "...",
+        "'s",
+        "é",
+        "猫",
+        ")\n",
+        " 7",
+        "12345",
+        "\r\n",
+        "\x1c",
+        "\x85",
+        "😀!",
+    ]
     text = "".join(rng.choices(words, k=60_000)) + "".join(rng.choices(words, k=10)) * 3000
     assert len(list(segments(text))) > 1 and "".join(segments(text)) == text
     assert hf.encode(text).ids == tok.encode(text)
@@ -126,14 +173,24 @@ def test_pairs_list_makes_tokenizers_agree_on_adversarial_vocabularies(tmp_path)
 
 def test_vocabulary_size_and_special_ids(tok):
     assert tok.vocab_size == 512 and len(tok.ranks) == 512 - 9
-    assert list(tok.specials) == list(SPECIAL_TOKENS) and list(tok.specials.values()) == list(range(503, 512))
+    assert list(tok.specials) == list(SPECIAL_TOKENS) and list(tok.specials.values()) == list(
+        range(503, 512)
+    )
     assert tok.bos == 503 and tok.decode([tok.bos, 511]) == "<|bos|><|output_end|>"
     sizes = tok.token_bytes()
-    assert sizes.dtype == np.int32 and sizes.shape == (512,) and (sizes[:503] > 0).all() and (sizes[503:] == 0).all()
+    assert (
+        sizes.dtype == np.int32
+        and sizes.shape == (512,)
+        and (sizes[:503] > 0).all()
+        and (sizes[503:] == 0).all()
+    )
 
 
 def test_training_is_deterministic():
-    assert Tokenizer.train(texts(50), 400).fingerprint == Tokenizer.train(iter(texts(50)), 400).fingerprint
+    assert (
+        Tokenizer.train(texts(50), 400).fingerprint
+        == Tokenizer.train(iter(texts(50)), 400).fingerprint
+    )
 
 
 def test_learns_the_pattern(tok):
@@ -182,10 +239,19 @@ def test_save_and_load(tok, tmp_path, monkeypatch):
         Tokenizer.load()
     tok.save(tmp_path / "tokenizer")
     again = Tokenizer.load()
-    assert again.fingerprint == tok.fingerprint and again.ranks == tok.ranks and again.specials == tok.specials
-    assert sorted(p.name for p in (tmp_path / "tokenizer").iterdir()) == ["meta.json", "tokenizer.json"]
+    assert (
+        again.fingerprint == tok.fingerprint
+        and again.ranks == tok.ranks
+        and again.specials == tok.specials
+    )
+    assert sorted(p.name for p in (tmp_path / "tokenizer").iterdir()) == [
+        "meta.json",
+        "tokenizer.json",
+    ]
     assert json.loads((tmp_path / "tokenizer" / "meta.json").read_text())["vocab_size"] == 512
-    assert pickle.loads(pickle.dumps(tok)).encode("the cat") == tok.encode("the cat")  # travels to worker processes
+    assert pickle.loads(pickle.dumps(tok)).encode("the cat") == tok.encode(
+        "the cat"
+    )  # travels to worker processes
 
 
 def test_interchange_knows_the_special_tokens(tok, hf):
@@ -215,10 +281,29 @@ def test_damaged_files_are_refused(tok, tmp_path):
     a, b = list(swapped)[300:302]
     swapped[a], swapped[b] = swapped[b], swapped[a]
     raw = good["tokenizer.json"]
-    bad = [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, raw[:1000], raw[:-1], raw[: len(raw) // 2]]
+    bad = [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        raw[:1000],
+        raw[:-1],
+        raw[: len(raw) // 2],
+    ]
     bad += [raw.replace(b"{1,2}", b"{1,3}")]
-    bad += [changed(vocab=swapped), changed(vocab={}), changed(vocab=[]), changed(vocab={**data["model"]["vocab"], "日": 503})]
-    bad += [changed(vocab={**data["model"]["vocab"], a: "1"}), json.dumps({**data, "added_tokens": []}).encode(), pickle.dumps({"a": 1})]
+    bad += [
+        changed(vocab=swapped),
+        changed(vocab={}),
+        changed(vocab=[]),
+        changed(vocab={**data["model"]["vocab"], "日": 503}),
+    ]
+    bad += [
+        changed(vocab={**data["model"]["vocab"], a: "1"}),
+        json.dumps({**data, "added_tokens": []}).encode(),
+        pickle.dumps({"a": 1}),
+    ]
     cases = [("tokenizer.json", content) for content in bad]
     cases += [("meta.json", content) for content in (b"", b"{}", b"3", good["meta.json"][:40])]
     for name, content in cases:
@@ -242,7 +327,11 @@ def test_files_of_a_stranger_cannot_run_code(tok, tmp_path):  # trap 33
     tok.save(tmp_path)
     for name in ("tokenizer.json", "meta.json"):
         keep = (tmp_path / name).read_bytes()
-        for content in (pickle.dumps(Bomb()), b"__import__('os').abort()", b'{"model": {"vocab": "__import__(\'os\').abort()"}}'):
+        for content in (
+            pickle.dumps(Bomb()),
+            b"__import__('os').abort()",
+            b'{"model": {"vocab": "__import__(\'os\').abort()"}}',
+        ):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(UserError, match="damaged"):
                 Tokenizer.load(tmp_path)
@@ -305,11 +394,24 @@ def test_text_that_spells_a_special_token_stays_text(tok, before, after, name): 
     text = before + name + after
     assert all(i < tok.bos for i in tok.encode(text))
     ids, mask = tok.render_conversation(
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": [{"type": "python", "text": text}]}]}
+        {
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": [{"type": "python", "text": text}]},
+            ]
+        }
     )
     special = [name for name, i in tok.specials.items() for j in ids if i == j]
     assert sorted(special) == sorted(
-        ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|python_start|>", "<|python_end|>", "<|assistant_end|>"]
+        [
+            "<|bos|>",
+            "<|user_start|>",
+            "<|user_end|>",
+            "<|assistant_start|>",
+            "<|python_start|>",
+            "<|python_end|>",
+            "<|assistant_end|>",
+        ]
     )
     assert sum(mask) == len(tok.encode(text)) + 3
 
@@ -329,11 +431,23 @@ USER, REPLY = {"role": "user", "content": "u"}, {"role": "assistant", "content":
         ([USER, {"role": "system", "content": "s"}], "message 1: role 'system' where 'assistant'"),
         ([{"role": "human", "content": "s"}], "message 0: role 'human' where 'user'"),
         ([{"content": "s"}], "message 0: role None where 'user'"),
-        ([{"role": "user"}], "message 0: the content of a message of role 'user' must be text, not None"),
-        ([{"role": "user", "content": ["x" * 999]}], "message 0: the content .* must be text, not .*\\.\\.\\."),
-        ([USER, {"role": "assistant", "content": 3}], "message 1: the content .* must be text, not 3"),
+        (
+            [{"role": "user"}],
+            "message 0: the content of a message of role 'user' must be text, not None",
+        ),
+        (
+            [{"role": "user", "content": ["x" * 999]}],
+            "message 0: the content .* must be text, not .*\\.\\.\\.",
+        ),
+        (
+            [USER, {"role": "assistant", "content": 3}],
+            "message 1: the content .* must be text, not 3",
+        ),
         ([USER, {"role": "assistant", "content": ["a"]}], "message 1: a part must be .* not 'a'"),
-        ([USER, {"role": "assistant", "content": [{"type": "image", "text": "a"}]}], "message 1: a part must be .*image"),
+        (
+            [USER, {"role": "assistant", "content": [{"type": "image", "text": "a"}]}],
+            "message 1: a part must be .*image",
+        ),
         ([USER, {"role": "assistant", "content": [{"type": "text"}]}], "message 1: a part must be"),
         (["hello"], "a conversation must be"),
         ("hello", "a conversation must be"),
@@ -367,7 +481,12 @@ def test_stream_of_any_ids_is_their_decoding(tok, ids):
     assert decoder.flush() == ""
 
 
-@given(st.text(alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("é東😀👩‍👧")), max_size=60))
+@given(
+    st.text(
+        alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("é東😀👩‍👧")),
+        max_size=60,
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_stream_never_emits_half_a_character(tok, text):  # trap 16
     decoder = StreamDecoder(tok)

@@ -20,12 +20,29 @@ from nanochat.train.optim import MuonAdamW
 from nanochat.train.schedule import Schedule
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, 42)
-RATES = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "gate_lr": 0.05, "lr_scale": 1.0, "weight_decay": 0.0}
+RATES = {
+    "embedding_lr": 0.2,
+    "unembedding_lr": 0.004,
+    "matrix_lr": 0.02,
+    "gate_lr": 0.05,
+    "lr_scale": 1.0,
+    "weight_decay": 0.0,
+}
 
 
 def config(**knobs: Any) -> GPTConfig:
     """61 tokens, so that the table has 3 rows of padding; two query heads share a key-value head."""
-    return GPTConfig(**{"sequence_len": 16, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, **knobs})
+    return GPTConfig(
+        **{
+            "sequence_len": 16,
+            "vocab_size": 61,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_kv_head": 2,
+            "n_embd": 32,
+            **knobs,
+        }
+    )
 
 
 def model(seed: int = 1, **knobs: Any) -> GPT:
@@ -47,14 +64,25 @@ def optimizer(m: GPT, rt: Runtime = CPU, **rates: float) -> MuonAdamW:
     return stage.make_optimizer(m, SimpleNamespace(**{**RATES, **rates}), rt)
 
 
-def batch(rows: int = 8, seed: int = 0, T: int = 16, vocab: int = 61, ignored: float = 0.0, weighted: bool = False) -> Batch:
+def batch(
+    rows: int = 8,
+    seed: int = 0,
+    T: int = 16,
+    vocab: int = 61,
+    ignored: float = 0.0,
+    weighted: bool = False,
+) -> Batch:
     """Random tokens; `ignored` is the share of targets that do not count, different in every row."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (rows, T + 1), generator=g)
     targets = ids[:, 1:].clone()
     if ignored:
-        targets[torch.rand(rows, T, generator=g) < ignored * torch.linspace(0, 2, rows)[:, None]] = -1
-    return Batch(ids[:, :-1].clone(), targets, torch.randn(rows, T, generator=g) if weighted else None)
+        targets[
+            torch.rand(rows, T, generator=g) < ignored * torch.linspace(0, 2, rows)[:, None]
+        ] = -1
+    return Batch(
+        ids[:, :-1].clone(), targets, torch.randn(rows, T, generator=g) if weighted else None
+    )
 
 
 class ListFeed:
@@ -88,11 +116,25 @@ class ListFeed:
 
 
 def meta(m: GPT) -> dict[str, Any]:
-    return {"stage": "base", "config": vars(m.config), "tokenizer": "f" * 64, "knobs": {}, "plan": {}, "dtype": "float32", "world_size": 1}
+    return {
+        "stage": "base",
+        "config": vars(m.config),
+        "tokenizer": "f" * 64,
+        "knobs": {},
+        "plan": {},
+        "dtype": "float32",
+        "world_size": 1,
+    }
 
 
 def run(directory: Path, m: GPT, **fields: Any) -> trainer.Run:
-    return trainer.Run(fields.pop("runtime", CPU), directory, Logbook(directory, step=fields.get("step", 0)), meta(m), **fields)
+    return trainer.Run(
+        fields.pop("runtime", CPU),
+        directory,
+        Logbook(directory, step=fields.get("step", 0)),
+        meta(m),
+        **fields,
+    )
 
 
 def weights(m: GPT) -> dict[str, torch.Tensor]:
@@ -108,14 +150,28 @@ def workplace(directory: Path) -> list[str]:
     rng = random.Random(0)
     nouns = ["cat", "dog", "boat", "tree", "river", "song", "hat", "stone"]
     verbs = ["sees", "likes", "finds", "follows", "paints", "forgets"]
-    sentences = [f"The {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(3000)]
+    sentences = [
+        f"The {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(3000)
+    ]
     lines = [" ".join(rng.choices(sentences, k=rng.randint(2, 9))) for _ in range(600)]
     text = directory / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
     Tokenizer.train(lines, 300).save(directory / "tokenizer")
     sizes = ["--depth=2", "--model_dim=32", "--head_dim=8", "--kv_ratio=0.5", "--sequence_len=32"]
-    machine = ["--total_batch_size=1024", "--device_batch_size=16", "--device_type=cpu", "--dtype=float32"]
-    return [f"--data=own={text}", *sizes, *machine, "--eval_tokens=2000", "--sample_every=0", "--model_tag=t"]
+    machine = [
+        "--total_batch_size=1024",
+        "--device_batch_size=16",
+        "--device_type=cpu",
+        "--dtype=float32",
+    ]
+    return [
+        f"--data=own={text}",
+        *sizes,
+        *machine,
+        "--eval_tokens=2000",
+        "--sample_every=0",
+        "--model_tag=t",
+    ]
 
 
 PLAIN = Schedule(momentum_warmup=4)
@@ -126,7 +182,13 @@ def fit(folder, m=None, feed=None, schedule=PLAIN, probes=(), **fields):
     m = m or model()
     r = run(folder, m, **fields)
     try:
-        return trainer.fit(r, m, optimizer(m, r.runtime), feed or ListFeed.random(8), schedule, probes), r, m
+        return (
+            trainer.fit(
+                r, m, optimizer(m, r.runtime), feed or ListFeed.random(8), schedule, probes
+            ),
+            r,
+            m,
+        )
     finally:
         r.logbook.close()
 

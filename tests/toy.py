@@ -16,10 +16,18 @@ from nanochat.train.rollout import RolloutFeed, Sampler
 
 LETTERS = "abcd"
 EASY = Task(
-    "toy", "generative", 0.0, lambda split, n, seed=0, folder=None: [exchange(f"{split} {i}", "b") for i in range(n)], prompt, gold,
-    lambda item, reply: sum(map(ord, reply)) % 2 == 0, max_tokens=6,
-)  # fmt: skip
-TOY = replace(EASY, evaluate=lambda item, reply: reply == "b")  # one letter of four, and then to stop
+    "toy",
+    "generative",
+    0.0,
+    lambda split, n, seed=0, folder=None: [exchange(f"{split} {i}", "b") for i in range(n)],
+    prompt,
+    gold,
+    lambda item, reply: sum(map(ord, reply)) % 2 == 0,
+    max_tokens=6,
+)
+TOY = replace(
+    EASY, evaluate=lambda item, reply: reply == "b"
+)  # one letter of four, and then to stop
 QUESTIONS = [(EASY, item) for item in EASY.items("train", 10)]
 
 
@@ -32,13 +40,20 @@ def words() -> Tokenizer:
 def policy_weights() -> dict[str, torch.Tensor]:
     """Those of a model that has learnt by imitation to say letters, all alike, and to end with one chance in five after each."""
     tok = words()
-    m, g = tiny.model(vocab_size=tok.vocab_size, sequence_len=32, n_layer=1), torch.Generator().manual_seed(0)
+    m, g = (
+        tiny.model(vocab_size=tok.vocab_size, sequence_len=32, n_layer=1),
+        torch.Generator().manual_seed(0),
+    )
     o, letters = tiny.optimizer(m), torch.tensor([tok.encode(c)[0] for c in LETTERS])
     asked = torch.tensor(tok.render_prompt(prompt(QUESTIONS[0][1])))
     n = len(asked)
     for _ in range(40):
-        ids = torch.cat([asked.expand(32, n), letters[torch.randint(0, 4, (32, 31 - n), generator=g)]], dim=1)
-        ids[:, n + 1 :][torch.rand(32, 30 - n, generator=g) < 0.2] = tok.specials["<|assistant_end|>"]
+        ids = torch.cat(
+            [asked.expand(32, n), letters[torch.randint(0, 4, (32, 31 - n), generator=g)]], dim=1
+        )
+        ids[:, n + 1 :][torch.rand(32, 30 - n, generator=g) < 0.2] = tok.specials[
+            "<|assistant_end|>"
+        ]
         targets = ids[:, 1:].clone()
         targets[:, : n - 1] = -1
         o.zero_grad()
@@ -55,4 +70,6 @@ def policy(tok: Tokenizer) -> GPT:
 
 def feed(tok, m=None, questions=QUESTIONS, rows=64, **knobs) -> RolloutFeed:
     sampler = Sampler(Engine(m or policy(tok), tok), rows, 6)
-    return RolloutFeed(sampler, questions, **{"per_step": 4, "samples": 5, "device_rows": 64, "seed": 3, **knobs})
+    return RolloutFeed(
+        sampler, questions, **{"per_step": 4, "samples": 5, "device_rows": 64, "seed": 3, **knobs}
+    )

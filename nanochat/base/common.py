@@ -21,7 +21,9 @@ def base_dir() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"cannot create the base folder {path} ({e.strerror}): set NANOCHAT_BASE_DIR to a writable folder") from e
+        raise UserError(
+            f"cannot create the base folder {path} ({e.strerror}): set NANOCHAT_BASE_DIR to a writable folder"
+        ) from e
     return path
 
 
@@ -59,7 +61,9 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
         os.replace(beside, path)
     except OSError as e:
         beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk") from e
+        raise UserError(
+            f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk"
+        ) from e
 
 
 def sha256_file(path: Path | str) -> str:
@@ -91,9 +95,14 @@ def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table that reads well in a terminal and is Markdown as well; every cell as str() gives it, figures to the right."""
     cells = [[str(c) for c in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [all(re.match(r"[-+]?[\d.]|$", c) for c in column[1:]) for column in zip(*cells, strict=True)]
+    right = [
+        all(re.match(r"[-+]?[\d.]|$", c) for c in column[1:]) for column in zip(*cells, strict=True)
+    ]
     rule = [("-" * (w - 1) + ":" if r else "-" * w) for w, r in zip(widths, right, strict=True)]
-    lines = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)] for row in cells]
+    lines = [
+        [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        for row in cells
+    ]
     return "\n".join("| " + " | ".join(row) + " |" for row in (lines[0], rule, *lines[1:]))
 
 
@@ -111,6 +120,8 @@ def entry(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print0("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `command | head`: nobody reads any more; give the interpreter somewhere to flush
+    except (
+        BrokenPipeError
+    ):  # `command | head`: nobody reads any more; give the interpreter somewhere to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

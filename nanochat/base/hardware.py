@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GPU:
     name: str
-    bf16: float | None  # TFLOP/s of dense matrix products in bfloat16 accumulated in fp32; None: the card has no bf16 units
+    bf16: (
+        float | None
+    )  # TFLOP/s of dense matrix products in bfloat16 accumulated in fp32; None: the card has no bf16 units
     fp16: float  # the same in float16; TF32 is half of it on every card from Ampere on
     memory_gb: float  # as sold, 10^9 or 2^30 bytes by the vendor's habit: 2^30 for GeForce and data-centre cards
     bandwidth: float  # GB/s
@@ -47,7 +49,9 @@ _TURING = "NVIDIA Turing architecture whitepaper, appendix A"
 _GA102 = "NVIDIA Ampere GA102 whitepaper v2, appendices A and C"
 _GA10X = "SMs x boost clock x 512 FLOP a clock, which gives the GA102 whitepaper's figure for the RTX 3090"
 _ADA = "NVIDIA Ada architecture whitepaper v2, appendix A"
-_ADA_CLOCK = "SMs x boost clock x 512 FLOP a clock, which gives the Ada whitepaper's figure for the RTX 4090"
+_ADA_CLOCK = (
+    "SMs x boost clock x 512 FLOP a clock, which gives the Ada whitepaper's figure for the RTX 4090"
+)
 _BLACKWELL = "NVIDIA RTX Blackwell architecture whitepaper, appendix A"
 _SHEET = "NVIDIA data sheet, dense (half of the figure with sparsity)"
 _APPLE = "Apple's published GPU figure and memory bandwidth"
@@ -90,7 +94,15 @@ GPUS = (
     GPU("L4", 121.0, 121.0, 24, 300, _SHEET),
     GPU("L40", 181.0, 181.0, 48, 864, _SHEET),
     GPU("L40S", 362.0, 362.0, 48, 864, _SHEET),
-    GPU("H100 SXM", 989.4, 989.4, 80, 3352, _SHEET, ("H100", "H100 80GB", "H100 80GB HBM3", "H100 SXM5")),
+    GPU(
+        "H100 SXM",
+        989.4,
+        989.4,
+        80,
+        3352,
+        _SHEET,
+        ("H100", "H100 80GB", "H100 80GB HBM3", "H100 SXM5"),
+    ),
     GPU("H100 PCIe", 756.0, 756.0, 80, 2039, _SHEET, ("H100 80GB PCIe",)),
     GPU("H100 NVL", 835.0, 835.0, 94, 3938, _SHEET),
     GPU("H200", 989.4, 989.4, 141, 4800, _SHEET, ("H200 SXM",)),
@@ -117,7 +129,9 @@ GPUS = (
 
 def _key(name: str) -> str:
     """'NVIDIA GeForce RTX 4090' and 'rtx4090' and '4090' -> '4090'; words that make another card of it (Laptop, D, MIG) stay."""
-    words = re.sub(r"nvidia|geforce|tesla|apple|quadro|generation|\brtx(?=\W|\d)", " ", name.lower())
+    words = re.sub(
+        r"nvidia|geforce|tesla|apple|quadro|generation|\brtx(?=\W|\d)", " ", name.lower()
+    )
     return re.sub(r"[^a-z0-9]", "", words)
 
 
@@ -136,17 +150,30 @@ def device_name(device: "torch.device") -> str:
     if device.type == "mps" or platform.system() == "Darwin":
         import subprocess
 
-        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip() or "Apple"
+        return (
+            subprocess.run(
+                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+            ).stdout.strip()
+            or "Apple"
+        )
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    found = (
+        re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if info.exists()
+        else None
+    )
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _best_seconds(f: Callable[[], object], device: "torch.device", budget: float, repeats: int) -> float:
+def _best_seconds(
+    f: Callable[[], object], device: "torch.device", budget: float, repeats: int
+) -> float:
     """The shortest time of f() in about `budget` seconds, after a warm-up; on an accelerator the mean over `repeats` calls in a row."""
     import torch
 
-    wait = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize}.get(
+        device.type, lambda: None
+    )
     repeats = 1 if device.type == "cpu" else repeats
     f()
     wait()
@@ -165,13 +192,19 @@ def measured_peak(device: "torch.device", dtype: "torch.dtype") -> float:
     import torch
 
     cpu = device.type == "cpu"
-    shapes = [(1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 2048)] if cpu else [(4096,) * 3, (8192, 4096, 8192), (8192,) * 3]
+    shapes = (
+        [(1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 2048)]
+        if cpu
+        else [(4096,) * 3, (8192, 4096, 8192), (8192,) * 3]
+    )
     best = 0.0
     with torch.no_grad():
         for rows, inner, columns in shapes:
             x = torch.randn(rows, inner, device=device).to(dtype)
             w = torch.randn(columns, inner, device=device).to(dtype)
-            seconds = _best_seconds(lambda x=x, w=w: torch.nn.functional.linear(x, w), device, 0.12, 10)
+            seconds = _best_seconds(
+                lambda x=x, w=w: torch.nn.functional.linear(x, w), device, 0.12, 10
+            )
             best = max(best, 2 * rows * inner * columns / seconds)
     return best
 
@@ -182,8 +215,18 @@ def read_bandwidth(device: "torch.device") -> float:
     import torch
 
     if device.type == "cpu":
-        sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-        last_level = max((int(s[:-1]) * {"K": 2**10, "M": 2**20}.get(s[-1], 1) for s in sizes if s[:-1].isdigit()), default=2**25)
+        sizes = [
+            p.read_text().strip()
+            for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        ]
+        last_level = max(
+            (
+                int(s[:-1]) * {"K": 2**10, "M": 2**20}.get(s[-1], 1)
+                for s in sizes
+                if s[:-1].isdigit()
+            ),
+            default=2**25,
+        )
         size = min(max(2**28, 6 * last_level), psutil.virtual_memory().available // 4)
     else:
         size = 2**31
@@ -201,4 +244,8 @@ def faster_dtype(device: "torch.device") -> "torch.dtype":
         return _best_seconds(lambda: torch.nn.functional.linear(x, x), device, 0.08, 10)
 
     with torch.no_grad():
-        return torch.bfloat16 if seconds(torch.float32) >= 1.2 * seconds(torch.bfloat16) else torch.float32
+        return (
+            torch.bfloat16
+            if seconds(torch.float32) >= 1.2 * seconds(torch.bfloat16)
+            else torch.float32
+        )

@@ -30,7 +30,13 @@ TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 def knob(
-    default: Any, help: str = "", *, alias: str = "", positional: bool = False, low: float | None = None, high: float | None = None
+    default: Any,
+    help: str = "",
+    *,
+    alias: str = "",
+    positional: bool = False,
+    low: float | None = None,
+    high: float | None = None,
 ) -> Any:
     """
     One field of a command's dataclass: `depth: int = knob(20, "layers of the model", low=1)`. `alias` is a short flag such as "-p";
@@ -70,13 +76,22 @@ class _Knob:
         elif self.many:
             words = "a list"
         else:
-            words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(self.core, str(self.core))
+            words = {
+                int: "a whole number",
+                float: "a number",
+                bool: "true or false",
+                str: "a text",
+            }.get(self.core, str(self.core))
         return words + (" or none" if self.optional else "")
 
     def metavar(self) -> str:
         if typing.get_origin(self.core) is Literal:
             return "|".join(str(v) for v in typing.get_args(self.core) if v != "")
-        return "A B ..." if self.many else {int: "N", float: "X", bool: "", str: "TEXT"}.get(self.core, "VALUE")
+        return (
+            "A B ..."
+            if self.many
+            else {int: "N", float: "X", bool: "", str: "TEXT"}.get(self.core, "VALUE")
+        )
 
     def from_text(self, words: Sequence[str], where: str) -> Any:
         """The value that these words of a command line spell."""
@@ -87,7 +102,9 @@ class _Knob:
                 raise UserError(f"{where} takes {self.wants()}, not {words[0]!r}")
             return words[0].lower() in TRUE
         spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(self.core, set()))
-        assert isinstance(spec, PrimitiveConstructorSpec), f"{self.name}: knobs cannot read {self.type}"
+        assert isinstance(spec, PrimitiveConstructorSpec), (
+            f"{self.name}: knobs cannot read {self.type}"
+        )
         try:
             value = spec.instance_from_str(list(words))
         except ValueError:
@@ -99,7 +116,9 @@ class _Knob:
         if self.optional and value == "none":  # TOML has no null
             return None
         try:
-            value = TypeAdapter(self.type).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+            value = TypeAdapter(self.type).validate_python(
+                tuple(value) if isinstance(value, list) else value, strict=True
+            )
         except ValidationError:
             raise UserError(f"{where} takes {self.wants()}, not {value!r}") from None
         return self.bounded(value, where)
@@ -107,7 +126,9 @@ class _Knob:
     def bounded(self, value: Any, where: str) -> Any:
         low, high = self.meta.get("low"), self.meta.get("high")
         for v in value if isinstance(value, tuple) else (value,):
-            if isinstance(v, int | float) and low is not None and not v >= low:  # `not >=` also catches NaN
+            if (
+                isinstance(v, int | float) and low is not None and not v >= low
+            ):  # `not >=` also catches NaN
                 raise UserError(f"{where} must be at least {low}, not {v}")
             if isinstance(v, int | float) and high is not None and not v <= high:
                 raise UserError(f"{where} must be at most {high}, not {v}")
@@ -130,10 +151,14 @@ def near(name: str, names: Iterable[str]) -> str:
 
 def _is_flag(word: str) -> bool:
     """-p, --depth, --depth=4; but -1, -0.5, -1e-3 and a text that happens to begin with a dash are values."""
-    return re.match(r"--?[A-Za-z][\w-]*(=|$)", word) is not None and not re.fullmatch(r"-(inf|nan)", word)
+    return re.match(r"--?[A-Za-z][\w-]*(=|$)", word) is not None and not re.fullmatch(
+        r"-(inf|nan)", word
+    )
 
 
-def _read_argv(knobs: Mapping[str, _Knob], argv: Sequence[str], command: str) -> tuple[dict[str, Any], list[str]]:
+def _read_argv(
+    knobs: Mapping[str, _Knob], argv: Sequence[str], command: str
+) -> tuple[dict[str, Any], list[str]]:
     """-> values given on the command line, and the recipe files named there."""
     short = {k.meta["alias"]: k.name for k in knobs.values() if k.meta.get("alias")}
     places = [k for k in knobs.values() if k.meta.get("positional")]
@@ -149,13 +174,20 @@ def _read_argv(knobs: Mapping[str, _Knob], argv: Sequence[str], command: str) ->
             place = next((k for k in places if k.many or k.name not in given), None)
             if place is None:
                 example = next(iter(knobs), "recipe")
-                raise UserError(f"{command} does not understand {word!r}: a value follows its flag, as in --{example} VALUE")
+                raise UserError(
+                    f"{command} does not understand {word!r}: a value follows its flag, as in --{example} VALUE"
+                )
             given.setdefault(place.name, []).append(word)
             where[place.name] = place.name
             continue
         flag, equals, value = word.partition("=")
         name = short.get(flag, flag.lstrip("-").replace("-", "_") if flag.startswith("--") else "")
-        negated = name not in knobs and name.startswith("no_") and name[3:] in knobs and knobs[name[3:]].core is bool
+        negated = (
+            name not in knobs
+            and name.startswith("no_")
+            and name[3:] in knobs
+            and knobs[name[3:]].core is bool
+        )
         if name == "recipe":
             if not equals and (at == len(words) or _is_flag(words[at])):
                 raise UserError("--recipe needs the path of a TOML file after it")
@@ -172,7 +204,9 @@ def _read_argv(knobs: Mapping[str, _Knob], argv: Sequence[str], command: str) ->
         k = knobs[name]
         taken = [value] if equals else []
         if k.core is bool and not equals:
-            follows = at < len(words) and words[at].lower() in TRUE + FALSE + (("none",) if k.optional else ())
+            follows = at < len(words) and words[at].lower() in TRUE + FALSE + (
+                ("none",) if k.optional else ()
+            )
             taken = [words[at] if follows else "true"]
             at += follows
         elif k.many:
@@ -186,7 +220,10 @@ def _read_argv(knobs: Mapping[str, _Knob], argv: Sequence[str], command: str) ->
             raise UserError(f"{flag} needs a value after it: {k.wants()}")
         given[name] = given.get(name, []) + taken if k.many else taken
         where[name] = flag
-    return {n: knobs[n].from_text([] if knobs[n].many and ws == [""] else ws, where[n]) for n, ws in given.items()}, recipes
+    return {
+        n: knobs[n].from_text([] if knobs[n].many and ws == [""] else ws, where[n])
+        for n, ws in given.items()
+    }, recipes
 
 
 def _table(command: str) -> str:
@@ -212,8 +249,12 @@ def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str,
     known = {"all", table} | _commands()
     for name, entries in tables.items():
         if not isinstance(entries, dict):
-            raise UserError(f"{name} in {file} stands outside a table: move it under [{table}] or [all]")
-        if name not in known and not any(name.startswith(f"{k}_") for k in known):  # [plan_memory] belongs to plan
+            raise UserError(
+                f"{name} in {file} stands outside a table: move it under [{table}] or [all]"
+            )
+        if name not in known and not any(
+            name.startswith(f"{k}_") for k in known
+        ):  # [plan_memory] belongs to plan
             raise UserError(f"{file} has a table [{name}] that is no command{near(name, known)}")
         for key, value in entries.items() if name in ("all", table) else ():
             key = key.replace("-", "_")
@@ -221,12 +262,19 @@ def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str,
                 if name == table or key not in tables.get(table, {}):
                     found[key] = knobs[key].from_data(value, f"{key} in [{name}] of {file}")
             elif name == table:
-                raise UserError(f"[{name}] of {file} sets {key}, which {table} does not have{near(key, knobs)}")
+                raise UserError(
+                    f"[{name}] of {file} sets {key}, which {table} does not have{near(key, knobs)}"
+                )
     return found
 
 
 def parse(
-    cls: type[T], argv: Sequence[str] | None = None, *, command: str, inherited: Mapping[str, Any] | None = None, description: str = ""
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    command: str,
+    inherited: Mapping[str, Any] | None = None,
+    description: str = "",
 ) -> tuple[T, dict[str, str]]:
     """
     The knobs of `cls` (a flat dataclass) from `inherited`, --recipe files and `argv` (sys.argv when None), and where each came from:
@@ -243,7 +291,16 @@ def parse(
     given, recipes = _read_argv(knobs, argv, command)
     values: dict[str, Any] = {k.name: k.default for k in knobs.values()}
     origins = dict.fromkeys(values, "default")
-    layers = [({n: knobs[n].from_data(v, f"{n} of the checkpoint") for n, v in (inherited or {}).items() if n in knobs}, "inherited")]
+    layers = [
+        (
+            {
+                n: knobs[n].from_data(v, f"{n} of the checkpoint")
+                for n, v in (inherited or {}).items()
+                if n in knobs
+            },
+            "inherited",
+        )
+    ]
     layers += [(_read_recipe(knobs, file, _table(command)), f"recipe {file}") for file in recipes]
     for layer, origin in [*layers, (given, "command line")]:
         values.update(layer)
@@ -253,7 +310,10 @@ def parse(
 
 def flags(cls: type) -> dict[str, str]:
     """Every flag of a command with its type and default in words: what the test of frozen flags compares."""
-    return {n: f"{k.type.__name__ if type(k.type) is type else k.type} = {k.default!r}" for n, k in _knobs(cls).items()}
+    return {
+        n: f"{k.type.__name__ if type(k.type) is type else k.type} = {k.default!r}"
+        for n, k in _knobs(cls).items()
+    }
 
 
 def first_sentence(doc: str | None) -> str:
@@ -265,14 +325,24 @@ def _text(value: Any) -> str:
     """A value as a person would write it after its flag."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return " ".join(map(_text, value)) if isinstance(value, tuple) else f"{value:.10g}" if isinstance(value, float) else str(value)
+    return (
+        " ".join(map(_text, value))
+        if isinstance(value, tuple)
+        else f"{value:.10g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def usage(cls: type, *, command: str, description: str = "") -> str:
     """The help of a command, one heading for each class that a knob was defined in, the command's own first."""
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 130))
     knobs = _knobs(cls)
-    places = "".join(f" [{k.name.upper()}{' ...' if k.many else ''}]" for k in knobs.values() if k.meta.get("positional"))
+    places = "".join(
+        f" [{k.name.upper()}{' ...' if k.many else ''}]"
+        for k in knobs.values()
+        if k.meta.get("positional")
+    )
     program = command if "." in command else f"scripts.{command}"
     lines = [f"usage: python -m {program}{places} [--flag VALUE ...] [--recipe FILE.toml]"]
     description = description or first_sentence(sys.modules[cls.__module__].__doc__)
@@ -283,28 +353,49 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
         if len(left) > 29:
             lines.append(f"  {left}")
             left = ""
-        lines.extend(f"  {left if i == 0 else '':29}  {part}".rstrip() for i, part in enumerate(wrapped))
+        lines.extend(
+            f"  {left if i == 0 else '':29}  {part}".rstrip() for i, part in enumerate(wrapped)
+        )
 
     owner = {n: c for c in reversed(cls.__mro__) for n in inspect.get_annotations(c)}
     for c in cls.__mro__:
         mine = [k for k in knobs.values() if owner[k.name] is c]
         if not mine:
             continue
-        words = (c.__doc__ or "").strip()  # dataclass() writes "Name(field: ...)" where there is no docstring
-        lines += ["", (c.__name__ if words.startswith(f"{c.__name__}(") else first_sentence(words) or c.__name__) + ":"]
+        words = (
+            c.__doc__ or ""
+        ).strip()  # dataclass() writes "Name(field: ...)" where there is no docstring
+        lines += [
+            "",
+            (
+                c.__name__
+                if words.startswith(f"{c.__name__}(")
+                else first_sentence(words) or c.__name__
+            )
+            + ":",
+        ]
         for k in mine:
             left = f"--[no-]{k.name}" if k.core is bool else f"--{k.name} {k.metavar()}"
             default = f" [{_text(k.default)}]" if k.default not in ("", ()) else ""
-            entry(f"{k.meta['alias']}, {left}" if k.meta.get("alias") else left, (k.meta.get("help", "") + default).strip())
+            entry(
+                f"{k.meta['alias']}, {left}" if k.meta.get("alias") else left,
+                (k.meta.get("help", "") + default).strip(),
+            )
     lines.append("")
-    entry("--recipe FILE.toml", f"take values from its tables [{_table(command)}] and [all]; flags win over it")
+    entry(
+        "--recipe FILE.toml",
+        f"take values from its tables [{_table(command)}] and [all]; flags win over it",
+    )
     entry("-h, --help", "show this and stop")
     return "\n".join(lines)
 
 
 def show(values: Any, origins: Mapping[str, str]) -> str:
     """A table of the values and where they came from, those that are not defaults first."""
-    rows = [(f.name, _text(getattr(values, f.name)), origins.get(f.name, "default")) for f in dataclasses.fields(values)]
+    rows = [
+        (f.name, _text(getattr(values, f.name)), origins.get(f.name, "default"))
+        for f in dataclasses.fields(values)
+    ]
     rows.sort(key=lambda row: row[2] == "default")
     name, value = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
     return "\n".join(f"  {n:<{name}}  {v:<{min(value, 40)}}  {origin}" for n, v, origin in rows)

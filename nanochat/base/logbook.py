@@ -20,8 +20,15 @@ from typing import Any
 from nanochat.base.common import UserError, notice, rank
 
 FILE = "metrics.jsonl"
-IDENTITY = ("kind", "step", "stage", "task")  # two rows that agree on these are the same measurement: the later one counts
-Sink = tuple[Callable[[str, int | None, dict[str, float]], object], Callable[[], object]]  # log(kind, step, numbers), close()
+IDENTITY = (
+    "kind",
+    "step",
+    "stage",
+    "task",
+)  # two rows that agree on these are the same measurement: the later one counts
+Sink = tuple[
+    Callable[[str, int | None, dict[str, float]], object], Callable[[], object]
+]  # log(kind, step, numbers), close()
 
 
 def _plain(value: Any) -> Any:
@@ -52,14 +59,18 @@ def _wandb(directory: Path, name: str, config: dict[str, Any]) -> Sink:
     import wandb  # pyright: ignore[reportMissingImports]
 
     run = wandb.init(project="nanochat", name=name, config=config, dir=str(directory))
-    return lambda kind, step, numbers: run.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step), run.finish
+    return lambda kind, step, numbers: run.log(
+        {f"{kind}/{k}": v for k, v in numbers.items()}, step=step
+    ), run.finish
 
 
 def _trackio(directory: Path, name: str, config: dict[str, Any]) -> Sink:
     import trackio  # pyright: ignore[reportMissingImports]
 
     trackio.init(project="nanochat", name=name, config=config)
-    return lambda kind, step, numbers: trackio.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step), trackio.finish
+    return lambda kind, step, numbers: trackio.log(
+        {f"{kind}/{k}": v for k, v in numbers.items()}, step=step
+    ), trackio.finish
 
 
 def _tensorboard(directory: Path, name: str, config: dict[str, Any]) -> Sink:
@@ -109,43 +120,63 @@ class Logbook:
             self._file = open(path, "a+b")  # noqa: SIM115 (open as long as the run)
             _cut_torn_line(self._file)
         except OSError as e:
-            raise UserError(f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk") from e
+            raise UserError(
+                f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk"
+            ) from e
         plain = _plain(dict(config or {}))
         for name in dict.fromkeys(sinks):
             if name == "wandb" and run_name == "dummy":
                 continue
             try:
-                self._sinks[name] = SINKS[name](self.directory, run_name if run_name != "dummy" else self.directory.name, plain)
+                self._sinks[name] = SINKS[name](
+                    self.directory, run_name if run_name != "dummy" else self.directory.name, plain
+                )
             except ImportError as e:
-                raise UserError(f"{name} is not installed: pip install {name}, or leave it out") from e
+                raise UserError(
+                    f"{name} is not installed: pip install {name}, or leave it out"
+                ) from e
             except Exception as e:
                 raise UserError(f"{name} will not start ({e}): mend that or leave it out") from e
         if config is not None or step is not None:
             now = datetime.now().isoformat(timespec="seconds")
-            self._write({"kind": "start", "step": step, "time": now, "run": run_name, "config": plain})
+            self._write(
+                {"kind": "start", "step": step, "time": now, "run": run_name, "config": plain}
+            )
 
     def log(self, step: int | None = None, kind: str = "train", **values: Any) -> None:
         """One row. Values are numbers, texts, or dicts and lists of them; a zero-dimensional tensor counts as a number."""
         if rank() != 0:
             return
         row = {"kind": kind, "step": step, **_plain(values)}
-        floats = {k: v.item() if hasattr(v, "item") else v for k, v in values.items() if row[k] is None and v is not None}
+        floats = {
+            k: v.item() if hasattr(v, "item") else v
+            for k, v in values.items()
+            if row[k] is None and v is not None
+        }
         self._write(row | ({"nonfinite": {k: str(v) for k, v in floats.items()}} if floats else {}))
         for name, (send, _) in list(self._sinks.items()):
             try:
                 send(kind, step, dict(_numbers(_plain(values))))
-            except Exception as e:  # whatever a tracker's client or network does, the run matters more
+            except (
+                Exception
+            ) as e:  # whatever a tracker's client or network does, the run matters more
                 del self._sinks[name]
-                notice(f"{name} failed and is left out from step {step} on ({type(e).__name__}: {e}); {FILE} goes on")
+                notice(
+                    f"{name} failed and is left out from step {step} on ({type(e).__name__}: {e}); {FILE} goes on"
+                )
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             raise ValueError("this logbook is closed")
         try:
-            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+            self._file.write(
+                json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+            )
             self._file.flush()
         except OSError as e:
-            self._once(f"cannot write to {self.directory / FILE} ({e.strerror}): rows are being lost until there is space")
+            self._once(
+                f"cannot write to {self.directory / FILE} ({e.strerror}): rows are being lost until there is space"
+            )
 
     def _once(self, message: str) -> None:
         if message not in self._said:
@@ -158,7 +189,9 @@ class Logbook:
             try:
                 finish()
             except Exception as e:
-                notice(f"{name} did not finish cleanly ({type(e).__name__}: {e}); {FILE} is complete")
+                notice(
+                    f"{name} did not finish cleanly ({type(e).__name__}: {e}); {FILE} is complete"
+                )
         self._sinks = {}
         if self._file is not None:
             self._file.close()
@@ -208,7 +241,11 @@ def read(directory: Path | str) -> list[dict[str, Any]]:
         for name, text in row.pop("nonfinite", {}).items():
             row[name] = float(text)
         if row.get("kind") == "start" and row.get("step") is not None:
-            rows = {k: r for k, r in rows.items() if row["step"] > 0 and (r.get("step") is None or r["step"] <= row["step"])}
+            rows = {
+                k: r
+                for k, r in rows.items()
+                if row["step"] > 0 and (r.get("step") is None or r["step"] <= row["step"])
+            }
         key = tuple(row.get(name) for name in IDENTITY)
         rows.pop(key, None)  # so that the later row also takes the later place
         rows[key] = row

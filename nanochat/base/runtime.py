@@ -51,7 +51,9 @@ class Runtime:
             return torch.cuda.max_memory_allocated()
         import resource  # not on Windows, where only this figure is missing
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42) -> Runtime:
@@ -63,11 +65,16 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     if device.type == "cpu":
         keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            device_id=device if device.type == "cuda" else None,
+        )
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}")
     chosen = _auto_dtype(device) if dtype == "auto" else DTYPES[dtype]
-    if dtype == "auto" and world_size() > 1 and device.type == "cpu":  # a measured choice: all ranks must make the same one
+    if (
+        dtype == "auto" and world_size() > 1 and device.type == "cpu"
+    ):  # a measured choice: all ranks must make the same one
         names = [str(chosen)]
         dist.broadcast_object_list(names)
         chosen = DTYPES[names[0].removeprefix("torch.")]
@@ -95,7 +102,11 @@ def keep_freed_memory() -> bool:
 
 
 def _device(asked: str) -> torch.device:
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if asked == "auto":
         asked = next(name for name, there in have.items() if there)
     if asked not in have:
@@ -108,14 +119,18 @@ def _device(asked: str) -> torch.device:
         return torch.device(asked)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
-        raise UserError(f"rank {local} has no GPU of its own: this machine has {torch.cuda.device_count()}; lower --nproc_per_node")
+        raise UserError(
+            f"rank {local} has no GPU of its own: this machine has {torch.cuda.device_count()}; lower --nproc_per_node"
+        )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
 def _auto_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
     return hardware.faster_dtype(device) if device.type == "cpu" else torch.float32
 
 
@@ -127,15 +142,24 @@ def compiler_missing(device: torch.device) -> str:
         except ImportError:
             return "Triton is not installed"
         return ""
-    if device.type == "cpu" and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+    if device.type == "cpu" and not any(
+        shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++")
+    ):
         return "no C++ compiler was found (install g++)"
     return "" if device.type == "cpu" else f"not supported on {device.type}"
 
 
 def out_of_memory(e: BaseException) -> bool:
     """Whether an exception means that memory ran out, on a GPU or on the host."""
-    said = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # by the CPU, Windows, MPS, cuBLAS
-    return isinstance(e, torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and any(text in str(e) for text in said))
+    said = (
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )  # by the CPU, Windows, MPS, cuBLAS
+    return isinstance(e, torch.OutOfMemoryError) or (
+        isinstance(e, RuntimeError) and any(text in str(e) for text in said)
+    )
 
 
 def release_memory(device: torch.device) -> None:

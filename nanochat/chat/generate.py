@@ -25,7 +25,9 @@ from nanochat.model.cache import KVCache
 from nanochat.model.gpt import GPT, Linear
 from nanochat.model.loss import capped
 
-PREFILL_TOKENS = 8192  # of all rows in one pass over the prompts: bounds its memory, changes no result
+PREFILL_TOKENS = (
+    8192  # of all rows in one pass over the prompts: bounds its memory, changes no result
+)
 PREFILL_CHUNK = 64  # tokens a row at least in such a pass
 FEED_TOKENS = 64  # what the calculator said is fed at once while rows x tokens stay below this, else a token a step
 
@@ -76,21 +78,35 @@ class Engine:
         self._fast: tuple[GPT, nn.Module] | None = None
 
     def generate(
-        self, tokens: Sequence[int], num_samples: int = 1, max_tokens: int | None = 256, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, seed: int = 42,
+        self,
+        tokens: Sequence[int],
+        num_samples: int = 1,
+        max_tokens: int | None = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 42,
     ) -> Iterator[list[Token]]:
         """
         Stream num_samples continuations of one prompt: every item is the tokens that a step brought, those of a row in order.
         Temperature 0 takes the likeliest token, top_k 0 or None leaves all of them in play, top_p the fewest that hold that share;
         max_tokens None goes on to the context's end.
         """
-        for _, step in self._run([tokens], num_samples, max_tokens, temperature, top_k, top_p, seed):
+        for _, step in self._run(
+            [tokens], num_samples, max_tokens, temperature, top_k, top_p, seed
+        ):
             if step:
                 yield step
 
     def generate_batch(
-        self, prompts: Sequence[int] | Sequence[Sequence[int]], num_samples: int = 1, max_tokens: int | None = 256,
-        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int | Sequence[int] = 42,
+        self,
+        prompts: Sequence[int] | Sequence[Sequence[int]],
+        num_samples: int = 1,
+        max_tokens: int | None = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] = 42,
     ) -> list[Row]:
         """
         num_samples rows for one prompt or for each of several, prompt by prompt. `seed` may be one for each prompt: a prompt with its own
@@ -98,26 +114,48 @@ class Engine:
         """
         several = [prompts] if prompts and isinstance(prompts[0], int) else prompts
         rows: list[Row] = []
-        for rows, _ in self._run(cast(Sequence[Sequence[int]], several), num_samples, max_tokens, temperature, top_k, top_p, seed):  # noqa: B007
+        for rows, _ in self._run(
+            cast(Sequence[Sequence[int]], several),
+            num_samples,
+            max_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+        ):
             pass
         return rows
 
     @torch.inference_mode()
     def _run(
-        self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None,
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        max_tokens: int | None,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
         seed: int | Sequence[int],
     ) -> Iterator[tuple[list[Row], list[Token]]]:
         """Generate n rows of each prompt; yields all rows and what the last step brought, at least once."""
-        if not temperature >= 0 or (top_k or 0) < 0 or not 0 < (1.0 if top_p is None else top_p) <= 1:  # `not >=` also catches NaN
+        if (
+            not temperature >= 0
+            or (top_k or 0) < 0
+            or not 0 < (1.0 if top_p is None else top_p) <= 1
+        ):  # `not >=` also catches NaN
             given = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
-            raise UserError(f"{given}: temperature and top_k must be 0 or above, top_p above 0 and at most 1")
+            raise UserError(
+                f"{given}: temperature and top_k must be 0 or above, top_p above 0 and at most 1"
+            )
         rows, live = self._open(prompts, n, max_tokens, seed)
         yield rows, []
         if not live:
             return
         body, head = self._prepared()
         cap = self.model.config.softcap
-        capacity = max(min(len(r.row.prompt) + r.limit - 1, self.model.config.sequence_len) for r in live)
+        capacity = max(
+            min(len(r.row.prompt) + r.limit - 1, self.model.config.sequence_len) for r in live
+        )
         cache, hidden = _prefill(body, [rows[i].prompt for i in range(0, len(rows), n)], capacity)
         if n > 1:
             copies = [p for p in range(len(prompts)) for _ in range(n)]
@@ -137,11 +175,19 @@ class Engine:
                 return
             hidden = _feed(body, cache, live)
 
-    def _open(self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int | None, seed: int | Sequence[int]):
+    def _open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        max_tokens: int | None,
+        seed: int | Sequence[int],
+    ):
         """All rows, and those of them that are to be generated."""
         context = self.model.config.sequence_len
         if not all(prompts) or n < 1:
-            raise ValueError("generation needs at least one sample, and a prompt of at least one token: begin with <|bos|>")
+            raise ValueError(
+                "generation needs at least one sample, and a prompt of at least one token: begin with <|bos|>"
+            )
         rows, live = [], []
         for p, prompt in enumerate(prompts):
             key = f"{seed}/{p}" if isinstance(seed, int) else f"{seed[p]}/0"
@@ -151,7 +197,11 @@ class Engine:
             for sample in range(n):
                 row = Row(kept, len(prompt) - len(kept), finish="" if limit > 0 else "length")
                 reason = "length" if limit == max_tokens else "context"
-                live += [_Live(len(rows), row, limit, reason, Random(f"{key}/{sample}"))] if limit > 0 else []
+                live += (
+                    [_Live(len(rows), row, limit, reason, Random(f"{key}/{sample}"))]
+                    if limit > 0
+                    else []
+                )
                 rows.append(row)
         return rows, live
 
@@ -175,7 +225,10 @@ class Engine:
         r.pending += new
         if len(r.row.tokens) == r.limit:
             r.row.finish = r.reason
-        return [Token(r.number, t, i == 0, r.row.finish if i == len(new) - 1 else "") for i, t in enumerate(new)]
+        return [
+            Token(r.number, t, i == 0, r.row.finish if i == len(new) - 1 else "")
+            for i, t in enumerate(new)
+        ]
 
     def _prepared(self) -> tuple[GPT, nn.Module]:
         """The model's body and head with weights as fast products want them."""
@@ -221,7 +274,11 @@ def _feed(body: GPT, cache: KVCache, live: list[_Live]) -> Tensor:
             r.pending = r.pending[T:]
         ready = [b for b, r in enumerate(live) if not r.pending]
         if ready:
-            return hidden[ready, [counts[b] - 1 for b in ready]] if T > 1 or len(ready) < len(live) else hidden[:, 0]
+            return (
+                hidden[ready, [counts[b] - 1 for b in ready]]
+                if T > 1 or len(ready) < len(live)
+                else hidden[:, 0]
+            )
 
 
 def _forward(body: GPT, cache: KVCache, tokens: list[list[int]]) -> tuple[Tensor, list[int]]:
@@ -234,7 +291,13 @@ def _forward(body: GPT, cache: KVCache, tokens: list[list[int]]) -> tuple[Tensor
     return hidden, counts
 
 
-def choose(logits: Tensor, u: list[float], temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> list[int]:
+def choose(
+    logits: Tensor,
+    u: list[float],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> list[int]:
     """
     One token a row of logits (R, V), by inverting the cumulative distribution at the row's own number u in [0, 1).
     Ties at temperature 0 go to the lower id.
@@ -247,11 +310,15 @@ def choose(logits: Tensor, u: list[float], temperature: float = 1.0, top_k: int 
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     p = torch.softmax(logits.to(wide) / temperature, dim=-1)
     if top_p is not None and top_p < 1:
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)  # the token that crosses the threshold stays
+        p = p.masked_fill(
+            p.cumsum(dim=-1) - p >= top_p, 0
+        )  # the token that crosses the threshold stays
     cdf = p.cumsum(dim=-1)
     total = cdf[:, -1:]
     at = torch.tensor(u, dtype=wide, device=p.device)[:, None] * total
-    picked = torch.searchsorted(cdf, torch.minimum(at, torch.nextafter(total, -total)), right=True)  # never beyond the last possible token
+    picked = torch.searchsorted(
+        cdf, torch.minimum(at, torch.nextafter(total, -total)), right=True
+    )  # never beyond the last possible token
     return (picked if index is None else index.gather(1, picked)).squeeze(1).tolist()
 
 
@@ -282,7 +349,13 @@ def _fast_copy(model: GPT) -> tuple[GPT, nn.Module]:
     for module in list(body.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
-                setattr(module, name, nn.Identity() if module is body else _Product(child.weight, model.compute_dtype))
+                setattr(
+                    module,
+                    name,
+                    nn.Identity()
+                    if module is body
+                    else _Product(child.weight, model.compute_dtype),
+                )
     return body, _Product(model.head_weight, model.compute_dtype)
 
 
@@ -317,7 +390,9 @@ class Reply:
         opens = {pair[0]: kind for kind, pair in PART_TOKENS.items() if pair}
         closes = {pair[1] for pair in PART_TOKENS.values() if pair}
         kind, held = "text", ""  # held: the tool's text until it is whole
-        for token in (t for step in self._engine.generate(self.prompt, **self._sampling) for t in step):
+        for token in (
+            t for step in self._engine.generate(self.prompt, **self._sampling) for t in step
+        ):
             self.tokens += 1
             self.finish = token.finish
             name = names.get(token.id)

@@ -24,8 +24,12 @@ _ALPHABET = re.compile(
 )
 _THOUSANDS = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:,[0-9]{3})+(?![\w,])")
 _OPERATIONS: dict[type[ast.operator], Callable] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
 }
 
 
@@ -55,10 +59,17 @@ def evaluate(expression: str) -> int | float:
     if "'" not in text and '"' not in text:
         text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     if not _ALPHABET.fullmatch(text):
-        raise Refused("only numbers, + - * / // % **, parentheses, 'text'.count('t') and len('text') are understood")
+        raise Refused(
+            "only numbers, + - * / // % **, parentheses, 'text'.count('t') and len('text') are understood"
+        )
     try:
         tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:  # the last two: nesting that the parser itself gives up on
+    except (
+        SyntaxError,
+        ValueError,
+        MemoryError,
+        RecursionError,
+    ) as e:  # the last two: nesting that the parser itself gives up on
         raise Refused("not a well-formed expression") from e
     try:
         return _value(tree.body, MAX_DEPTH)
@@ -81,8 +92,13 @@ def _value(node: ast.expr, depth: int) -> int | float:
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             return _power(_value(left, depth - 1), _value(right, depth - 1))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
-            return _bounded(_OPERATIONS[type(op)](_value(left, depth - 1), _value(right, depth - 1)))
-        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"), args=[ast.Constant(value=str() as part)]):
+            return _bounded(
+                _OPERATIONS[type(op)](_value(left, depth - 1), _value(right, depth - 1))
+            )
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+            args=[ast.Constant(value=str() as part)],
+        ):
             return text.count(part)
         case ast.Call(func=ast.Name(id="len"), args=[ast.Constant(value=str() as text)]):
             return len(text)
@@ -90,7 +106,12 @@ def _value(node: ast.expr, depth: int) -> int | float:
 
 
 def _power(base: int | float, exponent: int | float) -> int | float:
-    if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1 and exponent * math.log10(abs(base)) > MAX_DIGITS:
+    if (
+        isinstance(base, int)
+        and isinstance(exponent, int)
+        and abs(base) > 1
+        and exponent * math.log10(abs(base)) > MAX_DIGITS
+    ):
         raise Refused(f"a number of more than {MAX_DIGITS} digits")  # known before it is computed
     return _bounded(base**exponent)
 

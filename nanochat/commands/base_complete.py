@@ -52,16 +52,23 @@ def piped() -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    k, _ = knobs.parse(Knobs, argv, command="base_complete", description="Type lines; a line ### completes them.")
+    k, _ = knobs.parse(
+        Knobs, argv, command="base_complete", description="Type lines; a line ### completes them."
+    )
     engine, name = open_engine(k, k.source)
     forgiving_streams()
     live = terminal()
     grey, normal = (GREY, NORMAL) if live else ("", "")
-    print(f"{grey}{name}. A line {TRIGGER} completes the lines before it; then the next text begins. Ctrl+C leaves.{normal}", flush=True)
+    print(
+        f"{grey}{name}. A line {TRIGGER} completes the lines before it; then the next text begins. Ctrl+C leaves.{normal}",
+        flush=True,
+    )
     lines: list[str] = []
     turn = 0
     try:
-        for line in typed(asker("> ", "complete_history", {"": "ansibrightblack"})) if live else piped():
+        for line in (
+            typed(asker("> ", "complete_history", {"": "ansibrightblack"})) if live else piped()
+        ):
             if line.strip() != TRIGGER:
                 lines.append(line)
                 continue

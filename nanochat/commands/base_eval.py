@@ -27,30 +27,63 @@ class Knobs(base_loss.Knobs):
     splits: tuple[str, ...] = knob(("val",), "splits to read")
     prompts: tuple[str, ...] = knob(PROMPTS, "beginnings to go on from", alias="-p")
     max_tokens: int = knob(48, "longest continuation in tokens", alias="-m", low=1)
-    temperature: float = knob(0.7, "of the second continuation; the first is greedy", alias="-t", low=0)
-    core: str = knob("", "folder of a CORE bundle (core.yaml, eval_meta_data.csv, eval_data/) to score the model on")
+    temperature: float = knob(
+        0.7, "of the second continuation; the first is greedy", alias="-t", low=0
+    )
+    core: str = knob(
+        "",
+        "folder of a CORE bundle (core.yaml, eval_meta_data.csv, eval_data/) to score the model on",
+    )
     max_per_task: int = knob(500, "items of a CORE task, drawn by the seed; 0 = all", low=0)
-    core_memory: float = knob(0, "megabytes that a pass over CORE items may take; 0 = what suits the device; changes no result", low=0)
+    core_memory: float = knob(
+        0,
+        "megabytes that a pass over CORE items may take; 0 = what suits the device; changes no result",
+        low=0,
+    )
 
 
-def core(k: Knobs, m: base_loss.Measured, tasks: list[core_eval.Task], absent: list[str]) -> dict[str, Any]:
+def core(
+    k: Knobs, m: base_loss.Measured, tasks: list[core_eval.Task], absent: list[str]
+) -> dict[str, Any]:
     """Every task's row, as it comes a line each where there is no terminal to show a bar on, and then the summary."""
     scorer, console, results = core_eval.Scorer(m.model, k.core_memory * 2**20), Console(), {}
     began = time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal or not m.runtime.is_main) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal or not m.runtime.is_main,
+    ) as bar:
         for number, task in enumerate(tasks, 1):
-            line, start = bar.add_task(f"{number}/{len(tasks)} {task.name}", total=None), time.monotonic()
+            line, start = (
+                bar.add_task(f"{number}/{len(tasks)} {task.name}", total=None),
+                time.monotonic(),
+            )
 
             def show(done: int, n: int, line: Any = line) -> None:
                 bar.update(line, completed=done, total=n)
 
-            results[task.name] = r = core_eval.evaluate(scorer, task, m.tokenizer, m.runtime, k.max_per_task, show)
+            results[task.name] = r = core_eval.evaluate(
+                scorer, task, m.tokenizer, m.runtime, k.max_per_task, show
+            )
             bar.remove_task(line)
             if not console.is_terminal:
-                print0(f"  {number}/{len(tasks)} {task.name:<34}{r['accuracy']:>7.1%} of {r['n']}  {duration(time.monotonic() - start)}")
+                print0(
+                    f"  {number}/{len(tasks)} {task.name:<34}{r['accuracy']:>7.1%} of {r['n']}  {duration(time.monotonic() - start)}"
+                )
     seconds = round(time.monotonic() - began, 2)
-    return {**core_eval.summarise(results, absent), "max_per_task": k.max_per_task, "seed": k.seed, "seconds_taken": seconds}
+    return {
+        **core_eval.summarise(results, absent),
+        "max_per_task": k.max_per_task,
+        "seed": k.seed,
+        "seconds_taken": seconds,
+    }
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -59,8 +92,19 @@ def table(found: dict[str, Any]) -> Table:
     out = Table(Column("task", no_wrap=True), *heads, title=found["name"])
     for name, r in found["tasks"].items():
         examples = f"{r['had']:.1f} of {r['shots']}" if r["fewer"] else str(r["shots"])
-        figures = f"{r['n']:,}", f"{r['accuracy']:.1%} ({r['lo']:.1%}-{r['hi']:.1%})", f"{r['chance']:.1%}", f"{r['centred']:+.3f}"
-        out.add_row(name, r["kind"], *figures, examples, *(f"{r[what]:,}" if r[what] else "" for what in ("fewer", "cropped", "overlong")))
+        figures = (
+            f"{r['n']:,}",
+            f"{r['accuracy']:.1%} ({r['lo']:.1%}-{r['hi']:.1%})",
+            f"{r['chance']:.1%}",
+            f"{r['centred']:+.3f}",
+        )
+        out.add_row(
+            name,
+            r["kind"],
+            *figures,
+            examples,
+            *(f"{r[what]:,}" if r[what] else "" for what in ("fewer", "cropped", "overlong")),
+        )
     for name in found["absent"]:
         out.add_row(name, "absent")
     return out
@@ -70,13 +114,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(Knobs, argv, command="base_eval")
 
     def work() -> dict[str, Any]:
-        bundle = core_eval.load_bundle(k.core) if k.core else None  # before anything that takes time
+        bundle = (
+            core_eval.load_bundle(k.core) if k.core else None
+        )  # before anything that takes time
         m = base_loss.measure(k)
         engine = Engine(m.model.cast_for_inference(), m.tokenizer)
         samples: dict[str, list[str]] = {p: [] for p in k.prompts}
         for temperature in (0.0, k.temperature):
             rows = engine.generate_batch(
-                [m.tokenizer.encode(p, bos=True) for p in k.prompts], max_tokens=k.max_tokens, temperature=temperature, seed=k.seed
+                [m.tokenizer.encode(p, bos=True) for p in k.prompts],
+                max_tokens=k.max_tokens,
+                temperature=temperature,
+                seed=k.seed,
             )
             for prompt, row in zip(k.prompts, rows, strict=True):
                 samples[prompt].append(m.tokenizer.decode(row.tokens))
@@ -86,7 +135,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         with logbook.Logbook(m.path.parent) as log:
             log.log(kind="base_eval", step=m.meta["step"], val_bpb=m.bpb, samples=samples)
             if bundle:
-                print0(f"\n{k.core}: {len(bundle[0])} tasks" + (f"; no data for {', '.join(bundle[1])}" if bundle[1] else ""))
+                print0(
+                    f"\n{k.core}: {len(bundle[0])} tasks"
+                    + (f"; no data for {', '.join(bundle[1])}" if bundle[1] else "")
+                )
                 out["core"] = found = core(k, m, *bundle)
                 log.log(kind="core_eval", step=m.meta["step"], stage=k.source, **found)
                 if m.runtime.is_main:

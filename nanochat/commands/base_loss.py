@@ -22,7 +22,9 @@ class Knobs(stage.MachineKnobs):
     """Evaluation"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob("base", "stage of the model", alias="-i")
-    data: tuple[str, ...] = knob((), "text to read, as for base_train (default: what the model was trained on)")
+    data: tuple[str, ...] = knob(
+        (), "text to read, as for base_train (default: what the model was trained on)"
+    )
     splits: tuple[str, ...] = knob(("train", "val"), "splits to read")
     eval_tokens: int = knob(1 << 20, "tokens to read of every split", low=1)
     device_batch_size: int = knob(32, "rows at a time", low=1)
@@ -52,7 +54,9 @@ def measure(k: Knobs) -> Measured:
     for source in stage.sources_of(k.data or trained_on):
         for split in k.splits:
             shards = prepare(source, split, tokenizer)
-            value = of_shards(model, shards, tokenizer.token_bytes(), rt, k.device_batch_size, k.eval_tokens)
+            value = of_shards(
+                model, shards, tokenizer.token_bytes(), rt, k.device_batch_size, k.eval_tokens
+            )
             found.bpb[f"{source.name}/{split}"] = value
             print0(f"  {source.name:<20} {split:<6} {value:.4f}")
     return found

@@ -14,7 +14,13 @@ from nanochat.train import run as stage
 from nanochat.train.loop import Probe
 from nanochat.train.scaling import Shape
 
-PROMPTS = ("The", "Once upon a time", "In the morning,", "The capital of France is", "If yesterday was Friday, then tomorrow")
+PROMPTS = (
+    "The",
+    "Once upon a time",
+    "In the morning,",
+    "The capital of France is",
+    "If yesterday was Friday, then tomorrow",
+)
 
 
 @dataclass(kw_only=True)
@@ -22,16 +28,20 @@ class Knobs(stage.TrainKnobs, prior.RapKnobs, Arch, Shape):
     """Horizon and data"""
 
     data: tuple[str, ...] = knob(
-        (), "text: name=PATH[:weight] ..., tinyworld, fineweb-edu or climbmix (default: downloaded shards, else tinyworld)"
+        (),
+        "text: name=PATH[:weight] ..., tinyworld, fineweb-edu or climbmix (default: downloaded shards, else tinyworld)",
     )
     num_iterations: int = knob(-1, "optimizer steps (-1 = from the other horizons)")
     target_flops: float = knob(-1.0, "train for so many FLOPs (-1 = off)")
     target_param_data_ratio: float = knob(20.0, "train on so many tokens a parameter (-1 = off)")
-    total_batch_size: int = knob(0, "tokens of an optimizer step; 0 = from the horizon, 524,288 with --num_iterations", low=0)
+    total_batch_size: int = knob(
+        0, "tokens of an optimizer step; 0 = from the horizon, 524,288 with --num_iterations", low=0
+    )
     context_stages: tuple[str, ...] = knob(
-        (), "rows of T tokens from a share of the run on, the batch in tokens kept: 512@0 1024@0.6 2048@0.9; the last T is sequence_len, "
-        "at which all evaluations are made"
-    )  # fmt: skip
+        (),
+        "rows of T tokens from a share of the run on, the batch in tokens kept: 512@0 1024@0.6 2048@0.9; the last T is sequence_len, "
+        "at which all evaluations are made",
+    )
 
 
 def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
@@ -52,14 +62,22 @@ def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    k, origins, resume_from = stage.parse(Knobs, argv, "base_train", "base", lambda k: k.model_tag or f"d{k.depth}")
+    k, origins, resume_from = stage.parse(
+        Knobs, argv, "base_train", "base", lambda k: k.model_tag or f"d{k.depth}"
+    )
     before = checkpoint.read_meta(resume_from)["knobs"] if resume_from else {}
     for f in fields(prior.RapKnobs):
         if resume_from and getattr(k, f.name) != (was := before.get(f.name, f.default)):
-            raise UserError(f"this run was started with {f.name}={was}, not {getattr(k, f.name)}: leave the flag out, or use --model_tag")
+            raise UserError(
+                f"this run was started with {f.name}={was}, not {getattr(k, f.name)}: leave the flag out, or use --model_tag"
+            )
         if not k.rap and getattr(k, f.name) != f.default:
-            raise UserError(f"--{f.name}={getattr(k, f.name)} says something of an attention prior: name one with --rap")
-    k.sequence_len = Contexts.parse(k.context_stages, k.sequence_len, fixed=origins["sequence_len"] != "default").longest
+            raise UserError(
+                f"--{f.name}={getattr(k, f.name)} says something of an attention prior: name one with --rap"
+            )
+    k.sequence_len = Contexts.parse(
+        k.context_stages, k.sequence_len, fixed=origins["sequence_len"] != "default"
+    ).longest
     sources = stage.sources_of(k.data)
 
     def build(rt, tokenizer) -> GPT:
@@ -82,9 +100,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return model
 
     def work() -> dict:
-        s = stage.open_stage("base", "base_train", k, origins, k.model_tag or f"d{k.depth}", build, resume_from)
-        train_shards = [(prepare(source, "train", s.tokenizer), source.weight) for source in sources]
-        val = [(source.name, prepare(source, "val", s.tokenizer), source.weight) for source in sources]
+        s = stage.open_stage(
+            "base", "base_train", k, origins, k.model_tag or f"d{k.depth}", build, resume_from
+        )
+        train_shards = [
+            (prepare(source, "train", s.tokenizer), source.weight) for source in sources
+        ]
+        val = [
+            (source.name, prepare(source, "val", s.tokenizer), source.weight) for source in sources
+        ]
         rows, steps = stage.horizon(s)
         feed = s.feed(train_shards, rows, steps)
         return stage.train(s, feed, rows, steps, [stage.val_probe(s, val), sample_probe(s)])

@@ -23,7 +23,9 @@ HELP = """/clear          forget the conversation
 /system TEXT    begin a new conversation with this instruction
 /quit           leave, as do Ctrl+D and Ctrl+C; while it speaks, Ctrl+C stops the reply"""
 GREY, NORMAL = "\033[90m", "\033[0m"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model's text could play with a terminal
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)  # what a model's text could play with a terminal
 
 
 @dataclass(kw_only=True)
@@ -34,15 +36,21 @@ class ModelKnobs:
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
     temperature: float = knob(0.6, "0 = always the likeliest token", alias="-t", low=0)
     top_k: int = knob(50, "sample among so many likeliest tokens (0 = all)", alias="-k", low=0)
-    top_p: float = knob(1.0, "sample among the likeliest tokens that hold this share", low=1e-6, high=1)
+    top_p: float = knob(
+        1.0, "sample among the likeliest tokens that hold this share", low=1e-6, high=1
+    )
     max_tokens: int = knob(256, "longest answer in tokens", alias="-m", low=1)
     seed: int = knob(42, "seed of the sampling")
     device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "where to compute")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of weights and computation")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "precision of weights and computation"
+    )
 
     def sampling(self, turn: int) -> dict[str, Any]:
         """What generate() takes; every turn draws anew."""
-        named = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_k", "top_p")}
+        named = {
+            name: getattr(self, name) for name in ("max_tokens", "temperature", "top_k", "top_p")
+        }
         return {**named, "seed": self.seed + turn}
 
 
@@ -51,17 +59,25 @@ class Knobs(ModelKnobs):
     """Chat"""
 
     prompt: str | None = knob(None, "one question: answer it and leave", alias="-p")
-    source: Literal["auto", "base", "mid", "sft", "rl"] = knob("auto", "stage of the model; auto = the furthest there is", alias="-i")
+    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
+        "auto", "stage of the model; auto = the furthest there is", alias="-i"
+    )
 
 
 def furthest_stage(tag: str) -> str:
     """The last stage that has a checkpoint (of this tag, if one is given)."""
     root = base_dir() / "checkpoints"
     for stage in reversed(checkpoint.STAGES):
-        if any(checkpoint.steps(run) for run in (root / stage).glob("*") if run.name == (tag or run.name)):
+        if any(
+            checkpoint.steps(run)
+            for run in (root / stage).glob("*")
+            if run.name == (tag or run.name)
+        ):
             return stage
     what = f"model tagged {tag!r}" if tag else "model"
-    raise UserError(f"there is no {what} under {root}: train one with python -m scripts.base_train or bash runs/quickstart.sh")
+    raise UserError(
+        f"there is no {what} under {root}: train one with python -m scripts.base_train or bash runs/quickstart.sh"
+    )
 
 
 def open_engine(k: ModelKnobs, source: str) -> tuple[Engine, str]:
@@ -84,7 +100,9 @@ class Chat:
 
     def aside(self, text: str) -> None:
         """Something beside the conversation: grey in a terminal, else on standard error."""
-        print(f"{GREY}{text}{NORMAL}", flush=True) if self.styled else print(text, file=sys.stderr, flush=True)
+        print(f"{GREY}{text}{NORMAL}", flush=True) if self.styled else print(
+            text, file=sys.stderr, flush=True
+        )
 
     def write(self, text: str) -> None:
         print(CONTROL.sub("", text) if self.styled else text, end="", flush=True)
@@ -108,13 +126,17 @@ class Chat:
     def _reply(self, question: str) -> None:
         context = self.engine.model.config.sequence_len
         asked = {"messages": [*self.messages, {"role": "user", "content": question}]}
-        asked, dropped = fit_conversation(self.engine.tokenizer, asked, context - min(self.k.max_tokens, context // 2))
+        asked, dropped = fit_conversation(
+            self.engine.tokenizer, asked, context - min(self.k.max_tokens, context // 2)
+        )
         if dropped:
             what = "exchange is" if dropped == 1 else f"{dropped} exchanges are"
             self.aside(f"[the context holds {context} tokens: the oldest {what} forgotten]")
         reply = Reply(self.engine, asked, **self.k.sampling(self.turn))
         if len(reply.prompt) > context - 1:
-            self.aside(f"[the message is longer than the context of {context} tokens: only its end is read]")
+            self.aside(
+                f"[the message is longer than the context of {context} tokens: only its end is read]"
+            )
         try:
             self._show(reply)
         finally:  # also when it was stopped
@@ -135,7 +157,14 @@ class Chat:
                 fresh = True
         print(flush=True)
         if reply.finish != "stop" and self.styled:
-            self.aside("[cut: " + (f"{reply.tokens} tokens, see --max_tokens]" if reply.finish == "length" else "the context is full]"))
+            self.aside(
+                "[cut: "
+                + (
+                    f"{reply.tokens} tokens, see --max_tokens]"
+                    if reply.finish == "length"
+                    else "the context is full]"
+                )
+            )
 
     def command(self, line: str) -> bool:
         """Obey /clear and the like; False when the line is none of them."""
@@ -143,7 +172,9 @@ class Chat:
         if name == "/help" or line == "/system":
             self.aside(HELP)
         elif name == "/clear" or (name == "/system" and rest.strip()):
-            self.messages = [{"role": "system", "content": rest.strip()}] if name == "/system" else []
+            self.messages = (
+                [{"role": "system", "content": rest.strip()}] if name == "/system" else []
+            )
             self.aside("[a new conversation]")
         elif re.fullmatch(r"/[a-z]+", line):
             self.aside(f"there is no command {line}\n{HELP}")
@@ -180,7 +211,9 @@ def asker(shown: str, history: str, style: dict[str, str] | None = None) -> Call
     from prompt_toolkit.history import FileHistory
     from prompt_toolkit.styles import Style
 
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(base_dir() / history)), style=Style.from_dict(style or {}))
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(base_dir() / history)), style=Style.from_dict(style or {})
+    )
     return lambda: session.prompt(shown)
 
 
@@ -202,7 +235,9 @@ def converse(chat: Chat, name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    k, _ = knobs.parse(Knobs, argv, command="chat_cli", description="Chat with a model in the terminal.")
+    k, _ = knobs.parse(
+        Knobs, argv, command="chat_cli", description="Chat with a model in the terminal."
+    )
     if k.prompt is not None and not k.prompt.strip():
         raise UserError("--prompt is empty: write a question after it, or leave it out to chat")
     source = furthest_stage(k.model_tag) if k.source == "auto" else k.source

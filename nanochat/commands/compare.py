@@ -40,7 +40,12 @@ from nanochat.train import run as stage
 
 LETTERS = "abcdefgh"
 TEXTS = {f"--{name}" for name in ("common", *LETTERS)}
-OURS = {"seed": "--first_seed and --seeds", "model_tag": "--names", "resume": "the same command again", "new_horizon": "another --name"}
+OURS = {
+    "seed": "--first_seed and --seeds",
+    "model_tag": "--names",
+    "resume": "the same command again",
+    "new_horizon": "another --name",
+}
 SHARED = ("tokenizer", "tokens", "shards")  # of the base folder, made once for all runs
 PROBED, TIMED = 6, 30  # steps that a dry run, and a round of --retime, takes of every condition
 
@@ -59,15 +64,29 @@ class Knobs:
     f: str | None = knob(None, "sixth")
     g: str | None = knob(None, "seventh")
     h: str | None = knob(None, "eighth")
-    names: tuple[str, ...] = knob((), "names of the conditions, in their order (default: from their flags)")
+    names: tuple[str, ...] = knob(
+        (), "names of the conditions, in their order (default: from their flags)"
+    )
     seeds: int = knob(3, "runs of every condition", low=1)
     first_seed: int = knob(42, "seed of the first run; the others follow")
-    target: str = knob("auto", "bits per byte to reach; auto = for each pair the final ones of the run that ended worse")
+    target: str = knob(
+        "auto",
+        "bits per byte to reach; auto = for each pair the final ones of the run that ended worse",
+    )
     points: int = knob(20, "evaluations of a run, where the flags do not set --eval_every", low=2)
-    eval_tokens: int = knob(1 << 17, "tokens of an evaluation, where the flags do not set --eval_tokens", low=1)
+    eval_tokens: int = knob(
+        1 << 17, "tokens of an evaluation, where the flags do not set --eval_tokens", low=1
+    )
     keep: bool = knob(False, "keep the weights of finished runs")
-    retime: int = knob(0, f"after the runs, time all conditions anew by turns: rounds of {TIMED} steps each; seconds follow them", low=0)
-    dry_run: bool = knob(False, f"say what would run and for how long, from finished runs or {PROBED} steps of each condition")
+    retime: int = knob(
+        0,
+        f"after the runs, time all conditions anew by turns: rounds of {TIMED} steps each; seconds follow them",
+        low=0,
+    )
+    dry_run: bool = knob(
+        False,
+        f"say what would run and for how long, from finished runs or {PROBED} steps of each condition",
+    )
 
 
 @dataclass(frozen=True)
@@ -89,13 +108,22 @@ def conditions_of(k: Knobs) -> list[Condition]:
         raise UserError(f"--target takes auto or a number of bits per byte, not {k.target!r}")
     texts = {x: getattr(k, x) for x in LETTERS if getattr(k, x) is not None}
     if len(texts) < 2:
-        raise UserError('one condition is nothing to compare: give a second one, as in --b="--activation=silu"')
-    plain = [re.sub(r"[^\w.]+", "-", t.replace("--", "")).strip("-_.")[:40] or "baseline" for t in texts.values()]
+        raise UserError(
+            'one condition is nothing to compare: give a second one, as in --b="--activation=silu"'
+        )
+    plain = [
+        re.sub(r"[^\w.]+", "-", t.replace("--", "")).strip("-_.")[:40] or "baseline"
+        for t in texts.values()
+    ]
     names = list(k.names) or (plain if len(set(plain)) == len(plain) else list(texts))
     if len(names) != len(texts) or len(set(names)) < len(names):
-        raise UserError(f"--names gives {len(names)} names ({' '.join(names)}) for {len(texts)} conditions: one each, all different")
+        raise UserError(
+            f"--names gives {len(names)} names ({' '.join(names)}) for {len(texts)} conditions: one each, all different"
+        )
     if bad := [n for n in (*names, k.name) if n and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", n)]:
-        raise UserError(f"{bad[0]!r} cannot be a folder name: use letters, digits, dots, dashes and underscores")
+        raise UserError(
+            f"{bad[0]!r} cannot be a folder name: use letters, digits, dots, dashes and underscores"
+        )
     tokenizer = Tokenizer.load()
     out = []
     for name, (letter, text) in zip(names, texts.items(), strict=True):
@@ -112,16 +140,36 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
     _, origins = knobs.parse(base_train.Knobs, flags, command="base_train")
     if taken := [n for n in OURS if origins[n] != "default"]:
         raise UserError(f"--{taken[0]} belongs to the comparison: use {OURS[taken[0]]}")
-    ours = {"eval_every": f"{1 / k.points:g}", "eval_tokens": str(k.eval_tokens), "sample_every": "0", "keep": "1"}
+    ours = {
+        "eval_every": f"{1 / k.points:g}",
+        "eval_tokens": str(k.eval_tokens),
+        "sample_every": "0",
+        "keep": "1",
+    }
     flags = flags + [f"--{n}={v}" for n, v in ours.items() if origins[n] == "default"]
     b, origins, _ = stage.parse(base_train.Knobs, flags, "base_train", "base", lambda _: name)
     stage.sources_of(b.data)
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, **b.dimensions(), **{f.name: getattr(b, f.name) for f in fields(Arch)})
+    config = GPTConfig(
+        vocab_size=tokenizer.vocab_size,
+        **b.dimensions(),
+        **{f.name: getattr(b, f.name) for f in fields(Arch)},
+    )
     if b.rap:
         prior.prepare(b, config, tokenizer.fingerprint, torch.device("cpu"))  # for what it refuses
     print0(f"{name}: {shlex.join(flags)}")
     nowhere = Runtime(torch.device("meta"), torch.float32, 0, 1, 0)
-    opened = stage.Stage("base", b, origins, nowhere, tokenizer, GPT.build(config, "meta"), Path(), None, peak_flops=1e12, began=0.0)
+    opened = stage.Stage(
+        "base",
+        b,
+        origins,
+        nowhere,
+        tokenizer,
+        GPT.build(config, "meta"),
+        Path(),
+        None,
+        peak_flops=1e12,
+        began=0.0,
+    )
     with redirect_stdout(io.StringIO()) as said:
         _, steps = stage.horizon(opened)
     if steps or b.total_batch_size:  # else the batch follows from a peak that only a run measures
@@ -129,7 +177,9 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
     every = b.eval_every
     looks = round(1 / every) if 0 < every < 1 else steps // int(every) if every and steps else 0
     if looks < 2:
-        raise UserError(f"with --eval_every={every:g} there is no curve to interpolate: lower it, or leave it to --points")
+        raise UserError(
+            f"with --eval_every={every:g} there is no curve to interpolate: lower it, or leave it to --points"
+        )
     return Condition(name, flags, b, looks)
 
 
@@ -137,16 +187,27 @@ class Comparison:
     """A comparison's folder: which flags it was begun with, which runs are finished, one run at a time."""
 
     def __init__(self, k: Knobs, conditions: list[Condition]):
-        self.conditions, self.target, self.keep = conditions, None if k.target == "auto" else float(k.target), k.keep
+        self.conditions, self.target, self.keep = (
+            conditions,
+            None if k.target == "auto" else float(k.target),
+            k.keep,
+        )
         self.name = k.name or "-vs-".join(c.name for c in conditions)
         self.folder = (base_dir() / "compare" / self.name).resolve()
-        n = len(conditions)  # whatever drifts while the machine works falls on all alike: another condition goes first with every seed
-        self.todo = [(conditions[(i + j) % n], k.first_seed + i) for i in range(k.seeds) for j in range(n)]
+        n = len(
+            conditions
+        )  # whatever drifts while the machine works falls on all alike: another condition goes first with every seed
+        self.todo = [
+            (conditions[(i + j) % n], k.first_seed + i) for i in range(k.seeds) for j in range(n)
+        ]
         self.records: list[dict[str, Any]] = []
         begun: dict[str, list[str]] = {}
         if (self.folder / "plan.json").exists():
             begun = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
-            self.records = [json.loads(line) for line in (self.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+            self.records = [
+                json.loads(line)
+                for line in (self.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
         for c in conditions:
             if begun.get(c.name, c.flags) != c.flags:
                 raise UserError(
@@ -156,23 +217,44 @@ class Comparison:
         self.plan = begun | {c.name: c.flags for c in conditions}
 
     def done(self, c: Condition, seed: int) -> bool:
-        return any((r["condition"], r["seed"]) == (c.name, seed) and not r.get("again") for r in self.records)
+        return any(
+            (r["condition"], r["seed"]) == (c.name, seed) and not r.get("again")
+            for r in self.records
+        )
 
     def usual(self, c: Condition) -> float:
         """Seconds that a run of this condition took, 0 = not known yet."""
-        return fmean([r["wall_seconds"] for r in self.records if r["condition"] == c.name and not r.get("error")] or [0.0])
+        return fmean(
+            [
+                r["wall_seconds"]
+                for r in self.records
+                if r["condition"] == c.name and not r.get("error")
+            ]
+            or [0.0]
+        )
 
     def write(self, record: dict[str, Any] | None = None) -> dict[str, Any]:
         """Add a run; write the plan, all runs, results and page."""
         if record:
             same = (record["condition"], record["seed"])
-            self.records = [r for r in self.records if (r["condition"], r["seed"]) != same] + [record]
-        atomic_write(self.folder / "runs.jsonl", "".join(json.dumps(r) + "\n" for r in self.records))
+            self.records = [r for r in self.records if (r["condition"], r["seed"]) != same] + [
+                record
+            ]
+        atomic_write(
+            self.folder / "runs.jsonl", "".join(json.dumps(r) + "\n" for r in self.records)
+        )
         atomic_write(self.folder / "plan.json", json.dumps(self.plan, indent=1))
         asked = {(c.name, seed) for c, seed in self.todo}
         runs = [r for r in self.records if (r["condition"], r["seed"]) in asked]
-        results = comparison.analyse(runs, {c.name: shlex.join(c.flags) for c in self.conditions}, self.target)
-        results = {"name": self.name, "runs_planned": len(self.todo), "runs_finished": len(runs), **results}
+        results = comparison.analyse(
+            runs, {c.name: shlex.join(c.flags) for c in self.conditions}, self.target
+        )
+        results = {
+            "name": self.name,
+            "runs_planned": len(self.todo),
+            "runs_finished": len(runs),
+            **results,
+        }
         atomic_write(self.folder / "results.json", json.dumps(results, indent=1))
         comparison.build(self.name, results, runs, self.folder / "report.html")
         return results
@@ -180,12 +262,21 @@ class Comparison:
     def pinned(self, c: Condition) -> list[str]:
         """What a run would choose by measuring the machine, as the first finished run (of its condition, for the batch) chose it."""
         good = [r for r in self.records if not r.get("error")]
-        auto = {n: {o.name for o in self.conditions if getattr(o.knobs, n) == "auto"} for n in ("dtype", "compile")}
+        auto = {
+            n: {o.name for o in self.conditions if getattr(o.knobs, n) == "auto"}
+            for n in ("dtype", "compile")
+        }
         auto["total_batch_size"] = {c.name} if c.timed and not c.knobs.total_batch_size else set()
-        chosen = {n: next((r["pins"][n] for r in good if r["condition"] in who), None) for n, who in auto.items() if c.name in who}
+        chosen = {
+            n: next((r["pins"][n] for r in good if r["condition"] in who), None)
+            for n, who in auto.items()
+            if c.name in who
+        }
         return [f"--{n}={v}" for n, v in chosen.items() if v is not None]
 
-    def start(self, base: Path, c: Condition, seed: int, log: IO[bytes], lock: IO[bytes]) -> subprocess.Popen:
+    def start(
+        self, base: Path, c: Condition, seed: int, log: IO[bytes], lock: IO[bytes]
+    ) -> subprocess.Popen:
         """base_train of one run with `base` as its base folder. It holds the lock as long as it lives, even if this process is killed."""
         for name in SHARED:
             (base_dir() / name).mkdir(exist_ok=True)
@@ -194,13 +285,26 @@ class Comparison:
                 (base / name).symlink_to(os.path.relpath((base_dir() / name).resolve(), base))
         root = str(Path(base_train.__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-        words = [*c.flags, *self.pinned(c), f"--seed={seed}", f"--model_tag={c.name}-s{seed}", "--resume=auto"]
+        words = [
+            *c.flags,
+            *self.pinned(c),
+            f"--seed={seed}",
+            f"--model_tag={c.name}-s{seed}",
+            "--resume=auto",
+        ]
         return subprocess.Popen(
-            [sys.executable, "-u", "-m", "nanochat.commands.base_train", *words], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": path}, pass_fds=(lock.fileno(),), start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-u", "-m", "nanochat.commands.base_train", *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": path},
+            pass_fds=(lock.fileno(),),
+            start_new_session=True,
+        )
 
-    def run(self, c: Condition, seed: int, lock: IO[bytes], say: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    def run(
+        self, c: Condition, seed: int, lock: IO[bytes], say: Callable[[Mapping[str, Any]], None]
+    ) -> dict[str, Any]:
         """Train one run to its end and return its record, that of a failure too. KeyboardInterrupt after the run has saved itself."""
         directory = self.folder / "checkpoints" / "base" / f"{c.name}-s{seed}"
         log = self.folder / "logs" / f"{c.name}-s{seed}.log"
@@ -224,14 +328,22 @@ class Comparison:
         else:
             error = _error(log, process.returncode)
             if not _last(directory):
-                raise UserError(f"{c.name} with seed {seed} did not start: {error} (all it said is in {log})")
-            record = {**more, "error": error, "again": process.returncode != 2}  # 2: its own fault; else something from outside
+                raise UserError(
+                    f"{c.name} with seed {seed} did not start: {error} (all it said is in {log})"
+                )
+            record = {
+                **more,
+                "error": error,
+                "again": process.returncode != 2,
+            }  # 2: its own fault; else something from outside
         return record
 
     def clear(self, record: Mapping[str, Any]) -> None:
         """Delete the weights of a run that is recorded for good."""
         if not self.keep and not record.get("again"):
-            for path in checkpoint.steps(self.folder / "checkpoints" / "base" / f"{record['condition']}-s{record['seed']}"):
+            for path in checkpoint.steps(
+                self.folder / "checkpoints" / "base" / f"{record['condition']}-s{record['seed']}"
+            ):
                 shutil.rmtree(path)
 
     def probe(self, c: Condition, lock: IO[bytes], steps: int = PROBED) -> tuple[float, float]:
@@ -249,13 +361,21 @@ class Comparison:
                     process.kill()
                     process.wait()
             if "train" not in at:
-                raise UserError(f"condition {c.name} does not start: {_error(log, process.returncode)}")
+                raise UserError(
+                    f"condition {c.name} does not start: {_error(log, process.returncode)}"
+                )
             step_ms = comparison.record(directory)["step_ms"]
             if c.timed:
                 return c.timed, step_ms
-            whole = next(r["config"]["plan"]["steps"] for r in logbook.read(directory) if r["kind"] == "start")
+            whole = next(
+                r["config"]["plan"]["steps"]
+                for r in logbook.read(directory)
+                if r["kind"] == "start"
+            )
             training = at["train"] - at["eval"] + whole * step_ms / 1e3
-            return at["start"] - at["launch"] + (c.looks + 1) * (at["eval"] - at["start"]) + training, step_ms
+            return at["start"] - at["launch"] + (c.looks + 1) * (
+                at["eval"] - at["start"]
+            ) + training, step_ms
         finally:
             shutil.rmtree(base, ignore_errors=True)
 
@@ -269,7 +389,9 @@ class Comparison:
         first = min(seed for _, seed in self.todo)
         for i, r in enumerate(self.records):
             if r["condition"] in times and not r.get("error"):
-                self.records[i] = comparison.at_speed(r, times[r["condition"]][(r["seed"] - first) % rounds])
+                self.records[i] = comparison.at_speed(
+                    r, times[r["condition"]][(r["seed"] - first) % rounds]
+                )
         return self.write()
 
 
@@ -299,9 +421,21 @@ def _last(directory: Path) -> dict[str, Any]:
 
 def _error(log: Path, status: int) -> str:
     """The sentence with which a run ended."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
-    return said or (f"ended by signal {-status} (out of memory?)" if status < 0 else lines[-1] if lines else f"ended with status {status}")
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    said = next(
+        (line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), ""
+    )
+    return said or (
+        f"ended by signal {-status} (out of memory?)"
+        if status < 0
+        else lines[-1]
+        if lines
+        else f"ended with status {status}"
+    )
 
 
 @contextmanager
@@ -314,7 +448,9 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder.name} is being compared already, or its last run still ends: wait for it, or end it") from None
+            raise UserError(
+                f"{folder.name} is being compared already, or its last run still ends: wait for it, or end it"
+            ) from None
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield f
@@ -322,7 +458,9 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _live(work: Comparison, todo: Sequence[tuple[Condition, int]]) -> Callable[[Mapping[str, Any]], None]:
+def _live(
+    work: Comparison, todo: Sequence[tuple[Condition, int]]
+) -> Callable[[Mapping[str, Any]], None]:
     """-> say(row): where the first run of `todo` stands and how long all take: a terminal's live line, else a line each half minute."""
     (c, seed), terminal = todo[0], sys.stdout.isatty()
     printed = time.monotonic()
@@ -341,7 +479,9 @@ def _live(work: Comparison, todo: Sequence[tuple[Condition, int]]) -> Callable[[
     return say
 
 
-def _dry_run(work: Comparison, todo: Sequence[tuple[Condition, int]], lock: IO[bytes]) -> dict[str, Any]:
+def _dry_run(
+    work: Comparison, todo: Sequence[tuple[Condition, int]], lock: IO[bytes]
+) -> dict[str, Any]:
     total = 0.0
     try:
         for c in work.conditions:
@@ -358,7 +498,9 @@ def _dry_run(work: Comparison, todo: Sequence[tuple[Condition, int]], lock: IO[b
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words: list[str] = []
-    for word in sys.argv[1:] if argv is None else argv:  # --b "--activation=silu" is a flag and its value, not two flags
+    for word in (
+        sys.argv[1:] if argv is None else argv
+    ):  # --b "--activation=silu" is a flag and its value, not two flags
         if words and words[-1] in TEXTS:
             words[-1] += f"={word}"
         else:
@@ -366,22 +508,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(Knobs, words, command="compare")
     work = Comparison(k, conditions_of(k))
     if k.retime and any(c.timed for c in work.conditions):
-        raise UserError("--retime cannot be used where a run's length is a time: what it learns depends on its speed")
+        raise UserError(
+            "--retime cannot be used where a run's length is a time: what it learns depends on its speed"
+        )
     with locked(work.folder) as lock:
         todo = [(c, seed) for c, seed in work.todo if not work.done(c, seed)]
-        print0(f"{work.name}: {len(work.todo)} runs, {len(work.todo) - len(todo)} finished, in {work.folder}")
+        print0(
+            f"{work.name}: {len(work.todo)} runs, {len(work.todo) - len(todo)} finished, in {work.folder}"
+        )
         if k.dry_run:
             return _dry_run(work, todo, lock)
         results = work.write()
         for i, (c, seed) in enumerate(todo):
-            print0(f"run {len(work.todo) - len(todo) + i + 1} of {len(work.todo)}: {c.name}, seed {seed}")
+            print0(
+                f"run {len(work.todo) - len(todo) + i + 1} of {len(work.todo)}: {c.name}, seed {seed}"
+            )
             if c.timed and c.knobs.compile != "off" and all(o is not c for o, _ in todo[:i]):
-                print0("  first steps that do not count: a budget of time is not to pay for a compilation that other runs find done")
+                print0(
+                    "  first steps that do not count: a budget of time is not to pay for a compilation that other runs find done"
+                )
                 work.probe(c, lock)
             record = work.run(c, seed, lock, _live(work, todo[i:]))
             results = work.write(record)
             work.clear(record)
-            said = record.get("error") or f"{record['final_bpb']:.4f} bits per byte, {record['step_ms']:.1f} ms a step"
+            said = (
+                record.get("error")
+                or f"{record['final_bpb']:.4f} bits per byte, {record['step_ms']:.1f} ms a step"
+            )
             print0(f"\r\033[K  {said}" if sys.stdout.isatty() else f"  {said}")
         if k.retime:
             results = work.retime(k.retime, lock)

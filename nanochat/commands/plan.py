@@ -20,7 +20,13 @@ from nanochat import plan
 from nanochat.base import knobs
 from nanochat.base.common import UserError, entry, print0
 
-MODULES = {"arch": "arch", "memory": "memory", "probe": "probe", "recipe": "recipe", "pilot": "pilot"}  # in the order of use
+MODULES = {
+    "arch": "arch",
+    "memory": "memory",
+    "probe": "probe",
+    "recipe": "recipe",
+    "pilot": "pilot",
+}  # in the order of use
 
 
 def commands() -> dict[str, tuple[str, str]]:
@@ -38,14 +44,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     known = commands()
     if not words or words[0] in ("-h", "--help"):
-        print0("usage: python -m scripts.plan SUBCOMMAND [--flag VALUE ...]    (SUBCOMMAND -h lists its flags)\n")
+        print0(
+            "usage: python -m scripts.plan SUBCOMMAND [--flag VALUE ...]    (SUBCOMMAND -h lists its flags)\n"
+        )
         print0("\n".join(f"  {name:<8}  {does}" for name, (_, does) in known.items()))
         return {}
     if words[0] not in known:
-        raise UserError(f"plan has no subcommand {words[0]!r}{knobs.near(words[0], known)}: choose {', '.join(known)}")
+        raise UserError(
+            f"plan has no subcommand {words[0]!r}{knobs.near(words[0], known)}: choose {', '.join(known)}"
+        )
     module = importlib.import_module(known[words[0]][0])
     k, _ = knobs.parse(module.Knobs, words[1:], command=f"plan {words[0]}")
-    with redirect_stdout(sys.stderr) if k.json else nullcontext():  # whatever else there is to say must not mix with it
+    with (
+        redirect_stdout(sys.stderr) if k.json else nullcontext()
+    ):  # whatever else there is to say must not mix with it
         out = module.run(k)
     if k.json:
         print0(json.dumps(out))

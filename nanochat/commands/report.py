@@ -13,7 +13,9 @@ from nanochat.study.report import build, curves_png, find_runs
 class Knobs:
     """Report"""
 
-    directories: tuple[str, ...] = knob((), "folders of runs; all under the base folder when none is given", positional=True)
+    directories: tuple[str, ...] = knob(
+        (), "folders of runs; all under the base folder when none is given", positional=True
+    )
     out: str = knob("", "the page to write; report.html in the base folder when empty", alias="-o")
     png: str = knob("", "also write a picture of the runs as one chain of stages to this file")
 

@@ -28,7 +28,9 @@ class Knobs(MachineKnobs):
 
     model_tag: str = knob("", "tag of the model (default: the one saved last)")
     out: str = knob("", "folder for summary.json (default: quickstart under NANOCHAT_BASE_DIR)")
-    seconds: float = knob(0.0, "what the whole chain took, installation included (0 = the sum of its stages)", low=0)
+    seconds: float = knob(
+        0.0, "what the whole chain took, installation included (0 = the sum of its stages)", low=0
+    )
     samples: int = knob(7, "sample exchanges to show", low=0)
 
 
@@ -38,7 +40,10 @@ def figures(tag: str) -> dict[str, dict[str, Any]]:
     for stage in checkpoint.STAGES:
         directory = checkpoint.run_directory(stage, tag)
         rows = logbook.read(directory) if directory.is_dir() else []
-        last = {kind: next((r for r in reversed(rows) if r["kind"] == kind), None) for kind in ("summary", "eval", "chat_eval")}
+        last = {
+            kind: next((r for r in reversed(rows) if r["kind"] == kind), None)
+            for kind in ("summary", "eval", "chat_eval")
+        }
         if last["summary"] is None:
             continue
         talk = last["chat_eval"] or {}
@@ -67,12 +72,19 @@ def table_of(stages: dict[str, dict[str, Any]]) -> Table:
         overall = f"{s['accuracy']:.1%} of {s['n']}" if s["accuracy"] is not None else ""
         by_kind = (f"{s['kinds'][k]['accuracy']:.0%}" if k in s["kinds"] else "" for k in kinds)
         table.add_row(
-            name, human(s["tokens"]), f"{s['minutes']:.1f}", f"{s['val_bpb']:.3f}" if s["val_bpb"] is not None else "", overall, *by_kind
+            name,
+            human(s["tokens"]),
+            f"{s['minutes']:.1f}",
+            f"{s['val_bpb']:.3f}" if s["val_bpb"] is not None else "",
+            overall,
+            *by_kind,
         )
     first = next(iter(stages.values()))
     if first["kinds"]:
         table.add_section()
-        chances = (f"{first['kinds'][k]['chance']:.0%}" if k in first["kinds"] else "" for k in kinds)
+        chances = (
+            f"{first['kinds'][k]['chance']:.0%}" if k in first["kinds"] else "" for k in kinds
+        )
         table.add_row("(chance)", "", "", "", f"{first['chance']:.1%}", *chances, style="dim")
     return table
 
@@ -85,9 +97,15 @@ def exchanges(k: Knobs, stage: str) -> list[tuple[str, str, str]]:
     model, _ = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
     items = tinyworld.items("val", k.samples, seed=k.seed + 1)
     prompts = [tokenizer.render_prompt(tinyworld.prompt(item)) for item in items]
-    rows = Engine(model.cast_for_inference(), tokenizer).generate_batch(prompts, max_tokens=64, temperature=0.0)
+    rows = Engine(model.cast_for_inference(), tokenizer).generate_batch(
+        prompts, max_tokens=64, temperature=0.0
+    )
     return [
-        (item["messages"][-2]["content"], visible_text(tokenizer, row.tokens).strip(), tinyworld.gold(item))
+        (
+            item["messages"][-2]["content"],
+            visible_text(tokenizer, row.tokens).strip(),
+            tinyworld.gold(item),
+        )
         for item, row in zip(items, rows, strict=True)
     ]
 
@@ -104,7 +122,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     last = list(stages)[-1]
     if k.samples and last != "base":
         for question, reply, expected in exchanges(k, last):
-            console.print(f"\n[dim]user:[/dim]      {escape(question)}\n[dim]assistant:[/dim] {escape(reply)}", highlight=False)
+            console.print(
+                f"\n[dim]user:[/dim]      {escape(question)}\n[dim]assistant:[/dim] {escape(reply)}",
+                highlight=False,
+            )
             if reply != expected:
                 console.print(f"[dim](expected: {escape(expected)})[/dim]", highlight=False)
         console.print()

@@ -15,7 +15,9 @@ from nanochat.train import run as stage
 class Knobs:
     """Data"""
 
-    data: tuple[str, ...] = knob((), "text, as base_train takes it (default: downloaded shards, else tinyworld)")
+    data: tuple[str, ...] = knob(
+        (), "text, as base_train takes it (default: downloaded shards, else tinyworld)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:

@@ -21,7 +21,7 @@ KINDS = {
     "english": (
         "The ferry leaves the island at a quarter past six, and whoever misses it stays until morning. Marta knew this as well as anybody; "
         "still, she stopped at the bakery, because the smell of warm bread had come all the way down to the harbour to fetch her. \"You'll "
-        "never make it,\" said the baker, counting out her change. \"I don't think the captain would leave without his breakfast,\" she "
+        'never make it," said the baker, counting out her change. "I don\'t think the captain would leave without his breakfast," she '
         "replied, and took a second loaf. Scientists have measured how long people are willing to wait for something they want. The answer "
         "depends less on patience than on whether a clock is in sight: take it off the wall, and most of us stay twice as long."
     ),
@@ -56,9 +56,15 @@ KINDS = {
 class Knobs:
     """Tokenizer evaluation"""
 
-    data: tuple[str, ...] = knob((), "sources to measure on, as for base_train (default: downloaded shards, else tinyworld)")
+    data: tuple[str, ...] = knob(
+        (), "sources to measure on, as for base_train (default: downloaded shards, else tinyworld)"
+    )
     max_chars: int = knob(2_000_000, "characters of validation text a source, at most", low=1)
-    wait: float = knob(20.0, "seconds to wait for the GPT-2 and GPT-4 vocabularies, fetched from the internet; 0 = do without", low=0.0)
+    wait: float = knob(
+        20.0,
+        "seconds to wait for the GPT-2 and GPT-4 vocabularies, fetched from the internet; 0 = do without",
+        low=0.0,
+    )
 
 
 def other_encodings(seconds: float) -> dict[str, Callable[[str], list[int]]]:
@@ -82,7 +88,9 @@ def other_encodings(seconds: float) -> dict[str, Callable[[str], list[int]]]:
         thread.join(seconds)
         had = dict(found)
         if missing := [name for name in OTHERS if name not in had]:
-            notice(f"no comparison with the vocabularies of {' and '.join(missing)}: they come from the internet ({trouble})")
+            notice(
+                f"no comparison with the vocabularies of {' and '.join(missing)}: they come from the internet ({trouble})"
+            )
         return had
     return {}
 
@@ -98,15 +106,23 @@ def capped(texts: Iterable[str], max_chars: int) -> list[str]:
     return taken
 
 
-def measure(texts: list[str], tokenizer: Tokenizer, others: dict[str, Callable[[str], list[int]]]) -> dict:
+def measure(
+    texts: list[str], tokenizer: Tokenizer, others: dict[str, Callable[[str], list[int]]]
+) -> dict:
     encoded = tokenizer.encode_batch(texts)
     chars, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
 
     def per(tokens: int) -> dict[str, float]:
-        return {"tokens": tokens, "chars_per_token": round(chars / max(1, tokens), 4), "bytes_per_token": round(size / max(1, tokens), 4)}
+        return {
+            "tokens": tokens,
+            "chars_per_token": round(chars / max(1, tokens), 4),
+            "bytes_per_token": round(size / max(1, tokens), 4),
+        }
 
     row = {"chars": chars, "bytes": size, **per(sum(map(len, encoded)))}
-    row["exact"] = all(tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True))
+    row["exact"] = all(
+        tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True)
+    )
     for name, encode in others.items():
         row[name] = per(sum(len(encode(segment)) for text in texts for segment in segments(text)))
     return row
@@ -122,11 +138,28 @@ def show(rows: dict[str, dict], names: Sequence[str]) -> None:
     if not console.is_terminal:
         console.width = 120
     table = Table(box=box.SIMPLE)
-    for i, title in enumerate(["text", "characters", "chars/token", "bytes/token", *(f"{name} bytes/token" for name in names)]):
+    for i, title in enumerate(
+        [
+            "text",
+            "characters",
+            "chars/token",
+            "bytes/token",
+            *(f"{name} bytes/token" for name in names),
+        ]
+    ):
         table.add_column(title, justify="left" if i == 0 else "right")
     for name, row in rows.items():
-        theirs = [f"{row[n]['bytes_per_token']:.2f} ({row['bytes_per_token'] / row[n]['bytes_per_token'] - 1:+.0%})" for n in names]
-        table.add_row(name, f"{row['chars']:,}", f"{row['chars_per_token']:.2f}", f"{row['bytes_per_token']:.2f}", *theirs)
+        theirs = [
+            f"{row[n]['bytes_per_token']:.2f} ({row['bytes_per_token'] / row[n]['bytes_per_token'] - 1:+.0%})"
+            for n in names
+        ]
+        table.add_row(
+            name,
+            f"{row['chars']:,}",
+            f"{row['chars_per_token']:.2f}",
+            f"{row['bytes_per_token']:.2f}",
+            *theirs,
+        )
     console.print(table)
 
 
@@ -135,13 +168,25 @@ def main(argv: Sequence[str] | None = None) -> dict:
     tokenizer = Tokenizer.load()
     sources = stage.sources_of(k.data)
     others = other_encodings(k.wait)
-    rows = {source.name: measure(capped(documents(source, "val"), k.max_chars), tokenizer, others) for source in sources}
+    rows = {
+        source.name: measure(capped(documents(source, "val"), k.max_chars), tokenizer, others)
+        for source in sources
+    }
     rows.update({f"({kind})": measure([text], tokenizer, others) for kind, text in KINDS.items()})
-    print0(f"tokenizer of {tokenizer.vocab_size:,} tokens; texts in parentheses stand in this command, the others are validation text")
+    print0(
+        f"tokenizer of {tokenizer.vocab_size:,} tokens; texts in parentheses stand in this command, the others are validation text"
+    )
     show(rows, list(others))
     if inexact := [name for name, row in rows.items() if not row["exact"]]:
-        raise UserError(f"the tokenizer changes the text of {', '.join(inexact)}: train it again with python -m scripts.tok_train")
-    result = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint, "compared_with": list(others), "texts": rows}
+        raise UserError(
+            f"the tokenizer changes the text of {', '.join(inexact)}: train it again with python -m scripts.tok_train"
+        )
+    result = {
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+        "compared_with": list(others),
+        "texts": rows,
+    }
     print0(json.dumps(result, ensure_ascii=False))
     return result
 

@@ -22,18 +22,28 @@ class Contexts:
         stages: list[tuple[float, int]] = []
         for text in " ".join(texts).split():
             if not (m := re.fullmatch(r"(\d+)@(\d*\.?\d+|\d+\.)", text)):
-                raise UserError(f"the context stage {text!r} is not TOKENS@SHARE: write for example 512@0 1024@0.6 2048@0.9")
+                raise UserError(
+                    f"the context stage {text!r} is not TOKENS@SHARE: write for example 512@0 1024@0.6 2048@0.9"
+                )
             T, begin = int(m[1]), float(m[2])
             if T < 1 or begin >= 1:
-                raise UserError(f"the context stage {text} never trains: give at least 1 token, and a share of the run from 0 to below 1")
+                raise UserError(
+                    f"the context stage {text} never trains: give at least 1 token, and a share of the run from 0 to below 1"
+                )
             if not stages and begin:
-                raise UserError(f"nothing is said of the run before its context stage {text}: let the first one begin at 0, as in {T}@0")
+                raise UserError(
+                    f"nothing is said of the run before its context stage {text}: let the first one begin at 0, as in {T}@0"
+                )
             if stages and (begin <= stages[-1][0] or stages[-1][1] >= T):
                 last = f"{stages[-1][1]}@{stages[-1][0]:g}"
-                raise UserError(f"the context stage {text} comes after {last}: let tokens and shares rise from stage to stage")
+                raise UserError(
+                    f"the context stage {text} comes after {last}: let tokens and shares rise from stage to stage"
+                )
             stages.append((begin, T))
         if stages and fixed and stages[-1][1] != longest:
-            raise UserError(f"the last context stage has {stages[-1][1]} tokens, but sequence_len is {longest}: leave one of them out")
+            raise UserError(
+                f"the last context stage has {stages[-1][1]} tokens, but sequence_len is {longest}: leave one of them out"
+            )
         return cls(tuple(stages) or ((0.0, longest),))
 
     @property
@@ -46,7 +56,9 @@ class Contexts:
 
     def at(self, progress: float) -> int:
         """Tokens of a row at this progress."""
-        return next((T for begin, T in reversed(self.stages) if progress >= begin), self.stages[0][1])
+        return next(
+            (T for begin, T in reversed(self.stages) if progress >= begin), self.stages[0][1]
+        )
 
     def mean(self, of: Callable[[int], float]) -> float:
         """The mean of a function of T over the run: of tokens where progress counts tokens or steps, of time where it counts time."""

@@ -22,7 +22,9 @@ from nanochat.data.contexts import Contexts
 from nanochat.data.packing import Packing, one_a_row, pack
 from nanochat.data.shards import Shards
 
-BLOCK_TOKENS = 1 << 21  # rows enough for best-fit to leave no holes, few enough that packing them again costs nothing
+BLOCK_TOKENS = (
+    1 << 21
+)  # rows enough for best-fit to leave no holes, few enough that packing them again costs nothing
 PREFETCH = 4  # steps made ahead
 IGNORED = -1
 Mode = Literal["packed", "padded"]
@@ -45,11 +47,23 @@ class _Block:
     packing: Packing
 
     @classmethod
-    def of(cls, shards: Sequence[Shards], owner: np.ndarray, document: np.ndarray, mode: Mode, sequence_len: int) -> "_Block":
+    def of(
+        cls,
+        shards: Sequence[Shards],
+        owner: np.ndarray,
+        document: np.ndarray,
+        mode: Mode,
+        sequence_len: int,
+    ) -> "_Block":
         lengths = np.zeros(len(document), dtype=np.int64)
         for i, s in enumerate(shards):
             lengths[owner == i] = s.lengths[document[owner == i]]
-        return cls(shards, owner, document, (pack if mode == "packed" else one_a_row)(lengths, sequence_len + 1))
+        return cls(
+            shards,
+            owner,
+            document,
+            (pack if mode == "packed" else one_a_row)(lengths, sequence_len + 1),
+        )
 
     def rest(self, rows: np.ndarray, sequence_len: int) -> "_Block":
         """What stands in these rows, packed again for another length; pieces of a document that meet become one."""
@@ -57,7 +71,9 @@ class _Block:
         pieces = np.flatnonzero(np.isin(np.repeat(np.arange(len(p)), np.diff(p.first)), rows))
         pieces = pieces[np.lexsort((p.start[pieces], p.document[pieces]))]
         document, start, stop = p.document[pieces], p.start[pieces], p.stop[pieces]
-        opens = np.append(True, (document[1:] != document[:-1]) | (start[1:] != stop[:-1]))[: len(pieces)]
+        opens = np.append(True, (document[1:] != document[:-1]) | (start[1:] != stop[:-1]))[
+            : len(pieces)
+        ]
         closes = np.append(opens[1:], True)[: len(pieces)]
         document = document[opens]
         packing = pack(stop[closes], sequence_len + 1, start[opens])
@@ -79,14 +95,21 @@ class _Block:
                 at += 1
             end = at + stop - start
             ids[at:end] = shard.tokens(i)[start:stop]
-            targets[at:end] = ids[at:end] if mask is None else np.where(mask[start:stop], ids[at:end], IGNORED)
+            targets[at:end] = (
+                ids[at:end] if mask is None else np.where(mask[start:stop], ids[at:end], IGNORED)
+            )
             at = end
 
 
-def _materialise(rows: Sequence[tuple[_Block, int]], width: int, bos: int, at_least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def _materialise(
+    rows: Sequence[tuple[_Block, int]], width: int, bos: int, at_least: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(inputs, targets) of rows, (max(rows, at_least), width) each; rows beyond those given are all ignored."""
     n = max(len(rows), at_least)
-    ids, targets = np.full((n, width + 1), bos, dtype=np.int64), np.full((n, width + 1), IGNORED, dtype=np.int64)
+    ids, targets = (
+        np.full((n, width + 1), bos, dtype=np.int64),
+        np.full((n, width + 1), IGNORED, dtype=np.int64),
+    )
     for i, (block, row) in enumerate(rows):
         block.fill(row, ids[i], targets[i])
     return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy())
@@ -115,7 +138,9 @@ class _Plan:
     @property
     def quota(self) -> list[int]:
         """Tokens of each source in an epoch."""
-        weights = [s.total if w is None else w for s, w in zip(self.shards, self.weights, strict=True)]
+        weights = [
+            s.total if w is None else w for s, w in zip(self.shards, self.weights, strict=True)
+        ]
         return [round(self.total * w / sum(weights)) for w in weights]
 
     def start(self) -> dict[str, Any]:
@@ -132,10 +157,14 @@ class _Plan:
             "block": 0,
             "row": 0,
             "cuts": [],  # [sequence_len, rows taken] of each packing that this block had before the present one
-            "sources": [{"epoch": 0, "document": 0, "drawn": 0} for _ in self.shards],  # where the block begins; drawn: tokens this epoch
+            "sources": [
+                {"epoch": 0, "document": 0, "drawn": 0} for _ in self.shards
+            ],  # where the block begins; drawn: tokens this epoch
         }
 
-    def steps(self, state: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    def steps(
+        self, state: dict[str, Any]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
         """(inputs, targets of this rank's rows, the state after it) of each step from `state` on."""
         stream = self._stream(state)
         while self.total_steps is None or state["step"] < self.total_steps:
@@ -149,14 +178,27 @@ class _Plan:
                 return
             state = {**state, "step": state["step"] + 1}
             if self.total_steps:
-                state["progress"] = min(1.0, max(state["progress"] if self.epochs else 0.0, state["step"] / self.total_steps))
+                state["progress"] = min(
+                    1.0,
+                    max(
+                        state["progress"] if self.epochs else 0.0, state["step"] / self.total_steps
+                    ),
+                )
             width = self.sequence_len
             if self.mode == "padded":  # few widths, so that a compiled model meets few shapes
                 longest = max(block.size(row) for block, row in taken) - 1
                 width = min(width, 64 * max(1, -(-longest // 64)))
-            mine = taken[len(taken) * self.rank // self.world_size : len(taken) * (self.rank + 1) // self.world_size]
+            mine = taken[
+                len(taken) * self.rank // self.world_size : len(taken)
+                * (self.rank + 1)
+                // self.world_size
+            ]
             inputs, targets = _materialise(mine, width, self.shards[0].bos)
-            yield (inputs.pin_memory(), targets.pin_memory(), state) if self.pin else (inputs, targets, state)
+            yield (
+                (inputs.pin_memory(), targets.pin_memory(), state)
+                if self.pin
+                else (inputs, targets, state)
+            )
 
     def _stream(self, state: dict[str, Any]) -> Iterator[tuple[_Block, int, dict[str, Any]]]:
         """(block, row, the position behind it) for every row from a state on, until the epochs are over."""
@@ -169,17 +211,34 @@ class _Plan:
             # In integers, so that without weights the quota is met exactly by the last document of the epoch
             goals = [q * (number + 1) // blocks for q in quota]
             lengths = [*(length for length, _ in cuts), self.sequence_len]
-            block = _Block.of(self.shards, *self._draw(sources, goals, orders), self.mode, lengths[0])
+            block = _Block.of(
+                self.shards, *self._draw(sources, goals, orders), self.mode, lengths[0]
+            )
             gained = sum(s["drawn"] for s in sources) - drawn
-            order = np.random.default_rng([self.seed, epoch, number, 1]).permutation(len(block.packing))
+            order = np.random.default_rng([self.seed, epoch, number, 1]).permutation(
+                len(block.packing)
+            )
             for i, (_, taken) in enumerate(cuts, 1):
                 used = gained * taken / max(1, len(order))
                 drawn, gained = drawn + used, gained - used
                 block = block.rest(order[taken:], lengths[i])
-                order = np.random.default_rng([self.seed, epoch, number, 1, i]).permutation(len(block.packing))
+                order = np.random.default_rng([self.seed, epoch, number, 1, i]).permutation(
+                    len(block.packing)
+                )
             for row in range(first, len(order)):
-                share = (epoch + (drawn + gained * (row + 1) / len(order)) / sum(quota)) / self.epochs if self.epochs else 0.0
-                place = {"epoch": epoch, "block": number, "row": row + 1, "cuts": cuts, "sources": begin, "progress": min(1.0, share)}
+                share = (
+                    (epoch + (drawn + gained * (row + 1) / len(order)) / sum(quota)) / self.epochs
+                    if self.epochs
+                    else 0.0
+                )
+                place = {
+                    "epoch": epoch,
+                    "block": number,
+                    "row": row + 1,
+                    "cuts": cuts,
+                    "sources": begin,
+                    "progress": min(1.0, share),
+                }
                 yield block, int(order[row]), place
             number, first, cuts = number + 1, 0, []
             if number == blocks:
@@ -187,19 +246,25 @@ class _Plan:
                 for source, q in zip(sources, quota, strict=True):
                     source["drawn"] -= q  # what was drawn beyond the quota counts in the next epoch
 
-    def _draw(self, sources: list[dict[str, int]], goals: list[int], orders: dict) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(
+        self, sources: list[dict[str, int]], goals: list[int], orders: dict
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The (owner, document) pairs of the next block; moves `sources` behind them."""
         owner, document = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
         for i, (source, goal) in enumerate(zip(sources, goals, strict=True)):
             while source["drawn"] < goal:
                 key = i, source["epoch"]
                 if key not in orders:
-                    order = np.random.default_rng([self.seed, source["epoch"], i, 0]).permutation(len(self.shards[i]))
+                    order = np.random.default_rng([self.seed, source["epoch"], i, 0]).permutation(
+                        len(self.shards[i])
+                    )
                     orders[key] = order, np.cumsum(self.shards[i].lengths[order])
                 order, ends = orders[key]
                 begin = source["document"]
                 before = int(ends[begin - 1]) if begin else 0
-                stop = min(int(np.searchsorted(ends, before + goal - source["drawn"])) + 1, len(order))
+                stop = min(
+                    int(np.searchsorted(ends, before + goal - source["drawn"])) + 1, len(order)
+                )
                 document.append(order[begin:stop])
                 owner.append(np.full(stop - begin, i))
                 source["drawn"] += int(ends[stop - 1]) - before
@@ -243,12 +308,26 @@ class RowFeed:
         contexts: Contexts | None = None,
     ):
         if min(rows, device_rows, sequence_len) < 1:
-            raise UserError(f"rows ({rows}), device rows ({device_rows}) and sequence length ({sequence_len}) must all be at least 1")
+            raise UserError(
+                f"rows ({rows}), device rows ({device_rows}) and sequence length ({sequence_len}) must all be at least 1"
+            )
         _check([s for s, _ in shards])
         self.device_rows, self.device = device_rows, torch.device(device)
         sources, weights = tuple(s for s, _ in shards), tuple(w for _, w in shards)
         pin = self.device.type == "cuda"
-        self._plan = _Plan(sources, weights, rows, sequence_len, total_steps, epochs, seed, rank, world_size, mode, pin)
+        self._plan = _Plan(
+            sources,
+            weights,
+            rows,
+            sequence_len,
+            total_steps,
+            epochs,
+            seed,
+            rank,
+            world_size,
+            mode,
+            pin,
+        )
         self._contexts, self._ahead = contexts or Contexts(((0.0, sequence_len),)), None
         self._use(self._contexts.at(0.0))
         self._state = self._plan.start()
@@ -256,7 +335,9 @@ class RowFeed:
         if mode == "padded":
             self.truncated = sum(int((s.lengths > sequence_len + 1).sum()) for s in sources)
             if self.truncated:
-                notice(f"{self.truncated:,} of {sum(map(len, sources)):,} conversations have over {sequence_len} tokens and are cut there")
+                notice(
+                    f"{self.truncated:,} of {sum(map(len, sources)):,} conversations have over {sequence_len} tokens and are cut there"
+                )
 
     @property
     def step(self) -> int:
@@ -290,7 +371,9 @@ class RowFeed:
     def _use(self, length: int) -> None:
         """Rows of this many tokens from now on, and as many tokens a step and a micro-batch as before."""
         before = self._plan.sequence_len
-        self._plan = replace(self._plan, rows=self._plan.rows * before // length, sequence_len=length)
+        self._plan = replace(
+            self._plan, rows=self._plan.rows * before // length, sequence_len=length
+        )
         self.device_rows = max(1, self.device_rows * before // length)
 
     def __iter__(self) -> "RowFeed":
@@ -302,7 +385,10 @@ class RowFeed:
         inputs, targets, self._state = next(self._ahead)
         cuts = -(-len(inputs) // self.device_rows)
         pairs = zip(inputs.tensor_split(cuts), targets.tensor_split(cuts), strict=True)
-        return [Batch(i.to(self.device, non_blocking=True), t.to(self.device, non_blocking=True)) for i, t in pairs]
+        return [
+            Batch(i.to(self.device, non_blocking=True), t.to(self.device, non_blocking=True))
+            for i, t in pairs
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last step handed out: JSON-able, a few numbers a source."""
@@ -313,18 +399,31 @@ class RowFeed:
         for what in ("seed", "documents", "tokens", "quota"):
             if state[what] != self._state[what]:
                 changed = f"its {what} changed from {state[what]} to {self._state[what]}"
-                raise UserError(f"cannot go on from this place in the data: {changed}; restore it or start afresh")
+                raise UserError(
+                    f"cannot go on from this place in the data: {changed}; restore it or start afresh"
+                )
         self.close()
         state = {"cuts": [], **state, "sources": [dict(s) for s in state["sources"]]}
         if state["sequence_len"] in self._contexts.lengths:
             self._use(state["sequence_len"])
         elif self._plan.mode == "packed":
             state = _at_length(state, self._plan.sequence_len)
-        if self._plan.total_steps:  # the length of the run may be another one now: so is the share of it that is done
+        if (
+            self._plan.total_steps
+        ):  # the length of the run may be another one now: so is the share of it that is done
             progress = min(1.0, state["step"] / self._plan.total_steps)
         else:
-            progress = min(1.0, state["progress"] * (state["epochs"] or 0) / self._plan.epochs) if self._plan.epochs else 0.0
-        self._state = {**state, "sequence_len": self._plan.sequence_len, "epochs": self._plan.epochs, "progress": progress}
+            progress = (
+                min(1.0, state["progress"] * (state["epochs"] or 0) / self._plan.epochs)
+                if self._plan.epochs
+                else 0.0
+            )
+        self._state = {
+            **state,
+            "sequence_len": self._plan.sequence_len,
+            "epochs": self._plan.epochs,
+            "progress": progress,
+        }
 
     def close(self) -> None:
         """Stop the prefetching thread; next() starts another at the same place."""
@@ -339,7 +438,12 @@ class RowFeed:
 
 def _at_length(state: dict[str, Any], length: int) -> dict[str, Any]:
     """The position in a feed of packed rows where the rest of its block is packed for another length."""
-    return {**state, "sequence_len": length, "cuts": [*state["cuts"], [state["sequence_len"], state["row"]]], "row": 0}
+    return {
+        **state,
+        "sequence_len": length,
+        "cuts": [*state["cuts"], [state["sequence_len"], state["row"]]],
+        "row": 0,
+    }
 
 
 def eval_batches(
@@ -370,8 +474,14 @@ def eval_batches(
 
 
 def _check(shards: Sequence[Shards]) -> None:
-    if not shards or not all(map(len, shards)) or len({(s.fingerprint, s.bos) for s in shards}) != 1:
-        raise UserError(f"a feed needs sources with documents, all of one tokenizer, not: {', '.join(s.name for s in shards) or 'none'}")
+    if (
+        not shards
+        or not all(map(len, shards))
+        or len({(s.fingerprint, s.bos) for s in shards}) != 1
+    ):
+        raise UserError(
+            f"a feed needs sources with documents, all of one tokenizer, not: {', '.join(s.name for s in shards) or 'none'}"
+        )
 
 
 class _Prefetch:

@@ -64,10 +64,14 @@ def pin(repo: str, folder: Path, revision: str | None = None) -> tuple[str, dict
             if revision in (None, manifest["commit"], manifest["revision"]):
                 return manifest["commit"], files
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path} is damaged ({e}): delete it, and the files are verified against the newest commit") from e
+            raise UserError(
+                f"{path} is damaged ({e}): delete it, and the files are verified against the newest commit"
+            ) from e
     revision = revision or "main"
     quoted = urllib.parse.quote(revision, safe="")
-    about, _ = _get_json(f"{endpoint()}/api/datasets/{repo}/revision/{quoted}", f"{repo} at revision {revision}")
+    about, _ = _get_json(
+        f"{endpoint()}/api/datasets/{repo}/revision/{quoted}", f"{repo} at revision {revision}"
+    )
     commit = about["sha"]
     files, url = {}, f"{endpoint()}/api/datasets/{repo}/tree/{commit}?recursive=true"
     while url:
@@ -77,21 +81,37 @@ def pin(repo: str, folder: Path, revision: str | None = None) -> tuple[str, dict
                 lfs = entry.get("lfs") or {}
                 sha256 = lfs["oid"].removeprefix("sha256:") if lfs else None
                 files[entry["path"]] = Listed(entry["path"], lfs.get("size", entry["size"]), sha256)
-    manifest = {"repo": repo, "revision": revision, "commit": commit, "files": [vars(f) for f in files.values()]}
+    manifest = {
+        "repo": repo,
+        "revision": revision,
+        "commit": commit,
+        "files": [vars(f) for f in files.values()],
+    }
     atomic_write(path, json.dumps(manifest, indent=1))
     return commit, files
 
 
-def download(repo: str, commit: str, files: Sequence[Listed], folder: Path, workers: int = 4) -> None:
+def download(
+    repo: str, commit: str, files: Sequence[Listed], folder: Path, workers: int = 4
+) -> None:
     """
     Have `files` in `folder`, whole and verified; those there already are verified, not fetched. Raises UserError when one cannot be
     had; the others and all that arrived of it stay, and the next call goes on from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [f for f in files if not (folder / f.path).exists() or (folder / f.path).stat().st_size != f.size]
-    need, free = sum(f.size - _arrived(_part(folder, f)) for f in todo), shutil.disk_usage(folder).free
+    todo = [
+        f
+        for f in files
+        if not (folder / f.path).exists() or (folder / f.path).stat().st_size != f.size
+    ]
+    need, free = (
+        sum(f.size - _arrived(_part(folder, f)) for f in todo),
+        shutil.disk_usage(folder).free,
+    )
     if need > free:
-        raise UserError(f"{len(todo)} files need {human(need)}B and {folder} has {human(free)}B: free some space or ask for fewer")
+        raise UserError(
+            f"{len(todo)} files need {human(need)}B and {folder} has {human(free)}B: free some space or ask for fewer"
+        )
     stop = threading.Event()
     pool = ThreadPoolExecutor(max(1, workers))
     with _progress(len(files), sum(f.size for f in files)) as (advance, done):
@@ -108,7 +128,14 @@ def download(repo: str, commit: str, files: Sequence[Listed], folder: Path, work
             pool.shutdown(cancel_futures=True)
 
 
-def _have(repo: str, commit: str, file: Listed, folder: Path, advance: Callable[[int], None], stop: threading.Event) -> None:
+def _have(
+    repo: str,
+    commit: str,
+    file: Listed,
+    folder: Path,
+    advance: Callable[[int], None],
+    stop: threading.Event,
+) -> None:
     target, part = folder / file.path, _part(folder, file)
     if target.exists():
         if not _wrong(target, file):
@@ -129,24 +156,37 @@ def _have(repo: str, commit: str, file: Listed, folder: Path, advance: Callable[
             if stop.is_set():
                 return
             if wrong := _wrong(part, file):
-                if _arrived(part) >= file.size:  # a connection that broke off early is gone on with instead
+                if (
+                    _arrived(part) >= file.size
+                ):  # a connection that broke off early is gone on with instead
                     part.unlink()
                 raise _Corrupt(wrong)
             os.replace(part, target)
             return
         except urllib.error.HTTPError as e:
             if e.code not in (408, 416, 429) and e.code < 500:
-                raise UserError(f"the hub refuses {url} ({e.code} {e.reason}): check the data set and the revision") from e
+                raise UserError(
+                    f"the hub refuses {url} ({e.code} {e.reason}): check the data set and the revision"
+                ) from e
             if e.code == 416:
                 part.unlink(missing_ok=True)
             reason = f"{e.code} {e.reason}"
         except (OSError, http.client.HTTPException, _Corrupt) as e:
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise UserError(f"cannot write {part} ({e.strerror}): free some space; what has arrived is kept") from e
+            if isinstance(e, OSError) and e.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EACCES,
+                errno.EROFS,
+            ):
+                raise UserError(
+                    f"cannot write {part} ({e.strerror}): free some space; what has arrived is kept"
+                ) from e
             reason = str(getattr(e, "reason", e)) or type(e).__name__
         failures = 1 if _arrived(part) > before else failures + 1
         if failures >= ATTEMPTS:
-            raise UserError(f"cannot fetch {url} ({reason}): check the network, then run again; what has arrived is kept")
+            raise UserError(
+                f"cannot fetch {url} ({reason}): check the network, then run again; what has arrived is kept"
+            )
         stop.wait(BACKOFF * 2 ** (failures - 1))
 
 
@@ -156,7 +196,9 @@ def _receive(url: str, part: Path, size: int, stop: threading.Event) -> Iterator
     if have >= size:
         return
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, headers=headers), timeout=TIMEOUT
+    ) as response:
         if have and not re.match(rf"bytes {have}-", response.headers.get("Content-Range", "")):
             have = 0  # a server that knows no ranges sends everything
         with open(part, "ab") as f:
@@ -176,7 +218,9 @@ def _wrong(path: Path, file: Listed) -> str:
 
 
 def _part(folder: Path, file: Listed) -> Path:
-    return folder / f"{file.path}.{(file.sha256 or str(file.size))[:12]}.part"  # so that another version is never continued
+    return (
+        folder / f"{file.path}.{(file.sha256 or str(file.size))[:12]}.part"
+    )  # so that another version is never continued
 
 
 def _arrived(part: Path) -> int:
@@ -193,7 +237,9 @@ def _get_json(url: str, what: str) -> tuple[Any, str | None]:
                 return json.load(response), following and urllib.parse.urljoin(url, following[1])
         except urllib.error.HTTPError as e:
             if e.code != 429 and e.code < 500:
-                raise UserError(f"the hub has no {what} ({e.code} {e.reason}): check its name and the revision") from e
+                raise UserError(
+                    f"the hub has no {what} ({e.code} {e.reason}): check its name and the revision"
+                ) from e
             reason = f"{e.code} {e.reason}"
         except urllib.error.URLError as e:
             reason = str(e.reason)
@@ -203,11 +249,15 @@ def _get_json(url: str, what: str) -> tuple[Any, str | None]:
             reason = str(e) or type(e).__name__
         if attempt + 1 < ATTEMPTS:
             time.sleep(BACKOFF * 2**attempt)
-    raise UserError(f"cannot reach {endpoint()} ({reason}): check the network, or name a mirror with HF_ENDPOINT; own text needs none")
+    raise UserError(
+        f"cannot reach {endpoint()} ({reason}): check the network, or name a mirror with HF_ENDPOINT; own text needs none"
+    )
 
 
 @contextmanager
-def _progress(count: int, total: int) -> Iterator[tuple[Callable[[int], None], Callable[[Listed], None]]]:
+def _progress(
+    count: int, total: int
+) -> Iterator[tuple[Callable[[int], None], Callable[[Listed], None]]]:
     """A bar on a terminal, else a line a file."""
     from rich.console import Console
     from rich.progress import (
@@ -220,7 +270,13 @@ def _progress(count: int, total: int) -> Iterator[tuple[Callable[[int], None], C
     )
 
     console, finished = Console(stderr=True), 0
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"0/{count} files", total=total)
 

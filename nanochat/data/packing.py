@@ -48,24 +48,43 @@ def pack(lengths: np.ndarray, width: int, begin: np.ndarray | None = None) -> Pa
     pieces, rows = _best_fit(lengths, begin, width)
     pieces = np.array(pieces, dtype=np.int64).reshape(-1, 4)
     row = np.concatenate([np.arange(len(document)), pieces[:, 3] + len(document)])
-    document, start, stop = (np.concatenate([a, pieces[:, i]]) for i, a in enumerate((document, start, stop)))
-    order = np.lexsort((start, document, row))  # within a row as the documents came: not longest first, which would bias positions
+    document, start, stop = (
+        np.concatenate([a, pieces[:, i]]) for i, a in enumerate((document, start, stop))
+    )
+    order = np.lexsort(
+        (start, document, row)
+    )  # within a row as the documents came: not longest first, which would bias positions
     counts = np.bincount(row, minlength=len(row) and rows)
-    return Packing(document[order], start[order], stop[order], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    return Packing(
+        document[order],
+        start[order],
+        stop[order],
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
 
 
 def one_a_row(lengths: np.ndarray, width: int) -> Packing:
     """One document a row, those longer than `width` tokens truncated: the layout of finetuning."""
     lengths = np.asarray(lengths, dtype=np.int64)
     n = len(lengths)
-    return Packing(np.arange(n), np.zeros(n, dtype=np.int64), np.minimum(lengths, width), np.arange(n + 1))
+    return Packing(
+        np.arange(n), np.zeros(n, dtype=np.int64), np.minimum(lengths, width), np.arange(n + 1)
+    )
 
 
-def _best_fit(lengths: np.ndarray, begin: np.ndarray, width: int) -> tuple[list[tuple[int, int, int, int]], int]:
+def _best_fit(
+    lengths: np.ndarray, begin: np.ndarray, width: int
+) -> tuple[list[tuple[int, int, int, int]], int]:
     """Place tokens begin[d]:lengths[d] of each document, split or not if begin[d] > 0. -> pieces (document, start, stop, row); rows."""
-    left: list[list[tuple[int, int, int]]] = [[] for _ in range(width + 1)]  # (document, start, stop) by size, those to be split first
-    used = mirror = tails = 0  # bit n of used, bit width - n of mirror: size n is left; bit n of tails: with one that may be split
-    smallest = max(2, width // 16)  # a hole below this stays one: a piece put there would hardly have a context
+    left: list[list[tuple[int, int, int]]] = [
+        [] for _ in range(width + 1)
+    ]  # (document, start, stop) by size, those to be split first
+    used = mirror = tails = (
+        0  # bit n of used, bit width - n of mirror: size n is left; bit n of tails: with one that may be split
+    )
+    smallest = max(
+        2, width // 16
+    )  # a hole below this stays one: a piece put there would hardly have a context
 
     def add(d: int, start: int, stop: int) -> None:
         nonlocal used, mirror, tails
@@ -90,7 +109,9 @@ def _best_fit(lengths: np.ndarray, begin: np.ndarray, width: int) -> tuple[list[
         pairs = used & mirror >> width - free & (1 << free) - 2  # sizes n with another of free - n
         if free % 2 == 0 and len(left[free // 2]) < 2:
             pairs &= ~(1 << free // 2)
-        if upper := pairs >> (free + 1) // 2:  # the most equal pair: very short documents stay, which fit anywhere
+        if (
+            upper := pairs >> (free + 1) // 2
+        ):  # the most equal pair: very short documents stay, which fit anywhere
             return (free + 1) // 2 + (upper & -upper).bit_length() - 1
         return max(0, (used & (1 << free) - 1).bit_length() - 1)
 

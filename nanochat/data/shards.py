@@ -42,14 +42,22 @@ class Shards:
         self.name = name
         metas = [_read_meta(folder) for folder in folders]
         if len({(m["tokenizer"], m["vocab_size"], m["bos"]) for m in metas}) != 1:
-            raise UserError(f"the token shards of {name} are from different tokenizers: delete {folders[0].parent} and start again")
+            raise UserError(
+                f"the token shards of {name} are from different tokenizers: delete {folders[0].parent} and start again"
+            )
         self.fingerprint: str = metas[0]["tokenizer"]
         self.vocab_size: int = metas[0]["vocab_size"]
         self.bos: int = metas[0]["bos"]
         self.text_bytes: int = sum(m["text_bytes"] for m in metas)
         self.sha256 = hashlib.sha256("".join(m["sha256"] for m in metas).encode()).hexdigest()
-        self._tokens = [_map(folder / "tokens.bin", m["dtype"]) for folder, m in zip(folders, metas, strict=True)]
-        self._masks = [_map(folder / "mask.bin", "uint8") if m["mask"] else None for folder, m in zip(folders, metas, strict=True)]
+        self._tokens = [
+            _map(folder / "tokens.bin", m["dtype"])
+            for folder, m in zip(folders, metas, strict=True)
+        ]
+        self._masks = [
+            _map(folder / "mask.bin", "uint8") if m["mask"] else None
+            for folder, m in zip(folders, metas, strict=True)
+        ]
         self._offsets = [np.load(folder / "offsets.npy", mmap_mode="r") for folder in folders]
         self._first = np.cumsum([0] + [m["documents"] for m in metas])
         self.lengths = np.concatenate([np.diff(o) for o in self._offsets])
@@ -80,7 +88,9 @@ class Shards:
         return None if mask is None else mask[start:stop]
 
 
-def prepare(source: Source, split: str, tokenizer: "Tokenizer", directory: Path | None = None) -> Shards:
+def prepare(
+    source: Source, split: str, tokenizer: "Tokenizer", directory: Path | None = None
+) -> Shards:
     """The documents of a split ("train", "val"), tokenised now or found where an earlier run left them, by default base_dir()/tokens."""
     root = Path(directory or base_dir() / "tokens")
     todo = parts(source, split)
@@ -97,12 +107,18 @@ def prepare(source: Source, split: str, tokenizer: "Tokenizer", directory: Path 
                     progress.add(n_bytes, sum(map(len, ids)))
         shards = Shards(source.name, folders)
     if not len(shards):
-        raise UserError(f"data source {source.name} has no text in its {split} split: give it more documents")
+        raise UserError(
+            f"data source {source.name} has no text in its {split} split: give it more documents"
+        )
     return shards
 
 
 def prepare_conversations(
-    name: str, conversations: Iterable[dict], tokenizer: "Tokenizer", directory: Path | None = None, identity: str | None = None
+    name: str,
+    conversations: Iterable[dict],
+    tokenizer: "Tokenizer",
+    directory: Path | None = None,
+    identity: str | None = None,
 ) -> Shards:
     """
     Conversations, rendered with their supervision masks, in their order. `identity` names what they are made from (a seed and a count, a
@@ -112,7 +128,10 @@ def prepare_conversations(
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
     with _lock(root, [folder] if identity else []):
         if identity is None or not _usable(folder):
-            with _build(folder, tokenizer, masked=True) as writer, _Progress(f"rendering {name}", None) as progress:
+            with (
+                _build(folder, tokenizer, masked=True) as writer,
+                _Progress(f"rendering {name}", None) as progress,
+            ):
                 for conversation in conversations:
                     ids, mask = tokenizer.render_conversation(conversation)
                     writer.add([ids], [mask], 0)
@@ -123,7 +142,9 @@ def prepare_conversations(
 
 
 def _key(identity: dict, tokenizer: "Tokenizer") -> str:
-    return hashlib.sha256(json.dumps([FORMAT, identity, tokenizer.fingerprint], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([FORMAT, identity, tokenizer.fingerprint], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 def _encode(documents: Iterator[str], tokenizer: "Tokenizer") -> Iterator[tuple[list, int]]:
@@ -131,7 +152,10 @@ def _encode(documents: Iterator[str], tokenizer: "Tokenizer") -> Iterator[tuple[
     with ThreadPoolExecutor(1) as ahead:
         running = None
         for batch in _batches(documents):
-            following = ahead.submit(tokenizer.encode_batch, batch, bos=True), sum(len(text.encode()) for text in batch)
+            following = (
+                ahead.submit(tokenizer.encode_batch, batch, bos=True),
+                sum(len(text.encode()) for text in batch),
+            )
             if running:
                 yield running[0].result(), running[1]
             running = following
@@ -155,11 +179,18 @@ class _Writer:
     def __init__(self, folder: Path, tokenizer: "Tokenizer", masked: bool):
         self.folder, self.tokenizer = folder, tokenizer
         self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-        self.files = [open(folder / name, "wb") for name in (["tokens.bin", "mask.bin"] if masked else ["tokens.bin"])]  # noqa: SIM115
+        self.files = [
+            open(folder / name, "wb")
+            for name in (["tokens.bin", "mask.bin"] if masked else ["tokens.bin"])
+        ]
         self.hash, self.lengths, self.text_bytes = hashlib.sha256(), [], 0
 
     def add(self, documents: Sequence, masks: Sequence | None, n_bytes: int) -> None:
-        columns = [(documents, self.dtype)] if masks is None else [(documents, self.dtype), (masks, np.dtype("uint8"))]
+        columns = (
+            [(documents, self.dtype)]
+            if masks is None
+            else [(documents, self.dtype), (masks, np.dtype("uint8"))]
+        )
         for file, (column, dtype) in zip(self.files, columns, strict=True):
             data = np.concatenate([np.asarray(values, dtype=dtype) for values in column]).tobytes()
             self.hash.update(data)
@@ -202,7 +233,9 @@ def _build(folder: Path, tokenizer: "Tokenizer", masked: bool) -> Iterator[_Writ
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(beside, folder)
     except OSError as e:
-        raise UserError(f"cannot write tokens to {folder} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk") from e
+        raise UserError(
+            f"cannot write tokens to {folder} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk"
+        ) from e
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -218,7 +251,9 @@ def _lock(root: Path, folders: list[Path]) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        for abandoned in root.glob(".build-*"):  # of a run that was killed: whoever holds the lock is the only builder
+        for abandoned in root.glob(
+            ".build-*"
+        ):  # of a run that was killed: whoever holds the lock is the only builder
             shutil.rmtree(abandoned, ignore_errors=True)
         yield
 
@@ -237,19 +272,30 @@ def _usable(folder: Path) -> bool:
 def _read_meta(folder: Path) -> dict:
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        sizes = {"tokens.bin": meta["tokens"] * np.dtype(meta["dtype"]).itemsize, "offsets.npy": 128 + 8 * (meta["documents"] + 1)}
+        sizes = {
+            "tokens.bin": meta["tokens"] * np.dtype(meta["dtype"]).itemsize,
+            "offsets.npy": 128 + 8 * (meta["documents"] + 1),
+        }
         sizes |= {"mask.bin": meta["tokens"]} if meta["mask"] else {}
         wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"the token shard {folder} is damaged ({type(e).__name__}): delete it and run again") from e
+        raise UserError(
+            f"the token shard {folder} is damaged ({type(e).__name__}): delete it and run again"
+        ) from e
     if wrong:
-        raise UserError(f"the token shard {folder} is damaged ({wrong[0]} has not the size that meta.json states): delete it and run again")
+        raise UserError(
+            f"the token shard {folder} is damaged ({wrong[0]} has not the size that meta.json states): delete it and run again"
+        )
     return meta
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
     # A memory map cannot be empty, a shard can: a group of files without a single validation document. asarray drops the slow subclass.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype=dtype)
+    return (
+        np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        if path.stat().st_size
+        else np.zeros(0, dtype=dtype)
+    )
 
 
 class _Progress:
@@ -278,7 +324,9 @@ class _Progress:
             console = Console(stderr=True)
             label, done = TextColumn("{task.description}"), TextColumn("{task.fields[done]}")
             columns = label, BarColumn(), done, TimeElapsedColumn(), TimeRemainingColumn()
-            self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+            self.bar = Progress(
+                *columns, console=console, transient=True, disable=not console.is_terminal
+            )
             self.task = self.bar.add_task(self.label, total=self.total, done="")
             self.bar.start()
         if self.bar and self.task is not None:
@@ -286,7 +334,9 @@ class _Progress:
 
     def figures(self) -> str:
         rate = self.bytes / (time.monotonic() - self.began)
-        return f"{human(self.tokens)} tokens" + (f" of {human(self.bytes)}B text, {human(rate)}B/s" if self.bytes else "")
+        return f"{human(self.tokens)} tokens" + (
+            f" of {human(self.bytes)}B text, {human(rate)}B/s" if self.bytes else ""
+        )
 
     def __enter__(self) -> "_Progress":
         return self

@@ -30,7 +30,9 @@ from nanochat.tinyworld import generator_files
 CUT = 16_384  # characters of a document cut from a .txt file, at most
 VALIDATION_SHARE = 0.01
 VALIDATION_DOCUMENTS = 8  # a source with fewer documents under the share takes its smallest hashes up to this number, or a tenth of all
-PART_BYTES = 1 << 28  # files are tokenised in groups of this size: what is added later, or done when interrupted, is not done again
+PART_BYTES = (
+    1 << 28
+)  # files are tokenised in groups of this size: what is added later, or done when interrupted, is not done again
 TEXT_FIELDS = "text", "content", "body", "document", "article", "story", "passage", "message"
 SUFFIXES = ".txt", ".jsonl", ".parquet"
 
@@ -76,15 +78,21 @@ class Part:
 def parse_sources(specs: Sequence[str]) -> list[Source]:
     """Specifications as the file's docstring shows them -> sources. Weights: of all or of none."""
     if not specs:
-        raise UserError("no data source given: name a file, a folder, tinyworld, fineweb-edu or climbmix")
+        raise UserError(
+            "no data source given: name a file, a folder, tinyworld, fineweb-edu or climbmix"
+        )
     sources = [_parse(spec) for spec in specs]
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two data sources are called {name}: give each its own name, as in {name}2=PATH")
+            raise UserError(
+                f"two data sources are called {name}: give each its own name, as in {name}2=PATH"
+            )
     bare = [source.name for source in sources if source.weight is None]
     if 0 < len(bare) < len(sources):
-        raise UserError(f"data source {bare[0]} has no weight and others have: give all a weight, as in {bare[0]}=PATH:0.5, or none")
+        raise UserError(
+            f"data source {bare[0]} has no weight and others have: give all a weight, as in {bare[0]}=PATH:0.5, or none"
+        )
     return sources
 
 
@@ -95,16 +103,27 @@ def _parse(spec: str) -> Source:
     # A reading that names something there wins, the one without a name first: signs in a path, as in C:\texts or a=b, are no syntax then
     name, rest, weight, field = next((r for r in readings if _exists(r[1])), readings[-1])
     if weight is not None and weight <= 0:
-        raise UserError(f"data source {spec} has weight {weight:g}: give a weight above 0, or leave the source out")
+        raise UserError(
+            f"data source {spec} has weight {weight:g}: give a weight above 0, or leave the source out"
+        )
     if m := re.fullmatch(r"tinyworld(?:@(\d+\.?\d*|\.\d+))?", rest):
         if m[1] and float(m[1]) <= 0:
-            raise UserError(f"data source {spec} asks for no text: give the megabytes wanted, as in tinyworld@20")
-        return Source(name or "tinyworld", weight=weight, kind="tinyworld", megabytes=float(m[1] or Source.megabytes))
+            raise UserError(
+                f"data source {spec} asks for no text: give the megabytes wanted, as in tinyworld@20"
+            )
+        return Source(
+            name or "tinyworld",
+            weight=weight,
+            kind="tinyworld",
+            megabytes=float(m[1] or Source.megabytes),
+        )
     if rest in SHARD_SETS:
         return Source(name or rest, (base_dir() / "shards" / rest,), weight, field, kind="shards")
     path = Path(rest).expanduser()
     if not path.exists():
-        raise UserError(f"data source {spec}: there is no {path}; give an existing file or folder, tinyworld, {' or '.join(SHARD_SETS)}")
+        raise UserError(
+            f"data source {spec}: there is no {path}; give an existing file or folder, tinyworld, {' or '.join(SHARD_SETS)}"
+        )
     name = name or re.sub(r"[^\w.-]", "_", path.resolve().stem) or "data"
     return Source(name, (path,), weight, field)
 
@@ -136,13 +155,19 @@ def files(source: Source, split: str | None = None) -> list[Path]:
     found = []
     for path in source.paths:
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        inside = [p for p in inside if not any(name.startswith(".") for name in p.relative_to(path).parts)]
+        inside = [
+            p for p in inside if not any(name.startswith(".") for name in p.relative_to(path).parts)
+        ]
         if path.is_dir() and not inside:
-            raise UserError(f"the folder {path} (data source {source.name}) has no {', '.join(SUFFIXES)} file: put text there")
+            raise UserError(
+                f"the folder {path} (data source {source.name}) has no {', '.join(SUFFIXES)} file: put text there"
+            )
         if path.is_file() and path.suffix.lower() not in SUFFIXES:
             raise UserError(f"cannot read {path}: data files end in {', '.join(SUFFIXES)}")
         if not path.exists():
-            raise UserError(f"data source {source.name}: there is no {path}; give an existing file or folder")
+            raise UserError(
+                f"data source {source.name}: there is no {path}; give an existing file or folder"
+            )
         found += inside or [path]
     return found
 
@@ -154,7 +179,9 @@ def _shard_files(source: Source, split: str | None) -> list[Path]:
     train = sorted(p for p in folder.glob("shard_*.parquet") if p != validation)
     get = f"run `python -m nanochat.dataset -n 15 --set {folder.name}`"
     if split != "train" and not validation.exists():
-        raise UserError(f"the validation shard {validation} is absent, and no training shard may stand in for it: {get}")
+        raise UserError(
+            f"the validation shard {validation} is absent, and no training shard may stand in for it: {get}"
+        )
     if split != "val" and not train:
         raise UserError(f"there are no training shards in {folder}: {get}")
     return {"train": train, "val": [validation], None: [*train, validation]}[split]
@@ -190,7 +217,13 @@ def parts(source: Source, split: str) -> list[Part]:
 def _part(source: Source, split: str, group: list[Path], share: float | None) -> Part:
     stats = [(p, p.stat()) for p in group]
     made_from = [[p.name, s.st_size, s.st_mtime_ns] for p, s in stats]
-    identity = {"files": made_from, "field": source.field, "split": split, "share": share, "cut": CUT}
+    identity = {
+        "files": made_from,
+        "field": source.field,
+        "split": split,
+        "share": share,
+        "cut": CUT,
+    }
 
     def read() -> Iterator[str]:
         for path in group:
@@ -240,19 +273,28 @@ def _validation_share(source: Source) -> float:
             return VALIDATION_SHARE
     if len(hashes) < 2:
         has = "one document" if hashes else "no text"
-        raise UserError(f"data source {source.name} has {has}, so none is left to validate on: give it at least two different documents")
+        raise UserError(
+            f"data source {source.name} has {has}, so none is left to validate on: give it at least two different documents"
+        )
     wanted = max(1, min(VALIDATION_DOCUMENTS, len(hashes) // 10))
     return max(VALIDATION_SHARE, heapq.nsmallest(wanted, hashes)[-1])
 
 
-def mixed(sources: Sequence[Source], split: str = "train", max_chars: int | None = None) -> Iterator[str]:
+def mixed(
+    sources: Sequence[Source], split: str = "train", max_chars: int | None = None
+) -> Iterator[str]:
     """
     Documents of all sources, interleaved so that at any point each has given its share of the characters (by weight; without weights
     by size). A source that is exhausted leaves its share to the others. Ends after max_chars characters.
     """
     splits = {source.name: parts(source, split) for source in sources}
-    weights = {source.name: source.weight or 1 + sum(part.size for part in splits[source.name]) for source in sources}
-    streams = {name: chain.from_iterable(part.read() for part in split) for name, split in splits.items()}
+    weights = {
+        source.name: source.weight or 1 + sum(part.size for part in splits[source.name])
+        for source in sources
+    }
+    streams = {
+        name: chain.from_iterable(part.read() for part in split) for name, split in splits.items()
+    }
     given = dict.fromkeys(streams, 0)
     while streams and (max_chars is None or sum(given.values()) < max_chars):
         name = min(streams, key=lambda n: given[n] / weights[n])
@@ -272,7 +314,9 @@ def _read(path: Path, field: str | None) -> Iterator[str]:
             if text and not text.isspace():
                 yield text
     except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror or e}): check the file, or leave it out") from e
+        raise UserError(
+            f"cannot read {path} ({e.strerror or e}): check the file, or leave it out"
+        ) from e
 
 
 def _read_txt(path: Path, field: str | None) -> Iterator[str]:
@@ -281,7 +325,10 @@ def _read_txt(path: Path, field: str | None) -> Iterator[str]:
 
 def _decode(path: Path) -> Iterator[str]:
     """The text of a file in pieces, \\r\\n as \\n, a byte-order mark dropped. Never holds more than a mebibyte."""
-    decoder, newlines = codecs.getincrementaldecoder("utf-8")(), io.IncrementalNewlineDecoder(None, translate=True)
+    decoder, newlines = (
+        codecs.getincrementaldecoder("utf-8")(),
+        io.IncrementalNewlineDecoder(None, translate=True),
+    )
     with open(path, "rb") as f:
         done = False
         while not done:
@@ -292,7 +339,9 @@ def _decode(path: Path) -> Iterator[str]:
                 text = newlines.decode(decoder.decode(chunk, final=done), final=done)
                 yield text if offset else text.removeprefix("\ufeff")
             except UnicodeDecodeError as e:
-                raise UserError(f"{path} is not UTF-8 at byte {offset - pending + e.start}: convert it, for example with iconv") from e
+                raise UserError(
+                    f"{path} is not UTF-8 at byte {offset - pending + e.start}: convert it, for example with iconv"
+                ) from e
 
 
 def cut(pieces: Iterable[str], limit: int = CUT) -> Iterator[str]:
@@ -312,7 +361,9 @@ def _cut_place(text: str, start: int, stop: int) -> int:
     for sign in ("\n\n", "\n"):
         if (i := text.rfind(sign, middle, stop)) >= 0:
             return i + len(sign)
-    sentences = max(text.rfind(sign, middle, stop) for sign in (". ", "! ", "? ", '." ', '?" ', '!" ', "。"))
+    sentences = max(
+        text.rfind(sign, middle, stop) for sign in (". ", "! ", "? ", '." ', '?" ', '!" ', "。")
+    )
     word = text.rfind(" ", middle, stop)
     i = text.find(" ", sentences, stop) if sentences >= 0 else word
     return (i if i >= 0 else sentences if sentences >= 0 else stop - 1) + 1
@@ -326,23 +377,31 @@ def _read_jsonl(path: Path, field: str | None) -> Iterator[str]:
                 decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as e:
                 place = f"byte {offset + e.start} (line {number})"
-                raise UserError(f"{path} is not UTF-8 at {place}: convert it, for example with iconv") from e
+                raise UserError(
+                    f"{path} is not UTF-8 at {place}: convert it, for example with iconv"
+                ) from e
             offset += len(line)
             if not decoded.strip():
                 continue
             try:
                 row = json.loads(decoded)
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}, line {number}, is not JSON ({e}): mend or delete the line") from e
+                raise UserError(
+                    f"{path}, line {number}, is not JSON ({e}): mend or delete the line"
+                ) from e
             if isinstance(row, str):
                 row = {"text": row}
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}, holds a {type(row).__name__}: each line is to be an object with a text field")
+                raise UserError(
+                    f"{path}, line {number}, holds a {type(row).__name__}: each line is to be an object with a text field"
+                )
             text = row.get(_field(row, field, f"{path}, line {number},"))
             if text is None:
                 continue
             if not isinstance(text, str):
-                raise UserError(f"{path}, line {number}: the field holds a {type(text).__name__}, not text; name a text field with #FIELD")
+                raise UserError(
+                    f"{path}, line {number}: the field holds a {type(text).__name__}, not text; name a text field with #FIELD"
+                )
             yield _well_formed(text)
 
 
@@ -355,11 +414,15 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[str]:
             column = _field(file.schema_arrow.names, field, str(path))
             kind = file.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UserError(f"{path}: column {column} holds {kind}, not text; name a text column with #FIELD")
+                raise UserError(
+                    f"{path}: column {column} holds {kind}, not text; name a text column with #FIELD"
+                )
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is no readable parquet file ({str(e).splitlines()[0][:120]}): fetch or make it again") from e
+        raise UserError(
+            f"{path} is no readable parquet file ({str(e).splitlines()[0][:120]}): fetch or make it again"
+        ) from e
 
 
 def _field(names: Iterable[str], wanted: str | None, place: str) -> str:
@@ -369,8 +432,14 @@ def _field(names: Iterable[str], wanted: str | None, place: str) -> str:
         if name in names:
             return name
     talk = "messages" in names and not wanted
-    hint = "these are conversations, train on them with mid_train or chat_sft" if talk else "name a field of text with PATH#FIELD"
-    raise UserError(f"{place} has no field {' or '.join(candidates[:3])}, only {', '.join(map(str, names)) or 'none'}: {hint}")
+    hint = (
+        "these are conversations, train on them with mid_train or chat_sft"
+        if talk
+        else "name a field of text with PATH#FIELD"
+    )
+    raise UserError(
+        f"{place} has no field {' or '.join(candidates[:3])}, only {', '.join(map(str, names)) or 'none'}: {hint}"
+    )
 
 
 def _well_formed(text: str) -> str:
@@ -394,5 +463,7 @@ def _text_bytes(path: Path, size: int) -> int:
     try:
         meta = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path} is no readable parquet file ({str(e).splitlines()[0][:120]}): fetch or make it again") from e
+        raise UserError(
+            f"{path} is no readable parquet file ({str(e).splitlines()[0][:120]}): fetch or make it again"
+        ) from e
     return sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))

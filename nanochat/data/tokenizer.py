@@ -26,10 +26,14 @@ from nanochat.base.common import UserError, atomic_write, base_dir, notice
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document
-    "<|user_start|>", "<|user_end|>",
-    "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>",  # the assistant calls the calculator
-    "<|output_start|>", "<|output_end|>",  # and is told its result
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",  # the assistant calls the calculator
+    "<|output_start|>",
+    "<|output_end|>",  # and is told its result
 )
 # As GPT-4's, but digits go in ones and twos: a small vocabulary cannot spare a thousand tokens for numbers
 PATTERN = (
@@ -38,13 +42,19 @@ PATTERN = (
 )
 WINDOW = 1 << 16  # characters; the regular expression engines give up on runs of about a million
 FORMAT = 1  # of the definition above; part of the fingerprint
-_BOUNDARY = re.compile(r"[A-Za-z0-9](?=[ \n])|\n(?=\S)")  # PATTERN always splits after these, whatever stands around them
+_BOUNDARY = re.compile(
+    r"[A-Za-z0-9](?=[ \n])|\n(?=\S)"
+)  # PATTERN always splits after these, whatever stands around them
 _SPARE = 64  # merges learned beyond those wanted: some spell a token that is already there
 
 # ----------------------------------------------------------------------------------------------------
 # Conversations
 
-PART_TOKENS = {"text": None, "python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
+PART_TOKENS = {
+    "text": None,
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
 
 
 def checked_messages(conversation: dict) -> list[dict]:
@@ -56,20 +66,33 @@ def checked_messages(conversation: dict) -> list[dict]:
         role, content = message.get("role"), message.get("content")
         if role == "assistant" and isinstance(content, list):
             for part in content:
-                if not isinstance(part, dict) or part.get("type") not in PART_TOKENS or not isinstance(part.get("text"), str):
+                if (
+                    not isinstance(part, dict)
+                    or part.get("type") not in PART_TOKENS
+                    or not isinstance(part.get("text"), str)
+                ):
                     kinds = ", ".join(PART_TOKENS)
-                    raise UserError(f'message {i}: a part must be {{"type": one of {kinds}; "text": ...}}, not {_brief(part)}')
+                    raise UserError(
+                        f'message {i}: a part must be {{"type": one of {kinds}; "text": ...}}, not {_brief(part)}'
+                    )
         elif not isinstance(content, str):
-            raise UserError(f"message {i}: the content of a message of role {role!r} must be text, not {_brief(content)}")
+            raise UserError(
+                f"message {i}: the content of a message of role {role!r} must be text, not {_brief(content)}"
+            )
     first = 1 if messages and messages[0].get("role") == "system" else 0
     for i, message in enumerate(messages[first:]):
         want = ("user", "assistant")[i % 2]
         if message.get("role") != want:
-            raise UserError(f"message {first + i}: role {message.get('role')!r} where {want!r} must stand (user and assistant take turns)")
+            raise UserError(
+                f"message {first + i}: role {message.get('role')!r} where {want!r} must stand (user and assistant take turns)"
+            )
     if len(messages) == first:
         raise UserError("a conversation needs a user message")
     if first:
-        merged = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        merged = {
+            **messages[1],
+            "content": messages[0]["content"] + "\n\n" + messages[1]["content"],
+        }
         messages = [merged, *messages[2:]]
     return messages
 
@@ -86,7 +109,9 @@ def conversation_pieces(messages: list[dict]) -> Iterator[tuple[str, bool, bool]
         content = message["content"]
         yield "<|assistant_start|>", True, False
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            supervised = part["type"] != "python_output"  # that comes from the tool: the model never has to say it
+            supervised = (
+                part["type"] != "python_output"
+            )  # that comes from the tool: the model never has to say it
             start, end = PART_TOKENS[part["type"]] or (None, None)
             if start:
                 yield start, True, supervised
@@ -112,7 +137,9 @@ class Tokenizer:
     """
 
     def __init__(self, ranks: dict[bytes, int]):
-        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(
+            bytes([b]) in ranks for b in range(256)
+        ):
             raise ValueError("a vocabulary needs all 256 bytes and ids without gaps")
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -122,7 +149,9 @@ class Tokenizer:
         for token in self.ranks:
             digest.update(len(token).to_bytes(4, "little") + token)
         self.fingerprint: str = digest.hexdigest()
-        self._bpe = tiktoken.Encoding("nanochat", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=self.specials)
+        self._bpe = tiktoken.Encoding(
+            "nanochat", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=self.specials
+        )
 
     # --- made, saved, loaded
 
@@ -134,17 +163,23 @@ class Tokenizer:
         """
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
-            raise UserError(f"--vocab_size {vocab_size} is too small: the bytes and the special tokens alone need {least}")
+            raise UserError(
+                f"--vocab_size {vocab_size} is too small: the bytes and the special tokens alone need {least}"
+            )
         pieces = (piece for text in texts for piece in segments(text) if piece)
         first = next(pieces, None)
         if first is None:
-            raise UserError("there is no text to train a tokenizer on: name files that hold some with --data")
+            raise UserError(
+                "there is no text to train a tokenizer on: name files that hold some with --data"
+            )
         wanted = vocab_size - len(SPECIAL_TOKENS)
         tokens = _learn(itertools.chain([first], pieces), wanted + _SPARE)
         tokens = list(dict.fromkeys(tokens))[:wanted]
         if len(tokens) < wanted:
             size = len(tokens) + len(SPECIAL_TOKENS)
-            notice(f"the text holds enough for {size} tokens only, not for {vocab_size}: the vocabulary has {size}")
+            notice(
+                f"the text holds enough for {size} tokens only, not for {vocab_size}: the vocabulary has {size}"
+            )
         return cls({token: rank for rank, token in enumerate(tokens)})
 
     @classmethod
@@ -158,19 +193,33 @@ class Tokenizer:
             data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
             meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
             byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
-            tokenizer = cls({bytes(byte_of[c] for c in token): rank for token, rank in data["model"]["vocab"].items()})
-            if tokenizer.fingerprint != meta["fingerprint"] or {**data, "model": None} != {**tokenizer._json(), "model": None}:
+            tokenizer = cls(
+                {
+                    bytes(byte_of[c] for c in token): rank
+                    for token, rank in data["model"]["vocab"].items()
+                }
+            )
+            if tokenizer.fingerprint != meta["fingerprint"] or {**data, "model": None} != {
+                **tokenizer._json(),
+                "model": None,
+            }:
                 raise ValueError("its files do not belong together, or another version wrote them")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"the tokenizer in {directory} is damaged ({type(e).__name__}: {_brief(str(e))}): {remedy}") from e
+            raise UserError(
+                f"the tokenizer in {directory} is damaged ({type(e).__name__}: {_brief(str(e))}): {remedy}"
+            ) from e
         return tokenizer
 
     def save(self, directory: Path | str) -> None:
         """Write tokenizer.json (what `tokenizers` and transformers read) and meta.json (for people, and to notice damage)."""
         directory = Path(directory)
         meta = {
-            "format": FORMAT, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size, "merges": len(self.ranks) - 256,
-            "special_tokens": self.specials, "pattern": PATTERN,
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "merges": len(self.ranks) - 256,
+            "special_tokens": self.specials,
+            "pattern": PATTERN,
         }
         data = self._json()
         data["model"]["merges"] = _merges(self.ranks)
@@ -180,18 +229,48 @@ class Tokenizer:
     def _json(self) -> dict:
         """The Hugging Face form of this tokenizer without its merges, which follow from the vocabulary."""
         letters = _byte_letters()
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+        flags = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": PATTERN},
+            "behavior": "Isolated",
+            "invert": False,
+        }
         return {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": name, **flags} for name, i in self.specials.items()],
-            "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": None, "decoder": byte_level,
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": i, "content": name, **flags} for name, i in self.specials.items()
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
             "model": {
-                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                "vocab": {"".join(letters[b] for b in token): rank for token, rank in self.ranks.items()},
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": True,
+                "vocab": {
+                    "".join(letters[b] for b in token): rank for token, rank in self.ranks.items()
+                },
             },
         }
 
@@ -204,17 +283,29 @@ class Tokenizer:
             ids += self._bpe.encode_ordinary(segment)
         return ids
 
-    def encode_batch(self, texts: Sequence[str], bos: bool = False, threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str], bos: bool = False, threads: int | None = None
+    ) -> list[np.ndarray]:
         """encode() of each text as a uint32 array, on `threads` threads (default: one a core); lists of ids would cost more."""
         head = [np.array([self.bos], dtype=np.uint32)] if bos else []
 
         def encode(group: Sequence[str]) -> list[np.ndarray]:
             return [
-                np.concatenate([*head, *(self._bpe.encode_to_numpy(segment, disallowed_special=()) for segment in segments(text))])
+                np.concatenate(
+                    [
+                        *head,
+                        *(
+                            self._bpe.encode_to_numpy(segment, disallowed_special=())
+                            for segment in segments(text)
+                        ),
+                    ]
+                )
                 for text in group
             ]
 
-        groups = [texts[i : i + 16] for i in range(0, len(texts), 16)]  # one task a text would cost more than it saves
+        groups = [
+            texts[i : i + 16] for i in range(0, len(texts), 16)
+        ]  # one task a text would cost more than it saves
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             return [ids for group in pool.map(encode, groups) for ids in group]
 
@@ -228,7 +319,9 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int32: the UTF-8 bytes that each token stands for, 0 for special ones: the denominator of bits per byte."""
-        return np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
+        return np.array(
+            [len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32
+        )
 
     def render_conversation(self, conversation: dict) -> tuple[list[int], list[int]]:
         """Ids and mask: 1 where the model learns to say the token (assistant text, tool calls, <|assistant_end|>), else 0."""
@@ -276,7 +369,9 @@ def segments(text: str) -> Iterator[str]:
     """The text in windows that the regular expression engines can take, and without lone surrogates: see the top of the file."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # through UTF-16, where a proper pair of surrogates is the character that it means
+    except (
+        UnicodeEncodeError
+    ):  # through UTF-16, where a proper pair of surrogates is the character that it means
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     start = 0
     while len(text) - start > WINDOW:
@@ -299,7 +394,9 @@ def _learn(texts: Iterator[str], size: int) -> list[bytes]:
         return _learn_with_tokenizers(texts, size)
     bpe = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module without types)
     bpe.train_from_iterator(texts, size, pattern=PATTERN)
-    return [bytes(token) for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])]
+    return [
+        bytes(token) for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])
+    ]
 
 
 def _learn_with_tokenizers(texts: Iterator[str], size: int) -> list[bytes]:
@@ -309,12 +406,18 @@ def _learn_with_tokenizers(texts: Iterator[str], size: int) -> list[bytes]:
 
     bpe = HFTokenizer(models.BPE())
     splitter = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # type: ignore
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )  # type: ignore
     letters = _byte_letters()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False))  # type: ignore
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
+    )  # type: ignore
     byte_of = {letter: byte for byte, letter in enumerate(letters)}
     learned = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    return [bytes([b]) for b in range(256)] + [bytes(byte_of[c] for c in token) for token, _ in learned if len(token) > 1]
+    return [bytes([b]) for b in range(256)] + [
+        bytes(byte_of[c] for c in token) for token, _ in learned if len(token) > 1
+    ]
 
 
 def _byte_letters() -> list[str]:
@@ -332,7 +435,11 @@ def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
     letters = _byte_letters()
     merges = []
     for token in ranks:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        pairs = [
+            (token[:i], token[i:])
+            for i in range(1, len(token))
+            if token[:i] in ranks and token[i:] in ranks
+        ]
         for pair in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
             merges.append(["".join(letters[b] for b in half) for half in pair])
     return merges

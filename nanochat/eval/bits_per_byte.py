@@ -16,19 +16,34 @@ from nanochat.data.shards import Shards
 from nanochat.model.gpt import GPT
 
 
-def of_shards(model: GPT, shards: Shards, token_bytes: np.ndarray, rt: Runtime, rows: int, max_tokens: int | None = None) -> float:
+def of_shards(
+    model: GPT,
+    shards: Shards,
+    token_bytes: np.ndarray,
+    rt: Runtime,
+    rows: int,
+    max_tokens: int | None = None,
+) -> float:
     """Bits per byte of the first `max_tokens` tokens of a split, in its fixed order, packed to the model's context."""
 
     def batches(rows: int) -> Iterable[Batch]:
         length = model.config.sequence_len
         ours = {"rank": rt.rank, "world_size": rt.world_size, "device": rt.device}
-        return eval_batches(shards, rows_per_batch=rows, sequence_len=length, max_tokens=max_tokens, **ours)
+        return eval_batches(
+            shards, rows_per_batch=rows, sequence_len=length, max_tokens=max_tokens, **ours
+        )
 
     return bits_per_byte(model, batches, token_bytes, rt, rows)
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, batches: Callable[[int], Iterable[Batch]], token_bytes: np.ndarray, rt: Runtime, rows: int) -> float:
+def bits_per_byte(
+    model: GPT,
+    batches: Callable[[int], Iterable[Batch]],
+    token_bytes: np.ndarray,
+    rt: Runtime,
+    rows: int,
+) -> float:
     """
     sum of nll / (ln 2 x sum of bytes) over all ranks. `batches(rows)` gives this rank's batches of at most `rows` rows, the same rows
     whatever `rows` is; token_bytes (vocab_size,) are the bytes each token spells. Tokens that spell none (the special ones) and ignored
@@ -39,7 +54,9 @@ def bits_per_byte(model: GPT, batches: Callable[[int], Iterable[Batch]], token_b
     model.eval()
     while True:
         try:
-            sums = torch.zeros(2, dtype=torch.float64, device=rt.device if rt.device.type != "mps" else "cpu")
+            sums = torch.zeros(
+                2, dtype=torch.float64, device=rt.device if rt.device.type != "mps" else "cpu"
+            )
             for b in batches(rows):
                 nll = model.token_losses(b.inputs, b.targets)
                 n_bytes = bytes_of[b.targets.clamp(min=0)] * (b.targets >= 0)

@@ -40,7 +40,13 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 def accuracy(right: Sequence[float], chance: float) -> dict[str, float]:
     """{accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right ones."""
     lo, hi = wilson(sum(right), len(right))
-    return {"accuracy": sum(right) / max(1, len(right)), "n": len(right), "chance": chance, "lo": lo, "hi": hi}
+    return {
+        "accuracy": sum(right) / max(1, len(right)),
+        "n": len(right),
+        "chance": chance,
+        "lo": lo,
+        "hi": hi,
+    }
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -59,17 +65,28 @@ class Verdicts:
 
     def result(self, chance: float) -> dict[str, Any]:
         """accuracy() of single answers, and under "pass" that of the best of 2, 4, ... and of all samples."""
-        ks = sorted({1 << i for i in range(1, self.samples.bit_length()) if 1 << i <= self.samples} | {self.samples} - {1})
+        ks = sorted(
+            {1 << i for i in range(1, self.samples.bit_length()) if 1 << i <= self.samples}
+            | {self.samples} - {1}
+        )
         shares = {k: [pass_at_k(self.samples, right, k) for right in self.right] for k in (1, *ks)}
         best = {str(k): accuracy(shares[k], 1 - (1 - chance) ** k) for k in ks}
         more = {"samples": self.samples, "pass": best} if best else {}
-        return {**accuracy(shares[1], chance), "clipped": self.clipped, "unfinished": self.unfinished, **more}
+        return {
+            **accuracy(shares[1], chance),
+            "clipped": self.clipped,
+            "unfinished": self.unfinished,
+            **more,
+        }
 
 
 def visible_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """What a user reads of a generated reply: no special tokens, no tool calls, no tool output."""
     s = tokenizer.specials
-    closing = {s["<|python_start|>"]: s["<|python_end|>"], s["<|output_start|>"]: s["<|output_end|>"]}
+    closing = {
+        s["<|python_start|>"]: s["<|python_end|>"],
+        s["<|output_start|>"]: s["<|output_end|>"],
+    }
     special, kept, until = set(s.values()), [], None
     for i in ids:
         if until is not None:
@@ -82,7 +99,9 @@ def visible_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 @torch.inference_mode()
-def choose_letters(engine: Engine, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]) -> list[str]:
+def choose_letters(
+    engine: Engine, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]
+) -> list[str]:
     """
     For every prompt the letter (of its own list) that is likeliest to come next, as the token that a gold reply begins with. An item with
     labels of more tokens than one has them scored whole, each behind the prompt.
@@ -110,7 +129,10 @@ def choose_letters(engine: Engine, prompts: Sequence[list[int]], letters: Sequen
 def _hidden(engine: Engine, rows: Sequence[list[int]]) -> list[torch.Tensor]:
     """The hidden states (T, D) of every row; the padding follows it, where causal attention never sees it."""
     longest = max(map(len, rows))
-    idx = torch.tensor([row + [engine.tokenizer.bos] * (longest - len(row)) for row in rows], device=engine.model.embed.weight.device)
+    idx = torch.tensor(
+        [row + [engine.tokenizer.bos] * (longest - len(row)) for row in rows],
+        device=engine.model.embed.weight.device,
+    )
     return [h[: len(row)] for h, row in zip(engine.model(idx), rows, strict=True)]
 
 
@@ -137,7 +159,9 @@ def judge(
     prompts = [tok.render_prompt(task.prompt(item)) for item in items]
     out = Verdicts([0] * len(items), samples, sum(len(p) > room for p in prompts))
     if out.clipped:
-        notice(f"{out.clipped} of {len(prompts)} prompts of {task.name} leave no room for the answer and keep their end")
+        notice(
+            f"{out.clipped} of {len(prompts)} prompts of {task.name} leave no room for the answer and keep their end"
+        )
         prompts = [clip(p, room) for p in prompts]
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     at, together = 0, max(1, rows // samples)
@@ -147,11 +171,15 @@ def judge(
             try:
                 if free:
                     seeds = [seed << 32 | i for i in chunk]
-                    made = engine.generate_batch([prompts[i] for i in chunk], samples, limit, temperature, seed=seeds)
+                    made = engine.generate_batch(
+                        [prompts[i] for i in chunk], samples, limit, temperature, seed=seeds
+                    )
                     out.unfinished += sum(row.finish != "stop" for row in made)
                     replies = [visible_text(tok, row.tokens) for row in made]
                 else:
-                    replies = choose_letters(engine, [prompts[i] for i in chunk], [items[i]["letters"] for i in chunk])
+                    replies = choose_letters(
+                        engine, [prompts[i] for i in chunk], [items[i]["letters"] for i in chunk]
+                    )
             except RuntimeError as e:
                 if not out_of_memory(e) or together == 1:
                     raise
@@ -160,7 +188,11 @@ def judge(
                 notice(f"out of memory: going on with {together} questions at a time")
                 continue
             asked = [i for i in chunk for _ in range(samples)]
-            for i, right in zip(asked, pool.map(lambda i, reply: task.evaluate(items[i], reply), asked, replies), strict=True):
+            for i, right in zip(
+                asked,
+                pool.map(lambda i, reply: task.evaluate(items[i], reply), asked, replies),
+                strict=True,
+            ):
                 out.right[i] += right
             at += len(chunk)
             progress(at)
@@ -176,7 +208,19 @@ def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     right = round(sum(t["accuracy"] * t["n"] for t in by_task.values()))
     chance = sum(t["chance"] * t["n"] for t in by_task.values()) / max(1, n)
     above = {name: (t["accuracy"] - t["chance"]) / (1 - t["chance"]) for name, t in by_task.items()}
-    core = {"chatcore": sum(above[name] for name in CHATCORE) / len(CHATCORE)} if set(CHATCORE) <= set(above) else {}
+    core = (
+        {"chatcore": sum(above[name] for name in CHATCORE) / len(CHATCORE)}
+        if set(CHATCORE) <= set(above)
+        else {}
+    )
     centred = {"centred": sum(above.values()) / max(1, len(above)), **core}
     lo, hi = wilson(right, n)
-    return {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi, **centred, "kinds": dict(by_task)}
+    return {
+        "accuracy": right / max(1, n),
+        "n": n,
+        "chance": chance,
+        "lo": lo,
+        "hi": hi,
+        **centred,
+        "kinds": dict(by_task),
+    }

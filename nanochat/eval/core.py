@@ -75,20 +75,33 @@ def load_bundle(directory: Path | str) -> tuple[list[Task], list[str]]:
     listed, figures = root / "core.yaml", root / "eval_meta_data.csv"
     for path in (listed, figures, root / "eval_data"):
         if not path.exists():
-            raise UserError(f"there is no {path}: an evaluation bundle has core.yaml, eval_meta_data.csv and eval_data/")
+            raise UserError(
+                f"there is no {path}: an evaluation bundle has core.yaml, eval_meta_data.csv and eval_data/"
+            )
     chance = _chances(figures)
     try:
         entries = yaml.safe_load(listed.read_text(encoding="utf-8"))["icl_tasks"]
         needed = ("label", "dataset_uri", "num_fewshot", "icl_task_type")
-        plans = [(*(e[name] for name in needed), e.get("continuation_delimiter", " ")) for e in entries]
+        plans = [
+            (*(e[name] for name in needed), e.get("continuation_delimiter", " ")) for e in entries
+        ]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{listed} is no list icl_tasks of label, dataset_uri, num_fewshot, icl_task_type ({type(e).__name__}: {e})") from e
+        raise UserError(
+            f"{listed} is no list icl_tasks of label, dataset_uri, num_fewshot, icl_task_type ({type(e).__name__}: {e})"
+        ) from e
     tasks, absent = [], []
     for name, uri, shots, kind, delimiter in plans:
         shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
-        if kind not in FIELDS or type(shots) is not int or shots < 0 or not isinstance(delimiter, str):
+        if (
+            kind not in FIELDS
+            or type(shots) is not int
+            or shots < 0
+            or not isinstance(delimiter, str)
+        ):
             given = f"icl_task_type {kind!r}, num_fewshot {shots!r}, continuation_delimiter {delimiter!r}"
-            raise UserError(f"{listed}: the task {name} has {given}: choose from {', '.join(FIELDS)}; 0 or more; a text")
+            raise UserError(
+                f"{listed}: the task {name} has {given}: choose from {', '.join(FIELDS)}; 0 or more; a text"
+            )
         if name not in chance:
             raise UserError(f"{figures} has no row for the task {name}: add its random baseline")
         path = root / "eval_data" / str(uri)
@@ -97,7 +110,9 @@ def load_bundle(directory: Path | str) -> tuple[list[Task], list[str]]:
         else:
             absent.append(name)
     if not tasks or len({t.name for t in tasks} | {*absent}) < len(plans):
-        raise UserError(f"{listed} has {len(plans)} tasks, the data of {len(tasks)} are there: it needs one, and names that differ")
+        raise UserError(
+            f"{listed} has {len(plans)} tasks, the data of {len(tasks)} are there: it needs one, and names that differ"
+        )
     return tasks, absent
 
 
@@ -108,9 +123,13 @@ def _chances(path: Path) -> dict[str, float]:
             try:
                 out[row["Eval Task"]] = value = float(row["Random baseline"]) / 100
             except (KeyError, TypeError, ValueError) as e:
-                raise UserError(f"{path}, line {reader.line_num}: no Eval Task with a Random baseline in percent") from e
+                raise UserError(
+                    f"{path}, line {reader.line_num}: no Eval Task with a Random baseline in percent"
+                ) from e
             if not 0 <= value < 1:
-                raise UserError(f"{path}, line {reader.line_num}: a random baseline of {value:.0%}: it must be below 100 %")
+                raise UserError(
+                    f"{path}, line {reader.line_num}: a random baseline of {value:.0%}: it must be below 100 %"
+                )
     return out
 
 
@@ -119,14 +138,25 @@ def _rows(path: Path, kind: str) -> list[dict[str, Any]]:
     rows = []
     for place, row in read(path):
         several = row.get(options) if options else []
-        if not isinstance(several, list) or (options and len(several) < 2) or not all(isinstance(x, str) for x in several):
-            raise UserError(f"{place}: {options} must be a list of two or more texts; mend or delete the line")
+        if (
+            not isinstance(several, list)
+            or (options and len(several) < 2)
+            or not all(isinstance(x, str) for x in several)
+        ):
+            raise UserError(
+                f"{place}: {options} must be a list of two or more texts; mend or delete the line"
+            )
         if wrong := [name for name in texts if not isinstance(row.get(name), str)]:
             raise UserError(f"{place}: {wrong[0]} must be a text; mend or delete the line")
-        if not all(text.strip() for text in (several if kind == "multiple_choice" else [row["continuation"]])):
+        if not all(
+            text.strip()
+            for text in (several if kind == "multiple_choice" else [row["continuation"]])
+        ):
             raise UserError(f"{place}: an answer is empty; mend or delete the line")
         if options and (type(row.get("gold")) is not int or not 0 <= row["gold"] < len(several)):
-            raise UserError(f"{place}: gold is {row.get('gold')!r}, not a number from 0 to {len(several) - 1}; mend or delete the line")
+            raise UserError(
+                f"{place}: gold is {row.get('gold')!r}, not a number from 0 to {len(several) - 1}; mend or delete the line"
+            )
         rows.append(row)
     if not rows:
         raise UserError(f"{path} has no rows: fetch or make it again")
@@ -160,10 +190,14 @@ class Item(NamedTuple):
 def _common(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading elements all sequences share."""
     shortest = min(sequences, key=len)
-    return next((i for i, x in enumerate(shortest) if any(s[i] != x for s in sequences)), len(shortest))
+    return next(
+        (i for i, x in enumerate(shortest) if any(s[i] != x for s in sequences)), len(shortest)
+    )
 
 
-def _spans(task: Task, row: dict[str, Any], tok: Tokenizer) -> tuple[list[list[int]], int, list[int]]:
+def _spans(
+    task: Task, row: dict[str, Any], tok: Tokenizer
+) -> tuple[list[list[int]], int, list[int]]:
     """The tokens of the row's sequences, how many they share at the left, and where each one's scored span begins."""
     seqs = [tok.encode(text) for text in task.texts(row)]
     if task.kind == "schema":
@@ -174,11 +208,15 @@ def _spans(task: Task, row: dict[str, Any], tok: Tokenizer) -> tuple[list[list[i
         shared = _common(seqs)
     else:  # where the question alone, without the space that belongs to the answer's first token, would end
         shared = _common([seqs[0], tok.encode((row["context"].strip() + task.delimiter).strip())])
-    shared = min(shared, min(map(len, seqs)) - 1)  # an answer that begins another one is scored on its last token at least
+    shared = min(
+        shared, min(map(len, seqs)) - 1
+    )  # an answer that begins another one is scored on its last token at least
     return seqs, shared, [shared] * len(seqs)
 
 
-def prepare(task: Task, tok: Tokenizer, context: int, seed: int = 42, max_items: int = 0) -> tuple[list[Item], list[list[int]]]:
+def prepare(
+    task: Task, tok: Tokenizer, context: int, seed: int = 42, max_items: int = 0
+) -> tuple[list[Item], list[list[int]]]:
     """
     The task's items (all rows, or max_items of them drawn by the seed) for a context of so many tokens, and the prompts that they share.
     Examples are encoded apart from the question; every sequence begins with <|bos|>.
@@ -187,13 +225,22 @@ def prepare(task: Task, tok: Tokenizer, context: int, seed: int = 42, max_items:
     chosen = range(n)
     if 0 < max_items < n:
         chosen = sorted(Random(f"{seed}/{task.name}/items").sample(chosen, max_items))
-    draws = [Random(f"{seed}/{task.name}/{p}").sample(range(n), min(n, task.shots + 1)) for p in range(PROMPTS if task.shots else 1)]
-    solved = {e: tok.encode(task.texts(task.rows[e])[task.rows[e].get("gold", 0)] + "\n\n") for draw in draws for e in draw}
+    draws = [
+        Random(f"{seed}/{task.name}/{p}").sample(range(n), min(n, task.shots + 1))
+        for p in range(PROMPTS if task.shots else 1)
+    ]
+    solved = {
+        e: tok.encode(task.texts(task.rows[e])[task.rows[e].get("gold", 0)] + "\n\n")
+        for draw in draws
+        for e in draw
+    }
     items = []
     for r in chosen:
         p = r % len(draws)
         seqs, shared, starts = _spans(task, task.rows[r], tok)
-        room = context - max(map(len, seqs))  # for the examples: <|bos|> is one more, and the last token need not be fed
+        room = context - max(
+            map(len, seqs)
+        )  # for the examples: <|bos|> is one more, and the last token need not be fed
         examples = [e for e in draws[p] if e != r][: task.shots]
         while examples and sum(len(solved[e]) for e in examples) > room:
             examples.pop()
@@ -202,12 +249,22 @@ def prepare(task: Task, tok: Tokenizer, context: int, seed: int = 42, max_items:
         shared = max(0, shared - cuts[0]) if len(set(cuts)) == 1 else 0
         known = _common([examples, draws[p]])
         head = [tok.bos, *(t for e in examples[:known] for t in solved[e])]
-        rest = [head[-1], *(t for e in examples[known:] for t in solved[e])]  # the last known token is fed again: it predicts the next
+        rest = [
+            head[-1],
+            *(t for e in examples[known:] for t in solved[e]),
+        ]  # the last known token is fed again: it predicts the next
         items.append(
             Item(
-                row=r, prompt=p, past=len(head) - 1, ids=[rest + s[c:] for s, c in zip(seqs, cuts, strict=True)], shared=len(rest) + shared,
-                starts=[len(rest) + max(0, s - c) for s, c in zip(starts, cuts, strict=True)], gold=task.rows[r].get("gold", 0),
-                shots=len(examples), cropped=max(cuts) > 0, overlong=any(c > s for s, c in zip(starts, cuts, strict=True)),
+                row=r,
+                prompt=p,
+                past=len(head) - 1,
+                ids=[rest + s[c:] for s, c in zip(seqs, cuts, strict=True)],
+                shared=len(rest) + shared,
+                starts=[len(rest) + max(0, s - c) for s, c in zip(starts, cuts, strict=True)],
+                gold=task.rows[r].get("gold", 0),
+                shots=len(examples),
+                cropped=max(cuts) > 0,
+                overlong=any(c > s for s, c in zip(starts, cuts, strict=True)),
             )
         )
     return items, [[tok.bos, *(t for e in draw for t in solved[e])] for draw in draws]
@@ -234,18 +291,35 @@ class _Branches(KVCache):
         """k, v (layer, H_kv, cached, D); past (B): how many of these a row sees; positions, branch (B, T) of every token, 0 the trunk."""
         self.k, self.v, self.past, self.at = k, v, past, positions
         there, here = branch[:, None, :], branch[:, :, None]
-        self.hidden = torch.ones_like(here == there).triu(1) | ((there != here) & (there != 0))  # (B, T, T)
+        self.hidden = torch.ones_like(here == there).triu(1) | (
+            (there != here) & (there != 0)
+        )  # (B, T, T)
 
     def positions(self, T: int) -> Tensor:
         return self.at
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int = 0, bias: Bias | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        window: int = 0,
+        bias: Bias | None = None,
+    ) -> Tensor:
         """q (B, H, T, D); k, v (B, H_kv, T, D) -> (B, H, T, D)."""
         (B, H, T, D), given = q.shape, q.dtype
         kv, most, dtype = k.size(1), max(self.past), self.k.dtype
-        q, k, v = (q * D**-0.5).to(dtype).reshape(B, kv, -1, D), k.to(dtype), v.to(dtype)  # the heads of a group become queries of one head
+        q, k, v = (
+            (q * D**-0.5).to(dtype).reshape(B, kv, -1, D),
+            k.to(dtype),
+            v.to(dtype),
+        )  # the heads of a group become queries of one head
 
-        def weigh(scores: Tensor) -> Tensor:  # queries and keys are normalised: no score is above sqrt(D), so no maximum is looked for
+        def weigh(
+            scores: Tensor,
+        ) -> Tensor:  # queries and keys are normalised: no score is above sqrt(D), so no maximum is looked for
             return scores.float().sub_(D**0.5).exp_()
 
         i, j = positions[:, :, None], positions[:, None, :]
@@ -257,8 +331,12 @@ class _Branches(KVCache):
             p = weigh(q.transpose(0, 1).reshape(kv, -1, D) @ self.k[layer, :, :most].mT)
             if window > 0 or min(self.past) < most:
                 slot = torch.arange(most, device=q.device)
-                unseen = slot >= torch.tensor(self.past, device=q.device)[:, None, None]  # (B, 1, past), or with a window (B, T, past)
-                p.view(kv, B, -1, T, most).masked_fill_((unseen | (i - slot >= window) if window > 0 else unseen)[:, None], 0)
+                unseen = (
+                    slot >= torch.tensor(self.past, device=q.device)[:, None, None]
+                )  # (B, 1, past), or with a window (B, T, past)
+                p.view(kv, B, -1, T, most).masked_fill_(
+                    (unseen | (i - slot >= window) if window > 0 else unseen)[:, None], 0
+                )
             total += p.sum(-1).view(kv, B, -1, 1).transpose(0, 1)
             y += (p.to(dtype) @ self.v[layer, :, :most]).float().view(kv, B, -1, D).transpose(0, 1)
         return (y / total).to(given).view(B, H, T, D)
@@ -268,16 +346,26 @@ class Scorer:
     """Scores items with a model in passes that take about `memory` bytes (0: what suits the device); halves that when memory runs out."""
 
     def __init__(self, model: GPT, memory: float = 0):
-        self.model, self.memory = model, memory or PASS_BYTES.get(model.embed.weight.device.type, 2**28)
+        self.model, self.memory = (
+            model,
+            memory or PASS_BYTES.get(model.embed.weight.device.type, 2**28),
+        )
 
     @torch.inference_mode()
     def __call__(
-        self, items: Sequence[Item], prompts: Sequence[Sequence[int]], progress: Callable[[int], None] = lambda done: None
+        self,
+        items: Sequence[Item],
+        prompts: Sequence[Sequence[int]],
+        progress: Callable[[int], None] = lambda done: None,
     ) -> list[list[Score]]:
         """The scores of every item's sequences. Items of like length share a pass; the longest come first. progress: items done."""
         scores: dict[int, list[Score]] = {}
         for number, prompt in enumerate(prompts):
-            mine = sorted((i for i, item in enumerate(items) if item.prompt == number), key=lambda i: items[i].slots, reverse=True)
+            mine = sorted(
+                (i for i, item in enumerate(items) if item.prompt == number),
+                key=lambda i: items[i].slots,
+                reverse=True,
+            )
             if not mine:
                 continue
             past = max(items[i].past for i in mine)
@@ -285,10 +373,18 @@ class Scorer:
             at = 0
             while at < len(mine):
                 longest = items[mine[at]]
-                cost = self._bytes(longest.slots, past) if known else len(longest.ids) * self._bytes(past + max(map(len, longest.ids)), 0)
+                cost = (
+                    self._bytes(longest.slots, past)
+                    if known
+                    else len(longest.ids) * self._bytes(past + max(map(len, longest.ids)), 0)
+                )
                 chunk = mine[at : at + max(1, int(self.memory / cost))]
                 try:
-                    scores.update(zip(chunk, self._pass(known, prompt, [items[i] for i in chunk]), strict=True))
+                    scores.update(
+                        zip(
+                            chunk, self._pass(known, prompt, [items[i] for i in chunk]), strict=True
+                        )
+                    )
                 except RuntimeError as e:
                     if not out_of_memory(e) or len(chunk) == 1:
                         raise
@@ -310,10 +406,14 @@ class Scorer:
         cache = self.model.new_cache(1, max(1, len(tokens)))
         if tokens:
             self.model(torch.tensor([tokens], device=cache.k.device), cache)
-        dtype = torch.float32 if self.model.compute_dtype == torch.float16 else self.model.compute_dtype  # float16 is too narrow for exp
+        dtype = (
+            torch.float32 if self.model.compute_dtype == torch.float16 else self.model.compute_dtype
+        )  # float16 is too narrow for exp
         return cache.k[:, 0].to(dtype), cache.v[:, 0].to(dtype)
 
-    def _pass(self, known: tuple[Tensor, Tensor] | None, prompt: Sequence[int], items: list[Item]) -> list[list[Score]]:
+    def _pass(
+        self, known: tuple[Tensor, Tensor] | None, prompt: Sequence[int], items: list[Item]
+    ) -> list[list[Score]]:
         """One pass over the items, `known` being what _known says of their prompt's beginning."""
         hidden, ends = self._together(*known, items) if known else self._apart(prompt, items)
         b, slot, target = torch.tensor(ends, device=hidden.device).T
@@ -323,10 +423,14 @@ class Scorer:
             out.append([])
             for s, start in zip(item.ids, item.starts, strict=True):
                 span = slice(done, done := done + len(s) - start)
-                out[-1].append(Score(sum(nats[span]) / (len(s) - start), len(s) - start, all(greedy[span])))
+                out[-1].append(
+                    Score(sum(nats[span]) / (len(s) - start), len(s) - start, all(greedy[span]))
+                )
         return out
 
-    def _together(self, k: Tensor, v: Tensor, items: list[Item]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    def _together(
+        self, k: Tensor, v: Tensor, items: list[Item]
+    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """
         A row for each item: its trunk, then a branch for every sequence. k, v: of the prompt's beginning. Returns the hidden states
         (B, T, n_embd) and (row, slot, target) of every scored token, in order.
@@ -334,10 +438,17 @@ class Scorer:
         T = max(item.slots for item in items)
         ids, places, branches, ends = [], [], [], []
         for b, item in enumerate(items):
-            row, place, branch = item.ids[0][: item.shared], [*range(item.shared)], [0] * item.shared
+            row, place, branch = (
+                item.ids[0][: item.shared],
+                [*range(item.shared)],
+                [0] * item.shared,
+            )
             for j, s in enumerate(item.ids):
                 first = len(row) - item.shared  # token t of the branch stands in slot first + t
-                ends += [(b, t - 1 if t <= item.shared else first + t - 1, s[t]) for t in range(item.starts[j], len(s))]
+                ends += [
+                    (b, t - 1 if t <= item.shared else first + t - 1, s[t])
+                    for t in range(item.starts[j], len(s))
+                ]
                 row = row + s[item.shared : -1]
                 place += range(item.shared, len(s) - 1)
                 branch += [j + 1] * (len(row) - len(branch))
@@ -346,23 +457,43 @@ class Scorer:
             places.append([item.past + x for x in place] + [0] * padding)
             branches.append(branch + [-1] * padding)
         at, positions, branch = torch.tensor([ids, places, branches], device=k.device)
-        return self.model(at, _Branches(k, v, [item.past for item in items], positions, branch)), ends
+        return self.model(
+            at, _Branches(k, v, [item.past for item in items], positions, branch)
+        ), ends
 
-    def _apart(self, prompt: Sequence[int], items: list[Item]) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    def _apart(
+        self, prompt: Sequence[int], items: list[Item]
+    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """The same with a row for each sequence, nothing shared: several times slower, and the only way with an attention prior."""
-        rows = [(item, start, [*prompt[: item.past], *s]) for item in items for s, start in zip(item.ids, item.starts, strict=True)]
+        rows = [
+            (item, start, [*prompt[: item.past], *s])
+            for item in items
+            for s, start in zip(item.ids, item.starts, strict=True)
+        ]
         T = max(len(s) for *_, s in rows) - 1
-        at = torch.tensor([s[:-1] + [0] * (T - len(s) + 1) for *_, s in rows], device=self.model.embed.weight.device)
-        ends = [(b, t - 1, s[t]) for b, (item, start, s) in enumerate(rows) for t in range(item.past + start, len(s))]
+        at = torch.tensor(
+            [s[:-1] + [0] * (T - len(s) + 1) for *_, s in rows],
+            device=self.model.embed.weight.device,
+        )
+        ends = [
+            (b, t - 1, s[t])
+            for b, (item, start, s) in enumerate(rows)
+            for t in range(item.past + start, len(s))
+        ]
         return self.model(at), ends
 
     def _read(self, hidden: Tensor, target: Tensor) -> tuple[list[float], list[bool]]:
         """Hidden states (R, D) and the tokens that follow (R,) -> their negative log-likelihoods, and whether they are the likeliest."""
         nats, greedy = [], []
-        for h, t in zip(*(x.split(chunk_rows(hidden, self.model.head_weight)) for x in (hidden, target)), strict=True):
+        for h, t in zip(
+            *(x.split(chunk_rows(hidden, self.model.head_weight)) for x in (hidden, target)),
+            strict=True,
+        ):
             logits = self.model.logits(h)
             # in bfloat16 the logits of two letters are often equal: those of the targets are computed again in float32
-            exact = capped((h.float() * self.model.head_weight[t].float()).sum(-1), self.model.config.softcap)
+            exact = capped(
+                (h.float() * self.model.head_weight[t].float()).sum(-1), self.model.config.softcap
+            )
             nats += (logits.logsumexp(-1) - exact).tolist()
             greedy += (logits.argmax(-1) == t).tolist()
         return nats, greedy
@@ -381,7 +512,12 @@ def choose(scores: Sequence[Score], lot: Random) -> int:
 
 
 def evaluate(
-    scorer: Scorer, task: Task, tok: Tokenizer, rt: Runtime, max_items: int = 0, progress: Callable[[int, int], None] = lambda done, n: None
+    scorer: Scorer,
+    task: Task,
+    tok: Tokenizer,
+    rt: Runtime,
+    max_items: int = 0,
+    progress: Callable[[int, int], None] = lambda done, n: None,
 ) -> dict[str, Any]:
     """
     A task's row of the result: kind, accuracy, n, chance, lo, hi (95 % interval), centred; guess (what uniform guessing scores); shots
@@ -391,7 +527,9 @@ def evaluate(
     items, prompts = prepare(task, tok, scorer.model.config.sequence_len, rt.seed, max_items)
     mine = items[rt.rank :: rt.world_size]
     right = []
-    for item, scores in zip(mine, scorer(mine, prompts, lambda done: progress(done, len(mine))), strict=True):
+    for item, scores in zip(
+        mine, scorer(mine, prompts, lambda done: progress(done, len(mine))), strict=True
+    ):
         choice = choose(scores, Random(f"{rt.seed}/{task.name}/{item.row}/lot"))
         right.append(scores[0].greedy if task.kind == "language_modeling" else choice == item.gold)
     if rt.world_size > 1:
@@ -400,10 +538,17 @@ def evaluate(
         right = [x for part in parts for x in part]
     found = accuracy(right, task.chance)
     return {
-        "kind": task.kind, **found, "centred": _centred(found["accuracy"], task.chance),
-        "guess": 0.0 if task.kind == "language_modeling" else sum(1 / len(i.ids) for i in items) / len(items),
-        "shots": task.shots, "had": sum(i.shots for i in items) / len(items), "fewer": sum(i.shots < task.shots for i in items),
-        "cropped": sum(i.cropped for i in items), "overlong": sum(i.overlong for i in items),
+        "kind": task.kind,
+        **found,
+        "centred": _centred(found["accuracy"], task.chance),
+        "guess": 0.0
+        if task.kind == "language_modeling"
+        else sum(1 / len(i.ids) for i in items) / len(items),
+        "shots": task.shots,
+        "had": sum(i.shots for i in items) / len(items),
+        "fewer": sum(i.shots < task.shots for i in items),
+        "cropped": sum(i.cropped for i in items),
+        "overlong": sum(i.overlong for i in items),
     }
 
 
@@ -425,5 +570,8 @@ def summarise(results: dict[str, dict[str, Any]], absent: Sequence[str] = ()) ->
         "score": sum(r["centred"] for r in results.values()) / n,
         "margin": math.sqrt(sum(h * h for h in halves)) / n,
         "guess": sum(_centred(r["guess"], r["chance"]) for r in results.values()) / n,
-        "tasks": results, "present": n, "of": of, "absent": list(absent),
+        "tasks": results,
+        "present": n,
+        "of": of,
+        "absent": list(absent),
     }

@@ -72,11 +72,28 @@ else: raise OSError("system calls are not filtered")
 
 # Calls that need no privilege and lead past the limits: (x86_64, arm64), from Linux' syscall_64.tbl and asm-generic/unistd.h
 _REFUSED = {
-    "fork": (57, None), "vfork": (58, None), "socket": (41, 198), "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "memfd_create": (319, 279), "shmget": (29, 194), "semget": (64, 190),
-    "msgget": (68, 186), "mq_open": (240, 180), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
-    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_setup": (206, 0), "syslog": (103, 116),
-}  # fmt: skip
+    "fork": (57, None),
+    "vfork": (58, None),
+    "socket": (41, 198),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "memfd_create": (319, 279),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_setup": (206, 0),
+    "syslog": (103, 116),
+}
 _CLONE = (56, 220)  # makes threads, which are allowed, and processes, which are not
 _NEW = 424  # from here on numbers are the same everywhere; clone3, io_uring and what is newer is "not known here", and libraries do without
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's AUDIT_ARCH_*
@@ -85,20 +102,35 @@ _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's AUDIT_
 def _seccomp() -> bytes:
     """The filter in classic BPF (Linux' filter.h, seccomp.h). An instruction: code, how many to skip if true and if false, operand."""
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, refuse, unknown = 0x7FFF0000, 0x80000000, 0x50000 + errno.EPERM, 0x50000 + errno.ENOSYS
+    allow, kill, refuse, unknown = (
+        0x7FFF0000,
+        0x80000000,
+        0x50000 + errno.EPERM,
+        0x50000 + errno.ENOSYS,
+    )
     machine = list(_MACHINES).index(platform.machine())
-    code = [(load, 0, 0, 4), (equal, 1, 0, _MACHINES[platform.machine()]), (give, 0, 0, kill)]  # calls of another architecture
+    code = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, _MACHINES[platform.machine()]),
+        (give, 0, 0, kill),
+    ]  # calls of another architecture
     code += [(load, 0, 0, 0), (at_least, 0, 1, _NEW), (give, 0, 0, unknown)]
     for numbers in _REFUSED.values():
         if numbers[machine] is not None:
             code += [(equal, 0, 1, numbers[machine]), (give, 0, 0, refuse)]
-    code += [(equal, 0, 3, _CLONE[machine]), (load, 0, 0, 16), (any_bit, 1, 0, 0x10000)]  # CLONE_THREAD
+    code += [
+        (equal, 0, 3, _CLONE[machine]),
+        (load, 0, 0, 16),
+        (any_bit, 1, 0, 0x10000),
+    ]  # CLONE_THREAD
     code += [(give, 0, 0, refuse), (give, 0, 0, allow)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
 def _python() -> str:
-    return getattr(sys, "_base_executable", sys.executable)  # the real one where this is a virtual environment's
+    return getattr(
+        sys, "_base_executable", sys.executable
+    )  # the real one where this is a virtual environment's
 
 
 def _bwrap() -> list[str]:
@@ -106,28 +138,65 @@ def _bwrap() -> list[str]:
     bwrap with its mounts. A normal user gets a user namespace. Root gets none, since in one it would still be the real root, whose threads
     no limit binds; the harness takes another id instead, after mounts that may need root (a Python under /root) and before the program.
     """
-    libraries = [f"{base}/{name}" for base in ("", "/usr", sys.base_prefix) for name in ("lib", "lib64")]
-    shown = [path for path in dict.fromkeys([*libraries, "/etc/ld.so.cache", _python()]) if os.path.exists(path)]
-    hidden = [path for folder in shown for path in glob.glob(f"{glob.escape(folder)}/python3*/*-packages")]
-    parents = dict.fromkeys(str(parent) for path in [*shown, "/dev/null"] for parent in list(Path(path).parents)[-2::-1])
-    command = [shutil.which("bwrap") or "bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    libraries = [
+        f"{base}/{name}" for base in ("", "/usr", sys.base_prefix) for name in ("lib", "lib64")
+    ]
+    shown = [
+        path
+        for path in dict.fromkeys([*libraries, "/etc/ld.so.cache", _python()])
+        if os.path.exists(path)
+    ]
+    hidden = [
+        path for folder in shown for path in glob.glob(f"{glob.escape(folder)}/python3*/*-packages")
+    ]
+    parents = dict.fromkeys(
+        str(parent) for path in [*shown, "/dev/null"] for parent in list(Path(path).parents)[-2::-1]
+    )
+    command = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+    ]
     if os.geteuid() == 0:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
-    command += ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--perms", "1777", "--size", str(DISK), "--tmpfs", "/tmp"]
+    command += [
+        "--die-with-parent",
+        "--new-session",
+        "--hostname",
+        "sandbox",
+        "--perms",
+        "1777",
+        "--size",
+        str(DISK),
+        "--tmpfs",
+        "/tmp",
+    ]
     for path in parents:
         command += ["--perms", "0755", "--dir", path]
     for path in shown:
         command += ["--ro-bind", path, path]
     for path in hidden:
         command += ["--tmpfs", path, "--remount-ro", path]
-    return [*command, "--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [
+        *command,
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/tmp",
+    ]
 
 
 @functools.cache
 def missing() -> str:
-    """"" where the sandbox works, which is tried once; otherwise a sentence that says why it does not and how to get one."""
+    """ "" where the sandbox works, which is tried once; otherwise a sentence that says why it does not and how to get one."""
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         why = f"the sandbox needs Linux on {' or '.join(_MACHINES)}, not {platform.system()} on {platform.machine()}: use another machine"
     elif not shutil.which("bwrap"):
@@ -169,18 +238,47 @@ def run(program: str, seconds: float = 5.0, memory_mb: int = 512) -> Outcome:
 
 def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
     token, cpu = secrets.token_bytes(32), math.ceil(seconds) + 1
-    limits = {"AS": memory_mb << 20, "CPU": cpu, "NPROC": THREADS, "NOFILE": FILES, "FSIZE": DISK, "SIGPENDING": FILES, "CORE": 0}
+    limits = {
+        "AS": memory_mb << 20,
+        "CPU": cpu,
+        "NPROC": THREADS,
+        "NOFILE": FILES,
+        "FSIZE": DISK,
+        "SIGPENDING": FILES,
+        "CORE": 0,
+    }
     (proof, proof_in), (rules, rules_in) = os.pipe(), os.pipe()
     os.write(rules_in, _seccomp())
     os.close(rules_in)
     # for root, an id that is nobody's (the range is set aside for passing services), drawn anew so that none counts another's threads
-    harness = _HARNESS.format(uid=61184 + secrets.randbelow(4000), limits=limits, proof=proof_in, size=len(token))
-    command = [*_bwrap(), "--seccomp", str(rules), "--", _python(), "-P", "-s", "-S", "-X", "utf8", "-c", harness]
+    harness = _HARNESS.format(
+        uid=61184 + secrets.randbelow(4000), limits=limits, proof=proof_in, size=len(token)
+    )
+    command = [
+        *_bwrap(),
+        "--seccomp",
+        str(rules),
+        "--",
+        _python(),
+        "-P",
+        "-s",
+        "-S",
+        "-X",
+        "utf8",
+        "-c",
+        harness,
+    ]
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=(proof_in, rules),
-            env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"}, start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=(proof_in, rules),
+            env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
     except OSError as e:
         os.close(proof)
         raise UserError(f"cannot start bubblewrap ({e.strerror})") from e
@@ -189,14 +287,23 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
         os.close(rules)
     with process, open(proof, "rb", buffering=0) as proof_out:
         try:
-            stop, outputs = _attend(process, proof_out, token + program.encode("utf-8", "surrogatepass"), seconds)
+            stop, outputs = _attend(
+                process, proof_out, token + program.encode("utf-8", "surrogatepass"), seconds
+            )
         finally:
-            if process.poll() is None:  # with bwrap dies the first process of the namespace, and with that all others
+            if (
+                process.poll() is None
+            ):  # with bwrap dies the first process of the namespace, and with that all others
                 os.killpg(process.pid, signal.SIGKILL)
-    stdout, stderr, code = *(output.decode("utf-8", "replace") for output in outputs[:2]), process.returncode
+    stdout, stderr, code = (
+        *(output.decode("utf-8", "replace") for output in outputs[:2]),
+        process.returncode,
+    )
     last = stderr.rstrip().rpartition("\n")[2][:200]
     if not outputs[2]:
-        raise UserError(f"the sandbox broke before the program began: {last or stop or f'exit {code}'}")
+        raise UserError(
+            f"the sandbox broke before the program began: {last or stop or f'exit {code}'}"
+        )
     passed = not stop and code == 0 and outputs[2] == b"+" + token
     if passed or stop:
         reason = stop
@@ -209,7 +316,9 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
     return Outcome(passed, reason, stdout, stderr)
 
 
-def _attend(process: subprocess.Popen, proof: IO[bytes], feed: bytes, seconds: float) -> tuple[str, list[bytearray]]:
+def _attend(
+    process: subprocess.Popen, proof: IO[bytes], feed: bytes, seconds: float
+) -> tuple[str, list[bytearray]]:
     """Feeds and reads the sandbox until it has ended or must: why it must, or "", and what came from stdout, stderr and `proof`."""
     assert process.stdin and process.stdout and process.stderr
     outputs = {process.stdout: bytearray(), process.stderr: bytearray(), proof: bytearray()}

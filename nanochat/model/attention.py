@@ -38,16 +38,27 @@ class Bias(NamedTuple):
         w = self.w[:, None, first:end]
         s = (self.u[:, None].to(w.dtype) * self.gate[:, None].to(w.dtype)) @ w.mT
         at = _place(self.place, i, torch.arange(first, end, device=i.device))
-        return F.pad(s + (self.place_gate[:, None, None] * at).to(w.dtype), (0, 0, 0, 0, 0, heads - s.size(1)))
+        return F.pad(
+            s + (self.place_gate[:, None, None] * at).to(w.dtype),
+            (0, 0, 0, 0, 0, heads - s.size(1)),
+        )
 
     def onto(self, raw: Tensor, rows: slice, keys: slice, hidden: Tensor, D: int) -> Tensor:
         """q k^T of one block, (B * H_kv, G * rows, keys) and overwritten -> masked scores (B, H, rows, keys), float32 or wider."""
         B, n, (r, c) = self.u.size(0), self.gate.size(0), hidden.shape
         raw = raw.view(B, -1, c)
-        raw[:, : n * r].baddbmm_((self.u[:, None, rows] * self.gate[:, None]).flatten(1, 2), self.w[:, keys].mT, alpha=D**0.5)
+        raw[:, : n * r].baddbmm_(
+            (self.u[:, None, rows] * self.gate[:, None]).flatten(1, 2),
+            self.w[:, keys].mT,
+            alpha=D**0.5,
+        )
         raw = raw.view(B, -1, r, c)
         added = self.place_gate.to(_wide(raw))[:, None, None] * self.block(rows, keys)
-        return torch.add(F.pad(added, (0, 0, 0, 0, 0, raw.size(1) - n)).masked_fill_(hidden, -torch.inf), raw, alpha=D**-0.5)
+        return torch.add(
+            F.pad(added, (0, 0, 0, 0, 0, raw.size(1) - n)).masked_fill_(hidden, -torch.inf),
+            raw,
+            alpha=D**-0.5,
+        )
 
     def block(self, rows: slice, keys: slice) -> Tensor:
         i, j = (torch.arange(s.start, s.stop, device=self.place.device) for s in (rows, keys))
@@ -79,9 +90,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None =
     return _attend_fused(q, k, v, window)
 
 
-def _attend_fused(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
+def _attend_fused(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None
+) -> Tensor:
     if window <= 0 or window >= q.size(2):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.size(1) != q.size(1))
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=k.size(1) != q.size(1)
+        )
     return _attend_band(q, k, v, window, scale)
 
 
@@ -91,7 +106,11 @@ def _widened(q: Tensor, k: Tensor, v: Tensor, bias: Bias) -> tuple[Tensor, Tenso
     pad = -(D + R) % 8
     u = F.pad((bias.u[:, None] * bias.gate[:, None]) * D**0.5, (0, pad, 0, 0, 0, H - n))
     w = F.pad(bias.w[:, None, :T], (0, pad)).expand(-1, k.size(1), -1, -1)
-    return torch.cat((q, u.to(q.dtype)), -1), torch.cat((k, w.to(k.dtype)), -1), F.pad(v, (0, R + pad))
+    return (
+        torch.cat((q, u.to(q.dtype)), -1),
+        torch.cat((k, w.to(k.dtype)), -1),
+        F.pad(v, (0, R + pad)),
+    )
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
@@ -100,7 +119,9 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> T
     i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
     hidden = (j > i) | (i - j >= (window or T))
     mask = bias.scores(i[None], 0, T, q.size(1)).masked_fill(hidden, -torch.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=k.size(1) != q.size(1))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=k.size(1) != q.size(1)
+    )
 
 
 @functools.cache
@@ -110,9 +131,17 @@ def flex_missing(device: torch.device, dtype: torch.dtype, width: int) -> str:
         return f"FlexAttention cannot train on {device.type}"
     if missing := compiler_missing(device):
         return missing
-    with torch.inference_mode(False), torch.enable_grad():  # it may be asked for the first time in an evaluation
-        q, k, v = (torch.zeros(1, 2, 256, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-        gates = torch.zeros(2, width - 64 if width > 64 else 0, device=device, dtype=dtype, requires_grad=True)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):  # it may be asked for the first time in an evaluation
+        q, k, v = (
+            torch.zeros(1, 2, 256, 64, device=device, dtype=dtype, requires_grad=True)
+            for _ in range(3)
+        )
+        gates = torch.zeros(
+            2, width - 64 if width > 64 else 0, device=device, dtype=dtype, requires_grad=True
+        )
         u = torch.zeros(1, 256, gates.size(1), device=device, dtype=dtype)
         place = u.new_zeros(256), u.new_zeros(2).requires_grad_()
         try:
@@ -133,7 +162,9 @@ def _flex(compiled: bool) -> Any:
 def flex_blocks(T: int, window: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < (window or T)), None, None, T, T, device=device)
+    return create_block_mask(
+        lambda b, h, i, j: (j <= i) & (i - j < (window or T)), None, None, T, T, device=device
+    )
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
@@ -145,11 +176,21 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Te
     place = F.pad(place, (0, 0, 0, 0, 0, more)) if place.dim() == 3 else place
 
     def added(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        distance = torch.where(i - j < 0, 0, torch.where(i - j < place.size(-1), i - j, place.size(-1) - 1))
-        return score + gate[h] * (place[i, j] if place.dim() == 2 else place[h, 0, distance] if place.dim() == 3 else place[distance])
+        distance = torch.where(
+            i - j < 0, 0, torch.where(i - j < place.size(-1), i - j, place.size(-1) - 1)
+        )
+        return score + gate[h] * (
+            place[i, j]
+            if place.dim() == 2
+            else place[h, 0, distance]
+            if place.dim() == 3
+            else place[distance]
+        )
 
     blocks = bias.blocks if bias.blocks is not None else flex_blocks(q.size(2), window, q.device)
-    return _flex(not torch.compiler.is_compiling())(q, k, v, score_mod=added, block_mask=blocks, scale=D**-0.5, enable_gqa=True)
+    return _flex(not torch.compiler.is_compiling())(
+        q, k, v, score_mod=added, block_mask=blocks, scale=D**-0.5, enable_gqa=True
+    )
 
 
 QUERY_BLOCK = 128  # queries a step of the CPU kernel: one block of scores should stay in the cache
@@ -163,7 +204,9 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int, *given: Any) -> Tensor:  # given: the tensors of a Bias
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, window: int, *given: Any
+    ) -> Tensor:  # given: the tensors of a Bias
         B, H, T, D = q.shape
         bias = Bias(*given) if given else None
         q, k, v = _by_kv_head(q, k.size(1)), k.flatten(0, 1), v.flatten(0, 1)
@@ -179,9 +222,16 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx, *grads):
         (q, k, v, y, *given), (B, H, T, D) = ctx.saved_tensors, ctx.shape
         bias = Bias(*given) if given else None
-        d_given = [torch.zeros_like(x, dtype=_wide(q)) if want else None for x, want in zip(given, ctx.needs_input_grad[4:], strict=True)]
+        d_given = [
+            torch.zeros_like(x, dtype=_wide(q)) if want else None
+            for x, want in zip(given, ctx.needs_input_grad[4:], strict=True)
+        ]
         dy = grads[0].reshape(q.shape)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=_wide(k)), torch.zeros_like(v, dtype=_wide(v))
+        dq, dk, dv = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=_wide(k)),
+            torch.zeros_like(v, dtype=_wide(v)),
+        )
         delta = (dy.to(_wide(y)) * y).sum(-1, keepdim=True)  # (B * H_kv, G, T, 1)
         for rows, keys, hidden in _blocks(T, ctx.window, q.device):
             p = _probabilities(q, k, rows, keys, hidden, bias)
@@ -198,9 +248,14 @@ class _BlockAttention(torch.autograd.Function):
                     sums = torch.bmm(ds, bias.w[:, keys]).view(B, n, r, -1)
                     d_given[2] += torch.einsum("bnir,bir->nr", sums, bias.u[:, rows])
                 if d_given[4] is not None:
-                    d_given[4] += (ds.view(B, n, r, -1).sum(0, dtype=d_given[4].dtype) * bias.block(rows, keys)).sum((1, 2))
+                    d_given[4] += (
+                        ds.view(B, n, r, -1).sum(0, dtype=d_given[4].dtype) * bias.block(rows, keys)
+                    ).sum((1, 2))
         d_k, d_v = dk.to(k.dtype).view(B, -1, T, D), dv.to(v.dtype).view(B, -1, T, D)
-        d_given = [d if d is None else (d * D**0.5).to(x.dtype) for d, x in zip(d_given, given, strict=True)]
+        d_given = [
+            d if d is None else (d * D**0.5).to(x.dtype)
+            for d, x in zip(d_given, given, strict=True)
+        ]
         return dq.view(B, H, T, D), d_k, d_v, None, *d_given
 
 
@@ -219,35 +274,62 @@ def _blocks(T: int, window: int, device: torch.device) -> Iterator[tuple[slice, 
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         first = max(0, start - window + 1)
-        i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(first, stop, device=device)[None, :]
+        i, j = (
+            torch.arange(start, stop, device=device)[:, None],
+            torch.arange(first, stop, device=device)[None, :],
+        )
         yield slice(start, stop), slice(first, stop), (j > i) | (i - j >= window)
 
 
-def _probabilities(q: Tensor, k: Tensor, rows: slice, keys: slice, hidden: Tensor, bias: Bias | None) -> Tensor:
+def _probabilities(
+    q: Tensor, k: Tensor, rows: slice, keys: slice, hidden: Tensor, bias: Bias | None
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) of one block: (B * H_kv, G, rows, keys) in q's dtype."""
     n, G, _, D = q.shape
     scores = torch.bmm(q[:, :, rows].flatten(1, 2), k[:, keys].mT)
     if bias is None:
-        scores = scores.view(n, G, *hidden.shape).to(_wide(q)).mul_(D**-0.5).masked_fill_(hidden, -torch.inf)
+        scores = (
+            scores.view(n, G, *hidden.shape)
+            .to(_wide(q))
+            .mul_(D**-0.5)
+            .masked_fill_(hidden, -torch.inf)
+        )
     else:
         scores = bias.onto(scores, rows, keys, hidden, D).view(n, G, *hidden.shape)
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
-def _attend_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
+def _attend_band(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None
+) -> Tensor:
     """Windowed attention: blocks of queries, each against the band of window + block keys that it can see."""
     B, H, T, D = q.shape
     block = min(window, 128)
     n = -(-T // block)  # blocks, the last one perhaps padded
-    q = F.pad(q, (0, 0, 0, n * block - T)).view(B, H, n, block, D).transpose(1, 2).reshape(B * n, H, block, D)
+    q = (
+        F.pad(q, (0, 0, 0, n * block - T))
+        .view(B, H, n, block, D)
+        .transpose(1, 2)
+        .reshape(B * n, H, block, D)
+    )
 
-    def band(x: Tensor) -> Tensor:  # (B, H_kv, T, D) -> (B * n, H_kv, window + block, D); block b holds keys b*block - window and on
-        x = F.pad(x, (0, 0, window, n * block - T)).unfold(2, window + block, block)  # (B, H_kv, n, D, window + block)
+    def band(
+        x: Tensor,
+    ) -> Tensor:  # (B, H_kv, T, D) -> (B * n, H_kv, window + block, D); block b holds keys b*block - window and on
+        x = F.pad(x, (0, 0, window, n * block - T)).unfold(
+            2, window + block, block
+        )  # (B, H_kv, n, D, window + block)
         return x.permute(0, 2, 1, 4, 3).reshape(B * n, x.size(1), window + block, D)
 
     i = torch.arange(block, device=q.device)[:, None] + window  # a query's slot in its band
     j = torch.arange(window + block, device=q.device)[None, :]
-    absolute = j + torch.arange(n, device=q.device)[:, None, None] * block - window  # below 0: left padding
-    mask = ((j <= i) & (i - j < window) & (absolute >= 0)).repeat(B, 1, 1)[:, None]  # (B * n, 1, block, window + block)
-    y = F.scaled_dot_product_attention(q, band(k), band(v), attn_mask=mask, scale=scale, enable_gqa=k.size(1) != H)
+    absolute = (
+        j + torch.arange(n, device=q.device)[:, None, None] * block - window
+    )  # below 0: left padding
+    mask = ((j <= i) & (i - j < window) & (absolute >= 0)).repeat(B, 1, 1)[
+        :, None
+    ]  # (B * n, 1, block, window + block)
+    y = F.scaled_dot_product_attention(
+        q, band(k), band(v), attn_mask=mask, scale=scale, enable_gqa=k.size(1) != H
+    )
     return y.view(B, n, H, block, D).transpose(1, 2).reshape(B, H, n * block, D)[:, :, :T]

@@ -34,7 +34,9 @@ def run_directory(stage: str, tag: str) -> Path:
     if stage not in STAGES:
         raise UserError(f"there is no stage {stage!r}: choose one of {', '.join(STAGES)}")
     if not re.fullmatch(r"[\w.-]+", tag) or tag.startswith("."):
-        raise UserError(f"the model tag {tag!r} cannot be a folder name: use letters, digits, dots, dashes and underscores")
+        raise UserError(
+            f"the model tag {tag!r} cannot be a folder name: use letters, digits, dots, dashes and underscores"
+        )
     return base_dir() / "checkpoints" / stage / tag
 
 
@@ -43,7 +45,13 @@ def folder(directory: Path, step: int) -> Path:
     return directory / f"step_{step:06d}"
 
 
-def save(directory: Path, step: int, model: Mapping[str, Tensor], optim: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optim: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+) -> Path:
     """Write one checkpoint (on one rank alone) and return its folder. UserError when the disk refuses; what was there before stays."""
     final = folder(directory, step)
     beside = directory / f".{final.name}.{os.getpid()}.tmp"
@@ -51,21 +59,30 @@ def save(directory: Path, step: int, model: Mapping[str, Tensor], optim: Mapping
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, tensors in (("model", model), ("optim", optim)):
-            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, beside / f"{name}.safetensors")
-        (beside / "meta.json").write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1), encoding="utf-8")
+            save_file(
+                {k: t.detach().contiguous() for k, t in tensors.items()},
+                beside / f"{name}.safetensors",
+            )
+        (beside / "meta.json").write_text(
+            json.dumps({"format": FORMAT, "step": step, **meta}, indent=1), encoding="utf-8"
+        )
         manifest = {p.name: [sha256_file(p)] for p in sorted(beside.iterdir())}
         for p in beside.iterdir():
             _sync(p)
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(beside / "manifest.json")
-        if final.exists():  # the same step again: the old folder steps aside for the instant between two renames
+        if (
+            final.exists()
+        ):  # the same step again: the old folder steps aside for the instant between two renames
             os.replace(final, beside.with_suffix(".old.tmp"))
         os.replace(beside, final)
         _sync(directory)
         shutil.rmtree(beside.with_suffix(".old.tmp"), ignore_errors=True)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"cannot write the checkpoint {final} ({e}): free some space; earlier checkpoints are untouched") from e
+        raise UserError(
+            f"cannot write the checkpoint {final} ({e}): free some space; earlier checkpoints are untouched"
+        ) from e
     return final
 
 
@@ -74,7 +91,10 @@ def amend(path: Path, meta: Mapping[str, Any]) -> None:
     old = read_meta(path)
     text = json.dumps({"format": FORMAT, "step": old["step"], **meta}, indent=1)
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    manifest["meta.json"] = [sha256_file(path / "meta.json"), hashlib.sha256(text.encode("utf-8")).hexdigest()]
+    manifest["meta.json"] = [
+        sha256_file(path / "meta.json"),
+        hashlib.sha256(text.encode("utf-8")).hexdigest(),
+    ]
     atomic_write(path / "manifest.json", json.dumps(manifest, indent=1))
     atomic_write(path / "meta.json", text)
 
@@ -103,7 +123,9 @@ def prune(directory: Path, step: int, keep: int, best: int | None) -> None:
 
 def steps(directory: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, damaged ones included."""
-    return sorted((p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit()), key=_step)
+    return sorted(
+        (p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit()), key=_step
+    )
 
 
 def _step(path: Path) -> int:
@@ -141,11 +163,17 @@ def locate(stage: str, tag: str = "", step: int | None = None) -> Path:
         runs = [run_directory(stage, tag)]
     else:
         newest = {p: max(s.stat().st_mtime for s in steps(p)) for p in root.glob("*") if steps(p)}
-        runs = sorted(newest, key=lambda p: (p.suffix != ".old", newest[p]), reverse=True)  # a run set aside only if there is no other
+        runs = sorted(
+            newest, key=lambda p: (p.suffix != ".old", newest[p]), reverse=True
+        )  # a run set aside only if there is no other
     for run in runs:
         if found := find(run, step):
             return found
-    what = f"{stage} checkpoint" + (f" tagged {tag!r}" if tag else "") + (f" at step {step}" if step is not None else "")
+    what = (
+        f"{stage} checkpoint"
+        + (f" tagged {tag!r}" if tag else "")
+        + (f" at step {step}" if step is not None else "")
+    )
     maker = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}[stage]
     raise UserError(f"there is no {what} under {root}: make one with python -m scripts.{maker}")
 
@@ -155,9 +183,13 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path / 'meta.json'} ({e}): choose another checkpoint with --step") from e
+        raise UserError(
+            f"cannot read {path / 'meta.json'} ({e}): choose another checkpoint with --step"
+        ) from e
     if meta.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {meta.get('format')}, this version reads {FORMAT}: use the version that wrote it")
+        raise UserError(
+            f"{path} has checkpoint format {meta.get('format')}, this version reads {FORMAT}: use the version that wrote it"
+        )
     return meta
 
 
@@ -169,7 +201,9 @@ class Tensors(Mapping[str, Tensor]):
             self._file = safe_open(path, framework="pt")
             self._names = list(self._file.keys())
         except (OSError, SafetensorError) as e:
-            raise UserError(f"cannot read {path} ({e}): the file is damaged or truncated; choose another checkpoint with --step") from e
+            raise UserError(
+                f"cannot read {path} ({e}): the file is damaged or truncated; choose another checkpoint with --step"
+            ) from e
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -189,7 +223,9 @@ def config_of(meta: Mapping[str, Any]) -> GPTConfig:
     unknown = set(meta["config"]) - known
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise UserError(f"the checkpoint uses architecture knobs that this version does not have ({names}): use the version that wrote it")
+        raise UserError(
+            f"the checkpoint uses architecture knobs that this version does not have ({names}): use the version that wrote it"
+        )
     return GPTConfig(**meta["config"])
 
 
@@ -217,7 +253,9 @@ def check_tokenizer(meta: Mapping[str, Any], fingerprint: str, path: Path) -> No
         )
 
 
-def load_model(path: Path, device: torch.device | str, dtype: torch.dtype, fingerprint: str | None = None) -> tuple[GPT, dict[str, Any]]:
+def load_model(
+    path: Path, device: torch.device | str, dtype: torch.dtype, fingerprint: str | None = None
+) -> tuple[GPT, dict[str, Any]]:
     """A checkpoint's model with float32 weights, and its metadata; checks the tokenizer where its fingerprint is given."""
     meta = read_meta(path)
     if fingerprint is not None:
@@ -225,10 +263,14 @@ def load_model(path: Path, device: torch.device | str, dtype: torch.dtype, finge
     model = GPT.build(config_of(meta), device, dtype)
     fill(model, path)
     if model.prior is not None and not model.prior.spec["learned"] and not model.prior.gates.any():
-        model.prior = model.config.rap = None  # annealed to nothing: what goes on from here is a model without
+        model.prior = model.config.rap = (
+            None  # annealed to nothing: what goes on from here is a model without
+        )
     return model, meta
 
 
 def config_dict(config: GPTConfig) -> dict[str, Any]:
     """What config_of reads; a model without a prior says nothing of one."""
-    return {name: value for name, value in asdict(config).items() if name != "rap" or value is not None}
+    return {
+        name: value for name, value in asdict(config).items() if name != "rap" or value is not None
+    }

@@ -29,11 +29,16 @@ class Arch:
 
     sequence_len: int = knob(2048, "context length in tokens")
     mlp_ratio: float = knob(4.0, "hidden width of the MLP over the model's width; any fraction")
-    activation: Literal["relu2", "gelu", "silu", "swiglu"] = knob("relu2", "activation of the MLP (swiglu adds a third matrix)")
+    activation: Literal["relu2", "gelu", "silu", "swiglu"] = knob(
+        "relu2", "activation of the MLP (swiglu adds a third matrix)"
+    )
     tie_embeddings: bool = knob(False, "one table for the token embedding and the head")
     softcap: float = knob(15.0, "logits become softcap * tanh(logits / softcap); 0 = none")
     rope_base: float = knob(10000.0, "base of the rotary embedding's wavelengths")
-    window_pattern: str = knob("L", "attention by layer, repeated: L sees the whole context, S half of it; the last layer is always L")
+    window_pattern: str = knob(
+        "L",
+        "attention by layer, repeated: L sees the whole context, S half of it; the last layer is always L",
+    )
 
 
 @dataclass(kw_only=True)
@@ -48,7 +53,16 @@ class GPTConfig(Arch):
     rap: dict[str, Any] | None = None  # the shapes of an attention prior, from prior.prepare
 
     def __post_init__(self):
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "rope_base"):
+        for name in (
+            "sequence_len",
+            "vocab_size",
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "n_embd",
+            "mlp_ratio",
+            "rope_base",
+        ):
             if not 0 < getattr(self, name) < torch.inf:  # which NaN is not either
                 raise UserError(f"{name} is {getattr(self, name)}: it must be a number above 0")
         if self.n_embd % self.n_head:
@@ -56,7 +70,9 @@ class GPTConfig(Arch):
                 f"a width of {self.n_embd} does not divide into {self.n_head} heads: choose model_dim as a multiple of head_dim"
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim} (width {self.n_embd} / {self.n_head} heads): rotary embeddings need an even one")
+            raise UserError(
+                f"head_dim is {self.head_dim} (width {self.n_embd} / {self.n_head} heads): rotary embeddings need an even one"
+            )
         if self.n_head % self.n_kv_head:
             raise UserError(
                 f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: make n_head a multiple of n_kv_head"
@@ -64,9 +80,13 @@ class GPTConfig(Arch):
         if not 0 <= self.softcap < torch.inf:
             raise UserError(f"softcap is {self.softcap}: it must be 0 (none) or above")
         if self.activation not in ("relu2", "gelu", "silu", "swiglu"):
-            raise UserError(f"activation is {self.activation!r}: choose relu2, gelu, silu or swiglu")
+            raise UserError(
+                f"activation is {self.activation!r}: choose relu2, gelu, silu or swiglu"
+            )
         if not self.window_pattern or set(self.window_pattern) - {"L", "S"}:
-            raise UserError(f"window_pattern is {self.window_pattern!r}: write it with the letters L and S, for example SSSL")
+            raise UserError(
+                f"window_pattern is {self.window_pattern!r}: write it with the letters L and S, for example SSSL"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -84,7 +104,10 @@ class GPTConfig(Arch):
 
     def window(self, layer: int) -> int:
         """Keys that a query of this layer sees, itself included; 0 = all."""
-        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
+        short = (
+            self.window_pattern[layer % len(self.window_pattern)] == "S"
+            and layer < self.n_layer - 1
+        )
         return max(1, self.sequence_len // 2) if short else 0
 
 
@@ -104,10 +127,16 @@ ROSTER = (
     Row(r"head\.weight", "head", "head", "adamw", "small", True),
     Row(r"blocks\.\d+\.attn\.(q|k|v)\.weight", "transformer", "matrix", "muon", "fan_in", True),
     Row(r"blocks\.\d+\.mlp\.(up|gate)\.weight", "transformer", "matrix", "muon", "fan_in", True),
-    Row(r"blocks\.\d+\.(attn\.out|mlp\.down)\.weight", "transformer", "matrix", "muon", "zero", True),
-    Row(r"prior\.gates", "transformer", "gate", "adamw", "zero", False),  # Prior's tensors are filled from an artifact or a checkpoint
+    Row(
+        r"blocks\.\d+\.(attn\.out|mlp\.down)\.weight", "transformer", "matrix", "muon", "zero", True
+    ),
+    Row(
+        r"prior\.gates", "transformer", "gate", "adamw", "zero", False
+    ),  # Prior's tensors are filled from an artifact or a checkpoint
 )
-TIED = Row(r"embed\.weight", "embedding", "head", "adamw", "small", True)  # the table is the head as well
+TIED = Row(
+    r"embed\.weight", "embedding", "head", "adamw", "small", True
+)  # the table is the head as well
 
 
 def norm(x: Tensor) -> Tensor:
@@ -141,10 +170,18 @@ class Attention(nn.Module):
         self.out = Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, positions: Tensor | None, bias: Bias | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        positions: Tensor | None,
+        bias: Bias | None,
     ) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H or H_kv, T, D)
+        q, k, v = (
+            f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )  # (B, H or H_kv, T, D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if cache is None or positions is None:
             y = attend(q, k, v, self.window, bias)
@@ -181,7 +218,13 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, positions: Tensor | None, bias: Bias | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        positions: Tensor | None,
+        bias: Bias | None,
     ) -> Tensor:
         x = x + self.attn(norm(x), cos, sin, cache, positions, bias)
         return x + self.mlp(norm(x))
@@ -204,7 +247,12 @@ class GPT(nn.Module):
     # construction ---------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, config: GPTConfig, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> "GPT":
+    def build(
+        cls,
+        config: GPTConfig,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> "GPT":
         """The model on `device` with memory but without values: call init_weights, or load a checkpoint."""
         with torch.device("meta"):
             model = cls(config, compute_dtype)
@@ -217,7 +265,8 @@ class GPT(nn.Module):
         device = self.embed.weight.device
         channel = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
         angle = torch.outer(
-            torch.arange(positions, dtype=torch.float32, device=device), self.config.rope_base ** (-channel / self.config.head_dim)
+            torch.arange(positions, dtype=torch.float32, device=device),
+            self.config.rope_base ** (-channel / self.config.head_dim),
         )
         self.cos, self.sin = angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
 
@@ -256,7 +305,9 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             found = [row for row in rows if re.fullmatch(row.pattern, name)]
             if len(found) != 1:
-                raise RuntimeError(f"the parameter {name} is covered by {len(found)} rows of the roster: it must be exactly 1")
+                raise RuntimeError(
+                    f"the parameter {name} is covered by {len(found)} rows of the roster: it must be exactly 1"
+                )
             out.append((name, p, found[0]))
         return out
 
@@ -276,9 +327,13 @@ class GPT(nn.Module):
         for layer in range(self.config.n_layer):
             w = self.config.window(layer) or T
             w = min(w, T)
-            attended += (seen := (w * (w + 1) / 2 + (T - w) * w) / T)  # query i sees min(i + 1, w) keys
+            attended += (
+                seen := (w * (w + 1) / 2 + (T - w) * w) / T
+            )  # query i sees min(i + 1, w) keys
             if self.prior is not None and layer < self.prior.layers:
-                prior += 4 * self.prior.heads * self.prior.rank * seen  # wider scores, forward and for the gates
+                prior += (
+                    4 * self.prior.heads * self.prior.rank * seen
+                )  # wider scores, forward and for the gates
         return 6 * self.counts()["matmul"] + 12 * self.config.n_embd * attended + prior
 
     # computation ----------------------------------------------------------------------------------------------------------
@@ -289,10 +344,23 @@ class GPT(nn.Module):
         table = self.embed.weight if self.config.tie_embeddings else self.head.weight
         return table[: self.config.vocab_size]
 
-    def body(self, idx: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
-        added = [None] * len(self.blocks) if self.prior is None else self.prior(idx, self.compute_dtype, cache, positions)
+    def body(
+        self,
+        idx: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        added = (
+            [None] * len(self.blocks)
+            if self.prior is None
+            else self.prior(idx, self.compute_dtype, cache, positions)
+        )
         x = norm(self.embed(idx).to(self.compute_dtype))
-        training = self.compiled and torch.is_grad_enabled()  # evaluation and decoding have other shapes, not worth compiling for
+        training = (
+            self.compiled and torch.is_grad_enabled()
+        )  # evaluation and decoding have other shapes, not worth compiling for
         for block, bias in zip(self.blocks, added, strict=True):
             x = (block if training else block.forward)(x, cos, sin, cache, positions, bias)
         return norm(x)
@@ -315,7 +383,9 @@ class GPT(nn.Module):
 
     def loss(self, idx: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """sum(weights * nll) over the positions whose target is not -1: a scalar; all (B, T)."""
-        return linear_cross_entropy(self(idx), self.head_weight, targets, weights, self.config.softcap, self.compiled)
+        return linear_cross_entropy(
+            self(idx), self.head_weight, targets, weights, self.config.softcap, self.compiled
+        )
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -329,4 +399,12 @@ class GPT(nn.Module):
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         c = self.config
-        return KVCache(c.n_layer, batch, c.n_kv_head, capacity or c.sequence_len, c.head_dim, self.embed.weight.device, self.compute_dtype)
+        return KVCache(
+            c.n_layer,
+            batch,
+            c.n_kv_head,
+            capacity or c.sequence_len,
+            c.head_dim,
+            self.embed.weight.device,
+            self.compute_dtype,
+        )

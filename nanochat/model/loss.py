@@ -9,14 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27, "meta": 1 << 27}  # logits of one chunk: a CPU's few temporaries should stay in its cache
-BLOCK_CHUNKS = {"cpu": 8, "cuda": 1}  # chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs
+CHUNK_ELEMENTS = {
+    "cpu": 1 << 19,
+    "cuda": 1 << 27,
+    "meta": 1 << 27,
+}  # logits of one chunk: a CPU's few temporaries should stay in its cache
+BLOCK_CHUNKS = {
+    "cpu": 8,
+    "cuda": 1,
+}  # chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(logits / softcap) in float32; softcap 0 means none."""
-    logits = logits.float()  # tanh(x) = 2 sigmoid(2 x) - 1, and a CPU's sigmoid is six times as fast
-    return torch.sigmoid(logits * (2 / softcap)) * (2 * softcap) - softcap if softcap > 0 else logits
+    logits = (
+        logits.float()
+    )  # tanh(x) = 2 sigmoid(2 x) - 1, and a CPU's sigmoid is six times as fast
+    return (
+        torch.sigmoid(logits * (2 / softcap)) * (2 * softcap) - softcap if softcap > 0 else logits
+    )
 
 
 def _chunk_forward(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -28,13 +39,17 @@ def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[
     """The rows' losses (R), 0 where the target is -1, and their d/d(uncapped logits) / 4 (R, V) in x's dtype."""
     z, s = (x @ w.t()).float(), None
     if softcap > 0:
-        s = z.mul_(2 / softcap).sigmoid_()  # the cap is softcap * (2 s - 1); the softmax does not mind the constant
+        s = z.mul_(
+            2 / softcap
+        ).sigmoid_()  # the cap is softcap * (2 s - 1); the softmax does not mind the constant
         z = s * (2 * softcap)
     d = torch.log_softmax(z, dim=-1)
     index = targets.clamp(min=0)[:, None]
     nll = -d.gather(1, index).squeeze(1) * (targets >= 0)
     d = d.exp_().scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape))
-    d = d.mul_(torch.addcmul(s, s, s, value=-1)) if s is not None else d.mul_(0.25)  # tanh' = 1 - tanh^2 = 4 s (1 - s)
+    d = (
+        d.mul_(torch.addcmul(s, s, s, value=-1)) if s is not None else d.mul_(0.25)
+    )  # tanh' = 1 - tanh^2 = 4 s (1 - s)
     return nll, d.to(x.dtype)
 
 
@@ -42,7 +57,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """sum(weights * nll) with the gradients of x and w formed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, both) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, both
+    ) -> Tensor:
         w, rows = weight.to(x.dtype), chunk_rows(x, weight)
         block = rows * BLOCK_CHUNKS.get(x.device.type, 1)
         dx = torch.empty_like(x)
@@ -74,7 +91,12 @@ _compiled: dict[str, object] = {}
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, softcap: float = 0.0, compiled: bool = False
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    softcap: float = 0.0,
+    compiled: bool = False,
 ) -> Tensor:
     """
     The sum over valid positions of weights * -log softmax(cap(x W^T))[target]: a float32 scalar, 0 when no target is valid.
@@ -82,8 +104,14 @@ def linear_cross_entropy(
     x (..., D) in the compute dtype; weight (V, D); targets (...) int64, -1 ignored; weights (...) or None for ones.
     """
     x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
-    weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.reshape(-1).float()
-    weights = weights.masked_fill(targets < 0, 0.0)  # not a product: whatever stands at an ignored position, NaN too, must not count
+    weights = (
+        torch.ones_like(targets, dtype=torch.float32)
+        if weights is None
+        else weights.reshape(-1).float()
+    )
+    weights = weights.masked_fill(
+        targets < 0, 0.0
+    )  # not a product: whatever stands at an ignored position, NaN too, must not count
     both = _chunk_both
     if compiled:
         both = _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
@@ -96,7 +124,10 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.
     flat, t = x.reshape(-1, x.size(-1)), targets.reshape(-1)
     w = weight.to(x.dtype)
     rows = chunk_rows(flat, weight)
-    parts = [_chunk_forward(flat[at : at + rows], w, t[at : at + rows], softcap) for at in range(0, flat.size(0), rows)]
+    parts = [
+        _chunk_forward(flat[at : at + rows], w, t[at : at + rows], softcap)
+        for at in range(0, flat.size(0), rows)
+    ]
     return torch.cat(parts).view(targets.shape)
 
 

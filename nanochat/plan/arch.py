@@ -26,7 +26,9 @@ from nanochat.train.scaling import Shape
 
 MISS = 0.1  # how far from the wanted number of parameters a shape may be
 FEWEST_HEADS = 6  # heads of 128 are taken while there are so many, heads of 64 below
-REFERENCE = 4.33e19 / (2.76 * 3600 * 8 * 989.4e12)  # share of the peak in the GPT-2-grade reference run: 4.33e19 FLOPs, 2.76 h, 8 H100
+REFERENCE = 4.33e19 / (
+    2.76 * 3600 * 8 * 989.4e12
+)  # share of the peak in the GPT-2-grade reference run: 4.33e19 FLOPs, 2.76 h, 8 H100
 
 
 @dataclass(kw_only=True)
@@ -35,7 +37,11 @@ class SizeKnobs(Arch, Shape):
 
     vocab: int = knob(65_536, "tokens of the vocabulary", low=1)
     depth: int = knob(0, "layers; 0 = 4, or with --params what fits best", low=0)
-    head_dim: int = knob(0, f"width of a head; 0 = 128, with --params 64 where that leaves fewer than {FEWEST_HEADS} heads", low=0)
+    head_dim: int = knob(
+        0,
+        f"width of a head; 0 = 128, with --params 64 where that leaves fewer than {FEWEST_HEADS} heads",
+        low=0,
+    )
 
     def shape(self) -> Shape:
         given = {f.name: getattr(self, f.name) for f in fields(Shape)}
@@ -50,19 +56,31 @@ class Knobs(SizeKnobs):
     """Plan"""
 
     params: str = knob("", "find a shape with so many parameters, for example 38M or 1.2G")
-    split: str = knob("", "of these, to embedding:layers:head, for example 1:1:1 (1:1 when tied); else the width follows aspect_ratio")
+    split: str = knob(
+        "",
+        "of these, to embedding:layers:head, for example 1:1:1 (1:1 when tied); else the width follows aspect_ratio",
+    )
     tokens_per_param: float = knob(20.0, "tokens of training a parameter", low=0.01)
     gpu: str = knob("", "price the run on this card, for example rtx4090")
     gpus: int = knob(1, "cards of it", low=1)
-    utilisation: float = knob(round(REFERENCE, 2), "share of the cards' peak that training reaches", low=0.01, high=1)
+    utilisation: float = knob(
+        round(REFERENCE, 2), "share of the cards' peak that training reaches", low=0.01, high=1
+    )
     device_batch_size: int = knob(32, "rows of a micro-batch on one card, for its memory", low=1)
-    specifications: str = knob("", "write the table of the standard models to this file, docs/model_specifications.md, and stop")
+    specifications: str = knob(
+        "",
+        "write the table of the standard models to this file, docs/model_specifications.md, and stop",
+    )
     json: bool = knob(False, "print JSON alone")
 
 
 def config_for(shape: Shape, arch: Arch, vocab_size: int) -> GPTConfig:
     """The configuration that base_train would build from these flags; UserError when they make no model."""
-    return GPTConfig(vocab_size=vocab_size, **shape.dimensions(), **{f.name: getattr(arch, f.name) for f in fields(Arch)})
+    return GPTConfig(
+        vocab_size=vocab_size,
+        **shape.dimensions(),
+        **{f.name: getattr(arch, f.name) for f in fields(Arch)},
+    )
 
 
 def model_of(config: GPTConfig) -> GPT:
@@ -79,13 +97,19 @@ def card(name: str) -> GPU:
     """The row of a card; UserError names the near ones."""
     if (gpu := hardware.lookup(name)) is None:
         known = [g.name for g in hardware.GPUS]
-        raise UserError(f"no card is called {name!r}{near(name.upper(), known)}; known are {', '.join(known)}")
+        raise UserError(
+            f"no card is called {name!r}{near(name.upper(), known)}; known are {', '.join(known)}"
+        )
     return gpu
 
 
 def number(text: str) -> float:
     """'38M' -> 38e6; decimal units k, M, G (or B), T."""
-    m = re.fullmatch(r"(\d*\.?\d+(?:e\d+)?)\s*([kmgbt]?)", text.strip().replace(",", "").replace("_", ""), re.IGNORECASE)
+    m = re.fullmatch(
+        r"(\d*\.?\d+(?:e\d+)?)\s*([kmgbt]?)",
+        text.strip().replace(",", "").replace("_", ""),
+        re.IGNORECASE,
+    )
     if not m or not float(m[1]):
         raise UserError(f"--params takes a number such as 38M or 1.2G, not {text!r}")
     return float(m[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}[m[2].lower()]
@@ -94,8 +118,14 @@ def number(text: str) -> float:
 def shares_of(text: str, tied: bool) -> tuple[float, ...]:
     """'1:1:1' -> (1/3, 1/3, 1/3): of embedding, layers and head; a tied model has no head of its own."""
     parts = text.split(":")
-    if len(parts) != 3 - tied or not all(re.fullmatch(r"\d*\.?\d+", p) and float(p) > 0 for p in parts):
-        what = "embedding:layers of a tied model, for example 1:1" if tied else "embedding:layers:head, for example 1:1:1"
+    if len(parts) != 3 - tied or not all(
+        re.fullmatch(r"\d*\.?\d+", p) and float(p) > 0 for p in parts
+    ):
+        what = (
+            "embedding:layers of a tied model, for example 1:1"
+            if tied
+            else "embedding:layers:head, for example 1:1:1"
+        )
         raise UserError(f"--split takes {what}, not {text!r}")
     return tuple(float(p) / sum(map(float, parts)) for p in parts)
 
@@ -110,15 +140,28 @@ class Found:
     cost: float
 
 
-def search(params: float, shares: tuple[float, ...] | None, shape: Shape, arch: Arch, vocab: int, free: bool = True) -> list[Found]:
+def search(
+    params: float,
+    shares: tuple[float, ...] | None,
+    shape: Shape,
+    arch: Arch,
+    vocab: int,
+    free: bool = True,
+) -> list[Found]:
     """
     Shapes with about `params` parameters, best first. `shape.depth` and `shape.model_dim` bind where they are not 0, and `free` lets heads
     be 64 wide as well. The cost is |ln(total / params)| plus the share of the parameters that lie in the wrong part, or without `shares` a
     tenth of the octaves between width / depth and aspect_ratio. UserError when none comes within a tenth.
     """
-    found = [f for f in _candidates(params, shares, shape, arch, vocab, free) if abs(f.counts["total"] / params - 1) <= MISS]
+    found = [
+        f
+        for f in _candidates(params, shares, shape, arch, vocab, free)
+        if abs(f.counts["total"] / params - 1) <= MISS
+    ]
     if not found:
-        raise UserError(f"no model of these flags has about {human(params)} parameters: {_smallest(shape, arch, vocab, free)}")
+        raise UserError(
+            f"no model of these flags has about {human(params)} parameters: {_smallest(shape, arch, vocab, free)}"
+        )
     return sorted(found, key=lambda f: f.cost)
 
 
@@ -127,7 +170,12 @@ def _heads(width: int, head_dim: int, free: bool) -> int:
 
 
 def _candidates(
-    params: float, shares: tuple[float, ...] | None, shape: Shape, arch: Arch, vocab: int, free: bool
+    params: float,
+    shares: tuple[float, ...] | None,
+    shape: Shape,
+    arch: Arch,
+    vocab: int,
+    free: bool,
 ) -> Iterator[Found]:
     step = 64 if free else shape.head_dim
     for width in [shape.model_dim] if shape.model_dim else range(step, 1 << 20, step):
@@ -143,22 +191,36 @@ def _candidates(
         if n["total"] > params * (1 + MISS):
             return
         exact = (params - n["total"]) / n["transformer"] + 1
-        for depth in [shape.depth] if shape.depth else {max(1, math.floor(exact)), max(1, math.ceil(exact))}:
+        for depth in (
+            [shape.depth] if shape.depth else {max(1, math.floor(exact)), max(1, math.ceil(exact))}
+        ):
             here = replace(one, depth=depth)
-            layers = n["transformer"] * depth  # as many as of one layer: a layer's parameters do not depend on its place
+            layers = (
+                n["transformer"] * depth
+            )  # as many as of one layer: a layer's parameters do not depend on its place
             total = n["total"] - n["transformer"] + layers
             parts = (n["embedding"], layers, n["head"])
             if shares:
-                off = sum(abs(part / total - share) for part, share in zip(parts, shares, strict=False)) / 2
+                off = (
+                    sum(
+                        abs(part / total - share)
+                        for part, share in zip(parts, shares, strict=False)
+                    )
+                    / 2
+                )
             else:
                 off = abs(math.log2(width / depth / shape.aspect_ratio)) / 10
             sizes = {"embedding": parts[0], "transformer": layers, "head": parts[2], "total": total}
-            yield Found(here, config_for(here, arch, vocab), sizes, abs(math.log(total / params)) + off)
+            yield Found(
+                here, config_for(here, arch, vocab), sizes, abs(math.log(total / params)) + off
+            )
 
 
 def _smallest(shape: Shape, arch: Arch, vocab: int, free: bool) -> str:
     width = shape.model_dim or (64 if free else shape.head_dim)
-    least = replace(shape, depth=shape.depth or 1, model_dim=width, head_dim=_heads(width, shape.head_dim, free))
+    least = replace(
+        shape, depth=shape.depth or 1, model_dim=width, head_dim=_heads(width, shape.head_dim, free)
+    )
     n = counts(config_for(least, arch, vocab))
     tables = n["embedding"] + n["head"]
     tie = "" if arch.tie_embeddings else ", or --tie_embeddings"
@@ -225,7 +287,11 @@ def _price(k: Knobs, config: GPTConfig, flops: float) -> dict[str, Any]:
     print0(
         f"  on {k.gpus} x {gpu.name}: {duration(time * 3600)} of pretraining at {k.utilisation:.0%} of {gpu.flops / 1e12:.4g} TFLOP/s each"
     )
-    how: dict[str, Any] = {"dtype": machine.torch_dtype, "device_type": machine.device_type, "world_size": k.gpus}
+    how: dict[str, Any] = {
+        "dtype": machine.torch_dtype,
+        "device_type": machine.device_type,
+        "world_size": k.gpus,
+    }
     there = machine.memory_bytes
 
     def need(rows: int) -> int:
@@ -233,24 +299,32 @@ def _price(k: Knobs, config: GPTConfig, flops: float) -> dict[str, Any]:
 
     rows, bytes_needed = k.device_batch_size, need(k.device_batch_size)
     if bytes_needed > there:
-        print0(f"  {rows} rows of {config.sequence_len} a card take {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB: too much")
+        print0(
+            f"  {rows} rows of {config.sequence_len} a card take {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB: too much"
+        )
         least = need(1)
         if least > there:
             raise UserError(
                 f"this model does not fit the {gpu.name}: a single row of {config.sequence_len} takes {least / memory.GIB:.1f} of "
                 f"{gpu.memory_gb:g} GB; choose a smaller --depth, --vocab or --sequence_len"
             )
-        each = (bytes_needed - least) / (rows - 1)  # memory is nearly a straight line in rows: the check below is rarely repeated
+        each = (bytes_needed - least) / (
+            rows - 1
+        )  # memory is nearly a straight line in rows: the check below is rarely repeated
         rows = 1 << int(math.log2(1 + (there - least) / each))
         while (bytes_needed := need(rows)) > there:
             rows //= 2
-    print0(f"  --device_batch_size={rows}, context {config.sequence_len}: {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB a card")
+    print0(
+        f"  --device_batch_size={rows}, context {config.sequence_len}: {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB a card"
+    )
     out = {"gpu": gpu.name, "gpus": k.gpus, "utilisation": k.utilisation, "hours": time}
     return out | {"device_batch_size": rows, "memory_bytes": bytes_needed}
 
 
 SPECIFIED = {f"d{depth}": Shape(depth=depth) for depth in (12, 16, 20, 26, 32)}
-SMALL = {"37.75 M": Shape(depth=4, model_dim=512, head_dim=64)}  # of runs/ittybitty.sh, with its own vocabulary
+SMALL = {
+    "37.75 M": Shape(depth=4, model_dim=512, head_dim=64)
+}  # of runs/ittybitty.sh, with its own vocabulary
 SPECIFIED_ROWS = 8
 
 
@@ -262,15 +336,40 @@ def specifications(with_memory: bool = True) -> str:
     for name, shape in {**SMALL, **SPECIFIED}.items():
         config = config_for(shape, Arch(), 24_576 if name in SMALL else 65_536)
         f = figures(config)
-        flags = f"--depth={shape.depth}" + (f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}" if shape.model_dim else "")
+        flags = f"--depth={shape.depth}" + (
+            f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}" if shape.model_dim else ""
+        )
         need = ""
         if with_memory:
             how = {"dtype": torch.bfloat16, "device_type": "cuda"}
             need = f"{memory.predict(config, SPECIFIED_ROWS, config.sequence_len, **how)['total'] / memory.GIB:.1f}"
         heads = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
         parts = (f"{f[part]:,}" for part in ("embedding", "transformer", "head", "total"))
-        rows.append((name, f"`{flags}`", heads, *parts, human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}", need))
-    head = ("model", "flags", "layers x width", "embedding", "transformer", "head", "total", "FLOPs/token", "tokens", "FLOPs", "GB")
+        rows.append(
+            (
+                name,
+                f"`{flags}`",
+                heads,
+                *parts,
+                human(f["flops_per_token"]),
+                human(f["tokens"]),
+                f"{f['flops']:.3g}",
+                need,
+            )
+        )
+    head = (
+        "model",
+        "flags",
+        "layers x width",
+        "embedding",
+        "transformer",
+        "head",
+        "total",
+        "FLOPs/token",
+        "tokens",
+        "FLOPs",
+        "GB",
+    )
     return f"""# Specifications of the standard models
 
 Written by `python -m scripts.plan arch --specifications docs/model_specifications.md`; a test holds it to the code.
@@ -291,7 +390,9 @@ def run(k: Knobs) -> dict[str, Any]:
         print0(f"wrote {k.specifications}")
         return {"file": k.specifications}
     if k.split and not k.params:
-        raise UserError(f"--split={k.split} divides a number of parameters: give it as well, as in --params 38M")
+        raise UserError(
+            f"--split={k.split} divides a number of parameters: give it as well, as in --params 38M"
+        )
     arch, shape = k.arch(), k.shape()
     if k.params:
         open_shape = replace(shape, depth=k.depth)
@@ -303,9 +404,17 @@ def run(k: Knobs) -> dict[str, Any]:
         best = Found(shape, config, counts(config), 0.0)
         like = replace(shape, depth=0, model_dim=0, aspect_ratio=config.n_embd / config.n_layer)
         near_by = search(best.counts["total"], None, like, arch, k.vocab, free=not k.head_dim)
-        others = [f for f in near_by if (f.config.n_layer, f.config.n_embd) != (config.n_layer, config.n_embd)][:5]
+        others = [
+            f
+            for f in near_by
+            if (f.config.n_layer, f.config.n_embd) != (config.n_layer, config.n_embd)
+        ][:5]
     config = best.config
-    out = {"config": asdict(config), **figures(config, k.tokens_per_param), "saves": savings(config)}
+    out = {
+        "config": asdict(config),
+        **figures(config, k.tokens_per_param),
+        "saves": savings(config),
+    }
     dims = ("n_layer", "n_embd", "head_dim")
     out["alternatives"] = [{n: getattr(f.config, n) for n in dims} | f.counts for f in others]
     print0(stage.table_of_counts(model_of(config)))
@@ -319,10 +428,18 @@ def run(k: Knobs) -> dict[str, Any]:
     elif k.gpus > 1:
         raise UserError(f"--gpus={k.gpus} of what? Name the card with --gpu")
     if out["saves"]:
-        rows = [(s["flag"], f"{s['parameters']:,}", f"{s['flops']:.1%}", f"{s['kv_cache']:.0%}") for s in out["saves"]]
+        rows = [
+            (s["flag"], f"{s['parameters']:,}", f"{s['flops']:.1%}", f"{s['kv_cache']:.0%}")
+            for s in out["saves"]
+        ]
         print0("\n" + columns(("what a knob would save", "parameters", "FLOPs", "cache"), rows))
     if others:
-        rows = [(f"--depth={f.config.n_layer} --model_dim={f.config.n_embd} --head_dim={f.config.head_dim}",
-                 *(f"{f.counts[p]:,}" for p in ("embedding", "transformer", "head", "total"))) for f in others]  # fmt: skip
+        rows = [
+            (
+                f"--depth={f.config.n_layer} --model_dim={f.config.n_embd} --head_dim={f.config.head_dim}",
+                *(f"{f.counts[p]:,}" for p in ("embedding", "transformer", "head", "total")),
+            )
+            for f in others
+        ]
         print0("\n" + columns(("nearby", "embedding", "transformer", "head", "total"), rows))
     return out

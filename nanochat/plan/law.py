@@ -39,9 +39,14 @@ MEASURED = (
     (2.359e6, 0.61e6, 2.211),
     (0.041e6, 21.1e6, 1.999),
 )
-EXPONENTS = (0.34, 0.28)  # Hoffmann et al. 2022, approach 3: the ladder alone cannot tell exponents from floor
+EXPONENTS = (
+    0.34,
+    0.28,
+)  # Hoffmann et al. 2022, approach 3: the ladder alone cannot tell exponents from floor
 Z90 = 1.645  # intervals here are 90 %
-LOW, HIGH = (math.log10(6 * n * d) for n, d, _ in (LADDER[0], LADDER[-1]))  # logarithms of 6 N D: the ends of the ladder
+LOW, HIGH = (
+    math.log10(6 * n * d) for n, d, _ in (LADDER[0], LADDER[-1])
+)  # logarithms of 6 N D: the ends of the ladder
 HERE = 14.0  # the middle of MEASURED
 NEAR = 15.0  # up to here MEASURED's text counts in full
 
@@ -62,12 +67,18 @@ class Law:
     tokens: float
     prose: float
     factor: float = 1.0
-    around: tuple[float, float] | None = None  # ends of the interval over its middle, None = by the distance from what was measured
+    around: tuple[float, float] | None = (
+        None  # ends of the interval over its middle, None = by the distance from what was measured
+    )
 
     def bpb(self, n: float, d: float) -> float:
         """Bits per byte of n parameters in the layers after d tokens."""
-        level = self.factor * math.exp(self.prose * float(np.clip((LOW - math.log10(6 * n * d)) / (LOW - NEAR), 0, 1)))
-        return level * (self.floor + self.A * (n / self.size) ** -self.a + self.B * (d / self.tokens) ** -self.b)
+        level = self.factor * math.exp(
+            self.prose * float(np.clip((LOW - math.log10(6 * n * d)) / (LOW - NEAR), 0, 1))
+        )
+        return level * (
+            self.floor + self.A * (n / self.size) ** -self.a + self.B * (d / self.tokens) ** -self.b
+        )
 
     def interval(self, n: float, d: float) -> tuple[float, float, float]:
         """
@@ -75,14 +86,22 @@ class Law:
         not fitted to came to 1.84-1.87 where it says 1.78), 1.5 % more for every factor of ten in FLOPs from the nearer of the two.
         """
         at, middle = math.log10(6 * n * d), self.bpb(n, d)
-        ladder, here = math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH)), math.hypot(0.04, 0.015 * abs(at - HERE))
-        lo, hi = self.around or (math.exp(-Z90 * min(ladder, here)), math.exp(Z90 * min(ladder, here)))
+        ladder, here = (
+            math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH)),
+            math.hypot(0.04, 0.015 * abs(at - HERE)),
+        )
+        lo, hi = self.around or (
+            math.exp(-Z90 * min(ladder, here)),
+            math.exp(Z90 * min(ladder, here)),
+        )
         return middle, lo * middle, hi * middle
 
     def best(self, flops: float) -> tuple[float, float]:
         """(parameters, tokens) with 6 N D = flops and the lowest bits per byte."""
 
-        def slope(log_n: float) -> float:  # of the logarithms of the two terms, equal at the optimum
+        def slope(
+            log_n: float,
+        ) -> float:  # of the logarithms of the two terms, equal at the optimum
             x = self.a * self.A * (math.exp(log_n) / self.size) ** -self.a
             y = self.b * self.B * (flops / 6 / math.exp(log_n) / self.tokens) ** -self.b
             return x - y
@@ -98,7 +117,9 @@ class Law:
     def moved(self, n: float, d: float, bpb: tuple[float, float, float]) -> "Law":
         """The same curve, moved to where a pilot found it: its interval (middle, lo, hi) at n and d, everywhere as wide."""
         middle, lo, hi = bpb
-        return replace(self, factor=self.factor * middle / self.bpb(n, d), around=(lo / middle, hi / middle))
+        return replace(
+            self, factor=self.factor * middle / self.bpb(n, d), around=(lo / middle, hi / middle)
+        )
 
 
 @cache
@@ -107,7 +128,9 @@ def fitted() -> Law:
     return fit(LADDER, MEASURED)
 
 
-def fit(ladder: Sequence[tuple[float, float, float]], measured: Sequence[tuple[float, float, float]]) -> Law:
+def fit(
+    ladder: Sequence[tuple[float, float, float]], measured: Sequence[tuple[float, float, float]]
+) -> Law:
     """
     Least squares in logarithms: 0.3 % on the ladder's bits per byte, 1 % on the measured ones, whose text may lie 5 % beside the ladder's,
     a tenth on the optima, 0.1 on the exponents.
@@ -127,7 +150,11 @@ def fit(ladder: Sequence[tuple[float, float, float]], measured: Sequence[tuple[f
 
         x, y = terms(n, d)
         judged = (np.array([a, b]) - EXPONENTS) / 0.1, [prose / 0.05], np.log(a * x / (b * y)) / 0.1
-        return np.concatenate([off(n, d, bpb) / 0.003, (off(own_n, own_d, own_bpb) + prose) / 0.01, *judged])
+        return np.concatenate(
+            [off(n, d, bpb) / 0.003, (off(own_n, own_d, own_bpb) + prose) / 0.01, *judged]
+        )
 
-    floor, log_a, log_b, a, b, prose = map(float, least_squares(misses, [0.6 * bpb.min(), -2.0, -2.0, *EXPONENTS, 0.0]).x)
+    floor, log_a, log_b, a, b, prose = map(
+        float, least_squares(misses, [0.6 * bpb.min(), -2.0, -2.0, *EXPONENTS, 0.0]).x
+    )
     return Law(floor, math.exp(log_a), math.exp(log_b), a, b, size, tokens, prose)

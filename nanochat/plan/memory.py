@@ -50,20 +50,39 @@ class Knobs(SizeKnobs):
 
     gpu: str = knob("", "the card, for example rtx3090 (default: this machine)")
     gpus: int = knob(1, "cards that share the optimizer's state", low=1)
-    memory_gb: float = knob(0.0, "memory to fit into (default: the card's, or what is free here)", low=0)
-    device_batch_sizes: tuple[int, ...] = knob((1, 2, 4, 8, 16, 32, 64), "rows of a micro-batch, one line of the table each", low=1)
-    sequence_lens: tuple[int, ...] = knob((), "context lengths of the training rows (default: sequence_len)", low=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of the computation")
+    memory_gb: float = knob(
+        0.0, "memory to fit into (default: the card's, or what is free here)", low=0
+    )
+    device_batch_sizes: tuple[int, ...] = knob(
+        (1, 2, 4, 8, 16, 32, 64), "rows of a micro-batch, one line of the table each", low=1
+    )
+    sequence_lens: tuple[int, ...] = knob(
+        (), "context lengths of the training rows (default: sequence_len)", low=1
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "precision of the computation"
+    )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU")
-    micro_batches: int = knob(2, "micro-batches of a step; with 1 there are no gradients yet when activations peak", low=1)
+    micro_batches: int = knob(
+        2, "micro-batches of a step; with 1 there are no gradients yet when activations peak", low=1
+    )
     calibrate: bool = knob(True, "on a GPU of this machine, measure the margin with a short run")
     json: bool = knob(False, "print JSON alone")
 
 
 def predict(
-    config: GPTConfig, rows: int, sequence_len: int, *, dtype: torch.dtype, device_type: str, world_size: int = 1,
-    eval_rows: int | None = None, micro_batches: int = 2, compiled: bool | None = None, margin: Margin | None = None,
-) -> dict[str, int]:  # fmt: skip
+    config: GPTConfig,
+    rows: int,
+    sequence_len: int,
+    *,
+    dtype: torch.dtype,
+    device_type: str,
+    world_size: int = 1,
+    eval_rows: int | None = None,
+    micro_batches: int = 2,
+    compiled: bool | None = None,
+    margin: Margin | None = None,
+) -> dict[str, int]:
     """
     Bytes that training takes on one device, by part. Weights, gradients and optimizer (its state) stay; activations, loss, update (what an
     optimizer step needs beside its state), evaluation (eval_rows rows of the whole context; rows when None) and kv_cache are the peaks of
@@ -72,14 +91,27 @@ def predict(
     """
     compiled = device_type == "cuda" if compiled is None else compiled
     margin = margin or MARGINS[device_type]
-    peak, end = live.trace(config, rows, sequence_len, dtype=dtype, device_type=device_type, world_size=world_size,
-                           eval_rows=eval_rows, micro_batches=micro_batches, compiled=compiled)  # fmt: skip
+    peak, end = live.trace(
+        config,
+        rows,
+        sequence_len,
+        dtype=dtype,
+        device_type=device_type,
+        world_size=world_size,
+        eval_rows=eval_rows,
+        micro_batches=micro_batches,
+        compiled=compiled,
+    )
     out = {name: end[name] for name in ("weights", "gradients", "optimizer")}
-    out |= {name: peak[name] for name in ("activations", "loss")} | {"update": peak["optimizer"] - end["optimizer"]}
+    out |= {name: peak[name] for name in ("activations", "loss")} | {
+        "update": peak["optimizer"] - end["optimizer"]
+    }
     out |= {name: peak[name] for name in ("evaluation", "kv_cache")}
     out |= {"context": round(margin.context), "compile": round(margin.compile) if compiled else 0}
     out |= {"fragmentation": round(margin.fragmentation * peak["all"]), "allocated": peak["all"]}
-    return out | {"total": sum(out[name] for name in ("allocated", "context", "compile", "fragmentation"))}
+    return out | {
+        "total": sum(out[name] for name in ("allocated", "context", "compile", "fragmentation"))
+    }
 
 
 def margin_of(points: Sequence[Mapping[str, Any]], counted: Sequence[float]) -> Margin:
@@ -88,22 +120,40 @@ def margin_of(points: Sequence[Mapping[str, Any]], counted: Sequence[float]) -> 
     processes included, and fragmentation what the pool has beyond the bytes counted in each. The medians.
     """
     context = median(p["card_bytes"] - p["pool_bytes"] for p in points)
-    return Margin(context, 0.0, median(p["pool_bytes"] / n for p, n in zip(points, counted, strict=True)) - 1)
+    return Margin(
+        context, 0.0, median(p["pool_bytes"] / n for p, n in zip(points, counted, strict=True)) - 1
+    )
 
 
-def calibrate(config: GPTConfig, rows: int, sequence_len: int, dtype: str, compiled: bool) -> Margin | None:
+def calibrate(
+    config: GPTConfig, rows: int, sequence_len: int, dtype: str, compiled: bool
+) -> Margin | None:
     """
     The margin of this machine's GPU from a few real steps of a small device batch, in a process of its own. None when even that batch does
     not fit; UserError when it fails in another way.
     """
     how: dict[str, Any] = {"compiled": compiled, "device_type": "cuda"}
     short = replace(config, sequence_len=sequence_len)
-    point = throughput.in_process({"config": asdict(short), "rows": rows, "accumulation": 2, "dtype": dtype, "seconds": 0.0, **how})
+    point = throughput.in_process(
+        {
+            "config": asdict(short),
+            "rows": rows,
+            "accumulation": 2,
+            "dtype": dtype,
+            "seconds": 0.0,
+            **how,
+        }
+    )
     if point.get("error") == "out of memory":
         return None
     if "error" in point:
-        raise UserError(f"the margin cannot be measured ({point['error']}): --no_calibrate takes the usual one")
-    return margin_of([point], [predict(short, rows, sequence_len, dtype=DTYPES[dtype], **how, eval_rows=1)["allocated"]])
+        raise UserError(
+            f"the margin cannot be measured ({point['error']}): --no_calibrate takes the usual one"
+        )
+    return margin_of(
+        [point],
+        [predict(short, rows, sequence_len, dtype=DTYPES[dtype], **how, eval_rows=1)["allocated"]],
+    )
 
 
 def _place(k: Knobs) -> Machine:
@@ -138,9 +188,13 @@ def run(k: Knobs) -> dict[str, Any]:
     config = config_for(k.shape(), k.arch(), k.vocab)
     lengths = k.sequence_lens or (k.sequence_len,)
     if longest := [T for T in lengths if k.sequence_len < T]:
-        raise UserError(f"rows of {longest[0]} tokens do not fit a context of {k.sequence_len}: raise --sequence_len as well")
+        raise UserError(
+            f"rows of {longest[0]} tokens do not fit a context of {k.sequence_len}: raise --sequence_len as well"
+        )
     if not k.device_batch_sizes:
-        raise UserError("--device_batch_sizes names none: give some, as in --device_batch_sizes 8 16 32")
+        raise UserError(
+            "--device_batch_sizes names none: give some, as in --device_batch_sizes 8 16 32"
+        )
     compiled = k.compile == "on" or (k.compile == "auto" and kind == "cuda")
     if not k.gpu and compiled and (missing := compiler_missing(torch.device(kind))):
         notice(f"predicted without torch.compile: {missing}")
@@ -148,18 +202,46 @@ def run(k: Knobs) -> dict[str, Any]:
     margin = MARGINS[kind]
     if not k.gpu and kind == "cuda" and k.calibrate:
         print0("calibrating with a few steps of the smallest device batch", file=sys.stderr)
-        margin = calibrate(config, min(k.device_batch_sizes), min(lengths), m.dtype, compiled) or margin
-    rows = grid(config, k.device_batch_sizes, lengths, there, dtype=m.torch_dtype, device_type=kind, world_size=k.gpus,
-                micro_batches=k.micro_batches, compiled=compiled, margin=margin)  # fmt: skip
-    print0(f"{m.name}, {there / GIB:.1f} GB; {m.dtype}, {'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes")
+        margin = (
+            calibrate(config, min(k.device_batch_sizes), min(lengths), m.dtype, compiled) or margin
+        )
+    rows = grid(
+        config,
+        k.device_batch_sizes,
+        lengths,
+        there,
+        dtype=m.torch_dtype,
+        device_type=kind,
+        world_size=k.gpus,
+        micro_batches=k.micro_batches,
+        compiled=compiled,
+        margin=margin,
+    )
+    print0(
+        f"{m.name}, {there / GIB:.1f} GB; {m.dtype}, {'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes"
+    )
     shown = ("state", "activations", "loss", "update", "evaluation", "margin", "total")
     table = []
     for r in rows:
         state = r["weights"] + r["gradients"] + r["optimizer"]
         cells = {**r, "state": state, "margin": r["total"] - r["allocated"]}
-        table.append((r["rows"], r["sequence_len"], *(f"{cells[c] / GIB:.2f}" for c in shown), "fits" if r["fits"] else "does not fit"))
+        table.append(
+            (
+                r["rows"],
+                r["sequence_len"],
+                *(f"{cells[c] / GIB:.2f}" for c in shown),
+                "fits" if r["fits"] else "does not fit",
+            )
+        )
     print0(columns(("rows", "T", *shown, ""), table))
-    out = {"device": m.name, "memory_bytes": round(there), "dtype": m.dtype, "compiled": compiled, "config": asdict(config), "grid": rows}
+    out = {
+        "device": m.name,
+        "memory_bytes": round(there),
+        "dtype": m.dtype,
+        "compiled": compiled,
+        "config": asdict(config),
+        "grid": rows,
+    }
     if not any(r["fits"] for r in rows):
         least = rows[0]
         raise UserError(

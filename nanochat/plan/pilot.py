@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 SHARE, MOST = 0.1, 3600.0  # of the pretraining time, and seconds, for all runs together
 FEWEST_STEPS = 16  # of the shortest run
 NOISE = 0.005  # relative standard deviation of a run's end, seed and validation text together: a judgement
-DOUBT = (0.8, 0.35)  # standard deviations of what the law says of the floor (logit of its share) and of the exponent (logarithm)
+DOUBT = (
+    0.8,
+    0.35,
+)  # standard deviations of what the law says of the floor (logit of its share) and of the exponent (logarithm)
 DRAWS = 8000
 
 
@@ -51,10 +54,25 @@ DRAWS = 8000
 class Knobs:
     """Pilot"""
 
-    plan: str = knob("", "recipe to try, its plan (.json) beside it (default: plan/recipe.toml in the base folder)", positional=True)
-    minutes: float = knob(0.0, "time for all runs together (0 = a tenth of the pretraining time, an hour at most)", low=0)
-    runs: int = knob(3, "short runs, each twice as long as the one before; two where the time is short", low=2, high=6)
-    target_bpb: float = knob(0.0, "bits per byte that are wanted: says whether the budget reaches them", low=0)
+    plan: str = knob(
+        "",
+        "recipe to try, its plan (.json) beside it (default: plan/recipe.toml in the base folder)",
+        positional=True,
+    )
+    minutes: float = knob(
+        0.0,
+        "time for all runs together (0 = a tenth of the pretraining time, an hour at most)",
+        low=0,
+    )
+    runs: int = knob(
+        3,
+        "short runs, each twice as long as the one before; two where the time is short",
+        low=2,
+        high=6,
+    )
+    target_bpb: float = knob(
+        0.0, "bits per byte that are wanted: says whether the budget reaches them", low=0
+    )
     keep: bool = knob(False, "keep the weights of the short runs")
     json: bool = knob(False, "print JSON alone")
 
@@ -75,7 +93,14 @@ class Fit:
         return self.level * (self.share + (1 - self.share) * (d / self.tokens) ** -self.power)
 
 
-def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, share: float, power: float, seed: int = 0) -> Fit:
+def fit_curve(
+    tokens: Sequence[float],
+    bpb: Sequence[float],
+    target: float,
+    share: float,
+    power: float,
+    seed: int = 0,
+) -> Fit:
     """
     Fit the decayed ends (tokens, bits per byte) of runs and extrapolate to `target` tokens. `share` and `power` are what the law expects at
     the longest run. The curve is that of least squares; value and interval come from DRAWS curves around the law, resampled by how well
@@ -85,7 +110,9 @@ def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, shar
     d, y = np.array(tokens, dtype=float), np.log(np.array(bpb, dtype=float))
     if len(d) < 2 or not np.isfinite(y).all() or y[d.argmax()] >= y[d.argmin()]:
         ends = ", ".join(f"{human(t)} tokens {b:.4f}" for t, b in zip(tokens, bpb, strict=True))
-        raise UserError(f"the pilot's longer runs are not better ({ends}): give it more --minutes, or lower the learning rates")
+        raise UserError(
+            f"the pilot's longer runs are not better ({ends}): give it more --minutes, or lower the learning rates"
+        )
     x = np.log(d / d.max())
     expected = np.array([math.log(share / (1 - share)), math.log(power)])
 
@@ -95,9 +122,12 @@ def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, shar
         return np.log(part + (1 - part) * np.exp(-np.exp(p[..., 1:]) * x))
 
     best = least_squares(
-        lambda p: np.concatenate([(p[0] + fall(p[1:], x) - y) / NOISE, (p[1:] - expected) / DOUBT]), [y[d.argmax()], *expected]
+        lambda p: np.concatenate([(p[0] + fall(p[1:], x) - y) / NOISE, (p[1:] - expected) / DOUBT]),
+        [y[d.argmax()], *expected],
     ).x
-    noise = max(NOISE, float(np.sqrt(np.sum((best[0] + fall(best[1:], x) - y) ** 2) / max(1, len(d) - 1))))
+    noise = max(
+        NOISE, float(np.sqrt(np.sum((best[0] + fall(best[1:], x) - y) ** 2) / max(1, len(d) - 1)))
+    )
     rng = np.random.default_rng(seed)
     drawn = expected + np.array(DOUBT) * rng.standard_normal((DRAWS, 2))
     above = y - fall(drawn, x)  # what each end says of the level
@@ -105,9 +135,13 @@ def fit_curve(tokens: Sequence[float], bpb: Sequence[float], target: float, shar
     odds = -0.5 * np.sum((above - level[:, None]) ** 2, -1) / noise**2
     likely = np.exp(odds - odds.max())
     taken = rng.choice(DRAWS, DRAWS, p=likely / likely.sum())
-    scatter = noise * (rng.standard_normal(DRAWS) / math.sqrt(len(d)) + rng.standard_normal(DRAWS))  # of the level, and of the run itself
+    scatter = noise * (
+        rng.standard_normal(DRAWS) / math.sqrt(len(d)) + rng.standard_normal(DRAWS)
+    )  # of the level, and of the run itself
     where = math.log(target / d.max())
-    lo, middle, hi = np.exp(np.quantile(level[taken] + fall(drawn[taken], where)[:, 0] + scatter, [0.05, 0.5, 0.95])).tolist()
+    lo, middle, hi = np.exp(
+        np.quantile(level[taken] + fall(drawn[taken], where)[:, 0] + scatter, [0.05, 0.5, 0.95])
+    ).tolist()
     share = float(1 / (1 + np.exp(-best[1])))
     return Fit(math.exp(best[0]), share, math.exp(best[2]), float(d.max()), middle, lo, hi)
 
@@ -121,11 +155,19 @@ def opened(k: Knobs) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
         found = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        return file, tables["base_train"], {**found, "opening_seconds": float(found["opening_seconds"])}  # older plans do not have it
+        return (
+            file,
+            tables["base_train"],
+            {**found, "opening_seconds": float(found["opening_seconds"])},
+        )  # older plans do not have it
     except OSError as e:
-        raise UserError(f"cannot read {e.filename} ({e.strerror}): make a recipe with python -m scripts.plan recipe --hours N") from None
+        raise UserError(
+            f"cannot read {e.filename} ({e.strerror}): make a recipe with python -m scripts.plan recipe --hours N"
+        ) from None
     except (ValueError, KeyError) as e:
-        raise UserError(f"{file} and its .json are not what plan recipe writes ({type(e).__name__}: {e}): make them anew") from None
+        raise UserError(
+            f"{file} and its .json are not what plan recipe writes ({type(e).__name__}: {e}): make them anew"
+        ) from None
 
 
 def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
@@ -136,7 +178,9 @@ def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
     first = found["primary"]
     step = first["total_batch_size"] / first["tok_per_sec"]
     parts = [1 << i for i in range(runs)]
-    looks = 2 * max(1, len(found["knobs"]["data"])) * first["eval_tokens"] / (2 * first["tok_per_sec"])
+    looks = (
+        2 * max(1, len(found["knobs"]["data"])) * first["eval_tokens"] / (2 * first["tok_per_sec"])
+    )
     beside = runs * (found["opening_seconds"] + looks)
     unit = (seconds - beside) / step / sum(parts)
     unit = min(unit, first["steps"] / 2 / parts[-1])
@@ -145,7 +189,9 @@ def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
             return lengths(found, seconds, runs - 1)
         least = FEWEST_STEPS * step * sum(parts) + beside
         if FEWEST_STEPS * parts[-1] * 2 > first["steps"]:
-            raise UserError(f"a run of {first['steps']} steps is too short for a pilot of it: it takes hardly longer than the pilot would")
+            raise UserError(
+                f"a run of {first['steps']} steps is too short for a pilot of it: it takes hardly longer than the pilot would"
+            )
         raise UserError(
             f"{duration(seconds)} give runs of {', '.join(str(max(0, int(unit * p))) for p in parts)} steps, too short to be fitted: "
             f"give at least --minutes={math.ceil(least / 6) / 10:g}"
@@ -156,7 +202,9 @@ def lengths(found: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
 def train(words: Sequence[str], quiet: bool) -> None:
     """base_train in its own process. UserError when it fails; interrupted, it saves itself first, and the same command goes on with it."""
     out = sys.stderr if quiet else sys.stdout
-    with subprocess.Popen(**process("nanochat.commands.base_train", *words), stdout=out, start_new_session=True) as p:
+    with subprocess.Popen(
+        **process("nanochat.commands.base_train", *words), stdout=out, start_new_session=True
+    ) as p:
         try:
             status = p.wait()
         except BaseException:
@@ -170,9 +218,23 @@ def train(words: Sequence[str], quiet: bool) -> None:
 def short_run(file: Path, steps: int, tag: str, compiled: bool, quiet: bool) -> Path:
     """The folder of a run of so many steps with the recipe's own schedule over them, trained unless it is there."""
     directory = checkpoint.run_directory("base", tag)
-    if not any(r.get("kind") == "summary" and r.get("step") == steps for r in logbook.read(directory)):
-        length = ["--max_minutes=0", "--max_hours=0", f"--num_iterations={steps}", f"--model_tag={tag}", "--resume=auto"]
-        looks = ["--eval_every=0", "--sample_every=0", "--keep=1", "--run=dummy", f"--compile={'on' if compiled else 'off'}"]
+    if not any(
+        r.get("kind") == "summary" and r.get("step") == steps for r in logbook.read(directory)
+    ):
+        length = [
+            "--max_minutes=0",
+            "--max_hours=0",
+            f"--num_iterations={steps}",
+            f"--model_tag={tag}",
+            "--resume=auto",
+        ]
+        looks = [
+            "--eval_every=0",
+            "--sample_every=0",
+            "--keep=1",
+            "--run=dummy",
+            f"--compile={'on' if compiled else 'off'}",
+        ]
         train(["--recipe", str(file), *length, *looks], quiet)
     return directory
 
@@ -180,9 +242,14 @@ def short_run(file: Path, steps: int, tag: str, compiled: bool, quiet: bool) -> 
 def measured(directory: Path) -> dict[str, Any]:
     """What a finished run says of itself; tok_per_sec is by the clock, the first step (which compiles) left out."""
     rows = [r for r in logbook.read(directory) if r.get("kind") == "train"]
-    seconds, tokens = rows[-1]["seconds"] - rows[0]["seconds"], rows[-1]["tokens"] - rows[0]["tokens"]
+    seconds, tokens = (
+        rows[-1]["seconds"] - rows[0]["seconds"],
+        rows[-1]["tokens"] - rows[0]["tokens"],
+    )
     found = comparison.record(directory)
-    return {n: found[n] for n in ("steps", "tokens", "final_bpb", "peak_memory_bytes")} | {"tok_per_sec": tokens / max(seconds, 1e-9)}
+    return {n: found[n] for n in ("steps", "tokens", "final_bpb", "peak_memory_bytes")} | {
+        "tok_per_sec": tokens / max(seconds, 1e-9)
+    }
 
 
 def verdict(target: float, c: recipe.Candidate, the_law: law.Law) -> str:
@@ -195,14 +262,20 @@ def verdict(target: float, c: recipe.Candidate, the_law: law.Law) -> str:
         return f"{target:g} bits per byte are uncertain: {expected}"
     flops, times = 6 * c.n * c.tokens, np.geomspace(1, 1e4, 200)
     enough = next((m for m in times if the_law.bpb(*the_law.best(m * flops)) <= target), None)
-    more = f"about {enough:.2g} times the budget would do" if enough else "no budget within 10,000 times this one reaches them on this text"
+    more = (
+        f"about {enough:.2g} times the budget would do"
+        if enough
+        else "no budget within 10,000 times this one reaches them on this text"
+    )
     return f"{target:g} bits per byte are out of reach: {expected}; {more}"
 
 
 def knobs_of(found: Mapping[str, Any]) -> recipe.Knobs:
     """The knobs that a plan was made with."""
     known = {f.name for f in fields(recipe.Knobs)}
-    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found["knobs"].items() if n in known}
+    given: dict[str, Any] = {
+        n: tuple(v) if isinstance(v, list) else v for n, v in found["knobs"].items() if n in known
+    }
     return recipe.Knobs(**given)
 
 
@@ -213,7 +286,9 @@ def run(k: Knobs) -> dict[str, Any]:
     seconds = k.minutes * 60 or min(SHARE * pretraining, MOST)
     name = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]
     steps = lengths(found, seconds, k.runs)
-    print0(f"pilot of {file}: runs of {', '.join(f'{n:,}' for n in steps)} of {first['steps']:,} steps, about {duration(seconds)}")
+    print0(
+        f"pilot of {file}: runs of {', '.join(f'{n:,}' for n in steps)} of {first['steps']:,} steps, about {duration(seconds)}"
+    )
     runs, directory = [], file.parent
     for n in steps:
         directory = short_run(file, n, f"pilot-{name}-{n}", found["compiled"], k.json)
@@ -221,25 +296,40 @@ def run(k: Knobs) -> dict[str, Any]:
         for path in () if k.keep else checkpoint.steps(directory):
             shutil.rmtree(path)
     if any(r["final_bpb"] is None for r in runs):
-        raise UserError("a run of the pilot has no bits per byte: the validation text holds nothing that counts")
+        raise UserError(
+            "a run of the pilot has no bits per byte: the validation text holds nothing that counts"
+        )
     plain = law.fitted()
     n, last = first["layer_parameters"], runs[-1]
     ratio = last["tok_per_sec"] / first["tok_per_sec"]
     machine, k2 = _machine(found, ratio), replace(knobs_of(found), out=str(file))
     tokens = first["tokens"] * ratio
     ends = [(r["tokens"], r["final_bpb"]) for r in runs]
-    fit = fit_curve([t for t, _ in ends], [b for _, b in ends], tokens, plain.share(n, last["tokens"]), plain.b)
+    fit = fit_curve(
+        [t for t, _ in ends], [b for _, b in ends], tokens, plain.share(n, last["tokens"]), plain.b
+    )
     the_law = plain.moved(n, tokens, (fit.bpb, fit.lo, fit.hi))
-    config = checkpoint.config_of(next(r["config"] for r in logbook.read(directory) if r.get("kind") == "start"))
-    accumulation = max(1, first["total_batch_size"] // (first["device_batch_size"] * config.sequence_len))
-    traced = recipe.Memory(replace(machine, memory_gap=0.0), found["compiled"]).trace(config, first["device_batch_size"], accumulation)
+    config = checkpoint.config_of(
+        next(r["config"] for r in logbook.read(directory) if r.get("kind") == "start")
+    )
+    accumulation = max(
+        1, first["total_batch_size"] // (first["device_batch_size"] * config.sequence_len)
+    )
+    traced = recipe.Memory(replace(machine, memory_gap=0.0), found["compiled"]).trace(
+        config, first["device_batch_size"], accumulation
+    )
     machine = replace(machine, memory_gap=last["peak_memory_bytes"] - traced)
     tried = config.n_layer, config.n_embd
     again = recipe.plan(k2, machine, the_law, kept=tried)
     recipe.show(again, machine)
     chosen = again["primary"]
     whole = recipe.write(k2, machine, again, the_law)
-    out: dict[str, Any] = {"runs": runs, "fit": vars(fit), "speed_ratio": ratio, "changed": chosen.shape != tried}
+    out: dict[str, Any] = {
+        "runs": runs,
+        "fit": vars(fit),
+        "speed_ratio": ratio,
+        "changed": chosen.shape != tried,
+    }
     out |= {"recipe": whole["recipe"], "memory_bytes": last["peak_memory_bytes"]}
     out |= {"predicted_before": first["bpb"], "predicted": whole["primary"]}
     _say(out, first, chosen, ends)
@@ -254,11 +344,20 @@ def run(k: Knobs) -> dict[str, Any]:
 def _machine(found: Mapping[str, Any], ratio: float) -> Machine:
     """The machine of a plan, with the speed that the pilot measured."""
     told = {n: v for n, v in found["machine"].items() if n != "points"}
-    points = speed.load(found["knobs"]["probe"] or speed.folder() / "probe.json").points if found["machine"]["points"] else ()
+    points = (
+        speed.load(found["knobs"]["probe"] or speed.folder() / "probe.json").points
+        if found["machine"]["points"]
+        else ()
+    )
     return Machine(**{**told, "points": points, "factor": told["factor"] * ratio})
 
 
-def _say(out: Mapping[str, Any], before: Mapping[str, Any], chosen: recipe.Candidate, ends: Sequence[tuple[float, float]]) -> None:
+def _say(
+    out: Mapping[str, Any],
+    before: Mapping[str, Any],
+    chosen: recipe.Candidate,
+    ends: Sequence[tuple[float, float]],
+) -> None:
     rows = [(human(t), f"{b:.4f}") for t, b in ends]
     print0(columns(("tokens", "bits per byte"), rows))
     f = out["fit"]
@@ -270,8 +369,14 @@ def _say(out: Mapping[str, Any], before: Mapping[str, Any], chosen: recipe.Candi
         f"  speed {out['speed_ratio']:.2f} times what was predicted; peak memory {out['memory_bytes'] / GIB:.2f} GiB, predicted "
         f"{before['peak_memory_bytes'] / GIB:.2f}"
     )
-    kept = "another model is better now, and has not been tried" if out["changed"] else "the recipe keeps its model"
-    print0(f"  {kept}: depth {chosen.config.n_layer}, width {chosen.config.n_embd}; {out['recipe']} is corrected")
+    kept = (
+        "another model is better now, and has not been tried"
+        if out["changed"]
+        else "the recipe keeps its model"
+    )
+    print0(
+        f"  {kept}: depth {chosen.config.n_layer}, width {chosen.config.n_embd}; {out['recipe']} is corrected"
+    )
 
 
 def _page(ends: Sequence[tuple[float, float]], fit: Fit, tokens: float, out: Path) -> Path:
@@ -281,10 +386,25 @@ def _page(ends: Sequence[tuple[float, float]], fit: Fit, tokens: float, out: Pat
         d = np.geomspace(min(t for t, _ in ends) / 1.5, tokens, 100)
         unit, word = report.token_unit(tokens)
         ax.plot(d / unit, [fit.at(x) for x in d], color=report.LIGHT[0], linewidth=1.6)
-        ax.plot([t / unit for t, _ in ends], [b for _, b in ends], "o", color=report.LIGHT[1], markersize=5)
-        ax.errorbar([tokens / unit], [fit.bpb], [[fit.bpb - fit.lo], [fit.hi - fit.bpb]], fmt="o", color=report.LIGHT[0], capsize=3)
+        ax.plot(
+            [t / unit for t, _ in ends],
+            [b for _, b in ends],
+            "o",
+            color=report.LIGHT[1],
+            markersize=5,
+        )
+        ax.errorbar(
+            [tokens / unit],
+            [fit.bpb],
+            [[fit.bpb - fit.lo], [fit.hi - fit.bpb]],
+            fmt="o",
+            color=report.LIGHT[0],
+            capsize=3,
+        )
         ax.set_xscale("log")
         ax.set_xlabel(word)
         ax.set_title("Pilot runs and the whole budget, bits per byte")
 
-    return report.page("nanochat: pilot", {"Extrapolation": report.gallery([report.svg(partial(draw))])}, out)
+    return report.page(
+        "nanochat: pilot", {"Extrapolation": report.gallery([report.svg(partial(draw))])}, out
+    )

@@ -48,21 +48,34 @@ class BudgetKnobs:
 class OpenKnobs(arch.SizeKnobs):
     """Size; 0 = left to the plan"""
 
-    vocab: int = knob(0, "tokens of the vocabulary; 0 = those of the tokenizer, 32,768 before there is one", low=0)
+    vocab: int = knob(
+        0, "tokens of the vocabulary; 0 = those of the tokenizer, 32,768 before there is one", low=0
+    )
     depth: int = knob(0, "layers", low=0)
     aspect_ratio: float = knob(0.0, "model width per layer of depth", low=0)
-    head_dim: int = knob(0, "width of an attention head; 0 = 64 up to a width of 512, then 128", low=0)
+    head_dim: int = knob(
+        0, "width of an attention head; 0 = 64 up to a width of 512, then 128", low=0
+    )
     sequence_len: int = knob(0, "context length in tokens", low=0)
 
     def config(self, depth: int, aspect_ratio: float, sequence_len: int) -> GPTConfig:
         """The architecture, what was left to the plan being this."""
         width = self.model_dim or depth * aspect_ratio
-        whole = replace(self, depth=depth, aspect_ratio=aspect_ratio, sequence_len=sequence_len,
-                        head_dim=self.head_dim or (64 if width <= 512 else 128))  # fmt: skip
+        whole = replace(
+            self,
+            depth=depth,
+            aspect_ratio=aspect_ratio,
+            sequence_len=sequence_len,
+            head_dim=self.head_dim or (64 if width <= 512 else 128),
+        )
         return arch.config_for(whole.shape(), whole.arch(), self.vocabulary())
 
     def vocabulary(self) -> int:
-        return self.vocab or (Tokenizer.load().vocab_size if (base_dir() / "tokenizer" / "tokenizer.json").exists() else 32_768)
+        return self.vocab or (
+            Tokenizer.load().vocab_size
+            if (base_dir() / "tokenizer" / "tokenizer.json").exists()
+            else 32_768
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,9 @@ class Machine:
     def of(cls, gpu: GPU) -> "Machine":
         """A card as the table has it."""
         source = f"a share of its peak ({gpu.source})"
-        return cls(gpu.name, gpu.device_type, gpu.dtype, gpu.memory_gb * GIB, gpu.flops, source=source)
+        return cls(
+            gpu.name, gpu.device_type, gpu.dtype, gpu.memory_gb * GIB, gpu.flops, source=source
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,9 @@ def folder() -> Path:
 def budget_seconds(k: BudgetKnobs) -> float:
     """The budget in seconds, 0 = none given. UserError for two."""
     if k.hours and k.minutes:
-        raise UserError(f"--hours={k.hours:g} and --minutes={k.minutes:g} are two budgets: give one of them")
+        raise UserError(
+            f"--hours={k.hours:g} and --minutes={k.minutes:g} are two budgets: give one of them"
+        )
     return k.hours * 3600 or k.minutes * 60
 
 
@@ -115,18 +132,28 @@ def load(path: Path | str) -> Machine:
     """The machine of a probe's file. UserError when there is none or it is not one."""
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        points = tuple(p for p in found["points"] if (p["name"], p["dtype"]) == (found["machine"]["name"], found["machine"]["dtype"]))
+        points = tuple(
+            p
+            for p in found["points"]
+            if (p["name"], p["dtype"]) == (found["machine"]["name"], found["machine"]["dtype"])
+        )
         return Machine(**found["machine"], points=points, source=f"measured, {path}")
     except OSError as e:
-        raise UserError(f"cannot read the probe {path} ({e.strerror}): make one with python -m scripts.plan probe --out {path}") from None
+        raise UserError(
+            f"cannot read the probe {path} ({e.strerror}): make one with python -m scripts.plan probe --out {path}"
+        ) from None
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is not what plan probe writes ({type(e).__name__}: {e}): make it anew, or name another file") from None
+        raise UserError(
+            f"{path} is not what plan probe writes ({type(e).__name__}: {e}): make it anew, or name another file"
+        ) from None
 
 
 def compiles(device_type: str, seconds: float, asked: str = "auto") -> bool:
     """Whether base_train compiles in a budget of so many seconds (stage.compile_if_it_pays has the rule)."""
     pays = device_type == "cuda" or seconds >= stage.COMPILE_PAYS_SECONDS
-    return (asked == "on" or (asked == "auto" and pays)) and not compiler_missing(torch.device(device_type))
+    return (asked == "on" or (asked == "auto" and pays)) and not compiler_missing(
+        torch.device(device_type)
+    )
 
 
 # the model of speed -------------------------------------------------------------------------------------------------------
@@ -146,12 +173,19 @@ class _Fit:
     off: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        f, p, tokens, T = (np.array(x, dtype=float) for x in zip(*map(_measures, self.points), strict=True))
+        f, p, tokens, T = (
+            np.array(x, dtype=float) for x in zip(*map(_measures, self.points), strict=True)
+        )
         micro = np.array([q["micro_ms"] for q in self.points]) / tokens
         update = np.array([q["update_ms"] for q in self.points])
         parts = np.stack([np.ones_like(f), f / f.mean()], 1) / micro[:, None]
-        alike = 0.03 / micro.mean() * np.array([[1.0, -1.0]])  # points of a single f do not tell a from b: half each, then
-        self.micro = nnls(np.concatenate([parts, alike]), np.append(np.ones_like(f), 0.0))[0] / (1.0, f.mean())
+        alike = (
+            0.03 / micro.mean() * np.array([[1.0, -1.0]])
+        )  # points of a single f do not tell a from b: half each, then
+        self.micro = nnls(np.concatenate([parts, alike]), np.append(np.ones_like(f), 0.0))[0] / (
+            1.0,
+            f.mean(),
+        )
         self.update = nnls(np.stack([np.ones_like(p), p], 1) / update[:, None], np.ones_like(p))[0]
         self.at = _place(f, T, tokens)
         self.off = np.log(micro / (self.micro[0] + self.micro[1] * f))
@@ -165,7 +199,12 @@ class _Fit:
 
 
 def _measures(p: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    return p["flops_per_token"], p["parameters"], p["rows"] * p["config"]["sequence_len"], p["config"]["sequence_len"]
+    return (
+        p["flops_per_token"],
+        p["parameters"],
+        p["rows"] * p["config"]["sequence_len"],
+        p["config"]["sequence_len"],
+    )
 
 
 def _place(f: np.ndarray, T: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -207,25 +246,37 @@ def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine:
     f, p = flops_per_token(config, T), counts(config)["total"]
     good = [q for q in machine.points if "error" not in q]
     if not good:
-        middle, lo, hi = (machine.factor * s * machine.peak_flops / f for s in SHARES[machine.device_type])
+        middle, lo, hi = (
+            machine.factor * s * machine.peak_flops / f for s in SHARES[machine.device_type]
+        )
         narrow = machine.device_type != "cpu" and config.n_embd < 512
         return Speed(middle, lo / 3 if narrow else lo, hi)
     ms, distance = _Fit(good).step_ms(f, p, T, rows, total)
     misses = []
     for i, q in enumerate(good if len(good) > 2 else ()):
         n = q["accumulation"] * q["rows"] * q["config"]["sequence_len"]
-        guess, _ = _Fit(good[:i] + good[i + 1 :]).step_ms(*_measures(q)[:2], q["config"]["sequence_len"], q["rows"], n)
+        guess, _ = _Fit(good[:i] + good[i + 1 :]).step_ms(
+            *_measures(q)[:2], q["config"]["sequence_len"], q["rows"], n
+        )
         misses.append(np.log(guess / q["step_ms"]))
     typical = float(np.sqrt(np.mean(np.square(misses)))) if misses else 0.15
     drift = float(np.sqrt(np.mean([q.get("drift", 0.0) ** 2 for q in good])))
-    error = math.hypot(0.03, drift, typical * min(1.0, distance / 0.5)) + 0.1 * max(0.0, distance - 0.7)
+    error = math.hypot(0.03, drift, typical * min(1.0, distance / 0.5)) + 0.1 * max(
+        0.0, distance - 0.7
+    )
     rate = machine.factor * total / ms * 1e3
-    return Speed(rate, rate * float(np.exp(-law.Z90 * error)), rate * float(np.exp(law.Z90 * error)))
+    return Speed(
+        rate, rate * float(np.exp(-law.Z90 * error)), rate * float(np.exp(law.Z90 * error))
+    )
 
 
 def usual_share(machine: Machine) -> float:
     """Share of the peak that training reaches here, as its points have it in the middle, or by SHARES."""
-    seen = [p["tok_per_sec"] * p["flops_per_token"] / machine.peak_flops for p in machine.points if "error" not in p]
+    seen = [
+        p["tok_per_sec"] * p["flops_per_token"] / machine.peak_flops
+        for p in machine.points
+        if "error" not in p
+    ]
     return machine.factor * (median(seen) if seen else SHARES[machine.device_type][0])
 
 
@@ -237,7 +288,7 @@ def promise(config: GPTConfig, machine: Machine, seconds: float, the_law: law.La
 
 def first_step(machine: Machine, compiled: bool) -> float:
     """Seconds that the first step takes longer than others: half a minute to compile on two cores (dev/LOG.md), or what the points say."""
-    seen = [p["first_step_s"] for p in machine.points if "error" not in p and p["compiled"] == compiled]
+    seen = [
+        p["first_step_s"] for p in machine.points if "error" not in p and p["compiled"] == compiled
+    ]
     return median(seen) if seen else 30.0 if compiled else 0.0
-
-

@@ -15,12 +15,21 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-KERNELS = {"mm", "bmm", "addmm", "baddbmm"}  # with the fused attentions: called as they are, so what they read and write must exist
+KERNELS = {
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+}  # with the fused attentions: called as they are, so what they read and write must exist
 COSTLY_ON_CPU = {"exp", "log", "sigmoid", "tanh"}  # not computed twice there
-MOST_READS = 4  # a chain that reads more buffers than this is not computed twice (realize_reads_threshold)
+MOST_READS = (
+    4  # a chain that reads more buffers than this is not computed twice (realize_reads_threshold)
+)
 
 
-def stand_in(f: Callable[..., Any], note: Callable[[int], None], unseen: Callable[[], AbstractContextManager]) -> Callable[..., Any]:
+def stand_in(
+    f: Callable[..., Any], note: Callable[[int], None], unseen: Callable[[], AbstractContextManager]
+) -> Callable[..., Any]:
     """
     f with its outputs and what it saves for the backward pass allocated, no more; note(bytes) is told what it holds in between. Its graphs
     are drawn once for every shape, `unseen` by whoever counts.
@@ -51,11 +60,20 @@ def stand_in(f: Callable[..., Any], note: Callable[[int], None], unseen: Callabl
                 )
                 from torch._inductor.decomposition import select_decomp_table
 
-                g = drawn[shapes] = aot_function(f, cut, cut, min_cut_rematerialization_partition, select_decomp_table())
-                own = [torch.empty_like(a).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+                g = drawn[shapes] = aot_function(
+                    f, cut, cut, min_cut_rematerialization_partition, select_decomp_table()
+                )
+                own = [
+                    torch.empty_like(a).requires_grad_(a.requires_grad)
+                    if isinstance(a, Tensor)
+                    else a
+                    for a in args
+                ]
                 out = g(*own)
                 if torch.is_grad_enabled():
-                    torch.autograd.grad(out.sum(), [a for a in own if isinstance(a, Tensor) and a.requires_grad])
+                    torch.autograd.grad(
+                        out.sum(), [a for a in own if isinstance(a, Tensor) and a.requires_grad]
+                    )
         return drawn[shapes](*args)
 
     return call
@@ -75,7 +93,9 @@ def _placeholders(graph: GraphModule) -> dict[int | None, int]:
     return {_key(n): i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
 
 
-def _allocate(n: Any, given: dict[int | None, int], args: list[Any], made: dict[int | None, Tensor]) -> Tensor | None:
+def _allocate(
+    n: Any, given: dict[int | None, int], args: list[Any], made: dict[int | None, Tensor]
+) -> Tensor | None:
     if (value := _value(n)) is None:
         return None
     key = value.untyped_storage()._cdata
@@ -87,7 +107,11 @@ def _allocate(n: Any, given: dict[int | None, int], args: list[Any], made: dict[
 
 
 def _like(value: Tensor) -> Tensor:
-    return torch.empty(value.untyped_storage().nbytes() // value.element_size(), dtype=value.dtype, device=value.device)
+    return torch.empty(
+        value.untyped_storage().nbytes() // value.element_size(),
+        dtype=value.dtype,
+        device=value.device,
+    )
 
 
 def _name(n: Node) -> str:
@@ -101,14 +125,18 @@ def _kernel(n: Node) -> bool:
 def _scratch(graph: GraphModule) -> int:
     """The most bytes alive at once in buffers that are neither inputs nor outputs."""
     nodes = list(graph.graph.nodes)
-    outside = {_key(n) for n in nodes if n.op == "placeholder"} | {_key(n) for n in tree_leaves(nodes[-1].args)}
+    outside = {_key(n) for n in nodes if n.op == "placeholder"} | {
+        _key(n) for n in tree_leaves(nodes[-1].args)
+    }
     real = _real(nodes, outside)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for i, n in reversed(list(enumerate(nodes))):
         if (key := _key(n)) is not None:
             first[key] = i
-        read_at = i if key is None or key in real else last.get(key, i)  # a fused chain reads where its end is written
+        read_at = (
+            i if key is None or key in real else last.get(key, i)
+        )  # a fused chain reads where its end is written
         for a in n.all_input_nodes:
             if (used := _key(a)) is not None and used != key:
                 last[used] = max(last.get(used, 0), read_at)
@@ -133,8 +161,14 @@ def _real(nodes: list[Node], outside: set[int | None]) -> set[int | None]:
     real = set(outside)
     for n in nodes:
         if _kernel(n):
-            real |= {_key(n), *map(_key, n.all_input_nodes), *(_key(user) for user in n.users)}  # users: the parts of several outputs
-    uses: Counter[int | None] = Counter(_key(a) for n in nodes for a in n.all_input_nodes if _key(a) != _key(n))
+            real |= {
+                _key(n),
+                *map(_key, n.all_input_nodes),
+                *(_key(user) for user in n.users),
+            }  # users: the parts of several outputs
+    uses: Counter[int | None] = Counter(
+        _key(a) for n in nodes for a in n.all_input_nodes if _key(a) != _key(n)
+    )
     reads: Counter[int | None] = Counter()
     costly: set[int | None] = set()
     for n in nodes:
@@ -144,7 +178,13 @@ def _real(nodes: list[Node], outside: set[int | None]) -> set[int | None]:
         reads[key] = sum(1 if a in real else reads[a] for a in inputs)
         if (_name(n) in COSTLY_ON_CPU and value.device.type == "cpu") or inputs & (costly - real):
             costly.add(key)
-        reduced = any(value.numel() < v.numel() for v in map(_value, n.all_input_nodes) if v is not None)
-        if reduced or "scatter_add" in _name(n) or (uses[key] > 1 and (key in costly or reads[key] > MOST_READS)):
+        reduced = any(
+            value.numel() < v.numel() for v in map(_value, n.all_input_nodes) if v is not None
+        )
+        if (
+            reduced
+            or "scatter_add" in _name(n)
+            or (uses[key] > 1 and (key in costly or reads[key] > MOST_READS))
+        ):
             real.add(key)
     return real

@@ -35,7 +35,11 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, block: int):
         super().__init__()
-        self.block, self.phase, self.counting = block, "weights", True  # an allocator hands out whole blocks
+        self.block, self.phase, self.counting = (
+            block,
+            "weights",
+            True,
+        )  # an allocator hands out whole blocks
         self.storages: dict[int, tuple[str, int, Any]] = {}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -74,7 +78,9 @@ class _Live(TorchDispatchMode):
         if not self.counting:
             return
         for phase in (self.phase, "gradients"):
-            self.peak[phase] = max(self.peak[phase], self.live[phase] + (scratch if phase == self.phase else 0))
+            self.peak[phase] = max(
+                self.peak[phase], self.live[phase] + (scratch if phase == self.phase else 0)
+            )
         self.peak["all"] = max(self.peak["all"], self.live.total() + scratch)
 
     def adopt(self, t: Tensor, phase: str) -> None:
@@ -91,7 +97,9 @@ def _flash_backward_scratch(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> i
     return 4 * q.numel() + 2 * (q.numel() - k.numel()) * q.element_size()
 
 
-SCRATCH: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch}
+SCRATCH: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch
+}
 
 
 class _Flash(TorchFunctionMode):
@@ -100,7 +108,9 @@ class _Flash(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args, 0.0, True, False, scale=kwargs.get("scale"))[0]
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                *args, 0.0, True, False, scale=kwargs.get("scale")
+            )[0]
         return func(*args, **kwargs)
 
 
@@ -120,9 +130,17 @@ def _ranks(n: int) -> Iterator[None]:
 
 
 def trace(
-    config: GPTConfig, rows: int, sequence_len: int, *, dtype: torch.dtype, device_type: str, world_size: int = 1,
-    eval_rows: int | None = None, micro_batches: int = 2, compiled: bool = False,
-) -> tuple[Counter[str], Counter[str]]:  # fmt: skip
+    config: GPTConfig,
+    rows: int,
+    sequence_len: int,
+    *,
+    dtype: torch.dtype,
+    device_type: str,
+    world_size: int = 1,
+    eval_rows: int | None = None,
+    micro_batches: int = 2,
+    compiled: bool = False,
+) -> tuple[Counter[str], Counter[str]]:
     """
     An optimizer step of `micro_batches` micro-batches (rows x sequence_len each) in the midst of a run, an evaluation of eval_rows rows
     and a few samples, without contents: the bytes alive at their peaks, by phase and of all together ("all"), and those at the end.
@@ -142,7 +160,9 @@ def trace(
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: live.adopt(p.grad, "gradients"))
         optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
-        ids = torch.zeros(2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device)  # inputs and targets of a step
+        ids = torch.zeros(
+            2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device
+        )  # inputs and targets of a step
         with _as_compiled(model, live) if compiled else nullcontext():
             live.phase = "optimizer"
             optimizer.step()  # makes its state, which a step in the midst of a run finds there
@@ -162,11 +182,22 @@ def _as_compiled(model: GPT, live: _Live) -> Iterator[None]:
                 kind = Block(model.config, i)
             names = [n for n, _ in kind.named_parameters()]
 
-            def plain(x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor, kind: Block = kind, names: list[str] = names) -> Tensor:
-                return torch.func.functional_call(kind, dict(zip(names, weights, strict=True)), (x, cos, sin, None, None, None))
+            def plain(
+                x: Tensor,
+                cos: Tensor,
+                sin: Tensor,
+                *weights: Tensor,
+                kind: Block = kind,
+                names: list[str] = names,
+            ) -> Tensor:
+                return torch.func.functional_call(
+                    kind, dict(zip(names, weights, strict=True)), (x, cos, sin, None, None, None)
+                )
 
             stand_ins[window] = stand_in(plain, live.note, live.paused)
-        block.forward = lambda x, cos, sin, *_, f=stand_ins[window], block=block: f(x, cos, sin, *block.parameters())
+        block.forward = lambda x, cos, sin, *_, f=stand_ins[window], block=block: f(
+            x, cos, sin, *block.parameters()
+        )
     both = loss._compiled.get("both")
     loss._compiled["both"] = stand_in(loss._chunk_both, live.note, live.paused)
     try:
@@ -179,14 +210,18 @@ def _as_compiled(model: GPT, live: _Live) -> Iterator[None]:
             loss._compiled["both"] = both
 
 
-def _step(live: _Live, model: GPT, optimizer: MuonAdamW, batches: tuple[Tensor, ...], compiled: bool) -> None:
+def _step(
+    live: _Live, model: GPT, optimizer: MuonAdamW, batches: tuple[Tensor, ...], compiled: bool
+) -> None:
     """What trainer.fit does in a step, phase by phase."""
     optimizer.zero_grad()
     for idx, targets in zip(batches[::2], batches[1::2], strict=True):
         live.phase = "activations"
         hidden = model(idx)
         live.phase = "loss"
-        total = loss.linear_cross_entropy(hidden, model.head_weight, targets, None, model.config.softcap, compiled)
+        total = loss.linear_cross_entropy(
+            hidden, model.head_weight, targets, None, model.config.softcap, compiled
+        )
         del hidden
         live.phase = "activations"
         (total / targets.numel()).backward()
@@ -206,4 +241,6 @@ def _look(live: _Live, model: GPT, rows: int) -> None:
     with torch.no_grad():
         n, positions = SAMPLES
         cache = model.new_cache(n, min(positions, model.config.sequence_len))
-        model.logits(model(torch.zeros(n, cache.capacity, dtype=torch.int64, device=device), cache)[:, -1])
+        model.logits(
+            model(torch.zeros(n, cache.capacity, dtype=torch.int64, device=device), cache)[:, -1]
+        )

@@ -26,10 +26,22 @@ DARK = ("#6ea8ff", "#ff9364", "#4fd0a8", "#c99bff", "#e3b84a", "#ff86b3", "#b5bf
 INK = "#010203"  # stands for the page's text colour in a plot, which the page then chooses
 STAGES = ("base", "mid", "sft", "rl")
 RC: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.axisbelow": True, "axes.linewidth": 0.7, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.grid": True, "grid.linewidth": 0.5, "grid.alpha": 0.18, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.7,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.linewidth": 0.5,
+    "grid.alpha": 0.18,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+}
 # row kind, number, title, unit of the vertical axis
 CURVES = (
     ("eval", "val_bpb", "Validation", "bits per byte"),
@@ -59,7 +71,14 @@ class Log:
 
     def last(self, name: str, *kinds: str) -> Any:
         """The newest value of a number in rows of these kinds, None when there is none."""
-        return next((r[name] for r in reversed(self.rows) if r.get("kind") in kinds and r.get(name) is not None), None)
+        return next(
+            (
+                r[name]
+                for r in reversed(self.rows)
+                if r.get("kind") in kinds and r.get(name) is not None
+            ),
+            None,
+        )
 
     def curve(self, kind: str, y: str, x: str) -> tuple[list[float], list[float]]:
         """The finite points of a curve; long ones as the means of 250 stretches."""
@@ -81,7 +100,9 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
         directory = d.parent if d.name == logbook.FILE else d
         rows = logbook.read(directory)
         if not rows:
-            raise UserError(f"no {logbook.FILE} with rows in {directory}: give the folder of a run, <base>/checkpoints/<stage>/<tag>")
+            raise UserError(
+                f"no {logbook.FILE} with rows in {directory}: give the folder of a run, <base>/checkpoints/<stage>/<tag>"
+            )
         logs.append(Log(directory.resolve(), rows))
     return logs
 
@@ -89,7 +110,9 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
 def find_runs() -> list[Path]:
     """Every run under the base folder, stages in their order."""
     found = base_dir().glob(f"checkpoints/*/*/{logbook.FILE}")
-    return sorted((f.parent for f in found), key=lambda d: (_stage_order(d.parent.name), d.stat().st_mtime))
+    return sorted(
+        (f.parent for f in found), key=lambda d: (_stage_order(d.parent.name), d.stat().st_mtime)
+    )
 
 
 def _stage_order(stage: str) -> tuple[int, str]:
@@ -97,7 +120,13 @@ def _stage_order(stage: str) -> tuple[int, str]:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    return (1, "seconds") if seconds < 120 else (60, "minutes") if seconds < 3 * 3600 else (3600, "hours")
+    return (
+        (1, "seconds")
+        if seconds < 120
+        else (60, "minutes")
+        if seconds < 3 * 3600
+        else (3600, "hours")
+    )
 
 
 def token_unit(tokens: float) -> tuple[float, str]:
@@ -108,11 +137,21 @@ def token_unit(tokens: float) -> tuple[float, str]:
 def _plot(ax: "Axes", logs: Sequence[Log], kind: str, y: str, title: str, x: str) -> None:
     """One curve a run; `x` is tokens or seconds."""
     curves = [log.curve(kind, y, x) for log in logs]
-    unit, label = (token_unit if x == "tokens" else time_unit)(max((max(xs) for xs, _ in curves if xs), default=0))
+    unit, label = (token_unit if x == "tokens" else time_unit)(
+        max((max(xs) for xs, _ in curves if xs), default=0)
+    )
     for i, (xs, ys) in enumerate(curves):
         style = "-" if i < len(LIGHT) else "--"
         marker = "o" if len(xs) < 40 else None
-        ax.plot([v / unit for v in xs], ys, style, color=LIGHT[i % len(LIGHT)], marker=marker, markersize=3, linewidth=1.6)
+        ax.plot(
+            [v / unit for v in xs],
+            ys,
+            style,
+            color=LIGHT[i % len(LIGHT)],
+            marker=marker,
+            markersize=3,
+            linewidth=1.6,
+        )
     ax.set_xlabel(label)
     ax.set_title(title)
     if y in ("lr_mult", "tok_per_sec"):
@@ -124,7 +163,17 @@ def svg(draw: Callable[["Axes"], object]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
+    ink = dict.fromkeys(
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ),
+        INK,
+    )
     with matplotlib.rc_context({**RC, **ink, "svg.hashsalt": "nanochat"}):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         figure.patch.set_alpha(0)
@@ -147,7 +196,16 @@ def _number(value: Any, form: str) -> str:
 
 
 def _runs_table(logs: Sequence[Log]) -> str:
-    heads = ("run", "steps", "tokens", "time", "training loss", "bits per byte", "tokens / s", "share of peak")
+    heads = (
+        "run",
+        "steps",
+        "tokens",
+        "time",
+        "training loss",
+        "bits per byte",
+        "tokens / s",
+        "share of peak",
+    )
     rows = []
     for i, log in enumerate(logs):
         tokens, seconds = (log.last(n, "train", "summary", "eval") for n in ("tokens", "seconds"))
@@ -161,7 +219,11 @@ def _runs_table(logs: Sequence[Log]) -> str:
             _number(log.last("tok_per_sec", "summary", "train"), ",.0f"),
             _number(log.last("peak_share", "summary", "train"), ".0%"),
         )
-        rows.append(f"<tr><th>{chip(i)}{html.escape(log.name)}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+        rows.append(
+            f"<tr><th>{chip(i)}{html.escape(log.name)}</th>"
+            + "".join(f"<td>{c}</td>" for c in cells)
+            + "</tr>"
+        )
     return table(heads, rows)
 
 
@@ -190,7 +252,11 @@ def _accuracy_table(stages: dict[str, dict[str, Any]]) -> str:
     def cell(r: dict[str, Any] | None) -> str:
         if r is None or not _finite(r.get("accuracy")):
             return "<td></td>"
-        spread = f"<small>{r['lo']:.0%} to {r['hi']:.0%}</small>" if _finite(r.get("lo")) and _finite(r.get("hi")) else ""
+        spread = (
+            f"<small>{r['lo']:.0%} to {r['hi']:.0%}</small>"
+            if _finite(r.get("lo")) and _finite(r.get("hi"))
+            else ""
+        )
         return f"<td>{r['accuracy']:.1%}{spread}</td>"
 
     def row(name: str, cells: Sequence[dict[str, Any] | None]) -> str:
@@ -199,16 +265,25 @@ def _accuracy_table(stages: dict[str, dict[str, Any]]) -> str:
         return f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, cells))}<td>{chance}</td><td>{_number(some.get('n'), ',d')}</td></tr>"
 
     kinds = list(dict.fromkeys(k for r in stages.values() for k in r.get("kinds") or {}))
-    rows = [row(kind, [(r.get("kinds") or {}).get(kind) for r in stages.values()]) for kind in kinds]
-    return table(("kind of question", *stages, "chance", "questions"), [*rows, row("all", list(stages.values()))])
+    rows = [
+        row(kind, [(r.get("kinds") or {}).get(kind) for r in stages.values()]) for kind in kinds
+    ]
+    return table(
+        ("kind of question", *stages, "chance", "questions"),
+        [*rows, row("all", list(stages.values()))],
+    )
 
 
 def _samples(logs: Sequence[Log]) -> str:
     """The last samples of each run: prompt and what the model made of it."""
     parts = []
     for log in logs:
-        newest = {k[7:]: str(v) for r in log.of("sample") for k, v in r.items() if k.startswith("sample/")}
-        lines = "".join(f"<p><b>{html.escape(p)}</b>{html.escape(t)}</p>" for p, t in newest.items())
+        newest = {
+            k[7:]: str(v) for r in log.of("sample") for k, v in r.items() if k.startswith("sample/")
+        }
+        lines = "".join(
+            f"<p><b>{html.escape(p)}</b>{html.escape(t)}</p>" for p, t in newest.items()
+        )
         parts.append(f"<h3>{html.escape(log.name)}</h3>{lines}" if lines else "")
     return "".join(parts)
 
@@ -238,11 +313,22 @@ def build(directories: Sequence[Path | str], out: Path | str) -> Path:
     for kind, y, title, unit in CURVES:
         for x in ("tokens", "seconds") if y in ("val_bpb", "loss") else ("tokens",):
             if any(log.curve(kind, y, x)[0] for log in logs):
-                plots.append(svg(partial(_plot, logs=logs, kind=kind, y=y, title=f"{title}, {unit}", x=x)))
+                plots.append(
+                    svg(partial(_plot, logs=logs, kind=kind, y=y, title=f"{title}, {unit}", x=x))
+                )
     stages = _accuracies(logs)
     title = "nanochat: " + (logs[0].name if len(logs) == 1 else f"{len(logs)} runs")
     accuracy = _accuracy_table(stages) if stages else ""
-    return page(title, {"Runs": _runs_table(logs), "Curves": gallery(plots), "Accuracy": accuracy, "Samples": _samples(logs)}, out)
+    return page(
+        title,
+        {
+            "Runs": _runs_table(logs),
+            "Curves": gallery(plots),
+            "Accuracy": accuracy,
+            "Samples": _samples(logs),
+        },
+        out,
+    )
 
 
 def gallery(plots: Sequence[str]) -> str:
@@ -253,13 +339,20 @@ def gallery(plots: Sequence[str]) -> str:
 def page(title: str, sections: dict[str, str], out: Path | str) -> Path:
     """Write one page that stands alone, a heading for each section of HTML that is not empty; returns its path."""
     colours = {"LIGHT": LIGHT, "DARK": DARK}
-    style = re.sub("LIGHT|DARK", lambda m: " ".join(f"--c{i}: {c};" for i, c in enumerate(colours[m[0]])), STYLE)
+    style = re.sub(
+        "LIGHT|DARK",
+        lambda m: " ".join(f"--c{i}: {c};" for i, c in enumerate(colours[m[0]])),
+        STYLE,
+    )
     body = [f"<header><h1>{html.escape(title)}</h1><p>{datetime.now():%Y-%m-%d %H:%M}</p></header>"]
     body += [f"<h2>{html.escape(head)}</h2>{text}" for head, text in sections.items() if text]
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head = f"{meta}<title>{html.escape(title)}</title><style>{style}</style>"
     out = Path(out)
-    atomic_write(out, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
+    atomic_write(
+        out,
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n',
+    )
     return out
 
 
@@ -273,20 +366,45 @@ def curves_png(directories: Sequence[Path | str], out: Path | str) -> Path:
 
     logs = load(directories)
     stages = _accuracies(logs)
-    spans = [max((r["seconds"] for r in log.rows if _finite(r.get("seconds"))), default=0.0) for log in logs]
+    spans = [
+        max((r["seconds"] for r in log.rows if _finite(r.get("seconds"))), default=0.0)
+        for log in logs
+    ]
     unit, word = time_unit(sum(spans))
     with matplotlib.rc_context({**RC, "text.color": "#1d232b", "axes.labelcolor": "#1d232b"}):
         figure = Figure(figsize=(11 if stages else 8, 3.3), layout="constrained", dpi=150)
-        panels = figure.subplots(1, 3 if stages else 2, width_ratios=[4, 4, 3] if stages else [1, 1])
+        panels = figure.subplots(
+            1, 3 if stages else 2, width_ratios=[4, 4, 3] if stages else [1, 1]
+        )
         for ax, (kind, y, title, label) in zip(panels, (CURVES[1], CURVES[0]), strict=False):
             start = 0.0
             for i, (log, span) in enumerate(zip(logs, spans, strict=True)):
                 xs, ys = log.curve(kind, y, "seconds")
                 shifted, colour = [(start + v) / unit for v in xs], LIGHT[i % len(LIGHT)]
-                ax.plot(shifted, ys, color=colour, linewidth=1.6, marker="o" if kind == "eval" else None, markersize=3.5)
-                ax.axvspan(start / unit, (start + span) / unit, color=colour, alpha=0.05, linewidth=0)
-                where = (start + span / 2) / unit, 0.97 if i % 2 == 0 else 0.89  # neighbours of short stages do not collide
-                ax.text(*where, log.stage, color=colour, transform=ax.get_xaxis_transform(), ha="center", va="top", weight="bold")
+                ax.plot(
+                    shifted,
+                    ys,
+                    color=colour,
+                    linewidth=1.6,
+                    marker="o" if kind == "eval" else None,
+                    markersize=3.5,
+                )
+                ax.axvspan(
+                    start / unit, (start + span) / unit, color=colour, alpha=0.05, linewidth=0
+                )
+                where = (
+                    (start + span / 2) / unit,
+                    0.97 if i % 2 == 0 else 0.89,
+                )  # neighbours of short stages do not collide
+                ax.text(
+                    *where,
+                    log.stage,
+                    color=colour,
+                    transform=ax.get_xaxis_transform(),
+                    ha="center",
+                    va="top",
+                    weight="bold",
+                )
                 start += span
             ax.set_title(f"{title}, {label}")
             ax.set_xlabel(word)
@@ -294,9 +412,19 @@ def curves_png(directories: Sequence[Path | str], out: Path | str) -> Path:
         if stages:
             ax = panels[-1]
             for i, (stage, row) in enumerate(stages.items()):
-                colour = LIGHT[next((j for j, log in enumerate(logs) if log.stage == stage), i) % len(LIGHT)]
+                colour = LIGHT[
+                    next((j for j, log in enumerate(logs) if log.stage == stage), i) % len(LIGHT)
+                ]
                 ax.bar(i, 100 * row["accuracy"], color=colour, width=0.62)
-                ax.text(i, 100 * row["accuracy"] + 1.5, f"{row['accuracy']:.0%}", ha="center", va="bottom", weight="bold", color=colour)
+                ax.text(
+                    i,
+                    100 * row["accuracy"] + 1.5,
+                    f"{row['accuracy']:.0%}",
+                    ha="center",
+                    va="bottom",
+                    weight="bold",
+                    color=colour,
+                )
             ax.set_xticks(range(len(stages)), list(stages))
             ax.set_ylim(0, 110)
             ax.set_yticks(range(0, 101, 20))

@@ -13,20 +13,46 @@ from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Draw, Slots, held, wor
 
 # kind -> chance level: what a guess among the right sort of answers scores
 KINDS: dict[str, float] = {
-    "smalltalk": 0.05, "context": 0.36, "facts": 0.09, "choice": 0.36, "arithmetic": 0.03, "twostep": 0.02, "spelling": 0.0,
+    "smalltalk": 0.05,
+    "context": 0.36,
+    "facts": 0.09,
+    "choice": 0.36,
+    "arithmetic": 0.03,
+    "twostep": 0.02,
+    "spelling": 0.0,
     "counting": 0.5,
-}  # fmt: skip
+}
 # the kinds in the order in which they are told for training: what is looked up, in the context or in a list of options, is hardest to
 # learn. Sums in two steps are shown with one sign, a + b + c and a - b - c, and but once in a hundred with two: these are left to
 # reinforcement, which asks for the kind by its name and gets most of them so
 MIXED = 0.01
 CYCLE = (
-    "smalltalk", "choice", "context", "facts", "choice", "spelling", "context",
-    "choice", "arithmetic", "choice", "context", "spelling", "choice", "counting",
-) * 3 + ("twostep",)  # fmt: skip
+    "smalltalk",
+    "choice",
+    "context",
+    "facts",
+    "choice",
+    "spelling",
+    "context",
+    "choice",
+    "arithmetic",
+    "choice",
+    "context",
+    "spelling",
+    "choice",
+    "counting",
+) * 3 + ("twostep",)
 # what may not stand among the wrong options, because it could pass for the right one; and which statements go together in one story
-WIDER = {"animal": ("bird", "insect"), "fruit": ("vegetable", "tree"), "vegetable": ("fruit",), "tree": ("fruit", "flower"),
-         "flower": ("fruit",), "tool": ("vehicle", "instrument"), "instrument": ("tool",), "part of the body": ("instrument",)}  # fmt: skip
+WIDER = {
+    "animal": ("bird", "insect"),
+    "fruit": ("vegetable", "tree"),
+    "vegetable": ("fruit",),
+    "tree": ("fruit", "flower"),
+    "flower": ("fruit",),
+    "tool": ("vehicle", "instrument"),
+    "instrument": ("tool",),
+    "part of the body": ("instrument",),
+}
 LYING, OWNING = ("where", "moved"), ("who", "gave", "what")
 RELATED = {"where": LYING, "moved": LYING, "who": OWNING, "gave": OWNING, "what": OWNING}
 
@@ -39,17 +65,32 @@ def phrases() -> dict[str, Any]:
     def expand(value: Any) -> Any:
         if isinstance(value, str):
             return w.templates(value)
-        return {k: expand(v) for k, v in value.items()} if isinstance(value, dict) else [expand(v) for v in value]
+        return (
+            {k: expand(v) for k, v in value.items()}
+            if isinstance(value, dict)
+            else [expand(v) for v in value]
+        )
 
-    table = {name: expand(w.data[name]) for name in ("context", "facts", "choice", "sums", "spelling", "profile")}
+    table = {
+        name: expand(w.data[name])
+        for name in ("context", "facts", "choice", "sums", "spelling", "profile")
+    }
     small = w.data["smalltalk"]
-    table["smalltalk"] = {name: expand(rows) for name, rows in small.items() if name not in ("likes", "users", "advice")}
+    table["smalltalk"] = {
+        name: expand(rows)
+        for name, rows in small.items()
+        if name not in ("likes", "users", "advice")
+    }
     return table
 
 
 def tool_call(code: str, output: str, text: str) -> list[dict[str, str]]:
     """An assistant message that calls the calculator and then answers."""
-    return [{"type": "python", "text": code}, {"type": "python_output", "text": output}, {"type": "text", "text": text}]
+    return [
+        {"type": "python", "text": code},
+        {"type": "python_output", "text": output},
+        {"type": "text", "text": text},
+    ]
 
 
 class Talk(Draw):
@@ -72,7 +113,9 @@ class Talk(Draw):
             for _ in range(40):
                 value = self.pick(c[cls])
                 if value not in used and all(
-                    held(value, s[q]) == (want and is_answer and s[q] == asked) and (value, s[q]) not in clash for q in partners
+                    held(value, s[q]) == (want and is_answer and s[q] == asked)
+                    and (value, s[q]) not in clash
+                    for q in partners
                 ):
                     s[slot] = value
                     used.add(value)
@@ -95,13 +138,33 @@ class Talk(Draw):
             ok = draw("t", "thing") and draw("A", "person", "t") and draw("c", "colour", "t")
             ok = ok and (kind == "who" or draw("B", "person", "t"))
         else:
-            ok = draw("t", "thing") and draw("A", "person", "t") and draw("c", "colour", "t") and draw("h", "spot", "t")
+            ok = (
+                draw("t", "thing")
+                and draw("A", "person", "t")
+                and draw("c", "colour", "t")
+                and draw("h", "spot", "t")
+            )
             ok = ok and (kind == "where" or draw("g", "spot", "t"))
         return (self.pick(self.p["context"][kind][0]) % s, s) if ok else None
 
     def situation(self) -> tuple[str, list[tuple[str, Slots]]] | None:
         """Two to four statements in random order, and what can be asked about; the first is the one whose pairing is held out in val."""
-        kind = self.pick(("where", "moved", "who", "gave", "what", "colour", "many", "place", "where", "who", "place", "many"))
+        kind = self.pick(
+            (
+                "where",
+                "moved",
+                "who",
+                "gave",
+                "what",
+                "colour",
+                "many",
+                "place",
+                "where",
+                "who",
+                "place",
+                "many",
+            )
+        )
         used: set[str] = set()
         facts: list[tuple[str, str, Slots]] = []
         for i in range(self.between(2, 3)):
@@ -152,7 +215,13 @@ class Talk(Draw):
         person, attribute = self.dealt(f"facts {want}", known, lambda pair: held(*pair) == want)
         s = Slots(P=person)
         question, reply = self.p["facts"][attribute]
-        return person, attribute, self.pick(question) % s, reply[0] % s, self.world.attributes[attribute][person]
+        return (
+            person,
+            attribute,
+            self.pick(question) % s,
+            reply[0] % s,
+            self.world.attributes[attribute][person],
+        )
 
     def facts(self) -> tuple[list[Any], str]:
         turns: list[Any] = []
@@ -164,10 +233,16 @@ class Talk(Draw):
     def smalltalk(self) -> tuple[list[Any], str] | None:
         p, data = self.p["smalltalk"], self.world.data["smalltalk"]
         pets = sorted(set(self.world.attributes["pet"].values()))
-        topics = (("like", "L", data["likes"]), ("from", "V", self.world.classes["village"]), ("have", "P", pets))
+        topics = (
+            ("like", "L", data["likes"]),
+            ("from", "V", self.world.classes["village"]),
+            ("have", "P", pets),
+        )
         topic, slot, values = self.pick(topics)
         # the people of the world have a home and a pet already: only strangers may claim others
-        user = self.pick(self.world.people if topic == "like" and self.random() < 0.5 else data["users"])
+        user = self.pick(
+            self.world.people if topic == "like" and self.random() < 0.5 else data["users"]
+        )
         value = self.paired(values, (user,), self.val)
         weather = self.paired(list(data["advice"]), (user,), self.val)
         if value is None or weather is None:
@@ -175,17 +250,30 @@ class Talk(Draw):
         s = Slots({"U": user, slot: value, "W": weather, "K": data["advice"][weather]})
         if slot == "V":
             s["X"] = self.world.data["villages"][value]
-        hello, statement, answer_to = self.pick(p["name"][0]) % s, self.pick(p[topic][0]) % s, self.pick(p[topic][1]) % s
+        hello, statement, answer_to = (
+            self.pick(p["name"][0]) % s,
+            self.pick(p[topic][0]) % s,
+            self.pick(p[topic][1]) % s,
+        )
         greeting, form = self.pick(p["name"][1]) % s, self.between(0, 4)
         if form == 0:  # both at once, greeted back by name
-            return [f"{hello} {statement}", f"{self.pick(('Hello', 'Hi', 'Welcome'))}, {user}! {answer_to}"], user
+            return [
+                f"{hello} {statement}",
+                f"{self.pick(('Hello', 'Hi', 'Welcome'))}, {user}! {answer_to}",
+            ], user
         if form == 1:
             return [hello, greeting, self.pick(p["weather"][0]) % s, p["weather"][1][0] % s], s["K"]
         question, key = self.pick((("askname", user), ("ask" + topic, value)))
-        turns = [f"{hello} {statement}", greeting] if form == 2 else [hello, greeting, statement, answer_to]
+        turns = (
+            [f"{hello} {statement}", greeting]
+            if form == 2
+            else [hello, greeting, statement, answer_to]
+        )
         return [*turns, self.pick(p[question][0]) % s, self.pick(p[question][1]) % s], key
 
-    def options(self, question: str, right: str, wrong: Sequence[str]) -> tuple[str, str, list[str]]:
+    def options(
+        self, question: str, right: str, wrong: Sequence[str]
+    ) -> tuple[str, str, list[str]]:
         """(the question with its lettered options, the reply, all letters): the letter follows its option directly."""
         n = self.between(2, 4)
         others = list(dict.fromkeys(x for x in wrong if x != right))[: n - 1]
@@ -195,7 +283,11 @@ class Talk(Draw):
         others.insert(letters.index(letter), right)
         end = self.pick(self.p["choice"]["end"])
         lines = "\n".join(f"- {option}={x}" for option, x in zip(others, letters, strict=True))
-        return f"{question}\n{lines}" + (f"\n{end}" if end else ""), f"The answer is {right}={letter}.", letters
+        return (
+            f"{question}\n{lines}" + (f"\n{end}" if end else ""),
+            f"The answer is {right}={letter}.",
+            letters,
+        )
 
     def lettered(self) -> tuple[str, str, list[str]] | None:
         """A question with options, the right option with its letter, and the letters."""
@@ -207,12 +299,23 @@ class Talk(Draw):
             text, ((kind, s), *rest) = told
             question, _, answer = self.ask(kind, s)
             slot = self.p["context"][kind][3][0]
-            values = w.classes[{"h": "spot", "A": "person", "t": "thing", "c": "colour", "n": "number", "p": "place"}[slot]]
+            values = w.classes[
+                {
+                    "h": "spot",
+                    "A": "person",
+                    "t": "thing",
+                    "c": "colour",
+                    "n": "number",
+                    "p": "place",
+                }[slot]
+            ]
             near = [r[slot] for _, r in rest if slot in r]
             return self.options(f"{text}\n{question}", answer, near + self.some(values, 6))
         if form < 0.5:
             _, attribute, question, _, answer = self.known(self.val)
-            return self.options(question, answer, self.some(sorted(set(w.attributes[attribute].values())), 5))
+            return self.options(
+                question, answer, self.some(sorted(set(w.attributes[attribute].values())), 5)
+            )
         if form < 0.8:
             kind = self.pick(list(w.data["kinds"]))
             word = self.paired(list(w.data["kinds"][kind]), (kind,), self.val)
@@ -226,7 +329,9 @@ class Talk(Draw):
             if held(word, opposite) != self.val:
                 return None
             others = [x for pair in pairs.items() for x in pair if x != word]
-            return self.options(self.pick(p["opposite"]) % {"w": word}, opposite, self.some(others, 6))
+            return self.options(
+                self.pick(p["opposite"]) % {"w": word}, opposite, self.some(others, 6)
+            )
         word = self.pick(w.words)
         if held(word, "first letter") != self.val:
             return None
@@ -241,7 +346,11 @@ class Talk(Draw):
         """(operator, a, b, result); the pair of numbers belongs to the split."""
         while True:
             op = self.pick("++--*/")
-            a, b = (self.between(2, 99), self.between(2, 99)) if op in "+-" else (self.between(2, 12), self.between(2, 12))
+            a, b = (
+                (self.between(2, 99), self.between(2, 99))
+                if op in "+-"
+                else (self.between(2, 12), self.between(2, 12))
+            )
             if op == "-" and a - b < 2:
                 continue
             if op == "/":
@@ -252,7 +361,12 @@ class Talk(Draw):
     def calculated(self, ops: str, numbers: Sequence[int], r: int) -> tuple[list[Any], str]:
         """A sum asked as such or told as a story, and its answer by the calculator."""
         given = dict(zip("abc", numbers, strict=False))
-        s = {**given, "r": r, "P": self.pick(self.world.people), "x": self.pick(self.world.classes["many"])}
+        s = {
+            **given,
+            "r": r,
+            "P": self.pick(self.world.people),
+            "x": self.pick(self.world.classes["many"]),
+        }
         form = 2 if self.random() < 0.35 else 0
         question, reply = self.p["sums"][ops][form], self.p["sums"][ops][form + 1]
         code = str(numbers[0]) + "".join(f"{op}{n}" for op, n in zip(ops, numbers[1:], strict=True))
@@ -273,9 +387,14 @@ class Talk(Draw):
                 return self.calculated(ops, (a, b, c), r)
 
     def spelling(self) -> tuple[list[Any], str]:
-        word = self.dealt("spelling", self.world.words, lambda word: held(word, "spelling") == self.val)
+        word = self.dealt(
+            "spelling", self.world.words, lambda word: held(word, "spelling") == self.val
+        )
         letters = "-".join(word)
-        return [self.pick(self.p["spelling"]["ask"]) % {"w": word}, f"The word {word} is spelled {letters}."], letters
+        return [
+            self.pick(self.p["spelling"]["ask"]) % {"w": word},
+            f"The word {word} is spelled {letters}.",
+        ], letters
 
     def counting(self) -> tuple[list[Any], str] | None:
         goal = self.pick((0, 1, 1, 2, 2, 2, 3))
@@ -284,7 +403,9 @@ class Talk(Draw):
         n = word.count(letter)
         if (n != goal and self.random() < 0.95) or held(word, letter) != self.val:
             return None
-        reply = tool_call(f"'{word}'.count('{letter}')", str(n), f"It occurs {n} {'time' if n == 1 else 'times'}.")
+        reply = tool_call(
+            f"'{word}'.count('{letter}')", str(n), f"It occurs {n} {'time' if n == 1 else 'times'}."
+        )
         return [self.pick(self.p["spelling"]["count"]) % {"w": word, "l": letter}, reply], str(n)
 
     def chat(self) -> list[str]:
@@ -293,7 +414,9 @@ class Talk(Draw):
         return [self.pick(c[i]), self.pick(c[i + 1])]
 
 
-def conversations(seed: int = 0, split: str = "train", kinds: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def conversations(
+    seed: int = 0, split: str = "train", kinds: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """
     Endless conversations {"messages", "kind", "answer"[, "letters"]}, no two alike, in turn of every kind in `kinds` (default CYCLE).
     The last message is the assistant's gold reply; in val its pairing never occurs in train. ValueError for an unknown kind or split.
@@ -315,5 +438,13 @@ def conversations(seed: int = 0, split: str = "train", kinds: Sequence[str] | No
                     turns = [*talk.chat(), *turns]
                 if talk.fresh(zlib.crc32(json.dumps(turns).encode())):
                     break
-            messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(turns)]
-            yield {"messages": messages, "kind": kind, "answer": answer, **({"letters": letters[0]} if letters else {})}
+            messages = [
+                {"role": ("user", "assistant")[i % 2], "content": content}
+                for i, content in enumerate(turns)
+            ]
+            yield {
+                "messages": messages,
+                "kind": kind,
+                "answer": answer,
+                **({"letters": letters[0]} if letters else {}),
+            }

@@ -13,15 +13,36 @@ from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Plot, Slots, article, 
 __all__ = ["KINDS", "conversations", "documents", "held"]
 
 WEIGHTS = {
-    "story": 22, "stories": 4, "profile": 16, "quiz": 36, "memory": 36, "roll": 26,
-    "dialogue": 6, "lesson": 7, "spelling_lesson": 13, "sums": 4,
-    "room": 3, "diary": 4, "village": 2,
-}  # fmt: skip
+    "story": 22,
+    "stories": 4,
+    "profile": 16,
+    "quiz": 36,
+    "memory": 36,
+    "roll": 26,
+    "dialogue": 6,
+    "lesson": 7,
+    "spelling_lesson": 13,
+    "sums": 4,
+    "room": 3,
+    "diary": 4,
+    "village": 2,
+}
 
-STATES = ("where", "moved", "who", "gave", "what", "colour", "many", "place")  # what is stated in the memory game
+STATES = (
+    "where",
+    "moved",
+    "who",
+    "gave",
+    "what",
+    "colour",
+    "many",
+    "place",
+)  # what is stated in the memory game
 
 
-SAID_TWICE = re.compile(r'" (?:said|asked) (\w+)\. "[^"]*" (?:said|asked) \1\b')  # clumsy: the same speaker named twice running
+SAID_TWICE = re.compile(
+    r'" (?:said|asked) (\w+)\. "[^"]*" (?:said|asked) \1\b'
+)  # clumsy: the same speaker named twice running
 
 
 def said(line: str, speaker: str, script: bool) -> str:
@@ -29,7 +50,7 @@ def said(line: str, speaker: str, script: bool) -> str:
     if script:
         return f"%({speaker})s: {line}"
     end = line[-1]
-    return f"\"{line[:-1]}{',' if end == '.' else end}\" {'asked' if end == '?' else 'said'} %({speaker})s."
+    return f'"{line[:-1]}{"," if end == "." else end}" {"asked" if end == "?" else "said"} %({speaker})s.'
 
 
 def of_two(plot: Plot) -> bool:
@@ -49,16 +70,23 @@ class Tales(Talk):
         super().__init__(seed, split, "tales")
         w = self.world
         data = w.data
-        self.parts = {name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village")}
+        self.parts = {
+            name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village")
+        }
         self.rolls, self.memories = (
-            {what: [w.templates(t) for t in texts] for what, texts in data[name].items()} for name in ("roll", "memory")
+            {what: [w.templates(t) for t in texts] for what, texts in data[name].items()}
+            for name in ("roll", "memory")
         )
-        self.diary_days = {k: [w.templates(t) for t in data["diary"][k]] for k in ("winter", "summer")}
+        self.diary_days = {
+            k: [w.templates(t) for t in data["diary"][k]] for k in ("winter", "summer")
+        }
         self.diary_ends = {k: w.templates(data["diary"][k]) for k in ("open", "close")}
         self.pairs_told = [w.templates(t) for t in data["sums"]["told"]]
         self.talks: dict[str, list[list[list[str]]]] = {}
         for name, texts in data["dialogue"].items():
-            self.talks[name] = [self.exchange(t) for t in ([texts] if isinstance(texts, str) else texts)]
+            self.talks[name] = [
+                self.exchange(t) for t in ([texts] if isinstance(texts, str) else texts)
+            ]
 
     def exchange(self, text: str) -> list[list[str]]:
         """A topic's lines -> the readings of each line by A and B in turn."""
@@ -78,7 +106,9 @@ class Tales(Talk):
         told = [people and self.plot(plot, dict(zip("AB", people, strict=True))) for plot in plots]
         if people is None or None in told:
             return None
-        return "\n\n".join([f"Here are some stories about {listing(list(people))}.", *filter(None, told)])
+        return "\n\n".join(
+            [f"Here are some stories about {listing(list(people))}.", *filter(None, told)]
+        )
 
     def story(self) -> str | None:
         return self.plot(self.dealt("plots", self.world.plots), {})
@@ -90,7 +120,9 @@ class Tales(Talk):
         if slots is None:
             return None
         pick = self.pick
-        text = (" ".join([s for s in [pick(beat) for beat in beats] if s]) % slots).replace(" \n\n ", "\n\n")
+        text = (" ".join([s for s in [pick(beat) for beat in beats] if s]) % slots).replace(
+            " \n\n ", "\n\n"
+        )
         return None if SAID_TWICE.search(text) else text
 
     def profile(self) -> str | None:
@@ -104,9 +136,22 @@ class Tales(Talk):
         parts = []
         for person in people:
             slots = Slots(P=person)
-            about = self.some(ATTRIBUTES, self.between(2, 5) if len(people) == 2 else self.between(2, 3))
-            parts.append(" ".join([pick(told[name][i > 0]) % slots for i, name in enumerate(about)]))
-        opening = pick((f"Let me tell you about {listing(list(people))}. ", f"Do you know {listing(list(people))}? ", "", "", "", ""))
+            about = self.some(
+                ATTRIBUTES, self.between(2, 5) if len(people) == 2 else self.between(2, 3)
+            )
+            parts.append(
+                " ".join([pick(told[name][i > 0]) % slots for i, name in enumerate(about)])
+            )
+        opening = pick(
+            (
+                f"Let me tell you about {listing(list(people))}. ",
+                f"Do you know {listing(list(people))}? ",
+                "",
+                "",
+                "",
+                "",
+            )
+        )
         return opening + pick(("\n\n", " ")).join(parts)
 
     def quiz(self) -> str | None:
@@ -119,11 +164,22 @@ class Tales(Talk):
             text, facts = told
             rows = [self.ask(kind, s) for kind, s in (facts if self.random() < 0.8 else facts[:1])]
         elif form < 0.75:
-            text, rows = "", list({row[2]: row for row in (self.fact(self.val) for _ in range(self.between(3, 8)))}.values())
+            text, rows = (
+                "",
+                list(
+                    {
+                        row[2]: row
+                        for row in (self.fact(self.val) for _ in range(self.between(3, 8)))
+                    }.values()
+                ),
+            )
         else:
             several = [self.lettered() for _ in range(self.between(1, 3))]
             return "\n\n".join([f"{made[0]}\nAnswer: {made[1]}" for made in several if made])
-        return "\n".join(([text] if text else []) + [f"Question: {question}\nAnswer: {reply}" for question, reply, _ in rows])
+        return "\n".join(
+            ([text] if text else [])
+            + [f"Question: {question}\nAnswer: {reply}" for question, reply, _ in rows]
+        )
 
     def memory(self) -> str | None:
         """One says a few things, another says them again in another order: every word of that stands above."""
@@ -140,7 +196,9 @@ class Tales(Talk):
         again = self.some(said, len(said))
         again = again if again != said else said[::-1]
         slots = Slots(A=people[0], B=people[1], day=pick(self.world.classes["day"]))
-        before, between, after = (pick(readings) % slots for readings in self.memories[pick(list(self.memories))])
+        before, between, after = (
+            pick(readings) % slots for readings in self.memories[pick(list(self.memories))]
+        )
         return f'{before} "{" ".join(said)}" {between} "{" ".join(again)}" {after}'.strip()
 
     def roll(self) -> str | None:
@@ -152,10 +210,16 @@ class Tales(Talk):
         if people is None:
             return None
         what = pick([*self.rolls, "labels", "labels"])
-        values = {"names": w.people, "words": w.words, "numbers": [str(i) for i in range(1, 100)]}.get(what) or c.get(what)
+        values = {
+            "names": w.people,
+            "words": w.words,
+            "numbers": [str(i) for i in range(1, 100)],
+        }.get(what) or c.get(what)
         values = values or pick((w.words, c["thing"], c["colour"], NUMBERS[2:]))  # to be labelled
         # "orange", a word to spell, would colour the next one
-        values = [v for v in values if v not in people and (what == "labels" or v not in c["colour"])]
+        values = [
+            v for v in values if v not in people and (what == "labels" or v not in c["colour"])
+        ]
         items = self.some(values, min(self.between(8, 20), len(values)))
         if held(items[0], items[1]) != self.val:
             return None
@@ -163,7 +227,9 @@ class Tales(Talk):
         if what == "labels":
             items = [f"{item}={pick('ABCD')}" for item in items]
             again = self.some(items, len(items))
-        first, then, close = (pick(readings) % Slots(A=people[0], B=people[1]) for readings in self.rolls[what])
+        first, then, close = (
+            pick(readings) % Slots(A=people[0], B=people[1]) for readings in self.rolls[what]
+        )
         gap = ", " if what in ("numbers", "count") else " "
         return f"{first} {gap.join(items)}. {then} {gap.join(again)}. {close}".strip()
 
@@ -173,22 +239,34 @@ class Tales(Talk):
         if people is None:
             return None
         c, pick, t = self.world.classes, self.pick, self.talks
-        topics = self.some([*self.some(t["topic"], 3), *self.some(ATTRIBUTES, 2)], self.between(1, 3))
+        topics = self.some(
+            [*self.some(t["topic"], 3), *self.some(ATTRIBUTES, 2)], self.between(1, 3)
+        )
         weather = pick(t["weather"]) if self.random() < 0.5 else None
-        if weather is None or weather is t["weather"][0]:  # nobody sits in the meadow while it snows
+        if (
+            weather is None or weather is t["weather"][0]
+        ):  # nobody sits in the meadow while it snows
             topics = self.some([*topics, pick(t["outdoors"])], len(topics))
         if weather:
             topics.insert(0, weather)
         script = self.random() < 0.4
         lines: list[str] = []
         met: list[str] = []
-        days = self.some(c["day"], 7)  # a day each: what was done on one cannot be planned for the same
+        days = self.some(
+            c["day"], 7
+        )  # a day each: what was done on one cannot be planned for the same
         for topic in [pick(t["hello"]), *topics, pick(t["bye"])]:
-            first, second = people if len(lines) % 2 == 0 else people[::-1]  # whoever did not speak last begins
+            first, second = (
+                people if len(lines) % 2 == 0 else people[::-1]
+            )  # whoever did not speak last begins
             if isinstance(topic, str):
                 if held(second, topic) and not self.val:  # no held-out question in a train document
                     continue
-                if topic == "home" and self.world.attributes["home"][first] == self.world.attributes["home"][second]:
+                if (
+                    topic == "home"
+                    and self.world.attributes["home"][first]
+                    == self.world.attributes["home"][second]
+                ):
                     continue
                 topic = pick(t[topic])
             third = self.paired(self.world.people, people, False, (*people, *met))
@@ -197,14 +275,36 @@ class Tales(Talk):
             if third is None or thing is None:
                 return None
             n, (m, o) = self.between(2, 9), self.some(c["month"], 2)
-            slots = Slots(A=first, B=second, C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
-            slots |= {"q": days.pop(), "d": pick(c["dish"]), "s": pick(c["topic"]), "i": pick(c["music"]), "x": pick(c["pick"])}
-            for slot, cls, partner in (("c", "colour", thing), ("h", "spot", thing), ("p", "place", third), ("r", "outing", third)):
+            slots = Slots(
+                A=first,
+                B=second,
+                C=third,
+                t=thing,
+                n=NUMBERS[n],
+                k=NUMBERS[self.between(n + 1, 20)],
+                m=m,
+                o=o,
+            )
+            slots |= {
+                "q": days.pop(),
+                "d": pick(c["dish"]),
+                "s": pick(c["topic"]),
+                "i": pick(c["music"]),
+                "x": pick(c["pick"]),
+            }
+            for slot, cls, partner in (
+                ("c", "colour", thing),
+                ("h", "spot", thing),
+                ("p", "place", third),
+                ("r", "outing", third),
+            ):
                 slots[slot] = self.paired(c[cls], (partner,), False) or ""
             if not (slots["c"] and slots["h"] and slots["p"] and slots["r"]):
                 return None
             filled = Slots(slots)
-            lines += [said(pick(line), "AB"[i % 2], script) % filled for i, line in enumerate(topic)]
+            lines += [
+                said(pick(line), "AB"[i % 2], script) % filled for i, line in enumerate(topic)
+            ]
         return "\n".join(lines)
 
     def lesson(self) -> str | None:
@@ -226,11 +326,19 @@ class Tales(Talk):
         riddles = self.random() < 0.3
         for word in words:
             k, noun = self.world.kind_of[word], article(word)
-            riddle = f"{kinds[k][word]} {'What is it' if alike else f'Which {k} is it'}? It is {noun}."
-            lines.append(riddle if riddles else f"{noun[0].upper()}{noun[1:]} is {article(k)}. {kinds[k][word]}")
+            riddle = (
+                f"{kinds[k][word]} {'What is it' if alike else f'Which {k} is it'}? It is {noun}."
+            )
+            lines.append(
+                riddle
+                if riddles
+                else f"{noun[0].upper()}{noun[1:]} is {article(k)}. {kinds[k][word]}"
+            )
         if alike:
             first, _, rest = kind.partition(" of ")
-            lines.append(f"So {listing([article(w) for w in words])} are {first}s{' of ' + rest if rest else ''}.")
+            lines.append(
+                f"So {listing([article(w) for w in words])} are {first}s{' of ' + rest if rest else ''}."
+            )
         return " ".join(lines)
 
     def spelling_lesson(self) -> str | None:
@@ -245,26 +353,50 @@ class Tales(Talk):
             letter = pick(word)
             if self.random() < 0.5 and (self.val or not held(word, letter)):
                 n = word.count(letter)
-                lines.append(f"The letter {letter} occurs {('once', 'twice')[n - 1] if n < 3 else f'{NUMBERS[n]} times'} in {word}.")
+                lines.append(
+                    f"The letter {letter} occurs {('once', 'twice')[n - 1] if n < 3 else f'{NUMBERS[n]} times'} in {word}."
+                )
         return "\n".join(lines)
 
     def sums(self) -> str:
         pick = self.pick
         person = pick(self.world.people)
-        lines = [pick((f"{person} is doing sums.", f"{person} likes sums.", "Here are some sums.", "Let us calculate."))]
+        lines = [
+            pick(
+                (
+                    f"{person} is doing sums.",
+                    f"{person} likes sums.",
+                    "Here are some sums.",
+                    "Let us calculate.",
+                )
+            )
+        ]
         style = self.between(0, 2)
         for op, a, b, r in dict.fromkeys(self.operands() for _ in range(self.between(4, 9))):
             if style == 0:
                 lines.append(f"{a} {op} {b} = {r}")
             elif style == 1:
-                lines.append(f"{a} {({'+': 'plus', '-': 'minus', '*': 'times', '/': 'divided by'})[op]} {b} is {r}.")
+                lines.append(
+                    f"{a} {({'+': 'plus', '-': 'minus', '*': 'times', '/': 'divided by'})[op]} {b} is {r}."
+                )
             else:
-                slots = {"P": pick(self.world.people), "x": pick(self.world.classes["many"]), "a": a, "b": b, "r": r}
+                slots = {
+                    "P": pick(self.world.people),
+                    "x": pick(self.world.classes["many"]),
+                    "a": a,
+                    "b": b,
+                    "r": r,
+                }
                 lines.append(self.pairs_told["+-*/".index(op)][0] % slots)
         return "\n".join(lines)
 
     def room(self) -> str | None:
-        person, c, parts, pick = self.dealt("rooms", self.world.people), self.world.classes, self.parts["room"], self.pick
+        person, c, parts, pick = (
+            self.dealt("rooms", self.world.people),
+            self.world.classes,
+            self.parts["room"],
+            self.pick,
+        )
         lines = [pick(parts["open"])]
         used: set[str] = set()
         text = []
@@ -295,7 +427,14 @@ class Tales(Talk):
             told.append(self.dealt(season, days, lambda line: line not in told))
         lines = [pick(self.diary_ends["open"])]
         lines += [f"{day}: {line}" for day, line in zip(c["day"][start:], told, strict=False)]
-        slots = Slots(A=people[0], B=people[1], x=pick(c["topic"]), h=pick(c["hot"]), k=pick(c["cake"]), g=pick(c["game"]))
+        slots = Slots(
+            A=people[0],
+            B=people[1],
+            x=pick(c["topic"]),
+            h=pick(c["hot"]),
+            k=pick(c["cake"]),
+            g=pick(c["game"]),
+        )
         slots |= {"n": pick(c["number"]), "y": pick(c["pick"]), "feel": pick(c["feel"])}
         return "\n".join([s for s in (*lines, pick(self.diary_ends["close"])) if s]) % Slots(slots)
 
@@ -307,7 +446,10 @@ class Tales(Talk):
             return None
         lines = [pick(parts["open"]) % Slots(V=name, X=self.world.data["villages"][name])]
         lines += self.some([s % {"V": name} for s in parts["life"]], self.between(1, 3))
-        lines += [template % Slots(P=p, V=name) for p, template in zip(people, self.some(parts["live"], len(people)), strict=True)]
+        lines += [
+            template % Slots(P=p, V=name)
+            for p, template in zip(people, self.some(parts["live"], len(people)), strict=True)
+        ]
         return " ".join(lines)
 
 

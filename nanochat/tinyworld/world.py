@@ -13,12 +13,41 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-ATTRIBUTES = ("home", "job", "pet", "food", "colour")  # the stable facts of a person that questions ask for
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-           "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")  # fmt: skip
+ATTRIBUTES = (
+    "home",
+    "job",
+    "pet",
+    "food",
+    "colour",
+)  # the stable facts of a person that questions ask for
+NUMBERS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+)
 
 
-Spec = list[tuple[str, str, list[str], str]]  # of a plot's slots: name, class, what it is paired with, what must differ from A's
+Spec = list[
+    tuple[str, str, list[str], str]
+]  # of a plot's slots: name, class, what it is paired with, what must differ from A's
 Plot = tuple[Spec, list[list[str]]]  # its slots and its beats, each a list of templates
 
 
@@ -30,7 +59,9 @@ def held(a: str, b: str) -> bool:
 
 def article(noun: str) -> str:
     """'apple' -> 'an apple', 'kite' -> 'a kite'."""
-    return ("an " if noun[0] in "aeiou" and not noun.startswith(("uni", "use", "eu", "one")) else "a ") + noun
+    return (
+        "an " if noun[0] in "aeiou" and not noun.startswith(("uni", "use", "eu", "one")) else "a "
+    ) + noun
 
 
 def choices(text: str) -> list[str]:
@@ -84,10 +115,23 @@ class World:
         self.attributes: dict[str, dict[str, str]] = {name: {} for name in names}
         for name, row in data["people"].items():
             sex, home, job, pet, petname, food, colour = row.split()
-            pronouns = ("she", "her", "her", "herself") if sex == "f" else ("he", "his", "him", "himself")
+            pronouns = (
+                ("she", "her", "her", "herself") if sex == "f" else ("he", "his", "him", "himself")
+            )
             facts = dict(zip(("he", "his", "him", "himself"), pronouns, strict=True))
-            facts |= {"home": home, "job": job, "pet": pet, "petname": petname, "food": food, "colour": colour}
-            facts |= {"works": data["jobs"][job][0], "worked": data["jobs"][job][1], "where": data["villages"][home]}
+            facts |= {
+                "home": home,
+                "job": job,
+                "pet": pet,
+                "petname": petname,
+                "food": food,
+                "colour": colour,
+            }
+            facts |= {
+                "works": data["jobs"][job][0],
+                "worked": data["jobs"][job][1],
+                "where": data["villages"][home],
+            }
             for key, value in facts.items():
                 self.attributes[key][name] = value
         self.attributes["at"] = data["places"]
@@ -96,15 +140,28 @@ class World:
             **data["classes"],
             **{name: choices(self.with_macros(text)) for name, text in data["scenes"].items()},
             "person": self.people,
-            "keeper": [p for p in self.people if pets[p] in ("cat", "dog", "rabbit", "tortoise", "hamster")],
+            "keeper": [
+                p for p in self.people if pets[p] in ("cat", "dog", "rabbit", "tortoise", "hamster")
+            ],
             "dogowner": [p for p in self.people if pets[p] == "dog"],
             "place": list(data["places"]),
             "village": list(data["villages"]),
         }
-        self.kind_of: dict[str, str] = {word: kind for kind, words in data["kinds"].items() for word in words}
-        self.clash = {pair for place, things in data["clash"].items() for t in things for pair in ((t, place), (place, t))}
-        self.words = [w for w in self.kind_of if 3 <= len(w) <= 8]  # the words that are spelled and counted in
-        self.plots: list[Plot] = [(self.slots(p["slots"]), self.beats(p["text"])) for p in data["plot"]]
+        self.kind_of: dict[str, str] = {
+            word: kind for kind, words in data["kinds"].items() for word in words
+        }
+        self.clash = {
+            pair
+            for place, things in data["clash"].items()
+            for t in things
+            for pair in ((t, place), (place, t))
+        }
+        self.words = [
+            w for w in self.kind_of if 3 <= len(w) <= 8
+        ]  # the words that are spelled and counted in
+        self.plots: list[Plot] = [
+            (self.slots(p["slots"]), self.beats(p["text"])) for p in data["plot"]
+        ]
 
     def with_macros(self, text: str) -> str:
         """Replace <name P> and <name P:Q> by the macro's choices, told of those people."""
@@ -121,7 +178,10 @@ class World:
 
     def templates(self, text: str) -> list[str]:
         """A sentence of the .toml -> the list of its readings, each ready for `template % slots`."""
-        return [re.sub(r"\{([^}]*)\}", r"%(\1)s", s.replace("%", "%%")) for s in choices(self.with_macros(text))]
+        return [
+            re.sub(r"\{([^}]*)\}", r"%(\1)s", s.replace("%", "%%"))
+            for s in choices(self.with_macros(text))
+        ]
 
     def beats(self, text: str) -> list[list[str]]:
         """A plot's lines -> the readings of each; an empty line is a paragraph break."""
@@ -131,7 +191,9 @@ class World:
         """'A:person t:thing@A' -> (slot, class, what it is paired with, attribute that must differ from A's) for each slot."""
         rows = []
         for item in text.split():
-            name, cls, pairs, differs = re.fullmatch(r"(\w+):(\w+)((?:@\w+)*)(?:%(\w+))?", item).groups()  # pyright: ignore[reportOptionalMemberAccess]
+            name, cls, pairs, differs = re.fullmatch(
+                r"(\w+):(\w+)((?:@\w+)*)(?:%(\w+))?", item
+            ).groups()  # pyright: ignore[reportOptionalMemberAccess]
             rows.append((name, cls, [p for p in pairs.split("@") if p], differs or ""))
         return rows
 
@@ -139,7 +201,13 @@ class World:
 @functools.cache
 def world() -> World:
     """The world, read on first use."""
-    return World(tomllib.loads(resources.files("nanochat.tinyworld").joinpath("tinyworld.toml").read_text(encoding="utf-8")))
+    return World(
+        tomllib.loads(
+            resources.files("nanochat.tinyworld")
+            .joinpath("tinyworld.toml")
+            .read_text(encoding="utf-8")
+        )
+    )
 
 
 class Draw:
@@ -163,7 +231,9 @@ class Draw:
         """n different values in random order."""
         return self.rng.sample(values, n)
 
-    def dealt(self, name: str, values: Sequence[Any], fit: Callable[[Any], bool] = lambda _: True) -> Any:
+    def dealt(
+        self, name: str, values: Sequence[Any], fit: Callable[[Any], bool] = lambda _: True
+    ) -> Any:
         """The next fitting value from the shuffled pack of this name: none comes again before the others have had their turn."""
         pack = self.packs.setdefault(name, [])
         while True:
@@ -176,12 +246,16 @@ class Draw:
         """A whole number from low to high, both included."""
         return low + int(self.random() * (high - low + 1))
 
-    def paired(self, values: Sequence[str], partners: Iterable[str], want: bool, used: Iterable[str] = ()) -> str | None:
+    def paired(
+        self, values: Sequence[str], partners: Iterable[str], want: bool, used: Iterable[str] = ()
+    ) -> str | None:
         """A value not yet used that suits every partner and whose pairing is held out (want) or is not; None after forty tries."""
         clash = self.world.clash
         for _ in range(40):
             value = self.pick(values)
-            if value not in used and all(held(value, p) == want and (value, p) not in clash for p in partners):
+            if value not in used and all(
+                held(value, p) == want and (value, p) not in clash for p in partners
+            ):
                 return value
         return None
 
@@ -195,14 +269,23 @@ class Draw:
                 n = self.between(5, 16)
                 m = self.between(2, n - 2)
                 slots["n"], slots["m"], slots["k"] = NUMBERS[n], NUMBERS[m], NUMBERS[n - m]
-                value = slots["n"] if all(held(slots["n"], slots[p]) == self.val for p in pairs) else None
+                value = (
+                    slots["n"]
+                    if all(held(slots["n"], slots[p]) == self.val for p in pairs)
+                    else None
+                )
             else:
                 partners = [slots.get(p, p) for p in pairs]
-                value = self.paired(self.world.classes.get(cls) or [cls], partners, self.val, slots.values())
+                value = self.paired(
+                    self.world.classes.get(cls) or [cls], partners, self.val, slots.values()
+                )
             if value is None:
                 return None
             slots[name] = value
-            if differs and len({self.world.attributes[differs][slots[p]] for p in ("A", name)}) == 1:
+            if (
+                differs
+                and len({self.world.attributes[differs][slots[p]] for p in ("A", name)}) == 1
+            ):
                 return None
         return slots
 

@@ -77,8 +77,13 @@ class Run:
     seconds: float = 0.0
     best: dict[str, Any] | None = None  # {"step", "val_bpb"}
     scale: float = 2.0**10  # the loss scale of float16 runs, on a token's loss
-    costs: dict[str, float] = field(default_factory=dict)  # the longest seconds so far of every probe, and of "save"
-    looked: tuple[int, float] = (0, 0.0)  # the step and the progress up to which all looks that were due have been made
+    costs: dict[str, float] = field(
+        default_factory=dict
+    )  # the longest seconds so far of every probe, and of "save"
+    looked: tuple[int, float] = (
+        0,
+        0.0,
+    )  # the step and the progress up to which all looks that were due have been made
     saved_step: int = -1
     done: bool = False  # trained to its end and looked at for the last time
     last: dict[str, Any] = field(default_factory=dict)  # the newest numbers of every probe
@@ -93,7 +98,9 @@ class Run:
         if self.budget_seconds <= 0:
             return feed.progress
         # time kept for the last evaluation and save counts as spent, so that the rate reaches its floor when training ends
-        return min(1.0, max(feed.progress, self.seconds / max(self.budget_seconds - self.reserve, 1e-9)))
+        return min(
+            1.0, max(feed.progress, self.seconds / max(self.budget_seconds - self.reserve, 1e-9))
+        )
 
     def spent(self, what: str, seconds: float) -> None:
         self.costs[what] = max(self.costs.get(what, 0.0), from_main(seconds, self.runtime))
@@ -133,7 +140,12 @@ def restore(run: Run, path: Path, model: GPT, optimizer: MuonAdamW, feed: Feed) 
     checkpoint.fill(model, path)
     optimizer.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), meta["updates"])
     feed.load_state_dict(meta["feed"])
-    run.step, run.tokens, run.seconds, run.best = meta["step"], meta["tokens"], meta["seconds"], meta["best"]
+    run.step, run.tokens, run.seconds, run.best = (
+        meta["step"],
+        meta["tokens"],
+        meta["seconds"],
+        meta["best"],
+    )
     run.scale, run.saved_step, run.last = meta["scale"], meta["step"], meta["last"]
     run.costs, run.looked = meta.get("costs", {}), tuple(meta.get("looked", (run.step, 1.0)))
 
@@ -141,7 +153,11 @@ def restore(run: Run, path: Path, model: GPT, optimizer: MuonAdamW, feed: Feed) 
 def _meta(run: Run, optimizer: MuonAdamW, feed: Feed) -> dict[str, Any]:
     """What a checkpoint of this step says beside its weights. A step that was left out makes no update: both are counted."""
     names = ("tokens", "seconds", "best", "scale", "costs", "looked", "last", "done")
-    counted = {"updates": optimizer.steps, "progress": run.progress(feed), "feed": feed.state_dict()}
+    counted = {
+        "updates": optimizer.steps,
+        "progress": run.progress(feed),
+        "feed": feed.state_dict(),
+    }
     return {**run.meta, **{n: getattr(run, n) for n in names}, **counted}
 
 
@@ -154,13 +170,22 @@ def save(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed) -> None:
     if run.runtime.is_main:
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
             raise UserError(_diverged(run, "the weights are no longer finite"))
-        checkpoint.save(run.directory, run.step, model.state_dict(), tensors, _meta(run, optimizer, feed))
+        checkpoint.save(
+            run.directory, run.step, model.state_dict(), tensors, _meta(run, optimizer, feed)
+        )
         checkpoint.prune(run.directory, run.step, run.keep, run.best["step"] if run.best else None)
     run.saved_step = run.step
     run.spent("save", run.clock() - t0)
 
 
-def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedule, probes: Sequence[Probe] = ()) -> dict[str, Any]:
+def fit(
+    run: Run,
+    model: GPT,
+    optimizer: MuonAdamW,
+    feed: Feed,
+    schedule: Schedule,
+    probes: Sequence[Probe] = (),
+) -> dict[str, Any]:
     """
     Train until the feed or the budget of time ends; returns the summary that is also logged. Raises Interrupted after a signal
     (saved), UserError when the loss stops being finite (the last good checkpoint stays) and when the budget holds no step.
@@ -181,7 +206,11 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
         """What is to be looked at after this step; nothing when it would eat into the time of the last look, which is near then."""
         found = [p for p in probes if _due(p.every, run.step, before, after)]
         seconds = sum(run.costs.get(name, 0.0) for name in ("save", *(p.name for p in found)))
-        return found if run.budget_seconds <= 0 or run.seconds + seconds <= run.budget_seconds - run.reserve else []
+        return (
+            found
+            if run.budget_seconds <= 0 or run.seconds + seconds <= run.budget_seconds - run.reserve
+            else []
+        )
 
     def look(wanted: list[Probe]) -> None:
         """Save, run the probes, log what they saw and note it in the checkpoint."""
@@ -196,10 +225,22 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
                 continue
             run.last[probe.name] = numbers
             bpb = numbers.get("val_bpb")
-            if isinstance(bpb, float) and math.isfinite(bpb) and (run.best is None or bpb < run.best["val_bpb"]):
+            if (
+                isinstance(bpb, float)
+                and math.isfinite(bpb)
+                and (run.best is None or bpb < run.best["val_bpb"])
+            ):
                 run.best = {"step": run.step, "val_bpb": bpb}
-            run.logbook.log(kind=probe.name, step=run.step, tokens=run.tokens, seconds=round(elapsed(), 3), **numbers)
-            if said := "  ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)):
+            run.logbook.log(
+                kind=probe.name,
+                step=run.step,
+                tokens=run.tokens,
+                seconds=round(elapsed(), 3),
+                **numbers,
+            )
+            if said := "  ".join(
+                f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)
+            ):
                 shown.say(f"step {run.step:,}  {probe.name}: {said}")
         run.looked = (run.step, here)
         if wanted:
@@ -208,7 +249,9 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
     def note() -> None:
         run.seconds = from_main(elapsed(), rt)
         if rt.is_main:
-            checkpoint.amend(checkpoint.folder(run.directory, run.step), _meta(run, optimizer, feed))
+            checkpoint.amend(
+                checkpoint.folder(run.directory, run.step), _meta(run, optimizer, feed)
+            )
 
     with _Signals() as signals:
         run.seconds = from_main(elapsed(), rt)
@@ -216,7 +259,9 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             look([p for p in probes if p.start or run.budget_seconds > 0])
             run.seconds = from_main(elapsed(), rt)
         started_at = run.progress(feed)
-        seen = started_at if run.step == 0 else min(run.looked[1], started_at)  # a new horizon may have set progress back
+        seen = (
+            started_at if run.step == 0 else min(run.looked[1], started_at)
+        )  # a new horizon may have set progress back
         if run.looked[0] < run.step:  # a signal or a crash came before the look
             look(due(seen, started_at))
             seen = started_at
@@ -237,7 +282,15 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             except StopIteration:
                 break
             t0 = run.clock()
-            loss = _step(run, model, optimizer, feed, batches, schedule.lr_mult(now), schedule.momentum_at(run.step))
+            loss = _step(
+                run,
+                model,
+                optimizer,
+                feed,
+                batches,
+                schedule.lr_mult(now),
+                schedule.momentum_at(run.step),
+            )
             rt.synchronize()
             step_seconds = run.clock() - t0
             training_seconds += step_seconds
@@ -245,20 +298,37 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
             mine = sum(b.inputs.numel() for b in batches)
             tokens = _over_ranks(mine, rt)
             run.tokens += tokens
-            flops += tokens * sum(b.inputs.numel() / mine * flops_per_token(b.inputs.size(1)) for b in batches)
+            flops += tokens * sum(
+                b.inputs.numel() / mine * flops_per_token(b.inputs.size(1)) for b in batches
+            )
             run.seconds = from_main(elapsed(), rt)
             after = run.progress(feed)
             model.at(after)
 
             rate = (run.tokens - tokens_before) / training_seconds
-            numbers: dict[str, Any] = {"progress": round(after, 6), "loss": loss, "lr_mult": schedule.lr_mult(now)}
+            numbers: dict[str, Any] = {
+                "progress": round(after, 6),
+                "loss": loss,
+                "lr_mult": schedule.lr_mult(now),
+            }
             numbers["tok_per_sec"] = round(rate, 1)
             numbers |= getattr(feed, "numbers", {})  # what a feed that makes its own data saw of it
             if run.peak_flops:
                 numbers["peak_share"] = round(flops / training_seconds / run.peak_flops, 4)
-            run.logbook.log(kind="train", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **numbers)
+            run.logbook.log(
+                kind="train",
+                step=run.step,
+                tokens=run.tokens,
+                seconds=round(run.seconds, 3),
+                **numbers,
+            )
             left = (run.clock() - began) * (1 - after) / max(after - started_at, 1e-9)
-            shown.train(run.step, after, numbers, min(left, run.budget_seconds - run.seconds) if run.budget_seconds > 0 else left)
+            shown.train(
+                run.step,
+                after,
+                numbers,
+                min(left, run.budget_seconds - run.seconds) if run.budget_seconds > 0 else left,
+            )
 
             stop = from_main(signals.caught, rt)
             done = after >= 1.0
@@ -283,19 +353,33 @@ def fit(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, schedule: Schedu
         "tok_per_sec": round((run.tokens - tokens_before) / training_seconds, 1),
         "peak_memory_bytes": rt.peak_memory(),
     }
-    run.logbook.log(kind="summary", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **summary)
-    shown.say(f"done: {run.step:,} steps, {human(run.tokens)} tokens in {duration(run.seconds)}, {run.directory}")
+    run.logbook.log(
+        kind="summary", step=run.step, tokens=run.tokens, seconds=round(run.seconds, 3), **summary
+    )
+    shown.say(
+        f"done: {run.step:,} steps, {human(run.tokens)} tokens in {duration(run.seconds)}, {run.directory}"
+    )
     return {"tokens": run.tokens, "seconds": run.seconds, **summary, **run.last}
 
 
-def _step(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, batches: list[Batch], lr_mult: float, momentum: float) -> float:
+def _step(
+    run: Run,
+    model: GPT,
+    optimizer: MuonAdamW,
+    feed: Feed,
+    batches: list[Batch],
+    lr_mult: float,
+    momentum: float,
+) -> float:
     """Forward, backward and update over a step's micro-batches; returns the step's loss. Halves the micro-batch when memory runs out."""
     rt = run.runtime
     valid = _over_ranks(sum(int((b.targets >= 0).sum()) for b in batches), rt)
     if valid == 0:  # nothing to learn from: no gradient, and no step of momentum either
         return 0.0
     half = rt.dtype is torch.float16
-    scale = run.scale if half else 1 / valid  # float16 gradients keep the size of a token's; the division by N comes after
+    scale = (
+        run.scale if half else 1 / valid
+    )  # float16 gradients keep the size of a token's; the division by N comes after
     while True:
         optimizer.zero_grad()
         total = torch.zeros((), device=rt.device)
@@ -312,7 +396,9 @@ def _step(run: Run, model: GPT, optimizer: MuonAdamW, feed: Feed, batches: list[
         batches = recut(batches, feed.device_rows)
         optimizer.zero_grad()
         release_memory(rt.device)
-        notice(f"out of memory: micro-batches of {feed.device_rows} rows from now on, {len(batches)} a step, the total batch unchanged")
+        notice(
+            f"out of memory: micro-batches of {feed.device_rows} rows from now on, {len(batches)} a step, the total batch unchanged"
+        )
     if rt.world_size > 1:
         dist.all_reduce(total)
     value = float(total) / valid
@@ -333,7 +419,9 @@ def _unscale(run: Run, optimizer: MuonAdamW, valid: int) -> bool:
     for g in grads:
         g.div_(run.scale * valid)
     overflow = _over_ranks(sum(int(not torch.isfinite(g).all()) for g in grads), run.runtime)
-    run.scale = max(2.0**-10, run.scale / 2) if overflow else min(2.0**15, run.scale * 2 ** (1 / 1000))
+    run.scale = (
+        max(2.0**-10, run.scale / 2) if overflow else min(2.0**15, run.scale * 2 ** (1 / 1000))
+    )
     return not overflow
 
 
@@ -341,8 +429,13 @@ def recut(batches: list[Batch], rows: int) -> list[Batch]:
     """The same rows in micro-batches of at most `rows`."""
     out = []
     for b in batches:
-        weights = [None] * -(-b.inputs.size(0) // rows) if b.weights is None else b.weights.split(rows)
-        out += [Batch(i, t, w) for i, t, w in zip(b.inputs.split(rows), b.targets.split(rows), weights, strict=True)]
+        weights = (
+            [None] * -(-b.inputs.size(0) // rows) if b.weights is None else b.weights.split(rows)
+        )
+        out += [
+            Batch(i, t, w)
+            for i, t, w in zip(b.inputs.split(rows), b.targets.split(rows), weights, strict=True)
+        ]
     return out
 
 
@@ -361,7 +454,9 @@ def _guarded(probe: Probe) -> dict[str, Any]:
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
-        notice(f"out of memory in {probe.name}: its numbers are missing at this step, training goes on")
+        notice(
+            f"out of memory in {probe.name}: its numbers are missing at this step, training goes on"
+        )
         return {}
 
 
@@ -374,7 +469,11 @@ def _no_time(run: Run) -> str:
 
 
 def _diverged(run: Run, what: str) -> str:
-    kept = f"the checkpoint of step {run.saved_step} in {run.directory} is kept" if run.saved_step >= 0 else "no checkpoint was due yet"
+    kept = (
+        f"the checkpoint of step {run.saved_step} in {run.directory} is kept"
+        if run.saved_step >= 0
+        else "no checkpoint was due yet"
+    )
     return f"{what} at step {run.step}: {kept}; lower the learning rates (--lr_scale=0.5) and start again, or resume from it"
 
 
@@ -402,7 +501,9 @@ class _Line:
     def __init__(self) -> None:
         self.live, self.printed, self.average = sys.stdout.isatty(), -1e9, None
 
-    def train(self, step: int, progress: float, numbers: dict[str, Any], seconds_left: float) -> None:
+    def train(
+        self, step: int, progress: float, numbers: dict[str, Any], seconds_left: float
+    ) -> None:
         loss = numbers["loss"]
         self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
         now = time.monotonic()

@@ -15,7 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Jordan et al., "Muon: an optimizer for hidden layers" (2024)
+NS_COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # quintic of Jordan et al., "Muon: an optimizer for hidden layers" (2024)
 
 
 @dataclass
@@ -30,7 +34,9 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     momentum: float = 0.95
-    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by parameter name; what this rank owns
+    state: dict[str, dict[str, Tensor]] = field(
+        default_factory=dict
+    )  # by parameter name; what this rank owns
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
@@ -57,7 +63,9 @@ class MuonAdamW:
 
     def __init__(self, groups: Iterable[Group], ns_dtype: torch.dtype = torch.bfloat16):
         self.groups, self.ns_dtype = list(groups), ns_dtype
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         self.steps = 0
 
     @property
@@ -74,7 +82,9 @@ class MuonAdamW:
         self.steps += 1
         for group in self.groups:
             if group.optimizer == "muon":
-                self._muon(group, group.lr * lr_mult, group.momentum if momentum is None else momentum)
+                self._muon(
+                    group, group.lr * lr_mult, group.momentum if momentum is None else momentum
+                )
             else:
                 self._adamw(group, group.lr * lr_mult)
 
@@ -96,7 +106,9 @@ class MuonAdamW:
     # updates --------------------------------------------------------------------------------------------------------------
 
     def _muon(self, group: Group, lr: float, momentum: float) -> None:
-        for same in self._by_shape(group):  # matrices of one shape travel and are orthogonalised together
+        for same in self._by_shape(
+            group
+        ):  # matrices of one shape travel and are orthogonalised together
             share = -(-len(same) // self.world)
             mine = same[self.rank * share : (self.rank + 1) * share]
             grads = self._sum_grads(same, share)[: len(mine)]
@@ -115,7 +127,9 @@ class MuonAdamW:
             self._share_params(same, share)
 
     def _orthogonalize_all(self, updates: list[Tensor]) -> Iterable[Tensor]:
-        if updates[0].device.type != "cpu":  # one batched product keeps a GPU busy; a CPU is as fast one by one, in its cache
+        if (
+            updates[0].device.type != "cpu"
+        ):  # one batched product keeps a GPU busy; a CPU is as fast one by one, in its cache
             return orthogonalize(torch.stack(updates), self.ns_dtype).unbind()
         return [orthogonalize(u, self.ns_dtype) for u in updates]
 
@@ -161,8 +175,22 @@ class MuonAdamW:
             second.append(state["second"])
             steps.append(torch.tensor(float(self.steps - 1), device=p.device))
         beta1, beta2 = group.betas
-        adamw(params, grads, first, second, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-              lr=lr, weight_decay=group.weight_decay, eps=group.eps, maximize=False)  # fmt: skip
+        adamw(
+            params,
+            grads,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=group.weight_decay,
+            eps=group.eps,
+            maximize=False,
+        )
         for p in group.params:
             if (rows := self._rows(p)) is not None:
                 dist.all_gather_single(p.data, p.data[rows].clone())
@@ -178,7 +206,9 @@ class MuonAdamW:
             for same in self._by_shape(group):
                 share = -(-len(same) // self.world)
                 for at, (name, p) in enumerate(same):
-                    for moment in ("momentum",) if group.optimizer == "muon" else ("first", "second"):
+                    for moment in (
+                        ("momentum",) if group.optimizer == "muon" else ("first", "second")
+                    ):
                         own = group.state.get(name, {}).get(moment)
                         full = torch.zeros_like(p) if own is None else own
                         if self.world > 1 and group.optimizer == "muon":
@@ -186,7 +216,9 @@ class MuonAdamW:
                             dist.broadcast(full, src=at // share)
                         elif self.world > 1 and (rows := self._rows(p)) is not None:
                             full = torch.zeros_like(p)
-                            dist.all_gather_single(full, torch.zeros_like(p[rows]) if own is None else own)
+                            dist.all_gather_single(
+                                full, torch.zeros_like(p[rows]) if own is None else own
+                            )
                         out[f"{name}/{moment}"] = full
         return out
 
@@ -199,10 +231,16 @@ class MuonAdamW:
                 for at, (name, p) in enumerate(same):
                     if group.optimizer == "muon":
                         if at // share == self.rank:
-                            group.state[name] = {"momentum": tensors[f"{name}/momentum"].to(p.device, torch.float32, copy=True)}
+                            group.state[name] = {
+                                "momentum": tensors[f"{name}/momentum"].to(
+                                    p.device, torch.float32, copy=True
+                                )
+                            }
                     else:
                         rows = self._rows(p)
                         group.state[name] = {
-                            m: (t if rows is None else t[rows]).to(p.device, torch.float32, copy=True)
+                            m: (t if rows is None else t[rows]).to(
+                                p.device, torch.float32, copy=True
+                            )
                             for m, t in ((m, tensors[f"{name}/{m}"]) for m in ("first", "second"))
                         }

@@ -15,16 +15,25 @@ from nanochat.train.loop import Run
 from nanochat.train.schedule import Schedule
 
 HORIZONS = (
-    "num_iterations", "target_flops", "target_param_data_ratio", "max_minutes", "max_hours", "epochs",
-    "total_batch_size", "questions_per_step", "context_stages",
-)  # fmt: skip
+    "num_iterations",
+    "target_flops",
+    "target_param_data_ratio",
+    "max_minutes",
+    "max_hours",
+    "epochs",
+    "total_batch_size",
+    "questions_per_step",
+    "context_stages",
+)
 
 
 def same_architecture(config: GPTConfig, path: Path) -> None:
     """UserError when the flags ask for another model than the checkpoint to go on from holds, even one whose weights would fit."""
     for name, before in checkpoint.read_meta(path)["config"].items():
         if (now := getattr(config, name)) != before:
-            raise UserError(f"{path} has {name}={before}, not {now}: leave the flag out to go on, or start another run with --model_tag")
+            raise UserError(
+                f"{path} has {name}={before}, not {now}: leave the flag out to go on, or start another run with --model_tag"
+            )
 
 
 def same_horizons(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -41,14 +50,24 @@ def same_horizons(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 def _in_words(k: Mapping[str, Any]) -> dict[str, str]:
     """The horizons that these knobs have; a budget in minutes, in whatever unit it was given."""
-    found = {n: k[n] for n in HORIZONS if n in k and n != "max_hours"} | {"max_minutes": k["max_minutes"] or k["max_hours"] * 60}
-    return {n: f"{v:.10g}" if isinstance(v, int | float) else " ".join(v) or "none" for n, v in found.items()}
+    found = {n: k[n] for n in HORIZONS if n in k and n != "max_hours"} | {
+        "max_minutes": k["max_minutes"] or k["max_hours"] * 60
+    }
+    return {
+        n: f"{v:.10g}" if isinstance(v, int | float) else " ".join(v) or "none"
+        for n, v in found.items()
+    }
 
 
 def schedule_of(k: Mapping[str, Any], plan: Mapping[str, Any]) -> Schedule:
     """The schedule of a run with these knobs and this plan, in which an earlier redecay left where it began."""
     since = plan.get("since")
-    return Schedule(k["warmup_ratio"], k["warmdown_ratio"], k["final_lr_frac"], since=(since[0], since[1]) if since else None)
+    return Schedule(
+        k["warmup_ratio"],
+        k["warmdown_ratio"],
+        k["final_lr_frac"],
+        since=(since[0], since[1]) if since else None,
+    )
 
 
 def going_on(k: Mapping[str, Any], path: Path, run: Run, progress: float) -> Schedule:
@@ -60,7 +79,9 @@ def going_on(k: Mapping[str, Any], path: Path, run: Run, progress: float) -> Sch
     meta = checkpoint.read_meta(path)
     before = schedule_of(meta["knobs"], meta["plan"]).lr_mult(meta.get("progress", progress))
     if k["new_horizon"] and progress >= 1:
-        raise UserError(f"{path} is at or past the new end already, with {run.step:,} steps in {duration(run.seconds)}: ask for more")
+        raise UserError(
+            f"{path} is at or past the new end already, with {run.step:,} steps in {duration(run.seconds)}: ask for more"
+        )
     if k["new_horizon"] == "redecay":
         if before <= k["final_lr_frac"]:
             raise UserError(
@@ -71,5 +92,7 @@ def going_on(k: Mapping[str, Any], path: Path, run: Run, progress: float) -> Sch
     schedule = schedule_of(k, run.meta["plan"])
     after = schedule.lr_mult(progress)
     if k["new_horizon"] or abs(after - before) > 0.01:
-        print0(f"  learning rate x{before:.3f} at step {run.step:,}, x{after:.3f} from here on ({progress:.1%} of the run is over)")
+        print0(
+            f"  learning rate x{before:.3f} at step {run.step:,}, x{after:.3f} from here on ({progress:.1%} of the run is over)"
+        )
     return schedule

@@ -40,18 +40,27 @@ class Sampler:
     temperature: float = 1.0
     top_k: int = 0
 
-    def replies(self, questions: Sequence[Question], samples: int, seeds: Sequence[int]) -> list[list[Row]]:
+    def replies(
+        self, questions: Sequence[Question], samples: int, seeds: Sequence[int]
+    ) -> list[list[Row]]:
         """`samples` replies to every question. What a question's own seed draws is the same beside whatever other questions."""
         tok = self.engine.tokenizer
         prompts = [tok.render_prompt(task.prompt(item)) for task, item in questions]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length share a pass
+        order = sorted(
+            range(len(prompts)), key=lambda i: len(prompts[i])
+        )  # prompts of like length share a pass
         out: list[list[Row]] = [[] for _ in prompts]
         at = 0
         while at < len(order):
             now = order[at : at + max(1, self.rows // samples)]
             try:
                 rows = self.engine.generate_batch(
-                    [prompts[i] for i in now], samples, self.max_tokens, self.temperature, self.top_k, seed=[seeds[i] for i in now]
+                    [prompts[i] for i in now],
+                    samples,
+                    self.max_tokens,
+                    self.temperature,
+                    self.top_k,
+                    seed=[seeds[i] for i in now],
                 )
             except RuntimeError as e:
                 if not out_of_memory(e) or len(now) == 1:
@@ -69,7 +78,10 @@ class Sampler:
 def reward(tok: Tokenizer, question: Question, row: Row) -> float:
     """1 for a right reply that the model ended itself, else 0."""
     task, item = question
-    return float(row.stop == tok.specials["<|assistant_end|>"] and task.evaluate(item, visible_text(tok, row.tokens)))
+    return float(
+        row.stop == tok.specials["<|assistant_end|>"]
+        and task.evaluate(item, visible_text(tok, row.tokens))
+    )
 
 
 def said(row: Row) -> int:
@@ -83,11 +95,17 @@ def lessons(rows: Sequence[Row], rewards: Sequence[float]) -> list[tuple[Row, fl
     for row, r in zip(rows, rewards, strict=True):
         replies.setdefault(key := (*row.tokens, row.stop), row)
         weights[key] += r - mean
-    return [(replies[key], weight) for key, weight in weights.items()] if len(set(rewards)) > 1 else []
+    return (
+        [(replies[key], weight) for key, weight in weights.items()] if len(set(rewards)) > 1 else []
+    )
 
 
 def weighted_batches(
-    replies: Sequence[tuple[Row, float]], device_rows: int, bos: int, longest: int, device: torch.device | str = "cpu"
+    replies: Sequence[tuple[Row, float]],
+    device_rows: int,
+    bos: int,
+    longest: int,
+    device: torch.device | str = "cpu",
 ) -> list[Batch]:
     """
     (reply, weight) pairs as micro-batches of at most device_rows rows: targets at sampled tokens alone, the stop token among them. Rows of
@@ -98,17 +116,27 @@ def weighted_batches(
         new, mask = row.tokens, row.mask
         if row.stop is not None:
             new, mask = [*new, row.stop], [*mask, 1]
-        targets = [IGNORED] * (len(row.prompt) - 1) + [t if sampled else IGNORED for t, sampled in zip(new, mask, strict=True)]
+        targets = [IGNORED] * (len(row.prompt) - 1) + [
+            t if sampled else IGNORED for t, sampled in zip(new, mask, strict=True)
+        ]
         rows.append(([*row.prompt, *new][:-1], targets, weight))
     out = []
     widths = [min(longest, 64 * max(1, -(-len(ids) // 64))) for ids, _, _ in rows]
     for T in sorted(set(widths)) or [1]:
-        alike = [row for row, width in zip(rows, widths, strict=True) if width == T] or [([], [], 0.0)]
+        alike = [row for row, width in zip(rows, widths, strict=True) if width == T] or [
+            ([], [], 0.0)
+        ]
         for at in range(0, len(alike), device_rows):
             part = alike[at : at + device_rows]
-            inputs = torch.tensor([ids + [bos] * (T - len(ids)) for ids, _, _ in part], device=device)
-            targets = torch.tensor([t + [IGNORED] * (T - len(t)) for _, t, _ in part], device=device)
-            weights = torch.tensor([w for _, _, w in part], dtype=torch.float32, device=device)[:, None]
+            inputs = torch.tensor(
+                [ids + [bos] * (T - len(ids)) for ids, _, _ in part], device=device
+            )
+            targets = torch.tensor(
+                [t + [IGNORED] * (T - len(t)) for _, t, _ in part], device=device
+            )
+            weights = torch.tensor([w for _, _, w in part], dtype=torch.float32, device=device)[
+                :, None
+            ]
             out.append(Batch(inputs, targets, weights * (targets >= 0)))
     return out
 
@@ -149,12 +177,16 @@ class RolloutFeed:
         world_size: int = 1,
     ):
         if not questions:
-            raise UserError("no question leaves room for a reply: choose another task, or a model with a longer context")
+            raise UserError(
+                "no question leaves room for a reply: choose another task, or a model with a longer context"
+            )
         self.sampler, self.questions, self.device_rows = sampler, questions, device_rows
         self.per_step, self.samples, self.total = per_step, samples, total
         self.rank, self.world_size = rank, world_size
         self.numbers: dict[str, float] = {}
-        digest = hashlib.sha256(json.dumps([(task.name, item["messages"]) for task, item in questions]).encode())
+        digest = hashlib.sha256(
+            json.dumps([(task.name, item["messages"]) for task, item in questions]).encode()
+        )
         self._state = {"seed": seed, "questions": digest.hexdigest()[:16], "drawn": 0}
         self._order: tuple[int, np.ndarray] = -1, np.zeros(0)
 
@@ -170,21 +202,39 @@ class RolloutFeed:
         """The question drawn as number 0, 1, ... of the run."""
         epoch, at = divmod(number, len(self.questions))
         if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self._state["seed"], epoch]).permutation(len(self.questions))
+            self._order = (
+                epoch,
+                np.random.default_rng([self._state["seed"], epoch]).permutation(
+                    len(self.questions)
+                ),
+            )
         return self.questions[self._order[1][at]]
 
     def __next__(self) -> list[Batch]:
         first = self._state["drawn"]
-        stop = first + self.per_step if self.total is None else min(first + self.per_step, self.total)
+        stop = (
+            first + self.per_step if self.total is None else min(first + self.per_step, self.total)
+        )
         if first >= stop:
             raise StopIteration
         began, engine = time.monotonic(), self.sampler.engine
-        mine = range(first, stop)[(stop - first) * self.rank // self.world_size : (stop - first) * (self.rank + 1) // self.world_size]
+        mine = range(first, stop)[
+            (stop - first) * self.rank // self.world_size : (stop - first)
+            * (self.rank + 1)
+            // self.world_size
+        ]
         questions = [self._question(n) for n in mine]
-        groups = self.sampler.replies(questions, self.samples, [(self._state["seed"] << 32) + n for n in mine])
-        rewards = [[reward(engine.tokenizer, q, row) for row in rows] for q, rows in zip(questions, groups, strict=True)]
+        groups = self.sampler.replies(
+            questions, self.samples, [(self._state["seed"] << 32) + n for n in mine]
+        )
+        rewards = [
+            [reward(engine.tokenizer, q, row) for row in rows]
+            for q, rows in zip(questions, groups, strict=True)
+        ]
 
-        taught = [lesson for rows, rs in zip(groups, rewards, strict=True) for lesson in lessons(rows, rs)]
+        taught = [
+            lesson for rows, rs in zip(groups, rewards, strict=True) for lesson in lessons(rows, rs)
+        ]
         everything = [row for rows in groups for row in rows]
         counts = [
             sum(map(sum, rewards)),
@@ -206,7 +256,13 @@ class RolloutFeed:
         self._state["drawn"] = stop
         weighted = [(row, weight * seen / n) for row, weight in taught]
         model = engine.model
-        return weighted_batches(weighted, self.device_rows, engine.tokenizer.bos, model.config.sequence_len, model.embed.weight.device)
+        return weighted_batches(
+            weighted,
+            self.device_rows,
+            engine.tokenizer.bos,
+            model.config.sequence_len,
+            model.embed.weight.device,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)
@@ -215,5 +271,7 @@ class RolloutFeed:
         """Go on from a position among the same questions with the same seed."""
         for what in ("seed", "questions"):
             if state[what] != self._state[what]:
-                raise UserError(f"cannot go on from this place: the {what} of this run changed; restore the flags or start afresh")
+                raise UserError(
+                    f"cannot go on from this place: the {what} of this run changed; restore the flags or start afresh"
+                )
         self._state = dict(state)

@@ -40,7 +40,17 @@ from nanochat.train.scaling import batch_for, width_scale
 
 K = TypeVar("K", bound="TrainKnobs")
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "gate_lr", "lr_scale")
-INHERITED = ("dtype", "compile", "device_batch_size", *RATES, "run", "sinks", "seed", "name", "task_dir")
+INHERITED = (
+    "dtype",
+    "compile",
+    "device_batch_size",
+    *RATES,
+    "run",
+    "sinks",
+    "seed",
+    "name",
+    "task_dir",
+)
 LENGTHS = ("num_iterations", "target_flops", "target_param_data_ratio")
 
 
@@ -49,7 +59,9 @@ class MachineKnobs:
     """Machine"""
 
     device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "where to compute")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of the computation; the weights stay in float32")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "precision of the computation; the weights stay in float32"
+    )
     seed: int = knob(42, "seed of weights, data order and samples")
 
 
@@ -57,24 +69,52 @@ class MachineKnobs:
 class TrainKnobs(MachineKnobs):
     """Run"""
 
-    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay")
+    compile: Literal["auto", "on", "off"] = knob(
+        "auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay"
+    )
     run: str = knob("dummy", "name of the run in the sinks; dummy = metrics.jsonl alone")
-    sinks: tuple[str, ...] = knob(("wandb",), "where a named run is logged as well: wandb trackio tensorboard")
-    model_tag: str = knob("", "name of the model's folder; default d<depth>, later stages take their parent's")
-    resume: Literal["", "auto"] = knob("", "auto = go on from the newest intact checkpoint of this run, or start")
+    sinks: tuple[str, ...] = knob(
+        ("wandb",), "where a named run is logged as well: wandb trackio tensorboard"
+    )
+    model_tag: str = knob(
+        "", "name of the model's folder; default d<depth>, later stages take their parent's"
+    )
+    resume: Literal["", "auto"] = knob(
+        "", "auto = go on from the newest intact checkpoint of this run, or start"
+    )
     new_horizon: Literal["", "stretch", "redecay"] = knob(
-        "", "on resume with another horizon: stretch lays the schedule over the new length, redecay goes from the present rate to the floor"
+        "",
+        "on resume with another horizon: stretch lays the schedule over the new length, redecay goes from the present rate to the floor",
     )
     keep: int = knob(2, "checkpoints kept, beside the best", low=1)
-    save_every: float = knob(0.0, "save also every so many steps (below 1: share of the run; 0 = before evaluations and at the end)", low=0)
-    eval_every: float = knob(0.1, "evaluate every so many steps (below 1: share of the run; 0 = at the end)", low=0)
-    eval_tokens: int = knob(1 << 20, "validation tokens read in an evaluation, of every source", low=1)
-    sample_every: float = knob(0.25, "sample every so many steps (below 1: share of the run; 0 = at the end)", low=0)
-    max_minutes: float = knob(0.0, "end after so many minutes, evaluation and saving included (0 = no limit)", low=0, high=1e7)
+    save_every: float = knob(
+        0.0,
+        "save also every so many steps (below 1: share of the run; 0 = before evaluations and at the end)",
+        low=0,
+    )
+    eval_every: float = knob(
+        0.1, "evaluate every so many steps (below 1: share of the run; 0 = at the end)", low=0
+    )
+    eval_tokens: int = knob(
+        1 << 20, "validation tokens read in an evaluation, of every source", low=1
+    )
+    sample_every: float = knob(
+        0.25, "sample every so many steps (below 1: share of the run; 0 = at the end)", low=0
+    )
+    max_minutes: float = knob(
+        0.0,
+        "end after so many minutes, evaluation and saving included (0 = no limit)",
+        low=0,
+        high=1e7,
+    )
     max_hours: float = knob(0.0, "the same in hours", low=0, high=1e5)
-    device_batch_size: int = knob(32, "rows of a micro-batch on one device, at most; halved when memory runs out", low=1)
+    device_batch_size: int = knob(
+        32, "rows of a micro-batch on one device, at most; halved when memory runs out", low=1
+    )
     embedding_lr: float = knob(0.2, "AdamW's rate for the token embedding, at width 768", low=0)
-    unembedding_lr: float = knob(0.004, "AdamW's rate for the head (and a tied table), at width 768", low=0)
+    unembedding_lr: float = knob(
+        0.004, "AdamW's rate for the head (and a tied table), at width 768", low=0
+    )
     matrix_lr: float = knob(0.02, "Muon's rate for the matrices", low=0)
     gate_lr: float = knob(0.05, "AdamW's rate for the gates of an attention prior", low=0)
     lr_scale: float = knob(1.0, "factor on all the rates", low=0)
@@ -98,7 +138,9 @@ class Stage:
     resume_from: Path | None
     peak_flops: float  # of all devices together
     began: float
-    parent_meta: dict[str, Any] = field(default_factory=dict)  # of the checkpoint that the stage goes on from, if it has one
+    parent_meta: dict[str, Any] = field(
+        default_factory=dict
+    )  # of the checkpoint that the stage goes on from, if it has one
 
     @property
     def budget_seconds(self) -> float:
@@ -107,14 +149,35 @@ class Stage:
     @property
     def contexts(self) -> Contexts:
         """The context stages of the run: one, but for a base_train that was given more."""
-        return Contexts.parse(getattr(self.knobs, "context_stages", ()), self.model.config.sequence_len)
+        return Contexts.parse(
+            getattr(self.knobs, "context_stages", ()), self.model.config.sequence_len
+        )
 
-    def feed(self, shards: Sequence[tuple[Shards, float | None]], rows: int, steps: int | None, **more: Any) -> RowFeed:
+    def feed(
+        self,
+        shards: Sequence[tuple[Shards, float | None]],
+        rows: int,
+        steps: int | None,
+        **more: Any,
+    ) -> RowFeed:
         """The feed of this stage's rank, device and seed; `rows` are of the longest context, `more` goes to RowFeed."""
         k, rt = self.knobs, self.runtime
-        ours = {"seed": k.seed, "rank": rt.rank, "world_size": rt.world_size, "device": rt.device, "device_rows": k.device_batch_size}
+        ours = {
+            "seed": k.seed,
+            "rank": rt.rank,
+            "world_size": rt.world_size,
+            "device": rt.device,
+            "device_rows": k.device_batch_size,
+        }
         ours["contexts"] = self.contexts
-        return RowFeed(shards, rows=rows, sequence_len=self.model.config.sequence_len, total_steps=steps, **ours, **more)
+        return RowFeed(
+            shards,
+            rows=rows,
+            sequence_len=self.model.config.sequence_len,
+            total_steps=steps,
+            **ours,
+            **more,
+        )
 
     def stored(self, name: str) -> Any:
         """What the checkpoint to go on from says, None when starting or when the horizon is laid anew."""
@@ -137,15 +200,25 @@ def parse(
     """
     k, origins = knobs.parse(cls, argv, command=command, inherited=inherited)
     if k.max_minutes and k.max_hours:
-        raise UserError(f"--max_minutes={k.max_minutes:g} and --max_hours={k.max_hours:g} are two budgets: give one of them")
-    found = checkpoint.find(checkpoint.run_directory(stage, tag_of(k))) if k.resume == "auto" else None
+        raise UserError(
+            f"--max_minutes={k.max_minutes:g} and --max_hours={k.max_hours:g} are two budgets: give one of them"
+        )
+    found = (
+        checkpoint.find(checkpoint.run_directory(stage, tag_of(k))) if k.resume == "auto" else None
+    )
     if found is None:
         return k, origins, None
     meta = checkpoint.read_meta(found)
     before = {n: v for n, v in meta["knobs"].items() if n not in ("resume", "new_horizon")}
-    replaced = ("max_minutes", "max_hours") if k.max_minutes or k.max_hours else ()  # a budget given now stands for one in the other unit
-    k, origins = knobs.parse(cls, argv, command=command, inherited={n: v for n, v in before.items() if n not in replaced})
-    origins = {n: meta["origins"].get(n, o) if o == "inherited" else o for n, o in origins.items()}  # where the run itself had it from
+    replaced = (
+        ("max_minutes", "max_hours") if k.max_minutes or k.max_hours else ()
+    )  # a budget given now stands for one in the other unit
+    k, origins = knobs.parse(
+        cls, argv, command=command, inherited={n: v for n, v in before.items() if n not in replaced}
+    )
+    origins = {
+        n: meta["origins"].get(n, o) if o == "inherited" else o for n, o in origins.items()
+    }  # where the run itself had it from
     if not k.new_horizon:
         resume.same_horizons(before, asdict(k))
     return k, origins, found
@@ -162,18 +235,24 @@ def open_stage(
 ) -> Stage:
     """Runtime, tokenizer, model; prints what it opens. `build` makes the model with its weights of step 0."""
     began = time.monotonic()
-    dtype = checkpoint.read_meta(resume_from)["dtype"] if resume_from else k.dtype  # a measured choice is made once a run
+    dtype = (
+        checkpoint.read_meta(resume_from)["dtype"] if resume_from else k.dtype
+    )  # a measured choice is made once a run
     if k.dtype not in ("auto", dtype):
         notice(f"--dtype={k.dtype} is not followed: the run goes on in {dtype}, as it was started")
     rt = open_runtime(k.device_type, dtype, k.seed)
     tokenizer = Tokenizer.load()
     directory = checkpoint.run_directory(name, tag)
     if resume_from:
-        checkpoint.check_tokenizer(checkpoint.read_meta(resume_from), tokenizer.fingerprint, resume_from)
+        checkpoint.check_tokenizer(
+            checkpoint.read_meta(resume_from), tokenizer.fingerprint, resume_from
+        )
     model = build(rt, tokenizer)
     if resume_from:
         resume.same_architecture(model.config, resume_from)
-    measured = trainer.from_main(hardware.measured_peak(rt.device, rt.dtype), rt)  # the horizon hangs on it: one figure for all ranks
+    measured = trainer.from_main(
+        hardware.measured_peak(rt.device, rt.dtype), rt
+    )  # the horizon hangs on it: one figure for all ranks
     peak = measured * (rt.world_size if rt.device.type == "cuda" else 1)
     print0(
         f"{command}: {tag} on {rt.device.type} x{rt.world_size}, {rt.dtype_name}, "
@@ -191,7 +270,9 @@ def set_aside(directory: Path) -> None:
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     directory.rename(old)
-    notice(f"{directory.name} was trained before: that run is now {old} (--resume=auto would have gone on with it)")
+    notice(
+        f"{directory.name} was trained before: that run is now {old} (--resume=auto would have gone on with it)"
+    )
 
 
 def table_of_counts(model: GPT) -> str:
@@ -204,7 +285,13 @@ def table_of_counts(model: GPT) -> str:
     heads = f"{c.n_head} heads of {c.head_dim} ({c.n_kv_head} key-value)"
     shape = f"{c.n_layer} layers, width {c.n_embd}, {heads}, MLP {c.hidden}, context {c.sequence_len}, vocabulary {c.vocab_size:,}"
     lines += [f"  prior        {model.prior.describe()}"] if model.prior else []
-    return "\n".join([f"  {shape}", *lines, f"  {'total':<12} {n['total']:>13,}  {human(model.flops_per_token())} FLOPs a token{tied}"])
+    return "\n".join(
+        [
+            f"  {shape}",
+            *lines,
+            f"  {'total':<12} {n['total']:>13,}  {human(model.flops_per_token())} FLOPs a token{tied}",
+        ]
+    )
 
 
 def default_sources() -> list[str]:
@@ -227,16 +314,25 @@ def sources_of(specs: Sequence[str]) -> list[Source]:
 def make_optimizer(model: GPT, k: Any, rt: Runtime, rate_scale: float = 1.0) -> MuonAdamW:
     """One group for every (optimizer, rate) of the roster. AdamW's rates follow the width, all rates follow lr_scale and rate_scale."""
     wide = width_scale(model.config.n_embd)
-    rates = {"embedding": k.embedding_lr * wide, "head": k.unembedding_lr * wide, "matrix": k.matrix_lr, "gate": k.gate_lr}
+    rates = {
+        "embedding": k.embedding_lr * wide,
+        "head": k.unembedding_lr * wide,
+        "matrix": k.matrix_lr,
+        "gate": k.gate_lr,
+    }
     groups: dict[tuple[str, str], Group] = {}
     for name, p, row in model.roster():
         decay = k.weight_decay if row.optimizer == "muon" else 0.0
         group = groups.setdefault(
-            (row.optimizer, row.rate), Group(row.optimizer, [], [], rates[row.rate] * k.lr_scale * rate_scale, decay)
+            (row.optimizer, row.rate),
+            Group(row.optimizer, [], [], rates[row.rate] * k.lr_scale * rate_scale, decay),
         )
         group.names.append(name)
         group.params.append(p)
-    return MuonAdamW(groups.values(), torch.float32 if rt.dtype is torch.float32 and rt.device.type == "cpu" else torch.bfloat16)
+    return MuonAdamW(
+        groups.values(),
+        torch.float32 if rt.dtype is torch.float32 and rt.device.type == "cpu" else torch.bfloat16,
+    )
 
 
 def whole_rows(total_batch_size: int, *lengths: int) -> int:
@@ -245,7 +341,9 @@ def whole_rows(total_batch_size: int, *lengths: int) -> int:
     if total_batch_size % unit:
         near = max(1, round(total_batch_size / unit)) * unit
         rows = " and ".join(f"of {T}" for T in lengths)
-        raise UserError(f"a batch of {total_batch_size:,} tokens is not a whole number of rows {rows}: try --total_batch_size={near}")
+        raise UserError(
+            f"a batch of {total_batch_size:,} tokens is not a whole number of rows {rows}: try --total_batch_size={near}"
+        )
     return total_batch_size // lengths[-1]
 
 
@@ -260,7 +358,9 @@ def horizon(s: Stage) -> tuple[int, int | None]:
         return rows, s.stored("steps")
     for n in LENGTHS:
         if not 0 < (length := getattr(k, n)) < math.inf and length != -1:
-            raise UserError(f"--{n}={length:g} is no length of a run: give a number above 0, or -1 for none")
+            raise UserError(
+                f"--{n}={length:g} is no length of a run: give a number above 0, or -1 for none"
+            )
     named = [n for n in LENGTHS if getattr(k, n) > 0 and s.origins[n] != "default"]
     if len(named) > 1:
         raise UserError(
@@ -273,7 +373,9 @@ def horizon(s: Stage) -> tuple[int, int | None]:
     elif named == ["target_flops"]:
         tokens = k.target_flops / fpt
     elif s.budget_seconds:
-        tokens = 0.3 * s.peak_flops * s.budget_seconds / fpt  # only to choose a batch: the clock ends the run
+        tokens = (
+            0.3 * s.peak_flops * s.budget_seconds / fpt
+        )  # only to choose a batch: the clock ends the run
     elif k.target_param_data_ratio > 0:
         tokens = k.target_param_data_ratio * total
     if tokens is None and steps is None:
@@ -281,26 +383,47 @@ def horizon(s: Stage) -> tuple[int, int | None]:
             "nothing says how long to train: give --num_iterations, --target_param_data_ratio, --target_flops or --max_minutes"
         )
     unit = math.lcm(*contexts.lengths)
-    before = checkpoint.read_meta(s.resume_from)["plan"]["rows"] * contexts.longest if s.resume_from else 0  # a new length changes no batch
-    batch = k.total_batch_size or before or max(1, (1 << 19 if tokens is None else batch_for(tokens)) // unit) * unit
+    before = (
+        checkpoint.read_meta(s.resume_from)["plan"]["rows"] * contexts.longest
+        if s.resume_from
+        else 0
+    )  # a new length changes no batch
+    batch = (
+        k.total_batch_size
+        or before
+        or max(1, (1 << 19 if tokens is None else batch_for(tokens)) // unit) * unit
+    )
     rows = whole_rows(batch, *contexts.lengths)
     if steps is None and not (s.budget_seconds and not named) and tokens is not None:
         steps = round(tokens / batch)
         if not steps:
             n = (named or ["target_param_data_ratio"])[0]
             need = getattr(k, n) * batch / tokens
-            raise UserError(f"--{n}={getattr(k, n):g} is {tokens:,.0f} tokens, not one step of {batch:,}: give {need:.2g} or more, "
-                            "or a smaller --total_batch_size")  # fmt: skip
+            raise UserError(
+                f"--{n}={getattr(k, n):g} is {tokens:,.0f} tokens, not one step of {batch:,}: give {need:.2g} or more, "
+                "or a smaller --total_batch_size"
+            )
     if s.budget_seconds and (least := batch * fpt / s.peak_flops) > s.budget_seconds:
-        raise UserError(f"a budget of {s.budget_seconds:.3g} s holds no step: one of {batch:,} tokens takes {least:.3g} s or more here; "
-                        "give more time, a smaller --total_batch_size or a smaller --depth")  # fmt: skip
-    length = f"{steps:,} steps, {human(steps * batch)} tokens" if steps else f"{duration(s.budget_seconds)}"
-    stages = ", ".join(f"{batch // T} rows of {T}" + (f" from {begin:.0%}" if begin else "") for begin, T in contexts.stages)
+        raise UserError(
+            f"a budget of {s.budget_seconds:.3g} s holds no step: one of {batch:,} tokens takes {least:.3g} s or more here; "
+            "give more time, a smaller --total_batch_size or a smaller --depth"
+        )
+    length = (
+        f"{steps:,} steps, {human(steps * batch)} tokens"
+        if steps
+        else f"{duration(s.budget_seconds)}"
+    )
+    stages = ", ".join(
+        f"{batch // T} rows of {T}" + (f" from {begin:.0%}" if begin else "")
+        for begin, T in contexts.stages
+    )
     print0(f"  {batch:,} tokens a step ({stages}); {length}")
     return rows, steps
 
 
-def open_child(cls: type[K], argv: Sequence[str] | None, command: str, name: str, parent: Callable[[K], str]) -> Stage:
+def open_child(
+    cls: type[K], argv: Sequence[str] | None, command: str, name: str, parent: Callable[[K], str]
+) -> Stage:
     """
     Open a stage that goes on from another's checkpoint: knobs named in INHERITED come down from it, the model and its tag too.
     """
@@ -323,12 +446,18 @@ def talk_horizon(s: Stage) -> tuple[int | None, int | None]:
     """(steps, epochs) of a stage on conversations: --num_iterations, else the budget of time, else --epochs."""
     k = s.knobs
     if k.num_iterations > 0 and s.budget_seconds:
-        raise UserError(f"--num_iterations={k.num_iterations} and a budget of time are two lengths for one run: give one of them")
+        raise UserError(
+            f"--num_iterations={k.num_iterations} and a budget of time are two lengths for one run: give one of them"
+        )
     if k.epochs > 1 and (k.num_iterations > 0 or s.budget_seconds):
         other = "a budget of time" if s.budget_seconds else f"--num_iterations={k.num_iterations}"
-        raise UserError(f"--epochs={k.epochs} and {other} are two lengths for one run: give one of them")
+        raise UserError(
+            f"--epochs={k.epochs} and {other} are two lengths for one run: give one of them"
+        )
     if k.num_iterations < 1 and k.num_iterations != -1:
-        raise UserError(f"--num_iterations={k.num_iterations} is no length of a run: give a number above 0, or -1 for none")
+        raise UserError(
+            f"--num_iterations={k.num_iterations} is no length of a run: give a number above 0, or -1 for none"
+        )
     if k.num_iterations > 0:
         return k.num_iterations, None
     return (None, None) if s.budget_seconds else (None, k.epochs)
@@ -341,7 +470,14 @@ def val_probe(s: Stage, val: Sequence[tuple[str, Shards, float | None]]) -> trai
     def look() -> dict[str, float]:
         out, weights = {}, []
         for name, shards, weight in val:
-            out[f"val_bpb/{name}"] = of_shards(s.model, shards, token_bytes, s.runtime, s.knobs.device_batch_size, s.knobs.eval_tokens)
+            out[f"val_bpb/{name}"] = of_shards(
+                s.model,
+                shards,
+                token_bytes,
+                s.runtime,
+                s.knobs.device_batch_size,
+                s.knobs.eval_tokens,
+            )
             weights.append(weight or 1.0)
         mean = sum(w * v for w, v in zip(weights, out.values(), strict=True)) / sum(weights)
         return {"val_bpb": mean, **(out if len(out) > 1 else {})}
@@ -360,7 +496,9 @@ def compile_if_it_pays(s: Stage, rows: int, steps: int | None, one_shape: bool) 
     elif k.compile == "auto":
         flops = (steps or 0) * rows * s.contexts.longest * s.contexts.mean(s.model.flops_per_token)
         seconds = s.budget_seconds or flops / (0.4 * s.peak_flops)
-        wanted = one_shape and (device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS * len(s.contexts.stages))
+        wanted = one_shape and (
+            device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS * len(s.contexts.stages)
+        )
     else:
         wanted = k.compile == "on"
     missing = compiler_missing(device) if wanted else ""
@@ -390,19 +528,40 @@ def train(
         "tokenizer": s.tokenizer.fingerprint,
         "knobs": asdict(k),
         "origins": s.origins,
-        "plan": {"rows": rows, "steps": steps, "compiled": compile_if_it_pays(s, rows, steps, one_shape), "since": s.stored("since")},
+        "plan": {
+            "rows": rows,
+            "steps": steps,
+            "compiled": compile_if_it_pays(s, rows, steps, one_shape),
+            "since": s.stored("since"),
+        },
         "dtype": rt.dtype_name,
         "world_size": rt.world_size,
     }
     start = checkpoint.read_meta(s.resume_from)["step"] if s.resume_from else 0
     if not s.resume_from and rt.is_main:
         set_aside(s.directory)  # only now that nothing can be wrong any more with what was asked
-    book = Logbook(s.directory, sinks=k.sinks if k.run != "dummy" else (), run_name=k.run, config=meta, step=start)
-    run = trainer.Run(rt, s.directory, book, meta,
-                      budget_seconds=s.budget_seconds, save_every=k.save_every, keep=k.keep, peak_flops=s.peak_flops)  # fmt: skip
+    book = Logbook(
+        s.directory,
+        sinks=k.sinks if k.run != "dummy" else (),
+        run_name=k.run,
+        config=meta,
+        step=start,
+    )
+    run = trainer.Run(
+        rt,
+        s.directory,
+        book,
+        meta,
+        budget_seconds=s.budget_seconds,
+        save_every=k.save_every,
+        keep=k.keep,
+        peak_flops=s.peak_flops,
+    )
     if s.resume_from:
         trainer.restore(run, s.resume_from, s.model, optimizer, feed)
-        done = checkpoint.read_meta(s.resume_from)["done"] and (not k.new_horizon or run.progress(feed) >= 1)
+        done = checkpoint.read_meta(s.resume_from)["done"] and (
+            not k.new_horizon or run.progress(feed) >= 1
+        )
         print0(
             f"  going on from {s.resume_from} (step {run.step:,}, {human(run.tokens)} tokens)"
             if not done
@@ -411,7 +570,11 @@ def train(
         if done:
             return {"tokens": run.tokens, "seconds": run.seconds, **run.last}
     run.seconds += time.monotonic() - s.began  # opening the stage is part of its time
-    schedule = resume.going_on(asdict(k), s.resume_from, run, run.progress(feed)) if s.resume_from else resume.schedule_of(asdict(k), {})
+    schedule = (
+        resume.going_on(asdict(k), s.resume_from, run, run.progress(feed))
+        if s.resume_from
+        else resume.schedule_of(asdict(k), {})
+    )
     try:
         return trainer.fit(run, s.model, optimizer, feed, schedule, probes)
     finally:
@@ -427,6 +590,8 @@ def finish(main: Callable[[], Any]) -> Any:
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
-        raise UserError("out of memory, even with one row at a time: choose a smaller --depth, --model_dim or --sequence_len") from e
+        raise UserError(
+            "out of memory, even with one row at a time: choose a smaller --depth, --model_dim or --sequence_len"
+        ) from e
     finally:
         close_runtime()

@@ -17,7 +17,9 @@ class Shape:
     aspect_ratio: float = knob(64.0, "model width per layer of depth")
     model_dim: int = knob(0, "model width; 0 = depth x aspect_ratio, rounded up to whole heads")
     head_dim: int = knob(128, "width of an attention head")
-    kv_ratio: float = knob(1.0, "key-value heads as a share of the query heads; as near as whole groups allow", high=1)
+    kv_ratio: float = knob(
+        1.0, "key-value heads as a share of the query heads; as near as whole groups allow", high=1
+    )
 
     def dimensions(self) -> dict[str, int]:
         """n_layer, n_embd, n_head, n_kv_head; UserError when the figures make no model."""
@@ -25,7 +27,10 @@ class Shape:
             value = getattr(self, f.name)
             if not 0 <= value < math.inf or (f.name != "model_dim" and value == 0):
                 raise UserError(f"{f.name} is {value}: it must be a number above 0")
-        width = self.model_dim or math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
+        width = (
+            self.model_dim
+            or math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
+        )
         if width % self.head_dim:
             near = max(1, round(width / self.head_dim)) * self.head_dim
             raise UserError(
@@ -33,7 +38,10 @@ class Shape:
             )
         heads = width // self.head_dim
         wanted = heads * self.kv_ratio
-        kv = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: max(n / wanted, wanted / n))
+        kv = min(
+            (n for n in range(1, heads + 1) if heads % n == 0),
+            key=lambda n: max(n / wanted, wanted / n),
+        )
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
 
 

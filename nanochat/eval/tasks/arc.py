@@ -22,11 +22,19 @@ def _letter(label: str) -> str:
 def _data(config: str) -> DataSet:
     plain = config.lower().replace("-", "_")
     return DataSet(
-        "arc", "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453",
+        "arc",
+        "allenai/ai2_arc",
+        "210d026faf9955653af8916fad021475a3f00453",
         hub={"train": f"{config}/train-*.parquet", "val": f"{config}/test-*.parquet"},
-        local={"train": (f"{plain}/train*.*", f"{config}/train*.*"), "val": (f"{plain}/test*.*", f"{config}/test*.*", f"**/{plain}.jsonl")},
-    )  # fmt: skip
+        local={
+            "train": (f"{plain}/train*.*", f"{config}/train*.*"),
+            "val": (f"{plain}/test*.*", f"{config}/test*.*", f"**/{plain}.jsonl"),
+        },
+    )
 
 
 DATA = {config: _data(config) for config in ("ARC-Easy", "ARC-Challenge")}
-EASY, CHALLENGE = (Task(name, "choice", 0.25, items_of(data, item), prompt, gold, is_answer) for name, data in DATA.items())
+EASY, CHALLENGE = (
+    Task(name, "choice", 0.25, items_of(data, item), prompt, gold, is_answer)
+    for name, data in DATA.items()
+)

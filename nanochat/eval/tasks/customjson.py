@@ -18,10 +18,16 @@ def conversation(row: dict[str, Any]) -> Item:
         checked_messages(row)
         return row
     if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
-        raise UserError('a conversation is an object with "messages", or with the texts "prompt" and "response"')
+        raise UserError(
+            'a conversation is an object with "messages", or with the texts "prompt" and "response"'
+        )
     return exchange(row["prompt"], row["response"])
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
     """The .jsonl files that files and folders name."""
-    return [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
+    return [
+        file
+        for path in paths
+        for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])
+    ]

@@ -22,7 +22,9 @@ from nanochat.base.common import UserError, base_dir, notice, print0, sha256_fil
 from nanochat.data import hub
 from nanochat.eval.tasks.common import Item
 
-Make = Callable[[dict[str, Any]], Item]  # a row -> an item; KeyError, TypeError, ValueError or UserError when it cannot be one
+Make = Callable[
+    [dict[str, Any]], Item
+]  # a row -> an item; KeyError, TypeError, ValueError or UserError when it cannot be one
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,22 @@ class DataSet:
     repo: str
     commit: str
     hub: Mapping[str, str]  # split -> pattern of the files in the repository
-    local: Mapping[str, Sequence[str]] = field(default_factory=dict)  # split -> further patterns in the user's folder, the first found wins
+    local: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # split -> further patterns in the user's folder, the first found wins
 
 
 def files(data: DataSet, split: str, folder: Path | None = None) -> list[Path]:
     """The files of a split: in `folder` if it has them, else fetched. UserError when they cannot be had."""
     if split not in data.hub:
-        raise UserError(f"{data.name} has no {split} split, only {', '.join(data.hub)}: leave it out")
+        raise UserError(
+            f"{data.name} has no {split} split, only {', '.join(data.hub)}: leave it out"
+        )
     if folder is not None:
         if not folder.is_dir():
-            raise UserError(f"--task_dir {folder} is no folder: name one that holds {data.name}, or leave it out to fetch {data.repo}")
+            raise UserError(
+                f"--task_dir {folder} is no folder: name one that holds {data.name}, or leave it out to fetch {data.repo}"
+            )
         patterns = f"{data.name}/{data.hub[split]}", *data.local.get(split, ())
         for pattern in patterns:
             if found := sorted(folder.glob(pattern)):
@@ -61,7 +69,11 @@ def _fetched(data: DataSet, split: str) -> list[Path]:
             wanted = [listed[path] for path in sorted(listed) if fnmatch(path, data.hub[split])]
             if not wanted:
                 raise UserError(f"{data.repo} has no {data.hub[split]} at commit {commit}")
-            new = [f for f in wanted if not (path := folder / f.path).is_file() or path.stat().st_size != f.size]
+            new = [
+                f
+                for f in wanted
+                if not (path := folder / f.path).is_file() or path.stat().st_size != f.size
+            ]
             if new:
                 print0(f"fetching {data.repo} ({split}), commit {commit[:12]}")
                 hub.download(data.repo, commit, new, folder)
@@ -78,7 +90,9 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as file:
-                rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+                rows = chain.from_iterable(
+                    batch.to_pylist() for batch in file.iter_batches(batch_size=1024)
+                )
                 for number, row in enumerate(rows, 1):
                     yield f"{path}, row {number}", row
         elif path.suffix == ".csv":
@@ -86,7 +100,9 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 rows = csv.DictReader(file, strict=True)
                 for row in rows:
                     if None in row or None in row.values():
-                        raise UserError(f"{path}, line {rows.line_num}: not the {len(rows.fieldnames or [])} fields of the header; mend it")
+                        raise UserError(
+                            f"{path}, line {rows.line_num}: not the {len(rows.fieldnames or [])} fields of the header; mend it"
+                        )
                     yield f"{path}, line {rows.line_num}", row
         else:
             with open(path, "rb") as file:
@@ -94,7 +110,9 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     if line.strip():
                         yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as e:
-        raise UserError(f"cannot read {path} ({str(e).splitlines()[0][:120]}): fetch or make it again") from e
+        raise UserError(
+            f"cannot read {path} ({str(e).splitlines()[0][:120]}): fetch or make it again"
+        ) from e
 
 
 def _object(line: bytes, place: str) -> dict[str, Any]:
@@ -103,7 +121,9 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{place}: this is not JSON ({e}); mend or delete the line") from e
     if not isinstance(row, dict):
-        raise UserError(f"{place}: this is a {type(row).__name__}, not an object; mend or delete the line")
+        raise UserError(
+            f"{place}: this is a {type(row).__name__}, not an object; mend or delete the line"
+        )
     return row
 
 

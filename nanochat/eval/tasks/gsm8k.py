@@ -12,10 +12,12 @@ from nanochat.eval.tasks.common import Item, Task, exchange, gold, prompt
 from nanochat.eval.tasks.data import DataSet, items_of
 
 DATA = DataSet(
-    "gsm8k", "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866",
+    "gsm8k",
+    "openai/gsm8k",
+    "740312add88f781978c0658806c59bc2815b9866",
     hub={"train": "main/train-*.parquet", "val": "main/test-*.parquet"},
     local={"train": ("gsm8k/train.jsonl",), "val": ("gsm8k/test.jsonl",)},
-)  # fmt: skip
+)
 
 
 def item(row: dict[str, Any]) -> Item:
@@ -29,8 +31,13 @@ def item(row: dict[str, Any]) -> Item:
             parts += [{"type": "text", "text": text}] if text else []
             continue
         expression = text.rpartition("=")[0]
-        if (result := calculate(expression)) is not None:  # as it will answer in a chat; what it would refuse stays plain text
-            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+        if (
+            result := calculate(expression)
+        ) is not None:  # as it will answer in a chat; what it would refuse stays plain text
+            parts += [
+                {"type": "python", "text": expression},
+                {"type": "python_output", "text": result},
+            ]
     return exchange(row["question"], parts, answer=str(answer))
 
 
@@ -42,7 +49,11 @@ def number(text: str) -> Decimal | None:
 
 def evaluate(item: Item, reply: str) -> bool:
     """Whether every #### of a reply is followed, on its line, by the right number alone."""
-    return {number(line) for line in re.findall(r"####([^\n]*)", reply)} == {Decimal(item["answer"])}
+    return {number(line) for line in re.findall(r"####([^\n]*)", reply)} == {
+        Decimal(item["answer"])
+    }
 
 
-TASK = Task("GSM8K", "generative", 0.0, items_of(DATA, item), prompt, gold, evaluate, max_tokens=512)
+TASK = Task(
+    "GSM8K", "generative", 0.0, items_of(DATA, item), prompt, gold, evaluate, max_tokens=512
+)

@@ -13,10 +13,12 @@ from nanochat.eval.tasks.common import Item, Task, exchange, gold, prompt
 from nanochat.eval.tasks.data import DataSet, items_of
 
 DATA = DataSet(
-    "humaneval", "openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+    "humaneval",
+    "openai/openai_humaneval",
+    "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
     hub={"val": "openai_humaneval/test-*.parquet"},
     local={"val": ("humaneval/HumanEval.jsonl",)},
-)  # fmt: skip
+)
 
 
 def item(row: dict[str, Any]) -> Item:
@@ -38,7 +40,9 @@ def program(item: Item, reply: str) -> str:
             code = code[start.start() :]  # what is said before it is no code
         return f"{problem}\n{code}"
     body = code.strip("\n")
-    ways = [body] if body[:1].isspace() else [indent(body, "    "), "    " + body]  # not indented, or its first line alone is not
+    ways = (
+        [body] if body[:1].isspace() else [indent(body, "    "), "    " + body]
+    )  # not indented, or its first line alone is not
     return next((problem + way for way in ways if _parses(problem + way)), problem + body)
 
 
@@ -52,7 +56,19 @@ def _parses(code: str) -> bool:
 
 def evaluate(item: Item, reply: str) -> bool:
     """Whether the function passes its tests in the sandbox. UserError where there is none."""
-    return execution.run(f"{program(item, reply)}\n{item['test']}\ncheck({item['function']})\n").passed
+    return execution.run(
+        f"{program(item, reply)}\n{item['test']}\ncheck({item['function']})\n"
+    ).passed
 
 
-TASK = Task("HumanEval", "generative", 0.0, items_of(DATA, item), prompt, gold, evaluate, max_tokens=512, missing=execution.missing)
+TASK = Task(
+    "HumanEval",
+    "generative",
+    0.0,
+    items_of(DATA, item),
+    prompt,
+    gold,
+    evaluate,
+    max_tokens=512,
+    missing=execution.missing,
+)

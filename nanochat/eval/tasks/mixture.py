@@ -46,12 +46,19 @@ READ: dict[str, tuple[data.DataSet, data.Make]] = {
     "gsm8k": (gsm8k.DATA, gsm8k.item),
     **{name.lower(): (d, arc.item) for name, d in arc.DATA.items()},
 }
-MADE = {"tinyworld": (40_000, 2_000), "spellingbee": (20_000, 1_000), "identity": (1_000, 50)}  # where no number is given; for validation
+MADE = {
+    "tinyworld": (40_000, 2_000),
+    "spellingbee": (20_000, 1_000),
+    "identity": (1_000, 50),
+}  # where no number is given; for validation
 VALIDATION_SHARE, VALIDATION_LEAST, VALIDATION_MOST = 0.02, 8, 2_000
 # Much talk, forms of questions, the tool, the name; then a smaller and cleaner cut. Second: after pretraining on tinyworld alone
 DEFAULTS = {
     "mid": (("smoltalk", "mmlu", "gsm8k", "spellingbee", "identity"), ("tinyworld",)),
-    "sft": (("arc-easy", "arc-challenge", "gsm8k", "smoltalk@10000", "spellingbee@600", "identity"), ("tinyworld@8000",)),
+    "sft": (
+        ("arc-easy", "arc-challenge", "gsm8k", "smoltalk@10000", "spellingbee@600", "identity"),
+        ("tinyworld@8000",),
+    ),
 }
 
 
@@ -68,20 +75,28 @@ class Spec:
 
 def default(stage: str, texts: Sequence[str]) -> tuple[str, ...]:
     """What a stage ("mid", "sft") trains on when nothing is named, after pretraining on `texts`."""
-    return DEFAULTS[stage][all(re.fullmatch(r"(?:[\w.-]+=)?tinyworld(?:[@:].*)?", text) for text in texts)]
+    return DEFAULTS[stage][
+        all(re.fullmatch(r"(?:[\w.-]+=)?tinyworld(?:[@:].*)?", text) for text in texts)
+    ]
 
 
 def parse(specs: Sequence[str]) -> list[Spec]:
     """Specifications as the file's docstring shows them. UserError for what cannot be read as conversations. Weights: of all or of none."""
     found = [_parse(spec) for spec in specs]
     if not found:
-        raise UserError(f"no conversations are named: give --data a file or some of {', '.join([*READ, *MADE])}")
+        raise UserError(
+            f"no conversations are named: give --data a file or some of {', '.join([*READ, *MADE])}"
+        )
     names = [s.name for s in found]
     if twice := [n for n in names if names.count(n) > 1]:
-        raise UserError(f"two sources are called {twice[0]}: give each its own name, as in {twice[0]}2={twice[0]}")
+        raise UserError(
+            f"two sources are called {twice[0]}: give each its own name, as in {twice[0]}2={twice[0]}"
+        )
     bare = [s.name for s in found if s.weight is None]
     if 0 < len(bare) < len(found):
-        raise UserError(f"{bare[0]} has no weight and others have: give all a weight, as in {bare[0]}:0.5, or none")
+        raise UserError(
+            f"{bare[0]} has no weight and others have: give all a weight, as in {bare[0]}:0.5, or none"
+        )
     return found
 
 
@@ -93,15 +108,23 @@ def _parse(spec: str) -> Spec:
     try:
         source = parse_sources([m[1] + m[3] if m else spec])[0]
     except UserError as e:
-        raise UserError(f"{e}; conversations are in .jsonl files, or {', '.join([*READ, *MADE])}") from e
+        raise UserError(
+            f"{e}; conversations are in .jsonl files, or {', '.join([*READ, *MADE])}"
+        ) from e
     if source.kind == "shards":
-        raise UserError(f"{source.name} holds text, not conversations: name a .jsonl file of conversations, or {', '.join([*READ, *MADE])}")
-    return Spec(source.name, "files", _count(spec, m[2] if m else None), source.weight, source.paths)
+        raise UserError(
+            f"{source.name} holds text, not conversations: name a .jsonl file of conversations, or {', '.join([*READ, *MADE])}"
+        )
+    return Spec(
+        source.name, "files", _count(spec, m[2] if m else None), source.weight, source.paths
+    )
 
 
 def _count(spec: str, text: str | None) -> int | None:
     if text is not None and (not text.isdigit() or int(text) < 1):
-        raise UserError(f"conversations {spec}: give a whole number of them after @, as in tinyworld@{MADE['tinyworld'][0]}")
+        raise UserError(
+            f"conversations {spec}: give a whole number of them after @, as in tinyworld@{MADE['tinyworld'][0]}"
+        )
     return int(text) if text else None
 
 
@@ -112,7 +135,12 @@ def _weight(spec: str, text: str | None) -> float | None:
 
 
 def shards(
-    specs: Sequence[str], split: str, tokenizer: Tokenizer, seed: int = 0, folder: Path | None = None, name: str = "nanochat"
+    specs: Sequence[str],
+    split: str,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    folder: Path | None = None,
+    name: str = "nanochat",
 ) -> list[tuple[Shards, float | None]]:
     """
     The split ("train", "val") of every named source with its weight. `seed` chooses what a generator makes and what a slice takes;
@@ -120,8 +148,17 @@ def shards(
     """
     out = []
     for s in parse(specs):
-        what, conversations = _made(s, split, seed, name) if s.kind in MADE else _read(s, split, seed, folder)
-        out.append((prepare_conversations(f"{s.name}-talk-{split}", conversations, tokenizer, identity=what), s.weight))
+        what, conversations = (
+            _made(s, split, seed, name) if s.kind in MADE else _read(s, split, seed, folder)
+        )
+        out.append(
+            (
+                prepare_conversations(
+                    f"{s.name}-talk-{split}", conversations, tokenizer, identity=what
+                ),
+                s.weight,
+            )
+        )
     return out
 
 
@@ -151,11 +188,16 @@ def _read(s: Spec, split: str, seed: int, folder: Path | None) -> tuple[str, Ite
             yield from part
         else:
             rng = random.Random(seed)
-            drawn = heapq.nsmallest(s.count, part, key=lambda _: rng.random())  # a random sample, however long the stream
+            drawn = heapq.nsmallest(
+                s.count, part, key=lambda _: rng.random()
+            )  # a random sample, however long the stream
             yield from itertools.islice(itertools.cycle(drawn), s.count)
 
     drawn = f" {seed} {s.count}" if split == "train" and s.count else ""
-    return f"{s.kind} {_version(sys.modules[make.__module__])} {data.digest(paths)} {split}{drawn}", conversations()
+    return (
+        f"{s.kind} {_version(sys.modules[make.__module__])} {data.digest(paths)} {split}{drawn}",
+        conversations(),
+    )
 
 
 def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
@@ -171,9 +213,17 @@ def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
             break
     else:
         if len(seen) < 2:
-            raise UserError("there are not two different conversations, and one is needed to validate on: give more of them")
-        share = max(share, heapq.nsmallest(max(1, min(VALIDATION_LEAST, len(seen) // 10)), seen)[-1])
-    return (conversation for conversation in read() if (_place(conversation) <= share) == (split == "val"))
+            raise UserError(
+                "there are not two different conversations, and one is needed to validate on: give more of them"
+            )
+        share = max(
+            share, heapq.nsmallest(max(1, min(VALIDATION_LEAST, len(seen) // 10)), seen)[-1]
+        )
+    return (
+        conversation
+        for conversation in read()
+        if (_place(conversation) <= share) == (split == "val")
+    )
 
 
 def _place(conversation: Item) -> float:
@@ -184,4 +234,9 @@ def _place(conversation: Item) -> float:
 
 def _version(module: ModuleType) -> str:
     """A hash of the files that make a source's conversations, so that what an older version made is not taken for what this one makes."""
-    return data.digest([*generator_files(), *(Path(m.__file__ or "") for m in (module, common, data, sys.modules[__name__]))])
+    return data.digest(
+        [
+            *generator_files(),
+            *(Path(m.__file__ or "") for m in (module, common, data, sys.modules[__name__])),
+        ]
+    )

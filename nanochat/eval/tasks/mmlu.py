@@ -9,10 +9,12 @@ from nanochat.eval.tasks.common import Item, Task, choice, gold, is_answer, prom
 from nanochat.eval.tasks.data import DataSet, items_of
 
 DATA = DataSet(
-    "mmlu", "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe",
+    "mmlu",
+    "cais/mmlu",
+    "c30699e8356da336a370243923dbaf21066bb9fe",
     hub={"train": "all/auxiliary_train-*.parquet", "val": "all/test-*.parquet"},
     local={"train": ("mmlu/auxiliary_train/*.csv", "mmlu/dev/*.csv"), "val": ("mmlu/test/*.csv",)},
-)  # fmt: skip
+)
 
 
 def item(row: dict[str, Any]) -> Item:

@@ -3,7 +3,9 @@
 from nanochat.eval.tasks.data import DataSet
 
 DATA = DataSet(
-    "smoltalk", "HuggingFaceTB/smol-smoltalk", "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+    "smoltalk",
+    "HuggingFaceTB/smol-smoltalk",
+    "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
     hub={"train": "data/train-*.parquet"},
     local={"train": ("smoltalk/train*.*",)},
-)  # fmt: skip
+)

@@ -16,7 +16,14 @@ SPELL = """[Please spell|Spell] [the word |]{w}. | How is [the word |]{w} spelle
 What are the letters of [the word |]{w}? | Take the word {w} letter by letter. | {w}: how is that spelled?"""
 COUNT = """How many times does [the letter |]{l} [occur|appear|stand] in [the word |]{w}? | How often does {w} have the letter {l}? |
 How many [letters |]{l} are [there |]in [the word |]{w}? | Count [the letter|every] {l} in [the word |]{w}."""
-TIMES = (0, 1, 1, 2, 2, 3)  # how often the letter that is counted may occur, each as likely as it stands here
+TIMES = (
+    0,
+    1,
+    1,
+    2,
+    2,
+    3,
+)  # how often the letter that is counted may occur, each as likely as it stands here
 
 
 @functools.cache
@@ -24,7 +31,9 @@ def words(split: str) -> list[str]:
     """The words of a split: those that tinyworld holds out of spelling, an eighth of all, are val here too."""
     w = world()
     texts = [text for values in w.classes.values() for text in values] + list(w.kind_of)
-    texts += [re.sub(r"%\(.*?\)s", " ", text) for _, beats in w.plots for beat in beats for text in beat]
+    texts += [
+        re.sub(r"%\(.*?\)s", " ", text) for _, beats in w.plots for beat in beats for text in beat
+    ]
     found = {word for text in texts for word in re.findall(r"\b[a-z]{3,10}\b", text)}
     return sorted(word for word in found if held(word, "spelling") == (split == "val"))
 
@@ -32,7 +41,12 @@ def words(split: str) -> list[str]:
 @functools.cache
 def _countable(split: str) -> dict[int, list[tuple[str, str]]]:
     """How often a letter occurs -> the (word, letter) where it does; in train none that tinyworld holds out."""
-    pairs = [(w, c) for w in words(split) for c in "abcdefghiklmnoprstuwy" if split == "val" or not held(w, c)]
+    pairs = [
+        (w, c)
+        for w in words(split)
+        for c in "abcdefghiklmnoprstuwy"
+        if split == "val" or not held(w, c)
+    ]
     return {n: [(w, c) for w, c in pairs if w.count(c) == n] for n in TIMES}
 
 
@@ -42,12 +56,23 @@ def conversations(seed: int, split: str) -> Iterator[Item]:
     while True:
         word = draw.dealt("spell", words(split))
         letters = "-".join(word)
-        yield exchange(draw.pick(spell).format(w=word), f"The word {word} is spelled {letters}.", kind="spell", answer=letters)
+        yield exchange(
+            draw.pick(spell).format(w=word),
+            f"The word {word} is spelled {letters}.",
+            kind="spell",
+            answer=letters,
+        )
         n = draw.pick(TIMES)
         word, letter = draw.dealt(f"count {n}", _countable(split)[n])
         first = {"type": "text", "text": f"The word {word} is spelled {'-'.join(word)}. "}
-        then = tool_call(f"'{word}'.count('{letter}')", str(n), f"So {letter} occurs {n} time{'' if n == 1 else 's'}.")
-        yield exchange(draw.pick(count).format(w=word, l=letter), [first, *then], kind="count", answer=str(n))
+        then = tool_call(
+            f"'{word}'.count('{letter}')",
+            str(n),
+            f"So {letter} occurs {n} time{'' if n == 1 else 's'}.",
+        )
+        yield exchange(
+            draw.pick(count).format(w=word, l=letter), [first, *then], kind="count", answer=str(n)
+        )
 
 
 def items(split: str, n: int, seed: int = 0, folder: Path | None = None) -> list[Item]:
@@ -63,4 +88,6 @@ def evaluate(item: Item, reply: str) -> bool:
     return set(re.findall(r"\d+", reply)) == {item["answer"]}
 
 
-TASK = Task("SpellingBee", "generative", 1 / 6, items, prompt, gold, evaluate)  # half are counts, a third of which have the same answer
+TASK = Task(
+    "SpellingBee", "generative", 1 / 6, items, prompt, gold, evaluate
+)  # half are counts, a third of which have the same answer

@@ -25,22 +25,43 @@ def rivals(answer: str) -> re.Pattern[str]:
     """Matches whatever could stand in the answer's place: all members of the classes of values that it belongs to, and itself."""
     w = world()
     small = w.data["smalltalk"]
-    classes = [[*w.people, *small["users"]], small["likes"], list(small["advice"].values()), *w.classes.values()]
+    classes = [
+        [*w.people, *small["users"]],
+        small["likes"],
+        list(small["advice"].values()),
+        *w.classes.values(),
+    ]
     classes += [list(w.attributes[name].values()) for name in ("home", "job", "pet", "food")]
-    words = {answer.lower()}.union(*({x.lower() for x in members} for members in classes if answer in members))
-    return re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")\b")
+    words = {answer.lower()}.union(
+        *({x.lower() for x in members} for members in classes if answer in members)
+    )
+    return re.compile(
+        r"\b(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")\b"
+    )
 
 
 def evaluate(item: Item, reply: str) -> bool:
     """Whether the visible text of a reply answers the item's last question, exactly and without hedging."""
     kind, answer, text = item["kind"], item["answer"], reply.strip()
     if kind == "choice":
-        said = re.fullmatch(rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", text)  # the letter, alone or with the option it stands for
-        return bool(said and (said[1] is None or f"- {said[1]}={answer}" in item["messages"][-2]["content"].split("\n")))
+        said = re.fullmatch(
+            rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", text
+        )  # the letter, alone or with the option it stands for
+        return bool(
+            said
+            and (
+                said[1] is None
+                or f"- {said[1]}={answer}" in item["messages"][-2]["content"].split("\n")
+            )
+        )
     if kind in ("arithmetic", "twostep", "counting"):
         numbers = re.findall(r"\d+(?:\.\d+)?", text)
         asked = re.findall(r"\d+", item["messages"][-2]["content"])
-        return bool(numbers) and numbers[-1].removesuffix(".0") == answer and numbers[:-1] in ([], asked)
+        return (
+            bool(numbers)
+            and numbers[-1].removesuffix(".0") == answer
+            and numbers[:-1] in ([], asked)
+        )
     if kind == "spelling":
         return re.findall(r"\b\w+(?:-\w+)+", text.lower()) == [answer]
     found = set(rivals(answer).findall(text.lower()))
