@@ -40,6 +40,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # it would ask the network for a newer v
 unset WANDB_RUN RANK WORLD_SIZE LOCAL_RANK
 
 part "lint (ruff)" ruff check .
+part "format (ruff)" ruff format --check .
 part "types (pyright)" pyright
 part "imports (import-linter)" lint-imports --no-cache
 say "tests (pytest)"

@@ -29,11 +29,11 @@ def tok():
 
 
 def learn(
-    path: Path, m: GPT, f: RolloutFeed, schedule=Schedule(momentum_warmup=0), **rates
+    path: Path, m: GPT, f: RolloutFeed, schedule: Schedule | None = None, **rates
 ) -> list[dict]:
     run = tiny.run(path, m)
     try:
-        trainer.fit(run, m, tiny.optimizer(m, **rates), f, schedule)
+        trainer.fit(run, m, tiny.optimizer(m, **rates), f, schedule or Schedule(momentum_warmup=0))
     finally:
         run.logbook.close()
     return [r for r in logbook.read(path) if r["kind"] == "train"]
@@ -360,7 +360,9 @@ def test_two_ranks_share_out_what_one_does(tok, monkeypatch):
         for f in parts:
             next(f)
         monkeypatch.setattr(
-            rollout, "summed", lambda *_: [sum(c) for c in zip(*counts, strict=True)]
+            rollout,
+            "summed",
+            lambda *_: [sum(c) for c in zip(*counts, strict=True)],  # noqa: B023
         )
         got = []
         for f, state in zip(parts, before, strict=True):

@@ -114,7 +114,7 @@ class Engine:
         """
         several = [prompts] if prompts and isinstance(prompts[0], int) else prompts
         rows: list[Row] = []
-        for rows, _ in self._run(
+        for rows, _ in self._run(  # noqa: B007
             cast(Sequence[Sequence[int]], several),
             num_samples,
             max_tokens,

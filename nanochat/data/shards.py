@@ -180,7 +180,7 @@ class _Writer:
         self.folder, self.tokenizer = folder, tokenizer
         self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
         self.files = [
-            open(folder / name, "wb")
+            open(folder / name, "wb")  # noqa: SIM115
             for name in (["tokens.bin", "mask.bin"] if masked else ["tokens.bin"])
         ]
         self.hash, self.lengths, self.text_bytes = hashlib.sha256(), [], 0
