@@ -29,12 +29,12 @@ from nanochat.base.runtime import open_runtime
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.core import Item, Score, Scorer, Task, load_bundle, prepare
 from nanochat.model.gpt import GPT, Arch, GPTConfig
-from nanochat.train import run as stage
+from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.MachineKnobs, Arch, Shape):
+class Knobs(MachineKnobs, Arch, Shape):
     """Measurement"""
 
     depth: int = knob(4, "layers", low=1)

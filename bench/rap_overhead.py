@@ -30,13 +30,14 @@ from nanochat.base.runtime import compiler_missing, open_runtime
 from nanochat.model import prior
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train import run as stage
+from nanochat.train.knobs import TrainKnobs
 from nanochat.train.scaling import Shape
 
 ABOUT = ("dtype", "about")
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.TrainKnobs, Shape):
+class Knobs(TrainKnobs, Shape):
     """Measurement"""
 
     model_dim: int = knob(512, "model width")

@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         description="Reinforcement over seeds, as JSON and as a picture.",
     )
     flags = shlex.split(k.flags)
-    asked, _ = knobs.parse(chat_rl.Knobs, flags, command="chat_rl")
+    asked, _ = knobs.parse(chat_rl.ReinforceKnobs, flags, command="chat_rl")
     if asked.max_minutes or asked.max_hours:
         raise UserError(
             "the flags give a length in time, which a busy machine would fill with fewer steps: give --num_iterations"

@@ -24,11 +24,12 @@ from nanochat.base.runtime import compiler_missing, open_runtime
 from nanochat.data.feed import Batch
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train import run as stage
+from nanochat.train.knobs import TrainKnobs
 from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.TrainKnobs, Shape):
+class Knobs(TrainKnobs, Shape):
     """Measurement"""
 
     sequence_len: int = knob(512, "context length in tokens", low=1)

@@ -20,7 +20,7 @@ from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.train import loop as trainer
 from nanochat.train import run as stage
-from nanochat.train.loop import Probe
+from nanochat.train.loop import Evaluation
 from nanochat.train.schedule import Schedule
 
 
@@ -65,7 +65,7 @@ def test_a_budget_of_time(tmp_path, pace, look, slack):
         return {"val_bpb": 1.0}
 
     feed = TimedFeed(clock, pace)
-    probes = [Probe("eval", 0.25, probe, start=True)] if look else []
+    probes = [Evaluation("eval", 0.25, probe, start=True)] if look else []
     _, run, _ = fit(
         tmp_path, None, feed, Schedule(decay=0.4), probes, clock=clock, budget_seconds=100.0
     )
@@ -93,7 +93,7 @@ def test_time_spent_is_kept_over_a_resume_and_the_rate_does_not_jump(tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__next__()
 
-    probes = [Probe("eval", 0.3, probe, start=True)]
+    probes = [Evaluation("eval", 0.3, probe, start=True)]
     with pytest.raises(trainer.Interrupted):
         fit(
             tmp_path,
@@ -131,13 +131,13 @@ def test_a_look_that_takes_long_hides_no_other(tmp_path):
         return {"n": 1}
 
     feed = TimedFeed(clock, lambda i: 1.0)
-    quick = Probe("quick", 0.48, lambda: {"n": 1})
+    quick = Evaluation("quick", 0.48, lambda: {"n": 1})
     fit(
         tmp_path,
         None,
         feed,
         PLAIN,
-        [Probe("slow", 0.45, slow), quick],
+        [Evaluation("slow", 0.45, slow), quick],
         clock=clock,
         budget_seconds=109.0,
     )
@@ -201,8 +201,8 @@ def test_the_deadline_holds(
         return act
 
     probes = [
-        Probe("eval", every, takes(evaluation, lambda: {"val_bpb": 1.0}), start=True),
-        Probe("sample", seldom, takes(sample, dict)),
+        Evaluation("eval", every, takes(evaluation, lambda: {"val_bpb": 1.0}), start=True),
+        Evaluation("sample", seldom, takes(sample, dict)),
     ]
     feed = TimedFeed(clock, lambda i: slow if i < at else quick)
     with pytest.MonkeyPatch.context() as patch:
@@ -250,7 +250,7 @@ def test_a_budget_that_holds_no_step(tmp_path):
             None,
             feed,
             PLAIN,
-            [Probe("eval", 0.1, probe, start=True)],
+            [Evaluation("eval", 0.1, probe, start=True)],
             clock=clock,
             budget_seconds=100.0,
         )

@@ -80,7 +80,7 @@ def train(
             o,
             feed,
             SCHEDULE,
-            [trainer.Probe("eval", 2, lambda: {"val_bpb": float(10 - run.step)}, start=True)],
+            [trainer.Evaluation("eval", 2, lambda: {"val_bpb": float(10 - run.step)}, start=True)],
         )
     except trainer.Interrupted:
         assert stop
@@ -132,9 +132,9 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
 
 def whole_command(base: Path, rank: int) -> None:
     """base_train on two ranks that measure very different peaks, with a batch that follows from a budget of time."""
-    real, chosen = stage.horizon, []
+    real, chosen = stage.choose_horizon, []
     hardware.measured_peak = lambda *_: 1e9 * 1e5**rank
-    stage.horizon = lambda s: chosen.append(real(s)) or chosen[-1]
+    stage.choose_horizon = lambda s: chosen.append(real(s)) or chosen[-1]
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     base_train.main(
         [

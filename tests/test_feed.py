@@ -270,7 +270,7 @@ def staged(data, **changes):
 def told(f, shares=None):
     """The steps of a feed that is told its progress (or the shares given) before each of them."""
     for share in shares if shares is not None else iter(lambda: f.progress, None):
-        f.at(share)
+        f.set_progress(share)
         try:
             yield next(f)
         except StopIteration:
@@ -298,7 +298,7 @@ def test_stages_lose_and_repeat_nothing(tmp_path, first, second, lengths):
 def test_a_longer_context_joins_the_pieces_of_a_document(tmp_path):
     f = staged(make(tmp_path, [65] * 4, first=100), rows=1)
     assert len(targets([next(f)])) == 4 * 8
-    f.at(0.9)
+    f.set_progress(0.9)
     longest = max(sum(j - i == 1 for i, j in pairwise(t)) for s in f for _, t in rows(s))
     assert longest >= 30, "rows of 32 hold runs of a document that were apart in rows of 8"
 
@@ -313,7 +313,7 @@ def test_stages_keep_the_tokens_of_steps_and_micro_batches(data):
         (0.8, 32),
         (0.1, 32),
     ):  # a context once reached is kept
-        said = f.at(progress)
+        said = f.set_progress(progress)
         step = next(f)
         assert [tuple(b.inputs.shape) for b in step] == [(64 // T, T)] * 3 and f.numbers == {
             "context": T
@@ -325,7 +325,7 @@ def test_stages_keep_the_tokens_of_steps_and_micro_batches(data):
     g = staged(data, rows=4, device_rows=4)
     next(g)
     g.device_rows = 4  # lowered from 16, as when memory runs out
-    g.at(0.8)
+    g.set_progress(0.8)
     assert [len(b.inputs) for b in next(g)] == [1] * 4, "the tokens that fit are kept"
     assert feed(data).numbers == {}
 
@@ -364,8 +364,8 @@ def test_a_finished_stage_of_a_block_counts_once(data, monkeypatch):
     assert sorted(targets(steps)) == list(range(1, data.total - len(data) + 1))
     f = staged(data)
     next(f)
-    f.at(0.5)
-    f.at(0.9)
+    f.set_progress(0.5)
+    f.set_progress(0.9)
     assert f.state_dict()["cuts"] == [[8, 8], [16, 0]]
     first = targets(staged(data).__next__() for _ in range(1))
     assert sorted(first + targets(f)) == list(range(1, data.total - len(data) + 1))

@@ -18,7 +18,7 @@ from nanochat.data.feed import Batch
 from nanochat.model import checkpoint, loss
 from nanochat.model.gpt import GPT
 from nanochat.train import loop as trainer
-from nanochat.train.loop import Probe
+from nanochat.train.loop import Evaluation
 from nanochat.train.schedule import Schedule
 
 # ---- one update however a batch is cut
@@ -68,7 +68,7 @@ def test_a_step_without_targets_changes_nothing(tmp_path):
         m,
         tiny.ListFeed(steps),
         Schedule(decay=0),
-        [Probe("watch", 1, lambda: before.append(tiny.weights(m)) or {"x": 1.0})],
+        [Evaluation("watch", 1, lambda: before.append(tiny.weights(m)) or {"x": 1.0})],
     )
     assert losses(tmp_path)[1] == 0.0
     assert tiny.same(before[0], before[1])
@@ -150,7 +150,7 @@ def test_a_checkpoint_precedes_every_look_and_takes_up_its_numbers(tmp_path):
         seen.append(checkpoint.read_meta(path)["step"])
         return {"val_bpb": 5.0 - len(seen)}
 
-    summary, run, _ = fit(tmp_path, None, None, PLAIN, [Probe("eval", 0.25, look, start=True)])
+    summary, run, _ = fit(tmp_path, None, None, PLAIN, [Evaluation("eval", 0.25, look, start=True)])
     assert seen == [0, 2, 4, 6, 8]
     assert summary["eval"] == {"val_bpb": 0.0} and run.best == {"step": 8, "val_bpb": 0.0}
     meta = checkpoint.read_meta(checkpoint.find(tmp_path))
@@ -167,7 +167,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         None,
         None,
         PLAIN,
-        [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)],
+        [Evaluation("eval", 1, lambda: {"val_bpb": next(values)}, start=True)],
         keep=2,
     )
     assert run.best == {"step": 1, "val_bpb": 1.0}
@@ -185,7 +185,7 @@ def test_a_nan_is_never_the_best(tmp_path):
         None,
         None,
         PLAIN,
-        [Probe("eval", 1, lambda: {"val_bpb": next(values)}, start=True)],
+        [Evaluation("eval", 1, lambda: {"val_bpb": next(values)}, start=True)],
     )
     assert run.best == {"step": 1, "val_bpb": 2.0}
 
@@ -195,7 +195,7 @@ def test_a_nan_is_never_the_best(tmp_path):
     [(3, [3, 6, 8]), (0, [8]), (0.5, [4, 8]), (1, list(range(1, 9))), (100, [8])],
 )
 def test_when_a_probe_looks(tmp_path, every, expected):
-    fit(tmp_path, None, None, PLAIN, [Probe("x", every, lambda: {"n": 1})])
+    fit(tmp_path, None, None, PLAIN, [Evaluation("x", every, lambda: {"n": 1})])
     assert [r["step"] for r in rows(tmp_path, "x")] == expected
 
 
@@ -208,7 +208,7 @@ def test_a_look_that_a_signal_came_before_is_made_up_for(tmp_path, every, at):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__next__()
 
-    probes = [Probe("x", every, lambda: {"n": 1})]
+    probes = [Evaluation("x", every, lambda: {"n": 1})]
     with pytest.raises(trainer.Interrupted):
         fit(tmp_path, None, Stopping.random(8), PLAIN, probes)
     assert [r["step"] for r in rows(tmp_path, "x")] == [4] * (at > 4)
@@ -233,7 +233,7 @@ def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
     class Staged(tiny.ListFeed):
         T = 4
 
-        def at(self, progress):
+        def set_progress(self, progress):
             before, self.T = self.T, 4 if progress < 0.3 else 8 if progress < 0.6 else 16
             return "longer" if before != self.T else ""
 
@@ -254,7 +254,7 @@ def test_saves_between_looks(tmp_path):
         None,
         None,
         PLAIN,
-        [Probe("x", 1, lambda: kept.append(len(checkpoint.steps(tmp_path))) or {})],
+        [Evaluation("x", 1, lambda: kept.append(len(checkpoint.steps(tmp_path))) or {})],
         save_every=2,
         keep=3,
     )
@@ -271,7 +271,9 @@ def test_out_of_memory_in_a_look_costs_its_numbers_only(tmp_path, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return {"val_bpb": 1.0}
 
-    _, run, m = fit(tmp_path, None, None, PLAIN, [Probe("eval", 0.25, look, start=True)], keep=2)
+    _, run, m = fit(
+        tmp_path, None, None, PLAIN, [Evaluation("eval", 0.25, look, start=True)], keep=2
+    )
     assert run.step == 8 and run.done
     assert (
         "out of memory in eval: its numbers are missing at this step, training goes on"
@@ -285,7 +287,7 @@ def test_other_errors_in_a_look_are_not_swallowed(tmp_path):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        fit(tmp_path, None, None, PLAIN, [Probe("eval", 4, look)])
+        fit(tmp_path, None, None, PLAIN, [Evaluation("eval", 4, look)])
     assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 4
 
 
@@ -350,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
         UserError,
         match=r"the loss is (nan|inf) at step 5: the checkpoint of step 4 in .* is kept; lower the l",
     ):
-        fit(tmp_path, m, None, PLAIN, [Probe("eval", 2, lambda: {"val_bpb": 1.0})])
+        fit(tmp_path, m, None, PLAIN, [Evaluation("eval", 2, lambda: {"val_bpb": 1.0})])
     meta = checkpoint.read_meta(checkpoint.find(tmp_path))
     again, _ = checkpoint.load_model(checkpoint.find(tmp_path), "cpu", torch.float32)
     assert meta["step"] == 4 and all(p.isfinite().all() for p in again.parameters())
@@ -366,7 +368,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         return {}
 
     with pytest.raises(UserError, match=r"(the weights are no longer finite|the loss is nan)"):
-        fit(tmp_path, m, None, PLAIN, [Probe("spoil", 4, spoil)], save_every=1)
+        fit(tmp_path, m, None, PLAIN, [Evaluation("spoil", 4, spoil)], save_every=1)
     for path in checkpoint.steps(tmp_path):
         again, meta = checkpoint.load_model(path, "cpu", torch.float32)
         assert meta["step"] <= 4 and all(p.isfinite().all() for p in again.parameters())
@@ -409,7 +411,7 @@ def test_a_full_disk_in_mid_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="No space left on device"):
-        fit(tmp_path, None, None, PLAIN, [Probe("eval", 2, lambda: {"val_bpb": 1.0})])
+        fit(tmp_path, None, None, PLAIN, [Evaluation("eval", 2, lambda: {"val_bpb": 1.0})])
     assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 2
     assert not list(tmp_path.glob(".*"))
 

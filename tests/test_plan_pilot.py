@@ -211,7 +211,7 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
         assert after["primary"][in_plan] == pytest.approx(found["fit"][in_pilot], rel=0.01)
     assert after["primary"]["peak_memory_bytes"] == pytest.approx(found["memory_bytes"], rel=0.01)
     assert "out of reach" in found["target"] and not found["changed"]
-    knobs.parse(base_train.Knobs, ["--recipe", str(file)], command="base_train")
+    knobs.parse(base_train.PretrainKnobs, ["--recipe", str(file)], command="base_train")
     assert (
         "<svg" in (tmp_path / "plan" / "pilot.html").read_text()
         and "the law said" in capsys.readouterr().out

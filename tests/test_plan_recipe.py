@@ -416,7 +416,9 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
                 and k.max_minutes > 0
                 and origins["max_minutes"].startswith("recipe")
             )
-    k, _ = knobs.parse(base_train.Knobs, ["--recipe", found["recipe"]], command="base_train")
+    k, _ = knobs.parse(
+        base_train.PretrainKnobs, ["--recipe", found["recipe"]], command="base_train"
+    )
     first = found["primary"]
     assert (k.depth, k.model_dim, k.total_batch_size) == (
         first["depth"],
@@ -439,5 +441,7 @@ def test_a_recipe_of_stages_parses(tmp_path):
     whole = recipe.write(
         k, recipe.machine_of(k), recipe.plan(k, recipe.machine_of(k), law.fitted()), law.fitted()
     )
-    read, _ = knobs.parse(base_train.Knobs, ["--recipe", whole["recipe"]], command="base_train")
+    read, _ = knobs.parse(
+        base_train.PretrainKnobs, ["--recipe", whole["recipe"]], command="base_train"
+    )
     assert read.context_stages == ("512@0", "1024@0.6", "2048@0.9") and read.sequence_len == 2048

@@ -13,9 +13,9 @@ import torch
 from nanochat.base import hardware
 from nanochat.base.common import UserError, entry
 from nanochat.commands import base_train
-from nanochat.train import run as stage
+from nanochat.train import run
 from nanochat.train.resume import HORIZONS
-from nanochat.train.run import Stage
+from nanochat.train.run import OpenRun
 from nanochat.train.scaling import batch_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -100,21 +100,22 @@ def test_as_a_process(made):
 
 
 def test_memory_that_does_not_suffice_is_one_sentence():
-    def work():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-
-    with pytest.raises(
-        UserError, match="out of memory, even with one row at a time: choose a smaller --depth"
+    too_big = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    with (
+        pytest.raises(
+            UserError, match="out of memory, even with one row at a time: choose a smaller --depth"
+        ),
+        run.session(),
     ):
-        stage.finish(work)
-    with pytest.raises(RuntimeError, match="a bug"):
-        stage.finish(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+        raise too_big
+    with pytest.raises(RuntimeError, match="a bug"), run.session():
+        raise RuntimeError("a bug")
 
 
 # ---- horizons
 
 
-def opened(tmp_path, m=None, **knobs) -> Stage:
+def opened(tmp_path, m=None, **knobs) -> OpenRun:
     k = SimpleNamespace(
         **{
             "total_batch_size": 0,
@@ -128,21 +129,23 @@ def opened(tmp_path, m=None, **knobs) -> Stage:
         }
     )
     origins = {n: "command line" if n in knobs else "default" for n in vars(k)}
-    return Stage("base", k, origins, tiny.CPU, None, m or tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
+    return OpenRun("base", k, origins, tiny.CPU, None, m or tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
 
 
 def test_a_number_of_steps(tmp_path):
-    assert stage.horizon(opened(tmp_path, num_iterations=954, target_param_data_ratio=-1.0)) == (
+    assert run.choose_horizon(
+        opened(tmp_path, num_iterations=954, target_param_data_ratio=-1.0)
+    ) == (
         (1 << 19) // 16,
         954,
     )
-    assert stage.horizon(opened(tmp_path, num_iterations=1, total_batch_size=64)) == (4, 1)
+    assert run.choose_horizon(opened(tmp_path, num_iterations=1, total_batch_size=64)) == (4, 1)
 
 
 def test_tokens_a_parameter(tmp_path):
     s = opened(tmp_path, target_param_data_ratio=10.0, total_batch_size=160)
-    assert stage.horizon(s) == (10, round(10 * s.model.counts()["total"] / 160))
-    rows, steps = stage.horizon(opened(tmp_path))
+    assert run.choose_horizon(s) == (10, round(10 * s.model.counts()["total"] / 160))
+    rows, steps = run.choose_horizon(opened(tmp_path))
     assert rows * 16 == batch_for(20 * s.model.counts()["total"]) and steps == round(
         20 * s.model.counts()["total"] / (rows * 16)
     )
@@ -150,15 +153,15 @@ def test_tokens_a_parameter(tmp_path):
 
 def test_flops(tmp_path):
     s = opened(tmp_path, target_flops=1e12, total_batch_size=160)
-    rows, steps = stage.horizon(s)
+    rows, steps = run.choose_horizon(s)
     assert rows * 16 * steps * s.model.flops_per_token() == pytest.approx(1e12, rel=0.01)
 
 
 def test_time(tmp_path):
-    rows, steps = stage.horizon(opened(tmp_path, max_minutes=2.0))
+    rows, steps = run.choose_horizon(opened(tmp_path, max_minutes=2.0))
     assert steps is None and rows >= 1
     both = opened(tmp_path, max_minutes=2.0, num_iterations=5, total_batch_size=32)
-    assert stage.horizon(both) == (2, 5), "the first of the two ends the run"
+    assert run.choose_horizon(both) == (2, 5), "the first of the two ends the run"
     assert (
         opened(tmp_path, max_minutes=2.0).budget_seconds == 120
         and opened(tmp_path, max_hours=2.0).budget_seconds == 7200
@@ -170,12 +173,12 @@ def test_a_new_length_keeps_the_batch(tmp_path):
     for given, rows in ((0, 7), (48, 3)):
         s = opened(tmp_path, max_minutes=600.0, new_horizon="stretch", total_batch_size=given)
         s.resume_from = tmp_path
-        assert stage.horizon(s) == (rows, None)
+        assert run.choose_horizon(s) == (rows, None)
 
 
 def test_two_lengths_for_one_conversation_stage(tmp_path):
-    assert stage.talk_horizon(opened(tmp_path, epochs=3)) == (None, 3)
-    assert stage.talk_horizon(opened(tmp_path, epochs=1, max_minutes=2.0)) == (None, None)
+    assert run.conversation_horizon(opened(tmp_path, epochs=3)) == (None, 3)
+    assert run.conversation_horizon(opened(tmp_path, epochs=1, max_minutes=2.0)) == (None, None)
     for knobs, says in [
         (
             {"epochs": 2, "max_minutes": 2.0},
@@ -192,13 +195,13 @@ def test_two_lengths_for_one_conversation_stage(tmp_path):
         ({"epochs": 1, "num_iterations": 0}, "--num_iterations=0 is no length of a run"),
     ]:
         with pytest.raises(UserError, match=says):
-            stage.talk_horizon(opened(tmp_path, **knobs))
+            run.conversation_horizon(opened(tmp_path, **knobs))
 
 
 def test_every_horizon_is_known_to_the_resume():
     assert {
         n
-        for n in vars(base_train.Knobs())
+        for n in vars(base_train.PretrainKnobs())
         if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))
     } <= set(HORIZONS)
 
@@ -220,7 +223,7 @@ def test_rates_follow_width_and_part(tied):
 
 
 def test_the_table_of_counts():
-    text = stage.table_of_counts(tiny.model(n_embd=64))
+    text = run.table_of_counts(tiny.model(n_embd=64))
     assert (
         "embedding" in text
         and "4,096" in text
@@ -228,4 +231,4 @@ def test_the_table_of_counts():
     )
     shares = [float(word[:-1]) for word in text.split() if word.endswith("%")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
-    assert "share one table" in stage.table_of_counts(tiny.model(tie_embeddings=True))
+    assert "share one table" in run.table_of_counts(tiny.model(tie_embeddings=True))

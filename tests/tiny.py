@@ -105,7 +105,7 @@ class ListFeed:
     def progress(self) -> float:
         return self.step / len(self.steps)
 
-    def at(self, progress: float) -> str:
+    def set_progress(self, progress: float) -> str:
         return ""
 
     def state_dict(self) -> dict[str, Any]:

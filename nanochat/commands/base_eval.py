@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 print0(f"{shown}, {duration(found['seconds_taken'])}")
         return out
 
-    return stage.finish(work)
+    with stage.session():
+        return work()
 
 
 if __name__ == "__main__":

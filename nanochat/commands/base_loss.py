@@ -10,15 +10,17 @@ from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import Runtime, open_runtime
 from nanochat.data.shards import prepare
+from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.bits_per_byte import of_shards
 from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT
 from nanochat.train import run as stage
+from nanochat.train.knobs import MachineKnobs
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.MachineKnobs):
+class Knobs(MachineKnobs):
     """Evaluation"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob("base", "stage of the model", alias="-i")
@@ -51,7 +53,7 @@ def measure(k: Knobs) -> Measured:
     trained_on = meta["knobs"].get("data", ()) if meta["stage"] == "base" else ()
     print0(f"{path}: bits per byte on {rt.device.type}, {rt.dtype_name}")
     found = Measured(path, rt, tokenizer, model, meta, {})
-    for source in stage.sources_of(k.data or trained_on):
+    for source in training_sources(k.data or trained_on):
         for split in k.splits:
             shards = prepare(source, split, tokenizer)
             value = of_shards(
@@ -64,7 +66,8 @@ def measure(k: Knobs) -> Measured:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     k, _ = knobs.parse(Knobs, argv, command="base_loss")
-    return stage.finish(lambda: measure(k).bpb)
+    with stage.session():
+        return measure(k).bpb
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from nanochat.base.knobs import knob
 from nanochat.chat.generate import Engine
 from nanochat.data.contexts import Contexts
 from nanochat.data.shards import prepare
+from nanochat.data.sources import training_sources
 from nanochat.model import checkpoint, prior
 from nanochat.model.gpt import GPT, Arch, GPTConfig
 from nanochat.train import run as stage
-from nanochat.train.loop import Probe
+from nanochat.train.knobs import TrainKnobs
+from nanochat.train.loop import Evaluation
 from nanochat.train.scaling import Shape
 
 PROMPTS = (
@@ -24,7 +26,7 @@ PROMPTS = (
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.TrainKnobs, prior.RapKnobs, Arch, Shape):
+class PretrainKnobs(TrainKnobs, prior.RapKnobs, Arch, Shape):
     """Horizon and data"""
 
     data: tuple[str, ...] = knob(
@@ -44,7 +46,7 @@ class Knobs(stage.TrainKnobs, prior.RapKnobs, Arch, Shape):
     )
 
 
-def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
+def sample_evaluation(s: stage.OpenRun, prompts: Sequence[str] = PROMPTS) -> Evaluation:
     """A few greedy-ish continuations, printed and logged."""
 
     def look() -> dict[str, str]:
@@ -58,12 +60,12 @@ def sample_probe(s: stage.Stage, prompts: Sequence[str] = PROMPTS) -> Probe:
             print0(f"    {prompt}|{text}".replace("\n", " "))
         return {f"sample/{p}": t for p, t in zip(prompts, texts, strict=True)}
 
-    return Probe("sample", s.knobs.sample_every, look)
+    return Evaluation("sample", s.knobs.sample_every, look)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    k, origins, resume_from = stage.parse(
-        Knobs, argv, "base_train", "base", lambda k: k.model_tag or f"d{k.depth}"
+    k, origins, resume_from = stage.parse_knobs(
+        PretrainKnobs, argv, "base_train", "base", lambda k: k.model_tag or f"d{k.depth}"
     )
     before = checkpoint.read_meta(resume_from)["knobs"] if resume_from else {}
     for f in fields(prior.RapKnobs):
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     k.sequence_len = Contexts.parse(
         k.context_stages, k.sequence_len, fixed=origins["sequence_len"] != "default"
     ).longest
-    sources = stage.sources_of(k.data)
+    sources = training_sources(k.data)
 
     def build(rt, tokenizer) -> GPT:
         arch = {f.name: getattr(k, f.name) for f in fields(Arch)}
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         return model
 
     def work() -> dict:
-        s = stage.open_stage(
+        s = stage.open_run(
             "base", "base_train", k, origins, k.model_tag or f"d{k.depth}", build, resume_from
         )
         train_shards = [
@@ -109,11 +111,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
         val = [
             (source.name, prepare(source, "val", s.tokenizer), source.weight) for source in sources
         ]
-        rows, steps = stage.horizon(s)
+        rows, steps = stage.choose_horizon(s)
         feed = s.feed(train_shards, rows, steps)
-        return stage.train(s, feed, rows, steps, [stage.val_probe(s, val), sample_probe(s)])
+        return stage.train(
+            s, feed, rows, steps, [stage.bits_per_byte_evaluation(s, val), sample_evaluation(s)]
+        )
 
-    return stage.finish(work)
+    with stage.session():
+        return work()
 
 
 if __name__ == "__main__":

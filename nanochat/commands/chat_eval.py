@@ -21,7 +21,7 @@ from nanochat.eval import chat as chat_eval
 from nanochat.eval.tasks import arc, gsm8k, humaneval, mmlu, spellingbee, tinyworld
 from nanochat.eval.tasks.common import Task
 from nanochat.model import checkpoint
-from nanochat.train.run import MachineKnobs
+from nanochat.train.knobs import MachineKnobs
 
 TASKS = [
     arc.EASY,

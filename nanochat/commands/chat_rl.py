@@ -11,11 +11,12 @@ from nanochat.commands.chat_eval import named_tasks
 from nanochat.eval import chat as chat_eval
 from nanochat.train import rollout
 from nanochat.train import run as stage
-from nanochat.train.loop import Probe
+from nanochat.train.knobs import TrainKnobs
+from nanochat.train.loop import Evaluation
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.TrainKnobs):
+class ReinforceKnobs(TrainKnobs):
     """Horizon and questions"""
 
     source: Literal["sft", "mid"] = knob("sft", "the stage to start from", alias="-i")
@@ -59,9 +60,9 @@ class Knobs(stage.TrainKnobs):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def work() -> dict[str, Any]:
-        s = stage.open_child(Knobs, argv, "chat_rl", "rl", lambda k: k.source)
+        s = stage.open_from_parent(ReinforceKnobs, argv, "chat_rl", "rl", lambda k: k.source)
         k, rt = s.knobs, s.runtime
-        steps, epochs = stage.talk_horizon(s)
+        steps, epochs = stage.conversation_horizon(s)
         tasks = [
             replace(task, kind="generative") for task in named_tasks(k.tasks, k.task_dir)
         ]  # letters are said, too
@@ -124,12 +125,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"  {k.samples} replies to {k.questions_per_step} questions a step, of {len(questions):,}"
         )
         rows = k.questions_per_step * k.samples
-        probe = Probe("eval", k.eval_every, look, start=True)
+        probe = Evaluation("eval", k.eval_every, look, start=True)
         return stage.train(
             s, feed, rows, steps, [probe], rate_scale=k.init_lr_frac, one_shape=False
         )
 
-    return stage.finish(work)
+    with stage.session():
+        return work()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ from typing import Literal
 
 from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
+from nanochat.data.sources import default_sources
 from nanochat.eval.tasks import mixture
 from nanochat.model import checkpoint
 from nanochat.train import run as stage
+from nanochat.train.knobs import TrainKnobs
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.TrainKnobs):
+class FinetuneKnobs(TrainKnobs):
     """Horizon and data"""
 
     data: tuple[str, ...] = knob(
@@ -38,13 +40,13 @@ class Knobs(stage.TrainKnobs):
 
 def main(argv: Sequence[str] | None = None) -> dict:
     def work() -> dict:
-        s = stage.open_child(Knobs, argv, "chat_sft", "sft", lambda k: k.source)
+        s = stage.open_from_parent(FinetuneKnobs, argv, "chat_sft", "sft", lambda k: k.source)
         k = s.knobs
-        rows, (steps, epochs) = k.conversations_per_step, stage.talk_horizon(s)
+        rows, (steps, epochs) = k.conversations_per_step, stage.conversation_horizon(s)
         if not k.data:
             base = checkpoint.find(checkpoint.run_directory("base", s.directory.name))
             texts = (checkpoint.read_meta(base) if base else s.parent_meta)["knobs"]["data"]
-            k.data = mixture.default("sft", texts or stage.default_sources())
+            k.data = mixture.default("sft", texts or default_sources())
         print0(f"  conversations: {' '.join(k.data)}")
         talks = partial(
             mixture.shards,
@@ -61,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
             feed,
             rows,
             steps,
-            [stage.val_probe(s, val)],
+            [stage.bits_per_byte_evaluation(s, val)],
             rate_scale=k.init_lr_frac,
             one_shape=False,
         )
 
-    return stage.finish(work)
+    with stage.session():
+        return work()
 
 
 if __name__ == "__main__":

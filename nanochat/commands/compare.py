@@ -32,6 +32,7 @@ from nanochat.base.common import UserError, atomic_write, base_dir, duration, en
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import Runtime
 from nanochat.commands import base_train
+from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint, prior
 from nanochat.model.gpt import GPT, Arch, GPTConfig
@@ -93,7 +94,7 @@ class Knobs:
 class Condition:
     name: str
     flags: list[str]  # of base_train, all but those in OURS
-    knobs: base_train.Knobs
+    knobs: base_train.PretrainKnobs
     looks: int  # evaluations of a run
 
     @property
@@ -137,7 +138,7 @@ def conditions_of(k: Knobs) -> list[Condition]:
 def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Condition:
     if {"-h", "--help"} & set(flags):
         raise UserError("python -m scripts.base_train -h lists the flags of a condition")
-    _, origins = knobs.parse(base_train.Knobs, flags, command="base_train")
+    _, origins = knobs.parse(base_train.PretrainKnobs, flags, command="base_train")
     if taken := [n for n in OURS if origins[n] != "default"]:
         raise UserError(f"--{taken[0]} belongs to the comparison: use {OURS[taken[0]]}")
     ours = {
@@ -147,8 +148,10 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
         "keep": "1",
     }
     flags = flags + [f"--{n}={v}" for n, v in ours.items() if origins[n] == "default"]
-    b, origins, _ = stage.parse(base_train.Knobs, flags, "base_train", "base", lambda _: name)
-    stage.sources_of(b.data)
+    b, origins, _ = stage.parse_knobs(
+        base_train.PretrainKnobs, flags, "base_train", "base", lambda _: name
+    )
+    training_sources(b.data)
     config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
         **b.dimensions(),
@@ -158,7 +161,7 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
         prior.prepare(b, config, tokenizer.fingerprint, torch.device("cpu"))  # for what it refuses
     print0(f"{name}: {shlex.join(flags)}")
     nowhere = Runtime(torch.device("meta"), torch.float32, 0, 1, 0)
-    opened = stage.Stage(
+    opened = stage.OpenRun(
         "base",
         b,
         origins,
@@ -171,7 +174,7 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
         began=0.0,
     )
     with redirect_stdout(io.StringIO()) as said:
-        _, steps = stage.horizon(opened)
+        _, steps = stage.choose_horizon(opened)
     if steps or b.total_batch_size:  # else the batch follows from a peak that only a run measures
         print0(said.getvalue(), end="")
     every = b.eval_every

@@ -8,12 +8,14 @@ from pathlib import Path
 from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.data.shards import prepare
+from nanochat.data.sources import default_sources, training_sources
 from nanochat.eval.tasks import mixture
 from nanochat.train import run as stage
+from nanochat.train.knobs import TrainKnobs
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.TrainKnobs):
+class MidtrainKnobs(TrainKnobs):
     """Horizon and data"""
 
     data: tuple[str, ...] = knob(
@@ -37,20 +39,20 @@ class Knobs(stage.TrainKnobs):
 
 def main(argv: Sequence[str] | None = None) -> dict:
     def work() -> dict:
-        s = stage.open_child(Knobs, argv, "mid_train", "mid", lambda k: "base")
+        s = stage.open_from_parent(MidtrainKnobs, argv, "mid_train", "mid", lambda k: "base")
         k, T = s.knobs, s.model.config.sequence_len
         rows = (
             stage.whole_rows(k.total_batch_size, T)
             or s.stored("rows")
             or s.parent_meta["plan"]["rows"]
         )
-        steps, epochs = stage.talk_horizon(s)
+        steps, epochs = stage.conversation_horizon(s)
         text = [
             (prepare(source, "train", s.tokenizer), source.weight)
-            for source in (stage.sources_of(k.text) if k.text else ())
+            for source in (training_sources(k.text) if k.text else ())
         ]
         k.data = k.data or mixture.default(
-            "mid", s.parent_meta["knobs"]["data"] or stage.default_sources()
+            "mid", s.parent_meta["knobs"]["data"] or default_sources()
         )
         print0(f"  conversations: {' '.join(k.data)}")
         talks = partial(
@@ -63,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         feed = s.feed(talks(split="train") + text, rows, steps, epochs=epochs)
         val = [(shards.name, shards, weight) for shards, weight in talks(split="val")]
         print0(f"  {rows * T:,} tokens a step ({rows} rows of {T})")
-        return stage.train(s, feed, rows, steps, [stage.val_probe(s, val)])
+        return stage.train(s, feed, rows, steps, [stage.bits_per_byte_evaluation(s, val)])
 
-    return stage.finish(work)
+    with stage.session():
+        return work()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.chat import visible_text
 from nanochat.eval.tasks import tinyworld
 from nanochat.model import checkpoint
-from nanochat.train.run import MachineKnobs
+from nanochat.train.knobs import MachineKnobs
 
 
 @dataclass(kw_only=True)

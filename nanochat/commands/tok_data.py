@@ -7,8 +7,8 @@ from nanochat.base import knobs
 from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.data.shards import prepare
+from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.train import run as stage
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     k, _ = knobs.parse(Knobs, argv, command="tok_data")
     tokenizer = Tokenizer.load()
     tokens = {}
-    for source in stage.sources_of(k.data):
+    for source in training_sources(k.data):
         for split in ("train", "val"):
             shards = prepare(source, split, tokenizer)
             tokens[f"{source.name}-{split}"] = shards.total

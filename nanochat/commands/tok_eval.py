@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from nanochat.base import knobs
 from nanochat.base.common import UserError, entry, notice, print0
 from nanochat.base.knobs import knob
-from nanochat.data.sources import documents
+from nanochat.data.sources import documents, training_sources
 from nanochat.data.tokenizer import Tokenizer, segments
-from nanochat.train import run as stage
 
 OTHERS = {"gpt2": "gpt2", "gpt4": "cl100k_base"}  # as the table calls them -> as tiktoken does
 
@@ -166,7 +165,7 @@ def show(rows: dict[str, dict], names: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     k, _ = knobs.parse(Knobs, argv, command="tok_eval", description=__doc__ or "")
     tokenizer = Tokenizer.load()
-    sources = stage.sources_of(k.data)
+    sources = training_sources(k.data)
     others = other_encodings(k.wait)
     rows = {
         source.name: measure(capped(documents(source, "val"), k.max_chars), tokenizer, others)

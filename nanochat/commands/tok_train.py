@@ -11,9 +11,8 @@ from pathlib import Path
 from nanochat.base import knobs
 from nanochat.base.common import UserError, base_dir, duration, entry, human, notice, print0
 from nanochat.base.knobs import knob
-from nanochat.data.sources import CUT, mixed, parts
+from nanochat.data.sources import CUT, mixed, parts, training_sources
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.train import run as stage
 
 SAMPLE_CHARS = 2_000_000  # of validation text, to measure the bytes a token
 
@@ -94,7 +93,7 @@ def put(tokenizer: Tokenizer, directory: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     k, _ = knobs.parse(Knobs, argv, command="tok_train", description=__doc__ or "")
-    sources = stage.sources_of(k.data)
+    sources = training_sources(k.data)
     print0(
         f"training a tokenizer of {k.vocab_size:,} tokens on {', '.join(source.name for source in sources)}"
     )

@@ -285,7 +285,7 @@ class RowFeed:
     sequence_len + 1 tokens (`truncated` counts those of an epoch), as wide as the step's longest, rounded up to 64.
 
     With context stages (packed rows), `rows` and `device_rows` are those of the longest context, sequence_len; at a shorter one both grow
-    so that their tokens stay the same. `at` moves on to the next stage; `numbers` tells the log of it.
+    so that their tokens stay the same. `set_progress` moves on to the next stage; `numbers` tells the log of it.
 
     step, progress (0..1; 0 while endless) and epoch (from 0) are of what was handed out, however much is prefetched.
     device_rows (of the present context) may be lowered at any time: it changes how a step is cut, never which rows it has.
@@ -355,7 +355,7 @@ class RowFeed:
     def numbers(self) -> dict[str, int]:
         return {"context": self._plan.sequence_len} if len(self._contexts.stages) > 1 else {}
 
-    def at(self, progress: float) -> str:
+    def set_progress(self, progress: float) -> str:
         """
         To be told before a step what share of the run is over: goes on with rows of that stage's context. A context once reached is kept,
         also where progress falls back. Returns what changed, in words.

@@ -96,6 +96,24 @@ def parse_sources(specs: Sequence[str]) -> list[Source]:
     return sources
 
 
+def default_sources() -> list[str]:
+    """What to train on when no data is named: a downloaded shard set, else the embedded corpus."""
+    for name in SHARD_SETS:
+        source = parse_sources([name])[0]
+        if source.paths[0].is_dir() and any(source.paths[0].glob("*.parquet")):
+            return [name]
+    return ["tinyworld"]
+
+
+def training_sources(specs: Sequence[str]) -> list[Source]:
+    """The sources that specs name (without any, the default ones); UserError if files are missing."""
+    sources = parse_sources(specs or default_sources())
+    for source in sources:
+        if source.kind != "tinyworld":
+            files(source)
+    return sources
+
+
 def _parse(spec: str) -> Source:
     readings: list[tuple[str | None, str, float | None, str | None]] = [(None, *_suffixes(spec))]
     if m := re.match(r"([A-Za-z0-9][\w.-]*)=(.+)$", spec):

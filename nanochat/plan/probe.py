@@ -33,6 +33,7 @@ from nanochat.plan import law, speed
 from nanochat.plan.speed import GIB, PRETRAIN, Machine
 from nanochat.study import report
 from nanochat.train import run as stage
+from nanochat.train.knobs import MachineKnobs, TrainKnobs
 from nanochat.train.scaling import batch_for
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ ASKED = (
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.MachineKnobs, speed.BudgetKnobs, speed.OpenKnobs):
+class Knobs(MachineKnobs, speed.BudgetKnobs, speed.OpenKnobs):
     """Grid"""
 
     depths: tuple[int, ...] = knob(
@@ -155,7 +156,7 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
         model.init_weights(rt.seed)
         if spec["compiled"]:
             model.compile()
-        optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
+        optimizer = stage.make_optimizer(model, TrainKnobs(), rt)
         tokens = torch.randint(0, config.vocab_size, (rows, T + 1), device=rt.device)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         began = time.perf_counter()

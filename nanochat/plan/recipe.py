@@ -23,7 +23,7 @@ from nanochat.model.gpt import Arch, GPTConfig
 from nanochat.plan import arch, law, memory, speed
 from nanochat.plan import probe as throughput
 from nanochat.plan.speed import GIB, PRETRAIN, Machine
-from nanochat.train import run as stage
+from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import batch_for, context_for, context_stages, embedding_rate
 
 ASPECTS = (48.0, 64.0, 96.0)  # widths a layer that are tried
@@ -47,7 +47,7 @@ REST = {
 
 
 @dataclass(kw_only=True)
-class Knobs(stage.MachineKnobs, speed.BudgetKnobs, speed.OpenKnobs):
+class Knobs(MachineKnobs, speed.BudgetKnobs, speed.OpenKnobs):
     """Recipe"""
 
     gpu: str = knob("", "plan for this card, for example rtx4090")

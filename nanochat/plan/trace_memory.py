@@ -25,6 +25,7 @@ from nanochat.model import loss
 from nanochat.model.gpt import GPT, Block, GPTConfig
 from nanochat.plan.trace_compiled import stand_in
 from nanochat.train import run as stage
+from nanochat.train.knobs import TrainKnobs
 from nanochat.train.optim import MuonAdamW
 
 SAMPLES = (5, 64)  # rows and positions of the samples that a base_train prints
@@ -159,7 +160,7 @@ def trace(
             model.set_context(config.sequence_len)
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: live.adopt(p.grad, "gradients"))
-        optimizer = stage.make_optimizer(model, stage.TrainKnobs(), rt)
+        optimizer = stage.make_optimizer(model, TrainKnobs(), rt)
         ids = torch.zeros(
             2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device
         )  # inputs and targets of a step

@@ -37,7 +37,7 @@ class Feed(Protocol):
 
     device_rows: int
 
-    def at(self, progress: float) -> str: ...
+    def set_progress(self, progress: float) -> str: ...
     def __next__(self) -> list[Batch]: ...
     @property
     def progress(self) -> float: ...
@@ -46,7 +46,7 @@ class Feed(Protocol):
 
 
 @dataclass
-class Probe:
+class Evaluation:
     """
     Something to look at while training: fn() -> numbers for the logbook under `name`. every >= 1: steps; below 1: that share of
     the run; 0: at the end alone. `start` looks before the first step as well, which under a budget of time every probe does, so that its
@@ -68,7 +68,7 @@ class Run:
     logbook: Logbook
     meta: dict[str, Any]  # architecture, tokenizer, knobs: into every checkpoint as it is
     budget_seconds: float = 0.0  # 0: the feed alone decides when the run ends
-    save_every: float = 0.0  # as Probe.every, beside the saves before evaluations
+    save_every: float = 0.0  # as Evaluation.every, beside the saves before evaluations
     keep: int = 2
     peak_flops: float = 0.0  # measured matrix-product peak of all devices together, 0 = unknown
     clock: Callable[[], float] = time.monotonic
@@ -106,7 +106,7 @@ class Run:
         self.costs[what] = max(self.costs.get(what, 0.0), from_main(seconds, self.runtime))
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived; the run was saved."""
 
 
@@ -184,7 +184,7 @@ def fit(
     optimizer: MuonAdamW,
     feed: Feed,
     schedule: Schedule,
-    probes: Sequence[Probe] = (),
+    probes: Sequence[Evaluation] = (),
 ) -> dict[str, Any]:
     """
     Train until the feed or the budget of time ends; returns the summary that is also logged. Raises Interrupted after a signal
@@ -202,7 +202,7 @@ def fit(
     def elapsed() -> float:
         return seconds_before + run.clock() - began
 
-    def due(before: float, after: float) -> list[Probe]:
+    def due(before: float, after: float) -> list[Evaluation]:
         """What is to be looked at after this step; nothing when it would eat into the time of the last look, which is near then."""
         found = [p for p in probes if _due(p.every, run.step, before, after)]
         seconds = sum(run.costs.get(name, 0.0) for name in ("save", *(p.name for p in found)))
@@ -212,7 +212,7 @@ def fit(
             else []
         )
 
-    def look(wanted: list[Probe]) -> None:
+    def look(wanted: list[Evaluation]) -> None:
         """Save, run the probes, log what they saw and note it in the checkpoint."""
         here = run.progress(feed)
         if wanted:
@@ -272,7 +272,7 @@ def fit(
                 raise UserError(_no_time(run))
             if now >= 1.0:
                 break
-            if changed := feed.at(now):
+            if changed := feed.set_progress(now):
                 release_memory(rt.device)
                 if model.compiled:  # for shapes that do not come again; the compiler keeps eight of them and then gives up
                     torch.compiler.reset()
@@ -447,7 +447,7 @@ def _due(every: float, step: int, before: float, after: float) -> bool:
     return int(after / every + 1e-9) > int(before / every + 1e-9)
 
 
-def _guarded(probe: Probe) -> dict[str, Any]:
+def _guarded(probe: Evaluation) -> dict[str, Any]:
     """A probe that runs out of memory costs its numbers, never the run."""
     try:
         return probe.fn()

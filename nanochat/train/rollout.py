@@ -194,7 +194,7 @@ class RolloutFeed:
     def progress(self) -> float:
         return min(1.0, self._state["drawn"] / self.total) if self.total else 0.0
 
-    def at(self, progress: float) -> str:
+    def set_progress(self, progress: float) -> str:
         """Nothing changes with the share of the run that is over."""
         return ""
 

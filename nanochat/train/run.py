@@ -7,16 +7,16 @@ Everything that the training commands have in common stands here once; what tell
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from nanochat.base import hardware, knobs
 from nanochat.base.common import UserError, duration, human, notice, print0
-from nanochat.base.knobs import knob
 from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import (
     Runtime,
@@ -28,17 +28,17 @@ from nanochat.base.runtime import (
 from nanochat.data.contexts import Contexts
 from nanochat.data.feed import RowFeed
 from nanochat.data.shards import Shards
-from nanochat.data.sources import SHARD_SETS, Source, files, parse_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.bits_per_byte import of_shards
 from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT
 from nanochat.train import loop as trainer
 from nanochat.train import resume
+from nanochat.train.knobs import TrainKnobs
 from nanochat.train.optim import Group, MuonAdamW
 from nanochat.train.scaling import batch_for, width_scale
 
-K = TypeVar("K", bound="TrainKnobs")
+K = TypeVar("K", bound=TrainKnobs)
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "gate_lr", "lr_scale")
 INHERITED = (
     "dtype",
@@ -54,78 +54,8 @@ INHERITED = (
 LENGTHS = ("num_iterations", "target_flops", "target_param_data_ratio")
 
 
-@dataclass(kw_only=True)
-class MachineKnobs:
-    """Machine"""
-
-    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "where to compute")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "precision of the computation; the weights stay in float32"
-    )
-    seed: int = knob(42, "seed of weights, data order and samples")
-
-
-@dataclass(kw_only=True)
-class TrainKnobs(MachineKnobs):
-    """Run"""
-
-    compile: Literal["auto", "on", "off"] = knob(
-        "auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay"
-    )
-    run: str = knob("dummy", "name of the run in the sinks; dummy = metrics.jsonl alone")
-    sinks: tuple[str, ...] = knob(
-        ("wandb",), "where a named run is logged as well: wandb trackio tensorboard"
-    )
-    model_tag: str = knob(
-        "", "name of the model's folder; default d<depth>, later stages take their parent's"
-    )
-    resume: Literal["", "auto"] = knob(
-        "", "auto = go on from the newest intact checkpoint of this run, or start"
-    )
-    new_horizon: Literal["", "stretch", "redecay"] = knob(
-        "",
-        "on resume with another horizon: stretch lays the schedule over the new length, redecay goes from the present rate to the floor",
-    )
-    keep: int = knob(2, "checkpoints kept, beside the best", low=1)
-    save_every: float = knob(
-        0.0,
-        "save also every so many steps (below 1: share of the run; 0 = before evaluations and at the end)",
-        low=0,
-    )
-    eval_every: float = knob(
-        0.1, "evaluate every so many steps (below 1: share of the run; 0 = at the end)", low=0
-    )
-    eval_tokens: int = knob(
-        1 << 20, "validation tokens read in an evaluation, of every source", low=1
-    )
-    sample_every: float = knob(
-        0.25, "sample every so many steps (below 1: share of the run; 0 = at the end)", low=0
-    )
-    max_minutes: float = knob(
-        0.0,
-        "end after so many minutes, evaluation and saving included (0 = no limit)",
-        low=0,
-        high=1e7,
-    )
-    max_hours: float = knob(0.0, "the same in hours", low=0, high=1e5)
-    device_batch_size: int = knob(
-        32, "rows of a micro-batch on one device, at most; halved when memory runs out", low=1
-    )
-    embedding_lr: float = knob(0.2, "AdamW's rate for the token embedding, at width 768", low=0)
-    unembedding_lr: float = knob(
-        0.004, "AdamW's rate for the head (and a tied table), at width 768", low=0
-    )
-    matrix_lr: float = knob(0.02, "Muon's rate for the matrices", low=0)
-    gate_lr: float = knob(0.05, "AdamW's rate for the gates of an attention prior", low=0)
-    lr_scale: float = knob(1.0, "factor on all the rates", low=0)
-    weight_decay: float = knob(0.0, "decoupled weight decay of the matrices", low=0)
-    warmup_ratio: float = knob(0.0, "share of the run in which the rates rise", low=0, high=1)
-    warmdown_ratio: float = knob(0.4, "share of the run in which the rates fall", low=0, high=1)
-    final_lr_frac: float = knob(0.0, "what is left of the rates at the end", low=0, high=1)
-
-
 @dataclass
-class Stage:
+class OpenRun:
     """A stage that is open: what a training script needs to make its feed and its probes."""
 
     name: str
@@ -186,7 +116,7 @@ class Stage:
         return checkpoint.read_meta(self.resume_from)["plan"].get(name)
 
 
-def parse(
+def parse_knobs(
     cls: type[K],
     argv: Sequence[str] | None,
     command: str,
@@ -224,7 +154,7 @@ def parse(
     return k, origins, found
 
 
-def open_stage(
+def open_run(
     name: str,
     command: str,
     k: Any,
@@ -232,7 +162,7 @@ def open_stage(
     tag: str,
     build: Callable[[Runtime, Tokenizer], GPT],
     resume_from: Path | None,
-) -> Stage:
+) -> OpenRun:
     """Runtime, tokenizer, model; prints what it opens. `build` makes the model with its weights of step 0."""
     began = time.monotonic()
     dtype = (
@@ -260,7 +190,7 @@ def open_stage(
     )
     print0(knobs.show(k, origins))
     print0(table_of_counts(model))
-    return Stage(name, k, origins, rt, tokenizer, model, directory, resume_from, peak, began)
+    return OpenRun(name, k, origins, rt, tokenizer, model, directory, resume_from, peak, began)
 
 
 def set_aside(directory: Path) -> None:
@@ -292,23 +222,6 @@ def table_of_counts(model: GPT) -> str:
             f"  {'total':<12} {n['total']:>13,}  {human(model.flops_per_token())} FLOPs a token{tied}",
         ]
     )
-
-
-def default_sources() -> list[str]:
-    """What to train on when nothing is named: a downloaded shard set, else the embedded corpus."""
-    for name in SHARD_SETS:
-        source = parse_sources([name])[0]
-        if source.paths[0].is_dir() and any(source.paths[0].glob("*.parquet")):
-            return [name]
-    return ["tinyworld"]
-
-
-def sources_of(specs: Sequence[str]) -> list[Source]:
-    sources = parse_sources(specs or default_sources())
-    for s in sources:
-        if s.kind != "tinyworld":
-            files(s)  # fails early and clearly when there is nothing to read
-    return sources
 
 
 def make_optimizer(model: GPT, k: Any, rt: Runtime, rate_scale: float = 1.0) -> MuonAdamW:
@@ -347,7 +260,7 @@ def whole_rows(total_batch_size: int, *lengths: int) -> int:
     return total_batch_size // lengths[-1]
 
 
-def horizon(s: Stage) -> tuple[int, int | None]:
+def choose_horizon(s: OpenRun) -> tuple[int, int | None]:
     """
     (rows of an optimizer step at the longest context, steps or None when a budget of time ends the run) from total_batch_size and one
     of num_iterations, target_flops, target_param_data_ratio, max_minutes, max_hours. UserError when two of them contradict each other,
@@ -421,9 +334,9 @@ def horizon(s: Stage) -> tuple[int, int | None]:
     return rows, steps
 
 
-def open_child(
+def open_from_parent(
     cls: type[K], argv: Sequence[str] | None, command: str, name: str, parent: Callable[[K], str]
-) -> Stage:
+) -> OpenRun:
     """
     Open a stage that goes on from another's checkpoint: knobs named in INHERITED come down from it, the model and its tag too.
     """
@@ -431,18 +344,18 @@ def open_child(
     path = checkpoint.locate(parent(first), first.model_tag, getattr(first, "step", None))
     handed_down = {n: v for n, v in checkpoint.read_meta(path)["knobs"].items() if n in INHERITED}
     tag = path.parent.name
-    k, origins, resume_from = parse(cls, argv, command, name, lambda k: tag, handed_down)
+    k, origins, resume_from = parse_knobs(cls, argv, command, name, lambda k: tag, handed_down)
 
     def build(rt: Runtime, tokenizer: Tokenizer) -> GPT:
         return checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)[0]
 
-    s = open_stage(name, command, k, origins, tag, build, resume_from)
+    s = open_run(name, command, k, origins, tag, build, resume_from)
     s.parent_meta = checkpoint.read_meta(path)
     print0(f"  from {path}")
     return s
 
 
-def talk_horizon(s: Stage) -> tuple[int | None, int | None]:
+def conversation_horizon(s: OpenRun) -> tuple[int | None, int | None]:
     """(steps, epochs) of a stage on conversations: --num_iterations, else the budget of time, else --epochs."""
     k = s.knobs
     if k.num_iterations > 0 and s.budget_seconds:
@@ -463,7 +376,9 @@ def talk_horizon(s: Stage) -> tuple[int | None, int | None]:
     return (None, None) if s.budget_seconds else (None, k.epochs)
 
 
-def val_probe(s: Stage, val: Sequence[tuple[str, Shards, float | None]]) -> trainer.Probe:
+def bits_per_byte_evaluation(
+    s: OpenRun, val: Sequence[tuple[str, Shards, float | None]]
+) -> trainer.Evaluation:
     """Bits per byte on the validation split of every named source, and their mean by weight."""
     token_bytes = s.tokenizer.token_bytes()
 
@@ -482,13 +397,13 @@ def val_probe(s: Stage, val: Sequence[tuple[str, Shards, float | None]]) -> trai
         mean = sum(w * v for w, v in zip(weights, out.values(), strict=True)) / sum(weights)
         return {"val_bpb": mean, **(out if len(out) > 1 else {})}
 
-    return trainer.Probe("eval", s.knobs.eval_every, look, start=True)
+    return trainer.Evaluation("eval", s.knobs.eval_every, look, start=True)
 
 
 COMPILE_PAYS_SECONDS = 120  # compiling costs two cores about 30 s, once a shape, and makes the step 1.3 to 1.5 times as fast
 
 
-def compile_if_it_pays(s: Stage, rows: int, steps: int | None, one_shape: bool) -> bool:
+def compile_if_it_pays(s: OpenRun, rows: int, steps: int | None, one_shape: bool) -> bool:
     """Compile the model where that was asked for, or where it works and pays; on resume as the run did before. Returns whether."""
     k, device = s.knobs, s.runtime.device
     if k.compile == "auto" and s.stored("compiled") is not None:
@@ -511,11 +426,11 @@ def compile_if_it_pays(s: Stage, rows: int, steps: int | None, one_shape: bool) 
 
 
 def train(
-    s: Stage,
+    s: OpenRun,
     feed: trainer.Feed,
     rows: int,
     steps: int | None,
-    probes: Sequence[trainer.Probe],
+    probes: Sequence[trainer.Evaluation],
     rate_scale: float = 1.0,
     one_shape: bool = True,
 ) -> dict[str, Any]:
@@ -581,17 +496,17 @@ def train(
         run.logbook.close()
 
 
-def finish(main: Callable[[], Any]) -> Any:
-    """Run a stage's work; a signal ends it with status 130, and the process group is left in every case."""
+@contextmanager
+def session() -> Iterator[None]:
+    """Around the work of a command: leaves the process group and puts out of memory in plain words."""
     try:
-        return main()
-    except trainer.Interrupted as e:
-        raise KeyboardInterrupt(str(e)) from e
+        yield
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
         raise UserError(
-            "out of memory, even with one row at a time: choose a smaller --depth, --model_dim or --sequence_len"
+            "out of memory, even with one row at a time: choose a smaller --depth, --model_dim or "
+            "--sequence_len"
         ) from e
     finally:
         close_runtime()

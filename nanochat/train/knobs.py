@@ -1,0 +1,78 @@
+"""The knobs that commands share: of the machine, and of a training run. Importing this needs no torch, so every help is instant."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat.base.knobs import knob
+
+
+@dataclass(kw_only=True)
+class MachineKnobs:
+    """Machine"""
+
+    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "device to compute on")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "precision of the computation; weights stay in float32"
+    )
+    seed: int = knob(42, "seed of weights, data order and samples")
+
+
+@dataclass(kw_only=True)
+class TrainKnobs(MachineKnobs):
+    """Run"""
+
+    compile: Literal["auto", "on", "off"] = knob(
+        "auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay"
+    )
+    run: str = knob("dummy", "name of the run in the sinks; dummy = only metrics.jsonl")
+    sinks: tuple[str, ...] = knob(
+        ("wandb",), "where a named run is also logged: wandb trackio tensorboard"
+    )
+    model_tag: str = knob(
+        "", "name of the model's folder; default d<depth>, later stages use their parent's"
+    )
+    resume: Literal["", "auto"] = knob(
+        "", "auto = continue from this run's newest intact checkpoint, or start if there is none"
+    )
+    new_horizon: Literal["", "stretch", "redecay"] = knob(
+        "",
+        "when resuming with a different length: stretch fits the schedule to the new length, "
+        "redecay falls from the current rate to the floor",
+    )
+    keep: int = knob(2, "checkpoints to keep, besides the best", low=1)
+    save_every: float = knob(
+        0.0,
+        "also save every so many steps (below 1: share of the run; 0 = only before evaluations "
+        "and at the end)",
+        low=0,
+    )
+    eval_every: float = knob(
+        0.1, "evaluate every so many steps (below 1: share of the run; 0 = at the end)", low=0
+    )
+    eval_tokens: int = knob(1 << 20, "validation tokens per source in an evaluation", low=1)
+    sample_every: float = knob(
+        0.25, "sample every so many steps (below 1: share of the run; 0 = at the end)", low=0
+    )
+    max_minutes: float = knob(
+        0.0,
+        "end after so many minutes, including evaluation and saving (0 = no limit)",
+        low=0,
+        high=1e7,
+    )
+    max_hours: float = knob(0.0, "the same in hours", low=0, high=1e5)
+    device_batch_size: int = knob(
+        32, "maximum rows of a micro-batch on one device; halved when memory runs out", low=1
+    )
+    embedding_lr: float = knob(0.2, "AdamW's rate for the token embedding, at width 768", low=0)
+    unembedding_lr: float = knob(
+        0.004, "AdamW's rate for the head (and a tied table), at width 768", low=0
+    )
+    matrix_lr: float = knob(0.02, "Muon's rate for the matrices", low=0)
+    gate_lr: float = knob(0.05, "AdamW's rate for the gates of an attention prior", low=0)
+    lr_scale: float = knob(1.0, "factor on all rates", low=0)
+    weight_decay: float = knob(0.0, "decoupled weight decay of the matrices", low=0)
+    warmup_ratio: float = knob(0.0, "share of the run in which the rates rise", low=0, high=1)
+    warmdown_ratio: float = knob(0.4, "share of the run in which the rates fall", low=0, high=1)
+    final_lr_frac: float = knob(
+        0.0, "rates at the end of the run, as a share of the peak", low=0, high=1
+    )
