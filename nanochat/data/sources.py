@@ -14,7 +14,6 @@ validation shard is an error that names the place.
 
 import codecs
 import hashlib
-import heapq
 import io
 import json
 import re
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir
+from nanochat.data.split import cutoff, place
 from nanochat.tinyworld import generator_files
 
 CUT = 16_384  # characters of a document cut from a .txt file, at most
 VALIDATION_SHARE = 0.01
-VALIDATION_DOCUMENTS = 8  # a source with fewer documents under the share takes its smallest hashes up to this number, or a tenth of all
 PART_BYTES = (
     1 << 28
 )  # files are tokenised in groups of this size: what is added later, or done when interrupted, is not done again
@@ -246,7 +245,7 @@ def _part(source: Source, split: str, group: list[Path], share: float | None) ->
     def read() -> Iterator[str]:
         for path in group:
             for text in _read(path, source.field):
-                if share is None or (_hash(text) <= share) == (split == "val"):
+                if share is None or (place(text) <= share) == (split == "val"):
                     yield text
 
     return Part(identity, sum(_text_bytes(p, s.st_size) for p, s in stats), read)
@@ -271,31 +270,15 @@ def _tinyworld_part(source: Source, split: str) -> Part:
     return Part({"tinyworld": code, "bytes": size, "split": split}, size, read)
 
 
-def _hash(text: str) -> float:
-    """The place of a text in 0..1, by its content alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
-
-
 def _validation_share(source: Source) -> float:
-    """
-    The hash up to which a document is validation: VALIDATION_SHARE, or more for a source so small that this leaves fewer than
-    VALIDATION_DOCUMENTS. Reading stops as soon as that many are found, so a large source costs some hundred documents.
-    """
-    hashes: set[float] = set()
-    under = 0
-    for text in documents(source):
-        h = _hash(text)
-        under += h <= VALIDATION_SHARE and h not in hashes
-        hashes.add(h)
-        if under == VALIDATION_DOCUMENTS:
-            return VALIDATION_SHARE
-    if len(hashes) < 2:
-        has = "one document" if hashes else "no text"
+    """The place (see split.py) up to which a document of this source is validation."""
+    share = cutoff(map(place, documents(source)), VALIDATION_SHARE)
+    if share is None:
         raise UserError(
-            f"data source {source.name} has {has}, so none is left to validate on: give it at least two different documents"
+            f"data source {source.name} has fewer than two different documents, so none is left for "
+            "validation: add text"
         )
-    wanted = max(1, min(VALIDATION_DOCUMENTS, len(hashes) // 10))
-    return max(VALIDATION_SHARE, heapq.nsmallest(wanted, hashes)[-1])
+    return share
 
 
 def mixed(

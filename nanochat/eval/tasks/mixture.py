@@ -9,7 +9,6 @@ Of what is read, @N takes N conversations drawn at random, and goes through them
 by a hash of its content, is for validation: training never sees it, and the published test splits are left to the evaluations.
 """
 
-import hashlib
 import heapq
 import itertools
 import json
@@ -24,6 +23,7 @@ from types import ModuleType
 from nanochat.base.common import UserError
 from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import parse_sources
+from nanochat.data.split import cutoff, place
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import (
     arc,
@@ -51,7 +51,7 @@ MADE = {
     "spellingbee": (20_000, 1_000),
     "identity": (1_000, 50),
 }  # where no number is given; for validation
-VALIDATION_SHARE, VALIDATION_LEAST, VALIDATION_MOST = 0.02, 8, 2_000
+VALIDATION_SHARE, VALIDATION_MOST = 0.02, 2_000
 # Much talk, forms of questions, the tool, the name; then a smaller and cleaner cut. Second: after pretraining on tinyworld alone
 DEFAULTS = {
     "mid": (("smoltalk", "mmlu", "gsm8k", "spellingbee", "identity"), ("tinyworld",)),
@@ -202,22 +202,12 @@ def _read(s: Spec, split: str, seed: int, folder: Path | None) -> tuple[str, Ite
 
 def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
     """
-    The conversations of a split, by a hash of their content: VALIDATION_SHARE of them are "val", or of few a tenth (VALIDATION_LEAST at
-    most), so that a small file has some too. One that comes twice is on one side. UserError where there are not two different ones.
+    The conversations of a split, by a hash of their content (data/split.py): VALIDATION_SHARE of them are "val", or of few a tenth, so that a small file has some too. One that comes twice is on one side. UserError where there are not two different ones.
     """
-    share, seen, under = VALIDATION_SHARE, set(), 0
-    for place in map(_place, read()):
-        under += place <= VALIDATION_SHARE and place not in seen
-        seen.add(place)
-        if under == VALIDATION_LEAST:
-            break
-    else:
-        if len(seen) < 2:
-            raise UserError(
-                "there are not two different conversations, and one is needed to validate on: give more of them"
-            )
-        share = max(
-            share, heapq.nsmallest(max(1, min(VALIDATION_LEAST, len(seen) // 10)), seen)[-1]
+    share = cutoff(map(_place, read()), VALIDATION_SHARE)
+    if share is None:
+        raise UserError(
+            "there are not two different conversations, and one is needed to validate on: give more of them"
         )
     return (
         conversation
@@ -228,8 +218,7 @@ def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
 
 def _place(conversation: Item) -> float:
     """The place of a conversation in 0..1, by its content alone."""
-    text = json.dumps(conversation["messages"], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    return place(json.dumps(conversation["messages"], sort_keys=True))
 
 
 def _version(module: ModuleType) -> str:
