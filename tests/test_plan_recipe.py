@@ -403,13 +403,13 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
         and found["recipe"] == str(tmp_path / "plan" / "recipe.toml")
     )
     for name in ("recipe.toml", "recipe-fallback.toml"):
-        for command, module in {
-            "base_train": base_train,
-            "mid_train": mid_train,
-            "chat_sft": chat_sft,
+        for command, cls in {
+            "base_train": base_train.PretrainKnobs,
+            "mid_train": mid_train.MidtrainKnobs,
+            "chat_sft": chat_sft.FinetuneKnobs,
         }.items():
             k, origins = knobs.parse(
-                module.Knobs, ["--recipe", str(tmp_path / "plan" / name)], command=command
+                cls, ["--recipe", str(tmp_path / "plan" / name)], command=command
             )
             assert (
                 k.model_tag == "day"

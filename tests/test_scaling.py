@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 
 from nanochat.base.common import UserError
 from nanochat.model.gpt import GPTConfig
-from nanochat.train.scaling import Shape, batch_for, width_scale
+from nanochat.train.scaling import (
+    Shape,
+    batch_for,
+    compile_pays,
+    split_budget,
+    width_scale,
+)
 
 
 @pytest.mark.parametrize(
@@ -90,3 +96,27 @@ def test_batches_are_powers_of_two_within_bounds():
 def test_width_scale():
     assert width_scale(768) == 1
     assert width_scale(4 * 768) == pytest.approx(0.5)
+
+
+def test_a_cpu_compiles_only_long_runs_and_more_shapes_need_more_time():
+    assert compile_pays("cuda", 1.0)
+    assert not compile_pays("cpu", 119.0) and compile_pays("cpu", 120.0)
+    assert not compile_pays("cpu", 300.0, shapes=3) and compile_pays("cpu", 360.0, shapes=3)
+
+
+@given(
+    seconds=st.floats(1, 1e6),
+    shares=st.dictionaries(st.sampled_from("abcd"), st.floats(0.01, 10), min_size=1),
+)
+def test_the_stages_share_the_whole_budget(seconds, shares):
+    parts = split_budget(seconds, shares)
+    assert sum(parts.values()) == pytest.approx(seconds)
+    first = next(iter(shares))
+    for stage, part in parts.items():
+        assert part / parts[first] == pytest.approx(shares[stage] / shares[first])
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(0.0, 1.0), (-5.0, 1.0), (60.0, 0.0)])
+def test_a_budget_that_cannot_be_split(seconds, share):
+    with pytest.raises(UserError, match="give positive seconds and positive shares"):
+        split_budget(seconds, {"base": share})

@@ -25,7 +25,7 @@ from nanochat.base.runtime import compiler_missing
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.plan import arch, law
-from nanochat.train import run as stage
+from nanochat.train.scaling import compile_pays
 
 PRETRAIN = 0.85  # of a budget goes to pretraining
 # Share of the peak that a step of training reaches, with a 90 % interval. GPU: tokens a second that users report for an RTX 3090 (depth
@@ -149,8 +149,8 @@ def load(path: Path | str) -> Machine:
 
 
 def compiles(device_type: str, seconds: float, asked: str = "auto") -> bool:
-    """Whether base_train compiles in a budget of so many seconds (stage.compile_if_it_pays has the rule)."""
-    pays = device_type == "cuda" or seconds >= stage.COMPILE_PAYS_SECONDS
+    """Whether base_train compiles in a budget of so many seconds (train.scaling.compile_pays has the rule)."""
+    pays = compile_pays(device_type, seconds)
     return (asked == "on" or (asked == "auto" and pays)) and not compiler_missing(
         torch.device(device_type)
     )

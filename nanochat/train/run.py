@@ -36,7 +36,7 @@ from nanochat.train import loop as trainer
 from nanochat.train import resume
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.optim import Group, MuonAdamW
-from nanochat.train.scaling import batch_for, width_scale
+from nanochat.train.scaling import batch_for, compile_pays, width_scale
 
 K = TypeVar("K", bound=TrainKnobs)
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "gate_lr", "lr_scale")
@@ -400,9 +400,6 @@ def bits_per_byte_evaluation(
     return trainer.Evaluation("eval", s.knobs.eval_every, look, start=True)
 
 
-COMPILE_PAYS_SECONDS = 120  # compiling costs two cores about 30 s, once a shape, and makes the step 1.3 to 1.5 times as fast
-
-
 def compile_if_it_pays(s: OpenRun, rows: int, steps: int | None, one_shape: bool) -> bool:
     """Compile the model where that was asked for, or where it works and pays; on resume as the run did before. Returns whether."""
     k, device = s.knobs, s.runtime.device
@@ -411,9 +408,7 @@ def compile_if_it_pays(s: OpenRun, rows: int, steps: int | None, one_shape: bool
     elif k.compile == "auto":
         flops = (steps or 0) * rows * s.contexts.longest * s.contexts.mean(s.model.flops_per_token)
         seconds = s.budget_seconds or flops / (0.4 * s.peak_flops)
-        wanted = one_shape and (
-            device.type == "cuda" or seconds >= COMPILE_PAYS_SECONDS * len(s.contexts.stages)
-        )
+        wanted = one_shape and compile_pays(device.type, seconds, len(s.contexts.stages))
     else:
         wanted = k.compile == "on"
     missing = compiler_missing(device) if wanted else ""

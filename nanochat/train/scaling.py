@@ -1,8 +1,12 @@
 """
-Rules of scale: from depth to width, batch, horizon and learning rates. Training and planning use the same ones.
+Rules of scale: from depth to width, and from a budget to batch, rates, context and compilation.
+
+Training and planning follow the same rules; each is decided here and nowhere else. Importing this
+needs no torch.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from nanochat.base.common import UserError
@@ -18,25 +22,23 @@ class Shape:
     model_dim: int = knob(0, "model width; 0 = depth x aspect_ratio, rounded up to whole heads")
     head_dim: int = knob(128, "width of an attention head")
     kv_ratio: float = knob(
-        1.0, "key-value heads as a share of the query heads; as near as whole groups allow", high=1
+        1.0, "key-value heads as a share of query heads, rounded to whole groups", high=1
     )
 
     def dimensions(self) -> dict[str, int]:
-        """n_layer, n_embd, n_head, n_kv_head; UserError when the figures make no model."""
+        """n_layer, n_embd, n_head, n_kv_head. UserError if the values make no model."""
         for f in fields(Shape):
             value = getattr(self, f.name)
             if not 0 <= value < math.inf or (f.name != "model_dim" and value == 0):
                 raise UserError(f"{f.name} is {value}: it must be a number above 0")
-        width = (
-            self.model_dim
-            or math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
-        )
-        if width % self.head_dim:
-            near = max(1, round(width / self.head_dim)) * self.head_dim
+        unit = self.head_dim
+        width = self.model_dim or math.ceil(self.depth * self.aspect_ratio / unit) * unit
+        if width % unit:
+            near = max(1, round(width / unit)) * unit
             raise UserError(
-                f"model_dim {width} is not a multiple of head_dim {self.head_dim}: try --model_dim={near}"
+                f"model_dim {width} is not a multiple of head_dim {unit}: try --model_dim={near}"
             )
-        heads = width // self.head_dim
+        heads = width // unit
         wanted = heads * self.kv_ratio
         kv = min(
             (n for n in range(1, heads + 1) if heads % n == 0),
@@ -45,16 +47,19 @@ class Shape:
         return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
 
 
-MIN_STEPS = 2000  # that a horizon should give at least, from 27 M tokens on
+MIN_STEPS = 2000  # the fewest steps that a horizon of 27 M tokens or more should give
 
 
 def batch_for(tokens: float) -> int:
     """
-    Tokens of one optimizer step for a horizon of `tokens`: a power of two near 74 x tokens^0.383, between 2^12 and 2^19, and small enough
-    for 2,000 steps, or where these are too many for sqrt(tokens) / 2.6 of them. The exponent is the reported one for compute-optimal runs;
-    the factor makes a 11.2 G token run use 2^19. Below 240 M tokens steps are what is short: for minutes on a small GPU 2^14 was reported
-    best. On two cores 2^12 was the best of 2^10 to 2^13 with 1.6 M tokens, as good as 2^13 with 4 M, and 4 % worse than it with 10 M
-    (dev/LOG.md: small budgets, a batch that was too small).
+    Tokens per optimizer step for a run of `tokens`: a power of two between 2^12 and 2^19.
+
+    It is near 74 x tokens^0.383, but small enough for 2,000 steps, or for sqrt(tokens) / 2.6 steps
+    where 2,000 are too many. The exponent is the one reported for compute-optimal runs; the factor
+    makes a run of 11.2 G tokens use 2^19. Below 240 M tokens steps are what is scarce: 2^14 was
+    reported best for minutes on a small GPU. On two cores, 2^12 was the best of 2^10 to 2^13 with
+    1.6 M tokens, as good as 2^13 with 4 M, and 4 % worse with 10 M (dev/LOG.md: small budgets,
+    a batch that was too small).
     """
     tokens = max(tokens, 1.0)
     few = max(tokens / MIN_STEPS, 2.6 * math.sqrt(tokens))
@@ -62,27 +67,57 @@ def batch_for(tokens: float) -> int:
 
 
 def width_scale(n_embd: int) -> float:
-    """Factor on AdamW's rates: (width / 768)^-0.5, the rates being tuned at width 768."""
+    """Factor on AdamW's rates, which are tuned at width 768: (width / 768)^-0.5."""
     return (n_embd / 768) ** -0.5
 
 
 def embedding_rate(batch: int) -> float:
     """
-    AdamW's rate for the token embedding (at width 768) at a batch of so many tokens: as the square root of the batch, 0.1 at 2^14 and 0.05
-    at 2^12, the rates of the runs on two cores that learned most (dev/LOG.md); never above the 0.2 of eight-GPU batches.
+    AdamW's rate for the token embedding, at width 768, with `batch` tokens per optimizer step.
+
+    It grows with the square root of the batch: 0.05 at 2^12 and 0.1 at 2^14, the rates of the runs
+    on two cores that learned most (dev/LOG.md), and never above the 0.2 of eight-GPU batches.
     """
     return min(0.2, 0.1 * math.sqrt(batch / 2**14))
 
 
 def context_for(flops: float) -> int:
     """
-    Context length that a budget of FLOPs can use: 512 below 1e16, 1,024 below 3e18, then 2,048. The last two follow what users of 24 GB
-    cards report for runs of a day (depths 12 to 14 at 1,024, 16 to 18 at 2,048 late); small models learn little from beyond 512 tokens.
+    Context length that a budget of FLOPs can use: 512 below 1e16, 1,024 below 3e18, then 2,048.
+
+    The last two follow what owners of 24 GB cards report for runs of a day (depths 12 to 14 at
+    1,024, later 16 to 18 at 2,048); small models learn little from beyond 512 tokens.
     """
     return 512 if flops < 1e16 else 1024 if flops < 3e18 else 2048
 
 
 def context_stages(final: int) -> tuple[tuple[float, int], ...]:
-    """(share of the run, context from there on) for a run of hours that ends at `final`: short rows first, they cost less a token."""
-    plans = {1024: ((0.0, 512), (0.6, 1024)), 2048: ((0.0, 512), (0.6, 1024), (0.9, 2048))}
-    return plans.get(final, ((0.0, final),))
+    """
+    (share of the run, context from there on) for a run of hours that ends at `final`: short rows
+    come first, as they cost less per token.
+    """
+    stages = {1024: ((0.0, 512), (0.6, 1024)), 2048: ((0.0, 512), (0.6, 1024), (0.9, 2048))}
+    return stages.get(final, ((0.0, final),))
+
+
+COMPILE_PAYS_SECONDS = (
+    120  # on two cores a compilation takes 30 s, and steps are then 1.3 to 1.5 times as fast
+)
+
+
+def compile_pays(device_type: str, seconds: float, shapes: int = 1) -> bool:
+    """
+    Whether to compile a model that trains for `seconds` on so many shapes of batches: always on a
+    GPU, elsewhere if the run is long.
+    """
+    return device_type == "cuda" or seconds >= COMPILE_PAYS_SECONDS * shapes
+
+
+def split_budget(seconds: float, shares: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each stage, in proportion to its share; UserError unless all are positive."""
+    if not seconds > 0 or not all(share > 0 for share in shares.values()):
+        raise UserError(
+            f"cannot split {seconds:g} s by {dict(shares)}: give positive seconds and positive "
+            "shares"
+        )
+    return {stage: seconds * share / sum(shares.values()) for stage, share in shares.items()}
