@@ -28,13 +28,14 @@ from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.core import Item, Score, Scorer, Task, load_bundle, prepare
-from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.model.config import ArchitectureKnobs, GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)
-class Knobs(MachineKnobs, Arch, Shape):
+class Knobs(MachineKnobs, ArchitectureKnobs, Shape):
     """Measurement"""
 
     depth: int = knob(4, "layers", low=1)
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         (text for task in tasks for row in task.rows[:400] for text in task.texts(row)),
         k.vocab_size,
     )
-    arch: dict[str, Any] = {f.name: getattr(k, f.name) for f in fields(Arch)}
+    arch: dict[str, Any] = {f.name: getattr(k, f.name) for f in fields(ArchitectureKnobs)}
     model = GPT.build(
         GPTConfig(**{**arch, **k.dimensions()}, vocab_size=tok.vocab_size), rt.device, rt.dtype
     )

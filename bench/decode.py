@@ -19,12 +19,13 @@ from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime
 from nanochat.chat.generate import Engine
 from nanochat.data.tokenizer import SPECIAL_TOKENS
-from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.model.config import ArchitectureKnobs, GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)
-class Knobs(Arch, Shape):
+class Knobs(ArchitectureKnobs, Shape):
     """Measurement"""
 
     depth: int = knob(12, "layers", low=1)
@@ -45,7 +46,7 @@ def main(argv=None) -> dict[str, Any]:
         description="Measure how fast a random model generates.",
     )
     rt = open_runtime(k.device_type, k.dtype)
-    arch: dict[str, Any] = {f.name: getattr(k, f.name) for f in fields(Arch)}
+    arch: dict[str, Any] = {f.name: getattr(k, f.name) for f in fields(ArchitectureKnobs)}
     config = GPTConfig(**{**arch, **k.dimensions()}, vocab_size=k.vocab_size)
     model = GPT.build(config, rt.device, rt.dtype)
     model.init_weights()

@@ -19,7 +19,7 @@ from typing import Any
 from nanochat.base import knobs
 from nanochat.base.common import UserError, base_dir, columns, entry, print0
 from nanochat.base.knobs import knob
-from nanochat.model.gpt import GPTConfig
+from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, recipe, speed
 from nanochat.plan import probe as throughput
 from nanochat.plan.speed import Machine

@@ -28,7 +28,8 @@ from nanochat.base.common import UserError, entry, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import compiler_missing, open_runtime
 from nanochat.model import prior
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import AttentionPriorKnobs, GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.scaling import Shape
@@ -85,7 +86,9 @@ def measure(k: Knobs, condition: str, T: int) -> dict[str, Any]:
                 "rap": artifact(k, T, Path(folder) / "rap_prior.safetensors"),
                 "attention": condition,
             }
-            config.rap, tables = prior.prepare(prior.RapKnobs(**asked), config, "bench", rt.device)
+            config.rap, tables = prior.prepare(
+                AttentionPriorKnobs(**asked), config, "bench", rt.device
+            )
     model = GPT.build(config, rt.device, rt.dtype)
     model.init_weights(k.seed)
     if model.prior is not None:

@@ -22,7 +22,8 @@ from nanochat.base.common import entry
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import compiler_missing, open_runtime
 from nanochat.data.feed import Batch
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.scaling import Shape

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from nanochat.model import prior
+from nanochat.model.config import AttentionPriorKnobs
 from nanochat.model.gpt import GPT
-from nanochat.model.prior import RapKnobs
 
 V, C = 61, 16  # tiny's vocabulary and context
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -125,7 +125,9 @@ def whole(tensors, idx):
 def made(path, device=CPU, config=None, **knobs):
     """(config with the prior, its tensors)."""
     config = config or tiny.config()
-    config.rap, tensors = prior.prepare(RapKnobs(rap=path, **knobs), config, PRINT, device)
+    config.rap, tensors = prior.prepare(
+        AttentionPriorKnobs(rap=path, **knobs), config, PRINT, device
+    )
     return config, tensors
 
 

@@ -17,7 +17,8 @@ from nanochat.commands import base_train
 from nanochat.data.contexts import Contexts
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train import loop as trainer
 from nanochat.train import run as stage
 from nanochat.train.loop import Evaluation

@@ -15,7 +15,8 @@ import torch
 from nanochat.commands import base_complete, chat_cli
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 READY = "\033[?2004h"  # what prompt_toolkit tells a terminal when it begins to ask
@@ -37,7 +38,7 @@ def put(stage, tokenizer, tag="d2", fingerprint=None, sequence_len=64):
         for p in m.parameters():
             p.normal_(0, 0.3, generator=g)
     meta = {
-        "config": checkpoint.config_dict(config),
+        "config": config.to_dict(),
         "tokenizer": fingerprint or tokenizer.fingerprint,
     }
     optim = {"nothing": torch.zeros(1)}

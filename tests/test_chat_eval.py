@@ -16,7 +16,8 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import chat as chat_eval
 from nanochat.eval import sandbox as execution
 from nanochat.eval.tasks.common import Task, choice, exchange, gold, is_answer, prompt
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.tinyworld.conversations import KINDS
 
 

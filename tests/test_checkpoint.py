@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from nanochat.base.common import UserError
 from nanochat.model import checkpoint
+from nanochat.model.config import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -240,7 +241,7 @@ def test_unknown_architecture_knobs():
         UserError,
         match=r"knobs that this version does not have \(mixture_of\): use the version that wrote it",
     ):
-        checkpoint.config_of(meta)
+        GPTConfig.from_dict(meta["config"])
 
 
 def test_another_architecture(tmp_path):
@@ -288,6 +289,7 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
 from nanochat.model import checkpoint
+from nanochat.model.config import GPTConfig
 directory, step = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 while True:
@@ -405,4 +407,4 @@ def test_a_strangers_metadata_is_data(tmp_path):
     meta = json.loads((path / "meta.json").read_text())
     meta["config"]["activation"] = "__import__('os').abort()"
     with pytest.raises(UserError, match="activation"):
-        checkpoint.config_of(meta)
+        GPTConfig.from_dict(meta["config"])

@@ -30,7 +30,8 @@ from nanochat.eval.core import (
     summarise,
 )
 from nanochat.model import prior
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import AttentionPriorKnobs, GPTConfig
+from nanochat.model.gpt import GPT
 
 WORDS = [
     "cat",
@@ -210,7 +211,7 @@ def with_prior(tok, tmp_path, context):
     shape = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
     config = GPTConfig(sequence_len=context, vocab_size=tok.vocab_size, **shape)
     config.rap, tensors = prior.prepare(
-        prior.RapKnobs(rap=path, rap_alpha=3.0), config, tok.fingerprint, CPU.device
+        AttentionPriorKnobs(rap=path, rap_alpha=3.0), config, tok.fingerprint, CPU.device
     )
     m = tiny.randomise(GPT.build(config), 5)
     m.prior.load_state_dict(tensors)

@@ -10,7 +10,8 @@ from nanochat.base.common import UserError
 from nanochat.chat import generate as engine_module
 from nanochat.chat.generate import Engine, Reply, choose, clip, fit_conversation
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 
 TEXT = "The cat sat on the mat. What is 12+30? It is 42. Grüße, 世界 😀😀. " * 20
 SHAPES = {

@@ -25,7 +25,8 @@ from torch.nn.functional import log_softmax
 
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.core import Scorer, load_bundle, prepare
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 
 DATA = Path(
     os.environ.get(

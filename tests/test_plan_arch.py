@@ -12,7 +12,7 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError, columns
 from nanochat.base.hardware import lookup
 from nanochat.commands import plan
-from nanochat.model.gpt import Arch
+from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import arch
 from nanochat.train.scaling import Shape
 
@@ -37,7 +37,7 @@ def planned(*words: str) -> dict:
     ],
 )
 def test_the_tables(shape, tied, vocab, embedding, transformer, head, total):
-    n = arch.counts(arch.config_for(shape, Arch(tie_embeddings=tied), vocab))
+    n = arch.counts(arch.config_for(shape, ArchitectureKnobs(tie_embeddings=tied), vocab))
     assert [n[p] for p in ("embedding", "transformer", "head", "total")] == [
         embedding,
         transformer,
@@ -83,7 +83,9 @@ def test_flags_give_their_table_and_other_shapes_of_the_size():
 
 def test_a_default_shape_is_found_again_from_its_size():
     for depth in (8, 12, 20):
-        total = arch.counts(arch.config_for(Shape(depth=depth), Arch(), 65_536))["total"]
+        total = arch.counts(arch.config_for(Shape(depth=depth), ArchitectureKnobs(), 65_536))[
+            "total"
+        ]
         out = planned("--params", str(total))
         assert (
             out["total"] == total
@@ -117,7 +119,7 @@ def test_a_tied_model_has_two_parts():
 def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv):
     try:
         found = arch.search(
-            params, None, Shape(depth=0, kv_ratio=kv), Arch(tie_embeddings=tied), vocab
+            params, None, Shape(depth=0, kv_ratio=kv), ArchitectureKnobs(tie_embeddings=tied), vocab
         )
     except UserError as e:
         assert "the smallest has" in str(e)
@@ -127,7 +129,7 @@ def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv)
     counted = arch.counts(best.config)
     assert {p: counted[p] for p in best.counts} == best.counts
     assert abs(counted["total"] / params - 1) <= arch.MISS
-    assert best.config == arch.config_for(best.shape, Arch(tie_embeddings=tied), vocab)
+    assert best.config == arch.config_for(best.shape, ArchitectureKnobs(tie_embeddings=tied), vocab)
 
 
 # ---- what knobs save
@@ -135,7 +137,7 @@ def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv)
 
 def test_what_the_knobs_save_of_depth_20():
     config = arch.config_for(
-        Shape(depth=20, head_dim=64), Arch(), 65_536
+        Shape(depth=20, head_dim=64), ArchitectureKnobs(), 65_536
     )  # 20 heads, which four divides
     saves = {s["flag"]: s for s in arch.savings(config)}
     assert (
@@ -156,14 +158,16 @@ def test_what_the_knobs_save_of_depth_20():
 def test_what_is_saved_already_is_not_offered():
     config = arch.config_for(
         replace(SMALL, kv_ratio=0.25),
-        Arch(tie_embeddings=True, mlp_ratio=3, window_pattern="SSSL"),
+        ArchitectureKnobs(tie_embeddings=True, mlp_ratio=3, window_pattern="SSSL"),
         24_576,
     )
     assert [s["flag"] for s in arch.savings(config)] == ["--mlp_ratio=2.5"]
 
 
 def test_the_cache_of_a_token():
-    model = arch.model_of(arch.config_for(replace(SMALL, kv_ratio=0.25), Arch(), 24_576))
+    model = arch.model_of(
+        arch.config_for(replace(SMALL, kv_ratio=0.25), ArchitectureKnobs(), 24_576)
+    )
     assert (
         arch.kv_bytes(model) == 2 * 4 * 2 * 64 * 2
     )  # keys and values, layers, heads, width, bytes

@@ -14,7 +14,8 @@ from nanochat.base.common import UserError
 from nanochat.base.hardware import lookup
 from nanochat.base.runtime import Runtime, compiler_missing
 from nanochat.commands import plan
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.plan import memory
 from nanochat.plan import probe as throughput
 from nanochat.plan import trace_memory as live

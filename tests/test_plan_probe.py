@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from nanochat.base import knobs
 from nanochat.base.common import UserError
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.plan import probe as throughput
 from nanochat.plan import speed
 from nanochat.plan.speed import Machine, tokens_per_second

@@ -19,7 +19,7 @@ from priors import (
 )
 
 from nanochat.base.common import UserError
-from nanochat.model import attention, checkpoint, prior
+from nanochat.model import attention, prior
 from nanochat.model.gpt import GPT
 from nanochat.model.prior import Prior
 
@@ -202,7 +202,7 @@ def test_backends_agree_in_lower_precision(path):
 
 def test_without_a_prior_nothing_is_new():
     m = tiny.model()
-    assert m.prior is None and "rap" not in checkpoint.config_dict(m.config)
+    assert m.prior is None and "rap" not in m.config.to_dict()
     assert list(m.state_dict()) == [n for n, _ in m.named_parameters()] and not list(m.buffers())
     assert m.counts()["total"] == sum(p.numel() for p in m.parameters()) and not any(
         row.rate == "gate" for *_, row in m.roster()

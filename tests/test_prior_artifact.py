@@ -46,7 +46,7 @@ def test_gates_learn_and_resume_is_bit_equal(tmp_path, path):
 def test_a_checkpoint_carries_the_prior(tmp_path, path, gate):
     m = model_with(path, rap_gate=gate)
     b = tiny.batch()
-    meta = {**tiny.meta(m), "config": checkpoint.config_dict(m.config)}
+    meta = {**tiny.meta(m), "config": m.config.to_dict()}
     Path(path).unlink()
     again, _ = checkpoint.load_model(
         checkpoint.save(tmp_path, 1, m.state_dict(), {}, meta), "cpu", torch.float32

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.base.common import UserError
-from nanochat.model.gpt import GPTConfig
+from nanochat.model.config import GPTConfig
 from nanochat.train.scaling import (
     Shape,
     batch_for,
@@ -67,7 +67,7 @@ def test_impossible_shapes(shape, says):
 
 
 def test_an_odd_head():
-    with pytest.raises(UserError, match="head_dim is 3"):
+    with pytest.raises(UserError, match=r"head_dim must be even .*\(got 3"):
         GPTConfig(**Shape(depth=2, model_dim=12, head_dim=3).dimensions())
 
 

@@ -13,7 +13,8 @@ from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import Runtime
 from nanochat.data.feed import Batch
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train import loop as trainer
 from nanochat.train import run as stage
 from nanochat.train.optim import MuonAdamW

@@ -10,7 +10,8 @@ from nanochat.data.contexts import Contexts
 from nanochat.data.shards import prepare
 from nanochat.data.sources import training_sources
 from nanochat.model import checkpoint, prior
-from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.loop import Evaluation
@@ -26,7 +27,7 @@ PROMPTS = (
 
 
 @dataclass(kw_only=True)
-class PretrainKnobs(TrainKnobs, prior.RapKnobs, Arch, Shape):
+class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape):
     """Horizon and data"""
 
     data: tuple[str, ...] = knob(
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         PretrainKnobs, argv, "base_train", "base", lambda k: k.model_tag or f"d{k.depth}"
     )
     before = checkpoint.read_meta(resume_from)["knobs"] if resume_from else {}
-    for f in fields(prior.RapKnobs):
+    for f in fields(AttentionPriorKnobs):
         if resume_from and getattr(k, f.name) != (was := before.get(f.name, f.default)):
             raise UserError(
                 f"this run was started with {f.name}={was}, not {getattr(k, f.name)}: leave the flag out, or use --model_tag"
@@ -83,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     sources = training_sources(k.data)
 
     def build(rt, tokenizer) -> GPT:
-        arch = {f.name: getattr(k, f.name) for f in fields(Arch)}
+        arch = {f.name: getattr(k, f.name) for f in fields(ArchitectureKnobs)}
         config = GPTConfig(vocab_size=tokenizer.vocab_size, **k.dimensions(), **arch)
         spec, tables = None, {}
         if resume_from:  # the artifact may be gone: all of it is in the checkpoint
-            config.rap = checkpoint.config_of(checkpoint.read_meta(resume_from)).rap
+            config.rap = GPTConfig.from_dict(checkpoint.read_meta(resume_from)["config"]).rap
         elif k.rap:
             spec, tables = prior.prepare(k, config, tokenizer.fingerprint, rt.device, rt.dtype)
             config.rap = spec if k.rap_mode == "bias" else None

@@ -35,7 +35,8 @@ from nanochat.commands import base_train
 from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint, prior
-from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.model.config import ArchitectureKnobs, GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.study import comparison
 from nanochat.train import run as stage
 
@@ -155,7 +156,7 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
     config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
         **b.dimensions(),
-        **{f.name: getattr(b, f.name) for f in fields(Arch)},
+        **{f.name: getattr(b, f.name) for f in fields(ArchitectureKnobs)},
     )
     if b.rap:
         prior.prepare(b, config, tokenizer.fingerprint, torch.device("cpu"))  # for what it refuses

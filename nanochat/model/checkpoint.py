@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.base.common import UserError, atomic_write, base_dir, notice, sha256_file
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 
 STAGES = ("base", "mid", "sft", "rl")
 FORMAT = 1
@@ -217,18 +217,6 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def config_of(meta: Mapping[str, Any]) -> GPTConfig:
-    """The architecture that a checkpoint holds."""
-    known = {f.name for f in fields(GPTConfig)}
-    unknown = set(meta["config"]) - known
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise UserError(
-            f"the checkpoint uses architecture knobs that this version does not have ({names}): use the version that wrote it"
-        )
-    return GPTConfig(**meta["config"])
-
-
 def fill(model: GPT, path: Path) -> None:
     """Copy a checkpoint's weights, and the tables of its prior, into a built model, one tensor at a time."""
     tensors = Tensors(path / "model.safetensors")
@@ -260,17 +248,10 @@ def load_model(
     meta = read_meta(path)
     if fingerprint is not None:
         check_tokenizer(meta, fingerprint, path)
-    model = GPT.build(config_of(meta), device, dtype)
+    model = GPT.build(GPTConfig.from_dict(meta["config"]), device, dtype)
     fill(model, path)
     if model.prior is not None and not model.prior.spec["learned"] and not model.prior.gates.any():
         model.prior = model.config.rap = (
             None  # annealed to nothing: what goes on from here is a model without
         )
     return model, meta
-
-
-def config_dict(config: GPTConfig) -> dict[str, Any]:
-    """What config_of reads; a model without a prior says nothing of one."""
-    return {
-        name: value for name, value in asdict(config).items() if name != "rap" or value is not None
-    }

@@ -2,113 +2,23 @@
 The model: a GPT with rotary embeddings, QK-norm, grouped-query attention, RMSNorm without weights and no biases.
 
 Its defaults follow the numerical conventions of transformers' NanoChat class, so a trained model loads there by renaming tensors.
-Architecture knobs live in `Arch` and `GPTConfig` alone; what is to be known of a parameter stands in one row of `ROSTER`.
+Architecture knobs live in `config.py` alone; what is to be known of a parameter stands in one row of `ROSTER`.
 The model is built on the meta device and filled by `init_weights`. It knows no optimizer, no data and no sampling.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.base.common import UserError
-from nanochat.base.knobs import knob
 from nanochat.model.attention import Bias, attend
 from nanochat.model.cache import KVCache
+from nanochat.model.config import GPTConfig
 from nanochat.model.loss import capped, linear_cross_entropy, token_losses
 from nanochat.model.prior import Prior
-
-
-@dataclass(kw_only=True)
-class Arch:
-    """Architecture"""
-
-    sequence_len: int = knob(2048, "context length in tokens")
-    mlp_ratio: float = knob(4.0, "hidden width of the MLP over the model's width; any fraction")
-    activation: Literal["relu2", "gelu", "silu", "swiglu"] = knob(
-        "relu2", "activation of the MLP (swiglu adds a third matrix)"
-    )
-    tie_embeddings: bool = knob(False, "one table for the token embedding and the head")
-    softcap: float = knob(15.0, "logits become softcap * tanh(logits / softcap); 0 = none")
-    rope_base: float = knob(10000.0, "base of the rotary embedding's wavelengths")
-    window_pattern: str = knob(
-        "L",
-        "attention by layer, repeated: L sees the whole context, S half of it; the last layer is always L",
-    )
-
-
-@dataclass(kw_only=True)
-class GPTConfig(Arch):
-    """Everything that decides the model's shape."""
-
-    vocab_size: int = knob(32768, "tokens of the vocabulary")
-    n_layer: int = knob(4, "layers")
-    n_head: int = knob(2, "query heads")
-    n_kv_head: int = knob(2, "key and value heads")
-    n_embd: int = knob(256, "width of the model")
-    rap: dict[str, Any] | None = None  # the shapes of an attention prior, from prior.prepare
-
-    def __post_init__(self):
-        for name in (
-            "sequence_len",
-            "vocab_size",
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "n_embd",
-            "mlp_ratio",
-            "rope_base",
-        ):
-            if not 0 < getattr(self, name) < torch.inf:  # which NaN is not either
-                raise UserError(f"{name} is {getattr(self, name)}: it must be a number above 0")
-        if self.n_embd % self.n_head:
-            raise UserError(
-                f"a width of {self.n_embd} does not divide into {self.n_head} heads: choose model_dim as a multiple of head_dim"
-            )
-        if self.head_dim % 2:
-            raise UserError(
-                f"head_dim is {self.head_dim} (width {self.n_embd} / {self.n_head} heads): rotary embeddings need an even one"
-            )
-        if self.n_head % self.n_kv_head:
-            raise UserError(
-                f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: make n_head a multiple of n_kv_head"
-            )
-        if not 0 <= self.softcap < torch.inf:
-            raise UserError(f"softcap is {self.softcap}: it must be 0 (none) or above")
-        if self.activation not in ("relu2", "gelu", "silu", "swiglu"):
-            raise UserError(
-                f"activation is {self.activation!r}: choose relu2, gelu, silu or swiglu"
-            )
-        if not self.window_pattern or set(self.window_pattern) - {"L", "S"}:
-            raise UserError(
-                f"window_pattern is {self.window_pattern!r}: write it with the letters L and S, for example SSSL"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    @property
-    def hidden(self) -> int:
-        """Width of the MLP's hidden layer, to the nearest multiple of 8 for the kernels' sake."""
-        return max(8, round(self.mlp_ratio * self.n_embd / 8) * 8)
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding table: the vocabulary rounded up to a multiple of 64. Ids in the padding are never targets nor sampled."""
-        return -(-self.vocab_size // 64) * 64
-
-    def window(self, layer: int) -> int:
-        """Keys that a query of this layer sees, itself included; 0 = all."""
-        short = (
-            self.window_pattern[layer % len(self.window_pattern)] == "S"
-            and layer < self.n_layer - 1
-        )
-        return max(1, self.sequence_len // 2) if short else 0
 
 
 class Row(NamedTuple):

@@ -12,8 +12,7 @@ are buffers, so a checkpoint needs no artifact. All of this is defined at absolu
 It refuses a prior of another tokenizer and whatever would run code; it knows no model. attention.py does the adding.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanochat.base.common import UserError, notice, sha256_file
-from nanochat.base.knobs import knob
 from nanochat.model.attention import Bias, flex_blocks, flex_missing
 from nanochat.model.cache import KVCache
+from nanochat.model.config import AttentionPriorKnobs
 
 FORMAT = "rap-1"
 GROUPS = {  # the tensors of each with the names of their sizes
@@ -37,40 +36,6 @@ GROUPS = {  # the tensors of each with the names of their sizes
 }
 CODES = ("codes", "pair_query", "pair_now")
 PLACE_COLUMNS = 64  # at most, where a kernel can take positions only as columns of q and k
-
-
-@dataclass(kw_only=True)
-class RapKnobs:
-    """Attention prior"""
-
-    rap: str = knob(
-        "",
-        "rap_prior.safetensors, or a .pt or .safetensors with one T x T matrix; empty = no prior",
-    )
-    rap_alpha: float = knob(0.1, "where the gates on the prior start", low=0)
-    rap_lead: float = knob(
-        4.0,
-        "where the gate of a term starts in the head that leads with it; 0 = as all others",
-        low=0,
-    )
-    rap_gate: Literal["learned", "fixed", "annealed"] = knob(
-        "learned", "annealed: the gates fall to 0 as the run progresses"
-    )
-    rap_heads: float = knob(
-        1.0,
-        "heads that have the prior, the first ones of a layer: a share up to 1, or their number",
-        low=0,
-    )
-    rap_layers: int = knob(0, "layers that have it, from the first on; 0 = all", low=0)
-    rap_mode: Literal["bias", "warmstart"] = knob(
-        "bias", "warmstart: no bias, but W_Q and W_K start from the prior's match"
-    )
-    rap_error: float = knob(
-        0.02, "largest error of a factorisation, of a group's largest value 1", low=0
-    )
-    attention: Literal["auto", "dense", "factored", "flex"] = knob(
-        "auto", "how the prior is added; auto = factored where it can be"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -227,7 +192,7 @@ def factor_match(
 
 
 def prepare(
-    k: RapKnobs,
+    k: AttentionPriorKnobs,
     config: Any,
     fingerprint: str,
     device: torch.device,

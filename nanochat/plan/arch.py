@@ -20,7 +20,8 @@ from nanochat.base import hardware
 from nanochat.base.common import UserError, atomic_write, columns, duration, human, print0
 from nanochat.base.hardware import GPU
 from nanochat.base.knobs import knob, near
-from nanochat.model.gpt import GPT, Arch, GPTConfig
+from nanochat.model.config import ArchitectureKnobs, GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.train import run as stage
 from nanochat.train.scaling import Shape
 
@@ -32,7 +33,7 @@ REFERENCE = 4.33e19 / (
 
 
 @dataclass(kw_only=True)
-class SizeKnobs(Arch, Shape):
+class SizeKnobs(ArchitectureKnobs, Shape):
     """Model"""
 
     vocab: int = knob(65_536, "tokens of the vocabulary", low=1)
@@ -47,8 +48,10 @@ class SizeKnobs(Arch, Shape):
         given = {f.name: getattr(self, f.name) for f in fields(Shape)}
         return Shape(**{**given, "depth": self.depth or 4, "head_dim": self.head_dim or 128})
 
-    def arch(self) -> Arch:
-        return Arch(**{f.name: getattr(self, f.name) for f in fields(Arch)})
+    def arch(self) -> ArchitectureKnobs:
+        return ArchitectureKnobs(
+            **{f.name: getattr(self, f.name) for f in fields(ArchitectureKnobs)}
+        )
 
 
 @dataclass(kw_only=True)
@@ -74,12 +77,12 @@ class Knobs(SizeKnobs):
     json: bool = knob(False, "print JSON alone")
 
 
-def config_for(shape: Shape, arch: Arch, vocab_size: int) -> GPTConfig:
+def config_for(shape: Shape, arch: ArchitectureKnobs, vocab_size: int) -> GPTConfig:
     """The configuration that base_train would build from these flags; UserError when they make no model."""
     return GPTConfig(
         vocab_size=vocab_size,
         **shape.dimensions(),
-        **{f.name: getattr(arch, f.name) for f in fields(Arch)},
+        **{f.name: getattr(arch, f.name) for f in fields(ArchitectureKnobs)},
     )
 
 
@@ -144,7 +147,7 @@ def search(
     params: float,
     shares: tuple[float, ...] | None,
     shape: Shape,
-    arch: Arch,
+    arch: ArchitectureKnobs,
     vocab: int,
     free: bool = True,
 ) -> list[Found]:
@@ -173,7 +176,7 @@ def _candidates(
     params: float,
     shares: tuple[float, ...] | None,
     shape: Shape,
-    arch: Arch,
+    arch: ArchitectureKnobs,
     vocab: int,
     free: bool,
 ) -> Iterator[Found]:
@@ -216,7 +219,7 @@ def _candidates(
             )
 
 
-def _smallest(shape: Shape, arch: Arch, vocab: int, free: bool) -> str:
+def _smallest(shape: Shape, arch: ArchitectureKnobs, vocab: int, free: bool) -> str:
     width = shape.model_dim or (64 if free else shape.head_dim)
     least = replace(
         shape, depth=shape.depth or 1, model_dim=width, head_dim=_heads(width, shape.head_dim, free)
@@ -334,7 +337,7 @@ def specifications(with_memory: bool = True) -> str:
 
     rows = []
     for name, shape in {**SMALL, **SPECIFIED}.items():
-        config = config_for(shape, Arch(), 24_576 if name in SMALL else 65_536)
+        config = config_for(shape, ArchitectureKnobs(), 24_576 if name in SMALL else 65_536)
         f = figures(config)
         flags = f"--depth={shape.depth}" + (
             f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}" if shape.model_dim else ""

@@ -19,7 +19,7 @@ import torch
 from nanochat.base.common import UserError, columns, notice, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import DTYPES, compiler_missing
-from nanochat.model.gpt import GPTConfig
+from nanochat.model.config import GPTConfig
 from nanochat.plan import probe as throughput
 from nanochat.plan import trace_memory as live
 from nanochat.plan.arch import SizeKnobs, card, config_for

@@ -32,6 +32,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, atomic_write, columns, duration, human, print0
 from nanochat.base.knobs import knob
 from nanochat.model import checkpoint
+from nanochat.model.config import GPTConfig
 from nanochat.plan import law, recipe, speed
 from nanochat.plan.probe import process
 from nanochat.plan.speed import GIB, Machine
@@ -309,9 +310,8 @@ def run(k: Knobs) -> dict[str, Any]:
         [t for t, _ in ends], [b for _, b in ends], tokens, plain.share(n, last["tokens"]), plain.b
     )
     the_law = plain.moved(n, tokens, (fit.bpb, fit.lo, fit.hi))
-    config = checkpoint.config_of(
-        next(r["config"] for r in logbook.read(directory) if r.get("kind") == "start")
-    )
+    start = next(r for r in logbook.read(directory) if r.get("kind") == "start")
+    config = GPTConfig.from_dict(start["config"]["config"])
     accumulation = max(
         1, first["total_batch_size"] // (first["device_batch_size"] * config.sequence_len)
     )

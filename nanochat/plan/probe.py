@@ -28,7 +28,8 @@ from nanochat.base import hardware
 from nanochat.base.common import UserError, atomic_write, columns, duration, entry, human, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime, out_of_memory
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.plan import law, speed
 from nanochat.plan.speed import GIB, PRETRAIN, Machine
 from nanochat.study import report

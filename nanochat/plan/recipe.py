@@ -19,7 +19,7 @@ from typing import Any
 
 from nanochat.base.common import UserError, atomic_write, columns, duration, human, notice, print0
 from nanochat.base.knobs import knob
-from nanochat.model.gpt import Arch, GPTConfig
+from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.plan import arch, law, memory, speed
 from nanochat.plan import probe as throughput
 from nanochat.plan.speed import GIB, PRETRAIN, Machine
@@ -457,7 +457,7 @@ def tables(k: Knobs, c: Candidate, found: Mapping[str, Any]) -> dict[str, dict[s
     seconds, pretraining = found["seconds"], found["pretraining_seconds"]
     changed = {
         f.name: getattr(c.config, f.name)
-        for f in fields(Arch)
+        for f in fields(ArchitectureKnobs)
         if getattr(c.config, f.name) != f.default
     }
     base: dict[str, Any] = {

@@ -23,7 +23,8 @@ from nanochat.base.hardware import GPU
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import compiler_missing
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.plan import arch, law
 from nanochat.train.scaling import compile_pays
 

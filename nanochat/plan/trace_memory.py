@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from nanochat.base.runtime import Runtime
 from nanochat.model import loss
-from nanochat.model.gpt import GPT, Block, GPTConfig
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT, Block
 from nanochat.plan.trace_compiled import stand_in
 from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs

@@ -20,7 +20,7 @@ from scipy import stats
 from nanochat.base import logbook
 from nanochat.base.common import human
 from nanochat.data.contexts import Contexts
-from nanochat.model import checkpoint
+from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.study import report
 
@@ -70,7 +70,7 @@ def record(directory: Path, **more: Any) -> dict[str, Any]:
     evals = [
         r for r in rows if r.get("kind") == "eval" and math.isfinite(r.get("val_bpb", math.nan))
     ]
-    model = GPT.build(checkpoint.config_of(meta), "meta")
+    model = GPT.build(GPTConfig.from_dict(meta["config"]), "meta")
     last = next((r for r in reversed(rows) if r.get("kind") == "summary"), {})
     plan, contexts = (
         meta["plan"],

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanochat.base.common import UserError, duration, print0
 from nanochat.model import checkpoint
-from nanochat.model.gpt import GPTConfig
+from nanochat.model.config import GPTConfig
 from nanochat.train.loop import Run
 from nanochat.train.schedule import Schedule
 

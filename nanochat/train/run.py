@@ -434,7 +434,7 @@ def train(
     optimizer = make_optimizer(s.model, k, rt, rate_scale)
     meta = {
         "stage": s.name,
-        "config": checkpoint.config_dict(s.model.config),
+        "config": s.model.config.to_dict(),
         "tokenizer": s.tokenizer.fingerprint,
         "knobs": asdict(k),
         "origins": s.origins,

@@ -1,0 +1,150 @@
+"""
+The architecture knobs of a model, the configuration built from them, and the knobs of the attention prior.
+
+Importing this module does not import torch, so every command can show its help at once.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from nanochat.base.common import UserError
+from nanochat.base.knobs import knob
+
+
+@dataclass(kw_only=True)
+class ArchitectureKnobs:
+    """Architecture"""
+
+    sequence_len: int = knob(2048, "context length in tokens")
+    mlp_ratio: float = knob(4.0, "MLP hidden width as a multiple of the model width; any fraction")
+    activation: Literal["relu2", "gelu", "silu", "swiglu"] = knob(
+        "relu2", "activation of the MLP (swiglu adds a third matrix)"
+    )
+    tie_embeddings: bool = knob(False, "share one table between the token embedding and the head")
+    softcap: float = knob(15.0, "logits become softcap * tanh(logits / softcap); 0 = no cap")
+    rope_base: float = knob(10000.0, "base of the rotary embedding's wavelengths")
+    window_pattern: str = knob(
+        "L",
+        "attention window per layer, repeated: L = whole context, S = half of it; "
+        "the last layer is always L",
+    )
+
+
+@dataclass(kw_only=True)
+class GPTConfig(ArchitectureKnobs):
+    """Everything that determines the shape of a model. Raises UserError for an impossible one."""
+
+    vocab_size: int = knob(32768, "tokens in the vocabulary")
+    n_layer: int = knob(4, "layers")
+    n_head: int = knob(2, "query heads")
+    n_kv_head: int = knob(2, "key and value heads")
+    n_embd: int = knob(256, "width of the model")
+    rap: dict[str, Any] | None = None  # the attention prior's spec, from prior.prepare
+
+    def __post_init__(self):
+        positive = "sequence_len vocab_size n_layer n_head n_kv_head n_embd mlp_ratio rope_base"
+        for name in positive.split():
+            if not 0 < getattr(self, name) < math.inf:  # rejects NaN, too
+                raise UserError(f"{name} must be a number above 0 (got {getattr(self, name)})")
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"a width of {self.n_embd} does not divide into {self.n_head} heads: "
+                "choose model_dim as a multiple of head_dim"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"head_dim must be even for rotary embeddings (got {self.head_dim}: "
+                f"width {self.n_embd} / {self.n_head} heads)"
+            )
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: "
+                "make n_head a multiple of n_kv_head"
+            )
+        if not 0 <= self.softcap < math.inf:
+            raise UserError(f"softcap must be 0 (no cap) or above (got {self.softcap})")
+        if self.activation not in ("relu2", "gelu", "silu", "swiglu"):
+            raise UserError(
+                f"there is no activation {self.activation!r}: choose relu2, gelu, silu or swiglu"
+            )
+        if not self.window_pattern or set(self.window_pattern) - {"L", "S"}:
+            raise UserError(
+                f"window_pattern may contain only the letters L and S, for example SSSL "
+                f"(got {self.window_pattern!r})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer, rounded to a multiple of 8 as kernels prefer."""
+        return max(8, round(self.mlp_ratio * self.n_embd / 8) * 8)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table: the vocabulary size rounded up to a multiple of 64.
+        Padding ids are never targets and never sampled."""
+        return -(-self.vocab_size // 64) * 64
+
+    def window(self, layer: int) -> int:
+        """The number of keys that a query of this layer sees, including its own; 0 = all."""
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        if letter == "L" or layer == self.n_layer - 1:
+            return 0
+        return max(1, self.sequence_len // 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form stored in checkpoints and logbooks; `rap` is left out when there is no prior."""
+        return {name: value for name, value in asdict(self).items() if name != "rap" or value}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "GPTConfig":
+        """The configuration that to_dict stored. Raises UserError for knobs of another version."""
+        unknown = set(stored) - {f.name for f in fields(cls)}
+        if unknown:
+            raise UserError(
+                "the checkpoint uses architecture knobs that this version does not have "
+                f"({', '.join(sorted(unknown))}): use the version that wrote it"
+            )
+        return cls(**stored)
+
+
+@dataclass(kw_only=True)
+class AttentionPriorKnobs:
+    """Attention prior"""
+
+    rap: str = knob(
+        "",
+        "rap_prior.safetensors, or a .pt or .safetensors file with one T x T matrix; "
+        "empty = no prior",
+    )
+    rap_alpha: float = knob(0.1, "initial value of the gates on the prior", low=0)
+    rap_lead: float = knob(
+        4.0,
+        "initial gate of a term in the head that leads with it; 0 = the same as all others",
+        low=0,
+    )
+    rap_gate: Literal["learned", "fixed", "annealed"] = knob(
+        "learned", "annealed: the gates fall to 0 over the run"
+    )
+    rap_heads: float = knob(
+        1.0,
+        "heads that use the prior, counted from the first of each layer: "
+        "a share (up to 1) or a number",
+        low=0,
+    )
+    rap_layers: int = knob(0, "layers that use the prior, counted from the first; 0 = all", low=0)
+    rap_mode: Literal["bias", "warmstart"] = knob(
+        "bias", "warmstart: no bias; W_Q and W_K are initialised from the prior's match term"
+    )
+    rap_error: float = knob(
+        0.02, "largest error of a factorisation, relative to the group's largest value", low=0
+    )
+    attention: Literal["auto", "dense", "factored", "flex"] = knob(
+        "auto", "how the prior is added; auto = factored where possible"
+    )
