@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.base import knobs, logbook
-from nanochat.base.common import UserError, atomic_write, base_dir, entry, print0
+from nanochat.base.common import UserError, base_dir, entry, print0
+from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.commands import chat_rl
 from nanochat.model import checkpoint

@@ -271,26 +271,30 @@ def test_no_path_of_a_machine_and_no_registry_is_named():
 # ---- command lines
 
 
+def knobs_of(module_name: str) -> type:
+    """
+    The knobs of a command: the one dataclass that its module defines and whose name ends with Knobs. A class
+    that another of them extends is shared with other commands and does not count.
+    """
+    module = importlib.import_module(module_name)
+    defined = [
+        c
+        for name, c in vars(module).items()
+        if name.endswith("Knobs") and isinstance(c, type) and c.__module__ == module_name
+    ]
+    (cls,) = [c for c in defined if not any(c in other.__mro__[1:] for other in defined)]
+    return cls
+
+
 def knob_classes(command: str) -> dict[str, type]:
     """
-    The dataclasses that a command parses its flags into: {"base_train": Knobs}. It is its module's Knobs, else the one class with
-    knobs that it defines; a script of several commands names the modules of these in commands(): {"plan memory": ..., "plan arch": ...}.
+    The classes that a command parses its flags into: {"base_train": PretrainKnobs}. A command of several
+    declares the module of each in commands(): {"plan memory": MemoryKnobs, "plan arch": ArchKnobs, ...}.
     """
     module = importlib.import_module(front.commands()[command][0])
     if several := getattr(module, "commands", None):
-        return {
-            f"{command} {name}": importlib.import_module(path).Knobs
-            for name, (path, _) in several().items()
-        }
-    if "Knobs" in vars(module):
-        return {command: module.Knobs}
-    mine = [
-        c
-        for c in vars(module).values()
-        if dataclasses.is_dataclass(c) and isinstance(c, type) and c.__module__ == module.__name__
-    ]
-    (cls,) = [c for c in mine if any("help" in f.metadata for f in dataclasses.fields(c))]
-    return {command: cls}
+        return {f"{command} {name}": knobs_of(path) for name, (path, _) in several().items()}
+    return {command: knobs_of(module.__name__)}
 
 
 def command_lines(text: str) -> list[tuple[str, list[str]]]:

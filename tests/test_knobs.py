@@ -222,3 +222,40 @@ def test_what_is_written_is_read(depth, ratio, data, flag):
 def test_parsing_does_not_import_torch():
     code = "import sys, nanochat.base.knobs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """Knobs of which two have been renamed."""
+
+    conversations: int = knob(3, "conversations to make", was="talks")
+    shuffle: bool = knob(True, "mix them", was="stir")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--talks=5", Renamed(5)),
+        ("--talks 5 --conversations 6", Renamed(6)),
+        ("--no-stir", Renamed(shuffle=False)),
+    ],
+)
+def test_a_former_name_of_a_flag_works_with_a_notice(argv, expected, capsys):
+    assert knobs.parse(Renamed, argv.split(), command="chat_sft")[0] == expected
+    assert "is now called" in capsys.readouterr().err
+
+
+def test_a_former_name_works_in_recipes_and_checkpoints(tmp_path, capsys):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[chat_sft]\ntalks = 7\n")
+    inherited = {"talks": 8, "stir": False}
+    values, origins = knobs.parse(Renamed, [], command="chat_sft", inherited=inherited)
+    assert values == Renamed(8, False) and origins["conversations"] == "inherited"
+    values, _ = knobs.parse(Renamed, ["--recipe", str(recipe)], command="chat_sft")
+    assert values == Renamed(7)
+    assert "talks" in capsys.readouterr().err
+
+
+def test_a_former_name_is_not_listed():
+    assert "talks" not in knobs.usage(Renamed, command="chat_sft")
+    assert list(knobs.flags(Renamed)) == ["conversations", "shuffle"]

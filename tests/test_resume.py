@@ -15,7 +15,8 @@ import tiny
 import torch
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, sha256_file
+from nanochat.base.common import UserError
+from nanochat.base.files import sha256_file
 from nanochat.commands import base_train, chat_sft, mid_train
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import mixture

@@ -11,7 +11,8 @@ import torch
 from toy import EASY, QUESTIONS, TOY, feed, policy, words
 
 from nanochat.base import hardware, logbook
-from nanochat.base.common import UserError, sha256_file
+from nanochat.base.common import UserError
+from nanochat.base.files import sha256_file
 from nanochat.chat.generate import Row
 from nanochat.commands import chat_rl
 from nanochat.model import checkpoint

@@ -1,9 +1,8 @@
 """
-What every module may need: where files live, which rank this is, how a file is written so that it is never half there,
-and the one exception that means "the user can mend this". It imports nothing of the project and nothing heavy.
+What every module may need: where files live, which rank this is, how a figure is printed, and the
+exception for mistakes that the user can fix. It imports nothing of the project and nothing heavy.
 """
 
-import hashlib
 import os
 import re
 import sys
@@ -46,30 +45,6 @@ def print0(*args, **kwargs) -> None:
 def notice(message: str) -> None:
     """One line to standard error on rank 0: something the user should know, and that stops nothing."""
     print0(f"notice: {message}", file=sys.stderr)
-
-
-def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Write `data` beside `path`, flush it to the disk, then rename: a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as f:
-            f.write(data.encode("utf-8") if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        beside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk"
-        ) from e
-
-
-def sha256_file(path: Path | str) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def human(n: float) -> str:

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from nanochat.base.common import UserError, print0
+from nanochat.base.common import UserError, notice, print0
 
 T = TypeVar("T")
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -37,12 +37,21 @@ def knob(
     positional: bool = False,
     low: float | None = None,
     high: float | None = None,
+    was: str = "",
 ) -> Any:
     """
     One field of a command's dataclass: `depth: int = knob(20, "layers of the model", low=1)`. `alias` is a short flag such as "-p";
-    `positional` lets the value stand without its flag; `low` and `high` are inclusive bounds. Typed Any, as dataclasses.field is.
+    `positional` lets the value stand without its flag; `low` and `high` are inclusive bounds; `was` is a former name, which
+    still works on the command line, in recipes and in checkpoints, with a notice. Typed Any, as dataclasses.field is.
     """
-    meta = {"help": help, "alias": alias, "positional": positional, "low": low, "high": high}
+    meta = {
+        "help": help,
+        "alias": alias,
+        "positional": positional,
+        "low": low,
+        "high": high,
+        "was": was,
+    }
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -143,6 +152,16 @@ def _knobs(cls: type) -> dict[str, _Knob]:
     return {f.name: _Knob(f.name, hints[f.name], f.default, f.metadata) for f in fields}
 
 
+def _renamed(knobs: Mapping[str, _Knob], name: str, where: str) -> str:
+    """The present name of a knob that used to be called `name`, with a notice; else `name`."""
+    for knob in knobs.values():
+        if name and name == knob.meta.get("was"):
+            if where:
+                notice(f"{name} {where} is now called {knob.name}")
+            return knob.name
+    return name
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' when one of the names is close to this one, else ''."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
@@ -182,6 +201,9 @@ def _read_argv(
             continue
         flag, equals, value = word.partition("=")
         name = short.get(flag, flag.lstrip("-").replace("-", "_") if flag.startswith("--") else "")
+        name = _renamed(knobs, name, "on the command line")
+        if name.startswith("no_"):
+            name = "no_" + _renamed(knobs, name[3:], "on the command line")
         negated = (
             name not in knobs
             and name.startswith("no_")
@@ -257,7 +279,7 @@ def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str,
         ):  # [plan_memory] belongs to plan
             raise UserError(f"{file} has a table [{name}] that is no command{near(name, known)}")
         for key, value in entries.items() if name in ("all", table) else ():
-            key = key.replace("-", "_")
+            key = _renamed(knobs, key.replace("-", "_"), f"in {file}")
             if key in knobs:
                 if name == table or key not in tables.get(table, {}):
                     found[key] = knobs[key].from_data(value, f"{key} in [{name}] of {file}")
@@ -295,8 +317,8 @@ def parse(
         (
             {
                 n: knobs[n].from_data(v, f"{n} of the checkpoint")
-                for n, v in (inherited or {}).items()
-                if n in knobs
+                for old, v in (inherited or {}).items()
+                if (n := _renamed(knobs, old, "")) in knobs
             },
             "inherited",
         )

@@ -5,18 +5,22 @@ A float16 run needs a loss scaler (`scale_loss`); float32 and bfloat16 do not. N
 """
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanochat.base import hardware
-from nanochat.base.common import UserError, rank, world_size
+from nanochat.base.common import UserError, notice, rank, world_size
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -151,18 +155,47 @@ def compiler_missing(device: torch.device) -> str:
 
 def out_of_memory(e: BaseException) -> bool:
     """Whether an exception means that memory ran out, on a GPU or on the host."""
-    said = (
-        "can't allocate memory",
-        "not enough memory",
-        "out of memory",
+    messages = (
+        "can't allocate memory",  # the CPU
+        "not enough memory",  # Windows
+        "out of memory",  # MPS
         "CUBLAS_STATUS_ALLOC_FAILED",
-    )  # by the CPU, Windows, MPS, cuBLAS
+    )
     return isinstance(e, torch.OutOfMemoryError) or (
-        isinstance(e, RuntimeError) and any(text in str(e) for text in said)
+        isinstance(e, RuntimeError) and any(text in str(e) for text in messages)
     )
 
 
-def release_memory(device: torch.device) -> None:
-    """Give the allocator's free blocks back before trying again with less."""
-    if device.type == "cuda":
+def release_memory() -> None:
+    """Return the blocks that the accelerator's allocator holds but does not use."""
+    gc.collect()
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def halve_until_it_fits(
+    attempt: Callable[[int], T], rows: int, what: str = "a batch"
+) -> tuple[T, int]:
+    """
+    Call `attempt(rows)`; when it runs out of memory, try again with half the rows. Returns the
+    result and the rows that fitted. `what` names the batch for the notice, for example "a
+    validation batch". Raises UserError if a single row does not fit. `attempt` may run several
+    times, so it must not keep anything of a failed call.
+    """
+    while True:
+        try:
+            return attempt(rows), rows
+        except RuntimeError as e:
+            if not out_of_memory(e):
+                raise
+            if rows == 1:
+                raise UserError(
+                    f"out of memory with {what} of 1 row: use a smaller model, a shorter "
+                    "--sequence_len or a device with more memory"
+                ) from e
+        # Here the exception is gone, and with it the traceback that kept the failed tensors alive.
+        release_memory()
+        notice(f"out of memory with {what} of {rows} rows: continuing with {rows // 2}")
+        rows //= 2

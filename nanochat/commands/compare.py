@@ -28,7 +28,8 @@ from typing import IO, Any
 import torch
 
 from nanochat.base import knobs, logbook
-from nanochat.base.common import UserError, atomic_write, base_dir, duration, entry, print0
+from nanochat.base.common import UserError, base_dir, duration, entry, print0
+from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import Runtime
 from nanochat.commands import base_train

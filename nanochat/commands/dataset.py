@@ -11,7 +11,7 @@ from nanochat.data.sources import SHARD_SETS
 
 
 @dataclass
-class Download:
+class DownloadKnobs:
     n: int = knob(
         15, "training shards to have; the validation shard comes along", alias="-n", low=0
     )
@@ -26,7 +26,7 @@ class Download:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch web-text shards: `python -m nanochat.dataset -n 15`."""
     args, _ = parse(
-        Download, argv, command="nanochat.dataset", description=(main.__doc__ or "").strip()
+        DownloadKnobs, argv, command="nanochat.dataset", description=(main.__doc__ or "").strip()
     )
     known, folder = SHARD_SETS[args.set], base_dir() / "shards" / args.set
     commit, listed = hub.pin(known.repo, folder, args.revision)

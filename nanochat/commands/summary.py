@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from nanochat.base import knobs, logbook
-from nanochat.base.common import UserError, atomic_write, base_dir, entry, human
+from nanochat.base.common import UserError, base_dir, entry, human
+from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime
 from nanochat.chat.generate import Engine

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.base.common import UserError, atomic_write, human, print0, sha256_file
+from nanochat.base.common import UserError, human, print0
+from nanochat.base.files import atomic_write, sha256_file
 
 CHUNK = 1 << 18
 ATTEMPTS = 6  # in a row without a byte gained

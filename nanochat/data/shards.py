@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanochat.base.common import UserError, atomic_write, base_dir, duration, human, notice, rank
+from nanochat.base.common import UserError, base_dir, duration, human, notice, rank
+from nanochat.base.files import atomic_write
 from nanochat.data.sources import Source, parts
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from nanochat.base.common import UserError, atomic_write, base_dir, notice
+from nanochat.base.common import UserError, base_dir, notice
+from nanochat.base.files import atomic_write
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document

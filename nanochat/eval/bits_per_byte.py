@@ -66,7 +66,7 @@ def bits_per_byte(
             if not out_of_memory(e) or rows == 1:
                 raise
         rows = max(1, rows // 2)
-        release_memory(rt.device)
+        release_memory()
         notice(f"out of memory while evaluating: going on with {rows} rows at a time")
     if rt.world_size > 1:
         dist.all_reduce(sums)

@@ -184,7 +184,7 @@ def judge(
                 if not out_of_memory(e) or together == 1:
                     raise
                 together //= 2
-                release_memory(engine.model.embed.weight.device)
+                release_memory()
                 notice(f"out of memory: going on with {together} questions at a time")
                 continue
             asked = [i for i in chunk for _ in range(samples)]

@@ -389,7 +389,7 @@ class Scorer:
                     if not out_of_memory(e) or len(chunk) == 1:
                         raise
                     self.memory = cost * (len(chunk) // 2)
-                    release_memory(self.model.embed.weight.device)
+                    release_memory()
                     notice(f"out of memory: going on with {len(chunk) // 2} items at a time")
                     continue
                 at += len(chunk)

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat.base.common import UserError, atomic_write, base_dir, notice, sha256_file
+from nanochat.base.common import UserError, base_dir, notice
+from nanochat.base.files import atomic_write, sha256_file
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanochat.base.common import UserError, notice, sha256_file
+from nanochat.base.common import UserError, notice
+from nanochat.base.files import sha256_file
 from nanochat.model.attention import Bias, flex_blocks, flex_missing
 from nanochat.model.cache import KVCache
 from nanochat.model.config import AttentionPriorKnobs

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from nanochat.base import hardware
-from nanochat.base.common import UserError, atomic_write, columns, duration, human, print0
+from nanochat.base.common import UserError, columns, duration, human, print0
+from nanochat.base.files import atomic_write
 from nanochat.base.hardware import GPU
 from nanochat.base.knobs import knob, near
 from nanochat.model.config import ArchitectureKnobs, GPTConfig

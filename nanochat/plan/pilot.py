@@ -29,7 +29,8 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, atomic_write, columns, duration, human, print0
+from nanochat.base.common import UserError, columns, duration, human, print0
+from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model import checkpoint
 from nanochat.model.config import GPTConfig

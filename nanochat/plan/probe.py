@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from nanochat.base import hardware
-from nanochat.base.common import UserError, atomic_write, columns, duration, entry, human, print0
+from nanochat.base.common import UserError, columns, duration, entry, human, print0
+from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime, out_of_memory
 from nanochat.model.config import GPTConfig

@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nanochat.base.common import UserError, atomic_write, columns, duration, human, notice, print0
+from nanochat.base.common import UserError, columns, duration, human, notice, print0
+from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.plan import arch, law, memory, speed

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, atomic_write, base_dir, duration, human
+from nanochat.base.common import UserError, base_dir, duration, human
+from nanochat.base.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

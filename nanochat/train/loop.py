@@ -273,7 +273,7 @@ def fit(
             if now >= 1.0:
                 break
             if changed := feed.set_progress(now):
-                release_memory(rt.device)
+                release_memory()
                 if model.compiled:  # for shapes that do not come again; the compiler keeps eight of them and then gives up
                     torch.compiler.reset()
                 shown.say(f"step {run.step + 1:,}  {changed}")
@@ -395,7 +395,7 @@ def _step(
         feed.device_rows = max(1, max(b.inputs.size(0) for b in batches) // 2)
         batches = recut(batches, feed.device_rows)
         optimizer.zero_grad()
-        release_memory(rt.device)
+        release_memory()
         notice(
             f"out of memory: micro-batches of {feed.device_rows} rows from now on, {len(batches)} a step, the total batch unchanged"
         )

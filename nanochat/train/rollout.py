@@ -66,7 +66,7 @@ class Sampler:
                 if not out_of_memory(e) or len(now) == 1:
                     raise
                 self.rows = len(now) * samples // 2
-                release_memory(self.engine.model.embed.weight.device)
+                release_memory()
                 notice(f"out of memory: {max(samples, self.rows)} replies at a time from now on")
                 continue
             for j, i in enumerate(now):

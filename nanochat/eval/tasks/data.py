@@ -18,7 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanochat.base.common import UserError, base_dir, notice, print0, sha256_file
+from nanochat.base.common import UserError, base_dir, notice, print0
+from nanochat.base.files import sha256_file
 from nanochat.data import hub
 from nanochat.eval.tasks.common import Item
 
