@@ -1,9 +1,12 @@
-"""nanochat.hub and `python -m nanochat.dataset`, against a hub of our own on this machine."""
+"""data/hub.py and `python -m nanochat.dataset`, against a hub that runs on this machine."""
 
 import hashlib
 import json
+import os
 import re
+import signal
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -17,12 +20,15 @@ COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """The tree API in pages of two, and files with ranges. `faults`: what the next requests of files meet: a status, a cut, garbage."""
+    """
+    The hub's API (the tree in pages of two) and its files, with ranges. `faults` are what the next
+    requests for files meet: an HTTP status, ("cut", bytes), "garbage", or "Ctrl+C" for this process.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.requests, self.ranges, self.commit = {}, [], [], True, COMMIT
-        self.listed = {}  # lies about the SHA-256
+        self.listed = {}  # a wrong SHA-256 for some files
 
     @property
     def url(self):
@@ -48,12 +54,12 @@ class Handler(BaseHTTPRequestHandler):
         hub_.requests.append((self.path, self.headers.get("Range")))
         if m := re.fullmatch(r"/api/datasets/karpathy/[\w-]+/revision/(.+)", self.path):
             return (
-                self.reply(200, json.dumps({"sha": hub_.commit}).encode())
+                self.reply(200, json.dumps({"id": "x/y", "sha": hub_.commit}).encode())
                 if m[1] in ("main", hub_.commit)
                 else self.reply(404)
             )
         if m := re.fullmatch(
-            rf"/api/datasets/karpathy/[\w-]+/tree/{hub_.commit}\?recursive=true(?:&cursor=(\d+))?",
+            rf"/api/datasets/karpathy/[\w-]+/tree/{hub_.commit}\?recursive=(?:true|True)[^#]*?(?:&cursor=(\d+))?",
             self.path,
         ):
             at, entries = int(m[1] or 0), [{"type": "directory", "path": "data", "oid": "0"}]
@@ -65,21 +71,25 @@ class Handler(BaseHTTPRequestHandler):
                         "path": name,
                         "size": len(data),
                         "oid": "0",
-                        "lfs": {"oid": sha, "size": len(data)},
+                        "lfs": {"oid": sha, "size": len(data), "pointerSize": 100},
                     }
                 )
             link = (
-                {"Link": f'<{hub_.url}{self.path.split("&")[0]}&cursor={at + 2}>; rel="next"'}
+                {"Link": f'<{hub_.url}{self.path.split("&cursor")[0]}&cursor={at + 2}>; rel="next"'}
                 if at + 2 < len(entries)
                 else {}
             )
             return self.reply(200, json.dumps(entries[at : at + 2]).encode(), **link)
-        name = self.path.rsplit("/", 1)[1]
-        if f"/resolve/{hub_.commit}/" not in self.path or name not in hub_.files:
+        folder, name = self.path.rsplit("/", 1)
+        if folder.endswith(f"/resolve/{hub_.commit}") and name in hub_.files:
+            return self.reply(302, Location=f"{hub_.url}/cdn/{name}")  # as the real hub does
+        if folder != "/cdn":
             return self.reply(404)
         data, fault = hub_.files[name], hub_.faults.pop(0) if hub_.faults else None
         if isinstance(fault, int):
             return self.reply(fault)
+        if fault == "Ctrl+C":
+            os.kill(os.getpid(), signal.SIGINT)
         start = (
             int(m[1])
             if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")) and hub_.ranges
@@ -107,7 +117,8 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(hub, "BACKOFF", 0.001)
-    monkeypatch.setattr(hub, "CHUNK", 256)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 256)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits before it retries
     monkeypatch.setitem(
         dataset.SHARD_SETS, "climbmix", dataset.ShardSet("karpathy/climbmix-400b-shuffle", last=5)
     )
@@ -123,9 +134,7 @@ def get(*argv):
 
 
 def fetched(server):
-    return [
-        (path.rsplit("/", 1)[1], ranges) for path, ranges in server.requests if "/resolve/" in path
-    ]
+    return [(path.rsplit("/", 1)[1], ranges) for path, ranges in server.requests if "/cdn/" in path]
 
 
 def have(tmp_path):
@@ -152,24 +161,21 @@ def test_resumes_in_the_middle_of_a_file(server, tmp_path):
     get("-n", "0")
     assert have(tmp_path) == shards(server, 5)
     ranges = [ranges for _, ranges in fetched(server)]
-    assert (
-        ranges[0] is None
-        and ranges[1] == "bytes=1000-"
-        and ranges[2] == "bytes=1700-"
-        and len(ranges) == 5
-    )
+    first, second = (int(r.removeprefix("bytes=").removesuffix("-")) for r in ranges[1:3])
+    assert ranges[0] is None and len(ranges) == 5
+    assert 1000 - 256 < first <= 1000 < second <= 1700, "all but the last chunk of each cut"
 
 
 def test_what_arrived_survives_a_failure_and_the_next_run_goes_on(server, tmp_path):
-    server.faults = [("cut", 1000), *[503] * hub.ATTEMPTS]
+    server.faults = [("cut", 1024), *[503] * 100]
     with pytest.raises(UserError, match="what has arrived is kept"):
         get("-n", "0")
     (part,) = have(tmp_path)
-    assert part.endswith(".part") and len(have(tmp_path)[part]) == 1000
+    assert part.endswith(".part") and len(have(tmp_path)[part]) == 1024
     server.requests.clear()
     server.faults = []
     get("-n", "0")
-    assert fetched(server) == [("shard_00005.parquet", "bytes=1000-")]
+    assert fetched(server) == [("shard_00005.parquet", "bytes=1024-")]
     assert have(tmp_path) == shards(server, 5)
 
 
@@ -205,7 +211,7 @@ def test_the_commit_is_pinned(server, tmp_path):
     assert server.requests == []  # neither the branch nor the file is asked for again
     old, server.commit = server.commit, "d" * 40
     server.files["shard_00000.parquet"] = b"newer"
-    with pytest.raises(UserError, match="404"):
+    with pytest.raises(UserError, match="status 404"):
         get("-n", "1")  # this hub has forgotten the old commit: nothing of the new one sneaks in
     get("-n", "1", "--revision", server.commit)
     assert have(tmp_path) == shards(server, 0, 5)
@@ -230,20 +236,27 @@ def test_a_disk_too_small(server, monkeypatch, tmp_path):
         get("-n", "1")
 
 
-def test_interruption_keeps_everything(server, tmp_path, monkeypatch):
-    real = hub.wait
-
-    def interrupted(*args, **kwargs):
-        real(*args, **{**kwargs, "timeout": 5})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(hub, "wait", interrupted)
+def test_interruption_keeps_everything(server, tmp_path):
+    server.faults = [None, ("cut", 1024), "Ctrl+C"]
     with pytest.raises(KeyboardInterrupt):
         get("-n", "4", "-w", "1")
-    monkeypatch.setattr(hub, "wait", real)
     before = have(tmp_path)
-    assert "shard_00000.parquet" in before
+    assert before["shard_00000.parquet"] == server.files["shard_00000.parquet"]
+    assert any(
+        name.startswith("shard_00001.parquet") and len(data) >= 1024
+        for name, data in before.items()
+    )
     server.requests.clear()
     get("-n", "4")
     assert have(tmp_path) == shards(server, *range(4), 5)
-    assert not any(name == "shard_00000.parquet" for name, _ in fetched(server))
+    assert "shard_00000.parquet" not in dict(fetched(server))
+
+
+def test_a_full_disk_is_an_error_in_one_sentence(server, tmp_path):
+    """The partial file is a link to the device that is always full."""
+    folder = tmp_path / "shards/climbmix"
+    folder.mkdir(parents=True)
+    digest = hashlib.sha256(server.files["shard_00005.parquet"]).hexdigest()
+    (folder / f"shard_00005.parquet.{digest[:12]}.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*\.part \(No space left on device\): free"):
+        get("-n", "0")

@@ -498,13 +498,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
         if m := re.fullmatch(r"/api/datasets/([\w-]+/[\w-]+)/revision/(\w{40})", self.path):
-            body = json.dumps({"sha": m[2]}).encode()
+            body = json.dumps({"id": m[1], "sha": m[2]}).encode()
         elif m := re.fullmatch(
-            r"/api/datasets/([\w-]+/[\w-]+)/tree/\w{40}\?recursive=true", self.path
+            r"/api/datasets/([\w-]+/[\w-]+)/tree/\w{40}\?recursive=true.*", self.path
         ):
             files = self.server.files[m[1]]
             body = json.dumps(
-                [{"type": "file", "path": path, "size": len(b)} for path, b in files.items()]
+                [
+                    {"type": "file", "path": path, "size": len(b), "oid": "0"}
+                    for path, b in files.items()
+                ]
             ).encode()
         elif m := re.fullmatch(r"/datasets/([\w-]+/[\w-]+)/resolve/\w{40}/(.+)", self.path):
             body = self.server.files[m[1]][m[2]]
@@ -564,6 +567,9 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(hub, "BACKOFF", 0.001)
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: None
+    )  # huggingface_hub waits before it retries
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
