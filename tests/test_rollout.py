@@ -13,7 +13,7 @@ from toy import EASY, QUESTIONS, TOY, feed, policy, words
 from nanochat.base import hardware, logbook
 from nanochat.base.common import UserError
 from nanochat.base.files import sha256_file
-from nanochat.chat.generate import Row
+from nanochat.chat.generate import Sample
 from nanochat.commands import chat_rl
 from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT
@@ -43,13 +43,13 @@ def learn(
 # ---- what a group teaches
 
 
-def scripted(f: RolloutFeed, verdicts: list[list[int]]) -> list[list[Row]]:
+def scripted(f: RolloutFeed, verdicts: list[list[int]]) -> list[list[Sample]]:
     """Make the feed's next groups replies of 1, 2, ... tokens, which end in b where `verdicts` say 1."""
     tok = f.sampler.engine.tokenizer
     a, b, end = tok.encode("a"), tok.encode("b"), tok.specials["<|assistant_end|>"]
     groups = [
         [
-            Row([1, 2, 3], 0, a * i + (b if v else a), [1] * (i + 1), "stop", end)
+            Sample([1, 2, 3], 0, a * i + (b if v else a), [1] * (i + 1), "stop", end)
             for i, v in enumerate(vs)
         ]
         for vs in verdicts
@@ -129,10 +129,10 @@ def test_gradient_at_every_sampled_token_and_nowhere_else(tok):  # trap 24
     s, x = tok.specials, tok.encode("3")[0]
     call = [s["<|python_start|>"], x, s["<|python_end|>"]]
     output = [s["<|output_start|>"], x, s["<|output_end|>"]]
-    called = Row(
+    called = Sample(
         [5, 6, 7, 8], 0, [*call, *output, x], [1, 1, 1, 0, 0, 0, 1], "stop", s["<|assistant_end|>"]
     )
-    cut = Row([5, 6], 0, [x, x, x], [1, 1, 1], "length")
+    cut = Sample([5, 6], 0, [x, x, x], [1, 1, 1], "length")
     (b,) = weighted_batches([(called, 0.5), (cut, -0.5)], 8, tok.bos, 32)
     m = policy(tok)
     hidden = m(b.inputs)
@@ -153,18 +153,18 @@ def test_gradient_at_every_sampled_token_and_nowhere_else(tok):  # trap 24
 def test_only_a_reply_that_ended_itself_is_right(tok):
     b, s = tok.encode("b"), tok.specials
     question = (TOY, QUESTIONS[0][1])
-    assert rollout.reward(tok, question, Row([1], 0, b, [1], "stop", s["<|assistant_end|>"])) == 1
-    assert rollout.reward(tok, question, Row([1], 0, b, [1], "length")) == 0
-    assert rollout.reward(tok, question, Row([1], 0, b, [1], "context")) == 0
-    assert rollout.reward(tok, question, Row([1], 0, b, [1], "stop", s["<|bos|>"])) == 0
+    assert rollout.reward(tok, question, Sample([1], 0, b, [1], "stop", s["<|assistant_end|>"])) == 1
+    assert rollout.reward(tok, question, Sample([1], 0, b, [1], "length")) == 0
+    assert rollout.reward(tok, question, Sample([1], 0, b, [1], "context")) == 0
+    assert rollout.reward(tok, question, Sample([1], 0, b, [1], "stop", s["<|bos|>"])) == 0
     assert (
-        rollout.reward(tok, question, Row([1], 0, b * 2, [1, 1], "stop", s["<|assistant_end|>"]))
+        rollout.reward(tok, question, Sample([1], 0, b * 2, [1, 1], "stop", s["<|assistant_end|>"]))
         == 0
     )
 
 
 def test_rows_of_like_width_share_a_batch(tok):
-    rows = [(Row([1] * n, 0, [2], [1], "stop", 3), 1.0) for n in (10, 100, 20, 63, 64, 30)]
+    rows = [(Sample([1] * n, 0, [2], [1], "stop", 3), 1.0) for n in (10, 100, 20, 63, 64, 30)]
     made = weighted_batches(rows, 3, tok.bos, 101)
     assert [tuple(b.inputs.shape) for b in made] == [(3, 64), (1, 64), (2, 101)]
     assert sum(int((b.targets >= 0).sum()) for b in made) == 12

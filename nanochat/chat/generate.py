@@ -42,7 +42,7 @@ class Token(NamedTuple):
 
 
 @dataclass
-class Row:
+class Sample:
     """What became of one sample. `tokens` are the new ones without the stop token, which is in `stop`; `mask` is 1 where sampled."""
 
     prompt: list[int]  # as it was fed
@@ -58,7 +58,7 @@ class _Live:
     """A row that is being generated."""
 
     number: int
-    row: Row
+    row: Sample
     limit: int  # new tokens at most
     reason: str  # why they are no more
     random: Random
@@ -107,13 +107,13 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | Sequence[int] = 42,
-    ) -> list[Row]:
+    ) -> list[Sample]:
         """
         num_samples rows for one prompt or for each of several, prompt by prompt. `seed` may be one for each prompt: a prompt with its own
         seed gives the same rows wherever it stands; with one seed for all, prompt number i always draws the same numbers.
         """
         several = [prompts] if prompts and isinstance(prompts[0], int) else prompts
-        rows: list[Row] = []
+        rows: list[Sample] = []
         for rows, _ in self._run(  # noqa: B007
             cast(Sequence[Sequence[int]], several),
             num_samples,
@@ -136,7 +136,7 @@ class Engine:
         top_k: int | None,
         top_p: float | None,
         seed: int | Sequence[int],
-    ) -> Iterator[tuple[list[Row], list[Token]]]:
+    ) -> Iterator[tuple[list[Sample], list[Token]]]:
         """Generate n rows of each prompt; yields all rows and what the last step brought, at least once."""
         if (
             not temperature >= 0
@@ -195,7 +195,7 @@ class Engine:
             room = context + 1 - len(kept)  # the last new token need not be fed
             limit = room if max_tokens is None else min(max_tokens, room)
             for sample in range(n):
-                row = Row(kept, len(prompt) - len(kept), finish="" if limit > 0 else "length")
+                row = Sample(kept, len(prompt) - len(kept), finish="" if limit > 0 else "length")
                 reason = "length" if limit == max_tokens else "context"
                 live += (
                     [_Live(len(rows), row, limit, reason, Random(f"{key}/{sample}"))]

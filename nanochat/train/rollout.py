@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from nanochat.base.common import UserError, notice
 from nanochat.base.runtime import out_of_memory, release_memory
-from nanochat.chat.generate import Engine, Row
+from nanochat.chat.generate import Engine, Sample
 from nanochat.data.feed import IGNORED, Batch
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.chat import visible_text
@@ -42,14 +42,14 @@ class Sampler:
 
     def replies(
         self, questions: Sequence[Question], samples: int, seeds: Sequence[int]
-    ) -> list[list[Row]]:
+    ) -> list[list[Sample]]:
         """`samples` replies to every question. What a question's own seed draws is the same beside whatever other questions."""
         tok = self.engine.tokenizer
         prompts = [tok.render_prompt(task.prompt(item)) for task, item in questions]
         order = sorted(
             range(len(prompts)), key=lambda i: len(prompts[i])
         )  # prompts of like length share a pass
-        out: list[list[Row]] = [[] for _ in prompts]
+        out: list[list[Sample]] = [[] for _ in prompts]
         at = 0
         while at < len(order):
             now = order[at : at + max(1, self.rows // samples)]
@@ -75,7 +75,7 @@ class Sampler:
         return out
 
 
-def reward(tok: Tokenizer, question: Question, row: Row) -> float:
+def reward(tok: Tokenizer, question: Question, row: Sample) -> float:
     """1 for a right reply that the model ended itself, else 0."""
     task, item = question
     return float(
@@ -84,12 +84,12 @@ def reward(tok: Tokenizer, question: Question, row: Row) -> float:
     )
 
 
-def said(row: Row) -> int:
+def said(row: Sample) -> int:
     """The sampled tokens of a reply, its stop token among them."""
     return sum(row.mask) + (row.stop is not None)
 
 
-def lessons(rows: Sequence[Row], rewards: Sequence[float]) -> list[tuple[Row, float]]:
+def lessons(rows: Sequence[Sample], rewards: Sequence[float]) -> list[tuple[Sample, float]]:
     """The different replies of a group, each with its advantages added up; none where all rewards are the same."""
     mean, replies, weights = sum(rewards) / len(rewards), {}, defaultdict(float)
     for row, r in zip(rows, rewards, strict=True):
@@ -101,7 +101,7 @@ def lessons(rows: Sequence[Row], rewards: Sequence[float]) -> list[tuple[Row, fl
 
 
 def weighted_batches(
-    replies: Sequence[tuple[Row, float]],
+    replies: Sequence[tuple[Sample, float]],
     device_rows: int,
     bos: int,
     longest: int,
