@@ -153,7 +153,9 @@ def test_gradient_at_every_sampled_token_and_nowhere_else(tok):  # trap 24
 def test_only_a_reply_that_ended_itself_is_right(tok):
     b, s = tok.encode("b"), tok.specials
     question = (TOY, QUESTIONS[0][1])
-    assert rollout.reward(tok, question, Sample([1], 0, b, [1], "stop", s["<|assistant_end|>"])) == 1
+    assert (
+        rollout.reward(tok, question, Sample([1], 0, b, [1], "stop", s["<|assistant_end|>"])) == 1
+    )
     assert rollout.reward(tok, question, Sample([1], 0, b, [1], "length")) == 0
     assert rollout.reward(tok, question, Sample([1], 0, b, [1], "context")) == 0
     assert rollout.reward(tok, question, Sample([1], 0, b, [1], "stop", s["<|bos|>"])) == 0
