@@ -28,7 +28,7 @@ from nanochat.base.common import UserError, base_dir, entry, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.commands import chat_rl
-from nanochat.model import checkpoint
+from nanochat.model.checkpoint import locate
 from nanochat.study import report
 from nanochat.study.comparison import interval
 
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(
             "the flags give a length in time, which a busy machine would fill with fewer steps: give --num_iterations"
         )
-    start = checkpoint.locate(k.source, k.model_tag)
+    start = locate(k.source, k.model_tag).path
     records = [record(k, start, flags, seed) for seed in range(1, k.seeds + 1)]
     out = Path(k.out) if k.out else base_dir() / "rl_curves" / "rl_curves.json"
     png = Path(k.png) if k.png else out.with_suffix(".png")

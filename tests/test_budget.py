@@ -112,7 +112,7 @@ def test_time_spent_is_kept_over_a_resume_and_the_rate_does_not_jump(tmp_path):
         tiny.optimizer(m),
     )
     feed = TimedFeed(clock, lambda i: 1.0)
-    trainer.restore(run, checkpoint.find(tmp_path), m, o, feed)
+    trainer.restore(run, checkpoint.newest(tmp_path), m, o, feed)
     assert run.seconds == pytest.approx(before["seconds"])
     clock.now += 1e6  # the machine was off
     trainer.fit(run, m, o, feed, Schedule(decay=0.5), probes)
@@ -336,7 +336,7 @@ def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
     base_train.main([*flags, "--resume=auto"])
 
     run = base / "checkpoints" / "base" / name
-    train, meta = rows(run), checkpoint.read_meta(checkpoint.find(run))
+    train, meta = rows(run), checkpoint.newest(run).meta
     assert (
         meta["done"]
         and set(looked) == {32}
@@ -395,7 +395,7 @@ def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
             [*flags, f"--model_tag={tag}", "--num_iterations=16", "--eval_every=5", "--resume=auto"]
         )
         folder = base / "checkpoints" / "base" / tag
-        m = checkpoint.Tensors(checkpoint.find(folder) / "model.safetensors")
+        m = checkpoint.newest(folder).weights
         return tiny.losses(folder), dict(m), [r["step"] for r in rows(folder, "eval")]
 
     (losses, weights, looks), (again, others, seen) = run("whole"), run("parts", 10, 14)

@@ -82,17 +82,15 @@ def here(base, monkeypatch):
 
 
 def test_stages_hand_down(here):
-    metas = {
-        stage: checkpoint.read_meta(checkpoint.locate(stage)) for stage in ("base", "mid", "sft")
-    }
+    metas = {stage: checkpoint.locate(stage).meta for stage in ("base", "mid", "sft")}
     assert {m["config"]["n_embd"] for m in metas.values()} == {32}
     assert all(m["done"] for m in metas.values())
-    assert metas["mid"]["plan"]["rows"] == metas["base"]["plan"]["rows"], (
+    assert metas["mid"]["horizon"]["rows"] == metas["base"]["horizon"]["rows"], (
         "midtraining keeps the batch of pretraining"
     )
     assert metas["sft"]["step"] == 8, "30 conversations, 4 a step, the last step short"
     assert metas["mid"]["knobs"]["dtype"] == "float32"
-    assert checkpoint.locate("sft").parent.name == "d1"
+    assert checkpoint.locate("sft").tag == "d1"
 
 
 def test_questions_and_summary(here, capsys):
@@ -126,7 +124,7 @@ def test_base_loss_and_base_eval(here):
 
 
 def test_a_finished_stage_has_nothing_to_do(here, capsys):
-    before = checkpoint.locate("mid").stat().st_mtime_ns
+    before = checkpoint.locate("mid").path.stat().st_mtime_ns
     mid_train.main(
         [
             *CPU,
@@ -140,7 +138,7 @@ def test_a_finished_stage_has_nothing_to_do(here, capsys):
         ]
     )
     assert "nothing to do" in capsys.readouterr().out
-    assert checkpoint.locate("mid").stat().st_mtime_ns == before
+    assert checkpoint.locate("mid").path.stat().st_mtime_ns == before
 
 
 def test_no_parent_is_said(tmp_path, monkeypatch):
@@ -153,9 +151,7 @@ def test_no_parent_is_said(tmp_path, monkeypatch):
 
 def test_letters_are_chosen_among_the_item_s_own(here):
     tok = Tokenizer.load()
-    model, _ = checkpoint.load_model(
-        checkpoint.locate("sft"), "cpu", torch.float32, tok.fingerprint
-    )
+    model = checkpoint.locate("sft").model("cpu", torch.float32)
     items = tinyworld.TASKS["choice"].items("val", 12, 0)
     prompts = [clip(tok.render_prompt(tinyworld.prompt(i)), 100) for i in items]
     one_letter = [["C"]] * len(items)

@@ -113,9 +113,9 @@ def test_the_furthest_stage_answers(tokenizer, monkeypatch, capsys):
         in_process(monkeypatch, capsys, chat_cli.main, ["-p", "hi"])
     for stage in ("base", "sft", "mid"):
         put(stage, tokenizer)
-    assert chat_cli.furthest_stage("") == "sft" == chat_cli.furthest_stage("d2")
+    assert checkpoint.furthest_stage("") == "sft" == checkpoint.furthest_stage("d2")
     with pytest.raises(chat_cli.UserError, match="no model tagged 'd9'"):
-        chat_cli.furthest_stage("d9")
+        checkpoint.furthest_stage("d9")
 
 
 def test_a_base_model_goes_on_plainly_and_says_so(tokenizer, monkeypatch, capsys):

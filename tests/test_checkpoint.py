@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 
 from nanochat.base.common import UserError
 from nanochat.model import checkpoint
+from nanochat.model.checkpoint import Checkpoint
 from nanochat.model.config import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write(directory: Path, step: int, value: float = 1.0, **meta) -> Path:
+def write(directory: Path, step: int, value: float = 1.0, **meta) -> Checkpoint:
     tensors = {"w": torch.full((64, 64), value), "b": torch.arange(7.0) + step}
     return checkpoint.save(
         directory,
@@ -35,9 +36,9 @@ def write(directory: Path, step: int, value: float = 1.0, **meta) -> Path:
     )
 
 
-def found(directory: Path) -> int | None:
-    path = checkpoint.find(directory)
-    return None if path is None else checkpoint.read_meta(path)["step"]
+def newest_intact(directory: Path) -> int | None:
+    stored = checkpoint.newest(directory, optimizer=True)
+    return None if stored is None else stored.meta["step"]
 
 
 @pytest.fixture
@@ -50,15 +51,15 @@ def base(tmp_path, monkeypatch):
 
 
 def test_what_is_written_comes_back(tmp_path):
-    path = write(tmp_path, 120, tokens=5, last={"eval": {"val_bpb": 0.9}})
-    assert path.name == "step_000120"
-    assert sorted(p.name for p in path.iterdir()) == [
+    stored = write(tmp_path, 120, tokens=5, last={"eval": {"val_bpb": 0.9}})
+    assert stored.path.name == "step_000120"
+    assert sorted(p.name for p in stored.path.iterdir()) == [
         "manifest.json",
         "meta.json",
         "model.safetensors",
         "optim.safetensors",
     ]
-    meta, tensors = checkpoint.read_meta(path), checkpoint.Tensors(path / "model.safetensors")
+    meta, tensors = stored.meta, stored.weights
     assert meta["step"] == 120 and meta["last"] == {"eval": {"val_bpb": 0.9}}
     assert set(tensors) == {"w", "b"} and len(tensors) == 2
     assert torch.equal(tensors["b"], torch.arange(7.0) + 120)
@@ -69,23 +70,23 @@ def test_what_is_written_comes_back(tmp_path):
 
 def test_the_same_step_again(tmp_path):
     write(tmp_path, 3, 1.0)
-    path = write(tmp_path, 3, 2.0)
-    assert checkpoint.Tensors(path / "model.safetensors")["w"][0, 0] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"] and not checkpoint.damage(path)
+    stored = write(tmp_path, 3, 2.0)
+    assert stored.weights["w"][0, 0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"] and not stored.damage(
+        optimizer=True
+    )
 
 
 def test_amended_metadata(tmp_path):
-    path = write(tmp_path, 3, done=False)
+    stored = write(tmp_path, 3, done=False)
     for done in (False, True):
-        checkpoint.amend(path, {**tiny.meta(tiny.model()), "done": done, "text": "añ"})
-        assert not checkpoint.damage(path)
-        assert (
-            checkpoint.read_meta(path)["done"] is done and checkpoint.read_meta(path)["step"] == 3
-        )
+        stored.amend({**tiny.meta(tiny.model()), "done": done, "text": "añ"})
+        assert not stored.damage(optimizer=True)
+        assert stored.meta["done"] is done and stored.meta["step"] == 3
 
 
 def test_amending_is_safe_at_every_moment(tmp_path, monkeypatch):
-    path = write(tmp_path, 3, done=False)
+    stored = write(tmp_path, 3, done=False)
     real = checkpoint.atomic_write
     for killed_before in (1, 2):
         calls = []
@@ -98,26 +99,27 @@ def test_amending_is_safe_at_every_moment(tmp_path, monkeypatch):
 
         monkeypatch.setattr(checkpoint, "atomic_write", write_or_die)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.amend(path, {"done": True})
-        assert not checkpoint.damage(path) and checkpoint.read_meta(path)["done"] is False
+            stored.amend({"done": True})
+        assert not stored.damage(optimizer=True) and stored.meta["done"] is False
 
 
 def test_a_model_comes_back_with_its_tokenizer_checked(tmp_path):
     m = tiny.model(tie_embeddings=True)
-    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
-    again, meta = checkpoint.load_model(path, "cpu", torch.float32, "f" * 64)
-    assert tiny.same(tiny.weights(again), tiny.weights(m)) and meta["stage"] == "base"
+    stored = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
+    stored.check_tokenizer("f" * 64)
+    again = stored.model("cpu", torch.float32)
+    assert tiny.same(tiny.weights(again), tiny.weights(m)) and stored.meta["stage"] == "base"
     with pytest.raises(
         UserError,
-        match=r"was trained with tokenizer ffffffffffff, the one in .* is aaaaaaaaaaaa: restore",
+        match=r"was trained with tokenizer ffffffffffff, but the one in .* is aaaaaaaaaaaa: restore",
     ):
-        checkpoint.load_model(path, "cpu", torch.float32, "a" * 64)
+        stored.check_tokenizer("a" * 64)
 
 
 def test_bfloat16_and_turned_tensors(tmp_path):
     whole = torch.randn(8, 8).bfloat16()
-    path = checkpoint.save(tmp_path, 0, {"whole": whole, "turned": whole.t()}, {}, {})
-    tensors = checkpoint.Tensors(path / "model.safetensors")
+    stored = checkpoint.save(tmp_path, 0, {"whole": whole, "turned": whole.t()}, {}, {})
+    tensors = stored.weights
     assert torch.equal(tensors["whole"], whole) and torch.equal(tensors["turned"], whole.t())
 
 
@@ -128,14 +130,14 @@ def test_the_newest_is_found_by_number(tmp_path):
     for step in (999_999, 1_000_000, 5):
         write(tmp_path, step)
     (tmp_path / "step_notes").mkdir()
-    assert found(tmp_path) == 1_000_000
-    assert [checkpoint.read_meta(p)["step"] for p in checkpoint.steps(tmp_path)] == [
+    assert newest_intact(tmp_path) == 1_000_000
+    assert [p.meta["step"] for p in checkpoint.list_checkpoints(tmp_path)] == [
         5,
         999_999,
         1_000_000,
     ]
-    assert checkpoint.find(tmp_path, 5).name == "step_000005"
-    assert checkpoint.find(tmp_path, 6) is None and checkpoint.find(tmp_path / "absent") is None
+    assert checkpoint.newest(tmp_path, 5).path.name == "step_000005"
+    assert checkpoint.newest(tmp_path, 6) is None and checkpoint.newest(tmp_path / "absent") is None
 
 
 def test_pruning_keeps_the_last_and_the_best(tmp_path):
@@ -156,11 +158,11 @@ def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path):
     for step in (10, 20, 30):
         write(tmp_path, step)
     for step in (20, 30):
-        (checkpoint.folder(tmp_path, step) / "meta.json").write_text("{")
-    assert found(tmp_path) == 10
+        (checkpoint.at_step(tmp_path, step).path / "meta.json").write_text("{")
+    assert newest_intact(tmp_path) == 10
     write(tmp_path, 15)
     checkpoint.prune(tmp_path, 15, keep=1, best=None)
-    assert found(tmp_path) == 15
+    assert newest_intact(tmp_path) == 15
 
 
 def test_locating(base):
@@ -173,7 +175,7 @@ def test_locating(base):
         write(checkpoint.run_directory("base", "d4"), 7),
         write(checkpoint.run_directory("base", "d2"), 3),
     )
-    os.utime(old, (1, 1))
+    os.utime(old.path, (1, 1))
     assert checkpoint.locate("base") == new
     assert checkpoint.locate("base", "d4") == old
     assert checkpoint.locate("base", "d4", 7) == old
@@ -192,8 +194,8 @@ def test_locating(base):
 @pytest.mark.parametrize("seed", range(12))
 def test_any_damage_is_noticed_and_passed_over(tmp_path, seed, capsys):
     write(tmp_path, 10)
-    path, rng = write(tmp_path, 20), random.Random(seed)
-    victim = path / rng.choice(
+    stored, rng = write(tmp_path, 20), random.Random(seed)
+    victim = stored.path / rng.choice(
         ["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"]
     )
     data = bytearray(victim.read_bytes())
@@ -207,18 +209,18 @@ def test_any_damage_is_noticed_and_passed_over(tmp_path, seed, capsys):
             victim.write_bytes(b"[]")
     else:
         victim.unlink()
-    assert found(tmp_path) == 10
+    assert newest_intact(tmp_path) == 10
     said = capsys.readouterr().err
     assert (
         said.count("\n") == 1
-        and "passing over the damaged checkpoint" in said
+        and "skipping the damaged checkpoint" in said
         and "step_000020" in said
     )
 
 
 def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
-    path = write(tmp_path, 1)
-    file = path / "model.safetensors"
+    stored = write(tmp_path, 1)
+    file = stored.path / "model.safetensors"
     for size in (0, 4, 100, file.stat().st_size - 1):
         os.truncate(file, size)
         with pytest.raises(
@@ -226,12 +228,12 @@ def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
         ):
             checkpoint.Tensors(file)
     for text in ("", "{", "\xff"):
-        (path / "meta.json").write_bytes(text.encode("latin-1"))
+        (stored.path / "meta.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=r"cannot read .*meta.json"):
-            checkpoint.read_meta(path)
-    (path / "meta.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match="has checkpoint format 99, this version reads 1"):
-        checkpoint.read_meta(path)
+            _ = stored.meta
+    (stored.path / "meta.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="has checkpoint format 99, this version reads 1 to 2"):
+        _ = stored.meta
 
 
 def test_unknown_architecture_knobs():
@@ -246,13 +248,13 @@ def test_unknown_architecture_knobs():
 
 def test_another_architecture(tmp_path):
     m = tiny.model()
-    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
+    stored = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
     with pytest.raises(
         UserError, match=r"holds \(64, 32\) for embed.weight where the model needs \(64, 64\)"
     ):
-        checkpoint.fill(tiny.model(n_embd=64), path)
+        stored.load_weights(tiny.model(n_embd=64))
     with pytest.raises(UserError, match=r"holds nothing for blocks.2"):
-        checkpoint.fill(tiny.model(n_layer=3), path)
+        stored.load_weights(tiny.model(n_layer=3))
 
 
 # ---- full disks and kills
@@ -280,7 +282,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails_at, again):
     ):
         write(tmp_path, step, 2.0)
     assert [p.name for p in tmp_path.iterdir()] == ["step_000010"]
-    assert found(tmp_path) == 10
+    assert newest_intact(tmp_path) == 10
     assert checkpoint.Tensors(tmp_path / "step_000010" / "model.safetensors")["w"][0, 0] == 1
 
 
@@ -289,13 +291,14 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
 from nanochat.model import checkpoint
+from nanochat.model.checkpoint import Checkpoint
 from nanochat.model.config import GPTConfig
 directory, step = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 while True:
     w = torch.full((400, 400), float(step))
-    path = checkpoint.save(directory, step, {"w": w}, {"m": -w}, {"done": False})
-    checkpoint.amend(path, {"done": True})
+    stored = checkpoint.save(directory, step, {"w": w}, {"m": -w}, {"done": False})
+    stored.amend({"done": True})
     checkpoint.prune(directory, step, 2, None)
     print(step, flush=True)
     step += 1
@@ -316,13 +319,13 @@ def test_kill_at_any_moment_of_writing(tmp_path):
         time.sleep(rng.uniform(0.05, 0.4))
         writer.send_signal(signal.SIGKILL)
         reported = writer.communicate()[0].split()
-        now = found(tmp_path)
+        now = newest_intact(tmp_path)
         if reported:
             assert now is not None and now >= int(reported[-1])
         if now is not None:
-            path = checkpoint.find(tmp_path)
-            assert (checkpoint.Tensors(path / "model.safetensors")["w"] == now).all()
-            assert (checkpoint.Tensors(path / "optim.safetensors")["m"] == -now).all()
+            stored = checkpoint.newest(tmp_path)
+            assert (stored.weights["w"] == now).all()
+            assert (stored.optimizer_tensors["m"] == -now).all()
             step = now
     assert step > 0
     write(tmp_path, step + 1)
@@ -340,8 +343,8 @@ def test_every_cut_of_a_write_leaves_the_previous_one(tmp_path):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             for file in names[:n]:
-                shutil.copy(good / file, part / file)
-            assert found(tmp_path) == 10
+                shutil.copy(good.path / file, part / file)
+            assert newest_intact(tmp_path) == 10
             shutil.rmtree(part)
 
 
@@ -351,7 +354,9 @@ def test_every_cut_of_a_write_leaves_the_previous_one(tmp_path):
 def test_loading_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
     m = tiny.model(n_layer=6)
     o = tiny.optimizer(m)
-    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), o.state_tensors(), tiny.meta(m))
+    stored = checkpoint.save(
+        tmp_path, 0, dict(m.named_parameters()), o.state_tensors(), tiny.meta(m)
+    )
     largest = max(p.numel() * 4 for p in m.parameters())
     alive: dict[int, int] = {}
     peak, read = 0, []
@@ -369,9 +374,9 @@ def test_loading_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
         return t
 
     monkeypatch.setattr(checkpoint.Tensors, "__getitem__", watched)
-    checkpoint.fill(m, path)
+    stored.load_weights(m)
     assert sorted(read) == sorted(n for n, _ in m.named_parameters()), "each tensor is read once"
-    o.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), 0)
+    o.load_state_tensors(stored.optimizer_tensors, 0)
     assert peak <= 2 * largest
 
 
@@ -403,8 +408,8 @@ def test_nothing_that_is_loaded_can_run_code():
 
 
 def test_a_strangers_metadata_is_data(tmp_path):
-    path = write(tmp_path, 0)
-    meta = json.loads((path / "meta.json").read_text())
+    stored = write(tmp_path, 0)
+    meta = json.loads((stored.path / "meta.json").read_text())
     meta["config"]["activation"] = "__import__('os').abort()"
     with pytest.raises(UserError, match="activation"):
         GPTConfig.from_dict(meta["config"])

@@ -69,8 +69,8 @@ def train(
     rt = replace(tiny.CPU, rank=rank, world_size=world)
     m = tiny.randomise(tiny.model(tie_embeddings=tied))
     o, feed = tiny.optimizer(m, rt, weight_decay=0.01), Share(rank, world, stop)
-    path = checkpoint.find(directory) if resume else None
-    run = tiny.run(directory, m, runtime=rt, step=checkpoint.read_meta(path)["step"] if path else 0)
+    path = checkpoint.newest(directory) if resume else None
+    run = tiny.run(directory, m, runtime=rt, step=path.meta["step"] if path else 0)
     if path:
         trainer.restore(run, path, m, o, feed)
     try:
@@ -183,8 +183,8 @@ def base(tmp_path_factory):
 def assert_alike(run: Path, expected: Path) -> None:
     a, b = ([r["loss"] for r in logbook.read(d) if r["kind"] == "train"] for d in (run, expected))
     assert len(a) == STEPS and a == pytest.approx(b, rel=2e-5)
-    a, b = checkpoint.find(run), checkpoint.find(expected)
-    assert a.name == b.name == f"step_{STEPS:06d}" and checkpoint.read_meta(a)["updates"] == STEPS
+    a, b = checkpoint.newest(run), checkpoint.newest(expected)
+    assert a.path.name == b.path.name == f"step_{STEPS:06d}" and a.meta["updates"] == STEPS
     for file in ("model.safetensors", "optim.safetensors"):
         x, y = load_file(a / file), load_file(b / file)
         assert x.keys() == y.keys()
@@ -229,7 +229,7 @@ def test_odd_shapes(base):
 def test_the_ranks_agree_on_the_horizon(base):
     first, second = ((base / f"horizon_{rank}.json").read_text() for rank in (0, 1))
     assert first == second
-    meta = checkpoint.read_meta(checkpoint.find(base / "checkpoints" / "base" / "t"))
+    meta = checkpoint.newest(base / "checkpoints" / "base" / "t").meta
     assert meta["done"] and meta["world_size"] == 2 and meta["step"] >= 1
 
 

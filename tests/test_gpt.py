@@ -197,8 +197,10 @@ def test_every_knob_trains_decodes_and_comes_back(knobs, tmp_path):
             cache.advance(piece.size(1))
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
 
-    path = checkpoint.save(tmp_path, 4, dict(m.named_parameters()), o.state_tensors(), tiny.meta(m))
-    again, _ = checkpoint.load_model(path, "cpu", torch.float32)
+    stored = checkpoint.save(
+        tmp_path, 4, dict(m.named_parameters()), o.state_tensors(), tiny.meta(m)
+    )
+    again = stored.model("cpu", torch.float32)
     assert again.config == m.config
     assert tiny.same(tiny.weights(again), tiny.weights(m))
     with torch.no_grad():
@@ -311,9 +313,9 @@ def test_tying_survives_construction_loading_and_training(tmp_path):
     assert m.head_weight.data_ptr() == m.embed.weight.data_ptr()
     assert m.counts()["total"] == sum(p.numel() for p in m.parameters())
     assert m.counts()["head"] == 0
-    path = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
-    assert "head.weight" not in load_file(path / "model.safetensors")
-    again, _ = checkpoint.load_model(path, "cpu", torch.float32)
+    stored = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
+    assert "head.weight" not in load_file(stored.path / "model.safetensors")
+    again = stored.model("cpu", torch.float32)
     assert again.head_weight.data_ptr() == again.embed.weight.data_ptr()
     o, b = tiny.optimizer(again), tiny.batch()
     again.loss(b.inputs, b.targets).backward()
@@ -376,12 +378,13 @@ def test_keys_are_clean(tmp_path):
     )  # nothing is compiled before the first call
     assert [n for n, _ in compiled.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert list(compiled.state_dict()) == list(plain.state_dict())
-    path = checkpoint.save(tmp_path, 0, dict(compiled.named_parameters()), {}, tiny.meta(compiled))
-    assert not any("_orig_mod" in name for name in load_file(path / "model.safetensors"))
-    checkpoint.fill(plain, path)
-    checkpoint.fill(
-        compiled, checkpoint.save(tmp_path, 1, dict(plain.named_parameters()), {}, tiny.meta(plain))
+    stored = checkpoint.save(
+        tmp_path, 0, dict(compiled.named_parameters()), {}, tiny.meta(compiled)
     )
+    assert not any("_orig_mod" in name for name in load_file(stored.path / "model.safetensors"))
+    stored.load_weights(plain)
+    stored = checkpoint.save(tmp_path, 1, dict(plain.named_parameters()), {}, tiny.meta(plain))
+    stored.load_weights(compiled)
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_a_step_left_out_before_a_resume_is_not_counted_as_an_update(tmp_path):
         fit(tmp_path / "parts", None, Stopping(steps))
     m, feed = tiny.model(), tiny.ListFeed(steps)
     run, o = tiny.run(tmp_path / "parts", m, step=3), tiny.optimizer(m)
-    trainer.restore(run, checkpoint.find(tmp_path / "parts"), m, o, feed)
+    trainer.restore(run, checkpoint.newest(tmp_path / "parts"), m, o, feed)
     assert (run.step, o.steps) == (3, 2)
     trainer.fit(run, m, o, feed, PLAIN)
     assert tiny.same(tiny.weights(m), tiny.weights(whole)) and losses(tmp_path / "parts") == losses(
@@ -136,7 +136,7 @@ def test_exactly_n_updates_with_rates_within_bounds(tmp_path_factory, n, cut, wa
     assert [r["progress"] for r in rows(path)] == [
         pytest.approx((i + 1) / n, abs=1e-6) for i in range(n)
     ]
-    assert checkpoint.read_meta(checkpoint.find(path))["updates"] == n
+    assert checkpoint.newest(path).meta["updates"] == n
 
 
 # ---- probes and checkpoints
@@ -146,16 +146,16 @@ def test_a_checkpoint_precedes_every_look_and_takes_up_its_numbers(tmp_path):
     seen = []
 
     def look():
-        path = checkpoint.find(tmp_path)
-        seen.append(checkpoint.read_meta(path)["step"])
+        path = checkpoint.newest(tmp_path)
+        seen.append(path.meta["step"])
         return {"val_bpb": 5.0 - len(seen)}
 
     summary, run, _ = fit(tmp_path, None, None, PLAIN, [Evaluation("eval", 0.25, look, start=True)])
     assert seen == [0, 2, 4, 6, 8]
     assert summary["eval"] == {"val_bpb": 0.0} and run.best == {"step": 8, "val_bpb": 0.0}
-    meta = checkpoint.read_meta(checkpoint.find(tmp_path))
+    meta = checkpoint.newest(tmp_path).meta
     assert meta["done"] and meta["best"] == run.best and meta["last"] == {"eval": {"val_bpb": 0.0}}
-    earlier = checkpoint.read_meta(checkpoint.find(tmp_path, 6))
+    earlier = checkpoint.newest(tmp_path, 6).meta
     assert not earlier["done"] and earlier["best"] == {"step": 6, "val_bpb": 1.0}
     assert [r["step"] for r in rows(tmp_path, "eval")] == seen
 
@@ -171,7 +171,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         keep=2,
     )
     assert run.best == {"step": 1, "val_bpb": 1.0}
-    assert [p.name for p in checkpoint.steps(tmp_path)] == [
+    assert [p.path.name for p in checkpoint.list_checkpoints(tmp_path)] == [
         "step_000001",
         "step_000007",
         "step_000008",
@@ -214,7 +214,7 @@ def test_a_look_that_a_signal_came_before_is_made_up_for(tmp_path, every, at):
     assert [r["step"] for r in rows(tmp_path, "x")] == [4] * (at > 4)
     m = tiny.model()
     run, o, feed = tiny.run(tmp_path, m, step=at), tiny.optimizer(m), tiny.ListFeed.random(8)
-    trainer.restore(run, checkpoint.find(tmp_path), m, o, feed)
+    trainer.restore(run, checkpoint.newest(tmp_path), m, o, feed)
     trainer.fit(run, m, o, feed, PLAIN, probes)
     assert [r["step"] for r in rows(tmp_path, "x")] == [4, 8]
 
@@ -254,7 +254,7 @@ def test_saves_between_looks(tmp_path):
         None,
         None,
         PLAIN,
-        [Evaluation("x", 1, lambda: kept.append(len(checkpoint.steps(tmp_path))) or {})],
+        [Evaluation("x", 1, lambda: kept.append(len(checkpoint.list_checkpoints(tmp_path))) or {})],
         save_every=2,
         keep=3,
     )
@@ -266,8 +266,8 @@ def test_saves_between_looks(tmp_path):
 
 def test_out_of_memory_in_a_look_costs_its_numbers_only(tmp_path, capsys):
     def look():
-        assert checkpoint.find(tmp_path) is not None
-        if len(checkpoint.steps(tmp_path)) == 2:
+        assert checkpoint.newest(tmp_path) is not None
+        if len(checkpoint.list_checkpoints(tmp_path)) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return {"val_bpb": 1.0}
 
@@ -288,7 +288,7 @@ def test_other_errors_in_a_look_are_not_swallowed(tmp_path):
 
     with pytest.raises(RuntimeError, match="shapes"):
         fit(tmp_path, None, None, PLAIN, [Evaluation("eval", 4, look)])
-    assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 4
+    assert checkpoint.newest(tmp_path).meta["step"] == 4
 
 
 def limited(m: GPT, most: int) -> GPT:
@@ -353,8 +353,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
         match=r"the loss is (nan|inf) at step 5: the checkpoint of step 4 in .* is kept; lower the l",
     ):
         fit(tmp_path, m, None, PLAIN, [Evaluation("eval", 2, lambda: {"val_bpb": 1.0})])
-    meta = checkpoint.read_meta(checkpoint.find(tmp_path))
-    again, _ = checkpoint.load_model(checkpoint.find(tmp_path), "cpu", torch.float32)
+    meta = checkpoint.newest(tmp_path).meta
+    again = checkpoint.newest(tmp_path).model("cpu", torch.float32)
     assert meta["step"] == 4 and all(p.isfinite().all() for p in again.parameters())
     assert len(rows(tmp_path)) == 5
 
@@ -369,8 +369,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
     with pytest.raises(UserError, match=r"(the weights are no longer finite|the loss is nan)"):
         fit(tmp_path, m, None, PLAIN, [Evaluation("spoil", 4, spoil)], save_every=1)
-    for path in checkpoint.steps(tmp_path):
-        again, meta = checkpoint.load_model(path, "cpu", torch.float32)
+    for path in checkpoint.list_checkpoints(tmp_path):
+        again, meta = path.model("cpu", torch.float32), path.meta
         assert meta["step"] <= 4 and all(p.isfinite().all() for p in again.parameters())
 
 
@@ -385,7 +385,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(trainer.Interrupted):
         fit(tmp_path, None, Stopping(tiny.ListFeed.random(8).steps))
-    assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 4
+    assert checkpoint.newest(tmp_path).meta["step"] == 4
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
@@ -412,7 +412,7 @@ def test_a_full_disk_in_mid_run(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="No space left on device"):
         fit(tmp_path, None, None, PLAIN, [Evaluation("eval", 2, lambda: {"val_bpb": 1.0})])
-    assert checkpoint.read_meta(checkpoint.find(tmp_path))["step"] == 2
+    assert checkpoint.newest(tmp_path).meta["step"] == 2
     assert not list(tmp_path.glob(".*"))
 
 

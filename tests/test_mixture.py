@@ -198,7 +198,7 @@ def test_the_default_stages_train_on_data_of_a_folder(tmp_path, monkeypatch, cap
     mid_train.main([*own, "--num_iterations=1"])
     chat_sft.main([*own, "--num_iterations=1", "--conversations_per_step=4"])
     for stage in ("mid", "sft"):
-        kept = checkpoint.read_meta(checkpoint.locate(stage))["knobs"]
+        kept = checkpoint.locate(stage).meta["knobs"]
         assert tuple(kept["data"]) == mixture.DEFAULTS[stage][0] and kept["name"] == "Ada"
     assert f"conversations: {' '.join(mixture.DEFAULTS['mid'][0])}" in capsys.readouterr().out
     assert {p.name.split("-talk-")[0] for p in Path(tmp_path / "tokens").glob("*-talk-*")} == {

@@ -217,7 +217,7 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
         and "the law said" in capsys.readouterr().out
     )
     for directory in (tmp_path / "checkpoints" / "base").iterdir():
-        assert checkpoint.steps(directory) == [] and logbook.read(directory), (
+        assert checkpoint.list_checkpoints(directory) == [] and logbook.read(directory), (
             "the weights go, the figures stay"
         )
 

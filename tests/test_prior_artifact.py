@@ -34,7 +34,7 @@ def test_gates_learn_and_resume_is_bit_equal(tmp_path, path):
     assert moved.min() > 1e-3 and moved.max() < 1  # every gate, at a rate of its own
     again, feed = GPT.build(whole.config), tiny.ListFeed.random(8)
     run, optimizer = tiny.run(tmp_path / "b", again), tiny.optimizer(again)
-    trainer.restore(run, checkpoint.folder(tmp_path / "a", 4), again, optimizer, feed)
+    trainer.restore(run, checkpoint.at_step(tmp_path / "a", 4), again, optimizer, feed)
     trainer.fit(run, again, optimizer, feed, tiny.PLAIN)
     run.logbook.close()
     assert tiny.same(dict(again.state_dict()), dict(whole.state_dict()))
@@ -48,21 +48,19 @@ def test_a_checkpoint_carries_the_prior(tmp_path, path, gate):
     b = tiny.batch()
     meta = {**tiny.meta(m), "config": m.config.to_dict()}
     Path(path).unlink()
-    again, _ = checkpoint.load_model(
-        checkpoint.save(tmp_path, 1, m.state_dict(), {}, meta), "cpu", torch.float32
-    )
+    again = checkpoint.save(tmp_path, 1, m.state_dict(), {}, meta).model("cpu", torch.float32)
     with torch.no_grad():
         assert torch.equal(again.logits(again(b.inputs)), m.logits(m(b.inputs)))
     assert again.config == m.config and again.counts() == m.counts()
     bare = checkpoint.save(tmp_path, 2, tiny.model().state_dict(), {}, meta)
     with pytest.raises(UserError, match=r"holds nothing for prior\."):
-        checkpoint.load_model(bare, "cpu", torch.float32)
+        bare.model("cpu", torch.float32)
     if gate != "annealed":
         return
     m.prior.annealed = True
     tiny.fit(tmp_path / "run", m)
     assert not m.prior.gates.any()  # and what goes on from it is a model without
-    after, _ = checkpoint.load_model(checkpoint.find(tmp_path / "run"), "cpu", torch.float32)
+    after = checkpoint.newest(tmp_path / "run").model("cpu", torch.float32)
     assert (
         after.prior is None
         and after.config == tiny.config()
@@ -85,17 +83,17 @@ def test_base_train_takes_a_prior_and_needs_it_once(tmp_path, monkeypatch, capsy
     base_train.main([*flags, *rap, "--num_iterations=6", "--save_every=3"])
     assert "prior        rules" in capsys.readouterr().out
     run = checkpoint.run_directory("base", "t")
-    whole = checkpoint.Tensors(checkpoint.folder(run, 6) / "model.safetensors")
+    whole = checkpoint.at_step(run, 6).weights
     want = {n: whole[n] for n in whole}
-    halfway = checkpoint.Tensors(checkpoint.folder(run, 3) / "model.safetensors")["prior.gates"]
+    halfway = checkpoint.at_step(run, 3).weights["prior.gates"]
     assert float(halfway.max()) == pytest.approx(2) and float(halfway.min()) == pytest.approx(
         0.5
     )  # of --rap_lead and --rap_alpha
     assert not want["prior.gates"].any()
-    checkpoint.folder(run, 6).rename(run / "gone")
+    checkpoint.at_step(run, 6).path.rename(run / "gone")
     Path(artifact).unlink()
     base_train.main([*flags, "--resume=auto"])
-    again = checkpoint.Tensors(checkpoint.folder(run, 6) / "model.safetensors")
+    again = checkpoint.at_step(run, 6).weights
     assert tiny.same({n: again[n] for n in again}, want)
     with pytest.raises(UserError, match="rap_alpha=1"):
         base_train.main([*flags, "--resume=auto", "--rap_alpha=2"])

@@ -56,15 +56,12 @@ def losses(directory: Path) -> dict[int, float]:
 
 
 def assert_same_end(run: Path, expected: Path) -> None:
-    a, b = checkpoint.find(run), checkpoint.find(expected)
-    assert a.name == b.name == "step_000020"
+    a, b = checkpoint.newest(run), checkpoint.newest(expected)
+    assert a.path.name == b.path.name == "step_000020"
     assert losses(run) == losses(expected) and len(losses(run)) == 20
     for file in ("model.safetensors", "optim.safetensors"):
-        assert sha256_file(a / file) == sha256_file(b / file), file
-    assert (
-        checkpoint.read_meta(a)["done"]
-        and checkpoint.read_meta(a)["best"] == checkpoint.read_meta(b)["best"]
-    )
+        assert sha256_file(a.path / file) == sha256_file(b.path / file), file
+    assert a.meta["done"] and a.meta["best"] == b.meta["best"]
 
 
 def stop_at(monkeypatch, step: int, act) -> None:
@@ -88,7 +85,7 @@ def interrupted(monkeypatch, flags: list[str], step: int = 10) -> None:
 def test_ten_and_ten_are_twenty(whole, place, monkeypatch):
     flags, run = place
     interrupted(monkeypatch, flags)
-    assert checkpoint.find(run).name == "step_000010" and len(losses(run)) == 10
+    assert checkpoint.newest(run).path.name == "step_000010" and len(losses(run)) == 10
     base_train.main([*flags, "--resume=auto"])  # the rest of the knobs is the run's own
     assert_same_end(run, whole[2])
 
@@ -96,10 +93,10 @@ def test_ten_and_ten_are_twenty(whole, place, monkeypatch):
 def test_going_on_past_a_damaged_checkpoint(whole, place, monkeypatch, capsys):
     flags, run = place
     interrupted(monkeypatch, flags, 14)
-    newest = checkpoint.find(run)
-    os.truncate(newest / "optim.safetensors", 1000)
+    newest = checkpoint.newest(run)
+    os.truncate(newest.path / "optim.safetensors", 1000)
     base_train.main([*flags, "--resume=auto"])
-    assert f"passing over the damaged checkpoint {newest}" in capsys.readouterr().err
+    assert f"skipping the damaged checkpoint {newest}" in capsys.readouterr().err
     assert_same_end(run, whole[2])
 
 
@@ -116,7 +113,7 @@ def test_a_crash_without_warning(whole, place, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         stop_at(patch, 12, crash)
         base_train.main([*flags, *STEPS])
-    assert checkpoint.find(run).name == "step_000009" and len(losses(run)) == 11
+    assert checkpoint.newest(run).path.name == "step_000009" and len(losses(run)) == 11
     base_train.main([*flags, "--resume=auto"])
     assert_same_end(run, whole[2])
 
@@ -179,16 +176,16 @@ def test_later_stages_go_on_too(whole, place, monkeypatch, script, flags):
     run = base / "checkpoints" / name / "t"
 
     script.main([*flags, *own, "--num_iterations=8"])
-    expected, was = checkpoint.find(run), losses(run)
-    kept = shutil.copytree(expected, base / "kept")
+    expected, was = checkpoint.newest(run), losses(run)
+    kept = shutil.copytree(expected.path, base / "kept")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         script.main([*flags, *own, "--num_iterations=8"])
-    assert checkpoint.find(run).name == "step_000004"
+    assert checkpoint.newest(run).path.name == "step_000004"
     script.main([*flags, *own, "--num_iterations=8", "--resume=auto"])
     assert losses(run) == was and len(was) == 8
     for file in ("model.safetensors", "optim.safetensors"):
-        assert sha256_file(checkpoint.find(run) / file) == sha256_file(kept / file)
+        assert sha256_file(checkpoint.newest(run).path / file) == sha256_file(kept / file)
 
 
 # ---- what may and may not change
@@ -199,7 +196,7 @@ def test_a_finished_run_has_nothing_to_do(whole, monkeypatch, capsys):
     before = losses(run)
     summary = base_train.main([*flags, "--resume=auto"])
     assert "nothing to do" in capsys.readouterr().out
-    assert summary["eval"] == checkpoint.read_meta(checkpoint.find(run))["last"]["eval"]
+    assert summary["eval"] == checkpoint.newest(run).meta["last"]["eval"]
     assert losses(run) == before
 
 
@@ -224,19 +221,19 @@ def test_a_finished_run_has_nothing_to_do(whole, monkeypatch, capsys):
 def test_a_change_that_would_go_unnoticed_is_refused(whole, place, monkeypatch, flag, says):
     _, run = place
     shutil.copytree(whole[2], run)
-    newest = checkpoint.find(run)
-    checkpoint.amend(newest, {**checkpoint.read_meta(newest), "done": False})
-    before = sha256_file(newest / "meta.json")
+    newest = checkpoint.newest(run)
+    newest.amend({**newest.meta, "done": False})
+    before = sha256_file(newest.path / "meta.json")
     with pytest.raises(UserError, match=says):
         base_train.main([*place[0], "--resume=auto", flag])
-    assert sha256_file(newest / "meta.json") == before and not checkpoint.damage(newest)
+    assert sha256_file(newest.path / "meta.json") == before and not newest.damage(optimizer=True)
 
 
 def test_a_longer_horizon_when_asked_for(whole, place, capsys):
     _, run = place
     shutil.copytree(whole[2], run)
     base_train.main([*place[0], "--resume=auto", "--num_iterations=30", "--new_horizon=stretch"])
-    assert checkpoint.find(run).name == "step_000030"
+    assert checkpoint.newest(run).path.name == "step_000030"
     trained = [r for r in logbook.read(run) if r["kind"] == "train"]
     assert [r["step"] for r in trained] == list(range(1, 31))
     assert trained[20]["lr_mult"] == pytest.approx((1 - 20 / 30) / 0.4), (
@@ -266,7 +263,7 @@ def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):  # 
     assert "learning rate" not in capsys.readouterr().out
     mults = [r["lr_mult"] for r in logbook.read(run) if r["kind"] == "train"]
     assert mults[14:] == pytest.approx([0.75 * (1 - i / 20) for i in range(20)])
-    assert checkpoint.read_meta(checkpoint.find(run))["done"] and len(mults) == 34
+    assert checkpoint.newest(run).meta["done"] and len(mults) == 34
 
 
 def test_new_horizons_that_leave_nothing_to_do(whole, place, monkeypatch, capsys):
@@ -328,21 +325,21 @@ def test_a_new_run_sets_the_old_one_aside_only_when_it_begins(whole, place, caps
     for wrong in ("--total_batch_size=500", "--model_dim=33", "--target_flops=1e9"):
         with pytest.raises(UserError):
             base_train.main([*flags, *STEPS, wrong])
-        assert checkpoint.find(run).name == "step_000020"
+        assert checkpoint.newest(run).path.name == "step_000020"
     base_train.main([*flags, "--num_iterations=2", "--eval_every=0"])
     assert "that run is now" in capsys.readouterr().err
-    assert checkpoint.find(run).name == "step_000002"
-    assert checkpoint.find(run.with_name("t.old")).name == "step_000020"
+    assert checkpoint.newest(run).path.name == "step_000002"
+    assert checkpoint.newest(run.with_name("t.old")).path.name == "step_000020"
 
 
 def test_the_metadata_says_how_the_run_came_about(whole):
-    meta = json.loads((checkpoint.find(whole[2]) / "meta.json").read_text())
+    meta = json.loads((checkpoint.newest(whole[2]).path / "meta.json").read_text())
     assert (
         meta["knobs"]["depth"] == 2
         and meta["origins"]["depth"] == "command line"
         and meta["origins"]["softcap"] == "default"
     )
-    assert (meta["plan"]["rows"], meta["plan"]["steps"], meta["updates"], meta["tokens"]) == (
+    assert (meta["horizon"]["rows"], meta["horizon"]["steps"], meta["updates"], meta["tokens"]) == (
         32,
         20,
         20,

@@ -63,9 +63,8 @@ def test_a_run_is_made_once_and_every_seed_and_flag_has_a_folder(tmp_path, monke
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     (tmp_path / "tokenizer").mkdir()
     m = tiny.model()
-    start = checkpoint.save(
-        checkpoint.run_directory("sft", "t"), 3, tiny.weights(m), {}, tiny.meta(m)
-    )
+    run_directory = checkpoint.run_directory("sft", "t")
+    start = checkpoint.save(run_directory, 3, tiny.weights(m), {}, tiny.meta(m)).path
     said = []
 
     def run(base, command, *words):
@@ -111,6 +110,6 @@ def test_a_run_is_made_once_and_every_seed_and_flag_has_a_folder(tmp_path, monke
         rl_curves.place(start, "sft", flags, seed) for flags in ([], ["--x"]) for seed in (1, 2)
     }
     assert len(places) == 4 and all(
-        checkpoint.find(p / "checkpoints" / "sft" / "t").resolve() == start.resolve()
+        checkpoint.newest(p / "checkpoints" / "sft" / "t").path.resolve() == start.resolve()
         for p in places
     )

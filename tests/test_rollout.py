@@ -318,8 +318,8 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
         assert (
             0 <= r["pass@1_lo"] <= r["pass@1"] <= r["pass@1_hi"] <= 1 and r["pass@1"] <= r["pass@4"]
         )
-    whole = checkpoint.find(sft)
-    hashes = [sha256_file(whole / f"{name}.safetensors") for name in ("model", "optim")]
+    whole = checkpoint.newest(sft)
+    hashes = [sha256_file(whole.path / f"{name}.safetensors") for name in ("model", "optim")]
 
     real = trainer._step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -331,7 +331,7 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
             ],
         )
         chat_rl.main(flags)
-    assert checkpoint.find(sft).name == "step_000010"
+    assert checkpoint.newest(sft).path.name == "step_000010"
     with pytest.raises(
         UserError,
         match=r"started with questions_per_step=4 and is asked to go on with 8: .* learning rate",
@@ -341,9 +341,10 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
     again = [{k: r[k] for k in train[0]} for r in logbook.read(sft) if r["kind"] == "train"]
     assert again == train
     assert [
-        sha256_file(checkpoint.find(sft) / f"{name}.safetensors") for name in ("model", "optim")
+        sha256_file(checkpoint.newest(sft).path / f"{name}.safetensors")
+        for name in ("model", "optim")
     ] == hashes
-    assert checkpoint.load_model(checkpoint.locate("rl"), "cpu", torch.float32)[1]["stage"] == "rl"
+    assert checkpoint.locate("rl").meta["stage"] == "rl"
     torch.set_num_threads(threads)
 
 

@@ -122,7 +122,7 @@ def meta(m: GPT) -> dict[str, Any]:
         "config": vars(m.config),
         "tokenizer": "f" * 64,
         "knobs": {},
-        "plan": {},
+        "horizon": {},
         "dtype": "float32",
         "world_size": 1,
     }

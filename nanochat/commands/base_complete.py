@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     k, _ = knobs.parse(
         Knobs, argv, command="base_complete", description="Type lines; a line ### completes them."
     )
-    engine, name = open_engine(k, k.source)
+    engine, loaded = open_engine(k, k.source)
     forgiving_streams()
     live = terminal()
     grey, normal = (GREY, NORMAL) if live else ("", "")
     print(
-        f"{grey}{name}. A line {TRIGGER} completes the lines before it; then the next text begins. Ctrl+C leaves.{normal}",
+        f"{grey}{loaded.describe()}. A line {TRIGGER} completes the lines before it; then the next text begins. Ctrl+C leaves.{normal}",
         flush=True,
     )
     lines: list[str] = []

@@ -17,6 +17,7 @@ from nanochat.chat.generate import Engine
 from nanochat.commands import base_loss
 from nanochat.commands.base_train import PROMPTS
 from nanochat.eval import core as core_eval
+from nanochat.model.checkpoint import Loaded
 from nanochat.train import run as stage
 
 
@@ -43,10 +44,10 @@ class Knobs(base_loss.Knobs):
 
 
 def core(
-    k: Knobs, m: base_loss.Measured, tasks: list[core_eval.Task], absent: list[str]
+    k: Knobs, loaded: Loaded, tasks: list[core_eval.Task], absent: list[str]
 ) -> dict[str, Any]:
     """Every task's row, as it comes a line each where there is no terminal to show a bar on, and then the summary."""
-    scorer, console, results = core_eval.Scorer(m.model, k.core_memory * 2**20), Console(), {}
+    scorer, console, results = core_eval.Scorer(loaded.model, k.core_memory * 2**20), Console(), {}
     began = time.monotonic()
     columns = (
         TextColumn("{task.description}"),
@@ -58,7 +59,7 @@ def core(
         *columns,
         console=console,
         transient=True,
-        disable=not console.is_terminal or not m.runtime.is_main,
+        disable=not console.is_terminal or not loaded.runtime.is_main,
     ) as bar:
         for number, task in enumerate(tasks, 1):
             line, start = (
@@ -70,7 +71,7 @@ def core(
                 bar.update(line, completed=done, total=n)
 
             results[task.name] = r = core_eval.evaluate(
-                scorer, task, m.tokenizer, m.runtime, k.max_per_task, show
+                scorer, task, loaded.tokenizer, loaded.runtime, k.max_per_task, show
             )
             bar.remove_task(line)
             if not console.is_terminal:
@@ -117,31 +118,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         bundle = (
             core_eval.load_bundle(k.core) if k.core else None
         )  # before anything that takes time
-        m = base_loss.measure(k)
-        engine = Engine(m.model.cast_for_inference(), m.tokenizer)
+        loaded, bpb = base_loss.measure(k)
+        engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
         samples: dict[str, list[str]] = {p: [] for p in k.prompts}
         for temperature in (0.0, k.temperature):
             rows = engine.generate_batch(
-                [m.tokenizer.encode(p, bos=True) for p in k.prompts],
+                [loaded.tokenizer.encode(p, bos=True) for p in k.prompts],
                 max_tokens=k.max_tokens,
                 temperature=temperature,
                 seed=k.seed,
             )
             for prompt, row in zip(k.prompts, rows, strict=True):
-                samples[prompt].append(m.tokenizer.decode(row.tokens))
+                samples[prompt].append(loaded.tokenizer.decode(row.tokens))
         for prompt, texts in samples.items():
             print0(*(f"\n{prompt}|{text}" for text in texts), sep="")
-        out: dict[str, Any] = {"bpb": m.bpb, "samples": samples}
-        with logbook.Logbook(m.path.parent) as log:
-            log.log(kind="base_eval", step=m.meta["step"], val_bpb=m.bpb, samples=samples)
+        out: dict[str, Any] = {"bpb": bpb, "samples": samples}
+        with logbook.Logbook(loaded.checkpoint.path.parent) as log:
+            log.log(kind="base_eval", step=loaded.checkpoint.step, val_bpb=bpb, samples=samples)
             if bundle:
                 print0(
                     f"\n{k.core}: {len(bundle[0])} tasks"
                     + (f"; no data for {', '.join(bundle[1])}" if bundle[1] else "")
                 )
-                out["core"] = found = core(k, m, *bundle)
-                log.log(kind="core_eval", step=m.meta["step"], stage=k.source, **found)
-                if m.runtime.is_main:
+                out["core"] = found = core(k, loaded, *bundle)
+                log.log(kind="core_eval", step=loaded.checkpoint.step, stage=k.source, **found)
+                if loaded.runtime.is_main:
                     Console(width=None if sys.stdout.isatty() else 160).print(table(found))
                 shown = f"{found['name']}: {found['score']:+.4f} ± {found['margin']:.4f} (95 %; guessing gives {found['guess']:+.4f})"
                 print0(f"{shown}, {duration(found['seconds_taken'])}")

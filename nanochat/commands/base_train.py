@@ -9,7 +9,7 @@ from nanochat.chat.generate import Engine
 from nanochat.data.contexts import Contexts
 from nanochat.data.shards import prepare
 from nanochat.data.sources import training_sources
-from nanochat.model import checkpoint, prior
+from nanochat.model import prior
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train import run as stage
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     k, origins, resume_from = stage.parse_knobs(
         PretrainKnobs, argv, "base_train", "base", lambda k: k.model_tag or f"d{k.depth}"
     )
-    before = checkpoint.read_meta(resume_from)["knobs"] if resume_from else {}
+    before = resume_from.meta["knobs"] if resume_from else {}
     for f in fields(AttentionPriorKnobs):
         if resume_from and getattr(k, f.name) != (was := before.get(f.name, f.default)):
             raise UserError(
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         config = GPTConfig(vocab_size=tokenizer.vocab_size, **k.dimensions(), **arch)
         spec, tables = None, {}
         if resume_from:  # the artifact may be gone: all of it is in the checkpoint
-            config.rap = GPTConfig.from_dict(checkpoint.read_meta(resume_from)["config"]).rap
+            config.rap = resume_from.config.rap
         elif k.rap:
             spec, tables = prior.prepare(k, config, tokenizer.fingerprint, rt.device, rt.dtype)
             config.rap = spec if k.rap_mode == "bias" else None

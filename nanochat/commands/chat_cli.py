@@ -14,10 +14,10 @@ from typing import Any, Literal
 from nanochat.base import knobs
 from nanochat.base.common import UserError, base_dir, entry, notice
 from nanochat.base.knobs import knob
-from nanochat.base.runtime import open_runtime
 from nanochat.chat.generate import Engine, Reply, fit_conversation
-from nanochat.data.tokenizer import StreamDecoder, Tokenizer
-from nanochat.model import checkpoint
+from nanochat.data.tokenizer import StreamDecoder
+from nanochat.model.checkpoint import Loaded, load_for_inference
+from nanochat.model.stages import STAGES
 
 HELP = """/clear          forget the conversation
 /system TEXT    begin a new conversation with this instruction
@@ -64,30 +64,10 @@ class Knobs(ModelKnobs):
     )
 
 
-def furthest_stage(tag: str) -> str:
-    """The last stage that has a checkpoint (of this tag, if one is given)."""
-    root = base_dir() / "checkpoints"
-    for stage in reversed(checkpoint.STAGES):
-        if any(
-            checkpoint.steps(run)
-            for run in (root / stage).glob("*")
-            if run.name == (tag or run.name)
-        ):
-            return stage
-    what = f"model tagged {tag!r}" if tag else "model"
-    raise UserError(
-        f"there is no {what} under {root}: train one with python -m scripts.base_train or bash runs/quickstart.sh"
-    )
-
-
-def open_engine(k: ModelKnobs, source: str) -> tuple[Engine, str]:
-    """The engine of a stage's checkpoint, and a line that names it."""
-    path = checkpoint.locate(source, k.model_tag, k.step)
-    rt = open_runtime(k.device_type, k.dtype, k.seed)
-    tokenizer = Tokenizer.load()
-    model, meta = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
-    name = f"{source} model {path.parent.name}, step {meta['step']:,}, {rt.dtype_name} on {rt.device.type}"
-    return Engine(model.cast_for_inference(), tokenizer), name
+def open_engine(k: ModelKnobs, source: str) -> tuple[Engine, Loaded]:
+    """The engine of a stage's checkpoint, and what was loaded."""
+    loaded = load_for_inference(source, k.model_tag, k.step, k.device_type, k.dtype, k.seed)
+    return Engine(loaded.model.cast_for_inference(), loaded.tokenizer), loaded
 
 
 class Chat:
@@ -240,13 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if k.prompt is not None and not k.prompt.strip():
         raise UserError("--prompt is empty: write a question after it, or leave it out to chat")
-    source = furthest_stage(k.model_tag) if k.source == "auto" else k.source
-    engine, name = open_engine(k, source)
+    engine, loaded = open_engine(k, k.source)
     forgiving_streams()
-    base, talking = source == "base", k.prompt is None and terminal()
+    base, talking = not STAGES[loaded.stage].chats, k.prompt is None and terminal()
     chat = Chat(k, engine, base, styled=sys.stdout.isatty() if k.prompt is not None else talking)
     if talking:
-        return converse(chat, name)
+        return converse(chat, loaded.describe())
     if base:
         notice("a base model has not learned to chat: it goes on with the text as it stands")
     for line in sys.stdin if k.prompt is None else [k.prompt]:

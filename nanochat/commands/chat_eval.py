@@ -14,13 +14,12 @@ from rich.table import Table
 from nanochat.base import knobs, logbook
 from nanochat.base.common import UserError, duration, entry, notice, print0
 from nanochat.base.knobs import knob
-from nanochat.base.runtime import open_runtime
 from nanochat.chat.generate import Engine
-from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import chat as chat_eval
 from nanochat.eval.tasks import arc, gsm8k, humaneval, mmlu, spellingbee, tinyworld
 from nanochat.eval.tasks.common import Task
-from nanochat.model import checkpoint
+from nanochat.model.checkpoint import load_for_inference
+from nanochat.model.stages import STAGES, run_directory
 from nanochat.train.knobs import MachineKnobs
 
 TASKS = [
@@ -101,8 +100,8 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
 def stage_table(tag: str) -> Table | None:
     """Stage by task, from the last result of every task at each stage's last evaluated step."""
     stages: dict[str, dict[str, Any]] = {}
-    for stage in checkpoint.STAGES:
-        directory = checkpoint.run_directory(stage, tag)
+    for stage in STAGES:
+        directory = run_directory(stage, tag)
         rows = (
             [r for r in logbook.read(directory) if r["kind"] == "chat_eval"]
             if directory.is_dir()
@@ -165,16 +164,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"--num_samples={k.num_samples} at temperature 0 would be the same answer every time: give --temperature=1, say"
         )
     tasks = named_tasks(k.tasks, k.task_dir)
-    path = checkpoint.locate(k.source, k.model_tag, k.step)
+    loaded = load_for_inference(k.source, k.model_tag, k.step, k.device_type, k.dtype, k.seed)
+    stored = loaded.checkpoint
     kinds = sum(task.name.startswith("tinyworld/") for task in tasks)
     items = {
         t.name: t.items("val", -(-k.num_items // (kinds if "/" in t.name else 1)), k.seed)
         for t in tasks
     }
-    rt = open_runtime(k.device_type, k.dtype, k.seed)
-    tokenizer = Tokenizer.load()
-    model, meta = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
-    engine = Engine(model.cast_for_inference(), tokenizer)
+    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     began, results = time.monotonic(), {}
     console = Console(width=None if Console().is_terminal else 140)
     columns = (
@@ -208,16 +205,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "seed": k.seed,
         "max_tokens": k.max_tokens,
     }
-    with logbook.Logbook(path.parent) as log:
+    with logbook.Logbook(stored.path.parent) as log:
         log.log(
             kind="chat_eval",
-            step=meta["step"],
+            step=stored.step,
             stage=k.source,
             seconds_taken=round(seconds, 2),
             **asked,
             **summary,
         )
-    if table := stage_table(path.parent.name):
+    if table := stage_table(stored.tag):
         console.print(table)
     for name, x in results.items():
         counts = (
@@ -227,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if said := ", ".join(f"{some:,} of {n:,} {what}" for some, n, what in counts if some):
             print0(f"  {name}: {said}")
     print0(
-        f"{k.source} at step {meta['step']:,}: {summary['accuracy']:.1%} of {summary['n']:,} questions in {duration(seconds)}"
+        f"{k.source} at step {stored.step:,}: {summary['accuracy']:.1%} of {summary['n']:,} questions in {duration(seconds)}"
     )
     return summary
 

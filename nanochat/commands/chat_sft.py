@@ -10,7 +10,8 @@ from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.data.sources import default_sources
 from nanochat.eval.tasks import mixture
-from nanochat.model import checkpoint
+from nanochat.model.checkpoint import newest
+from nanochat.model.stages import run_directory
 from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
 
@@ -44,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         k = s.knobs
         rows, (steps, epochs) = k.conversations_per_step, stage.conversation_horizon(s)
         if not k.data:
-            base = checkpoint.find(checkpoint.run_directory("base", s.directory.name))
-            texts = (checkpoint.read_meta(base) if base else s.parent_meta)["knobs"]["data"]
+            base = newest(run_directory("base", s.directory.name))
+            texts = (base.meta if base else s.parent_meta)["knobs"]["data"]
             k.data = mixture.default("sft", texts or default_sources())
         print0(f"  conversations: {' '.join(k.data)}")
         talks = partial(

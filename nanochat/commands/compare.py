@@ -35,7 +35,8 @@ from nanochat.base.runtime import Runtime
 from nanochat.commands import base_train
 from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.model import checkpoint, prior
+from nanochat.model import prior
+from nanochat.model.checkpoint import list_checkpoints
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.study import comparison
@@ -346,10 +347,10 @@ class Comparison:
     def clear(self, record: Mapping[str, Any]) -> None:
         """Delete the weights of a run that is recorded for good."""
         if not self.keep and not record.get("again"):
-            for path in checkpoint.steps(
+            for stored in list_checkpoints(
                 self.folder / "checkpoints" / "base" / f"{record['condition']}-s{record['seed']}"
             ):
-                shutil.rmtree(path)
+                shutil.rmtree(stored.path)
 
     def probe(self, c: Condition, lock: IO[bytes], steps: int = PROBED) -> tuple[float, float]:
         """-> seconds that a run of this condition takes, milliseconds of a step: from first steps in a folder that is deleted again."""
@@ -373,7 +374,7 @@ class Comparison:
             if c.timed:
                 return c.timed, step_ms
             whole = next(
-                r["config"]["plan"]["steps"]
+                r["config"]["horizon"]["steps"]
                 for r in logbook.read(directory)
                 if r["kind"] == "start"
             )

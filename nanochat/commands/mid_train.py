@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         rows = (
             stage.whole_rows(k.total_batch_size, T)
             or s.stored("rows")
-            or s.parent_meta["plan"]["rows"]
+            or s.parent_meta["horizon"]["rows"]
         )
         steps, epochs = stage.conversation_horizon(s)
         text = [

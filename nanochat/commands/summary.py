@@ -14,12 +14,11 @@ from nanochat.base import knobs, logbook
 from nanochat.base.common import UserError, base_dir, entry, human
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
-from nanochat.base.runtime import open_runtime
 from nanochat.chat.generate import Engine
-from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.chat import visible_text
 from nanochat.eval.tasks import tinyworld
-from nanochat.model import checkpoint
+from nanochat.model.checkpoint import load_for_inference, locate
+from nanochat.model.stages import STAGES, run_directory
 from nanochat.train.knobs import MachineKnobs
 
 
@@ -38,8 +37,8 @@ class Knobs(MachineKnobs):
 def figures(tag: str) -> dict[str, dict[str, Any]]:
     """{stage: {tokens, minutes, val_bpb, accuracy, n, lo, hi, kinds}} from the logbooks of every stage that was trained and evaluated."""
     out: dict[str, dict[str, Any]] = {}
-    for stage in checkpoint.STAGES:
-        directory = checkpoint.run_directory(stage, tag)
+    for stage in STAGES:
+        directory = run_directory(stage, tag)
         rows = logbook.read(directory) if directory.is_dir() else []
         last = {
             kind: next((r for r in reversed(rows) if r["kind"] == kind), None)
@@ -92,13 +91,13 @@ def table_of(stages: dict[str, dict[str, Any]]) -> Table:
 
 def exchanges(k: Knobs, stage: str) -> list[tuple[str, str, str]]:
     """(question, the model's reply, what was expected) for held-out questions of all kinds in turn."""
-    path = checkpoint.locate(stage, k.model_tag)
-    rt = open_runtime(k.device_type, k.dtype, k.seed)
-    tokenizer = Tokenizer.load()
-    model, _ = checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)
+    loaded = load_for_inference(
+        stage, k.model_tag, device_type=k.device_type, dtype=k.dtype, seed=k.seed
+    )
+    tokenizer = loaded.tokenizer
     items = tinyworld.items("val", k.samples, seed=k.seed + 1)
     prompts = [tokenizer.render_prompt(tinyworld.prompt(item)) for item in items]
-    rows = Engine(model.cast_for_inference(), tokenizer).generate_batch(
+    rows = Engine(loaded.model.cast_for_inference(), tokenizer).generate_batch(
         prompts, max_tokens=64, temperature=0.0
     )
     return [
@@ -113,7 +112,7 @@ def exchanges(k: Knobs, stage: str) -> list[tuple[str, str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(Knobs, argv, command="summary")
-    k.model_tag = k.model_tag or checkpoint.locate("base").parent.name
+    k.model_tag = k.model_tag or locate("base").tag
     stages = figures(k.model_tag)
     if not stages:
         raise UserError(
@@ -121,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     console = Console(width=None if Console().is_terminal else 140)
     last = list(stages)[-1]
-    if k.samples and last != "base":
+    if k.samples and STAGES[last].chats:
         for question, reply, expected in exchanges(k, last):
             console.print(
                 f"\n[dim]user:[/dim]      {escape(question)}\n[dim]assistant:[/dim] {escape(reply)}",

@@ -1,18 +1,22 @@
 """
-Checkpoints: written beside and renamed, hashed, found again; and the only reader of a run's metadata.
+Checkpoints: how the state of a run is written, found again, verified and read.
 
-    <base>/checkpoints/<stage>/<tag>/step_000120/{model.safetensors, optim.safetensors, meta.json, manifest.json}
+    <base>/checkpoints/<stage>/<tag>/step_000120/
+        model.safetensors  optim.safetensors  meta.json  manifest.json
 
-The manifest holds the SHA-256 that the other files may have and is written last: a folder without one, or whose files differ from
-it, is damaged and passed over with a notice. Tensors are safetensors and everything else is JSON, so no file can run code.
+A checkpoint is written to a temporary folder, which is then renamed. The manifest holds the SHA-256
+of the other files and is written last: a folder without a manifest, or with a file that differs
+from it, is damaged and skipped with a notice. Tensors are safetensors and everything else is JSON,
+so loading a checkpoint cannot run code.
 """
 
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,179 +27,19 @@ from torch import Tensor
 
 from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write, sha256_file
+from nanochat.base.runtime import Runtime, open_runtime
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.model.stages import STAGES, run_directory, stage_directory
 
-STAGES = ("base", "mid", "sft", "rl")
-FORMAT = 1
-
-
-def run_directory(stage: str, tag: str) -> Path:
-    """Where the run of a stage under a tag lives; not created here."""
-    if stage not in STAGES:
-        raise UserError(f"there is no stage {stage!r}: choose one of {', '.join(STAGES)}")
-    if not re.fullmatch(r"[\w.-]+", tag) or tag.startswith("."):
-        raise UserError(
-            f"the model tag {tag!r} cannot be a folder name: use letters, digits, dots, dashes and underscores"
-        )
-    return base_dir() / "checkpoints" / stage / tag
-
-
-def folder(directory: Path, step: int) -> Path:
-    """Where a run's checkpoint of a step is, there or not."""
-    return directory / f"step_{step:06d}"
-
-
-def save(
-    directory: Path,
-    step: int,
-    model: Mapping[str, Tensor],
-    optim: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-) -> Path:
-    """Write one checkpoint (on one rank alone) and return its folder. UserError when the disk refuses; what was there before stays."""
-    final = folder(directory, step)
-    beside = directory / f".{final.name}.{os.getpid()}.tmp"
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for name, tensors in (("model", model), ("optim", optim)):
-            save_file(
-                {k: t.detach().contiguous() for k, t in tensors.items()},
-                beside / f"{name}.safetensors",
-            )
-        (beside / "meta.json").write_text(
-            json.dumps({"format": FORMAT, "step": step, **meta}, indent=1), encoding="utf-8"
-        )
-        manifest = {p.name: [sha256_file(p)] for p in sorted(beside.iterdir())}
-        for p in beside.iterdir():
-            _sync(p)
-        (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(beside / "manifest.json")
-        if (
-            final.exists()
-        ):  # the same step again: the old folder steps aside for the instant between two renames
-            os.replace(final, beside.with_suffix(".old.tmp"))
-        os.replace(beside, final)
-        _sync(directory)
-        shutil.rmtree(beside.with_suffix(".old.tmp"), ignore_errors=True)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(
-            f"cannot write the checkpoint {final} ({e}): free some space; earlier checkpoints are untouched"
-        ) from e
-    return final
-
-
-def amend(path: Path, meta: Mapping[str, Any]) -> None:
-    """Replace a checkpoint's metadata, its weights staying. Killed at any moment, it is intact with the old metadata or with the new."""
-    old = read_meta(path)
-    text = json.dumps({"format": FORMAT, "step": old["step"], **meta}, indent=1)
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    manifest["meta.json"] = [
-        sha256_file(path / "meta.json"),
-        hashlib.sha256(text.encode("utf-8")).hexdigest(),
-    ]
-    atomic_write(path / "manifest.json", json.dumps(manifest, indent=1))
-    atomic_write(path / "meta.json", text)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def prune(directory: Path, step: int, keep: int, best: int | None) -> None:
-    """
-    Delete all but the last `keep` checkpoints up to `step` and the best one; also what crashed writers left behind. Those after `step`
-    go too: a run that stands at `step` passed over them as damaged, and they must not crowd out good ones.
-    """
-    past = [p for p in steps(directory) if _step(p) <= step]
-    kept = {*past[-max(1, keep) :], *(p for p in past if _step(p) == best)}
-    for path in steps(directory):
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
-    for left in directory.glob(".step_*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def steps(directory: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, damaged ones included."""
-    return sorted(
-        (p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit()), key=_step
-    )
-
-
-def _step(path: Path) -> int:
-    return int(path.name[5:])  # as a number: step_1000000 comes after step_999999
-
-
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint folder; '' when it is intact."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name in ("model.safetensors", "optim.safetensors", "meta.json"):
-            if sha256_file(path / name) not in manifest[name]:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"{type(e).__name__}: {e}"
-    return ""
-
-
-def find(directory: Path, step: int | None = None) -> Path | None:
-    """The newest intact checkpoint of a run (or that of `step`), None when there is none; damaged ones are named in a notice."""
-    for path in reversed(steps(directory)):
-        if step is not None and _step(path) != step:
-            continue
-        wrong = damage(path)
-        if not wrong:
-            return path
-        notice(f"passing over the damaged checkpoint {path} ({wrong})")
-    return None
-
-
-def locate(stage: str, tag: str = "", step: int | None = None) -> Path:
-    """The checkpoint of a stage: by default of the run saved last, at its newest intact step. UserError when there is none."""
-    root = base_dir() / "checkpoints" / stage
-    if tag:
-        runs = [run_directory(stage, tag)]
-    else:
-        newest = {p: max(s.stat().st_mtime for s in steps(p)) for p in root.glob("*") if steps(p)}
-        runs = sorted(
-            newest, key=lambda p: (p.suffix != ".old", newest[p]), reverse=True
-        )  # a run set aside only if there is no other
-    for run in runs:
-        if found := find(run, step):
-            return found
-    what = (
-        f"{stage} checkpoint"
-        + (f" tagged {tag!r}" if tag else "")
-        + (f" at step {step}" if step is not None else "")
-    )
-    maker = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}[stage]
-    raise UserError(f"there is no {what} under {root}: make one with python -m scripts.{maker}")
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """A checkpoint's metadata, from the folder that find or locate returned."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"cannot read {path / 'meta.json'} ({e}): choose another checkpoint with --step"
-        ) from e
-    if meta.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has checkpoint format {meta.get('format')}, this version reads {FORMAT}: use the version that wrote it"
-        )
-    return meta
+FORMAT = 2
+MODEL, OPTIMIZER, META = "model.safetensors", "optim.safetensors", "meta.json"
+MANIFEST = "manifest.json"
 
 
 class Tensors(Mapping[str, Tensor]):
-    """A safetensors file read one tensor at a time, so that loading never holds a second copy of everything."""
+    """A safetensors file that reads one tensor at a time, so loading never holds a second copy."""
 
     def __init__(self, path: Path):
         try:
@@ -203,7 +47,8 @@ class Tensors(Mapping[str, Tensor]):
             self._names = list(self._file.keys())
         except (OSError, SafetensorError) as e:
             raise UserError(
-                f"cannot read {path} ({e}): the file is damaged or truncated; choose another checkpoint with --step"
+                f"cannot read {path} ({e}): the file is damaged or truncated; "
+                "choose another checkpoint with --step"
             ) from e
 
     def __getitem__(self, name: str) -> Tensor:
@@ -218,41 +63,300 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def fill(model: GPT, path: Path) -> None:
-    """Copy a checkpoint's weights, and the tables of its prior, into a built model, one tensor at a time."""
-    tensors = Tensors(path / "model.safetensors")
-    with torch.no_grad():
-        for name, p in model.state_dict().items():
-            t = tensors.get(name)
-            if t is None or t.shape != p.shape:
-                got = "nothing" if t is None else tuple(t.shape)
-                raise UserError(
-                    f"{path} holds {got} for {name} where the model needs {tuple(p.shape)}: it is of another architecture, "
-                    "leave the flags of size out or choose another --model_tag"
-                )
-            p.copy_(t)
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    A checkpoint folder. Creating the object reads nothing, and the folder may be damaged or absent;
+    newest() and locate() return intact ones.
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step_"))
+
+    @property
+    def tag(self) -> str:
+        """The model tag: the name of the run's folder."""
+        return self.path.parent.name
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """Everything stored besides tensors, in the present format. Read once."""
+        try:
+            meta = json.loads((self.path / META).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"cannot read {self.path / META} ({e}): choose another checkpoint with --step"
+            ) from e
+        if meta.get("format") not in (1, FORMAT):
+            raise UserError(
+                f"{self} has checkpoint format {meta.get('format')}, this version reads 1 to "
+                f"{FORMAT}: use the version that wrote it"
+            )
+        return upgraded(meta)
+
+    @property
+    def config(self) -> GPTConfig:
+        return GPTConfig.from_dict(self.meta["config"])
+
+    @property
+    def weights(self) -> Tensors:
+        """The model's parameters and the tables of its prior."""
+        return Tensors(self.path / MODEL)
+
+    @property
+    def optimizer_tensors(self) -> Tensors:
+        return Tensors(self.path / OPTIMIZER)
+
+    def damage(self, optimizer: bool = False) -> str:
+        """
+        What is wrong with the metadata and the weights (and the optimizer's file, if asked);
+        '' when they are intact. Reads and hashes the files.
+        """
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            for name in (META, MODEL, OPTIMIZER) if optimizer else (META, MODEL):
+                if sha256_file(self.path / name) not in manifest[name]:
+                    return f"{name} differs from the manifest"
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            return f"{type(e).__name__}: {e}"
+        return ""
+
+    def load_weights(self, model: GPT) -> None:
+        """Copy the weights, and the tables of a prior, into a built model, one tensor at a time."""
+        weights = self.weights
+        with torch.no_grad():
+            for name, p in model.state_dict().items():
+                stored = weights.get(name)
+                if stored is None or stored.shape != p.shape:
+                    shape = "nothing" if stored is None else tuple(stored.shape)
+                    raise UserError(
+                        f"{self} holds {shape} for {name} where the model needs {tuple(p.shape)}: "
+                        "its architecture is different; leave out the flags of size, "
+                        "or choose another --model_tag"
+                    )
+                p.copy_(stored)
+
+    def model(self, device: torch.device | str, dtype: torch.dtype) -> GPT:
+        """The stored model with float32 weights, which computes in `dtype`."""
+        model = GPT.build(self.config, device, dtype)
+        self.load_weights(model)
+        prior = model.prior
+        if prior is not None and not prior.spec["learned"] and not prior.gates.any():
+            model.prior = model.config.rap = None  # fully annealed: the prior adds nothing any more
+        return model
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise UserError when the model was trained with another tokenizer than this one."""
+        if self.meta["tokenizer"] != fingerprint:
+            raise UserError(
+                f"{self} was trained with tokenizer {self.meta['tokenizer'][:12]}, but the one in "
+                f"{base_dir() / 'tokenizer'} is {fingerprint[:12]}: restore that tokenizer, "
+                "or train the model again with this one"
+            )
+
+    def amend(self, meta: Mapping[str, Any]) -> None:
+        """
+        Replace the metadata and keep the tensors. If killed at any moment, the checkpoint is
+        intact with either the old metadata or the new.
+        """
+        text = _meta_text(self.step, meta)
+        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        new_hash = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        manifest[META] = [sha256_file(self.path / META), new_hash]
+        atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=1))
+        atomic_write(self.path / META, text)
+        vars(self).pop("meta", None)  # read it again when it is next needed
 
 
-def check_tokenizer(meta: Mapping[str, Any], fingerprint: str, path: Path) -> None:
-    """UserError when a checkpoint was trained with another tokenizer than the one at hand."""
-    if meta["tokenizer"] != fingerprint:
+def upgraded(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The metadata of a checkpoint or of a logbook's first row in the present format, whichever
+    version wrote it. Format 1 called the horizon "plan".
+    """
+    meta = {**meta, "format": FORMAT}
+    if "plan" in meta:
+        meta["horizon"] = meta.pop("plan")
+    return meta
+
+
+# ---- writing
+
+
+def save(
+    directory: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optim: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+) -> Checkpoint:
+    """
+    Write the checkpoint of a step; call it on one rank only. Raises UserError when the disk
+    refuses; earlier checkpoints, also one of the same step, then stay as they were.
+    """
+    final = at_step(directory, step).path
+    temporary = directory / f".{final.name}.{os.getpid()}.tmp"
+    replaced = temporary.with_suffix(".old.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, tensors in ((MODEL, model), (OPTIMIZER, optim)):
+            dense = {k: t.detach().contiguous() for k, t in tensors.items()}
+            save_file(dense, temporary / name)
+        (temporary / META).write_text(_meta_text(step, meta), encoding="utf-8")
+        manifest = {p.name: [sha256_file(p)] for p in sorted(temporary.iterdir())}
+        for p in temporary.iterdir():
+            _sync(p)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(temporary / MANIFEST)
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+        _sync(directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{path} was trained with tokenizer {meta['tokenizer'][:12]}, the one in {base_dir() / 'tokenizer'} is {fingerprint[:12]}: "
-            "restore that tokenizer, or train the model again with this one"
-        )
+            f"cannot write the checkpoint {final} ({e}): free some space; "
+            "earlier checkpoints are untouched"
+        ) from e
+    return Checkpoint(final)
 
 
-def load_model(
-    path: Path, device: torch.device | str, dtype: torch.dtype, fingerprint: str | None = None
-) -> tuple[GPT, dict[str, Any]]:
-    """A checkpoint's model with float32 weights, and its metadata; checks the tokenizer where its fingerprint is given."""
-    meta = read_meta(path)
-    if fingerprint is not None:
-        check_tokenizer(meta, fingerprint, path)
-    model = GPT.build(GPTConfig.from_dict(meta["config"]), device, dtype)
-    fill(model, path)
-    if model.prior is not None and not model.prior.spec["learned"] and not model.prior.gates.any():
-        model.prior = model.config.rap = (
-            None  # annealed to nothing: what goes on from here is a model without
-        )
-    return model, meta
+def _meta_text(step: int, meta: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, "step": step, **meta}, indent=1)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def prune(directory: Path, step: int, keep: int, best: int | None) -> None:
+    """
+    Delete all checkpoints but the best one and the last `keep` of those up to `step`. Those after
+    `step` are deleted too: a run that is at `step` has skipped them as damaged. Also delete what
+    crashed writers left behind.
+    """
+    checkpoints = list_checkpoints(directory)
+    past = [c for c in checkpoints if c.step <= step]
+    kept = {*past[-max(1, keep) :], *(c for c in past if c.step == best)}
+    for checkpoint in checkpoints:
+        if checkpoint not in kept:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+    for temporary in directory.glob(".step_*.tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- finding
+
+
+def at_step(directory: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step in a run's folder, whether it exists or not."""
+    return Checkpoint(directory / f"step_{step:06d}")
+
+
+def list_checkpoints(directory: Path) -> list[Checkpoint]:
+    """The checkpoints in a run's folder, oldest first, including damaged ones."""
+    folders = (p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(map(Checkpoint, folders), key=lambda checkpoint: checkpoint.step)
+
+
+def newest(directory: Path, step: int | None = None, optimizer: bool = False) -> Checkpoint | None:
+    """
+    The newest intact checkpoint in a run's folder (or that of `step`), or None. Damaged ones are
+    skipped with a notice. To resume training, the optimizer's file must be intact as well.
+    """
+    for checkpoint in reversed(list_checkpoints(directory)):
+        if step is None or checkpoint.step == step:
+            damage = checkpoint.damage(optimizer)
+            if not damage:
+                return checkpoint
+            notice(f"skipping the damaged checkpoint {checkpoint} ({damage})")
+    return None
+
+
+def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
+    """
+    The newest intact checkpoint of a stage, or that of `step`. Without a tag, runs are tried from
+    the one saved last; runs that were set aside come last. Raises UserError when there is none.
+    """
+
+    def saved_last(run: Path) -> tuple[bool, float]:
+        times = [checkpoint.path.stat().st_mtime for checkpoint in list_checkpoints(run)]
+        return run.suffix != ".old", max(times, default=0.0)
+
+    root = stage_directory(stage)
+    runs = [run_directory(stage, tag)] if tag else sorted(root.glob("*"), key=saved_last)
+    for run in reversed(runs):
+        if checkpoint := newest(run, step):
+            return checkpoint
+    tagged = f" tagged {tag!r}" if tag else ""
+    at = f" at step {step}" if step is not None else ""
+    raise UserError(
+        f"there is no {stage} checkpoint{tagged}{at} under {root}: "
+        f"make one with python -m scripts.{STAGES[stage].command}"
+    )
+
+
+def furthest_stage(tag: str = "") -> str:
+    """The last stage with a checkpoint (of this tag, if given). Raises UserError if none has."""
+    for stage in reversed(STAGES):
+        runs = stage_directory(stage).glob(tag or "*")
+        if any(list_checkpoints(run) for run in runs):
+            return stage
+    model = f"model tagged {tag!r}" if tag else "model"
+    raise UserError(
+        f"there is no {model} under {base_dir() / 'checkpoints'}: "
+        "train one with python -m scripts.base_train or bash runs/quickstart.sh"
+    )
+
+
+# ---- use
+
+
+@dataclass
+class Loaded:
+    """A model ready for use, where it came from and where it runs."""
+
+    stage: str
+    checkpoint: Checkpoint
+    model: GPT
+    tokenizer: Tokenizer
+    runtime: Runtime
+
+    def describe(self) -> str:
+        """For example "sft model d4, step 1,200, bfloat16 on cuda"."""
+        runtime = self.runtime
+        name = f"{self.stage} model {self.checkpoint.tag}, step {self.checkpoint.step:,}"
+        return f"{name}, {runtime.dtype_name} on {runtime.device.type}"
+
+
+def load_for_inference(
+    stage: str = "auto",
+    tag: str = "",
+    step: int | None = None,
+    device_type: str = "auto",
+    dtype: str = "auto",
+    seed: int = 42,
+) -> Loaded:
+    """
+    Load a trained model for use; stage "auto" is the furthest one trained. The weights stay in
+    float32: generation casts them (GPT.cast_for_inference), scoring need not. Raises UserError
+    when there is no such model, or when it was trained with another tokenizer.
+    """
+    stage = furthest_stage(tag) if stage == "auto" else stage
+    checkpoint = locate(stage, tag, step)
+    runtime = open_runtime(device_type, dtype, seed)
+    tokenizer = Tokenizer.load()
+    checkpoint.check_tokenizer(tokenizer.fingerprint)
+    model = checkpoint.model(runtime.device, runtime.dtype)
+    return Loaded(stage, checkpoint, model, tokenizer, runtime)

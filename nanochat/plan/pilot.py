@@ -32,8 +32,9 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, columns, duration, human, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
-from nanochat.model import checkpoint
+from nanochat.model.checkpoint import list_checkpoints
 from nanochat.model.config import GPTConfig
+from nanochat.model.stages import run_directory
 from nanochat.plan import law, recipe, speed
 from nanochat.plan.probe import process
 from nanochat.plan.speed import GIB, Machine
@@ -219,7 +220,7 @@ def train(words: Sequence[str], quiet: bool) -> None:
 
 def short_run(file: Path, steps: int, tag: str, compiled: bool, quiet: bool) -> Path:
     """The folder of a run of so many steps with the recipe's own schedule over them, trained unless it is there."""
-    directory = checkpoint.run_directory("base", tag)
+    directory = run_directory("base", tag)
     if not any(
         r.get("kind") == "summary" and r.get("step") == steps for r in logbook.read(directory)
     ):
@@ -295,8 +296,8 @@ def run(k: Knobs) -> dict[str, Any]:
     for n in steps:
         directory = short_run(file, n, f"pilot-{name}-{n}", found["compiled"], k.json)
         runs.append(measured(directory))
-        for path in () if k.keep else checkpoint.steps(directory):
-            shutil.rmtree(path)
+        for stored in () if k.keep else list_checkpoints(directory):
+            shutil.rmtree(stored.path)
     if any(r["final_bpb"] is None for r in runs):
         raise UserError(
             "a run of the pilot has no bits per byte: the validation text holds nothing that counts"

@@ -20,6 +20,7 @@ from scipy import stats
 from nanochat.base import logbook
 from nanochat.base.common import human
 from nanochat.data.contexts import Contexts
+from nanochat.model.checkpoint import upgraded
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.study import report
@@ -65,7 +66,7 @@ def record(directory: Path, **more: Any) -> dict[str, Any]:
     seconds, bits per byte] of every evaluation. pins: the flags that make other runs choose as this one did.
     """
     rows = logbook.read(directory)
-    meta = next(r["config"] for r in rows if r.get("kind") == "start")
+    meta = upgraded(next(r["config"] for r in rows if r.get("kind") == "start"))
     seconds, step_seconds = _clock(rows)
     evals = [
         r for r in rows if r.get("kind") == "eval" and math.isfinite(r.get("val_bpb", math.nan))
@@ -73,7 +74,7 @@ def record(directory: Path, **more: Any) -> dict[str, Any]:
     model = GPT.build(GPTConfig.from_dict(meta["config"]), "meta")
     last = next((r for r in reversed(rows) if r.get("kind") == "summary"), {})
     plan, contexts = (
-        meta["plan"],
+        meta["horizon"],
         Contexts.parse(meta["knobs"].get("context_stages", ()), model.config.sequence_len),
     )
     batch = plan["rows"] * meta["config"]["sequence_len"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, duration, human
 from nanochat.base.files import atomic_write
+from nanochat.model.stages import STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 LIGHT = ("#2a6fdb", "#d9541e", "#12876a", "#8b4fc4", "#a87400", "#c2366b", "#4a5568", "#0b7f96")
 DARK = ("#6ea8ff", "#ff9364", "#4fd0a8", "#c99bff", "#e3b84a", "#ff86b3", "#b5bfcd", "#5fd0e6")
 INK = "#010203"  # stands for the page's text colour in a plot, which the page then chooses
-STAGES = ("base", "mid", "sft", "rl")
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -117,7 +117,8 @@ def find_runs() -> list[Path]:
 
 
 def _stage_order(stage: str) -> tuple[int, str]:
-    return (STAGES.index(stage) if stage in STAGES else len(STAGES), stage)
+    order = list(STAGES)
+    return (order.index(stage) if stage in order else len(order), stage)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:

@@ -24,6 +24,7 @@ from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import Runtime, out_of_memory, release_memory
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint
+from nanochat.model.checkpoint import Checkpoint
 from nanochat.model.gpt import GPT
 from nanochat.train.optim import MuonAdamW
 from nanochat.train.schedule import Schedule
@@ -134,11 +135,11 @@ class _Signals:
             signal.signal(s, handler)
 
 
-def restore(run: Run, path: Path, model: GPT, optimizer: MuonAdamW, feed: Feed) -> None:
+def restore(run: Run, stored: Checkpoint, model: GPT, optimizer: MuonAdamW, feed: Feed) -> None:
     """Put a run back to where a checkpoint left it: weights, optimizer, feed, clock and counters."""
-    meta = checkpoint.read_meta(path)
-    checkpoint.fill(model, path)
-    optimizer.load_state_tensors(checkpoint.Tensors(path / "optim.safetensors"), meta["updates"])
+    meta = stored.meta
+    stored.load_weights(model)
+    optimizer.load_state_tensors(stored.optimizer_tensors, meta["updates"])
     feed.load_state_dict(meta["feed"])
     run.step, run.tokens, run.seconds, run.best = (
         meta["step"],
@@ -249,9 +250,8 @@ def fit(
     def note() -> None:
         run.seconds = from_main(elapsed(), rt)
         if rt.is_main:
-            checkpoint.amend(
-                checkpoint.folder(run.directory, run.step), _meta(run, optimizer, feed)
-            )
+            saved = checkpoint.at_step(run.directory, run.step)
+            saved.amend(_meta(run, optimizer, feed))
 
     with _Signals() as signals:
         run.seconds = from_main(elapsed(), rt)

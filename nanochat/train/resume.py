@@ -5,11 +5,10 @@ It refuses another architecture, and another length without a word on how to dec
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nanochat.base.common import UserError, duration, print0
-from nanochat.model import checkpoint
+from nanochat.model.checkpoint import Checkpoint
 from nanochat.model.config import GPTConfig
 from nanochat.train.loop import Run
 from nanochat.train.schedule import Schedule
@@ -27,12 +26,12 @@ HORIZONS = (
 )
 
 
-def same_architecture(config: GPTConfig, path: Path) -> None:
+def same_architecture(config: GPTConfig, stored: Checkpoint) -> None:
     """UserError when the flags ask for another model than the checkpoint to go on from holds, even one whose weights would fit."""
-    for name, before in checkpoint.read_meta(path)["config"].items():
+    for name, before in stored.meta["config"].items():
         if (now := getattr(config, name)) != before:
             raise UserError(
-                f"{path} has {name}={before}, not {now}: leave the flag out to go on, or start another run with --model_tag"
+                f"{stored} has {name}={before}, not {now}: leave the flag out to go on, or start another run with --model_tag"
             )
 
 
@@ -70,26 +69,26 @@ def schedule_of(k: Mapping[str, Any], plan: Mapping[str, Any]) -> Schedule:
     )
 
 
-def going_on(k: Mapping[str, Any], path: Path, run: Run, progress: float) -> Schedule:
+def going_on(k: Mapping[str, Any], stored: Checkpoint, run: Run, progress: float) -> Schedule:
     """
     The schedule from a checkpoint on, the run standing at `progress` of its present horizon: as it was, or under a new horizon as
     k["new_horizon"] says, which is noted in the run's plan. A rate that jumps is printed with both values. UserError when there is
     nothing left to train, or no rate to fall from.
     """
-    meta = checkpoint.read_meta(path)
-    before = schedule_of(meta["knobs"], meta["plan"]).lr_mult(meta.get("progress", progress))
+    meta = stored.meta
+    before = schedule_of(meta["knobs"], meta["horizon"]).lr_mult(meta.get("progress", progress))
     if k["new_horizon"] and progress >= 1:
         raise UserError(
-            f"{path} is at or past the new end already, with {run.step:,} steps in {duration(run.seconds)}: ask for more"
+            f"{stored} is at or past the new end already, with {run.step:,} steps in {duration(run.seconds)}: ask for more"
         )
     if k["new_horizon"] == "redecay":
         if before <= k["final_lr_frac"]:
             raise UserError(
-                f"the learning rate of {path} is at its floor (x{before:.3g}), from which redecay cannot fall: say --new_horizon=stretch, "
+                f"the learning rate of {stored} is at its floor (x{before:.3g}), from which redecay cannot fall: say --new_horizon=stretch, "
                 "or give a lower --final_lr_frac"
             )
-        run.meta["plan"]["since"] = (progress, before)
-    schedule = schedule_of(k, run.meta["plan"])
+        run.meta["horizon"]["since"] = (progress, before)
+    schedule = schedule_of(k, run.meta["horizon"])
     after = schedule.lr_mult(progress)
     if k["new_horizon"] or abs(after - before) > 0.01:
         print0(

@@ -30,8 +30,9 @@ from nanochat.data.feed import RowFeed
 from nanochat.data.shards import Shards
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.bits_per_byte import of_shards
-from nanochat.model import checkpoint
+from nanochat.model.checkpoint import Checkpoint, list_checkpoints, locate, newest
 from nanochat.model.gpt import GPT
+from nanochat.model.stages import run_directory
 from nanochat.train import loop as trainer
 from nanochat.train import resume
 from nanochat.train.knobs import TrainKnobs
@@ -65,7 +66,7 @@ class OpenRun:
     tokenizer: Tokenizer
     model: GPT
     directory: Path
-    resume_from: Path | None
+    resume_from: Checkpoint | None
     peak_flops: float  # of all devices together
     began: float
     parent_meta: dict[str, Any] = field(
@@ -113,7 +114,7 @@ class OpenRun:
         """What the checkpoint to go on from says, None when starting or when the horizon is laid anew."""
         if self.resume_from is None or self.knobs.new_horizon:
             return None
-        return checkpoint.read_meta(self.resume_from)["plan"].get(name)
+        return self.resume_from.meta["horizon"].get(name)
 
 
 def parse_knobs(
@@ -123,7 +124,7 @@ def parse_knobs(
     stage: str,
     tag_of: Callable[[K], str],
     inherited: Mapping[str, Any] | None = None,
-) -> tuple[K, dict[str, str], Path | None]:
+) -> tuple[K, dict[str, str], Checkpoint | None]:
     """
     The knobs of a training command: what the parent checkpoint hands down, or on resume what the run itself was started with, below recipe
     and command line. Returns (knobs, origins, the checkpoint to go on from or None).
@@ -133,12 +134,10 @@ def parse_knobs(
         raise UserError(
             f"--max_minutes={k.max_minutes:g} and --max_hours={k.max_hours:g} are two budgets: give one of them"
         )
-    found = (
-        checkpoint.find(checkpoint.run_directory(stage, tag_of(k))) if k.resume == "auto" else None
-    )
+    found = newest(run_directory(stage, tag_of(k)), optimizer=True) if k.resume == "auto" else None
     if found is None:
         return k, origins, None
-    meta = checkpoint.read_meta(found)
+    meta = found.meta
     before = {n: v for n, v in meta["knobs"].items() if n not in ("resume", "new_horizon")}
     replaced = (
         ("max_minutes", "max_hours") if k.max_minutes or k.max_hours else ()
@@ -161,22 +160,20 @@ def open_run(
     origins: dict[str, str],
     tag: str,
     build: Callable[[Runtime, Tokenizer], GPT],
-    resume_from: Path | None,
+    resume_from: Checkpoint | None,
 ) -> OpenRun:
     """Runtime, tokenizer, model; prints what it opens. `build` makes the model with its weights of step 0."""
     began = time.monotonic()
     dtype = (
-        checkpoint.read_meta(resume_from)["dtype"] if resume_from else k.dtype
+        resume_from.meta["dtype"] if resume_from else k.dtype
     )  # a measured choice is made once a run
     if k.dtype not in ("auto", dtype):
         notice(f"--dtype={k.dtype} is not followed: the run goes on in {dtype}, as it was started")
     rt = open_runtime(k.device_type, dtype, k.seed)
     tokenizer = Tokenizer.load()
-    directory = checkpoint.run_directory(name, tag)
+    directory = run_directory(name, tag)
     if resume_from:
-        checkpoint.check_tokenizer(
-            checkpoint.read_meta(resume_from), tokenizer.fingerprint, resume_from
-        )
+        resume_from.check_tokenizer(tokenizer.fingerprint)
     model = build(rt, tokenizer)
     if resume_from:
         resume.same_architecture(model.config, resume_from)
@@ -195,7 +192,7 @@ def open_run(
 
 def set_aside(directory: Path) -> None:
     """A new run under a tag that is taken: the old one stays as <tag>.old, so that a slip of the hand costs nothing."""
-    if not checkpoint.steps(directory):
+    if not list_checkpoints(directory):
         return
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -297,9 +294,7 @@ def choose_horizon(s: OpenRun) -> tuple[int, int | None]:
         )
     unit = math.lcm(*contexts.lengths)
     before = (
-        checkpoint.read_meta(s.resume_from)["plan"]["rows"] * contexts.longest
-        if s.resume_from
-        else 0
+        s.resume_from.meta["horizon"]["rows"] * contexts.longest if s.resume_from else 0
     )  # a new length changes no batch
     batch = (
         k.total_batch_size
@@ -341,17 +336,18 @@ def open_from_parent(
     Open a stage that goes on from another's checkpoint: knobs named in INHERITED come down from it, the model and its tag too.
     """
     first, _ = knobs.parse(cls, argv, command=command)
-    path = checkpoint.locate(parent(first), first.model_tag, getattr(first, "step", None))
-    handed_down = {n: v for n, v in checkpoint.read_meta(path)["knobs"].items() if n in INHERITED}
-    tag = path.parent.name
+    start = locate(parent(first), first.model_tag, getattr(first, "step", None))
+    handed_down = {n: v for n, v in start.meta["knobs"].items() if n in INHERITED}
+    tag = start.tag
     k, origins, resume_from = parse_knobs(cls, argv, command, name, lambda k: tag, handed_down)
 
     def build(rt: Runtime, tokenizer: Tokenizer) -> GPT:
-        return checkpoint.load_model(path, rt.device, rt.dtype, tokenizer.fingerprint)[0]
+        start.check_tokenizer(tokenizer.fingerprint)
+        return start.model(rt.device, rt.dtype)
 
     s = open_run(name, command, k, origins, tag, build, resume_from)
-    s.parent_meta = checkpoint.read_meta(path)
-    print0(f"  from {path}")
+    s.parent_meta = start.meta
+    print0(f"  from {start}")
     return s
 
 
@@ -438,7 +434,7 @@ def train(
         "tokenizer": s.tokenizer.fingerprint,
         "knobs": asdict(k),
         "origins": s.origins,
-        "plan": {
+        "horizon": {
             "rows": rows,
             "steps": steps,
             "compiled": compile_if_it_pays(s, rows, steps, one_shape),
@@ -447,7 +443,7 @@ def train(
         "dtype": rt.dtype_name,
         "world_size": rt.world_size,
     }
-    start = checkpoint.read_meta(s.resume_from)["step"] if s.resume_from else 0
+    start = s.resume_from.step if s.resume_from else 0
     if not s.resume_from and rt.is_main:
         set_aside(s.directory)  # only now that nothing can be wrong any more with what was asked
     book = Logbook(
@@ -469,9 +465,7 @@ def train(
     )
     if s.resume_from:
         trainer.restore(run, s.resume_from, s.model, optimizer, feed)
-        done = checkpoint.read_meta(s.resume_from)["done"] and (
-            not k.new_horizon or run.progress(feed) >= 1
-        )
+        done = s.resume_from.meta["done"] and (not k.new_horizon or run.progress(feed) >= 1)
         print0(
             f"  going on from {s.resume_from} (step {run.step:,}, {human(run.tokens)} tokens)"
             if not done

@@ -1,0 +1,45 @@
+"""The stages of training, in order, and where their runs live. Importing this module does not import torch."""
+
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from nanochat.base.common import UserError, base_dir
+
+StageName = Literal["base", "mid", "sft", "rl"]
+
+
+class Stage(NamedTuple):
+    """One stage of training."""
+
+    name: StageName  # also its folder under checkpoints/
+    command: str  # the command that trains it
+    chats: bool  # whether its models answer chat messages, or only continue text
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("base", "base_train", chats=False),
+        Stage("mid", "mid_train", chats=True),
+        Stage("sft", "chat_sft", chats=True),
+        Stage("rl", "chat_rl", chats=True),
+    )
+}
+
+
+def stage_directory(stage: str) -> Path:
+    """The folder with all runs of a stage."""
+    if stage not in STAGES:
+        raise UserError(f"there is no stage {stage!r}: choose one of {', '.join(STAGES)}")
+    return base_dir() / "checkpoints" / stage
+
+
+def run_directory(stage: str, tag: str) -> Path:
+    """The folder of the run with this tag, whether it exists or not."""
+    if not re.fullmatch(r"[\w.-]+", tag) or tag.startswith("."):
+        raise UserError(
+            f"the model tag {tag!r} cannot be a folder name: "
+            "use letters, digits, dots, dashes and underscores"
+        )
+    return stage_directory(stage) / tag
