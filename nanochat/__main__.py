@@ -1,79 +1,39 @@
-"""
-`python -m nanochat` lists every command in a line; `python -m nanochat base_train --depth=4` runs one.
+"""The command `nanochat`: lists every command with one line about it, or runs one of them."""
 
-The lines are the opening sentences of the commands themselves, read without importing them: the list costs no time and cannot go stale.
-"""
-
-import ast
 import runpy
 import shutil
 import sys
 import textwrap
-from pathlib import Path
 
+from nanochat.base.commands import FOLDER, command_names, near, summary
 from nanochat.base.common import UserError, entry, print0
-from nanochat.base.knobs import first_sentence, near
-
-COMMANDS = Path(__file__).parent / "commands"
-ORDER = (  # that of a first run; a command not named here comes after these
-    "dataset",
-    "tok_train",
-    "tok_eval",
-    "tok_data",
-    "base_train",
-    "base_loss",
-    "base_eval",
-    "base_complete",
-    "mid_train",
-    "chat_sft",
-    "chat_rl",
-    "chat_eval",
-    "chat_cli",
-    "chat_web",
-    "report",
-    "plan",
-    "compare",
-    "export",
-)
 
 
-def commands() -> dict[str, tuple[str, str]]:
-    """Name -> (module that runs it, what it does in a sentence), in the order of a first run."""
-    found = {}
-    for file in COMMANDS.glob("*.py"):
-        if file.stem != "__init__":
-            doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-            found[file.stem] = f"nanochat.commands.{file.stem}", first_sentence(doc)
-    return dict(
-        sorted(
-            found.items(),
-            key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0]),
-        )
-    )
+def list_commands() -> None:
+    names = command_names()
+    width = max(map(len, names))
+    print0("usage: nanochat COMMAND [--flag VALUE ...]    (COMMAND -h lists its flags)\n")
+    room = max(40, shutil.get_terminal_size((110, 24)).columns - width - 4)
+    for name in names:
+        line = textwrap.shorten(summary(FOLDER / f"{name}.py"), room, placeholder=" ...")
+        print0(f"  {name:<{width}}  {line}")
 
 
 def main() -> None:
-    known = commands()
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        width = max(map(len, known), default=0)
-        print0(
-            "usage: python -m nanochat COMMAND [--flag VALUE ...]    (COMMAND -h lists its flags)\n"
-        )
-        room = max(40, shutil.get_terminal_size((110, 24)).columns - width - 4)
-        for name, (_, does) in known.items():
-            print0(f"  {name:<{width}}  {textwrap.shorten(does, room, placeholder=' ...')}")
+        list_commands()
         return
-    name = sys.argv[1].removeprefix("scripts.").removeprefix("nanochat.").replace("-", "_")
-    if name not in known:
+    word = sys.argv.pop(1)
+    name = word.removeprefix("scripts.").removeprefix("nanochat.").replace("-", "_")
+    if name not in command_names():
         raise UserError(
-            f"there is no command {sys.argv[1]}{near(name, known)}; python -m nanochat lists them all"
+            f"there is no command {word}{near(name, command_names())}; nanochat -h lists all"
         )
-    del sys.argv[1]
-    runpy.run_module(known[name][0], run_name="__main__", alter_sys=True)
+    runpy.run_module(f"nanochat.commands.{name}", run_name="__main__", alter_sys=True)
 
 
 def console() -> None:
-    """The command `nanochat` that an installation makes."""
+    """The entry point of the installed command `nanochat`."""
     entry(main)
 
 

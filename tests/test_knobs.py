@@ -201,9 +201,9 @@ def test_positional():
         out: str = knob("report.html", "file to write", alias="-o")
         directories: tuple[str, ...] = knob((), "runs", positional=True)
 
-    values, _ = knobs.parse(Report, ["a", "-o", "x.html", "b"], command="nanochat.report")
+    values, _ = knobs.parse(Report, ["a", "-o", "x.html", "b"], command="report")
     assert values == Report("x.html", ("a", "b"))
-    assert "[DIRECTORIES ...]" in knobs.usage(Report, command="nanochat.report")
+    assert "[DIRECTORIES ...]" in knobs.usage(Report, command="report")
 
 
 sources = st.lists(st.from_regex(r"[a-z/][\w=:/. ]*", fullmatch=True), min_size=1)
@@ -258,4 +258,3 @@ def test_a_former_name_works_in_recipes_and_checkpoints(tmp_path, capsys):
 
 def test_a_former_name_is_not_listed():
     assert "talks" not in knobs.usage(Renamed, command="chat_sft")
-    assert list(knobs.flags(Renamed)) == ["conversations", "shuffle"]

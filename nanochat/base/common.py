@@ -67,18 +67,18 @@ def duration(seconds: float) -> str:
 
 
 def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table that reads well in a terminal and is Markdown as well; every cell as str() gives it, figures to the right."""
-    cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [
-        all(re.match(r"[-+]?[\d.]|$", c) for c in column[1:]) for column in zip(*cells, strict=True)
-    ]
-    rule = [("-" * (w - 1) + ":" if r else "-" * w) for w, r in zip(widths, right, strict=True)]
-    lines = [
-        [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        for row in cells
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (lines[0], rule, *lines[1:]))
+    """A table for a terminal that is also valid Markdown; columns of figures are flush right."""
+    laid_out = []
+    for column in zip(head, *rows, strict=True):
+        cells = [str(cell) for cell in column]
+        width = max(map(len, cells))
+        if all(re.match(r"[-+]?[\d.]|$", cell) for cell in cells[1:]):
+            justify, rule = str.rjust, "-" * (width - 1) + ":"
+        else:
+            justify, rule = str.ljust, "-" * width
+        title, *rest = (justify(cell, width) for cell in cells)
+        laid_out.append([title, rule, *rest])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*laid_out, strict=True))
 
 
 def entry(main: Callable[[], object]) -> None:

@@ -1,32 +1,43 @@
 """
-A command's dataclass becomes its command line: one field is one knob, with its name, default and help in one place. A value comes
-from the default, what a checkpoint hands down, a recipe file (TOML) or the command line, the later winning, and its origin is kept.
+A command's dataclass becomes its command line: one field is one knob, with its name, type, default,
+help and bounds in one place. A value comes from the default, from a checkpoint ("inherited"), from a
+recipe file (TOML) or from the command line; the later one wins, and its origin is recorded.
 
-It refuses to guess: an unknown or misspelt flag, key or table, a value of the wrong type or out of range is a UserError that names the
-near miss. Dataclasses are flat; nesting belongs to inheritance, and each class of the ancestry is a heading in the help.
+A mistake is a UserError, never a guess: an unknown flag, key or table (the message names the nearest
+one), a value of the wrong type, or one out of bounds.
 """
 
+import argparse
 import dataclasses
-import difflib
 import inspect
 import re
 import shutil
 import sys
-import textwrap
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
+from nanochat.base.commands import command_names, first_sentence, near
 from nanochat.base.common import UserError, notice, print0
 
 T = TypeVar("T")
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
+    ("false", "0", "no", "off"), False
+)
+
+
+# What a value, or each value of a list, can be: its name in the help and in messages, and how to
+# read it from text; reading raises ValueError or KeyError.
+KINDS = {
+    int: ("N", "a whole number", int),
+    float: ("X", "a number", float),
+    str: ("TEXT", "a text", str),
+    bool: ("", "true or false", lambda word: TRUTH[word.lower()]),
+}
 
 
 def knob(
@@ -40,11 +51,12 @@ def knob(
     was: str = "",
 ) -> Any:
     """
-    One field of a command's dataclass: `depth: int = knob(20, "layers of the model", low=1)`. `alias` is a short flag such as "-p";
-    `positional` lets the value stand without its flag; `low` and `high` are inclusive bounds; `was` is a former name, which
-    still works on the command line, in recipes and in checkpoints, with a notice. Typed Any, as dataclasses.field is.
+    One field of a command's dataclass: `depth: int = knob(20, "layers of the model", low=1)`.
+    `alias` is a short flag such as "-p". `positional` lets the value stand without its flag.
+    `low` and `high` are inclusive bounds. `was` is a former name, which still works everywhere.
+    The return type is Any, as that of dataclasses.field is.
     """
-    meta = {
+    metadata = {
         "help": help,
         "alias": alias,
         "positional": positional,
@@ -52,242 +64,228 @@ def knob(
         "high": high,
         "was": was,
     }
-    return dataclasses.field(default=default, metadata=meta)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Knob:
+    """One field of a dataclass of knobs, with its annotation taken apart."""
+
     name: str
-    type: Any  # as annotated, X | None included
+    annotation: Any
     default: Any
-    meta: Mapping[str, Any]
+    meta: Mapping[str, Any]  # the arguments of knob()
+    kind: type  # a key of KINDS
+    choices: tuple[str, ...]  # of a Literal, else ()
+    many: bool  # tuple[kind, ...]
+    optional: bool  # kind | None
+
+    @classmethod
+    def of(cls, name: str, annotation: Any, default: Any, meta: Mapping[str, Any]) -> "_Knob":
+        kind, optional = annotation, NoneType in typing.get_args(annotation)
+        if optional:
+            kind = next(t for t in typing.get_args(kind) if t is not NoneType)
+        arguments, origin = typing.get_args(kind), typing.get_origin(kind)
+        choices = arguments if origin is Literal else ()
+        kind = str if choices else arguments[0] if origin is tuple else kind
+        assert kind in KINDS, f"{name}: a knob cannot have the type {annotation}"
+        assert default is not dataclasses.MISSING, f"{name} needs a default"
+        return cls(name, annotation, default, meta, kind, choices, origin is tuple, optional)
 
     @property
-    def optional(self) -> bool:
-        return type(None) in typing.get_args(self.type)
-
-    @property
-    def core(self) -> Any:
-        """The type without `| None`."""
-        if typing.get_origin(self.type) not in (typing.Union, types.UnionType):
-            return self.type
-        kinds = [t for t in typing.get_args(self.type) if t is not type(None)]
-        return kinds[0] if len(kinds) == 1 else self.type
-
-    @property
-    def many(self) -> bool:
-        return typing.get_origin(self.core) is tuple
-
-    def wants(self) -> str:
-        """What a value must be, in words."""
-        if typing.get_origin(self.core) is Literal:
-            words = "one of " + ", ".join(str(v) or "''" for v in typing.get_args(self.core))
-        elif self.many:
-            words = "a list"
-        else:
-            words = {
-                int: "a whole number",
-                float: "a number",
-                bool: "true or false",
-                str: "a text",
-            }.get(self.core, str(self.core))
-        return words + (" or none" if self.optional else "")
-
     def metavar(self) -> str:
-        if typing.get_origin(self.core) is Literal:
-            return "|".join(str(v) for v in typing.get_args(self.core) if v != "")
-        return (
-            "A B ..."
-            if self.many
-            else {int: "N", float: "X", bool: "", str: "TEXT"}.get(self.core, "VALUE")
-        )
+        if self.choices:
+            return "|".join(choice for choice in self.choices if choice)
+        return "A B ..." if self.many else KINDS[self.kind][0]
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.choices:
+            words = "one of " + ", ".join(choice or "''" for choice in self.choices)
+        else:
+            words = "a list, each value " * self.many + KINDS[self.kind][1]
+        return words + (" or none" if self.optional else "")
 
     def from_text(self, words: Sequence[str], where: str) -> Any:
         """The value that these words of a command line spell."""
-        if self.optional and len(words) == 1 and words[0].lower() == "none":
+        if self.optional and [word.lower() for word in words] == ["none"]:
             return None
-        if self.core is bool:  # tyro would read any other word as False
-            if words[0].lower() not in TRUE + FALSE:
-                raise UserError(f"{where} takes {self.wants()}, not {words[0]!r}")
-            return words[0].lower() in TRUE
-        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(self.core, set()))
-        assert isinstance(spec, PrimitiveConstructorSpec), (
-            f"{self.name}: knobs cannot read {self.type}"
-        )
         try:
-            value = spec.instance_from_str(list(words))
-        except ValueError:
-            raise UserError(f"{where} takes {self.wants()}, not {' '.join(words)!r}") from None
-        return self.bounded(value, where)
+            values = [KINDS[self.kind][2](word) for word in words]
+        except (ValueError, KeyError):
+            self._refuse(" ".join(words), where)
+        return self._checked(values, where)
 
     def from_data(self, value: Any, where: str) -> Any:
-        """The value that a recipe or a checkpoint holds; "4" is not 4."""
-        if self.optional and value == "none":  # TOML has no null
+        """The value as a recipe or a checkpoint holds it; there the text "4" is not the number 4."""
+        if self.optional and value in (None, "none"):  # TOML has no null
             return None
-        try:
-            value = TypeAdapter(self.type).validate_python(
-                tuple(value) if isinstance(value, list) else value, strict=True
-            )
-        except ValidationError:
-            raise UserError(f"{where} takes {self.wants()}, not {value!r}") from None
-        return self.bounded(value, where)
+        if self.many != isinstance(value, list | tuple):
+            self._refuse(value, where)
+        values = value if self.many else [value]
+        types = (int, float) if self.kind is float else self.kind
+        for v in values:
+            if not isinstance(v, types) or (isinstance(v, bool) and self.kind is not bool):
+                self._refuse(value, where)
+        return self._checked([self.kind(v) for v in values], where)
 
-    def bounded(self, value: Any, where: str) -> Any:
-        low, high = self.meta.get("low"), self.meta.get("high")
-        for v in value if isinstance(value, tuple) else (value,):
-            if (
-                isinstance(v, int | float) and low is not None and not v >= low
-            ):  # `not >=` also catches NaN
-                raise UserError(f"{where} must be at least {low}, not {v}")
-            if isinstance(v, int | float) and high is not None and not v <= high:
-                raise UserError(f"{where} must be at most {high}, not {v}")
-        return value
+    def _checked(self, values: Sequence[Any], where: str) -> Any:
+        low, high = self.meta["low"], self.meta["high"]
+        for value in values:
+            if self.choices and value not in self.choices:
+                self._refuse(value, where)
+            if low is not None and not value >= low:  # `not >=` also catches NaN
+                raise UserError(f"{where} must be at least {low} (got {value})")
+            if high is not None and not value <= high:
+                raise UserError(f"{where} must be at most {high} (got {value})")
+        return tuple(values) if self.many else values[0]
+
+    def _refuse(self, value: Any, where: str) -> NoReturn:
+        raise UserError(f"{where} must be {self.expected} (got {value!r})")
+
+
+RECIPE = _Knob.of("recipe", str, "", knob("").metadata)  # a flag that every command has
 
 
 def _knobs(cls: type) -> dict[str, _Knob]:
     hints = typing.get_type_hints(cls)
-    fields = dataclasses.fields(cls)
-    for f in fields:
-        assert f.default is not dataclasses.MISSING, f"{cls.__name__}.{f.name} needs a default"
-    return {f.name: _Knob(f.name, hints[f.name], f.default, f.metadata) for f in fields}
+    return {
+        f.name: _Knob.of(f.name, hints[f.name], f.default, f.metadata)
+        for f in dataclasses.fields(cls)
+    }
 
 
-def _renamed(knobs: Mapping[str, _Knob], name: str, where: str) -> str:
-    """The present name of a knob that used to be called `name`, with a notice; else `name`."""
+def _present_name(knobs: Mapping[str, _Knob], name: str, where: str = "") -> str:
+    """The present name of a knob that used to be called `name`, else `name`; a notice says where."""
     for knob in knobs.values():
-        if name and name == knob.meta.get("was"):
+        if name and name == knob.meta["was"]:
             if where:
                 notice(f"{name} {where} is now called {knob.name}")
             return knob.name
     return name
 
 
-def near(name: str, names: Iterable[str]) -> str:
-    """' (did you mean X?)' when one of the names is close to this one, else ''."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+# ---- the command line
 
 
 def _is_flag(word: str) -> bool:
-    """-p, --depth, --depth=4; but -1, -0.5, -1e-3 and a text that happens to begin with a dash are values."""
-    return re.match(r"--?[A-Za-z][\w-]*(=|$)", word) is not None and not re.fullmatch(
-        r"-(inf|nan)", word
-    )
+    """-p, --depth, --depth=4; but -1, -0.5, -1e-3, -inf and a text with a leading dash are values."""
+    return bool(re.match(r"(?!-(inf|nan)$)--?[A-Za-z][\w-]*(=|$)", word))
 
 
-def _read_argv(
+def _knob_of_flag(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, bool]:
+    """-> the knob that a flag sets, and whether the flag is negated, as in --no-compile."""
+    aliases = {k.meta["alias"]: k for k in knobs.values() if k.meta["alias"]}
+    if flag in aliases:
+        return aliases[flag], False
+    if flag.startswith("--"):
+        name = flag[2:].replace("-", "_")
+        for negated, candidate in ((False, name), (True, name.removeprefix("no_"))):
+            candidate = _present_name(knobs, candidate, "on the command line")
+            if candidate in knobs and (not negated or knobs[candidate].kind is bool):
+                return knobs[candidate], negated
+    similar = near(flag, [*aliases, *(f"--{name}" for name in knobs)])
+    raise UserError(f"{command} has no flag {flag}{similar}; -h lists all flags")
+
+
+def _values_after(knob: _Knob, words: deque[str], values: list[str]) -> list[str]:
+    """`values`, which followed the flag after "=", and the next words that belong to the flag."""
+    if knob.kind is bool:
+        if not values:
+            explicit = words and (words[0].lower() in TRUTH or words[0].lower() == "none")
+            values = [words.popleft() if explicit else "true"]
+        return values
+    while words and not _is_flag(words[0]) and (knob.many or not values):
+        values = [*values, words.popleft()]
+    return values
+
+
+def _read_command_line(
     knobs: Mapping[str, _Knob], argv: Sequence[str], command: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """-> values given on the command line, and the recipe files named there."""
-    short = {k.meta["alias"]: k.name for k in knobs.values() if k.meta.get("alias")}
-    places = [k for k in knobs.values() if k.meta.get("positional")]
-    words = list(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun's separator
+    """-> the values given on the command line, and the recipe files named there."""
+    knobs = {**knobs, "recipe": RECIPE}
+    words = deque(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun's separator
     given: dict[str, list[str]] = {}
-    where: dict[str, str] = {}
+    flags: dict[str, str] = {}
     recipes: list[str] = []
-    at = 0
-    while at < len(words):
-        word = words[at]
-        at += 1
-        if not _is_flag(word):
-            place = next((k for k in places if k.many or k.name not in given), None)
-            if place is None:
-                example = next(iter(knobs), "recipe")
+    while words:
+        flag, equals, value = words.popleft().partition("=")
+        if _is_flag(flag):
+            knob, negated = _knob_of_flag(knobs, flag, command)
+            if negated and equals:
+                raise UserError(f"{flag} takes no value: write {flag} or --{knob.name}={value}")
+            values = ["false"] if negated else [value] if equals else []
+            values = _values_after(knob, words, values)
+            if not values:
+                raise UserError(f"{flag} needs a value: {knob.expected}")
+        else:
+            values = [flag + equals + value]
+            places = [k for k in knobs.values() if k.meta["positional"]]
+            knob = next((k for k in places if k.many or k.name not in given), None)
+            if knob is None:
                 raise UserError(
-                    f"{command} does not understand {word!r}: a value follows its flag, as in --{example} VALUE"
+                    f"{command} does not take the argument {values[0]!r}: write a value behind "
+                    "its flag, as in --flag VALUE; -h lists all flags"
                 )
-            given.setdefault(place.name, []).append(word)
-            where[place.name] = place.name
+            flag = knob.name
+        if knob is RECIPE:
+            recipes += values
             continue
-        flag, equals, value = word.partition("=")
-        name = short.get(flag, flag.lstrip("-").replace("-", "_") if flag.startswith("--") else "")
-        name = _renamed(knobs, name, "on the command line")
-        if name.startswith("no_"):
-            name = "no_" + _renamed(knobs, name[3:], "on the command line")
-        negated = (
-            name not in knobs
-            and name.startswith("no_")
-            and name[3:] in knobs
-            and knobs[name[3:]].core is bool
-        )
-        if name == "recipe":
-            if not equals and (at == len(words) or _is_flag(words[at])):
-                raise UserError("--recipe needs the path of a TOML file after it")
-            recipes.append(value if equals else words[at])
-            at += not equals
-            continue
-        if negated:
-            if equals:
-                raise UserError(f"{flag} takes no value: write {flag} or --{name[3:]}={value}")
-            name, value, equals = name[3:], "false", "="
-        if name not in knobs:
-            known = [*short, *(f"--{n}" for n in (*knobs, "recipe"))]
-            raise UserError(f"{command} has no flag {flag}{near(flag, known)}; -h lists them all")
-        k = knobs[name]
-        taken = [value] if equals else []
-        if k.core is bool and not equals:
-            follows = at < len(words) and words[at].lower() in TRUE + FALSE + (
-                ("none",) if k.optional else ()
-            )
-            taken = [words[at] if follows else "true"]
-            at += follows
-        elif k.many:
-            while at < len(words) and not _is_flag(words[at]):
-                taken.append(words[at])
-                at += 1
-        elif not equals and at < len(words) and not _is_flag(words[at]):
-            taken = [words[at]]
-            at += 1
-        if not taken:
-            raise UserError(f"{flag} needs a value after it: {k.wants()}")
-        given[name] = given.get(name, []) + taken if k.many else taken
-        where[name] = flag
+        flags[knob.name] = flag
+        given[knob.name] = given.get(knob.name, []) + values if knob.many else values
     return {
-        n: knobs[n].from_text([] if knobs[n].many and ws == [""] else ws, where[n])
-        for n, ws in given.items()
+        name: knobs[name].from_text([w for w in words if w or not knobs[name].many], flags[name])
+        for name, words in given.items()
     }, recipes
 
 
+# ---- recipe files
+
+
 def _table(command: str) -> str:
-    """The recipe table of a command."""
+    """The table of a command in a recipe: [plan_memory] for "plan memory"."""
     return command.rsplit(".", 1)[-1].replace(" ", "_")
 
 
-def _commands() -> set[str]:
-    """The commands that there are: a recipe may hold a table for each."""
-    return {p.stem for p in (Path(__file__).parent.parent / "commands").glob("*.py")} - {"__init__"}
-
-
-def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str, Any]:
+def _read_toml(file: str) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        return tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no recipe file {file}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the recipe file {file} ({e})") from None
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"the recipe file {file} is not valid TOML: {e}") from None
-    found: dict[str, Any] = {}
-    known = {"all", table} | _commands()
-    for name, entries in tables.items():
+
+
+def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str, Any]:
+    """The values that the tables [all] and [table] of a recipe hold; [table] wins."""
+    tables = _read_toml(file)
+    known = {"all", table, *command_names()}
+    for section, entries in tables.items():
         if not isinstance(entries, dict):
+            raise UserError(f"{section} in {file} is outside a table: move it to [{table}]")
+        if section not in known and not section.startswith(tuple(f"{name}_" for name in known)):
             raise UserError(
-                f"{name} in {file} stands outside a table: move it under [{table}] or [all]"
+                f"the table [{section}] in {file} is not the name of a command"
+                f"{near(section, known)}"
             )
-        if name not in known and not any(
-            name.startswith(f"{k}_") for k in known
-        ):  # [plan_memory] belongs to plan
-            raise UserError(f"{file} has a table [{name}] that is no command{near(name, known)}")
-        for key, value in entries.items() if name in ("all", table) else ():
-            key = _renamed(knobs, key.replace("-", "_"), f"in {file}")
-            if key in knobs:
-                if name == table or key not in tables.get(table, {}):
-                    found[key] = knobs[key].from_data(value, f"{key} in [{name}] of {file}")
-            elif name == table:
+    settings: dict[str, tuple[Any, str]] = {}
+    for section in ("all", table):
+        for key, value in tables.get(section, {}).items():
+            name = _present_name(knobs, key.replace("-", "_"), f"in {file}")
+            if name in knobs:
+                settings[name] = value, f"{name} in [{section}] of {file}"
+            elif section == table:
                 raise UserError(
-                    f"[{name}] of {file} sets {key}, which {table} does not have{near(key, knobs)}"
+                    f"[{table}] in {file} sets {key}, which {table} does not have{near(key, knobs)}"
                 )
-    return found
+    return {name: knobs[name].from_data(*setting) for name, setting in settings.items()}
+
+
+# ---- what commands call
 
 
 def parse(
@@ -299,125 +297,92 @@ def parse(
     description: str = "",
 ) -> tuple[T, dict[str, str]]:
     """
-    The knobs of `cls` (a flat dataclass) from `inherited`, --recipe files and `argv` (sys.argv when None), and where each came from:
-    "default", "inherited", "recipe FILE" or "command line". Names in `inherited` and in a recipe's [all] that `cls` lacks are passed
-    over. `command` is "base_train", a module such as "nanochat.report", or "plan memory"; the recipe tables of these are [base_train],
-    [report] and [plan_memory].
-    -h prints the help, which opens with `description` or the first sentence of the module that defines `cls`, and exits with status 0.
+    An instance of `cls`, a flat dataclass of knobs, and the origin of each of its values: "default",
+    "inherited", "recipe FILE" or "command line". `argv` is sys.argv[1:] by default. `command` is
+    its name, such as "base_train" or "plan memory"; their tables in a recipe are [base_train] and
+    [plan_memory]. Names in `inherited` and in [all] of a recipe that `cls` lacks are ignored.
+
+    -h prints the help and exits with status 0. The help starts with `description`, by default the
+    first sentence of the module that defines `cls`. Raises UserError for every mistake.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     knobs = _knobs(cls)
-    if any(a in ("-h", "--help") for a in argv):
+    if {"-h", "--help"} & set(argv):
         print0(usage(cls, command=command, description=description))
         sys.exit(0)
-    given, recipes = _read_argv(knobs, argv, command)
-    values: dict[str, Any] = {k.name: k.default for k in knobs.values()}
-    origins = dict.fromkeys(values, "default")
-    layers = [
-        (
-            {
-                n: knobs[n].from_data(v, f"{n} of the checkpoint")
-                for old, v in (inherited or {}).items()
-                if (n := _renamed(knobs, old, "")) in knobs
-            },
-            "inherited",
-        )
-    ]
-    layers += [(_read_recipe(knobs, file, _table(command)), f"recipe {file}") for file in recipes]
-    for layer, origin in [*layers, (given, "command line")]:
+    given, recipes = _read_command_line(knobs, argv, command)
+    renamed = {_present_name(knobs, name): value for name, value in (inherited or {}).items()}
+    checkpoint = {
+        name: knobs[name].from_data(value, f"{name} in the checkpoint")
+        for name, value in renamed.items()
+        if name in knobs
+    }
+    values, origins = {}, {}
+    for origin, layer in (
+        ("default", {name: knob.default for name, knob in knobs.items()}),
+        ("inherited", checkpoint),
+        *((f"recipe {file}", _read_recipe(knobs, file, _table(command))) for file in recipes),
+        ("command line", given),
+    ):
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     return cls(**values), origins
 
 
-def flags(cls: type) -> dict[str, str]:
-    """Every flag of a command with its type and default in words: what the test of frozen flags compares."""
-    return {
-        n: f"{k.type.__name__ if type(k.type) is type else k.type} = {k.default!r}"
-        for n, k in _knobs(cls).items()
-    }
-
-
-def first_sentence(doc: str | None) -> str:
-    """The first sentence of a docstring without its full stop; '' when there is none."""
-    return re.split(r"\.(?:\s|$)|:$", " ".join((doc or "").split("\n\n")[0].split()), maxsplit=1)[0]
-
-
-def _text(value: Any) -> str:
-    """A value as a person would write it after its flag."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return (
-        " ".join(map(_text, value))
-        if isinstance(value, tuple)
-        else f"{value:.10g}"
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
-def usage(cls: type, *, command: str, description: str = "") -> str:
-    """The help of a command, one heading for each class that a knob was defined in, the command's own first."""
-    width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 130))
-    knobs = _knobs(cls)
-    places = "".join(
-        f" [{k.name.upper()}{' ...' if k.many else ''}]"
-        for k in knobs.values()
-        if k.meta.get("positional")
-    )
-    program = command if "." in command else f"scripts.{command}"
-    lines = [f"usage: python -m {program}{places} [--flag VALUE ...] [--recipe FILE.toml]"]
-    description = description or first_sentence(sys.modules[cls.__module__].__doc__)
-    lines += ["", *textwrap.wrap(" ".join(description.split()), width)] if description else []
-
-    def entry(left: str, right: str) -> None:
-        wrapped = textwrap.wrap(right, width - 33) or [""]
-        if len(left) > 29:
-            lines.append(f"  {left}")
-            left = ""
-        lines.extend(
-            f"  {left if i == 0 else '':29}  {part}".rstrip() for i, part in enumerate(wrapped)
-        )
-
-    owner = {n: c for c in reversed(cls.__mro__) for n in inspect.get_annotations(c)}
-    for c in cls.__mro__:
-        mine = [k for k in knobs.values() if owner[k.name] is c]
-        if not mine:
-            continue
-        words = (
-            c.__doc__ or ""
-        ).strip()  # dataclass() writes "Name(field: ...)" where there is no docstring
-        lines += [
-            "",
-            (
-                c.__name__
-                if words.startswith(f"{c.__name__}(")
-                else first_sentence(words) or c.__name__
-            )
-            + ":",
-        ]
-        for k in mine:
-            left = f"--[no-]{k.name}" if k.core is bool else f"--{k.name} {k.metavar()}"
-            default = f" [{_text(k.default)}]" if k.default not in ("", ()) else ""
-            entry(
-                f"{k.meta['alias']}, {left}" if k.meta.get("alias") else left,
-                (k.meta.get("help", "") + default).strip(),
-            )
-    lines.append("")
-    entry(
-        "--recipe FILE.toml",
-        f"take values from its tables [{_table(command)}] and [all]; flags win over it",
-    )
-    entry("-h, --help", "show this and stop")
-    return "\n".join(lines)
-
-
 def show(values: Any, origins: Mapping[str, str]) -> str:
-    """A table of the values and where they came from, those that are not defaults first."""
+    """A table of the values and their origins, those that are not defaults first."""
     rows = [
-        (f.name, _text(getattr(values, f.name)), origins.get(f.name, "default"))
+        (f.name, _as_typed(getattr(values, f.name)), origins.get(f.name, "default"))
         for f in dataclasses.fields(values)
     ]
     rows.sort(key=lambda row: row[2] == "default")
     name, value = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
     return "\n".join(f"  {n:<{name}}  {v:<{min(value, 40)}}  {origin}" for n, v, origin in rows)
+
+
+def _as_typed(value: Any) -> str:
+    """A value as a person would type it after its flag."""
+    if isinstance(value, tuple):
+        return " ".join(map(_as_typed, value))
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+# ---- help
+
+
+def usage(cls: type, *, command: str, description: str = "") -> str:
+    """The help of a command, with a heading for each class that defines knobs, its own first."""
+    knobs = _knobs(cls)
+    places = [k for k in knobs.values() if k.meta["positional"]]
+    arguments = "".join(f" [{k.name.upper()}{' ...' if k.many else ''}]" for k in places)
+    program = f"python -m {command}" if "." in command else f"nanochat {command}"
+    width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 130))
+    page = argparse.ArgumentParser(  # which lays out the text, and does nothing else here
+        usage=f"{program}{arguments} [--flag VALUE ...] [--recipe FILE.toml]",
+        description=description or first_sentence(sys.modules[cls.__module__].__doc__),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 33, width),
+        add_help=False,
+    )
+    owner = {name: c for c in reversed(cls.__mro__) for name in inspect.get_annotations(c)}
+    for c in cls.__mro__:
+        generated = (c.__doc__ or "").startswith(f"{c.__name__}(")  # by dataclass()
+        section = page.add_argument_group(c.__name__ if generated else first_sentence(c.__doc__))
+        for knob in knobs.values():
+            if owner[knob.name] is c:
+                _explain(section, knob)
+    section = page.add_argument_group("Always")
+    tables = f"[{_table(command)}] and [all]"
+    section.add_argument("--recipe", metavar="FILE.toml", help=f"read values from {tables}")
+    section.add_argument("-h, --help", action="store_true", help="show this help and exit")
+    return page.format_help().rstrip()
+
+
+def _explain(section: Any, knob: _Knob) -> None:
+    """Add a knob to a section of the help."""
+    flag = f"--[no-]{knob.name}" if knob.kind is bool else f"--{knob.name}"
+    names = f"{knob.meta['alias']}, {flag}" if knob.meta["alias"] else flag
+    default = f" [{_as_typed(knob.default)}]" if knob.default not in ("", ()) else ""
+    text = (knob.meta["help"] + default).strip().replace("%", "%%")
+    section.add_argument(names, dest=knob.name, metavar=knob.metavar, help=text)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanochat.base import knobs, logbook
+from nanochat.base.commands import near
 from nanochat.base.common import UserError, duration, entry, notice, print0
 from nanochat.base.knobs import knob
 from nanochat.chat.generate import Engine
@@ -79,9 +80,9 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
         ]
         if not group:
             known = [t.name for t in TASKS]
-            near = knobs.near(low, map(str.lower, known))
+            similar = near(low, map(str.lower, known))
             raise UserError(
-                f"there is no task {name!r}{near}: choose from all, tinyworld, {', '.join(known)}"
+                f"there is no task {name!r}{similar}: choose from all, tinyworld, {', '.join(known)}"
             )
         for task in group:
             if not (why := task.missing()):

@@ -26,7 +26,7 @@ class DownloadKnobs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch web-text shards: `python -m nanochat.dataset -n 15`."""
     args, _ = parse(
-        DownloadKnobs, argv, command="nanochat.dataset", description=(main.__doc__ or "").strip()
+        DownloadKnobs, argv, command="dataset", description=(main.__doc__ or "").strip()
     )
     known, folder = SHARD_SETS[args.set], base_dir() / "shards" / args.set
     commit, listed = hub.pin(known.repo, folder, args.revision)

@@ -18,6 +18,7 @@ from typing import Any
 
 from nanochat import plan
 from nanochat.base import knobs
+from nanochat.base.commands import first_sentence, near
 from nanochat.base.common import UserError, entry, print0
 
 MODULES = {
@@ -36,7 +37,7 @@ def commands() -> dict[str, tuple[str, str]]:
         file = Path(plan.__path__[0]) / f"{module}.py"
         if file.is_file():
             doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-            found[name] = f"{plan.__name__}.{module}", knobs.first_sentence(doc)
+            found[name] = f"{plan.__name__}.{module}", first_sentence(doc)
     return found
 
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     if words[0] not in known:
         raise UserError(
-            f"plan has no subcommand {words[0]!r}{knobs.near(words[0], known)}: choose {', '.join(known)}"
+            f"plan has no subcommand {words[0]!r}{near(words[0], known)}: choose {', '.join(known)}"
         )
     module = importlib.import_module(known[words[0]][0])
     k, _ = knobs.parse(module.Knobs, words[1:], command=f"plan {words[0]}")

@@ -21,7 +21,7 @@ class Knobs:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    k, _ = knobs.parse(Knobs, argv, command="nanochat.report")
+    k, _ = knobs.parse(Knobs, argv, command="report")
     directories = list(k.directories) or find_runs()
     print0(build(directories, k.out or base_dir() / "report.html"))
     if k.png:

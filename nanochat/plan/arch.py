@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from nanochat.base import hardware
+from nanochat.base.commands import near
 from nanochat.base.common import UserError, columns, duration, human, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.hardware import GPU
-from nanochat.base.knobs import knob, near
+from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train import run as stage

@@ -1,0 +1,52 @@
+"""The table of commands: every module of nanochat/commands, read without importing it."""
+
+import ast
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+FOLDER = Path(__file__).parent.parent / "commands"
+ORDER = (  # as a first run uses them; a command that is not listed comes last
+    "dataset",
+    "tok_train",
+    "tok_eval",
+    "tok_data",
+    "base_train",
+    "base_loss",
+    "base_eval",
+    "base_complete",
+    "mid_train",
+    "chat_sft",
+    "chat_rl",
+    "chat_eval",
+    "chat_cli",
+    "chat_web",
+    "report",
+    "plan",
+    "compare",
+    "export",
+)
+
+
+def command_names() -> list[str]:
+    """The name of every command, in the order in which a first run uses them."""
+    names = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
+    return [n for n in ORDER if n in names] + [n for n in names if n not in ORDER]
+
+
+def summary(module_file: Path) -> str:
+    """The first sentence of a module's docstring, read without importing the module."""
+    return first_sentence(ast.get_docstring(ast.parse(module_file.read_text(encoding="utf-8"))))
+
+
+def first_sentence(doc: str | None) -> str:
+    """The first sentence of a docstring without its full stop; '' if there is none."""
+    paragraph = " ".join((doc or "").split("\n\n")[0].split())
+    return re.split(r"\.(?:\s|$)|:$", paragraph, maxsplit=1)[0]
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """' (did you mean X?)' if one of `names` is similar to `name`, else ''."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
