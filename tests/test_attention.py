@@ -144,6 +144,25 @@ def test_rows_are_copied_dropped_and_reordered():
     assert cache.lengths == [5]
 
 
+def test_appended_rows_attend_as_in_their_own_cache():
+    """Two caches of different lengths and capacities become one; each row goes on as in its own."""
+    q, k, v = draw(3, 2, 2, 10)
+    want = oracle(q, k, v)
+    cache, other = (
+        KVCache(1, rows, 2, n, 8, "cpu", torch.float64) for rows, n in ((2, 7), (1, 12))
+    )
+    cache.attend(0, q[:2, :, :6], k[:2, :, :6], v[:2, :, :6], cache.positions(6))
+    cache.advance([6, 4])
+    other.attend(0, q[2:, :, :9], k[2:, :, :9], v[2:, :, :9], other.positions(9))
+    other.advance(9)
+    cache.append(other)
+    assert cache.lengths == [6, 4, 9] and cache.capacity == 12
+    rows = [0, 1, 2]
+    now = (x[rows, :, cache.lengths][:, :, None] for x in (q, k, v))
+    got = cache.attend(0, *now, cache.positions(1))
+    torch.testing.assert_close(got[:, :, 0], want[rows, :, cache.lengths])
+
+
 def test_the_cache_refuses_more_than_it_holds():
     q, k, v = draw(1, 2, 2, 5)
     cache = KVCache(1, 1, 2, 4, 8, "cpu", torch.float64)

@@ -103,6 +103,19 @@ class KVCache:
             setattr(new, name, copy)
         return new
 
+    def append(self, other: "KVCache") -> None:
+        """
+        Add the rows of another cache of the same model behind this one's; the capacity becomes the
+        larger of the two. Between passes only. Copies both caches once.
+        """
+        capacity = max(self.capacity, other.capacity)
+        caches = [(cache, (0, 0, 0, capacity - cache.capacity)) for cache in (self, other)]
+        for name in ("k", "v", "w"):
+            grown = [F.pad(getattr(cache, name), padding) for cache, padding in caches]
+            setattr(self, name, torch.cat(grown, dim=1))
+        self.tail = torch.cat([self.tail, other.tail])
+        self.lengths = self.lengths + other.lengths
+
     def drop(self, row: int) -> None:
         """Forget a row at the cost of copying one: the last row takes its place."""
         last = len(self.lengths) - 1
