@@ -14,7 +14,7 @@ import pytest
 from nanochat.base.common import UserError
 from nanochat.commands import dataset as dataset_command
 from nanochat.data import hub
-from nanochat.data import sources as dataset
+from nanochat.data.sources import SHARD_SETS, ShardSet
 
 COMMIT = "c" * 40
 
@@ -119,9 +119,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "BACKOFF", 0.001)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 256)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits before it retries
-    monkeypatch.setitem(
-        dataset.SHARD_SETS, "climbmix", dataset.ShardSet("karpathy/climbmix-400b-shuffle", last=5)
-    )
+    monkeypatch.setitem(SHARD_SETS, "climbmix", ShardSet("karpathy/climbmix-400b-shuffle", last=5))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server

@@ -11,7 +11,8 @@ from pathlib import Path
 from nanochat.base import knobs
 from nanochat.base.common import UserError, base_dir, duration, entry, human, notice, print0
 from nanochat.base.knobs import knob
-from nanochat.data.sources import CUT, mixed, parts, training_sources
+from nanochat.data.documents import MAX_CHARACTERS
+from nanochat.data.sources import mixed, parts, training_sources
 from nanochat.data.tokenizer import Tokenizer
 
 SAMPLE_CHARS = 2_000_000  # of validation text, to measure the bytes a token
@@ -27,7 +28,9 @@ class Knobs:
     vocab_size: int = knob(65_536, "tokens of the vocabulary, special ones included")
     max_chars: int = knob(2_000_000_000, "characters to read at most", low=1)
     doc_cap: int = knob(
-        CUT, "characters of a document to read at most, so that long ones do not dominate", low=1
+        MAX_CHARACTERS,
+        "characters of a document to read at most, so that long ones do not dominate",
+        low=1,
     )
 
 

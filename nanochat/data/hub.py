@@ -200,7 +200,7 @@ def _problem(path: Path, file: Listed) -> str:
 
 
 def _part(file: Listed, folder: Path) -> Path:
-    """Where a partial download is kept; named after the content, so no other version continues it."""
+    """Where a partial download is kept; its hash stops another version from continuing it."""
     return folder / f"{file.path}.{(file.sha256 or str(file.size))[:12]}.part"
 
 

@@ -1,42 +1,46 @@
 """
-Text -> token shards on the disk: each text is tokenised once, with all cores, and read ever after through a memory map.
+Text -> token shards on disk: each text is tokenised once, on all cores, and read through a memory
+map from then on.
 
-A shard is a folder: tokens.bin (uint16, or uint32 when the vocabulary needs it), offsets.npy (int64: where each document begins, and the
-end), mask.bin for conversations (uint8: 1 = to be predicted) and meta.json. Every document starts with <|bos|>. The folder's name holds
-a hash of what it was made from (files, sizes, times, split, tokenizer): what changed is made anew, what did not is reused.
-A shard is built beside and renamed: it is whole or absent, and an interrupted run goes on with the next one.
-It refuses to open a shard that was cut short, and never mixes tokens of two tokenizers.
+A shard is a folder: tokens.bin (uint16, or uint32 if the vocabulary needs it), offsets.npy (int64,
+where each document begins, and the end), mask.bin for conversations (uint8, 1 = to be predicted)
+and meta.json. Every document starts with <|bos|>. The folder name holds a hash of what the shard
+was made from (files, sizes, times, split, tokenizer), so whatever changes is tokenised again and
+the rest is reused. A shard is built in a temporary folder and renamed, so it is complete or absent,
+and an interrupted run continues with the next one. Opening a truncated shard, or shards of two
+tokenizers together, is an error.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from nanochat.base.common import UserError, base_dir, duration, human, notice, rank
-from nanochat.base.files import atomic_write
+from nanochat.base.common import UserError, base_dir, human, notice
+from nanochat.base.files import atomic_write, locked
+from nanochat.base.progress import progress
 from nanochat.data.sources import Source, parts
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
 
 FORMAT = 1
-BATCH_CHARACTERS = 1 << 21  # of one call of the tokenizer: bounds memory, and keeps all cores busy
+BATCH_CHARACTERS = 1 << 21  # per call of the tokenizer: little memory, and all cores busy
 
 
 class Shards:
     """
-    Token shards seen as one list of documents. Reads nothing but the pages it is asked for.
-    lengths: (documents,) int64, tokens of each with its <|bos|>; total: their sum; text_bytes: UTF-8 bytes of the texts, 0 for
-    conversations; sha256: of every token and border.
+    Token shards as one list of documents; reads only the pages that are asked for.
+    lengths: (documents,) int64, tokens of each with its <|bos|>; total: their sum; text_bytes: the
+    UTF-8 bytes of the texts, 0 for conversations; sha256: of all tokens and boundaries; masked:
+    whether documents state which of their tokens are to be predicted.
     """
 
     def __init__(self, name: str, folders: Sequence[Path]):
@@ -44,72 +48,74 @@ class Shards:
         metas = [_read_meta(folder) for folder in folders]
         if len({(m["tokenizer"], m["vocab_size"], m["bos"]) for m in metas}) != 1:
             raise UserError(
-                f"the token shards of {name} are from different tokenizers: delete {folders[0].parent} and start again"
+                f"the token shards of {name} are from different tokenizers: delete "
+                f"{folders[0].parent} and start again"
             )
         self.fingerprint: str = metas[0]["tokenizer"]
         self.vocab_size: int = metas[0]["vocab_size"]
         self.bos: int = metas[0]["bos"]
+        self.masked = any(m["mask"] for m in metas)
         self.text_bytes: int = sum(m["text_bytes"] for m in metas)
         self.sha256 = hashlib.sha256("".join(m["sha256"] for m in metas).encode()).hexdigest()
-        self._tokens = [
-            _map(folder / "tokens.bin", m["dtype"])
-            for folder, m in zip(folders, metas, strict=True)
-        ]
-        self._masks = [
-            _map(folder / "mask.bin", "uint8") if m["mask"] else None
-            for folder, m in zip(folders, metas, strict=True)
-        ]
-        self._offsets = [np.load(folder / "offsets.npy", mmap_mode="r") for folder in folders]
+        self._tokens, self._masks, self._offsets = [], [], []
+        for folder, m in zip(folders, metas, strict=True):
+            self._tokens.append(_map(folder / "tokens.bin", m["dtype"]))
+            self._masks.append(_map(folder / "mask.bin", "uint8") if m["mask"] else None)
+            self._offsets.append(np.load(folder / "offsets.npy", mmap_mode="r"))
         self._first = np.cumsum([0] + [m["documents"] for m in metas])
-        self.lengths = np.concatenate([np.diff(o) for o in self._offsets])
+        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
         self.total = int(self.lengths.sum())
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def masked(self) -> bool:
-        """Whether the documents say which of their tokens are to be predicted."""
-        return any(m is not None for m in self._masks)
-
-    def _span(self, i: int) -> tuple[int, int, int]:
-        part = int(np.searchsorted(self._first, i, side="right")) - 1 if len(self._first) > 2 else 0
-        offsets, i = self._offsets[part], i - int(self._first[part])
-        return part, int(offsets[i]), int(offsets[i + 1])
+    def _locate(self, i: int) -> tuple[int, slice]:
+        """The shard that holds document i, and the document's tokens in it."""
+        shard = int(np.searchsorted(self._first, i, side="right")) - 1
+        offsets, i = self._offsets[shard], i - int(self._first[shard])
+        return shard, slice(int(offsets[i]), int(offsets[i + 1]))
 
     def tokens(self, i: int) -> np.ndarray:
         """Document i: (lengths[i],) uint16 or uint32, a view of the file."""
-        part, start, stop = self._span(i)
-        return self._tokens[part][start:stop]
+        shard, span = self._locate(i)
+        return self._tokens[shard][span]
 
     def mask(self, i: int) -> np.ndarray | None:
-        """(lengths[i],) uint8: 1 where document i's token is to be predicted; None = everywhere."""
-        part, start, stop = self._span(i)
-        mask = self._masks[part]
-        return None if mask is None else mask[start:stop]
+        """(lengths[i],) uint8, 1 where document i is to be predicted; None means everywhere."""
+        shard, span = self._locate(i)
+        mask = self._masks[shard]
+        return None if mask is None else mask[span]
 
 
 def prepare(
     source: Source, split: str, tokenizer: "Tokenizer", directory: Path | None = None
 ) -> Shards:
-    """The documents of a split ("train", "val"), tokenised now or found where an earlier run left them, by default base_dir()/tokens."""
+    """
+    The documents of a split ("train" or "val") as token shards in `directory` (default: tokens/ in
+    the base folder). What an earlier run tokenised is reused.
+    """
     root = Path(directory or base_dir() / "tokens")
     todo = parts(source, split)
     folders = [root / f"{source.name}-{split}-{_key(part.identity, tokenizer)}" for part in todo]
-    total = sum(part.size for part in todo) if split == "train" else None
-    with _lock(root, folders), _Progress(f"tokenising {source.name} ({split})", total) as progress:
+    size = sum(part.size for part in todo)
+    with (
+        _exclusive(root, folders),
+        progress(size, f"tokenising {source.name} ({split})", "bytes of text") as bar,
+    ):
+        tokens = 0
         for part, folder in zip(todo, folders, strict=True):
             if _usable(folder):
-                progress.skip(part.size)
+                bar.advance(part.size)
                 continue
-            with _build(folder, tokenizer, masked=False) as writer:
-                for ids, n_bytes in _encode(part.read(), tokenizer):
-                    writer.add(ids, None, n_bytes)
-                    progress.add(n_bytes, sum(map(len, ids)))
+            with _build(folder, tokenizer) as writer:
+                for ids, n_bytes in _encode(part.documents(), tokenizer):
+                    writer.add(ids, n_bytes=n_bytes)
+                    tokens += sum(map(len, ids))
+                    bar.advance(n_bytes, f"{human(tokens)} tokens")
         shards = Shards(source.name, folders)
     if not len(shards):
         raise UserError(
-            f"data source {source.name} has no text in its {split} split: give it more documents"
+            f"data source {source.name} has no text in its {split} split: add more documents"
         )
     return shards
 
@@ -122,51 +128,50 @@ def prepare_conversations(
     identity: str | None = None,
 ) -> Shards:
     """
-    Conversations, rendered with their supervision masks, in their order. `identity` names what they are made from (a seed and a count, a
-    file's hash): when an earlier run rendered the same, `conversations` is not even iterated. Without it they are rendered every time.
+    Conversations as token shards with supervision masks, in the order given. `identity` states what
+    they are made from (a seed and a count, the hash of a file): if an earlier run rendered the
+    same, its shard is reused and `conversations` is not even iterated. Without an identity they
+    are rendered every time.
     """
     root = Path(directory or base_dir() / "tokens")
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
-    with _lock(root, [folder] if identity else []):
+    with _exclusive(root, [folder] if identity else []):
         if identity is None or not _usable(folder):
             with (
                 _build(folder, tokenizer, masked=True) as writer,
-                _Progress(f"rendering {name}", None) as progress,
+                progress(None, f"rendering {name}", "conversations") as bar,
             ):
                 for conversation in conversations:
                     ids, mask = tokenizer.render_conversation(conversation)
-                    writer.add([ids], [mask], 0)
-                    progress.add(0, len(ids))
+                    writer.add([ids], [mask])
+                    bar.advance()
                 if not writer.lengths:
                     raise UserError(f"there are no conversations in {name}: give at least one")
         return Shards(name, [folder])
 
 
 def _key(identity: dict, tokenizer: "Tokenizer") -> str:
-    return hashlib.sha256(
-        json.dumps([FORMAT, identity, tokenizer.fingerprint], sort_keys=True).encode()
-    ).hexdigest()[:16]
+    text = json.dumps([FORMAT, identity, tokenizer.fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encode(documents: Iterator[str], tokenizer: "Tokenizer") -> Iterator[tuple[list, int]]:
-    """Batches of (ids of each document, UTF-8 bytes of all): one batch is tokenised, by all cores, while the next is read."""
-    with ThreadPoolExecutor(1) as ahead:
+def _encode(texts: Iterator[str], tokenizer: "Tokenizer") -> Iterator[tuple[list, int]]:
+    """Batches of (ids of each text, UTF-8 bytes of all). Reads a batch while one is tokenised."""
+    with ThreadPoolExecutor(1) as executor:
         running = None
-        for batch in _batches(documents):
-            following = (
-                ahead.submit(tokenizer.encode_batch, batch, bos=True),
-                sum(len(text.encode()) for text in batch),
-            )
+        for batch in _batches(texts):
+            following = executor.submit(tokenizer.encode_batch, batch, bos=True)
+            n_bytes = sum(len(text.encode()) for text in batch)
             if running:
                 yield running[0].result(), running[1]
-            running = following
+            running = following, n_bytes
         if running:
             yield running[0].result(), running[1]
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
     batch, characters = [], 0
-    for text in documents:
+    for text in texts:
         batch.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS:
@@ -177,33 +182,31 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 class _Writer:
-    def __init__(self, folder: Path, tokenizer: "Tokenizer", masked: bool):
-        self.folder, self.tokenizer = folder, tokenizer
+    """Writes the files of one shard into `folder`."""
+
+    def __init__(self, folder: Path, tokenizer: "Tokenizer", files: dict[str, BinaryIO]):
+        self.folder, self.tokenizer, self.files = folder, tokenizer, files
         self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-        self.files = [
-            open(folder / name, "wb")  # noqa: SIM115
-            for name in (["tokens.bin", "mask.bin"] if masked else ["tokens.bin"])
-        ]
         self.hash, self.lengths, self.text_bytes = hashlib.sha256(), [], 0
 
-    def add(self, documents: Sequence, masks: Sequence | None, n_bytes: int) -> None:
-        columns = (
-            [(documents, self.dtype)]
-            if masks is None
-            else [(documents, self.dtype), (masks, np.dtype("uint8"))]
-        )
-        for file, (column, dtype) in zip(self.files, columns, strict=True):
-            data = np.concatenate([np.asarray(values, dtype=dtype) for values in column]).tobytes()
-            self.hash.update(data)
-            file.write(data)
+    def add(self, documents: Sequence, masks: Sequence = (), n_bytes: int = 0) -> None:
+        """Append documents (ids each), their masks if the shard has them, and their text size."""
+        self._append("tokens.bin", documents, self.dtype)
+        if masks:
+            self._append("mask.bin", masks, np.dtype("uint8"))
         self.lengths.extend(map(len, documents))
         self.text_bytes += n_bytes
 
+    def _append(self, name: str, arrays: Sequence, dtype: np.dtype) -> None:
+        data = np.concatenate([np.asarray(values, dtype=dtype) for values in arrays]).tobytes()
+        self.hash.update(data)
+        self.files[name].write(data)
+
     def finish(self) -> None:
-        for file in self.files:
+        """Flush everything to disk and write meta.json, which makes the shard valid."""
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-            file.close()
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self.hash.update(offsets.tobytes())
         np.save(self.folder / "offsets.npy", offsets)
@@ -213,7 +216,7 @@ class _Writer:
             "vocab_size": self.tokenizer.vocab_size,
             "bos": self.tokenizer.bos,
             "dtype": self.dtype.name,
-            "mask": len(self.files) == 2,
+            "mask": "mask.bin" in self.files,
             "documents": len(self.lengths),
             "tokens": int(offsets[-1]),
             "text_bytes": self.text_bytes,
@@ -223,38 +226,39 @@ class _Writer:
 
 
 @contextmanager
-def _build(folder: Path, tokenizer: "Tokenizer", masked: bool) -> Iterator[_Writer]:
-    """Write a shard beside `folder` and rename it when it is whole; a failure leaves nothing behind."""
-    beside = folder.with_name(f".build-{folder.name}-{os.getpid()}")
+def _build(folder: Path, tokenizer: "Tokenizer", masked: bool = False) -> Iterator[_Writer]:
+    """Write a shard in a temporary folder and rename it at the end; a failure leaves nothing."""
+    temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
+    names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
     try:
-        beside.mkdir(parents=True)
-        writer = _Writer(beside, tokenizer, masked)
-        yield writer
-        writer.finish()
+        temporary.mkdir(parents=True)
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / name, "wb")) for name in names}
+            writer = _Writer(temporary, tokenizer, files)
+            yield writer
+            writer.finish()
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(beside, folder)
+        os.rename(temporary, folder)
     except OSError as e:
         raise UserError(
-            f"cannot write tokens to {folder} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk"
+            f"cannot write tokens to {folder} ({e.strerror}): free some space or set "
+            "NANOCHAT_BASE_DIR to another disk"
         ) from e
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _lock(root: Path, folders: list[Path]) -> Iterator[None]:
-    """One process builds; others (ranks, runs) wait and find it done. The lock dies with its process; none is taken if all is there."""
+def _exclusive(root: Path, folders: list[Path]) -> Iterator[None]:
+    """
+    One process builds at a time; others (ranks, other runs) wait and then find the result. Takes no
+    lock if all folders are complete.
+    """
     if folders and all(_usable(folder) for folder in folders):
         yield
         return
-    import fcntl
-
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        for abandoned in root.glob(
-            ".build-*"
-        ):  # of a run that was killed: whoever holds the lock is the only builder
+    with locked(root / ".lock"):
+        for abandoned in root.glob(".build-*"):  # left by a killed run; nobody else is building
             shutil.rmtree(abandoned, ignore_errors=True)
         yield
 
@@ -271,79 +275,27 @@ def _usable(folder: Path) -> bool:
 
 
 def _read_meta(folder: Path) -> dict:
+    """meta.json of a shard whose files have the sizes that it states; UserError if they do not."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         sizes = {
             "tokens.bin": meta["tokens"] * np.dtype(meta["dtype"]).itemsize,
             "offsets.npy": 128 + 8 * (meta["documents"] + 1),
+            "mask.bin": meta["tokens"] if meta["mask"] else 0,
         }
-        sizes |= {"mask.bin": meta["tokens"]} if meta["mask"] else {}
-        wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+        for name, size in sizes.items():
+            if size and (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} is not {size} bytes long")
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
-            f"the token shard {folder} is damaged ({type(e).__name__}): delete it and run again"
+            f"the token shard {folder} is damaged ({type(e).__name__}: {e}): delete it and run "
+            "again"
         ) from e
-    if wrong:
-        raise UserError(
-            f"the token shard {folder} is damaged ({wrong[0]} has not the size that meta.json states): delete it and run again"
-        )
     return meta
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
-    # A memory map cannot be empty, a shard can: a group of files without a single validation document. asarray drops the slow subclass.
-    return (
-        np.asarray(np.memmap(path, dtype=dtype, mode="r"))
-        if path.stat().st_size
-        else np.zeros(0, dtype=dtype)
-    )
-
-
-class _Progress:
-    """A bar on a terminal, shown once the work has taken two seconds, and a closing line of figures."""
-
-    def __init__(self, label: str, total: int | None):
-        self.label, self.total, self.bar, self.task = label, total, None, None
-        self.began, self.bytes, self.tokens, self.skipped = time.monotonic(), 0, 0, 0
-
-    def skip(self, size: int) -> None:
-        self.skipped += size
-
-    def add(self, n_bytes: int, n_tokens: int) -> None:
-        self.bytes += n_bytes
-        self.tokens += n_tokens
-        if self.bar is None and rank() == 0 and time.monotonic() - self.began > 2:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-
-            console = Console(stderr=True)
-            label, done = TextColumn("{task.description}"), TextColumn("{task.fields[done]}")
-            columns = label, BarColumn(), done, TimeElapsedColumn(), TimeRemainingColumn()
-            self.bar = Progress(
-                *columns, console=console, transient=True, disable=not console.is_terminal
-            )
-            self.task = self.bar.add_task(self.label, total=self.total, done="")
-            self.bar.start()
-        if self.bar and self.task is not None:
-            self.bar.update(self.task, completed=self.skipped + self.bytes, done=self.figures())
-
-    def figures(self) -> str:
-        rate = self.bytes / (time.monotonic() - self.began)
-        return f"{human(self.tokens)} tokens" + (
-            f" of {human(self.bytes)}B text, {human(rate)}B/s" if self.bytes else ""
-        )
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.bar:
-            self.bar.stop()
-            if error[0] is None:
-                notice(f"{self.label}: {self.figures()}, {duration(time.monotonic() - self.began)}")
+    """A file as an array. A file cannot be mapped while empty, as one without documents is."""
+    if not path.stat().st_size:
+        return np.zeros(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # asarray: the subclass is slow

@@ -24,6 +24,7 @@ import tiktoken
 
 from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write
+from nanochat.data.documents import well_formed
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document
@@ -368,12 +369,7 @@ class StreamDecoder:
 
 def segments(text: str) -> Iterator[str]:
     """The text in windows that the regular expression engines can take, and without lone surrogates: see the top of the file."""
-    try:
-        text.encode("utf-8")
-    except (
-        UnicodeEncodeError
-    ):  # through UTF-16, where a proper pair of surrogates is the character that it means
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = well_formed(text)
     start = 0
     while len(text) - start > WINDOW:
         end = start + WINDOW
