@@ -123,6 +123,7 @@ def _shard_folder(name: str) -> Path:
 
 
 def _parse(spec: str) -> Source:
+    readings: list[tuple[str | None, str, float | None, str | None]]
     readings = [(None, *_split_suffixes(spec))]
     if m := re.match(r"([A-Za-z0-9][\w.-]*)=(.+)$", spec):
         readings.append((m[1], *_split_suffixes(m[2])))
