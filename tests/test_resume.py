@@ -314,7 +314,7 @@ def test_another_tokenizer(whole, place):
     )
     with pytest.raises(
         UserError,
-        match=r"was trained with tokenizer \w{12}, the one in .* is \w{12}: restore that tokenizer",
+        match=r"was trained with tokenizer \w{12}, but the one in .* is \w{12}: restore that tokenizer",
     ):
         base_train.main([*flags, "--resume=auto", "--num_iterations=20"])
 
