@@ -1,0 +1,69 @@
+"""The wheel holds everything: installed elsewhere, it lists its commands and trains."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def nanochat(tmp_path_factory):
+    """A function that runs the installed command `nanochat` in an empty folder; it returns the output."""
+    folder = tmp_path_factory.mktemp("install")
+    source = folder / "source"
+    shutil.copytree(
+        ROOT / "nanochat", source / "nanochat", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run(build, check=True)
+    home = folder / "venv"
+    venv.create(home)
+    paths = sysconfig.get_paths(vars={"base": str(home), "platbase": str(home)})
+    # The dependencies are those of this environment; the file that makes an editable installation
+    # of the project visible here has no effect there.
+    (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    (wheel,) = folder.glob("nanochat-*.whl")
+    install = [*pip, "--python", home / "bin" / "python", "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, wheel], check=True)
+    (folder / "elsewhere").mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RANK", "WORLD"))}
+    env |= {"NANOCHAT_BASE_DIR": str(folder / "base"), "OMP_NUM_THREADS": "1"}
+
+    def run(*argv: str) -> str:
+        command = [home / "bin" / "nanochat", *argv]
+        done = subprocess.run(
+            command, cwd=folder / "elsewhere", env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_installed_command_lists_all_commands(nanochat):
+    listed = nanochat("--help")
+    assert "usage: nanochat COMMAND" in listed
+    for path in (ROOT / "nanochat" / "commands").glob("[!_]*.py"):
+        assert f"  {path.stem} " in listed
+
+
+def test_the_installed_package_trains(nanochat, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {i}th cat sat on mat number {i}." for i in range(2000)))
+    data = ["--data", f"cats={text}"]
+    nanochat("tok_train", *data, "--vocab_size=300")
+    shape = ["--depth=1", "--model_dim=32", "--head_dim=16", "--sequence_len=64"]
+    sizes = ["--total_batch_size=512", "--num_iterations=10", "--eval_tokens=1000"]
+    printed = nanochat("base_train", *data, *shape, *sizes, "--device_type=cpu")
+    assert "step 10" in printed
+    assert nanochat("plan", "arch", "--depth=4")  # which reads files of the package
