@@ -101,7 +101,7 @@ def counts(config: GPTConfig) -> dict[str, int]:
 def card(name: str) -> GPU:
     """The row of a card; UserError names the near ones."""
     if (gpu := hardware.lookup(name)) is None:
-        known = [g.name for g in hardware.GPUS]
+        known = [g.name for g in hardware.gpus()]
         raise UserError(
             f"no card is called {name!r}{near(name.upper(), known)}; known are {', '.join(known)}"
         )
