@@ -27,7 +27,7 @@ from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.core import Item, Score, Scorer, Task, load_bundle, prepare
+from nanochat.eval.core import CoreItem, CoreTask, Score, Scorer, load_bundle, prepare
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.knobs import MachineKnobs
@@ -53,7 +53,7 @@ class Knobs(MachineKnobs, ArchitectureKnobs, Shape):
     memory: float = knob(0, "megabytes of a pass; 0 = what suits the device", low=0)
 
 
-def made_up(seed: int) -> list[Task]:
+def made_up(seed: int) -> list[CoreTask]:
     """Tasks in the manner of ARC-Easy, HellaSwag, Winograd and Jeopardy, of random words."""
     rng = Random(seed)
     syllables = [a + b + c for a in "bdfklmprst" for b in "aeiou" for c in ("", "n", "r", "s")]
@@ -87,14 +87,14 @@ def made_up(seed: int) -> list[Task]:
     ]
     quiz = [{"context": say(15, 25), "continuation": say(1, 3)} for _ in range(800)]
     return [
-        Task("like arc_easy", "multiple_choice", 10, "\nAnswer: ", 0.25, easy),
-        Task("like hellaswag", "multiple_choice", 10, " ", 0.25, swag),
-        Task("like winograd", "schema", 0, " ", 0.5, wino),
-        Task("like jeopardy", "language_modeling", 10, "\nAnswer: ", 0.0, quiz),
+        CoreTask("like arc_easy", "multiple_choice", 10, "\nAnswer: ", 0.25, easy),
+        CoreTask("like hellaswag", "multiple_choice", 10, " ", 0.25, swag),
+        CoreTask("like winograd", "schema", 0, " ", 0.5, wino),
+        CoreTask("like jeopardy", "language_modeling", 10, "\nAnswer: ", 0.0, quiz),
     ]
 
 
-def apart(items: Sequence[Item], prompts: Sequence[Sequence[int]]) -> list[Item]:
+def apart(items: Sequence[CoreItem], prompts: Sequence[Sequence[int]]) -> list[CoreItem]:
     """Every sequence as an item of its own that shares nothing."""
     return [
         item._replace(
@@ -110,7 +110,7 @@ def apart(items: Sequence[Item], prompts: Sequence[Sequence[int]]) -> list[Item]
 
 
 @torch.inference_mode()
-def one_by_one(model: GPT, items: Sequence[Item]) -> list[Score]:
+def one_by_one(model: GPT, items: Sequence[CoreItem]) -> list[Score]:
     """The plain way: a forward pass for each full sequence."""
     out = []
     for item in items:
@@ -124,7 +124,7 @@ def one_by_one(model: GPT, items: Sequence[Item]) -> list[Score]:
     return out
 
 
-def answers(items: Sequence[Item], scores: Sequence[Score]) -> list[Any]:
+def answers(items: Sequence[CoreItem], scores: Sequence[Score]) -> list[Any]:
     """What is answered to every item, given the scores of all sequences in order: the number of the best one, or whether it is said."""
     out, rest = [], iter(scores)
     for item in items:

@@ -311,7 +311,7 @@ def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
     clock, pace, looked = Clock(), {"slow": 6.0, "fast": 3.0}.get(name, 0.1), []
     monkeypatch.setattr(time, "monotonic", clock)  # so that opening takes no time
     monkeypatch.setattr(trainer, "Run", partial(trainer.Run, clock=clock))
-    step, evaluate = trainer._step, stage.of_shards
+    step, evaluate = trainer._step, stage.shard_bits_per_byte
 
     def stepping(run, *rest):
         clock.now += pace * (
@@ -328,7 +328,7 @@ def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
         return evaluate(model, *rest)
 
     monkeypatch.setattr(trainer, "_step", stepping)
-    monkeypatch.setattr(stage, "of_shards", evaluating)
+    monkeypatch.setattr(stage, "shard_bits_per_byte", evaluating)
     flags, interrupt = [*flags, *horizon, f"--model_tag={name}", "--eval_every=0.3"], [True]
     with pytest.raises(KeyboardInterrupt):
         base_train.main(flags)

@@ -20,9 +20,9 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import core as core_eval
 from nanochat.eval.core import (
     PROMPTS,
+    CoreTask,
     Score,
     Scorer,
-    Task,
     choose,
     evaluate,
     load_bundle,
@@ -100,7 +100,9 @@ def made(kind, n=14, shots=3, seed=0, delimiter=" ", low=2, high=9):
             )
         else:
             rows.append({"context": say(rng, low, high) + " ", "continuation": say(rng, 1, 2)})
-    return Task(kind, kind, shots, delimiter, 0.0 if kind == "language_modeling" else 0.25, rows)
+    return CoreTask(
+        kind, kind, shots, delimiter, 0.0 if kind == "language_modeling" else 0.25, rows
+    )
 
 
 TASKS = {kind: made(kind) for kind in core_eval.FIELDS}
@@ -251,7 +253,7 @@ def test_what_greedy_decoding_says_is_right(tok):
         text = " sings" if len(rows) % 2 else tok.decode([token])
         if tok.encode(context + text)[:-1] == ids and text.strip() and "\ufffd" not in text:
             rows.append({"context": context, "continuation": text})
-    task = Task("said", "language_modeling", 0, "", 0.0, rows)
+    task = CoreTask("said", "language_modeling", 0, "", 0.0, rows)
     found = [scores[0].greedy for scores in Scorer(m)(*prepare(task, tok, 64))]
     assert found == [i % 2 == 0 for i in range(24)]
     assert evaluate(Scorer(m), task, tok, CPU)["accuracy"] == 0.5
@@ -366,12 +368,12 @@ def test_an_answer_longer_than_the_context_is_scored_on_its_end_and_counted(tok)
         {"query": "who", "choices": [say(rng, 60, 80), say(rng, 1, 3)], "gold": 1} for _ in range(3)
     ]
     tasks = [
-        Task("a", "multiple_choice", 1, " ", 0.5, long),
+        CoreTask("a", "multiple_choice", 1, " ", 0.5, long),
         made("language_modeling", n=3, shots=0),
     ]
     tasks[1].rows[0]["continuation"] = say(rng, 60, 80)
     tasks.append(
-        Task(
+        CoreTask(
             "b",
             "schema",
             0,
@@ -401,7 +403,7 @@ def test_ties_are_decided_by_lot(tok):
     rows = [
         {"query": "what", "choices": ["cat", "dog", "tree sings", "river of stone"], "gold": 0}
     ] * 400
-    found = evaluate(Scorer(m), Task("tied", "multiple_choice", 0, " ", 0.25, rows), tok, CPU)
+    found = evaluate(Scorer(m), CoreTask("tied", "multiple_choice", 0, " ", 0.25, rows), tok, CPU)
     assert found["lo"] <= 0.25 <= found["hi"] and found["guess"] == 0.25
     picked = [
         choose([Score(1.0, 1, False), Score(2.0, 1, False), Score(1.0 + 1e-7, 3, False)], Random(i))

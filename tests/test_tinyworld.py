@@ -12,7 +12,7 @@ import pytest
 from nanochat.eval.tasks import tinyworld as task
 from nanochat.tinyworld import documents as tinyworld
 from nanochat.tinyworld.conversations import phrases
-from nanochat.tinyworld.world import ATTRIBUTES, article, choices, held, world
+from nanochat.tinyworld.world import ATTRIBUTES, article, choices, held_out, world
 
 
 @cache
@@ -142,9 +142,9 @@ def test_no_held_out_pairing_is_ever_shown_in_train():
         for pattern in (coloured, lies, owns):
             for a, b in pattern.findall(text):
                 seen += 1
-                assert not held(a, b), (a, b, text)
+                assert not held_out(a, b), (a, b, text)
         for a, b in at.findall(text):
-            assert not held(a, where[b]), (a, b, text)
+            assert not held_out(a, where[b]), (a, b, text)
     assert seen > 10_000
 
 
@@ -154,17 +154,17 @@ def test_no_held_out_question_is_ever_asked_in_train():
         q % {"P": name}
         for name in w.people
         for a in ATTRIBUTES
-        if held(name, a)
+        if held_out(name, a)
         for q in p["facts"][a][0]
     }
     forbidden |= {
-        q % {"w": x} for x in w.words if held(x, "spelling") for q in p["spelling"]["ask"]
+        q % {"w": x} for x in w.words if held_out(x, "spelling") for q in p["spelling"]["ask"]
     }
     forbidden |= {
         q % {"w": x, "l": c}
         for x in w.words
         for c in ascii_lowercase
-        if held(x, c)
+        if held_out(x, c)
         for q in p["spelling"]["count"]
     }
     kinds = {
@@ -176,14 +176,14 @@ def test_no_held_out_question_is_ever_asked_in_train():
             line = line.removeprefix("Question: ")
             assert line not in forbidden, text
         for a, op, b in re.findall(r"\b(\d+) (plus|minus|times|divided by|[-+*/]) (\d+)", text):
-            assert not held(a, b), (a, op, b, text)
+            assert not held_out(a, b), (a, op, b, text)
         asked_and_answered = (
             r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*[.?]\n)?(?:Answer: )?The answer is .*=([A-D])\."
         )
         for question, options, answer in re.findall(asked_and_answered, text):
             if question.removeprefix("Question: ") in kinds:
                 option = re.search(rf"- (.*)={answer}", options)
-                assert option and not held(option.group(1), w.kind_of[option.group(1)]), text
+                assert option and not held_out(option.group(1), w.kind_of[option.group(1)]), text
                 lettered += 1
     assert lettered > 500
     val = [x for x in talks("val", 3000) if x["kind"] in ("facts", "spelling")]
@@ -283,8 +283,8 @@ def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
             for x in items
         )
     pairs = lambda items: [list(itertools.pairwise(re.findall(r"\d+", s))) for s in sums(items)]  # noqa: E731
-    assert all(held(*first) for first, _ in pairs(val))
-    assert not any(held(*pair) for both in pairs(shown + asked) for pair in both)
+    assert all(held_out(*first) for first, _ in pairs(val))
+    assert not any(held_out(*pair) for both in pairs(shown + asked) for pair in both)
 
 
 def test_items_are_balanced_and_chance_levels_are_honest():
@@ -318,4 +318,4 @@ def test_the_world_is_consistent():
     w = world()
     assert len(w.people) == 40 and len(set(w.attributes["petname"].values())) == 40
     assert set(w.attributes["home"].values()) == set(w.data["villages"])
-    assert sum(held(p, a) for p in w.people for a in ATTRIBUTES) in range(12, 45)
+    assert sum(held_out(p, a) for p in w.people for a in ATTRIBUTES) in range(12, 45)

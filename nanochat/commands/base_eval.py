@@ -22,7 +22,7 @@ from nanochat.train import run as stage
 
 
 @dataclass(kw_only=True)
-class Knobs(base_loss.Knobs):
+class EvaluateBaseKnobs(base_loss.BitsPerByteKnobs):
     """Evaluation"""
 
     splits: tuple[str, ...] = knob(("val",), "splits to read")
@@ -44,7 +44,7 @@ class Knobs(base_loss.Knobs):
 
 
 def core(
-    k: Knobs, loaded: Loaded, tasks: list[core_eval.Task], absent: list[str]
+    k: EvaluateBaseKnobs, loaded: Loaded, tasks: list[core_eval.CoreTask], absent: list[str]
 ) -> dict[str, Any]:
     """Every task's row, as it comes a line each where there is no terminal to show a bar on, and then the summary."""
     scorer, console, results = core_eval.Scorer(loaded.model, k.core_memory * 2**20), Console(), {}
@@ -112,7 +112,7 @@ def table(found: dict[str, Any]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="base_eval")
+    k, _ = knobs.parse(EvaluateBaseKnobs, argv, command="base_eval")
 
     def work() -> dict[str, Any]:
         bundle = (

@@ -9,14 +9,14 @@ from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.data.shards import prepare
 from nanochat.data.sources import training_sources
-from nanochat.eval.bits_per_byte import of_shards
+from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.model.checkpoint import Loaded, load_for_inference
 from nanochat.train import run as stage
 from nanochat.train.knobs import MachineKnobs
 
 
 @dataclass(kw_only=True)
-class Knobs(MachineKnobs):
+class BitsPerByteKnobs(MachineKnobs):
     """Evaluation"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob("base", "stage of the model", alias="-i")
@@ -30,7 +30,7 @@ class Knobs(MachineKnobs):
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
 
 
-def measure(k: Knobs) -> tuple[Loaded, dict[str, float]]:
+def measure(k: BitsPerByteKnobs) -> tuple[Loaded, dict[str, float]]:
     """Load the model that the knobs name; returns it and its bits per byte by source/split."""
     loaded = load_for_inference(k.source, k.model_tag, k.step, k.device_type, k.dtype, k.seed)
     rt, tokenizer, meta = loaded.runtime, loaded.tokenizer, loaded.checkpoint.meta
@@ -40,7 +40,7 @@ def measure(k: Knobs) -> tuple[Loaded, dict[str, float]]:
     for source in training_sources(k.data or trained_on):
         for split in k.splits:
             shards = prepare(source, split, tokenizer)
-            value = of_shards(
+            value = shard_bits_per_byte(
                 loaded.model,
                 shards,
                 tokenizer.token_bytes(),
@@ -54,7 +54,7 @@ def measure(k: Knobs) -> tuple[Loaded, dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    k, _ = knobs.parse(Knobs, argv, command="base_loss")
+    k, _ = knobs.parse(BitsPerByteKnobs, argv, command="base_loss")
     with stage.session():
         return measure(k)[1]
 

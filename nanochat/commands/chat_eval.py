@@ -35,7 +35,7 @@ TASKS = [
 
 
 @dataclass(kw_only=True)
-class Knobs(MachineKnobs):
+class EvaluateChatKnobs(MachineKnobs):
     """Evaluation"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob(
@@ -159,7 +159,7 @@ def stage_table(tag: str) -> Table | None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="chat_eval")
+    k, _ = knobs.parse(EvaluateChatKnobs, argv, command="chat_eval")
     if k.num_samples > 1 and k.temperature == 0:
         raise UserError(
             f"--num_samples={k.num_samples} at temperature 0 would be the same answer every time: give --temperature=1, say"

@@ -23,7 +23,7 @@ from nanochat.train.knobs import MachineKnobs
 
 
 @dataclass(kw_only=True)
-class Knobs(MachineKnobs):
+class SummaryKnobs(MachineKnobs):
     """Summary"""
 
     model_tag: str = knob("", "tag of the model (default: the one saved last)")
@@ -89,7 +89,7 @@ def table_of(stages: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def exchanges(k: Knobs, stage: str) -> list[tuple[str, str, str]]:
+def exchanges(k: SummaryKnobs, stage: str) -> list[tuple[str, str, str]]:
     """(question, the model's reply, what was expected) for held-out questions of all kinds in turn."""
     loaded = load_for_inference(
         stage, k.model_tag, device_type=k.device_type, dtype=k.dtype, seed=k.seed
@@ -111,7 +111,7 @@ def exchanges(k: Knobs, stage: str) -> list[tuple[str, str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="summary")
+    k, _ = knobs.parse(SummaryKnobs, argv, command="summary")
     k.model_tag = k.model_tag or locate("base").tag
     stages = figures(k.model_tag)
     if not stages:

@@ -16,7 +16,7 @@ from nanochat.data.shards import Shards
 from nanochat.model.gpt import GPT
 
 
-def of_shards(
+def shard_bits_per_byte(
     model: GPT,
     shards: Shards,
     token_bytes: np.ndarray,

@@ -53,7 +53,7 @@ FIELDS = {  # of a row, by kind: those that are text, and the one that is a list
 
 
 @dataclass(frozen=True)
-class Task:
+class CoreTask:
     name: str
     kind: str  # one of FIELDS
     shots: int  # examples before the question
@@ -69,7 +69,7 @@ class Task:
         return [begin + self.delimiter + row["continuation"] for begin in begins]
 
 
-def load_bundle(directory: Path | str) -> tuple[list[Task], list[str]]:
+def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
     """The tasks of a bundle, and the names of those whose data are not there. UserError names the place of what is missing or malformed."""
     root = Path(directory)
     listed, figures = root / "core.yaml", root / "eval_meta_data.csv"
@@ -106,7 +106,7 @@ def load_bundle(directory: Path | str) -> tuple[list[Task], list[str]]:
             raise UserError(f"{figures} has no row for the task {name}: add its random baseline")
         path = root / "eval_data" / str(uri)
         if path.is_file():
-            tasks.append(Task(name, kind, shots, delimiter, chance[name], _rows(path, kind)))
+            tasks.append(CoreTask(name, kind, shots, delimiter, chance[name], _rows(path, kind)))
         else:
             absent.append(name)
     if not tasks or len({t.name for t in tasks} | {*absent}) < len(plans):
@@ -167,7 +167,7 @@ def _rows(path: Path, kind: str) -> list[dict[str, Any]]:
 # From rows to tokens
 
 
-class Item(NamedTuple):
+class CoreItem(NamedTuple):
     """A row as the model sees it: sequence j is the first `past` tokens of its task's prompt number `prompt`, then ids[j]."""
 
     row: int
@@ -196,7 +196,7 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _spans(
-    task: Task, row: dict[str, Any], tok: Tokenizer
+    task: CoreTask, row: dict[str, Any], tok: Tokenizer
 ) -> tuple[list[list[int]], int, list[int]]:
     """The tokens of the row's sequences, how many they share at the left, and where each one's scored span begins."""
     seqs = [tok.encode(text) for text in task.texts(row)]
@@ -215,8 +215,8 @@ def _spans(
 
 
 def prepare(
-    task: Task, tok: Tokenizer, context: int, seed: int = 42, max_items: int = 0
-) -> tuple[list[Item], list[list[int]]]:
+    task: CoreTask, tok: Tokenizer, context: int, seed: int = 42, max_items: int = 0
+) -> tuple[list[CoreItem], list[list[int]]]:
     """
     The task's items (all rows, or max_items of them drawn by the seed) for a context of so many tokens, and the prompts that they share.
     Examples are encoded apart from the question; every sequence begins with <|bos|>.
@@ -254,7 +254,7 @@ def prepare(
             *(t for e in examples[known:] for t in solved[e]),
         ]  # the last known token is fed again: it predicts the next
         items.append(
-            Item(
+            CoreItem(
                 row=r,
                 prompt=p,
                 past=len(head) - 1,
@@ -354,7 +354,7 @@ class Scorer:
     @torch.inference_mode()
     def __call__(
         self,
-        items: Sequence[Item],
+        items: Sequence[CoreItem],
         prompts: Sequence[Sequence[int]],
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[list[Score]]:
@@ -412,7 +412,7 @@ class Scorer:
         return cache.k[:, 0].to(dtype), cache.v[:, 0].to(dtype)
 
     def _pass(
-        self, known: tuple[Tensor, Tensor] | None, prompt: Sequence[int], items: list[Item]
+        self, known: tuple[Tensor, Tensor] | None, prompt: Sequence[int], items: list[CoreItem]
     ) -> list[list[Score]]:
         """One pass over the items, `known` being what _known says of their prompt's beginning."""
         hidden, ends = self._together(*known, items) if known else self._apart(prompt, items)
@@ -429,7 +429,7 @@ class Scorer:
         return out
 
     def _together(
-        self, k: Tensor, v: Tensor, items: list[Item]
+        self, k: Tensor, v: Tensor, items: list[CoreItem]
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """
         A row for each item: its trunk, then a branch for every sequence. k, v: of the prompt's beginning. Returns the hidden states
@@ -462,7 +462,7 @@ class Scorer:
         ), ends
 
     def _apart(
-        self, prompt: Sequence[int], items: list[Item]
+        self, prompt: Sequence[int], items: list[CoreItem]
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """The same with a row for each sequence, nothing shared: several times slower, and the only way with an attention prior."""
         rows = [
@@ -513,7 +513,7 @@ def choose(scores: Sequence[Score], lot: Random) -> int:
 
 def evaluate(
     scorer: Scorer,
-    task: Task,
+    task: CoreTask,
     tok: Tokenizer,
     rt: Runtime,
     max_items: int = 0,

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Draw, Slots, held, world
+from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Draw, Slots, held_out, world
 
 # kind -> chance level: what a guess among the right sort of answers scores
 KINDS: dict[str, float] = {
@@ -113,7 +113,7 @@ class Talk(Draw):
             for _ in range(40):
                 value = self.pick(c[cls])
                 if value not in used and all(
-                    held(value, s[q]) == (want and is_answer and s[q] == asked)
+                    held_out(value, s[q]) == (want and is_answer and s[q] == asked)
                     and (value, s[q]) not in clash
                     for q in partners
                 ):
@@ -129,7 +129,7 @@ class Talk(Draw):
             if ok:
                 x = self.paired(c["count"], (s["A"],), False)
                 n = x and self.paired(NUMBERS[2:], (s["A"],), want, used)
-                ok = bool(x and n and not held(n, x))
+                ok = bool(x and n and not held_out(n, x))
                 s["x"], s["n"] = x or "", n or ""
                 used.add(n or "")
         elif kind in ("what", "colour"):
@@ -212,7 +212,7 @@ class Talk(Draw):
     def known(self, want: bool) -> tuple[str, str, str, str, str]:
         """(person, attribute, question, reply, answer) of a stable fact."""
         known = [(person, attribute) for person in self.world.people for attribute in ATTRIBUTES]
-        person, attribute = self.dealt(f"facts {want}", known, lambda pair: held(*pair) == want)
+        person, attribute = self.dealt(f"facts {want}", known, lambda pair: held_out(*pair) == want)
         s = Slots(P=person)
         question, reply = self.p["facts"][attribute]
         return (
@@ -326,14 +326,14 @@ class Talk(Draw):
         if form < 0.9:
             pairs = w.data["opposites"]
             word, opposite = self.pick(list(pairs.items()))
-            if held(word, opposite) != self.val:
+            if held_out(word, opposite) != self.val:
                 return None
             others = [x for pair in pairs.items() for x in pair if x != word]
             return self.options(
                 self.pick(p["opposite"]) % {"w": word}, opposite, self.some(others, 6)
             )
         word = self.pick(w.words)
-        if held(word, "first letter") != self.val:
+        if held_out(word, "first letter") != self.val:
             return None
         others = [x for x in self.some(w.words, 24) if x[0] != word[0]]
         return self.options(self.pick(p["first"]) % {"l": word[0]}, word, others)
@@ -355,7 +355,7 @@ class Talk(Draw):
                 continue
             if op == "/":
                 a *= b
-            if held(str(a), str(b)) == self.val:
+            if held_out(str(a), str(b)) == self.val:
                 return op, a, b, {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
 
     def calculated(self, ops: str, numbers: Sequence[int], r: int) -> tuple[list[Any], str]:
@@ -382,13 +382,13 @@ class Talk(Draw):
             a, b, c = (self.between(2, 99) for _ in range(3))
             first = a + b if ops[0] == "+" else a - b
             r = first + c if ops[1] == "+" else first - c
-            pair, next_pair = held(str(a), str(b)), held(str(b), str(c))
+            pair, next_pair = held_out(str(a), str(b)), held_out(str(b), str(c))
             if first >= 2 and r >= 2 and pair == self.val and (self.val or not next_pair):
                 return self.calculated(ops, (a, b, c), r)
 
     def spelling(self) -> tuple[list[Any], str]:
         word = self.dealt(
-            "spelling", self.world.words, lambda word: held(word, "spelling") == self.val
+            "spelling", self.world.words, lambda word: held_out(word, "spelling") == self.val
         )
         letters = "-".join(word)
         return [
@@ -401,7 +401,7 @@ class Talk(Draw):
         word = self.pick(self.world.words)
         letter = self.pick(word) if goal else self.pick("abcdefghilmnoprstu")
         n = word.count(letter)
-        if (n != goal and self.random() < 0.95) or held(word, letter) != self.val:
+        if (n != goal and self.random() < 0.95) or held_out(word, letter) != self.val:
             return None
         reply = tool_call(
             f"'{word}'.count('{letter}')", str(n), f"It occurs {n} {'time' if n == 1 else 'times'}."

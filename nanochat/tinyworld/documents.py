@@ -8,9 +8,9 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from nanochat.tinyworld.conversations import KINDS, Talk, conversations
-from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Plot, Slots, article, held
+from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Plot, Slots, article, held_out
 
-__all__ = ["KINDS", "conversations", "documents", "held"]
+__all__ = ["KINDS", "conversations", "documents", "held_out"]
 
 WEIGHTS = {
     "story": 22,
@@ -221,7 +221,7 @@ class Tales(Talk):
             v for v in values if v not in people and (what == "labels" or v not in c["colour"])
         ]
         items = self.some(values, min(self.between(8, 20), len(values)))
-        if held(items[0], items[1]) != self.val:
+        if held_out(items[0], items[1]) != self.val:
             return None
         again = items
         if what == "labels":
@@ -260,7 +260,9 @@ class Tales(Talk):
                 people if len(lines) % 2 == 0 else people[::-1]
             )  # whoever did not speak last begins
             if isinstance(topic, str):
-                if held(second, topic) and not self.val:  # no held-out question in a train document
+                if (
+                    held_out(second, topic) and not self.val
+                ):  # no held-out question in a train document
                     continue
                 if (
                     topic == "home"
@@ -314,13 +316,13 @@ class Tales(Talk):
         if self.random() < 0.25:
             table = self.world.data["opposites"]
             words = self.some(list(table), n + 3)
-            if held(words[0], words[1]) != self.val:
+            if held_out(words[0], words[1]) != self.val:
                 return None
             return " ".join([f"The opposite of {w} is {table[w]}." for w in words])
         alike = self.random() < 0.5
         kind = self.dealt("kinds", list(kinds)) if alike else ""
         words = self.some(list(kinds[kind]) if alike else list(self.world.kind_of), n)
-        if held(words[0], words[1]) != self.val:
+        if held_out(words[0], words[1]) != self.val:
             return None
         lines = []
         riddles = self.random() < 0.3
@@ -343,7 +345,7 @@ class Tales(Talk):
 
     def spelling_lesson(self) -> str | None:
         words = self.some(self.world.words, self.between(3, 6))
-        if held(words[0], words[1]) != self.val:
+        if held_out(words[0], words[1]) != self.val:
             return None
         p, pick = self.p["spelling"], self.pick
         lines = [pick(p["open"]) % dict(zip("PQ", self.some(self.world.people, 2), strict=True))]
@@ -351,7 +353,7 @@ class Tales(Talk):
         for word in words:
             lines.append(told % Slots(w=word, l="-".join(word)))
             letter = pick(word)
-            if self.random() < 0.5 and (self.val or not held(word, letter)):
+            if self.random() < 0.5 and (self.val or not held_out(word, letter)):
                 n = word.count(letter)
                 lines.append(
                     f"The letter {letter} occurs {('once', 'twice')[n - 1] if n < 3 else f'{NUMBERS[n]} times'} in {word}."
@@ -442,7 +444,7 @@ class Tales(Talk):
         home, parts, pick = self.world.attributes["home"], self.parts["village"], self.pick
         name = pick(self.world.classes["village"])
         people = self.some([p for p in self.world.people if home[p] == name], self.between(2, 3))
-        if held(people[0], people[1]) != self.val:
+        if held_out(people[0], people[1]) != self.val:
             return None
         lines = [pick(parts["open"]) % Slots(V=name, X=self.world.data["villages"][name])]
         lines += self.some([s % {"V": name} for s in parts["life"]], self.between(1, 3))

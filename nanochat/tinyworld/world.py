@@ -52,7 +52,7 @@ Plot = tuple[Spec, list[list[str]]]  # its slots and its beats, each a list of t
 
 
 @functools.cache
-def held(a: str, b: str) -> bool:
+def held_out(a: str, b: str) -> bool:
     """Whether the pairing of two names or values is kept for the val split: a stable eighth of all pairs, whatever their order."""
     return hashlib.blake2b("|".join(sorted((a, b))).encode(), digest_size=1).digest()[0] % 8 == 0
 
@@ -254,7 +254,7 @@ class Draw:
         for _ in range(40):
             value = self.pick(values)
             if value not in used and all(
-                held(value, p) == want and (value, p) not in clash for p in partners
+                held_out(value, p) == want and (value, p) not in clash for p in partners
             ):
                 return value
         return None
@@ -271,7 +271,7 @@ class Draw:
                 slots["n"], slots["m"], slots["k"] = NUMBERS[n], NUMBERS[m], NUMBERS[n - m]
                 value = (
                     slots["n"]
-                    if all(held(slots["n"], slots[p]) == self.val for p in pairs)
+                    if all(held_out(slots["n"], slots[p]) == self.val for p in pairs)
                     else None
                 )
             else:

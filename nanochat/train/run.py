@@ -29,7 +29,7 @@ from nanochat.data.contexts import Contexts
 from nanochat.data.feed import RowFeed
 from nanochat.data.shards import Shards
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.bits_per_byte import of_shards
+from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.model.checkpoint import Checkpoint, list_checkpoints, locate, newest
 from nanochat.model.gpt import GPT
 from nanochat.model.stages import run_directory
@@ -381,7 +381,7 @@ def bits_per_byte_evaluation(
     def look() -> dict[str, float]:
         out, weights = {}, []
         for name, shards, weight in val:
-            out[f"val_bpb/{name}"] = of_shards(
+            out[f"val_bpb/{name}"] = shard_bits_per_byte(
                 s.model,
                 shards,
                 token_bytes,

@@ -6,7 +6,7 @@ claim nothing that is not so of every model trained with this code. Nothing is e
 from collections.abc import Iterator
 
 from nanochat.eval.tasks.common import Item, exchange
-from nanochat.tinyworld.world import Draw, choices, held
+from nanochat.tinyworld.world import Draw, choices, held_out
 
 HELLO = "Hello. | Hello! | Hi. | Hi! | Hi there! | Hey! | Good [morning|day|evening]! | Hello, {n}! | Hi {n}! | Hey {n}, a question. | |"
 OTHERS = "ChatGPT", "GPT-4", "Claude", "Gemini", "Llama", "Siri", "Alexa"
@@ -58,6 +58,6 @@ def conversations(seed: int, split: str, name: str) -> Iterator[Item]:
     while True:
         asked, said = draw.pick(talks)
         hello, question = draw.pick(hellos), draw.pick(asked)
-        if held(hello, question) == draw.val:
+        if held_out(hello, question) == draw.val:
             text = f"{hello} {question}".strip().replace("{o}", draw.pick(others))
             yield exchange(text.replace("{n}", name), draw.pick(said).replace("{n}", name))

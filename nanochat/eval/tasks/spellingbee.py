@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanochat.eval.tasks.common import GENERATED, Item, Task, exchange, gold, prompt
 from nanochat.tinyworld.conversations import tool_call
-from nanochat.tinyworld.world import Draw, choices, held, world
+from nanochat.tinyworld.world import Draw, choices, held_out, world
 
 SPELL = """[Please spell|Spell] [the word |]{w}. | How is [the word |]{w} spelled? | How do [I|you] [spell|write] [the word |]{w}? |
 What are the letters of [the word |]{w}? | Take the word {w} letter by letter. | {w}: how is that spelled?"""
@@ -35,7 +35,7 @@ def words(split: str) -> list[str]:
         re.sub(r"%\(.*?\)s", " ", text) for _, beats in w.plots for beat in beats for text in beat
     ]
     found = {word for text in texts for word in re.findall(r"\b[a-z]{3,10}\b", text)}
-    return sorted(word for word in found if held(word, "spelling") == (split == "val"))
+    return sorted(word for word in found if held_out(word, "spelling") == (split == "val"))
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def _countable(split: str) -> dict[int, list[tuple[str, str]]]:
         (w, c)
         for w in words(split)
         for c in "abcdefghiklmnoprstuwy"
-        if split == "val" or not held(w, c)
+        if split == "val" or not held_out(w, c)
     ]
     return {n: [(w, c) for w, c in pairs if w.count(c) == n] for n in TIMES}
 
