@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +80,11 @@ def well_formed(text: str) -> str:
 
 
 def _read_txt(path: Path, field: str | None) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
         try:
             yield from cut(iter(lambda: file.read(1 << 20), ""))
         except UnicodeDecodeError as e:
-            raise _not_utf8(path, file.buffer.tell() - len(e.object) + e.start) from e
+            raise _not_utf8(path, raw.tell() - len(e.object) + e.start) from e
 
 
 def _read_jsonl(path: Path, field: str | None) -> Iterator[str]:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -184,7 +184,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 class _Writer:
     """Writes the files of one shard into `folder`."""
 
-    def __init__(self, folder: Path, tokenizer: "Tokenizer", files: dict[str, BinaryIO]):
+    def __init__(self, folder: Path, tokenizer: "Tokenizer", files: Mapping[str, BinaryIO]):
         self.folder, self.tokenizer, self.files = folder, tokenizer, files
         self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
         self.hash, self.lengths, self.text_bytes = hashlib.sha256(), [], 0
