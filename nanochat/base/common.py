@@ -8,26 +8,39 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, with the value, and what to do. Never shown with a stack trace."""
+    """
+    A mistake that the user can fix. The message says what is wrong, the value, and what to do; it
+    is never shown with a stack trace.
+    """
+
+
+def disk_error(path: Path | str, error: OSError) -> UserError:
+    """The UserError for a file or folder that the disk refuses to write."""
+    return UserError(
+        f"cannot write {path} ({error.strerror}): free some space or set NANOCHAT_BASE_DIR to "
+        "another disk"
+    )
 
 
 def base_dir() -> Path:
-    """The folder that holds everything made: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created on first use."""
+    """The folder of everything that is made: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(
-            f"cannot create the base folder {path} ({e.strerror}): set NANOCHAT_BASE_DIR to a writable folder"
+            f"cannot create the base folder {path} ({e.strerror}): set NANOCHAT_BASE_DIR to a "
+            "folder that you can write to"
         ) from e
     return path
 
 
 def rank() -> int:
-    """This process's rank as torchrun set it; 0 without torchrun."""
+    """The rank of this process as torchrun set it; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -36,19 +49,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def print0(*args, **kwargs) -> None:
-    """print on rank 0 alone, flushed, so that logs of background runs are current."""
+def print0(*args: object, **options: Any) -> None:
+    """print() on rank 0 only, flushed, so that the log of a background run is up to date."""
     if rank() == 0:
-        print(*args, **{"flush": True, **kwargs})
+        print(*args, **{"flush": True, **options})
 
 
 def notice(message: str) -> None:
-    """One line to standard error on rank 0: something the user should know, and that stops nothing."""
+    """Print a line on standard error, on rank 0: something to know that stops nothing."""
     print0(f"notice: {message}", file=sys.stderr)
 
 
 def human(n: float) -> str:
-    """12_582_912 -> '12.6M': three figures and a decimal unit, for people."""
+    """12_582_912 -> '12.6M': three digits and a decimal unit."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(n) < 999.5:
             return f"{n:.3g}{unit}"
@@ -57,13 +70,13 @@ def human(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """75 -> '1m15s', 5 -> '5s', 7260 -> '2h01m'."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s"
-    return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    """5 -> '5s', 75 -> '1m15s', 7260 -> '2h01m'."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"
 
 
 def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -83,20 +96,17 @@ def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def entry(main: Callable[[], object]) -> None:
     """
-    Run a command's main(): a UserError becomes one line on standard error and exit status 2, Ctrl+C becomes status 130.
-    Everything else is a bug of ours and keeps its stack trace.
+    Run a command's main(). A UserError becomes one line on standard error and exit status 2, Ctrl+C
+    becomes status 130. Any other exception is a bug and keeps its stack trace.
     """
     try:
         main()
     except UserError as e:
-        if rank() == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
+        print0(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print0("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except (
-        BrokenPipeError
-    ):  # `command | head`: nobody reads any more; give the interpreter somewhere to flush
+    except BrokenPipeError:  # `command | head`: give the interpreter somewhere to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

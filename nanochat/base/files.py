@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, disk_error
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
@@ -26,10 +26,7 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to "
-            "another disk"
-        ) from e
+        raise disk_error(path, e) from e
 
 
 def sha256_file(path: Path | str) -> str:

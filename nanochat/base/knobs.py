@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import inspect
 import re
-import shutil
 import sys
 import tomllib
 import typing
@@ -358,11 +357,10 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
     places = [k for k in knobs.values() if k.meta["positional"]]
     arguments = "".join(f" [{k.name.upper()}{' ...' if k.many else ''}]" for k in places)
     program = f"python -m {command}" if "." in command else f"nanochat {command}"
-    width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 130))
     page = argparse.ArgumentParser(  # which lays out the text, and does nothing else here
         usage=f"{program}{arguments} [--flag VALUE ...] [--recipe FILE.toml]",
         description=description or first_sentence(sys.modules[cls.__module__].__doc__),
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 33, width),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 33),
         add_help=False,
     )
     owner = {name: c for c in reversed(cls.__mro__) for name in inspect.get_annotations(c)}

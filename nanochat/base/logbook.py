@@ -1,53 +1,48 @@
 """
-The record of a run: one line of JSON a row in metrics.jsonl, flushed as it is written, so that a killed run keeps every row but perhaps the
-last. The same numbers go to the sinks that the user asks for (wandb, trackio, tensorboard), which are optional packages.
+The record of a run: metrics.jsonl, one row of JSON per line, flushed as it is written, so that a
+killed run loses its last row at most. The same numbers go to the trackers that the user asks for
+(wandb, trackio, tensorboard; optional packages).
 
-It never stops training: a sink or a disk that fails in the middle is reported once and the run goes on. It refuses to log from any rank
-but 0. A number that JSON cannot write (NaN, infinities) is stored as null with its name under "nonfinite"; read() gives it back.
+Logging never stops training: a tracker or a disk that fails is reported once and the run continues.
+Only rank 0 logs. Numbers that JSON cannot hold (NaN, infinities) are stored as null and repeated
+under "nonfinite"; `read` restores them.
 
     {"kind": "start", "step": 0, "time": "2026-01-31T12:00:00", "run": "dummy", "config": {...}}
     {"kind": "train", "step": 10, "loss": null, "lr_mult": 1.0, "nonfinite": {"loss": "nan"}}
 """
 
+import importlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from nanochat.base.common import UserError, notice, rank
+from nanochat.base.common import UserError, disk_error, notice, rank
 
 FILE = "metrics.jsonl"
-IDENTITY = (
-    "kind",
-    "step",
-    "stage",
-    "task",
-)  # two rows that agree on these are the same measurement: the later one counts
-Sink = tuple[
-    Callable[[str, int | None, dict[str, float]], object], Callable[[], object]
-]  # log(kind, step, numbers), close()
+IDENTITY = ("kind", "step", "stage", "task")  # of rows that agree on these, the last one counts
+# A tracker: a function that takes (kind, step, numbers), and one that closes it.
+Tracker = tuple[Callable[[str, int | None, dict[str, float]], object], Callable[[], object]]
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: tensors and numpy scalars become numbers, paths text, floats that are not finite null."""
+    """The value as JSON holds it: tensors as numbers, paths as text, NaN and infinities as null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(name): _plain(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value)
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row, nested ones as outer/inner: what a sink can plot."""
+    """The numbers of a row, those of nested dicts as "outer/inner"."""
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{name}/")
@@ -55,42 +50,38 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield f"{prefix}{name}", value
 
 
-def _wandb(directory: Path, name: str, config: dict[str, Any]) -> Sink:
-    import wandb  # pyright: ignore[reportMissingImports]
+def _service(module: str, directory: Path, run_name: str, config: dict[str, Any]) -> Tracker:
+    """wandb, or trackio, which has the same interface."""
+    service = importlib.import_module(module)
+    folder = {"dir": str(directory)} if module == "wandb" else {}
+    run = service.init(project="nanochat", name=run_name, config=config, **folder)
 
-    run = wandb.init(project="nanochat", name=name, config=config, dir=str(directory))
-    return lambda kind, step, numbers: run.log(
-        {f"{kind}/{k}": v for k, v in numbers.items()}, step=step
-    ), run.finish
+    def log(kind: str, step: int | None, numbers: dict[str, float]) -> None:
+        run.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
 
-
-def _trackio(directory: Path, name: str, config: dict[str, Any]) -> Sink:
-    import trackio  # pyright: ignore[reportMissingImports]
-
-    trackio.init(project="nanochat", name=name, config=config)
-    return lambda kind, step, numbers: trackio.log(
-        {f"{kind}/{k}": v for k, v in numbers.items()}, step=step
-    ), trackio.finish
+    return log, run.finish
 
 
-def _tensorboard(directory: Path, name: str, config: dict[str, Any]) -> Sink:
+def _tensorboard(directory: Path, config: dict[str, Any]) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(directory / "tensorboard"))
     writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
 
     def log(kind: str, step: int | None, numbers: dict[str, float]) -> None:
-        for k, v in numbers.items():
-            writer.add_scalar(f"{kind}/{k}", v, step)
+        for name, value in numbers.items():
+            writer.add_scalar(f"{kind}/{name}", value, step)
         writer.flush()
 
     return log, writer.close
 
 
-SINKS = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard}
+TRACKERS = ("wandb", "trackio", "tensorboard")
 
 
 class Logbook:
+    """An open metrics.jsonl, to which `log` appends rows. A context manager."""
+
     def __init__(
         self,
         directory: Path | str,
@@ -101,98 +92,93 @@ class Logbook:
         step: int | None = None,
     ):
         """
-        Opens `directory`/metrics.jsonl for more rows. `step` is where training starts, 0 or the step of the checkpoint resumed from: rows
-        of later steps that an earlier attempt left behind no longer count. None adds rows beside a finished run (evaluations).
-        `config` is stored in a row of kind "start". wandb stays out while the run's name is "dummy". Raises UserError for a sink that is
-        unknown, not installed or that will not start.
+        `step` is where training starts: 0, or the step of the checkpoint that it resumes from. Rows
+        of later steps, which an earlier attempt wrote, no longer count. With None, rows are added to
+        a finished run, as evaluations do. `config` is stored in a row of kind "start". wandb is
+        left out while the run's name is "dummy". Raises UserError if the folder cannot be written,
+        or if a tracker is unknown, not installed or does not start.
         """
         self.directory = Path(directory)
-        self._file = None
-        self._sinks: dict[str, Sink] = {}
-        self._said: set[str] = set()
-        if unknown := [s for s in sinks if s not in SINKS]:
-            raise UserError(f"there is no sink {unknown[0]!r}: choose from {', '.join(SINKS)}")
+        self._trackers: dict[str, Tracker] = {}
+        self._file: BinaryIO | None = None
+        self._disk_failed = False
+        for name in sinks:
+            if name not in TRACKERS:
+                raise UserError(f"there is no sink {name!r}: choose from {', '.join(TRACKERS)}")
         if rank() != 0:
             return
         path = self.directory / FILE
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 (open as long as the run)
+            self._file = open(path, "a+b")  # noqa: SIM115 (stays open as long as the run)
             _cut_torn_line(self._file)
         except OSError as e:
-            raise UserError(
-                f"cannot write {path} ({e.strerror}): free some space or set NANOCHAT_BASE_DIR to another disk"
-            ) from e
-        plain = _plain(dict(config or {}))
+            raise disk_error(path, e) from e
+        settings = _plain(config or {})
         for name in dict.fromkeys(sinks):
-            if name == "wandb" and run_name == "dummy":
-                continue
-            try:
-                self._sinks[name] = SINKS[name](
-                    self.directory, run_name if run_name != "dummy" else self.directory.name, plain
-                )
-            except ImportError as e:
-                raise UserError(
-                    f"{name} is not installed: pip install {name}, or leave it out"
-                ) from e
-            except Exception as e:
-                raise UserError(f"{name} will not start ({e}): mend that or leave it out") from e
+            if name != "wandb" or run_name != "dummy":
+                self._trackers[name] = self._open_tracker(name, run_name, settings)
         if config is not None or step is not None:
             now = datetime.now().isoformat(timespec="seconds")
-            self._write(
-                {"kind": "start", "step": step, "time": now, "run": run_name, "config": plain}
-            )
+            start = {"kind": "start", "step": step, "time": now, "run": run_name}
+            self._write({**start, "config": settings})
+
+    def _open_tracker(self, name: str, run_name: str, config: dict[str, Any]) -> Tracker:
+        run_name = self.directory.name if run_name == "dummy" else run_name
+        try:
+            if name == "tensorboard":
+                return _tensorboard(self.directory, config)
+            return _service(name, self.directory, run_name, config)
+        except ImportError as e:
+            raise UserError(f"{name} is not installed: pip install {name}, or leave it out") from e
+        except Exception as e:
+            raise UserError(f"{name} does not start ({e}): fix that or leave it out") from e
 
     def log(self, step: int | None = None, kind: str = "train", **values: Any) -> None:
-        """One row. Values are numbers, texts, or dicts and lists of them; a zero-dimensional tensor counts as a number."""
+        """
+        Append a row. Values are numbers, text, or dicts and lists of them; a tensor with one
+        element counts as a number.
+        """
         if rank() != 0:
             return
-        row = {"kind": kind, "step": step, **_plain(values)}
-        floats = {
-            k: v.item() if hasattr(v, "item") else v
-            for k, v in values.items()
-            if row[k] is None and v is not None
-        }
-        self._write(row | ({"nonfinite": {k: str(v) for k, v in floats.items()}} if floats else {}))
-        for name, (send, _) in list(self._sinks.items()):
+        plain = _plain(values)
+        row = {"kind": kind, "step": step, **plain}
+        lost = {name: v for name, v in values.items() if plain[name] is None and v is not None}
+        if lost:
+            row["nonfinite"] = {name: str(float(v)) for name, v in lost.items()}
+        self._write(row)
+        for name, (send, _) in list(self._trackers.items()):
             try:
-                send(kind, step, dict(_numbers(_plain(values))))
-            except (
-                Exception
-            ) as e:  # whatever a tracker's client or network does, the run matters more
-                del self._sinks[name]
+                send(kind, step, dict(_numbers(plain)))
+            except Exception as e:  # whatever goes wrong there, the run matters more
+                del self._trackers[name]
                 notice(
-                    f"{name} failed and is left out from step {step} on ({type(e).__name__}: {e}); {FILE} goes on"
+                    f"{name} failed and is left out from step {step} on "
+                    f"({type(e).__name__}: {e}); {FILE} is still written"
                 )
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             raise ValueError("this logbook is closed")
         try:
-            self._file.write(
-                json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-            )
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+            self._file.write(line.encode("utf-8") + b"\n")
             self._file.flush()
         except OSError as e:
-            self._once(
-                f"cannot write to {self.directory / FILE} ({e.strerror}): rows are being lost until there is space"
-            )
-
-    def _once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            notice(message)
+            if not self._disk_failed:
+                notice(f"cannot write to {self.directory / FILE} ({e.strerror}): rows are lost")
+            self._disk_failed = True
 
     def close(self) -> None:
-        """Close the file and the sinks. Calling it again does nothing."""
-        for name, (_, finish) in self._sinks.items():
+        """Close the file and the trackers. Calling it again does nothing."""
+        for name, (_, finish) in self._trackers.items():
             try:
                 finish()
             except Exception as e:
                 notice(
                     f"{name} did not finish cleanly ({type(e).__name__}: {e}); {FILE} is complete"
                 )
-        self._sinks = {}
+        self._trackers = {}
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -204,49 +190,44 @@ class Logbook:
         self.close()
 
 
-def _cut_torn_line(file: Any) -> None:
-    """Drop what follows the last newline: the half row of a killed run, onto which the next row would be glued."""
-    end = at = file.seek(0, os.SEEK_END)
-    while at > 0:
-        start = max(0, at - 65536)
-        file.seek(start)
-        newline = file.read(at - start).rfind(b"\n")
-        if newline >= 0:
-            at = start + newline + 1
-            break
-        at = start
-    if at < end:
-        file.truncate(at)
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Drop what follows the last newline: the partial row of a killed run."""
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
 
 
-def read(directory: Path | str) -> list[dict[str, Any]]:
-    """
-    The rows that count, in the order written: of rows alike in kind, step, stage and task the last; none that a restart from an earlier
-    step has superseded. [] when there is no metrics.jsonl. A line that is not whole (killed, disk full) is passed over.
-    """
-    path = Path(directory)
-    path = path if path.suffix == ".jsonl" else path / FILE
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every complete row in the order written, with NaN and infinities restored."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
-        return []
+        return
     for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
-            continue
-        if not isinstance(row, dict):
-            continue
-        for name, text in row.pop("nonfinite", {}).items():
-            row[name] = float(text)
-        if row.get("kind") == "start" and row.get("step") is not None:
-            rows = {
-                k: r
-                for k, r in rows.items()
-                if row["step"] > 0 and (r.get("step") is None or r["step"] <= row["step"])
-            }
+            continue  # the process was killed, or the disk was full
+        if isinstance(row, dict):
+            row.update({name: float(v) for name, v in row.pop("nonfinite", {}).items()})
+            yield row
+
+
+def read(directory: Path | str) -> list[dict[str, Any]]:
+    """
+    The rows of a run's folder (or of a .jsonl file) that count, in the order written: of rows with
+    the same IDENTITY the last one, and none that a restart from an earlier step superseded. [] if
+    there is no metrics.jsonl. Incomplete lines are ignored.
+    """
+    path = Path(directory)
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in _rows(path if path.suffix == ".jsonl" else path / FILE):
+        restart = row.get("step") if row.get("kind") == "start" else None
+        if restart == 0:
+            rows = {}
+        elif restart is not None:
+            rows = {k: r for k, r in rows.items() if (r.get("step") or 0) <= restart}
         key = tuple(row.get(name) for name in IDENTITY)
-        rows.pop(key, None)  # so that the later row also takes the later place
+        rows.pop(key, None)  # so that the later row is also later in the order
         rows[key] = row
     return list(rows.values())

@@ -7,48 +7,47 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from nanochat.base.common import duration, human, notice, print0, rank
 
-PATIENCE = 1.0  # seconds of work before a bar appears; shorter work shows nothing at all
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PATIENCE = 2.0  # seconds; shorter work leaves no line behind
 
 
 class ProgressBar:
-    """The bar that `progress` yields; `note` is free text shown behind the figures."""
+    """The bar that `progress` yields."""
 
     def __init__(self, total: float | None, description: str, unit: str):
         self.total, self.description, self.unit = total, description, unit
         self.completed, self.note, self.started = 0.0, "", time.monotonic()
-        self._bar = None
+        self.display = _open_display(description) if sys.stderr.isatty() and rank() == 0 else None
 
-    @property
-    def figures(self) -> str:
+    def __str__(self) -> str:
         """'12.6M of 30M bytes, 3.1M tokens'"""
         total = f" of {human(self.total)}" if self.total else ""
         note = f", {self.note}" if self.note else ""
         return f"{human(self.completed)}{total} {self.unit}{note}"
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Report `amount` more units of work."""
+        """Report that `amount` more is completed."""
         self.update(self.completed + amount, note=note)
 
     def update(self, completed: float, total: float | None = None, note: str = "") -> None:
-        """Report how much is completed, and the total if it has only become known now."""
+        """
+        Report how much is completed. `total` sets a total that was unknown until now; `note` is
+        text to show after the figures.
+        """
         self.completed, self.note = completed, note or self.note
         self.total = self.total if total is None else total
-        if self._bar is None and rank() == 0 and time.monotonic() - self.started > PATIENCE:
-            self._bar = _open_bar(self.description, self.total)
-        if self._bar is not None:
-            self._bar.update(
-                self._bar.task_ids[0],
-                completed=self.completed,
-                total=self.total,
-                figures=self.figures,
-            )
+        if self.display is not None:
+            task = self.display.task_ids[0]
+            self.display.update(task, completed=self.completed, total=self.total, figures=str(self))
 
 
-def _open_bar(description: str, total: float | None):
-    """A started rich.progress.Progress on standard error; it shows nothing outside a terminal."""
+def _open_display(description: str) -> "Progress":
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -58,27 +57,20 @@ def _open_bar(description: str, total: float | None):
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    bar.add_task(description, total=total, figures="")
-    bar.start()
-    return bar
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
+    columns = texts[0], BarColumn(), texts[1], TimeElapsedColumn(), TimeRemainingColumn()
+    console, redirect = Console(stderr=True), sys.stdout.isatty()
+    display = Progress(*columns, console=console, transient=True, redirect_stdout=redirect)
+    display.add_task(description, total=None, figures="")
+    display.start()
+    return display
 
 
 @contextmanager
 def progress(total: float | None, description: str, unit: str = "items") -> Iterator[ProgressBar]:
     """
-    A progress bar on standard error while the block runs, on rank 0 only; `total` is None when it
-    is unknown. Work that took longer than a second leaves one closing line with its figures.
+    A progress bar on standard error while the block runs, on rank 0 only; outside a terminal it
+    shows nothing. Work of more than PATIENCE leaves a closing line. `total` may be unknown (None).
 
         with progress(len(files), "reading", "files") as bar:
             for file in files:
@@ -88,10 +80,11 @@ def progress(total: float | None, description: str, unit: str = "items") -> Iter
     try:
         yield bar
     finally:
-        if bar._bar is not None:
-            bar._bar.stop()
-    if bar._bar is not None:
-        notice(f"{description}: {bar.figures} in {duration(time.monotonic() - bar.started)}")
+        if bar.display is not None:
+            bar.display.stop()
+    seconds = time.monotonic() - bar.started
+    if seconds > PATIENCE:
+        notice(f"{description}: {bar} in {duration(seconds)}")
 
 
 class StatusLine:

@@ -1,7 +1,7 @@
 """
-Where and in what precision this process computes: device, dtype, ranks, seed, chosen once in `open_runtime`.
-
-A float16 run needs a loss scaler (`scale_loss`); float32 and bfloat16 do not. Nothing else in the project probes for a device.
+Where and in which precision this process computes: device, dtype, ranks and seed, chosen once by
+`open_runtime`. Nothing else in the project probes for a device. Training in float16 needs a loss
+scaler (train/loop.py); float32 and bfloat16 do not.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the rest of the program needs to know of the machine; immutable for the process's life."""
+    """What the rest of the program needs to know of the machine; fixed for the process's life."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,60 +43,54 @@ class Runtime:
         return str(self.dtype).removeprefix("torch.")
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was asked; for honest clocks."""
+        """Wait until the device has finished its work, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def peak_memory(self) -> int:
-        """Bytes: the most allocated on the GPU so far, or the process's peak resident size on a CPU."""
+        """The peak in bytes: memory allocated on the GPU, or resident memory of the process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        import resource  # not on Windows, where only this figure is missing
+        import resource  # not available on Windows, where only this figure is missing
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42) -> Runtime:
     """
-    Choose the device ("auto" | "cpu" | "cuda" | "mps") and the compute dtype ("auto" | "float32" | "bfloat16" | "float16"); join the
-    process group when torchrun started us. UserError when what is asked for is not there.
+    Choose the device ("auto", "cpu", "cuda" or "mps") and the compute dtype ("auto", "float32",
+    "bfloat16" or "float16"), seed torch, and join the process group that torchrun prepared. Raises
+    UserError if the machine does not have what is asked for.
     """
-    device = _device(device_type)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"there is no dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    device = _choose_device(device_type)
+    on_gpu = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            device_id=device if device.type == "cuda" else None,
-        )
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    chosen = _auto_dtype(device) if dtype == "auto" else DTYPES[dtype]
-    if (
-        dtype == "auto" and world_size() > 1 and device.type == "cpu"
-    ):  # a measured choice: all ranks must make the same one
-        names = [str(chosen)]
-        dist.broadcast_object_list(names)
-        chosen = DTYPES[names[0].removeprefix("torch.")]
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    chosen = _fastest_dtype(device) if dtype == "auto" else DTYPES[dtype]
     torch.manual_seed(seed)
-    if device.type == "cuda":
+    if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return Runtime(device, chosen, rank(), world_size(), seed)
 
 
 def close_runtime() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def keep_freed_memory() -> bool:
     """
-    Let glibc reuse freed blocks instead of handing large ones back to the system: faulting their pages in again costs a CPU
-    training step a tenth of its time. True where it took effect (glibc's mallopt); elsewhere nothing happens.
+    Make glibc reuse freed blocks instead of returning large ones to the system: faulting their
+    pages in again costs a training step on a CPU a tenth of its time. Returns whether it took
+    effect, which it does only with glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -105,52 +99,58 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
-def _device(asked: str) -> torch.device:
-    have = {
+def _choose_device(device_type: str) -> torch.device:
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if asked == "auto":
-        asked = next(name for name, there in have.items() if there)
-    if asked not in have:
-        raise UserError(f"device_type is {asked!r}: choose auto, {', '.join(have)}")
-    if not have[asked]:
+    if device_type == "auto":
+        device_type = next(name for name in available if available[name])
+    if device_type not in available:
+        raise UserError(f"there is no device {device_type!r}: choose auto, {', '.join(available)}")
+    if not available[device_type]:
         raise UserError(
-            f"device_type is {asked} but torch {torch.__version__} sees none: use --device_type=cpu or another torch build"
+            f"--device_type={device_type} is not available to torch {torch.__version__}: use "
+            "--device_type=cpu or another build of torch"
         )
-    if asked != "cuda":
-        return torch.device(asked)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
+    if device_type != "cuda":
+        return torch.device(device_type)
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
         raise UserError(
-            f"rank {local} has no GPU of its own: this machine has {torch.cuda.device_count()}; lower --nproc_per_node"
+            f"rank {local} has no GPU, because this machine has only {count}: lower "
+            "--nproc_per_node of torchrun"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
-def _auto_dtype(device: torch.device) -> torch.dtype:
+def _fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that "auto" means on this device, the same on all ranks."""
     if device.type == "cuda":
-        return (
-            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        )
-    return hardware.faster_dtype(device) if device.type == "cpu" else torch.float32
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if device.type == "mps":
+        return torch.float32
+    choice = [hardware.faster_dtype(device)]  # measured, so that ranks may differ
+    if world_size() > 1:
+        dist.broadcast_object_list(choice)
+    return choice[0]
 
 
 def compiler_missing(device: torch.device) -> str:
-    """Why torch.compile cannot work here, or '' when it can."""
+    """Why torch.compile cannot work on this device, or '' if it can."""
     if device.type == "cuda":
         try:
             import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             return "Triton is not installed"
         return ""
-    if device.type == "cpu" and not any(
-        shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++")
-    ):
-        return "no C++ compiler was found (install g++)"
-    return "" if device.type == "cpu" else f"not supported on {device.type}"
+    if device.type != "cpu":
+        return f"it is not supported on {device.type}"
+    compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+    return "" if any(map(shutil.which, compilers)) else "there is no C++ compiler (install g++)"
 
 
 def out_of_memory(e: BaseException) -> bool:
