@@ -1,15 +1,22 @@
-"""The engine: cached decoding is the full forward, rows are independent, sampling does what it says, the tool loop, replies."""
+"""
+Generation: cached decoding equals the full forward, rows are independent of each other, sampling,
+the calculator's tool calls, and rows that join a running batch or leave it.
+"""
 
 import itertools
 from types import SimpleNamespace
 
+import priors
 import pytest
 import torch
+from torch import nn
 
 from nanochat.base.common import UserError
-from nanochat.chat import generate as engine_module
-from nanochat.chat.generate import Engine, Reply, choose, clip, fit_conversation
-from nanochat.data.tokenizer import Tokenizer
+from nanochat.chat import generate
+from nanochat.chat.generate import Batch, Engine, Sampling, choose, clip
+from nanochat.chat.packed import packed_copy
+from nanochat.chat.reply import Reply, continue_text, fit_conversation
+from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
@@ -68,11 +75,16 @@ def greedy(m, prompt, n):
     return tokens[len(prompt) :]
 
 
+def with_specials(tokenizer, **ids):
+    """A tokenizer whose special tokens have other ids: assistant_end=5; -1, which is no token, by default."""
+    specials = dict.fromkeys(SPECIAL_TOKENS, -1)
+    specials |= {f"<|{name}|>": id for name, id in ids.items()}
+    return SimpleNamespace(specials=specials, encode=tokenizer.encode, decode=tokenizer.decode)
+
+
 def quiet(tokenizer, m):
-    """An engine that nothing stops: random models say <|bos|> and call tools at any time."""
-    e = Engine(m, tokenizer)
-    e._stops, e._call = set(), (-1, -1)
-    return e
+    """An engine that nothing stops: random models sample <|bos|> and tool calls at any time."""
+    return Engine(m, with_specials(tokenizer))
 
 
 # --- cached decoding
@@ -85,14 +97,15 @@ def test_decoding_is_the_full_forward_up_to_the_last_position(
     m = model(tokenizer.vocab_size, **shape)
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
     want = [greedy(m, p, 33 - len(p)) for p in prompts]
-    for passes in (8192, 3):  # the prompts in one pass, and in chunks
-        monkeypatch.setattr(engine_module, "PREFILL_TOKENS", passes)
-        monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 3)
-        rows = quiet(tokenizer, m).generate_batch(prompts, max_tokens=None, temperature=0)
-        assert [r.tokens for r in rows] == want
-        assert [r.finish for r in rows] == ["context"] * 3
+    for tokens in (8192, 3):  # the prompts in one pass, and in chunks
+        monkeypatch.setattr(generate, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(generate, "PREFILL_CHUNK", 3)
+        samples = quiet(tokenizer, m).generate_batch(prompts, max_tokens=None, temperature=0)
+        assert [s.tokens for s in samples] == want
+        assert [s.finish for s in samples] == ["context"] * 3
     for p, w in zip(prompts, want, strict=True):  # and each alone
-        assert quiet(tokenizer, m).generate_batch(p, max_tokens=None, temperature=0)[0].tokens == w
+        (alone,) = quiet(tokenizer, m).generate_batch([p], max_tokens=None, temperature=0)
+        assert alone.tokens == w
 
 
 def test_every_logit_of_cached_passes_is_that_of_the_whole(tokenizer):
@@ -117,14 +130,13 @@ def test_every_logit_of_cached_passes_is_that_of_the_whole(tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_fast_copy_computes_the_same_and_leaves_the_model_alone(tokenizer, dtype, frozen):
+def test_the_packed_copy_computes_the_same_and_leaves_the_model_alone(tokenizer, dtype, frozen):
     m = model(tokenizer.vocab_size, dtype, n_kv_head=2)
     if frozen:
         m.cast_for_inference()
     names = [name for name, _ in m.named_parameters()]
-    e = Engine(m, tokenizer)
     with torch.inference_mode():
-        body, head = e._prepared()
+        body, head = packed_copy(m)
         idx = torch.tensor([[1, 2, 3, 4]])
         got = head(body(idx, body.new_cache(1, 8))).float()
         want = torch.nn.functional.linear(m(idx), m.head_weight.to(dtype)).float()
@@ -132,21 +144,20 @@ def test_the_fast_copy_computes_the_same_and_leaves_the_model_alone(tokenizer, d
     torch.testing.assert_close(got, want, **near)
     assert [name for name, _ in m.named_parameters()] == names
     assert {p.dtype for p in m.parameters()} == {dtype if frozen else torch.float32}
-    assert (
-        e._prepared()[0] is body
-    ) == frozen  # a model in training is read anew, one at rest is prepared once
+    engine = Engine(m, tokenizer)
+    # a model in training is read anew, one without gradients is packed once
+    assert (engine.packed() is engine.packed()) == frozen
 
 
 def test_training_between_two_calls_is_seen(tokenizer):
     m = model(tokenizer.vocab_size)
     e = quiet(tokenizer, m)
-    e.generate_batch([1, 2, 3], max_tokens=4, temperature=0)
+    e.generate_batch([[1, 2, 3]], max_tokens=4, temperature=0)
     with torch.no_grad():
         for p in m.parameters():
             p.normal_(0, 0.3, generator=torch.Generator().manual_seed(7))
-    assert e.generate_batch([1, 2, 3], max_tokens=20, temperature=0)[0].tokens == greedy(
-        m, [1, 2, 3], 20
-    )
+    (sample,) = e.generate_batch([[1, 2, 3]], max_tokens=20, temperature=0)
+    assert sample.tokens == greedy(m, [1, 2, 3], 20)
 
 
 # --- rows and seeds
@@ -155,7 +166,7 @@ def test_training_between_two_calls_is_seen(tokenizer):
 def test_rows_do_not_depend_on_their_company(tokenizer):  # trap 23
     e = quiet(tokenizer, model(tokenizer.vocab_size))
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
-    alone = [e.generate_batch(p, 4, 12, seed=7) for p in prompts]
+    alone = [e.generate_batch([p], 4, 12, seed=7) for p in prompts]
     for n in (1, 2, 4):
         rows = e.generate_batch(prompts, n, 12, seed=[7, 7, 7])
         for p, s in itertools.product(range(3), range(n)):
@@ -169,15 +180,14 @@ def test_rows_do_not_depend_on_their_company(tokenizer):  # trap 23
 
 
 def test_samples_differ_from_their_first_token_on(tokenizer):  # trap 23
-    rows = quiet(tokenizer, model(tokenizer.vocab_size)).generate_batch(
-        [1, 2, 3], num_samples=16, max_tokens=3
-    )
+    e = quiet(tokenizer, model(tokenizer.vocab_size))
+    rows = e.generate_batch([[1, 2, 3]], num_samples=16, max_tokens=3)
     assert len({r.tokens[0] for r in rows}) > 8 and len({tuple(r.tokens) for r in rows}) == 16
 
 
 def test_the_stream_brings_what_the_batch_returns(tokenizer):
     e = Engine(model(tokenizer.vocab_size), tokenizer)
-    rows = e.generate_batch([1, 2, 3], num_samples=5, max_tokens=20, seed=1)
+    rows = e.generate_batch([[1, 2, 3]], num_samples=5, max_tokens=20, seed=1)
     tokens, finish = [[] for _ in rows], [""] * 5
     for step in e.generate([1, 2, 3], num_samples=5, max_tokens=20, seed=1):
         for t in step:
@@ -188,30 +198,126 @@ def test_the_stream_brings_what_the_batch_returns(tokenizer):
     assert tokens == [r.tokens for r in rows] and finish == [r.finish for r in rows]
 
 
-def test_finished_rows_leave_the_batch(tokenizer):
-    """Rows stop at different times; the rest go on unmoved and the cache holds them alone."""
-    m, want = model(tokenizer.vocab_size), {}
-    e = quiet(tokenizer, m)
-    e._stops = set(range(0, tokenizer.vocab_size, 9))
-    sizes = []
-    forward = engine_module._forward
+def test_finished_rows_leave_the_batch(tokenizer, monkeypatch):
+    """Rows stop at different times; the others continue unchanged, and only they are computed."""
+    m = model(tokenizer.vocab_size)
+    prompts, seeds = [[i + 1] for i in range(8)], list(range(8))
+    endless = quiet(tokenizer, m).generate_batch(prompts, max_tokens=25, seed=seeds)
+    ends = {"assistant_end": endless[0].tokens[5], "bos": endless[1].tokens[12]}
+    e = Engine(m, with_specials(tokenizer, **ends))
+    want = [
+        e.generate_batch([p], max_tokens=25, seed=[s])[0]
+        for p, s in zip(prompts, seeds, strict=True)
+    ]
 
-    def watched(body, cache, tokens):
-        sizes.append(len(tokens))
-        return forward(body, cache, tokens)
-
-    for i in range(8):
-        want[i] = e.generate_batch([i + 1], max_tokens=25, seed=[i])[0]
-    engine_module._forward = watched
-    try:
-        rows = e.generate_batch([[i + 1] for i in range(8)], max_tokens=25, seed=list(range(8)))
-    finally:
-        engine_module._forward = forward
-    assert rows == list(want.values())
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 8 and sizes[-1] < 4
-    assert {r.finish for r in rows} >= {"stop"} and all(
-        r.stop in e._stops for r in rows if r.finish == "stop"
+    passes = []
+    forward = GPT.forward
+    monkeypatch.setattr(
+        GPT,
+        "forward",
+        lambda self, idx, cache: passes.append(len(idx)) or forward(self, idx, cache),
     )
+    samples = e.generate_batch(prompts, max_tokens=25, seed=seeds)
+    assert samples == want
+    lengths = sorted(len(s.tokens) + (s.finish == "stop") for s in samples)
+    assert passes == [sum(length > step for length in lengths) for step in range(lengths[-1])]
+    stopped = [s for s in samples if s.finish == "stop"]
+    assert len(stopped) >= 2 and {s.stop for s in stopped} <= set(ends.values())
+
+
+# --- joining and leaving a running batch
+
+
+def requests(vocab_size, prompt_length):
+    """Eight requests of different prompts, seeds, samplings and lengths."""
+    g = torch.Generator().manual_seed(9)
+    samplings = [
+        Sampling(0),
+        Sampling(0.7, top_k=5),
+        Sampling(1.0),
+        Sampling(1.3, top_p=0.8),
+        Sampling(0.7, top_k=5),
+        Sampling(2.0, top_k=40, top_p=0.9),
+        Sampling(0.01),
+        Sampling(1.0, top_k=1),
+    ]
+    for i, sampling in enumerate(samplings):
+        size = 1 + i * (prompt_length - 1) // 7
+        prompt = torch.randint(0, vocab_size, (size,), generator=g).tolist()
+        yield {"prompts": [prompt], "seeds": [f"{i}/0"], "sampling": sampling, "max_tokens": 12 - i}
+
+
+def run_alone(engine, request):
+    batch = Batch(engine)
+    samples = batch.join(**request)
+    while len(batch):
+        batch.step()
+    return list(samples.values())
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_requests_that_join_a_running_batch_get_what_they_get_alone(tokenizer, tmp_path, prior):
+    if prior:
+        path = priors.write(tmp_path / "prior.safetensors", priors.terms())
+        m = priors.model_with(path, shape={"window_pattern": "SL"})
+    else:
+        m = model(tokenizer.vocab_size, n_kv_head=2, window_pattern="SL")
+    e = quiet(tokenizer, m)
+    asked = list(requests(m.config.vocab_size, m.config.sequence_len - 2))
+    want = [run_alone(e, request) for request in asked]
+
+    batch, joined = Batch(e), []
+    for wait, request in zip((0, 0, 3, 1, 0, 2, 1, 4), asked, strict=True):
+        for _ in range(wait):
+            batch.step()
+        joined.append(batch.join(**request, num_samples=2))
+    sizes = []
+    while len(batch):
+        sizes.append(len(batch))
+        batch.step()
+    assert max(sizes) > 4 and min(sizes) < 4
+    assert [list(samples.values())[:1] for samples in joined] == want
+    numbers = [number for samples in joined for number in samples]
+    assert numbers == list(range(16))
+
+
+def test_every_step_brings_a_token_for_every_row(tokenizer):
+    batch, counts = Batch(quiet(tokenizer, model(tokenizer.vocab_size))), {}
+    for start in range(3):
+        joined = batch.join([[1, 2], [3]], ["a", "b"], Sampling(), 5)
+        counts |= dict.fromkeys(joined, 0)
+        tokens = batch.step()
+        assert [t.row for t in tokens] == list(range(2 * start + 2))
+        for token in tokens:
+            counts[token.row] += 1
+    while tokens := batch.step():
+        for token in tokens:
+            counts[token.row] += 1
+            assert token.finish == ("length" if counts[token.row] == 5 else "")
+    assert set(counts.values()) == {5} and len(batch) == 0
+
+
+def test_a_cancelled_row_leaves_and_changes_no_other(tokenizer):
+    e = quiet(tokenizer, model(tokenizer.vocab_size))
+    prompts = [[1], [2, 3], [4, 5, 6]]
+    want = e.generate_batch(prompts, max_tokens=9, seed=[0, 1, 2])
+    batch = Batch(e)
+    samples = batch.join(prompts, ["0/0", "1/0", "2/0"], Sampling(), 9)
+    batch.step()
+    batch.step()
+    batch.cancel(0)
+    batch.cancel(77)  # never was in the batch
+    assert len(batch) == 2
+    while len(batch):
+        assert all(token.row != 0 for token in batch.step())
+    batch.cancel(1)  # has finished
+    assert samples[0].finish == "cancelled" and samples[0].tokens == want[0].tokens[:2]
+    assert [samples[1], samples[2]] == want[1:]
+    assert batch.step() == []
+    again = batch.join([[4, 5, 6]], ["2/0"], Sampling(), 9)  # an emptied batch serves on
+    while len(batch):
+        batch.step()
+    assert list(again.values()) == want[2:]
 
 
 # --- sampling
@@ -224,46 +330,39 @@ def test_ids_in_the_padding_are_never_sampled(tokenizer):  # trap 14, even with 
         m.head.weight[m.config.vocab_size :] = 1e3
     e = quiet(tokenizer, m)
     for temperature in (0, 1, 100):
-        rows = e.generate_batch([1, 2], 8, 20, temperature)
+        rows = e.generate_batch([[1, 2]], 8, 20, temperature)
         assert max(max(r.tokens) for r in rows) < tokenizer.vocab_size
 
 
 def test_choose():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     p = torch.softmax(logits.double(), -1)[0]
-    assert (
-        choose(logits, [0.9], temperature=0)
-        == [1]
-        == choose(logits, [0.999], top_k=1)
-        == choose(logits, [0.999], top_p=0.01)
-    )
+    assert choose(logits, [0.9], Sampling(temperature=0)) == [1]
+    assert choose(logits, [0.999], Sampling(top_k=1)) == [1]
+    assert choose(logits, [0.999], Sampling(top_p=0.01)) == [1]
     n = 4000
-    u = [(i + 0.5) / n for i in range(n)]
+    uniform = [(i + 0.5) / n for i in range(n)]
+
+    def shares(**sampling):
+        ids = choose(logits.expand(n, 4), uniform, Sampling(**sampling))
+        return torch.bincount(torch.tensor(ids), minlength=4).double() / n
+
     for top_k in (None, 0, 4, 99):
-        share = (
-            torch.bincount(torch.tensor(choose(logits.expand(n, 4), u, top_k=top_k)), minlength=4)
-            / n
-        )
-        torch.testing.assert_close(share.double(), p, atol=1e-3, rtol=0)
-    assert set(choose(logits.expand(n, 4), u, top_k=2)) == {1, 3}
-    assert set(choose(logits.expand(n, 4), u, top_p=float(p[1]) + 0.01)) == {
-        1,
-        3,
-    }  # the token that crosses the threshold stays
-    assert set(choose(logits.expand(n, 4), u, top_p=float(p[1]) - 0.01)) == {1}
-    assert set(choose(logits.expand(n, 4), u, temperature=1e-4)) == {1}
-    hot = (
-        torch.bincount(torch.tensor(choose(logits.expand(n, 4), u, temperature=1e4)), minlength=4)
-        / n
-    )
-    torch.testing.assert_close(hot, torch.full((4,), 0.25), atol=2e-3, rtol=0)
+        torch.testing.assert_close(shares(top_k=top_k), p, atol=1e-3, rtol=0)
+    assert shares(top_k=2).nonzero().flatten().tolist() == [1, 3]
+    crossing = shares(top_p=float(p[1]) + 0.01)  # the token that crosses the threshold stays
+    assert crossing.nonzero().flatten().tolist() == [1, 3]
+    assert shares(top_p=float(p[1]) - 0.01)[1] == 1
+    assert shares(temperature=1e-4)[1] == 1
+    even = torch.full((4,), 0.25, dtype=torch.float64)
+    torch.testing.assert_close(shares(temperature=1e4), even, atol=2e-3, rtol=0)
 
 
 def test_choose_at_the_edges_takes_only_possible_tokens():
     logits = torch.tensor([[float("-inf"), 1.0, float("-inf")], [0.0, -200.0, float("-inf")]])
     for u in (0.0, 1 - 2**-53):
-        assert choose(logits, [u, u]) == [1, 0]
-        assert choose(logits, [u, u], top_k=3) == [1, 0] == choose(logits, [u, u], top_p=0.999)
+        for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.999)):
+            assert choose(logits, [u, u], sampling) == [1, 0]
 
 
 def test_senseless_sampling_is_refused(tokenizer):
@@ -276,9 +375,11 @@ def test_senseless_sampling_is_refused(tokenizer):
         {"temperature": float("nan")},
     ):
         with pytest.raises(UserError, match="top_p above 0"):
-            e.generate_batch([1], **bad)
+            e.generate_batch([[1]], **bad)
     with pytest.raises(ValueError, match="at least one token"):
         e.generate_batch([[1], []])
+    with pytest.raises(ValueError, match="at least one sample"):
+        e.generate_batch([[1]], num_samples=0)
     assert e.generate_batch([]) == []
 
 
@@ -296,7 +397,7 @@ def test_clip():
 def test_long_prompts_keep_bos_and_their_end(tokenizer):
     m = model(tokenizer.vocab_size)
     prompt = [tokenizer.bos, *range(60)]
-    row = quiet(tokenizer, m).generate_batch(prompt, temperature=0)[0]
+    (row,) = quiet(tokenizer, m).generate_batch([prompt], temperature=0)
     assert row.prompt == [tokenizer.bos, *range(30, 60)] and row.dropped == 30
     assert row.finish == "context" and row.tokens == greedy(m, row.prompt, 2)
 
@@ -310,14 +411,14 @@ def test_lengths_and_reasons(tokenizer):
         ("context", 3),
         ("length", 10),
     ]
-    assert [(r.finish, r.tokens) for r in e.generate_batch([1], max_tokens=0)] == [("length", [])]
+    assert [(r.finish, r.tokens) for r in e.generate_batch([[1]], max_tokens=0)] == [("length", [])]
 
 
 # --- the calculator
 
 
-class Script:
-    """A model whose row says what its script holds after the prompt; the first token of the prompt names the script."""
+class Script(nn.Module):
+    """A model whose row continues as its script says; the first token of the prompt names the script."""
 
     class Cache:
         def __init__(self, rows):
@@ -331,24 +432,30 @@ class Script:
         def expand(self, rows):
             return Script.Cache([list(self.rows[r]) for r in rows])
 
+        def append(self, other):
+            self.rows += other.rows
+
         def drop(self, row):
             self.rows[row] = self.rows[-1]
             self.rows.pop()
 
     def __init__(self, vocab_size, scripts, prompt_length, context=200):
-        self.config = SimpleNamespace(sequence_len=context, vocab_size=vocab_size, softcap=0.0)
-        self.scripts, self.start, self.histories = scripts, prompt_length, set()
+        super().__init__()
+        self.config = SimpleNamespace(sequence_len=context, softcap=0.0)
+        self.scripts, self.start = scripts, prompt_length
+        self.blocks, self.compute_dtype = nn.ModuleList(), torch.float32
+        self.cos = self.sin = torch.zeros(0)
+        self.head_weight = torch.eye(vocab_size)  # hidden states are logits
 
     def new_cache(self, batch, capacity):
         return self.Cache([[] for _ in range(batch)])
 
-    def __call__(self, idx, cache):
+    def forward(self, idx, cache):
         cache.new = idx.tolist()
-        out = torch.zeros(*idx.shape, self.config.vocab_size)
+        out = torch.zeros(*idx.shape, len(self.head_weight))
         for b, new in enumerate(cache.new):
             for t in range(len(new)):
                 seen = cache.rows[b] + new[: t + 1]
-                self.histories.add(tuple(seen))
                 script = self.scripts.get(seen[0], [])
                 at = len(seen) - self.start
                 out[b, t, script[at] if 0 <= at < len(script) else 0] = 100.0
@@ -356,10 +463,7 @@ class Script:
 
 
 def scripted(tokenizer, scripts, prompt_length=1, context=200):
-    m = Script(tokenizer.vocab_size, scripts, prompt_length, context)
-    e = Engine(m, tokenizer)
-    e._prepared = lambda: (m, torch.nn.Identity())
-    return e
+    return Engine(Script(tokenizer.vocab_size, scripts, prompt_length, context), tokenizer)
 
 
 def call(tokenizer, expression):
@@ -372,9 +476,7 @@ def output(tokenizer, text):
     return [s["<|output_start|>"], *tokenizer.encode(text), s["<|output_end|>"]]
 
 
-@pytest.mark.parametrize("feed", [1, 64])  # what is forced a token a step, or at once
-def test_the_calculator_answers_in_every_row(tokenizer, feed, monkeypatch):
-    monkeypatch.setattr(engine_module, "FEED_TOKENS", feed)
+def test_the_calculator_answers_in_every_row(tokenizer):
     end = [tokenizer.specials["<|assistant_end|>"]]
     word = tokenizer.encode("The cat sat on the mat.")
     square = call(tokenizer, "9999*9999") + output(tokenizer, "99980001")
@@ -400,52 +502,49 @@ def test_the_calculator_answers_in_every_row(tokenizer, feed, monkeypatch):
 
 def test_forced_tokens_end_at_the_limit(tokenizer):
     said = call(tokenizer, "9999*9999")
-    rows = scripted(tokenizer, {1: said}).generate_batch(
-        [1], max_tokens=len(said) + 2, temperature=0
-    )
-    assert rows[0].tokens == said + output(tokenizer, "99980001")[:2] and rows[0].finish == "length"
-    assert rows[0].mask == [1] * len(said) + [0, 0]
-    rows = scripted(tokenizer, {1: said}, context=len(said) + 1).generate_batch(
-        [1], max_tokens=99, temperature=0
-    )
-    assert (
-        rows[0].tokens == said + output(tokenizer, "99980001")[:1] and rows[0].finish == "context"
-    )
+    forced = output(tokenizer, "99980001")
+    e = scripted(tokenizer, {1: said})
+    (sample,) = e.generate_batch([[1]], max_tokens=len(said) + 2, temperature=0)
+    assert sample.tokens == said + forced[:2] and sample.finish == "length"
+    assert sample.mask == [1] * len(said) + [0, 0]
+    e = scripted(tokenizer, {1: said}, context=len(said) + 1)
+    (sample,) = e.generate_batch([[1]], max_tokens=99, temperature=0)
+    assert sample.tokens == said + forced[:1] and sample.finish == "context"
 
 
-@pytest.mark.parametrize("feed", [1, 64])
-def test_the_model_sees_what_the_calculator_said(tokenizer, feed, monkeypatch):
-    """A real model, ragged rows, several forced tokens at once: every row's tokens are those of full forwards."""
-    monkeypatch.setattr(engine_module, "FEED_TOKENS", feed)
+def test_the_model_sees_the_output_of_the_calculator(tokenizer):
+    """A real model and ragged rows: every row continues as full forwards do, forced tokens included."""
     m = model(tokenizer.vocab_size, n_kv_head=2, sequence_len=48)
-    e = Engine(m, tokenizer)
-    e._stops = set()
     prompts = [[1], [2, 3, 4], [5, 6], [7, 8, 9, 10]]
-    first = [greedy(m, p, 1)[0] for p in prompts]
-    e._call = (-1, first[0])  # what row 0 says first ends a call that we open by hand
-    opened = e._open
-
-    def open_with_a_call(*args):
-        rows, live = opened(*args)
-        for r in live:
-            r.call = tokenizer.encode("6*7")
-        return rows, live
-
-    e._open = open_with_a_call
-    answer = output(tokenizer, "42")
-    for p, row in zip(
-        prompts, e.generate_batch(prompts, max_tokens=16, temperature=0), strict=True
-    ):
-        tokens, called = list(p), False
-        while len(tokens) - len(p) < 16:
+    plain = greedy(m, prompts[0], 16)
+    start, end = plain[0], next(t for t in plain if t != plain[0])
+    words = with_specials(tokenizer, python_start=start, python_end=end, output_start=11)
+    words.specials["<|output_end|>"] = 12
+    words.decode = lambda ids: "6*7"
+    forced = [11, *tokenizer.encode("42"), 12]
+    samples = Engine(m, words).generate_batch(prompts, max_tokens=16, temperature=0)
+    calls = 0
+    for prompt, sample in zip(prompts, samples, strict=True):
+        tokens, is_open = list(prompt), False
+        while len(tokens) - len(prompt) < 16:
             tokens += greedy(m, tokens, 1)
-            if tokens[-1] == first[0] and not called:
-                tokens += answer
-                called = True
-        assert row.tokens == tokens[len(p) : len(p) + 16]
+            if is_open and tokens[-1] == end:
+                tokens += forced
+                calls += 1
+            is_open = tokens[-1] == start or (is_open and tokens[-1] not in (end, 12))
+        assert sample.tokens == tokens[len(prompt) : len(prompt) + 16]
+    assert calls > 0
 
 
 # --- replies
+
+
+def reply_to(tokenizer, script, **sampling):
+    """(the reply of a scripted model to a question, its pieces, the prompt)."""
+    prompt = tokenizer.render_prompt({"messages": [{"role": "user", "content": "What is 12+30?"}]})
+    e = scripted(tokenizer, {tokenizer.bos: script}, len(prompt))
+    reply = Reply(tokenizer)
+    return reply, list(reply.stream(e.generate(prompt, temperature=0, **sampling))), prompt
 
 
 def test_a_reply_streams_text_and_tool_calls(tokenizer):
@@ -454,57 +553,44 @@ def test_a_reply_streams_text_and_tool_calls(tokenizer):
         *call(tokenizer, "12+30"),
         *output(tokenizer, "42"),
         *tokenizer.encode("42. 😀"),
+        tokenizer.specials["<|assistant_end|>"],
     ]
-    said.append(tokenizer.specials["<|assistant_end|>"])
-    conversation = {"messages": [{"role": "user", "content": "What is 12+30?"}]}
-    prompt = tokenizer.render_prompt(conversation)
-    r = Reply(scripted(tokenizer, {tokenizer.bos: said}, len(prompt)), conversation, temperature=0)
-    pieces = list(r)
+    reply, pieces, prompt = reply_to(tokenizer, said)
     assert "".join(text for kind, text in pieces if kind == "text") == "It is 42. 😀"
     assert [p for p in pieces if p[0] != "text"] == [("python", "12+30"), ("python_output", "42")]
     parts = [("text", "It is "), ("python", "12+30"), ("python_output", "42"), ("text", "42. 😀")]
-    assert r.content == [{"type": kind, "text": text} for kind, text in parts]
-    assert r.finish == "stop" and r.tokens == len(said) and r.prompt == prompt
-    whole = [*conversation["messages"], {"role": "assistant", "content": r.content}]
-    assert (
-        tokenizer.render_conversation({"messages": whole})[0] == prompt + said
-    )  # what it said is what it will be shown
+    assert reply.content == [{"type": kind, "text": text} for kind, text in parts]
+    assert reply.finish == "stop" and reply.tokens == len(said)
+    question = {"role": "user", "content": "What is 12+30?"}
+    whole = [question, {"role": "assistant", "content": reply.content}]
+    # what the model said is what it is shown in the next turn
+    assert tokenizer.render_conversation({"messages": whole})[0] == prompt + said
 
 
 def test_a_reply_never_splits_a_character(tokenizer):  # trap 16
     text = "Grüße 😀🦄 世界"
     said = [tokenizer.ranks[bytes([b])] for b in text.encode()]  # every byte a token of its own
-    conversation = {"messages": [{"role": "user", "content": "hi"}]}
-    prompt = tokenizer.render_prompt(conversation)
-    r = Reply(
-        scripted(tokenizer, {tokenizer.bos: [*said, tokenizer.bos]}, len(prompt)),
-        conversation,
-        temperature=0,
-    )
-    pieces = [p for _, p in r]
-    assert (
-        "".join(pieces) == text == r.content
-        and all("�" not in p for p in pieces)
-        and len(pieces) == len(text)
-    )
-    cut = Reply(
-        scripted(tokenizer, {tokenizer.bos: said}, len(prompt)),
-        conversation,
-        temperature=0,
-        max_tokens=9,
-    )
-    assert "".join(p for _, p in cut) == "Grüße �" and cut.finish == "length"
+    reply, pieces, _ = reply_to(tokenizer, [*said, tokenizer.bos])
+    texts = [piece for _, piece in pieces]
+    assert "".join(texts) == text == reply.content and len(texts) == len(text)
+    assert all("�" not in piece for piece in texts)
+    reply, pieces, _ = reply_to(tokenizer, said, max_tokens=9)
+    assert "".join(piece for _, piece in pieces) == "Grüße �" and reply.finish == "length"
 
 
 def test_a_reply_that_stops_inside_a_call_loses_nothing(tokenizer):
     said = [tokenizer.specials["<|user_start|>"], *call(tokenizer, "1+1")[:-1], tokenizer.bos]
-    conversation = {"messages": [{"role": "user", "content": "hi"}]}
-    r = Reply(
-        scripted(tokenizer, {tokenizer.bos: said}, len(tokenizer.render_prompt(conversation))),
-        conversation,
-        temperature=0,
-    )
-    assert list(r) == [("python", "1+1")] and r.finish == "stop"
+    reply, pieces, _ = reply_to(tokenizer, said)
+    assert pieces == [("python", "1+1")] and reply.finish == "stop"
+
+
+def test_text_is_continued_in_whole_characters_without_special_tokens(tokenizer):
+    said = [tokenizer.ranks[bytes([b])] for b in "é 😀".encode()]
+    said.insert(2, tokenizer.specials["<|user_start|>"])
+    start = len(tokenizer.encode("The cat", bos=True))
+    e = scripted(tokenizer, {tokenizer.bos: [*said, tokenizer.bos]}, start)
+    pieces = list(continue_text(e, "The cat", temperature=0))
+    assert "".join(pieces) == "é 😀" and all("�" not in piece for piece in pieces)
 
 
 def test_long_conversations_lose_their_oldest_exchanges(tokenizer):

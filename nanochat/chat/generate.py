@@ -1,35 +1,34 @@
 """
-Generation: one prefill for n samples, ragged batches of different prompts, sampling, the calculator's tool loop, replies in a chat.
+Generation: a Batch decodes many rows together, each with its own prompt, sampling and seed; an
+Engine drives a Batch until all its rows have finished.
 
-A row's tokens depend on its prompt, its seed and its number, and on nothing else in the batch (but for the last bits of products that
-kernels round differently for other shapes). A row ends with "stop" (it said <|assistant_end|> or <|bos|>), "length" (max_tokens) or
-"context" (sequence_len positions are filled). A prompt of sequence_len tokens or more keeps its first token (<|bos|>) and its end, and
-the row says how many it lost. Nothing here trains, or changes the model.
+A row's tokens depend on its own prompt, sampling and seed alone, not on the other rows (but for the
+last bits of products, which kernels round differently for other shapes). A row finishes with "stop"
+(it sampled <|assistant_end|> or <|bos|>), "length" (max_tokens), "context" (sequence_len positions
+are filled) or "cancelled". A prompt of sequence_len tokens or more keeps its first token (<|bos|>)
+and its end; the sample says how many tokens were dropped. When a row closes a tool call, the
+calculator's output is forced into it. Nothing here trains or changes the model.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.base.common import UserError
+from nanochat.chat.packed import packed_copy
 from nanochat.chat.tools import calculate
-from nanochat.data.tokenizer import PART_TOKENS, StreamDecoder, Tokenizer
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.cache import KVCache
-from nanochat.model.gpt import GPT, Linear
+from nanochat.model.gpt import GPT
 from nanochat.model.loss import capped
 
-PREFILL_TOKENS = (
-    8192  # of all rows in one pass over the prompts: bounds its memory, changes no result
-)
-PREFILL_CHUNK = 64  # tokens a row at least in such a pass
-FEED_TOKENS = 64  # what the calculator said is fed at once while rows x tokens stay below this, else a token a step
+PREFILL_TOKENS = 8192  # of all rows per pass over their prompts: bounds memory, changes no result
+PREFILL_CHUNK = 64  # tokens per row and pass, at least
 
 
 class Token(NamedTuple):
@@ -37,45 +36,58 @@ class Token(NamedTuple):
 
     row: int
     id: int
-    sampled: bool  # False: forced, the calculator's output
-    finish: str  # "" while the row goes on; else "stop" (then id is the stop token), "length" or "context"
+    finish: str  # "" while the row continues, else why it ended; with "stop", id is the stop token
 
 
 @dataclass
 class Sample:
-    """What became of one sample. `tokens` are the new ones without the stop token, which is in `stop`; `mask` is 1 where sampled."""
+    """What a row has generated."""
 
     prompt: list[int]  # as it was fed
-    dropped: int  # tokens that the prompt lost because it was longer than the context
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
+    dropped: int  # tokens cut from a prompt longer than the context
+    tokens: list[int] = field(default_factory=list)  # the new ones, without the stop token
+    mask: list[int] = field(default_factory=list)  # per token: 1 sampled, 0 forced
     finish: str = ""
-    stop: int | None = None
+    stop: int | None = None  # the stop token
 
 
-@dataclass
-class _Live:
-    """A row that is being generated."""
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How a row draws its tokens. Temperature 0 takes the likeliest token; top_k keeps that many of
+    the likeliest (None or 0: all), top_p the fewest that hold that share of the probability.
+    """
 
-    number: int
-    row: Sample
-    limit: int  # new tokens at most
-    reason: str  # why they are no more
-    random: Random
-    pending: list[int] = field(default_factory=list)  # decided, not yet fed
-    call: list[int] | None = None  # what an open tool call holds so far
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        share = 1.0 if self.top_p is None else self.top_p
+        # `not >=` also catches NaN
+        if not self.temperature >= 0 or (self.top_k or 0) < 0 or not 0 < share <= 1:
+            raise UserError(
+                f"cannot sample with temperature={self.temperature}, top_k={self.top_k}, "
+                f"top_p={self.top_p}: temperature and top_k must be at least 0, "
+                "top_p above 0 and at most 1"
+            )
 
 
 class Engine:
-    """Generates with a model. One that may still be trained is read anew at every call; one without gradients is prepared once."""
+    """
+    Generates with a model. The weights of a model in training are read anew for every Batch; those
+    of a model without gradients are prepared once.
+    """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        s = tokenizer.specials
-        self._stops = {s["<|assistant_end|>"], s["<|bos|>"]}
-        self._call = s["<|python_start|>"], s["<|python_end|>"]
-        self._output = s["<|output_start|>"], s["<|output_end|>"]
-        self._fast: tuple[GPT, nn.Module] | None = None
+        self._packed: tuple[GPT, nn.Module] | None = None
+
+    def packed(self) -> tuple[GPT, nn.Module]:
+        """The model's body and head, laid out for decoding."""
+        if self._packed is None or any(p.requires_grad for p in self.model.parameters()):
+            self._packed = packed_copy(self.model)
+        return self._packed
 
     def generate(
         self,
@@ -88,19 +100,18 @@ class Engine:
         seed: int = 42,
     ) -> Iterator[list[Token]]:
         """
-        Stream num_samples continuations of one prompt: every item is the tokens that a step brought, those of a row in order.
-        Temperature 0 takes the likeliest token, top_k 0 or None leaves all of them in play, top_p the fewest that hold that share;
-        max_tokens None goes on to the context's end.
+        Stream num_samples continuations of one prompt: each item holds the tokens of one step,
+        those of a row in order. max_tokens None continues to the end of the context.
         """
-        for _, step in self._run(
-            [tokens], num_samples, max_tokens, temperature, top_k, top_p, seed
-        ):
-            if step:
-                yield step
+        batch = Batch(self)
+        sampling = Sampling(temperature, top_k, top_p)
+        batch.join([tokens], [f"{seed}/0"], sampling, max_tokens, num_samples)
+        while len(batch):
+            yield batch.step()
 
     def generate_batch(
         self,
-        prompts: Sequence[int] | Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]],
         num_samples: int = 1,
         max_tokens: int | None = 256,
         temperature: float = 1.0,
@@ -109,317 +120,233 @@ class Engine:
         seed: int | Sequence[int] = 42,
     ) -> list[Sample]:
         """
-        num_samples rows for one prompt or for each of several, prompt by prompt. `seed` may be one for each prompt: a prompt with its own
-        seed gives the same rows wherever it stands; with one seed for all, prompt number i always draws the same numbers.
+        num_samples samples of each prompt, prompt by prompt. With one seed per prompt, a prompt
+        gives the same samples at any position in the list; with one seed for all, prompt number i
+        always draws the same random numbers.
         """
-        several = [prompts] if prompts and isinstance(prompts[0], int) else prompts
-        rows: list[Sample] = []
-        for rows, _ in self._run(  # noqa: B007
-            cast(Sequence[Sequence[int]], several),
-            num_samples,
-            max_tokens,
-            temperature,
-            top_k,
-            top_p,
-            seed,
-        ):
-            pass
-        return rows
+        if isinstance(seed, int):
+            seeds = [f"{seed}/{i}" for i in range(len(prompts))]
+        else:
+            seeds = [f"{own_seed}/0" for own_seed in seed]
+        batch = Batch(self)
+        sampling = Sampling(temperature, top_k, top_p)
+        samples = batch.join(prompts, seeds, sampling, max_tokens, num_samples)
+        while len(batch):
+            batch.step()
+        return list(samples.values())
+
+
+@dataclass(eq=False)
+class _Row:
+    """A sample under way."""
+
+    number: int
+    sample: Sample
+    sampling: Sampling
+    limit: int  # new tokens, at most
+    limit_reason: str  # the finish of a row that reaches its limit
+    random: Random
+    hidden: Any = None  # (D,) the hidden state of the last token fed
+    pending: list[int] = field(default_factory=list)  # tokens decided but not yet fed
+    call: list[int] | None = None  # the tokens of an open tool call
+
+
+class Batch:
+    """
+    Rows that are decoded together. Prompts join at any time, each step gives every row its next
+    token, and rows leave when they finish or are cancelled. len() counts the rows in the batch.
+    """
+
+    def __init__(self, engine: Engine):
+        self._tokenizer, self._config = engine.tokenizer, engine.model.config
+        self._body, self._head = engine.packed()
+        self._rows: list[_Row] = []  # in the order of the cache's rows
+        self._cache: Any = None  # a KVCache once rows have joined
+        self._joined = 0  # rows so far, which numbers them
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     @torch.inference_mode()
-    def _run(
+    def join(
         self,
         prompts: Sequence[Sequence[int]],
-        n: int,
-        max_tokens: int | None,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int | Sequence[int],
-    ) -> Iterator[tuple[list[Sample], list[Token]]]:
-        """Generate n rows of each prompt; yields all rows and what the last step brought, at least once."""
-        if (
-            not temperature >= 0
-            or (top_k or 0) < 0
-            or not 0 < (1.0 if top_p is None else top_p) <= 1
-        ):  # `not >=` also catches NaN
-            given = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
-            raise UserError(
-                f"{given}: temperature and top_k must be 0 or above, top_p above 0 and at most 1"
-            )
-        rows, live = self._open(prompts, n, max_tokens, seed)
-        yield rows, []
-        if not live:
-            return
-        body, head = self._prepared()
-        cap = self.model.config.softcap
-        capacity = max(
-            min(len(r.row.prompt) + r.limit - 1, self.model.config.sequence_len) for r in live
-        )
-        cache, hidden = _prefill(body, [rows[i].prompt for i in range(0, len(rows), n)], capacity)
-        if n > 1:
-            copies = [p for p in range(len(prompts)) for _ in range(n)]
-            cache, hidden = cache.expand(copies), hidden[copies]
-        while True:
-            ready = [r for r in live if not r.pending]
-            logits = capped(head(hidden), cap)
-            chosen = choose(logits, [r.random.random() for r in ready], temperature, top_k, top_p)
-            step = [t for r, token in zip(ready, chosen, strict=True) for t in self._take(r, token)]
-            for at in reversed(range(len(live))):
-                if live[at].row.finish:
-                    cache.drop(at)
-                    live[at] = live[-1]
-                    live.pop()
-            yield rows, step
-            if not live:
-                return
-            hidden = _feed(body, cache, live)
-
-    def _open(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        max_tokens: int | None,
-        seed: int | Sequence[int],
-    ):
-        """All rows, and those of them that are to be generated."""
-        context = self.model.config.sequence_len
-        if not all(prompts) or n < 1:
+        seeds: Sequence[str],
+        sampling: Sampling,
+        max_tokens: int | None = 256,
+        num_samples: int = 1,
+    ) -> dict[int, Sample]:
+        """
+        Add num_samples rows for each prompt and read the prompts; sample i of a prompt draws from
+        the seed "SEED/i". Returns {row number: its sample}; the samples grow with every step.
+        Raises ValueError for an empty prompt or num_samples < 1.
+        """
+        if not all(prompts) or num_samples < 1:
             raise ValueError(
-                "generation needs at least one sample, and a prompt of at least one token: begin with <|bos|>"
+                "generation needs at least one sample, and a prompt of at least one token: "
+                "begin with <|bos|>"
             )
-        rows, live = [], []
-        for p, prompt in enumerate(prompts):
-            key = f"{seed}/{p}" if isinstance(seed, int) else f"{seed[p]}/0"
+        context = self._config.sequence_len
+        rows: list[_Row] = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
             kept = clip(prompt, max(1, context - 1))
             room = context + 1 - len(kept)  # the last new token need not be fed
             limit = room if max_tokens is None else min(max_tokens, room)
-            for sample in range(n):
-                row = Sample(kept, len(prompt) - len(kept), finish="" if limit > 0 else "length")
-                reason = "length" if limit == max_tokens else "context"
-                live += (
-                    [_Live(len(rows), row, limit, reason, Random(f"{key}/{sample}"))]
-                    if limit > 0
-                    else []
-                )
-                rows.append(row)
-        return rows, live
+            reason = "length" if limit == max_tokens else "context"
+            for i in range(num_samples):
+                sample = Sample(kept, len(prompt) - len(kept), finish="" if limit > 0 else reason)
+                number, random = self._joined + len(rows), Random(f"{seed}/{i}")
+                rows.append(_Row(number, sample, sampling, limit, reason, random))
+        self._joined += len(rows)
+        if rows and not rows[0].sample.finish:
+            self._prefill(rows, num_samples)
+        return {row.number: row.sample for row in rows}
 
-    def _take(self, r: _Live, token: int) -> list[Token]:
-        """Add a sampled token to a row, and what the calculator answers if it ends a call."""
-        if token in self._stops:
-            r.row.finish, r.row.stop = "stop", token
-            return [Token(r.number, token, True, "stop")]
-        new = [token]
-        if token == self._call[0]:
-            r.call = []
-        elif token == self._call[1] and r.call is not None:
-            result, r.call = calculate(self.tokenizer.decode(r.call)), None
-            if result is not None:
-                new += [self._output[0], *self.tokenizer.encode(result), self._output[1]]
-        elif r.call is not None:
-            r.call.append(token)
-        new = new[: r.limit - len(r.row.tokens)]
-        r.row.tokens += new
-        r.row.mask += [1] + [0] * (len(new) - 1)
-        r.pending += new
-        if len(r.row.tokens) == r.limit:
-            r.row.finish = r.reason
-        return [
-            Token(r.number, t, i == 0, r.row.finish if i == len(new) - 1 else "")
-            for i, t in enumerate(new)
-        ]
-
-    def _prepared(self) -> tuple[GPT, nn.Module]:
-        """The model's body and head with weights as fast products want them."""
-        if any(p.requires_grad for p in self.model.parameters()):
-            return _fast_copy(self.model)
-        self._fast = self._fast or _fast_copy(self.model)
-        return self._fast
-
-
-# ----------------------------------------------------------------------------------------------------
-# The parts of a step
-
-
-def clip(tokens: Sequence[int], most: int) -> list[int]:
-    """At most `most` tokens: the first and the last ones."""
-    if len(tokens) <= most:
-        return list(tokens)
-    return [tokens[0], *tokens[len(tokens) - most + 1 :]][:most]
-
-
-def _prefill(body: GPT, prompts: list[list[int]], capacity: int) -> tuple[KVCache, Tensor]:
-    """A cache that holds the prompts, and the last hidden state of each (P, D)."""
-    cache = body.new_cache(len(prompts), capacity)
-    longest = max(len(p) for p in prompts)
-    chunk = max(PREFILL_CHUNK, PREFILL_TOKENS // len(prompts))
-    last: list[Any] = [None] * len(prompts)
-    for at in range(0, longest, chunk):
-        hidden, counts = _forward(body, cache, [p[at : at + chunk] for p in prompts])
-        for b, p in enumerate(prompts):
-            if at < len(p) <= at + chunk:
-                last[b] = hidden[b, counts[b] - 1]
-    return cache, torch.stack(last)
-
-
-def _feed(body: GPT, cache: KVCache, live: list[_Live]) -> Tensor:
-    """Feed what is pending, until rows are ready to be sampled from: their last hidden states (R, D), in the order of `live`."""
-    while True:
-        T = max(len(r.pending) for r in live)
-        if T * len(live) > FEED_TOKENS:
-            T = min(len(r.pending) for r in live)
-        hidden, counts = _forward(body, cache, [r.pending[:T] for r in live])
-        for r in live:
-            r.pending = r.pending[T:]
-        ready = [b for b, r in enumerate(live) if not r.pending]
-        if ready:
-            return (
-                hidden[ready, [counts[b] - 1 for b in ready]]
-                if T > 1 or len(ready) < len(live)
-                else hidden[:, 0]
-            )
-
-
-def _forward(body: GPT, cache: KVCache, tokens: list[list[int]]) -> tuple[Tensor, list[int]]:
-    """One pass over what each row has next, padded on the right to the longest: hidden states (B, T, D) and the counts of real tokens."""
-    counts = [len(t) for t in tokens]
-    T = max(counts)
-    idx = torch.tensor([t + [0] * (T - len(t)) for t in tokens], device=cache.k.device)
-    hidden = body(idx, cache)
-    cache.advance(counts)
-    return hidden, counts
-
-
-def choose(
-    logits: Tensor,
-    u: list[float],
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> list[int]:
-    """
-    One token a row of logits (R, V), by inverting the cumulative distribution at the row's own number u in [0, 1).
-    Ties at temperature 0 go to the lower id.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1).tolist()
-    index = None
-    if 0 < (top_k or 0) < logits.size(-1) or (top_p is not None and top_p < 1):
-        logits, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    p = torch.softmax(logits.to(wide) / temperature, dim=-1)
-    if top_p is not None and top_p < 1:
-        p = p.masked_fill(
-            p.cumsum(dim=-1) - p >= top_p, 0
-        )  # the token that crosses the threshold stays
-    cdf = p.cumsum(dim=-1)
-    total = cdf[:, -1:]
-    at = torch.tensor(u, dtype=wide, device=p.device)[:, None] * total
-    picked = torch.searchsorted(
-        cdf, torch.minimum(at, torch.nextafter(total, -total)), right=True
-    )  # never beyond the last possible token
-    return (picked if index is None else index.gather(1, picked)).squeeze(1).tolist()
-
-
-class _Product(nn.Module):
-    """x W^T with W cast once; on a CPU laid out once as its library wants it, which is two to three times faster for few rows."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.weight, self.packed = weight.detach().to(dtype), None
-        if weight.device.type == "cpu":
-            try:  # private operators, those that compiled models use: without them the plain product serves
-                packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
-                torch.ops.mkldnn._linear_pointwise(self.weight[:1], packed, None, "none", [], "")
-            except (AttributeError, RuntimeError):
-                return
-            self.packed, self.weight = packed, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-
-
-def _fast_copy(model: GPT) -> tuple[GPT, nn.Module]:
-    """The model with _Product for every Linear, and its head as one; everything else is shared with the model, which stays as it is."""
-    kept = [*model.parameters(), *model.buffers(), model.cos, model.sin]
-    body = copy.deepcopy(model, memo={id(x): x for x in kept})
-    for module in list(body.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
-                setattr(
-                    module,
-                    name,
-                    nn.Identity()
-                    if module is body
-                    else _Product(child.weight, model.compute_dtype),
-                )
-    return body, _Product(model.head_weight, model.compute_dtype)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Replies in a chat
-
-
-class Reply:
-    """
-    The assistant's answer to a conversation whose last message is the user's; `sampling` are generate()'s max_tokens, temperature and
-    so on. Iterating it generates: (kind, text) pieces with the kinds of a message's parts, "text" as it comes and never with half a
-    character, "python" and "python_output" whole. Afterwards `content` is the message's content, `finish` why it ended, `tokens` how
-    many it took; `prompt` is what was asked, in tokens.
-    """
-
-    def __init__(self, engine: Engine, conversation: dict, **sampling: Any):
-        self._engine, self._sampling = engine, sampling
-        self.prompt = engine.tokenizer.render_prompt(conversation)
-        self.parts: list[dict[str, str]] = []
-        self.finish, self.tokens = "", 0
-
-    @property
-    def content(self) -> str | list[dict[str, str]]:
-        if all(part["type"] == "text" for part in self.parts):
-            return "".join(part["text"] for part in self.parts)
-        return self.parts
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        tokenizer = self._engine.tokenizer
-        decoder = StreamDecoder(tokenizer)
-        names = {i: name for name, i in tokenizer.specials.items()}
-        opens = {pair[0]: kind for kind, pair in PART_TOKENS.items() if pair}
-        closes = {pair[1] for pair in PART_TOKENS.values() if pair}
-        kind, held = "text", ""  # held: the tool's text until it is whole
-        for token in (
-            t for step in self._engine.generate(self.prompt, **self._sampling) for t in step
-        ):
-            self.tokens += 1
-            self.finish = token.finish
-            name = names.get(token.id)
-            if name is None:
-                held += decoder.push(token.id)
-            if name in opens or name in closes or token.finish:
-                held += decoder.flush()
-            if held and (kind == "text" or name in opens or name in closes or token.finish):
-                yield self._piece(kind, held)
-                held = ""
-            if name is not None:
-                kind = opens.get(name, "text" if name in closes else kind)
-
-    def _piece(self, kind: str, text: str) -> tuple[str, str]:
-        if self.parts and self.parts[-1]["type"] == kind == "text":
-            self.parts[-1]["text"] += text
+    def _prefill(self, rows: list[_Row], num_samples: int) -> None:
+        """Read the prompts of new rows, each prompt once, and add the rows."""
+        context = self._config.sequence_len
+        capacity = max(min(len(row.sample.prompt) + row.limit - 1, context) for row in rows)
+        firsts = rows[::num_samples]
+        for row in firsts:
+            row.pending = row.sample.prompt
+        cache = self._body.new_cache(len(firsts), capacity)
+        chunk = max(PREFILL_CHUNK, PREFILL_TOKENS // len(firsts))
+        while any(row.pending for row in firsts):
+            _feed(self._body, cache, firsts, chunk)
+        if num_samples > 1:
+            cache = cache.expand([i // num_samples for i in range(len(rows))])
+            for i, row in enumerate(rows):
+                row.hidden = firsts[i // num_samples].hidden
+        if self._rows:
+            self._cache.append(cache)
         else:
-            self.parts.append({"type": kind, "text": text})
-        return kind, text
+            self._cache = cache
+        self._rows += rows
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """
+        Sample one token for every row, except for rows that are still reading a tool's output.
+        Returns the new tokens, forced ones included; rows that finish leave the batch.
+        """
+        if waiting := [len(row.pending) for row in self._rows if row.pending]:
+            _feed(self._body, self._cache, self._rows, min(waiting))
+        ready = [row for row in self._rows if not row.pending]
+        if not ready:
+            return []
+        logits = capped(
+            self._head(torch.stack([row.hidden for row in ready])), self._config.softcap
+        )
+        chosen = _choose_each(logits, ready)
+        tokens = [t for row, id in zip(ready, chosen, strict=True) for t in self._take(row, id)]
+        for row in reversed(ready):
+            if row.sample.finish:
+                self._remove(row)
+        return tokens
+
+    @torch.inference_mode()
+    def cancel(self, number: int) -> None:
+        """Stop the row of this number; does nothing when it has already finished."""
+        for row in self._rows:
+            if row.number == number:
+                row.sample.finish = "cancelled"
+                self._remove(row)
+                return
+
+    def _remove(self, row: _Row) -> None:
+        """Forget a row; the last one takes its place, as in the cache."""
+        index = self._rows.index(row)
+        self._cache.drop(index)
+        self._rows[index] = self._rows[-1]
+        self._rows.pop()
+
+    def _take(self, row: _Row, id: int) -> list[Token]:
+        """Add a sampled token to a row, and the calculator's output if it ends a tool call."""
+        sample, specials = row.sample, self._tokenizer.specials
+        if id in (specials["<|assistant_end|>"], specials["<|bos|>"]):
+            sample.finish, sample.stop = "stop", id
+            return [Token(row.number, id, "stop")]
+        new = [id, *self._tool_output(row, id)][: row.limit - len(sample.tokens)]
+        sample.tokens += new
+        sample.mask += [1] + [0] * (len(new) - 1)
+        row.pending = new
+        if len(sample.tokens) == row.limit:
+            sample.finish = row.limit_reason
+        before = [Token(row.number, token, "") for token in new[:-1]]
+        return [*before, Token(row.number, new[-1], sample.finish)]
+
+    def _tool_output(self, row: _Row, id: int) -> list[int]:
+        """The calculator's output as tokens if `id` ends a tool call that it accepts, else []."""
+        specials = self._tokenizer.specials
+        if id == specials["<|python_start|>"]:
+            row.call = []
+        elif row.call is not None and id == specials["<|python_end|>"]:
+            result, row.call = calculate(self._tokenizer.decode(row.call)), None
+            if result is not None:
+                output = self._tokenizer.encode(result)
+                return [specials["<|output_start|>"], *output, specials["<|output_end|>"]]
+        elif row.call is not None:
+            row.call.append(id)
+        return []
 
 
-def fit_conversation(tokenizer: Tokenizer, conversation: dict, most: int) -> tuple[dict, int]:
-    """The conversation with as few as possible of its oldest exchanges dropped so that its prompt has `most` tokens, and how many were."""
-    messages = list(conversation["messages"])
-    first = 1 if messages and messages[0]["role"] == "system" else 0
-    dropped = 0
-    while len(messages) - first > 2 and len(tokenizer.render_prompt({"messages": messages})) > most:
-        del messages[first : first + 2]
-        dropped += 1
-    return {**conversation, "messages": messages}, dropped
+# ---- the parts of a step
+
+
+def clip(tokens: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` tokens: the first one and the last ones."""
+    if len(tokens) <= limit:
+        return list(tokens)
+    return [tokens[0], *tokens[len(tokens) - limit + 1 :]][:limit]
+
+
+def choose(logits: Tensor, uniform: Sequence[float], sampling: Sampling) -> list[int]:
+    """
+    One token per row of logits (R, V), by inverting the cumulative distribution at the row's own
+    number in [0, 1). Ties at temperature 0 go to the lower id.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    V = logits.size(-1)
+    top_k, top_p = min(sampling.top_k or V, V), sampling.top_p or 1.0
+    ids = None
+    if top_k < V or top_p < 1:
+        logits, ids = logits.topk(top_k, dim=-1)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    p = torch.softmax(logits.to(wide) / sampling.temperature, dim=-1)
+    if top_p < 1:  # the token that crosses the threshold stays
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)
+    cumulative = p.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    at = torch.tensor(uniform, dtype=wide, device=p.device)[:, None] * total
+    at = torch.minimum(at, torch.nextafter(total, -total))  # never beyond the last possible token
+    picked = torch.searchsorted(cumulative, at, right=True)
+    return (picked if ids is None else ids.gather(1, picked)).squeeze(1).tolist()
+
+
+def _choose_each(logits: Tensor, rows: list[_Row]) -> list[int]:
+    """choose() for rows (R, V) of which each has its own sampling."""
+    chosen = [0] * len(rows)
+    for sampling in {row.sampling for row in rows}:
+        group = [i for i, row in enumerate(rows) if row.sampling == sampling]
+        own = logits if len(group) == len(rows) else logits[group]
+        ids = choose(own, [rows[i].random.random() for i in group], sampling)
+        for i, id in zip(group, ids, strict=True):
+            chosen[i] = id
+    return chosen
+
+
+def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> None:
+    """
+    One pass over at most `limit` pending tokens of each row, padded on the right to the longest;
+    a row that has none stays as it is.
+    """
+    fed = [row.pending[:limit] for row in rows]
+    longest = max(map(len, fed))
+    padded = [tokens + [0] * (longest - len(tokens)) for tokens in fed]
+    hidden = body(torch.tensor(padded, device=cache.k.device), cache)
+    cache.advance([len(tokens) for tokens in fed])
+    for row, tokens, states in zip(rows, fed, hidden, strict=True):
+        if tokens:
+            row.pending = row.pending[limit:]
+            row.hidden = states[len(tokens) - 1]

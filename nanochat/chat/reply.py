@@ -1,0 +1,98 @@
+"""
+Text from generated tokens, piece by piece: the reply to a conversation and the continuation of a
+text. Needs no torch.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from nanochat.data.tokenizer import PART_TOKENS, StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from nanochat.chat.generate import Engine, Token
+
+OPENING = {tokens[0]: kind for kind, tokens in PART_TOKENS.items() if tokens}
+CLOSING = {tokens[1] for tokens in PART_TOKENS.values() if tokens}
+
+
+class Reply:
+    """
+    The assistant's reply, assembled from the tokens of one row. Pieces are (kind, text) with the
+    kinds of a message's parts: "text" as it comes and never with half a character, "python" and
+    "python_output" whole. `content` is the message's content so far, `tokens` how many were
+    generated, `finish` why the row ended ("" until it has).
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.parts: list[dict[str, str]] = []
+        self.finish, self.tokens = "", 0
+        self._names = {id: name for name, id in tokenizer.specials.items()}
+        self._decoder = StreamDecoder(tokenizer)
+        self._kind, self._text = "text", ""  # of the part under way; text not yet handed out
+
+    @property
+    def content(self) -> str | list[dict[str, str]]:
+        if all(part["type"] == "text" for part in self.parts):
+            return "".join(part["text"] for part in self.parts)
+        return self.parts
+
+    def stream(self, steps: Iterable[list["Token"]]) -> Iterator[tuple[str, str]]:
+        """The pieces of a reply whose tokens Engine.generate brings."""
+        for step in steps:
+            for token in step:
+                if piece := self.push(token):
+                    yield piece
+
+    def push(self, token: "Token") -> tuple[str, str] | None:
+        """Add the row's next token; returns the piece that it completes, if any."""
+        self.tokens += 1
+        self.finish = token.finish
+        name = self._names.get(token.id)
+        ends_part = name in OPENING or name in CLOSING or bool(token.finish)
+        if name is None:
+            self._text += self._decoder.push(token.id)
+        if ends_part:
+            self._text += self._decoder.flush()
+        piece = None
+        if self._text and (ends_part or self._kind == "text"):
+            piece = self._kind, self._text
+            self._add(*piece)
+            self._text = ""
+        if name in OPENING:
+            self._kind = OPENING[name]
+        elif name in CLOSING:
+            self._kind = "text"
+        return piece
+
+    def _add(self, kind: str, text: str) -> None:
+        if self.parts and self.parts[-1]["type"] == kind == "text":
+            self.parts[-1]["text"] += text
+        else:
+            self.parts.append({"type": kind, "text": text})
+
+
+def continue_text(engine: "Engine", text: str, **sampling: Any) -> Iterator[str]:
+    """What a model writes after a text, in pieces of whole characters; special tokens show nothing."""
+    decoder = StreamDecoder(engine.tokenizer)
+    special = set(engine.tokenizer.specials.values())
+    for step in engine.generate(engine.tokenizer.encode(text, bos=True), **sampling):
+        for token in step:
+            if token.id not in special:
+                yield decoder.push(token.id)
+    yield decoder.flush()
+
+
+def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tuple[dict, int]:
+    """
+    The conversation without its oldest exchanges, as few as needed for a prompt of at most `limit`
+    tokens, and how many were dropped. The system message and the last question always stay.
+    """
+    messages = list(conversation["messages"])
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    dropped = 0
+    while (
+        len(messages) - first > 2 and len(tokenizer.render_prompt({"messages": messages})) > limit
+    ):
+        del messages[first : first + 2]
+        dropped += 1
+    return {**conversation, "messages": messages}, dropped
