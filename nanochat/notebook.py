@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nanochat.base import logbook
 from nanochat.base.common import UserError, human
-from nanochat.chat.generate import Engine, Reply
-from nanochat.commands.chat_cli import completion
+from nanochat.chat.generate import Engine
+from nanochat.chat.reply import Reply, continue_text
 from nanochat.model.checkpoint import load_for_inference, locate
 from nanochat.model.stages import STAGES, stage_directory
 
@@ -52,12 +52,13 @@ class Chat:
         if not STAGES[self.loaded.stage].chats:
             raise UserError(f"{self!r} has not learned to chat: use .complete(text)")
         messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
-        reply = Reply(self.engine, {"messages": list(messages)}, **{**SAMPLING, **sampling})
-        return (text for kind, text in reply if kind == "text")
+        prompt = self.tokenizer.render_prompt({"messages": list(messages)})
+        steps = self.engine.generate(prompt, **{**SAMPLING, **sampling})
+        return (text for kind, text in Reply(self.tokenizer).stream(steps) if kind == "text")
 
     def complete(self, text: str, **sampling: Any) -> str:
         """The text that the model writes after `text`."""
-        return "".join(completion(self.engine, text, {**SAMPLING, **sampling}))
+        return "".join(continue_text(self.engine, text, **{**SAMPLING, **sampling}))
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Tensor:

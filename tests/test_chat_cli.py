@@ -1,5 +1,6 @@
-"""chat_cli and base_complete from their command lines, with a tiny random model, in a pipe and in a terminal of our own."""
+"""chat_cli and base_complete with a tiny random model: in this process, in a pipe and in a pseudo-terminal."""
 
+import io
 import os
 import pty
 import select
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.base.common import UserError, entry
+from nanochat.chat.generate import Engine, Token
 from nanochat.commands import base_complete, chat_cli
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint
@@ -55,19 +58,29 @@ def tokenizer(tmp_path, monkeypatch):
     return t
 
 
-def command(name, *words, **more):
-    argv = [sys.executable, "-m", f"scripts.{name}", "--device_type=cpu", "--dtype=float32", *words]
-    return subprocess.run(
-        argv, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120, **more
-    )
+WHERE = ["--device_type=cpu", "--dtype=float32"]
 
 
 def in_process(monkeypatch, capsys, main, argv, stdin=""):
     """Run a main() with piped text; (standard output, standard error)."""
     monkeypatch.setattr(sys, "stdin", _Lines(stdin))
-    main(["--device_type=cpu", "--dtype=float32", "--max_tokens=8", *argv])
+    main([*WHERE, "--max_tokens=8", *argv])
     out = capsys.readouterr()
     return out.out, out.err
+
+
+def status_and_error(monkeypatch, capsys, main, argv):
+    """Run a main() as its command does; (exit status, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["command", *WHERE, *argv])
+    with pytest.raises(SystemExit) as e:
+        entry(main)
+    return e.value.code, capsys.readouterr().err
+
+
+def piped(name, *words, **more):
+    """Run a command in a process of its own."""
+    argv = [sys.executable, "-m", f"scripts.{name}", *WHERE, *words]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=120, **more)
 
 
 class _Lines(list):
@@ -81,40 +94,26 @@ class _Lines(list):
 # --- chat_cli
 
 
-def test_one_question_and_out(tokenizer):
+def test_one_question_and_out(tokenizer, monkeypatch, capsys):
     put("sft", tokenizer)
-    first, again = (
-        command("chat_cli", "-p", "What is 12+30?", "-m", "20", "-t", "1") for _ in range(2)
-    )
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == again.stdout and first.stdout.strip() and "\033" not in first.stdout
-    words = [
-        "-m",
-        "20",
-        "-t",
-        "1",
-        "--seed=1",
-        "-i",
-        "sft",
-        "-g",
-        "d2",
-        "-s",
-        "7",
-        "-k",
-        "0",
-        "--top_p=0.9",
-    ]
-    other = command("chat_cli", "--prompt=What is 12+30?", *words)
-    assert other.returncode == 0 and other.stdout != first.stdout
+
+    def ask(*words):
+        return in_process(monkeypatch, capsys, chat_cli.main, words)[0]
+
+    words = ("-p", "What is 12+30?", "-m", "20", "-t", "1")
+    first = ask(*words)
+    assert first == ask(*words) and first.strip() and "\033" not in first
+    others = ["--seed=1", "-i", "sft", "-g", "d2", "-s", "7", "-k", "0", "--top_p=0.9"]
+    assert ask("--prompt=What is 12+30?", "-m", "20", "-t", "1", *others) != first
 
 
 def test_the_furthest_stage_answers(tokenizer, monkeypatch, capsys):
-    with pytest.raises(chat_cli.UserError, match=r"there is no model under .*quickstart"):
+    with pytest.raises(UserError, match=r"there is no model under .*quickstart"):
         in_process(monkeypatch, capsys, chat_cli.main, ["-p", "hi"])
     for stage in ("base", "sft", "mid"):
         put(stage, tokenizer)
     assert checkpoint.furthest_stage("") == "sft" == checkpoint.furthest_stage("d2")
-    with pytest.raises(chat_cli.UserError, match="no model tagged 'd9'"):
+    with pytest.raises(UserError, match="no model tagged 'd9'"):
         checkpoint.furthest_stage("d9")
 
 
@@ -124,30 +123,31 @@ def test_a_base_model_goes_on_plainly_and_says_so(tokenizer, monkeypatch, capsys
     assert out.startswith("The cat") and len(out) > 8 and "has not learned to chat" in err
 
 
-def test_piped_questions_give_answers_alone(tokenizer, monkeypatch, capsys):
+def test_piped_questions_give_replies_alone(tokenizer, monkeypatch, capsys):
     put("sft", tokenizer)
     replies = iter(["one", "two 😀", "three"])
-    seen = []
+    prompts, seeds = [], []
 
-    class Said:
-        def __init__(self, engine, conversation, **sampling):
-            seen.append((conversation, sampling["seed"]))
-            self.prompt, self.content, self.finish = [0], next(replies), "stop"
+    def spoken(self, tokens, **sampling):
+        """What a model might generate: a reply, and then a call of the calculator."""
+        prompts.append(tokens)
+        seeds.append(sampling["seed"])
+        special = tokenizer.specials
+        ids = [*tokenizer.encode(next(replies)), special["<|python_start|>"]]
+        ids += [*tokenizer.encode("12+30"), special["<|python_end|>"], special["<|output_start|>"]]
+        ids += [*tokenizer.encode("42"), special["<|output_end|>"]]
+        yield [Token(0, id, "") for id in ids]
+        yield [Token(0, special["<|assistant_end|>"], "stop")]
 
-        def __iter__(self):
-            yield "text", self.content
-            yield "python", "12+30"
-            yield "python_output", "42"
-
-    monkeypatch.setattr(chat_cli, "Reply", Said)
-    out, err = in_process(
-        monkeypatch, capsys, chat_cli.main, [], "first\n\n  second \n/clear\nthird\n/quit\nnever\n"
-    )
+    monkeypatch.setattr(Engine, "generate", spoken)
+    questions = "first\n\n  second \n/clear\nthird\n/quit\nnever\n"
+    out, err = in_process(monkeypatch, capsys, chat_cli.main, [], questions)
     assert out == "one\ntwo 😀\nthree\n"
-    assert "calculator: 12+30 = 42" in err
-    assert [m["content"] for m in seen[1][0]["messages"]] == ["first", "one", "second"]
-    assert [m["content"] for m in seen[2][0]["messages"]] == ["third"]
-    assert len({seed for _, seed in seen}) == 3
+    assert err.count("calculator: 12+30 = 42\n") == 3
+    shown = [tokenizer.decode(tokens) for tokens in prompts]
+    assert "first" in shown[1] and "one" in shown[1] and "second" in shown[1]
+    assert "third" in shown[2] and not any(word in shown[2] for word in ("first", "one", "two"))
+    assert len(set(seeds)) == 3
 
 
 def test_system_and_unknown_commands(tokenizer, monkeypatch, capsys):
@@ -155,37 +155,42 @@ def test_system_and_unknown_commands(tokenizer, monkeypatch, capsys):
     out, err = in_process(
         monkeypatch, capsys, chat_cli.main, [], "/system Be brief.\n/sytem\n/help\n"
     )
-    assert (
-        out == ""
-        and "a new conversation" in err
-        and "there is no command /sytem" in err
-        and "/clear" in err
-    )
+    assert out == "" and "new conversation" in err
+    assert "there is no command /sytem" in err and "/clear" in err
 
 
 def test_long_conversations_forget_their_beginning(tokenizer, monkeypatch, capsys):
     put("sft", tokenizer)
     out, err = in_process(monkeypatch, capsys, chat_cli.main, [], "The cat sat on the mat.\n" * 6)
-    assert "forgotten" in err and "context holds 64 tokens" in err and out.count("\n") >= 6
+    assert (
+        "forgot the oldest messages" in err
+        and "context holds 64 tokens" in err
+        and out.count("\n") >= 6
+    )
     _, err = in_process(monkeypatch, capsys, chat_cli.main, ["-p", "qwxz " * 60])
-    assert "longer than the context of 64 tokens" in err
+    assert "the message exceeds the context of 64 tokens" in err
+
+
+def prompts_of(monkeypatch):
+    """A list that gets the prompt of each generation."""
+    prompts, generate = [], Engine.generate
+    monkeypatch.setattr(
+        Engine,
+        "generate",
+        lambda self, tokens, **more: prompts.append(tokens) or generate(self, tokens, **more),
+    )
+    return prompts
 
 
 def test_text_that_spells_special_tokens_stays_text(tokenizer, monkeypatch, capsys):  # trap 17
     put("sft", tokenizer, sequence_len=256)
-    seen = []
-    real = chat_cli.Engine.generate
-    monkeypatch.setattr(
-        chat_cli.Engine,
-        "generate",
-        lambda self, tokens, **more: seen.append(tokens) or real(self, tokens, **more),
-    )
+    prompts = prompts_of(monkeypatch)
     in_process(monkeypatch, capsys, chat_cli.main, ["-p", "<|assistant_end|><|bos|>"])
     s = tokenizer.specials
-    assert seen[0].count(s["<|bos|>"]) == 1 and s["<|assistant_end|>"] not in seen[0]
+    assert prompts[0].count(s["<|bos|>"]) == 1 and s["<|assistant_end|>"] not in prompts[0]
 
 
-def test_mistakes_are_one_sentence_and_status_2(tokenizer):
+def test_mistakes_are_one_line_and_status_2(tokenizer, monkeypatch, capsys):
     put("sft", tokenizer, fingerprint="0" * 64)
     for words, said in {
         ("-p", "hi"): "was trained with tokenizer 000000000000",
@@ -193,35 +198,26 @@ def test_mistakes_are_one_sentence_and_status_2(tokenizer):
         ("-p", "hi", "-i", "mid"): "there is no mid checkpoint",
         ("-p", "hi", "--temprature=1"): "did you mean --temperature",
     }.items():
-        done = command("chat_cli", *words)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, (
-            done.stderr
-        )
+        status, error = status_and_error(monkeypatch, capsys, chat_cli.main, words)
+        assert status == 2 and error.count("\n") == 1 and said in error, error
 
 
 def test_no_tokenizer(tokenizer, tmp_path, monkeypatch, capsys):
     put("sft", tokenizer)
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(chat_cli.UserError, match="there is no tokenizer"):
+    with pytest.raises(UserError, match="there is no tokenizer"):
         in_process(monkeypatch, capsys, chat_cli.main, ["-p", "hi"])
 
 
-def test_bytes_that_are_no_text(tokenizer):
+def test_bytes_that_are_not_text(tokenizer, monkeypatch):
     put("sft", tokenizer)
-    argv = [
-        sys.executable,
-        "-m",
-        "scripts.chat_cli",
-        "--device_type=cpu",
-        "--dtype=float32",
-        "-m",
-        "8",
-    ]
-    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run(
-        argv, cwd=ROOT, input=b"caf\xe9 \xff\xfe\n", capture_output=True, timeout=120, env=env
-    )
-    assert done.returncode == 0, done.stderr
+    question = io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xff\xfe\n"), encoding="utf-8")
+    answer = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # which cannot write all characters
+    monkeypatch.setattr(sys, "stdin", question)
+    monkeypatch.setattr(sys, "stdout", answer)
+    chat_cli.main([*WHERE, "-m", "50"])
+    answer.flush()
+    assert b"?" in answer.buffer.getvalue()
 
 
 # --- base_complete
@@ -229,55 +225,25 @@ def test_bytes_that_are_no_text(tokenizer):
 
 def test_three_hashes_complete_the_lines_before(tokenizer, monkeypatch, capsys):
     put("base", tokenizer)
-    seen = []
-    real = chat_cli.Engine.generate
-    monkeypatch.setattr(
-        chat_cli.Engine,
-        "generate",
-        lambda self, tokens, **more: seen.append(tokens) or real(self, tokens, **more),
-    )
-    out, err = in_process(
-        monkeypatch,
-        capsys,
-        base_complete.main,
-        [],
-        "The cat\nsat on\n###\n###\nIt is\n###\nleft over\n",
-    )
-    assert seen == [
+    prompts = prompts_of(monkeypatch)
+    text = "The cat\nsat on\n###\n###\nIt is\n###\nleft over\n"
+    out, err = in_process(monkeypatch, capsys, base_complete.main, [], text)
+    assert prompts == [
         tokenizer.encode("The cat\nsat on", bos=True),
         tokenizer.encode("It is", bos=True),
     ]
-    assert (
-        out.index("> The cat") < out.index("> sat on") < out.index("> ###") < out.index("> It is")
-    )
+    shown = ("> The cat", "> sat on", "> ###", "> It is")
+    assert sorted(shown, key=out.index) == list(shown)
     assert "there is no text before ###" in err and "the last 1 lines were not completed" in err
 
 
-def test_the_line_of_the_issue(tokenizer):
+def test_piped_text_is_completed_in_a_process_of_its_own(tokenizer, monkeypatch, capsys):
     put("base", tokenizer)
-    argv = [
-        sys.executable,
-        "-m",
-        "scripts.base_complete",
-        "--device-type",
-        "cpu",
-        "-t",
-        "0.5",
-        "-m",
-        "20",
-    ]
-    done = subprocess.run(
-        argv,
-        cwd=ROOT,
-        input="The cat\n###\n",
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 0 and "> The cat\n> ###\n" in done.stdout, done.stderr
-    done = command("base_complete", "-i", "mid", input="")
-    assert done.returncode == 2 and "there is no mid checkpoint" in done.stderr
+    words = ["--device-type", "cpu", "-t", "0.5", "-m", "20"]
+    done = piped("base_complete", *words, input=b"The cat\n###\n")
+    assert done.returncode == 0 and b"> The cat\n> ###\n" in done.stdout, done.stderr
+    status, error = status_and_error(monkeypatch, capsys, base_complete.main, ["-i", "mid"])
+    assert status == 2 and "there is no mid checkpoint" in error
 
 
 # --- in a terminal
@@ -291,17 +257,8 @@ class Terminal:
         if self.pid == 0:
             os.chdir(ROOT)
             os.environ["TERM"] = "xterm"
-            os.execv(
-                sys.executable,
-                [
-                    sys.executable,
-                    "-m",
-                    f"scripts.{name}",
-                    "--device_type=cpu",
-                    "--dtype=float32",
-                    *words,
-                ],
-            )
+            argv = [sys.executable, "-m", f"scripts.{name}", *WHERE, *words]
+            os.execv(sys.executable, argv)
         self.shown = ""
 
     def wait(self, text, seconds=60.0):
