@@ -24,12 +24,13 @@ def load(
 ) -> "Chat":
     """
     A trained model, ready to chat: the newest one of `stage` ("base", "mid", "sft" or "rl"; "auto"
-    is the furthest stage trained), unless `model_tag` or `step` say which. Raises UserError if there
-    is no such model.
+    is the furthest stage trained), unless `model_tag` or `step` say which. Raises UserError if
+    there is no such model.
     """
+    from nanochat.model.checkpoint import load_for_inference
     from nanochat.notebook import Chat
 
-    return Chat(stage, model_tag, step, device_type, dtype)
+    return Chat(load_for_inference(stage, model_tag, step, device_type, dtype))
 
 
 class _TrainRoom(ModuleType):

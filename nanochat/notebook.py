@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, human
 from nanochat.chat.generate import Engine
 from nanochat.chat.reply import Reply, continue_text
-from nanochat.model.checkpoint import load_for_inference, locate
+from nanochat.model.checkpoint import Loaded, load_for_inference, locate
 from nanochat.model.stages import STAGES, stage_directory
 
 if TYPE_CHECKING:
@@ -27,10 +26,10 @@ class Chat:
     as keywords, with the defaults of SAMPLING.
     """
 
-    def __init__(self, stage: str, tag: str, step: int | None, device_type: str, dtype: str):
-        self.loaded = load_for_inference(stage, tag, step, device_type, dtype)
-        self.model = self.loaded.model.cast_for_inference()
-        self.tokenizer = self.loaded.tokenizer
+    def __init__(self, loaded: Loaded):
+        self.loaded = loaded
+        self.model = loaded.model.cast_for_inference()
+        self.tokenizer = loaded.tokenizer
         self.engine = Engine(self.model, self.tokenizer)
 
     def __repr__(self) -> str:
@@ -78,7 +77,7 @@ class Run:
         tokens = human(self.summary["tokens"])
         return f"<nanochat {self.stage} run {self.tag}, {tokens} tokens, in {self.directory}>"
 
-    @cached_property
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, one dict per row: pandas.DataFrame(run.metrics)."""
         return logbook.read(self.directory)
@@ -98,7 +97,7 @@ class Run:
 
     def load(self) -> Chat:
         """The model that this run trained."""
-        return Chat(self.stage, self.tag, None, "auto", "auto")
+        return Chat(load_for_inference(self.stage, self.tag))
 
 
 def train(stage: str, **knobs: Any) -> Run:

@@ -1,4 +1,4 @@
-"""Files that other processes may read or write at the same time: atomic writes, hashes and locks."""
+"""Files that several processes read or write at the same time: atomic writes, hashes, locks."""
 
 import hashlib
 import os

@@ -76,7 +76,7 @@ def lookup(name: str) -> GPU | None:
 
 
 def device_name(device: "torch.device") -> str:
-    """The name of the GPU or of the processor as the system reports it, for example 'NVIDIA H200'."""
+    """The name of the GPU or processor as the system reports it, for example 'NVIDIA H200'."""
     import torch
 
     if device.type == "cuda":

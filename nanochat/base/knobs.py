@@ -1,10 +1,10 @@
 """
 A command's dataclass becomes its command line: one field is one knob, with its name, type, default,
-help and bounds in one place. A value comes from the default, from a checkpoint ("inherited"), from a
-recipe file (TOML) or from the command line; the later one wins, and its origin is recorded.
+help and bounds in one place. A value comes from the default, from a checkpoint ("inherited"), from
+a recipe file (TOML) or from the command line; the later one wins, and its origin is recorded.
 
-A mistake is a UserError, never a guess: an unknown flag, key or table (the message names the nearest
-one), a value of the wrong type, or one out of bounds.
+Every mistake is a UserError, never a guess: an unknown flag, key or table (the message names the
+nearest one), a value of the wrong type, or one out of bounds.
 """
 
 import argparse
@@ -71,7 +71,6 @@ class _Knob:
     """One field of a dataclass of knobs, with its annotation taken apart."""
 
     name: str
-    annotation: Any
     default: Any
     meta: Mapping[str, Any]  # the arguments of knob()
     kind: type  # a key of KINDS
@@ -89,7 +88,7 @@ class _Knob:
         kind = str if choices else arguments[0] if origin is tuple else kind
         assert kind in KINDS, f"{name}: a knob cannot have the type {annotation}"
         assert default is not dataclasses.MISSING, f"{name} needs a default"
-        return cls(name, annotation, default, meta, kind, choices, origin is tuple, optional)
+        return cls(name, default, meta, kind, choices, origin is tuple, optional)
 
     @property
     def metavar(self) -> str:
@@ -117,7 +116,7 @@ class _Knob:
         return self._checked(values, where)
 
     def from_data(self, value: Any, where: str) -> Any:
-        """The value as a recipe or a checkpoint holds it; there the text "4" is not the number 4."""
+        """The value that a recipe or a checkpoint holds, where "4" is not the number 4."""
         if self.optional and value in (None, "none"):  # TOML has no null
             return None
         if self.many != isinstance(value, list | tuple):
@@ -156,7 +155,7 @@ def _knobs(cls: type) -> dict[str, _Knob]:
 
 
 def _present_name(knobs: Mapping[str, _Knob], name: str, where: str = "") -> str:
-    """The present name of a knob that used to be called `name`, else `name`; a notice says where."""
+    """The present name of a knob that was once called `name`, else `name`; a notice says where."""
     for knob in knobs.values():
         if name and name == knob.meta["was"]:
             if where:
@@ -169,13 +168,13 @@ def _present_name(knobs: Mapping[str, _Knob], name: str, where: str = "") -> str
 
 
 def _is_flag(word: str) -> bool:
-    """-p, --depth, --depth=4; but -1, -0.5, -1e-3, -inf and a text with a leading dash are values."""
+    """-p, --depth, --depth=4; but -1, -0.5, -1e-3, -inf and "- some text" are values."""
     return bool(re.match(r"(?!-(inf|nan)$)--?[A-Za-z][\w-]*(=|$)", word))
 
 
-def _knob_of_flag(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, bool]:
+def _find(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, bool]:
     """-> the knob that a flag sets, and whether the flag is negated, as in --no-compile."""
-    aliases = {k.meta["alias"]: k for k in knobs.values() if k.meta["alias"]}
+    aliases = {knob.meta["alias"]: knob for knob in knobs.values() if knob.meta["alias"]}
     if flag in aliases:
         return aliases[flag], False
     if flag.startswith("--"):
@@ -188,55 +187,55 @@ def _knob_of_flag(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[
     raise UserError(f"{command} has no flag {flag}{similar}; -h lists all flags")
 
 
-def _values_after(knob: _Knob, words: deque[str], values: list[str]) -> list[str]:
-    """`values`, which followed the flag after "=", and the next words that belong to the flag."""
-    if knob.kind is bool:
-        if not values:
-            explicit = words and (words[0].lower() in TRUTH or words[0].lower() == "none")
-            values = [words.popleft() if explicit else "true"]
-        return values
-    while words and not _is_flag(words[0]) and (knob.many or not values):
-        values = [*values, words.popleft()]
-    return values
+def _read_flag(
+    knobs: Mapping[str, _Knob], word: str, following: deque[str], command: str
+) -> tuple[_Knob, str, list[str]]:
+    """-> a knob, the flag that sets it and its values, which are taken off the following words."""
+    flag, equals, value = word.partition("=")
+    knob, negated = _find(knobs, flag, command)
+    if negated:
+        if equals:
+            raise UserError(f"{flag} takes no value: write {flag} or --{knob.name}={value}")
+        return knob, flag, ["false"]
+    values = [value] if equals else []
+    if knob.kind is bool and not equals:
+        explicit = following and following[0].lower() in (*TRUTH, "none")
+        values = [following.popleft() if explicit else "true"]
+    while following and not _is_flag(following[0]) and (knob.many or not values):
+        values.append(following.popleft())
+    if not values:
+        raise UserError(f"{flag} needs a value: {knob.expected}")
+    return knob, flag, values
 
 
 def _read_command_line(
     knobs: Mapping[str, _Knob], argv: Sequence[str], command: str
 ) -> tuple[dict[str, Any], list[str]]:
     """-> the values given on the command line, and the recipe files named there."""
-    knobs = {**knobs, "recipe": RECIPE}
+    known = {**knobs, "recipe": RECIPE}
+    places = [knob for knob in knobs.values() if knob.meta["positional"]]
     words = deque(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun's separator
-    given: dict[str, list[str]] = {}
-    flags: dict[str, str] = {}
+    given: dict[str, tuple[str, list[str]]] = {}  # name -> the flag as written, its values
     recipes: list[str] = []
     while words:
-        flag, equals, value = words.popleft().partition("=")
-        if _is_flag(flag):
-            knob, negated = _knob_of_flag(knobs, flag, command)
-            if negated and equals:
-                raise UserError(f"{flag} takes no value: write {flag} or --{knob.name}={value}")
-            values = ["false"] if negated else [value] if equals else []
-            values = _values_after(knob, words, values)
-            if not values:
-                raise UserError(f"{flag} needs a value: {knob.expected}")
+        word = words.popleft()
+        if _is_flag(word):
+            knob, flag, values = _read_flag(known, word, words, command)
+        elif places := [knob for knob in places if knob.many or knob.name not in given]:
+            knob, flag, values = places[0], places[0].name, [word]
         else:
-            values = [flag + equals + value]
-            places = [k for k in knobs.values() if k.meta["positional"]]
-            knob = next((k for k in places if k.many or k.name not in given), None)
-            if knob is None:
-                raise UserError(
-                    f"{command} does not take the argument {values[0]!r}: write a value behind "
-                    "its flag, as in --flag VALUE; -h lists all flags"
-                )
-            flag = knob.name
+            raise UserError(
+                f"{command} does not take the argument {word!r}: write a value after its flag, "
+                "as in --flag VALUE; -h lists all flags"
+            )
         if knob is RECIPE:
             recipes += values
-            continue
-        flags[knob.name] = flag
-        given[knob.name] = given.get(knob.name, []) + values if knob.many else values
+        else:
+            earlier = given[knob.name][1] if knob.many and knob.name in given else []
+            given[knob.name] = flag, earlier + values
     return {
-        name: knobs[name].from_text([w for w in words if w or not knobs[name].many], flags[name])
-        for name, words in given.items()
+        name: knobs[name].from_text([v for v in values if v or not knobs[name].many], flag)
+        for name, (flag, values) in given.items()
     }, recipes
 
 
@@ -296,10 +295,10 @@ def parse(
     description: str = "",
 ) -> tuple[T, dict[str, str]]:
     """
-    An instance of `cls`, a flat dataclass of knobs, and the origin of each of its values: "default",
-    "inherited", "recipe FILE" or "command line". `argv` is sys.argv[1:] by default. `command` is
-    its name, such as "base_train" or "plan memory"; their tables in a recipe are [base_train] and
-    [plan_memory]. Names in `inherited` and in [all] of a recipe that `cls` lacks are ignored.
+    An instance of `cls`, a flat dataclass of knobs, and the origin of each of its values:
+    "default", "inherited", "recipe FILE" or "command line". `argv` is sys.argv[1:] by default.
+    `command` is its name, such as "base_train" or "plan memory"; their tables in a recipe are
+    [base_train] and [plan_memory]. Names in `inherited` and in [all] that `cls` lacks are ignored.
 
     -h prints the help and exits with status 0. The help starts with `description`, by default the
     first sentence of the module that defines `cls`. Raises UserError for every mistake.

@@ -92,11 +92,11 @@ class Logbook:
         step: int | None = None,
     ):
         """
-        `step` is where training starts: 0, or the step of the checkpoint that it resumes from. Rows
-        of later steps, which an earlier attempt wrote, no longer count. With None, rows are added to
-        a finished run, as evaluations do. `config` is stored in a row of kind "start". wandb is
-        left out while the run's name is "dummy". Raises UserError if the folder cannot be written,
-        or if a tracker is unknown, not installed or does not start.
+        `step` is where training starts: 0, or the step of the checkpoint that it resumes from.
+        Rows of later steps, which an earlier attempt wrote, no longer count. With None, rows are
+        added to a finished run, as evaluations do. `config` is stored in a row of kind "start".
+        wandb is left out while the run's name is "dummy". Raises UserError if the folder cannot be
+        written, or if a tracker is unknown, not installed or does not start.
         """
         self.directory = Path(directory)
         self._trackers: dict[str, Tracker] = {}
