@@ -13,7 +13,6 @@ from nanochat.data.sources import (
     SHARD_SETS,
     ShardSet,
     Source,
-    documents,
     files,
     mixed,
     parse_sources,
@@ -23,6 +22,10 @@ from nanochat.data.sources import (
 
 def source(path, field=None, name="s"):
     return Source(name, (path,), None, field)
+
+
+def documents(s, split):
+    return mixed([s], split)
 
 
 def jsonl(path, rows):

@@ -1,4 +1,4 @@
-"""Fetch web-text shards: `python -m nanochat.dataset -n 15`."""
+"""Download shards of web text to train on: nanochat dataset -n 15."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,32 +12,32 @@ from nanochat.data.sources import SHARD_SETS
 
 @dataclass
 class DownloadKnobs:
-    n: int = knob(
-        15, "training shards to have; the validation shard comes along", alias="-n", low=0
-    )
-    set: Literal["fineweb-edu", "climbmix"] = knob("fineweb-edu", "which shards")
-    workers: int = knob(4, "files fetched at once", alias="-w", low=1, high=64)
+    """Download"""
+
+    n: int = knob(15, "training shards to have; the validation shard comes too", alias="-n", low=0)
+    set: Literal["fineweb-edu", "climbmix"] = knob("fineweb-edu", "the data set")
+    workers: int = knob(4, "files downloaded at the same time", alias="-w", low=1, high=64)
     revision: str | None = knob(
-        None,
-        "branch, tag or commit; by default the commit of the first download, which a manifest pins",
+        None, "branch, tag or commit; by default the commit that the first download pinned"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fetch web-text shards: `python -m nanochat.dataset -n 15`."""
-    args, _ = parse(
-        DownloadKnobs, argv, command="dataset", description=(main.__doc__ or "").strip()
-    )
-    known, folder = SHARD_SETS[args.set], base_dir() / "shards" / args.set
-    commit, listed = hub.pin(known.repo, folder, args.revision)
-    wanted = [known.file(i) for i in (*range(min(args.n, known.last)), known.last)]
+    """Download the first n training shards and the validation shard."""
+    knobs, _ = parse(DownloadKnobs, argv, command="dataset")
+    shard_set, folder = SHARD_SETS[knobs.set], base_dir() / "shards" / knobs.set
+    commit, listed = hub.pin(shard_set.repo, folder, knobs.revision)
+    numbers = *range(min(knobs.n, shard_set.last)), shard_set.last
+    wanted = [shard_set.file(number) for number in numbers]
     if missing := [name for name in wanted if name not in listed]:
         raise UserError(
-            f"{known.repo} has no {missing[0]} at commit {commit}: name a revision that has it with --revision"
+            f"{shard_set.repo} has no {missing[0]} at commit {commit}: choose a revision that has "
+            "it with --revision"
         )
-    hub.download(known.repo, commit, [listed[name] for name in wanted], folder, args.workers)
+    hub.download(shard_set.repo, commit, [listed[name] for name in wanted], folder, knobs.workers)
     print0(
-        f"{len(wanted) - 1} training shards and the validation shard are in {folder}, commit {commit[:12]}"
+        f"{len(wanted) - 1} training shards and the validation shard are in {folder}, commit "
+        f"{commit[:12]}"
     )
 
 

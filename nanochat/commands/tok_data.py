@@ -1,30 +1,32 @@
-"""Tokenise text ahead of a run: the token shards that base_train would make first, for whoever wants to look at them before."""
+"""Tokenise text before a run: makes the token shards that base_train would otherwise make first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.base import knobs
 from nanochat.base.common import entry, print0
-from nanochat.base.knobs import knob
-from nanochat.data.shards import prepare
-from nanochat.data.sources import training_sources
-from nanochat.data.tokenizer import Tokenizer
+from nanochat.base.knobs import knob, parse
 
 
 @dataclass(kw_only=True)
-class Knobs:
+class TokenizeKnobs:
     """Data"""
 
     data: tuple[str, ...] = knob(
-        (), "text, as base_train takes it (default: downloaded shards, else tinyworld)"
+        (), "text, as for base_train (default: downloaded shards, else tinyworld)"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
-    k, _ = knobs.parse(Knobs, argv, command="tok_data")
+    """Tokenise both splits of every source; returns the tokens of each, as in {"books-train": N}."""
+    knobs, _ = parse(TokenizeKnobs, argv, command="tok_data")
+
+    from nanochat.data.shards import prepare
+    from nanochat.data.sources import training_sources
+    from nanochat.data.tokenizer import Tokenizer
+
     tokenizer = Tokenizer.load()
     tokens = {}
-    for source in training_sources(k.data):
+    for source in training_sources(knobs.data):
         for split in ("train", "val"):
             shards = prepare(source, split, tokenizer)
             tokens[f"{source.name}-{split}"] = shards.total

@@ -1,189 +1,184 @@
 """
-How well the tokenizer compresses: characters and bytes a token, by data source (validation text) and by a few kinds of text that stand
-here, beside the GPT-2 and GPT-4 vocabularies where they can be had. The last line of the output is JSON.
+Measure how well the tokenizer compresses: characters and bytes per token, for validation text of
+each data source and for sample texts of several kinds, beside the GPT-2 and GPT-4 vocabularies if
+they can be downloaded. The last line of the output is JSON.
 """
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nanochat.base import knobs
-from nanochat.base.common import UserError, entry, notice, print0
-from nanochat.base.knobs import knob
-from nanochat.data.sources import documents, training_sources
-from nanochat.data.tokenizer import Tokenizer, segments
+from nanochat.base.common import UserError, columns, entry, notice, print0
+from nanochat.base.knobs import knob, parse
+from nanochat.data.sources import mixed, training_sources
 
-OTHERS = {"gpt2": "gpt2", "gpt4": "cl100k_base"}  # as the table calls them -> as tiktoken does
+if TYPE_CHECKING:
+    from nanochat.data.tokenizer import Tokenizer
 
-KINDS = {
-    "english": (
-        "The ferry leaves the island at a quarter past six, and whoever misses it stays until morning. Marta knew this as well as anybody; "
-        "still, she stopped at the bakery, because the smell of warm bread had come all the way down to the harbour to fetch her. \"You'll "
-        'never make it," said the baker, counting out her change. "I don\'t think the captain would leave without his breakfast," she '
-        "replied, and took a second loaf. Scientists have measured how long people are willing to wait for something they want. The answer "
-        "depends less on patience than on whether a clock is in sight: take it off the wall, and most of us stay twice as long."
-    ),
-    "code": (
-        'def running_mean(values: list[float], width: int = 3) -> list[float]:\n    """Mean of the last `width` values at each place."""\n'
-        "    total, means = 0.0, []\n    for i, value in enumerate(values):\n        total += value\n        if i >= width:\n"
-        "            total -= values[i - width]\n        means.append(total / min(i + 1, width))\n    return means\n\n\n"
-        'if __name__ == "__main__":\n    print(running_mean([1, 2, 4, 8.5], width=2))\n\n'
-        "for (size_t i = 0; i < rows; ++i) {\n    if (!table[i].empty()) { sum += table[i].front()->weight; }\n}\n"
-        "SELECT name, COUNT(*) AS n FROM visits WHERE year >= 2019 GROUP BY name ORDER BY n DESC;\n"
-    ),
-    "maths": (
-        "A train covers 318 km in 2.5 h, so its mean speed is 318 / 2.5 = 127.2 km/h. For what n does 3n + 7 = 100 hold? n = 31.\n"
-        "Let $f(x) = x^3 - 6x^2 + 11x - 6$. Since $f(1) = f(2) = f(3) = 0$, we have $f(x) = (x - 1)(x - 2)(x - 3)$ and "
-        "$\\int_0^1 f(x)\\,dx = \\frac{1}{4} - 2 + \\frac{11}{2} - 6 = -\\frac{9}{4}$.\n"
-        "17 x 23 = 391; 1,048,576 = 2^20; 45 % of 2,340 is 1,053; pi begins 3.14159265358979. If a < b and c >= 0 then ac <= bc.\n"
-    ),
-    "other languages": (
-        "Der Zug fährt um halb sieben ab, und wer ihn verpasst, muss über Nacht bleiben. La boulangère m'a rendu la monnaie sans lever "
-        "les yeux. ¿Quién dejó la ventana abierta? Утром на озере было тихо, только скрипели вёсла. Η θάλασσα ήταν ήρεμη. "
-        "كان الطريق طويلا والليل هادئا."
-    ),
-    "cjk": (
-        "早上六点一刻，渡船离开小岛，没赶上的人只好等到第二天。她还是在面包店停了下来。「間に合わないよ」とパン屋は言った。"
-        "それでも彼女はもう一つ買った。시계를 벽에서 떼어 내면 사람들은 두 배나 오래 기다린다고 한다."
-    ),
-    "emoji": "Good morning ☀️🥐! On the boat ⛴️ now, wind 💨💨 but happy 😄🙌🏽 — call you tonight 📞❤️ 👩‍🚀👨‍👩‍👧 🇫🇮🇯🇵 ✅ 3️⃣",
+PUBLISHED = {"gpt2": "gpt2", "gpt4": "cl100k_base"}  # name in the table -> name in tiktoken
+Encode = Callable[[str], list[int]]
+
+SAMPLES = {
+    "english": """\
+The ferry leaves the island at a quarter past six, and whoever misses it stays until morning. \
+Marta knew this as well as anybody; still, she stopped at the bakery, because the smell of warm \
+bread had come all the way down to the harbour to fetch her. "You'll never make it," said the \
+baker, counting out her change. "I don't think the captain would leave without his breakfast," \
+she replied, and took a second loaf. Scientists have measured how long people are willing to \
+wait for something they want. The answer depends less on patience than on whether a clock is in \
+sight: take it off the wall, and most of us stay twice as long.""",
+    "code": '''\
+def running_mean(values: list[float], width: int = 3) -> list[float]:
+    """Mean of the last `width` values at each place."""
+    total, means = 0.0, []
+    for i, value in enumerate(values):
+        total += value
+        if i >= width:
+            total -= values[i - width]
+        means.append(total / min(i + 1, width))
+    return means
+
+
+if __name__ == "__main__":
+    print(running_mean([1, 2, 4, 8.5], width=2))
+
+for (size_t i = 0; i < rows; ++i) {
+    if (!table[i].empty()) { sum += table[i].front()->weight; }
+}
+SELECT name, COUNT(*) AS n FROM visits WHERE year >= 2019 GROUP BY name ORDER BY n DESC;
+''',
+    "maths": """\
+A train covers 318 km in 2.5 h, so its mean speed is 318 / 2.5 = 127.2 km/h. For what n does 3n \
++ 7 = 100 hold? n = 31.
+Let $f(x) = x^3 - 6x^2 + 11x - 6$. Since $f(1) = f(2) = f(3) = 0$, we have $f(x) = (x - 1)(x - \
+2)(x - 3)$ and $\\int_0^1 f(x)\\,dx = \\frac{1}{4} - 2 + \\frac{11}{2} - 6 = -\\frac{9}{4}$.
+17 x 23 = 391; 1,048,576 = 2^20; 45 % of 2,340 is 1,053; pi begins 3.14159265358979. If a < b \
+and c >= 0 then ac <= bc.
+""",
+    "other languages": """\
+Der Zug fährt um halb sieben ab, und wer ihn verpasst, muss über Nacht bleiben. La boulangère \
+m'a rendu la monnaie sans lever les yeux. ¿Quién dejó la ventana abierta? Утром на озере было \
+тихо, только скрипели вёсла. Η θάλασσα ήταν ήρεμη. كان الطريق طويلا والليل هادئا.""",
+    "cjk": """\
+早上六点一刻，渡船离开小岛，没赶上的人只好等到第二天。她还是在面包店停了下来。「間に合わないよ」とパン屋は言った。それでも彼女はもう一つ買った。시계를 벽에서 떼어 내면 사람들은 두 배나 \
+오래 기다린다고 한다.""",
+    "emoji": """\
+Good morning ☀️🥐! On the boat ⛴️ now, wind 💨💨 but happy 😄🙌🏽 — call you tonight 📞❤️ 👩‍🚀👨‍👩‍👧 \
+🇫🇮🇯🇵 ✅ 3️⃣""",
 }
 
 
 @dataclass(kw_only=True)
-class Knobs:
+class EvaluateTokenizerKnobs:
     """Tokenizer evaluation"""
 
     data: tuple[str, ...] = knob(
         (), "sources to measure on, as for base_train (default: downloaded shards, else tinyworld)"
     )
-    max_chars: int = knob(2_000_000, "characters of validation text a source, at most", low=1)
+    max_chars: int = knob(2_000_000, "measure about this many characters per source", low=1)
     wait: float = knob(
         20.0,
-        "seconds to wait for the GPT-2 and GPT-4 vocabularies, fetched from the internet; 0 = do without",
+        "seconds to wait for the download of the GPT-2 and GPT-4 vocabularies; 0 = without them",
         low=0.0,
     )
 
 
-def other_encodings(seconds: float) -> dict[str, Callable[[str], list[int]]]:
-    """The published vocabularies that could be had in time. tiktoken waits for a network without bound, hence the thread."""
-    found: dict[str, Callable[[str], list[int]]] = {}
-    trouble = f"no answer in {seconds:g} s"
+def published_encodings(seconds: float) -> dict[str, Encode]:
+    """The published vocabularies that arrive in time, by name; a notice if one is missing."""
+    encodings: dict[str, Encode] = {}
+    problem = f"no answer within {seconds:g} s"
 
-    def fetch() -> None:
-        nonlocal trouble
+    def download() -> None:
+        nonlocal problem
         import tiktoken
 
         try:
-            for name, published in OTHERS.items():
-                found[name] = tiktoken.get_encoding(published).encode_ordinary
-        except Exception as e:  # whatever the network, a proxy or a damaged cache may raise: the comparison is a bonus
-            trouble = type(e).__name__
+            for name, published in PUBLISHED.items():
+                encodings[name] = tiktoken.get_encoding(published).encode_ordinary
+        except Exception as e:  # from the network, a proxy or a damaged cache: all the same here
+            problem = type(e).__name__
 
-    if seconds > 0:
-        thread = threading.Thread(target=fetch, daemon=True)
-        thread.start()
-        thread.join(seconds)
-        had = dict(found)
-        if missing := [name for name in OTHERS if name not in had]:
-            notice(
-                f"no comparison with the vocabularies of {' and '.join(missing)}: they come from the internet ({trouble})"
-            )
-        return had
-    return {}
-
-
-def capped(texts: Iterable[str], max_chars: int) -> list[str]:
-    """The first texts, max_chars characters in all."""
-    taken = []
-    for text in texts:
-        taken.append(text[:max_chars])
-        max_chars -= len(taken[-1])
-        if max_chars <= 0:
-            break
-    return taken
+    if seconds == 0:
+        return {}
+    thread = threading.Thread(target=download, daemon=True)  # tiktoken itself has no timeout
+    thread.start()
+    thread.join(seconds)
+    arrived = dict(encodings)
+    if missing := [name for name in PUBLISHED if name not in arrived]:
+        notice(
+            f"no comparison with the vocabularies of {' and '.join(missing)}, which come from the "
+            f"internet ({problem})"
+        )
+    return arrived
 
 
-def measure(
-    texts: list[str], tokenizer: Tokenizer, others: dict[str, Callable[[str], list[int]]]
-) -> dict:
-    encoded = tokenizer.encode_batch(texts)
-    chars, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+def measure(texts: list[str], tokenizer: "Tokenizer", published: dict[str, Encode]) -> dict:
+    """Sizes of the texts, and the compression by this tokenizer and by the published ones."""
+    from nanochat.data.tokenizer import segments
 
-    def per(tokens: int) -> dict[str, float]:
+    characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+
+    def compression(tokens: int) -> dict[str, float]:
         return {
             "tokens": tokens,
-            "chars_per_token": round(chars / max(1, tokens), 4),
+            "chars_per_token": round(characters / max(1, tokens), 4),
             "bytes_per_token": round(size / max(1, tokens), 4),
         }
 
-    row = {"chars": chars, "bytes": size, **per(sum(map(len, encoded)))}
-    row["exact"] = all(
-        tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True)
-    )
-    for name, encode in others.items():
-        row[name] = per(sum(len(encode(segment)) for text in texts for segment in segments(text)))
+    encoded = tokenizer.encode_batch(texts)
+    row = {"chars": characters, "bytes": size, **compression(sum(map(len, encoded)))}
+    row["exact"] = [tokenizer.decode(ids) for ids in encoded] == texts
+    for name, encode in published.items():
+        tokens = sum(len(encode(segment)) for text in texts for segment in segments(text))
+        row[name] = compression(tokens)
     return row
 
 
-def show(rows: dict[str, dict], names: Sequence[str]) -> None:
-    """A table: characters and bytes a token, and the other vocabularies' bytes a token (how much more than theirs ours holds)."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    table = Table(box=box.SIMPLE)
-    for i, title in enumerate(
-        [
-            "text",
-            "characters",
-            "chars/token",
-            "bytes/token",
-            *(f"{name} bytes/token" for name in names),
-        ]
-    ):
-        table.add_column(title, justify="left" if i == 0 else "right")
+def table(rows: dict[str, dict], names: Sequence[str]) -> str:
+    """
+    Characters and bytes per token, and for each published vocabulary its bytes per token and how
+    many more ours has.
+    """
+    head = ["text", "characters", "chars/token", "bytes/token"]
+    cells = []
     for name, row in rows.items():
-        theirs = [
-            f"{row[n]['bytes_per_token']:.2f} ({row['bytes_per_token'] / row[n]['bytes_per_token'] - 1:+.0%})"
-            for n in names
-        ]
-        table.add_row(
-            name,
-            f"{row['chars']:,}",
-            f"{row['chars_per_token']:.2f}",
-            f"{row['bytes_per_token']:.2f}",
-            *theirs,
-        )
-    console.print(table)
+        ours = row["bytes_per_token"]
+        theirs = [row[n]["bytes_per_token"] for n in names]
+        figures = [f"{row['chars']:,}", f"{row['chars_per_token']:.2f}", f"{ours:.2f}"]
+        cells.append([name, *figures, *(f"{t:.2f} ({ours / t - 1:+.0%})" for t in theirs)])
+    return columns([*head, *(f"{name} bytes/token" for name in names)], cells)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    k, _ = knobs.parse(Knobs, argv, command="tok_eval", description=__doc__ or "")
+    """Measure, print the table and a line of JSON; returns what that line holds."""
+    knobs, _ = parse(EvaluateTokenizerKnobs, argv, command="tok_eval")
+
+    from nanochat.data.tokenizer import Tokenizer
+
     tokenizer = Tokenizer.load()
-    sources = training_sources(k.data)
-    others = other_encodings(k.wait)
-    rows = {
-        source.name: measure(capped(documents(source, "val"), k.max_chars), tokenizer, others)
-        for source in sources
+    sources = training_sources(knobs.data)
+    published = published_encodings(knobs.wait)
+    texts = {
+        source.name: list(mixed([source], "val", max_chars=knobs.max_chars)) for source in sources
     }
-    rows.update({f"({kind})": measure([text], tokenizer, others) for kind, text in KINDS.items()})
+    texts |= {f"({kind})": [sample] for kind, sample in SAMPLES.items()}
+    rows = {name: measure(texts[name], tokenizer, published) for name in texts}
     print0(
-        f"tokenizer of {tokenizer.vocab_size:,} tokens; texts in parentheses stand in this command, the others are validation text"
+        f"tokenizer with {tokenizer.vocab_size:,} tokens, on validation text and on (sample texts "
+        "of this command)\n"
     )
-    show(rows, list(others))
+    print0(table(rows, list(published)) + "\n")
     if inexact := [name for name, row in rows.items() if not row["exact"]]:
         raise UserError(
-            f"the tokenizer changes the text of {', '.join(inexact)}: train it again with python -m scripts.tok_train"
+            f"the tokenizer changes the text of {', '.join(inexact)}: train it again with "
+            "nanochat tok_train"
         )
     result = {
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
-        "compared_with": list(others),
+        "compared_with": list(published),
         "texts": rows,
     }
     print0(json.dumps(result, ensure_ascii=False))

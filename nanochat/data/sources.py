@@ -216,12 +216,6 @@ def _shard_files(source: Source, split: str | None) -> list[Path]:
     return {"train": train, "val": [validation], None: [*train, validation]}[split]
 
 
-def documents(source: Source, split: str) -> Iterator[str]:
-    """The texts of a split ("train" or "val"), in the order of the files."""
-    for part in parts(source, split):
-        yield from part.documents()
-
-
 def parts(source: Source, split: str) -> list[Part]:
     """A split ("train" or "val") in parts that are read and tokenised independently."""
     if split not in ("train", "val"):
