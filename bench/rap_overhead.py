@@ -30,8 +30,8 @@ from nanochat.base.runtime import compiler_missing, open_runtime
 from nanochat.model import prior
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
+from nanochat.train.run import make_optimizer
 from nanochat.train.scaling import Shape
 
 ABOUT = ("dtype", "about")
@@ -95,7 +95,7 @@ def measure(k: Knobs, condition: str, T: int) -> dict[str, Any]:
         model.prior.load_state_dict(tables)
     if k.compile == "on":
         model.compile()
-    optimizer = stage.make_optimizer(model, k, rt)
+    optimizer = make_optimizer(model, k, rt)
     tokens = torch.randint(0, k.vocab_size, (max(1, k.batch_tokens // T), T + 1), device=rt.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     times = []

@@ -24,8 +24,8 @@ from nanochat.base.runtime import compiler_missing, open_runtime
 from nanochat.data.feed import Batch
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
+from nanochat.train.run import make_optimizer
 from nanochat.train.scaling import Shape
 
 
@@ -53,7 +53,7 @@ def measure(k: Knobs, compiled: bool) -> dict[str, Any]:
     model.init_weights(k.seed)
     if compiled:
         model.compile()
-    optimizer = stage.make_optimizer(model, k, rt)
+    optimizer = make_optimizer(model, k, rt)
     tokens = torch.randint(0, k.vocab_size, (k.batch, k.sequence_len + 1), device=rt.device)
     b = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     times = []

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import tiny
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import PLAIN, fit, rows
@@ -15,13 +16,14 @@ from nanochat.base import hardware
 from nanochat.base.common import UserError
 from nanochat.commands import base_train
 from nanochat.data.contexts import Contexts
+from nanochat.data.feed import Batch, RowFeed
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.train import loop as trainer
-from nanochat.train import run as stage
-from nanochat.train.loop import Evaluation
+from nanochat.train import loop, stage
+from nanochat.train.loop import Evaluation, Interrupted
+from nanochat.train.optim import MuonAdamW
 from nanochat.train.schedule import Schedule
 
 
@@ -35,10 +37,13 @@ class Clock:
 
 
 class TimedFeed(tiny.ListFeed):
-    """An endless feed whose steps take the time given."""
+    """An endless feed whose steps take the time given, and compute nothing if they are empty."""
 
-    def __init__(self, clock: Clock, seconds):
-        super().__init__([tiny.batch(rows=2)] * 10_000)
+    def __init__(self, clock: Clock, seconds, empty: bool = False):
+        batch = tiny.batch(rows=2)
+        if empty:
+            batch = Batch(batch.inputs, torch.full_like(batch.targets, -1))
+        super().__init__([batch] * 10_000)
         self.clock, self.seconds = clock, seconds
 
     progress = 0.0
@@ -95,7 +100,7 @@ def test_time_spent_is_kept_over_a_resume_and_the_rate_does_not_jump(tmp_path):
             return super().__next__()
 
     probes = [Evaluation("eval", 0.3, probe, start=True)]
-    with pytest.raises(trainer.Interrupted):
+    with pytest.raises(Interrupted):
         fit(
             tmp_path,
             None,
@@ -106,16 +111,18 @@ def test_time_spent_is_kept_over_a_resume_and_the_rate_does_not_jump(tmp_path):
             budget_seconds=100.0,
         )
     before = rows(tmp_path)[-1]
-    m = tiny.model()
-    run, o = (
-        tiny.run(tmp_path, m, clock=clock, budget_seconds=100.0, step=before["step"]),
-        tiny.optimizer(m),
+    run = tiny.resumed(
+        tmp_path,
+        tiny.model(),
+        TimedFeed(clock, lambda i: 1.0),
+        schedule=Schedule(decay=0.5),
+        evaluations=probes,
+        clock=clock,
+        budget_seconds=100.0,
     )
-    feed = TimedFeed(clock, lambda i: 1.0)
-    trainer.restore(run, checkpoint.newest(tmp_path), m, o, feed)
     assert run.seconds == pytest.approx(before["seconds"])
     clock.now += 1e6  # the machine was off
-    trainer.fit(run, m, o, feed, Schedule(decay=0.5), probes)
+    run.fit()
     after = [r for r in rows(tmp_path) if r["step"] > before["step"]]
     step = 1 / (100 - run.reserve)
     assert after[0]["progress"] == pytest.approx(before["progress"] + step, abs=1e-3)
@@ -205,10 +212,9 @@ def test_the_deadline_holds(
         Evaluation("eval", every, takes(evaluation, lambda: {"val_bpb": 1.0}), start=True),
         Evaluation("sample", seldom, takes(sample, dict)),
     ]
-    feed = TimedFeed(clock, lambda i: slow if i < at else quick)
+    feed = TimedFeed(clock, lambda i: slow if i < at else quick, empty=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", takes(saving, save))
-        patch.setattr(trainer, "_step", lambda *_: 1.0)  # what is computed does not matter here
         try:
             _, run, _ = fit(
                 path,
@@ -244,7 +250,7 @@ def test_a_budget_that_holds_no_step(tmp_path):
     feed = TimedFeed(clock, lambda i: 1.0)
     with pytest.raises(
         UserError,
-        match=r"a budget of 100 s holds no step: 60 s had gone before the first and 60 s are kept .*minutes=4",
+        match=r"a budget of 100 s holds no step: 60 s passed before the first, and 60 s are reserved .*minutes=4",
     ):
         fit(
             tmp_path,
@@ -310,25 +316,28 @@ def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
     horizon, steps = horizons()[name]
     clock, pace, looked = Clock(), {"slow": 6.0, "fast": 3.0}.get(name, 0.1), []
     monkeypatch.setattr(time, "monotonic", clock)  # so that opening takes no time
-    monkeypatch.setattr(trainer, "Run", partial(trainer.Run, clock=clock))
-    step, evaluate = trainer._step, stage.shard_bits_per_byte
+    monkeypatch.setattr(stage, "Run", partial(loop.Run, clock=clock))
+    update, set_progress, evaluate = MuonAdamW.step, RowFeed.set_progress, stage.shard_bits_per_byte
 
-    def stepping(run, *rest):
-        clock.now += pace * (
-            1 + (run.step > 12)
-        )  # in the middle of the run the machine gets another job
-        if interrupt and run.tokens and run.progress(rest[2]) > 0.75:
+    def slow_update(optimizer, *rest):
+        # in the middle of the run the machine gets another job
+        clock.now += pace * (1 + (optimizer.steps > 12))
+        return update(optimizer, *rest)
+
+    def interrupted_late(feed, progress):
+        if interrupt and progress > 0.75:
             interrupt.pop()
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, *rest)
+        return set_progress(feed, progress)
 
-    def evaluating(model, *rest):
+    def slow_evaluation(model, *rest):
         clock.now += 2.0
         looked.append(model.config.sequence_len)
         return evaluate(model, *rest)
 
-    monkeypatch.setattr(trainer, "_step", stepping)
-    monkeypatch.setattr(stage, "shard_bits_per_byte", evaluating)
+    monkeypatch.setattr(MuonAdamW, "step", slow_update)
+    monkeypatch.setattr(RowFeed, "set_progress", interrupted_late)
+    monkeypatch.setattr(stage, "shard_bits_per_byte", slow_evaluation)
     flags, interrupt = [*flags, *horizon, f"--model_tag={name}", "--eval_every=0.3"], [True]
     with pytest.raises(KeyboardInterrupt):
         base_train.main(flags)
@@ -371,29 +380,14 @@ def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
     base, flags = place
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
-    step = trainer._step
+    lengths = ["--num_iterations=16", "--eval_every=5", "--resume=auto"]
 
     def run(tag, *stops):
-        def stepping(run, *rest):
-            if run.step + 1 in stops:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step(run, *rest)
-
-        monkeypatch.setattr(trainer, "_step", stepping)
-        for _ in stops:
-            with pytest.raises(KeyboardInterrupt):
-                base_train.main(
-                    [
-                        *flags,
-                        f"--model_tag={tag}",
-                        "--num_iterations=16",
-                        "--eval_every=5",
-                        "--resume=auto",
-                    ]
-                )
-        base_train.main(
-            [*flags, f"--model_tag={tag}", "--num_iterations=16", "--eval_every=5", "--resume=auto"]
-        )
+        for stop in stops:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                tiny.act_in_step(patch, stop, lambda: os.kill(os.getpid(), signal.SIGINT))
+                base_train.main([*flags, f"--model_tag={tag}", *lengths])
+        base_train.main([*flags, f"--model_tag={tag}", *lengths])
         folder = base / "checkpoints" / "base" / tag
         m = checkpoint.newest(folder).weights
         return tiny.losses(folder), dict(m), [r["step"] for r in rows(folder, "eval")]
@@ -417,8 +411,8 @@ def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
             "whole number of rows of 12 and of 32: try --total_batch_size=1056",
         ),
         (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "8@0.5 comes after 32@0"),
-        (["--num_iterations=0"], "--num_iterations=0 is no length of a run"),
-        (["--target_flops=nan"], "--target_flops=nan is no length of a run"),
+        (["--num_iterations=0"], "--num_iterations must be positive, or -1 for none (got 0)"),
+        (["--target_flops=nan"], "--target_flops must be positive, or -1 for none (got nan)"),
         (["--target_flops=1e6"], "not one step of 1,024: give"),
         (["--target_param_data_ratio=0.001"], "not one step of 1,024: give"),
         (["--max_minutes=1e-9"], "holds no step: one of 1,024 tokens takes"),

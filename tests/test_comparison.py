@@ -23,6 +23,7 @@ from nanochat.commands import base_train, compare
 from nanochat.model import checkpoint
 from nanochat.study import comparison
 from nanochat.study.comparison import analyse, holm, interval, ratio_interval, reach
+from nanochat.train import stage
 from nanochat.train.loop import Evaluation
 
 # ---- statistics
@@ -218,7 +219,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", inside)
     monkeypatch.setattr(hardware, "measured_peak", lambda *_: 1e11)
     monkeypatch.setattr(comparison, "build", lambda *_: None)
-    monkeypatch.setattr(base_train, "sample_evaluation", lambda _: Evaluation("sample", 0, dict))
+    monkeypatch.setattr(stage, "sample_evaluation", lambda *_: Evaluation("sample", 0, dict))
     return shlex.join([*flags, "--num_iterations=8", "--total_batch_size=256", "--compile=off"])
 
 

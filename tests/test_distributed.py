@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,8 @@ from nanochat.base import hardware, logbook
 from nanochat.commands import base_train
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint
-from nanochat.train import loop as trainer
-from nanochat.train import run as stage
+from nanochat.train import horizon
+from nanochat.train.loop import Evaluation, Interrupted, recut
 from nanochat.train.optim import Group, MuonAdamW
 from nanochat.train.schedule import Schedule
 
@@ -42,11 +42,11 @@ class Share(tiny.ListFeed):
         self.rank, self.world, self.stop = rank, world, stop
 
     def __next__(self):
-        whole = trainer.recut(super().__next__(), 1)
+        whole = recut(super().__next__(), 1)
         if self.step == self.stop and self.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.world == 1:
-            return trainer.recut([_join(whole)], self.device_rows)
+            return recut([_join(whole)], self.device_rows)
         if self.step == 2:  # one rank has it all, the other a row that is all ignored
             mine = (
                 whole
@@ -55,7 +55,7 @@ class Share(tiny.ListFeed):
             )
         else:
             mine = whole[self.rank :: self.world]
-        return trainer.recut([_join(mine)], self.device_rows)
+        return recut([_join(mine)], self.device_rows)
 
 
 def _join(batches):
@@ -66,36 +66,30 @@ def train(
     directory: Path, rank: int, world: int, tied: bool, stop: int = 0, resume: bool = False
 ) -> None:
     """A run of STEPS steps, stopped in the course of `stop`, or going on from what `directory` holds."""
-    rt = replace(tiny.CPU, rank=rank, world_size=world)
+    runtime = replace(tiny.CPU, rank=rank, world_size=world)
     m = tiny.randomise(tiny.model(tie_embeddings=tied))
-    o, feed = tiny.optimizer(m, rt, weight_decay=0.01), Share(rank, world, stop)
-    path = checkpoint.newest(directory) if resume else None
-    run = tiny.run(directory, m, runtime=rt, step=path.meta["step"] if path else 0)
-    if path:
-        trainer.restore(run, path, m, o, feed)
+    run = (tiny.resumed if resume else tiny.run)(
+        directory,
+        m,
+        Share(rank, world, stop),
+        runtime=runtime,
+        optimizer=tiny.optimizer(m, runtime, weight_decay=0.01),
+        schedule=SCHEDULE,
+    )
+    run.evaluations = [Evaluation("eval", 2, lambda: {"val_bpb": float(10 - run.step)}, start=True)]
     try:
-        trainer.fit(
-            run,
-            m,
-            o,
-            feed,
-            SCHEDULE,
-            [trainer.Evaluation("eval", 2, lambda: {"val_bpb": float(10 - run.step)}, start=True)],
-        )
-    except trainer.Interrupted:
+        run.fit()
+    except Interrupted:
         assert stop
     run.logbook.close()
 
 
 def reinforce(directory: Path, rank: int, world: int) -> None:
     """STEPS steps on replies that each rank samples for its own share of the questions, five a step."""
-    rt, m = replace(tiny.CPU, rank=rank, world_size=world), toy.policy(toy.words())
-    feed = toy.feed(
-        toy.words(), m, per_step=5, device_rows=3, total=5 * STEPS, rank=rank, world_size=world
-    )
-    run = tiny.run(directory, m, runtime=rt)
-    trainer.fit(run, m, tiny.optimizer(m, rt, lr_scale=0.1), feed, SCHEDULE)
-    run.logbook.close()
+    runtime, m = replace(tiny.CPU, rank=rank, world_size=world), toy.policy(toy.words())
+    feed = toy.feed(toy.words(), m, runtime=runtime, per_step=5, device_rows=3, total=5 * STEPS)
+    optimizer = tiny.optimizer(m, runtime, lr_scale=0.1)
+    tiny.fit(directory, m, feed, SCHEDULE, runtime=runtime, optimizer=optimizer)
 
 
 def odd_updates(directory: Path, rank: int, world: int) -> None:
@@ -132,9 +126,9 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
 
 def whole_command(base: Path, rank: int) -> None:
     """base_train on two ranks that measure very different peaks, with a batch that follows from a budget of time."""
-    real, chosen = stage.choose_horizon, []
+    real, chosen = horizon.choose_horizon, []
     hardware.measured_peak = lambda *_: 1e9 * 1e5**rank
-    stage.choose_horizon = lambda s: chosen.append(real(s)) or chosen[-1]
+    horizon.choose_horizon = lambda run: chosen.append(real(run)) or chosen[-1]
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     base_train.main(
         [
@@ -144,7 +138,7 @@ def whole_command(base: Path, rank: int) -> None:
             "--eval_every=0",
         ]
     )
-    (base / f"horizon_{rank}.json").write_text(json.dumps(chosen))
+    (base / f"horizon_{rank}.json").write_text(json.dumps([asdict(h) for h in chosen]))
 
 
 def worker(rank: int, port: int, base: Path) -> None:

@@ -21,25 +21,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 import toy  # noqa: E402
 
-from nanochat.base import logbook  # noqa: E402
 from nanochat.model.gpt import GPT  # noqa: E402
-from nanochat.train import loop as trainer  # noqa: E402
+from nanochat.train.loop import Feed  # noqa: E402
 from nanochat.train.schedule import Schedule  # noqa: E402
 
 FILE = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 10
 
 
-def ten_losses(
-    feed: trainer.Feed, m: GPT | None = None, lr_scale: float = 1.0, **knobs
-) -> list[float]:
+def ten_losses(feed: Feed, m: GPT | None = None, lr_scale: float = 1.0, **knobs) -> list[float]:
     m = m or tiny.model(seed=7, **knobs)
     with tempfile.TemporaryDirectory() as folder:
-        run = tiny.run(Path(folder), m)
         schedule = Schedule(warmup=0.2, decay=0.4, final=0.1, momentum_warmup=5)
-        trainer.fit(run, m, tiny.optimizer(m, weight_decay=0.01, lr_scale=lr_scale), feed, schedule)
-        run.logbook.close()
-        return [r["loss"] for r in logbook.read(folder) if r["kind"] == "train"]
+        optimizer = tiny.optimizer(m, weight_decay=0.01, lr_scale=lr_scale)
+        tiny.fit(Path(folder), m, feed, schedule, optimizer=optimizer)
+        return tiny.losses(folder)
 
 
 def text(**batch) -> tiny.ListFeed:

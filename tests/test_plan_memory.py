@@ -19,8 +19,8 @@ from nanochat.model.gpt import GPT
 from nanochat.plan import memory
 from nanochat.plan import probe as throughput
 from nanochat.plan import trace_memory as live
-from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
+from nanochat.train.run import make_optimizer
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 TINY = [
@@ -60,7 +60,7 @@ def measured(
     model.init_weights(1)
     if compiled:
         model.compile()
-    optimizer = stage.make_optimizer(model, TrainKnobs(), rt)
+    optimizer = make_optimizer(model, TrainKnobs(), rt)
     ids = torch.randint(0, c.vocab_size, (2 * micro_batches * rows, c.sequence_len))
 
     def step() -> None:

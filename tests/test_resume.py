@@ -21,7 +21,6 @@ from nanochat.commands import base_train, chat_sft, mid_train
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import mixture
 from nanochat.model import checkpoint
-from nanochat.train import loop as trainer
 from nanochat.train import resume
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,21 +63,9 @@ def assert_same_end(run: Path, expected: Path) -> None:
     assert a.meta["done"] and a.meta["best"] == b.meta["best"]
 
 
-def stop_at(monkeypatch, step: int, act) -> None:
-    """Do something while the run computes its update number `step`."""
-    real = trainer._step
-
-    def stepping(run, *rest):
-        if run.step == step - 1:
-            act()
-        return real(run, *rest)
-
-    monkeypatch.setattr(trainer, "_step", stepping)
-
-
 def interrupted(monkeypatch, flags: list[str], step: int = 10) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.act_in_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
         base_train.main([*flags, *STEPS])
 
 
@@ -111,7 +98,7 @@ def test_a_crash_without_warning(whole, place, monkeypatch):
         raise Crash
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        stop_at(patch, 12, crash)
+        tiny.act_in_step(patch, 12, crash)
         base_train.main([*flags, *STEPS])
     assert checkpoint.newest(run).path.name == "step_000009" and len(losses(run)) == 11
     base_train.main([*flags, "--resume=auto"])
@@ -153,7 +140,7 @@ def test_killed_at_any_moment(whole, place):
         out, err = process.communicate(timeout=120)
         if number == signal.SIGTERM and process.returncode != 0:  # 0: it was through already
             assert process.returncode == 130, err
-            assert "Traceback" not in err and "go on with --resume auto" in out
+            assert "Traceback" not in err and "continue with --resume auto" in out
     process = command(flags, base)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -179,7 +166,7 @@ def test_later_stages_go_on_too(whole, place, monkeypatch, script, flags):
     expected, was = checkpoint.newest(run), losses(run)
     kept = shutil.copytree(expected.path, base / "kept")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.act_in_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         script.main([*flags, *own, "--num_iterations=8"])
     assert checkpoint.newest(run).path.name == "step_000004"
     script.main([*flags, *own, "--num_iterations=8", "--resume=auto"])
@@ -205,14 +192,14 @@ def test_a_finished_run_has_nothing_to_do(whole, monkeypatch, capsys):
     [
         (
             "--num_iterations=40",
-            r"started with num_iterations=20 and is asked to go on with 40.*--new_horizon",
+            r"started with num_iterations=20, not 40.*--new_horizon",
         ),
-        ("--max_minutes=3", r"started with max_minutes=0 and is asked to go on with 3"),
+        ("--max_minutes=3", r"started with max_minutes=0, not 3"),
         (
             "--total_batch_size=512",
-            r"started with total_batch_size=1024 and is asked to go on with 512",
+            r"started with total_batch_size=1024, not 512",
         ),
-        ("--softcap=0", r"has softcap=15.0, not 0.0: leave the flag out to go on"),
+        ("--softcap=0", r"has softcap=15.0, not 0.0: leave the flag out to continue"),
         ("--activation=gelu", r"has activation=relu2, not gelu"),
         ("--depth=3", r"has n_layer=2, not 3"),
         ("--seed=7", r"its seed changed from 42 to 7"),
@@ -252,11 +239,11 @@ def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):  # 
     longer = [*flags, "--resume=auto", "--num_iterations=34"]
     with pytest.raises(
         UserError,
-        match=r"started with num_iterations=20 .* --new_horizon=stretch .*--new_horizon=redecay",
+        match=r"started with num_iterations=20, .* --new_horizon=stretch .*--new_horizon=redecay",
     ):
         base_train.main(longer)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny.act_in_step(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
         base_train.main([*longer, "--new_horizon=redecay"])
     assert "learning rate x0.750 at step 14, x0.750 from here on" in capsys.readouterr().out
     base_train.main([*flags, "--resume=auto"])
@@ -272,12 +259,10 @@ def test_new_horizons_that_leave_nothing_to_do(whole, place, monkeypatch, capsys
     again = [*flags, "--resume=auto"]
     with pytest.raises(
         UserError,
-        match=r"at its floor \(x0\), from which redecay cannot fall: say --new_horizon=stretch",
+        match=r"at its floor \(x0\), so redecay cannot lower it: use --new_horizon=stretch",
     ):
         base_train.main([*again, "--num_iterations=30", "--new_horizon=redecay"])
-    with pytest.raises(
-        UserError, match="--new_horizon needs a value after it: one of '', stretch, redecay"
-    ):
+    with pytest.raises(UserError, match="--new_horizon needs a value: one of '', stretch, redecay"):
         base_train.main([*again, "--new_horizon"])
     base_train.main([*again, "--num_iterations=20", "--new_horizon=stretch"])
     assert "nothing to do" in capsys.readouterr().out
@@ -300,9 +285,7 @@ def test_one_budget_in_two_units():
         {"max_minutes": 90.0, "max_hours": 0.0},
     )
     resume.same_horizons(hours, minutes)
-    with pytest.raises(
-        UserError, match="started with max_minutes=90 and is asked to go on with 91"
-    ):
+    with pytest.raises(UserError, match="started with max_minutes=90, not 91"):
         resume.same_horizons(hours, {**minutes, "max_minutes": 91.0})
 
 
@@ -327,7 +310,7 @@ def test_a_new_run_sets_the_old_one_aside_only_when_it_begins(whole, place, caps
             base_train.main([*flags, *STEPS, wrong])
         assert checkpoint.newest(run).path.name == "step_000020"
     base_train.main([*flags, "--num_iterations=2", "--eval_every=0"])
-    assert "that run is now" in capsys.readouterr().err
+    assert "the earlier run is now" in capsys.readouterr().err
     assert checkpoint.newest(run).path.name == "step_000002"
     assert checkpoint.newest(run.with_name("t.old")).path.name == "step_000020"
 

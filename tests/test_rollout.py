@@ -14,11 +14,10 @@ from nanochat.base import hardware, logbook
 from nanochat.base.common import UserError
 from nanochat.base.files import sha256_file
 from nanochat.chat.generate import Sample
-from nanochat.commands import chat_rl
+from nanochat.commands import chat_eval, chat_rl
 from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import linear_cross_entropy
-from nanochat.train import loop as trainer
 from nanochat.train import rollout
 from nanochat.train.rollout import RolloutFeed, weighted_batches
 from nanochat.train.schedule import Schedule
@@ -32,12 +31,9 @@ def tok():
 def learn(
     path: Path, m: GPT, f: RolloutFeed, schedule: Schedule | None = None, **rates
 ) -> list[dict]:
-    run = tiny.run(path, m)
-    try:
-        trainer.fit(run, m, tiny.optimizer(m, **rates), f, schedule or Schedule(momentum_warmup=0))
-    finally:
-        run.logbook.close()
-    return [r for r in logbook.read(path) if r["kind"] == "train"]
+    schedule = schedule or Schedule(momentum_warmup=0)
+    tiny.fit(path, m, f, schedule, optimizer=tiny.optimizer(m, **rates))
+    return tiny.rows(path)
 
 
 # ---- what a group teaches
@@ -214,9 +210,11 @@ def test_what_is_sampled_does_not_depend_on_memory(tok, capsys):  # trap 25
 
     f.sampler.engine.generate_batch = limited
     assert drawn(f) == expected
-    assert [line.split(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
-        "10 replies at a time from now on",
-        "5 replies at a time from now on",
+    assert f.sampler.rows == 5, "one question with its five replies"
+    notices = capsys.readouterr().err.splitlines()
+    assert [line.partition(": out of memory with ")[2] for line in notices] == [
+        "a batch of questions of 4 rows: continuing with 2",
+        "a batch of questions of 2 rows: continuing with 1",
     ]
 
 
@@ -263,7 +261,7 @@ def sft(tok, tmp_path, monkeypatch):
     """A finetuned model that nobody finetuned, and a task that it sometimes gets right."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
-    monkeypatch.setattr(chat_rl, "named_tasks", lambda names, folder: [EASY])
+    monkeypatch.setattr(chat_eval, "named_tasks", lambda names, folder: [EASY])
     tok.save(tmp_path / "tokenizer")
     m = policy(tok)
     meta = {
@@ -321,20 +319,13 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
     whole = checkpoint.newest(sft)
     hashes = [sha256_file(whole.path / f"{name}.safetensors") for name in ("model", "optim")]
 
-    real = trainer._step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            trainer,
-            "_step",
-            lambda run, *a: (run.step == 9 and os.kill(os.getpid(), signal.SIGTERM), real(run, *a))[
-                1
-            ],
-        )
+        tiny.act_in_step(patch, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
         chat_rl.main(flags)
     assert checkpoint.newest(sft).path.name == "step_000010"
     with pytest.raises(
         UserError,
-        match=r"started with questions_per_step=4 and is asked to go on with 8: .* learning rate",
+        match=r"started with questions_per_step=4, not 8: .* learning rate",
     ):
         chat_rl.main([*flags, "--resume=auto", "--questions_per_step=8"])
     chat_rl.main([*flags, "--resume=auto", "--rollout_batch_size=4"])
@@ -352,29 +343,29 @@ def test_ten_and_ten_are_twenty(sft, monkeypatch):
 
 
 def test_two_ranks_share_out_what_one_does(tok, monkeypatch):
-    """Without processes: what the ranks would be told by each other is told by the test."""
-    whole, parts = (
-        feed(tok, per_step=5),
-        [feed(tok, per_step=5, rank=rank, world_size=2) for rank in (0, 1)],
-    )
+    """Without processes: the test exchanges what the ranks would tell each other."""
+    whole = feed(tok, per_step=5)
+    ranks = [replace(tiny.CPU, rank=rank, world_size=2) for rank in (0, 1)]
+    parts = [feed(tok, runtime=runtime, per_step=5) for runtime in ranks]
     for _ in range(2):
         expected, counts = drawn(whole), []
-        monkeypatch.setattr(rollout, "summed", lambda c, *_: counts.append(c) or c)  # noqa: B023
         before = [f.state_dict() for f in parts]
-        for f in parts:
-            next(f)
-        monkeypatch.setattr(
-            rollout,
-            "summed",
-            lambda *_: [sum(c) for c in zip(*counts, strict=True)],  # noqa: B023
-        )
-        got = []
-        for f, state in zip(parts, before, strict=True):
-            f.load_state_dict(state)
-            got += [row for row in drawn(f) if any(t >= 0 for t in row[1])]
-            assert {**f.numbers, "rollout_seconds": 0} == {**whole.numbers, "rollout_seconds": 0}
-        monkeypatch.undo()
-        assert sorted(got) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "sum_over_ranks", lambda c, _, to=counts: to.append(c) or c)
+            for f in parts:
+                next(f)
+        sums = [sum(c) for c in zip(*counts, strict=True)]
+        rows = []
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "sum_over_ranks", lambda *_, sums=sums: sums)
+            for f, state in zip(parts, before, strict=True):
+                f.load_state_dict(state)
+                rows += [row for row in drawn(f) if any(t >= 0 for t in row[1])]
+                assert {**f.numbers, "rollout_seconds": 0} == {
+                    **whole.numbers,
+                    "rollout_seconds": 0,
+                }
+        assert sorted(rows) == expected
 
 
 # ---- it learns

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,10 +12,13 @@ import torch
 from nanochat.base import hardware
 from nanochat.base.common import UserError, entry
 from nanochat.commands import base_train
+from nanochat.commands.base_train import PretrainKnobs
+from nanochat.commands.mid_train import MidtrainKnobs
 from nanochat.model.checkpoint import Checkpoint
-from nanochat.train import run
+from nanochat.train import stage
+from nanochat.train.horizon import Horizon, choose_horizon, conversation_horizon
 from nanochat.train.resume import HORIZONS
-from nanochat.train.run import OpenRun
+from nanochat.train.run import OpenRun, table_of_counts
 from nanochat.train.scaling import batch_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -56,7 +58,7 @@ def flags(made, monkeypatch):
             ["--total_batch_size=1000"],
             "not a whole number of rows of 32: try --total_batch_size=992",
         ),
-        (["--num_iterations=-1", "--target_param_data_ratio=-1"], "nothing says how long to train"),
+        (["--num_iterations=-1", "--target_param_data_ratio=-1"], "no length is given"),
         (["--target_flops=1e9"], "two lengths for one run"),
         (["--max_minutes=1", "--max_hours=1"], "two budgets"),
         (["--data=mine=/nowhere.txt"], "/nowhere.txt"),
@@ -103,107 +105,113 @@ def test_as_a_process(made):
 def test_memory_that_does_not_suffice_is_one_sentence():
     too_big = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     with (
-        pytest.raises(
-            UserError, match="out of memory, even with one row at a time: choose a smaller --depth"
-        ),
-        run.session(),
+        pytest.raises(UserError, match="out of memory: choose a smaller --depth"),
+        stage.session(),
     ):
         raise too_big
-    with pytest.raises(RuntimeError, match="a bug"), run.session():
+    with pytest.raises(RuntimeError, match="a bug"), stage.session():
         raise RuntimeError("a bug")
 
 
 # ---- horizons
 
 
-def opened(tmp_path, m=None, **knobs) -> OpenRun:
-    k = SimpleNamespace(
-        **{
-            "total_batch_size": 0,
-            "num_iterations": -1,
-            "target_flops": -1.0,
-            "target_param_data_ratio": 20.0,
-            "max_minutes": 0.0,
-            "max_hours": 0.0,
-            "new_horizon": "",
-            **knobs,
-        }
-    )
-    origins = {n: "command line" if n in knobs else "default" for n in vars(k)}
-    return OpenRun("base", k, origins, tiny.CPU, None, m or tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
+def opened(tmp_path, cls=PretrainKnobs, **given) -> OpenRun:
+    """An open run of the tiny model (16 tokens of context) with these flags."""
+    k = cls(**given)
+    origins = {name: "command line" if name in given else "default" for name in vars(k)}
+    return OpenRun("base", k, origins, tiny.CPU, None, tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
 
 
 def test_a_number_of_steps(tmp_path):
-    assert run.choose_horizon(
-        opened(tmp_path, num_iterations=954, target_param_data_ratio=-1.0)
-    ) == (
-        (1 << 19) // 16,
-        954,
-    )
-    assert run.choose_horizon(opened(tmp_path, num_iterations=1, total_batch_size=64)) == (4, 1)
+    run = opened(tmp_path, num_iterations=954, target_param_data_ratio=-1.0)
+    assert choose_horizon(run) == Horizon((1 << 19) // 16, 954)
+    run = opened(tmp_path, num_iterations=1, total_batch_size=64)
+    assert choose_horizon(run) == Horizon(4, 1)
 
 
-def test_tokens_a_parameter(tmp_path):
-    s = opened(tmp_path, target_param_data_ratio=10.0, total_batch_size=160)
-    assert run.choose_horizon(s) == (10, round(10 * s.model.counts()["total"] / 160))
-    rows, steps = run.choose_horizon(opened(tmp_path))
-    assert rows * 16 == batch_for(20 * s.model.counts()["total"]) and steps == round(
-        20 * s.model.counts()["total"] / (rows * 16)
-    )
+def test_tokens_per_parameter(tmp_path):
+    run = opened(tmp_path, target_param_data_ratio=10.0, total_batch_size=160)
+    tokens = 10 * run.model.counts()["total"]
+    assert choose_horizon(run) == Horizon(10, round(tokens / 160))
+    by_rule = choose_horizon(opened(tmp_path))
+    assert by_rule.rows * 16 == batch_for(2 * tokens)
+    assert by_rule.steps == round(2 * tokens / (by_rule.rows * 16))
 
 
 def test_flops(tmp_path):
-    s = opened(tmp_path, target_flops=1e12, total_batch_size=160)
-    rows, steps = run.choose_horizon(s)
-    assert rows * 16 * steps * s.model.flops_per_token() == pytest.approx(1e12, rel=0.01)
+    run = opened(tmp_path, target_flops=1e12, total_batch_size=160)
+    horizon = choose_horizon(run)
+    flops = horizon.rows * 16 * horizon.steps * run.model.flops_per_token()
+    assert flops == pytest.approx(1e12, rel=0.01)
 
 
 def test_time(tmp_path):
-    rows, steps = run.choose_horizon(opened(tmp_path, max_minutes=2.0))
-    assert steps is None and rows >= 1
+    horizon = choose_horizon(opened(tmp_path, max_minutes=2.0))
+    assert horizon.steps is None and horizon.rows >= 1
     both = opened(tmp_path, max_minutes=2.0, num_iterations=5, total_batch_size=32)
-    assert run.choose_horizon(both) == (2, 5), "the first of the two ends the run"
-    assert (
-        opened(tmp_path, max_minutes=2.0).budget_seconds == 120
-        and opened(tmp_path, max_hours=2.0).budget_seconds == 7200
-    )
+    assert choose_horizon(both) == Horizon(2, 5), "the first of the two ends the run"
+    assert opened(tmp_path, max_minutes=2.0).budget_seconds == 120
+    assert opened(tmp_path, max_hours=2.0).budget_seconds == 7200
+
+
+def test_tokens_per_parameter_with_a_time_limit(tmp_path):
+    run = opened(tmp_path, max_minutes=2.0, target_param_data_ratio=10.0, total_batch_size=160)
+    assert choose_horizon(run) == Horizon(10, round(10 * run.model.counts()["total"] / 160))
+
+
+def test_the_batch_by_rule_is_stored_as_such(tmp_path):
+    run = opened(tmp_path)
+    rows = choose_horizon(run).rows
+    assert run.knobs.total_batch_size == rows * 16 and run.origins["total_batch_size"] == "rule"
+    given = opened(tmp_path, total_batch_size=64)
+    choose_horizon(given)
+    assert (given.knobs.total_batch_size, given.origins["total_batch_size"]) == (64, "command line")
+
+
+def test_a_context_that_is_long_for_the_budget_is_mentioned(tmp_path, capsys):
+    run = opened(tmp_path, max_minutes=10.0)
+    run.model.config.sequence_len = 2048
+    choose_horizon(run)
+    assert "--sequence_len=512 trains on more tokens" in capsys.readouterr().err
+    run.origins["sequence_len"] = "command line"
+    choose_horizon(run)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_new_length_keeps_the_batch(tmp_path):
     (tmp_path / "meta.json").write_text('{"format": 1, "plan": {"rows": 7, "steps": 20}}')
     stored = Checkpoint(tmp_path)
     for given, rows in ((0, 7), (48, 3)):
-        s = opened(tmp_path, max_minutes=600.0, new_horizon="stretch", total_batch_size=given)
-        s.resume_from = stored
-        assert run.choose_horizon(s) == (rows, None)
+        run = opened(tmp_path, max_minutes=600.0, new_horizon="stretch", total_batch_size=given)
+        run.resume_from = stored
+        assert choose_horizon(run) == Horizon(rows, None)
 
 
-def test_two_lengths_for_one_conversation_stage(tmp_path):
-    assert run.conversation_horizon(opened(tmp_path, epochs=3)) == (None, 3)
-    assert run.conversation_horizon(opened(tmp_path, epochs=1, max_minutes=2.0)) == (None, None)
-    for knobs, says in [
-        (
-            {"epochs": 2, "max_minutes": 2.0},
-            "--epochs=2 and a budget of time are two lengths for one run",
-        ),
-        (
-            {"epochs": 2, "num_iterations": 5},
-            "--epochs=2 and --num_iterations=5 are two lengths for one run",
-        ),
+def test_lengths_of_a_conversation_stage(tmp_path):
+    def horizon(**given):
+        return conversation_horizon(opened(tmp_path, MidtrainKnobs, **given), 3)
+
+    assert horizon(epochs=3) == Horizon(3, epochs=3)
+    assert horizon(epochs=1, max_minutes=2.0) == Horizon(3)
+    assert horizon(num_iterations=5) == Horizon(3, steps=5)
+    for given, says in [
+        ({"epochs": 2, "max_minutes": 2.0}, "--epochs=2 and a time budget are two lengths"),
+        ({"epochs": 2, "num_iterations": 5}, "--epochs=2 and --num_iterations=5 are two lengths"),
         (
             {"epochs": 1, "num_iterations": 5, "max_hours": 1.0},
-            "--num_iterations=5 and a budget of time are two lengths",
+            "--num_iterations=5 and a time budget are two lengths",
         ),
-        ({"epochs": 1, "num_iterations": 0}, "--num_iterations=0 is no length of a run"),
+        ({"num_iterations": 0}, r"--num_iterations must be positive, or -1 for none \(got 0\)"),
     ]:
         with pytest.raises(UserError, match=says):
-            run.conversation_horizon(opened(tmp_path, **knobs))
+            horizon(**given)
 
 
 def test_every_horizon_is_known_to_the_resume():
     assert {
         n
-        for n in vars(base_train.PretrainKnobs())
+        for n in vars(PretrainKnobs())
         if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))
     } <= set(HORIZONS)
 
@@ -225,7 +233,7 @@ def test_rates_follow_width_and_part(tied):
 
 
 def test_the_table_of_counts():
-    text = run.table_of_counts(tiny.model(n_embd=64))
+    text = table_of_counts(tiny.model(n_embd=64))
     assert (
         "embedding" in text
         and "4,096" in text
@@ -233,4 +241,4 @@ def test_the_table_of_counts():
     )
     shares = [float(word[:-1]) for word in text.split() if word.endswith("%")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
-    assert "share one table" in run.table_of_counts(tiny.model(tie_embeddings=True))
+    assert "share one table" in table_of_counts(tiny.model(tie_embeddings=True))

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,15 @@ from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import Runtime
 from nanochat.data.feed import Batch
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.model import checkpoint
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.train import loop as trainer
-from nanochat.train import run as stage
+from nanochat.train.loop import Run, recut
 from nanochat.train.optim import MuonAdamW
+from nanochat.train.run import make_optimizer
 from nanochat.train.schedule import Schedule
 
+PLAIN = Schedule(momentum_warmup=4)
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1, 42)
 RATES = {
     "embedding_lr": 0.2,
@@ -62,7 +65,7 @@ def randomise(m: GPT, seed: int = 2) -> GPT:
 
 
 def optimizer(m: GPT, rt: Runtime = CPU, **rates: float) -> MuonAdamW:
-    return stage.make_optimizer(m, SimpleNamespace(**{**RATES, **rates}), rt)
+    return make_optimizer(m, SimpleNamespace(**{**RATES, **rates}), rt)
 
 
 def batch(
@@ -100,7 +103,7 @@ class ListFeed:
         if self.step == len(self.steps):
             raise StopIteration
         self.step += 1
-        return trainer.recut([self.steps[self.step - 1]], self.device_rows)
+        return recut([self.steps[self.step - 1]], self.device_rows)
 
     @property
     def progress(self) -> float:
@@ -128,14 +131,39 @@ def meta(m: GPT) -> dict[str, Any]:
     }
 
 
-def run(directory: Path, m: GPT, **fields: Any) -> trainer.Run:
-    return trainer.Run(
-        fields.pop("runtime", CPU),
+def run(directory: Path, m: GPT, feed: Any = None, **fields: Any) -> Run:
+    """A run in `directory` that is ready to fit; feed: by default eight random steps."""
+    runtime = fields.pop("runtime", CPU)
+    return Run(
+        runtime,
         directory,
         Logbook(directory, step=fields.get("step", 0)),
+        m,
+        fields.pop("optimizer", None) or optimizer(m, runtime),
+        feed or ListFeed.random(8),
         meta(m),
-        **fields,
+        **{"schedule": PLAIN, **fields},
     )
+
+
+def resumed(directory: Path, m: GPT, feed: Any = None, **fields: Any) -> Run:
+    """The run in `directory` at its newest checkpoint."""
+    stored = checkpoint.newest(directory)
+    again = run(directory, m, feed, step=stored.step, **fields)
+    again.restore(stored)
+    return again
+
+
+def act_in_step(patch: Any, step: int, act: Callable[[], Any]) -> None:
+    """Call `act` while a run computes its update number `step`; `patch`: pytest's MonkeyPatch."""
+    update = MuonAdamW.step
+
+    def acting(optimizer, *rest):
+        if optimizer.steps == step - 1:
+            act()
+        return update(optimizer, *rest)
+
+    patch.setattr(MuonAdamW, "step", acting)
 
 
 def weights(m: GPT) -> dict[str, torch.Tensor]:
@@ -175,21 +203,12 @@ def workplace(directory: Path) -> list[str]:
     ]
 
 
-PLAIN = Schedule(momentum_warmup=4)
-
-
-def fit(folder, m=None, feed=None, schedule=PLAIN, probes=(), **fields):
+def fit(folder, m=None, feed=None, schedule=PLAIN, evaluations=(), **fields):
     """Train a tiny model to the feed's end: (summary, run, model)."""
     m = m or model()
-    r = run(folder, m, **fields)
+    r = run(folder, m, feed, schedule=schedule, evaluations=evaluations, **fields)
     try:
-        return (
-            trainer.fit(
-                r, m, optimizer(m, r.runtime), feed or ListFeed.random(8), schedule, probes
-            ),
-            r,
-            m,
-        )
+        return r.fit(), r, m
     finally:
         r.logbook.close()
 

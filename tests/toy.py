@@ -68,8 +68,7 @@ def policy(tok: Tokenizer) -> GPT:
     return m
 
 
-def feed(tok, m=None, questions=QUESTIONS, rows=64, **knobs) -> RolloutFeed:
+def feed(tok, m=None, questions=QUESTIONS, rows=64, runtime=tiny.CPU, **knobs) -> RolloutFeed:
     sampler = Sampler(Engine(m or policy(tok), tok), rows, 6)
-    return RolloutFeed(
-        sampler, questions, **{"per_step": 4, "samples": 5, "device_rows": 64, "seed": 3, **knobs}
-    )
+    settings = {"per_step": 4, "samples": 5, "device_rows": 64, "seed": 3, **knobs}
+    return RolloutFeed(sampler, questions, runtime, **settings)

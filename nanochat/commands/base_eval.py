@@ -18,7 +18,7 @@ from nanochat.commands import base_loss
 from nanochat.commands.base_train import PROMPTS
 from nanochat.eval import core as core_eval
 from nanochat.model.checkpoint import Loaded
-from nanochat.train import run as stage
+from nanochat.train.stage import session
 
 
 @dataclass(kw_only=True)
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 print0(f"{shown}, {duration(found['seconds_taken'])}")
         return out
 
-    with stage.session():
+    with session():
         return work()
 
 

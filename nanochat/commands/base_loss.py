@@ -11,8 +11,8 @@ from nanochat.data.shards import prepare
 from nanochat.data.sources import training_sources
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.model.checkpoint import Loaded, load_for_inference
-from nanochat.train import run as stage
 from nanochat.train.knobs import MachineKnobs
+from nanochat.train.stage import session
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ def measure(k: BitsPerByteKnobs) -> tuple[Loaded, dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     k, _ = knobs.parse(BitsPerByteKnobs, argv, command="base_loss")
-    with stage.session():
+    with session():
         return measure(k)[1]
 
 

@@ -1,76 +1,50 @@
-"""Finetune a midtrained model on conversations, one a row."""
+"""Finetune a midtrained model on conversations, one per row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nanochat.base.common import entry, print0
-from nanochat.base.knobs import knob
-from nanochat.data.sources import default_sources
-from nanochat.eval.tasks import mixture
-from nanochat.model.checkpoint import newest
-from nanochat.model.stages import run_directory
-from nanochat.train import run as stage
-from nanochat.train.knobs import TrainKnobs
+from nanochat.base.knobs import knob, parse
+from nanochat.train.knobs import LaterStageKnobs
 
 
 @dataclass(kw_only=True)
-class FinetuneKnobs(TrainKnobs):
-    """Horizon and data"""
+class FinetuneKnobs(LaterStageKnobs):
+    """Data"""
 
+    source: Literal["mid", "base"] = knob("mid", "stage to start from")
     data: tuple[str, ...] = knob(
         (),
-        "conversations: NAME[@N][:weight] of smoltalk mmlu gsm8k arc-easy arc-challenge spellingbee identity tinyworld, name=FILE.jsonl "
-        "(default: arc-easy arc-challenge gsm8k smoltalk@10000 spellingbee@600 identity; after pretraining on tinyworld, tinyworld@8000)",
+        "conversations: NAME[@N][:weight] of smoltalk mmlu gsm8k arc-easy arc-challenge "
+        "spellingbee identity tinyworld, name=FILE.jsonl (default: arc-easy arc-challenge gsm8k "
+        "smoltalk@10000 spellingbee@600 identity; after pretraining on tinyworld, tinyworld@8000)",
     )
-    task_dir: str = knob(
-        "", "folder with the data of these (default: fetched from the hub into the base folder)"
-    )
-    name: str = knob("nanochat", "who the model says it is, in the conversations of identity")
-    num_iterations: int = knob(-1, "optimizer steps (-1 = by epochs)")
-    epochs: int = knob(1, "passes over the conversations", low=1)
-    conversations_per_step: int = knob(32, "conversations of an optimizer step", low=1)
+    name: str = knob("nanochat", "what the model calls itself in the identity conversations")
+    conversations_per_step: int = knob(32, "conversations per optimizer step", low=1)
     init_lr_frac: float = knob(
-        0.3, "where the rates start, as a share of those of the earlier stages", low=0, high=1
+        0.3, "initial rates, as a share of those of the earlier stages", low=0, high=1
     )
-    source: Literal["mid", "base"] = knob("mid", "the stage to start from")
-    step: int | None = knob(None, "step of the checkpoint to start from (default: the newest)")
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    def work() -> dict:
-        s = stage.open_from_parent(FinetuneKnobs, argv, "chat_sft", "sft", lambda k: k.source)
-        k = s.knobs
-        rows, (steps, epochs) = k.conversations_per_step, stage.conversation_horizon(s)
-        if not k.data:
-            base = newest(run_directory("base", s.directory.name))
-            texts = (base.meta if base else s.parent_meta)["knobs"]["data"]
-            k.data = mixture.default("sft", texts or default_sources())
-        print0(f"  conversations: {' '.join(k.data)}")
-        talks = partial(
-            mixture.shards,
-            k.data,
-            tokenizer=s.tokenizer,
-            folder=Path(k.task_dir) if k.task_dir else None,
-            name=k.name,
-        )
-        feed = s.feed(talks(split="train", seed=1), rows, steps, epochs=epochs, mode="padded")
-        val = [(shards.name, shards, weight) for shards, weight in talks(split="val")]
-        print0(f"  {rows} conversations a step")
-        return stage.train(
-            s,
-            feed,
-            rows,
-            steps,
-            [stage.bits_per_byte_evaluation(s, val)],
-            rate_scale=k.init_lr_frac,
-            one_shape=False,
-        )
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    k, origins = parse(FinetuneKnobs, argv, command="chat_sft")
+
+    from nanochat.train import stage
+    from nanochat.train.horizon import conversation_horizon
+    from nanochat.train.run import open_from_parent
 
     with stage.session():
-        return work()
+        run = open_from_parent("sft", k.source, k, origins)
+        horizon = conversation_horizon(run, run.knobs.conversations_per_step)
+        stage.choose_conversations(run)
+        shards = stage.conversation_shards(run, "train", seed=1)
+        feed = stage.row_feed(run, shards, horizon, mode="padded")
+        val = stage.conversation_shards(run, "val")
+        print0(f"  {horizon.rows} conversations per step")
+        evaluations = [stage.bits_per_byte_evaluation(run, val)]
+        rate_scale = run.knobs.init_lr_frac
+        return stage.train(run, feed, horizon, evaluations, rate_scale, one_shape=False)
 
 
 if __name__ == "__main__":

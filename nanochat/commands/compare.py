@@ -40,7 +40,8 @@ from nanochat.model.checkpoint import list_checkpoints
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.study import comparison
-from nanochat.train import run as stage
+from nanochat.train.horizon import choose_horizon
+from nanochat.train.run import OpenRun, resume_knobs
 
 LETTERS = "abcdefgh"
 TEXTS = {f"--{name}" for name in ("common", *LETTERS)}
@@ -151,9 +152,8 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
         "keep": "1",
     }
     flags = flags + [f"--{n}={v}" for n, v in ours.items() if origins[n] == "default"]
-    b, origins, _ = stage.parse_knobs(
-        base_train.PretrainKnobs, flags, "base_train", "base", lambda _: name
-    )
+    given = knobs.parse(base_train.PretrainKnobs, flags, command="base_train")
+    b, origins, _ = resume_knobs("base", name, *given)
     training_sources(b.data)
     config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
@@ -164,7 +164,7 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
         prior.prepare(b, config, tokenizer.fingerprint, torch.device("cpu"))  # for what it refuses
     print0(f"{name}: {shlex.join(flags)}")
     nowhere = Runtime(torch.device("meta"), torch.float32, 0, 1, 0)
-    opened = stage.OpenRun(
+    opened = OpenRun(
         "base",
         b,
         origins,
@@ -177,7 +177,7 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
         began=0.0,
     )
     with redirect_stdout(io.StringIO()) as said:
-        _, steps = stage.choose_horizon(opened)
+        steps = choose_horizon(opened).steps
     if steps or b.total_batch_size:  # else the batch follows from a peak that only a run measures
         print0(said.getvalue(), end="")
     every = b.eval_every

@@ -24,7 +24,7 @@ from nanochat.base.hardware import GPU
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.train import run as stage
+from nanochat.train.run import table_of_counts
 from nanochat.train.scaling import Shape
 
 MISS = 0.1  # how far from the wanted number of parameters a shape may be
@@ -422,7 +422,7 @@ def run(k: Knobs) -> dict[str, Any]:
     }
     dims = ("n_layer", "n_embd", "head_dim")
     out["alternatives"] = [{n: getattr(f.config, n) for n in dims} | f.counts for f in others]
-    print0(stage.table_of_counts(model_of(config)))
+    print0(table_of_counts(model_of(config)))
     print0(
         f"  {human(out['tokens'])} tokens at {k.tokens_per_param:g} a parameter: {out['flops']:.3g} FLOPs; "
         f"{out['kv_bytes_per_token']:,} bytes of key-value cache a token\n"

@@ -34,8 +34,8 @@ from nanochat.model.gpt import GPT
 from nanochat.plan import law, speed
 from nanochat.plan.speed import GIB, PRETRAIN, Machine
 from nanochat.study import report
-from nanochat.train import run as stage
 from nanochat.train.knobs import MachineKnobs, TrainKnobs
+from nanochat.train.run import make_optimizer
 from nanochat.train.scaling import batch_for
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
         model.init_weights(rt.seed)
         if spec["compiled"]:
             model.compile()
-        optimizer = stage.make_optimizer(model, TrainKnobs(), rt)
+        optimizer = make_optimizer(model, TrainKnobs(), rt)
         tokens = torch.randint(0, config.vocab_size, (rows, T + 1), device=rt.device)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         began = time.perf_counter()

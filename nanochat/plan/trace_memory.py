@@ -25,9 +25,9 @@ from nanochat.model import loss
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT, Block
 from nanochat.plan.trace_compiled import stand_in
-from nanochat.train import run as stage
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.optim import MuonAdamW
+from nanochat.train.run import make_optimizer
 
 SAMPLES = (5, 64)  # rows and positions of the samples that a base_train prints
 
@@ -161,7 +161,7 @@ def trace(
             model.set_context(config.sequence_len)
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: live.adopt(p.grad, "gradients"))
-        optimizer = stage.make_optimizer(model, TrainKnobs(), rt)
+        optimizer = make_optimizer(model, TrainKnobs(), rt)
         ids = torch.zeros(
             2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device
         )  # inputs and targets of a step

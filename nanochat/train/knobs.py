@@ -1,9 +1,16 @@
-"""The knobs that commands share: of the machine, and of a training run. Importing this needs no torch, so every help is instant."""
+"""
+The knobs that commands share: of the machine, of a training run, of the stages after pretraining.
 
-from dataclasses import dataclass
-from typing import Literal
+Importing this needs no torch, so that every command shows its help at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from nanochat.base.knobs import knob
+
+K = TypeVar("K", bound="MachineKnobs")
 
 
 @dataclass(kw_only=True)
@@ -63,7 +70,12 @@ class TrainKnobs(MachineKnobs):
     device_batch_size: int = knob(
         32, "maximum rows of a micro-batch on one device; halved when memory runs out", low=1
     )
-    embedding_lr: float = knob(0.2, "AdamW's rate for the token embedding, at width 768", low=0)
+    embedding_lr: float = knob(
+        0.0,
+        "AdamW's rate for the token embedding, at width 768; 0 = by the batch: 0.05 for 4,096 "
+        "tokens, growing with its square root to 0.2",
+        low=0,
+    )
     unembedding_lr: float = knob(
         0.004, "AdamW's rate for the head (and a tied table), at width 768", low=0
     )
@@ -76,3 +88,28 @@ class TrainKnobs(MachineKnobs):
     final_lr_frac: float = knob(
         0.0, "rates at the end of the run, as a share of the peak", low=0, high=1
     )
+
+
+@dataclass(kw_only=True)
+class LaterStageKnobs(TrainKnobs):
+    """Start and length"""
+
+    step: int | None = knob(None, "step of the checkpoint to start from (default: the newest)")
+    num_iterations: int = knob(-1, "optimizer steps (-1 = by epochs)")
+    epochs: int = knob(1, "passes over the conversations or questions", low=1)
+    task_dir: str = knob(
+        "", "folder with the data sets (default: fetched from the hub into the base folder)"
+    )
+
+
+def inherit(k: K, origins: Mapping[str, str], stored: Mapping[str, Any]) -> tuple[K, dict]:
+    """
+    (knobs, origins) in which knobs left at their default take the stored value: a recipe and the
+    command line win over a checkpoint.
+    """
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in stored.items()
+        if origins.get(name) == "default"
+    }
+    return replace(k, **values), {**origins, **dict.fromkeys(values, "inherited")}

@@ -1,7 +1,8 @@
 """
-How a run goes on from its checkpoint: what must have stayed as it was, and what becomes of the learning rate where its length changes.
+How a run resumes from a checkpoint: what must not change, and how the learning rate continues.
 
-It refuses another architecture, and another length without a word on how to decay; a rate that jumps all the same is printed.
+It refuses a different architecture, and a different length unless told how the rate continues. A
+rate that jumps is printed.
 """
 
 from collections.abc import Mapping
@@ -26,72 +27,78 @@ HORIZONS = (
 )
 
 
-def same_architecture(config: GPTConfig, stored: Checkpoint) -> None:
-    """UserError when the flags ask for another model than the checkpoint to go on from holds, even one whose weights would fit."""
-    for name, before in stored.meta["config"].items():
-        if (now := getattr(config, name)) != before:
+def same_architecture(config: GPTConfig, checkpoint: Checkpoint) -> None:
+    """UserError if the flags ask for another model than the stored one, even if its weights fit."""
+    for name, stored in checkpoint.meta["config"].items():
+        if (value := getattr(config, name)) != stored:
             raise UserError(
-                f"{stored} has {name}={before}, not {now}: leave the flag out to go on, or start another run with --model_tag"
+                f"{checkpoint} has {name}={stored}, not {value}: leave the flag out to continue, "
+                "or start another run with --model_tag"
             )
 
 
-def same_horizons(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """UserError when the knobs now give the run another length, batch or context stages than those before."""
-    a, b = _in_words(before), _in_words(now)
-    for n in a:
-        if a[n] != b[n]:
+def same_horizons(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """UserError if the knobs ask for another length, batch or context stages than those stored."""
+    before, now = _horizon_texts(stored), _horizon_texts(asked)
+    for name in before:
+        by_rule = name == "total_batch_size" and not asked[name]  # the rule keeps the stored batch
+        if before[name] != now[name] and not by_rule:
             raise UserError(
-                f"this run was started with {n}={a[n]} and is asked to go on with {b[n]}: leave the flag out, or choose what becomes of "
-                "the learning rate: --new_horizon=stretch lays the schedule over the new length, whatever jump that is; "
-                "--new_horizon=redecay goes from the present rate to the floor over what is left"
+                f"this run was started with {name}={before[name]}, not {now[name]}: leave the flag "
+                "out; or, to resume with a different length, choose how the learning rate "
+                "continues: --new_horizon=stretch fits the schedule to the new length, even if the "
+                "rate jumps; --new_horizon=redecay falls from the current rate to the floor"
             )
 
 
-def _in_words(k: Mapping[str, Any]) -> dict[str, str]:
-    """The horizons that these knobs have; a budget in minutes, in whatever unit it was given."""
-    found = {n: k[n] for n in HORIZONS if n in k and n != "max_hours"} | {
-        "max_minutes": k["max_minutes"] or k["max_hours"] * 60
-    }
+def _horizon_texts(knobs: Mapping[str, Any]) -> dict[str, str]:
+    """The horizons among these knobs as text; a time budget is in minutes, however it was given."""
+    horizons = {name: knobs[name] for name in HORIZONS if name in knobs and name != "max_hours"}
+    horizons["max_minutes"] = knobs["max_minutes"] or knobs["max_hours"] * 60
     return {
-        n: f"{v:.10g}" if isinstance(v, int | float) else " ".join(v) or "none"
-        for n, v in found.items()
+        name: f"{value:.10g}" if isinstance(value, int | float) else " ".join(value) or "none"
+        for name, value in horizons.items()
     }
 
 
-def schedule_of(k: Mapping[str, Any], plan: Mapping[str, Any]) -> Schedule:
-    """The schedule of a run with these knobs and this plan, in which an earlier redecay left where it began."""
-    since = plan.get("since")
+def _schedule(knobs: Mapping[str, Any], horizon: Mapping[str, Any]) -> Schedule:
+    since = horizon.get("since")
     return Schedule(
-        k["warmup_ratio"],
-        k["warmdown_ratio"],
-        k["final_lr_frac"],
-        since=(since[0], since[1]) if since else None,
+        knobs["warmup_ratio"],
+        knobs["warmdown_ratio"],
+        knobs["final_lr_frac"],
+        since=tuple(since) if since else None,
     )
 
 
-def going_on(k: Mapping[str, Any], stored: Checkpoint, run: Run, progress: float) -> Schedule:
+def schedule_from(checkpoint: Checkpoint | None, run: Run) -> Schedule:
     """
-    The schedule from a checkpoint on, the run standing at `progress` of its present horizon: as it was, or under a new horizon as
-    k["new_horizon"] says, which is noted in the run's plan. A rate that jumps is printed with both values. UserError when there is
-    nothing left to train, or no rate to fall from.
+    The schedule of a run, new or restored from a checkpoint; a redecay is noted in its horizon.
+    Prints a rate that jumps. UserError if nothing is left to train, or no rate to fall from.
     """
-    meta = stored.meta
-    before = schedule_of(meta["knobs"], meta["horizon"]).lr_mult(meta.get("progress", progress))
-    if k["new_horizon"] and progress >= 1:
+    knobs, horizon = run.meta["knobs"], run.meta["horizon"]
+    if checkpoint is None:
+        return _schedule(knobs, horizon)
+    meta, progress = checkpoint.meta, run.progress
+    stored = _schedule(meta["knobs"], meta["horizon"])
+    before = stored.lr_mult(meta.get("progress", progress))
+    if knobs["new_horizon"] and progress >= 1:
         raise UserError(
-            f"{stored} is at or past the new end already, with {run.step:,} steps in {duration(run.seconds)}: ask for more"
+            f"{checkpoint} is at or past the new end already, with {run.step:,} steps in "
+            f"{duration(run.seconds)}: ask for more"
         )
-    if k["new_horizon"] == "redecay":
-        if before <= k["final_lr_frac"]:
+    if knobs["new_horizon"] == "redecay":
+        if before <= knobs["final_lr_frac"]:
             raise UserError(
-                f"the learning rate of {stored} is at its floor (x{before:.3g}), from which redecay cannot fall: say --new_horizon=stretch, "
-                "or give a lower --final_lr_frac"
+                f"the learning rate of {checkpoint} is at its floor (x{before:.3g}), so redecay "
+                "cannot lower it: use --new_horizon=stretch, or a lower --final_lr_frac"
             )
-        run.meta["horizon"]["since"] = (progress, before)
-    schedule = schedule_of(k, run.meta["horizon"])
+        horizon["since"] = (progress, before)
+    schedule = _schedule(knobs, horizon)
     after = schedule.lr_mult(progress)
-    if k["new_horizon"] or abs(after - before) > 0.01:
+    if knobs["new_horizon"] or abs(after - before) > 0.01:
         print0(
-            f"  learning rate x{before:.3f} at step {run.step:,}, x{after:.3f} from here on ({progress:.1%} of the run is over)"
+            f"  learning rate x{before:.3f} at step {run.step:,}, x{after:.3f} from here on "
+            f"({progress:.1%} of the run is over)"
         )
     return schedule

@@ -1,0 +1,144 @@
+"""How long a run is: rows per step, and the steps, epochs or time after which it ends."""
+
+import math
+from dataclasses import dataclass
+
+from nanochat.base.common import UserError, duration, human, notice, print0
+from nanochat.train.run import OpenRun
+from nanochat.train.scaling import batch_for, context_for
+
+LENGTHS = "num_iterations", "target_flops", "target_param_data_ratio"
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Rows per step, and what ends the run: steps, epochs or (without both) a time budget."""
+
+    rows: int  # at the longest context
+    steps: int | None = None
+    epochs: int | None = None
+
+
+def whole_rows(total_batch_size: int, *lengths: int) -> int:
+    """
+    A batch of tokens in rows of the last of these lengths. UserError unless it is a whole number of
+    rows at each length.
+    """
+    unit = math.lcm(*lengths)
+    if total_batch_size % unit:
+        near = max(1, round(total_batch_size / unit)) * unit
+        rows = " and ".join(f"of {T}" for T in lengths)
+        raise UserError(
+            f"a batch of {total_batch_size:,} tokens is not a whole number of rows {rows}: "
+            f"try --total_batch_size={near}"
+        )
+    return total_batch_size // lengths[-1]
+
+
+def choose_horizon(run: OpenRun) -> Horizon:
+    """
+    The horizon of a pretraining run, from total_batch_size (filled in by rule if it is 0) and one
+    of num_iterations, target_flops, target_param_data_ratio, max_minutes and max_hours. UserError
+    if two lengths contradict each other, if there is none, or if it does not hold one step.
+    """
+    if (rows := run.stored("rows")) is not None:
+        return Horizon(rows, run.stored("steps"))
+    contexts, budget = run.contexts, run.budget_seconds
+    flops_per_token = contexts.mean(run.model.flops_per_token)
+    length = _given_length(run)
+    tokens = _expected_tokens(run, length, flops_per_token)
+    batch = run.knobs.total_batch_size or _batch_by_rule(run, tokens)
+    rows = whole_rows(batch, *contexts.lengths)
+    steps = None
+    if length == "num_iterations":
+        steps = run.knobs.num_iterations
+    elif length:
+        steps = round(tokens / batch)
+        if not steps:
+            value = getattr(run.knobs, length)
+            raise UserError(
+                f"--{length}={value:g} is {tokens:,.0f} tokens, not one step of {batch:,}: give "
+                f"{value * batch / tokens:.2g} or more, or a smaller --total_batch_size"
+            )
+    fastest = batch * flops_per_token / run.peak_flops
+    if 0 < budget < fastest:
+        raise UserError(
+            f"a budget of {budget:.3g} s holds no step: one of {batch:,} tokens takes "
+            f"{fastest:.3g} s or more here; give more time, a smaller --total_batch_size or a "
+            "smaller --depth"
+        )
+    if not run.knobs.total_batch_size:
+        run.resolve(total_batch_size=batch)
+    shapes = ", ".join(
+        f"{batch // T} rows of {T}" + (f" from {begin:.0%}" if begin else "")
+        for begin, T in contexts.stages
+    )
+    end = f"{steps:,} steps, {human(steps * batch)} tokens" if steps else duration(budget)
+    print0(f"  {batch:,} tokens per step ({shapes}); {end}")
+    return Horizon(rows, steps)
+
+
+def _given_length(run: OpenRun) -> str:
+    """The knob that gives the number of steps; "" if a time budget alone ends the run."""
+    values = {name: getattr(run.knobs, name) for name in LENGTHS}
+    for name, value in values.items():
+        if not 0 < value < math.inf and value != -1:
+            raise UserError(f"--{name} must be positive, or -1 for none (got {value:g})")
+    given = [name for name in LENGTHS if values[name] > 0 and run.origins[name] != "default"]
+    if len(given) > 1:
+        flags = " and ".join(f"--{name}={values[name]:g}" for name in given)
+        raise UserError(f"{flags} are two lengths for one run: give one (set the other to -1)")
+    if given or run.budget_seconds:
+        return given[0] if given else ""
+    if values["target_param_data_ratio"] > 0:
+        return "target_param_data_ratio"
+    raise UserError(
+        "no length is given: give --num_iterations, --target_param_data_ratio, --target_flops or "
+        "--max_minutes"
+    )
+
+
+def _expected_tokens(run: OpenRun, length: str, flops_per_token: float) -> float:
+    """Tokens that the run will see; 0 if the number of steps is given, as the batch is not known."""
+    if length == "num_iterations":
+        return 0.0
+    if length == "target_flops":
+        return run.knobs.target_flops / flops_per_token
+    if length == "target_param_data_ratio":
+        return run.knobs.target_param_data_ratio * run.model.counts()["total"]
+    flops = 0.3 * run.peak_flops * run.budget_seconds  # only for the batch: the clock ends the run
+    if run.origins["sequence_len"] == "default" and context_for(flops) < run.contexts.longest:
+        notice(
+            f"a context of {run.contexts.longest} is long for this budget: "
+            f"--sequence_len={context_for(flops)} trains on more tokens"
+        )
+    return flops / flops_per_token
+
+
+def _batch_by_rule(run: OpenRun, tokens: float) -> int:
+    """Tokens per step, whole rows at every context; a resumed run keeps its batch."""
+    if run.resume_from:
+        return run.resume_from.meta["horizon"]["rows"] * run.contexts.longest
+    unit = math.lcm(*run.contexts.lengths)
+    batch = batch_for(tokens) if tokens else 1 << 19
+    return max(1, batch // unit) * unit
+
+
+def conversation_horizon(run: OpenRun, rows: int) -> Horizon:
+    """The horizon of a later stage: --num_iterations, else the time budget, else --epochs."""
+    knobs, budget = run.knobs, run.budget_seconds
+    if knobs.num_iterations < 1 and knobs.num_iterations != -1:
+        raise UserError(
+            f"--num_iterations must be positive, or -1 for none (got {knobs.num_iterations})"
+        )
+    given = {
+        f"--epochs={knobs.epochs}": knobs.epochs > 1,
+        f"--num_iterations={knobs.num_iterations}": knobs.num_iterations > 0,
+        "a time budget": budget > 0,
+    }
+    lengths = [length for length, is_given in given.items() if is_given]
+    if len(lengths) > 1:
+        raise UserError(f"{lengths[0]} and {lengths[1]} are two lengths for one run: give one")
+    if knobs.num_iterations > 0:
+        return Horizon(rows, steps=knobs.num_iterations)
+    return Horizon(rows, epochs=None if budget else knobs.epochs)
