@@ -1,30 +1,30 @@
-# Sourced by the other scripts: makes the environment .venv with everything in it, or finds it, and activates it; defines `say`, and for
-# scripts that go on where they were interrupted `resumable FOLDER` and `step`.
+# Sourced by the other scripts: creates the virtual environment .venv with all dependencies if needed, and activates it. Defines `say`,
+# and `resumable FOLDER` and `step` for scripts that continue where they were interrupted.
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 say "environment"
 if [ ! -x .venv/bin/python ]; then
     source runs/python.sh
-    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot make a virtual environment: install its venv module" >&2; exit 2; }
+    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 fi
 source .venv/bin/activate
 if ! cmp -s pyproject.toml .venv/installed; then
     echo "installing (a minute or two)"
     PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet -e . 2>.venv/pip.log || {
         tail -5 .venv/pip.log >&2
-        echo "error: the installation failed (see above): check that the package index can be reached, then start this again" >&2
+        echo "error: the installation failed (see above): check the network, then run this script again" >&2
         exit 2
     }
     cp pyproject.toml .venv/installed
 fi
 
-resumable() { # resumable FOLDER: notes what is done there; $before: the seconds of earlier, interrupted starts
+resumable() { # resumable FOLDER: records finished steps there; $before is the time in seconds of earlier, interrupted starts
     notes=$1
     mkdir -p "$notes"
     before=$(cat "$notes/seconds" 2>/dev/null || echo 0)
     trap 'echo $((before + SECONDS)) >"$notes/seconds"' EXIT
 }
-step() { # step NAME COMMAND...: once; what is done stays done
+step() { # step NAME COMMAND...: runs the command unless it has succeeded before
     [ -e "$notes/$1.done" ] && return
     say "$1"
     "${@:2}" || return

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Checks everything in a fresh environment that is gone afterwards: lint, types, the import ladder, the tests. From any folder:
-#     bash runs/test.sh                 the fast set
-#     bash runs/test.sh -m slow         what it leaves out (arguments go to pytest)
-# The last line is pytest's summary; the exit status is not 0 if any part failed.
+# Runs every check in a fresh environment that is deleted afterwards: lint, format, types, the import ladder and the tests.
+#     bash runs/test.sh                 the fast tests
+#     bash runs/test.sh -m slow         the slow ones (all arguments go to pytest)
+# Works from any folder. The last line is pytest's summary; the exit status is 0 only if every part passed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -14,7 +14,7 @@ trap 'exit 130' INT TERM
 mkdir "$fresh/tmp"
 say() { printf '== %-58s %4ds\n' "$1" "$SECONDS"; }
 failed=""
-part() { # part NAME COMMAND...: its output only when it fails
+part() { # part NAME COMMAND...: shows the output of the command only if it fails
     say "$1"
     if ! "${@:2}" >"$fresh/log" 2>&1; then cat "$fresh/log"; echo "== FAILED: $1"; failed="$failed $1"; fi
 }
@@ -22,21 +22,21 @@ part() { # part NAME COMMAND...: its output only when it fails
 say "a fresh environment with $("$python" --version)"
 if ! "$python" -m venv "$fresh/venv" >"$fresh/log" 2>&1; then
     tail -3 "$fresh/log" >&2
-    echo "error: $python cannot make a virtual environment: install its venv module (Debian: apt install python3.11-venv)" >&2
+    echo "error: $python cannot create a virtual environment: install its venv module (Debian: apt install python3.11-venv)" >&2
     exit 2
 fi
 export PATH="$fresh/venv/bin:$PATH" VIRTUAL_ENV="$fresh/venv" PIP_DISABLE_PIP_VERSION_CHECK=1
 say "installing with the test extras (a few minutes)"
 if ! python -m pip install --quiet -e ".[test]" >"$fresh/log" 2>&1; then
     tail -20 "$fresh/log" >&2
-    echo "error: the installation failed: see above; a package index must be reachable and $(df -h "$fresh" | awk 'NR == 2 { print $4 }') of free disk must do" >&2
+    echo "error: the installation failed (see above): check that the package index can be reached and that $(df -h "$fresh" | awk 'NR == 2 { print $4 }') of free disk is enough" >&2
     exit 1
 fi
 
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-export OMP_NUM_THREADS=$((cores < 4 ? cores : 4)) # the test models are tiny: more threads only get in each other's way
+export OMP_NUM_THREADS=$((cores < 4 ? cores : 4)) # the test models are tiny: more threads only slow them down
 export TMPDIR="$fresh/tmp" NANOCHAT_BASE_DIR="$fresh/base" MPLCONFIGDIR="$fresh/matplotlib" TORCHINDUCTOR_CACHE_DIR="$fresh/inductor"
-export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # it would ask the network for a newer version of itself
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # pyright would ask the network for a newer version of itself
 unset WANDB_RUN RANK WORLD_SIZE LOCAL_RANK
 
 part "lint (ruff)" ruff check .
