@@ -18,7 +18,7 @@ from nanochat.base.common import entry, human, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime
 from nanochat.chat.generate import Engine
-from nanochat.data.tokenizer import SPECIAL_TOKENS
+from nanochat.data.rendering import SPECIAL_TOKENS
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.scaling import Shape

@@ -16,7 +16,7 @@ import pytest
 
 from nanochat.base.common import UserError
 from nanochat.data import hub
-from nanochat.data.tokenizer import checked_messages
+from nanochat.data.rendering import checked_messages
 from nanochat.eval import sandbox as execution
 from nanochat.eval.tasks import (
     arc,

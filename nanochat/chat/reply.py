@@ -6,13 +6,14 @@ text. Needs no torch.
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from nanochat.data.tokenizer import PART_TOKENS, StreamDecoder, Tokenizer
+from nanochat.data.rendering import PART_TOKENS
+from nanochat.data.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from nanochat.chat.generate import Engine, Token
 
-OPENING = {tokens[0]: kind for kind, tokens in PART_TOKENS.items() if tokens}
-CLOSING = {tokens[1] for tokens in PART_TOKENS.values() if tokens}
+OPENING = {tokens[0]: kind for kind, tokens in PART_TOKENS.items()}
+CLOSING = {tokens[1] for tokens in PART_TOKENS.values()}
 
 
 class Reply:

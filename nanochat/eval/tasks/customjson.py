@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.base.common import UserError
-from nanochat.data.tokenizer import checked_messages
+from nanochat.data.rendering import checked_messages
 from nanochat.eval.tasks.common import Item, exchange
 
 

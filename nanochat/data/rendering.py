@@ -1,0 +1,109 @@
+"""
+The shape of a conversation, and the order of text and special tokens in which it is rendered.
+
+    {"messages": [{"role": "user" or "assistant", "content": text}, ...]}
+
+User and assistant take turns, after an optional system message. The content of an assistant message
+may also be a list of parts, {"type": "text", "python" or "python_output", "text": ...}: a call of
+the calculator and its result.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nanochat.base.common import UserError
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # begins every document
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # around a call of the calculator
+    "<|python_end|>",
+    "<|output_start|>",  # around its result
+    "<|output_end|>",
+)
+PART_TOKENS = {
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+
+
+class Piece(NamedTuple):
+    """Ordinary text or the name of a special token; `supervised` if the model learns to say it."""
+
+    text: str
+    special: bool
+    supervised: bool
+
+
+def checked_messages(conversation: dict) -> list[dict]:
+    """
+    The messages, with a system message merged into the first user message. Raises UserError if the
+    conversation does not have the right shape.
+    """
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise UserError('a conversation must be {"messages": [{"role": ..., "content": ...}, ...]}')
+    for i, message in enumerate(messages):
+        _check_content(i, message.get("role"), message.get("content"))
+    first = 1 if messages and messages[0].get("role") == "system" else 0
+    for i, message in enumerate(messages[first:]):
+        expected = ("user", "assistant")[i % 2]
+        if message.get("role") != expected:
+            raise UserError(
+                f"message {first + i}: expected role {expected!r}, got {message.get('role')!r} "
+                "(user and assistant take turns)"
+            )
+    if len(messages) == first:
+        raise UserError("a conversation needs a user message")
+    if first:
+        content = messages[0]["content"] + "\n\n" + messages[1]["content"]
+        messages = [{**messages[1], "content": content}, *messages[2:]]
+    return messages
+
+
+def _check_content(i: int, role: object, content: object) -> None:
+    if isinstance(content, str):
+        return
+    if role != "assistant" or not isinstance(content, list):
+        raise UserError(
+            f"message {i}: the content of a message with role {role!r} must be text, not "
+            f"{brief(content)}"
+        )
+    for part in content:
+        known = isinstance(part, dict) and part.get("type") in ("text", *PART_TOKENS)
+        if not known or not isinstance(part.get("text"), str):
+            raise UserError(
+                f'message {i}: a part must be {{"type": one of text, {", ".join(PART_TOKENS)}; '
+                f'"text": ...}}, not {brief(part)}'
+            )
+
+
+def brief(value: object) -> str:
+    """repr(value), shortened to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def conversation_pieces(messages: list[dict]) -> Iterator[Piece]:
+    """Checked messages in pieces. The chat template of the export follows the same order."""
+    yield Piece("<|bos|>", True, False)
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "user":
+            yield Piece("<|user_start|>", True, False)
+            yield Piece(content, False, False)
+            yield Piece("<|user_end|>", True, False)
+            continue
+        yield Piece("<|assistant_start|>", True, False)
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            supervised = part["type"] != "python_output"  # the calculator says it, not the model
+            start, end = PART_TOKENS.get(part["type"], (None, None))
+            if start:
+                yield Piece(start, True, supervised)
+            yield Piece(part["text"], False, supervised)
+            if end:
+                yield Piece(end, True, supervised)
+        yield Piece("<|assistant_end|>", True, True)
