@@ -99,10 +99,8 @@ def _best_seconds(
     """
     import torch
 
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
-        device.type, lambda: None
-    )
-    repeats = 1 if device.type == "cpu" else repeats
+    cpu = device.type == "cpu"
+    wait, repeats = (lambda: None, 1) if cpu else (torch.accelerator.synchronize, repeats)
     f()
     wait()
     best, stop = float("inf"), time.perf_counter() + budget

@@ -154,12 +154,11 @@ def _knobs(cls: type) -> dict[str, _Knob]:
     }
 
 
-def _present_name(knobs: Mapping[str, _Knob], name: str, where: str = "") -> str:
-    """The present name of a knob that was once called `name`, else `name`; a notice says where."""
+def _present_name(knobs: Mapping[str, _Knob], name: str, where: str) -> str:
+    """The name of the knob that was once called `name`, with a notice; else `name` itself."""
     for knob in knobs.values():
         if name and name == knob.meta["was"]:
-            if where:
-                notice(f"{name} {where} is now called {knob.name}")
+            notice(f"{name} {where} is now called {knob.name}")
             return knob.name
     return name
 
@@ -270,17 +269,23 @@ def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str,
                 f"the table [{section}] in {file} is not the name of a command"
                 f"{near(section, known)}"
             )
-    settings: dict[str, tuple[Any, str]] = {}
-    for section in ("all", table):
-        for key, value in tables.get(section, {}).items():
-            name = _present_name(knobs, key.replace("-", "_"), f"in {file}")
-            if name in knobs:
-                settings[name] = value, f"{name} in [{section}] of {file}"
-            elif section == table:
-                raise UserError(
-                    f"[{table}] in {file} sets {key}, which {table} does not have{near(key, knobs)}"
-                )
-    return {name: knobs[name].from_data(*setting) for name, setting in settings.items()}
+    shared = _known_values(knobs, tables.get("all", {}), f"in [all] of {file}")
+    own = _known_values(knobs, tables.get(table, {}), f"in [{table}] of {file}", strict=True)
+    return {**shared, **own}
+
+
+def _known_values(
+    knobs: Mapping[str, _Knob], entries: Mapping[str, Any], where: str, strict: bool = False
+) -> dict[str, Any]:
+    """The entries that set one of the knobs; with `strict`, any other is a UserError."""
+    values = {}
+    for key, value in entries.items():
+        name = _present_name(knobs, key.replace("-", "_"), where)
+        if name in knobs:
+            values[name] = knobs[name].from_data(value, f"{name} {where}")
+        elif strict:
+            raise UserError(f"{key} {where} is not a knob of this command{near(name, knobs)}")
+    return values
 
 
 # ---- what commands call
@@ -309,16 +314,10 @@ def parse(
         print0(usage(cls, command=command, description=description))
         sys.exit(0)
     given, recipes = _read_command_line(knobs, argv, command)
-    renamed = {_present_name(knobs, name): value for name, value in (inherited or {}).items()}
-    checkpoint = {
-        name: knobs[name].from_data(value, f"{name} in the checkpoint")
-        for name, value in renamed.items()
-        if name in knobs
-    }
     values, origins = {}, {}
     for origin, layer in (
         ("default", {name: knob.default for name, knob in knobs.items()}),
-        ("inherited", checkpoint),
+        ("inherited", _known_values(knobs, inherited or {}, "in the checkpoint")),
         *((f"recipe {file}", _read_recipe(knobs, file, _table(command))) for file in recipes),
         ("command line", given),
     ):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,7 +80,7 @@ def _tensorboard(directory: Path, config: dict[str, Any]) -> Tracker:
 TRACKERS = ("wandb", "trackio", "tensorboard")
 
 
-class Logbook:
+class Logbook(AbstractContextManager["Logbook"]):
     """An open metrics.jsonl, to which `log` appends rows. A context manager."""
 
     def __init__(
@@ -182,9 +183,6 @@ class Logbook:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> "Logbook":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -44,10 +44,8 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait until the device has finished its work, so that a clock can be read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def peak_memory(self) -> int:
         """The peak in bytes: memory allocated on the GPU, or resident memory of the process."""
