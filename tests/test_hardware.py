@@ -1,6 +1,5 @@
-"""hardware: the table is exact about names and honest about rates; measurements are of the right size."""
+"""hardware: exact names, plausible figures in the table, plausible measurements."""
 
-import platform
 import subprocess
 import sys
 import time
@@ -40,9 +39,9 @@ CPU = torch.device("cpu")
         ("m4max", "Apple M4 Max"),
     ],
 )
-def test_a_card_is_found_under_the_names_it_goes_by(name, row):
-    found = lookup(name)
-    assert found is not None and found.name == row
+def test_a_card_is_known_by_all_its_names(name, row):
+    gpu = lookup(name)
+    assert gpu is not None and gpu.name == row
 
 
 @pytest.mark.parametrize(
@@ -57,11 +56,11 @@ def test_a_card_is_found_under_the_names_it_goes_by(name, row):
         "",
     ],
 )
-def test_another_card_is_never_taken_for_a_known_one(name):
+def test_a_variant_never_gets_the_figures_of_a_similar_card(name):
     assert lookup(name) is None
 
 
-def test_the_table():
+def test_the_table_has_distinct_names_and_plausible_figures():
     keys = [hardware._key(n) for g in gpus() for n in (g.name, *g.aliases)]
     assert len(keys) == len(set(keys))
     for gpu in gpus():
@@ -109,9 +108,7 @@ def test_looking_up_does_not_import_torch():
 
 
 def test_measurements_are_plausible_and_quick():
-    hardware.measured_peak(
-        CPU, torch.float32
-    )  # the first product of a process also sets the library up
+    hardware.measured_peak(CPU, torch.float32)  # the first product also initialises the library
     start = time.perf_counter()
     peak = hardware.measured_peak(CPU, torch.float32)
     bandwidth = hardware.read_bandwidth(CPU)
@@ -124,28 +121,10 @@ def test_measurements_are_plausible_and_quick():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_known_card_measures_below_its_peak_and_not_far():
+def test_a_known_card_measures_close_to_its_peak():
     device = torch.device("cuda")
     gpu = lookup(hardware.device_name(device))
     if gpu is None or not gpu.bf16:
         pytest.skip(f"{hardware.device_name(device)} is not in the table")
     assert 0.4 < hardware.measured_peak(device, torch.bfloat16) / gpu.flops < 1.05
     assert 0.5 < hardware.read_bandwidth(device) / (gpu.bandwidth * 1e9) < 1.05
-
-
-def test_freed_memory_is_kept_where_glibc_is():
-    """In a process of its own: a block freed and taken again costs no page faults any more."""
-    code = (
-        "import resource, torch; from nanochat.base.runtime import keep_freed_memory\n"
-        "kept = keep_freed_memory()\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(20): torch.ones(16 * 2**20)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(); print(kept, faults())"
-    )
-    kept, faults = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert (kept == "True") == (platform.libc_ver()[0] == "glibc")
-    assert kept == "False" or int(faults) < 1000  # 20 blocks of 64 MB: 327,680 pages of 4 KB

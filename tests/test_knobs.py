@@ -1,4 +1,4 @@
-"""knobs: precedence, every spelling of a flag, and one clear sentence for every mistake."""
+"""knobs: precedence, every spelling of a flag, and a one-line message for every mistake."""
 
 import dataclasses
 import subprocess
@@ -31,7 +31,7 @@ class Train(Shape):
 
     run: str = knob("dummy", "name of the run")
     data: tuple[str, ...] = knob((), "sources of text")
-    ratio: float = knob(20.0, "tokens a parameter")
+    ratio: float = knob(20.0, "tokens per parameter")
     prompt: str | None = knob(None, "a prompt", alias="-p")
     compile: bool | None = knob(None, "none = when it pays")
 

@@ -1,4 +1,4 @@
-"""logbook: rows survive a kill, restarts supersede, sinks come and go without stopping a run."""
+"""logbook: rows survive a kill, a restart supersedes rows, a failing tracker never stops a run."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def test_rows_come_back(tmp_path):
     assert evaluation["kinds"]["sums"]["n"] == 10 and evaluation["lines"] == ["a", "b"]
 
 
-def test_numbers_that_json_cannot_write(tmp_path):
+def test_numbers_that_json_cannot_hold(tmp_path):
     with Logbook(tmp_path) as book:
         book.log(
             step=1, loss=float("nan"), norm=torch.tensor(float("inf")), low=-math.inf, missing=None
@@ -71,7 +71,7 @@ def test_a_restart_supersedes_what_came_after(tmp_path):
     with Logbook(tmp_path, step=4) as book:
         for step in (5, 6):
             book.log(step=step, loss=2.0)
-    with Logbook(tmp_path) as book:  # an evaluation beside the run supersedes nothing but itself
+    with Logbook(tmp_path) as book:  # an evaluation supersedes only itself
         book.log(step=6, kind="chat_eval", stage="sft", accuracy=0.1)
         book.log(step=6, kind="chat_eval", stage="mid", accuracy=0.3)
         book.log(step=6, kind="chat_eval", stage="sft", accuracy=0.2)
@@ -89,11 +89,11 @@ def test_a_restart_supersedes_what_came_after(tmp_path):
         ("sft", 0.2),
     ]
     assert not any(r["kind"] == "eval" for r in rows)
-    Logbook(tmp_path, step=0).close()  # begun anew: nothing of the old run counts
+    Logbook(tmp_path, step=0).close()  # a new run: no row of the old one counts
     assert [r["kind"] for r in read(tmp_path)] == ["start"]
 
 
-def test_a_torn_last_line_is_passed_over_and_cut_on_reopening(tmp_path):
+def test_a_torn_last_line_is_ignored_and_removed_on_reopening(tmp_path):
     with Logbook(tmp_path) as book:
         book.log(step=1, loss=1.0)
         book.log(step=2, loss=2.0)
@@ -149,7 +149,7 @@ class FakeWandb(types.ModuleType):
         self.finished = True
 
 
-def test_sink_gets_the_numbers(tmp_path, monkeypatch):
+def test_a_tracker_gets_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     with Logbook(tmp_path, sinks=["wandb"], run_name="first", config={"depth": 4}) as book:
         book.log(step=3, kind="eval", val_bpb=1.5, note="text", kinds={"sums": {"n": 2}})
@@ -159,7 +159,7 @@ def test_sink_gets_the_numbers(tmp_path, monkeypatch):
     )
 
 
-def test_a_failing_sink_is_reported_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failing_tracker_is_reported_once_and_training_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fail_at=2))
     with Logbook(tmp_path, sinks=["wandb"], run_name="first") as book:
         for step in (1, 2, 3, 4):
@@ -168,7 +168,7 @@ def test_a_failing_sink_is_reported_once_and_training_goes_on(tmp_path, monkeypa
     assert capsys.readouterr().err.count("wandb failed") == 1
 
 
-def test_a_full_disk_is_reported_once_and_training_goes_on(tmp_path, capsys):
+def test_a_full_disk_is_reported_once_and_training_continues(tmp_path, capsys):
     book = Logbook(tmp_path)
     book._file = types.SimpleNamespace(write=_no_space, flush=lambda: None, close=lambda: None)
     book.log(step=1, loss=1.0)
@@ -180,13 +180,13 @@ def _no_space(_):
     raise OSError(28, "No space left on device")
 
 
-def test_sinks_that_cannot_be_had(tmp_path, monkeypatch):
+def test_trackers_that_do_not_exist_or_are_not_installed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no sink 'wandbb'"):
         Logbook(tmp_path, sinks=["wandbb"])
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="pip install trackio"):
         Logbook(tmp_path, sinks=["trackio"])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    Logbook(tmp_path, sinks=["wandb"]).close()  # a dummy run asks nothing of wandb
+    Logbook(tmp_path, sinks=["wandb"]).close()  # an unnamed run does not use wandb
     with pytest.raises(UserError, match="pip install wandb"):
         Logbook(tmp_path, sinks=["wandb"], run_name="real")

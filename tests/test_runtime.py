@@ -1,11 +1,14 @@
-"""runtime: halving a batch until it fits."""
+"""runtime: refusals, memory that glibc keeps, and halving a batch until it fits."""
 
+import platform
+import subprocess
+import sys
 import weakref
 
 import pytest
 
 from nanochat.base.common import UserError
-from nanochat.base.runtime import halve_until_it_fits, out_of_memory
+from nanochat.base.runtime import halve_until_it_fits, open_runtime, out_of_memory
 
 
 class Activations:
@@ -58,3 +61,31 @@ def test_other_errors_pass_through():
 
     with pytest.raises(RuntimeError, match="shapes"):
         halve_until_it_fits(attempt, 8)
+
+
+def test_what_the_machine_does_not_have_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="no device 'tpu': choose auto, cuda, mps, cpu"):
+        open_runtime("tpu")
+    with pytest.raises(UserError, match="no dtype 'int8': choose auto, float32"):
+        open_runtime("cpu", "int8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="use --device_type=cpu"):
+        open_runtime("cuda")
+
+
+def test_glibc_keeps_freed_memory():
+    """In a process of its own: allocating a freed block again costs no page faults."""
+    code = (
+        "import resource, torch; from nanochat.base.runtime import keep_freed_memory\n"
+        "kept = keep_freed_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20): torch.ones(16 * 2**20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); print(kept, faults())"
+    )
+    kept, faults = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert (kept == "True") == (platform.libc_ver()[0] == "glibc")
+    assert kept == "False" or int(faults) < 1000  # 20 blocks of 64 MB: 327,680 pages of 4 KB

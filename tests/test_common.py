@@ -1,0 +1,56 @@
+"""common: figures and tables for people, and how a command ends."""
+
+import pytest
+
+from nanochat.base.common import UserError, base_dir, columns, duration, entry, human
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0"), (999, "999"), (999.6, "1k"), (12_582_912, "12.6M"), (-2500, "-2.5k"), (3e15, "3P")],
+)
+def test_human(n, text):
+    assert human(n) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5s"), (59.6, "1m00s"), (75, "1m15s"), (7260, "2h01m")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_columns_is_a_markdown_table_with_figures_flush_right():
+    table = columns(("part", "share"), [("head", "12%"), ("embedding", "7%")])
+    assert table.splitlines() == [
+        "| part      | share |",
+        "| --------- | ----: |",
+        "| head      |   12% |",
+        "| embedding |    7% |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [(UserError("wrong: fix it"), 2, "error: wrong: fix it\n"), (KeyboardInterrupt(), 130, "")],
+)
+def test_a_command_ends_with_one_line_and_a_status(error, status, printed, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        entry(main)
+    assert e.value.code == status
+    assert printed in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_stack_trace():
+    with pytest.raises(ZeroDivisionError):
+        entry(lambda: 1 / 0)
+
+
+def test_a_base_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
+    with pytest.raises(UserError, match="set NANOCHAT_BASE_DIR to a folder"):
+        base_dir()
