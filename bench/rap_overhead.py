@@ -27,7 +27,7 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError, entry, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import compiler_missing, open_runtime
-from nanochat.model import prior
+from nanochat.model import prior_artifact
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.knobs import TrainKnobs
@@ -71,7 +71,7 @@ def artifact(k: Knobs, T: int, path: Path) -> str:
         "pair": torch.full((k.codes,), 1 / k.codes),
     }
     terms = {"lag": lag, "spans": spans, "key": key, "codes": codes.clone(), "match": match, **pair}
-    save_file(terms, path, {"format": prior.FORMAT, "tokenizer": "bench"})
+    save_file(terms, path, {"format": prior_artifact.FORMAT, "tokenizer": "bench"})
     return str(path)
 
 
@@ -86,7 +86,7 @@ def measure(k: Knobs, condition: str, T: int) -> dict[str, Any]:
                 "rap": artifact(k, T, Path(folder) / "rap_prior.safetensors"),
                 "attention": condition,
             }
-            config.rap, tables = prior.prepare(
+            config.rap, tables = prior_artifact.prepare(
                 AttentionPriorKnobs(**asked), config, "bench", rt.device
             )
     model = GPT.build(config, rt.device, rt.dtype)

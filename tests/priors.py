@@ -6,7 +6,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from nanochat.model import prior
+from nanochat.model import prior_artifact
 from nanochat.model.config import AttentionPriorKnobs
 from nanochat.model.gpt import GPT
 
@@ -125,7 +125,7 @@ def whole(tensors, idx):
 def made(path, device=CPU, config=None, **knobs):
     """(config with the prior, its tensors)."""
     config = config or tiny.config()
-    config.rap, tensors = prior.prepare(
+    config.rap, tensors = prior_artifact.prepare(
         AttentionPriorKnobs(rap=path, **knobs), config, PRINT, device
     )
     return config, tensors

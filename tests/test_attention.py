@@ -57,7 +57,7 @@ def test_attend_without_gradients_and_in_bfloat16(window):
 def test_the_band_of_other_devices_is_the_oracle_too():
     for T, window in ((5, 3), (128, 64), (200, 64), (300, 130)):
         q, k, v = draw(2, 4, 2, T)
-        torch.testing.assert_close(attention._attend_band(q, k, v, window), oracle(q, k, v, window))
+        torch.testing.assert_close(attention.attend_fused(q, k, v, window), oracle(q, k, v, window))
 
 
 def cached(cache, q, k, v, sizes, window=0, lengths=None):
@@ -166,9 +166,9 @@ def test_appended_rows_attend_as_in_their_own_cache():
 def test_the_cache_refuses_more_than_it_holds():
     q, k, v = draw(1, 2, 2, 5)
     cache = KVCache(1, 1, 2, 4, 8, "cpu", torch.float64)
-    with pytest.raises(ValueError, match="holds 4 positions, 5"):
+    with pytest.raises(ValueError, match="holds 4 positions, but 5"):
         cache.attend(0, q, k, v, cache.positions(5))
-    with pytest.raises(ValueError, match="holds 4 positions, 5"):
+    with pytest.raises(ValueError, match="holds 4 positions, but 5"):
         cache.advance(5)
 
 

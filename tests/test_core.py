@@ -29,7 +29,7 @@ from nanochat.eval.core import (
     prepare,
     summarise,
 )
-from nanochat.model import prior
+from nanochat.model import prior_artifact
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 
@@ -212,7 +212,7 @@ def with_prior(tok, tmp_path, context):
     )
     shape = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
     config = GPTConfig(sequence_len=context, vocab_size=tok.vocab_size, **shape)
-    config.rap, tensors = prior.prepare(
+    config.rap, tensors = prior_artifact.prepare(
         AttentionPriorKnobs(rap=path, rap_alpha=3.0), config, tok.fingerprint, CPU.device
     )
     m = tiny.randomise(GPT.build(config), 5)

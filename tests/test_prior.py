@@ -19,7 +19,7 @@ from priors import (
 )
 
 from nanochat.base.common import UserError
-from nanochat.model import attention, prior
+from nanochat.model import attention, prior_artifact
 from nanochat.model.gpt import GPT
 from nanochat.model.prior import Prior
 
@@ -44,7 +44,7 @@ def test_b_is_that_of_the_formulas(path, columns):
     for name in ORDER:
         torch.testing.assert_close(quick[name], want[name])
     if columns:
-        p._looks_up = lambda device: False
+        p.looks_up = lambda device: False
         want["lag"] = (
             (tensors["place_u"] @ tensors["place_w"].T).tril().double().expand(2, C, C)
         )  # tested below
@@ -70,13 +70,11 @@ def oracle(q, k, v, window, B):
 
 def fused(q, k, v, window, bias):
     """What other devices than a CPU run."""
-    return attention._attend_fused(*attention._widened(q, k, v, bias), window, q.size(3) ** -0.5)[
-        ..., : q.size(3)
-    ]
+    return attention.attend_fused(q, k, v, window, bias)
 
 
 def dense(q, k, v, window, bias):
-    return attention.attend(q, k, v, window, bias._replace(backend="dense"))
+    return attention.attend(q, k, v, window, bias._replace(form="dense"))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +100,7 @@ def test_backends_agree_with_the_oracle(tmp_path, backend, heads, D, T, window, 
     idx = tokens(T=T)
     want_B = whole(given, idx)
     if backend is fused:
-        p._looks_up = lambda device: False
+        p.looks_up = lambda device: False
         want_B["lag"] = (
             (tensors["place_u"].double() @ tensors["place_w"].double().T).tril().expand(2, T, T)
         )
@@ -175,9 +173,21 @@ def test_spans_are_curves_of_single_heads(tmp_path, backend):
 
 
 def test_who_leads():
-    assert prior.deal(2, 2, 3) == [(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)]
-    assert prior.deal(3, 3, 2) == [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 0), (2, 0, 1), (2, 1, 2)]
-    assert prior.deal(0, 2, 2) == []
+    assert prior_artifact.assign_leading_heads(2, 2, 3) == [
+        (0, 0, 0),
+        (0, 1, 1),
+        (1, 0, 0),
+        (1, 1, 1),
+    ]
+    assert prior_artifact.assign_leading_heads(3, 3, 2) == [
+        (0, 0, 0),
+        (0, 1, 1),
+        (1, 0, 2),
+        (1, 1, 0),
+        (2, 0, 1),
+        (2, 1, 2),
+    ]
+    assert prior_artifact.assign_leading_heads(0, 2, 2) == []
 
 
 def test_backends_agree_in_lower_precision(path):
@@ -216,7 +226,9 @@ def test_without_a_prior_nothing_is_new():
 def test_a_prior_of_zeros_is_none(tmp_path, what):  # trap 22
     given = terms()
     if what == "terms":
-        given = {n: t if n in prior.CODES else torch.zeros_like(t) for n, t in given.items()}
+        given = {
+            n: t if n in prior_artifact.CODES else torch.zeros_like(t) for n, t in given.items()
+        }
     m = model_with(write(tmp_path / "p.safetensors", given), rap_layers=1, rap_heads=2)
     if what == "gates":
         torch.nn.init.zeros_(m.prior.gates)

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from nanochat.base.common import UserError
 from nanochat.commands import base_train
-from nanochat.model import attention, checkpoint, gpt, prior
+from nanochat.model import attention, checkpoint, gpt, prior, prior_artifact
 from nanochat.model.gpt import GPT
+from nanochat.model.prior import Prior
 
 
 @pytest.fixture
@@ -136,32 +137,26 @@ def test_the_rank_is_the_smallest_that_meets_the_error():
     smooth = torch.exp(-torch.arange(200) / 40)
     ranks = []
     for error in (0.1, 0.02, 0.005):
-        u, w, worst = prior.factor_lag(smooth, error)
+        u, w, worst = prior_artifact.factor_lag(smooth, error)
         i, j = torch.arange(200)[:, None], torch.arange(200)
         off = (u @ w.T - smooth[(i - j).clamp(min=0)]).tril().abs().max()
         assert (
             worst <= error and float(off) == pytest.approx(worst, abs=2e-5) and u.abs().max() <= 1
         )
-        assert u.size(1) == 1 or prior.factor_lag(smooth, error, u.size(1) - 1)[2] > error
+        assert u.size(1) == 1 or prior_artifact.factor_lag(smooth, error, u.size(1) - 1)[2] > error
         ranks.append(u.size(1))
     assert ranks == sorted(ranks) and ranks[-1] < 40
-    u, w, worst = prior.factor_lag(
+    u, w, worst = prior_artifact.factor_lag(
         torch.eye(200)[3], 0.02, 17
     )  # too sharp: the columns end, the error is said
     assert u.size(1) == 17 and worst > 0.5
-    low = torch.randn(30, 4) @ torch.randn(4, 30)
-    u, w, worst = prior.factor_matrix(low, 1e-4)
-    assert (
-        u.size(1) == 4 and worst < 1e-4 and torch.allclose((u @ w.T).tril(), low.tril(), atol=1e-4)
-    )
-    assert prior.factor_matrix(torch.randn(90, 90), 1e-3)[0].size(1) == prior.PLACE_COLUMNS
     codes = terms(P=8)["codes"]
     thin = torch.zeros(3, 8, 8)
     thin[1], thin[2] = (
         torch.outer(torch.rand(8), torch.rand(8)),
         torch.outer(torch.ones(8), torch.ones(8)) * 1e-5,
     )
-    shifts, query, keys, worst = prior.factor_match(codes, thin, 0.02)
+    shifts, query, keys, worst = prior_artifact.factor_match(codes, thin, 0.02)
     assert shifts == [1, 2] and query.shape == (8, 1) and keys.shape == (2, 8, 1) and worst <= 0.02
 
 
@@ -204,14 +199,10 @@ def test_flex_says_why_it_cannot(path, capsys):
         want, got = model_with(path)(tokens()), [m(tokens()), m(tokens())]
     assert torch.equal(got[0], want) and torch.equal(got[1], want)
     assert capsys.readouterr().err.count("added in the factored form") == 1
-    t = dict(m.prior.named_buffers())
-    assert (
-        m.prior._choose(t, torch.device("mps"), torch.float32) == "dense"
-    )  # positions are looked up, as where it was trained
-    assert (
-        m.prior._choose(t | {"place_u": t["place"]}, torch.device("mps"), torch.float32)
-        == "factored"
-    )
+    apple = torch.device("mps"), torch.float32
+    assert m.prior.form(*apple) == "dense", "positions are looked up, as where it was trained"
+    columns = Prior(made(path, GPU)[0].rap, [0, 0], 8)
+    assert columns.form(*apple) == "factored", "positions are columns"
 
 
 @pytest.mark.slow
@@ -243,7 +234,7 @@ def test_flex_forward_agrees(tmp_path, kind):
     with torch.no_grad():
         bias = m.prior(tokens(T=256), torch.float32)[0]
         for window in (0, 100):
-            got = attention._attend_flex(q, k, v, window, bias)
+            got = attention.attend_flex(q, k, v, window, bias)
             torch.testing.assert_close(
                 got, attention.attend(q, k, v, window, bias), atol=1e-4, rtol=1e-3
             )
@@ -259,7 +250,7 @@ class Bad:
 
 def refused(path, says):
     with pytest.raises(UserError, match=says) as e:
-        prior.load(str(path), V, PRINT)
+        prior_artifact.load(str(path), V, PRINT)
     assert "\n" not in str(e.value)
 
 
@@ -281,7 +272,7 @@ def test_what_is_no_prior(tmp_path, capsys):
     refused(write(tmp_path / "a.safetensors", terms(), format=None), "format None")
     refused(
         write(tmp_path / "a.safetensors", terms(), tokenizer="abc" * 9),
-        "tokenizer abcabcabcabc, this run's is ffffffffffff: generate",
+        "tokenizer abcabcabcabc, but this run's is ffffffffffff: generate",
     )
     refused(write(tmp_path / "a.safetensors", terms(), tokenizer=None), "tokenizer unknown")
 
@@ -331,7 +322,7 @@ def test_matrices_that_do_not_fit(tmp_path, matrix, says):
 def test_a_matrix_of_ones_own(tmp_path):
     m = torch.randn(5, 5) * 7
     torch.save(m, tmp_path / "m.pt")
-    got, about = prior.load(str(tmp_path / "m.pt"), V, PRINT)
+    got, about = prior_artifact.load(str(tmp_path / "m.pt"), V, PRINT)
     torch.testing.assert_close(got["bias"], m / m.tril().abs().max())
     assert about.startswith("matrix ")
     _, tensors = made(str(tmp_path / "m.pt"))

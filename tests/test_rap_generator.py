@@ -405,9 +405,10 @@ def correlation(base):
 
 
 def test_the_artifact_is_what_training_reads(base, correlation):
-    prior = pytest.importorskip("nanochat.model.prior", reason="the injection is not here yet")
+    from nanochat.model import prior_artifact
+
     tokenizer = Tokenizer.load(base / "tokenizer")
-    tensors, about = prior.load(
+    tensors, about = prior_artifact.load(
         str(base / "p.safetensors"), tokenizer.vocab_size, tokenizer.fingerprint
     )
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare
     from nanochat.data.sources import training_sources
-    from nanochat.model import prior
+    from nanochat.model import prior, prior_artifact
     from nanochat.model.gpt import GPT
     from nanochat.train import stage
     from nanochat.train.horizon import choose_horizon
@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             config.rap = resume_from.config.rap
         elif k.rap:
             fingerprint = tokenizer.fingerprint
-            spec, tables = prior.prepare(k, config, fingerprint, runtime.device, runtime.dtype)
+            spec, tables = prior_artifact.prepare(
+                k, config, fingerprint, runtime.device, runtime.dtype
+            )
             config.rap = spec if k.rap_mode == "bias" else None
         model = GPT.build(config, runtime.device, runtime.dtype)
         model.init_weights(k.seed)

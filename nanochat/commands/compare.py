@@ -35,7 +35,7 @@ from nanochat.base.runtime import Runtime
 from nanochat.commands import base_train
 from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.model import prior
+from nanochat.model import prior_artifact
 from nanochat.model.checkpoint import list_checkpoints
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
@@ -161,7 +161,9 @@ def _checked(name: str, flags: list[str], k: Knobs, tokenizer: Tokenizer) -> Con
         **{f.name: getattr(b, f.name) for f in fields(ArchitectureKnobs)},
     )
     if b.rap:
-        prior.prepare(b, config, tokenizer.fingerprint, torch.device("cpu"))  # for what it refuses
+        prior_artifact.prepare(
+            b, config, tokenizer.fingerprint, torch.device("cpu")
+        )  # for what it refuses
     print0(f"{name}: {shlex.join(flags)}")
     nowhere = Runtime(torch.device("meta"), torch.float32, 0, 1, 0)
     opened = OpenRun(

@@ -1,11 +1,11 @@
 """
 Causal attention behind one signature.
 
-`attend` serves whole sequences (training, scoring); `cache.KVCache.attend` serves sequences that grow (prefill, decoding). Both
-mean the same: query i sees key j when j <= i and, in a windowed layer, i - j < window. Nothing T x T is ever built for a
-whole sequence: full layers run the fused causal kernel, windowed layers run it block by block over a band of keys. A prior (`Bias`)
-adds to the scores in either, in one of three ways that agree: "factored" (further columns of q and k), "flex" and "dense".
-It refuses nothing and knows no parameters; rotation and normalisation of q and k are the model's business.
+`attend` serves whole sequences (training, scoring); `cache.KVCache.attend` serves sequences that
+grow (prefill, decoding). Both compute the same: query i sees key j when j <= i and, in a layer with
+a window, i - j < window. An attention prior (`Bias`) adds to the scores in one of three forms that
+agree: "factored" (more columns of q and k), "flex" (FlexAttention) and "dense" (a T x T mask; the
+other forms never build anything T x T). Rotating and normalising q and k is the model's business.
 """
 
 import functools
@@ -16,223 +16,295 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.base.common import notice
 from nanochat.base.runtime import compiler_missing
 
 
 class Bias(NamedTuple):
     """
-    What a prior adds to the scores of a layer's first n heads, after their division by sqrt(D), at query i and key j:
-    sum_r gate[h, r] u[i, r] w[j, r] + place_gate[h] * place[i - j], or place[h, i - j], or place[i, j].
+    What a prior adds to the scores of a layer's first n heads, after their division by sqrt(D).
+    For head h, query i and key j it is
+
+        sum_r gate[h, r] u[i, r] w[j, r]  +  place_gate[h] * place[...]
+
+    where place is indexed with [i - j], [h, i - j] or [i, j], depending on its shape.
     """
 
-    u: Tensor  # (B, T, R): what is looked up for the queries
-    w: Tensor  # (B, keys, R): and for the keys, from position 0 on
+    u: Tensor  # (B, T, R), one row per query
+    w: Tensor  # (B, keys, R), one row per key, from position 0
     gate: Tensor  # (n, R)
-    place: Tensor  # (C,) by distance, the last entry standing for all beyond, (n, 1, C) by head, or (C, C); 0 for a fused kernel
+    # (C,) or (n, 1, C) by distance, the last entry for every larger distance; or (C, C). All zeros
+    # where a kernel cannot look positions up and they are columns of u and w instead.
+    place: Tensor
     place_gate: Tensor  # (n,)
-    backend: str = "factored"
-    blocks: Any = None  # for flex: its mask of whole blocks
+    form: str = "factored"
+    block_mask: Any = None  # for flex: the mask of whole blocks
 
     def scores(self, i: Tensor, first: int, end: int, heads: int) -> Tensor:
-        """For queries at positions i (1 or B, T, 1) and keys first..end-1: (B, heads, T, keys) in w's dtype, anything where j > i."""
+        """
+        The bias of queries at positions i (1 or B, T, 1) on keys first..end-1:
+        (B, heads, T, keys) in w's dtype. Entries where j > i are meaningless.
+        """
         w = self.w[:, None, first:end]
-        s = (self.u[:, None].to(w.dtype) * self.gate[:, None].to(w.dtype)) @ w.mT
-        at = _place(self.place, i, torch.arange(first, end, device=i.device))
-        return F.pad(
-            s + (self.place_gate[:, None, None] * at).to(w.dtype),
-            (0, 0, 0, 0, 0, heads - s.size(1)),
-        )
+        scores = (self.u[:, None].to(w.dtype) * self.gate[:, None].to(w.dtype)) @ w.mT
+        place = _look_up(self.place, i, torch.arange(first, end, device=i.device))
+        scores = scores + (self.place_gate[:, None, None] * place).to(w.dtype)
+        return _pad_heads(scores, heads)
 
-    def onto(self, raw: Tensor, rows: slice, keys: slice, hidden: Tensor, D: int) -> Tensor:
-        """q k^T of one block, (B * H_kv, G * rows, keys) and overwritten -> masked scores (B, H, rows, keys), float32 or wider."""
+    def add_to_scores(
+        self, raw: Tensor, rows: slice, keys: slice, hidden: Tensor, D: int
+    ) -> Tensor:
+        """
+        q k^T of one block, (B * H_kv, G * rows, keys), which is overwritten -> biased and masked
+        scores (B, H, rows, keys) in float32 or wider.
+        """
         B, n, (r, c) = self.u.size(0), self.gate.size(0), hidden.shape
         raw = raw.view(B, -1, c)
-        raw[:, : n * r].baddbmm_(
-            (self.u[:, None, rows] * self.gate[:, None]).flatten(1, 2),
-            self.w[:, keys].mT,
-            alpha=D**0.5,
-        )
+        u = (self.u[:, None, rows] * self.gate[:, None]).flatten(1, 2)
+        raw[:, : n * r].baddbmm_(u, self.w[:, keys].mT, alpha=D**0.5)
         raw = raw.view(B, -1, r, c)
-        added = self.place_gate.to(_wide(raw))[:, None, None] * self.block(rows, keys)
-        return torch.add(
-            F.pad(added, (0, 0, 0, 0, 0, raw.size(1) - n)).masked_fill_(hidden, -torch.inf),
-            raw,
-            alpha=D**-0.5,
-        )
+        place = self.place_gate.to(_wide(raw))[:, None, None] * self.place_block(rows, keys)
+        place = _pad_heads(place, raw.size(1)).masked_fill_(hidden, -torch.inf)
+        return torch.add(place, raw, alpha=D**-0.5)
 
-    def block(self, rows: slice, keys: slice) -> Tensor:
+    def gate_gradients(self, ds: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """
+        One block's part of the gradients of gate and place_gate, from the gradients ds of q k^T,
+        (B, H * rows, keys): sums of ds times what the gates scale.
+        """
+        B, n, r = self.u.size(0), self.gate.size(0), rows.stop - rows.start
+        ds = ds[:, : n * r]
+        sums = torch.bmm(ds, self.w[:, keys]).view(B, n, r, -1)
+        d_gate = torch.einsum("bnir,bir->nr", sums, self.u[:, rows]).to(_wide(ds))
+        ds = ds.view(B, n, r, -1).sum(0, dtype=_wide(ds))
+        return d_gate, (ds * self.place_block(rows, keys)).sum((1, 2))
+
+    def place_block(self, rows: slice, keys: slice) -> Tensor:
+        """place at these queries and keys: (1 or n, rows, keys)."""
         i, j = (torch.arange(s.start, s.stop, device=self.place.device) for s in (rows, keys))
-        return _place(self.place, i[:, None], j)
+        return _look_up(self.place, i[:, None], j)
 
 
-def _place(place: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """The prior of positions at queries i (..., T, 1) and keys j (keys,): (..., 1 or n, T, keys); anything where j > i."""
+def _look_up(place: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """place at queries i (..., T, 1) and keys j (keys,): (..., 1 or n, T, keys)."""
     if place.dim() == 2:
         return place[i, j].unsqueeze(-3)
-    return place.view(-1, place.size(-1))[:, (i - j).clamp(0, place.size(-1) - 1)].movedim(0, -3)
+    distance = (i - j).clamp(0, place.size(-1) - 1)
+    return place.view(-1, place.size(-1))[:, distance].movedim(0, -3)
+
+
+def _pad_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., n, rows, keys) -> (..., heads, rows, keys): the heads without a prior get zeros."""
+    return F.pad(x, (0, 0, 0, 0, 0, heads - x.size(-3)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None = None) -> Tensor:
     """
-    Causal attention over a whole sequence, softmax(q k^T / sqrt(D) + bias) v.
+    Causal attention over a whole sequence: softmax(q k^T / sqrt(D) + bias) v.
 
-    q: (B, H, T, D); k, v: (B, H_kv, T, D) with H a multiple of H_kv; window: keys a query sees, itself included (0 = all).
-    Returns (B, H, T, D).
+    q (B, H, T, D); k, v (B, H_kv, T, D) with H a multiple of H_kv; window: keys that a query sees,
+    including its own (0 = all). Returns (B, H, T, D).
     """
-    T, D = q.shape[2:]
-    if bias is not None and bias.backend != "factored":
-        return (_attend_flex if bias.backend == "flex" else _attend_dense)(q, k, v, window, bias)
+    T = q.size(2)
+    if bias is not None and bias.form == "flex":
+        return attend_flex(q, k, v, window, bias)
+    if bias is not None and bias.form == "dense":
+        return attend_dense(q, k, v, window, bias)
     if q.device.type == "cpu":
-        return _BlockAttention.apply(q, k, v, window if 0 < window < T else T, *(bias or ())[:5])  # type: ignore[return-value]
+        tensors = bias[:5] if bias is not None else ()
+        return _BlockAttention.apply(q, k, v, window if 0 < window < T else T, *tensors)  # type: ignore[return-value]
+    return attend_fused(q, k, v, window, bias)
+
+
+# ---- GPUs: torch's fused kernels
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias | None = None) -> Tensor:
+    """Torch's fused kernel on the whole sequence, or on a band of it; a bias is more columns."""
+    T, D = q.shape[2:]
     if bias is not None:
-        q, k, v = _widened(q, k, v, bias)
-        return _attend_fused(q, k, v, window, D**-0.5)[..., :D]
-    return _attend_fused(q, k, v, window)
-
-
-def _attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None
-) -> Tensor:
-    if window <= 0 or window >= q.size(2):
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=k.size(1) != q.size(1)
+        q, k, v = _with_columns(q, k, v, bias)
+    if 0 < window < T:
+        y = _attend_band(q, k, v, window, D**-0.5)
+    else:
+        grouped = k.size(1) != q.size(1)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=D**-0.5, enable_gqa=grouped
         )
-    return _attend_band(q, k, v, window, scale)
+    return y if bias is None else y[..., :D]
 
 
-def _widened(q: Tensor, k: Tensor, v: Tensor, bias: Bias) -> tuple[Tensor, Tensor, Tensor]:
-    """[q ; sqrt(D) gate u], [k ; w] and v, padded with zeros to one width that is a multiple of 8: kernels want equal ones."""
-    (_, H, T, D), (n, R) = q.shape, bias.gate.shape
+def _with_columns(q: Tensor, k: Tensor, v: Tensor, bias: Bias) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    [q ; sqrt(D) gate u], [k ; w] and v, all padded with zeros to the same width, which is a
+    multiple of 8 as kernels demand.
+    """
+    D, R = q.size(3), bias.gate.size(1)
     pad = -(D + R) % 8
-    u = F.pad((bias.u[:, None] * bias.gate[:, None]) * D**0.5, (0, pad, 0, 0, 0, H - n))
-    w = F.pad(bias.w[:, None, :T], (0, pad)).expand(-1, k.size(1), -1, -1)
-    return (
-        torch.cat((q, u.to(q.dtype)), -1),
-        torch.cat((k, w.to(k.dtype)), -1),
-        F.pad(v, (0, R + pad)),
+    u = _pad_heads((bias.u[:, None] * bias.gate[:, None]) * D**0.5, q.size(1))
+    w = bias.w[:, None, : q.size(2)].expand(-1, k.size(1), -1, -1)
+    q = torch.cat((q, F.pad(u, (0, pad)).to(q.dtype)), -1)
+    k = torch.cat((k, F.pad(w, (0, pad)).to(k.dtype)), -1)
+    return q, k, F.pad(v, (0, R + pad))
+
+
+def _attend_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Windowed attention: blocks of queries, each with the band of keys that it can see."""
+    B, H, T, D = q.shape
+    block = min(window, 128)
+    n = -(-T // block)  # blocks; the last may be padded
+    padding = n * block - T
+    q = F.pad(q, (0, 0, 0, padding)).view(B, H, n, block, D).transpose(1, 2)
+
+    def band(x: Tensor) -> Tensor:
+        """(B, H_kv, T, D) -> (B * n, H_kv, window + block, D), from position b * block - window."""
+        x = F.pad(x, (0, 0, window, padding)).unfold(2, window + block, block)
+        return x.permute(0, 2, 1, 4, 3).reshape(B * n, x.size(1), window + block, D)
+
+    i = torch.arange(block, device=q.device)[:, None] + window  # a query's slot in its band
+    j = torch.arange(window + block, device=q.device)
+    start = torch.arange(n, device=q.device)[:, None, None] * block - window
+    visible = (j <= i) & (i - j < window) & (j + start >= 0)  # (n, block, window + block)
+    y = F.scaled_dot_product_attention(
+        q.reshape(B * n, H, block, D),
+        band(k),
+        band(v),
+        attn_mask=visible.repeat(B, 1, 1)[:, None],
+        scale=scale,
+        enable_gqa=k.size(1) != H,
     )
+    return y.view(B, n, H, block, D).transpose(1, 2).reshape(B, H, n * block, D)[:, :, :T]
 
 
-def _attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
-    """The reference: a T x T mask that holds the prior. For short sequences, and for matrices that no few columns can give."""
+# ---- forms of a prior that look positions up
+
+
+def attention_form(
+    form: str, device: torch.device, dtype: torch.dtype, width: int, look_up: bool
+) -> str:
+    """
+    The form in which a prior is added on this device, `form` being the one that it prefers. Every
+    form works on a CPU, except flex. `width` is that of a head with the prior's columns; with
+    `look_up`, positions are not given as columns, so that GPUs cannot use the factored form.
+    """
+    look_up = look_up and device.type != "cpu"
+    if look_up and form == "factored":
+        form = "flex"
+    if form == "flex" and (missing := flex_missing(device, dtype, width)):
+        form = "dense" if look_up else "factored"
+        notice(f"{missing}: the prior is added in the {form} form")
+    return form
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
+    """The reference: a T x T mask that holds the prior. For short sequences."""
     T = q.size(2)
     i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
     hidden = (j > i) | (i - j >= (window or T))
     mask = bias.scores(i[None], 0, T, q.size(1)).masked_fill(hidden, -torch.inf)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=k.size(1) != q.size(1)
-    )
+    grouped = k.size(1) != q.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=grouped)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
+    """FlexAttention: tokens as more columns of q and k; positions looked up in the kernel."""
+    (_, H, T, D), C = q.shape, bias.place.size(-1)
+    q, k, _ = _with_columns(q, k, v, bias)
+    gate = F.pad(bias.place_gate, (0, H - bias.place_gate.size(0)))
+    place = _pad_heads(bias.place, H) if bias.place.dim() == 3 else bias.place
+
+    def add_place(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = torch.where(i - j < 0, 0, torch.where(i - j < C, i - j, C - 1))
+        if place.dim() == 1:
+            return score + gate[h] * place[distance]
+        return score + gate[h] * (place[i, j] if place.dim() == 2 else place[h, 0, distance])
+
+    mask = bias.block_mask if bias.block_mask is not None else flex_mask(T, window, q.device)
+    flex = _flex_attention(not torch.compiler.is_compiling())
+    return flex(q, k, v, score_mod=add_place, block_mask=mask, scale=D**-0.5, enable_gqa=True)
 
 
 @functools.cache
-def flex_missing(device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """Why FlexAttention cannot train here, or '' when it can: its backward exists on CUDA alone, and wide heads may not fit a card."""
-    if device.type != "cuda":
-        return f"FlexAttention cannot train on {device.type}"
-    if missing := compiler_missing(device):
-        return missing
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):  # it may be asked for the first time in an evaluation
-        q, k, v = (
-            torch.zeros(1, 2, 256, 64, device=device, dtype=dtype, requires_grad=True)
-            for _ in range(3)
-        )
-        gates = torch.zeros(
-            2, width - 64 if width > 64 else 0, device=device, dtype=dtype, requires_grad=True
-        )
-        u = torch.zeros(1, 256, gates.size(1), device=device, dtype=dtype)
-        place = u.new_zeros(256), u.new_zeros(2).requires_grad_()
-        try:
-            _attend_flex(q, k, v, 0, Bias(u, u, gates, *place)).sum().backward()
-        except Exception as e:  # whatever the compiler or the card refuses: factored serves
-            return f"FlexAttention fails here ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
-    return ""
-
-
-@functools.cache
-def _flex(compiled: bool) -> Any:
+def _flex_attention(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
 @functools.lru_cache(maxsize=64)
-def flex_blocks(T: int, window: int, device: torch.device) -> Any:
+def flex_mask(T: int, window: int, device: torch.device) -> Any:
+    """The causal mask of whole blocks for FlexAttention over T positions."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(
-        lambda b, h, i, j: (j <= i) & (i - j < (window or T)), None, None, T, T, device=device
-    )
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < (window or T))
+
+    return create_block_mask(visible, None, None, T, T, device=device)
 
 
-def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
-    """FlexAttention: tokens as further columns of q and k, positions looked up in the kernel, blocks beyond the mask left out."""
-    D, place = q.size(3), bias.place
-    q, k, _ = _widened(q, k, v, bias)
-    more = q.size(1) - bias.place_gate.size(0)  # heads without a prior
-    gate = F.pad(bias.place_gate, (0, more))
-    place = F.pad(place, (0, 0, 0, 0, 0, more)) if place.dim() == 3 else place
-
-    def added(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        distance = torch.where(
-            i - j < 0, 0, torch.where(i - j < place.size(-1), i - j, place.size(-1) - 1)
+@functools.cache
+def flex_missing(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """
+    Why FlexAttention cannot train on this device with heads of this width; '' when it can. Its
+    backward pass exists only on CUDA, and wide heads may not fit the GPU's shared memory.
+    """
+    if device.type != "cuda":
+        return f"FlexAttention cannot train on {device.type}"
+    if missing := compiler_missing(device):
+        return missing
+    with torch.inference_mode(False), torch.enable_grad():  # an evaluation may be the first to ask
+        new = functools.partial(torch.zeros, device=device, dtype=dtype)
+        q, k, v = (new(1, 2, 256, 64, requires_grad=True) for _ in range(3))
+        R = max(0, width - 64)
+        u, gate, place_gate = (
+            new(1, 256, R),
+            new(2, R, requires_grad=True),
+            new(2, requires_grad=True),
         )
-        return score + gate[h] * (
-            place[i, j]
-            if place.dim() == 2
-            else place[h, 0, distance]
-            if place.dim() == 3
-            else place[distance]
-        )
-
-    blocks = bias.blocks if bias.blocks is not None else flex_blocks(q.size(2), window, q.device)
-    return _flex(not torch.compiler.is_compiling())(
-        q, k, v, score_mod=added, block_mask=blocks, scale=D**-0.5, enable_gqa=True
-    )
+        try:
+            attend_flex(q, k, v, 0, Bias(u, u, gate, new(256), place_gate)).sum().backward()
+        except Exception as e:  # whatever the compiler or the GPU refuses: other forms serve
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            return f"FlexAttention fails here ({reason})"
+    return ""
 
 
-QUERY_BLOCK = 128  # queries a step of the CPU kernel: one block of scores should stay in the cache
+# ---- CPUs: blocks of batched matrix products
+
+QUERY_BLOCK = 128  # queries per step of the CPU kernel: a block of scores should fit the cache
 
 
 class _BlockAttention(torch.autograd.Function):
     """
-    The CPU kernel: blocks of queries against the keys that they can see, as batched matrix products. Those reach the machine's peak where
-    torch's fused CPU kernel stays at a tenth of it. One block of scores exists at a time; the backward pass computes them again.
-    Scores have the precision of the inputs (a batched product of bfloat16 gives bfloat16), the softmax is float32 or wider.
+    The CPU kernel: each block of queries with the keys that it can see, as batched matrix products.
+    They reach the machine's peak, of which torch's fused CPU kernel reaches a tenth. One block of
+    scores exists at a time; the backward pass computes them again. Scores have the precision of the
+    inputs (a batched product of bfloat16 gives bfloat16); the softmax is float32 or wider.
     """
 
     @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, window: int, *given: Any
-    ) -> Tensor:  # given: the tensors of a Bias
-        B, H, T, D = q.shape
-        bias = Bias(*given) if given else None
-        q, k, v = _by_kv_head(q, k.size(1)), k.flatten(0, 1), v.flatten(0, 1)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int, *bias_tensors: Any) -> Tensor:
+        shape, bias = q.shape, Bias(*bias_tensors) if bias_tensors else None
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        q = q.reshape(k.size(0), -1, *q.shape[2:])  # (B * H_kv, G, T, D)
         y = torch.empty_like(q)
-        for rows, keys, hidden in _blocks(T, window, q.device):
+        for rows, keys, hidden in _blocks(q.size(2), window, q.device):
             p = _probabilities(q, k, rows, keys, hidden, bias)
             y[:, :, rows] = torch.bmm(p.flatten(1, 2), v[:, keys]).view(y[:, :, rows].shape)
-        ctx.save_for_backward(q, k, v, y, *given)
-        ctx.shape, ctx.window = (B, H, T, D), window
-        return y.view(B, H, T, D)
+        ctx.save_for_backward(q, k, v, y, *bias_tensors)
+        ctx.shape, ctx.window = shape, window
+        return y.view(shape)
 
     @staticmethod
     def backward(ctx, *grads):
-        (q, k, v, y, *given), (B, H, T, D) = ctx.saved_tensors, ctx.shape
-        bias = Bias(*given) if given else None
-        d_given = [
-            torch.zeros_like(x, dtype=_wide(q)) if want else None
-            for x, want in zip(given, ctx.needs_input_grad[4:], strict=True)
-        ]
-        dy = grads[0].reshape(q.shape)
-        dq, dk, dv = (
-            torch.empty_like(q),
-            torch.zeros_like(k, dtype=_wide(k)),
-            torch.zeros_like(v, dtype=_wide(v)),
-        )
-        delta = (dy.to(_wide(y)) * y).sum(-1, keepdim=True)  # (B * H_kv, G, T, 1)
+        (q, k, v, y, *bias_tensors), (B, H, T, D) = ctx.saved_tensors, ctx.shape
+        bias = Bias(*bias_tensors) if bias_tensors else None
+        learned = any(ctx.needs_input_grad[4:])  # whether the gates of the bias are parameters
+        d_gate = d_place_gate = None
+        wide = _wide(q)
+        dy, dq = grads[0].reshape(q.shape), torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        delta = (dy.to(wide) * y).sum(-1, keepdim=True)  # (B * H_kv, G, T, 1)
         for rows, keys, hidden in _blocks(T, ctx.window, q.device):
             p = _probabilities(q, k, rows, keys, hidden, bias)
             dy_rows, q_rows = dy[:, :, rows].flatten(1, 2), q[:, :, rows].flatten(1, 2)
@@ -241,28 +313,14 @@ class _BlockAttention(torch.autograd.Function):
             dq[:, :, rows] = torch.bmm(ds, k[:, keys]).view(dq[:, :, rows].shape)
             dk[:, keys] += torch.bmm(ds.mT, q_rows)
             dv[:, keys] += torch.bmm(p.flatten(1, 2).mT, dy_rows)
-            if bias is not None:  # of a gate: the sum of ds times what it scales
-                n, r = bias.gate.size(0), hidden.size(0)
-                ds = ds.view(B, H * r, -1)[:, : n * r]
-                if d_given[2] is not None:
-                    sums = torch.bmm(ds, bias.w[:, keys]).view(B, n, r, -1)
-                    d_given[2] += torch.einsum("bnir,bir->nr", sums, bias.u[:, rows])
-                if d_given[4] is not None:
-                    d_given[4] += (
-                        ds.view(B, n, r, -1).sum(0, dtype=d_given[4].dtype) * bias.block(rows, keys)
-                    ).sum((1, 2))
-        d_k, d_v = dk.to(k.dtype).view(B, -1, T, D), dv.to(v.dtype).view(B, -1, T, D)
-        d_given = [
-            d if d is None else (d * D**0.5).to(x.dtype)
-            for d, x in zip(d_given, given, strict=True)
-        ]
-        return dq.view(B, H, T, D), d_k, d_v, None, *d_given
-
-
-def _by_kv_head(q: Tensor, n_kv_head: int) -> Tensor:
-    """(B, H, T, D) -> (B * H_kv, G, T, D): the G query heads that share a key-value head side by side."""
-    B, H, T, D = q.shape
-    return q.reshape(B * n_kv_head, H // n_kv_head, T, D)
+            if bias is not None and learned:
+                block = bias.gate_gradients(ds.view(B, -1, ds.size(2)), rows, keys)
+                d_gate = block[0] if d_gate is None else d_gate + block[0]
+                d_place_gate = block[1] if d_place_gate is None else d_place_gate + block[1]
+        dk, dv = dk.to(k.dtype).view(B, -1, T, D), dv.to(v.dtype).view(B, -1, T, D)
+        d_bias = zip((None, None, d_gate, None, d_place_gate), bias_tensors, strict=False)
+        d_bias = [None if d is None else (d * D**0.5).to(x.dtype) for d, x in d_bias]
+        return dq.view(B, H, T, D), dk, dv, None, *d_bias
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -270,14 +328,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _blocks(T: int, window: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(query rows, keys that any of them sees, mask of the pairs among these that are hidden (rows, keys)) for every block."""
+    """For each block: its queries, the keys that any of them sees, and which pairs are hidden."""
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         first = max(0, start - window + 1)
-        i, j = (
-            torch.arange(start, stop, device=device)[:, None],
-            torch.arange(first, stop, device=device)[None, :],
-        )
+        i = torch.arange(start, stop, device=device)[:, None]
+        j = torch.arange(first, stop, device=device)
         yield slice(start, stop), slice(first, stop), (j > i) | (i - j >= window)
 
 
@@ -287,49 +343,9 @@ def _probabilities(
     """softmax(q k^T / sqrt(D) + bias) of one block: (B * H_kv, G, rows, keys) in q's dtype."""
     n, G, _, D = q.shape
     scores = torch.bmm(q[:, :, rows].flatten(1, 2), k[:, keys].mT)
-    if bias is None:
-        scores = (
-            scores.view(n, G, *hidden.shape)
-            .to(_wide(q))
-            .mul_(D**-0.5)
-            .masked_fill_(hidden, -torch.inf)
-        )
+    if bias is not None:
+        scores = bias.add_to_scores(scores, rows, keys, hidden, D)
     else:
-        scores = bias.onto(scores, rows, keys, hidden, D).view(n, G, *hidden.shape)
-    return torch.softmax(scores, dim=-1).to(q.dtype)
-
-
-def _attend_band(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None
-) -> Tensor:
-    """Windowed attention: blocks of queries, each against the band of window + block keys that it can see."""
-    B, H, T, D = q.shape
-    block = min(window, 128)
-    n = -(-T // block)  # blocks, the last one perhaps padded
-    q = (
-        F.pad(q, (0, 0, 0, n * block - T))
-        .view(B, H, n, block, D)
-        .transpose(1, 2)
-        .reshape(B * n, H, block, D)
-    )
-
-    def band(
-        x: Tensor,
-    ) -> Tensor:  # (B, H_kv, T, D) -> (B * n, H_kv, window + block, D); block b holds keys b*block - window and on
-        x = F.pad(x, (0, 0, window, n * block - T)).unfold(
-            2, window + block, block
-        )  # (B, H_kv, n, D, window + block)
-        return x.permute(0, 2, 1, 4, 3).reshape(B * n, x.size(1), window + block, D)
-
-    i = torch.arange(block, device=q.device)[:, None] + window  # a query's slot in its band
-    j = torch.arange(window + block, device=q.device)[None, :]
-    absolute = (
-        j + torch.arange(n, device=q.device)[:, None, None] * block - window
-    )  # below 0: left padding
-    mask = ((j <= i) & (i - j < window) & (absolute >= 0)).repeat(B, 1, 1)[
-        :, None
-    ]  # (B * n, 1, block, window + block)
-    y = F.scaled_dot_product_attention(
-        q, band(k), band(v), attn_mask=mask, scale=scale, enable_gqa=k.size(1) != H
-    )
-    return y.view(B, n, H, block, D).transpose(1, 2).reshape(B, H, n * block, D)[:, :, :T]
+        scores = scores.view(n, G, *hidden.shape).to(_wide(q)).mul_(D**-0.5)
+        scores.masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores.view(n, G, *hidden.shape), dim=-1).to(q.dtype)

@@ -302,10 +302,10 @@ class GPT(nn.Module):
         """Negative log-likelihood in nats of every target (B, T), 0 where it is -1."""
         return token_losses(self(idx), self.head_weight, targets, self.config.softcap)
 
-    def at(self, progress: float) -> None:
+    def set_progress(self, progress: float) -> None:
         """To be told after every step what share of the run is over: an annealed prior follows it."""
         if self.prior is not None:
-            self.prior.at(progress)
+            self.prior.set_progress(progress)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         c = self.config

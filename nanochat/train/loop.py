@@ -224,7 +224,7 @@ class Run:
         self.tokens += int(tokens)
         self._flops += flops
         after = self._tick()
-        self.model.at(after)
+        self.model.set_progress(after)
 
         numbers = {
             "progress": round(after, 6),

@@ -1,0 +1,353 @@
+"""
+Artifacts of the attention prior: read, checked, and prepared for a model.
+
+An artifact (made by dev/generate_rap_prior.py) holds terms in groups. Between query i and key j of
+tokens x, group g contributes B_g[i, j]:
+
+    lag    lag[i - j]: how useful a token is at a distance; in some heads spans[n, i - j] instead;
+           or bias[i, j], any matrix of positions
+    key    key[x_j]: tokens that are worth attending to, whatever the query
+    match  sum_s codes[x_i] . match[s] codes[x_(j-s)], codes of -1 and 1: s = 1 is the copy rule
+    pair   the same for two tokens: with codes a and b,
+           sum_p pair[p] (a[x_(i-1)] b[x_i])[p] (a[x_(j-2)] b[x_(j-1)])[p]
+
+A token before the first counts 0. Loading an artifact cannot run code.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanochat.base.common import UserError, notice
+from nanochat.base.files import sha256_file
+from nanochat.model.attention import attention_form
+from nanochat.model.config import AttentionPriorKnobs, GPTConfig
+
+FORMAT = "rap-1"
+GROUPS = {  # the tensors of each group, with a letter for each of their sizes
+    "lag": {"lag": "T"},
+    "spans": {"spans": "NT", "lag": "T"},
+    "bias": {"bias": "LL"},
+    "key": {"key": "V"},
+    "match": {"codes": "VP", "match": "SPP"},
+    "pair": {"pair_query": "VQ", "pair_now": "VQ", "pair": "Q"},
+}
+CODES = ("codes", "pair_query", "pair_now")
+LAG_COLUMNS = 64  # at most, where a kernel can take positions only as columns of q and k
+KERNEL_WIDTH = 256  # the widest heads that fused kernels take
+
+
+# ---- reading
+
+
+def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor], str]:
+    """
+    The checked tensors of an artifact, or of a file with one matrix, and a note on their source.
+    Raises UserError for a damaged file, another format or another tokenizer.
+    """
+    tensors, about = _read(path)
+    if "format" not in about and len(tensors) == 1:  # a matrix from elsewhere
+        tensors = {"bias": next(iter(tensors.values()))}
+    elif about.get("format") != FORMAT:
+        raise UserError(
+            f"the prior {path} has format {about.get('format')!r}, this version reads "
+            f"{FORMAT!r}: generate it again"
+        )
+    depends_on_tokens = bool(set(tensors) - {"lag", "bias"})
+    tokenizer = about.get("tokenizer", "unknown" if depends_on_tokens else fingerprint)
+    if tokenizer != fingerprint:
+        raise UserError(
+            f"the prior {path} was computed with tokenizer {tokenizer[:12]}, but this run's is "
+            f"{fingerprint[:12]}: generate it again from token shards of this tokenizer"
+        )
+    if fault := _fault(tensors, vocab_size):
+        raise UserError(
+            f"the prior {path} {fault}: generate it again with dev/generate_rap_prior.py"
+        )
+    if "format" not in about:
+        matrix = tensors["bias"].float()
+        largest = matrix.tril().abs().max()
+        tensors["bias"] = matrix / (largest if largest > 0 else 1.0)
+    return tensors, f"{about.get('generator', 'matrix')} {sha256_file(path)[:8]}"
+
+
+def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a .safetensors file, or the one tensor of a .pt file."""
+    try:
+        if path.endswith(".pt"):
+            return {"bias": torch.load(path, map_location="cpu", weights_only=True)}, {}
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no prior {path}: make one with dev/generate_rap_prior.py"
+        ) from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(
+            f"cannot read the prior {path} ({e}): make it again with dev/generate_rap_prior.py"
+        ) from e
+    except Exception as e:  # torch.load reports a bad pickle in many ways
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(
+            f"{path} is not loaded, as it might run code ({reason}): save a single 2-D tensor"
+        ) from e
+
+
+def _fault(tensors: dict[str, Tensor], vocab_size: int) -> str:
+    """What is wrong with the tensors of an artifact, '' when nothing is."""
+    sizes = {"V": vocab_size}  # the other letters stand for the first size that they meet
+    for name, tensor in tensors.items():
+        if fault := _tensor_fault(name, tensor, tensors, sizes):
+            return fault
+    if not tensors or ("bias" in tensors and len(tensors) > 1):
+        return "holds bias together with other terms, or nothing"
+    return ""
+
+
+def _tensor_fault(
+    name: str, tensor: Tensor, tensors: dict[str, Tensor], sizes: dict[str, int]
+) -> str:
+    """What is wrong with one tensor. Its sizes are checked against `sizes` and added to them."""
+    group = next((g for g in GROUPS.values() if name in g), None)
+    if not isinstance(tensor, Tensor) or not tensor.dim():
+        return "holds no tensor where one should be"
+    if group is None:
+        return f"holds {name}, which is no term of a prior"
+    if missing := group.keys() - tensors.keys():
+        return f"holds {name} without {', '.join(sorted(missing))}"
+    shape, letters = tuple(tensor.shape), group[name]
+    if len(shape) != len(letters) or any(
+        n == 0 or sizes.setdefault(letter, n) != n for letter, n in zip(letters, shape, strict=True)
+    ):
+        expected = (f"{x} = {sizes[x]:,}" if x in sizes else x for x in letters)
+        return f"has {name} of shape {shape}, not {', '.join(expected)}"
+    if not tensor.isfinite().all():
+        return f"has values in {name} that are not finite"
+    if name in CODES:
+        if tensor.dtype != torch.int8 or (tensor.abs() != 1).any():
+            return f"has {name} as {tensor.dtype}, not -1 and 1 as int8"
+    elif not tensor.is_floating_point():
+        return f"has {name} as {tensor.dtype}, not float32"
+    return ""
+
+
+# ---- factorising
+
+
+def factor_lag(lag: Tensor, error: float, most: int = LAG_COLUMNS) -> tuple[Tensor, Tensor, float]:
+    """
+    Columns u, w (C, r) with u[i] . w[j] close to lag[i - j] for all i >= j, and the largest error:
+    the first r <= most that meets `error`. lag (C,) becomes a constant and waves a cos + b sin,
+    bounded at every distance and unconstrained above the diagonal. Frequencies come from matching
+    pursuit on the residual's spectrum, amplitudes from least squares. Sharp curves need many
+    columns: a wave cannot stay low after a narrow peak.
+    """
+    C, lag = lag.numel(), lag.double()
+    distance = torch.arange(C, dtype=torch.float64)
+    columns = [torch.ones(C, dtype=torch.float64)]
+    while True:
+        waves = torch.stack(columns, 1)
+        amplitude = torch.linalg.lstsq(waves, lag[:, None], driver="gelsd").solution[:, 0]
+        residual = lag - waves @ amplitude
+        worst = float(residual.abs().max())
+        if worst <= error or len(columns) + 2 > min(most, C):
+            break
+        peak = float(torch.fft.rfft(residual, 8 * C)[1:].abs().argmax() + 1)
+        angle = peak * torch.pi / (4 * C) * distance
+        columns += [torch.cos(angle), torch.sin(angle)]
+    w = [columns[0] * amplitude[0]]
+    for n in range(1, len(columns), 2):  # a cos(f (i - j)) + b sin(f (i - j))
+        (a, b), (cos, sin) = amplitude[n : n + 2], columns[n : n + 2]
+        w += [a * cos - b * sin, a * sin + b * cos]
+    return torch.stack(columns, 1).float(), torch.stack(w, 1).float(), worst
+
+
+def factor_match(
+    codes: Tensor, match: Tensor, error: float
+) -> tuple[list[int], Tensor, Tensor, float]:
+    """
+    The shifts s with a match, query (P, r) and keys (shifts, P, r) such that
+    sum_s a . match[s] b_s is close to (a query) . sum_s b_s keys[s], and the largest error between
+    tokens (of a sample of 512). An SVD of match with its shifts side by side; r is the smallest
+    that meets `error`.
+    """
+    shifts = [s for s in range(match.size(0)) if match[s].any()] or [0]
+    wide = match[shifts].double()
+    S, P, _ = wide.shape
+    U, values, V = torch.linalg.svd(wide.permute(1, 0, 2).reshape(P, S * P), full_matrices=False)
+    query, keys = U * values.sqrt(), (V.mT * values.sqrt()).view(S, P, -1)
+    sample = torch.linspace(0, codes.size(0) - 1, min(512, codes.size(0))).long()
+    some = codes[sample].double()
+    r, worst = 0, math.inf
+    while worst > error and r < P:
+        r += 1
+        residual = wide - query[:, :r] @ keys[:, :, :r].mT
+        worst = float((some @ residual @ some.T).abs().amax((1, 2)).sum())
+    return shifts, query[:, :r].float(), keys[:, :, :r].float(), worst
+
+
+# ---- preparing
+
+
+def prepare(
+    knobs: AttentionPriorKnobs,
+    config: GPTConfig,
+    fingerprint: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """
+    The prior that the knobs name, for a model of `config` trained on this device: the spec for
+    `config.rap`, and the tensors of `prior.Prior`. Where kernels look positions up (on a CPU, and
+    in the flex and dense forms), positions stay exact; elsewhere they become their fit for good, so
+    whatever reads the checkpoint adds the same. Raises UserError for a prior that cannot be used.
+    """
+    artifact, source = load(knobs.rap, config.vocab_size, fingerprint)
+    layers, heads = _extent(knobs, config)
+    columns, tensors, shifts, errors = _token_terms(artifact, knobs.rap_error)
+    spans = len(artifact.get("spans", ()))
+
+    sharp = bool(spans) or "bias" in artifact  # too sharp for a few columns
+    if sharp and knobs.attention == "factored" and device.type != "cpu":
+        raise UserError(
+            "--attention=factored cannot add the spans or the matrix of this prior on a GPU: "
+            "leave it out, or generate the prior with --spans 0"
+        )
+    form = "factored" if knobs.attention == "auto" else knobs.attention
+    width = config.head_dim + sum(columns.values())
+    form = attention_form(form, device, dtype, width, sharp)
+
+    C = config.sequence_len
+    if "bias" in artifact:
+        matrix = artifact["bias"][:C, :C].float()
+        tensors["place"] = F.pad(matrix, (0, C - len(matrix)) * 2)
+        columns["bias"] = 0
+    elif "lag" in artifact:
+        curves = artifact["lag"][None]
+        if spans:
+            curves = torch.cat((curves, artifact["spans"]))
+        curves = F.pad(curves[:, :C].float(), (0, max(0, C - curves.size(1)) + 1))
+        columns["lag"] = 0
+        if form == "factored" and device.type != "cpu":
+            u, w, errors["lag"] = factor_lag(curves[0, :C], knobs.rap_error)
+            columns["lag"] = u.size(1)
+            if errors["lag"] > knobs.rap_error:
+                notice(
+                    f"lag as {u.size(1)} columns has the error {errors['lag']:.2g}, above "
+                    "--rap_error: --attention=flex adds it exactly"
+                )
+            tensors |= {"place_u": u, "place_w": w}
+            curves = F.pad((w[0] @ u.mT)[None], (0, 1))
+        tensors["place"] = curves if spans else curves[0]
+    rank = sum(columns.values())
+    if device.type != "cpu" and config.head_dim + rank > KERNEL_WIDTH:
+        raise UserError(
+            f"the prior {knobs.rap} has rank {rank}, which with heads of {config.head_dim} is "
+            f"wider than the {KERNEL_WIDTH} that kernels take: raise --rap_error, or generate it "
+            "with fewer codes"
+        )
+
+    tensors["gates"], rows = _initial_gates(knobs, list(columns), spans, layers, heads)
+    if knobs.rap_gate == "annealed":
+        tensors["start"] = tensors["gates"].clone()
+    spec = {
+        "attention": form,
+        "columns": [list(item) for item in columns.items()],
+        "shifts": shifts,
+        "learned": knobs.rap_gate == "learned",
+        "rows": rows if spans else [],
+        "tensors": {
+            name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()
+        },
+        "about": f"{source}: {_summary(columns, errors, spans)}",
+    }
+    return spec, tensors
+
+
+def _extent(knobs: AttentionPriorKnobs, config: GPTConfig) -> tuple[int, int]:
+    """How many layers and how many heads of each have the prior."""
+    share = knobs.rap_heads <= 1
+    heads = round(knobs.rap_heads * config.n_head) if share else int(knobs.rap_heads)
+    if not 0 < heads <= config.n_head or not (share or heads == knobs.rap_heads):
+        raise UserError(
+            f"--rap_heads must be a share up to 1 or a number of the {config.n_head} heads, and "
+            f"come to at least one (got {knobs.rap_heads:g})"
+        )
+    if knobs.rap_layers > config.n_layer:
+        raise UserError(
+            f"--rap_layers={knobs.rap_layers} is more than the model's {config.n_layer} layers: "
+            "leave it out for all"
+        )
+    return knobs.rap_layers or config.n_layer, heads
+
+
+def _token_terms(
+    artifact: dict[str, Tensor], error: float
+) -> tuple[dict[str, int], dict[str, Tensor], list[int], dict[str, float]]:
+    """
+    The groups that look at tokens: their columns of u and w, their tensors, the shifts of match and
+    the errors of factorisations. Codes get a row of zeros, for the token before the first.
+    """
+    columns, shifts, errors = {}, [], {}
+    tensors = {name: F.pad(artifact[name], (0, 0, 0, 1)) for name in CODES if name in artifact}
+    if "key" in artifact:
+        tensors["key"] = artifact["key"].float()
+        columns["key"] = 1
+    if "match" in artifact:
+        factors = factor_match(artifact["codes"], artifact["match"], error)
+        shifts, tensors["query"], tensors["keys"], errors["match"] = factors
+        columns["match"] = tensors["query"].size(1)
+    if "pair" in artifact:
+        used = artifact["pair"].nonzero()[:, 0]
+        tensors["pair"] = artifact["pair"].float()
+        tensors |= {name: tensors[name][..., used] for name in GROUPS["pair"]}
+        columns["pair"] = len(used)
+    return columns, tensors, shifts, errors
+
+
+def _initial_gates(
+    knobs: AttentionPriorKnobs, groups: list[str], spans: int, layers: int, heads: int
+) -> tuple[Tensor, list[list[int]]]:
+    """
+    The gates (layers, heads, groups) at the start, and each head's curve of positions: 0 for lag,
+    or n for the span n. One head of each layer leads with match, one with pair and one with each
+    span (or with lag): heads that all began alike would first have to diverge.
+    """
+    leads = [(groups.index(name), 0) for name in ("match", "pair") if name in groups]
+    if spans:
+        leads += [(groups.index("lag"), n + 1) for n in range(spans)]
+    elif "lag" in groups:
+        leads.append((groups.index("lag"), 0))
+    gates = torch.full((layers, heads, len(groups)), knobs.rap_alpha)
+    rows = [[0] * heads for _ in range(layers)]
+    for layer, head, item in assign_leading_heads(len(leads), layers, heads):
+        group, rows[layer][head] = leads[item]
+        gates[layer, head, group] = knobs.rap_lead or knobs.rap_alpha
+    return gates, rows
+
+
+def assign_leading_heads(items: int, layers: int, heads: int) -> list[tuple[int, int, int]]:
+    """
+    (layer, head, item) for each head that leads with an item: every layer gives all items to its
+    first heads; where there are fewer heads than items, the next layer continues.
+    """
+    step = heads if heads < items else 0
+    return [
+        (layer, head, (layer * step + head) % items)
+        for layer in range(layers)
+        for head in range(min(items, heads))
+    ]
+
+
+def _summary(columns: dict[str, int], errors: dict[str, float], spans: int) -> str:
+    """For example "key rank 1, match rank 8 (error 0.012), lag, 4 spans"."""
+    words = []
+    for name, rank in columns.items():
+        error = f" (error {errors[name]:.2g})" if name in errors else ""
+        words.append(f"{name} rank {rank}{error}" if rank else name)
+    return ", ".join(words) + (f", {spans} spans" if spans else "")
