@@ -404,13 +404,13 @@ def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
     [
         (
             ["--context_stages", "8@0", "16@0.5", "--num_iterations=2"],
-            "the last context stage has 16 tokens, but sequence_len is 32",
+            "the last context stage has 16 tokens, but --sequence_len is 32",
         ),
         (
             ["--context_stages", "12@0", "32@0.5", "--num_iterations=2"],
             "whole number of rows of 12 and of 32: try --total_batch_size=1056",
         ),
-        (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "8@0.5 comes after 32@0"),
+        (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "8@0.5 follows 32@0"),
         (["--num_iterations=0"], "--num_iterations must be positive, or -1 for none (got 0)"),
         (["--target_flops=nan"], "--target_flops must be positive, or -1 for none (got nan)"),
         (["--target_flops=1e6"], "not one step of 1,024: give"),

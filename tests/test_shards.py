@@ -21,7 +21,7 @@ class Letters:
     def __init__(self, vocab_size=1000, fingerprint="letters"):
         self.vocab_size, self.fingerprint, self.texts = vocab_size, fingerprint, 0
 
-    def encode_batch(self, texts, bos=False, threads=None):
+    def encode_batch(self, texts, bos=False):
         self.texts += len(texts)
         return [[0] * bos + [min(ord(c), self.vocab_size - 1) for c in text] for text in texts]
 
@@ -140,7 +140,7 @@ def test_an_interrupted_build_leaves_nothing_and_a_killed_one_is_swept(source, t
     root = tmp_path / "tokens"
 
     class Interrupted(Letters):
-        def encode_batch(self, texts, bos=False, threads=None):
+        def encode_batch(self, texts, bos=False):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -189,7 +189,7 @@ def shards(tmp_path, monkeypatch):
 class Letters:
     fingerprint, bos, vocab_size = "letters", 0, 1000
 
-    def encode_batch(self, texts, bos=False, threads=None):
+    def encode_batch(self, texts, bos=False):
         return [[0] * bos + [ord(c) for c in text] for text in texts]
 
 

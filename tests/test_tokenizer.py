@@ -212,8 +212,8 @@ def test_too_small_a_vocabulary_or_text(capsys):
 
 def test_batch(tok):
     many = [*texts(50), "", "\ud800", "<|bos|> x <|assistant_end|>", " a" * WINDOW, *SPECIAL_TOKENS]
-    for bos, threads in ((True, None), (True, 1), (False, 3)):
-        batch = tok.encode_batch(many, bos=bos, threads=threads)
+    for bos in (True, False):
+        batch = tok.encode_batch(many, bos=bos)
         assert [ids.tolist() for ids in batch] == [tok.encode(text, bos=bos) for text in many]
         assert all(ids.dtype == np.uint32 for ids in batch)
     assert tok.encode_batch([]) == []

@@ -1,9 +1,9 @@
 """
 Feeds: token shards -> the batches of one optimizer step after another.
 
-order.py decides the order of rows; a step takes the next `rows` of them, and ranks and micro-batches
-merely divide a step. Resuming on other data is an error, and nothing is dropped silently:
-conversations truncated in padded mode are counted and reported.
+order.py decides the order of rows; a step takes the next `rows` of them, and ranks and
+micro-batches merely divide a step. Resuming on other data is an error, and nothing is dropped
+silently: conversations truncated in padded mode are counted and reported.
 """
 
 from collections import deque

@@ -1,8 +1,8 @@
 """
 The order of rows: a pure function of the data, the seed and the row length.
 
-Each source is shuffled as a whole, once per epoch. Blocks of about two million tokens are drawn from
-the sources by their weights and packed, and the rows of a block are shuffled. A position is
+Each source is shuffled as a whole, once per epoch. Blocks of about two million tokens are drawn
+from the sources by their weights and packed, and the rows of a block are shuffled. A position is
 therefore a few numbers, and resuming costs the packing of one block. Where the row length changes
 within a block, the rest of the block is packed again at the new length; no token is lost or
 repeated.

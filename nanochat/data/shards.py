@@ -15,17 +15,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanochat.base.common import UserError, base_dir, human, notice
+from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write, locked
-from nanochat.base.progress import progress
+from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.sources import Source, parts
 
 if TYPE_CHECKING:
@@ -102,16 +103,11 @@ def prepare(
         _exclusive(root, folders),
         progress(size, f"tokenising {source.name} ({split})", "bytes of text") as bar,
     ):
-        tokens = 0
         for part, folder in zip(todo, folders, strict=True):
             if _usable(folder):
                 bar.advance(part.size)
-                continue
-            with _build(folder, tokenizer) as writer:
-                for ids, n_bytes in _encode(part.documents(), tokenizer):
-                    writer.add(ids, n_bytes=n_bytes)
-                    tokens += sum(map(len, ids))
-                    bar.advance(n_bytes, f"{human(tokens)} tokens")
+            else:
+                _build(folder, tokenizer, _encoded(part.documents(), tokenizer, bar))
         shards = Shards(source.name, folders)
     if not len(shards):
         raise UserError(
@@ -137,17 +133,13 @@ def prepare_conversations(
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
     with _exclusive(root, [folder] if identity else []):
         if identity is None or not _usable(folder):
-            with (
-                _build(folder, tokenizer, masked=True) as writer,
-                progress(None, f"rendering {name}", "conversations") as bar,
-            ):
-                for conversation in conversations:
-                    ids, mask = tokenizer.render_conversation(conversation)
-                    writer.add([ids], [mask])
-                    bar.advance()
-                if not writer.lengths:
-                    raise UserError(f"there are no conversations in {name}: give at least one")
-        return Shards(name, [folder])
+            with progress(None, f"rendering {name}", "conversations") as bar:
+                _build(folder, tokenizer, _rendered(conversations, tokenizer, bar), masked=True)
+        shards = Shards(name, [folder])
+    if not len(shards):
+        shutil.rmtree(folder)
+        raise UserError(f"there are no conversations in {name}: give at least one")
+    return shards
 
 
 def _key(identity: dict, tokenizer: "Tokenizer") -> str:
@@ -155,18 +147,28 @@ def _key(identity: dict, tokenizer: "Tokenizer") -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encode(texts: Iterator[str], tokenizer: "Tokenizer") -> Iterator[tuple[list, int]]:
-    """Batches of (ids of each text, UTF-8 bytes of all). Reads a batch while one is tokenised."""
-    with ThreadPoolExecutor(1) as executor:
-        running = None
-        for batch in _batches(texts):
-            following = executor.submit(tokenizer.encode_batch, batch, bos=True)
-            n_bytes = sum(len(text.encode()) for text in batch)
-            if running:
-                yield running[0].result(), running[1]
-            running = following, n_bytes
-        if running:
-            yield running[0].result(), running[1]
+@dataclass(frozen=True)
+class _Documents:
+    """Some documents on their way to the disk."""
+
+    ids: Sequence[Any]
+    masks: Sequence[Any] = ()  # one per document, if the shard has masks
+    text_bytes: int = 0
+
+
+def _encoded(
+    texts: Iterator[str], tokenizer: "Tokenizer", bar: ProgressBar
+) -> Iterator[_Documents]:
+    """The texts, tokenised in batches; the next batch is read while one is tokenised."""
+    batches = _batches(texts)
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, batches, None)
+        while batch := upcoming.result():
+            upcoming = reader.submit(next, batches, None)
+            ids = tokenizer.encode_batch(batch, bos=True)
+            documents = _Documents(ids, text_bytes=sum(len(text.encode()) for text in batch))
+            bar.advance(documents.text_bytes)
+            yield documents
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -181,62 +183,23 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-class _Writer:
-    """Writes the files of one shard into `folder`."""
-
-    def __init__(self, folder: Path, tokenizer: "Tokenizer", files: Mapping[str, BinaryIO]):
-        self.folder, self.tokenizer, self.files = folder, tokenizer, files
-        self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-        self.hash, self.lengths, self.text_bytes = hashlib.sha256(), [], 0
-
-    def add(self, documents: Sequence, masks: Sequence = (), n_bytes: int = 0) -> None:
-        """Append documents (ids each), their masks if the shard has them, and their text size."""
-        self._append("tokens.bin", documents, self.dtype)
-        if masks:
-            self._append("mask.bin", masks, np.dtype("uint8"))
-        self.lengths.extend(map(len, documents))
-        self.text_bytes += n_bytes
-
-    def _append(self, name: str, arrays: Sequence, dtype: np.dtype) -> None:
-        data = np.concatenate([np.asarray(values, dtype=dtype) for values in arrays]).tobytes()
-        self.hash.update(data)
-        self.files[name].write(data)
-
-    def finish(self) -> None:
-        """Flush everything to disk and write meta.json, which makes the shard valid."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self.hash.update(offsets.tobytes())
-        np.save(self.folder / "offsets.npy", offsets)
-        meta = {
-            "format": FORMAT,
-            "tokenizer": self.tokenizer.fingerprint,
-            "vocab_size": self.tokenizer.vocab_size,
-            "bos": self.tokenizer.bos,
-            "dtype": self.dtype.name,
-            "mask": "mask.bin" in self.files,
-            "documents": len(self.lengths),
-            "tokens": int(offsets[-1]),
-            "text_bytes": self.text_bytes,
-            "sha256": self.hash.hexdigest(),
-        }
-        atomic_write(self.folder / "meta.json", json.dumps(meta, indent=1))
+def _rendered(
+    conversations: Iterable[dict], tokenizer: "Tokenizer", bar: ProgressBar
+) -> Iterator[_Documents]:
+    for conversation in conversations:
+        ids, mask = tokenizer.render_conversation(conversation)
+        bar.advance()
+        yield _Documents([ids], [mask])
 
 
-@contextmanager
-def _build(folder: Path, tokenizer: "Tokenizer", masked: bool = False) -> Iterator[_Writer]:
+def _build(
+    folder: Path, tokenizer: "Tokenizer", batches: Iterable[_Documents], masked: bool = False
+) -> None:
     """Write a shard in a temporary folder and rename it at the end; a failure leaves nothing."""
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
-    names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
     try:
         temporary.mkdir(parents=True)
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(open(temporary / name, "wb")) for name in names}
-            writer = _Writer(temporary, tokenizer, files)
-            yield writer
-            writer.finish()
+        _write(temporary, tokenizer, batches, masked)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     except OSError as e:
@@ -246,6 +209,43 @@ def _build(folder: Path, tokenizer: "Tokenizer", masked: bool = False) -> Iterat
         ) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    folder: Path, tokenizer: "Tokenizer", batches: Iterable[_Documents], masked: bool
+) -> None:
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    digest, lengths, text_bytes = hashlib.sha256(), [], 0
+    with ExitStack() as stack:
+        names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
+        files = [stack.enter_context(open(folder / name, "wb")) for name in names]
+        for batch in batches:
+            columns = (batch.ids, dtype), (batch.masks, np.dtype("uint8"))
+            for file, (arrays, kind) in zip(files, columns, strict=False):
+                data = np.concatenate([np.asarray(a, dtype=kind) for a in arrays]).tobytes()
+                digest.update(data)
+                file.write(data)
+            lengths.extend(map(len, batch.ids))
+            text_bytes += batch.text_bytes
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    digest.update(offsets.tobytes())
+    np.save(folder / "offsets.npy", offsets)
+    meta = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos": tokenizer.bos,
+        "dtype": dtype.name,
+        "mask": masked,
+        "documents": len(lengths),
+        "tokens": int(offsets[-1]),
+        "text_bytes": text_bytes,
+        "sha256": digest.hexdigest(),
+    }
+    atomic_write(folder / "meta.json", json.dumps(meta, indent=1))
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 Text to token ids and back: byte-pair encoding trained here, plus nine special tokens.
 
 The ids of a text are defined as follows. Lone surrogates become U+FFFD. A text longer than WINDOW
-characters is cut at the last place within each window where the split pattern has a boundary anyway
-(so that the cut changes nothing) or, in a window without one, at its end. Each piece that the
-pattern splits off becomes one token if the vocabulary has it; otherwise its bytes are merged, lowest
-rank first.
+characters is cut at the last place within each window where the split pattern has a boundary
+anyway (so that the cut changes nothing) or, in a window without one, at its end. Each piece that
+the pattern splits off becomes one token if the vocabulary has it; otherwise its bytes are merged,
+lowest rank first.
 
 Ordinary text never becomes a special token, whatever it spells; only rendering a conversation
 places those. The files are JSON and hold no code.
@@ -147,7 +147,7 @@ class Tokenizer:
         atomic_write(directory / "meta.json", json.dumps(meta, indent=1) + "\n")
 
     def _json(self) -> dict:
-        """The Hugging Face form of this tokenizer without its merges, which follow from the vocabulary."""
+        """The Hugging Face form, without the merges, which follow from the vocabulary."""
         letters = _byte_letters()
         flags = {
             "single_word": False,
@@ -201,10 +201,8 @@ class Tokenizer:
             ids += self._bpe.encode_ordinary(segment)
         return ids
 
-    def encode_batch(
-        self, texts: Sequence[str], bos: bool = False, threads: int | None = None
-    ) -> list[np.ndarray]:
-        """encode() of each text as a uint32 array, on `threads` threads (default: all cores)."""
+    def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[np.ndarray]:
+        """encode() of each text as a uint32 array, on all cores."""
         head = np.array([self.bos] if bos else [], dtype=np.uint32)
 
         def encode(text: str) -> np.ndarray:
@@ -216,7 +214,7 @@ class Tokenizer:
 
         # In groups, because a task per text would cost more than it saves
         groups = [texts[i : i + 16] for i in range(0, len(texts), 16)]
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             encoded = pool.map(lambda group: [encode(text) for text in group], groups)
             return list(itertools.chain.from_iterable(encoded))
 
@@ -244,7 +242,7 @@ class Tokenizer:
         return self._render(checked_messages(conversation))
 
     def render_prompt(self, conversation: dict) -> list[int]:
-        """Ids that end with <|assistant_start|>; UserError if the last message is not the user's."""
+        """Ids that end with <|assistant_start|>; the last message must be the user's."""
         messages = checked_messages(conversation)
         if messages[-1]["role"] != "user":
             raise UserError("a prompt must end with a message from the user, not the assistant")
