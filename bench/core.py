@@ -27,7 +27,9 @@ from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.core import CoreItem, CoreTask, Score, Scorer, load_bundle, prepare
+from nanochat.eval.core import Score, Scorer
+from nanochat.eval.core_bundle import CoreTask, load_bundle
+from nanochat.eval.core_items import CoreItem, prepare
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.knobs import MachineKnobs

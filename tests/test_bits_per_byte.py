@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
+from nanochat.base.common import UserError
 from nanochat.data.feed import Batch
-from nanochat.eval import bits_per_byte as loss_eval
 from nanochat.eval.bits_per_byte import bits_per_byte
 from nanochat.train.loop import recut
 
@@ -73,7 +73,7 @@ def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, c
     assert asked == [8, 4, 2, 2, 2, 2] and m.training
     assert (
         capsys.readouterr().err.splitlines()[-1]
-        == "notice: out of memory while evaluating: going on with 2 rows at a time"
+        == "notice: out of memory with an evaluation batch of 4 rows: continuing with 2"
     )
 
     monkeypatch.setattr(
@@ -81,7 +81,7 @@ def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, c
         "token_losses",
         lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
     )
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match="out of memory"):
         bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8)
     monkeypatch.setattr(m, "token_losses", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
@@ -93,10 +93,10 @@ def test_ranks_are_summed_not_averaged(monkeypatch):
     m, b = tiny.randomise(tiny.model()), tiny.batch()
     parts = recut([b], 5)  # 5 rows and 3
     sums = []
-    monkeypatch.setattr(loss_eval.dist, "all_reduce", lambda t: sums.append(t.clone()))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: sums.append(t.clone()))
     for part in parts:
         bits_per_byte(m, cut(part), BYTES, replace(tiny.CPU, world_size=2), 8)
-    monkeypatch.setattr(loss_eval.dist, "all_reduce", lambda t: t.copy_(sum(sums)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.copy_(sum(sums)))
     assert bits_per_byte(
         m, cut(parts[0]), BYTES, replace(tiny.CPU, world_size=2), 8
     ) == pytest.approx(by_hand(m, b), rel=1e-6)

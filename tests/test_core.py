@@ -11,24 +11,17 @@ import priors
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.base import logbook
 from nanochat.base.common import UserError
 from nanochat.commands import base_eval, base_train
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval import core as core_eval
-from nanochat.eval.core import (
-    PROMPTS,
-    CoreTask,
-    Score,
-    Scorer,
-    choose,
-    evaluate,
-    load_bundle,
-    prepare,
-    summarise,
-)
+from nanochat.eval.chat import accuracy
+from nanochat.eval.core import Score, Scorer, choose, evaluate, summarise
+from nanochat.eval.core_bundle import FIELDS, CoreTask, load_bundle
+from nanochat.eval.core_items import PROMPTS, prepare
 from nanochat.model import prior_artifact
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 from nanochat.model.gpt import GPT
@@ -105,7 +98,7 @@ def made(kind, n=14, shots=3, seed=0, delimiter=" ", low=2, high=9):
     )
 
 
-TASKS = {kind: made(kind) for kind in core_eval.FIELDS}
+TASKS = {kind: made(kind) for kind in FIELDS}
 
 
 @pytest.fixture(scope="module")
@@ -291,12 +284,18 @@ def test_memory_that_runs_out_halves_the_pass_and_changes_nothing(tok, monkeypat
     )
     assert (
         capsys.readouterr().err.splitlines()[0]
-        == "notice: out of memory: going on with 2 items at a time"
+        == "notice: out of memory with CORE items of 4 rows: continuing with 2"
     )
-    monkeypatch.setattr(
-        m, "body", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    )
-    with pytest.raises(torch.OutOfMemoryError):
+    calls = []
+
+    def prompt_only(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return body(*arguments)
+
+    monkeypatch.setattr(m, "body", prompt_only)
+    with pytest.raises(UserError, match="out of memory with CORE items of 1 row"):
         Scorer(m)(items, prompts)
 
 
@@ -428,11 +427,10 @@ def test_a_fresh_model_scores_what_guessing_does(tok):
 
 
 def test_the_summary_by_hand(tok):
-    def row(accuracy, n, chance, guess):
+    def row(share, n, chance, guess):
+        right = round(share * n)
         return {
-            **core_eval.accuracy(
-                [True] * round(accuracy * n) + [False] * round((1 - accuracy) * n), chance
-            ),
+            **accuracy([True] * right + [False] * (n - right), chance),
             "guess": guess,
         }
 
@@ -456,13 +454,13 @@ def test_ranks_share_the_items(tok, monkeypatch):
     m, task, parts = model(tok), TASKS["multiple_choice"], []
     want = evaluate(Scorer(m), task, tok, CPU)
     ranks = [replace(CPU, rank=r, world_size=3) for r in range(3)]
-    monkeypatch.setattr(core_eval.dist, "all_gather_object", lambda out, mine: parts.append(mine))
+    monkeypatch.setattr(dist, "all_gather_object", lambda out, mine: parts.append(mine))
     for rt in ranks:
         with pytest.raises(TypeError):  # nobody answered
             evaluate(Scorer(m), task, tok, rt)
     assert [len(p) for p in parts] == [5, 5, 4]
     monkeypatch.setattr(
-        core_eval.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), parts)
+        dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), parts)
     )
     assert evaluate(Scorer(m), task, tok, ranks[0]) == want
 
@@ -542,15 +540,15 @@ def test_a_bundle_that_is_none_says_why(tmp_path):
     listed, figures = tmp_path / "core.yaml", tmp_path / "eval_meta_data.csv"
     good, chances = listed.read_text(), figures.read_text()
     for bad, says in [
-        ("icl_tasks: [", "core.yaml is no list"),
+        ("icl_tasks: [", "core.yaml must have a list"),
         ("tasks: []", "KeyError"),
         ("icl_tasks: 3", "TypeError"),
-        ("icl_tasks: []", "0 tasks"),
+        ("icl_tasks: []", "none of the 0 tasks"),
         (good.replace("schema", "scheme"), "icl_task_type 'scheme'"),
         (good.replace("[3]", "[-1]"), "num_fewshot -1"),
-        (good + good.removeprefix("icl_tasks:"), "names that differ"),
+        (good + good.removeprefix("icl_tasks:"), "the same label"),
         (good.replace("label: schema", "label: other"), "no row for the task other"),
-        (good.replace("uri: some", "uri: none"), "the data of 0 are there"),
+        (good.replace("uri: some", "uri: none"), "none of the 3 tasks"),
     ]:
         listed.write_text(bad)
         with pytest.raises(UserError, match=says):

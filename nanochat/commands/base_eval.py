@@ -17,6 +17,7 @@ from nanochat.chat.generate import Engine
 from nanochat.commands import base_loss
 from nanochat.commands.base_train import PROMPTS
 from nanochat.eval import core as core_eval
+from nanochat.eval.core_bundle import CoreTask, load_bundle
 from nanochat.model.checkpoint import Loaded
 from nanochat.train.stage import session
 
@@ -44,7 +45,7 @@ class EvaluateBaseKnobs(base_loss.BitsPerByteKnobs):
 
 
 def core(
-    k: EvaluateBaseKnobs, loaded: Loaded, tasks: list[core_eval.CoreTask], absent: list[str]
+    k: EvaluateBaseKnobs, loaded: Loaded, tasks: list[CoreTask], absent: list[str]
 ) -> dict[str, Any]:
     """Every task's row, as it comes a line each where there is no terminal to show a bar on, and then the summary."""
     scorer, console, results = core_eval.Scorer(loaded.model, k.core_memory * 2**20), Console(), {}
@@ -115,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, _ = knobs.parse(EvaluateBaseKnobs, argv, command="base_eval")
 
     def work() -> dict[str, Any]:
-        bundle = (
-            core_eval.load_bundle(k.core) if k.core else None
-        )  # before anything that takes time
+        bundle = load_bundle(k.core) if k.core else None  # before anything that takes time
         loaded, bpb = base_loss.measure(k)
         engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
         samples: dict[str, list[str]] = {p: [] for p in k.prompts}

@@ -1,9 +1,11 @@
 """
-Questions to a chat model: multiple choice by the log-probability of its letters, free answers by generation with the tool loop.
+Evaluation of a chat model on tasks. Multiple choice compares the log-probabilities of the letters;
+other questions are answered by generation, with tool use.
 
-Every accuracy comes with its number of items, its 95 % interval and what guessing scores. What a right answer is, a task says. No result
-depends on how many questions are asked at a time. A prompt that leaves no room for the answer keeps its first token and its end, and is
-counted: room is one letter, or what a free answer may take at most, but never more than a quarter of the context.
+Every accuracy comes with its number of items, its 95 % interval and the score of guessing. The task
+decides whether an answer is right. Results do not depend on the batch size. A prompt that leaves no
+room for the answer keeps its first token and its end, and is counted as clipped. The room is one
+token for a letter and the limit of a free answer, but at most a quarter of the context.
 """
 
 import math
@@ -16,86 +18,98 @@ from typing import Any
 import torch
 
 from nanochat.base.common import notice
-from nanochat.base.runtime import out_of_memory, release_memory
+from nanochat.base.runtime import halve_until_it_fits
 from nanochat.chat.generate import Engine, clip
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks.common import Item, Task
 
-Z95 = 1.959964
+Z95 = 1.959964  # half the width of a 95 % interval, in standard deviations
 CHATCORE = "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"
+
+
+# ---- statistics
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
     """
-    The 95 % interval of a share (Wilson, 1927): honest near 0 and 1, where the normal approximation is not. For a mean of shares too, where
-    it is on the wide side: they vary at most as much as verdicts with that mean.
+    The 95 % Wilson interval of a share, which stays honest near 0 and 1. It also serves for a mean
+    of shares, where it is conservative: shares vary at most as much as verdicts with that mean.
     """
     if n == 0:
         return 0.0, 1.0
-    p, z = right / n, Z95
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+    share, z = right / n, Z95
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def accuracy(right: Sequence[float], chance: float) -> dict[str, float]:
-    """{accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right ones."""
-    lo, hi = wilson(sum(right), len(right))
-    return {
-        "accuracy": sum(right) / max(1, len(right)),
-        "n": len(right),
-        "chance": chance,
-        "lo": lo,
-        "hi": hi,
-    }
+    """{accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right samples."""
+    n = len(right)
+    lo, hi = wilson(sum(right), n)
+    return {"accuracy": sum(right) / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
+
+
+def centred(share: float, chance: float) -> float:
+    """An accuracy on the scale where guessing is 0 and perfection 1."""
+    return (share - chance) / (1 - chance)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """The chance that one of k samples is right, when `right` of n >= k are: unbiased (Chen et al. 2021, arXiv 2107.03374)."""
+    """
+    The probability that at least one of k samples is right, estimated without bias from n >= k
+    samples of which `right` are (Chen et al. 2021, arXiv 2107.03374).
+    """
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+# ---- asking
 
 
 @dataclass
 class Verdicts:
-    """What became of the items of a task, in their order."""
+    """The outcome of asking the items of a task, in their order."""
 
-    right: list[int]  # how many of an item's samples are right
-    samples: int
-    clipped: int  # prompts that were cut
-    unfinished: int = 0  # answers that ran into their limit
+    right: list[int]  # right samples per item
+    samples: int  # per item
+    clipped: int  # prompts that were shortened
+    unfinished: int = 0  # answers that reached their token limit
 
     def result(self, chance: float) -> dict[str, Any]:
-        """accuracy() of single answers, and under "pass" that of the best of 2, 4, ... and of all samples."""
-        ks = sorted(
-            {1 << i for i in range(1, self.samples.bit_length()) if 1 << i <= self.samples}
-            | {self.samples} - {1}
-        )
-        shares = {k: [pass_at_k(self.samples, right, k) for right in self.right] for k in (1, *ks)}
-        best = {str(k): accuracy(shares[k], 1 - (1 - chance) ** k) for k in ks}
-        more = {"samples": self.samples, "pass": best} if best else {}
-        return {
-            **accuracy(shares[1], chance),
-            "clipped": self.clipped,
-            "unfinished": self.unfinished,
-            **more,
-        }
+        """
+        accuracy() of single samples with the counts; with several samples per item also `samples`
+        and under "pass" the accuracy of the best of 2, 4, ... and of all samples.
+        """
+
+        def best_of(k: int) -> dict[str, float]:
+            shares = [pass_at_k(self.samples, right, k) for right in self.right]
+            return accuracy(shares, 1 - (1 - chance) ** k)
+
+        result = accuracy([pass_at_k(self.samples, right, 1) for right in self.right], chance)
+        result |= {"clipped": self.clipped, "unfinished": self.unfinished}
+        if self.samples == 1:
+            return result
+        powers = {2**i for i in range(1, self.samples.bit_length())}
+        best = {str(k): best_of(k) for k in sorted(powers | {self.samples})}
+        return {**result, "samples": self.samples, "pass": best}
 
 
 def visible_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """What a user reads of a generated reply: no special tokens, no tool calls, no tool output."""
-    s = tokenizer.specials
+    """The text of a reply that a user sees: no special tokens, no tool calls, no tool output."""
+    specials = tokenizer.specials
     closing = {
-        s["<|python_start|>"]: s["<|python_end|>"],
-        s["<|output_start|>"]: s["<|output_end|>"],
+        specials[f"<|{part}_start|>"]: specials[f"<|{part}_end|>"] for part in ("python", "output")
     }
-    special, kept, until = set(s.values()), [], None
-    for i in ids:
+    hidden, visible, until = set(specials.values()), [], None
+    for token in ids:
         if until is not None:
-            until = None if i == until else until
-        elif i in closing:
-            until = closing[i]
-        elif i not in special:
-            kept.append(i)
-    return tokenizer.decode(kept)
+            until = None if token == until else until
+        elif token in closing:
+            until = closing[token]
+        elif token not in hidden:
+            visible.append(token)
+    return tokenizer.decode(visible)
 
 
 @torch.inference_mode()
@@ -103,37 +117,39 @@ def choose_letters(
     engine: Engine, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]
 ) -> list[str]:
     """
-    For every prompt the letter (of its own list) that is likeliest to come next, as the token that a gold reply begins with. An item with
-    labels of more tokens than one has them scored whole, each behind the prompt.
+    The most likely letter after each prompt, among its own `letters`, each of which is one token:
+    the one with which a gold reply would begin.
     """
-    model, tok = engine.model, engine.tokenizer
-    labels = [[tok.encode(letter) for letter in row] for row in letters]
-    short = [i for i, row in enumerate(labels) if all(len(ids) == 1 for ids in row)]
-    chosen = [""] * len(prompts)
-    if short:
-        ends = _hidden(engine, [prompts[i] for i in short])
-        for i, row in zip(short, ends, strict=True):
-            # the likeliest has the highest logit: in float32, since in bfloat16 logits tie, and ties would go to the first letter
-            scores = model.head_weight[[ids[0] for ids in labels[i]]].float() @ row[-1].float()
-            chosen[i] = letters[i][int(scores.argmax())]
-    for i in sorted(set(range(len(prompts))) - set(short)):
-        ends = _hidden(engine, [prompts[i] + ids[:-1] for ids in labels[i]])
-        sums = []
-        for row, ids in zip(ends, labels[i], strict=True):
-            logp = model.logits(row[-len(ids) :]).log_softmax(-1)
-            sums.append(float(logp[range(len(ids)), ids].sum()))
-        chosen[i] = letters[i][sums.index(max(sums))]
+    model, tokenizer = engine.model, engine.tokenizer
+    lengths = [len(prompt) for prompt in prompts]
+    # Padding follows a prompt, where causal attention never sees it.
+    padded = [[*ids, *[tokenizer.bos] * (max(lengths) - len(ids))] for ids in prompts]
+    hidden = model(torch.tensor(padded, device=model.embed.weight.device))
+    chosen = []
+    for states, length, row in zip(hidden, lengths, letters, strict=True):
+        # In float32: bfloat16 logits often tie, and a tie would go to the first letter.
+        heads = model.head_weight[[_only(tokenizer.encode(letter)) for letter in row]].float()
+        chosen.append(row[int((heads @ states[length - 1].float()).argmax())])
     return chosen
 
 
-def _hidden(engine: Engine, rows: Sequence[list[int]]) -> list[torch.Tensor]:
-    """The hidden states (T, D) of every row; the padding follows it, where causal attention never sees it."""
-    longest = max(map(len, rows))
-    idx = torch.tensor(
-        [row + [engine.tokenizer.bos] * (longest - len(row)) for row in rows],
-        device=engine.model.embed.weight.device,
-    )
-    return [h[: len(row)] for h, row in zip(engine.model(idx), rows, strict=True)]
+def _only(tokens: list[int]) -> int:
+    (token,) = tokens
+    return token
+
+
+def _clipped_prompts(
+    tokenizer: Tokenizer, task: Task, items: Sequence[Item], room: int
+) -> tuple[list[list[int]], int]:
+    """The prompts as tokens, at most `room` of them each, and how many had to be clipped."""
+    prompts = [tokenizer.render_prompt(task.prompt(item)) for item in items]
+    clipped = sum(len(prompt) > room for prompt in prompts)
+    if clipped:
+        notice(
+            f"{clipped} of {len(prompts)} prompts of {task.name} are too long for the context with "
+            "room for the answer: their beginnings are cut off"
+        )
+    return [clip(prompt, room) for prompt in prompts], clipped
 
 
 def judge(
@@ -149,78 +165,57 @@ def judge(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Verdicts:
     """
-    Ask every item and judge the answers: `num_samples` of each, `rows` at a time (questions of like length together, fewer when memory runs
-    out), of at most max_tokens tokens (0: as the task has it). Letters are chosen once, whatever the number of samples.
+    Ask every item and judge the answers: `num_samples` of each, of at most `max_tokens` tokens (0 =
+    the task's own limit), generated `rows` at a time with prompts of similar length together, and
+    fewer when memory runs out. A letter is chosen once, whatever the number of samples.
     """
-    tok, context = engine.tokenizer, engine.model.config.sequence_len
     free = task.kind == "generative"
     samples, limit = (num_samples, max_tokens or task.max_tokens) if free else (1, 1)
+    context = engine.model.config.sequence_len
     room = context - min(limit, max(1, context // 4))
-    prompts = [tok.render_prompt(task.prompt(item)) for item in items]
-    out = Verdicts([0] * len(items), samples, sum(len(p) > room for p in prompts))
-    if out.clipped:
-        notice(
-            f"{out.clipped} of {len(prompts)} prompts of {task.name} leave no room for the answer and keep their end"
-        )
-        prompts = [clip(p, room) for p in prompts]
+    prompts, clipped = _clipped_prompts(engine.tokenizer, task, items, room)
+    verdicts = Verdicts([0] * len(items), samples, clipped)
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
-    at, together = 0, max(1, rows // samples)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs are judged by running them
-        while at < len(order):
-            chunk = order[at : at + together]
-            try:
-                if free:
-                    seeds = [seed << 32 | i for i in chunk]
-                    made = engine.generate_batch(
-                        [prompts[i] for i in chunk], samples, limit, temperature, seed=seeds
-                    )
-                    out.unfinished += sum(row.finish != "stop" for row in made)
-                    replies = [visible_text(tok, row.tokens) for row in made]
-                else:
-                    replies = choose_letters(
-                        engine, [prompts[i] for i in chunk], [items[i]["letters"] for i in chunk]
-                    )
-            except RuntimeError as e:
-                if not out_of_memory(e) or together == 1:
-                    raise
-                together //= 2
-                release_memory()
-                notice(f"out of memory: going on with {together} questions at a time")
-                continue
+    done = 0
+
+    def replies(count: int) -> list[str]:
+        """The replies to the next `count` items, all samples of an item in a row."""
+        chunk = order[done : done + count]
+        asked = [prompts[i] for i in chunk]
+        if not free:
+            return choose_letters(engine, asked, [items[i]["letters"] for i in chunk])
+        seeds = [seed << 32 | i for i in chunk]
+        generated = engine.generate_batch(asked, samples, limit, temperature, seed=seeds)
+        verdicts.unfinished += sum(row.finish != "stop" for row in generated)
+        return [visible_text(engine.tokenizer, row.tokens) for row in generated]
+
+    count = max(1, rows // samples)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a task may judge a program by running it
+        while done < len(order):
+            texts, count = halve_until_it_fits(replies, count, f"{task.name} questions")
+            chunk = order[done : done + count]
             asked = [i for i in chunk for _ in range(samples)]
-            for i, right in zip(
-                asked,
-                pool.map(lambda i, reply: task.evaluate(items[i], reply), asked, replies),
-                strict=True,
-            ):
-                out.right[i] += right
-            at += len(chunk)
-            progress(at)
-    return out
+            right = pool.map(lambda i, text: task.evaluate(items[i], text), asked, texts)
+            for i, verdict in zip(asked, right, strict=True):
+                verdicts.right[i] += verdict
+            done += len(chunk)
+            progress(done)
+    return verdicts
 
 
 def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
-    Accuracy over all items, the tasks' mean accuracy above chance ("centred": scaled so that 1 is perfect), and the tasks. "chatcore" is
-    that mean over the tasks of CHATCORE, where all of them are there: over fewer it would be another figure.
+    One result for several tasks: accuracy() over all items, and "centred", the mean over the tasks
+    of the accuracy above chance, scaled so that 1 is perfect; the tasks are under "kinds".
+    "chatcore" is that mean over the six tasks of CHATCORE, and absent if any of them is missing.
     """
-    n = sum(int(t["n"]) for t in by_task.values())
-    right = round(sum(t["accuracy"] * t["n"] for t in by_task.values()))
-    chance = sum(t["chance"] * t["n"] for t in by_task.values()) / max(1, n)
-    above = {name: (t["accuracy"] - t["chance"]) / (1 - t["chance"]) for name, t in by_task.items()}
-    core = (
-        {"chatcore": sum(above[name] for name in CHATCORE) / len(CHATCORE)}
-        if set(CHATCORE) <= set(above)
-        else {}
-    )
-    centred = {"centred": sum(above.values()) / max(1, len(above)), **core}
+    n = sum(int(task["n"]) for task in by_task.values())
+    right = round(sum(task["accuracy"] * task["n"] for task in by_task.values()))
+    chance = sum(task["chance"] * task["n"] for task in by_task.values()) / max(1, n)
+    above = {name: centred(task["accuracy"], task["chance"]) for name, task in by_task.items()}
     lo, hi = wilson(right, n)
-    return {
-        "accuracy": right / max(1, n),
-        "n": n,
-        "chance": chance,
-        "lo": lo,
-        "hi": hi,
-        **centred,
-        "kinds": dict(by_task),
-    }
+    summary = {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
+    summary["centred"] = sum(above.values()) / max(1, len(above))
+    if above.keys() >= set(CHATCORE):
+        summary["chatcore"] = sum(above[name] for name in CHATCORE) / len(CHATCORE)
+    return {**summary, "kinds": dict(by_task)}

@@ -1,0 +1,152 @@
+"""
+Reads the evaluation bundle of the CORE score: a folder with core.yaml (the tasks),
+eval_meta_data.csv (the score of guessing, in percent) and eval_data/ (one .jsonl file per task).
+
+Malformed data stop the evaluation with their file and line; a task without data is reported absent.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanochat.base.common import UserError
+from nanochat.eval.tasks.data import read
+
+FIELDS = {  # the fields of a row, by kind of task: texts, and the one that is a list of options
+    "multiple_choice": (("query",), "choices"),
+    "schema": (("continuation",), "context_options"),
+    "language_modeling": (("context", "continuation"), ""),
+}
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One task of the bundle, with its rows as they stand in the file."""
+
+    name: str
+    kind: str  # one of FIELDS
+    shots: int  # examples before the question
+    delimiter: str  # between a question and its answer
+    chance: float  # the score of guessing according to the bundle, 0 to 1
+    rows: list[dict[str, Any]]
+
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        """The sequences that are compared, without examples; language modelling has only one."""
+        if self.kind == "multiple_choice":
+            return [row["query"] + self.delimiter + choice for choice in row["choices"]]
+        contexts = row["context_options"] if self.kind == "schema" else [row["context"].strip()]
+        return [context + self.delimiter + row["continuation"] for context in contexts]
+
+
+def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
+    """
+    The tasks of a bundle, and the names of those without data. Raises UserError, with the place,
+    for anything missing or malformed.
+    """
+    root = Path(directory)
+    listing, baselines = root / "core.yaml", root / "eval_meta_data.csv"
+    for path in (listing, baselines, root / "eval_data"):
+        if not path.exists():
+            raise UserError(
+                f"there is no {path}: an evaluation bundle has core.yaml, eval_meta_data.csv and "
+                "eval_data/"
+            )
+    chances = _read_chances(baselines)
+    entries = _read_listing(listing)
+    tasks, absent = [], []
+    for name, uri, shots, kind, delimiter in entries:
+        if name not in chances:
+            raise UserError(
+                f"{baselines} has no row for the task {name}: add its random baseline in percent"
+            )
+        path = root / "eval_data" / str(uri)
+        if path.is_file():
+            rows = _read_rows(path, kind)
+            tasks.append(CoreTask(name, kind, shots, delimiter, chances[name], rows))
+        else:
+            absent.append(name)
+    if not tasks:
+        raise UserError(f"{root / 'eval_data'} has data for none of the {len(entries)} tasks")
+    return tasks, absent
+
+
+def _read_listing(path: Path) -> list[tuple[str, str, int, str, str]]:
+    """(name, data file, shots, kind, delimiter) of each task in core.yaml."""
+    entries: list[tuple[str, str, int, str, str]] = []
+    try:
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]:
+            shots = entry["num_fewshot"]
+            shots = shots[0] if isinstance(shots, list) else shots
+            delimiter = entry.get("continuation_delimiter", " ")
+            values = entry["dataset_uri"], shots, entry["icl_task_type"], delimiter
+            entries.append((entry["label"], *values))
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{path} must have a list icl_tasks of label, dataset_uri, num_fewshot and "
+            f"icl_task_type ({type(e).__name__}: {e})"
+        ) from e
+    for name, _, shots, kind, delimiter in entries:
+        if kind not in FIELDS or not isinstance(delimiter, str):
+            raise UserError(
+                f"{path}: {name} has icl_task_type {kind!r} and continuation_delimiter "
+                f"{delimiter!r}: use one of {', '.join(FIELDS)}, and a text"
+            )
+        if type(shots) is not int or shots < 0:
+            raise UserError(f"{path}: {name} has num_fewshot {shots!r}: use 0 or more")
+    if len({name for name, *_ in entries}) < len(entries):
+        raise UserError(f"{path} has two tasks with the same label: use different ones")
+    return entries
+
+
+def _read_chances(path: Path) -> dict[str, float]:
+    """What guessing scores on each task, 0 to 1."""
+    chances = {}
+    with open(path, encoding="utf-8", newline="") as f:
+        for row in (reader := csv.DictReader(f)):
+            try:
+                chance = float(row["Random baseline"]) / 100
+                chances[row["Eval Task"]] = chance
+            except (KeyError, TypeError, ValueError) as e:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: the columns Eval Task and Random baseline "
+                    "(in percent) are needed"
+                ) from e
+            if not 0 <= chance < 1:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: the random baseline is {chance:.0%}: it must "
+                    "be at least 0 and below 100 %"
+                )
+    return chances
+
+
+def _read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    rows = []
+    for place, row in read(path):
+        if problem := _problem(row, kind):
+            raise UserError(f"{place}: {problem}; correct or delete the line")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has no rows: fetch the bundle again")
+    return rows
+
+
+def _problem(row: dict[str, Any], kind: str) -> str:
+    """What is wrong with a row, or ''."""
+    texts, options_field = FIELDS[kind]
+    options = row.get(options_field) if options_field else []
+    is_list = isinstance(options, list) and all(isinstance(option, str) for option in options)
+    if not is_list or (options_field and len(options) < 2):
+        return f"{options_field} must be a list of two or more texts"
+    for name in texts:
+        if not isinstance(row.get(name), str):
+            return f"{name} must be a text"
+    answers = options if kind == "multiple_choice" else [row["continuation"]]
+    if not all(answer.strip() for answer in answers):
+        return "an answer is empty"
+    gold = row.get("gold")
+    if options and (type(gold) is not int or not 0 <= gold < len(options)):
+        return f"gold is {gold!r}: it must be a number from 0 to {len(options) - 1}"
+    return ""

@@ -1,0 +1,174 @@
+"""
+Turns the rows of a CORE task into token sequences that share as much as possible.
+
+Few-shot examples: a task has PROMPTS lists of examples, drawn by the seed, and row i continues list
+i % PROMPTS; a row that is in its own list is replaced by the next one drawn. So nearly all rows
+share a few beginnings, which are computed once. Drawing examples for every row (as for the published
+GPT-2 figures) shares nothing; its expected score is the same, with slightly less chance from the
+draw.
+
+If a row is too long for the context, it takes fewer examples, the first ones of its list. If the
+question alone is too long, it loses tokens from the left, after <|bos|>; what is scored stays whole.
+Only if that alone is longer than the context does it lose its beginning. All three are counted.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval.core_bundle import CoreTask
+
+PROMPTS = 4  # lists of few-shot examples per task
+
+
+class CoreItem(NamedTuple):
+    """
+    A row as the model sees it. Sequence j is the first `past` tokens of the prompt with number
+    `prompt`, followed by ids[j].
+    """
+
+    row: int
+    prompt: int
+    past: int
+    ids: list[list[int]]
+    shared: int  # leading tokens that all of ids have in common, at least 1
+    starts: list[int]  # the scored tokens of ids[j] are those from starts[j] on
+    gold: int
+    shots: int  # examples it has
+    cropped: bool  # its question lost tokens
+    overlong: bool  # what is scored lost tokens
+
+    @property
+    def slots(self) -> int:
+        """
+        Tokens to compute: the shared ones once, then the rest of each sequence except its last
+        token, which predicts nothing.
+        """
+        return self.shared + sum(max(0, len(ids) - 1 - self.shared) for ids in self.ids)
+
+
+class _Example(NamedTuple):
+    row: int
+    tokens: list[int]
+
+
+class _Sequences(NamedTuple):
+    """The sequences of a row without examples and <|bos|>; `shared` and `starts` as in CoreItem."""
+
+    ids: list[list[int]]
+    shared: int
+    starts: list[int]
+
+    def crop(self, context: int) -> tuple["_Sequences", list[int]]:
+        """
+        At most `context` tokens of each sequence, and how many each has lost. They are cropped
+        together as far as they are the same, so that they still share what remains.
+        """
+        longest = max(map(len, self.ids))
+        together = min(max(0, longest - context), self.shared)
+        cuts = [max(together, len(ids) - context) for ids in self.ids]
+        cropped = _Sequences(
+            ids=[ids[cut:] for ids, cut in zip(self.ids, cuts, strict=True)],
+            shared=max(0, self.shared - cuts[0]) if len(set(cuts)) == 1 else 0,
+            starts=[max(0, start - cut) for start, cut in zip(self.starts, cuts, strict=True)],
+        )
+        return cropped, cuts
+
+
+def prepare(
+    task: CoreTask, tokenizer: Tokenizer, context: int, seed: int = 42, max_items: int = 0
+) -> tuple[list[CoreItem], list[list[int]]]:
+    """
+    The items of a task for a context of so many tokens, and the prompts they share. Takes all rows,
+    or `max_items` of them drawn by the seed. Examples are encoded separately from the question.
+    """
+    n = len(task.rows)
+    chosen = list(range(n))
+    if 0 < max_items < n:
+        chosen = sorted(Random(f"{seed}/{task.name}/items").sample(chosen, max_items))
+    prompts = []
+    for number in range(PROMPTS if task.shots else 1):
+        rows = Random(f"{seed}/{task.name}/{number}").sample(range(n), min(n, task.shots + 1))
+        prompts.append([_example(task, row, tokenizer) for row in rows])
+    items = []
+    for row in chosen:
+        number = row % len(prompts)
+        whole = _encode(task, task.rows[row], tokenizer)
+        sequences, cuts = whole.crop(context)
+        shown = [example for example in prompts[number] if example.row != row][: task.shots]
+        # <|bos|> takes one token more than the examples, but the last token is never computed.
+        room = context - max(map(len, whole.ids))
+        while shown and sum(len(example.tokens) for example in shown) > room:
+            shown.pop()
+        known = _common([shown, prompts[number]])
+        head = _joined(tokenizer.bos, shown[:known])
+        # The last known token is computed again, because it predicts the next one.
+        rest = _joined(head[-1], shown[known:])
+        items.append(
+            CoreItem(
+                row=row,
+                prompt=number,
+                past=len(head) - 1,
+                ids=[rest + ids for ids in sequences.ids],
+                shared=len(rest) + sequences.shared,
+                starts=[len(rest) + start for start in sequences.starts],
+                gold=task.rows[row].get("gold", 0),
+                shots=len(shown),
+                cropped=max(cuts) > 0,
+                overlong=any(cut > start for cut, start in zip(cuts, whole.starts, strict=True)),
+            )
+        )
+    return items, [_joined(tokenizer.bos, prompt) for prompt in prompts]
+
+
+def unshared(items: Sequence[CoreItem], prompts: Sequence[Sequence[int]]) -> list[CoreItem]:
+    """Every sequence as an item of its own that continues no prompt, in order."""
+    return [
+        item._replace(
+            prompt=0,
+            past=0,
+            ids=[[*prompts[item.prompt][: item.past], *ids]],
+            shared=item.past + len(ids) - 1,
+            starts=[item.past + start],
+        )
+        for item in items
+        for ids, start in zip(item.ids, item.starts, strict=True)
+    ]
+
+
+def _example(task: CoreTask, row: int, tokenizer: Tokenizer) -> _Example:
+    """A solved row."""
+    fields = task.rows[row]
+    answer = task.texts(fields)[fields.get("gold", 0)]
+    return _Example(row, tokenizer.encode(answer + "\n\n"))
+
+
+def _joined(first: int, examples: Sequence[_Example]) -> list[int]:
+    return [first, *(token for example in examples for token in example.tokens)]
+
+
+def _encode(task: CoreTask, row: dict[str, Any], tokenizer: Tokenizer) -> _Sequences:
+    ids = [tokenizer.encode(text) for text in task.texts(row)]
+    if task.kind == "schema":  # the common end is scored
+        tail = max(1, _common([sequence[::-1] for sequence in ids]))
+        starts = [len(sequence) - tail for sequence in ids]
+        return _Sequences(ids, min(_common(ids), *starts), starts)
+    if task.kind == "multiple_choice":
+        shared = _common(ids)
+    else:
+        # The question alone, without the space that belongs to the first token of the answer.
+        question = (row["context"].strip() + task.delimiter).strip()
+        shared = _common([ids[0], tokenizer.encode(question)])
+    # Of an answer that is the beginning of another one, at least the last token is scored.
+    shared = min(shared, min(map(len, ids)) - 1)
+    return _Sequences(ids, shared, [shared] * len(ids))
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading elements all sequences have in common."""
+    shortest = min(sequences, key=len)
+    for i, element in enumerate(shortest):
+        if any(sequence[i] != element for sequence in sequences):
+            return i
+    return len(shortest)
