@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from nanochat.base import knobs
 from nanochat.base.common import entry, print0
-from nanochat.base.knobs import knob
-from nanochat.data.shards import prepare
-from nanochat.data.sources import training_sources
-from nanochat.eval.bits_per_byte import shard_bits_per_byte
-from nanochat.model.checkpoint import Loaded, load_for_inference
+from nanochat.base.knobs import knob, parse
 from nanochat.train.knobs import MachineKnobs
-from nanochat.train.stage import session
+
+if TYPE_CHECKING:
+    from nanochat.model.checkpoint import Loaded
 
 
 @dataclass(kw_only=True)
@@ -30,33 +27,42 @@ class BitsPerByteKnobs(MachineKnobs):
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
 
 
-def measure(k: BitsPerByteKnobs) -> tuple[Loaded, dict[str, float]]:
+def measure(knobs: BitsPerByteKnobs) -> tuple["Loaded", dict[str, float]]:
     """Load the model that the knobs name; returns it and its bits per byte by source/split."""
-    loaded = load_for_inference(k.source, k.model_tag, k.step, k.device_type, k.dtype, k.seed)
-    rt, tokenizer, meta = loaded.runtime, loaded.tokenizer, loaded.checkpoint.meta
+    from nanochat.data.shards import prepare
+    from nanochat.data.sources import training_sources
+    from nanochat.eval.bits_per_byte import shard_bits_per_byte
+    from nanochat.model.checkpoint import load_for_inference
+
+    loaded = load_for_inference(
+        knobs.source, knobs.model_tag, knobs.step, knobs.device_type, knobs.dtype, knobs.seed
+    )
+    meta, token_bytes = loaded.checkpoint.meta, loaded.tokenizer.token_bytes()
     trained_on = meta["knobs"].get("data", ()) if meta["stage"] == "base" else ()
-    print0(f"{loaded.checkpoint}: bits per byte on {rt.device.type}, {rt.dtype_name}")
-    bpb: dict[str, float] = {}
-    for source in training_sources(k.data or trained_on):
-        for split in k.splits:
-            shards = prepare(source, split, tokenizer)
+    print0(f"{loaded.describe()}: bits per byte")
+    results: dict[str, float] = {}
+    for source in training_sources(knobs.data or trained_on):
+        for split in knobs.splits:
             value = shard_bits_per_byte(
                 loaded.model,
-                shards,
-                tokenizer.token_bytes(),
-                rt,
-                k.device_batch_size,
-                k.eval_tokens,
+                prepare(source, split, loaded.tokenizer),
+                token_bytes,
+                loaded.runtime,
+                knobs.device_batch_size,
+                knobs.eval_tokens,
             )
-            bpb[f"{source.name}/{split}"] = value
+            results[f"{source.name}/{split}"] = value
             print0(f"  {source.name:<20} {split:<6} {value:.4f}")
-    return loaded, bpb
+    return loaded, results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    k, _ = knobs.parse(BitsPerByteKnobs, argv, command="base_loss")
+    knobs, _ = parse(BitsPerByteKnobs, argv, command="base_loss")
+
+    from nanochat.train.stage import session
+
     with session():
-        return measure(k)[1]
+        return measure(knobs)[1]
 
 
 if __name__ == "__main__":
