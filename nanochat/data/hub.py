@@ -20,7 +20,7 @@ from nanochat.base.common import UserError, human
 from nanochat.base.files import atomic_write, sha256_file
 from nanochat.base.progress import progress
 
-ATTEMPTS = 5  # per file, counted anew whenever an attempt has received something
+ATTEMPTS = 5  # per file; within each, the library continues broken connections itself
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each further one
 
 
@@ -138,8 +138,6 @@ class _PartialFile(FileIO):
 
 def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.Event) -> None:
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
 
     target, part = folder / file.path, _part(file, folder)
     if not _problem(target, file):
@@ -147,36 +145,44 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
     target.unlink(missing_ok=True)  # damaged, or from another commit
     target.parent.mkdir(parents=True, exist_ok=True)
     url = hf_hub_url(repo, file.path, repo_type="dataset", revision=commit, endpoint=_endpoint())
-    failures, problem = 0, ""
-    while failures < ATTEMPTS and not stop.is_set():
-        before = _size(part)
-        try:
-            with _PartialFile(part, stop) as f:
-                http_get(
-                    url, f, resume_size=before, expected_size=file.size, headers=build_hf_headers()
-                )
-        except (InterruptedError, UserError):
-            raise
-        except Exception as e:  # which exceptions the library raises depends on its HTTP client
-            if status := _refusal(e):
-                if not before:
-                    part.unlink()
-                raise UserError(
-                    f"the hub refuses {url} ({status}): check the data set and the revision"
-                ) from e
-            problem = _reason(e)
-        if _size(part) >= file.size:
-            problem = _problem(part, file)
-            if not problem:
-                os.replace(part, target)
-                return
-            part.unlink()
-        failures = 1 if _size(part) > before else failures + 1
-        stop.wait(BACKOFF * 2 ** (failures - 1))
+    problem = ""
+    for attempt in range(ATTEMPTS):
+        problem = _complete(part, url, file, stop)
+        if not problem:
+            os.replace(part, target)
+            return
+        stop.wait(BACKOFF * 2**attempt)
     raise UserError(
         f"cannot fetch {url} ({problem}): check the network, then run again; what has arrived is "
         "kept"
     )
+
+
+def _complete(part: Path, url: str, file: Listed, stop: threading.Event) -> str:
+    """Fetch what a partial file lacks; returns what went wrong, "" if it is complete and correct."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    problem = ""
+    try:
+        with _PartialFile(part, stop) as f:
+            headers = build_hf_headers()
+            http_get(url, f, resume_size=f.tell(), expected_size=file.size, headers=headers)
+    except (InterruptedError, UserError):
+        raise
+    except Exception as e:  # which exceptions the library raises depends on its HTTP client
+        problem = _reason(e)
+        if status := _refusal(e):
+            if not _size(part):
+                part.unlink()
+            raise UserError(
+                f"the hub refuses {url} ({status}): check the data set and the revision"
+            ) from e
+    if _size(part) >= file.size:
+        problem = _problem(part, file)
+        if problem:
+            part.unlink()
+    return problem
 
 
 def _refusal(error: Exception) -> str:
