@@ -66,4 +66,4 @@ def test_the_installed_package_trains(nanochat, tmp_path):
     sizes = ["--total_batch_size=512", "--num_iterations=10", "--eval_tokens=1000"]
     printed = nanochat("base_train", *data, *shape, *sizes, "--device_type=cpu")
     assert "step 10" in printed
-    assert nanochat("plan", "arch", "--depth=4")  # which reads files of the package
+    assert "RTX 4090" in nanochat("plan", "arch", "--depth=4", "--gpu=rtx4090")  # from gpus.toml
