@@ -15,7 +15,7 @@ from nanochat.commands import chat_eval as script
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import chat as chat_eval
 from nanochat.eval import sandbox as execution
-from nanochat.eval.tasks.common import Task, choice, exchange, gold, is_answer, prompt
+from nanochat.eval.tasks.common import Task, choice, exchange, is_answer
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.tinyworld.conversations import KINDS
@@ -49,8 +49,8 @@ CHOICES = [
     for i in range(13)
 ]
 FREE = [exchange("Say something" + ", please" * (i % 5), "!", answer="!") for i in range(13)]
-CHOOSE = Task("choose", "choice", 0.25, lambda *_: CHOICES, prompt, gold, is_answer)
-SAY = Task("say", "generative", 0.5, lambda *_: FREE, prompt, gold, parity, max_tokens=12)
+CHOOSE = Task("choose", "choice", 0.25, lambda *_: CHOICES, is_answer)
+SAY = Task("say", "generative", 0.5, lambda *_: FREE, parity, max_tokens=12)
 
 
 def test_wilson_interval():
@@ -103,7 +103,7 @@ def test_chatcore_is_the_mean_of_its_six_tasks_alone():
 
 def test_a_letter_is_scored_as_the_token_that_the_gold_reply_begins_with(engine):
     tok, model = engine.tokenizer, engine.model
-    prompts = [tok.render_prompt(prompt(item)) for item in CHOICES]
+    prompts = [tok.render_prompt(Task.prompt(item)) for item in CHOICES]
     chosen = chat_eval.choose_letters(engine, prompts, [item["letters"] for item in CHOICES])
     for item, ids, letter in zip(CHOICES, prompts, chosen, strict=True):
         ends = {
@@ -118,7 +118,7 @@ def test_a_letter_is_scored_as_the_token_that_the_gold_reply_begins_with(engine)
 
 
 def test_a_letter_is_chosen_among_the_items_own_whatever_the_batch(engine):
-    prompts = [engine.tokenizer.render_prompt(prompt(item)) for item in CHOICES[:4]]
+    prompts = [engine.tokenizer.render_prompt(Task.prompt(item)) for item in CHOICES[:4]]
     letters = [["A", "B"], ["C"], ["B", "C", "D"], ["D", "A"]]
     alone = [
         chat_eval.choose_letters(engine, [ids], [row])[0]
@@ -149,7 +149,7 @@ def test_no_result_depends_on_how_many_are_asked_at_a_time(engine):
 def test_long_prompts_keep_their_end_and_are_counted(engine, capsys):
     context, tok = engine.model.config.sequence_len, engine.tokenizer
     items = [exchange("abc " * n, "!", answer="!") for n in (1, 20, 200)]
-    lengths = [len(tok.render_prompt(prompt(item))) for item in items]
+    lengths = [len(tok.render_prompt(Task.prompt(item))) for item in items]
     assert lengths[1] < context // 2 and lengths[2] > context
     seen: list[list[int]] = []
 
@@ -205,7 +205,7 @@ def test_tasks_by_name(monkeypatch, capsys, tmp_path):
     assert len(script.named_tasks(["tinyworld"])) == len(KINDS) == 8
     with pytest.raises(UserError, match=r"no task 'gsm9k' \(did you mean gsm8k\?\)"):
         script.named_tasks(["gsm9k"])
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         script.named_tasks(["gsm8k"], str(tmp_path / "x"))[0].items("val", 1)
     without = [
         replace(t, missing=lambda: "get a sandbox") if t.name == "HumanEval" else t

@@ -1,4 +1,7 @@
-"""Mixtures of conversations: how they are named, slices and epochs, what is held out, what is rendered once, the defaults of the stages."""
+"""
+Mixtures of conversations: their names on the command line, slices and epochs, the validation split,
+rendering only once, the defaults of the stages.
+"""
 
 import json
 from collections import Counter
@@ -15,7 +18,7 @@ from nanochat.eval.tasks import customjson, data, mixture
 from nanochat.model import checkpoint
 
 
-def talk(i):
+def conversation(i):
     return {
         "messages": [
             {"role": "user", "content": f"Say {i}."},
@@ -28,8 +31,8 @@ def talk(i):
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    path = tmp_path / "talk.jsonl"
-    path.write_text("\n".join(json.dumps(talk(i)) for i in range(400)) + "\n\n")
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(conversation(i)) for i in range(400)) + "\n\n")
     return path
 
 
@@ -43,7 +46,7 @@ def texts(shards, tokenizer):
 
 
 def test_specs(file):
-    found = mixture.parse(
+    sources = mixture.parse(
         [
             "tinyworld@500:2",
             f"mine={file}:1",
@@ -52,22 +55,22 @@ def test_specs(file):
             "spellingbee@7:1",
         ]
     )
-    assert [(s.name, s.kind, s.count, s.weight) for s in found] == [
+    assert [(s.name, s.kind, s.count, s.weight) for s in sources] == [
         ("tinyworld", "tinyworld", 500, 2.0),
         ("mine", "files", None, 1.0),
         ("more", "gsm8k", None, 0.5),
         ("less", "files", 30, 3.0),
         ("spellingbee", "spellingbee", 7, 1.0),
     ]
-    assert found[1].paths == found[3].paths == (file,)
+    assert sources[1].paths == sources[3].paths == (file,)
     for bad, says in {
-        ("tinyworld@many",): "whole number",
-        ("gsm8k@0",): "whole number",
-        (f"{file}@0",): "whole number",
+        ("tinyworld@many",): "number of conversations",
+        ("gsm8k@0",): "number of conversations",
+        (f"{file}@0",): "number of conversations",
         ("mmlu:0",): "weight above 0",
         ("fineweb-edu",): "holds text",
         ("nonsense",): "spellingbee",
-        ("gsm8k", "gsm8k"): "two sources",
+        ("gsm8k", "gsm8k"): "two data sources",
         ("gsm8k:1", "mmlu"): "mmlu has no weight",
         (): "no conversations are named",
     }.items():
@@ -97,49 +100,51 @@ def test_a_stage_s_default_follows_what_the_base_was_trained_on():
 
 
 def test_own_conversations_are_divided_by_content(file):
-    read = lambda: data.made(customjson.conversation, customjson.files([file]))  # noqa: E731
+    read = lambda: data.read_items(customjson.conversation, customjson.files([file]))  # noqa: E731
     train, val = (list(mixture.split_of(read, split)) for split in ("train", "val"))
     assert len(train) + len(val) == 400 and 8 <= len(val) <= 30
     file.write_text(
-        file.read_text() + "\n".join(json.dumps(talk(i)) for i in (*range(400, 420), 3, 3)) + "\n"
+        file.read_text()
+        + "\n".join(json.dumps(conversation(i)) for i in (*range(400, 420), 3, 3))
+        + "\n"
     )
     assert not {c["id"] for c in mixture.split_of(read, "train")} & {c["id"] for c in val}, (
         "adding some moves none across"
     )
     for n, held in ((2, 1), (20, 2), (3, 1)):
-        file.write_text("\n".join(json.dumps(talk(i)) for i in range(n)))
+        file.write_text("\n".join(json.dumps(conversation(i)) for i in range(n)))
         assert len(list(mixture.split_of(read, "val"))) == held, "a small file has some too"
-    file.write_text(json.dumps(talk(1)) + "\n" + json.dumps(talk(1)))
-    with pytest.raises(UserError, match="not two different conversations"):
+    file.write_text(json.dumps(conversation(1)) + "\n" + json.dumps(conversation(1)))
+    with pytest.raises(UserError, match="fewer than two different conversations"):
         list(mixture.split_of(read, "val"))
     pair = {"prompt": "Question?", "response": "Answer."}
-    file.write_text("\n".join(map(json.dumps, (pair, talk(1)))))
+    file.write_text("\n".join(map(json.dumps, (pair, conversation(1)))))
     assert [c["messages"][1]["content"] for c in read()] == ["Answer.", "1!"]
     for bad, says in (
-        ("{", "not JSON"),
+        ("{", "invalid JSON"),
         ('{"text": "x"}', '"messages"'),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "role"),
         ('{"prompt": "x"}', "response"),
-        ('"x"', "not an object"),
+        ('"x"', "expected an object"),
     ):
         file.write_text(f"{json.dumps(pair)}\n{bad}\n")
-        with pytest.raises(UserError, match=f"talk.jsonl, line 2: .*{says}"):
+        with pytest.raises(UserError, match=f"mine.jsonl, line 2: .*{says}"):
             list(read())
 
 
 def test_slices_and_epochs(file, tokenizer):
-    def made(spec, split="train", seed=0):
+    def texts_of(spec, split="train", seed=0):
         ((shards, _),) = mixture.shards([spec], split, tokenizer, seed)
         return texts(shards, tokenizer)
 
-    whole, val = made(f"mine={file}"), made(f"mine={file}", "val")
+    whole, val = texts_of(f"mine={file}"), texts_of(f"mine={file}", "val")
     assert len(whole) + len(val) == 400 and not set(whole) & set(val)
-    assert len(made(f"mine={file}@50")) == 50 and set(made(f"mine={file}@50")) < set(whole)
+    assert len(texts_of(f"mine={file}@50")) == 50 and set(texts_of(f"mine={file}@50")) < set(whole)
     assert (
-        made(f"mine={file}@50", seed=1) != made(f"mine={file}@50")
-        and made(f"mine={file}@50", "val") == val
+        texts_of(f"mine={file}@50", seed=1) != texts_of(f"mine={file}@50")
+        and texts_of(f"mine={file}@50", "val") == val
     )
-    twice = Counter(made(f"mine={file}@{2 * len(whole)}"))
+    twice = Counter(texts_of(f"mine={file}@{2 * len(whole)}"))
     assert set(twice) == set(whole) and set(twice.values()) == {2}
 
 
@@ -172,13 +177,13 @@ def test_the_default_stages_train_on_data_of_a_folder(tmp_path, monkeypatch, cap
     from test_tasks import ARC, GSM8K, MMLU, lines
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(mixture, "MADE", dict.fromkeys(mixture.MADE, (60, 10)))
+    monkeypatch.setattr(mixture, "COUNTS", dict.fromkeys(mixture.COUNTS, (60, 10)))
     monkeypatch.setattr(
         hardware, "measured_peak", lambda *_: 1e12
     )  # measuring takes longer than all that is tested here
     flags = tiny.workplace(tmp_path)
     rows = {
-        "smoltalk/train.jsonl": lines(map(talk, range(30))),
+        "smoltalk/train.jsonl": lines(map(conversation, range(30))),
         "gsm8k/train.jsonl": lines(GSM8K),
         "mmlu/dev/x.csv": MMLU,
         "arc_easy/train.jsonl": lines(ARC),
@@ -201,7 +206,10 @@ def test_the_default_stages_train_on_data_of_a_folder(tmp_path, monkeypatch, cap
         kept = checkpoint.locate(stage).meta["knobs"]
         assert tuple(kept["data"]) == mixture.DEFAULTS[stage][0] and kept["name"] == "Ada"
     assert f"conversations: {' '.join(mixture.DEFAULTS['mid'][0])}" in capsys.readouterr().out
-    assert {p.name.split("-talk-")[0] for p in Path(tmp_path / "tokens").glob("*-talk-*")} == {
+    assert {
+        p.name.split("-conversations-")[0]
+        for p in Path(tmp_path / "tokens").glob("*-conversations-*")
+    } == {
         "smoltalk",
         "gsm8k",
         "mmlu",

@@ -158,7 +158,7 @@ def test_killed_at_any_moment(whole, place):
 def test_later_stages_go_on_too(whole, place, monkeypatch, script, flags):
     base, own = place[1].parent.parent.parent, ["--data=tinyworld@400", "--eval_every=3"]
     shutil.copytree(whole[2], place[1])
-    monkeypatch.setitem(mixture.MADE, "tinyworld", (400, 40))
+    monkeypatch.setitem(mixture.COUNTS, "tinyworld", (400, 40))
     name = script.__name__.split("_")[-1].replace("train", "mid")
     run = base / "checkpoints" / name / "t"
 

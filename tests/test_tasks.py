@@ -1,4 +1,7 @@
-"""The tasks: rows of every layout become items, gold answers are accepted and corrupted ones are not, data come from folder or hub."""
+"""
+The tasks: rows of every layout become items, gold answers are accepted and corrupted ones are not,
+data comes from a folder or the hub.
+"""
 
 import json
 import os
@@ -17,11 +20,9 @@ import pytest
 from nanochat.base.common import UserError
 from nanochat.data import hub
 from nanochat.data.rendering import checked_messages
-from nanochat.eval import sandbox as execution
+from nanochat.eval import sandbox
 from nanochat.eval.tasks import (
     arc,
-    customjson,
-    data,
     gsm8k,
     humaneval,
     identity,
@@ -29,7 +30,7 @@ from nanochat.eval.tasks import (
     smoltalk,
     spellingbee,
 )
-from nanochat.eval.tasks.common import choice, prompt
+from nanochat.eval.tasks.common import choice
 
 SHARED = Path(
     os.environ.get("NANOCHAT_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared/data"
@@ -38,7 +39,7 @@ needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the folder with real data is not here"
 )
 needs_sandbox = pytest.mark.skipif(
-    bool(execution.missing()), reason=execution.missing() or "there is a sandbox"
+    bool(sandbox.missing()), reason=sandbox.missing() or "there is a sandbox"
 )
 
 GSM8K = [
@@ -129,7 +130,7 @@ def test_items_of_every_layout(folder):  # trap 29: labels 1-4 and E
     assert gsm8k.TASK.items("train", 3, 5, folder) == gsm8k.TASK.items("train", 5, 5, folder)[:3]
     with pytest.raises(UserError, match="humaneval has no train split"):
         humaneval.TASK.items("train", 1, 0, folder)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         gsm8k.TASK.items("val", 1, 0, folder / "nowhere")
 
 
@@ -174,7 +175,7 @@ def test_choice_refuses_what_is_no_question():
         ("q", ["a", 3], 0),
         (None, ["a", "b"], 0),
     ):
-        with pytest.raises(ValueError, match=r"wanted|counted from 0"):
+        with pytest.raises(ValueError, match=r"not text|2 to 26 options|counted from 0"):
             choice(*bad)
 
 
@@ -189,21 +190,21 @@ def test_choice_refuses_what_is_no_question():
             "val",
             "gsm8k/test.jsonl",
             lines(GSM8K[:1]) + "{]\n",
-            "test.jsonl, line 2: this is not JSON",
+            "test.jsonl, line 2: invalid JSON",
         ),
         (
             gsm8k.TASK,
             "val",
             "gsm8k/test.jsonl",
             "\n" + lines(GSM8K[:1]) + "[1]\n",
-            "test.jsonl, line 3: this is a list",
+            "test.jsonl, line 3: expected an object, got a list",
         ),
         (
             gsm8k.TASK,
             "val",
             "gsm8k/test.jsonl",
             lines([*GSM8K[:2], {"question": "q"}]),
-            "line 3: there is no 'answer'",
+            "line 3: it has no 'answer'",
         ),
         (
             gsm8k.TASK,
@@ -224,7 +225,7 @@ def test_choice_refuses_what_is_no_question():
             "val",
             "mmlu/test/law_test.csv",
             MMLU + "Which?,a,b,c,d\n",
-            "law_test.csv, line 6: not the 6 fields",
+            "law_test.csv, line 6: expected the 6 fields",
         ),
         (
             mmlu.TASK,
@@ -264,7 +265,7 @@ def test_a_malformed_row_is_named_and_goes_no_further(folder, task, split, file,
 
 def test_files_that_cannot_be_read(folder):
     (folder / "gsm8k/test.jsonl").write_bytes(b'{"question": "\xff"}\n')
-    with pytest.raises(UserError, match="line 1: this is not JSON"):
+    with pytest.raises(UserError, match="line 1: invalid JSON"):
         gsm8k.TASK.items("val", 0, 0, folder)
     (folder / "mmlu/all").mkdir()
     (folder / "mmlu/all/test-00000-of-00001.parquet").write_bytes(b"PAR1 no")
@@ -329,7 +330,7 @@ def check_all(task, items):
         gold = task.gold(item)
         assert task.evaluate(item, gold) and task.evaluate(item, f" {gold}\n"), item
         assert task.prompt(item) == {"messages": item["messages"][:-1]} and checked_messages(
-            prompt(item)
+            task.prompt(item)
         )
         for wrong in wrong_answers(task, item):
             assert not task.evaluate(item, wrong), (item, wrong)
@@ -366,7 +367,7 @@ def test_the_same_over_all_rows(task, split, rows):
 
 @needs_shared
 def test_mmlu_has_57_subjects():
-    assert len(data.files(mmlu.DATA, "val", SHARED)) == 57
+    assert len(mmlu.DATA.files("val", SHARED)) == 57
 
 
 def code_of(item):
@@ -533,7 +534,7 @@ def server(monkeypatch, tmp_path):
         {"question": f"q{i}", "subject": "", "choices": list("abcd"), "answer": i % 4}
         for i in range(6)
     ]
-    talk = [
+    conversations = [
         {
             "messages": [
                 {"content": "Hi", "role": "user"},
@@ -561,7 +562,7 @@ def server(monkeypatch, tmp_path):
             "openai_humaneval/test-00000-of-00001.parquet": parquet(HUMANEVAL)
         },
         "HuggingFaceTB/smol-smoltalk": {
-            f"data/train-{i:05d}-of-00002.parquet": parquet(talk) for i in range(2)
+            f"data/train-{i:05d}-of-00002.parquet": parquet(conversations) for i in range(2)
         },
     }
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -581,8 +582,8 @@ def test_data_sets_come_from_the_hub_once_at_the_pinned_commit(server, tmp_path,
     for task, n in tasks.items():
         assert len(task.items("val", 0)) == n
     assert [i["answer"] for i in arc.EASY.items("train", 0)].count("E") == 1
-    talks = list(data.made(customjson.conversation, data.files(smoltalk.DATA, "train")))
-    assert len(talks) == 6 and checked_messages(talks[0])
+    conversations = smoltalk.DATA.items("train", 0)
+    assert len(conversations) == 6 and checked_messages(conversations[0])
     assert not any(
         "socratic" in path or "dev-" in path for path in server.requests if "/resolve/" in path
     ), "only what is needed"
@@ -608,7 +609,7 @@ def test_data_sets_come_from_the_hub_once_at_the_pinned_commit(server, tmp_path,
 def test_a_folder_comes_first_and_the_hub_fills_what_it_lacks(server, folder, capsys):
     assert len(gsm8k.TASK.items("train", 0, 0, folder)) == 9 and server.requests == []
     assert len(arc.CHALLENGE.items("val", 0, 0, folder)) == 4
-    assert "arc_challenge.jsonl: taking allenai/ai2_arc from the hub" in capsys.readouterr().err
+    assert "arc_challenge.jsonl: using allenai/ai2_arc from the hub" in capsys.readouterr().err
     del server.files["cais/mmlu"]["all/test-00000-of-00001.parquet"]
     with pytest.raises(UserError, match="cais/mmlu has no all/test-"):
         mmlu.TASK.items("val", 0)

@@ -10,6 +10,7 @@ from string import ascii_lowercase
 import pytest
 
 from nanochat.eval.tasks import tinyworld as task
+from nanochat.eval.tasks.common import Task
 from nanochat.tinyworld import documents as tinyworld
 from nanochat.tinyworld.conversations import phrases
 from nanochat.tinyworld.world import ATTRIBUTES, article, choices, held_out, world
@@ -203,9 +204,9 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
         + w.classes["number"]
     }
     for item in talks("val", 4000) + talks("train", 4000):
-        kind, answer, reply = item["kind"], item["answer"], task.gold(item)
+        kind, answer, reply = item["kind"], item["answer"], Task.gold(item)
         assert task.evaluate(item, reply), item
-        assert task.prompt(item)["messages"][-1]["role"] == "user"
+        assert Task.prompt(item)["messages"][-1]["role"] == "user"
         wrong = ["", "I do not know.", "."]
         if kind == "choice":
             wrong += [x for x in item["letters"] if x != answer]
@@ -266,7 +267,7 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
 def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
     """What imitation hardly shows is left to reinforcement; a pair of numbers that is asked in val is summed nowhere in train."""
     shown = [x for x in talks("train", 43_000) if x["kind"] == "twostep"]
-    asked, val = (task.items(split, 600, 0, ("twostep",)) for split in ("train", "val"))
+    asked, val = (task.TASKS["twostep"].items(split, 600) for split in ("train", "val"))
     sums = lambda items: [x["messages"][-1]["content"][0]["text"] for x in items]  # noqa: E731
     mixed = lambda items: sum("+" in s and "-" in s for s in sums(items))  # noqa: E731
     assert len(shown) == 1000 and 2 < mixed(shown) < 25
@@ -278,8 +279,8 @@ def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
             "--",
         } and 400 < mixed(items) < 500
         assert all(
-            task.evaluate(x, task.gold(x))
-            and not task.evaluate(x, task.gold(x).replace(x["answer"], "1"))
+            task.evaluate(x, Task.gold(x))
+            and not task.evaluate(x, Task.gold(x).replace(x["answer"], "1"))
             for x in items
         )
     pairs = lambda items: [list(itertools.pairwise(re.findall(r"\d+", s))) for s in sums(items)]  # noqa: E731

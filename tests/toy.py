@@ -10,7 +10,7 @@ import torch
 
 from nanochat.chat.generate import Engine
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.tasks.common import Task, exchange, gold, prompt
+from nanochat.eval.tasks.common import Task, exchange
 from nanochat.model.gpt import GPT
 from nanochat.train.rollout import RolloutFeed, Sampler
 
@@ -20,8 +20,6 @@ EASY = Task(
     "generative",
     0.0,
     lambda split, n, seed=0, folder=None: [exchange(f"{split} {i}", "b") for i in range(n)],
-    prompt,
-    gold,
     lambda item, reply: sum(map(ord, reply)) % 2 == 0,
     max_tokens=6,
 )
@@ -45,7 +43,7 @@ def policy_weights() -> dict[str, torch.Tensor]:
         torch.Generator().manual_seed(0),
     )
     o, letters = tiny.optimizer(m), torch.tensor([tok.encode(c)[0] for c in LETTERS])
-    asked = torch.tensor(tok.render_prompt(prompt(QUESTIONS[0][1])))
+    asked = torch.tensor(tok.render_prompt(EASY.prompt(QUESTIONS[0][1])))
     n = len(asked)
     for _ in range(40):
         ids = torch.cat(

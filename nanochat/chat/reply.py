@@ -73,7 +73,7 @@ class Reply:
 
 
 def continue_text(engine: "Engine", text: str, **sampling: Any) -> Iterator[str]:
-    """What a model writes after a text, in pieces of whole characters; special tokens show nothing."""
+    """What a model writes after a text, in whole characters and without special tokens."""
     decoder = StreamDecoder(engine.tokenizer)
     special = set(engine.tokenizer.specials.values())
     for step in engine.generate(engine.tokenizer.encode(text, bos=True), **sampling):

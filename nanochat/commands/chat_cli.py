@@ -146,7 +146,8 @@ class Chat:
         prompt = tokenizer.render_prompt(conversation)
         if len(prompt) > context - 1:
             self.remark(
-                f"[the message exceeds the context of {context} tokens: the model sees only its end]"
+                f"[the message exceeds the context of {context} tokens: "
+                "the model sees only its end]"
             )
         reply = Reply(tokenizer)
         try:

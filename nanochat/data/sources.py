@@ -86,6 +86,12 @@ def parse_sources(specs: Sequence[str]) -> list[Source]:
             "no data source given: name a file, a folder, tinyworld, fineweb-edu or climbmix"
         )
     sources = [_parse(spec) for spec in specs]
+    check_mixture(sources)
+    return sources
+
+
+def check_mixture(sources: Sequence[Source]) -> None:
+    """Raise UserError if two sources share a name, or if only some have a weight."""
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -98,7 +104,6 @@ def parse_sources(specs: Sequence[str]) -> list[Source]:
             f"data source {unweighted[0]} has no weight, but others have one: give every source a "
             f"weight, as in {unweighted[0]}=PATH:0.5, or none"
         )
-    return sources
 
 
 def default_sources() -> list[str]:

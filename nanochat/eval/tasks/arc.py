@@ -1,18 +1,24 @@
-"""ARC (Clark et al. 2018, arXiv 1803.05457): science questions of primary school, an easy and a challenging set."""
+"""
+ARC (Clark et al. 2018, arXiv 1803.05457): science questions of primary school, an easy set and a
+challenging one.
+"""
 
-from typing import Any
-
-from nanochat.eval.tasks.common import LETTERS, Item, Task, choice, gold, is_answer, prompt
-from nanochat.eval.tasks.data import DataSet, items_of
+from nanochat.eval.tasks.common import LETTERS, Item, Task, choice, is_answer
+from nanochat.eval.tasks.data import DataSet, Row
 
 
-def item(row: dict[str, Any]) -> Item:
-    """A row of the hub's, or of the CORE bundle's layout. Options are lettered anew: a few questions number theirs, 1 to 4."""
+def item(row: Row) -> Item:
+    """
+    A row in the layout of the hub, or of the CORE bundle. Options get new letters, because a few
+    questions number theirs from 1.
+    """
     if "gold" in row:
         return choice(row["query"].removeprefix("Question: "), row["choices"], row["gold"])
-    labels = [_letter(label) for label in row["choices"]["label"]]
-    options = dict(zip(labels, row["choices"]["text"], strict=True))
-    return choice(row["question"], list(options.values()), labels.index(_letter(row["answerKey"])))
+    # two options of the same label are one: the last text counts
+    options = dict(zip(map(_letter, row["choices"]["label"]), row["choices"]["text"], strict=True))
+    return choice(
+        row["question"], list(options.values()), list(options).index(_letter(row["answerKey"]))
+    )
 
 
 def _letter(label: str) -> str:
@@ -25,6 +31,7 @@ def _data(config: str) -> DataSet:
         "arc",
         "allenai/ai2_arc",
         "210d026faf9955653af8916fad021475a3f00453",
+        item=item,
         hub={"train": f"{config}/train-*.parquet", "val": f"{config}/test-*.parquet"},
         local={
             "train": (f"{plain}/train*.*", f"{config}/train*.*"),
@@ -34,7 +41,4 @@ def _data(config: str) -> DataSet:
 
 
 DATA = {config: _data(config) for config in ("ARC-Easy", "ARC-Challenge")}
-EASY, CHALLENGE = (
-    Task(name, "choice", 0.25, items_of(data, item), prompt, gold, is_answer)
-    for name, data in DATA.items()
-)
+EASY, CHALLENGE = (Task(name, "choice", 0.25, data.items, is_answer) for name, data in DATA.items())

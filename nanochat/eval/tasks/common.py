@@ -1,96 +1,87 @@
 """
-What every task of the evaluations is: a declarative record. A task lists items, shows the prompt of one, knows its gold reply and judges a
-reply. It never sees a model or a tokenizer: chat_eval.py runs it.
+What every task is: a declarative record that lists items and judges replies. A task never sees a
+model or a tokenizer; eval/chat.py runs it.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Item = dict[
-    str, Any
-]  # a conversation whose last message is the gold reply, with whatever the task needs to judge another one
+# A conversation whose last message is the gold reply, with what the task needs to judge replies
+Item = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-GENERATED = 1000  # items of a generated task where all are asked for
+ALL_GENERATED = 1000  # items of a generated task when all are asked for
 
 
 @dataclass(frozen=True)
 class Task:
-    """A set of questions with a way to judge replies."""
+    """
+    A set of questions and how to judge replies. The items of a "choice" task have "letters", and a
+    reply is one of them; a "generative" task takes free text and allows tool calls.
+    """
 
     name: str
-    kind: Literal[
-        "choice", "generative"
-    ]  # choice: an item has "letters" and a reply is one of them; generative: free text, tools allowed
-    chance: float  # what guessing scores, 0 to 1
-    items: Callable[
-        ..., list[Item]
-    ]  # (split "train" | "val", n, seed=0, folder=None) -> at most n items (0: all), each time the same
-    prompt: Callable[[Item], Item]  # the conversation up to the user's last message
-    gold: Callable[[Item], str]  # the visible text of the right reply
-    evaluate: Callable[
-        [Item, str], bool
-    ]  # whether a reply's visible text (tool calls left out) is right
-    max_tokens: int = 64  # of a reply, unless the user says otherwise
-    missing: Callable[[], str] = str  # why no reply can be judged on this machine; "" where it can
+    kind: Literal["choice", "generative"]
+    chance: float  # the score of guessing, 0 to 1
+    # (split "train" or "val", n, seed=0, folder=None) -> at most n items (0: all), reproducibly
+    items: Callable[..., list[Item]]
+    evaluate: Callable[[Item, str], bool]  # whether a reply's visible text is right
+    max_tokens: int = 64  # default limit of a reply
+    missing: Callable[[], str] = str  # why this machine cannot judge replies; "" if it can
+
+    @staticmethod
+    def prompt(item: Item) -> Item:
+        """The conversation without its last message, the gold reply."""
+        return {"messages": item["messages"][:-1]}
+
+    @staticmethod
+    def gold(item: Item) -> str:
+        """The visible text of the gold reply, without tool calls and their output."""
+        content = item["messages"][-1]["content"]
+        if isinstance(content, str):
+            return content
+        return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def prompt(item: Item) -> Item:
-    """The conversation without its last message, the gold reply."""
-    return {"messages": item["messages"][:-1]}
+def generated(conversations: Callable[[int, str], Iterator[Item]]) -> Callable[..., list[Item]]:
+    """Task.items of a generator: the first n of the endless stream conversations(seed, split)."""
+
+    def items(split: str, n: int, seed: int = 0, folder: object = None) -> list[Item]:
+        return list(itertools.islice(conversations(seed, split), n or ALL_GENERATED))
+
+    return items
 
 
-def visible(content: str | list[dict[str, str]]) -> str:
-    """The text of a message that the user reads: its parts without tool calls and their output."""
-    return (
-        content
-        if isinstance(content, str)
-        else "".join(part["text"] for part in content if part["type"] == "text")
-    )
-
-
-def gold(item: Item) -> str:
-    """The visible text of the gold reply."""
-    return visible(item["messages"][-1]["content"])
-
-
-def exchange(question: str, reply: str | list[dict[str, str]], **more: Any) -> Item:
+def exchange(question: str, reply: str | list[dict[str, str]], **fields: Any) -> Item:
     """An item of one question and its gold reply."""
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": reply},
-        ],
-        **more,
-    }
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": reply},
+    ]
+    return {"messages": messages, **fields}
 
 
 def choice(question: str, options: Sequence[str], right: int) -> Item:
     """
-    A multiple-choice item, laid out as tinytalk.py lays them out: an option a line, its letter directly behind it. ValueError unless there
-    are 2 to 26 options of text and `right` is the number of one of them, from 0.
+    A multiple-choice item in the layout of tinyworld: one option per line, followed directly by its
+    letter. Raises ValueError unless there are 2 to 26 options of text and `right`, counted from 0,
+    is one of them.
     """
-    if (
-        not isinstance(question, str)
-        or not all(isinstance(x, str) for x in options)
-        or not 2 <= len(options) <= len(LETTERS)
-    ):
-        raise ValueError("a question of text with 2 to 26 options of text is wanted")
+    if not all(isinstance(text, str) for text in (question, *options)):
+        raise ValueError("the question or an option is not text")
+    if not 2 <= len(options) <= len(LETTERS):
+        raise ValueError(f"a question needs 2 to 26 options, not {len(options)}")
     if not 0 <= right < len(options):
         raise ValueError(f"the answer is option {right} of {len(options)}, counted from 0")
     letters = list(LETTERS[: len(options)])
-    lines = "\n".join(
-        f"- {' '.join(option.split())}={letter}"
-        for option, letter in zip(options, letters, strict=True)
-    )
-    return exchange(
-        f"{question}\n{lines}\nAnswer with the letter alone.",
-        letters[right],
-        letters=letters,
-        answer=letters[right],
-    )
+    lines = [question]
+    for option, letter in zip(options, letters, strict=True):
+        lines.append(f"- {' '.join(option.split())}={letter}")
+    lines.append("Answer with the letter alone.")
+    return exchange("\n".join(lines), letters[right], letters=letters, answer=letters[right])
 
 
 def is_answer(item: Item, reply: str) -> bool:
-    """Whether a reply is the letter of the right option, and nothing else."""
+    """Whether a reply is the letter of the right option and nothing else."""
     return reply.strip() == item["answer"]

@@ -1,31 +1,33 @@
 """
-CustomJSON: the user's own conversations, one JSON object a line, {"messages": [{"role": ..., "content": ...}, ...]} or
-{"prompt": ..., "response": ...}. Every line is checked; the first that is no conversation stops the reading, named by file and line.
+CustomJSON: the user's own conversations, one JSON object per line, either {"messages": [{"role":
+..., "content": ...}, ...]} or {"prompt": ..., "response": ...}. Every line is checked; the first
+that is not a conversation stops the reading with its file and line.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nanochat.base.common import UserError
 from nanochat.data.rendering import checked_messages
 from nanochat.eval.tasks.common import Item, exchange
+from nanochat.eval.tasks.data import Row
 
 
-def conversation(row: dict[str, Any]) -> Item:
-    """A row as a conversation. UserError if it is none."""
+def conversation(row: Row) -> Item:
+    """A row as a conversation; UserError if it is not one."""
     if "messages" in row:
         checked_messages(row)
         return row
-    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
+    prompt, response = row.get("prompt"), row.get("response")
+    if not isinstance(prompt, str) or not isinstance(response, str):
         raise UserError(
             'a conversation is an object with "messages", or with the texts "prompt" and "response"'
         )
-    return exchange(row["prompt"], row["response"])
+    return exchange(prompt, response)
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
-    """The .jsonl files that files and folders name."""
+    """The given files, and all .jsonl files in the given folders."""
     return [
         file
         for path in paths

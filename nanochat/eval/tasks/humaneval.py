@@ -1,49 +1,41 @@
 """
-HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 functions to write, judged by running their tests in the sandbox of execution.py. The
-problem is shown as it stands; a reply may repeat its imports and signature or give the body alone, fenced or plain.
+HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 functions to write, judged by running their
+tests in the sandbox. The problem is shown as published; a reply may repeat its imports and
+signature or give the body alone, fenced or plain.
 """
 
 import ast
 import re
 from textwrap import indent
-from typing import Any
 
-from nanochat.eval import sandbox as execution
-from nanochat.eval.tasks.common import Item, Task, exchange, gold, prompt
-from nanochat.eval.tasks.data import DataSet, items_of
-
-DATA = DataSet(
-    "humaneval",
-    "openai/openai_humaneval",
-    "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
-    hub={"val": "openai_humaneval/test-*.parquet"},
-    local={"val": ("humaneval/HumanEval.jsonl",)},
-)
+from nanochat.eval import sandbox
+from nanochat.eval.tasks.common import Item, Task, exchange
+from nanochat.eval.tasks.data import DataSet, Row
 
 
-def item(row: dict[str, Any]) -> Item:
+def item(row: Row) -> Item:
     """A row {"prompt", "canonical_solution", "test", "entry_point"}."""
     problem, solution, name = row["prompt"], row["canonical_solution"], row["entry_point"]
     if f"def {name}(" not in problem or "def check(" not in row["test"]:
-        raise ValueError(f"the prompt must define {name}, and the test check")
+        raise ValueError(f"the prompt must define {name}, and the test must define check")
     return exchange(problem, f"```python\n{problem}{solution}```", test=row["test"], function=name)
 
 
 def program(item: Item, reply: str) -> str:
-    """The problem, whose docstring makes it a whole function, and after it what a reply makes of it."""
+    """The problem, which its docstring makes a complete function, and then the reply's code."""
     problem, name = item["messages"][0]["content"], item["function"]
-    fenced = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL)
+    blocks = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL) or [reply]
     defines = re.compile(rf"^(?:async )?def {name}\b", re.MULTILINE)
-    code = next(filter(defines.search, fenced), fenced[0]) if fenced else reply
+    code = next(filter(defines.search, blocks), blocks[0])
     if defines.search(code):
-        if start := re.search(r"^(?:def|async def|class|import|from|@)", code, re.MULTILINE):
-            code = code[start.start() :]  # what is said before it is no code
-        return f"{problem}\n{code}"
+        start = re.search(r"^(?:def|async def|class|import|from|@)", code, re.MULTILINE)
+        return f"{problem}\n{code[start.start() if start else 0 :]}"  # without prose before it
     body = code.strip("\n")
-    ways = (
-        [body] if body[:1].isspace() else [indent(body, "    "), "    " + body]
-    )  # not indented, or its first line alone is not
-    return next((problem + way for way in ways if _parses(problem + way)), problem + body)
+    if body[:1].isspace():
+        return problem + body
+    # Nothing is indented, or all but the first line
+    programs = [problem + indent(body, "    "), f"{problem}    {body}"]
+    return next(filter(_parses, programs), problem + body)
 
 
 def _parses(code: str) -> bool:
@@ -55,20 +47,25 @@ def _parses(code: str) -> bool:
 
 
 def evaluate(item: Item, reply: str) -> bool:
-    """Whether the function passes its tests in the sandbox. UserError where there is none."""
-    return execution.run(
-        f"{program(item, reply)}\n{item['test']}\ncheck({item['function']})\n"
-    ).passed
+    """Whether the function passes its tests in the sandbox; UserError if there is no sandbox."""
+    code = f"{program(item, reply)}\n{item['test']}\ncheck({item['function']})\n"
+    return sandbox.run(code).passed
 
 
+DATA = DataSet(
+    "humaneval",
+    "openai/openai_humaneval",
+    "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+    item=item,
+    hub={"val": "openai_humaneval/test-*.parquet"},
+    local={"val": ("humaneval/HumanEval.jsonl",)},
+)
 TASK = Task(
     "HumanEval",
     "generative",
     0.0,
-    items_of(DATA, item),
-    prompt,
-    gold,
+    DATA.items,
     evaluate,
     max_tokens=512,
-    missing=execution.missing,
+    missing=sandbox.missing,
 )

@@ -1,12 +1,14 @@
 """
-Conversations to train on: named on the command line, rendered once with their supervision masks, mixed by weight.
+Conversations to train on: named on the command line, rendered once with their supervision masks,
+mixed by weight.
 
-    NAME[@N][:weight]                smoltalk, mmlu, gsm8k, arc-easy, arc-challenge: data sets, see tasks/data.py
+    NAME[@N][:WEIGHT]                smoltalk, mmlu, gsm8k, arc-easy, arc-challenge: data sets
                                      tinyworld, spellingbee, identity: generated, N of them
-    name=FILE.jsonl[@N][:weight]     the user's own, one conversation a line, see tasks/customjson.py
+    NAME=FILE.jsonl[@N][:WEIGHT]     your own, one conversation per line (see customjson.py)
 
-Of what is read, @N takes N conversations drawn at random, and goes through them again (epochs) where there are fewer. About one in fifty,
-by a hash of its content, is for validation: training never sees it, and the published test splits are left to the evaluations.
+For a data set or a file, @N draws N conversations at random, and repeats them (epochs) if there are
+fewer. About one in fifty, by a hash of its content, is for validation: training never sees it. The
+test splits that the authors published are left to the evaluations.
 """
 
 import heapq
@@ -14,45 +16,41 @@ import itertools
 import json
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from nanochat.base.common import UserError
 from nanochat.data.shards import Shards, prepare_conversations
-from nanochat.data.sources import parse_sources
+from nanochat.data.sources import Source, check_mixture, parse_sources
 from nanochat.data.split import cutoff, place
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.tasks import (
-    arc,
-    common,
-    customjson,
-    data,
-    gsm8k,
-    identity,
-    mmlu,
-    smoltalk,
-    spellingbee,
-)
+from nanochat.eval.tasks import arc, customjson, gsm8k, identity, mmlu, smoltalk, spellingbee
 from nanochat.eval.tasks.common import Item
-from nanochat.tinyworld import conversations as tinytalk
+from nanochat.eval.tasks.data import DataSet, digest, read_items
+from nanochat.tinyworld import conversations as tinyworld
 from nanochat.tinyworld import generator_files
 
-READ: dict[str, tuple[data.DataSet, data.Make]] = {
-    "smoltalk": (smoltalk.DATA, customjson.conversation),
-    "mmlu": (mmlu.DATA, mmlu.item),
-    "gsm8k": (gsm8k.DATA, gsm8k.item),
-    **{name.lower(): (d, arc.item) for name, d in arc.DATA.items()},
+DATA_SETS: dict[str, DataSet] = {
+    "smoltalk": smoltalk.DATA,
+    "mmlu": mmlu.DATA,
+    "gsm8k": gsm8k.DATA,
+    **{name.lower(): data for name, data in arc.DATA.items()},
 }
-MADE = {
+GENERATORS = {  # (seed, split, the model's name) -> endless conversations
+    "tinyworld": lambda seed, split, name: tinyworld.conversations(seed, split),
+    "spellingbee": lambda seed, split, name: spellingbee.conversations(seed, split),
+    "identity": identity.conversations,
+}
+COUNTS = {  # how many are generated: by default for training, and for validation
     "tinyworld": (40_000, 2_000),
     "spellingbee": (20_000, 1_000),
     "identity": (1_000, 50),
-}  # where no number is given; for validation
-VALIDATION_SHARE, VALIDATION_MOST = 0.02, 2_000
-# Much talk, forms of questions, the tool, the name; then a smaller and cleaner cut. Second: after pretraining on tinyworld alone
+}
+NAMES = ", ".join([*DATA_SETS, *GENERATORS])
+VALIDATION_SHARE, VALIDATION_LIMIT = 0.02, 2_000
+# Mid-training sees many conversations, question formats, the calculator and the name; finetuning a
+# smaller, cleaner selection. The second choice is for models pretrained on tinyworld alone.
 DEFAULTS = {
     "mid": (("smoltalk", "mmlu", "gsm8k", "spellingbee", "identity"), ("tinyworld",)),
     "sft": (
@@ -63,75 +61,60 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Spec:
-    """One source of conversations. kind: a name of READ or MADE, or "files"; count None: all there are, once."""
+class ConversationSource(Source):
+    """One source of conversations; `kind` is a name of DATA_SETS or GENERATORS, or "files"."""
 
-    name: str
-    kind: str
-    count: int | None = None
-    weight: float | None = None
-    paths: tuple[Path, ...] = ()
+    count: int | None = None  # None: all, once
 
 
 def default(stage: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """What a stage ("mid", "sft") trains on when nothing is named, after pretraining on `texts`."""
-    return DEFAULTS[stage][
-        all(re.fullmatch(r"(?:[\w.-]+=)?tinyworld(?:[@:].*)?", text) for text in texts)
-    ]
+    """What a stage ("mid", "sft") trains on by default, after pretraining on `texts`."""
+    only_tinyworld = all(re.fullmatch(r"(?:[\w.-]+=)?tinyworld(?:[@:].*)?", text) for text in texts)
+    return DEFAULTS[stage][only_tinyworld]
 
 
-def parse(specs: Sequence[str]) -> list[Spec]:
-    """Specifications as the file's docstring shows them. UserError for what cannot be read as conversations. Weights: of all or of none."""
-    found = [_parse(spec) for spec in specs]
-    if not found:
-        raise UserError(
-            f"no conversations are named: give --data a file or some of {', '.join([*READ, *MADE])}"
-        )
-    names = [s.name for s in found]
-    if twice := [n for n in names if names.count(n) > 1]:
-        raise UserError(
-            f"two sources are called {twice[0]}: give each its own name, as in {twice[0]}2={twice[0]}"
-        )
-    bare = [s.name for s in found if s.weight is None]
-    if 0 < len(bare) < len(found):
-        raise UserError(
-            f"{bare[0]} has no weight and others have: give all a weight, as in {bare[0]}:0.5, or none"
-        )
-    return found
+def parse(specs: Sequence[str]) -> list[ConversationSource]:
+    """
+    The sources that `specs` (see the top of this file) name. Raises UserError if one cannot be read
+    as conversations, if two share a name, or if only some have a weight.
+    """
+    if not specs:
+        raise UserError(f"no conversations are named: give --data a file or some of {NAMES}")
+    sources = [_parse(spec) for spec in specs]
+    check_mixture(sources)
+    return sources
 
 
-def _parse(spec: str) -> Spec:
+def _parse(spec: str) -> ConversationSource:
     m = re.fullmatch(r"(?:([\w.-]+)=)?([\w-]+)(?:@([^:]*))?(?::(\d+\.?\d*|\.\d+))?", spec)
-    if m and (kind := m[2].lower()) in {*READ, *MADE}:
-        return Spec(m[1] or kind, kind, _count(spec, m[3]), _weight(spec, m[4]))
+    if m and (kind := m[2].lower()) in {*DATA_SETS, *GENERATORS}:
+        weight = float(m[4]) if m[4] else None
+        if weight == 0:
+            raise UserError(f"{spec} has weight 0: give a weight above 0, or leave {kind} out")
+        return ConversationSource(m[1] or kind, weight=weight, kind=kind, count=_count(spec, m[3]))
     m = re.fullmatch(r"(.+)@(\w*)((?::[^/]*)?)", spec)
     try:
-        source = parse_sources([m[1] + m[3] if m else spec])[0]
+        (source,) = parse_sources([m[1] + m[3] if m else spec])
     except UserError as e:
+        raise UserError(f"{e}; conversations are .jsonl files, or {NAMES}") from e
+    if source.kind != "files":
         raise UserError(
-            f"{e}; conversations are in .jsonl files, or {', '.join([*READ, *MADE])}"
-        ) from e
-    if source.kind == "shards":
-        raise UserError(
-            f"{source.name} holds text, not conversations: name a .jsonl file of conversations, or {', '.join([*READ, *MADE])}"
+            f"{source.name} holds text, not conversations: name a .jsonl file of conversations, "
+            f"or {NAMES}"
         )
-    return Spec(
-        source.name, "files", _count(spec, m[2] if m else None), source.weight, source.paths
-    )
+    count = _count(spec, m[2] if m else None)
+    return ConversationSource(source.name, source.paths, source.weight, count=count)
 
 
 def _count(spec: str, text: str | None) -> int | None:
-    if text is not None and (not text.isdigit() or int(text) < 1):
+    if text is None:
+        return None
+    if not text.isdigit() or int(text) == 0:
         raise UserError(
-            f"conversations {spec}: give a whole number of them after @, as in tinyworld@{MADE['tinyworld'][0]}"
+            f"{spec} asks for @{text}: give the number of conversations after @, as in "
+            "tinyworld@40000"
         )
-    return int(text) if text else None
-
-
-def _weight(spec: str, text: str | None) -> float | None:
-    if text is not None and float(text) <= 0:
-        raise UserError(f"conversations {spec}: give a weight above 0, or leave them out")
-    return float(text) if text else None
+    return int(text)
 
 
 def shards(
@@ -143,89 +126,67 @@ def shards(
     name: str = "nanochat",
 ) -> list[tuple[Shards, float | None]]:
     """
-    The split ("train", "val") of every named source with its weight. `seed` chooses what a generator makes and what a slice takes;
-    `folder`: where data sets are, see tasks/data.py; `name`: who the model says it is. What an earlier call rendered is not rendered anew.
+    The split ("train", "val") of each named source, with its weight. `seed` decides what is
+    generated and what @N draws, `folder` holds data sets (see data.py), and `name` is what the
+    model calls itself. What an earlier call rendered is reused.
     """
+    # Conversations that another version of the code made must not be reused
+    version = digest([*generator_files(), *sorted(Path(__file__).parent.glob("*.py"))])
     out = []
-    for s in parse(specs):
-        what, conversations = (
-            _made(s, split, seed, name) if s.kind in MADE else _read(s, split, seed, folder)
+    for source in parse(specs):
+        if source.kind in GENERATORS:
+            default_count, val_count = COUNTS[source.kind]
+            count = val_count if split == "val" else source.count or default_count
+            key = f"{seed} {count} {name if source.kind == 'identity' else ''}"
+            stream = GENERATORS[source.kind](seed, split, name)
+            conversations = itertools.islice(stream, count)
+        else:
+            make, paths = customjson.conversation, customjson.files(source.paths)
+            if source.kind != "files":
+                data = DATA_SETS[source.kind]
+                make, paths = data.item, data.files("train", folder)
+            drawn = f"{seed} {source.count}" if split == "train" and source.count else ""
+            key = f"{digest(paths)} {drawn}"
+            conversations = _selected(make, paths, split, source.count, seed)
+        shards = prepare_conversations(
+            f"{source.name}-conversations-{split}",
+            conversations,
+            tokenizer,
+            identity=f"{source.kind} {version} {split} {key}",
         )
-        out.append(
-            (
-                prepare_conversations(
-                    f"{s.name}-talk-{split}", conversations, tokenizer, identity=what
-                ),
-                s.weight,
-            )
-        )
+        out.append((shards, source.weight))
     return out
 
 
-def _made(s: Spec, split: str, seed: int, name: str) -> tuple[str, Iterator[Item]]:
-    """What generated conversations depend on, and these."""
-    n = MADE[s.kind][1] if split == "val" else s.count or MADE[s.kind][0]
-    if s.kind == "identity":
-        what, stream = f"{_version(identity)} {name}", identity.conversations(seed, split, name)
+def _selected(
+    make: Callable[..., Item], paths: Sequence[Path], split: str, count: int | None, seed: int
+) -> Iterator[Item]:
+    """The conversations of a split: at most VALIDATION_LIMIT of "val", `count` of "train"."""
+    part = split_of(lambda: read_items(make, paths), split)
+    if split == "val":
+        yield from itertools.islice(part, VALIDATION_LIMIT)
+    elif count is None:
+        yield from part
     else:
-        module = {"tinyworld": tinytalk, "spellingbee": spellingbee}[s.kind]
-        what, stream = _version(module), module.conversations(seed, split)
-    return f"{s.kind} {what} {split} {seed} {n}", itertools.islice(stream, n)
-
-
-def _read(s: Spec, split: str, seed: int, folder: Path | None) -> tuple[str, Iterator[Item]]:
-    """What conversations of files depend on, and these."""
-    if s.kind == "files":
-        paths, make = customjson.files(s.paths), customjson.conversation
-    else:
-        paths, make = data.files(READ[s.kind][0], "train", folder), READ[s.kind][1]
-
-    def conversations() -> Iterator[Item]:
-        part = split_of(lambda: data.made(make, paths), split)
-        if split == "val":
-            yield from itertools.islice(part, VALIDATION_MOST)
-        elif s.count is None:
-            yield from part
-        else:
-            rng = random.Random(seed)
-            drawn = heapq.nsmallest(
-                s.count, part, key=lambda _: rng.random()
-            )  # a random sample, however long the stream
-            yield from itertools.islice(itertools.cycle(drawn), s.count)
-
-    drawn = f" {seed} {s.count}" if split == "train" and s.count else ""
-    return (
-        f"{s.kind} {_version(sys.modules[make.__module__])} {data.digest(paths)} {split}{drawn}",
-        conversations(),
-    )
+        rng = random.Random(seed)
+        sample = heapq.nsmallest(count, part, key=lambda _: rng.random())
+        yield from itertools.islice(itertools.cycle(sample), count)
 
 
 def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
     """
-    The conversations of a split, by a hash of their content (data/split.py): VALIDATION_SHARE of them are "val", or of few a tenth, so that a small file has some too. One that comes twice is on one side. UserError where there are not two different ones.
+    The conversations of a split by a hash of their content (see data/split.py): VALIDATION_SHARE of
+    them are "val", or more of a small source. Equal conversations are in the same split. Raises
+    UserError unless there are two different ones.
     """
     share = cutoff(map(_place, read()), VALIDATION_SHARE)
     if share is None:
         raise UserError(
-            "there are not two different conversations, and one is needed to validate on: give more of them"
+            "there are fewer than two different conversations, so none is left for validation: "
+            "add more"
         )
-    return (
-        conversation
-        for conversation in read()
-        if (_place(conversation) <= share) == (split == "val")
-    )
+    return (item for item in read() if (_place(item) <= share) == (split == "val"))
 
 
 def _place(conversation: Item) -> float:
-    """The place of a conversation in 0..1, by its content alone."""
     return place(json.dumps(conversation["messages"], sort_keys=True))
-
-
-def _version(module: ModuleType) -> str:
-    """A hash of the files that make a source's conversations, so that what an older version made is not taken for what this one makes."""
-    return data.digest(
-        [
-            *generator_files(),
-            *(Path(m.__file__ or "") for m in (module, common, data, sys.modules[__name__])),
-        ]
-    )

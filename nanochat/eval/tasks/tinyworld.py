@@ -1,78 +1,87 @@
 """
-The questions of the little world as tasks, one a kind. A reply must hold the key and nothing that competes with it: a reply that lists
-every option, or hedges, is wrong. It makes no questions of its own (tinytalk.py does) and runs no model.
+The questions of the embedded corpus as tasks, one per kind. A reply must hold the answer and
+nothing that competes with it: a reply that lists every option, or hedges, is wrong. The questions
+come from tinyworld/conversations.py.
 """
 
 import functools
-import itertools
 import re
-from pathlib import Path
+from collections.abc import Callable
 
-from nanochat.eval.tasks.common import GENERATED, Item, Task, gold, prompt
+from nanochat.eval.tasks.common import Item, Task, generated
 from nanochat.tinyworld.conversations import KINDS, conversations
 from nanochat.tinyworld.world import world
 
-__all__ = ["KINDS", "TASKS", "evaluate", "gold", "items", "prompt"]
-
-
-def items(split: str, n: int, seed: int = 0, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Item]:
-    """n questions in turn of every kind; in val none of their pairings is ever asked in training."""
-    return list(itertools.islice(conversations(seed, split, kinds), n or GENERATED))
+# Questions of every kind in turn; no pairing in val ever occurs in train
+items = generated(functools.partial(conversations, kinds=tuple(KINDS)))
 
 
 @functools.cache
 def rivals(answer: str) -> re.Pattern[str]:
-    """Matches whatever could stand in the answer's place: all members of the classes of values that it belongs to, and itself."""
-    w = world()
-    small = w.data["smalltalk"]
+    """
+    Matches the answer and whatever could stand in its place: all members of the classes of values
+    that it belongs to.
+    """
+    lexicon = world()
+    small_talk = lexicon.data["smalltalk"]
     classes = [
-        [*w.people, *small["users"]],
-        small["likes"],
-        list(small["advice"].values()),
-        *w.classes.values(),
+        [*lexicon.people, *small_talk["users"]],
+        small_talk["likes"],
+        list(small_talk["advice"].values()),
+        *lexicon.classes.values(),
+        *(list(lexicon.attributes[name].values()) for name in ("home", "job", "pet", "food")),
     ]
-    classes += [list(w.attributes[name].values()) for name in ("home", "job", "pet", "food")]
-    words = {answer.lower()}.union(
-        *({x.lower() for x in members} for members in classes if answer in members)
-    )
-    return re.compile(
-        r"\b(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")\b"
-    )
+    words = {answer.lower()}
+    for members in classes:
+        if answer in members:
+            words.update(member.lower() for member in members)
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b")
 
 
 def evaluate(item: Item, reply: str) -> bool:
-    """Whether the visible text of a reply answers the item's last question, exactly and without hedging."""
-    kind, answer, text = item["kind"], item["answer"], reply.strip()
-    if kind == "choice":
-        said = re.fullmatch(
-            rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", text
-        )  # the letter, alone or with the option it stands for
-        return bool(
-            said
-            and (
-                said[1] is None
-                or f"- {said[1]}={answer}" in item["messages"][-2]["content"].split("\n")
-            )
-        )
-    if kind in ("arithmetic", "twostep", "counting"):
-        numbers = re.findall(r"\d+(?:\.\d+)?", text)
-        asked = re.findall(r"\d+", item["messages"][-2]["content"])
-        return (
-            bool(numbers)
-            and numbers[-1].removesuffix(".0") == answer
-            and numbers[:-1] in ([], asked)
-        )
-    if kind == "spelling":
-        return re.findall(r"\b\w+(?:-\w+)+", text.lower()) == [answer]
-    found = set(rivals(answer).findall(text.lower()))
-    return found == {answer.lower()} and not re.search(r"\b(?:not|or)\b", text.lower())
+    """Whether a reply's visible text answers the item's last question, exactly and unhedged."""
+    judge = JUDGES.get(item["kind"], _is_named)
+    return judge(item["answer"], reply.strip(), item["messages"][-2]["content"])
 
 
-def _task(kind: str, chance: float) -> Task:
-    def of_kind(split: str, n: int, seed: int = 0, folder: Path | None = None) -> list[Item]:
-        return items(split, n, seed, (kind,))
+def _is_chosen(answer: str, reply: str, question: str) -> bool:
+    """The letter, alone or after the option that it stands for."""
+    m = re.fullmatch(rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", reply)
+    return bool(m) and (m[1] is None or f"- {m[1]}={answer}" in question.split("\n"))
 
-    return Task(f"tinyworld/{kind}", "generative", chance, of_kind, prompt, gold, evaluate)
+
+def _is_result(answer: str, reply: str, question: str) -> bool:
+    """The number at the end, alone or after all numbers of the question."""
+    *before, last = re.findall(r"\d+(?:\.\d+)?", reply) or [""]
+    return last.removesuffix(".0") == answer and before in ([], re.findall(r"\d+", question))
 
 
-TASKS: dict[str, Task] = {kind: _task(kind, chance) for kind, chance in KINDS.items()}
+def _is_spelled(answer: str, reply: str, question: str) -> bool:
+    return re.findall(r"\b\w+(?:-\w+)+", reply.lower()) == [answer]
+
+
+def _is_named(answer: str, reply: str, question: str) -> bool:
+    """The answer and none of its rivals, without "not" or "or"."""
+    text = reply.lower()
+    named = set(rivals(answer).findall(text))
+    return named == {answer.lower()} and not re.search(r"\b(?:not|or)\b", text)
+
+
+JUDGES: dict[str, Callable[[str, str, str], bool]] = {
+    "choice": _is_chosen,
+    "arithmetic": _is_result,
+    "twostep": _is_result,
+    "counting": _is_result,
+    "spelling": _is_spelled,
+}
+TASKS = {
+    kind: Task(
+        f"tinyworld/{kind}",
+        "generative",
+        chance,
+        generated(functools.partial(conversations, kinds=(kind,))),
+        evaluate,
+    )
+    for kind, chance in KINDS.items()
+}
