@@ -88,8 +88,9 @@ class RowFeed:
                 f"rows ({rows}), device rows ({device_rows}) and sequence length ({sequence_len}) "
                 "must all be at least 1"
             )
-        sources, weights = tuple(s for s, _ in shards), tuple(w for _, w in shards)
+        sources = tuple(s for s, _ in shards)
         _check(sources)
+        weights = tuple(s.total if weight is None else weight for s, weight in shards)
         self.rows, self.device_rows, self.total_steps = rows, device_rows, total_steps
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._order = RowOrder(sources, weights, sequence_len, epochs, seed, mode)

@@ -8,8 +8,9 @@ within a block, the rest of the block is packed again at the new length; no toke
 repeated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -89,7 +90,7 @@ class RowOrder:
     """
 
     shards: tuple[Shards, ...]
-    weights: tuple[float | None, ...]  # None: by size
+    weights: tuple[float, ...]
     sequence_len: int
     epochs: int | None  # None: endless
     seed: int
@@ -103,10 +104,7 @@ class RowOrder:
     @property
     def quota(self) -> list[int]:
         """Tokens that each source contributes to an epoch."""
-        weights = [
-            s.total if w is None else w for s, w in zip(self.shards, self.weights, strict=True)
-        ]
-        return [round(self.total * w / sum(weights)) for w in weights]
+        return [round(self.total * weight / sum(self.weights)) for weight in self.weights]
 
     def start(self) -> dict[str, Any]:
         """The position before the first row."""
@@ -133,12 +131,18 @@ class RowOrder:
         first, cuts = position["row"], position["cuts"]
         sources = [dict(s) for s in position["sources"]]
         quota, blocks = self.quota, max(1, round(self.total / BLOCK_TOKENS))
-        orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+        @lru_cache(maxsize=len(self.shards))
+        def shuffled_source(i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+            """The documents of source i in the order of an epoch, and where each ends in tokens."""
+            order = self._shuffled(len(self.shards[i]), epoch, i, 0)
+            return order, np.cumsum(self.shards[i].lengths[order])
+
         while self.epochs is None or epoch < self.epochs:
             begin, before = [dict(s) for s in sources], sum(s["drawn"] for s in sources)
             # In integers, so that without weights the last document of an epoch meets the quota
             goals = [q * (number + 1) // blocks for q in quota]
-            owner, document = self._draw(sources, goals, orders)
+            owner, document = _draw(sources, goals, shuffled_source)
             tokens = sum(s["drawn"] for s in sources) - before
             lengths = [*(length for length, _ in cuts), self.sequence_len]
             block = pack_block(self.shards, owner, document, lengths[0], self.mode)
@@ -174,30 +178,28 @@ class RowOrder:
     def _shuffled(self, n: int, *key: int) -> np.ndarray:
         return np.random.default_rng([self.seed, *key]).permutation(n)
 
-    def _draw(
-        self, sources: list[dict[str, int]], goals: list[int], orders: dict
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(owner, document) of the next block's documents; moves `sources` to its end."""
-        owner, document = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for i, (source, goal) in enumerate(zip(sources, goals, strict=True)):
-            while source["drawn"] < goal:
-                key = i, source["epoch"]
-                if key not in orders:
-                    order = self._shuffled(len(self.shards[i]), source["epoch"], i, 0)
-                    orders[key] = order, np.cumsum(self.shards[i].lengths[order])
-                order, ends = orders[key]
-                begin = source["document"]
-                before = int(ends[begin - 1]) if begin else 0
-                enough = int(np.searchsorted(ends, before + goal - source["drawn"])) + 1
-                stop = min(enough, len(order))
-                document.append(order[begin:stop])
-                owner.append(np.full(stop - begin, i))
-                source["drawn"] += int(ends[stop - 1]) - before
-                source["document"] = stop
-                if stop == len(order):
-                    source["epoch"], source["document"] = source["epoch"] + 1, 0
-                    del orders[key]
-        return np.concatenate(owner), np.concatenate(document)
+
+def _draw(
+    sources: list[dict[str, int]],
+    goals: list[int],
+    shuffled_source: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(owner, document) of the next block's documents; moves `sources` to its end."""
+    owner, document = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for i, (source, goal) in enumerate(zip(sources, goals, strict=True)):
+        while source["drawn"] < goal:
+            order, ends = shuffled_source(i, source["epoch"])
+            begin = source["document"]
+            before = int(ends[begin - 1]) if begin else 0
+            enough = int(np.searchsorted(ends, before + goal - source["drawn"])) + 1
+            stop = min(enough, len(order))
+            document.append(order[begin:stop])
+            owner.append(np.full(stop - begin, i))
+            source["drawn"] += int(ends[stop - 1]) - before
+            source["document"] = stop
+            if stop == len(order):
+                source["epoch"], source["document"] = source["epoch"] + 1, 0
+    return np.concatenate(owner), np.concatenate(document)
 
 
 def at_length(position: dict[str, Any], length: int) -> dict[str, Any]:

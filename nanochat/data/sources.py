@@ -240,11 +240,8 @@ def parts(source: Source, split: str) -> list[Part]:
 
 
 def _part(source: Source, split: str, paths: list[Path], share: float | None) -> Part:
-    stats = [path.stat() for path in paths]
     identity = {
-        "files": [
-            [path.name, s.st_size, s.st_mtime_ns] for path, s in zip(paths, stats, strict=True)
-        ],
+        "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths],
         "field": source.field,
         "split": split,
         "share": share,
