@@ -1,10 +1,11 @@
 """
-One optimizer for the whole model: Muon for matrices, AdamW for the rest, on 1..N ranks.
+One optimizer for the whole model: Muon for matrices, AdamW for the rest, on any number of ranks.
 
-Gradients are summed over the ranks here, not by a wrapper: each rank receives the sum for the parameters it owns, updates them,
-and hands the result round. Optimizer state therefore exists once over all ranks (matrices are dealt out whole, tables by rows).
-`state_dict` is gathered by parameter name, so a checkpoint does not depend on the number of ranks that wrote it.
-It knows no model: what it needs of a parameter comes in `Group`s, built from the roster.
+It sums the gradients over the ranks itself, without a wrapper around the model: each rank receives
+the sum for the parameters that it owns, updates them and sends the result to the others. The state
+therefore exists once over all ranks. It is gathered by parameter name, so a checkpoint does not
+depend on the number of ranks. The optimizer knows no model: parameters come in `Group`s, which are
+built from the roster.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,16 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-NS_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # quintic of Jordan et al., "Muon: an optimizer for hidden layers" (2024)
+# the quintic of Jordan et al., "Muon: an optimizer for hidden layers" (2024)
+NS_COEFFICIENTS = 3.4445, -4.7750, 2.0315
+MOMENTS = {"muon": ("momentum",), "adamw": ("first", "second")}
 
 
 @dataclass
 class Group:
-    """Parameters that share an optimizer and its settings. `lr` is the peak rate; the schedule multiplies it."""
+    """Parameters with the same optimizer and settings. The schedule multiplies `lr`, the peak."""
 
     optimizer: str  # "muon" | "adamw"
     names: list[str]
@@ -36,11 +35,14 @@ class Group:
     momentum: float = 0.95
     state: dict[str, dict[str, Tensor]] = field(
         default_factory=dict
-    )  # by parameter name; what this rank owns
+    )  # what this rank owns, by name
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix, batched: g (..., R, C) -> the same shape in `dtype`."""
+    """
+    Newton-Schulz iteration towards the nearest semi-orthogonal matrix, batched: g (..., R, C) ->
+    the same shape in `dtype`.
+    """
     a, b, c = NS_COEFFICIENTS
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
@@ -53,20 +55,93 @@ def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5
     return x.mT if tall else x
 
 
+class _Pool:
+    """
+    Parameters that the ranks divide: matrices of one shape (each matrix belongs to one rank), or a
+    single table (each rank owns some of its rows).
+    """
+
+    def __init__(self, names: list[str], params: list[Tensor], matrices: bool):
+        self.names, self.params, self.matrices = names, params, matrices
+        rank, self.world = 0, 1
+        if dist.is_initialized():
+            rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.size = len(params) if matrices else params[0].size(0)
+        self.share = -(-self.size // self.world)  # the last ranks may own less, or nothing
+        self.own = slice(rank * self.share, (rank + 1) * self.share)
+
+    def owned(self, items: list) -> list:
+        """Those of the items, one per parameter, whose parameter this rank owns at least partly."""
+        return items[self.own] if self.matrices else items
+
+    def part(self, t: Tensor) -> Tensor:
+        """What this rank owns of an owned parameter, or of a tensor of its shape."""
+        return t if self.matrices else t[self.own]
+
+    def _join(self, tensors: list[Tensor], size: int) -> Tensor:
+        """One tensor of `size` matrices or rows, filled up with zeros."""
+        if self.matrices:
+            blank = torch.zeros_like(self.params[0])
+            return torch.stack([*tensors, *[blank] * (size - len(tensors))])
+        (table,) = tensors
+        missing = size - table.size(0)
+        if missing:
+            table = torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
+        return table.contiguous()
+
+    def _split(self, joined: Tensor, size: int) -> list[Tensor]:
+        return list(joined[:size].unbind()) if self.matrices else [joined[:size]]
+
+    def sum_gradients(self) -> list[Tensor]:
+        """The gradients summed over the ranks: this rank's parts. A missing one counts as zero."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        if self.world == 1:
+            return grads
+        whole = self._join(grads, self.share * self.world)
+        own = torch.empty_like(whole[: self.share])
+        dist.reduce_scatter_single(own, whole)
+        return self._split(own, max(0, self.size - self.own.start))
+
+    def gather(self, parts: list[Tensor]) -> list[Tensor]:
+        """Whole tensors of the parameters' shapes, from the parts of all ranks."""
+        if self.world == 1:
+            return parts
+        own = self._join(parts, self.share)
+        whole = own.new_empty((self.share * self.world, *own.shape[1:]))
+        dist.all_gather_single(whole, own)
+        return self._split(whole, self.size)
+
+    def share_parameters(self) -> None:
+        """Give every rank the parts that the others have updated."""
+        if self.world > 1:
+            whole = self.gather([self.part(p) for p in self.owned(self.params)])
+            for p, new in zip(self.params, whole, strict=True):
+                p.copy_(new)
+
+
+def _pools(group: Group) -> list[_Pool]:
+    if group.optimizer == "adamw":
+        named = zip(group.names, group.params, strict=True)
+        return [_Pool([name], [p], matrices=False) for name, p in named]
+    shapes: dict[torch.Size, tuple[list[str], list[Tensor]]] = {}
+    for name, p in zip(group.names, group.params, strict=True):
+        names, params = shapes.setdefault(p.shape, ([], []))
+        names.append(name)
+        params.append(p)
+    return [_Pool(names, params, matrices=True) for names, params in shapes.values()]
+
+
 class MuonAdamW:
     """
     `step(lr_mult, momentum)` after the backward passes of a step; `zero_grad()` before the next.
 
-    ns_dtype: the precision of the Newton-Schulz products (bf16 where it is fast, else float32).
-    A parameter whose gradient is None is treated as having a zero one, so that all ranks walk the same road.
+    ns_dtype: the precision of the Newton-Schulz products (bfloat16 where it is fast, else float32).
     """
 
     def __init__(self, groups: Iterable[Group], ns_dtype: torch.dtype = torch.bfloat16):
         self.groups, self.ns_dtype = list(groups), ns_dtype
-        self.rank, self.world = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
         self.steps = 0
+        self._pools = [(group, _pools(group)) for group in self.groups]
 
     @property
     def params(self) -> list[Tensor]:
@@ -78,169 +153,93 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_mult: float = 1.0, momentum: float | None = None) -> None:
-        """One update with every rate multiplied by lr_mult (0..1) and, where given, Muon's momentum."""
+        """One update with all rates times lr_mult (0..1) and, if given, Muon's momentum."""
         self.steps += 1
-        for group in self.groups:
-            if group.optimizer == "muon":
-                self._muon(
-                    group, group.lr * lr_mult, group.momentum if momentum is None else momentum
-                )
+        for group, pools in self._pools:
+            lr = group.lr * lr_mult
+            if group.optimizer == "adamw":
+                self._adamw(group, pools, lr)
             else:
-                self._adamw(group, group.lr * lr_mult)
+                for pool in pools:
+                    self._muon(group, pool, lr, group.momentum if momentum is None else momentum)
 
-    # ownership ------------------------------------------------------------------------------------------------------------
+    def _state(self, group: Group, pool: _Pool) -> list[dict[str, Tensor]]:
+        """The moments of every owned parameter; zeros at first."""
+        names = pool.owned(pool.names)
+        for name, p in zip(names, pool.owned(pool.params), strict=True):
+            if name not in group.state:
+                moments = MOMENTS[group.optimizer]
+                group.state[name] = {m: torch.zeros_like(pool.part(p)) for m in moments}
+        return [group.state[name] for name in names]
 
-    def _by_shape(self, group: Group) -> list[list[tuple[str, Tensor]]]:
-        shapes: dict[torch.Size, list[tuple[str, Tensor]]] = {}
-        for name, p in zip(group.names, group.params, strict=True):
-            shapes.setdefault(p.shape, []).append((name, p))
-        return list(shapes.values())
+    def _muon(self, group: Group, pool: _Pool, lr: float, momentum: float) -> None:
+        updates = []
+        for g, state in zip(pool.sum_gradients(), self._state(group, pool), strict=True):
+            state["momentum"].lerp_(g, 1 - momentum)
+            updates.append(torch.lerp(g, state["momentum"], momentum))  # Nesterov
+        owned = pool.owned(pool.params)
+        if updates and updates[0].device.type != "cpu":  # one batched product keeps a GPU busy
+            updates = orthogonalize(torch.stack(updates), self.ns_dtype).unbind()
+        else:  # a CPU is as fast one by one, and needs less memory
+            updates = [orthogonalize(u, self.ns_dtype) for u in updates]
+        for p, u in zip(owned, updates, strict=True):
+            shape_scale = max(1.0, p.size(0) / p.size(1)) ** 0.5
+            p.mul_(1 - lr * group.weight_decay)
+            p.sub_(u.to(p.dtype), alpha=lr * shape_scale)
+        pool.share_parameters()
 
-    def _rows(self, p: Tensor) -> slice | None:
-        """The rows of a table that this rank owns; None when it is not dealt out (every rank then does the same update)."""
-        if self.world == 1 or p.size(0) % self.world:
-            return None
-        share = p.size(0) // self.world
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    # updates --------------------------------------------------------------------------------------------------------------
-
-    def _muon(self, group: Group, lr: float, momentum: float) -> None:
-        for same in self._by_shape(
-            group
-        ):  # matrices of one shape travel and are orthogonalised together
-            share = -(-len(same) // self.world)
-            mine = same[self.rank * share : (self.rank + 1) * share]
-            grads = self._sum_grads(same, share)[: len(mine)]
-            updates = []
-            for (name, p), g in zip(mine, grads, strict=True):
-                state = group.state.setdefault(name, {})
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(g, 1 - momentum)
-                updates.append(torch.lerp(g, state["momentum"], momentum))  # Nesterov
-            if mine:
-                shape_scale = max(1.0, mine[0][1].size(0) / mine[0][1].size(1)) ** 0.5
-                for (_, p), u in zip(mine, self._orthogonalize_all(updates), strict=True):
-                    p.mul_(1 - lr * group.weight_decay)
-                    p.sub_(u.to(p.dtype), alpha=lr * shape_scale)
-            self._share_params(same, share)
-
-    def _orthogonalize_all(self, updates: list[Tensor]) -> Iterable[Tensor]:
-        if (
-            updates[0].device.type != "cpu"
-        ):  # one batched product keeps a GPU busy; a CPU is as fast one by one, in its cache
-            return orthogonalize(torch.stack(updates), self.ns_dtype).unbind()
-        return [orthogonalize(u, self.ns_dtype) for u in updates]
-
-    def _sum_grads(self, same: list[tuple[str, Tensor]], share: int) -> list[Tensor]:
-        """The gradients, summed over the ranks, of the matrices this rank owns."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in same]
-        if self.world == 1:
-            return grads
-        blank = torch.zeros_like(grads[0])
-        full = torch.stack(grads + [blank] * (share * self.world - len(grads)))
-        own = torch.empty_like(full[:share])
-        dist.reduce_scatter_single(own, full)
-        return list(own.unbind())
-
-    def _share_params(self, same: list[tuple[str, Tensor]], share: int) -> None:
-        if self.world == 1:
-            return
-        mine = [p for _, p in same[self.rank * share : (self.rank + 1) * share]]
-        own = torch.stack(mine + [torch.zeros_like(same[0][1])] * (share - len(mine)))
-        full = torch.empty((share * self.world, *own.shape[1:]), dtype=own.dtype, device=own.device)
-        dist.all_gather_single(full, own)
-        for (_, p), new in zip(same, full, strict=False):
-            p.copy_(new)
-
-    def _adamw(self, group: Group, lr: float) -> None:
-        params, grads, first, second, steps = [], [], [], [], []
-        for name, p in zip(group.names, group.params, strict=True):
-            rows = self._rows(p)
-            g = torch.zeros_like(p) if p.grad is None else p.grad
-            if self.world > 1 and rows is None:
-                dist.all_reduce(g)
-            elif rows is not None:
-                own = torch.empty_like(g[rows])
-                dist.reduce_scatter_single(own, g.contiguous())
-                g = own
-            state = group.state.setdefault(name, {})
-            part = p if rows is None else p[rows]
-            if not state:
-                state["first"], state["second"] = torch.zeros_like(part), torch.zeros_like(part)
-            params.append(part)
-            grads.append(g)
-            first.append(state["first"])
-            second.append(state["second"])
-            steps.append(torch.tensor(float(self.steps - 1), device=p.device))
-        beta1, beta2 = group.betas
+    def _adamw(self, group: Group, pools: list[_Pool], lr: float) -> None:
+        owned = [
+            (pool.part(pool.params[0]), *pool.sum_gradients(), *self._state(group, pool))
+            for pool in pools
+        ]
+        params, grads, states = zip(*owned, strict=True)
         adamw(
-            params,
-            grads,
-            first,
-            second,
+            list(params),
+            list(grads),
+            [state["first"] for state in states],
+            [state["second"] for state in states],
             [],
-            steps,
+            [torch.tensor(float(self.steps - 1), device=p.device) for p in params],
             fused=True,
             amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
+            beta1=group.betas[0],
+            beta2=group.betas[1],
             lr=lr,
             weight_decay=group.weight_decay,
             eps=group.eps,
             maximize=False,
         )
-        for p in group.params:
-            if (rows := self._rows(p)) is not None:
-                dist.all_gather_single(p.data, p.data[rows].clone())
-
-    # state ----------------------------------------------------------------------------------------------------------------
+        for pool in pools:
+            pool.share_parameters()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """
-        The whole state as {name/moment: tensor of the parameter's shape}, gathered from all ranks: every rank must call it.
+        The whole state as {name/moment: tensor of the parameter's shape}, gathered from all ranks:
+        every rank must call it.
         """
         out: dict[str, Tensor] = {}
-        for group in self.groups:
-            for same in self._by_shape(group):
-                share = -(-len(same) // self.world)
-                for at, (name, p) in enumerate(same):
-                    for moment in (
-                        ("momentum",) if group.optimizer == "muon" else ("first", "second")
-                    ):
-                        own = group.state.get(name, {}).get(moment)
-                        full = torch.zeros_like(p) if own is None else own
-                        if self.world > 1 and group.optimizer == "muon":
-                            full = full.clone()
-                            dist.broadcast(full, src=at // share)
-                        elif self.world > 1 and (rows := self._rows(p)) is not None:
-                            full = torch.zeros_like(p)
-                            dist.all_gather_single(
-                                full, torch.zeros_like(p[rows]) if own is None else own
-                            )
-                        out[f"{name}/{moment}"] = full
+        for group, pools in self._pools:
+            for pool in pools:
+                states = self._state(group, pool)
+                for moment in MOMENTS[group.optimizer]:
+                    whole = pool.gather([state[moment] for state in states])
+                    names = [f"{name}/{moment}" for name in pool.names]
+                    out.update(zip(names, whole, strict=True))
         return out
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take this rank's part of what state_tensors gave; `tensors` may be a lazy mapping. KeyError when a parameter is missing."""
+        """
+        Take this rank's part of what state_tensors returned; `tensors` may be a lazy mapping.
+        KeyError if a parameter is missing.
+        """
         self.steps = steps
-        for group in self.groups:
-            for same in self._by_shape(group):
-                share = -(-len(same) // self.world)
-                for at, (name, p) in enumerate(same):
-                    if group.optimizer == "muon":
-                        if at // share == self.rank:
-                            group.state[name] = {
-                                "momentum": tensors[f"{name}/momentum"].to(
-                                    p.device, torch.float32, copy=True
-                                )
-                            }
-                    else:
-                        rows = self._rows(p)
-                        group.state[name] = {
-                            m: (t if rows is None else t[rows]).to(
-                                p.device, torch.float32, copy=True
-                            )
-                            for m, t in ((m, tensors[f"{name}/{m}"]) for m in ("first", "second"))
-                        }
+        for group, pools in self._pools:
+            for pool in pools:
+                for name in pool.owned(pool.names):
+                    group.state[name] = {
+                        moment: pool.part(tensors[f"{name}/{moment}"]).to(
+                            group.params[0].device, torch.float32, copy=True
+                        )
+                        for moment in MOMENTS[group.optimizer]
+                    }
