@@ -29,8 +29,8 @@ from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.commands import chat_rl
 from nanochat.model.checkpoint import locate
-from nanochat.study import report
-from nanochat.study.comparison import interval
+from nanochat.study import page
+from nanochat.study.statistics import interval
 
 
 @dataclass(kw_only=True)
@@ -174,7 +174,7 @@ def picture(records: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     buffer, ink = io.BytesIO(), "#1d232b"
-    with matplotlib.rc_context({**report.RC, "text.color": ink, "axes.labelcolor": ink}):
+    with matplotlib.rc_context({**page.RC, "text.color": ink, "axes.labelcolor": ink}):
         figure = Figure(figsize=(9, 3.3), layout="constrained", dpi=150)
         left, right = figure.subplots(1, 2)
         names = [
@@ -186,7 +186,7 @@ def picture(records: Sequence[dict[str, Any]]) -> bytes:
                 np.arange(len(runs[0])), min(len(runs[0]), 24)
             )  # one step's reward is that of few questions
             steps = [np.mean([runs[0][i]["step"] for i in part]) for part in parts]
-            for name, colour in zip(shown, report.LIGHT, strict=False):
+            for name, colour in zip(shown, page.LIGHT, strict=False):
                 y = 100 * np.array(
                     [[np.mean([rs[i][name] for i in part]) for part in parts] for rs in runs]
                 )  # seeds x parts

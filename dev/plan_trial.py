@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from nanochat.base import logbook
 from nanochat.base.common import columns, print0
-from nanochat.study import comparison
+from nanochat.study.comparison_page import draw_curves
+from nanochat.study.records import record
 
 NEXT = 2  # candidates that are tried beside the chosen one
 SIZES = "depth", "model_dim", "total_batch_size", "device_batch_size"
@@ -57,7 +58,7 @@ def trained(base: Path, out: str) -> dict[str, Any]:
         base,
     )
     directory = base / "checkpoints" / "base" / out
-    found = comparison.record(directory)
+    found = record(directory)
     rate = found["tokens"] / found["seconds"]
     return found | {
         "tok_per_sec": rate,
@@ -107,7 +108,7 @@ def picture(found: dict[str, Any], out: Path) -> None:
     """Learning curves of the runs with what was predicted of their ends."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    comparison.curves(
+    draw_curves(
         left, {f"{r['name']}: {r['shape']}": [r["measured"]] for r in found["runs"]}, x="seconds"
     )
     for y, r in enumerate(found["runs"]):

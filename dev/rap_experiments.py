@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import trials
 from matplotlib.figure import Figure
 
-from nanochat.study import comparison
+from nanochat.study.comparison_page import draw_curves
 
 MEASURES = "saved_tokens_pct", "saved_seconds_pct", "final_bpb_delta", "step_time_pct"
 RUN = "--embedding_lr=0.1 --sequence_len=256 --total_batch_size=2048 --eval_every=0.1 --eval_tokens=16384 --sample_every=0 --compile=on"
@@ -172,7 +172,7 @@ def picture(out: Path) -> None:
         for r in map(json.loads, lines):
             if r["condition"] in groups and not r.get("error"):
                 groups[r["condition"]].append(r)
-        comparison.curves(ax, groups, title=f"{name}, bits per byte")
+        draw_curves(ax, groups, title=f"{name}, bits per byte")
     ax = below.subplots()
     rows = []
     for (

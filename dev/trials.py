@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "dev" / "results"
-RECORDS = "plan.json", "runs.jsonl", "results.json"  # of a comparison
+RECORDS = "conditions.json", "runs.jsonl", "results.json"  # of a comparison
 
 
 def options(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentParser:
@@ -147,7 +147,7 @@ def _adopt(names: Sequence[str], conditions: Mapping[str, str], folder: Path) ->
     for i, name in enumerate(names):
         if not (RESULTS / f"{name}.runs.jsonl").exists():
             continue
-        theirs = json.loads((RESULTS / f"{name}.plan.json").read_text(encoding="utf-8"))
+        theirs = json.loads((RESULTS / f"{name}.conditions.json").read_text(encoding="utf-8"))
         new = {
             c: flags for c, flags in theirs.items() if c not in plan and (i == 0 or c in conditions)
         }
@@ -156,5 +156,5 @@ def _adopt(names: Sequence[str], conditions: Mapping[str, str], folder: Path) ->
         plan |= new
     if runs:
         folder.mkdir(parents=True)
-        (folder / "plan.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        (folder / "conditions.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
         (folder / "runs.jsonl").write_text("".join(f"{line}\n" for line in runs), encoding="utf-8")

@@ -1,4 +1,7 @@
-"""compare: right statistics, honest verdicts, runs that pair, and going on after an interruption as if there had been none."""
+"""
+compare: right statistics, honest verdicts, paired runs, and resuming after an interruption as if there
+had been none.
+"""
 
 import json
 import math
@@ -16,13 +19,23 @@ import pytest
 import tiny
 from scipy import stats
 
-from nanochat.base import hardware
+from nanochat.base import files, hardware, logbook
 from nanochat.base.common import UserError
 from nanochat.base.logbook import Logbook
 from nanochat.commands import base_train, compare
 from nanochat.model import checkpoint
 from nanochat.study import comparison
-from nanochat.study.comparison import analyse, holm, interval, ratio_interval, reach
+from nanochat.study.comparison import Comparison, Timing, newest_train_row
+from nanochat.study.comparison_page import write_comparison
+from nanochat.study.records import at_speed, training_clock
+from nanochat.study.statistics import (
+    MEASURES,
+    analyse,
+    crossing,
+    holm,
+    interval,
+    ratio_interval,
+)
 from nanochat.train import stage
 from nanochat.train.loop import Evaluation
 
@@ -58,7 +71,7 @@ def test_holm():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
-def test_a_target_is_interpolated_on_the_logarithm_of_tokens():
+def test_a_crossing_is_interpolated_on_the_logarithm_of_tokens():
     curve = [
         [0, 0, 0.0, 9.0],
         [1, 100, 5.0, 3.0],
@@ -66,12 +79,12 @@ def test_a_target_is_interpolated_on_the_logarithm_of_tokens():
         [20, 2000, 100.0, 2.5],
         [40, 4000, 200.0, 1.0],
     ]
-    steps, tokens, seconds, bound = reach(curve, 2.5)
+    steps, tokens, seconds, bound = crossing(curve, 2.5)
     assert tokens == pytest.approx(10**2.5) and bound == ""
     assert (steps, seconds) == pytest.approx((tokens / 100, tokens / 20))
-    assert reach(curve, 2.0) == (10, 1000, 50.0, "") and reach(curve, 1.0).tokens == 4000
-    assert reach(curve, 0.5) == (40, 4000, 200.0, ">"), "never beyond the end of the curve"
-    assert reach(curve, 3.5) == (1, 100, 5.0, "<") and reach(curve, 3.0).bound == ""
+    assert crossing(curve, 2.0) == (10, 1000, 50.0, "") and crossing(curve, 1.0).tokens == 4000
+    assert crossing(curve, 0.5) == (40, 4000, 200.0, ">"), "never beyond the end of the curve"
+    assert crossing(curve, 3.5) == (1, 100, 5.0, "<") and crossing(curve, 3.0).bound == ""
 
 
 def test_savings_and_what_is_known_when_a_target_is_missed():
@@ -94,7 +107,7 @@ def test_savings_and_what_is_known_when_a_target_is_missed():
     assert not {"at_most", "at_least"} & set(ratio_interval([(1.0, ">"), (1.0, "<")], -1))
 
 
-def made(condition, seed, bpb, step_ms=100.0, speed=1.0):
+def finished_run(condition, seed, bpb, step_ms=100.0, speed=1.0):
     """A finished run of 40 steps of 1,000 tokens whose curve falls as 3 - log10(tokens) x 0.2, shifted to end at bpb."""
     at = lambda n: bpb + 0.2 * math.log10(40 / n) / speed  # noqa: E731
     curve = [[0, 0, 0.0, 9.0]] + [[n, 1000 * n, n * step_ms / 1e3, at(n)] for n in range(2, 41, 2)]
@@ -119,10 +132,12 @@ def made(condition, seed, bpb, step_ms=100.0, speed=1.0):
 
 def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):  # trap 30
     noise = [0.0, 0.02, -0.03, 0.01]
-    runs = [made("none", s, 2.0 + e) for s, e in enumerate(noise)]
-    runs += [made("good", s, 1.9 + e + 0.001 * s, step_ms=110.0) for s, e in enumerate(noise)]
-    runs += [made("noisy", s, 2.0 + e - 0.02 * (-1) ** s) for s, e in enumerate(noise)]
-    runs += [made("bad", s, 2.1 + e + 0.002 * s) for s, e in enumerate(noise)]
+    runs = [finished_run("none", s, 2.0 + e) for s, e in enumerate(noise)]
+    runs += [
+        finished_run("good", s, 1.9 + e + 0.001 * s, step_ms=110.0) for s, e in enumerate(noise)
+    ]
+    runs += [finished_run("noisy", s, 2.0 + e - 0.02 * (-1) ** s) for s, e in enumerate(noise)]
+    runs += [finished_run("bad", s, 2.1 + e + 0.002 * s) for s, e in enumerate(noise)]
     flags = dict.fromkeys(("none", "good", "noisy", "bad"), "--x")
     good, noisy, bad = analyse(runs, flags)["pairs"]
     assert (
@@ -155,7 +170,7 @@ def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):  # trap 30
     )
     assert good["final_bpb_delta"]["p_holm"] >= good["final_bpb_delta"]["p"]
     (one,) = analyse([r for r in runs if r["seed"] == 0], {"none": "", "good": ""})["pairs"]
-    assert {one[m]["verdict"] for m in comparison.MEASURES} == {"one seed shows nothing"}
+    assert {one[m]["verdict"] for m in MEASURES} == {"one seed is not evidence"}
     far = analyse(runs, flags, target=1.0)
     assert "not met" in far["pairs"][0]["saved_tokens_pct"]["verdict"] and far["conditions"][0][
         "to_target"
@@ -171,9 +186,9 @@ def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):  # trap 30
     assert pair["n_seeds"] == 3 and "1 of its pairs" in pair["final_bpb_delta"]["verdict"], (
         "a run that failed is never left out"
     )
-    for found, svgs in ((lost, 4), ([], 0)):
-        results = analyse(found, flags)
-        page = comparison.build("x <b>", results, found, tmp_path / "page.html").read_text()
+    for records, svgs in ((lost, 4), ([], 0)):
+        results = analyse(records, flags)
+        page = write_comparison("x <b>", results, records, tmp_path / "page.html").read_text()
         assert (
             "x &lt;b&gt;" in page
             and page.count("<svg") == svgs
@@ -188,12 +203,12 @@ def test_training_seconds_leave_out_first_steps_and_everything_between(tmp_path)
             book.log(
                 step=step, tokens=100 * step, seconds=100.0 * step, tok_per_sec=100 * step / spent
             )
-    with Logbook(tmp_path, config={}, step=3) as book:  # killed, and gone on with from step 3
+    with Logbook(tmp_path, config={}, step=3) as book:  # killed, then resumed from step 3
         for step, spent in enumerate([4.0, 4.6], 4):
             book.log(
                 step=step, tokens=100 * step, seconds=999.0, tok_per_sec=100 * (step - 3) / spent
             )
-    seconds, usual = comparison._clock(comparison.logbook.read(tmp_path))
+    seconds, usual = training_clock(logbook.read(tmp_path))
     assert usual == pytest.approx(0.5) and seconds == pytest.approx(
         {0: 0, 1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0, 5: 2.6}
     )
@@ -218,13 +233,13 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", inside)
     monkeypatch.setattr(hardware, "measured_peak", lambda *_: 1e11)
-    monkeypatch.setattr(comparison, "build", lambda *_: None)
+    monkeypatch.setattr(comparison, "write_comparison", lambda *_: None)
     monkeypatch.setattr(stage, "sample_evaluation", lambda *_: Evaluation("sample", 0, dict))
     return shlex.join([*flags, "--num_iterations=8", "--total_batch_size=256", "--compile=off"])
 
 
-def asked(common, *more):
-    words = [
+def words(common, *more):
+    flags = [
         "--name=x",
         f"--common={common}",
         "--a",
@@ -235,7 +250,7 @@ def asked(common, *more):
         "relu2",
         "silu",
     ]
-    return [*words, "--seeds=2", "--points=4", *more]
+    return [*flags, "--seeds=2", "--points=4", *more]
 
 
 def without_time(folder):
@@ -249,10 +264,8 @@ def without_time(folder):
     }
 
 
-def test_interrupted_and_gone_on_with_it_is_the_same_comparison(
-    here, tmp_path, monkeypatch, capsys
-):
-    compare.main(asked(here))
+def test_an_interrupted_comparison_resumes_to_the_same_results(here, tmp_path, monkeypatch, capsys):
+    compare.main(words(here))
     folder = tmp_path / "compare" / "x"
     whole = without_time(folder)
     assert list(whole) == [("relu2", 42), ("silu", 42), ("silu", 43), ("relu2", 43)], (
@@ -277,15 +290,15 @@ def test_interrupted_and_gone_on_with_it_is_the_same_comparison(
 
     monkeypatch.setattr(checkpoint, "save", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        compare.main(asked(here))
+        compare.main(words(here))
     assert list(without_time(folder)) == [("relu2", 42)] and list(folder.rglob("*.safetensors"))
-    compare.main(asked(here, "--keep"))
+    compare.main(words(here, "--keep"))
     assert without_time(folder) == whole
     assert len(list(folder.rglob("model.safetensors"))) >= 3, "--keep keeps"
-    compare.main(asked(here))
+    compare.main(words(here))
     assert "4 runs, 4 finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"silu that was begun with .* another --name"):
-        compare.main([*asked(here)[:4], "--b=--activation=gelu", *asked(here)[6:]])
+    with pytest.raises(UserError, match=r"silu that was started with .* another --name"):
+        compare.main([*words(here)[:4], "--b=--activation=gelu", *words(here)[6:]])
 
 
 def test_equal_conditions_differ_by_exactly_nothing(here, tmp_path):
@@ -327,7 +340,7 @@ def test_equal_conditions_differ_by_exactly_nothing(here, tmp_path):
         (["--b=--activation=sliu"], r"condition activation-sliu \(--b\): .*one of relu2"),
         (["--b", "--actvation=silu"], "did you mean --activation"),
         (["--b=--model_dim=33"], "not a multiple of head_dim"),
-        (["--b=--seed=1"], "--seed belongs to the comparison: use --first_seed"),
+        (["--b=--seed=1"], "--seed is set by the comparison: use --first_seed"),
         (["--b=--target_flops=1e9"], "two lengths for one run"),
         (["--b=--data=own=/nowhere"], "/nowhere"),
         (["--b=--eval_every=0"], "no curve"),
@@ -335,11 +348,11 @@ def test_equal_conditions_differ_by_exactly_nothing(here, tmp_path):
         (["--b='"], "closing quotation"),
         (["--b=", "--names", "one"], "1 names .* for 2 conditions"),
         (["--b=", "--names", "one", "../two"], "cannot be a folder name"),
-        (["--b=", "--target=soon"], "--target takes auto or a number"),
-        ([], "nothing to compare"),
+        (["--b=", "--target=soon"], "--target must be auto or a number"),
+        ([], "at least two conditions"),
     ],
 )
-def test_misuse_is_said_before_anything_runs(here, tmp_path, words, message):
+def test_misuse_is_reported_before_anything_runs(here, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         compare.main([f"--common={here}", *words])
     assert not (tmp_path / "compare").exists()
@@ -361,20 +374,20 @@ def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(
 
     monkeypatch.setattr(subprocess, "Popen", failing)
     starts = False
-    with pytest.raises(UserError, match="silu with seed 43 did not start: the loss is nan"):
-        compare.main(asked(here))
+    with pytest.raises(UserError, match="silu-s43 did not start: the loss is nan"):
+        compare.main(words(here))
     starts = True
-    results = compare.main(asked(here))
+    results = compare.main(words(here))
     assert results["conditions"][1]["failed"] == {"43": "the loss is nan at step 3"}
     assert results["pairs"][0]["final_bpb_delta"]["verdict"] == "1 of its pairs of runs failed"
 
 
 def test_only_one_process_compares(here, tmp_path):
     with (
-        compare.locked(tmp_path / "compare" / "x"),
-        pytest.raises(UserError, match="being compared already"),
+        files.locked(tmp_path / "compare" / "x" / "lock"),
+        pytest.raises(UserError, match="being compared by another process"),
     ):
-        compare.main(asked(here))
+        compare.main(words(here))
 
 
 def test_a_dry_run_leaves_nothing(here, tmp_path, monkeypatch, capsys):
@@ -384,113 +397,124 @@ def test_a_dry_run_leaves_nothing(here, tmp_path, monkeypatch, capsys):
         subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended)
     )
     monkeypatch.setattr(
-        compare, "_seen", lambda *_: {"launch": 0.0, "start": 1.0, "eval": 3.0, "train": 4.0}
+        comparison,
+        "first_rows",
+        lambda *_: {"launch": 0.0, "start": 1.0, "eval": 3.0, "train": 4.0},
     )
     monkeypatch.setattr(comparison, "record", lambda _: {"step_ms": 250.0})
-    found = compare.main(
-        asked(here, "--dry_run")
-    )  # a run: 1 s to start, five looks of 2 s, a first step of 1 s, eight of 0.25 s
-    assert found == {"runs": 4, "seconds": 4 * (1 + 5 * 2 + 1 + 8 * 0.25)}
+    estimate = compare.main(
+        words(here, "--dry_run")
+    )  # a run: 1 s to start, five evaluations of 2 s, a first step of 1 s, eight of 0.25 s
+    assert estimate == {"runs": 4, "seconds": 4 * (1 + 5 * 2 + 1 + 8 * 0.25)}
     assert (
         "2 runs of about" in capsys.readouterr().out and not (tmp_path / "compare" / "x").exists()
     )
 
 
-def test_conditions_are_timed_anew(here, tmp_path, monkeypatch):
-    compare.main(asked(here))
+def test_each_seed_is_timed_again_in_its_own_rounds(here, tmp_path, monkeypatch):
+    compare.main(words(here))
     before = without_time(tmp_path / "compare" / "x")
-    times = iter([100.0, 120.0, 130.0, 110.0])  # relu2 and silu, then the other way round
-    monkeypatch.setattr(
-        compare.Comparison, "probe", lambda self, c, lock, steps: (0.0, next(times))
-    )
-    found = compare.main(asked(here, "--retime=2"))
+    calls = []
+
+    def time_steps(self, condition, seed, steps):
+        calls.append((condition.name, seed))
+        return Timing(0.0, 100.0 + (condition.name == "silu") * 20 + (seed - 42) * 40 + len(calls))
+
+    monkeypatch.setattr(Comparison, "time_steps", time_steps)
+    results = compare.main(words(here, "--retime=2"))
+    turns = ["relu2", "silu", "silu", "relu2", "silu", "relu2", "relu2", "silu"]
+    assert [name for name, _ in calls] == turns, "turns alternate within a seed and between seeds"
+    assert [seed for _, seed in calls] == [42] * 4 + [43] * 4
     runs = [
         json.loads(line)
         for line in (tmp_path / "compare" / "x" / "runs.jsonl").read_text().splitlines()
     ]
     assert {(r["condition"], r["seed"]): r["step_ms"] for r in runs} == {
-        ("relu2", 42): 100,
-        ("silu", 42): 120,
-        ("silu", 43): 130,
-        ("relu2", 43): 110,
-    }
+        ("relu2", 42): 102.5,
+        ("silu", 42): 122.5,
+        ("silu", 43): 166.5,
+        ("relu2", 43): 146.5,
+    }, "the median of the seed's rounds"
     assert all(r["curve"][-1][2] == r["seconds"] for r in runs)
     slow = {"step_ms": 200.0, "seconds": 4.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 4.0, 2.0]]}
     quick = {"step_ms": 50.0, "seconds": 1.0, "curve": [[0, 0, 0.0, 8.0], [20, 100, 1.0, 2.0]]}
-    assert comparison.at_speed(slow, 50.0) == {"retimed": True, **quick}
-    assert found["pairs"][0]["step_time_pct"]["mean"] == pytest.approx(
-        100 * (math.sqrt(1.2 * 130 / 110) - 1)
+    assert at_speed(slow, 50.0) == {"retimed": True, **quick}
+    assert results["pairs"][0]["step_time_pct"]["mean"] == pytest.approx(
+        100 * (math.sqrt(122.5 / 102.5 * 166.5 / 146.5) - 1)
     )
     assert without_time(tmp_path / "compare" / "x") == before
-    with pytest.raises(UserError, match="length is a time"):
+    with pytest.raises(UserError, match="does not work with --max_minutes"):
         compare.main(
-            asked(here.replace("--num_iterations=8", "--max_minutes=1"), "--retime=2", "--name=y")
+            words(here.replace("--num_iterations=8", "--max_minutes=1"), "--retime=2", "--name=y")
         )
 
 
 def test_a_budget_of_time_does_not_pay_for_what_only_the_first_run_compiles(
     here, tmp_path, monkeypatch
 ):
-    order, inside, probe = [], subprocess.Popen, compare.Comparison.probe
+    order, inside, time_steps = [], subprocess.Popen, Comparison.time_steps
     pins = {"dtype": "float32", "compile": "off"}
     ended = {"poll": lambda: 0, "kill": lambda: None, "wait": lambda: None, "returncode": 0}
     monkeypatch.setattr(
         subprocess, "Popen", lambda *a, **k: inside(*a, **k) and SimpleNamespace(**ended)
     )
-    monkeypatch.setattr(
-        compare.Comparison,
-        "probe",
-        lambda self, c, lock: order.append((f"probe {c.name}", probe(self, c, lock)[0])),
-    )
-    finished = lambda name, seed: order.append(name) or {**made(name, seed, 2.0), "pins": pins}  # noqa: E731
-    monkeypatch.setattr(compare.Comparison, "run", lambda self, c, seed, *_: finished(c.name, seed))
+
+    def trial(self, condition, *rest):
+        order.append((f"trial {condition.name}", time_steps(self, condition, *rest).run_seconds))
+
+    def train(self, condition, seed, *_):
+        order.append(condition.name)
+        return {**finished_run(condition.name, seed, 2.0), "pins": pins}
+
+    monkeypatch.setattr(Comparison, "time_steps", trial)
+    monkeypatch.setattr(Comparison, "train", train)
     timed = here.replace("--num_iterations=8", "--max_minutes=0.05")
-    compare.main(asked(timed.replace("--compile=off", "--compile=auto")))
+    compare.main(words(timed.replace("--compile=off", "--compile=auto")))
     seconds = pytest.approx(3.0)
     assert order == [
-        ("probe relu2", seconds),
+        ("trial relu2", seconds),
         "relu2",
-        ("probe silu", seconds),
+        ("trial silu", seconds),
         "silu",
         "silu",
         "relu2",
     ]
     order.clear()
-    compare.main(asked(timed, "--name=y"))
-    compare.main(asked(here.replace("--compile=off", "--compile=on"), "--name=z"))
+    compare.main(words(timed, "--name=y"))
+    compare.main(words(here.replace("--compile=off", "--compile=on"), "--name=z"))
     assert order == ["relu2", "silu", "silu", "relu2"] * 2, (
-        "where nothing is compiled, or steps are counted, nothing is tried first"
+        "no trial where nothing is compiled or the number of steps is given"
     )
 
 
 @pytest.mark.slow
-def test_the_command_is_killed_and_goes_on(tmp_path):
+def test_the_command_is_killed_and_resumes(tmp_path):
     """The real thing: runs in their own processes, SIGTERM to the command in the middle of one."""
     flags = [
         f for f in tiny.workplace(tmp_path) if not f.startswith(("--model_tag", "--sample_every"))
     ]
-    root = str(Path(compare.__file__).parents[1])
+    root = str(Path(compare.__file__).parents[2])
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "PYTHONPATH": root}
-    words = [
+    command = [
         sys.executable,
         "-m",
         "scripts.compare",
-        *asked(shlex.join([*flags, "--num_iterations=60"])),
+        *words(shlex.join([*flags, "--num_iterations=60"])),
     ]
     assert (
         "about"
         in subprocess.run(
-            [*words, "--dry_run"], env=env, capture_output=True, text=True, check=True
+            [*command, "--dry_run"], env=env, capture_output=True, text=True, check=True
         ).stdout
     )
-    process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     folder = tmp_path / "compare" / "x"
     second = folder / "checkpoints" / "base" / "silu-s42"
-    while compare._last(second).get("step", 0) < 5:
+    while newest_train_row(second).get("step", 0) < 5:
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     assert process.wait() == 130 and list(without_time(folder)) == [("relu2", 42)]
-    subprocess.run(words, env=env, check=True)
+    subprocess.run(command, env=env, check=True)
     assert len(without_time(folder)) == 4
     assert (second / "metrics.jsonl").read_text().count('{"kind": "start"') == 2

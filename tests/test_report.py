@@ -1,4 +1,4 @@
-"""report: one page that stands alone, right numbers, no invention."""
+"""The report: one page that needs no other file, with the right numbers and nothing invented."""
 
 import re
 from html.parser import HTMLParser
@@ -8,8 +8,9 @@ import pytest
 
 from nanochat.base.common import UserError
 from nanochat.base.logbook import Logbook
-from nanochat.commands import report as command
-from nanochat.study import report
+from nanochat.commands import report
+from nanochat.study.page import INK
+from nanochat.study.report import find_runs, load, write_report
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_the_page_stands_alone_and_says_what_was_measured(runs, tmp_path):
-    text = report.build(runs, tmp_path / "out" / "page.html").read_text()
+def test_the_page_needs_no_other_file_and_shows_what_was_measured(runs, tmp_path):
+    text = write_report(runs, tmp_path / "out" / "page.html").read_text()
     page = Page(text)
     tags = [tag for tag, _ in page.tags]
     assert tags.count("svg") == 6 and not {"script", "img", "link", "iframe"} & set(tags)
@@ -71,9 +72,7 @@ def test_the_page_stands_alone_and_says_what_was_measured(runs, tmp_path):
         and "50%" in text
     )
     assert "90.0%" in text and "sums &lt;&amp;&gt;" in text and "&lt;script&gt;" in text
-    assert (
-        "prefers-color-scheme: dark" in text and report.INK not in text and "currentColor" in text
-    )
+    assert "prefers-color-scheme: dark" in text and INK not in text and "currentColor" in text
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
     assert len(text) < 400_000
@@ -82,29 +81,28 @@ def test_the_page_stands_alone_and_says_what_was_measured(runs, tmp_path):
 def test_a_missing_measurement_has_no_curve(tmp_path):
     with Logbook(tmp_path / "base" / "d1") as book:
         book.log(step=1, tokens=10, seconds=1.0, loss=2.0)
-    text = report.build([tmp_path / "base" / "d1"], tmp_path / "page.html").read_text()
+    text = write_report([tmp_path / "base" / "d1"], tmp_path / "page.html").read_text()
     assert text.count("<svg") == 2 and "<h2>Accuracy" not in text and "<h2>Samples" not in text
 
 
 def test_a_folder_without_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        report.build([tmp_path], tmp_path / "page.html")
+        write_report([tmp_path], tmp_path / "page.html")
     with pytest.raises(UserError, match="no run"):
-        report.build([], tmp_path / "page.html")
+        write_report([], tmp_path / "page.html")
 
 
-def test_picture_and_command(runs, tmp_path, monkeypatch, capsys):
+def test_the_command_finds_runs_or_takes_folders(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    command.main(["--png", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    report.main([])
     assert str(tmp_path / "report.html") in capsys.readouterr().out
-    assert report.find_runs() == runs  # base before sft
-    command.main([str(runs[0]), "-o", str(tmp_path / "one.html")])
+    assert find_runs() == runs  # base before sft
+    report.main([str(runs[0]), "-o", str(tmp_path / "one.html")])
     assert "nanochat: base/d4" in (tmp_path / "one.html").read_text()
 
 
-def test_long_curves_are_thinned_and_bad_points_dropped(runs):
-    (log,) = report.load(runs[:1])
+def test_long_curves_are_averaged_and_bad_points_dropped(runs):
+    (log,) = load(runs[:1])
     xs, ys = log.curve("train", "loss", "tokens")
     assert len(xs) <= 250 and xs == sorted(xs) and all(4.0 < y <= 5.0 for y in ys)
     assert log.last("val_bpb", "eval") == 2.0

@@ -2,30 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from nanochat.base import knobs
 from nanochat.base.common import base_dir, entry, print0
-from nanochat.base.knobs import knob
-from nanochat.study.report import build, curves_png, find_runs
+from nanochat.base.knobs import knob, parse
 
 
 @dataclass(frozen=True)
-class Knobs:
+class ReportKnobs:
     """Report"""
 
     directories: tuple[str, ...] = knob(
-        (), "folders of runs; all under the base folder when none is given", positional=True
+        (), "folders of runs; without any, all runs under the base folder", positional=True
     )
-    out: str = knob("", "the page to write; report.html in the base folder when empty", alias="-o")
-    png: str = knob("", "also write a picture of the runs as one chain of stages to this file")
+    out: str = knob("", "file to write; empty = report.html in the base folder", alias="-o")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    k, _ = knobs.parse(Knobs, argv, command="report")
-    directories = list(k.directories) or find_runs()
-    print0(build(directories, k.out or base_dir() / "report.html"))
-    if k.png:
-        print0(curves_png(directories, k.png))
+def main(argv: Sequence[str] | None = None) -> Path:
+    knobs, _ = parse(ReportKnobs, argv, command="report")
+
+    from nanochat.study.report import find_runs, write_report
+
+    directories = knobs.directories or find_runs()
+    page = write_report(directories, knobs.out or base_dir() / "report.html")
+    print0(page)
+    return page
 
 
 if __name__ == "__main__":

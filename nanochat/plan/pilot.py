@@ -38,7 +38,8 @@ from nanochat.model.stages import run_directory
 from nanochat.plan import law, recipe, speed
 from nanochat.plan.probe import process
 from nanochat.plan.speed import GIB, Machine
-from nanochat.study import comparison, report
+from nanochat.study import page
+from nanochat.study.records import record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,7 +250,7 @@ def measured(directory: Path) -> dict[str, Any]:
         rows[-1]["seconds"] - rows[0]["seconds"],
         rows[-1]["tokens"] - rows[0]["tokens"],
     )
-    found = comparison.record(directory)
+    found = record(directory)
     return {n: found[n] for n in ("steps", "tokens", "final_bpb", "peak_memory_bytes")} | {
         "tok_per_sec": tokens / max(seconds, 1e-9)
     }
@@ -386,13 +387,13 @@ def _page(ends: Sequence[tuple[float, float]], fit: Fit, tokens: float, out: Pat
 
     def draw(ax: "Axes") -> None:
         d = np.geomspace(min(t for t, _ in ends) / 1.5, tokens, 100)
-        unit, word = report.token_unit(tokens)
-        ax.plot(d / unit, [fit.at(x) for x in d], color=report.LIGHT[0], linewidth=1.6)
+        unit, word = page.token_unit(tokens)
+        ax.plot(d / unit, [fit.at(x) for x in d], color=page.LIGHT[0], linewidth=1.6)
         ax.plot(
             [t / unit for t, _ in ends],
             [b for _, b in ends],
             "o",
-            color=report.LIGHT[1],
+            color=page.LIGHT[1],
             markersize=5,
         )
         ax.errorbar(
@@ -400,13 +401,13 @@ def _page(ends: Sequence[tuple[float, float]], fit: Fit, tokens: float, out: Pat
             [fit.bpb],
             [[fit.bpb - fit.lo], [fit.hi - fit.bpb]],
             fmt="o",
-            color=report.LIGHT[0],
+            color=page.LIGHT[0],
             capsize=3,
         )
         ax.set_xscale("log")
         ax.set_xlabel(word)
         ax.set_title("Pilot runs and the whole budget, bits per byte")
 
-    return report.page(
-        "nanochat: pilot", {"Extrapolation": report.gallery([report.svg(partial(draw))])}, out
+    return page.write_page(
+        "nanochat: pilot", {"Extrapolation": page.gallery([page.svg(partial(draw))])}, out
     )

@@ -33,7 +33,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.plan import law, speed
 from nanochat.plan.speed import GIB, PRETRAIN, Machine
-from nanochat.study import report
+from nanochat.study import page
 from nanochat.train.knobs import MachineKnobs, TrainKnobs
 from nanochat.train.run import make_optimizer
 from nanochat.train.scaling import batch_for
@@ -351,8 +351,8 @@ def run(k: Knobs) -> dict[str, Any]:
     for p in good:
         p["tokens_in_budget"] = p["tok_per_sec"] * training
     _print(points, machine)
-    page = _page(points, out.with_suffix(".html")) if good else None
-    print0(f"  {out}" + (f"\n  {page}" if page else ""))
+    written = _page(points, out.with_suffix(".html")) if good else None
+    print0(f"  {out}" + (f"\n  {written}" if written else ""))
     found = {
         "machine": saved(machine),
         "points": points,
@@ -415,7 +415,7 @@ def _page(points: Sequence[Mapping[str, Any]], out: Path) -> Path:
             mine = sorted(
                 (p for p in points if shape(p) == one and name in p), key=lambda p: p["rows"]
             )
-            colour = report.LIGHT[i % len(report.LIGHT)]
+            colour = page.LIGHT[i % len(page.LIGHT)]
             ax.plot(
                 [p["rows"] for p in mine],
                 [p[name] / unit for p in mine],
@@ -427,13 +427,11 @@ def _page(points: Sequence[Mapping[str, Any]], out: Path) -> Path:
         ax.set_xlabel("rows of a micro-batch")
         ax.set_ylim(0)
 
-    plots = [report.svg(partial(draw, name="tok_per_sec", unit=1, title="Tokens a second"))]
-    plots += [
-        report.svg(partial(draw, name="peak_memory_bytes", unit=GIB, title="Peak memory, GiB"))
-    ]
-    legend = " ".join(f"{report.chip(i)}{d} x {w}, T {t}" for i, (d, w, t) in enumerate(shapes))
-    return report.page(
-        "nanochat: probe", {"Speed": f'<p class="key">{legend}</p>{report.gallery(plots)}'}, out
+    plots = [page.svg(partial(draw, name="tok_per_sec", unit=1, title="Tokens a second"))]
+    plots += [page.svg(partial(draw, name="peak_memory_bytes", unit=GIB, title="Peak memory, GiB"))]
+    legend = " ".join(f"{page.chip(i)}{d} x {w}, T {t}" for i, (d, w, t) in enumerate(shapes))
+    return page.write_page(
+        "nanochat: probe", {"Speed": f'<p class="key">{legend}</p>{page.gallery(plots)}'}, out
     )
 
 

@@ -1,540 +1,370 @@
 """
-Tell whether one way of training beats another: paired statistics over seeds, as JSON and as one HTML page with plots.
-
-Everything comes from records of finished runs (a dict each, the learning curve inside), so that a comparison can be computed again from its
-runs.jsonl alone. It refuses to call a win what seed noise can make, to extrapolate a curve, and to leave out a run that failed.
+Run the conditions of a comparison, each run a base_train in a process of its own, and time them
+again. Everything lies in compare/NAME under the base folder, which is also the base folder of the
+runs. A comparison resumes where it was interrupted; one process at a time may work on it.
 """
 
-import html
-import math
+import json
+import os
 import shlex
-from collections.abc import Mapping, Sequence
-from functools import partial
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-import numpy as np
-from scipy import stats
+from nanochat.base import files, logbook
+from nanochat.base.common import UserError, base_dir, duration, notice, print0
+from nanochat.base.progress import StatusLine
+from nanochat.model.checkpoint import list_checkpoints
+from nanochat.study.comparison_page import write_comparison
+from nanochat.study.conditions import Condition
+from nanochat.study.records import at_speed, record
+from nanochat.study.statistics import analyse
 
-from nanochat.base import logbook
-from nanochat.base.common import human
-from nanochat.data.contexts import Contexts
-from nanochat.model.checkpoint import upgraded
-from nanochat.model.config import GPTConfig
-from nanochat.model.gpt import GPT
-from nanochat.study import report
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-LEVEL = 0.95
-MEASURES = {  # name -> (what it is, whether more of it is better, how its numbers are written)
-    "final_bpb_delta": ("final bits per byte, change", False, "+.4f"),
-    "saved_tokens_pct": ("tokens saved, %", True, "+.1f"),
-    "saved_seconds_pct": ("training seconds saved, %", True, "+.1f"),
-    "step_time_pct": ("step time, change in %", False, "+.1f"),
-}
-NOTES = """
-Differences are paired: runs of one seed see the same data in the same order and, where shapes agree, start from the same weights.
-Intervals are 95 % t intervals over seeds, of savings and step times by the logarithm of the ratio. They are not adjusted for several
-conditions; the verdicts are (Holm at 5 % over the conditions, each measure by itself).
-
-Tokens and seconds are saved on the way to a target: the number that was asked for, else the final bits per byte of the run of the pair
-that ended worse, so that both get there; where the condition wins it is the baseline's own. Between evaluations tokens are interpolated on
-a logarithmic axis, and never beyond a curve's end. No run was shortened to its target: one of that length, its learning rate decayed,
-would have got there sooner.
-
-Seconds are those of the optimizer steps. Start-up, compilation, evaluation and saving are left out, and the first step of a process counts
-as a median one; they are in the wall time. After --retime they are at the speed that was then measured, the conditions taking turns, and
-not at that of a busy hour or of another machine. Bands span the seeds; around differences they are 95 % t intervals, point by point.
-"""
+SHARED = ("tokenizer", "tokens", "shards")  # folders of the user's base folder that runs read
+ESTIMATE_STEPS, RETIME_STEPS = 6, 30  # first steps that are run to time a condition
 
 
-class Reach(NamedTuple):
-    """Where a curve comes down to a target. bound: "" interpolated, ">" not by the run's end, "<" before its first evaluation."""
+class Timing(NamedTuple):
+    """What the first steps of a condition say: seconds of a whole run, milliseconds per step."""
 
-    steps: float
-    tokens: float
-    seconds: float
-    bound: str = ""
+    run_seconds: float
+    step_ms: float
 
 
-def record(directory: Path, **more: Any) -> dict[str, Any]:
-    """
-    The record of a run, whole or not, from its logbook; `more` (condition, seed, ...) comes first. curve: [step, tokens, training
-    seconds, bits per byte] of every evaluation. pins: the flags that make other runs choose as this one did.
-    """
-    rows = logbook.read(directory)
-    meta = upgraded(next(r["config"] for r in rows if r.get("kind") == "start"))
-    seconds, step_seconds = _clock(rows)
-    evals = [
-        r for r in rows if r.get("kind") == "eval" and math.isfinite(r.get("val_bpb", math.nan))
-    ]
-    model = GPT.build(GPTConfig.from_dict(meta["config"]), "meta")
-    last = next((r for r in reversed(rows) if r.get("kind") == "summary"), {})
-    plan, contexts = (
-        meta["horizon"],
-        Contexts.parse(meta["knobs"].get("context_stages", ()), model.config.sequence_len),
-    )
-    batch = plan["rows"] * meta["config"]["sequence_len"]
-    return {
-        **more,
-        "steps": max(seconds),
-        "tokens": max((r["tokens"] for r in rows if r.get("kind") == "train"), default=0),
-        "final_bpb": evals[-1]["val_bpb"] if evals and evals[-1]["step"] == max(seconds) else None,
-        "step_ms": round(step_seconds * 1e3, 3),
-        "seconds": round(max(seconds.values()), 3),
-        "wall_seconds": last.get("seconds"),
-        "peak_memory_bytes": last.get("peak_memory_bytes"),
-        "parameters": model.counts()["total"],
-        "flops_per_token": contexts.mean(model.flops_per_token),
-        "curve": [
-            [r["step"], r["tokens"], round(seconds[r["step"]], 3), r["val_bpb"]] for r in evals
-        ],
-        "pins": {
-            "dtype": meta["dtype"],
-            "compile": "on" if plan["compiled"] else "off",
-            "total_batch_size": batch,
-        },
-    }
+class Comparison:
+    """The folder of a comparison: its conditions, which runs are finished, what they show."""
 
-
-def _clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float], float]:
-    """
-    -> (step -> training seconds until its end, a median step's). tok_per_sec is the mean since a process began, so its rows give back every
-    step's own time; a first step, which warms up and compiles, counts as a median one.
-    """
-    spans: dict[int, float] = {}
-    firsts, tokens, offset, spent = set(), 0, 0, 0.0
-    begun = False
-    for r in rows:
-        if r.get("kind") == "start":
-            offset, spent, begun = tokens, 0.0, True
-        elif r.get("kind") == "train":
-            tokens, now = r["tokens"], (r["tokens"] - offset) / r["tok_per_sec"]
-            spans[r["step"]], spent = max(0.0, now - spent), now
-            if begun:
-                firsts.add(r["step"])
-            begun = False
-    usual = median(
-        [s for step, s in spans.items() if step not in firsts] or list(spans.values()) or [0.0]
-    )
-    out, total = {0: 0.0}, 0.0
-    for step, span in spans.items():
-        total += usual if step in firsts else span
-        out[step] = total
-    return out, usual
-
-
-def at_speed(run: Mapping[str, Any], step_ms: float) -> dict[str, Any]:
-    """The record of a run as if its steps had taken this long: of one that other work, or another machine, made slow."""
-    share = step_ms / run["step_ms"]
-    curve = [
-        [step, tokens, round(seconds * share, 3), bpb]
-        for step, tokens, seconds, bpb in run["curve"]
-    ]
-    return {
-        **run,
-        "retimed": True,
-        "step_ms": step_ms,
-        "seconds": round(run["seconds"] * share, 3),
-        "curve": curve,
-    }
-
-
-def reach(curve: Sequence[Sequence[float]], target: float) -> Reach:
-    """Where a curve (as in record) first is at the target or below: interpolated between two evaluations, linear in the log of tokens."""
-    points = [p for p in curve if p[1] > 0]
-    at = next((i for i, p in enumerate(points) if p[3] <= target), None)
-    if at is None:
-        return Reach(*points[-1][:3], bound=">")
-    if at == 0 or points[at][3] == target:
-        return Reach(*points[at][:3], bound="" if points[at][3] == target else "<")
-    a, b = points[at - 1], points[at]
-    tokens = a[1] * (b[1] / a[1]) ** ((a[3] - target) / (a[3] - b[3]))
-    share = (tokens - a[1]) / (b[1] - a[1])
-    return Reach(a[0] + share * (b[0] - a[0]), tokens, a[2] + share * (b[2] - a[2]))
-
-
-def interval(values: Sequence[float], level: float = LEVEL) -> dict[str, Any]:
-    """Mean, t interval [lo, hi] and two-sided p value of "the mean is 0"; all but the mean None for one value."""
-    n = len(values)
-    out: dict[str, Any] = {
-        "n": n,
-        "mean": fmean(values) if n else None,
-        "lo": None,
-        "hi": None,
-        "p": None,
-    }
-    if n > 1:
-        mean, error = out["mean"], float(np.std(values, ddof=1)) / math.sqrt(n)
-        half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-        p = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
-        out |= {"lo": mean - half, "hi": mean + half, "p": p}
-    return out
-
-
-def _estimate(values: Sequence[float]) -> dict[str, Any]:
-    """interval() of what nobody asks whether it is 0."""
-    return {k: v for k, v in interval(values).items() if k != "p"}
-
-
-def ratio_interval(ratios: Sequence[tuple[float, str]], sign: int = 1) -> dict[str, Any]:
-    """
-    interval() of ratios by their logarithms, as percent of change, or of what is saved with sign -1. A ratio is (value, bound); with ">" or
-    "<" among them there is no mean, but a bound of it, at_least or at_most, where all point the same way.
-    """
-
-    def percent(x: float) -> float:
-        return sign * 100 * math.expm1(x) + 0.0  # no -0
-
-    out = interval([math.log(r) for r, _ in ratios])
-    bounds = [b for _, b in ratios if b]
-    if bounds:
-        side = {">": 1, "<": -1}.get("".join(set(bounds)), 0) * sign
-        known = {("at_least" if side > 0 else "at_most"): percent(out["mean"])} if side else {}
-        return out | dict.fromkeys(("mean", "lo", "hi", "p")) | {"censored": len(bounds), **known}
-    ends = sorted(percent(out[k]) for k in ("lo", "hi") if out[k] is not None) or [None, None]
-    return out | {
-        "mean": None if out["mean"] is None else percent(out["mean"]),
-        "lo": ends[0],
-        "hi": ends[1],
-    }
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Standard deviation over seeds with its 95 % interval (chi-squared)."""
-    n = len(values)
-    if n < 2:
-        return {"sd": None, "sd_lo": None, "sd_hi": None}
-    sd = float(np.std(values, ddof=1))
-    lo, hi = (
-        sd * math.sqrt((n - 1) / float(stats.chi2.ppf(q, n - 1)))
-        for q in ((1 + LEVEL) / 2, (1 - LEVEL) / 2)
-    )
-    return {"sd": sd, "sd_lo": lo, "sd_hi": hi}
-
-
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """p values adjusted for being several (Holm's step-down); None stays None."""
-    known = sorted((p, i) for i, p in enumerate(ps) if p is not None)
-    out: list[float | None] = [None] * len(ps)
-    worst = 0.0
-    for rank, (p, i) in enumerate(known):
-        out[i] = worst = max(worst, min(1.0, (len(known) - rank) * p))
-    return out
-
-
-def _verdict(found: Mapping[str, Any], more_is_better: bool, failed: int) -> str:
-    if failed:
-        return f"{failed} of its pairs of runs failed"
-    if found.get("censored"):
-        return f"target not met (or before the first evaluation) in {found['censored']} of {found['n']} pairs"
-    if found["n"] < 2:
-        return "one seed shows nothing" if found["n"] else "no pair of runs yet"
-    if found["p_holm"] >= 1 - LEVEL:
-        return "no difference seen"
-    return "better" if (found["mean"] > 0) == more_is_better else "worse"
-
-
-def _ratio(a: Reach, b: Reach, what: str) -> tuple[float, str]:
-    """b / a, and to which side the truth may lie."""
-    flipped = {"": "", ">": "<", "<": ">"}
-    bounds = {b.bound, flipped[a.bound]} - {""}
-    return getattr(b, what) / getattr(a, what), "".join(sorted(bounds))
-
-
-def analyse(
-    runs: Sequence[Mapping[str, Any]], flags: Mapping[str, str], target: float | None = None
-) -> dict[str, Any]:
-    """
-    The results of a comparison: `runs` as record() gives them, with condition, seed and, of a failed one, error; `flags` by condition, the
-    baseline first. target: bits per byte, None = for each pair the final ones of the run that ended worse.
-    """
-    names = list(flags)
-    done = {(r["condition"], r["seed"]): r for r in runs if not r.get("error")}
-    lost = {(r["condition"], r["seed"]): r["error"] for r in runs if r.get("error")}
-    seeds = sorted({s for _, s in [*done, *lost]})
-    conditions, pairs = [], []
-    for name in names:
-        mine = [done[name, s] for s in seeds if (name, s) in done]
-        bpb = [r["final_bpb"] for r in mine]
-        base = [
-            (done[names[0], s], done[name, s])
-            for s in seeds
-            if (names[0], s) in done and (name, s) in done
+    def __init__(self, knobs: Any, conditions: list[Condition]):
+        """`knobs` are those of compare. Raises UserError if the folder has other conditions."""
+        self.conditions, self.keep = conditions, knobs.keep
+        self.target = None if knobs.target == "auto" else float(knobs.target)
+        self.name = knobs.name or "-vs-".join(condition.name for condition in conditions)
+        self.folder = (base_dir() / "compare" / self.name).resolve()
+        n = len(conditions)
+        # Another condition goes first with each seed, so that drift of the machine affects all.
+        self.schedule = [
+            (conditions[(i + j) % n], knobs.first_seed + i)
+            for i in range(knobs.seeds)
+            for j in range(n)
         ]
-        hits = [reach(b["curve"], a["final_bpb"] if target is None else target) for a, b in base]
-        means = {
-            k: fmean(r[k] for r in mine) if mine else None
-            for k in ("steps", "tokens", "step_ms", "seconds", "parameters")
-        }
-        whole = {
-            k: max((r[k] for r in mine if r[k]), default=None)
-            for k in ("wall_seconds", "peak_memory_bytes")
-        }
-        known = hits and not any(h.bound for h in hits)
-        to_target = {
-            k: _estimate([getattr(h, k) for h in hits]) if known else None
-            for k in ("steps", "tokens", "seconds")
-        }
-        to_target |= {"reached": sum(h.bound != ">" for h in hits), "of": len(hits)}
-        failed = {str(s): e for (c, s), e in lost.items() if c == name}
-        conditions.append(
-            {
-                "name": name,
-                "flags": flags[name],
-                "n_seeds": len(mine),
-                "failed": failed,
-                "final_bpb": _estimate(bpb) | spread(bpb),
-            }
-            | {**means, **whole, "to_target": to_target}
-        )
-        if name == names[0]:
-            continue
-        goals = [max(a["final_bpb"], b["final_bpb"]) if target is None else target for a, b in base]
-        reached = [
-            (reach(a["curve"], goal), reach(b["curve"], goal))
-            for (a, b), goal in zip(base, goals, strict=True)
-        ]
-        missing = len({s for c, s in lost if c in (name, names[0])})
-        found = {
-            "final_bpb_delta": interval([b["final_bpb"] - a["final_bpb"] for a, b in base]),
-            "saved_tokens_pct": ratio_interval([_ratio(*r, "tokens") for r in reached], -1),
-            "saved_seconds_pct": ratio_interval([_ratio(*r, "seconds") for r in reached], -1),
-            "step_time_pct": ratio_interval([(b["step_ms"] / a["step_ms"], "") for a, b in base]),
-        }
-        pairs.append(
-            {
-                "name": name,
-                "baseline": names[0],
-                "n_seeds": len(base),
-                "failed_pairs": missing,
-                **found,
-            }
-        )
-    for measure, (_, more_is_better, _) in MEASURES.items():
-        for pair, p in zip(pairs, holm([pair[measure]["p"] for pair in pairs]), strict=True):
-            pair[measure] |= {"p_holm": p}
-            pair[measure] |= {
-                "verdict": _verdict(pair[measure], more_is_better, pair["failed_pairs"])
-            }
-    return {
-        "target": target,
-        "level": LEVEL,
-        "adjusted": "verdicts by Holm, intervals not",
-        "conditions": conditions,
-        "pairs": pairs,
-    }
-
-
-# the page -----------------------------------------------------------------------------------------------------------------
-
-
-def figure(found: Mapping[str, Any], form: str) -> str:
-    """-12.3 (-15.0 to -9.6), or what is known instead."""
-    for side in ("at_least", "at_most"):
-        if side in found:
-            return f"{side.replace('_', ' ')} {found[side]:{form}}"
-    if found["mean"] is None:
-        return "unknown"
-    return f"{found['mean']:{form}}" + (
-        f" ({found['lo']:{form}} to {found['hi']:{form}})" if found["lo"] is not None else ""
-    )
-
-
-def text(pair: Mapping[str, Any]) -> str:
-    """What a condition does against the baseline, for a terminal."""
-    lines = [
-        f"  {what:<28}{figure(pair[m], form):<32}{pair[m]['verdict']}"
-        for m, (what, _, form) in MEASURES.items()
-    ]
-    return "\n".join(
-        [f"{pair['name']} against {pair['baseline']}, {pair['n_seeds']} paired seeds:", *lines]
-    )
-
-
-def _row(head: str, cells: Sequence[tuple[str, str]]) -> str:
-    """A row of a table: its head is HTML, a cell a text and a small one under it."""
-    return (
-        f"<tr><th>{head}</th>"
-        + "".join(f"<td>{html.escape(a)}<small>{html.escape(b)}</small></td>" for a, b in cells)
-        + "</tr>"
-    )
-
-
-def _conditions(results: Mapping[str, Any]) -> str:
-    flags = [shlex.split(c["flags"]) for c in results["conditions"]]
-    shared = [f for f in flags[0] if all(f in other for other in flags)]
-    rows = []
-    for i, c in enumerate(results["conditions"]):
-        own = shlex.join(f for f in flags[i] if f not in shared)
-        cells = [
-            (own, ""),
-            (str(c["n_seeds"]), "; ".join(f"seed {s}: {e}" for s, e in c["failed"].items())),
-        ]
-        if c["n_seeds"]:
-            bpb, hit = c["final_bpb"], c["to_target"]
-            sd = (
-                f"sd {bpb['sd']:.4f} ({bpb['sd_lo']:.4f} to {bpb['sd_hi']:.4f})"
-                if bpb["sd"] is not None
-                else ""
-            )
-            to = (f"reached by {hit['reached']} of {hit['of']}", "")
-            if hit["tokens"]:
-                to = (
-                    f"{hit['tokens']['mean']:,.0f}",
-                    f"{hit['steps']['mean']:,.0f} steps, {hit['seconds']['mean']:,.1f} s",
+        self.records: list[dict[str, Any]] = []
+        stored = self._stored_flags()
+        for condition in conditions:
+            flags = stored.setdefault(condition.name, condition.flags)
+            if flags != condition.flags:
+                raise UserError(
+                    f"{self.name} has a condition {condition.name} that was started with "
+                    f"{shlex.join(flags)}, not {shlex.join(condition.flags)}: use another name "
+                    "for the condition, or another --name"
                 )
-            cells += [(f"{c['parameters']:,.0f}", human(c["peak_memory_bytes"] or 0) + "B peak")]
-            cells += [
-                (f"{c['tokens']:,.0f}", f"{c['steps']:,.0f} steps"),
-                (f"{bpb['mean']:.4f}", sd),
-                to,
-            ]
-            cells += [
-                (f"{c['step_ms']:,.1f} ms", ""),
-                (f"{c['seconds']:,.1f} s", f"{c['wall_seconds'] or 0:,.1f} s wall"),
-            ]
-        rows.append(_row(f"{report.chip(i)}{html.escape(c['name'])}", cells))
-    goal = "the baseline's final" if results["target"] is None else f"{results['target']:g}"
-    heads = (
-        "condition",
-        "flags",
-        "seeds",
-        "parameters",
-        "tokens",
-        "final bits per byte",
-        f"tokens to {goal}",
-        "step",
-        "training",
-    )
-    return report.table(heads, rows) + f"<p>For all: {html.escape(shlex.join(shared))}</p>"
+        self.flags = stored  # by condition, also of those that are not compared now
 
+    def _stored_flags(self) -> dict[str, list[str]]:
+        """The flags of every condition in the folder; also reads the finished runs."""
+        former, file = self.folder / "plan.json", self.folder / "conditions.json"
+        if former.exists():
+            former.rename(file)
+        if not file.exists():
+            return {}
+        lines = (self.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+        self.records = [json.loads(line) for line in lines]
+        return json.loads(file.read_text(encoding="utf-8"))
 
-def _pairs(results: Mapping[str, Any]) -> str:
-    rows = []
-    for i, pair in enumerate(results["pairs"], 1):
-        cells = [
-            (pair[m]["verdict"], figure(pair[m], form)) for m, (_, _, form) in MEASURES.items()
-        ]
-        rows.append(
-            _row(
-                f"{report.chip(i)}{html.escape(pair['name'])}", [(str(pair["n_seeds"]), ""), *cells]
-            )
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """
+        Reserve the folder for this process and its runs; a run that outlives this process keeps it
+        reserved. Inside, SIGTERM acts as Ctrl+C does.
+        """
+        busy = (
+            f"{self.name} is being compared by another process, or its last run is still saving: "
+            "wait for it, or stop it"
         )
-    return (
-        report.table(
-            ("against the baseline", "pairs", *(what for what, _, _ in MEASURES.values())), rows
-        )
-        if rows
-        else ""
-    )
+        with files.locked(self.folder / "lock", busy) as self.lock:
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGTERM, before)
 
+    @property
+    def missing(self) -> list[tuple[Condition, int]]:
+        """The runs, (condition, seed), that are still to be made, in order."""
+        done = {(r["condition"], r["seed"]) for r in self.records if not r.get("again")}
+        return [(c, seed) for c, seed in self.schedule if (c.name, seed) not in done]
 
-def _together(runs: Sequence[Mapping[str, Any]], x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Runs on the stretch of x that all cover: (points,) and bits per byte (runs, points)."""
-    at = {
-        "tokens": lambda r, p: p[1],
-        "seconds": lambda r, p: p[2],
-        "FLOPs": lambda r, p: p[1] * r["flops_per_token"],
-    }[x]
-    curves = [np.array([(at(r, p), p[3]) for p in r["curve"] if p[1] > 0]).T for r in runs]
-    lo, hi = max(c[0][0] for c in curves), min(c[0][-1] for c in curves)
-    grid = np.unique(np.concatenate([c[0][(c[0] >= lo) & (c[0] <= hi)] for c in curves]))
-    return grid, np.stack([np.interp(np.log(grid), np.log(c[0]), c[1]) for c in curves])
+    def _mean_seconds(self, condition: Condition) -> float:
+        """Wall-clock seconds of this condition's finished runs, on average; 0 without any."""
+        runs = [r for r in self.records if r["condition"] == condition.name and not r.get("error")]
+        return fmean(run["wall_seconds"] for run in runs) if runs else 0.0
 
+    def write(self) -> dict[str, Any]:
+        """Write all files of the comparison; returns its results."""
+        rows = "".join(json.dumps(run) + "\n" for run in self.records)
+        files.atomic_write(self.folder / "runs.jsonl", rows)
+        files.atomic_write(self.folder / "conditions.json", json.dumps(self.flags, indent=1))
+        scheduled = {(condition.name, seed) for condition, seed in self.schedule}
+        runs = [run for run in self.records if (run["condition"], run["seed"]) in scheduled]
+        flags = {condition.name: shlex.join(condition.flags) for condition in self.conditions}
+        results = {
+            "name": self.name,
+            "runs_planned": len(self.schedule),
+            "runs_finished": len(runs),
+            **analyse(runs, flags, self.target),
+        }
+        files.atomic_write(self.folder / "results.json", json.dumps(results, indent=1))
+        write_comparison(self.name, results, runs, self.folder / "report.html")
+        return results
 
-def _draw(
-    ax: "Axes", bands: Mapping[str, Sequence[Any]], colours: Mapping[str, str], x: str, title: str
-) -> None:
-    """bands: name -> (x, middle, low, high), against x on a logarithmic axis from a twelfth of the longest run on."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    # ---- runs
 
-    most = max(grid[-1] for grid, *_ in bands.values())
-    power = 3 * int(math.log10(most) // 3)
-    units = {
-        "tokens": report.token_unit,
-        "seconds": report.time_unit,
-        "FLOPs": lambda _: (10.0**power, f"10^{power} FLOPs"),
-    }
-    unit, label = units[x](most)
-    for name, (grid, middle, low, high) in bands.items():
-        ax.plot(grid / unit, middle, linewidth=1.6, label=name, color=colours[name])
-        ax.fill_between(grid / unit, low, high, color=colours[name], alpha=0.18, linewidth=0)
-    late = np.concatenate(
-        [part[grid >= most / 6] for grid, *parts in bands.values() for part in parts]
-    )
-    if late.size and np.ptp(late):  # the first descent would flatten the rest
-        ax.set_ylim(late.min() - 0.05 * np.ptp(late), late.max() + 0.1 * np.ptp(late))
-    ax.set_xscale("log")
-    ax.set_xlim(left=most / unit / 12)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel(label)
-    ax.set_title(title)
-    ax.legend(frameon=False)
-
-
-Groups = Mapping[str, Sequence[Mapping[str, Any]]]  # the finished runs of each condition
-
-
-def curves(ax: "Axes", groups: Groups, x: str = "tokens", title: str = "") -> None:
-    """Learning curves with bands from the best to the worst seed, against "tokens", "seconds" or "FLOPs"."""
-    lines = {name: _together(runs, x) for name, runs in groups.items() if runs}
-    bands = {
-        name: (grid, ys.mean(0), ys.min(0), ys.max(0))
-        for name, (grid, ys) in lines.items()
-        if grid.size
-    }
-    _draw(ax, bands, _colours(groups), x, title or f"Bits per byte against {x}")
-
-
-def _colours(groups: Groups) -> dict[str, str]:
-    return {name: report.LIGHT[i % len(report.LIGHT)] for i, name in enumerate(groups)}
-
-
-def _plots(groups: Groups) -> list[str]:
-    plots = [
-        report.svg(partial(curves, groups=groups, x=x)) for x in ("tokens", "seconds", "FLOPs")
-    ]
-    first, *others = groups
-    base, bands = {r["seed"]: r for r in groups[first]}, {}
-    for name in others:
-        both = [
-            _together([base[r["seed"]], r], "tokens") for r in groups[name] if r["seed"] in base
-        ]
-        if both and (grid := both[0][0]).size:
-            deltas = np.stack([np.interp(np.log(grid), np.log(g), ys[1] - ys[0]) for g, ys in both])
-            found = [interval(list(d)) for d in deltas.T]
-            low, high = (
-                np.array([f["mean"] if f[k] is None else f[k] for f in found]) for k in ("lo", "hi")
+    def run_missing(self) -> None:
+        """Make every run that is missing, and update the files after each."""
+        missing, status = self.missing, StatusLine(live_seconds=1, log_seconds=30)
+        first = len(self.schedule) - len(missing) + 1
+        self.write()
+        warm = set()
+        for i, (condition, seed) in enumerate(missing):
+            title = f"run {first + i} of {len(self.schedule)}: {condition.name}, seed {seed}"
+            status.print(title)
+            if condition.budget_seconds and condition.knobs.compile != "off":
+                if condition.name not in warm:
+                    status.print("  first a trial, so that compiling does not cost this run time")
+                    self.time_steps(condition, seed, ESTIMATE_STEPS)
+                warm.add(condition.name)
+            run = self.train(condition, seed, status, missing[i + 1 :])
+            self.records = [r for r in self.records if not _same_run(r, run)] + [run]
+            self.write()
+            if not self.keep and not run.get("again"):
+                for checkpoint in list_checkpoints(self._directory(self.folder, condition, seed)):
+                    shutil.rmtree(checkpoint.path)
+            status.print(
+                f"  {run.get('error')}"
+                if run.get("error")
+                else f"  {run['final_bpb']:.4f} bits per byte, {run['step_ms']:.1f} ms per step"
             )
-            bands[name] = grid, deltas.mean(0), low, high
-    title = f"Bits per byte less those of {first}"
-    return (
-        [
-            *plots,
-            report.svg(
-                partial(_draw, bands=bands, colours=_colours(groups), x="tokens", title=title)
-            ),
+
+    @staticmethod
+    def _directory(base: Path, condition: Condition, seed: int) -> Path:
+        return base / "checkpoints" / "base" / f"{condition.name}-s{seed}"
+
+    def train(
+        self,
+        condition: Condition,
+        seed: int,
+        status: StatusLine,
+        later: Sequence[tuple[Condition, int]],
+    ) -> dict[str, Any]:
+        """
+        Train one run to its end and return its record, also if it failed. On an interruption the
+        run first saves itself. Raises UserError if it took no step. `later` are the runs after it.
+        """
+        directory = self._directory(self.folder, condition, seed)
+        log_file = self.folder / "logs" / f"{directory.name}.log"
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_file, "ab") as log:
+            process = self._start(self.folder, condition, seed, log)
+            try:
+                while process.poll() is None:
+                    time.sleep(0.25)
+                    if status.due and (row := newest_train_row(directory)):
+                        status.show(self._progress(directory.name, row, later))
+            except BaseException:
+                notice("the run saves itself now; the same command resumes it")
+                process.terminate()  # only once: a second signal would stop it before it has saved
+                process.wait()
+                raise
+        flags = [*condition.flags, *self._pinned(condition)]
+        labels = {"condition": condition.name, "seed": seed, "flags": flags}
+        if process.returncode == 0:
+            run = record(directory, **labels)
+            if run["final_bpb"] is None:
+                run["error"] = "its bits per byte are not a number"
+            return run
+        error = _failure(log_file, process.returncode)
+        if not newest_train_row(directory):
+            raise UserError(f"{directory.name} did not start: {error} (its output: {log_file})")
+        # Status 2 is the run's own mistake; after anything else it is worth another attempt.
+        return {**labels, "error": error, "again": process.returncode != 2}
+
+    def _progress(
+        self, run: str, row: Mapping[str, Any], later: Sequence[tuple[Condition, int]]
+    ) -> str:
+        """Where a run stands, and how long it and the runs after it will take."""
+        whole = row["seconds"] / max(row["progress"], 1e-3)
+        seconds = whole - row["seconds"]
+        seconds += sum(self._mean_seconds(condition) or whole for condition, _ in later)
+        return (
+            f"  {run}  {row['progress']:.0%}  loss {row['loss']:.4f}  "
+            f"{duration(seconds)} left for all runs"
+        )
+
+    def _start(
+        self, base: Path, condition: Condition, seed: int, log: IO[bytes]
+    ) -> subprocess.Popen:
+        """Start base_train with `base` as its base folder; it holds the lock until it ends."""
+        for name in SHARED:
+            target, link = base_dir() / name, base / name
+            target.mkdir(exist_ok=True)
+            if not link.exists():
+                link.unlink(missing_ok=True)  # one that points nowhere
+                link.symlink_to(os.path.relpath(target.resolve(), base))
+        repository = str(Path(__file__).resolve().parents[2])
+        paths = [repository, os.environ.get("PYTHONPATH", "")]
+        command = [
+            *(sys.executable, "-u", "-m", "nanochat.commands.base_train"),
+            *condition.flags,
+            *self._pinned(condition),
+            f"--seed={seed}",
+            f"--model_tag={condition.name}-s{seed}",
+            "--resume=auto",
         ]
-        if bands
-        else plots
-    )
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "NANOCHAT_BASE_DIR": str(base),
+                "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            },
+            pass_fds=(self.lock.fileno(),),
+            start_new_session=True,
+        )
+
+    def _pinned(self, condition: Condition) -> list[str]:
+        """
+        Flags for what base_train would choose by measuring the machine: as the first finished run
+        chose it, or for the batch the first one of this condition.
+        """
+        pins = []
+        for name in ("dtype", "compile", "total_batch_size"):
+            if name == "total_batch_size":
+                by_time = condition.budget_seconds and not condition.knobs.total_batch_size
+                automatic = {condition.name} if by_time else set()
+            else:
+                automatic = {c.name for c in self.conditions if getattr(c.knobs, name) == "auto"}
+            chosen = [
+                run["pins"][name]
+                for run in self.records
+                if run["condition"] in automatic and not run.get("error")
+            ]
+            if condition.name in automatic and chosen:
+                pins.append(f"--{name}={chosen[0]}")
+        return pins
+
+    # ---- time
+
+    def time_steps(self, condition: Condition, seed: int, steps: int) -> Timing:
+        """Time a condition by its first steps, in a folder that is deleted afterwards."""
+        base = self.folder / "timing"
+        directory, log_file = self._directory(base, condition, seed), base / "log"
+        shutil.rmtree(base, ignore_errors=True)
+        base.mkdir(parents=True)
+        try:
+            with open(log_file, "wb") as log:
+                process = self._start(base, condition, seed, log)
+                try:
+                    at = first_rows(process, directory, steps)
+                finally:
+                    process.kill()
+                    process.wait()
+            if "train" not in at:
+                error = _failure(log_file, process.returncode)
+                raise UserError(f"condition {condition.name} did not start: {error}")
+            step_ms = record(directory)["step_ms"]
+        finally:
+            shutil.rmtree(base, ignore_errors=True)
+        opening, evaluation = at["start"] - at["launch"], at["eval"] - at["start"]
+        training = at["train"] - at["eval"] + (condition.steps or 0) * step_ms / 1e3
+        estimate = opening + (condition.evaluations + 1) * evaluation + training
+        return Timing(condition.budget_seconds or estimate, step_ms)
+
+    def estimate(self) -> dict[str, Any]:
+        """Print how many runs are missing and how long they take; leaves no new folder behind."""
+        total, missing = 0.0, self.missing
+        try:
+            for condition in self.conditions:
+                n = sum(c is condition for c, _ in missing)
+                seconds = condition.budget_seconds or self._mean_seconds(condition)
+                if n and not seconds:
+                    seconds = self.time_steps(condition, 0, ESTIMATE_STEPS).run_seconds
+                total += n * seconds
+                print0(f"  {condition.name}: {n} runs of about {duration(seconds)}")
+        finally:
+            if not (self.folder / "conditions.json").exists():
+                shutil.rmtree(self.folder)
+        print0(f"about {duration(total)} in total")
+        return {"runs": len(missing), "seconds": total}
+
+    def retime(self, rounds: int) -> None:
+        """
+        Time every run again, by so many rounds per seed in which the conditions take turns; a run
+        gets the median step time of its seed's rounds.
+        """
+        n = len(self.conditions)
+        for i, seed in enumerate(sorted({seed for _, seed in self.schedule})):
+            times: dict[str, list[float]] = {condition.name: [] for condition in self.conditions}
+            for j in range(rounds):
+                for k in range(n):
+                    condition = self.conditions[(i + j + k) % n]
+                    step_ms = self.time_steps(condition, seed, RETIME_STEPS).step_ms
+                    times[condition.name].append(step_ms)
+                    print0(
+                        f"seed {seed}, round {j + 1} of {rounds}: {condition.name}, "
+                        f"{step_ms:.1f} ms per step"
+                    )
+            for index, run in enumerate(self.records):
+                if run["seed"] == seed and run["condition"] in times and not run.get("error"):
+                    self.records[index] = at_speed(run, median(times[run["condition"]]))
 
 
-def build(
-    name: str, results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], out: Path
-) -> Path:
-    """Write the page of a comparison: the verdicts, the conditions, the curves, every run."""
-    groups = {
-        c["name"]: [r for r in runs if r["condition"] == c["name"] and not r.get("error")]
-        for c in results["conditions"]
-    }
-    notes = "".join(f"<p>{html.escape(t)}</p>" for t in NOTES.strip().split("\n\n"))
-    plots = report.gallery(_plots(groups)) if any(groups.values()) else ""
-    first = {"Found": _pairs(results), "Conditions": _conditions(results), "Curves": plots}
-    return report.page(f"nanochat: {name}", {**first, "How it was computed": notes}, out)
+def _same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return (a["condition"], a["seed"]) == (b["condition"], b["seed"])
+
+
+def first_rows(process: subprocess.Popen, directory: Path, steps: int) -> dict[str, float]:
+    """
+    Watch a run until it has taken so many steps or has ended: the time in seconds at which it wrote
+    its first row of each kind, and under "launch" the time of the call.
+    """
+    at = {"launch": time.monotonic()}
+    is_running = True
+    while is_running:
+        is_running = process.poll() is None and newest_train_row(directory).get("step", 0) < steps
+        time.sleep(0.05)
+        for row in logbook.read(directory):
+            at.setdefault(row["kind"], time.monotonic())
+    return at
+
+
+def newest_train_row(directory: Path) -> dict[str, Any]:
+    """The newest training row of a logbook, {} before there is one; reads only the end of it."""
+    try:
+        with open(directory / logbook.FILE, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    rows = (json.loads(line) for line in reversed(lines) if line.startswith(b'{"kind": "train"'))
+    return next(rows, {})
+
+
+def _failure(log_file: Path, status: int) -> str:
+    """Why a run ended, from its output and its exit status."""
+    lines = log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    if status < 0:
+        return f"ended by signal {-status} (out of memory?)"
+    return lines[-1] if lines else f"ended with status {status}"

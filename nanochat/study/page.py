@@ -1,0 +1,150 @@
+"""
+Write one HTML page with plots and tables inside it. A page needs no network, no script and no other
+file, and follows the reader's light or dark setting.
+"""
+
+import html
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanochat.base.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LIGHT = ("#2a6fdb", "#d9541e", "#12876a", "#8b4fc4", "#a87400", "#c2366b", "#4a5568", "#0b7f96")
+DARK = ("#6ea8ff", "#ff9364", "#4fd0a8", "#c99bff", "#e3b84a", "#ff86b3", "#b5bfcd", "#5fd0e6")
+INK = "#010203"  # stands for the text colour in a plot; the page replaces it
+RC: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.7,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.linewidth": 0.5,
+    "grid.alpha": 0.18,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+}
+COLOURED = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color"
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d232b; --paper: #fbfbfa; --soft: #5d6875;
+        --rule: #dfe3e8; LIGHT }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7e9ec; --paper: #15181c; --soft: #9aa5b1; --rule: #2e343b; DARK } }
+body { margin: 2.5rem auto; max-width: 72rem; padding: 0 1.25rem; background: var(--paper);
+       color: var(--ink); font: 15px/1.55 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem }
+h3 { font-size: .95rem; margin: 1.2rem 0 .2rem }
+header p, small { color: var(--soft); margin: .2rem 0 } small { display: block; font-size: .78em }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .9rem; text-align: right; border-bottom: 1px solid var(--rule);
+         vertical-align: top; white-space: nowrap }
+th:first-child { text-align: left; padding-left: 0 }
+thead th { font-weight: 500; color: var(--soft) } tbody th { font-weight: 600 }
+th i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .55em }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
+         gap: 1.5rem 2rem }
+figure { margin: 0 } svg { width: 100%; height: auto }
+svg text { font-family: system-ui, sans-serif !important } p b { margin-right: .1em }
+"""
+
+
+def colour(i: int) -> str:
+    """The colour of curve `i` in a plot; eight of them, then they repeat."""
+    return LIGHT[i % len(LIGHT)]
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """Seconds per unit, and the unit, to show a time of this length in."""
+    if seconds < 120:
+        return 1, "seconds"
+    return (60, "minutes") if seconds < 3 * 3600 else (3600, "hours")
+
+
+def token_unit(tokens: float) -> tuple[float, str]:
+    """Tokens per unit, and the unit, to show so many tokens in."""
+    units = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"))
+    return next((unit for unit in units if tokens >= unit[0]), (1, "tokens"))
+
+
+def svg(draw: Callable[["Axes"], object]) -> str:
+    """What draw(axes) draws, as SVG for a page; the colours LIGHT become those of the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    ink = dict.fromkeys(COLOURED.split(), INK)
+    with matplotlib.rc_context({**RC, **ink, "svg.hashsalt": "nanochat"}):
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text).replace(INK, "currentColor")
+    for i, light in enumerate(LIGHT):
+        text = text.replace(light, f"var(--c{i})")
+    return text
+
+
+def gallery(plots: Sequence[str]) -> str:
+    """SVG plots side by side; "" if there are none."""
+    figures = "".join(f"<figure>{plot}</figure>" for plot in plots)
+    return f'<div class="plots">{figures}</div>' if plots else ""
+
+
+def chip(i: int) -> str:
+    """A dot in the colour of curve `i`."""
+    return f'<i style="background:var(--c{i % len(LIGHT)})"></i>'
+
+
+def table_row(head: str, cells: Iterable[str | tuple[str, str]]) -> str:
+    """A row of a table. `head` is HTML; a cell is text, or text with small text below it."""
+    parts = [f"<tr><th>{head}</th>"]
+    for cell in cells:
+        text, small = (cell, "") if isinstance(cell, str) else cell
+        note = f"<small>{html.escape(small)}</small>" if small else ""
+        parts.append(f"<td>{html.escape(text)}{note}</td>")
+    return "".join(parts) + "</tr>"
+
+
+def table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    """A table of rows that `table_row` made."""
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def write_page(title: str, sections: Mapping[str, str], out: Path | str) -> Path:
+    """
+    Write a page to `out` and return its path. `sections` maps headings to HTML; empty ones are
+    left out.
+    """
+    style = STYLE
+    for name, colours in (("LIGHT", LIGHT), ("DARK", DARK)):
+        style = style.replace(name, " ".join(f"--c{i}: {c};" for i, c in enumerate(colours)))
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{html.escape(title)}</title><style>{style}</style></head><body>",
+        f"<header><h1>{html.escape(title)}</h1><p>{datetime.now():%Y-%m-%d %H:%M}</p></header>",
+        *(f"<h2>{html.escape(head)}</h2>{text}" for head, text in sections.items() if text),
+        "</body></html>\n",
+    ]
+    atomic_write(out, "".join(parts))
+    return Path(out)

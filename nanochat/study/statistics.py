@@ -1,0 +1,262 @@
+"""
+The statistics of a comparison: where learning curves cross a target, paired differences over seeds
+with intervals, and verdicts.
+
+It calls no difference real that seed noise can explain, never extrapolates a curve, and never
+leaves out a run that failed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95  # of every interval; verdicts use 1 - LEVEL
+Record = Mapping[str, Any]  # as records.record gives it
+
+
+class Measure(NamedTuple):
+    """What a pair of conditions is compared by."""
+
+    title: str
+    more_is_better: bool
+    form: str  # how its numbers are written
+
+
+MEASURES = {
+    "final_bpb_delta": Measure("final bits per byte, change", False, "+.4f"),
+    "saved_tokens_pct": Measure("tokens saved, %", True, "+.1f"),
+    "saved_seconds_pct": Measure("training seconds saved, %", True, "+.1f"),
+    "step_time_pct": Measure("step time, change in %", False, "+.1f"),
+}
+
+
+class Crossing(NamedTuple):
+    """
+    Where a curve falls to a target. `bound` is "" for a crossing that was interpolated, ">" for
+    one that lies beyond the end of the curve, "<" for one before its first evaluation.
+    """
+
+    steps: float
+    tokens: float
+    seconds: float
+    bound: str = ""
+
+
+def crossing(curve: Sequence[Sequence[float]], target: float) -> Crossing:
+    """
+    Where the curve of a record first is at `target` bits per byte or below, interpolated linearly
+    in the logarithm of tokens between two evaluations.
+    """
+    points = [point for point in curve if point[1] > 0]
+    i = next((i for i, point in enumerate(points) if point[3] <= target), None)
+    if i is None:
+        return Crossing(*points[-1][:3], bound=">")
+    if points[i][3] == target or i == 0:
+        return Crossing(*points[i][:3], bound="" if points[i][3] == target else "<")
+    (steps, tokens, seconds, above), (steps_2, tokens_2, seconds_2, below) = points[i - 1 : i + 1]
+    crossed = tokens * (tokens_2 / tokens) ** ((above - target) / (above - below))
+    share = (crossed - tokens) / (tokens_2 - tokens)
+    return Crossing(
+        steps + share * (steps_2 - steps), crossed, seconds + share * (seconds_2 - seconds)
+    )
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """
+    n, mean, the 95 % t interval lo to hi, and the two-sided p value of "the mean is 0". What the
+    values do not determine is None: everything but the mean for one value.
+    """
+    n = len(values)
+    mean = fmean(values) if n else None
+    if mean is None or n < 2:
+        return {"n": n, "mean": mean, "lo": None, "hi": None, "p": None}
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return {"n": n, "mean": mean, "lo": mean - half, "hi": mean + half, "p": p}
+
+
+def _estimate(values: Sequence[float]) -> dict[str, Any]:
+    """interval() without the p value, for a quantity that is not compared with 0."""
+    return {name: value for name, value in interval(values).items() if name != "p"}
+
+
+def ratio_interval(ratios: Sequence[tuple[float, str]], sign: int = 1) -> dict[str, Any]:
+    """
+    interval() of the logarithms of ratios, as a change in percent, or as percent saved with sign
+    -1. A ratio is (value, bound). If one has the bound ">" or "<" there is no mean; if all bounds
+    point the same way there is a bound of the mean instead, `at_least` or `at_most`.
+    """
+
+    def percent(logarithm: float | None) -> float | None:
+        return None if logarithm is None else sign * 100 * math.expm1(logarithm) + 0.0  # no -0
+
+    result = interval([math.log(ratio) for ratio, _ in ratios])
+    mean, lo, hi = (percent(result[name]) for name in ("mean", "lo", "hi"))
+    if sign < 0:
+        lo, hi = hi, lo
+    bounds = [bound for _, bound in ratios if bound]
+    if not bounds:
+        return result | {"mean": mean, "lo": lo, "hi": hi}
+    result |= {"mean": None, "lo": None, "hi": None, "p": None, "censored": len(bounds)}
+    if set(bounds) in ({">"}, {"<"}):
+        result["at_least" if (bounds[0] == ">") == (sign > 0) else "at_most"] = mean
+    return result
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """The standard deviation over seeds with its 95 % interval (chi-squared)."""
+    n = len(values)
+    if n < 2:
+        return {"sd": None, "sd_lo": None, "sd_hi": None}
+    sd = float(np.std(values, ddof=1))
+    lo, hi = (
+        sd * math.sqrt((n - 1) / float(stats.chi2.ppf(q, n - 1)))
+        for q in ((1 + LEVEL) / 2, (1 - LEVEL) / 2)
+    )
+    return {"sd": sd, "sd_lo": lo, "sd_hi": hi}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p values adjusted for their number by Holm's step-down method; None stays None."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    worst = 0.0
+    for rank, (p, i) in enumerate(known):
+        adjusted[i] = worst = max(worst, min(1.0, (len(known) - rank) * p))
+    return adjusted
+
+
+def analyse(
+    runs: Sequence[Record], flags: Mapping[str, str], target: float | None = None
+) -> dict[str, Any]:
+    """
+    The results of a comparison. `runs` are records with condition and seed, or for a failed run
+    condition, seed and error. `flags` are by condition, the baseline first. `target` is in bits
+    per byte; None takes for each pair the final bits per byte of the run that ended worse.
+    """
+    baseline, *others = flags
+    finished: dict[str, dict[int, Record]] = {name: {} for name in flags}
+    errors: dict[str, dict[int, str]] = {name: {} for name in flags}
+    compared = [run for run in runs if run["condition"] in flags]
+    for run in sorted(compared, key=lambda run: run["seed"]):
+        if run.get("error"):
+            errors[run["condition"]][run["seed"]] = run["error"]
+        else:
+            finished[run["condition"]][run["seed"]] = run
+    pairs = {
+        name: [
+            (finished[baseline][seed], run)
+            for seed, run in finished[name].items()
+            if seed in finished[baseline]
+        ]
+        for name in flags
+    }
+    return {
+        "target": target,
+        "level": LEVEL,
+        "adjusted": "verdicts by Holm, intervals not",
+        "conditions": [
+            {"name": name, "flags": flags[name]}
+            | _summary(list(finished[name].values()), errors[name], pairs[name], target)
+            for name in flags
+        ],
+        "pairs": _judged(
+            [
+                {
+                    "name": name,
+                    "baseline": baseline,
+                    "n_seeds": len(pairs[name]),
+                    "failed_pairs": len({*errors[name], *errors[baseline]}),
+                }
+                | _differences(pairs[name], target)
+                for name in others
+            ]
+        ),
+    }
+
+
+def _summary(
+    runs: Sequence[Record],
+    errors: Mapping[int, str],
+    pairs: Sequence[tuple[Record, Record]],
+    target: float | None,
+) -> dict[str, Any]:
+    """What the runs of one condition have in common, whatever the others did."""
+    crossings = [
+        crossing(run["curve"], base["final_bpb"] if target is None else target)
+        for base, run in pairs
+    ]
+    all_known = crossings and not any(c.bound for c in crossings)
+    bpb = [run["final_bpb"] for run in runs]
+    means = "steps", "tokens", "step_ms", "seconds", "parameters"
+    return {
+        "n_seeds": len(runs),
+        "failed": {str(seed): error for seed, error in errors.items()},
+        "final_bpb": _estimate(bpb) | spread(bpb),
+        **{name: fmean(run[name] for run in runs) if runs else None for name in means},
+        **{
+            name: max((run[name] for run in runs if run[name]), default=None)
+            for name in ("wall_seconds", "peak_memory_bytes")
+        },
+        "to_target": {
+            **{
+                name: _estimate([getattr(c, name) for c in crossings]) if all_known else None
+                for name in ("steps", "tokens", "seconds")
+            },
+            "reached": sum(c.bound != ">" for c in crossings),
+            "of": len(crossings),
+        },
+    }
+
+
+def _differences(
+    pairs: Sequence[tuple[Record, Record]], target: float | None
+) -> dict[str, dict[str, Any]]:
+    """The interval of each of MEASURES over pairs (run of the baseline, run of the condition)."""
+    crossings = []
+    for base, run in pairs:
+        goal = max(base["final_bpb"], run["final_bpb"]) if target is None else target
+        crossings.append((crossing(base["curve"], goal), crossing(run["curve"], goal)))
+    return {
+        "final_bpb_delta": interval([b["final_bpb"] - a["final_bpb"] for a, b in pairs]),
+        "saved_tokens_pct": ratio_interval([_ratio(*pair, "tokens") for pair in crossings], -1),
+        "saved_seconds_pct": ratio_interval([_ratio(*pair, "seconds") for pair in crossings], -1),
+        "step_time_pct": ratio_interval([(b["step_ms"] / a["step_ms"], "") for a, b in pairs]),
+    }
+
+
+def _ratio(a: Crossing, b: Crossing, unit: str) -> tuple[float, str]:
+    """b / a, and the sides (">", "<" or both) on which the true ratio may lie."""
+    flipped = {"": "", ">": "<", "<": ">"}
+    bounds = {b.bound, flipped[a.bound]} - {""}
+    return getattr(b, unit) / getattr(a, unit), "".join(sorted(bounds))
+
+
+def _judged(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs with p_holm and verdict for each measure, each adjusted over the conditions."""
+    for name, measure in MEASURES.items():
+        adjusted = holm([pair[name]["p"] for pair in pairs])
+        for pair, p in zip(pairs, adjusted, strict=True):
+            pair[name]["p_holm"] = p
+            pair[name]["verdict"] = _verdict(pair[name], measure, pair["failed_pairs"])
+    return pairs
+
+
+def _verdict(result: Mapping[str, Any], measure: Measure, failed: int) -> str:
+    if failed:
+        return f"{failed} of its pairs of runs failed"
+    if result.get("censored"):
+        return (
+            f"target not met (or before the first evaluation) in {result['censored']} "
+            f"of {result['n']} pairs"
+        )
+    if result["n"] < 2:
+        return "one seed is not evidence" if result["n"] else "no pair of runs yet"
+    if result["p_holm"] >= 1 - LEVEL:
+        return "no difference seen"
+    return "better" if (result["mean"] > 0) == measure.more_is_better else "worse"
