@@ -84,7 +84,7 @@ def svg(draw: Callable[["Axes"], object]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(COLOURED.split(), INK)
+    ink: dict[Any, Any] = dict.fromkeys(COLOURED.split(), INK)
     with matplotlib.rc_context({**RC, **ink, "svg.hashsalt": "nanochat"}):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         figure.patch.set_alpha(0)

@@ -224,8 +224,8 @@ def _differences(
         crossings.append((crossing(base["curve"], goal), crossing(run["curve"], goal)))
     return {
         "final_bpb_delta": interval([b["final_bpb"] - a["final_bpb"] for a, b in pairs]),
-        "saved_tokens_pct": ratio_interval([_ratio(*pair, "tokens") for pair in crossings], -1),
-        "saved_seconds_pct": ratio_interval([_ratio(*pair, "seconds") for pair in crossings], -1),
+        "saved_tokens_pct": ratio_interval([_ratio(a, b, "tokens") for a, b in crossings], -1),
+        "saved_seconds_pct": ratio_interval([_ratio(a, b, "seconds") for a, b in crossings], -1),
         "step_time_pct": ratio_interval([(b["step_ms"] / a["step_ms"], "") for a, b in pairs]),
     }
 
