@@ -18,9 +18,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,15 +32,15 @@ if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
 
 FORMAT = 1
+Encoded = tuple[Sequence, Sequence]  # the ids of some documents, and their masks if there are any
 BATCH_CHARACTERS = 1 << 21  # per call of the tokenizer: little memory, and all cores busy
 
 
 class Shards:
     """
     Token shards as one list of documents; reads only the pages that are asked for.
-    lengths: (documents,) int64, tokens of each with its <|bos|>; total: their sum; text_bytes: the
-    UTF-8 bytes of the texts, 0 for conversations; sha256: of all tokens and boundaries; masked:
-    whether documents state which of their tokens are to be predicted.
+    lengths: (documents,) int64, tokens of each with its <|bos|>; total: their sum; sha256: of all
+    tokens and boundaries.
     """
 
     def __init__(self, name: str, folders: Sequence[Path]):
@@ -53,10 +52,7 @@ class Shards:
                 f"{folders[0].parent} and start again"
             )
         self.fingerprint: str = metas[0]["tokenizer"]
-        self.vocab_size: int = metas[0]["vocab_size"]
         self.bos: int = metas[0]["bos"]
-        self.masked = any(m["mask"] for m in metas)
-        self.text_bytes: int = sum(m["text_bytes"] for m in metas)
         self.sha256 = hashlib.sha256("".join(m["sha256"] for m in metas).encode()).hexdigest()
         self._tokens, self._masks, self._offsets = [], [], []
         for folder, m in zip(folders, metas, strict=True):
@@ -147,18 +143,7 @@ def _key(identity: dict, tokenizer: "Tokenizer") -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Documents:
-    """Some documents on their way to the disk."""
-
-    ids: Sequence[Any]
-    masks: Sequence[Any] = ()  # one per document, if the shard has masks
-    text_bytes: int = 0
-
-
-def _encoded(
-    texts: Iterator[str], tokenizer: "Tokenizer", bar: ProgressBar
-) -> Iterator[_Documents]:
+def _encoded(texts: Iterator[str], tokenizer: "Tokenizer", bar: ProgressBar) -> Iterator[Encoded]:
     """The texts, tokenised in batches; the next batch is read while one is tokenised."""
     batches = _batches(texts)
     with ThreadPoolExecutor(1) as reader:
@@ -166,9 +151,8 @@ def _encoded(
         while batch := upcoming.result():
             upcoming = reader.submit(next, batches, None)
             ids = tokenizer.encode_batch(batch, bos=True)
-            documents = _Documents(ids, text_bytes=sum(len(text.encode()) for text in batch))
-            bar.advance(documents.text_bytes)
-            yield documents
+            bar.advance(sum(len(text.encode()) for text in batch))
+            yield ids, []
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -185,15 +169,15 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 def _rendered(
     conversations: Iterable[dict], tokenizer: "Tokenizer", bar: ProgressBar
-) -> Iterator[_Documents]:
+) -> Iterator[Encoded]:
     for conversation in conversations:
         ids, mask = tokenizer.render_conversation(conversation)
         bar.advance()
-        yield _Documents([ids], [mask])
+        yield [ids], [mask]
 
 
 def _build(
-    folder: Path, tokenizer: "Tokenizer", batches: Iterable[_Documents], masked: bool = False
+    folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], masked: bool = False
 ) -> None:
     """Write a shard in a temporary folder and rename it at the end; a failure leaves nothing."""
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
@@ -211,22 +195,19 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(
-    folder: Path, tokenizer: "Tokenizer", batches: Iterable[_Documents], masked: bool
-) -> None:
+def _write(folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], masked: bool) -> None:
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    digest, lengths, text_bytes = hashlib.sha256(), [], 0
+    digest, lengths = hashlib.sha256(), []
     with ExitStack() as stack:
         names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
         files = [stack.enter_context(open(folder / name, "wb")) for name in names]
-        for batch in batches:
-            columns = (batch.ids, dtype), (batch.masks, np.dtype("uint8"))
+        for ids, masks in batches:
+            columns = (ids, dtype), (masks, np.dtype("uint8"))
             for file, (arrays, kind) in zip(files, columns, strict=False):
                 data = np.concatenate([np.asarray(a, dtype=kind) for a in arrays]).tobytes()
                 digest.update(data)
                 file.write(data)
-            lengths.extend(map(len, batch.ids))
-            text_bytes += batch.text_bytes
+            lengths.extend(map(len, ids))
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -242,7 +223,6 @@ def _write(
         "mask": masked,
         "documents": len(lengths),
         "tokens": int(offsets[-1]),
-        "text_bytes": text_bytes,
         "sha256": digest.hexdigest(),
     }
     atomic_write(folder / "meta.json", json.dumps(meta, indent=1))
