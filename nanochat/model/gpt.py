@@ -1,9 +1,11 @@
 """
-The model: a GPT with rotary embeddings, QK-norm, grouped-query attention, RMSNorm without weights and no biases.
+The model: a GPT with rotary embeddings, QK-norm, grouped-query attention, RMSNorm without weights
+and no biases.
 
-Its defaults follow the numerical conventions of transformers' NanoChat class, so a trained model loads there by renaming tensors.
-Architecture knobs live in `config.py` alone; what is to be known of a parameter stands in one row of `ROSTER`.
-The model is built on the meta device and filled by `init_weights`. It knows no optimizer, no data and no sampling.
+Its defaults follow the numerical conventions of transformers' NanoChat class, so a trained model
+loads there by renaming tensors. Everything known about a parameter is one row of `ROSTER`; the
+architecture knobs live in config.py. The model is built on the meta device and filled by
+`init_weights`. It does not know the optimizer, the data or the sampling.
 """
 
 import re
@@ -21,32 +23,32 @@ from nanochat.model.loss import capped, linear_cross_entropy, token_losses
 from nanochat.model.prior import Prior
 
 
-class Row(NamedTuple):
-    """What is to be known of the parameters whose names match `pattern` in full."""
+class ParameterSpec(NamedTuple):
+    """Everything known about the parameters whose full names match `pattern`."""
 
     pattern: str
     part: Literal["embedding", "head", "transformer"]  # its line in the table of counts
     rate: Literal["embedding", "head", "matrix", "gate"]  # its learning rate
     optimizer: Literal["adamw", "muon"]
     init: Literal["normal", "small", "fan_in", "zero"]
-    matmul: bool  # whether a token costs 2 FLOPs a weight in the forward pass
+    matmul: bool  # whether a token costs 2 FLOPs per weight in the forward pass
 
 
-ROSTER = (
-    Row(r"embed\.weight", "embedding", "embedding", "adamw", "normal", False),
-    Row(r"head\.weight", "head", "head", "adamw", "small", True),
-    Row(r"blocks\.\d+\.attn\.(q|k|v)\.weight", "transformer", "matrix", "muon", "fan_in", True),
-    Row(r"blocks\.\d+\.mlp\.(up|gate)\.weight", "transformer", "matrix", "muon", "fan_in", True),
-    Row(
-        r"blocks\.\d+\.(attn\.out|mlp\.down)\.weight", "transformer", "matrix", "muon", "zero", True
-    ),
-    Row(
-        r"prior\.gates", "transformer", "gate", "adamw", "zero", False
-    ),  # Prior's tensors are filled from an artifact or a checkpoint
+ROSTER = tuple(
+    ParameterSpec(*row)
+    for row in (
+        (r"embed\.weight", "embedding", "embedding", "adamw", "normal", False),
+        (r"head\.weight", "head", "head", "adamw", "small", True),
+        (r"blocks\.\d+\.attn\.(q|k|v)\.weight", "transformer", "matrix", "muon", "fan_in", True),
+        (r"blocks\.\d+\.mlp\.(up|gate)\.weight", "transformer", "matrix", "muon", "fan_in", True),
+        (r"blocks\.\d+\.attn\.out\.weight", "transformer", "matrix", "muon", "zero", True),
+        (r"blocks\.\d+\.mlp\.down\.weight", "transformer", "matrix", "muon", "zero", True),
+        # A prior's tensors are filled later, from an artifact or a checkpoint.
+        (r"prior\.gates", "transformer", "gate", "adamw", "zero", False),
+    )
 )
-TIED = Row(
-    r"embed\.weight", "embedding", "head", "adamw", "small", True
-)  # the table is the head as well
+# With tied embeddings, the table is the head as well.
+TIED = ParameterSpec(r"embed\.weight", "embedding", "head", "adamw", "small", True)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -71,13 +73,16 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: GPTConfig, layer: int):
+    """Grouped-query causal attention with rotary embeddings and QK-norm."""
+
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.window, self.head_dim = layer, cfg.window(layer), cfg.head_dim
-        self.q = Linear(cfg.n_embd, cfg.n_head * cfg.head_dim)
-        self.k = Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim)
-        self.v = Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim)
-        self.out = Linear(cfg.n_embd, cfg.n_embd)
+        self.layer, self.window, self.head_dim = layer, config.window(layer), config.head_dim
+        kv_width = config.n_kv_head * config.head_dim
+        self.q = Linear(config.n_embd, config.n_embd)
+        self.k = Linear(config.n_embd, kv_width)
+        self.v = Linear(config.n_embd, kv_width)
+        self.out = Linear(config.n_embd, config.n_embd)
 
     def forward(
         self,
@@ -88,10 +93,10 @@ class Attention(nn.Module):
         positions: Tensor | None,
         bias: Bias | None,
     ) -> Tensor:
+        """x (B, T, n_embd) -> the same shape. cos, sin as for rotate; with a cache, `positions`."""
         B, T, C = x.shape
-        q, k, v = (
-            f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )  # (B, H or H_kv, T, D)
+        projections = (self.q(x), self.k(x), self.v(x))
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in projections)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if cache is None or positions is None:
             y = attend(q, k, v, self.window, bias)
@@ -101,13 +106,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg: GPTConfig):
+    """Two matrices around an activation; swiglu adds a third, the gate."""
+
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.activation = cfg.activation
-        self.up = Linear(cfg.n_embd, cfg.hidden)
-        if cfg.activation == "swiglu":
-            self.gate = Linear(cfg.n_embd, cfg.hidden)
-        self.down = Linear(cfg.hidden, cfg.n_embd)
+        self.activation = config.activation
+        self.up = Linear(config.n_embd, config.hidden)
+        if config.activation == "swiglu":
+            self.gate = Linear(config.n_embd, config.hidden)
+        self.down = Linear(config.hidden, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
@@ -123,25 +130,23 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: GPTConfig, layer: int):
-        super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
+    """One layer: attention and MLP, each with its norm and its residual connection."""
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None,
-        positions: Tensor | None,
-        bias: Bias | None,
-    ) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, cache, positions, bias)
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn, self.mlp = Attention(config, layer), MLP(config)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        """`context` is what Attention.forward takes after x."""
+        x = x + self.attn(norm(x), *context)
         return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
-    """The model of `config`. `compute_dtype` is what activations are in; parameters are float32 until `cast_for_inference`."""
+    """
+    The model of `config`. Activations are in `compute_dtype`; parameters are float32 until
+    `cast_for_inference`.
+    """
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -154,7 +159,7 @@ class GPT(nn.Module):
         self.prior = Prior(config.rap, windows, config.head_dim) if config.rap else None
         self.compiled = False
 
-    # construction ---------------------------------------------------------------------------------------------------------
+    # ---- construction
 
     @classmethod
     def build(
@@ -163,7 +168,10 @@ class GPT(nn.Module):
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype = torch.float32,
     ) -> "GPT":
-        """The model on `device` with memory but without values: call init_weights, or load a checkpoint."""
+        """
+        The model on `device`, its memory allocated but without values: call init_weights or load a
+        checkpoint.
+        """
         with torch.device("meta"):
             model = cls(config, compute_dtype)
         model.to_empty(device=device)
@@ -171,82 +179,96 @@ class GPT(nn.Module):
         return model
 
     def set_context(self, positions: int) -> None:
-        """(Re)compute the rotary tables for positions 0..positions-1: (positions, head_dim / 2) each, in the compute dtype."""
-        device = self.embed.weight.device
-        channel = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
-        angle = torch.outer(
-            torch.arange(positions, dtype=torch.float32, device=device),
-            self.config.rope_base ** (-channel / self.config.head_dim),
-        )
+        """
+        Compute the rotary tables of positions 0..positions-1, (positions, head_dim / 2) each, in
+        the compute dtype.
+        """
+        device, D = self.embed.weight.device, self.config.head_dim
+        channel = torch.arange(0, D, 2, dtype=torch.float32, device=device)
+        position = torch.arange(positions, dtype=torch.float32, device=device)
+        angle = torch.outer(position, self.config.rope_base ** (-channel / D))
         self.cos, self.sin = angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 42) -> None:
-        """Fill every parameter as its roster row says, from one generator: the same seed gives the same weights on the same device."""
+        """
+        Fill every parameter as its roster row says, from one generator: the same seed gives the
+        same weights on the same device.
+        """
         g = torch.Generator(device=self.embed.weight.device).manual_seed(seed)
-        for _, p, row in self.roster():
-            if row.init == "normal":
+        for _, p, spec in self.roster():
+            if spec.init == "normal":
                 p.normal_(0, 1, generator=g)
-            elif row.init == "small":
+            elif spec.init == "small":
                 p.normal_(0, 0.02 if self.config.tie_embeddings else 0.001, generator=g)
-            elif row.init == "fan_in":  # uniform with a standard deviation of 1 / sqrt(fan_in)
+            elif spec.init == "fan_in":  # uniform, standard deviation 1 / sqrt(fan_in)
                 bound = (3 / p.size(1)) ** 0.5
                 p.uniform_(-bound, bound, generator=g)
             else:
                 p.zero_()
 
     def cast_for_inference(self) -> "GPT":
-        """Keep the weights in the compute dtype (in bf16, half the memory to read a token). Ends training: the master weights are gone."""
+        """
+        Store the weights in the compute dtype: in bfloat16, generating reads half the memory per
+        token. The float32 weights are lost, so training ends here.
+        """
         return self.to(self.compute_dtype).requires_grad_(False)
 
     def compile(self) -> "GPT":  # type: ignore[override]
-        """Compile the block, once for all layers, and the loss; the keys stay as they are. Only training runs what was compiled."""
+        """
+        Compile the block, once for all layers, and the loss. Parameter names stay the same. Only
+        training runs compiled code: evaluation and decoding have too many shapes.
+        """
         self.compiled = True
         for block in self.blocks:
             block.compile(dynamic=False)
         return self
 
-    # what is known of the parameters --------------------------------------------------------------------------------------
+    # ---- parameters
 
-    def roster(self) -> list[tuple[str, nn.Parameter, Row]]:
-        """Every parameter once with its row; a parameter that no row or two rows cover is an error."""
-        rows = (TIED, *ROSTER[2:]) if self.config.tie_embeddings else ROSTER
-        out = []
+    def roster(self) -> list[tuple[str, nn.Parameter, ParameterSpec]]:
+        """Every parameter with its spec. RuntimeError for a parameter of no spec or of several."""
+        specs = (TIED, *ROSTER[2:]) if self.config.tie_embeddings else ROSTER
+        rows = []
         for name, p in self.named_parameters():
-            found = [row for row in rows if re.fullmatch(row.pattern, name)]
-            if len(found) != 1:
+            matching = [spec for spec in specs if re.fullmatch(spec.pattern, name)]
+            if len(matching) != 1:
                 raise RuntimeError(
-                    f"the parameter {name} is covered by {len(found)} rows of the roster: it must be exactly 1"
+                    f"the parameter {name} is covered by {len(matching)} rows of ROSTER: "
+                    "there must be exactly 1"
                 )
-            out.append((name, p, found[0]))
-        return out
+            rows.append((name, p, matching[0]))
+        return rows
 
     def counts(self) -> dict[str, int]:
-        """Parameters: embedding, transformer, head (0 when tied), total, and matmul: those that a token is multiplied with."""
+        """
+        Numbers of parameters: embedding, transformer, head (0 when tied), total, and matmul (those
+        that every token is multiplied with).
+        """
         n = {"embedding": 0, "transformer": 0, "head": 0, "total": 0, "matmul": 0}
-        for _, p, row in self.roster():
-            n[row.part] += p.numel()
+        for _, p, spec in self.roster():
+            n[spec.part] += p.numel()
             n["total"] += p.numel()
-            n["matmul"] += p.numel() if row.matmul else 0
+            n["matmul"] += p.numel() if spec.matmul else 0
         return n
 
     def flops_per_token(self, sequence_len: int | None = None) -> float:
-        """Training FLOPs a token, forward and backward: 6 x matmul parameters + 12 x heads x head_dim x mean attended length a layer."""
+        """
+        Training FLOPs per token, forward and backward: 6 x matmul parameters, and for each layer
+        12 x heads x head_dim x mean attended length.
+        """
         T = sequence_len or self.config.sequence_len
         attended = prior = 0.0
         for layer in range(self.config.n_layer):
-            w = self.config.window(layer) or T
-            w = min(w, T)
-            attended += (
-                seen := (w * (w + 1) / 2 + (T - w) * w) / T
-            )  # query i sees min(i + 1, w) keys
+            w = min(self.config.window(layer) or T, T)
+            mean = (w * (w + 1) / 2 + (T - w) * w) / T  # query i sees min(i + 1, w) keys
+            attended += mean
             if self.prior is not None and layer < self.prior.layers:
-                prior += (
-                    4 * self.prior.heads * self.prior.rank * seen
-                )  # wider scores, forward and for the gates
+                # wider scores in the forward pass, and the gradients of the gates
+                prior += 4 * self.prior.heads * self.prior.rank * mean
         return 6 * self.counts()["matmul"] + 12 * self.config.n_embd * attended + prior
 
-    # computation ----------------------------------------------------------------------------------------------------------
+    # ---- computation
 
     @property
     def head_weight(self) -> Tensor:
@@ -254,38 +276,25 @@ class GPT(nn.Module):
         table = self.embed.weight if self.config.tie_embeddings else self.head.weight
         return table[: self.config.vocab_size]
 
-    def body(
-        self,
-        idx: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        added = (
-            [None] * len(self.blocks)
-            if self.prior is None
-            else self.prior(idx, self.compute_dtype, cache, positions)
-        )
-        x = norm(self.embed(idx).to(self.compute_dtype))
-        training = (
-            self.compiled and torch.is_grad_enabled()
-        )  # evaluation and decoding have other shapes, not worth compiling for
-        for block, bias in zip(self.blocks, added, strict=True):
-            x = (block if training else block.forward)(x, cos, sin, cache, positions, bias)
-        return norm(x)
-
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """
-        idx (B, T) -> the last hidden states (B, T, n_embd) in the compute dtype.
-        With a cache, idx continues what the cache holds; call cache.advance after.
+        idx (B, T) -> the last hidden states (B, T, n_embd) in the compute dtype. With a cache, idx
+        continues what the cache holds; call cache.advance afterwards.
         """
-        T = idx.size(1)
-        if cache is None:
-            return self.body(idx, self.cos[:T], self.sin[:T])
-        positions = cache.positions(T)  # (1 or B, T)
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (1 or B, 1, T, D/2)
-        return self.body(idx, cos, sin, cache, positions)
+        T, positions = idx.size(1), None
+        cos, sin = self.cos[:T], self.sin[:T]
+        if cache is not None:
+            positions = cache.positions(T)  # (1 or B, T)
+            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        biases: list[Bias | None] = [None] * len(self.blocks)
+        if self.prior is not None:
+            biases = self.prior(idx, self.compute_dtype, cache, positions)
+        x = norm(self.embed(idx).to(self.compute_dtype))
+        compiled = self.compiled and torch.is_grad_enabled()
+        for block, bias in zip(self.blocks, biases, strict=True):
+            run = block if compiled else block.forward
+            x = run(x, cos, sin, cache, positions, bias)
+        return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., n_embd) -> capped logits (..., vocab_size) in float32."""
@@ -303,18 +312,14 @@ class GPT(nn.Module):
         return token_losses(self(idx), self.head_weight, targets, self.config.softcap)
 
     def set_progress(self, progress: float) -> None:
-        """To be told after every step what share of the run is over: an annealed prior follows it."""
+        """Set the share of the run that is over, 0..1; call it after every training step."""
         if self.prior is not None:
             self.prior.set_progress(progress)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
-        c = self.config
+        """An empty cache for `batch` sequences of up to `capacity` tokens (default: the context)."""
+        c, device = self.config, self.embed.weight.device
+        length = capacity or c.sequence_len
         return KVCache(
-            c.n_layer,
-            batch,
-            c.n_kv_head,
-            capacity or c.sequence_len,
-            c.head_dim,
-            self.embed.weight.device,
-            self.compute_dtype,
+            c.n_layer, batch, c.n_kv_head, length, c.head_dim, device, self.compute_dtype
         )
