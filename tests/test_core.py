@@ -256,9 +256,9 @@ def test_shared_beginnings_are_computed_once(tok, monkeypatch):
     task = made("multiple_choice", n=200, shots=8)
     m = model(tok, 256)
     items, prompts = prepare(task, tok, 256)
-    seen, body = [], m.body
+    seen, forward = [], m.forward
     monkeypatch.setattr(
-        m, "body", lambda idx, *rest: (seen.append(idx.numel()), body(idx, *rest))[1]
+        m, "forward", lambda idx, *rest: (seen.append(idx.numel()), forward(idx, *rest))[1]
     )
     Scorer(m, 1e6)(items, prompts)
     alone = sum(item.past + len(s) - 1 for item in items for s in item.ids)
@@ -268,15 +268,15 @@ def test_shared_beginnings_are_computed_once(tok, monkeypatch):
 def test_memory_that_runs_out_halves_the_pass_and_changes_nothing(tok, monkeypatch, capsys):
     m, task = model(tok), TASKS["multiple_choice"]
     items, prompts = prepare(task, tok, 64)
-    want, body, asked = Scorer(m, 1e9)(items, prompts), m.body, []
+    want, forward, asked = Scorer(m, 1e9)(items, prompts), m.forward, []
 
     def limited(idx, *rest):
         asked.append(idx.size(0))
         if idx.size(0) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return body(idx, *rest)
+        return forward(idx, *rest)
 
-    monkeypatch.setattr(m, "body", limited)
+    monkeypatch.setattr(m, "forward", limited)
     got = Scorer(m, 1e9)(items, prompts)
     assert [best(s) for s in got] == [best(s) for s in want]
     assert asked[:3] == [1, 4, 2] and sum(n > 2 for n in asked) == 2, (
@@ -292,9 +292,9 @@ def test_memory_that_runs_out_halves_the_pass_and_changes_nothing(tok, monkeypat
         calls.append(1)
         if len(calls) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return body(*arguments)
+        return forward(*arguments)
 
-    monkeypatch.setattr(m, "body", prompt_only)
+    monkeypatch.setattr(m, "forward", prompt_only)
     with pytest.raises(UserError, match="out of memory with CORE items of 1 row"):
         Scorer(m)(items, prompts)
 

@@ -111,8 +111,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None =
     if bias is not None and bias.form == "dense":
         return attend_dense(q, k, v, window, bias)
     if q.device.type == "cpu":
-        tensors = bias[:5] if bias is not None else ()
-        return _BlockAttention.apply(q, k, v, window if 0 < window < T else T, *tensors)  # type: ignore[return-value]
+        window = window if 0 < window < T else T
+        y: Any = _BlockAttention.apply(q, k, v, window, *(bias[:5] if bias is not None else ()))
+        return y
     return attend_fused(q, k, v, window, bias)
 
 

@@ -1,5 +1,5 @@
 """
-The architecture knobs of a model, the configuration built from them, and the knobs of the attention prior.
+The architecture knobs, the configuration of a model, and the knobs of the attention prior.
 
 Importing this module does not import torch, so every command can show its help at once.
 """
@@ -41,7 +41,7 @@ class GPTConfig(ArchitectureKnobs):
     n_head: int = knob(2, "query heads")
     n_kv_head: int = knob(2, "key and value heads")
     n_embd: int = knob(256, "width of the model")
-    rap: dict[str, Any] | None = None  # the attention prior's spec, from prior.prepare
+    rap: dict[str, Any] | None = None  # the attention prior's spec, from prior_artifact.prepare
 
     def __post_init__(self):
         positive = "sequence_len vocab_size n_layer n_head n_kv_head n_embd mlp_ratio rope_base"

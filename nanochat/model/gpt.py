@@ -34,18 +34,14 @@ class ParameterSpec(NamedTuple):
     matmul: bool  # whether a token costs 2 FLOPs per weight in the forward pass
 
 
-ROSTER = tuple(
-    ParameterSpec(*row)
-    for row in (
-        (r"embed\.weight", "embedding", "embedding", "adamw", "normal", False),
-        (r"head\.weight", "head", "head", "adamw", "small", True),
-        (r"blocks\.\d+\.attn\.(q|k|v)\.weight", "transformer", "matrix", "muon", "fan_in", True),
-        (r"blocks\.\d+\.mlp\.(up|gate)\.weight", "transformer", "matrix", "muon", "fan_in", True),
-        (r"blocks\.\d+\.attn\.out\.weight", "transformer", "matrix", "muon", "zero", True),
-        (r"blocks\.\d+\.mlp\.down\.weight", "transformer", "matrix", "muon", "zero", True),
-        # A prior's tensors are filled later, from an artifact or a checkpoint.
-        (r"prior\.gates", "transformer", "gate", "adamw", "zero", False),
-    )
+ROSTER = (
+    ParameterSpec(r"embed\.weight", "embedding", "embedding", "adamw", "normal", False),
+    ParameterSpec(r"head\.weight", "head", "head", "adamw", "small", True),
+    ParameterSpec(r".+\.attn\.(q|k|v)\.weight", "transformer", "matrix", "muon", "fan_in", True),
+    ParameterSpec(r".+\.mlp\.(up|gate)\.weight", "transformer", "matrix", "muon", "fan_in", True),
+    ParameterSpec(r".+\.(out|down)\.weight", "transformer", "matrix", "muon", "zero", True),
+    # A prior's tensors are filled later, from an artifact or a checkpoint.
+    ParameterSpec(r"prior\.gates", "transformer", "gate", "adamw", "zero", False),
 )
 # With tied embeddings, the table is the head as well.
 TIED = ParameterSpec(r"embed\.weight", "embedding", "head", "adamw", "small", True)
@@ -57,7 +53,10 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding on split halves, by -theta as NanoChat does. x (B, H, T, D); cos, sin (T, D/2) or (B, 1, T, D/2)."""
+    """
+    Rotary embedding on split halves, by -theta as NanoChat does.
+    x (B, H, T, D); cos, sin (T, D / 2) or (B, 1, T, D / 2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -316,8 +315,8 @@ class GPT(nn.Module):
         if self.prior is not None:
             self.prior.set_progress(progress)
 
-    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens (default: the context)."""
+    def new_cache(self, batch: int, capacity: int = 0) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens (0 = the context)."""
         c, device = self.config, self.embed.weight.device
         length = capacity or c.sequence_len
         return KVCache(

@@ -1,81 +1,75 @@
 """
 Cross entropy of a linear head with a soft cap, without ever holding the logits of a whole batch.
 
-The head's product, cap and softmax run over a few hundred rows at a time; where gradients are wanted they are formed in the
-same pass, so no chunk is computed twice and memory stays at one chunk of logits. It refuses no target: -1 is ignored.
+The head's product, the cap and the softmax run over a few hundred rows at a time. Where gradients
+are needed, they are computed in the same pass: no chunk is computed twice, and memory holds one
+chunk of logits. Targets of -1 are ignored.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = {
-    "cpu": 1 << 19,
-    "cuda": 1 << 27,
-    "meta": 1 << 27,
-}  # logits of one chunk: a CPU's few temporaries should stay in its cache
-BLOCK_CHUNKS = {
-    "cpu": 8,
-    "cuda": 1,
-}  # chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs
+# Logits per chunk. On a CPU, the few temporaries of this size should fit its cache.
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27, "meta": 1 << 27}
+# Chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs.
+BLOCK_CHUNKS = {"cpu": 8, "cuda": 1}
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(logits / softcap) in float32; softcap 0 means none."""
-    logits = (
-        logits.float()
-    )  # tanh(x) = 2 sigmoid(2 x) - 1, and a CPU's sigmoid is six times as fast
-    return (
-        torch.sigmoid(logits * (2 / softcap)) * (2 * softcap) - softcap if softcap > 0 else logits
-    )
-
-
-def _chunk_forward(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Negative log-likelihood of each row, 0 where the target is -1. x (R, D), w (V, D), targets (R) -> (R) float32."""
-    return F.cross_entropy(capped(x @ w.t(), softcap), targets, ignore_index=-1, reduction="none")
+    logits = logits.float()
+    if softcap <= 0:
+        return logits
+    # tanh(x) = 2 sigmoid(2 x) - 1, and sigmoid is six times as fast on a CPU
+    return torch.sigmoid(logits * (2 / softcap)) * (2 * softcap) - softcap
 
 
 def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """The rows' losses (R), 0 where the target is -1, and their d/d(uncapped logits) / 4 (R, V) in x's dtype."""
+    """
+    The losses of the rows (R), 0 where the target is -1, and d(loss)/d(uncapped logits) / 4 (R, V)
+    in x's dtype. x (R, D), w (V, D), targets (R).
+    """
     z, s = (x @ w.t()).float(), None
-    if softcap > 0:
-        s = z.mul_(
-            2 / softcap
-        ).sigmoid_()  # the cap is softcap * (2 s - 1); the softmax does not mind the constant
+    if softcap > 0:  # the cap is softcap * (2 s - 1); a softmax ignores the constant
+        s = z.mul_(2 / softcap).sigmoid_()
         z = s * (2 * softcap)
     d = torch.log_softmax(z, dim=-1)
     index = targets.clamp(min=0)[:, None]
     nll = -d.gather(1, index).squeeze(1) * (targets >= 0)
     d = d.exp_().scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape))
-    d = (
-        d.mul_(torch.addcmul(s, s, s, value=-1)) if s is not None else d.mul_(0.25)
-    )  # tanh' = 1 - tanh^2 = 4 s (1 - s)
+    if s is not None:
+        d = d.mul_(torch.addcmul(s, s, s, value=-1))  # tanh' = 1 - tanh^2 = 4 s (1 - s)
+    else:
+        d = d.mul_(0.25)
     return nll, d.to(x.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum(weights * nll) with the gradients of x and w formed chunk by chunk in the forward pass."""
+    """sum(weights * nll); the forward pass computes the gradients of x and w chunk by chunk."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, both
     ) -> Tensor:
-        w, rows = weight.to(x.dtype), chunk_rows(x, weight)
-        block = rows * BLOCK_CHUNKS.get(x.device.type, 1)
+        R, w, rows = x.size(0), weight.to(x.dtype), chunk_rows(x, weight)
+        block_rows = rows * BLOCK_CHUNKS.get(x.device.type, 1)
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        d = torch.empty(min(block, x.size(0)), weight.size(0), dtype=x.dtype, device=x.device)
-        for first in range(0, x.size(0), block):
-            whole = slice(first, min(first + block, x.size(0)))
-            for at in range(first, whole.stop, rows):
-                part = slice(at, min(at + rows, whole.stop))
-                nll, d[at - first : part.stop - first] = both(x[part], w, targets[part], softcap)
-                total += (nll * weights[part]).sum()
-            here = d[: whole.stop - first]
-            scale = (4 * weights[whole, None]).to(x.dtype)
-            torch.mul(here @ w, scale, out=dx[whole])
-            dw += here.t() @ (x[whole] * scale)
+        d = torch.empty(min(block_rows, R), weight.size(0), dtype=x.dtype, device=x.device)
+        for start in range(0, R, block_rows):
+            block = slice(start, min(start + block_rows, R))
+            for at in range(start, block.stop, rows):
+                chunk = slice(at, min(at + rows, block.stop))
+                nll, d[at - start : chunk.stop - start] = both(x[chunk], w, targets[chunk], softcap)
+                total += (nll * weights[chunk]).sum()
+            block_d = d[: block.stop - start]
+            scale = (4 * weights[block, None]).to(x.dtype)
+            torch.mul(block_d @ w, scale, out=dx[block])
+            dw += block_d.t() @ (x[block] * scale)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return total
@@ -99,44 +93,48 @@ def linear_cross_entropy(
     compiled: bool = False,
 ) -> Tensor:
     """
-    The sum over valid positions of weights * -log softmax(cap(x W^T))[target]: a float32 scalar, 0 when no target is valid.
+    The sum over valid positions of weights * -log softmax(cap(x W^T))[target]: a float32 scalar,
+    0 when no target is valid.
 
-    x (..., D) in the compute dtype; weight (V, D); targets (...) int64, -1 ignored; weights (...) or None for ones.
+    x (..., D) in the compute dtype; weight (V, D); targets (...) int64, -1 ignored; weights (...)
+    or None for ones. compiled: use torch.compile for the chunks.
     """
     x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
-    weights = (
-        torch.ones_like(targets, dtype=torch.float32)
-        if weights is None
-        else weights.reshape(-1).float()
-    )
-    weights = weights.masked_fill(
-        targets < 0, 0.0
-    )  # not a product: whatever stands at an ignored position, NaN too, must not count
+    if weights is None:
+        weights = torch.ones_like(targets, dtype=torch.float32)
+    # masked_fill, not a product: an ignored position must not count, even if its weight is NaN
+    weights = weights.reshape(-1).float().masked_fill(targets < 0, 0.0)
     both = _chunk_both
     if compiled:
         both = _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
-    return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, both)  # type: ignore[return-value]
+    total: Any = _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, both)
+    return total
 
 
 @torch.no_grad()
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
-    """Each position's negative log-likelihood in nats, 0 where the target is -1; same shapes as linear_cross_entropy -> targets' shape."""
-    flat, t = x.reshape(-1, x.size(-1)), targets.reshape(-1)
-    w = weight.to(x.dtype)
+    """
+    The negative log-likelihood of each target in nats, 0 where it is -1, in the shape of targets;
+    arguments as for linear_cross_entropy.
+    """
+    w, flat = weight.to(x.dtype), x.reshape(-1, x.size(-1))
     rows = chunk_rows(flat, weight)
-    parts = [
-        _chunk_forward(flat[at : at + rows], w, t[at : at + rows], softcap)
-        for at in range(0, flat.size(0), rows)
+    losses = [
+        F.cross_entropy(capped(chunk @ w.t(), softcap), target, ignore_index=-1, reduction="none")
+        for chunk, target in zip(flat.split(rows), targets.reshape(-1).split(rows), strict=True)
     ]
-    return torch.cat(parts).view(targets.shape)
+    return torch.cat(losses).view(targets.shape)
 
 
 def chunk_rows(x: Tensor, weight: Tensor) -> int:
-    """Rows a chunk: a divisor of the row count where one is near, so that every chunk has one shape."""
+    """
+    The rows per chunk of x (R, D): R divided evenly if a suitable divisor is near, so that all
+    chunks have the same shape.
+    """
     most = max(1, CHUNK_ELEMENTS.get(x.device.type, 1 << 25) // weight.size(0))
-    n = x.size(0)
-    if n <= most:
-        return n
-    pieces = -(-n // most)
-    even = next((p for p in range(pieces, 2 * pieces) if n % p == 0), pieces)
-    return -(-n // even)
+    count = x.size(0)
+    if count <= most:
+        return count
+    chunks = -(-count // most)
+    even = next((n for n in range(chunks, 2 * chunks) if count % n == 0), chunks)
+    return -(-count // even)

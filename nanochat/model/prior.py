@@ -1,6 +1,6 @@
 """
-The attention prior (RAP) inside a model: tables that are looked up for the tokens of a pass, and the
-gates that scale them.
+The attention prior (RAP) inside a model: tables that are looked up for the tokens of a pass, and
+the gates that scale them.
 
 A prior adds to the score of layer l, head h, query i and key j the sum over its groups g of
 gates[l, h, g] * B_g[i, j]; prior_artifact.py says what the groups are. The tables are buffers of
@@ -140,37 +140,38 @@ class Prior(nn.Module):
 @torch.no_grad()
 def warm_start(model: Any, spec: dict[str, Any], tensors: dict[str, Tensor], alpha: float) -> None:
     """
-    Mode B: rows of W_Q and W_K such that the expected score of matching tokens is `alpha` at the start, and no bias afterwards.
+    Set rows of W_Q and W_K such that the expected score of matching tokens is `alpha` at the start;
+    there is no bias afterwards. Raises UserError for a prior without the match term.
 
-    With x the normalised embeddings, least squares gives W_Q x ~ codes query and W_K x ~ sum_s codes keys[s]: the rules of all shifts
-    are folded onto the key's own token, as no first layer knows the one before it. QK-norm makes scores of size sqrt(D), so these rows
-    get the share alpha / sqrt(D) of a head's power and the random rows keep the rest; they lie in the slowest rotary channels, where
-    rotation hardly turns them. lag, key and pair cannot be carried: embeddings have no common direction, and hold one token each.
+    With x the normalised embeddings, least squares gives W_Q x ~ codes query and
+    W_K x ~ sum_s codes keys[s]: the rules of all shifts apply to the key's own token, as no first
+    layer knows the token before it. QK-norm makes scores of size sqrt(D), so these rows get the
+    share alpha / sqrt(D) of a head's power, and the random rows keep the rest. They lie in the
+    slowest rotary channels, where rotation changes little. lag, key and pair cannot be carried over
+    to W_Q and W_K: embeddings have no common direction, and each holds only one token.
     """
     if "codes" not in tensors:
         raise UserError(
-            "--rap_mode=warmstart needs a prior with match: distances and key tokens cannot be carried by W_Q and W_K"
+            "--rap_mode=warmstart needs a prior with match: W_Q and W_K cannot express distances "
+            "and key tokens"
         )
-    c, device = model.config, model.embed.weight.device
+    config, device = model.config, model.embed.weight.device
     layers, heads, _ = spec["tensors"]["gates"][1:]
+    kv_heads = -(-heads * config.n_kv_head // config.n_head)
     codes = tensors["codes"][:-1].to(device, torch.float32)
-    x = F.rms_norm(model.embed.weight[: c.vocab_size].float(), (c.n_embd,))
-    targets = torch.cat(
-        (codes @ tensors["query"].to(device), codes @ tensors["keys"].sum(0).to(device)), 1
-    )
-    rows = torch.linalg.lstsq(x, targets).solution.mT.view(2, -1, c.n_embd)[:, : c.head_dim]
-    D, r = c.head_dim, rows.size(1)
+    query, key = tensors["query"].to(device), tensors["keys"].sum(0).to(device)
+    x = F.rms_norm(model.embed.weight[: config.vocab_size].float(), (config.n_embd,))
+    targets = torch.cat((codes @ query, codes @ key), 1)
+    D = config.head_dim
+    rows = torch.linalg.lstsq(x, targets).solution.mT.view(2, -1, config.n_embd)[:, :D]
+    r = rows.size(1)
     slow = [D - 1 - n // 2 - (n % 2) * (D // 2) for n in range(r)]
     share = min(1.0, alpha / D**0.5) if r < D else 1.0
-    for attn in (block.attn for block in model.blocks[:layers]):
-        for weight, made, n in (
-            (attn.q.weight, rows[0], heads),
-            (attn.k.weight, rows[1], -(-heads * c.n_kv_head // c.n_head)),
-        ):
-            by_head = weight.view(-1, D, c.n_embd)[:n]
+    for block in model.blocks[:layers]:
+        for linear, new, n in ((block.attn.q, rows[0], heads), (block.attn.k, rows[1], kv_heads)):
+            by_head = linear.weight.view(-1, D, config.n_embd)[:n]
             power = by_head.square().sum((1, 2), keepdim=True)
             by_head[:, slow] = 0
-            by_head *= (
-                (1 - share) * power / by_head.square().sum((1, 2), keepdim=True).clamp(min=1e-12)
-            ).sqrt()
-            by_head[:, slow] = made * (share * power / made.square().sum()).sqrt()
+            kept = by_head.square().sum((1, 2), keepdim=True).clamp(min=1e-12)
+            by_head *= ((1 - share) * power / kept).sqrt()
+            by_head[:, slow] = new * (share * power / new.square().sum()).sqrt()

@@ -1,4 +1,4 @@
-"""The stages of training, in order, and where their runs live. Importing this module does not import torch."""
+"""The stages of training, in order, and the folders of their runs. Imports no torch."""
 
 import re
 from pathlib import Path
