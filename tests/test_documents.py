@@ -1,4 +1,4 @@
-"""Readers of .txt, .jsonl and .parquet files: what a document is, and errors that name the place."""
+"""Readers of .txt, .jsonl and .parquet files: documents, and errors that name the place."""
 
 import json
 

@@ -1,3 +1,5 @@
+"""Feeds: the order of rows, resuming anywhere, ranks and micro-batches, context stages, threads."""
+
 import gc
 import json
 import threading
@@ -29,7 +31,7 @@ class Plain:
 
 
 def make(path, lengths, name="a", masked=False, first=1):
-    """Documents <|bos|> n n+1 ..., every token of its own kind, so that a row tells where each of its tokens came from."""
+    """Documents <|bos|> n n+1 ..., with no token twice, so that rows show where each is from."""
     rows, n = [], first
     for length in lengths:
         ids = [BOS, *range(n, n + length - 1)]
@@ -107,7 +109,7 @@ def test_an_epoch_has_every_document_once(data, mode):
     f = feed(data, mode=mode, epochs=1, sequence_len=64)
     seen = targets(f)
     assert sorted(seen) == list(range(1, data.total - len(data) + 1))
-    assert f.progress == 1.0 and f.epoch == 0
+    assert f.progress == 1.0 and f.state_dict()["epoch"] == 0
     with pytest.raises(StopIteration):
         next(f)
 
@@ -191,7 +193,7 @@ def test_masks_decide_the_targets(tmp_path):
 
 
 def test_only_over_long_conversations(tmp_path, capsys):
-    """Trap 2: a feed of nothing but over-long conversations, the answers beyond the cut, goes on, ends its epochs and counts."""
+    """Trap 2: a feed of over-long conversations only, with no answer left, runs on and counts."""
     shards = make(tmp_path, [100] * 20, masked=True)
     f = feed(shards, mode="padded", epochs=2)
     assert f.truncated == 20 and "20 of 20" in capsys.readouterr().err
@@ -228,7 +230,7 @@ def test_ends(data):
     endless = feed(data, epochs=None)
     for _ in range(200):
         next(endless)
-    assert endless.progress == 0.0 and endless.epoch > 2
+    assert endless.progress == 0.0 and endless.state_dict()["epoch"] > 2
     endless.close()
 
 
@@ -237,7 +239,7 @@ def test_progress_by_epochs_rises_to_one(data):
     seen = []
     for _ in f:
         seen.append(f.progress)
-        assert f.epoch == min(2, int(f.progress * 3 - 1e-9))
+        assert f.state_dict()["epoch"] == min(2, int(f.progress * 3 - 1e-9))
     assert seen == sorted(seen) and seen[-1] == 1.0 and seen[0] < 0.05
 
 
@@ -267,8 +269,8 @@ def staged(data, **changes):
     return feed(data, **{"rows": 2, "device_rows": 1, "epochs": 1, "contexts": STAGES, **changes})
 
 
-def told(f, shares=None):
-    """The steps of a feed that is told its progress (or the shares given) before each of them."""
+def run(f, shares=None):
+    """The steps of a feed whose progress (or the shares given) is set before each of them."""
     for share in shares if shares is not None else iter(lambda: f.progress, None):
         f.set_progress(share)
         try:
@@ -286,9 +288,9 @@ def told(f, shares=None):
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=60),
 )
 def test_stages_lose_and_repeat_nothing(tmp_path, first, second, lengths):
-    """Every target of the epoch once, wherever the context grows: within a block or at its end, in long documents and short ones."""
+    """Every target of the epoch comes once, wherever in a block or document the context grows."""
     data = make(tmp_path / f"{len(lengths)}_{sum(lengths)}_{hash(tuple(lengths))}", lengths)
-    steps = list(told(staged(data), [0.0] * first + [0.5] * second + [0.9] * 1000))
+    steps = list(run(staged(data), [0.0] * first + [0.5] * second + [0.9] * 1000))
     assert sorted(targets(steps)) == list(range(1, data.total - len(data) + 1))
     assert all((b.inputs[:, 0] == BOS).all() for s in steps for b in s)
     widths = [s[0].inputs.size(1) for s in steps]
@@ -313,12 +315,12 @@ def test_stages_keep_the_tokens_of_steps_and_micro_batches(data):
         (0.8, 32),
         (0.1, 32),
     ):  # a context once reached is kept
-        said = f.set_progress(progress)
+        change = f.set_progress(progress)
         step = next(f)
         assert [tuple(b.inputs.shape) for b in step] == [(64 // T, T)] * 3 and f.numbers == {
             "context": T
         }
-        assert said == {
+        assert change == {
             0.3: "context 8 -> 16, 12 rows a step",
             0.8: "context 16 -> 32, 6 rows a step",
         }.get(progress, "")
@@ -331,9 +333,9 @@ def test_stages_keep_the_tokens_of_steps_and_micro_batches(data):
 
 
 def test_resume_anywhere_in_the_stages(data):
-    """Trap 8 with stages: from any step on, through JSON, before and after a switch, in a block that was packed twice or thrice."""
+    """Trap 8 with stages: from any step, also in a block that was packed two or three times."""
     whole, states, f = [], [], staged(data)
-    for batches in told(f):
+    for batches in run(f):
         whole.append(rows(batches))
         states.append(json.loads(json.dumps(f.state_dict())))
     assert (
@@ -351,16 +353,16 @@ def test_resume_anywhere_in_the_stages(data):
         ),
         len(whole) - 3,
     }:
-        for there in (at, at + 1):
+        for step in (at, at + 1):
             g = staged(data)
-            g.load_state_dict(states[there])
-            assert [rows(batches) for batches in told(g)] == whole[there + 1 :]
+            g.load_state_dict(states[step])
+            assert [rows(batches) for batches in run(g)] == whole[step + 1 :]
 
 
 def test_a_finished_stage_of_a_block_counts_once(data, monkeypatch):
-    """Two switches within one block, the second before any row of the first packing anew was taken."""
+    """Two switches within one block, the second before a row was taken after the first."""
     monkeypatch.setattr(order, "BLOCK_TOKENS", 1 << 21)
-    steps = list(told(staged(data), [0.0] * 9 + [0.5, 0.9] + [0.9] * 1000))
+    steps = list(run(staged(data), [0.0] * 9 + [0.5, 0.9] + [0.9] * 1000))
     assert sorted(targets(steps)) == list(range(1, data.total - len(data) + 1))
     f = staged(data)
     next(f)
@@ -373,9 +375,9 @@ def test_a_finished_stage_of_a_block_counts_once(data, monkeypatch):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_stages_depend_on_no_memory_knob(data, world_size):
-    one = [rows(b) for b in told(staged(data, rows=4, device_rows=8))]
+    one = [rows(b) for b in run(staged(data, rows=4, device_rows=8))]
     ranks = [
-        told(staged(data, rows=4, device_rows=1, rank=r, world_size=world_size))
+        run(staged(data, rows=4, device_rows=1, rank=r, world_size=world_size))
         for r in range(world_size)
     ]
     for step in one:

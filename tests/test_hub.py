@@ -22,7 +22,7 @@ COMMIT = "c" * 40
 class Hub(ThreadingHTTPServer):
     """
     The hub's API (the tree in pages of two) and its files, with ranges. `faults` are what the next
-    requests for files meet: an HTTP status, ("cut", bytes), "garbage", or "Ctrl+C" for this process.
+    requests for files meet: an HTTP status, ("cut", bytes), "garbage", or "Ctrl+C" here.
     """
 
     def __init__(self):
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
                 else self.reply(404)
             )
         if m := re.fullmatch(
-            rf"/api/datasets/karpathy/[\w-]+/tree/{hub_.commit}\?recursive=(?:true|True)[^#]*?(?:&cursor=(\d+))?",
+            rf"/api/datasets/karpathy/[\w-]+/tree/{hub_.commit}\?recursive=(?:true|True).*?(?:&cursor=(\d+))?",
             self.path,
         ):
             at, entries = int(m[1] or 0), [{"type": "directory", "path": "data", "oid": "0"}]

@@ -1,3 +1,5 @@
+"""Packing: no token lost or repeated, no row too long, hardly any padding."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,18 +38,18 @@ def test_every_token_once_in_order_and_no_row_overflows(lengths, width):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 90)), max_size=60), st.integers(2, 40))
-def test_what_is_left_of_documents(left, width):
-    """Tokens begin:stop of each once, in order; a piece that does not open its document takes one place more."""
+def test_the_rest_of_documents(rests, width):
+    """Tokens begin:stop of each come once, in order; a later piece takes one more place."""
     begin, stop = (
-        np.array([b for b, _ in left], dtype=np.int64),
-        np.array([b + n for b, n in left], dtype=np.int64),
+        np.array([b for b, _ in rests], dtype=np.int64),
+        np.array([b + n for b, n in rests], dtype=np.int64),
     )
-    pieces = {d: [] for d in range(len(left))}
+    pieces = {d: [] for d in range(len(rests))}
     for row in rows_of(pack(stop, width, begin)):
         assert sum(b - a + (a > 0) for _, a, b in row) <= width
         for d, a, b in row:
             pieces[d].append((a, b))
-    for d, (b, n) in enumerate(left):
+    for d, (b, n) in enumerate(rests):
         assert [t for start, end in sorted(pieces[d]) for t in range(start, end)] == list(
             range(b, b + n)
         )

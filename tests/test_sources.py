@@ -140,7 +140,7 @@ def test_about_one_percent_and_all_of_both(tmp_path):
 
 
 def test_membership_is_by_content(tmp_path):
-    """Adding files, renaming them, another order or another format moves no document across; copies stay together."""
+    """Added, renamed, reordered or converted files move no document; copies stay together."""
     rows = [f"document {i}" for i in range(2000)]
     jsonl(tmp_path / "m.jsonl", [{"text": r} for r in rows])
     _, val = splits(source(tmp_path))
@@ -148,9 +148,11 @@ def test_membership_is_by_content(tmp_path):
     (tmp_path / "m.jsonl").rename(tmp_path / "z.jsonl")
     random.Random(0).shuffle(rows)
     pq.write_table(pa.table({"text": rows}), tmp_path / "copy.parquet")
-    train, more = splits(source(tmp_path))
-    assert set(val) == {t for t in more if t.startswith("document")} and not set(train) & set(more)
-    assert all(more.count(t) == 2 for t in val)
+    train, larger = splits(source(tmp_path))
+    assert set(val) == {t for t in larger if t.startswith("document")} and not set(train) & set(
+        larger
+    )
+    assert all(larger.count(t) == 2 for t in val)
 
 
 @pytest.mark.parametrize("n", [2, 3, 20, 100, 700])

@@ -62,8 +62,8 @@ class RowFeed:
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
     moves to the next stage, and `numbers` reports it to the log.
 
-    step, progress (0..1; 0 while endless) and epoch (from 0) describe what was handed out, however
-    much is prefetched. device_rows (of the present context) may be lowered at any time: it changes
+    step and progress (0..1; 0 while endless) describe what was handed out, however much is
+    prefetched. device_rows (of the present context) may be lowered at any time: it changes
     how a step is cut, never which rows it has.
     """
 
@@ -110,10 +110,6 @@ class RowFeed:
     @property
     def step(self) -> int:
         return self._state["step"]
-
-    @property
-    def epoch(self) -> int:
-        return self._state["epoch"]
 
     @property
     def progress(self) -> float:
