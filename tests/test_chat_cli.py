@@ -1,4 +1,7 @@
-"""chat_cli and base_complete with a tiny random model: in this process, in a pipe and in a pseudo-terminal."""
+"""
+chat_cli and base_complete with a tiny random model: in this process, in a pipe and in a
+pseudo-terminal.
+"""
 
 import io
 import os

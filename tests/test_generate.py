@@ -67,7 +67,7 @@ def model(vocab_size, dtype=torch.float32, seed=0, **shape):
 
 
 def greedy(m, prompt, n):
-    """The likeliest continuation by whole forward passes, without a cache: the judge of the engine."""
+    """The likeliest continuation by full forward passes without a cache."""
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(n):
@@ -76,7 +76,7 @@ def greedy(m, prompt, n):
 
 
 def with_specials(tokenizer, **ids):
-    """A tokenizer whose special tokens have other ids: assistant_end=5; -1, which is no token, by default."""
+    """A tokenizer with other special ids, as in assistant_end=5; by default -1, never sampled."""
     specials = dict.fromkeys(SPECIAL_TOKENS, -1)
     specials |= {f"<|{name}|>": id for name, id in ids.items()}
     return SimpleNamespace(specials=specials, encode=tokenizer.encode, decode=tokenizer.decode)
@@ -418,7 +418,7 @@ def test_lengths_and_reasons(tokenizer):
 
 
 class Script(nn.Module):
-    """A model whose row continues as its script says; the first token of the prompt names the script."""
+    """A model that follows a script, which the first token of the prompt names."""
 
     class Cache:
         def __init__(self, rows):
@@ -513,7 +513,7 @@ def test_forced_tokens_end_at_the_limit(tokenizer):
 
 
 def test_the_model_sees_the_output_of_the_calculator(tokenizer):
-    """A real model and ragged rows: every row continues as full forwards do, forced tokens included."""
+    """A real model, ragged rows: each row equals full forward passes, forced tokens included."""
     m = model(tokenizer.vocab_size, n_kv_head=2, sequence_len=48)
     prompts = [[1], [2, 3, 4], [5, 6], [7, 8, 9, 10]]
     plain = greedy(m, prompts[0], 16)

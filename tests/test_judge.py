@@ -1,16 +1,22 @@
 """
-An outside judge: lm-evaluation-harness, offline, with local task files, scores the same model on ARC-Easy, PIQA, COPA, LAMBADA and BoolQ.
+An independent check of the CORE score: lm-evaluation-harness, offline and with local task files,
+scores the same model on ARC-Easy, PIQA, COPA, LAMBADA and BoolQ.
 
-Needs the extra `judge` and the evaluation bundle, and runs with the slow tests: pytest -m slow tests/test_judge.py
+Needs the extra `judge` and the evaluation bundle, and runs with the slow tests:
+pytest -m slow tests/test_judge.py
 
-Where the two differ by design, and what is compared therefore:
-- Its `acc` takes the answer with the highest summed log-likelihood, `acc_norm` divides the sum by the answer's characters (`acc_bytes` by
-  its bytes). CORE takes the mean a token. So the sums are compared answer by answer, and then the choice by either rule.
-- It scores an answer from its first token on, CORE from the first token that is not the same in all answers. What all share shifts the sums
-  of an item by one number, and changes no choice by sums. It does change means, so it is taken off first.
-- It moves the space before an answer from the question to the answer, as CORE does, and encodes question and answer in one piece.
-- Of answers that tie it takes the first, CORE one by lot: where a row lists the same answer twice, both must say so.
-- Its own few-shot draws differ from ours: the examples are handed to it as part of the question.
+The two differ by design, which decides what is compared:
+- The harness's `acc` takes the answer with the highest summed log-likelihood; `acc_norm` divides
+  the sum by the answer's characters (`acc_bytes` by its bytes). CORE takes the mean per token. So
+  the sums are compared answer by answer, and then the choice by either rule.
+- The harness scores an answer from its first token, CORE from the first token that the answers do
+  not share. The shared beginning shifts all sums of an item by the same number, which changes no
+  choice by sums. It does change means, so it is subtracted first.
+- The harness moves the space before an answer from the question to the answer, as CORE does, and
+  encodes question and answer in one piece.
+- Of tied answers, the harness takes the first and CORE a random one: where a row lists the same
+  answer twice, both must report the tie.
+- Their few-shot draws differ: the harness gets our examples as part of the question.
 """
 
 import json
@@ -87,7 +93,7 @@ def tasks(tok, model):
 
 
 def judged(model, tok, tasks, folder):
-    """{task: [(summed log-likelihood, is it what greedy decoding says) of every answer, an item each]} by lm-evaluation-harness."""
+    """{task: per item, [(summed log-likelihood, is it the greedy continuation) per answer]}."""
     lm_eval = pytest.importorskip(
         "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nanochat[judge]'"
     )
@@ -179,7 +185,7 @@ def judged(model, tok, tasks, folder):
 
 
 def best(values):
-    """The answers with the highest value: one, or several where a row lists the same answer twice, as some of ARC do."""
+    """The answers with the highest value; several if a row repeats an answer, as in ARC."""
     return {j for j, x in enumerate(values) if max(values) - x < 1e-4}
 
 
@@ -216,9 +222,7 @@ def test_the_judge_chooses_the_same_answers(tok, model, tasks, tmp_path, monkeyp
             apart[name] += by_sum != by_mean
     said = sum(scores[0][1] for scores in verdicts["lambada_openai"])
     assert 5 <= said < ITEMS, "some rows are answered greedily, and not all"
-    print(
-        f"answered as greedy decoding would: {said} of lambada; items where the rules choose differently: {apart}"
-    )
+    print(f"greedy answers: {said} of lambada; items where the rules choose differently: {apart}")
     assert len(apart) == 4 and sum(apart.values()) > 0, (
         "rules that agree everywhere would show little"
     )

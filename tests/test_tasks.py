@@ -53,16 +53,27 @@ GSM8K = [
     },
     {"question": "And below zero?", "answer": "Simply -3.50.\n#### -3.50"},
 ]
-PROBLEM = 'import math\nfrom typing import List\n\ndef area(r: float) -> float:\n    """ The area of a circle. """\n'
+PROBLEM = '''import math
+from typing import List
+
+def area(r: float) -> float:
+    """ The area of a circle. """
+'''
 HUMANEVAL = [
     {
         "prompt": PROBLEM,
         "entry_point": "area",
         "canonical_solution": "    half = math.pi / 2\n    return 2 * half * r * r\n",
-        "test": "def check(candidate):\n    assert candidate(0) == 0\n    assert abs(candidate(1) - 3.14159) < 1e-4\n",
+        "test": "def check(candidate):\n    assert candidate(0) == 0\n"
+        "    assert abs(candidate(1) - 3.14159) < 1e-4\n",
     }
 ]
-MMLU = 'question,choice0,choice1,choice2,choice3,answer\nWhat is 2+2?,3,4,5,6,1\n"A, or\nB?","a\nb",c,d,e,0\n'
+MMLU = """question,choice0,choice1,choice2,choice3,answer
+What is 2+2?,3,4,5,6,1
+"A, or
+B?","a
+b",c,d,e,0
+"""
 ARC = [
     {
         "id": question,
@@ -483,7 +494,7 @@ def test_identity_says_the_name_that_it_is_given():
 
 
 class Hub(ThreadingHTTPServer):
-    """The parts of the hub's API that a fetch needs, for one commit of every repository; it lists what `files` holds: path -> bytes."""
+    """The hub's API as far as a fetch needs it; `files` holds {repository: {path: bytes}}."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)

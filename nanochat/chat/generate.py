@@ -101,7 +101,7 @@ class Engine:
     ) -> Iterator[list[Token]]:
         """
         Stream num_samples continuations of one prompt: each item holds the tokens of one step,
-        those of a row in order. max_tokens None continues to the end of the context.
+        those of a row in order. With max_tokens None, they go on to the end of the context.
         """
         batch = Batch(self)
         sampling = Sampling(temperature, top_k, top_p)
@@ -155,6 +155,7 @@ class Batch:
     """
     Rows that are decoded together. Prompts join at any time, each step gives every row its next
     token, and rows leave when they finish or are cancelled. len() counts the rows in the batch.
+    Do not train the model while a batch is in use.
     """
 
     def __init__(self, engine: Engine):

@@ -12,8 +12,9 @@ from nanochat.data.tokenizer import StreamDecoder, Tokenizer
 if TYPE_CHECKING:
     from nanochat.chat.generate import Engine, Token
 
-OPENING = {tokens[0]: kind for kind, tokens in PART_TOKENS.items()}
-CLOSING = {tokens[1] for tokens in PART_TOKENS.values()}
+# The kind of the part that follows a special token
+KIND_AFTER: dict[str | None, str] = {start: kind for kind, (start, _) in PART_TOKENS.items()}
+KIND_AFTER |= {end: "text" for _, end in PART_TOKENS.values()}
 
 
 class Reply:
@@ -49,27 +50,21 @@ class Reply:
         self.tokens += 1
         self.finish = token.finish
         name = self._names.get(token.id)
-        ends_part = name in OPENING or name in CLOSING or bool(token.finish)
+        ends_part = name in KIND_AFTER or bool(token.finish)
         if name is None:
             self._text += self._decoder.push(token.id)
         if ends_part:
             self._text += self._decoder.flush()
         piece = None
         if self._text and (ends_part or self._kind == "text"):
-            piece = self._kind, self._text
-            self._add(*piece)
+            piece = kind, text = self._kind, self._text
             self._text = ""
-        if name in OPENING:
-            self._kind = OPENING[name]
-        elif name in CLOSING:
-            self._kind = "text"
+            if self.parts and self.parts[-1]["type"] == kind == "text":
+                self.parts[-1]["text"] += text
+            else:
+                self.parts.append({"type": kind, "text": text})
+        self._kind = KIND_AFTER.get(name, self._kind)
         return piece
-
-    def _add(self, kind: str, text: str) -> None:
-        if self.parts and self.parts[-1]["type"] == kind == "text":
-            self.parts[-1]["text"] += text
-        else:
-            self.parts.append({"type": kind, "text": text})
 
 
 def continue_text(engine: "Engine", text: str, **sampling: Any) -> Iterator[str]:

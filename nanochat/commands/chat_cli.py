@@ -8,7 +8,7 @@ error. A base model has not learned to chat, so it continues the given text. Not
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,7 +93,7 @@ class Chat:
     def write(self, text: str) -> None:
         print(CONTROL.sub("", text) if self.styled else text, end="", flush=True)
 
-    def run(self, lines: Iterator[str] | Sequence[str]) -> None:
+    def run(self, lines: Iterable[str]) -> None:
         """Obey or answer each line, until /quit."""
         for line in map(str.strip, lines):
             if line in ("/quit", "/exit"):
@@ -155,9 +155,9 @@ class Chat:
         finally:  # also when it was stopped
             answer = {"role": "assistant", "content": reply.content}
             self.messages = [*conversation["messages"], answer]
-        if reply.finish == "length" and self.styled:
+        if self.styled and reply.finish == "length":
             self.remark(f"[stopped after {reply.tokens} tokens: see --max_tokens]")
-        elif reply.finish == "context" and self.styled:
+        elif self.styled and reply.finish == "context":
             self.remark("[stopped: the context is full]")
 
     def _show(self, pieces: Iterator[tuple[str, str]]) -> None:
