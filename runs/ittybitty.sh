@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The 37.75 M parameter model on one GPU: 954 steps of 524,288 tokens (500 M tokens) of web text, then conversations.
-# About 4 GB of shards are downloaded first. Interrupted and started again, it goes on where it stopped.
+# About 4 GB of shards are downloaded first. If interrupted, start it again and it continues.
 #     bash runs/ittybitty.sh                     WANDB_RUN=name bash runs/ittybitty.sh  logs to wandb as well
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

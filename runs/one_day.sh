@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The best model that a number of hours on this machine buys, unattended: probe, recipe, pilot, pretraining, midtraining, finetuning, report.
 #     bash runs/one_day.sh                                     24 hours, on web text (downloaded first)
-#     bash runs/one_day.sh --minutes 20                        the same in small, on the embedded corpus
-#     bash runs/one_day.sh --hours 8 --data "wiki=DIR:0.6 books=DIR:0.4" --talks "mine=FILE.jsonl:1 identity:1" --target 0.9
-#     bash runs/one_day.sh --hours 8 --recipe FILE.toml        the plan keeps what the recipe says of the architecture
-#     bash runs/one_day.sh --hours 8 --task_dir DIR            ARC, MMLU, GSM8K from a folder instead of the hub
-# Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+#     bash runs/one_day.sh --minutes 20                        the same on a small scale, on the embedded corpus
+#     bash runs/one_day.sh --hours 8 --data "wiki=DIR:0.6 books=DIR:0.4" --conversations "mine=FILE.jsonl:1 identity:1" --target 0.9
+#     bash runs/one_day.sh --hours 8 --recipe FILE.toml        with the architecture of a recipe
+#     bash runs/one_day.sh --hours 8 --task_dir DIR            with ARC, MMLU and GSM8K from a folder instead of the hub
+# If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-minutes="" data="" talks="" vocab="" target=0 open=() tasks=()
+minutes="" data="" conversations="" vocab="" target=0 open=() tasks=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
@@ -21,18 +21,18 @@ while [ $# -gt 0 ]; do
         --minutes | --hours)
             [ -z "$minutes" ] || { echo "error: --hours and --minutes are two budgets: give one of them" >&2; exit 2; }
             if ! [[ "$value" =~ ^[0-9]+$ ]] || [ "$value" -lt 1 ]; then
-                echo "error: $flag is '$value': give a whole number of at least 1" >&2
+                echo "error: $flag must be a whole number of at least 1 (got '$value')" >&2
                 exit 2
             fi
             minutes=$value
             [ "$flag" = --minutes ] || minutes=$((value * 60)) ;;
         --data) data=$value ;;
-        --talks) talks=$value ;;
+        --conversations | --talks) conversations=$value ;; # --talks is the former name
         --vocab) vocab=$value ;;
         --target) target=$value ;;
         --task_dir) tasks=(--task_dir "$value") ;;
         --recipe) open=(--recipe "$value") ;;
-        *) echo "error: one_day.sh does not know $flag: it takes --hours, --minutes, --data, --talks, --task_dir, --vocab, --recipe, --target" >&2; exit 2 ;;
+        *) echo "error: one_day.sh does not know $flag: use --hours, --minutes, --data, --conversations, --task_dir, --vocab, --recipe or --target" >&2; exit 2 ;;
     esac
 done
 minutes=${minutes:-1440}
@@ -45,12 +45,12 @@ if [ -z "$data" ]; then
     [ "$minutes" -lt 60 ] || data=fineweb-edu
 fi
 if [ -z "$vocab" ]; then
-    vocab=2048 # the embedded corpus knows few words
+    vocab=2048 # the embedded corpus has few words
     [ "$data" = tinyworld ] || vocab=$((minutes < 60 ? 8192 : minutes < 600 ? 32768 : 65536))
 fi
 
 source runs/environment.sh
-cd "$here" # names of files are meant from where the script was started
+cd "$here" # file names are relative to the folder where the script was started
 
 tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
@@ -58,37 +58,39 @@ out="$base/day/$minutes-minutes"
 resumable "$out"
 read -ra words <<<"$data"
 text=(--data "${words[@]}")
-read -ra words <<<"$talks"
+read -ra words <<<"$conversations"
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
 later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
-[ -z "$talks" ] || later+=(--data "${words[@]}")
+[ -z "$conversations" ] || later+=(--data "${words[@]}")
 
-# the clock starts when data and tokenizer are there
+# The clock starts when data and tokenizer are ready.
 [ "$data" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
-# what is left, less a twelfth for the pilot, which would be too short to tell anything below 25 minutes; fixed at the first start, so that
-# an interrupted stage keeps its length
+# The recipe gets the remaining time, less a twelfth for the pilot; below 25 minutes a pilot would be too short to tell anything. The figure
+# is fixed at the first start, so that an interrupted stage keeps its length.
 pilot=$((minutes >= 25))
 spent=$((before + SECONDS - $(cat "$out/begun")))
-[ -e "$out/left" ] || awk -v m="$minutes" -v s="$spent" -v p="$pilot" 'BEGIN { printf "%.2f\n", (m - s / 60) * (1 - p / 12) }' >"$out/left"
-left=$(cat "$out/left")
-plan=(${open[@]+"${open[@]}"} --minutes="$left" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")
+if [ ! -e "$out/left" ]; then
+    hundredths=$(((minutes * 60 - spent) * (12 - pilot) * 100 / 720)) # of a minute
+    printf '%d.%02d\n' $((hundredths / 100)) $((hundredths % 100)) >"$out/left"
+fi
+plan=(${open[@]+"${open[@]}"} --minutes="$(cat "$out/left")" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")
 step recipe python -m scripts.plan recipe "${plan[@]}" "${text[@]}"
 [ "$pilot" = 0 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
-    [ $? = 2 ] || exit # 2: it says why it cannot; the recipe stays as it is
+    [ $? = 2 ] || exit # 2: the pilot was refused, with the reason; the recipe stays as it is
     touch "$out/pilot.done"
 }
 step pretraining python -m scripts.base_train "${recipe[@]}"
-step "questions to the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
+step "evaluation of the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
 step midtraining python -m scripts.mid_train "${later[@]}"
 step finetuning python -m scripts.chat_sft "${later[@]}"
 asked=(-a ARC-Easy MMLU GSM8K -n 500 ${tasks[@]+"${tasks[@]}"})
 [ "$data" != tinyworld ] || asked=(-a tinyworld)
-step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" || {
+step "evaluation of the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" || {
     [ $? = 2 ] || exit
-    echo "notice: the finetuned model was asked nothing (see above); the report goes without"
+    echo "notice: the finetuned model was not evaluated (see above); the report does without"
 }
 
 say "report"

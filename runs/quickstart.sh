@@ -43,14 +43,10 @@ step "attention prior" prior
 base_flags=(--model_tag=$tag --resume=auto)
 [ ! -e "$out/rap_prior.safetensors" ] || base_flags+=(--rap="$out/rap_prior.safetensors")
 
-# What is left of the time goes to the stages; the split is fixed at the first start, so that an interrupted stage keeps its length.
+# The remaining time goes to the stages. The split is fixed at the first start, so that an interrupted stage keeps its length.
 if [ ! -e "$notes/plan" ]; then
-    python - "$minutes" "$SECONDS" >"$notes/plan" <<'PLAN'
-import sys
-left = max(60.0, float(sys.argv[1]) * 60 * 0.97 - float(sys.argv[2]) - 60)  # a minute for starting programs, evaluations and the summary
-for stage, share in (("base", 0.27), ("mid", 0.5), ("sft", 0.11), ("rl", 0.12)):
-    print(f"{stage}={left * share / 60:.2f}")
-PLAN
+    split=$(python -m scripts.plan split --minutes="$minutes" --seconds_used="$SECONDS")
+    echo "$split" >"$notes/plan"
 fi
 source "$notes/plan"
 

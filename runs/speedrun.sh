@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The depth 20 model (561 M parameters, 11.2 G tokens of web text) on a rented node of 8 GPUs with 80 GB, from nothing to a chat. Hours and
-# memory: `python -m scripts.plan arch --depth 20 --gpu "H100 SXM" --gpus 8`. Interrupted and started again, it goes on where it stopped.
+# memory: `python -m scripts.plan arch --depth 20 --gpu "H100 SXM" --gpus 8`. If interrupted, start it again and it continues.
 #     bash runs/speedrun.sh                     WANDB_RUN=name bash runs/speedrun.sh  logs to wandb as well
 #     GPUS=4 bash runs/speedrun.sh              on four, with the same total batch
 set -euo pipefail
@@ -21,7 +21,7 @@ train=(torchrun --standalone --nproc_per_node="$gpus")
 "${train[@]}" -m scripts.base_eval -- --device_batch_size=$rows
 "${train[@]}" -m scripts.mid_train -- "${common[@]}"
 "${train[@]}" -m scripts.chat_sft -- "${common[@]}"
-python -m scripts.chat_eval -i mid -a all # on one GPU: it does not share its questions among several
+python -m scripts.chat_eval -i mid -a all # on one GPU: it does not divide its questions among several
 python -m scripts.chat_eval -i sft -a all
 python -m nanochat.report
 python -m scripts.chat_cli -p "Why is the sky blue?"

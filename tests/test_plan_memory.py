@@ -16,9 +16,8 @@ from nanochat.base.runtime import Runtime, compiler_missing
 from nanochat.commands import plan
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.plan import memory
-from nanochat.plan import probe as throughput
-from nanochat.plan import trace_memory as live
+from nanochat.plan import machine, memory
+from nanochat.plan.trace_memory import trace
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.run import make_optimizer
 
@@ -103,14 +102,14 @@ def measured(
 )
 def test_a_step_holds_what_was_predicted(knobs, dtype):
     c = config(**knobs)
-    peak, _ = live.trace(c, 8, 128, dtype=dtype, device_type="cpu", eval_rows=1)
+    peak, _ = trace(c, 8, 128, dtype=dtype, device_type="cpu", eval_rows=1)
     assert peak["all"] == pytest.approx(measured(c, 8, dtype), rel=0.02)
 
 
 def test_a_step_of_one_micro_batch_has_no_gradients_when_activations_peak():
     c = config(n_layer=2, vocab_size=16_384)
     one, two = (
-        live.trace(c, 4, 128, dtype=FP32, device_type="cpu", micro_batches=n, eval_rows=1)[0]["all"]
+        trace(c, 4, 128, dtype=FP32, device_type="cpu", micro_batches=n, eval_rows=1)[0]["all"]
         for n in (1, 2)
     )
     assert one == pytest.approx(measured(c, 4, FP32, micro_batches=1), rel=0.02)
@@ -122,7 +121,7 @@ def test_a_step_of_one_micro_batch_has_no_gradients_when_activations_peak():
 @pytest.mark.parametrize("knobs", [{}, {"n_kv_head": 1, "activation": "swiglu"}], ids=str)
 def test_a_compiled_step_holds_what_was_predicted(knobs):
     c = config(sequence_len=256, **knobs)
-    peak, _ = live.trace(c, 8, 256, dtype=BF16, device_type="cpu", compiled=True, eval_rows=1)
+    peak, _ = trace(c, 8, 256, dtype=BF16, device_type="cpu", compiled=True, eval_rows=1)
     assert peak["all"] == pytest.approx(measured(c, 8, BF16, compiled=True), rel=0.1)
 
 
@@ -132,7 +131,7 @@ def test_state_is_that_of_the_roster():
     sizes = {row.optimizer: 0 for _, _, row in model.roster()}
     for _, p, row in model.roster():
         sizes[row.optimizer] += 4 * p.numel()
-    _, end = live.trace(c, 2, 64, dtype=BF16, device_type="cuda")
+    _, end = trace(c, 2, 64, dtype=BF16, device_type="cuda")
     assert end["optimizer"] == sizes["muon"] + 2 * sizes["adamw"]  # one moment, and two
     assert end["gradients"] == sum(sizes.values())
     assert end["weights"] == pytest.approx(
@@ -145,7 +144,7 @@ def test_state_is_that_of_the_roster():
 
 def test_ranks_share_the_optimizers_state_and_nothing_else():
     c = config()
-    how = {"dtype": BF16, "device_type": "cuda"}
+    how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
     one, four = (memory.predict(c, 2, 128, world_size=n, **how) for n in (1, 4))
     assert (
         one["optimizer"] / 4 <= four["optimizer"] < one["optimizer"] / 3
@@ -156,18 +155,26 @@ def test_ranks_share_the_optimizers_state_and_nothing_else():
 
 def test_parts_and_total():
     c = config()
-    p = memory.predict(c, 4, 128, dtype=BF16, device_type="cuda")
+    p = memory.predict(c, 4, 128, dtype="bfloat16", device_type="cuda", compiled=True)
     assert p["total"] == p["allocated"] + p["context"] + p["compile"] + p["fragmentation"]
     assert p["context"] >= 1e9 and p["compile"] > 0  # a CUDA context is never free
     assert p["weights"] + p["gradients"] + p["optimizer"] + p["activations"] < p["allocated"]
-    assert memory.predict(c, 4, 128, dtype=BF16, device_type="cpu")["compile"] == 0
-    longer = memory.predict(c, 4, 64, dtype=BF16, device_type="cuda", eval_rows=64)
+    assert (
+        memory.predict(c, 4, 128, dtype="bfloat16", device_type="cpu", compiled=False)["compile"]
+        == 0
+    )
+    longer = memory.predict(
+        c, 4, 64, dtype="bfloat16", device_type="cuda", compiled=True, eval_rows=64
+    )
     assert longer["evaluation"] > 8 * p["evaluation"] and longer["activations"] < p["activations"]
 
 
 def test_activations_grow_with_rows_and_the_logits_are_never_whole():
     c = config(vocab_size=24_576, sequence_len=2048, n_layer=4, n_head=8, n_kv_head=8, n_embd=512)
-    few, many = (memory.predict(c, rows, 2048, dtype=BF16, device_type="cuda") for rows in (24, 48))
+    few, many = (
+        memory.predict(c, rows, 2048, dtype="bfloat16", device_type="cuda", compiled=True)
+        for rows in (24, 48)
+    )
     assert many["activations"] == pytest.approx(2 * few["activations"], rel=0.05)
     assert many["loss"] < 2e9 < 4 * 48 * 2048 * 24_576  # float32 logits would be 9.7 GB
     rtx3090 = lookup("rtx3090")
@@ -259,7 +266,7 @@ def test_an_older_card_computes_in_float16_and_apples_have_no_compiler(capsys):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_holds_what_was_predicted(compiled):
     c = config(sequence_len=1024, vocab_size=16_384, n_layer=6, n_head=6, n_kv_head=6, n_embd=768)
-    how = {"compiled": compiled, "device_type": "cuda"}
+    how = {"compiled": compiled, "device_type": "cuda", "dtype": "bfloat16"}
     if compiled and compiler_missing(torch.device("cuda")):
         pytest.skip("no Triton")
     margin = memory.calibrate(c, 4, 1024, "bfloat16", compiled)
@@ -268,13 +275,12 @@ def test_a_gpu_holds_what_was_predicted(compiled):
         "config": vars(c),
         "rows": 16,
         "accumulation": 2,
-        "dtype": "bfloat16",
         "seconds": 0.0,
         **how,
     }
     point, counted = (
-        throughput.in_process(spec),
-        memory.predict(c, 16, 1024, dtype=BF16, **how, eval_rows=1, margin=margin),
+        machine.in_process(spec),
+        memory.predict(c, 16, 1024, **how, eval_rows=1, margin=margin),
     )
     assert counted["allocated"] == pytest.approx(point["peak_memory_bytes"], rel=0.1)
     assert counted["total"] == pytest.approx(point["card_bytes"], rel=0.1)

@@ -15,9 +15,9 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.plan import probe as throughput
-from nanochat.plan import speed
-from nanochat.plan.speed import Machine, tokens_per_second
+from nanochat.plan import machine, measure, probe, shapes, speed
+from nanochat.plan.machine import Machine
+from nanochat.plan.speed import tokens_per_second
 
 HERE = {
     "name": "Some CPU",
@@ -50,7 +50,7 @@ def point(
     n: int = 4,
 ) -> dict:
     """A point of a machine that takes a + b f ms a token and c + d P ms an update."""
-    f, p = speed.flops_per_token(config(depth, T), T), speed.counts(config(depth, T))["total"]
+    f, p = shapes.flops_per_token(config(depth, T)), shapes.counts(config(depth, T))["total"]
     micro, update = (a + b * f) * rows * T, c + d * p
     step = n * micro + update
     return {
@@ -83,22 +83,22 @@ def point(
 )
 def test_a_machine_of_this_kind_is_found_again(a, b, c, d, depth):
     law = {"a": a, "b": b, "c": c, "d": d}
-    machine = Machine(
+    target = Machine(
         **HERE, points=tuple(point(n, rows, **law) for n in (2, 4, 8) for rows in (8, 32))
     )
     true = point(depth, 16, **law, n=8)
-    got = tokens_per_second(config(depth), 16, 512, 8 * 16 * 512, machine)
+    got = tokens_per_second(config(depth), 16, 512, 8 * 16 * 512, target)
     assert got.tok_per_sec == pytest.approx(true["tok_per_sec"], rel=0.02)
     assert got.lo < true["tok_per_sec"] < got.hi
 
 
 def test_points_of_one_size_do_not_promise_that_a_smaller_one_is_faster_by_its_flops():
-    machine = Machine(**HERE, points=(point(4, 8), point(4, 32)))
+    target = Machine(**HERE, points=(point(4, 8), point(4, 32)))
     at, smaller = (
-        tokens_per_second(config(depth), 8, 512, 4 * 8 * 512, machine).tok_per_sec
+        tokens_per_second(config(depth), 8, 512, 4 * 8 * 512, target).tok_per_sec
         for depth in (4, 1)
     )
-    by_flops = speed.flops_per_token(config(4), 512) / speed.flops_per_token(config(1), 512)
+    by_flops = shapes.flops_per_token(config(4), 512) / shapes.flops_per_token(config(1), 512)
     assert 1.4 * at < smaller < 0.5 * by_flops * at
 
 
@@ -106,10 +106,10 @@ def test_an_odd_point_is_believed_where_it_is_and_doubted_elsewhere():
     points = [point(n, 8) for n in (2, 4, 8)]
     points[1] = {**points[1], "micro_ms": 1.6 * points[1]["micro_ms"]}
     points[1]["step_ms"] = 4 * points[1]["micro_ms"] + points[1]["update_ms"]
-    machine = Machine(**HERE, points=tuple(points))
-    at = tokens_per_second(config(4), 8, 512, 4 * 8 * 512, machine)
+    target = Machine(**HERE, points=tuple(points))
+    at = tokens_per_second(config(4), 8, 512, 4 * 8 * 512, target)
     assert at.tok_per_sec == pytest.approx(1e3 * 4 * 8 * 512 / points[1]["step_ms"], rel=0.02)
-    away = tokens_per_second(config(6), 8, 512, 4 * 8 * 512, machine)
+    away = tokens_per_second(config(6), 8, 512, 4 * 8 * 512, target)
     assert away.hi / away.lo > 1.2 * at.hi / at.lo
 
 
@@ -126,10 +126,10 @@ def test_a_machine_that_drifts_is_trusted_less():
 
 
 def test_without_points_a_share_of_the_peak():
-    machine = Machine(**HERE)
-    got = tokens_per_second(config(4), 8, 512, 1 << 14, machine)
+    target = Machine(**HERE)
+    got = tokens_per_second(config(4), 8, 512, 1 << 14, target)
     share, lo, hi = speed.SHARES["cpu"]
-    assert got.tok_per_sec * speed.flops_per_token(config(4), 512) == pytest.approx(share * 1e12)
+    assert got.tok_per_sec * shapes.flops_per_token(config(4), 512) == pytest.approx(share * 1e12)
     assert got.lo / got.tok_per_sec == pytest.approx(
         lo / share
     ) and got.hi / got.tok_per_sec == pytest.approx(hi / share)
@@ -147,7 +147,7 @@ def test_a_measured_point():
         ),
         "rows": 2,
     }
-    found = throughput.measure(
+    found = measure.measure_training(
         {
             **spec,
             "accumulation": 3,
@@ -175,7 +175,7 @@ def test_memory_that_runs_out_is_a_result(monkeypatch):
         "device_type": "cpu",
         "dtype": "float32",
     }
-    assert throughput.measure({**spec, "seconds": 0}) == {"error": "out of memory"}
+    assert measure.measure_training({**spec, "seconds": 0}) == {"error": "out of memory"}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_memory_that_runs_out_is_a_result(monkeypatch):
 )
 def test_how_a_process_ended(monkeypatch, done, error):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
-    assert throughput.in_process({}) == {"error": error}
+    assert machine.in_process({}) == {"error": error}
 
 
 def test_a_process_that_takes_too_long(monkeypatch):
@@ -199,11 +199,11 @@ def test_a_process_that_takes_too_long(monkeypatch):
         raise subprocess.TimeoutExpired("x", 60)
 
     monkeypatch.setattr(subprocess, "run", late)
-    assert throughput.in_process({}, limit=60) == {"error": "not done after 1m00s"}
+    assert machine.in_process({}, limit=60) == {"error": "not finished after 1m00s"}
 
 
 def test_a_process_of_its_own():
-    found = throughput.in_process({"device_type": "cpu", "dtype": "float32"})
+    found = machine.in_process({"device_type": "cpu", "dtype": "float32"})
     assert (
         found["device_type"] == "cpu"
         and found["peak_flops"] > 1e9
@@ -220,7 +220,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     asked = []
 
-    def measure(spec, limit=0.0):
+    def measured(spec, limit=0.0):
         if "config" not in spec:
             return dict(HERE)
         what = (spec["config"]["n_layer"], spec["config"]["sequence_len"], spec["rows"])
@@ -238,12 +238,12 @@ def lab(tmp_path, monkeypatch):
         )
         return {n: made[n] for n in made if n not in spec}
 
-    monkeypatch.setattr(throughput, "in_process", measure)
+    monkeypatch.setattr(machine, "in_process", measured)
     return asked
 
 
-def probe(*words: str) -> dict:
-    return throughput.run(knobs.parse(throughput.Knobs, words, command="plan probe")[0])
+def probed(*words: str) -> dict:
+    return probe.run(knobs.parse(probe.ProbeKnobs, words, command="plan probe")[0])
 
 
 def test_a_grid(lab, tmp_path, capsys):
@@ -259,7 +259,7 @@ def test_a_grid(lab, tmp_path, capsys):
         "--minutes=20",
         "--total_batch_size=65536",
     ]
-    found = probe(*words)
+    found = probed(*words)
     first = [(4, 512, 8), (6, 512, 8), (4, 512, 32), (6, 512, 32), (4, 512, 64)]
     assert lab[:5] == first, "64 rows need not be tried where 32 do not fit"
     assert sorted(lab[5:]) == sorted(set(first) - {(6, 512, 32)}), (
@@ -281,19 +281,20 @@ def test_a_grid(lab, tmp_path, capsys):
     assert good["tokens_in_budget"] == pytest.approx(good["tok_per_sec"] * 0.85 * 1200)
     said = capsys.readouterr().out
     assert "out of memory" in said and "tokens in the budget" in said
-    assert "<svg" in (tmp_path / "plan" / "probe.html").read_text()
-    machine = speed.load(tmp_path / "plan" / "probe.json")
-    assert machine.peak_flops == 1e12 and len(machine.points) == 6
+    stored = machine.load(tmp_path / "plan" / "probe.json")
+    assert stored.peak_flops == 1e12 and len(stored.points) == 6
 
     lab.clear()  # the same again costs nothing, more costs what is new
-    assert probe(*words)["points"] == found["points"] and lab == []
-    probe(*words, "--depths", "4", "5", "--device_batches", "8")
+    assert probed(*words)["points"] == found["points"] and lab == []
+    probed(*words, "--depths", "4", "5", "--device_batches", "8")
     assert lab == [(5, 512, 8), (5, 512, 32), (5, 512, 64)] * 2
-    assert len(speed.load(tmp_path / "plan" / "probe.json").points) == 9
+    assert len(machine.load(tmp_path / "plan" / "probe.json").points) == 9
 
 
 def test_the_grid_follows_the_budget(lab):
-    small, large = (probe("--vocab=4096", "--device_batches=8", f"--hours={h}") for h in (0.05, 50))
+    small, large = (
+        probed("--vocab=4096", "--device_batches=8", f"--hours={h}") for h in (0.05, 50)
+    )
     depths = [[p["config"]["n_layer"] for p in found["points"]] for found in (small, large)]
     assert all(len(set(d)) >= 3 for d in depths) and max(depths[0]) < max(depths[1])
     assert small["points"][0]["accumulation"] <= large["points"][0]["accumulation"]
@@ -301,8 +302,8 @@ def test_the_grid_follows_the_budget(lab):
 
 def test_time_for_the_grid_is_limited(lab, monkeypatch, capsys):
     clock = iter(np.arange(0, 1e4, 40.0))
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: float(next(clock)))
-    found = probe(
+    monkeypatch.setattr(probe.time, "monotonic", lambda: float(next(clock)))
+    found = probed(
         "--depths", "2", "3", "4", "5", "--device_batches", "8", "--vocab=4096", "--limit_minutes=1"
     )
     assert (
@@ -314,13 +315,13 @@ def test_time_for_the_grid_is_limited(lab, monkeypatch, capsys):
 
 def test_two_budgets_contradict(lab):
     with pytest.raises(UserError, match="--hours=2 and --minutes=5 are two budgets: give one"):
-        probe("--hours=2", "--minutes=5")
+        probed("--hours=2", "--minutes=5")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "make one with python -m scripts.plan probe"),
+        (None, "make one with nanochat plan probe"),
         ("{}", "not what plan probe writes"),
         ("[1", "not what plan probe writes"),
         (
@@ -333,4 +334,4 @@ def test_a_file_that_is_no_probe(tmp_path, text, says):
     if text is not None:
         (tmp_path / "p.json").write_text(text)
     with pytest.raises(UserError, match=says):
-        speed.load(tmp_path / "p.json")
+        machine.load(tmp_path / "p.json")

@@ -11,8 +11,9 @@ from test_plan_probe import point
 from nanochat.base import knobs
 from nanochat.base.common import UserError
 from nanochat.commands import base_train, chat_sft, mid_train
-from nanochat.plan import law, recipe, speed
-from nanochat.plan.speed import GIB, Machine
+from nanochat.plan import choice, law, memory, probe, recipe, shapes
+from nanochat.plan import machine as machines
+from nanochat.plan.machine import GIB, Machine
 from nanochat.train.scaling import MIN_STEPS, batch_for, context_for, context_stages, embedding_rate
 
 
@@ -20,12 +21,12 @@ from nanochat.train.scaling import MIN_STEPS, batch_for, context_for, context_st
 def fast(tmp_path, monkeypatch):
     """Memory by formula instead of a trace: what is tested here is what is made of it."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(recipe.memory, "predict", predict)
+    monkeypatch.setattr(memory, "predict", predict)
 
 
 def predict(config, rows, sequence_len, *, dtype, device_type, micro_batches, compiled, margin):
     tensors = (
-        16 * speed.counts(config)["total"]
+        16 * shapes.counts(config)["total"]
         + 60 * rows * sequence_len * config.n_layer * config.n_embd
     )
     return {
@@ -35,8 +36,8 @@ def predict(config, rows, sequence_len, *, dtype, device_type, micro_batches, co
     }
 
 
-def ask(*words: str) -> recipe.Knobs:
-    return knobs.parse(recipe.Knobs, words, command="plan recipe")[0]
+def ask(*words: str) -> recipe.RecipeKnobs:
+    return knobs.parse(recipe.RecipeKnobs, words, command="plan recipe")[0]
 
 
 def machine(**more) -> Machine:
@@ -129,19 +130,19 @@ def test_small_budgets_take_many_small_steps():
 
 def test_a_day_on_a_4090():
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
-    card = recipe.machine_of(k)
+    card = recipe.planned_machine(k)
     assert (card.name, card.dtype, card.memory_bytes) == ("RTX 4090", "bfloat16", 24 * GIB)
-    found = recipe.plan(k, card, law.fitted())
-    first, second = found["primary"], found["fallback"]
+    found = choice.choose(k, card, law.fitted())
+    first, second = found.primary, found.fallback
     assert 12 <= first.config.n_layer <= 20 and first.config.sequence_len == 2048, (
         "band B of what users report"
     )
     assert [T for _, T in first.contexts] == [512, 1024, 2048]
     assert 0.75 < first.bpb[0] < 0.9 and first.memory < 24 * GIB
-    assert second.n < first.n and second.bpb[0] >= first.bpb[0]
+    assert second.size < first.size and second.bpb[0] >= first.bpb[0]
     assert (
-        all(c.why for c in found["candidates"])
-        and sum(c.why == "chosen" for c in found["candidates"]) == 1
+        all(c.why for c in found.candidates)
+        and sum(c.why == "chosen" for c in found.candidates) == 1
     )
     base = recipe.tables(k, first, found)["base_train"]
     assert base["context_stages"] == ("512@0", "1024@0.6", "2048@0.9") and base[
@@ -151,12 +152,12 @@ def test_a_day_on_a_4090():
 
 def test_minutes_on_a_processor():
     cpu = machine(device_type="cpu", peak_flops=1e12, memory_bytes=8 * GIB)
-    first = recipe.plan(ask("--minutes=20", "--vocab=8192"), cpu, law.fitted())["primary"]
+    first = choice.choose(ask("--minutes=20", "--vocab=8192"), cpu, law.fitted()).primary
     assert (
         first.contexts == ((0.0, 512),)
-        and first.total <= 2**14
+        and first.batch <= 2**14
         and first.steps > 500
-        and first.n < 2e7
+        and first.size < 2e7
     )
 
 
@@ -175,23 +176,23 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
         ask(f"--hours={hours}", "--vocab=8192"),
         machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device),
     )
-    found = recipe.plan(k, m, law.fitted())
-    for c in filter(None, (found["primary"], found["fallback"])):
+    found = choice.choose(k, m, law.fitted())
+    for c in filter(None, (found.primary, found.fallback)):
         assert (
             c.memory <= m.memory_bytes
-            and c.rows * c.config.sequence_len <= c.total
-            and c.total % c.config.sequence_len == 0
+            and c.rows * c.config.sequence_len <= c.batch
+            and c.batch % c.config.sequence_len == 0
         )
         assert (
-            c.steps >= recipe.FEWEST_STEPS
+            c.steps >= choice.FEWEST_STEPS
             and c.bpb[1] < c.bpb[0] < c.bpb[2]
-            and c.rate.lo < c.rate.tok_per_sec < c.rate.hi
+            and c.speed.lo < c.speed.tok_per_sec < c.speed.hi
         )
-        assert c.tokens <= c.rate.tok_per_sec * found["pretraining_seconds"]
+        assert c.tokens <= c.speed.tok_per_sec * found.pretraining_seconds
         tables = recipe.tables(k, c, found)
         assert sum(t["max_minutes"] for t in tables.values()) <= hours * 60 + 0.01
-    more = recipe.plan(ask(f"--hours={1.5 * hours}", "--vocab=8192"), m, law.fitted())
-    assert more["primary"].bpb[0] <= found["primary"].bpb[0] * (1 + recipe.TIE)
+    more = choice.choose(ask(f"--hours={1.5 * hours}", "--vocab=8192"), m, law.fitted())
+    assert more.primary.bpb[0] <= found.primary.bpb[0] * (1 + choice.TIE)
 
 
 def test_what_is_given_is_kept():
@@ -213,8 +214,8 @@ def test_what_is_given_is_kept():
         "b=y:2",
     )
     k = ask("--hours=5", *size, *rest)
-    found = recipe.plan(k, machine(), law.fitted())
-    base = recipe.tables(k, found["primary"], found)["base_train"]
+    found = choice.choose(k, machine(), law.fitted())
+    base = recipe.tables(k, found.primary, found)["base_train"]
     wanted = {
         "depth": 7,
         "model_dim": 320,
@@ -229,43 +230,43 @@ def test_what_is_given_is_kept():
         "data": ("a=x:1", "b=y:2"),
     }
     assert {n: base.get(n) for n in wanted} == wanted and "context_stages" not in base
-    assert found["fallback"] is None
+    assert found.fallback is None
 
 
 def test_rows_are_halved_until_they_fit():
     k = ask("--hours=24", "--depth=12", "--aspect_ratio=64", "--vocab=65536")
     roomy, narrow = (
-        recipe.plan(k, machine(memory_bytes=g * GIB), law.fitted())["primary"] for g in (80, 8)
+        choice.choose(k, machine(memory_bytes=g * GIB), law.fitted()).primary for g in (80, 8)
     )
     assert (
         narrow.rows < roomy.rows
-        and narrow.total == roomy.total
+        and narrow.batch == roomy.batch
         and narrow.memory <= 8 * GIB < roomy.memory
     )
 
 
 def test_a_pilot_moves_the_plan():
     k, fitted = ask("--hours=24", "--vocab=65536"), law.fitted()
-    before = recipe.plan(k, machine(), fitted)["primary"]
-    worse = 1.1 * fitted.bpb(before.n, before.tokens)
-    slow = recipe.plan(
+    before = choice.choose(k, machine(), fitted).primary
+    worse = 1.1 * fitted.bpb(before.size, before.tokens)
+    slow = choice.choose(
         k,
         machine(factor=0.3),
-        fitted.moved(before.n, before.tokens, (worse, 0.99 * worse, 1.01 * worse)),
-    )["primary"]
+        fitted.moved(before.size, before.tokens, (worse, 0.99 * worse, 1.01 * worse)),
+    ).primary
     assert (
-        slow.rate.tok_per_sec < before.rate.tok_per_sec * 1.5
-        and slow.n < before.n
+        slow.speed.tok_per_sec < before.speed.tok_per_sec * 1.5
+        and slow.size < before.size
         and slow.bpb[0] > 1.1 * before.bpb[0]
     )
     others = [
         c.shape
-        for c in recipe.plan(k, machine(), fitted)["candidates"]
+        for c in choice.choose(k, machine(), fitted).candidates
         if c.memory and c.why != "chosen"
     ]
-    kept = recipe.plan(k, machine(), fitted, kept=others[0])["primary"]
+    kept = choice.choose(k, machine(), fitted, kept=others[0]).primary
     assert kept.shape == others[0], "what was tried stays where nothing is a hundredth better"
-    assert recipe.plan(k, machine(memory_gap=5 * GIB), fitted)["primary"].memory > 5 * GIB
+    assert choice.choose(k, machine(memory_gap=5 * GIB), fitted).primary.memory > 5 * GIB
 
 
 def test_a_probe_says_what_the_card_holds_beside_tensors():
@@ -276,13 +277,13 @@ def test_a_probe_says_what_the_card_holds_beside_tensors():
     }
     points = [point(2, 8) | held[1e9], point(4, 8) | held[2e9]]
     seen, gpu = (
-        recipe.Memory(machine(points=p, memory_gap=0.0), points[0]["compiled"])
+        choice.MemoryModel(machine(points=p, memory_gap=0.0), points[0]["compiled"])
         for p in (tuple(points), ())
     )
-    config = recipe.plan(k, machine(), law.fitted())["primary"].config
-    tensors = seen.found(config, 8, 1)["allocated"]
-    assert seen.found(config, 8, 1)["total"] == pytest.approx(1.1 * tensors + 0.7e9)
-    assert gpu.margin is None and gpu.found(config, 8, 1)["total"] == tensors + GIB // 2
+    config = choice.choose(k, machine(), law.fitted()).primary.config
+    tensors = seen.predict(config, 8, 1)["allocated"]
+    assert seen.predict(config, 8, 1)["total"] == pytest.approx(1.1 * tensors + 0.7e9)
+    assert gpu.margin is None and gpu.predict(config, 8, 1)["total"] == tensors + GIB // 2
 
 
 def test_a_probe_decides_the_rows(tmp_path):
@@ -298,10 +299,10 @@ def test_a_probe_decides_the_rows(tmp_path):
     }
     (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points}))
     k = ask("--minutes=60", f"--probe={tmp_path / 'p.json'}", "--vocab=4096")
-    first = recipe.plan(k, recipe.machine_of(k), law.fitted())["primary"]
-    assert first.rows == 8 and first.rate.hi / first.rate.lo < 1.5
+    first = choice.choose(k, recipe.planned_machine(k), law.fitted()).primary
+    assert first.rows == 8 and first.speed.hi / first.speed.lo < 1.5
     (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points[1::2]}))
-    assert recipe.plan(k, recipe.machine_of(k), law.fitted())["primary"].rows == 32, (
+    assert choice.choose(k, recipe.planned_machine(k), law.fitted()).primary.rows == 32, (
         "one row is not as fast because nobody tried it"
     )
 
@@ -312,7 +313,7 @@ def test_a_probe_decides_the_rows(tmp_path):
 @pytest.mark.parametrize(
     ("words", "more", "says"),
     [
-        ((), {}, "nothing says how long .*: give --hours or --minutes"),
+        ((), {}, "needs a budget .*: give --hours or --minutes"),
         (("--hours=1", "--minutes=1"), {}, "--hours=1 and --minutes=1 are two budgets"),
         (
             ("--minutes=0.1",),
@@ -329,14 +330,14 @@ def test_a_probe_decides_the_rows(tmp_path):
 )
 def test_budgets_that_do_not_work(words, more, says):
     with pytest.raises(UserError, match=says):
-        recipe.plan(ask(*words, "--vocab=8192"), machine(**more), law.fitted())
+        choice.choose(ask(*words, "--vocab=8192"), machine(**more), law.fitted())
 
 
 def test_the_budget_that_would_do_does():
     slow = machine(device_type="cpu", peak_flops=1e11)
     assert (
-        recipe.plan(ask("--minutes=3", "--vocab=8192"), slow, law.fitted())["primary"].steps
-        >= recipe.FEWEST_STEPS
+        choice.choose(ask("--minutes=3", "--vocab=8192"), slow, law.fitted()).primary.steps
+        >= choice.FEWEST_STEPS
     )
 
 
@@ -345,12 +346,12 @@ def test_the_budget_that_would_do_does():
     [
         (("--gpu=rtx4099",), "rtx4099.*Or measure yours: run plan probe on it"),
         (("--gpu=rtx4090", "--probe=x.json"), "are two machines: give one"),
-        (("--probe=nowhere.json",), "make one with python -m scripts.plan probe"),
+        (("--probe=nowhere.json",), "make one with nanochat plan probe"),
     ],
 )
 def test_machines_that_are_not_known(words, says):
     with pytest.raises(UserError, match=says):
-        recipe.machine_of(ask("--hours=1", *words))
+        recipe.planned_machine(ask("--hours=1", *words))
 
 
 # ---- the files
@@ -375,7 +376,7 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
         "peak_flops": 1e12,
     }
 
-    def probe(k):
+    def probed(k):
         assert k.minutes == 40 and k.mlp_ratio == 3 and k.device_batches == (8,), (
             "this machine is measured first, for this budget"
         )
@@ -384,8 +385,8 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
             json.dumps({"machine": told, "points": [point(d, 8) for d in (2, 4)]})
         )
 
-    monkeypatch.setattr(recipe.throughput, "here", lambda *a: machine(**told))
-    monkeypatch.setattr(recipe.throughput, "run", probe)
+    monkeypatch.setattr(machines, "here", lambda *a: machine(**told))
+    monkeypatch.setattr(probe, "run", probed)
     found = recipe.run(
         ask(
             "--minutes=40",
@@ -431,7 +432,7 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "plan" / "recipe.json").read_text())["primary"] == json.loads(
         json.dumps(first)
     )
-    assert recipe.machine_of(ask("--minutes=40")).source.startswith("measured"), (
+    assert recipe.planned_machine(ask("--minutes=40")).source.startswith("measured"), (
         "and not a second time"
     )
 
@@ -439,7 +440,10 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
 def test_a_recipe_of_stages_parses(tmp_path):
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
     whole = recipe.write(
-        k, recipe.machine_of(k), recipe.plan(k, recipe.machine_of(k), law.fitted()), law.fitted()
+        k,
+        recipe.planned_machine(k),
+        choice.choose(k, recipe.planned_machine(k), law.fitted()),
+        law.fitted(),
     )
     read, _ = knobs.parse(
         base_train.PretrainKnobs, ["--recipe", whole["recipe"]], command="base_train"

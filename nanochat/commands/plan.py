@@ -1,13 +1,12 @@
 """
-Plan a run before it: parameters, memory, speed, a recipe for a budget of hours, and a pilot of it.
+Plan a run: parameters, memory, speed, a recipe for a budget of hours, a pilot of it, and shares of the time.
 
-    python -m scripts.plan arch --params 38M --vocab 24576 --split 1:1:1
-    python -m scripts.plan memory --depth 12 --gpu rtx3090
+    nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
+    nanochat plan memory --depth 12 --gpu rtx3090
 
 Each subcommand is a module of nanochat/plan and explains its flags with -h; all take --json.
 """
 
-import ast
 import importlib
 import json
 import sys
@@ -16,53 +15,53 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from nanochat import plan
 from nanochat.base import knobs
-from nanochat.base.commands import first_sentence, near
+from nanochat.base.commands import near, summary
 from nanochat.base.common import UserError, entry, print0
 
-MODULES = {
-    "arch": "arch",
-    "memory": "memory",
-    "probe": "probe",
-    "recipe": "recipe",
-    "pilot": "pilot",
-}  # in the order of use
+SUBCOMMANDS = {  # name -> (its module, its class of knobs), in the order of use
+    "arch": ("nanochat.plan.arch", "ArchKnobs"),
+    "memory": ("nanochat.plan.memory", "MemoryKnobs"),
+    "probe": ("nanochat.plan.probe", "ProbeKnobs"),
+    "recipe": ("nanochat.plan.recipe", "RecipeKnobs"),
+    "pilot": ("nanochat.plan.pilot", "PilotKnobs"),
+    "split": ("nanochat.plan.split", "SplitKnobs"),
+}
 
 
 def commands() -> dict[str, tuple[str, str]]:
     """Subcommand -> (its module, what it does in a sentence), read without importing it."""
-    found = {}
-    for name, module in MODULES.items():
-        file = Path(plan.__path__[0]) / f"{module}.py"
-        if file.is_file():
-            doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-            found[name] = f"{plan.__name__}.{module}", first_sentence(doc)
-    return found
+    folder = Path(__file__).parent.parent / "plan"
+    return {
+        name: (module, summary(folder / f"{module.rpartition('.')[2]}.py"))
+        for name, (module, _) in SUBCOMMANDS.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
-    known = commands()
     if not words or words[0] in ("-h", "--help"):
-        print0(
-            "usage: python -m scripts.plan SUBCOMMAND [--flag VALUE ...]    (SUBCOMMAND -h lists its flags)\n"
+        lines = [f"  {name:<8}  {does}" for name, (_, does) in commands().items()]
+        usage = (
+            "usage: nanochat plan SUBCOMMAND [--flag VALUE ...]    (SUBCOMMAND -h lists its flags)"
         )
-        print0("\n".join(f"  {name:<8}  {does}" for name, (_, does) in known.items()))
+        print0("\n".join([usage, "", *lines]))
         return {}
-    if words[0] not in known:
+    name, *flags = words
+    if name not in SUBCOMMANDS:
         raise UserError(
-            f"plan has no subcommand {words[0]!r}{near(words[0], known)}: choose {', '.join(known)}"
+            f"plan has no subcommand {name!r}{near(name, SUBCOMMANDS)}: choose "
+            f"{', '.join(SUBCOMMANDS)}"
         )
-    module = importlib.import_module(known[words[0]][0])
-    k, _ = knobs.parse(module.Knobs, words[1:], command=f"plan {words[0]}")
-    with (
-        redirect_stdout(sys.stderr) if k.json else nullcontext()
-    ):  # whatever else there is to say must not mix with it
-        out = module.run(k)
-    if k.json:
-        print0(json.dumps(out))
-    return out
+    path, class_name = SUBCOMMANDS[name]
+    module = importlib.import_module(path)
+    values, _ = knobs.parse(getattr(module, class_name), flags, command=f"plan {name}")
+    # With --json nothing else may go to standard output.
+    with redirect_stdout(sys.stderr) if values.json else nullcontext():
+        report = module.run(values)
+    if values.json:
+        print0(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":

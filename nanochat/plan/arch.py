@@ -1,450 +1,356 @@
 """
-Parameters before training: the table of a model, what each knob saves, and the depth, width and heads for a number of parameters.
+Parameters before training: the table of a model, its price, and the depth, width and heads for a number of parameters.
 
-    python -m scripts.plan arch --params 38M --vocab 24576 --split 1:1:1
-    python -m scripts.plan arch --depth 20 --gpu "H100 SXM" --gpus 8
+    nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
+    nanochat plan arch --depth 20 --gpu "H100 SXM" --gpus 8
 
-Every figure is counted on the real model, built without memory. It refuses a number of parameters that no model comes within a tenth of.
+Every figure is counted on the real model, built without memory. A number of parameters that no model
+comes within a tenth of is refused.
 """
 
 import math
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
-from nanochat.base import hardware
-from nanochat.base.commands import near
-from nanochat.base.common import UserError, columns, duration, human, print0
+from nanochat.base.common import UserError, columns, duration, human, notice, print0
 from nanochat.base.files import atomic_write
-from nanochat.base.hardware import GPU
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
-from nanochat.model.gpt import GPT
-from nanochat.train.run import table_of_counts
+from nanochat.plan import memory
+from nanochat.plan.machine import GIB, of_card
+from nanochat.plan.shapes import (
+    FEWEST_HEADS,
+    SizeKnobs,
+    config_for,
+    counts,
+    flops_per_token,
+    model_of,
+)
 from nanochat.train.scaling import Shape
 
-MISS = 0.1  # how far from the wanted number of parameters a shape may be
-FEWEST_HEADS = 6  # heads of 128 are taken while there are so many, heads of 64 below
-REFERENCE = 4.33e19 / (
-    2.76 * 3600 * 8 * 989.4e12
-)  # share of the peak in the GPT-2-grade reference run: 4.33e19 FLOPs, 2.76 h, 8 H100
+TOLERANCE = 0.1  # how far from the wanted number of parameters a shape may be
+# Share of the peak in the GPT-2-grade reference run: 4.33e19 FLOPs in 2.76 h on 8 H100.
+REFERENCE = 4.33e19 / (2.76 * 3600 * 8 * 989.4e12)
+PARTS = ("embedding", "transformer", "head", "total")
 
 
 @dataclass(kw_only=True)
-class SizeKnobs(ArchitectureKnobs, Shape):
-    """Model"""
-
-    vocab: int = knob(65_536, "tokens of the vocabulary", low=1)
-    depth: int = knob(0, "layers; 0 = 4, or with --params what fits best", low=0)
-    head_dim: int = knob(
-        0,
-        f"width of a head; 0 = 128, with --params 64 where that leaves fewer than {FEWEST_HEADS} heads",
-        low=0,
-    )
-
-    def shape(self) -> Shape:
-        given = {f.name: getattr(self, f.name) for f in fields(Shape)}
-        return Shape(**{**given, "depth": self.depth or 4, "head_dim": self.head_dim or 128})
-
-    def arch(self) -> ArchitectureKnobs:
-        return ArchitectureKnobs(
-            **{f.name: getattr(self, f.name) for f in fields(ArchitectureKnobs)}
-        )
-
-
-@dataclass(kw_only=True)
-class Knobs(SizeKnobs):
+class ArchKnobs(SizeKnobs):
     """Plan"""
 
     params: str = knob("", "find a shape with so many parameters, for example 38M or 1.2G")
     split: str = knob(
         "",
-        "of these, to embedding:layers:head, for example 1:1:1 (1:1 when tied); else the width follows aspect_ratio",
+        "share of embedding:layers:head in these, for example 1:1:1 (1:1 if tied); "
+        "default: the width follows aspect_ratio",
     )
-    tokens_per_param: float = knob(20.0, "tokens of training a parameter", low=0.01)
+    tokens_per_param: float = knob(20.0, "training tokens per parameter", low=0.01)
     gpu: str = knob("", "price the run on this card, for example rtx4090")
-    gpus: int = knob(1, "cards of it", low=1)
+    gpus: int = knob(1, "number of cards", low=1)
     utilisation: float = knob(
         round(REFERENCE, 2), "share of the cards' peak that training reaches", low=0.01, high=1
     )
     device_batch_size: int = knob(32, "rows of a micro-batch on one card, for its memory", low=1)
     specifications: str = knob(
         "",
-        "write the table of the standard models to this file, docs/model_specifications.md, and stop",
+        "write the table of the standard models to this file, docs/model_specifications.md, and "
+        "stop",
     )
-    json: bool = knob(False, "print JSON alone")
+    json: bool = knob(False, "print only JSON")
 
 
-def config_for(shape: Shape, arch: ArchitectureKnobs, vocab_size: int) -> GPTConfig:
-    """The configuration that base_train would build from these flags; UserError when they make no model."""
-    return GPTConfig(
-        vocab_size=vocab_size,
-        **shape.dimensions(),
-        **{f.name: getattr(arch, f.name) for f in fields(ArchitectureKnobs)},
-    )
-
-
-def model_of(config: GPTConfig) -> GPT:
-    """The real model, on the meta device: it takes no memory."""
-    return GPT.build(config, "meta", torch.bfloat16)
-
-
-def counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by part, from the model's roster: embedding, transformer, head, total, matmul."""
-    return model_of(config).counts()
-
-
-def card(name: str) -> GPU:
-    """The row of a card; UserError names the near ones."""
-    if (gpu := hardware.lookup(name)) is None:
-        known = [g.name for g in hardware.gpus()]
-        raise UserError(
-            f"no card is called {name!r}{near(name.upper(), known)}; known are {', '.join(known)}"
-        )
-    return gpu
-
-
-def number(text: str) -> float:
-    """'38M' -> 38e6; decimal units k, M, G (or B), T."""
-    m = re.fullmatch(
-        r"(\d*\.?\d+(?:e\d+)?)\s*([kmgbt]?)",
-        text.strip().replace(",", "").replace("_", ""),
-        re.IGNORECASE,
-    )
-    if not m or not float(m[1]):
-        raise UserError(f"--params takes a number such as 38M or 1.2G, not {text!r}")
-    return float(m[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}[m[2].lower()]
-
-
-def shares_of(text: str, tied: bool) -> tuple[float, ...]:
-    """'1:1:1' -> (1/3, 1/3, 1/3): of embedding, layers and head; a tied model has no head of its own."""
-    parts = text.split(":")
-    if len(parts) != 3 - tied or not all(
-        re.fullmatch(r"\d*\.?\d+", p) and float(p) > 0 for p in parts
-    ):
-        what = (
-            "embedding:layers of a tied model, for example 1:1"
-            if tied
-            else "embedding:layers:head, for example 1:1:1"
-        )
-        raise UserError(f"--split takes {what}, not {text!r}")
-    return tuple(float(p) / sum(map(float, parts)) for p in parts)
+# finding a shape
 
 
 @dataclass(frozen=True)
-class Found:
-    """A shape that the search met: its layers, its width, its counts, and how far it is from what was asked (0 = exactly that)."""
+class FoundShape:
+    """A shape that the search met, its parameters by part, and its distance from what is wanted."""
 
     shape: Shape
     config: GPTConfig
     counts: dict[str, int]
-    cost: float
+    cost: float = 0.0
+
+    @property
+    def flags(self) -> str:
+        c = self.config
+        return f"--depth={c.n_layer} --model_dim={c.n_embd} --head_dim={c.head_dim}"
 
 
-def search(
-    params: float,
-    shares: tuple[float, ...] | None,
-    shape: Shape,
-    arch: ArchitectureKnobs,
-    vocab: int,
-    free: bool = True,
-) -> list[Found]:
+@dataclass(frozen=True)
+class Search:
     """
-    Shapes with about `params` parameters, best first. `shape.depth` and `shape.model_dim` bind where they are not 0, and `free` lets heads
-    be 64 wide as well. The cost is |ln(total / params)| plus the share of the parameters that lie in the wrong part, or without `shares` a
-    tenth of the octaves between width / depth and aspect_ratio. UserError when none comes within a tenth.
+    What shapes are searched: `shape.depth` and `shape.model_dim` bind unless they are 0, and heads
+    may be 64 wide as well if `free_heads`. `shares` are of embedding, layers and head.
     """
-    found = [
-        f
-        for f in _candidates(params, shares, shape, arch, vocab, free)
-        if abs(f.counts["total"] / params - 1) <= MISS
-    ]
-    if not found:
-        raise UserError(
-            f"no model of these flags has about {human(params)} parameters: {_smallest(shape, arch, vocab, free)}"
-        )
-    return sorted(found, key=lambda f: f.cost)
 
+    shape: Shape
+    architecture: ArchitectureKnobs
+    vocab: int
+    shares: tuple[float, ...] = ()
+    free_heads: bool = True
 
-def _heads(width: int, head_dim: int, free: bool) -> int:
-    return 64 if free and (width % head_dim or width // head_dim < FEWEST_HEADS) else head_dim
-
-
-def _candidates(
-    params: float,
-    shares: tuple[float, ...] | None,
-    shape: Shape,
-    arch: ArchitectureKnobs,
-    vocab: int,
-    free: bool,
-) -> Iterator[Found]:
-    step = 64 if free else shape.head_dim
-    for width in [shape.model_dim] if shape.model_dim else range(step, 1 << 20, step):
-        one = replace(shape, depth=1, model_dim=width, head_dim=_heads(width, shape.head_dim, free))
-        try:
-            n = counts(config_for(one, arch, vocab))
-        except UserError:  # no whole number of key-value heads, say: the next width may have one
-            if shape.model_dim:
-                raise
-            n = None
-        if n is None:
-            continue
-        if n["total"] > params * (1 + MISS):
-            return
-        exact = (params - n["total"]) / n["transformer"] + 1
-        for depth in (
-            [shape.depth] if shape.depth else {max(1, math.floor(exact)), max(1, math.ceil(exact))}
-        ):
-            here = replace(one, depth=depth)
-            layers = (
-                n["transformer"] * depth
-            )  # as many as of one layer: a layer's parameters do not depend on its place
-            total = n["total"] - n["transformer"] + layers
-            parts = (n["embedding"], layers, n["head"])
-            if shares:
-                off = (
-                    sum(
-                        abs(part / total - share)
-                        for part, share in zip(parts, shares, strict=False)
-                    )
-                    / 2
-                )
-            else:
-                off = abs(math.log2(width / depth / shape.aspect_ratio)) / 10
-            sizes = {"embedding": parts[0], "transformer": layers, "head": parts[2], "total": total}
-            yield Found(
-                here, config_for(here, arch, vocab), sizes, abs(math.log(total / params)) + off
+    def nearest(self, params: float) -> list[FoundShape]:
+        """
+        Shapes within a tenth of `params` parameters, best first. The cost is |ln(total / params)|
+        plus the share of the parameters that lie in the wrong part, or without `shares` a tenth of
+        the octaves between width / depth and aspect_ratio. UserError if there is none.
+        """
+        near = [
+            found
+            for found in self._candidates(params)
+            if abs(found.counts["total"] / params - 1) <= TOLERANCE
+        ]
+        if not near:
+            raise UserError(
+                f"no model of these flags has about {human(params)} parameters: {self._smallest()}"
             )
+        return sorted(near, key=lambda found: found.cost)
+
+    def _of_width(self, width: int, depth: int) -> Shape:
+        head = self.shape.head_dim
+        if self.free_heads and (width % head or width // head < FEWEST_HEADS):
+            head = 64
+        return replace(self.shape, depth=depth, model_dim=width, head_dim=head)
+
+    def _candidates(self, params: float) -> Iterator[FoundShape]:
+        """For every width up to the one where a single layer is too large, the depths around `params`."""
+        unit = 64 if self.free_heads else self.shape.head_dim
+        binding = self.shape.model_dim
+        for width in [binding] if binding else range(unit, 1 << 20, unit):
+            try:
+                config = config_for(self._of_width(width, 1), self.architecture, self.vocab)
+            except UserError:  # such as heads that do not divide; the next width may do
+                if binding:
+                    raise
+                continue
+            one_layer = counts(config)
+            if one_layer["total"] > params * (1 + TOLERANCE):
+                return
+            exact = (params - one_layer["total"]) / one_layer["transformer"] + 1
+            depths = {max(1, math.floor(exact)), max(1, math.ceil(exact))}
+            for depth in [self.shape.depth] if self.shape.depth else depths:
+                yield self._assessed(self._of_width(width, depth), one_layer, params)
+
+    def _assessed(self, shape: Shape, one_layer: dict[str, int], params: float) -> FoundShape:
+        layers = one_layer["transformer"] * shape.depth  # all layers have equal sizes
+        total = one_layer["total"] - one_layer["transformer"] + layers
+        sizes = {**one_layer, "transformer": layers, "total": total}
+        sizes.pop("matmul")
+        if self.shares:
+            pairs = zip(PARTS, self.shares, strict=False)
+            misplaced = sum(abs(sizes[part] / total - share) for part, share in pairs) / 2
+        else:
+            aspect = shape.model_dim / shape.depth
+            misplaced = abs(math.log2(aspect / shape.aspect_ratio)) / 10
+        config = config_for(shape, self.architecture, self.vocab)
+        return FoundShape(shape, config, sizes, abs(math.log(total / params)) + misplaced)
+
+    def _smallest(self) -> str:
+        unit = 64 if self.free_heads else self.shape.head_dim
+        least = self._of_width(self.shape.model_dim or unit, self.shape.depth or 1)
+        n = counts(config_for(least, self.architecture, self.vocab))
+        tables = human(n["embedding"] + n["head"])
+        tie = "" if self.architecture.tie_embeddings else ", or --tie_embeddings"
+        return (
+            f"the smallest has {human(n['total'])}, {tables} of them in tables for "
+            f"{self.vocab:,} tokens; try other --params, a smaller --vocab{tie}"
+        )
 
 
-def _smallest(shape: Shape, arch: ArchitectureKnobs, vocab: int, free: bool) -> str:
-    width = shape.model_dim or (64 if free else shape.head_dim)
-    least = replace(
-        shape, depth=shape.depth or 1, model_dim=width, head_dim=_heads(width, shape.head_dim, free)
-    )
-    n = counts(config_for(least, arch, vocab))
-    tables = n["embedding"] + n["head"]
-    tie = "" if arch.tie_embeddings else ", or --tie_embeddings"
-    said = f"the smallest has {human(n['total'])}, {human(tables)} of them in tables for {vocab:,} tokens"
-    return f"{said}; try other --params, a smaller --vocab{tie}"
+def parse_number(text: str) -> float:
+    """'38M' -> 38e6; decimal units k, M, G (or B), T."""
+    digits = text.strip().replace(",", "").replace("_", "")
+    match = re.fullmatch(r"(\d*\.?\d+(?:e\d+)?)\s*([kmgbt]?)", digits, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UserError(f"--params takes a number such as 38M or 1.2G, not {text!r}")
+    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+    return float(match[1]) * units[match[2].lower()]
 
 
-def savings(config: GPTConfig) -> list[dict[str, Any]]:
-    """What each knob saves against this model: parameters, share of the training FLOPs, share of the key-value cache."""
-    quarter = max(d for d in range(1, max(1, config.n_head // 4) + 1) if config.n_head % d == 0)
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("--tie_embeddings", {"tie_embeddings": True}),
-        ("--mlp_ratio=3", {"mlp_ratio": 3.0}),
-        ("--mlp_ratio=2.5", {"mlp_ratio": 2.5}),
-        (f"--kv_ratio={quarter / config.n_head:.4g}", {"n_kv_head": quarter}),
-        ("--window_pattern=SSSL", {"window_pattern": "SSSL"}),
-    ]
-    before, out = model_of(config), []
-    for flag, change in changes:
-        after = model_of(replace(config, **change))
-        row = {
-            "flag": flag,
-            "parameters": before.counts()["total"] - after.counts()["total"],
-            "flops": 1 - after.flops_per_token() / before.flops_per_token(),
-            "kv_cache": 1 - kv_bytes(after) / kv_bytes(before),
-        }
-        if row["parameters"] > 0 or row["flops"] > 1e-9:  # what is set already saves nothing more
-            out.append(row)
-    return out
+def parse_shares(text: str, tied: bool) -> tuple[float, ...]:
+    """'1:1:1' -> (1/3, 1/3, 1/3), of embedding, layers and head; a tied model has no head."""
+    parts = text.split(":")
+    valid = all(re.fullmatch(r"\d*\.?\d+", p) and float(p) > 0 for p in parts)
+    if len(parts) != (2 if tied else 3) or not valid:
+        tied_form = "embedding:layers of a tied model, for example 1:1"
+        form = tied_form if tied else "embedding:layers:head, for example 1:1:1"
+        raise UserError(f"--split takes {form}, not {text!r}")
+    values = [float(p) for p in parts]
+    return tuple(value / sum(values) for value in values)
 
 
-def kv_bytes(model: GPT) -> int:
-    """Bytes of keys and values that a token in the context takes, in bf16."""
-    cache = model.new_cache(1, 1)
+# figures and prices
+
+
+def kv_bytes(config: GPTConfig) -> int:
+    """Bytes of keys and values per token in the context, in bf16."""
+    cache = model_of(config).new_cache(1, 1)
     return (cache.k.nbytes + cache.v.nbytes) // cache.k.size(3)
 
 
-def hours(flops: float, peak: float, utilisation: float) -> float:
-    """Hours of training: FLOPs / (FLOP/s of all cards' peak x the share of it that is reached)."""
+def training_hours(flops: float, peak: float, utilisation: float) -> float:
+    """Hours of training at this share of the peak of all cards (FLOP/s)."""
     return flops / (peak * utilisation) / 3600
 
 
 def figures(config: GPTConfig, tokens_per_param: float = 20.0) -> dict[str, Any]:
-    """What a model is and what its training takes: counts, FLOPs a token, tokens, FLOPs, bytes of cache a token."""
-    model = model_of(config)
-    n, per_token = model.counts(), model.flops_per_token()
+    """What a model is and what its training takes: parameters, FLOPs, tokens, bytes of cache."""
+    n, per_token = counts(config), flops_per_token(config)
     tokens = round(tokens_per_param * n["total"])
     return {
         **n,
         "flops_per_token": per_token,
         "tokens": tokens,
         "flops": per_token * tokens,
-        "kv_bytes_per_token": kv_bytes(model),
+        "kv_bytes_per_token": kv_bytes(config),
     }
 
 
-def _price(k: Knobs, config: GPTConfig, flops: float) -> dict[str, Any]:
-    """Hours and memory on the cards that were named; a device batch that does not fit is halved until it does."""
-    from nanochat.plan import memory, speed  # which know this module
-
-    gpu = card(k.gpu)
-    machine = speed.Machine.of(gpu)
-    time = hours(flops, k.gpus * gpu.flops, k.utilisation)
+def price(knobs: ArchKnobs, config: GPTConfig, flops: float) -> dict[str, Any]:
+    """Hours and memory on the named cards; a device batch that does not fit is halved."""
+    card = of_card(knobs.gpu)
+    hours = training_hours(flops, knobs.gpus * card.peak_flops, knobs.utilisation)
     print0(
-        f"  on {k.gpus} x {gpu.name}: {duration(time * 3600)} of pretraining at {k.utilisation:.0%} of {gpu.flops / 1e12:.4g} TFLOP/s each"
+        f"  on {knobs.gpus} x {card.name}: {duration(hours * 3600)} of pretraining at "
+        f"{knobs.utilisation:.0%} of {card.peak_flops / 1e12:.4g} TFLOP/s each"
     )
-    how: dict[str, Any] = {
-        "dtype": machine.torch_dtype,
-        "device_type": machine.device_type,
-        "world_size": k.gpus,
-    }
-    there = machine.memory_bytes
 
-    def need(rows: int) -> int:
-        return memory.predict(config, rows, config.sequence_len, **how)["total"]
+    def required(rows: int) -> int:
+        return memory.predict(
+            config,
+            rows,
+            config.sequence_len,
+            dtype=card.dtype,
+            device_type=card.device_type,
+            compiled=card.compiler,
+            world_size=knobs.gpus,
+        )["total"]
 
-    rows, bytes_needed = k.device_batch_size, need(k.device_batch_size)
-    if bytes_needed > there:
-        print0(
-            f"  {rows} rows of {config.sequence_len} a card take {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB: too much"
-        )
-        least = need(1)
-        if least > there:
+    rows, available = knobs.device_batch_size, f"{card.memory_bytes / GIB:g} GB"
+    while (needed := required(rows)) > card.memory_bytes:
+        size = f"{rows} rows of {config.sequence_len} need {needed / GIB:.1f} of {available}"
+        if rows == 1:
             raise UserError(
-                f"this model does not fit the {gpu.name}: a single row of {config.sequence_len} takes {least / memory.GIB:.1f} of "
-                f"{gpu.memory_gb:g} GB; choose a smaller --depth, --vocab or --sequence_len"
+                f"this model does not fit the {card.name}: {size}; choose a smaller --depth, "
+                "--vocab or --sequence_len"
             )
-        each = (bytes_needed - least) / (
-            rows - 1
-        )  # memory is nearly a straight line in rows: the check below is rarely repeated
-        rows = 1 << int(math.log2(1 + (there - least) / each))
-        while (bytes_needed := need(rows)) > there:
-            rows //= 2
+        notice(f"{size}: trying {rows // 2}")
+        rows //= 2
     print0(
-        f"  --device_batch_size={rows}, context {config.sequence_len}: {bytes_needed / memory.GIB:.1f} of {gpu.memory_gb:g} GB a card"
+        f"  --device_batch_size={rows}, context {config.sequence_len}: "
+        f"{needed / GIB:.1f} of {available} per card"
     )
-    out = {"gpu": gpu.name, "gpus": k.gpus, "utilisation": k.utilisation, "hours": time}
-    return out | {"device_batch_size": rows, "memory_bytes": bytes_needed}
+    priced = {"gpu": card.name, "gpus": knobs.gpus, "utilisation": knobs.utilisation}
+    return {**priced, "hours": hours, "device_batch_size": rows, "memory_bytes": needed}
 
 
-SPECIFIED = {f"d{depth}": Shape(depth=depth) for depth in (12, 16, 20, 26, 32)}
-SMALL = {
-    "37.75 M": Shape(depth=4, model_dim=512, head_dim=64)
-}  # of runs/ittybitty.sh, with its own vocabulary
-SPECIFIED_ROWS = 8
+# the document of the standard models
+
+STANDARD = {  # name -> (shape, vocabulary)
+    "37.75 M": (Shape(depth=4, model_dim=512, head_dim=64), 24_576),  # runs/ittybitty.sh
+    **{f"d{depth}": (Shape(depth=depth), 65_536) for depth in (12, 16, 20, 26, 32)},
+}
+STANDARD_ROWS = 8
 
 
 def specifications(with_memory: bool = True) -> str:
-    """docs/model_specifications.md: the standard models and what they take."""
-    from nanochat.plan import memory
-
+    """The text of docs/model_specifications.md: the standard models and what they take."""
     rows = []
-    for name, shape in {**SMALL, **SPECIFIED}.items():
-        config = config_for(shape, ArchitectureKnobs(), 24_576 if name in SMALL else 65_536)
+    for name, (shape, vocab) in STANDARD.items():
+        config = config_for(shape, ArchitectureKnobs(), vocab)
         f = figures(config)
-        flags = f"--depth={shape.depth}" + (
-            f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}" if shape.model_dim else ""
-        )
-        need = ""
+        flags = f"--depth={shape.depth}"
+        if shape.model_dim:
+            flags += f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}"
+        needed = ""
         if with_memory:
-            how = {"dtype": torch.bfloat16, "device_type": "cuda"}
-            need = f"{memory.predict(config, SPECIFIED_ROWS, config.sequence_len, **how)['total'] / memory.GIB:.1f}"
-        heads = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
-        parts = (f"{f[part]:,}" for part in ("embedding", "transformer", "head", "total"))
-        rows.append(
-            (
-                name,
-                f"`{flags}`",
-                heads,
-                *parts,
-                human(f["flops_per_token"]),
-                human(f["tokens"]),
-                f"{f['flops']:.3g}",
-                need,
-            )
-        )
-    head = (
-        "model",
-        "flags",
-        "layers x width",
-        "embedding",
-        "transformer",
-        "head",
-        "total",
-        "FLOPs/token",
-        "tokens",
-        "FLOPs",
-        "GB",
-    )
+            how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
+            parts = memory.predict(config, STANDARD_ROWS, config.sequence_len, **how)
+            needed = f"{parts['total'] / GIB:.1f}"
+        size = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
+        training = human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}"
+        rows.append((name, f"`{flags}`", size, *_counted(f), *training, needed))
+    head = ("model", "flags", "layers x width", *PARTS, "FLOPs/token", "tokens", "FLOPs", "GB")
     return f"""# Specifications of the standard models
 
-Written by `python -m scripts.plan arch --specifications docs/model_specifications.md`; a test holds it to the code.
+Written by `nanochat plan arch --specifications docs/model_specifications.md`; a test compares it with
+the code.
 
 {columns(head, rows)}
 
-Vocabulary 65,536 (37.75 M: 24,576), context 2,048, no optional knob set. FLOPs are those of training, forward and backward, with causal
-attention counted at its mean length; tokens are 20 a parameter. GB of 2^30 bytes are what one CUDA card needs for {SPECIFIED_ROWS} rows of
-2,048 in bf16, compiled, as `plan memory` predicts it; on several cards the optimizer's state is shared and takes less.
+Vocabulary 65,536 (37.75 M: 24,576), context 2,048, all optional knobs at their defaults. FLOPs are
+those of training, forward and backward, with causal attention counted at its mean length; tokens are
+20 per parameter. GB of 2^30 bytes are what one CUDA card needs for {STANDARD_ROWS} rows of 2,048 in
+bf16, compiled, as `plan memory` predicts; several cards share the optimizer's state and need less.
 """
 
 
-def run(k: Knobs) -> dict[str, Any]:
+def _counted(n: dict[str, int]) -> Iterator[str]:
+    return (f"{n[part]:,}" for part in PARTS)
+
+
+# the command
+
+
+def run(knobs: ArchKnobs) -> dict[str, Any]:
     """Print the table that the flags ask for, and return its figures."""
-    if k.specifications:
-        print0("predicting the memory of six models, some seconds each", file=sys.stderr)
-        atomic_write(k.specifications, specifications())
-        print0(f"wrote {k.specifications}")
-        return {"file": k.specifications}
-    if k.split and not k.params:
+    if knobs.specifications:
+        print0("predicting the memory of six models", file=sys.stderr)
+        atomic_write(knobs.specifications, specifications())
+        print0(f"wrote {knobs.specifications}")
+        return {"file": knobs.specifications}
+    if knobs.split and not knobs.params:
         raise UserError(
-            f"--split={k.split} divides a number of parameters: give it as well, as in --params 38M"
+            f"--split={knobs.split} divides a number of parameters: give it as well, as in "
+            "--params 38M"
         )
-    arch, shape = k.arch(), k.shape()
-    if k.params:
-        open_shape = replace(shape, depth=k.depth)
-        shares = shares_of(k.split, k.tie_embeddings) if k.split else None
-        found = search(number(k.params), shares, open_shape, arch, k.vocab, free=not k.head_dim)
-        best, others = found[0], found[1:6]
-    else:
-        config = config_for(shape, arch, k.vocab)
-        best = Found(shape, config, counts(config), 0.0)
-        like = replace(shape, depth=0, model_dim=0, aspect_ratio=config.n_embd / config.n_layer)
-        near_by = search(best.counts["total"], None, like, arch, k.vocab, free=not k.head_dim)
-        others = [
-            f
-            for f in near_by
-            if (f.config.n_layer, f.config.n_embd) != (config.n_layer, config.n_embd)
-        ][:5]
+    if knobs.gpus > 1 and not knobs.gpu:
+        raise UserError(f"--gpus={knobs.gpus} also needs the name of the card: add --gpu NAME")
+    best, *others = _chosen(knobs)
     config = best.config
-    out = {
-        "config": asdict(config),
-        **figures(config, k.tokens_per_param),
-        "saves": savings(config),
-    }
-    dims = ("n_layer", "n_embd", "head_dim")
-    out["alternatives"] = [{n: getattr(f.config, n) for n in dims} | f.counts for f in others]
-    print0(table_of_counts(model_of(config)))
+    report = {"config": asdict(config), **figures(config, knobs.tokens_per_param)}
+    report["alternatives"] = [
+        {name: getattr(other.config, name) for name in ("n_layer", "n_embd", "head_dim")}
+        | other.counts
+        for other in others
+    ]
+    _show(best, others, report, knobs.tokens_per_param)
+    if knobs.gpu:
+        report["run"] = price(knobs, config, report["flops"])
+    return report
+
+
+def _chosen(knobs: ArchKnobs) -> list[FoundShape]:
+    """The shape that the flags ask for, and up to five others of its size."""
+    shape, architecture = knobs.shape(), knobs.architecture()
+    how = {"architecture": architecture, "vocab": knobs.vocab, "free_heads": not knobs.head_dim}
+    if knobs.params:
+        shares = parse_shares(knobs.split, knobs.tie_embeddings) if knobs.split else ()
+        search = Search(replace(shape, depth=knobs.depth), shares=shares, **how)
+        return search.nearest(parse_number(knobs.params))[:6]
+    config = config_for(shape, architecture, knobs.vocab)
+    given = FoundShape(shape, config, counts(config))
+    like = replace(shape, depth=0, model_dim=0, aspect_ratio=config.n_embd / config.n_layer)
+    size = config.n_layer, config.n_embd
+    near = Search(like, **how).nearest(given.counts["total"])
+    return [given, *(n for n in near if (n.config.n_layer, n.config.n_embd) != size)][:6]
+
+
+def _show(
+    best: FoundShape, others: Sequence[FoundShape], report: dict[str, Any], tokens_per_param: float
+) -> None:
+    from nanochat.train.run import table_of_counts
+
+    print0(table_of_counts(model_of(best.config)))
     print0(
-        f"  {human(out['tokens'])} tokens at {k.tokens_per_param:g} a parameter: {out['flops']:.3g} FLOPs; "
-        f"{out['kv_bytes_per_token']:,} bytes of key-value cache a token\n"
-        f"  --depth={config.n_layer} --model_dim={config.n_embd} --head_dim={config.head_dim}"
+        f"  {human(report['tokens'])} tokens at {tokens_per_param:g} per parameter: "
+        f"{report['flops']:.3g} FLOPs; {report['kv_bytes_per_token']:,} bytes of key-value cache "
+        f"per token\n  {best.flags}"
     )
-    if k.gpu:
-        out["run"] = _price(k, config, out["flops"])
-    elif k.gpus > 1:
-        raise UserError(f"--gpus={k.gpus} of what? Name the card with --gpu")
-    if out["saves"]:
-        rows = [
-            (s["flag"], f"{s['parameters']:,}", f"{s['flops']:.1%}", f"{s['kv_cache']:.0%}")
-            for s in out["saves"]
-        ]
-        print0("\n" + columns(("what a knob would save", "parameters", "FLOPs", "cache"), rows))
     if others:
-        rows = [
-            (
-                f"--depth={f.config.n_layer} --model_dim={f.config.n_embd} --head_dim={f.config.head_dim}",
-                *(f"{f.counts[p]:,}" for p in ("embedding", "transformer", "head", "total")),
-            )
-            for f in others
-        ]
-        print0("\n" + columns(("nearby", "embedding", "transformer", "head", "total"), rows))
-    return out
+        rows = [(other.flags, *_counted(other.counts)) for other in others]
+        print0("\n" + columns(("nearby", *PARTS), rows))

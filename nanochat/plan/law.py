@@ -1,10 +1,13 @@
 """
-Bits per byte from the size of a model and what it reads: L(N, D) = E + A / N^a + B / D^b (the form of Hoffmann et al. 2022, equation
-10), N the parameters of its layers, D the tokens of a run whose learning rate has decayed. Embedding and head do not count, as in Kaplan et
-al. 2020: in a model of minutes the head is most of what a token is multiplied with, and counting it makes one narrow layer look best.
+Bits per byte from the size of a model and the tokens that it reads: L(N, D) = E + A / N^a + B / D^b
+(the form of Hoffmann et al. 2022, equation 10), with N the parameters of its layers and D the tokens
+of a run whose learning rate has decayed. Embedding and head do not count, as in Kaplan et al. 2020: in
+a model of minutes the head is most of what a token is multiplied with, and counting it makes one
+narrow layer look best.
 
-It is fitted to a published ladder of compute-optimal runs on web text and to runs of minutes on a CPU that were made here, and is a first
-guess: text and tokenizer move the whole curve, which a pilot run measures (`scaled`). A plan never shows its figure without the interval.
+The law is fitted to a published ladder of compute-optimal runs on web text and to runs of minutes on
+a CPU that were made here. It is a first guess: text and tokenizer move the whole curve, which a pilot
+measures (`Law.moved`). A plan never shows its figure without the interval.
 """
 
 import math
@@ -13,17 +16,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from scipy.optimize import brentq, least_squares
 
-# Parameters of the layers, tokens, bits per byte: depths of nanochat trained compute-optimally on FineWeb-Edu with 1, 2, 5 and 10 x 1e18
-# FLOPs, as published by its author; 110.7, 167.8, 250.7 and 381.8 M matmul parameters, less a head of 32,768 tokens at 64 a layer
+# Parameters of the layers, tokens, bits per byte: depths of nanochat trained compute-optimally on
+# FineWeb-Edu with 1, 2, 5 and 10 x 1e18 FLOPs, as published by its author; 110.7, 167.8, 250.7 and
+# 381.8 M matmul parameters, less a head of 32,768 tokens at 64 per layer.
 LADDER = (
     (85.5e6, 1.24e9, 0.897),
     (138.2e6, 1.79e9, 0.862),
     (216.3e6, 2.64e9, 0.829),
     (341.8e6, 3.81e9, 0.800),
 )
-# The same of depths 1 to 4 on English prose, minutes on two cores (dev/LOG.md: small budgets, a plan of 20 minutes, general English)
+# The same of depths 1 to 4 on English prose, minutes on two cores (dev/LOG.md: small budgets, a plan
+# of 20 minutes, general English).
 MEASURED = (
     (0.197e6, 4.6e6, 1.965),
     (0.393e6, 3.0e6, 1.987),
@@ -54,8 +58,10 @@ NEAR = 15.0  # up to here MEASURED's text counts in full
 @dataclass(frozen=True)
 class Law:
     """
-    E, A, B in bits per byte, N and D in units of `size` and `tokens`. `factor` moves the whole curve, `around` replaces its error; `prose`
-    is how far the text of MEASURED lies above that of LADDER, in logarithms, and counts the less the nearer FLOPs come to the ladder's.
+    E, A and B in bits per byte, N and D in units of `size` and `tokens`. `prose` is the distance, in
+    logarithms, of the text of MEASURED above that of LADDER; it counts the less the nearer FLOPs
+    come to the ladder's. A pilot sets `factor`, which moves the whole curve, and `around`, the ends
+    of the interval over its middle (None = by the distance from what was measured).
     """
 
     floor: float
@@ -67,64 +73,62 @@ class Law:
     tokens: float
     prose: float
     factor: float = 1.0
-    around: tuple[float, float] | None = (
-        None  # ends of the interval over its middle, None = by the distance from what was measured
-    )
+    around: tuple[float, float] | None = None
 
     def bpb(self, n: float, d: float) -> float:
         """Bits per byte of n parameters in the layers after d tokens."""
-        level = self.factor * math.exp(
-            self.prose * float(np.clip((LOW - math.log10(6 * n * d)) / (LOW - NEAR), 0, 1))
-        )
-        return level * (
-            self.floor + self.A * (n / self.size) ** -self.a + self.B * (d / self.tokens) ** -self.b
-        )
+        prose = self.prose * np.clip((LOW - math.log10(6 * n * d)) / (LOW - NEAR), 0, 1)
+        return self.factor * math.exp(prose) * (self._limit(n) + self._reducible(d))
+
+    def _limit(self, n: float) -> float:
+        return self.floor + self.A * (n / self.size) ** -self.a
+
+    def _reducible(self, d: float) -> float:
+        return self.B * (d / self.tokens) ** -self.b
 
     def interval(self, n: float, d: float) -> tuple[float, float, float]:
         """
-        Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder, 4 % where runs were made here (one that it is
-        not fitted to came to 1.84-1.87 where it says 1.78), 1.5 % more for every factor of ten in FLOPs from the nearer of the two.
+        Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder, 4 % where
+        runs were made here (one that it is not fitted to came to 1.84-1.87 where it says 1.78), and
+        1.5 % more for every factor of ten in FLOPs from the nearer of the two.
         """
         at, middle = math.log10(6 * n * d), self.bpb(n, d)
-        ladder, here = (
-            math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH)),
-            math.hypot(0.04, 0.015 * abs(at - HERE)),
-        )
-        lo, hi = self.around or (
-            math.exp(-Z90 * min(ladder, here)),
-            math.exp(Z90 * min(ladder, here)),
-        )
+        ladder = math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH))
+        here = math.hypot(0.04, 0.015 * abs(at - HERE))
+        width = math.exp(Z90 * min(ladder, here))
+        lo, hi = self.around or (1 / width, width)
         return middle, lo * middle, hi * middle
 
     def best(self, flops: float) -> tuple[float, float]:
         """(parameters, tokens) with 6 N D = flops and the lowest bits per byte."""
+        from scipy.optimize import brentq
 
-        def slope(
-            log_n: float,
-        ) -> float:  # of the logarithms of the two terms, equal at the optimum
-            x = self.a * self.A * (math.exp(log_n) / self.size) ** -self.a
-            y = self.b * self.B * (flops / 6 / math.exp(log_n) / self.tokens) ** -self.b
-            return x - y
+        def slope(log_n: float) -> float:
+            """The difference of the two terms' logarithmic slopes, 0 at the optimum."""
+            n = math.exp(log_n)
+            gain = self.a * (self._limit(n) - self.floor)
+            return gain - self.b * self._reducible(flops / 6 / n)
 
-        n = math.exp(float(brentq(slope, 0.0, math.log(flops))))  # type: ignore[arg-type]  # the root alone, as full_output is off
+        n = math.exp(float(brentq(slope, 0.0, math.log(flops))))  # type: ignore[arg-type]
         return n, flops / 6 / n
 
     def share(self, n: float, d: float) -> float:
-        """What part of the bits per byte of (n, d) more tokens cannot remove."""
-        rest = self.floor + self.A * (n / self.size) ** -self.a
-        return rest / (rest + self.B * (d / self.tokens) ** -self.b)
+        """The part of the bits per byte of (n, d) that more tokens cannot remove."""
+        return self._limit(n) / (self._limit(n) + self._reducible(d))
 
     def moved(self, n: float, d: float, bpb: tuple[float, float, float]) -> "Law":
-        """The same curve, moved to where a pilot found it: its interval (middle, lo, hi) at n and d, everywhere as wide."""
+        """The same curve through a pilot's interval (middle, lo, hi) at n and d, everywhere as wide."""
         middle, lo, hi = bpb
-        return replace(
-            self, factor=self.factor * middle / self.bpb(n, d), around=(lo / middle, hi / middle)
-        )
+        factor = self.factor * middle / self.bpb(n, d)
+        return replace(self, factor=factor, around=(lo / middle, hi / middle))
 
 
 @cache
 def fitted() -> Law:
-    """The law of LADDER, whose rows are taken for optima of their FLOPs (a A / N^a = b B / D^b there), and of MEASURED."""
+    """
+    The law of LADDER, whose rows are taken for optima of their FLOPs (a A / N^a = b B / D^b there),
+    and of MEASURED.
+    """
     return fit(LADDER, MEASURED)
 
 
@@ -132,9 +136,12 @@ def fit(
     ladder: Sequence[tuple[float, float, float]], measured: Sequence[tuple[float, float, float]]
 ) -> Law:
     """
-    Least squares in logarithms: 0.3 % on the ladder's bits per byte, 1 % on the measured ones, whose text may lie 5 % beside the ladder's,
-    a tenth on the optima, 0.1 on the exponents.
+    Least squares in logarithms, with these standard deviations: 0.3 % of the ladder's bits per byte,
+    1 % of the measured ones, whose text may lie 5 % beside the ladder's, a tenth of the optima, 0.1
+    of the exponents.
     """
+    from scipy.optimize import least_squares
+
     n, d, bpb = np.array(ladder).T
     own_n, own_d, own_bpb = np.array(measured).T
     size, tokens = float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean()))
@@ -142,19 +149,24 @@ def fit(
     def misses(p: np.ndarray) -> np.ndarray:
         floor, log_a, log_b, a, b, prose = p
 
-        def terms(n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return np.exp(log_a) * (n / size) ** -a, np.exp(log_b) * (d / tokens) ** -b
+        def of_size(n: np.ndarray) -> np.ndarray:
+            return np.exp(log_a) * (n / size) ** -a
 
-        def off(n: np.ndarray, d: np.ndarray, bpb: np.ndarray) -> np.ndarray:
-            return np.log(np.maximum(floor + sum(terms(n, d)), 1e-9) / bpb)
+        def of_tokens(d: np.ndarray) -> np.ndarray:
+            return np.exp(log_b) * (d / tokens) ** -b
 
-        x, y = terms(n, d)
-        judged = (np.array([a, b]) - EXPONENTS) / 0.1, [prose / 0.05], np.log(a * x / (b * y)) / 0.1
+        predicted = floor + of_size(n) + of_tokens(d)
+        own_predicted = floor + of_size(own_n) + of_tokens(own_d)
         return np.concatenate(
-            [off(n, d, bpb) / 0.003, (off(own_n, own_d, own_bpb) + prose) / 0.01, *judged]
+            [
+                np.log(np.maximum(predicted, 1e-9) / bpb) / 0.003,
+                (np.log(np.maximum(own_predicted, 1e-9) / own_bpb) + prose) / 0.01,
+                (np.array([a, b]) - EXPONENTS) / 0.1,
+                [prose / 0.05],
+                np.log(a * of_size(n) / (b * of_tokens(d))) / 0.1,
+            ]
         )
 
-    floor, log_a, log_b, a, b, prose = map(
-        float, least_squares(misses, [0.6 * bpb.min(), -2.0, -2.0, *EXPONENTS, 0.0]).x
-    )
+    start = [0.6 * bpb.min(), -2.0, -2.0, *EXPONENTS, 0.0]
+    floor, log_a, log_b, a, b, prose = map(float, least_squares(misses, start).x)
     return Law(floor, math.exp(log_a), math.exp(log_b), a, b, size, tokens, prose)

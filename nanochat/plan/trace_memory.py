@@ -1,14 +1,16 @@
 """
-What a training step, an evaluation and a sample keep in memory, byte for byte and without the memory: the real model, loss and optimizer
-run on tensors without contents, and a dispatch mode counts every storage that is alive.
+The memory of a training step, an evaluation and a sample, byte for byte and without using it: the
+real model, loss and optimizer run on tensors without contents, and a dispatch mode counts every
+storage that is alive. Compiled blocks are replaced by stand-ins that allocate what is declared here.
 
-It sees what tensors show. What they do not (a CUDA context, fragmentation) is plan.memory's business.
+It sees tensors only. A CUDA context and fragmentation are the margin of plan.memory.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,37 +24,33 @@ from torch.utils._pytree import tree_leaves
 
 from nanochat.base.runtime import Runtime
 from nanochat.model import loss
+from nanochat.model.attention import QUERY_BLOCK
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT, Block
-from nanochat.plan.trace_compiled import stand_in
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.optim import MuonAdamW
 from nanochat.train.run import make_optimizer
 
-SAMPLES = (5, 64)  # rows and positions of the samples that a base_train prints
+SAMPLES = (5, 64)  # rows and positions of the samples that base_train prints
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages alive, by the phase that made them; `peak` by phase, and of their sum ("all")."""
+    """Counts the bytes of all living storages by the phase that made them; `peak` by phase and "all"."""
 
     def __init__(self, block: int):
         super().__init__()
-        self.block, self.phase, self.counting = (
-            block,
-            "weights",
-            True,
-        )  # an allocator hands out whole blocks
+        self.block, self.phase = block, "weights"  # an allocator hands out whole blocks
         self.storages: dict[int, tuple[str, int, Any]] = {}
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out) if self.counting else ():
+        for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self._see(t)
-        if func in SCRATCH and self.counting:
-            self.note(SCRATCH[func](*args))
+        if func is FLASH_BACKWARD:
+            self.note(_flash_backward_scratch(*args[:3]))
         return out
 
     def _see(self, t: Tensor) -> None:
@@ -67,26 +65,14 @@ class _Live(TorchDispatchMode):
         phase, size, _ = self.storages.pop(key)
         self.live[phase] -= size
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.counting = False
-        try:
-            yield
-        finally:
-            self.counting = True
-
     def note(self, scratch: int = 0) -> None:
-        """Remember the peaks; `scratch` bytes are held for a moment inside an operator."""
-        if not self.counting:
-            return
-        for phase in (self.phase, "gradients"):
-            self.peak[phase] = max(
-                self.peak[phase], self.live[phase] + (scratch if phase == self.phase else 0)
-            )
+        """Remember the peaks; an operator holds `scratch` bytes more for a moment."""
+        self.peak["gradients"] = max(self.peak["gradients"], self.live["gradients"])
+        self.peak[self.phase] = max(self.peak[self.phase], self.live[self.phase] + scratch)
         self.peak["all"] = max(self.peak["all"], self.live.total() + scratch)
 
     def adopt(self, t: Tensor, phase: str) -> None:
-        """Count a tensor as another phase's: a gradient is made in the backward pass and stays."""
+        """Count a tensor in another phase: a gradient is made in the backward pass and stays."""
         was, size, ref = self.storages[key := t.untyped_storage()._cdata]
         self.storages[key] = phase, size, ref
         self.live[was] -= size
@@ -94,18 +80,22 @@ class _Live(TorchDispatchMode):
         self.note()
 
 
-def _flash_backward_scratch(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
-    """Bytes inside the flash kernel's backward pass: dq is summed in float32, and shared key-value heads get a gradient a query head."""
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+
+
+def _flash_backward_scratch(grad: Tensor, q: Tensor, k: Tensor) -> int:
+    """
+    Bytes inside the flash kernel's backward pass: dq is summed in float32, and shared key-value
+    heads get a gradient for every query head.
+    """
     return 4 * q.numel() + 2 * (q.numel() - k.numel()) * q.element_size()
 
 
-SCRATCH: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_scratch
-}
-
-
 class _Flash(TorchFunctionMode):
-    """Without contents torch would decompose attention into a T x T product; a GPU runs the flash kernel where there is no mask."""
+    """
+    Without contents torch would decompose attention into a T x T product; a GPU runs the flash
+    kernel where there is no mask.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -118,7 +108,7 @@ class _Flash(TorchFunctionMode):
 
 @contextmanager
 def _ranks(n: int) -> Iterator[None]:
-    """A process group of `n` ranks that talk to nobody, so that the optimizer deals out its state as it would among them."""
+    """A process group of `n` ranks without communication, so that they share the optimizer's state."""
     if n == 1:
         yield
         return
@@ -144,12 +134,13 @@ def trace(
     compiled: bool = False,
 ) -> tuple[Counter[str], Counter[str]]:
     """
-    An optimizer step of `micro_batches` micro-batches (rows x sequence_len each) in the midst of a run, an evaluation of eval_rows rows
-    and a few samples, without contents: the bytes alive at their peaks, by phase and of all together ("all"), and those at the end.
+    Run an optimizer step of `micro_batches` micro-batches (rows x sequence_len each) in the middle
+    of a run, an evaluation of eval_rows rows and a few samples, without contents. Returns the peak
+    bytes by phase and of all together ("all"), and the bytes by phase at the end.
     """
     cpu = device_type == "cpu"
-    device = torch.device("cpu" if cpu else "meta")  # meta takes the roads of a GPU, and needs none
-    rt = Runtime(device, dtype, 0, world_size, 42)
+    # The meta device takes the code paths of a GPU and needs none.
+    device = torch.device("cpu" if cpu else "meta")
     with ExitStack() as stack:
         stack.enter_context(_ranks(world_size))
         if cpu:
@@ -161,61 +152,23 @@ def trace(
             model.set_context(config.sequence_len)
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: live.adopt(p.grad, "gradients"))
-        optimizer = make_optimizer(model, TrainKnobs(), rt)
-        ids = torch.zeros(
-            2 * micro_batches * rows, sequence_len, dtype=torch.int64, device=device
-        )  # inputs and targets of a step
-        with _as_compiled(model, live) if compiled else nullcontext():
-            live.phase = "optimizer"
-            optimizer.step()  # makes its state, which a step in the midst of a run finds there
-            live.peak.clear()
+        optimizer = make_optimizer(model, TrainKnobs(), Runtime(device, dtype, 0, world_size, 42))
+        size = 2 * micro_batches * rows, sequence_len  # inputs and targets of a step
+        ids = torch.zeros(size, dtype=torch.int64, device=device)
+        live.phase = "optimizer"
+        optimizer.step()  # makes the state, which a step in the middle of a run finds
+        live.peak.clear()
+        stand_ins = _as_compiled(model, live, rows, sequence_len)
+        with stand_ins if compiled else nullcontext():
             _step(live, model, optimizer, ids.split(rows), compiled)
-        _look(live, model, eval_rows or rows)
+        _evaluate_and_sample(live, model, eval_rows or rows)
         return live.peak, live.live.copy()
-
-
-@contextmanager
-def _as_compiled(model: GPT, live: _Live) -> Iterator[None]:
-    """The model's blocks and the loss allocate what they would compiled: one graph for all blocks of a kind, as in GPT.compile."""
-    stand_ins: dict[int, Callable[..., Tensor]] = {}
-    for i, block in enumerate(model.blocks):
-        if (window := model.config.window(i)) not in stand_ins:
-            with live.paused(), model.embed.weight.device:
-                kind = Block(model.config, i)
-            names = [n for n, _ in kind.named_parameters()]
-
-            def plain(
-                x: Tensor,
-                cos: Tensor,
-                sin: Tensor,
-                *weights: Tensor,
-                kind: Block = kind,
-                names: list[str] = names,
-            ) -> Tensor:
-                return torch.func.functional_call(
-                    kind, dict(zip(names, weights, strict=True)), (x, cos, sin, None, None, None)
-                )
-
-            stand_ins[window] = stand_in(plain, live.note, live.paused)
-        block.forward = lambda x, cos, sin, *_, f=stand_ins[window], block=block: f(
-            x, cos, sin, *block.parameters()
-        )
-    both = loss._compiled.get("both")
-    loss._compiled["both"] = stand_in(loss._chunk_both, live.note, live.paused)
-    try:
-        yield
-    finally:
-        for block in model.blocks:
-            del block.forward
-        loss._compiled.pop("both")
-        if both is not None:
-            loss._compiled["both"] = both
 
 
 def _step(
     live: _Live, model: GPT, optimizer: MuonAdamW, batches: tuple[Tensor, ...], compiled: bool
 ) -> None:
-    """What trainer.fit does in a step, phase by phase."""
+    """A step as the training loop makes it, phase by phase."""
     optimizer.zero_grad()
     for idx, targets in zip(batches[::2], batches[1::2], strict=True):
         live.phase = "activations"
@@ -232,8 +185,8 @@ def _step(
     optimizer.step()
 
 
-def _look(live: _Live, model: GPT, rows: int) -> None:
-    """An evaluation over rows of the whole context, and the samples; the gradients of the last step are still there."""
+def _evaluate_and_sample(live: _Live, model: GPT, rows: int) -> None:
+    """An evaluation over rows of the whole context, and samples, beside the gradients of a step."""
     live.phase = "evaluation"
     device = model.embed.weight.device
     ids = torch.zeros(2, rows, model.config.sequence_len, dtype=torch.int64, device=device)
@@ -243,6 +196,89 @@ def _look(live: _Live, model: GPT, rows: int) -> None:
     with torch.no_grad():
         n, positions = SAMPLES
         cache = model.new_cache(n, min(positions, model.config.sequence_len))
-        model.logits(
-            model(torch.zeros(n, cache.capacity, dtype=torch.int64, device=device), cache)[:, -1]
-        )
+        ids = torch.zeros(n, cache.capacity, dtype=torch.int64, device=device)
+        model.logits(model(ids, cache)[:, -1])
+
+
+# what compiled code allocates
+
+
+class _CompiledBlock(torch.autograd.Function):
+    """
+    Allocates what a compiled block would, and computes nothing: forward keeps `saved` bytes for the
+    backward pass, which returns the gradients of x and of all weights. Each way `note` is told of
+    `scratch` bytes that are held for a moment.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, saved: int, scratch: int, note: Callable[[int], None], *weights: Tensor
+    ) -> Tensor:
+        kept = torch.empty(saved, dtype=torch.int8, device=x.device)
+        ctx.save_for_backward(x, kept, *weights)
+        ctx.scratch, ctx.note = scratch, note
+        note(scratch)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, *weights = ctx.saved_tensors
+        gradients = [torch.empty_like(w) for w in weights]
+        # What was saved is freed as it is read, so only what exceeds it adds to the peak.
+        ctx.note(max(0, ctx.scratch - kept.nbytes))
+        return torch.empty_like(x), None, None, None, *gradients
+
+
+def _bytes_of_block(model: GPT, rows: int, T: int) -> tuple[int, int]:
+    """
+    Bytes that a compiled block saves for its backward pass, besides its input, and the most that it
+    holds for a moment; counted on the graphs that torch.compile cuts.
+
+    Saved per token are seven vectors of the model's width (the normed inputs of both parts, q before
+    and after its norm, the attention's output twice, the residual), three of the key-value width,
+    the hidden vectors of the MLP before and after the activation, and in float32 the scales of four
+    norms with the softmax's sum; also the weights in the compute dtype, and on a CPU the attention's
+    probabilities, which fused kernels do not keep. Held for a moment are gradients of the hidden
+    vectors, or on a CPU the scores of one block of queries.
+    """
+    config, size = model.config, model.compute_dtype.itemsize
+    hidden = 3 if config.activation == "swiglu" else 2
+    width = 7 * config.n_embd + 3 * config.n_kv_head * config.head_dim + hidden * config.hidden
+    scales = 2 + 2 * config.n_head + config.n_kv_head
+    saved = rows * T * (size * width + 4 * scales)
+    if size < 4:
+        saved += size * model.counts()["transformer"] // config.n_layer
+    if model.embed.weight.device.type != "cpu":
+        return saved, rows * T * size * hidden * config.hidden
+    saved += size * rows * config.n_head * T * (T + QUERY_BLOCK) // 2
+    hidden += 0 if config.activation == "relu2" else 2
+    scores = rows * config.n_head * min(T, QUERY_BLOCK) * T * (4 + size)
+    return saved, max(scores, rows * T * size * hidden * config.hidden)
+
+
+@contextmanager
+def _as_compiled(model: GPT, live: _Live, rows: int, T: int) -> Iterator[None]:
+    """Make the blocks and the chunks of the loss allocate what they would if compiled."""
+    saved, scratch = _bytes_of_block(model, rows, T)
+
+    def forward(block: Block, x: Tensor, *_: Any) -> Tensor:
+        return _CompiledBlock.apply(x, saved, scratch, live.note, *block.parameters())  # type: ignore[return-value]
+
+    def chunk(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+        d_logits = x.new_empty(x.size(0), w.size(0))
+        copies = 3 if x.device.type == "cpu" else 2  # of the logits, in float32
+        live.note(copies * 4 * d_logits.numel())
+        return x.new_empty(x.size(0), dtype=torch.float32), d_logits
+
+    real_chunk = loss._compiled.get("both")
+    loss._compiled["both"] = chunk
+    for block in model.blocks:
+        block.forward = partial(forward, block)
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            del block.forward
+        loss._compiled.pop("both")
+        if real_chunk is not None:
+            loss._compiled["both"] = real_chunk

@@ -1,0 +1,160 @@
+"""
+What planning knows of a machine: a card from the table, a file that `plan probe` wrote, or this
+machine, which is examined in a process of its own. A card that the table does not name is refused,
+because the figures of another card would be a guess.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.base import hardware
+from nanochat.base.commands import near
+from nanochat.base.common import UserError, base_dir, duration
+from nanochat.base.knobs import knob
+from nanochat.train.scaling import compile_pays
+
+GIB = 1 << 30
+ROOT = Path(__file__).resolve().parents[2]
+STORED = ("name", "device_type", "dtype", "memory_bytes", "peak_flops", "compiler")
+
+
+@dataclass(kw_only=True)
+class BudgetKnobs:
+    """Budget"""
+
+    hours: float = knob(0.0, "time for everything, from pretraining to evaluation", low=0)
+    minutes: float = knob(0.0, "the same in minutes", low=0)
+
+
+def budget_seconds(knobs: BudgetKnobs) -> float:
+    """The budget in seconds, 0 if none is given. UserError for two."""
+    if knobs.hours and knobs.minutes:
+        raise UserError(
+            f"--hours={knobs.hours:g} and --minutes={knobs.minutes:g} are two budgets: "
+            "give one of them"
+        )
+    return knobs.hours * 3600 or knobs.minutes * 60
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is known of a machine. `points` are measurements made on it, as plan.measure returns."""
+
+    name: str
+    device_type: str
+    dtype: str
+    memory_bytes: float
+    peak_flops: float
+    points: tuple[dict[str, Any], ...] = ()
+    source: str = ""  # where its speed comes from, in words
+    factor: float = 1.0  # measured over predicted speed, from a pilot
+    memory_gap: float | None = None  # bytes measured above the traced peak, from a pilot
+    compiler: bool = True  # whether torch.compile works on it
+
+    @property
+    def good_points(self) -> list[dict[str, Any]]:
+        """The measurements that succeeded."""
+        return [p for p in self.points if "error" not in p]
+
+    def compiles(self, seconds: float, asked: str = "auto") -> bool:
+        """Whether base_train compiles on it in a run of `seconds`, given --compile=`asked`."""
+        wanted = compile_pays(self.device_type, seconds) if asked == "auto" else asked == "on"
+        return wanted and self.compiler
+
+    def stored(self) -> dict[str, Any]:
+        """What the file of a probe keeps of it."""
+        return {name: value for name, value in asdict(self).items() if name in STORED}
+
+
+def of_card(name: str) -> Machine:
+    """
+    A card of the table. Its dtype and compiler are those of the card, whatever this machine has.
+    UserError for an unknown card names the similar ones.
+    """
+    gpu = hardware.lookup(name)
+    if gpu is None:
+        known = [g.name for g in hardware.gpus()]
+        raise UserError(
+            f"no card is called {name!r}{near(name.upper(), known)}; known are {', '.join(known)}"
+        )
+    return Machine(
+        gpu.name,
+        gpu.device_type,
+        gpu.dtype,
+        gpu.memory_gb * GIB,
+        gpu.flops,
+        source=f"a share of its peak ({gpu.source})",
+        compiler=gpu.device_type == "cuda",
+    )
+
+
+def folder() -> Path:
+    """The folder of plans."""
+    return base_dir() / "plan"
+
+
+def load(path: Path | str) -> Machine:
+    """The machine of a probe's file, with its points. UserError if there is no such file."""
+    try:
+        file = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        stored = file["machine"]
+        own = stored["name"], stored["dtype"]
+        points = tuple(p for p in file["points"] if (p["name"], p["dtype"]) == own)
+        return Machine(**stored, points=points, source=f"measured, {path}")
+    except OSError as e:
+        raise UserError(
+            f"cannot read the probe {path} ({e.strerror}): make one with "
+            f"nanochat plan probe --out {path}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{path} is not what plan probe writes ({type(e).__name__}: {e}): delete it and run "
+            "plan probe again, or name another file"
+        ) from None
+
+
+def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
+    """This machine, its peak measured now. UserError if its device cannot be used."""
+    measured = in_process({"device_type": device_type, "dtype": dtype})
+    if "error" in measured:
+        raise UserError(f"the speed of this machine cannot be measured: {measured['error']}")
+    return Machine(**measured, source="a share of the peak measured here")
+
+
+def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:
+    """
+    What plan.measure returns for `spec`, in a process of its own, so that running out of memory is
+    a result. Returns {"error": reason} if the process fails or takes longer than `limit` seconds.
+    """
+    try:
+        done = subprocess.run(
+            **python("nanochat.plan.measure", json.dumps(spec)),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not finished after {duration(limit)}"}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode == -9:  # the system killed it
+        return {"error": "out of memory"}
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    reason = lines[-1] if lines else f"ended with status {done.returncode}"
+    return {"error": reason.removeprefix("error: ")}
+
+
+def python(module: str, *words: str) -> dict[str, Any]:
+    """Arguments of subprocess.run for a module of this project, whatever the current folder."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return {
+        "args": [sys.executable, "-u", "-m", module, *words],
+        "env": {**os.environ, "PYTHONPATH": path},
+        "stdin": subprocess.DEVNULL,
+    }
