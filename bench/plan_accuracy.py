@@ -1,18 +1,20 @@
 """
-Predictions of the planner against measurement: speed and peak memory over depths and context lengths.
+Compare predictions of the planner with measurements: speed and peak memory over depths and context
+lengths.
 
-    python -m bench.plan_accuracy                       on a GPU depths 12-20 and T 512-2048; on a CPU a small grid
-    python -m bench.plan_accuracy --depths 12 20 --lengths 2048 --device_batches 8 16
+    python -m bench.plan_accuracy           on a GPU depths 12-20 and T 512-2048; on a CPU a small
+    grid python -m bench.plan_accuracy --depths 12 20 --lengths 2048 --device_batches 8 16
 
-Every point is trained for some seconds in a process of its own, as plan probe does. Its speed is predicted from the other points and, as
-before any probe, from the peak; the memory of its tensors from the trace of plan memory alone; and on a GPU what the whole card holds, as
-plan memory does, with a margin measured at the smallest point. The last line is JSON.
+Every point is trained for some seconds in a process of its own, as plan probe does. Its speed is
+predicted from the other points and, as without a probe, from the peak; the memory of its tensors
+from the trace of plan memory alone; and on a GPU the memory of the whole card, with a margin
+measured at the smallest point. The last line is JSON.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -20,25 +22,26 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError, base_dir, columns, entry, print0
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
-from nanochat.plan import memory, recipe, speed
-from nanochat.plan import probe as throughput
-from nanochat.plan.speed import Machine
+from nanochat.plan import machine as machines
+from nanochat.plan import memory, probe, speed
+from nanochat.plan.choice import MemoryModel
+from nanochat.plan.machine import Machine
 
 PREDICTED = ("speed_by_points", "speed_by_peak", "memory", "card")
 
 
 @dataclass(kw_only=True)
-class Knobs(throughput.Knobs):
+class AccuracyKnobs(probe.ProbeKnobs):
     """Accuracy"""
 
     vocab: int = knob(0, "tokens of the vocabulary; 0 = 65,536 on a GPU, 8,192 on a CPU", low=0)
-    limit_minutes: float = knob(600.0, "begin no further point after so long", low=0)
+    limit_minutes: float = knob(600.0, "start no further point after this time", low=0)
 
 
 def errors(
     p: dict[str, Any], machine: Machine, others: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
-    """Prediction over measurement, less 1, of a point: speed from the other points and from the peak, memory; seconds for all of it."""
+    """prediction / measurement - 1 of a point: speed by other points and by the peak, memory."""
     config, rows, n = GPTConfig(**p["config"]), p["rows"], p["accumulation"]
     micro = rows * config.sequence_len
     began = time.monotonic()
@@ -49,7 +52,7 @@ def errors(
         for name, points in (("speed_by_points", others), ("speed_by_peak", ()))
         if points or name == "speed_by_peak"
     }
-    traced = recipe.Memory(replace(machine, points=(), memory_gap=0.0), p["compiled"]).trace(
+    traced = MemoryModel(replace(machine, points=(), memory_gap=0.0), p["compiled"]).report(
         config, rows, n
     )
     found = {name: rate / p["tok_per_sec"] - 1 for name, rate in rates.items()} | {
@@ -59,8 +62,8 @@ def errors(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="bench.plan_accuracy")
-    gpu = throughput.here(k.device_type, k.dtype).device_type != "cpu"
+    k, _ = knobs.parse(AccuracyKnobs, argv, command="bench.plan_accuracy")
+    gpu = machines.here(k.device_type, k.dtype).device_type != "cpu"
     k = replace(
         k,
         depths=k.depths or ((k.depth,) if k.depth else (12, 16, 20) if gpu else (2, 3, 4)),
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         vocab=k.vocab or (65_536 if gpu else 8_192),
         out=k.out or str(base_dir() / "bench" / "plan_accuracy.json"),
     )
-    probed = throughput.run(k)
+    probed = probe.run(k)
     good = [p for p in probed["points"] if "error" not in p]
     if not good:
         raise UserError("no point could be measured: try a smaller --depths or --device_batches")
@@ -78,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     every = [errors(p, machine, [q for q in good if q is not p]) for p in good]
     smallest = min(range(len(good)), key=lambda i: good[i]["peak_memory_bytes"])
     on_card = "card_bytes" in good[smallest]
-    margin = memory.margin_of([good[smallest]], [every[smallest]["traced"]]) if on_card else None
+    margin = (
+        memory.measured_margin([good[smallest]], [every[smallest]["traced"]]) if on_card else None
+    )
     for i, (p, found) in enumerate(zip(good, every, strict=True)):
         if margin and i != smallest:
             found["card"] = (found["traced"] * (1 + margin.fragmentation) + margin.context) / p[
@@ -124,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     mean = {n: fmean(abs(r[n]) for r in rows if n in r) for n in worst}
     found = {
-        "machine": {n: v for n, v in asdict(machine).items() if n in throughput.SAVED},
+        "machine": machine.stored(),
         "worst": worst,
         "mean": mean,
         "rows": rows,

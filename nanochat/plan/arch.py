@@ -1,11 +1,12 @@
 """
-Parameters before training: the table of a model, its price, and the depth, width and heads for a number of parameters.
+Parameters before training: the table of a model, its price, and the depth, width and heads for a
+number of parameters.
 
     nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
     nanochat plan arch --depth 20 --gpu "H100 SXM" --gpus 8
 
-Every figure is counted on the real model, built without memory. A number of parameters that no model
-comes within a tenth of is refused.
+Every figure is counted on the real model, built without memory. A number of parameters that no
+model comes within a tenth of is refused.
 """
 
 import math
@@ -117,7 +118,7 @@ class Search:
         return replace(self.shape, depth=depth, model_dim=width, head_dim=head)
 
     def _candidates(self, params: float) -> Iterator[FoundShape]:
-        """For every width up to the one where a single layer is too large, the depths around `params`."""
+        """The depths around `params` for every width whose single layer is not too large."""
         unit = 64 if self.free_heads else self.shape.head_dim
         binding = self.shape.model_dim
         for width in [binding] if binding else range(unit, 1 << 20, unit):
@@ -257,7 +258,7 @@ STANDARD = {  # name -> (shape, vocabulary)
 STANDARD_ROWS = 8
 
 
-def specifications(with_memory: bool = True) -> str:
+def specifications() -> str:
     """The text of docs/model_specifications.md: the standard models and what they take."""
     rows = []
     for name, (shape, vocab) in STANDARD.items():
@@ -266,26 +267,24 @@ def specifications(with_memory: bool = True) -> str:
         flags = f"--depth={shape.depth}"
         if shape.model_dim:
             flags += f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}"
-        needed = ""
-        if with_memory:
-            how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
-            parts = memory.predict(config, STANDARD_ROWS, config.sequence_len, **how)
-            needed = f"{parts['total'] / GIB:.1f}"
+        how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
+        needed = memory.predict(config, STANDARD_ROWS, config.sequence_len, **how)["total"]
         size = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
         training = human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}"
-        rows.append((name, f"`{flags}`", size, *_counted(f), *training, needed))
+        rows.append((name, f"`{flags}`", size, *_counted(f), *training, f"{needed / GIB:.1f}"))
     head = ("model", "flags", "layers x width", *PARTS, "FLOPs/token", "tokens", "FLOPs", "GB")
     return f"""# Specifications of the standard models
 
-Written by `nanochat plan arch --specifications docs/model_specifications.md`; a test compares it with
-the code.
+Written by `nanochat plan arch --specifications docs/model_specifications.md`; a test compares it
+with the code.
 
 {columns(head, rows)}
 
 Vocabulary 65,536 (37.75 M: 24,576), context 2,048, all optional knobs at their defaults. FLOPs are
-those of training, forward and backward, with causal attention counted at its mean length; tokens are
-20 per parameter. GB of 2^30 bytes are what one CUDA card needs for {STANDARD_ROWS} rows of 2,048 in
-bf16, compiled, as `plan memory` predicts; several cards share the optimizer's state and need less.
+those of training, forward and backward, with causal attention counted at its mean length; tokens
+are 20 per parameter. GB of 2^30 bytes are what one CUDA card needs for {STANDARD_ROWS} rows of
+2,048 in bf16, compiled, as `plan memory` predicts; several cards share the optimizer's state and
+need less.
 """
 
 

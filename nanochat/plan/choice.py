@@ -114,7 +114,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of choose(): the best candidate, a smaller one for less memory, and all others."""
+    """The outcome of choose(): the best candidate, a smaller one in reserve, and all others."""
 
     primary: Candidate
     fallback: Candidate | None
@@ -232,7 +232,7 @@ def _mean_speed(
     batch: int,
     machine: Machine,
 ) -> speed.Speed:
-    """The mean over context stages, which are shares of the time; a micro-batch keeps its tokens."""
+    """The mean over context stages, by their time; a micro-batch keeps its tokens."""
     tok_per_sec = lo = hi = 0.0
     ends = [begin for begin, _ in contexts[1:]] + [1.0]
     for end, (begin, T) in zip(ends, contexts, strict=True):
@@ -351,10 +351,10 @@ def choose(
     knobs: ChoiceKnobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | None = None
 ) -> Choice:
     """
-    The best candidate for a budget and the alternatives. `kept` (depth, width), which a pilot tried,
-    stays the primary unless another is predicted to be 1 % better. Where memory shuts better ones
-    out, a shorter context, which leaves room for them, is tried as well. UserError if the budget or
-    the memory is too small.
+    The best candidate for a budget and the alternatives. `kept` (depth, width), which a pilot
+    tried, stays the primary unless another is predicted to be 1 % better. Where memory shuts better
+    ones out, a shorter context, which leaves room for them, is tried as well. UserError if the
+    budget or the memory is too small.
     """
     seconds = budget_seconds(knobs)
     if not seconds:

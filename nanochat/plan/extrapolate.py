@@ -68,7 +68,7 @@ def fit_curve(
     expected = np.array([math.log(share / (1 - share)), math.log(power)])
 
     def misses(p: np.ndarray) -> np.ndarray:
-        """Of (logarithm of the level, *shape), in standard deviations: of the ends and of the law."""
+        """Of (logarithm of the level, *shape), from the ends and the law."""
         return np.concatenate([(p[0] + _fall(p[1:], x) - y) / NOISE, (p[1:] - expected) / DOUBT])
 
     level, *shape = least_squares(misses, [y[d.argmax()], *expected]).x

@@ -1,13 +1,13 @@
 """
 Bits per byte from the size of a model and the tokens that it reads: L(N, D) = E + A / N^a + B / D^b
-(the form of Hoffmann et al. 2022, equation 10), with N the parameters of its layers and D the tokens
-of a run whose learning rate has decayed. Embedding and head do not count, as in Kaplan et al. 2020: in
-a model of minutes the head is most of what a token is multiplied with, and counting it makes one
-narrow layer look best.
+(the form of Hoffmann et al. 2022, equation 10), with N the parameters of its layers and D the
+tokens of a run whose learning rate has decayed. Embedding and head do not count, as in Kaplan et
+al. 2020: in a model of minutes the head is most of what a token is multiplied with, and counting it
+makes one narrow layer look best.
 
-The law is fitted to a published ladder of compute-optimal runs on web text and to runs of minutes on
-a CPU that were made here. It is a first guess: text and tokenizer move the whole curve, which a pilot
-measures (`Law.moved`). A plan never shows its figure without the interval.
+The law is fitted to a published ladder of compute-optimal runs on web text and to runs of minutes
+on a CPU that were made here. It is a first guess: text and tokenizer move the whole curve, which a
+pilot measures (`Law.moved`). A plan never shows its figure without the interval.
 """
 
 import math
@@ -26,8 +26,8 @@ LADDER = (
     (216.3e6, 2.64e9, 0.829),
     (341.8e6, 3.81e9, 0.800),
 )
-# The same of depths 1 to 4 on English prose, minutes on two cores (dev/LOG.md: small budgets, a plan
-# of 20 minutes, general English).
+# The same of depths 1 to 4 on English prose, minutes on two cores (dev/LOG.md: small budgets, a
+# plan of 20 minutes, general English).
 MEASURED = (
     (0.197e6, 4.6e6, 1.965),
     (0.393e6, 3.0e6, 1.987),
@@ -58,8 +58,8 @@ NEAR = 15.0  # up to here MEASURED's text counts in full
 @dataclass(frozen=True)
 class Law:
     """
-    E, A and B in bits per byte, N and D in units of `size` and `tokens`. `prose` is the distance, in
-    logarithms, of the text of MEASURED above that of LADDER; it counts the less the nearer FLOPs
+    E, A and B in bits per byte, N and D in units of `size` and `tokens`. `prose` is the distance,
+    in logarithms, of the text of MEASURED above that of LADDER; it counts the less the nearer FLOPs
     come to the ladder's. A pilot sets `factor`, which moves the whole curve, and `around`, the ends
     of the interval over its middle (None = by the distance from what was measured).
     """
@@ -88,9 +88,9 @@ class Law:
 
     def interval(self, n: float, d: float) -> tuple[float, float, float]:
         """
-        Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder, 4 % where
-        runs were made here (one that it is not fitted to came to 1.84-1.87 where it says 1.78), and
-        1.5 % more for every factor of ten in FLOPs from the nearer of the two.
+        Bits per byte and its 90 % interval. The error is a judgement: 1.5 % on the ladder, 4 %
+        where runs were made here (one that it is not fitted to came to 1.84-1.87 where it says
+        1.78), and 1.5 % more for every factor of ten in FLOPs from the nearer of the two.
         """
         at, middle = math.log10(6 * n * d), self.bpb(n, d)
         ladder = math.hypot(0.015, 0.015 * max(0.0, LOW - at, at - HIGH))
@@ -117,7 +117,7 @@ class Law:
         return self._limit(n) / (self._limit(n) + self._reducible(d))
 
     def moved(self, n: float, d: float, bpb: tuple[float, float, float]) -> "Law":
-        """The same curve through a pilot's interval (middle, lo, hi) at n and d, everywhere as wide."""
+        """The curve through a pilot's interval (middle, lo, hi) at n and d, everywhere as wide."""
         middle, lo, hi = bpb
         factor = self.factor * middle / self.bpb(n, d)
         return replace(self, factor=factor, around=(lo / middle, hi / middle))
@@ -136,9 +136,9 @@ def fit(
     ladder: Sequence[tuple[float, float, float]], measured: Sequence[tuple[float, float, float]]
 ) -> Law:
     """
-    Least squares in logarithms, with these standard deviations: 0.3 % of the ladder's bits per byte,
-    1 % of the measured ones, whose text may lie 5 % beside the ladder's, a tenth of the optima, 0.1
-    of the exponents.
+    Least squares in logarithms, with these standard deviations: 0.3 % of the ladder's bits per
+    byte, 1 % of the measured ones, whose text may lie 5 % beside the ladder's, a tenth of the
+    optima, 0.1 of the exponents.
     """
     from scipy.optimize import least_squares
 

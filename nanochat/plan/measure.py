@@ -1,7 +1,7 @@
 """
 One measurement on this machine: the speed and peak memory of training steps, or the peak of the
-device. `machine.in_process` runs this module in a process of its own: python -m nanochat.plan.measure
-SPEC prints the result as JSON.
+device. `machine.in_process` runs this module in a process of its own: it takes a specification in
+JSON as its argument, and prints the result as JSON.
 """
 
 import json

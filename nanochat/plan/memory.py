@@ -4,9 +4,9 @@ Memory before training, by part: which device batches fit a card, this machine, 
     nanochat plan memory --depth 12 --gpu rtx3090
     nanochat plan memory --depth 4 --device_batch_sizes 8 16 32 --sequence_lens 512 1024
 
-Tensors are counted on the real model, loss and optimizer (plan.trace_memory). A margin on top stands
-for the context, the compiler and the allocator: measured where there is a GPU, else from the runs
-named beside the figures. A row that does not fit is marked; if none fits, that is an error.
+Tensors are counted on the real model, loss and optimizer (plan.trace_memory). A margin on top
+stands for the context, the compiler and the allocator: measured where there is a GPU, else from the
+runs named beside the figures. A row that does not fit is marked; if none fits, that is an error.
 """
 
 import sys
@@ -26,7 +26,7 @@ from nanochat.plan.shapes import SizeKnobs, config_for
 
 @dataclass(frozen=True)
 class Margin:
-    """Bytes that no tensor shows: the process with its context, the compiler, and the allocator's share."""
+    """Bytes that no tensor shows: process and context, compiler, and the allocator's share."""
 
     context: float
     compile: float
@@ -124,8 +124,8 @@ def calibrate(
     config: GPTConfig, rows: int, sequence_len: int, dtype: str, compiled: bool
 ) -> Margin | None:
     """
-    The margin of this machine's GPU from a few real steps of a small device batch. None if even that
-    batch does not fit; UserError if it fails in another way.
+    The margin of this machine's GPU from a few real steps of a small device batch. None if even
+    that batch does not fit; UserError if it fails in another way.
     """
     how: dict[str, Any] = {"dtype": dtype, "device_type": "cuda", "compiled": compiled}
     config = replace(config, sequence_len=sequence_len)

@@ -1,13 +1,15 @@
 """
-Try a recipe for a short time, extrapolate to its whole budget with an interval, and correct the recipe by what was measured.
+Try a recipe for a short time, extrapolate to its whole budget with an interval, and correct the
+recipe by what was measured.
 
-    nanochat plan pilot                         the recipe in the base folder, for a tenth of its time, at most an hour
+    nanochat plan pilot                    the recipe in the base folder, for a tenth of its time
     nanochat plan pilot recipe.toml --minutes 5 --target_bpb 0.9
 
-While the learning rate is high, a loss lies above what the same tokens give once the rate has fallen,
-so a curve that is cut short says too little. A pilot is therefore several short runs (lengths
-1 : 2 : 4), each with the recipe's whole schedule over its own length, of which only the decayed ends
-are fitted (plan.extrapolate). Runs too short to be fitted are refused.
+While the learning rate is high, a loss lies above what the same tokens give once the rate has
+fallen, so a curve that is cut short says too little. A pilot is therefore several short runs
+(lengths 1 : 2 : 4), each with the recipe's whole schedule over its own length, of which only the
+decayed ends are fitted (plan.extrapolate). Without --minutes a pilot takes an hour at most.
+Runs too short to be fitted are refused.
 """
 
 import hashlib

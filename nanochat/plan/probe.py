@@ -1,5 +1,6 @@
 """
-Measure the training speed, memory and steadiness of this machine over depths, context lengths and device batches.
+Measure the training speed, memory and steadiness of this machine over depths, context lengths and
+device batches.
 
     nanochat plan probe --hours 24
     nanochat plan probe --depths 12 16 20 --lengths 512 2048 --device_batches 8 32
@@ -61,8 +62,8 @@ class ProbeKnobs(MachineKnobs, BudgetKnobs, OpenSizeKnobs):
 
 def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[tuple[GPTConfig, int]]:
     """
-    (architecture, rows) of every point: the likeliest depth first, and all depths before other rows,
-    because two sizes predict a speed better than one. Depths that are not given are the most
+    (architecture, rows) of every point: the likeliest depth first, and all depths before other
+    rows, because two sizes predict a speed better than one. Depths that are not given are the most
     promising one for `seconds` on this machine and its neighbours.
     """
     cpu = target.device_type == "cpu"

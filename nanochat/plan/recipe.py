@@ -1,13 +1,15 @@
 """
-Choose depth, width, batch, context and length of a run for a budget of time, and write the recipe that the training commands take.
+Choose depth, width, batch, context and length of a run for a budget of time, and write the recipe
+that the training commands take.
 
     nanochat plan recipe --hours 24 --gpu rtx4090
     nanochat plan recipe --minutes 20 --probe plan/probe.json
     nanochat base_train --recipe plan/recipe.toml
 
 The speed comes from a probe, from a peak measured here, or from the table of cards; the loss from a
-scaling law that a pilot corrects; the memory from a trace of the real model. Every candidate is shown
-with the reason why it lost. A budget that no model can use is refused, and a card that holds none.
+scaling law that a pilot corrects; the memory from a trace of the real model. Every candidate is
+shown with the reason why it lost. A budget that no model can use is refused, and a card that holds
+none.
 """
 
 import json
@@ -229,7 +231,7 @@ def show(choice: Choice, target: Machine, most: int = 12) -> None:
 
 
 def run(knobs: RecipeKnobs) -> dict[str, Any]:
-    """Print the candidates, write the recipe and the plan; returns the plan. UserError as choose()."""
+    """Print the candidates, write recipe and plan; returns the plan. UserError as choose()."""
     target, the_law = planned_machine(knobs), law.fitted()
     choice = choose(knobs, target, the_law)
     show(choice, target)

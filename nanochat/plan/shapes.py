@@ -1,6 +1,6 @@
 """
-The shapes that plans are about: from flags to a configuration, and from a configuration to counts of
-parameters and FLOPs. Every figure is counted on the real model, built without memory.
+The shapes that plans are about: from flags to a configuration, and from a configuration to counts
+of parameters and FLOPs. Every figure is counted on the real model, built without memory.
 """
 
 from dataclasses import asdict, dataclass, fields, replace

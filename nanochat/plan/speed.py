@@ -1,6 +1,7 @@
 """
-How fast a machine trains a model: from the points that `plan probe` measured on it, or else from its
-peak and a stated share of it. Between points the speed is interpolated; the interval says how well.
+How fast a machine trains a model: from the points that `plan probe` measured on it, or else from
+its peak and a stated share of it. Between points the speed is interpolated; the interval says how
+well.
 """
 
 import json
@@ -20,9 +21,9 @@ from nanochat.plan.shapes import counts, flops_per_token, layer_parameters
 PRETRAIN = 0.85  # share of a budget that pretraining gets
 # Share of the peak that a training step reaches, with a 90 % interval. GPU: tokens per second that
 # users report for an RTX 3090 (depth 12), 4070 (depths 12 and 16) and 4090 (124 M parameters) over
-# the table's peaks, 43 to 75 %. CPU: a compiled step on two cores took 41 to 50 % of an AVX-512 peak
-# (dev/LOG.md), and 11 % where matrix units lift the peak tenfold and little else: hence a recipe for
-# this machine always measures.
+# the table's peaks, 43 to 75 %. CPU: a compiled step on two cores took 41 to 50 % of an AVX-512
+# peak (dev/LOG.md), and 11 % where matrix units lift the peak tenfold and little else: hence a
+# recipe for this machine always measures.
 SHARES = {"cuda": (0.5, 0.3, 0.75), "mps": (0.3, 0.1, 0.5), "cpu": (0.2, 0.08, 0.5)}
 
 
@@ -79,10 +80,10 @@ def _place(f: Any, T: Any, rows: Any) -> np.ndarray:
 def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine: Machine) -> Speed:
     """
     Tokens per second of steps of `total` tokens in micro-batches of `rows` rows of T tokens. With
-    points, the interval comes from leaving each one out in turn, narrower at a point (3 %) and wider
-    away from all of them, and from how far they drifted. Without, it is that of SHARES, and three
-    times as deep on a GPU below a width of 512, where launching kernels takes longer than running
-    them.
+    points, the interval comes from leaving each one out in turn, narrower at a point (3 %) and
+    wider away from all of them, and from how far they drifted. Without, it is that of SHARES, and
+    three times as deep on a GPU below a width of 512, where launching kernels takes longer than
+    running them.
     """
     f, p = flops_per_token(config, T), counts(config)["total"]
     points = machine.good_points

@@ -1,7 +1,8 @@
 """
 The memory of a training step, an evaluation and a sample, byte for byte and without using it: the
 real model, loss and optimizer run on tensors without contents, and a dispatch mode counts every
-storage that is alive. Compiled blocks are replaced by stand-ins that allocate what is declared here.
+storage that is alive. Compiled blocks are replaced by stand-ins that allocate what is declared
+here.
 
 It sees tensors only. A CUDA context and fragmentation are the margin of plan.memory.
 """
@@ -35,7 +36,7 @@ SAMPLES = (5, 64)  # rows and positions of the samples that base_train prints
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all living storages by the phase that made them; `peak` by phase and "all"."""
+    """Counts the bytes of living storages by phase; `peak` by phase and of "all" together."""
 
     def __init__(self, block: int):
         super().__init__()
@@ -108,7 +109,7 @@ class _Flash(TorchFunctionMode):
 
 @contextmanager
 def _ranks(n: int) -> Iterator[None]:
-    """A process group of `n` ranks without communication, so that they share the optimizer's state."""
+    """A process group of `n` ranks without communication, which share the optimizer's state."""
     if n == 1:
         yield
         return
@@ -234,12 +235,12 @@ def _bytes_of_block(model: GPT, rows: int, T: int) -> tuple[int, int]:
     Bytes that a compiled block saves for its backward pass, besides its input, and the most that it
     holds for a moment; counted on the graphs that torch.compile cuts.
 
-    Saved per token are seven vectors of the model's width (the normed inputs of both parts, q before
-    and after its norm, the attention's output twice, the residual), three of the key-value width,
-    the hidden vectors of the MLP before and after the activation, and in float32 the scales of four
-    norms with the softmax's sum; also the weights in the compute dtype, and on a CPU the attention's
-    probabilities, which fused kernels do not keep. Held for a moment are gradients of the hidden
-    vectors, or on a CPU the scores of one block of queries.
+    Saved per token are seven vectors of the model's width (the normed inputs of both parts, q
+    before and after its norm, the attention's output twice, the residual), three of the key-value
+    width, the hidden vectors of the MLP before and after the activation, and in float32 the scales
+    of four norms with the softmax's sum; also the weights in the compute dtype, and on a CPU the
+    attention's probabilities, which fused kernels do not keep. Held for a moment are gradients of
+    the hidden vectors, or on a CPU the scores of one block of queries.
     """
     config, size = model.config, model.compute_dtype.itemsize
     hidden = 3 if config.activation == "swiglu" else 2
@@ -262,7 +263,8 @@ def _as_compiled(model: GPT, live: _Live, rows: int, T: int) -> Iterator[None]:
     saved, scratch = _bytes_of_block(model, rows, T)
 
     def forward(block: Block, x: Tensor, *_: Any) -> Tensor:
-        return _CompiledBlock.apply(x, saved, scratch, live.note, *block.parameters())  # type: ignore[return-value]
+        out = _CompiledBlock.apply(x, saved, scratch, live.note, *block.parameters())
+        return out  # type: ignore[return-value]
 
     def chunk(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
         d_logits = x.new_empty(x.size(0), w.size(0))
@@ -270,7 +272,6 @@ def _as_compiled(model: GPT, live: _Live, rows: int, T: int) -> Iterator[None]:
         live.note(copies * 4 * d_logits.numel())
         return x.new_empty(x.size(0), dtype=torch.float32), d_logits
 
-    real_chunk = loss._compiled.get("both")
     loss._compiled["both"] = chunk
     for block in model.blocks:
         block.forward = partial(forward, block)
@@ -280,5 +281,3 @@ def _as_compiled(model: GPT, live: _Live, rows: int, T: int) -> Iterator[None]:
         for block in model.blocks:
             del block.forward
         loss._compiled.pop("both")
-        if real_chunk is not None:
-            loss._compiled["both"] = real_chunk
