@@ -354,6 +354,22 @@ def test_machines_that_are_not_known(words, says):
         recipe.planned_machine(ask("--hours=1", *words))
 
 
+@pytest.mark.parametrize(
+    ("card", "dtype", "compiled"),
+    [
+        ("rtx4090", "bfloat16", True),
+        ("T4", "float16", True),
+        ("Apple M2", "float32", False),
+    ],
+)
+def test_a_plan_for_a_card_does_not_depend_on_this_machine(monkeypatch, card, dtype, compiled):
+    for missing in ("", "Triton is not installed"):
+        monkeypatch.setattr("nanochat.base.runtime.compiler_missing", lambda device, m=missing: m)
+        target = recipe.planned_machine(ask("--hours=24", f"--gpu={card}"))
+        assert (target.dtype, target.compiles(3600)) == (dtype, compiled)
+        assert not target.compiles(3600, "off")
+
+
 # ---- the files
 
 
