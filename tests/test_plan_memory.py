@@ -1,6 +1,6 @@
 """
-plan memory: what the dispatch mode counts without contents is what the allocator hands out in a real run, as the profiler sees it; shares,
-batches and parts behave; what does not fit is marked and refused.
+plan memory: the bytes counted without contents are those that the allocator hands out in a real run,
+as the profiler sees it; ranks, batches and parts behave; what does not fit is marked and refused.
 """
 
 import json
@@ -53,7 +53,7 @@ def config(**knobs) -> GPTConfig:
 def measured(
     c: GPTConfig, rows: int, dtype: torch.dtype, micro_batches: int = 2, compiled: bool = False
 ) -> int:
-    """Bytes at the peak of a real step in the midst of a run, by the allocator's own events; the model and its state included."""
+    """Peak bytes of a real step in the middle of a run, by the allocator's own events, with model and state."""
     rt = Runtime(CPU, dtype, 0, 1, 42)
     model = GPT.build(c, CPU, dtype)
     model.init_weights(1)

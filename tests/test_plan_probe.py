@@ -1,4 +1,4 @@
-"""The probe and the model of speed: points are found again, running out of memory is a result, nothing is measured twice."""
+"""The probe and the model of speed: points are predicted, running out of memory is a result, stored points stay."""
 
 import json
 import subprocess

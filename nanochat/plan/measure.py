@@ -101,6 +101,7 @@ def _training_step(
 
     def step() -> tuple[float, float, float]:
         optimizer.zero_grad()
+        micro, loss = 0.0, torch.zeros(())
         for _ in range(min(2, spec["accumulation"])):  # the second adds to existing gradients
             runtime.synchronize()
             began = time.perf_counter()
