@@ -185,7 +185,7 @@ def short_run(stored: StoredPlan, steps: int, quiet: bool) -> Path:
 
 def results_of(directory: Path) -> dict[str, Any]:
     """What a finished run reached; tok_per_sec without the first step, which compiles."""
-    from nanochat.study.comparison import record
+    from nanochat.study.records import record
 
     rows = [r for r in logbook.read(directory) if r.get("kind") == "train"]
     seconds = rows[-1]["seconds"] - rows[0]["seconds"]
