@@ -155,8 +155,8 @@ def fit(
         def of_tokens(d: np.ndarray) -> np.ndarray:
             return np.exp(log_b) * (d / tokens) ** -b
 
-        predicted = floor + of_size(n) + of_tokens(d)
-        own_predicted = floor + of_size(own_n) + of_tokens(own_d)
+        predicted = floor + (of_size(n) + of_tokens(d))
+        own_predicted = floor + (of_size(own_n) + of_tokens(own_d))
         return np.concatenate(
             [
                 np.log(np.maximum(predicted, 1e-9) / bpb) / 0.003,
