@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every check in a fresh environment that is deleted afterwards: lint, format, types, the import ladder and the tests.
 #     bash runs/test.sh                 the fast tests
-#     bash runs/test.sh -m slow         the slow ones (all arguments go to pytest)
+#     bash runs/test.sh -m slow         the slow ones (all arguments go to pytest; -n 0 runs them in one process)
 # Works from any folder. The last line is pytest's summary; the exit status is 0 only if every part passed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -33,8 +33,7 @@ if ! python -m pip install --quiet -e ".[test]" >"$fresh/log" 2>&1; then
     exit 1
 fi
 
-cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-export OMP_NUM_THREADS=$((cores < 4 ? cores : 4)) # the test models are tiny: more threads only slow them down
+export OMP_NUM_THREADS=1 # the test models are tiny: two processes with one thread each are faster than one with several
 export TMPDIR="$fresh/tmp" NANOCHAT_BASE_DIR="$fresh/base" MPLCONFIGDIR="$fresh/matplotlib" TORCHINDUCTOR_CACHE_DIR="$fresh/inductor"
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # pyright would ask the network for a newer version of itself
 unset WANDB_RUN RANK WORLD_SIZE LOCAL_RANK
@@ -44,5 +43,5 @@ part "format (ruff)" ruff format --check .
 part "types (pyright)" pyright
 part "imports (import-linter)" lint-imports --no-cache
 say "tests (pytest)"
-python -m pytest -m "not slow" "$@" || failed="$failed tests"
+python -m pytest -m "not slow" -n 2 --dist loadfile "$@" || failed="$failed tests"
 [ -z "$failed" ]

@@ -6,7 +6,7 @@ import sys
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat.base import knobs
@@ -209,6 +209,7 @@ def test_positional():
 sources = st.lists(st.from_regex(r"[a-z/][\w=:/. ]*", fullmatch=True), min_size=1)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     depth=st.integers(1, 10**12), ratio=st.floats(allow_nan=False), data=sources, flag=st.booleans()
 )

@@ -244,7 +244,7 @@ def test_this_machine_is_the_default(capsys):
             ["--gpu", "rtx3060", "--sequence_lens", "256"],
             "rows of 256 tokens do not fit a context of 128",
         ),
-        (["--gpu", "rtx3060", "--device_batch_sizes", "0"], "must be at least 1 (got 0)"),
+        (["--gpu", "rtx3060", "--device_batch_sizes", "0"], r"must be at least 1 \(got 0\)"),
     ],
 )
 def test_bad_input(words, says):
