@@ -71,23 +71,24 @@ def model(tok):
 
 @pytest.fixture(scope="module")
 def tasks(tok, model):
-    found = {t.name: t for t in load_bundle(DATA / "eval_bundle")[0]}
+    by_name = {t.name: t for t in load_bundle(DATA / "eval_bundle")[0]}
     chosen = {
-        name: replace(found[name], shots=n, rows=found[name].rows[:ITEMS])
+        name: replace(by_name[name], shots=n, rows=by_name[name].rows[:ITEMS])
         for name, n in SHOTS.items()
     }
     rows = []
-    for i, row in enumerate(
-        chosen["lambada_openai"].rows
-    ):  # what a random model says is never right: half the rows ask for just that
+    # A random model is never right, so every other row asks for its own greedy continuation
+    for i, row in enumerate(chosen["lambada_openai"].rows):
         context = row["context"].strip()
         ids = tok.encode(context)
         with torch.no_grad():
-            said = tok.decode(
+            greedy = tok.decode(
                 [int(model.logits(model(torch.tensor([[tok.bos, *ids]])))[0, -1].argmax())]
             )
-        usable = said.startswith(" ") and said.strip() and tok.encode(context + said)[:-1] == ids
-        rows.append({**row, "continuation": said.strip()} if i % 2 and usable else row)
+        usable = (
+            greedy.startswith(" ") and greedy.strip() and tok.encode(context + greedy)[:-1] == ids
+        )
+        rows.append({**row, "continuation": greedy.strip()} if i % 2 and usable else row)
     chosen["lambada_openai"] = replace(chosen["lambada_openai"], rows=rows)
     return chosen
 
@@ -162,7 +163,7 @@ def judged(model, tok, tasks, folder):
         (folder / f"{name}.yaml").write_text(json.dumps(config))  # which is YAML too
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     names = [f"local_{name}" for name in tasks]
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=Wrapped(),
         tasks=names,
         num_fewshot=0,
@@ -172,7 +173,7 @@ def judged(model, tok, tasks, folder):
     )
     out = {}
     for name in tasks:
-        samples = sorted(found["samples"][f"local_{name}"], key=lambda s: s["doc_id"])
+        samples = sorted(results["samples"][f"local_{name}"], key=lambda s: s["doc_id"])
         out[name] = [
             [answer[0] if isinstance(answer[0], (list, tuple)) else answer for answer in s["resps"]]
             for s in samples
@@ -180,7 +181,7 @@ def judged(model, tok, tasks, folder):
         out[name] = [
             [(float(ll), str(greedy) == "True") for ll, greedy in item] for item in out[name]
         ]
-        print(name, found["results"][f"local_{name}"])
+        print(name, results["results"][f"local_{name}"])
     return out
 
 
@@ -220,9 +221,9 @@ def test_the_judge_chooses_the_same_answers(tok, model, tasks, tmp_path, monkeyp
                 f"{name}, row {item.row}: the answer of CORE"
             )
             apart[name] += by_sum != by_mean
-    said = sum(scores[0][1] for scores in verdicts["lambada_openai"])
-    assert 5 <= said < ITEMS, "some rows are answered greedily, and not all"
-    print(f"greedy answers: {said} of lambada; items where the rules choose differently: {apart}")
+    greedy = sum(scores[0][1] for scores in verdicts["lambada_openai"])
+    assert 5 <= greedy < ITEMS, "some rows are answered greedily, and not all"
+    print(f"greedy answers: {greedy} of lambada; items where the rules choose differently: {apart}")
     assert len(apart) == 4 and sum(apart.values()) > 0, (
         "rules that agree everywhere would show little"
     )
