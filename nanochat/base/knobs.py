@@ -203,7 +203,7 @@ def _read_flag(
     while following and not _is_flag(following[0]) and (knob.many or not values):
         values.append(following.popleft())
     if not values:
-        raise UserError(f"{flag} needs a value after it: {knob.expected}")
+        raise UserError(f"{flag} needs a value: {knob.expected}")
     return knob, flag, values
 
 
