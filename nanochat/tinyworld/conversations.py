@@ -1,17 +1,18 @@
 """
-Conversations of the little world with an exact answer each: small talk, questions about a short story, stable facts, multiple choice,
-sums and letter counts through the calculator, spelling. It judges no reply (tasks/tinyworld.py does) and knows no tokens.
+Conversations about the small world, each with an exact answer: small talk, questions about a short
+story, stable facts, multiple choice, spelling, and sums and letter counts that use the calculator.
+It judges no replies (eval/tasks/tinyworld.py does) and knows no tokens.
 """
 
 import functools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Draw, Slots, held_out, world
+from nanochat.tinyworld.world import ATTRIBUTES, Draw, Slot, Slots, held_out, world
 
-# kind -> chance level: what a guess among the right sort of answers scores
+# kind -> chance level: the score of guessing among answers of the right sort
 KINDS: dict[str, float] = {
     "smalltalk": 0.05,
     "context": 0.36,
@@ -22,11 +23,9 @@ KINDS: dict[str, float] = {
     "spelling": 0.0,
     "counting": 0.5,
 }
-# the kinds in the order in which they are told for training: what is looked up, in the context or in a list of options, is hardest to
-# learn. Sums in two steps are shown with one sign, a + b + c and a - b - c, and but once in a hundred with two: these are left to
-# reinforcement, which asks for the kind by its name and gets most of them so
-MIXED = 0.01
-CYCLE = (
+# The order of kinds in training. Looking something up, in the context or in a list of options, is
+# the hardest to learn and comes most often.
+CYCLE = [
     "smalltalk",
     "choice",
     "context",
@@ -41,47 +40,66 @@ CYCLE = (
     "spelling",
     "choice",
     "counting",
-) * 3 + ("twostep",)
-# what may not stand among the wrong options, because it could pass for the right one; and which statements go together in one story
-WIDER = {
-    "animal": ("bird", "insect"),
-    "fruit": ("vegetable", "tree"),
-    "vegetable": ("fruit",),
-    "tree": ("fruit", "flower"),
-    "flower": ("fruit",),
-    "tool": ("vehicle", "instrument"),
-    "instrument": ("tool",),
-    "part of the body": ("instrument",),
-}
+] * 3 + ["twostep"]
+# The share of two-step sums with two different signs: few in training, which leaves them to RL, and
+# most when the kind is asked for by its name.
+MIXED_IN_TRAINING, MIXED = 0.01, 0.75
+STATEMENTS = ["where", "moved", "who", "gave", "what", "colour", "many", "place"]
+LEADING = [*STATEMENTS, "where", "who", "place", "many"]  # by weight
 LYING, OWNING = ("where", "moved"), ("who", "gave", "what")
+# which kinds of statement can follow one of these kinds; others follow only themselves
 RELATED = {"where": LYING, "moved": LYING, "who": OWNING, "gave": OWNING, "what": OWNING}
+
+Turns = list[Any]  # the contents of the messages, user and assistant in turn
+
+
+class Statement(NamedTuple):
+    """A fact of a short story: its kind (a table of [context]) and its values."""
+
+    kind: str
+    text: str
+    slots: Slots
+
+
+class Question(NamedTuple):
+    question: str
+    reply: str
+    answer: str  # what a right reply must contain
+
+
+class Options(NamedTuple):
+    """A multiple-choice question."""
+
+    question: str  # with its options
+    reply: str
+    letters: list[str]
 
 
 @functools.cache
 def phrases() -> dict[str, Any]:
-    """The wordings of conversations, expanded: a table of lists of templates."""
-    w = world()
+    """The wordings of [context], [facts] and so on, as in tinyworld.toml but expanded."""
+    sections = [
+        "context",
+        "facts",
+        "choice",
+        "sums",
+        "spelling",
+        "profile",
+        "smalltalk",
+        "room",
+        "village",
+        "roll",
+        "memory",
+        "diary",
+        "dialogue",
+    ]
+    return {name: world().expanded(world().data[name]) for name in sections}
 
-    def expand(value: Any) -> Any:
-        if isinstance(value, str):
-            return w.templates(value)
-        return (
-            {k: expand(v) for k, v in value.items()}
-            if isinstance(value, dict)
-            else [expand(v) for v in value]
-        )
 
-    table = {
-        name: expand(w.data[name])
-        for name in ("context", "facts", "choice", "sums", "spelling", "profile")
-    }
-    small = w.data["smalltalk"]
-    table["smalltalk"] = {
-        name: expand(rows)
-        for name, rows in small.items()
-        if name not in ("likes", "users", "advice")
-    }
-    return table
+@functools.cache
+def statement_slots(kind: str) -> list[Slot]:
+    """The slots of a kind of statement, in the order in which they are filled."""
+    return world().slots(world().data["context"][kind]["slots"])
 
 
 def tool_call(code: str, output: str, text: str) -> list[dict[str, str]]:
@@ -93,358 +111,316 @@ def tool_call(code: str, output: str, text: str) -> list[dict[str, str]]:
     ]
 
 
-class Talk(Draw):
-    """Questions and answers of every kind. Each maker returns (turns, answer, ...) or None when the split's rule could not be met."""
+class ConversationMaker(Draw):
+    """
+    Makes conversations. The method named like a kind returns (turns, answer) or, for choice, (turns,
+    answer, letters); or None when it could not meet the split's rule.
+    """
 
     def __init__(self, seed: int, split: str, stream: str = "talk"):
         super().__init__(seed, split, stream)
-        self.p = phrases()
-        self.mixed = 0.75  # share of sums in two steps that have two signs
+        self.phrases = phrases()
+        self.mixed = MIXED
 
-    # -- short states of affairs -------------------------------------------------------------------------------------------------
+    def pair_is_ours(self, a: object, b: object) -> bool:
+        """Whether a pairing belongs to this split."""
+        return held_out(str(a), str(b)) == self.val
 
-    def state(self, kind: str, want: bool, used: set[str]) -> tuple[str, Slots] | None:
-        """One statement of a kind of [context] with values not in `used`; want: the asked pairing is held out, the others never are."""
-        c, clash, s = self.world.classes, self.world.clash, Slots()
+    # ---- short stories
 
-        def draw(slot: str, cls: str, *partners: str) -> bool:
-            asked = s.get(self.p["context"][kind][4][0], "")  # its partner is the key slot
-            is_answer = slot == self.p["context"][kind][3][0]
-            for _ in range(40):
-                value = self.pick(c[cls])
-                if value not in used and all(
-                    held_out(value, s[q]) == (want and is_answer and s[q] == asked)
-                    and (value, s[q]) not in clash
-                    for q in partners
-                ):
-                    s[slot] = value
-                    used.add(value)
-                    return True
-            return False
-
-        if kind == "place":
-            ok = draw("A", "person") and draw("p", "place", "A")
-        elif kind == "many":
-            ok = draw("A", "person")
-            if ok:
-                x = self.paired(c["count"], (s["A"],), False)
-                n = x and self.paired(NUMBERS[2:], (s["A"],), want, used)
-                ok = bool(x and n and not held_out(n, x))
-                s["x"], s["n"] = x or "", n or ""
-                used.add(n or "")
-        elif kind in ("what", "colour"):
-            ok = draw("A", "person") and draw("t", "thing", "A") and draw("c", "colour", "t")
-        elif kind in ("who", "gave"):
-            ok = draw("t", "thing") and draw("A", "person", "t") and draw("c", "colour", "t")
-            ok = ok and (kind == "who" or draw("B", "person", "t"))
-        else:
-            ok = (
-                draw("t", "thing")
-                and draw("A", "person", "t")
-                and draw("c", "colour", "t")
-                and draw("h", "spot", "t")
+    def statement(self, kind: str, want: bool, used: set[str]) -> Statement | None:
+        """
+        A statement with values not in `used`, which it extends. With `want` the answer's pairing is
+        held out; the others never are.
+        """
+        slots, answer = Slots(), self.world.data["context"][kind]["answer"]
+        for name, cls, partners, _ in statement_slots(kind):
+            repeats = cls == "count"  # what is counted may come up again
+            value = self.paired(
+                self.world.classes[cls],
+                [slots[partner] for partner in partners],
+                want and name == answer,
+                () if repeats else used,
             )
-            ok = ok and (kind == "where" or draw("g", "spot", "t"))
-        return (self.pick(self.p["context"][kind][0]) % s, s) if ok else None
-
-    def situation(self) -> tuple[str, list[tuple[str, Slots]]] | None:
-        """Two to four statements in random order, and what can be asked about; the first is the one whose pairing is held out in val."""
-        kind = self.pick(
-            (
-                "where",
-                "moved",
-                "who",
-                "gave",
-                "what",
-                "colour",
-                "many",
-                "place",
-                "where",
-                "who",
-                "place",
-                "many",
-            )
-        )
-        used: set[str] = set()
-        facts: list[tuple[str, str, Slots]] = []
-        for i in range(self.between(2, 3)):
-            k = kind if i == 0 else self.pick(RELATED.get(kind, (kind,)))
-            state = self.state(k, self.val and i == 0, used)
-            if state is None:
+            if value is None:
                 return None
-            facts.append((k, *state))
+            slots[name] = value
+            if not repeats:
+                used.add(value)
+        if kind == "many" and held_out(slots["n"], slots["x"]):
+            return None
+        return Statement(kind, self.pick(self.phrases["context"][kind]["told"]) % slots, slots)
+
+    def short_story(self) -> tuple[str, list[Statement]] | None:
+        """
+        Two to four statements as a text in random order, and as a list whose first one has the
+        pairing that is held out in val.
+        """
+        kind = self.pick(LEADING)
+        used: set[str] = set()
+        statements: list[Statement] = []
+        for i in range(self.between(2, 3)):
+            next_kind = self.pick(RELATED.get(kind, (kind,))) if i else kind
+            statement = self.statement(next_kind, self.val and i == 0, used)
+            if statement is None:
+                return None
+            statements.append(statement)
         if kind != "place" and self.random() < 0.2:  # something else happens as well
-            state = self.state("place", False, used)
-            if state:
-                facts.append(("place", *state))
-        sentences = [f[1] for f in self.some(facts, len(facts))]
-        filler = self.pick(self.p["context"]["filler"])
+            statement = self.statement("place", False, used)
+            if statement:
+                statements.append(statement)
+        sentences = [s.text for s in self.sample(statements, len(statements))]
+        filler = self.pick(self.phrases["context"]["filler"])
         if filler:
             sentences.insert(0, filler % {"q": self.pick(self.world.classes["day"])})
-        return " ".join(sentences), [(k, s) for k, _, s in facts]
+        return " ".join(sentences), statements
 
-    def ask(self, kind: str, s: Slots) -> tuple[str, str, str]:
-        """(question, reply, answer) about one statement."""
-        row = self.p["context"][kind]
-        return self.pick(row[1]) % s, row[2][0] % s, s[row[3][0]]
+    def ask(self, statement: Statement) -> Question:
+        """A question about a statement."""
+        kind, slots = statement.kind, statement.slots
+        wording = self.phrases["context"][kind]
+        answer = slots[self.world.data["context"][kind]["answer"]]
+        return Question(self.pick(wording["ask"]) % slots, wording["reply"][0] % slots, answer)
 
-    # -- the kinds -----------------------------------------------------------------------------------------------------------------
+    # ---- the kinds
 
-    def context(self) -> tuple[list[Any], str] | None:
-        told = self.situation()
-        if told is None:
+    def context(self) -> tuple[Turns, str] | None:
+        story = self.short_story()
+        if story is None:
             return None
-        text, facts = told
-        lead = self.pick(self.p["context"]["lead"])
-        turns: list[Any] = [f"{lead} {text}" if lead else text]
-        for kind, s in [*self.some(facts[1:], self.between(0, min(2, len(facts) - 1))), facts[0]]:
-            question, reply, answer = self.ask(kind, s)
-            if len(turns) == 1:
-                turns[0] += self.pick((" ", "\n")) + question
-            else:
-                turns.append(question)
-            turns.append(reply)
-        return turns, answer  # pyright: ignore[reportPossiblyUnboundVariable]
+        text, (first, *others) = story
+        lead = self.pick(self.phrases["context"]["lead"])
+        text = f"{lead} {text}" if lead else text
+        turns, answer = [], ""
+        for statement in [*self.sample(others, self.between(0, min(2, len(others)))), first]:
+            question, reply, answer = self.ask(statement)
+            if not turns:
+                question = text + self.pick((" ", "\n")) + question
+            turns += [question, reply]
+        return turns, answer
 
-    def fact(self, want: bool) -> tuple[str, str, str]:
-        return self.known(want)[2:]
+    def known_fact(self, want: bool) -> tuple[str, Question]:
+        """(attribute, question) about a stable fact of a person; `want`: a held-out one."""
+        facts = [(person, attribute) for person in self.world.people for attribute in ATTRIBUTES]
+        person, attribute = self.deal(f"facts {want}", facts, lambda pair: held_out(*pair) == want)
+        slots = Slots(P=person)
+        ask, reply = self.phrases["facts"][attribute]
+        answer = self.world.attributes[attribute][person]
+        return attribute, Question(self.pick(ask) % slots, reply[0] % slots, answer)
 
-    def known(self, want: bool) -> tuple[str, str, str, str, str]:
-        """(person, attribute, question, reply, answer) of a stable fact."""
-        known = [(person, attribute) for person in self.world.people for attribute in ATTRIBUTES]
-        person, attribute = self.dealt(f"facts {want}", known, lambda pair: held_out(*pair) == want)
-        s = Slots(P=person)
-        question, reply = self.p["facts"][attribute]
-        return (
-            person,
-            attribute,
-            self.pick(question) % s,
-            reply[0] % s,
-            self.world.attributes[attribute][person],
-        )
-
-    def facts(self) -> tuple[list[Any], str]:
-        turns: list[Any] = []
+    def facts(self) -> tuple[Turns, str]:
+        turns: Turns = []
         for _ in range(self.pick((0, 0, 1, 2))):
-            turns += self.fact(False)[:2]
-        question, reply, answer = self.fact(self.val)
+            turns += self.known_fact(False)[1][:2]
+        _, (question, reply, answer) = self.known_fact(self.val)
         return [*turns, question, reply], answer
 
-    def smalltalk(self) -> tuple[list[Any], str] | None:
-        p, data = self.p["smalltalk"], self.world.data["smalltalk"]
-        pets = sorted(set(self.world.attributes["pet"].values()))
-        topics = (
-            ("like", "L", data["likes"]),
-            ("from", "V", self.world.classes["village"]),
-            ("have", "P", pets),
+    def smalltalk(self) -> tuple[Turns, str] | None:
+        data, wordings = self.world.data["smalltalk"], self.phrases["smalltalk"]
+        topic, slot, values = self.pick(
+            (
+                ("like", "L", data["likes"]),
+                ("from", "V", self.world.classes["village"]),
+                ("have", "P", sorted(set(self.world.attributes["pet"].values()))),
+            )
         )
-        topic, slot, values = self.pick(topics)
-        # the people of the world have a home and a pet already: only strangers may claim others
-        user = self.pick(
-            self.world.people if topic == "like" and self.random() < 0.5 else data["users"]
-        )
+        # The people of the world have a home and a pet: only strangers may claim others.
+        native = topic == "like" and self.random() < 0.5
+        user = self.pick(self.world.people if native else data["users"])
         value = self.paired(values, (user,), self.val)
         weather = self.paired(list(data["advice"]), (user,), self.val)
         if value is None or weather is None:
             return None
-        s = Slots({"U": user, slot: value, "W": weather, "K": data["advice"][weather]})
+        slots = Slots({"U": user, slot: value, "W": weather, "K": data["advice"][weather]})
         if slot == "V":
-            s["X"] = self.world.data["villages"][value]
-        hello, statement, answer_to = (
-            self.pick(p["name"][0]) % s,
-            self.pick(p[topic][0]) % s,
-            self.pick(p[topic][1]) % s,
-        )
-        greeting, form = self.pick(p["name"][1]) % s, self.between(0, 4)
-        if form == 0:  # both at once, greeted back by name
-            return [
-                f"{hello} {statement}",
-                f"{self.pick(('Hello', 'Hi', 'Welcome'))}, {user}! {answer_to}",
-            ], user
-        if form == 1:
-            return [hello, greeting, self.pick(p["weather"][0]) % s, p["weather"][1][0] % s], s["K"]
-        question, key = self.pick((("askname", user), ("ask" + topic, value)))
-        turns = (
-            [f"{hello} {statement}", greeting]
-            if form == 2
-            else [hello, greeting, statement, answer_to]
-        )
-        return [*turns, self.pick(p[question][0]) % s, self.pick(p[question][1]) % s], key
+            slots["X"] = self.world.data["villages"][value]
 
-    def options(
-        self, question: str, right: str, wrong: Sequence[str]
-    ) -> tuple[str, str, list[str]]:
-        """(the question with its lettered options, the reply, all letters): the letter follows its option directly."""
+        def say(name: str, turn: int) -> str:
+            return self.pick(wordings[name][turn]) % slots
+
+        hello, statement, response = say("name", 0), say(topic, 0), say(topic, 1)
+        greeting, form = say("name", 1), self.between(0, 4)
+        if form == 0:  # both at once, greeted by name
+            greeting = self.pick(("Hello", "Hi", "Welcome"))
+            return [f"{hello} {statement}", f"{greeting}, {user}! {response}"], user
+        if form == 1:
+            return [hello, greeting, say("weather", 0), wordings["weather"][1][0] % slots], slots[
+                "K"
+            ]
+        question, answer = self.pick((("askname", user), ("ask" + topic, value)))
+        if form == 2:
+            turns = [f"{hello} {statement}", greeting]
+        else:
+            turns = [hello, greeting, statement, response]
+        return [*turns, say(question, 0), say(question, 1)], answer
+
+    def with_options(self, question: str, right: str, wrong: Sequence[str]) -> Options:
+        """The question with lettered options; the letter directly follows its option."""
         n = self.between(2, 4)
-        others = list(dict.fromkeys(x for x in wrong if x != right))[: n - 1]
-        others = self.some(others, n - 1)
+        others = list(dict.fromkeys(option for option in wrong if option != right))[: n - 1]
+        options = self.sample(others, n - 1)
         letters = list("ABCD"[:n])
         letter = self.pick(letters)
-        others.insert(letters.index(letter), right)
-        end = self.pick(self.p["choice"]["end"])
-        lines = "\n".join(f"- {option}={x}" for option, x in zip(others, letters, strict=True))
-        return (
-            f"{question}\n{lines}" + (f"\n{end}" if end else ""),
-            f"The answer is {right}={letter}.",
-            letters,
-        )
+        options.insert(letters.index(letter), right)
+        end = self.pick(self.phrases["choice"]["end"])
+        lines = [f"- {option}={x}" for option, x in zip(options, letters, strict=True)]
+        text = "\n".join([question, *lines, *([end] if end else [])])
+        return Options(text, f"The answer is {right}={letter}.", letters)
 
-    def lettered(self) -> tuple[str, str, list[str]] | None:
-        """A question with options, the right option with its letter, and the letters."""
-        w, p, form = self.world, self.p["choice"], self.random()
+    def options(self) -> Options | None:
+        """A multiple-choice question of any sort."""
+        form = self.random()
         if form < 0.15:
-            told = self.situation()
-            if told is None:
-                return None
-            text, ((kind, s), *rest) = told
-            question, _, answer = self.ask(kind, s)
-            slot = self.p["context"][kind][3][0]
-            values = w.classes[
-                {
-                    "h": "spot",
-                    "A": "person",
-                    "t": "thing",
-                    "c": "colour",
-                    "n": "number",
-                    "p": "place",
-                }[slot]
-            ]
-            near = [r[slot] for _, r in rest if slot in r]
-            return self.options(f"{text}\n{question}", answer, near + self.some(values, 6))
+            return self.options_about_story()
         if form < 0.5:
-            _, attribute, question, _, answer = self.known(self.val)
-            return self.options(
-                question, answer, self.some(sorted(set(w.attributes[attribute].values())), 5)
-            )
+            attribute, (question, _, answer) = self.known_fact(self.val)
+            values = sorted(set(self.world.attributes[attribute].values()))
+            return self.with_options(question, answer, self.sample(values, 5))
         if form < 0.8:
-            kind = self.pick(list(w.data["kinds"]))
-            word = self.paired(list(w.data["kinds"][kind]), (kind,), self.val)
-            if word is None:
-                return None
-            others = [x for x, k in w.kind_of.items() if k != kind and k not in WIDER.get(kind, ())]
-            return self.options(self.pick(p["member"]) % Slots(k=kind), word, self.some(others, 5))
+            return self.options_of_kind()
+        wordings = self.phrases["choice"]
         if form < 0.9:
-            pairs = w.data["opposites"]
+            pairs = self.world.data["opposites"]
             word, opposite = self.pick(list(pairs.items()))
-            if held_out(word, opposite) != self.val:
+            if not self.pair_is_ours(word, opposite):
                 return None
             others = [x for pair in pairs.items() for x in pair if x != word]
-            return self.options(
-                self.pick(p["opposite"]) % {"w": word}, opposite, self.some(others, 6)
-            )
-        word = self.pick(w.words)
-        if held_out(word, "first letter") != self.val:
+            question = self.pick(wordings["opposite"]) % {"w": word}
+            return self.with_options(question, opposite, self.sample(others, 6))
+        word = self.pick(self.world.words)
+        if not self.pair_is_ours(word, "first letter"):
             return None
-        others = [x for x in self.some(w.words, 24) if x[0] != word[0]]
-        return self.options(self.pick(p["first"]) % {"l": word[0]}, word, others)
+        others = [x for x in self.sample(self.world.words, 24) if x[0] != word[0]]
+        return self.with_options(self.pick(wordings["first"]) % {"l": word[0]}, word, others)
 
-    def choice(self) -> tuple[list[Any], str, list[str]] | None:
-        made = self.lettered()
-        return made and ([made[0], made[1]], made[1][-2], made[2])
+    def options_about_story(self) -> Options | None:
+        story = self.short_story()
+        if story is None:
+            return None
+        text, (first, *others) = story
+        question, _, answer = self.ask(first)
+        asked = self.world.data["context"][first.kind]["answer"]
+        classes = {slot.name: slot.cls for slot in statement_slots(first.kind)}
+        wrong = [other.slots[asked] for other in others if asked in other.slots]
+        wrong += self.sample(self.world.classes[classes[asked]], 6)
+        return self.with_options(f"{text}\n{question}", answer, wrong)
+
+    def options_of_kind(self) -> Options | None:
+        """Which of several things is, for example, a fruit."""
+        data = self.world.data
+        kind = self.pick(list(data["kinds"]))
+        word = self.paired(list(data["kinds"][kind]), (kind,), self.val)
+        if word is None:
+            return None
+        similar = (kind, *data["wider"].get(kind, ()))
+        others = [word for word, of in self.world.kind_of.items() if of not in similar]
+        question = self.pick(self.phrases["choice"]["member"]) % Slots(k=kind)
+        return self.with_options(question, word, self.sample(others, 5))
+
+    def choice(self) -> tuple[Turns, str, list[str]] | None:
+        options = self.options()
+        if options is None:
+            return None
+        question, reply, letters = options
+        return [question, reply], reply[-2], letters
 
     def operands(self) -> tuple[str, int, int, int]:
         """(operator, a, b, result); the pair of numbers belongs to the split."""
         while True:
             op = self.pick("++--*/")
-            a, b = (
-                (self.between(2, 99), self.between(2, 99))
-                if op in "+-"
-                else (self.between(2, 12), self.between(2, 12))
-            )
+            low, high = (2, 99) if op in "+-" else (2, 12)
+            a, b = self.between(low, high), self.between(low, high)
             if op == "-" and a - b < 2:
                 continue
             if op == "/":
                 a *= b
-            if held_out(str(a), str(b)) == self.val:
+            if self.pair_is_ours(a, b):
                 return op, a, b, {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
 
-    def calculated(self, ops: str, numbers: Sequence[int], r: int) -> tuple[list[Any], str]:
-        """A sum asked as such or told as a story, and its answer by the calculator."""
-        given = dict(zip("abc", numbers, strict=False))
-        s = {
-            **given,
-            "r": r,
-            "P": self.pick(self.world.people),
-            "x": self.pick(self.world.classes["many"]),
-        }
+    def calculation(self, operators: str, numbers: Sequence[int], result: int) -> tuple[Turns, str]:
+        """A sum, asked as such or told as a story, that the calculator answers."""
+        slots = dict(zip("abc", map(str, numbers), strict=False)) | {"r": str(result)}
+        slots |= {"P": self.pick(self.world.people), "x": self.pick(self.world.classes["many"])}
         form = 2 if self.random() < 0.35 else 0
-        question, reply = self.p["sums"][ops][form], self.p["sums"][ops][form + 1]
-        code = str(numbers[0]) + "".join(f"{op}{n}" for op, n in zip(ops, numbers[1:], strict=True))
-        return [self.pick(question) % s, tool_call(code, str(r), reply[0] % s)], str(r)
+        question, reply = self.phrases["sums"][operators][form : form + 2]
+        code = str(numbers[0])
+        for operator, number in zip(operators, numbers[1:], strict=True):
+            code += f"{operator}{number}"
+        call = tool_call(code, str(result), reply[0] % slots)
+        return [self.pick(question) % slots, call], str(result)
 
-    def arithmetic(self) -> tuple[list[Any], str]:
-        op, a, b, r = self.operands()
-        return self.calculated(op, (a, b), r)
+    def arithmetic(self) -> tuple[Turns, str]:
+        op, a, b, result = self.operands()
+        return self.calculation(op, (a, b), result)
 
-    def twostep(self) -> tuple[list[Any], str]:
+    def twostep(self) -> tuple[Turns, str]:
         ops = self.pick(("+-", "-+") if self.random() < self.mixed else ("++", "--"))
         while True:
             a, b, c = (self.between(2, 99) for _ in range(3))
             first = a + b if ops[0] == "+" else a - b
-            r = first + c if ops[1] == "+" else first - c
-            pair, next_pair = held_out(str(a), str(b)), held_out(str(b), str(c))
-            if first >= 2 and r >= 2 and pair == self.val and (self.val or not next_pair):
-                return self.calculated(ops, (a, b, c), r)
+            result = first + c if ops[1] == "+" else first - c
+            ours = self.pair_is_ours(a, b) and (self.val or self.pair_is_ours(b, c))
+            if first >= 2 and result >= 2 and ours:
+                return self.calculation(ops, (a, b, c), result)
 
-    def spelling(self) -> tuple[list[Any], str]:
-        word = self.dealt(
-            "spelling", self.world.words, lambda word: held_out(word, "spelling") == self.val
+    def spelling(self) -> tuple[Turns, str]:
+        word = self.deal(
+            "spelling", self.world.words, lambda word: self.pair_is_ours(word, "spelling")
         )
         letters = "-".join(word)
-        return [
-            self.pick(self.p["spelling"]["ask"]) % {"w": word},
-            f"The word {word} is spelled {letters}.",
-        ], letters
+        question = self.pick(self.phrases["spelling"]["ask"]) % {"w": word}
+        return [question, f"The word {word} is spelled {letters}."], letters
 
-    def counting(self) -> tuple[list[Any], str] | None:
+    def counting(self) -> tuple[Turns, str] | None:
         goal = self.pick((0, 1, 1, 2, 2, 2, 3))
         word = self.pick(self.world.words)
-        letter = self.pick(word) if goal else self.pick("abcdefghilmnoprstu")
+        letter = self.pick(word if goal else "abcdefghilmnoprstu")
         n = word.count(letter)
-        if (n != goal and self.random() < 0.95) or held_out(word, letter) != self.val:
+        if (n != goal and self.random() < 0.95) or not self.pair_is_ours(word, letter):
             return None
-        reply = tool_call(
-            f"'{word}'.count('{letter}')", str(n), f"It occurs {n} {'time' if n == 1 else 'times'}."
-        )
-        return [self.pick(self.p["spelling"]["count"]) % {"w": word, "l": letter}, reply], str(n)
+        text = f"It occurs {n} {'time' if n == 1 else 'times'}."
+        question = self.pick(self.phrases["spelling"]["count"]) % {"w": word, "l": letter}
+        return [question, tool_call(f"'{word}'.count('{letter}')", str(n), text)], str(n)
 
-    def chat(self) -> list[str]:
-        """A courtesy and its reply, to stand before a question."""
-        c, i = self.p["smalltalk"]["chat"], self.pick((0, 4, 6))
-        return [self.pick(c[i]), self.pick(c[i + 1])]
+    def courtesy(self) -> list[str]:
+        """A courtesy and its reply, to come before a question."""
+        lines, i = self.phrases["smalltalk"]["chat"], self.pick((0, 4, 6))
+        return [self.pick(lines[i]), self.pick(lines[i + 1])]
 
 
 def conversations(
     seed: int = 0, split: str = "train", kinds: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """
-    Endless conversations {"messages", "kind", "answer"[, "letters"]}, no two alike, in turn of every kind in `kinds` (default CYCLE).
-    The last message is the assistant's gold reply; in val its pairing never occurs in train. ValueError for an unknown kind or split.
+    Conversations {"messages", "kind", "answer"[, "letters"]}, all different, of every kind in
+    `kinds` in turn (default CYCLE). The last message is the assistant's gold reply; in val its
+    pairing never occurs in train. The stream never ends, but val has few facts and words: it slows
+    down after some 1,500 conversations. Raises ValueError for an unknown kind or split.
     """
-    names = list(kinds or CYCLE)
-    if unknown := [k for k in names if k not in KINDS]:
-        raise ValueError(f"unknown kind {unknown[0]!r}: the kinds are {', '.join(KINDS)}")
-    talk = Talk(seed, split)
-    talk.mixed = talk.mixed if kinds else MIXED
-    makers: list[tuple[str, Callable[[], Any]]] = [(k, getattr(talk, k)) for k in names]
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
+    maker = ConversationMaker(seed, split)
+    maker.mixed = MIXED if kinds else MIXED_IN_TRAINING
     while True:
-        for kind, make in makers:
-            while True:
-                made = make()
-                if made is None:
-                    continue
-                turns, answer, *letters = made
-                if kind != "smalltalk" and talk.random() < 0.15:
-                    turns = [*talk.chat(), *turns]
-                if talk.fresh(zlib.crc32(json.dumps(turns).encode())):
-                    break
-            messages = [
-                {"role": ("user", "assistant")[i % 2], "content": content}
-                for i, content in enumerate(turns)
-            ]
-            yield {
-                "messages": messages,
-                "kind": kind,
-                "answer": answer,
-                **({"letters": letters[0]} if letters else {}),
-            }
+        for kind in kinds or CYCLE:
+            yield _next_new(maker, kind)
+
+
+def _next_new(maker: ConversationMaker, kind: str) -> dict[str, Any]:
+    """The next conversation of a kind that the stream has not had yet."""
+    while True:
+        conversation = getattr(maker, kind)()
+        if conversation is None:
+            continue
+        turns, answer, *letters = conversation
+        if kind != "smalltalk" and maker.random() < 0.15:
+            turns = [*maker.courtesy(), *turns]
+        if not maker.is_new(zlib.crc32(json.dumps(turns).encode())):
+            continue
+        roles = ("user", "assistant") * len(turns)
+        messages = [
+            {"role": role, "content": content} for role, content in zip(roles, turns, strict=False)
+        ]
+        item = {"messages": messages, "kind": kind, "answer": answer}
+        return {**item, "letters": letters[0]} if letters else item

@@ -1,18 +1,25 @@
 """
-The embedded corpus: an endless, seeded stream of short English texts about one small world, and conversations with exact answers
-(see tinytalk.py). Nothing is downloaded and nothing repeats; the val split is built from pairings that train never shows.
+The texts of the embedded corpus: an endless, seeded stream of short English documents about the
+small world. Nothing is downloaded and nothing repeats; the val split is built from pairings that
+train never shows.
 """
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from nanochat.tinyworld.conversations import KINDS, Talk, conversations
-from nanochat.tinyworld.world import ATTRIBUTES, NUMBERS, Plot, Slots, article, held_out
+from nanochat.tinyworld.conversations import STATEMENTS, ConversationMaker
+from nanochat.tinyworld.world import (
+    ATTRIBUTES,
+    NUMBERS,
+    Plot,
+    Slots,
+    article,
+    capitalised,
+    held_out,
+)
 
-__all__ = ["KINDS", "conversations", "documents", "held_out"]
-
-WEIGHTS = {
+WEIGHTS = {  # how often a document is of a kind, each a method of DocumentMaker
     "story": 22,
     "stories": 4,
     "profile": 16,
@@ -27,441 +34,388 @@ WEIGHTS = {
     "diary": 4,
     "village": 2,
 }
+SAME_SPEAKER_NAMED_TWICE = re.compile(r'" (?:said|asked) (\w+)\. "[^"]*" (?:said|asked) \1\b')
 
-STATES = (
-    "where",
-    "moved",
-    "who",
-    "gave",
-    "what",
-    "colour",
-    "many",
-    "place",
-)  # what is stated in the memory game
+Couple = tuple[str, str]
 
 
-SAID_TWICE = re.compile(
-    r'" (?:said|asked) (\w+)\. "[^"]*" (?:said|asked) \1\b'
-)  # clumsy: the same speaker named twice running
-
-
-def said(line: str, speaker: str, script: bool) -> str:
-    """One line of a dialogue (a template), as in a script or as in a story."""
+def speech(line: str, speaker: str, script: bool) -> str:
+    """The template of one line of a dialogue, as in a script or as in a story."""
     if script:
         return f"%({speaker})s: {line}"
-    end = line[-1]
-    return f'"{line[:-1]}{"," if end == "." else end}" {"asked" if end == "?" else "said"} %({speaker})s.'
+    text, end = line[:-1], line[-1]
+    verb = "asked" if end == "?" else "said"
+    return f'"{text}{"," if end == "." else end}" {verb} %({speaker})s.'
 
 
-def of_two(plot: Plot) -> bool:
-    """Whether the story is about two people, whoever they are."""
-    return [row[1] for row in plot[0][:2]] == ["person", "person"]
-
-
-def listing(words: list[str]) -> str:
+def listing(words: list[str] | Couple) -> str:
     """['a', 'b', 'c'] -> 'a, b and c'."""
     return ", ".join(words[:-1]) + " and " + words[-1]
 
 
-class Tales(Talk):
-    """Texts of every sort. Each maker returns a text or None when the split's rule could not be met this time."""
+class DocumentMaker(ConversationMaker):
+    """
+    Makes documents. The method named like a kind returns a text, or None when it could not meet the
+    split's rule.
+    """
 
     def __init__(self, seed: int, split: str):
         super().__init__(seed, split, "tales")
-        w = self.world
-        data = w.data
-        self.parts = {
-            name: {k: w.templates(v) for k, v in data[name].items()} for name in ("room", "village")
-        }
-        self.rolls, self.memories = (
-            {what: [w.templates(t) for t in texts] for what, texts in data[name].items()}
-            for name in ("roll", "memory")
-        )
-        self.diary_days = {
-            k: [w.templates(t) for t in data["diary"][k]] for k in ("winter", "summer")
-        }
-        self.diary_ends = {k: w.templates(data["diary"][k]) for k in ("open", "close")}
-        self.pairs_told = [w.templates(t) for t in data["sums"]["told"]]
-        self.talks: dict[str, list[list[list[str]]]] = {}
-        for name, texts in data["dialogue"].items():
-            self.talks[name] = [
-                self.exchange(t) for t in ([texts] if isinstance(texts, str) else texts)
-            ]
 
-    def exchange(self, text: str) -> list[list[str]]:
-        """A topic's lines -> the readings of each line by A and B in turn."""
-        return [self.world.templates(line) for line in text.strip().split("\n")]
-
-    def couple(self) -> tuple[str, str] | None:
+    def couple(self) -> Couple | None:
         """Two people whose pairing belongs to the split."""
-        a = self.pick(self.world.people)
-        b = self.paired(self.world.people, (a,), self.val, (a,))
-        return (a, b) if b else None
+        first = self.pick(self.world.people)
+        second = self.paired(self.world.people, (first,), self.val, (first,))
+        return (first, second) if second else None
+
+    # ---- stories
+
+    def story(self) -> str | None:
+        return self.plot(self.deal("plots", self.world.plots), {})
 
     def stories(self) -> str | None:
         """Two or three stories about the same two people."""
         people = self.couple()
-        n = self.between(2, 3)
-        plots = [self.dealt("plots", self.world.plots, of_two) for _ in range(n)]
-        told = [people and self.plot(plot, dict(zip("AB", people, strict=True))) for plot in plots]
-        if people is None or None in told:
-            return None
-        return "\n\n".join(
-            [f"Here are some stories about {listing(list(people))}.", *filter(None, told)]
-        )
 
-    def story(self) -> str | None:
-        return self.plot(self.dealt("plots", self.world.plots), {})
+        def about_two(plot: Plot) -> bool:
+            return [slot.cls for slot in plot.slots[:2]] == ["person", "person"]
+
+        n = self.between(2, 3)
+        plots = [self.deal("plots", self.world.plots, about_two) for _ in range(n)]
+        if people is None:
+            return None
+        a, b = people
+        stories = [self.plot(plot, {"A": a, "B": b}) for plot in plots]
+        if None in stories:
+            return None
+        opening = f"Here are some stories about {a} and {b}."
+        return "\n\n".join([opening, *filter(None, stories)])
 
     def plot(self, plot: Plot, people: dict[str, str]) -> str | None:
-        """One story; every plot is told of new people and things, and what happens to them stays consistent."""
-        spec, beats = plot
-        slots = self.fill(spec, people)
+        """One story. Each time it is about other people and things, and consistent."""
+        slots = self.fill(plot.slots, people)
         if slots is None:
             return None
-        pick = self.pick
-        text = (" ".join([s for s in [pick(beat) for beat in beats] if s]) % slots).replace(
-            " \n\n ", "\n\n"
-        )
-        return None if SAID_TWICE.search(text) else text
+        sentences = filter(None, [self.pick(beat) for beat in plot.beats])
+        text = (" ".join(sentences) % slots).replace(" \n\n ", "\n\n")
+        return None if SAME_SPEAKER_NAMED_TWICE.search(text) else text
+
+    # ---- facts
 
     def profile(self) -> str | None:
         """Who two or three people are: the stable facts, in many wordings."""
-        people = self.couple()
-        if people is None:
+        couple = self.couple()
+        if couple is None:
             return None
-        if self.random() < 0.3 and (third := self.paired(self.world.people, people, False, people)):
-            people = (*people, third)
-        told, pick = self.p["profile"], self.pick
+        people, most = list(couple), 5
+        if self.random() < 0.3:
+            third = self.paired(self.world.people, couple, False, couple)
+            if third:
+                people, most = [*couple, third], 3
+        wordings = self.phrases["profile"]
         parts = []
         for person in people:
             slots = Slots(P=person)
-            about = self.some(
-                ATTRIBUTES, self.between(2, 5) if len(people) == 2 else self.between(2, 3)
-            )
-            parts.append(
-                " ".join([pick(told[name][i > 0]) % slots for i, name in enumerate(about)])
-            )
-        opening = pick(
-            (
-                f"Let me tell you about {listing(list(people))}. ",
-                f"Do you know {listing(list(people))}? ",
-                "",
-                "",
-                "",
-                "",
-            )
-        )
-        return opening + pick(("\n\n", " ")).join(parts)
+            facts = self.sample(ATTRIBUTES, self.between(2, most))
+            sentences = [self.pick(wordings[name][i > 0]) % slots for i, name in enumerate(facts)]
+            parts.append(" ".join(sentences))
+        names = listing(people)
+        openings = f"Let me tell you about {names}. ", f"Do you know {names}? ", "", "", "", ""
+        return self.pick(openings) + self.pick(("\n\n", " ")).join(parts)
 
     def quiz(self) -> str | None:
-        """Questions and their answers, as they will be asked in conversations."""
+        """Questions and their answers, as they are asked in conversations."""
         form = self.random()
+        if form >= 0.75:
+            several = [self.options() for _ in range(self.between(1, 3))]
+            return "\n\n".join(f"{x.question}\nAnswer: {x.reply}" for x in several if x)
+        lines = []
         if form < 0.6:
-            told = self.situation()
-            if told is None:
+            story = self.short_story()
+            if story is None:
                 return None
-            text, facts = told
-            rows = [self.ask(kind, s) for kind, s in (facts if self.random() < 0.8 else facts[:1])]
-        elif form < 0.75:
-            text, rows = (
-                "",
-                list(
-                    {
-                        row[2]: row
-                        for row in (self.fact(self.val) for _ in range(self.between(3, 8)))
-                    }.values()
-                ),
-            )
+            text, statements = story
+            lines.append(text)
+            asked = statements if self.random() < 0.8 else statements[:1]
+            questions = [self.ask(statement) for statement in asked]
         else:
-            several = [self.lettered() for _ in range(self.between(1, 3))]
-            return "\n\n".join([f"{made[0]}\nAnswer: {made[1]}" for made in several if made])
-        return "\n".join(
-            ([text] if text else [])
-            + [f"Question: {question}\nAnswer: {reply}" for question, reply, _ in rows]
-        )
+            facts = [self.known_fact(self.val)[1] for _ in range(self.between(3, 8))]
+            questions = {fact.answer: fact for fact in facts}.values()
+        lines += [f"Question: {x.question}\nAnswer: {x.reply}" for x in questions]
+        return "\n".join(lines)
+
+    def lesson(self) -> str | None:
+        """What things are, or what the opposites of words are."""
+        n = self.between(3, 7)
+        if self.random() < 0.25:
+            opposites = self.world.data["opposites"]
+            words = self.sample(list(opposites), n + 3)
+            if not self.pair_is_ours(words[0], words[1]):
+                return None
+            return " ".join(f"The opposite of {word} is {opposites[word]}." for word in words)
+        kinds, kind_of = self.world.data["kinds"], self.world.kind_of
+        alike = self.random() < 0.5
+        kind = self.deal("kinds", list(kinds)) if alike else ""
+        words = self.sample(list(kinds[kind] if alike else kind_of), n)
+        if not self.pair_is_ours(words[0], words[1]):
+            return None
+        lines = []
+        riddles = self.random() < 0.3
+        for word in words:
+            of, noun = kind_of[word], article(word)
+            about = kinds[of][word]
+            if riddles:
+                question = "What is it?" if alike else f"Which {of} is it?"
+                lines.append(f"{about} {question} It is {noun}.")
+            else:
+                lines.append(f"{capitalised(noun)} is {article(of)}. {about}")
+        if alike:
+            first, of, rest = kind.partition(" of ")
+            nouns = listing([article(word) for word in words])
+            lines.append(f"So {nouns} are {first}s{of}{rest}.")
+        return " ".join(lines)
+
+    # ---- lists to remember
 
     def memory(self) -> str | None:
-        """One says a few things, another says them again in another order: every word of that stands above."""
-        people, pick = self.couple(), self.pick
+        """One person says a few things, another repeats them word for word in another order."""
+        people = self.couple()
         if people is None:
             return None
-        used = set(people)
-        said = []
+        used, lines = set(people), []
         for i in range(self.between(3, 6)):
-            state = self.state(pick(STATES), self.val and i == 0, used)
-            if state is None:
+            statement = self.statement(self.pick(STATEMENTS), self.val and i == 0, used)
+            if statement is None:
                 return None
-            said.append(state[0])
-        again = self.some(said, len(said))
-        again = again if again != said else said[::-1]
-        slots = Slots(A=people[0], B=people[1], day=pick(self.world.classes["day"]))
+            lines.append(statement.text)
+        repeated = self.sample(lines, len(lines))
+        if repeated == lines:
+            repeated = lines[::-1]
+        slots = Slots(A=people[0], B=people[1], day=self.pick(self.world.classes["day"]))
+        wordings = self.phrases["memory"]
         before, between, after = (
-            pick(readings) % slots for readings in self.memories[pick(list(self.memories))]
+            self.pick(readings) % slots for readings in wordings[self.pick(list(wordings))]
         )
-        return f'{before} "{" ".join(said)}" {between} "{" ".join(again)}" {after}'.strip()
+        text = f'{before} "{" ".join(lines)}" {between} "{" ".join(repeated)}" {after}'
+        return text.strip()
 
     def roll(self) -> str | None:
         """
-        A list that one reads and another repeats: names, numbers, things, words or what to buy in the same order, cards with
-        letters in another one.
+        A list that one person reads and another repeats: names, numbers, things, words or what to
+        buy in the same order, or cards with letters in another order.
         """
-        people, w, c, pick = self.couple(), self.world, self.world.classes, self.pick
+        people = self.couple()
         if people is None:
             return None
-        what = pick([*self.rolls, "labels", "labels"])
-        values = {
-            "names": w.people,
-            "words": w.words,
-            "numbers": [str(i) for i in range(1, 100)],
-        }.get(what) or c.get(what)
-        values = values or pick((w.words, c["thing"], c["colour"], NUMBERS[2:]))  # to be labelled
-        # "orange", a word to spell, would colour the next one
-        values = [
-            v for v in values if v not in people and (what == "labels" or v not in c["colour"])
-        ]
-        items = self.some(values, min(self.between(8, 20), len(values)))
-        if held_out(items[0], items[1]) != self.val:
-            return None
-        again = items
+        classes, words, wordings = self.world.classes, self.world.words, self.phrases["roll"]
+        what = self.pick([*wordings, "labels", "labels"])
         if what == "labels":
-            items = [f"{item}={pick('ABCD')}" for item in items]
-            again = self.some(items, len(items))
-        first, then, close = (
-            pick(readings) % Slots(A=people[0], B=people[1]) for readings in self.rolls[what]
-        )
+            values = self.pick((words, classes["thing"], classes["colour"], NUMBERS[2:]))
+        else:
+            numbers = [str(i) for i in range(1, 100)]
+            lists = {"names": self.world.people, "words": words, "numbers": numbers}
+            values = lists.get(what) or classes[what]
+            # A word to spell such as "orange" would colour the next thing.
+            values = [value for value in values if value not in classes["colour"]]
+        values = [value for value in values if value not in people]
+        items = self.sample(values, min(self.between(8, 20), len(values)))
+        if not self.pair_is_ours(items[0], items[1]):
+            return None
+        repeated = items
+        if what == "labels":
+            items = [f"{item}={self.pick('ABCD')}" for item in items]
+            repeated = self.sample(items, len(items))
+        slots = Slots(A=people[0], B=people[1])
+        first, then, close = (self.pick(readings) % slots for readings in wordings[what])
         gap = ", " if what in ("numbers", "count") else " "
-        return f"{first} {gap.join(items)}. {then} {gap.join(again)}. {close}".strip()
+        return f"{first} {gap.join(items)}. {then} {gap.join(repeated)}. {close}".strip()
+
+    # ---- dialogues
 
     def dialogue(self) -> str | None:
         """Two people talk: a greeting, two to four topics and a farewell."""
         people = self.couple()
         if people is None:
             return None
-        c, pick, t = self.world.classes, self.pick, self.talks
-        topics = self.some(
-            [*self.some(t["topic"], 3), *self.some(ATTRIBUTES, 2)], self.between(1, 3)
-        )
-        weather = pick(t["weather"]) if self.random() < 0.5 else None
-        if (
-            weather is None or weather is t["weather"][0]
-        ):  # nobody sits in the meadow while it snows
-            topics = self.some([*topics, pick(t["outdoors"])], len(topics))
-        if weather:
-            topics.insert(0, weather)
+        wordings = self.phrases["dialogue"]
+        topics = self.topics()
         script = self.random() < 0.4
+        # A day each: what was done on one day cannot be planned for the same day.
+        days = self.sample(self.world.classes["day"], 7)
         lines: list[str] = []
-        met: list[str] = []
-        days = self.some(
-            c["day"], 7
-        )  # a day each: what was done on one cannot be planned for the same
-        for topic in [pick(t["hello"]), *topics, pick(t["bye"])]:
-            first, second = (
-                people if len(lines) % 2 == 0 else people[::-1]
-            )  # whoever did not speak last begins
+        met = list(people)
+        for topic in [self.pick(wordings["hello"]), *topics, self.pick(wordings["bye"])]:
+            # Whoever did not speak last begins.
+            first, second = people if len(lines) % 2 == 0 else people[::-1]
             if isinstance(topic, str):
-                if (
-                    held_out(second, topic) and not self.val
-                ):  # no held-out question in a train document
+                if self.cannot_ask(topic, first, second):
                     continue
-                if (
-                    topic == "home"
-                    and self.world.attributes["home"][first]
-                    == self.world.attributes["home"][second]
-                ):
-                    continue
-                topic = pick(t[topic])
-            third = self.paired(self.world.people, people, False, (*people, *met))
-            met.append(third or "")
-            thing = self.paired(c["thing"], (third or "",), False)
-            if third is None or thing is None:
+                topic = self.pick(wordings[topic])
+            slots = self.topic_slots(people, met, days)
+            if slots is None:
                 return None
-            n, (m, o) = self.between(2, 9), self.some(c["month"], 2)
-            slots = Slots(
-                A=first,
-                B=second,
-                C=third,
-                t=thing,
-                n=NUMBERS[n],
-                k=NUMBERS[self.between(n + 1, 20)],
-                m=m,
-                o=o,
-            )
-            slots |= {
-                "q": days.pop(),
-                "d": pick(c["dish"]),
-                "s": pick(c["topic"]),
-                "i": pick(c["music"]),
-                "x": pick(c["pick"]),
-            }
-            for slot, cls, partner in (
-                ("c", "colour", thing),
-                ("h", "spot", thing),
-                ("p", "place", third),
-                ("r", "outing", third),
-            ):
-                slots[slot] = self.paired(c[cls], (partner,), False) or ""
-            if not (slots["c"] and slots["h"] and slots["p"] and slots["r"]):
-                return None
-            filled = Slots(slots)
-            lines += [
-                said(pick(line), "AB"[i % 2], script) % filled for i, line in enumerate(topic)
-            ]
+            slots |= {"A": first, "B": second}
+            for i, readings in enumerate(topic):
+                lines.append(speech(self.pick(readings), "AB"[i % 2], script) % slots)
         return "\n".join(lines)
 
-    def lesson(self) -> str | None:
-        """What things are, or what the opposites of words are."""
-        kinds = self.world.data["kinds"]
-        n = self.between(3, 7)
-        if self.random() < 0.25:
-            table = self.world.data["opposites"]
-            words = self.some(list(table), n + 3)
-            if held_out(words[0], words[1]) != self.val:
-                return None
-            return " ".join([f"The opposite of {w} is {table[w]}." for w in words])
-        alike = self.random() < 0.5
-        kind = self.dealt("kinds", list(kinds)) if alike else ""
-        words = self.some(list(kinds[kind]) if alike else list(self.world.kind_of), n)
-        if held_out(words[0], words[1]) != self.val:
+    def topics(self) -> list:
+        """What is talked about: the lines of an exchange, or the name of an attribute to ask for."""
+        wordings = self.phrases["dialogue"]
+        topics = [*self.sample(wordings["topic"], 3), *self.sample(ATTRIBUTES, 2)]
+        topics = self.sample(topics, self.between(1, 3))
+        weather = self.pick(wordings["weather"]) if self.random() < 0.5 else None
+        # Nobody sits in the meadow while it snows.
+        if weather is None or weather is wordings["weather"][0]:
+            topics = self.sample([*topics, self.pick(wordings["outdoors"])], len(topics))
+        return [weather, *topics] if weather else topics
+
+    def cannot_ask(self, attribute: str, asker: str, person: str) -> bool:
+        """Whether the question is held out, or the asker knows because they share a home."""
+        if held_out(person, attribute) and not self.val:
+            return True
+        home = self.world.attributes["home"]
+        return attribute == "home" and home[asker] == home[person]
+
+    def topic_slots(self, people: Couple, met: list[str], days: list[str]) -> Slots | None:
+        """What a topic is about, apart from its speakers; extends `met` and takes one of `days`."""
+        classes, pick = self.world.classes, self.pick
+        third = self.paired(self.world.people, people, False, met)
+        thing = self.paired(classes["thing"], (third or "",), False)
+        if third is None or thing is None:
             return None
-        lines = []
-        riddles = self.random() < 0.3
-        for word in words:
-            k, noun = self.world.kind_of[word], article(word)
-            riddle = (
-                f"{kinds[k][word]} {'What is it' if alike else f'Which {k} is it'}? It is {noun}."
-            )
-            lines.append(
-                riddle
-                if riddles
-                else f"{noun[0].upper()}{noun[1:]} is {article(k)}. {kinds[k][word]}"
-            )
-        if alike:
-            first, _, rest = kind.partition(" of ")
-            lines.append(
-                f"So {listing([article(w) for w in words])} are {first}s{' of ' + rest if rest else ''}."
-            )
-        return " ".join(lines)
+        met.append(third)
+        n, (m, o) = self.between(2, 9), self.sample(classes["month"], 2)
+        slots = Slots(C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
+        slots["q"] = days.pop()
+        for slot, cls in (("d", "dish"), ("s", "topic"), ("i", "music"), ("x", "pick")):
+            slots[slot] = pick(classes[cls])
+        for slot, cls, partner in (
+            ("c", "colour", thing),
+            ("h", "spot", thing),
+            ("p", "place", third),
+            ("r", "outing", third),
+        ):
+            slots[slot] = self.paired(classes[cls], (partner,), False) or ""
+        return slots if all(slots.values()) else None
+
+    # ---- lessons
 
     def spelling_lesson(self) -> str | None:
-        words = self.some(self.world.words, self.between(3, 6))
-        if held_out(words[0], words[1]) != self.val:
+        words = self.sample(self.world.words, self.between(3, 6))
+        if not self.pair_is_ours(words[0], words[1]):
             return None
-        p, pick = self.p["spelling"], self.pick
-        lines = [pick(p["open"]) % dict(zip("PQ", self.some(self.world.people, 2), strict=True))]
-        told = pick(p["told"])
+        wordings = self.phrases["spelling"]
+        opening = self.pick(wordings["open"])
+        p, q = self.sample(self.world.people, 2)
+        lines = [opening % {"P": p, "Q": q}]
+        spelled = self.pick(wordings["told"])
         for word in words:
-            lines.append(told % Slots(w=word, l="-".join(word)))
-            letter = pick(word)
+            lines.append(spelled % Slots(w=word, l="-".join(word)))
+            letter = self.pick(word)
             if self.random() < 0.5 and (self.val or not held_out(word, letter)):
                 n = word.count(letter)
-                lines.append(
-                    f"The letter {letter} occurs {('once', 'twice')[n - 1] if n < 3 else f'{NUMBERS[n]} times'} in {word}."
-                )
+                times = {1: "once", 2: "twice"}.get(n, f"{NUMBERS[n]} times")
+                lines.append(f"The letter {letter} occurs {times} in {word}.")
         return "\n".join(lines)
 
     def sums(self) -> str:
-        pick = self.pick
-        person = pick(self.world.people)
-        lines = [
-            pick(
-                (
-                    f"{person} is doing sums.",
-                    f"{person} likes sums.",
-                    "Here are some sums.",
-                    "Let us calculate.",
-                )
+        person = self.pick(self.world.people)
+        opening = self.pick(
+            (
+                f"{person} is doing sums.",
+                f"{person} likes sums.",
+                "Here are some sums.",
+                "Let us calculate.",
             )
-        ]
+        )
         style = self.between(0, 2)
-        for op, a, b, r in dict.fromkeys(self.operands() for _ in range(self.between(4, 9))):
+        words = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+        lines = [opening]
+        for op, a, b, result in dict.fromkeys(self.operands() for _ in range(self.between(4, 9))):
             if style == 0:
-                lines.append(f"{a} {op} {b} = {r}")
+                lines.append(f"{a} {op} {b} = {result}")
             elif style == 1:
-                lines.append(
-                    f"{a} {({'+': 'plus', '-': 'minus', '*': 'times', '/': 'divided by'})[op]} {b} is {r}."
-                )
+                lines.append(f"{a} {words[op]} {b} is {result}.")
             else:
-                slots = {
-                    "P": pick(self.world.people),
-                    "x": pick(self.world.classes["many"]),
-                    "a": a,
-                    "b": b,
-                    "r": r,
-                }
-                lines.append(self.pairs_told["+-*/".index(op)][0] % slots)
+                slots = {"P": self.pick(self.world.people)}
+                slots["x"] = self.pick(self.world.classes["many"])
+                slots |= {"a": str(a), "b": str(b), "r": str(result)}
+                lines.append(self.phrases["sums"]["told"]["+-*/".index(op)][0] % slots)
         return "\n".join(lines)
 
+    # ---- places and days
+
     def room(self) -> str | None:
-        person, c, parts, pick = (
-            self.dealt("rooms", self.world.people),
-            self.world.classes,
-            self.parts["room"],
-            self.pick,
-        )
-        lines = [pick(parts["open"])]
+        person, classes = self.deal("rooms", self.world.people), self.world.classes
+        wordings = self.phrases["room"]
+        self.random()  # decides nothing; without it the corpus would change
         used: set[str] = set()
-        text = []
+        items = []
         for _ in range(self.between(3, 5)):
-            thing = self.paired(c["thing"], (person,), False, used)
-            spot = thing and self.paired(c["spot"], (thing,), self.val, used)
-            colour = thing and self.paired(c["colour"], (thing,), False, used)
+            thing = self.paired(classes["thing"], (person,), False, used)
+            spot = thing and self.paired(classes["spot"], (thing,), self.val, used)
+            colour = thing and self.paired(classes["colour"], (thing,), False, used)
             if not (thing and spot and colour):
                 return None
             used |= {thing, spot, colour}
-            text.append(pick(parts["item"]) % Slots(t=thing, c=colour, h=spot))
-        lines = [pick(parts["open"]), *text, pick(parts["close"])]
+            items.append(self.pick(wordings["item"]) % Slots(t=thing, c=colour, h=spot))
         slots = Slots(A=person)
-        return " ".join([s % slots for s in lines if s])
+        opening, close = (self.pick(wordings[name]) % slots for name in ("open", "close"))
+        return " ".join(filter(None, [opening, *items, close]))
 
     def diary(self) -> str | None:
-        people = self.couple()
-        home = self.world.attributes["home"]
+        people, home = self.couple(), self.world.attributes["home"]
         if people is None or home[people[0]] == home[people[1]]:
             return None
-        c, pick = self.world.classes, self.pick
+        classes, wordings, pick = self.world.classes, self.phrases["diary"], self.pick
         season = pick(("winter", "summer"))
-        days = [line for group in self.diary_days[season] for line in group]
+        entries = [line for group in wordings[season] for line in group]
         n = self.between(3, 6)
         start = self.between(0, 7 - n)
-        told: list[str] = []
+        chosen: list[str] = []
         for _ in range(n):
-            told.append(self.dealt(season, days, lambda line: line not in told))
-        lines = [pick(self.diary_ends["open"])]
-        lines += [f"{day}: {line}" for day, line in zip(c["day"][start:], told, strict=False)]
-        slots = Slots(
-            A=people[0],
-            B=people[1],
-            x=pick(c["topic"]),
-            h=pick(c["hot"]),
-            k=pick(c["cake"]),
-            g=pick(c["game"]),
-        )
-        slots |= {"n": pick(c["number"]), "y": pick(c["pick"]), "feel": pick(c["feel"])}
-        return "\n".join([s for s in (*lines, pick(self.diary_ends["close"])) if s]) % Slots(slots)
+            chosen.append(self.deal(season, entries, lambda line: line not in chosen))
+        days = classes["day"][start : start + n]
+        lines = [pick(wordings["open"])]
+        lines += [f"{day}: {entry}" for day, entry in zip(days, chosen, strict=True)]
+        slots = Slots(A=people[0], B=people[1])
+        for slot, cls in (
+            ("x", "topic"),
+            ("h", "hot"),
+            ("k", "cake"),
+            ("g", "game"),
+            ("n", "number"),
+            ("y", "pick"),
+            ("feel", "feel"),
+        ):
+            slots[slot] = pick(classes[cls])
+        lines.append(pick(wordings["close"]))
+        return "\n".join(filter(None, lines)) % slots
 
     def village(self) -> str | None:
-        home, parts, pick = self.world.attributes["home"], self.parts["village"], self.pick
-        name = pick(self.world.classes["village"])
-        people = self.some([p for p in self.world.people if home[p] == name], self.between(2, 3))
-        if held_out(people[0], people[1]) != self.val:
+        home, wordings = self.world.attributes["home"], self.phrases["village"]
+        name = self.pick(self.world.classes["village"])
+        residents = [person for person in self.world.people if home[person] == name]
+        people = self.sample(residents, self.between(2, 3))
+        if not self.pair_is_ours(people[0], people[1]):
             return None
-        lines = [pick(parts["open"]) % Slots(V=name, X=self.world.data["villages"][name])]
-        lines += self.some([s % {"V": name} for s in parts["life"]], self.between(1, 3))
-        lines += [
-            template % Slots(P=p, V=name)
-            for p, template in zip(people, self.some(parts["live"], len(people)), strict=True)
-        ]
+        slots = Slots(V=name, X=self.world.data["villages"][name])
+        lines = [self.pick(wordings["open"]) % slots]
+        lines += [line % slots for line in self.sample(wordings["life"], self.between(1, 3))]
+        for person, line in zip(people, self.sample(wordings["live"], len(people)), strict=True):
+            lines.append(line % Slots(P=person, V=name))
         return " ".join(lines)
 
 
 def documents(seed: int = 0, split: str = "train") -> Iterator[str]:
-    """Endless texts of 40 to 350 tokens, no two alike, the same for the same (seed, split). Raises ValueError for an unknown split."""
-    tales = Tales(seed, split)
-    makers: list[Callable[[], str | None]] = []
-    for name, weight in WEIGHTS.items():
-        makers += [getattr(tales, name)] * weight
+    """
+    Endless texts of 40 to 350 tokens, all different, always the same for the same seed and split.
+    Raises ValueError for an unknown split.
+    """
+    maker = DocumentMaker(seed, split)
+    kinds = [kind for kind, weight in WEIGHTS.items() for _ in range(weight)]
     while True:
-        text = tales.pick(makers)()
-        if text and len(text) >= 120 and tales.fresh(zlib.crc32(text.encode())):
+        text = getattr(maker, maker.pick(kinds))()
+        if text and len(text) >= 120 and maker.is_new(zlib.crc32(text.encode())):
             yield text

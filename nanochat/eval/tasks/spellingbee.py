@@ -46,14 +46,14 @@ def conversations(seed: int, split: str) -> Iterator[Item]:
     """Endless items, spelling and counting in turn; no word repeats before all have been used."""
     draw, spell, count = Draw(seed, split, "spellingbee"), choices(SPELL), choices(COUNT)
     while True:
-        word = draw.dealt("spell", words(split))
+        word = draw.deal("spell", words(split))
         letters = "-".join(word)
         question = draw.pick(spell).format(w=word)
         reply = f"The word {word} is spelled {letters}."
         yield exchange(question, reply, kind="spell", answer=letters)
 
         times = draw.pick(TIMES)
-        word, letter = draw.dealt(f"count {times}", _countable(split, times))
+        word, letter = draw.deal(f"count {times}", _countable(split, times))
         spelled = {"type": "text", "text": f"The word {word} is spelled {'-'.join(word)}. "}
         result = f"So {letter} occurs {times} time{'' if times == 1 else 's'}."
         call = tool_call(f"'{word}'.count('{letter}')", str(times), result)
