@@ -21,6 +21,7 @@ from nanochat.commands import chat_eval as chat_eval_script
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import chat as chat_eval
 from nanochat.eval.tasks import tinyworld
+from nanochat.eval.tasks.common import Task
 from nanochat.model import checkpoint
 
 SHAPE = [
@@ -153,7 +154,7 @@ def test_letters_are_chosen_among_the_item_s_own(here):
     tok = Tokenizer.load()
     model = checkpoint.locate("sft").model("cpu", torch.float32)
     items = tinyworld.TASKS["choice"].items("val", 12, 0)
-    prompts = [clip(tok.render_prompt(tinyworld.prompt(i)), 100) for i in items]
+    prompts = [clip(tok.render_prompt(Task.prompt(i)), 100) for i in items]
     one_letter = [["C"]] * len(items)
     assert chat_eval.choose_letters(Engine(model, tok), prompts, one_letter) == ["C"] * len(items)
     chosen = chat_eval.choose_letters(Engine(model, tok), prompts, [i["letters"] for i in items])

@@ -11,6 +11,7 @@ from nanochat.base.common import UserError, base_dir, columns, entry, human, pri
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
 from nanochat.eval.tasks import tinyworld
+from nanochat.eval.tasks.common import Task
 from nanochat.model.stages import STAGES, run_directory
 from nanochat.train.knobs import MachineKnobs
 
@@ -87,13 +88,13 @@ def exchanges(knobs: SummaryKnobs, stage: str, tag: str) -> list[tuple[str, str,
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model.cast_for_inference(), tokenizer)
     items = tinyworld.items("val", knobs.samples, seed=knobs.seed + 1)
-    prompts = [tokenizer.render_prompt(tinyworld.prompt(item)) for item in items]
+    prompts = [tokenizer.render_prompt(Task.prompt(item)) for item in items]
     samples = engine.generate_batch(prompts, max_tokens=64, temperature=0.0)
     return [
         (
             item["messages"][-2]["content"],
             visible_text(tokenizer, sample.tokens).strip(),
-            tinyworld.gold(item),
+            Task.gold(item),
         )
         for item, sample in zip(items, samples, strict=True)
     ]
