@@ -174,7 +174,8 @@ def base(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, (port, base), nprocs=2)
+    tiny.forkserver()
+    mp.start_processes(worker, (port, base), nprocs=2, start_method="forkserver")
     train(base / "begun_by_two", 0, 1, False, resume=True)
     return base
 

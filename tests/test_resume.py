@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import tiny
 import torch
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, entry
 from nanochat.base.files import sha256_file
 from nanochat.commands import base_train, chat_sft, mid_train
 from nanochat.data.tokenizer import Tokenizer
@@ -23,7 +21,6 @@ from nanochat.eval.tasks import mixture
 from nanochat.model import checkpoint
 from nanochat.train import resume
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["--num_iterations=20", "--eval_every=8", "--save_every=3"]
 
 
@@ -105,45 +102,43 @@ def test_a_crash_without_warning(whole, place, monkeypatch):
     assert_same_end(run, whole[2])
 
 
-def command(flags: list[str], base: Path) -> subprocess.Popen:
-    env = {
-        **os.environ,
-        "NANOCHAT_BASE_DIR": str(base),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "scripts.base_train", *flags],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def train_in_process(flags: list[str], base: Path, output: Path) -> None:
+    """The body of a process that trains, with all that it prints in a file."""
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    torch.set_num_threads(1)
+    entry(lambda: base_train.main(flags))
 
 
-def await_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    while process.poll() is None and max([0, *losses(run)]) < step:
-        time.sleep(0.01)
-
-
-def test_killed_at_any_moment(whole, place):
-    """kill -9, SIGTERM, and to the end: in processes of their own, at moments that differ from run to run."""
+def test_killed_at_any_moment(whole, place, tmp_path):
+    """kill -9, SIGTERM, and to the end: at moments that differ from one test run to the next."""
     flags, run = place
-    flags, base, rng = [*flags, *STEPS, "--resume=auto"], run.parent.parent.parent, random.Random()
+    output, rng = tmp_path / "output", random.Random()
+    arguments = [*flags, *STEPS, "--resume=auto"], tmp_path, output
+
+    def start():
+        process = tiny.forkserver().Process(target=train_in_process, args=arguments)
+        process.start()
+        return process
+
     for steps, number in ((rng.randint(0, 6), signal.SIGKILL), (rng.randint(1, 6), signal.SIGTERM)):
-        done = max([0, *losses(run)])
-        process = command(flags, base)
-        await_step(process, run, done + steps)
+        stop_at = max([0, *losses(run)]) + steps
+        process = start()
+        while process.is_alive() and max([0, *losses(run)]) < stop_at:
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(number)
-        out, err = process.communicate(timeout=120)
-        if number == signal.SIGTERM and process.returncode != 0:  # 0: it was through already
-            assert process.returncode == 130, err
-            assert "Traceback" not in err and "continue with --resume auto" in out
-    process = command(flags, base)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join(120)
+        printed = output.read_text() if output.exists() else ""
+        if number == signal.SIGTERM and process.exitcode != 0:  # 0: it was finished already
+            assert process.exitcode == 130, printed
+            assert "Traceback" not in printed and "continue with --resume auto" in printed
+    process = start()
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
     assert_same_end(run, whole[2])
 
 

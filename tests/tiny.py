@@ -1,8 +1,10 @@
 """What the tests of the core share: a model that trains in milliseconds, a feed of given batches, a run in a folder of its own."""
 
 import json
+import multiprocessing
 import random
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,6 +166,13 @@ def act_in_step(patch: Any, step: int, act: Callable[[], Any]) -> None:
         return update(optimizer, *rest)
 
     patch.setattr(MuonAdamW, "step", acting)
+
+
+def forkserver() -> BaseContext:
+    """Starts processes from a clean one that has imported torch and the training code already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanochat.commands.base_train", "nanochat.train.stage"])
+    return context
 
 
 def weights(m: GPT) -> dict[str, torch.Tensor]:
