@@ -109,21 +109,50 @@ def test_every_command_has_a_script():
 
 # ---- size and form
 
-CEILINGS = {  # Python tokens per room; "." are the files directly in nanochat/
-    ".": 1_100,
-    "base": 6_300,
-    "tinyworld": 8_400,
-    "data": 12_000,
-    "model": 13_000,
-    "chat": 3_700,
-    "eval": 12_000,
-    "train": 10_600,
-    "study": 8_700,
-    "plan": 14_000,
-    "commands": 9_800,
+# Python tokens per room, without comments and docstrings. "." are the files directly in nanochat/;
+# a room within a room counts on its own. Lower a ceiling when you delete something; raise it in the
+# commit that needs it, and say there what the feature adds.
+CEILINGS = {
+    ".": 1_300,
+    "base": 8_100,
+    "tinyworld": 10_100,
+    "data": 14_000,
+    "model": 16_200,
+    "chat": 4_100,
+    "chat/serve": 10_600,
+    "eval": 14_400,
+    "train": 12_600,
+    "study": 11_000,
+    "plan": 20_400,
+    "export": 5_600,
+    "commands": 11_400,
 }
-WHOLE = 100_000
-NOT_YET = set(CEILINGS)  # rooms that are being rebuilt
+WHOLE = 139_300
+# What the rebuild of the house has not reached yet: functions above the limit of complexity, files
+# with lines of more than 100 columns, commands whose help imports torch. Nothing may be added here.
+STILL_COMPLEX: set[str] = {
+    "nanochat/tinyworld/conversations.py state",
+    "nanochat/tinyworld/documents.py dialogue",
+}
+STILL_WIDE: set[str] = {
+    "nanochat/commands/chat_rl.py",
+    "nanochat/commands/mid_train.py",
+    "nanochat/commands/tok_data.py",
+    "nanochat/data/hub.py",
+    "nanochat/eval/core_items.py",
+    "nanochat/eval/sandbox.py",
+    "nanochat/study/comparison_page.py",
+    "nanochat/study/conditions.py",
+    "nanochat/tinyworld/__init__.py",
+    "nanochat/tinyworld/conversations.py",
+    "nanochat/tinyworld/documents.py",
+    "nanochat/tinyworld/world.py",
+    "nanochat/train/horizon.py",
+    "nanochat/train/loop.py",
+    "nanochat/train/schedule.py",
+    "nanochat/train/stage.py",
+}
+STILL_SLOW: set[str] = set()
 
 
 def tokens_of(path: Path) -> int:
@@ -149,13 +178,18 @@ def tokens_of(path: Path) -> int:
 
 
 def room_of(path: Path) -> str:
-    return path.relative_to(ROOT / "nanochat").parts[0] if path.parent.name != "nanochat" else "."
+    """The longest key of CEILINGS that contains the file."""
+    folder = path.relative_to(ROOT / "nanochat").parent
+    rooms = [room for room in CEILINGS if folder.is_relative_to(room)]
+    return max(rooms, key=len, default=str(folder))
+
+
+def test_every_room_has_a_ceiling():
+    assert {room_of(path) for path in PACKAGE} <= set(CEILINGS)
 
 
 @pytest.mark.parametrize("room", CEILINGS)
 def test_a_room_stays_below_its_ceiling(room):
-    if room in NOT_YET:
-        pytest.skip(f"{room} is being rebuilt")
     sizes = {name_of(p): tokens_of(p) for p in PACKAGE if room_of(p) == room}
     total = sum(sizes.values())
     assert total <= CEILINGS[room], (
@@ -165,35 +199,23 @@ def test_a_room_stays_below_its_ceiling(room):
 
 
 def test_the_package_stays_below_its_ceiling():
-    if NOT_YET:
-        pytest.skip("the rebuild is not finished")
     total = sum(map(tokens_of, PACKAGE))
     assert total <= WHOLE, f"the package has {total:,} tokens"
 
 
-def test_no_function_is_too_complex():
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_no_function_is_too_complex(path):
     radon = pytest.importorskip("radon.complexity")
-    complex_blocks = [
-        f"{name_of(path)}:{block.lineno} {block.name} {block.complexity}"
-        for path in PACKAGE
-        for block in radon.cc_visit(path.read_text(encoding="utf-8"))
-        if block.complexity > 20
-    ]
-    if NOT_YET and complex_blocks:
-        pytest.skip("the rebuild is not finished")
-    assert complex_blocks == []
+    blocks = radon.cc_visit(path.read_text(encoding="utf-8"))
+    complex_ones = {f"{name_of(path)} {b.name}" for b in blocks if b.complexity > 20}
+    assert complex_ones <= STILL_COMPLEX
 
 
-def test_no_line_is_longer_than_100_columns():
-    long = [
-        f"{name_of(path)}:{i}"
-        for path in PACKAGE
-        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if len(line) > 100
-    ]
-    if NOT_YET and long:
-        pytest.skip("the rebuild is not finished")
-    assert long == []
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_no_line_is_longer_than_100_columns(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    wide = [number for number, line in enumerate(lines, 1) if len(line) > 100]
+    assert not wide or name_of(path) in STILL_WIDE, f"lines {wide}"
 
 
 # ---- imports have no side effects
@@ -262,9 +284,7 @@ def test_help_needs_no_torch():
     """Command modules import torch, and the modules that need it, only inside functions."""
     command = [sys.executable, "-c", HELP]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    if NOT_YET and done.stdout:
-        pytest.skip(f"not yet: {done.stdout}")
-    assert done.stdout == ""
+    assert {line.split()[0] for line in done.stdout.splitlines()} <= STILL_SLOW, done.stdout
     assert float(done.stderr.split()[-1]) < 2.0  # seconds of all commands together
 
 
@@ -460,8 +480,6 @@ def check(command: str, words: list[str]) -> None:
         command, words = f"{command} {words[0]}", words[1:]
     elif command not in classes:  # its list of subcommands
         return
-    if NOT_YET and command not in classes:
-        pytest.skip(f"{command} does not exist yet")
     assert command in classes, f"{command}: choose from {', '.join(classes)}"
     if not {"-h", "--help"} & set(words):
         knobs.parse(classes[command], words, command=command)
