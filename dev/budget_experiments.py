@@ -1,12 +1,12 @@
 """
-The sweeps behind the rules of nanochat/scaling.py for budgets of minutes, and behind runs/english_chat.toml; dev/LOG.md says which were
-run.
+The sweeps behind the rules of nanochat/scaling.py for budgets of minutes, and behind
+runs/english_chat.toml; dev/LOG.md says which were run.
 
     python dev/budget_experiments.py --texts DIR
     python dev/budget_experiments.py --texts DIR --only batch size
 
-DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Where the budget is time, nothing else should run on the machine. Each experiment is
-one comparison (trials.py).
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Where the budget is time, nothing else
+should run on the machine. Each experiment is one comparison (trials.py).
 """
 
 import shlex
@@ -95,7 +95,7 @@ EXPERIMENTS = {
 
 
 def main() -> None:
-    a = trials.options(__doc__ or "", "budget_experiments", list(EXPERIMENTS)).parse_args()
+    a = trials.command_line(__doc__ or "", "budget_experiments", list(EXPERIMENTS)).parse_args()
     for name in a.only:
         e, base = EXPERIMENTS[name], a.base.resolve() / f"prose-{EXPERIMENTS[name].vocab}"
         data = trials.prepared("prose", a.texts.resolve(), base, e.vocab)

@@ -3,19 +3,23 @@
 # dependencies = ["cutlass[plots]==0.9.0", "numpy>=2.0", "safetensors>=0.5"]
 # ///
 """
-Token shards of a run -> an attention prior (rap_prior.safetensors) and a report of what it says. It runs in an environment of its own, as
-`cutlass`, the rectified LASSO that finds the rules, bears the name of a package of NVIDIA's that torch imports:
+Compute an attention prior (rap_prior.safetensors) from the token shards of a run, with a report of
+what it says. It runs in an environment of its own, because `cutlass`, the rectified LASSO that
+finds the rules, has the same name as a package of NVIDIA's that torch imports:
 
-    python dev/generate_rap_prior.py --env ~/.cache/nanochat/rap_env          makes that environment first, or finds it
-    uv run dev/generate_rap_prior.py                                          the same, where uv is installed
+    python dev/generate_rap_prior.py --env ~/.cache/nanochat/rap_env   (creates it if needed)
+    uv run dev/generate_rap_prior.py                                   (if uv is installed)
 
-A pair (i, j) of positions is useful when the token at j is the next one, x[i + 1]. Pairs are sampled in documents of the training split;
-`rules` fits which of their features make them useful (positive class: not useful, so that rare matches lie outside its critical ranges)
-and turns the coefficients into terms of B; `rectified` takes the difference of the co-activations of rectified token features between
-useful and other pairs; `correlation` takes the same of the raw features and needs no cutlass. The terms are those of nanochat/prior.py.
+A pair (i, j) of positions is useful if the token at j is the next one, x[i + 1]. Pairs are sampled
+within documents of the training split. The generator `rules` fits which features of a pair make it
+useful (the positive class is "not useful", so that rare matches lie outside its critical ranges)
+and turns the coefficients into terms of B. `rectified` takes the difference between useful and
+other pairs in the co-activation of rectified token features. `correlation` does the same with raw
+features and needs no cutlass. nanochat/model/prior.py describes the terms.
 
-It reads token shards of format 1 by itself and imports neither nanochat nor torch. It refuses the validation split, tokens of another
-tokenizer, and a `cutlass` that is not version 0.9.0 of the LASSO package. The tensors depend on the tokens, the options and the seed alone.
+The script reads token shards of format 1 itself and imports neither nanochat nor torch. It refuses
+the validation split, tokens of another tokenizer, and any `cutlass` but version 0.9.0 of the LASSO
+package. The tensors depend only on the tokens, the options and the seed.
 """
 
 import argparse
@@ -34,75 +38,77 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 VERSION = "1"
-SHARD_FORMAT = 1  # of nanochat/tokens.py
+SHARD_FORMAT = 1  # of nanochat/data/shards.py
 CUTLASS = "0.9.0"
-LEAST = 20_000  # tokens: fewer show no rule
+MIN_TOKENS = 20_000  # fewer show no rule
 GENERATORS = "rules", "rectified", "correlation"
 GROUPS = "lag", "key", "match", "pair"
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, with the value, and what to do."""
+    """A mistake that the user can fix: what is wrong, the value, and the fix."""
 
 
-def options() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The options of the generator, with their defaults."""
     base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
     about = (__doc__ or "").split("\n\n")[0]
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=about,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = p.add_argument
+    add = parser.add_argument
     add("--generator", choices=GENERATORS, default="rules", help="how the prior is computed")
     add("--tokenizer", type=Path, default=base / "tokenizer", help="folder of the tokenizer")
     add(
         "--tokens",
         type=Path,
         default=base / "tokens",
-        help="folder of the token shards, where base_train leaves them",
+        help="folder of the token shards, as tok_data or base_train write them",
     )
     add(
         "--out",
         type=Path,
         default=base / "rap" / "rap_prior.safetensors",
-        help="the artifact; the report lies beside it, as .html",
+        help="file to write; the report goes beside it, as .html",
     )
     add(
         "--mix",
         nargs="+",
         default=[],
         metavar="NAME:WEIGHT",
-        help="sources and their shares, as the run has them; else all, by size",
+        help="sources and their shares, as in the run; without it all sources, by size",
     )
-    add("--max_tokens", type=int, default=20_000_000, help="tokens to read at most")
+    add("--max_tokens", type=int, default=20_000_000, help="maximum number of tokens to read")
     add("--pairs", type=int, default=20_000, help="pairs to fit on, half of them useful")
     add(
         "--others",
         choices=("random", "matched"),
         default="random",
-        help="matched: with the distances and frequencies of useful pairs",
+        help="how pairs that are not useful are drawn; matched: with the distances and "
+        "frequencies of useful ones",
     )
-    add("--max_lag", type=int, default=1024, help="how far back a key may lie")
-    add("--band", type=int, default=0, help="from this distance on lag is 0; 0 = max_lag")
+    add("--max_lag", type=int, default=1024, help="maximum distance of a key, in tokens")
+    add("--band", type=int, default=0, help="distance from which lag is 0; 0 = max_lag")
     add(
         "--features",
         nargs="+",
         metavar="NAME",
-        help="the features that rules may use, as rap_terms.py lists them; else all",
+        help="features that rules may use, from the list in rap_terms.py; without it all",
     )
     add(
         "--groups",
         nargs="+",
         choices=GROUPS,
         default=list(GROUPS),
-        help="the terms that the artifact may hold",
+        help="terms that the artifact may contain",
     )
     add(
         "--codes",
         choices=("next", "around", "hash"),
         default="next",
-        help="a token's code: what follows it, what is around it, or random",
+        help="what a token's code encodes: what follows it, what surrounds it, or nothing (random)",
     )
     add("--code_bits", type=int, default=32, help="bits of a token's code, the rank of match")
     add(
@@ -112,7 +118,7 @@ def options() -> argparse.ArgumentParser:
         "--spans",
         type=int,
         default=4,
-        help="spans of distances that one head each looks at, at most; they come with lag",
+        help="maximum number of spans of distances, one head each; they need lag",
     )
     add(
         "--lag_from",
@@ -124,20 +130,20 @@ def options() -> argparse.ArgumentParser:
         "--sparsity",
         type=float,
         default=0.0,
-        help="this share of the weakest entries of each term becomes 0",
+        help="share of the weakest entries of each term to set to 0",
     )
-    add("--seed", type=int, default=0, help="of every random choice")
+    add("--seed", type=int, default=0, help="seed of every random choice")
     add(
         "--env",
         type=Path,
         nargs="?",
         const=base / "rap_env",
-        help="run in the environment of this folder, made if it is not there",
+        help="run in the environment in this folder, which is created if needed",
     )
-    return p
+    return parser
 
 
-# ----------------------------------------------------------------------------------------------------
+# ----
 # Reading
 
 
@@ -147,10 +153,11 @@ class Vocabulary(NamedTuple):
 
 
 def read_tokenizer(folder: Path) -> Vocabulary:
-    """The bytes of every token. UserError where there is no tokenizer, or a damaged one."""
+    """The bytes of every token. Raises UserError if the tokenizer is missing or damaged."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"there is no tokenizer in {folder}: train one with python -m scripts.tok_train, or name another with --tokenizer"
+            f"there is no tokenizer in {folder}: train one with python -m scripts.tok_train, or "
+            "name another with --tokenizer"
         )
     visible = {
         *range(0x21, 0x7F),
@@ -170,12 +177,13 @@ def read_tokenizer(folder: Path) -> Vocabulary:
         return Vocabulary(tokens, meta["fingerprint"])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
         raise UserError(
-            f"the tokenizer in {folder} is damaged ({type(e).__name__}): train one with python -m scripts.tok_train"
+            f"the tokenizer in {folder} is damaged ({type(e).__name__}): train one with python "
+            "-m scripts.tok_train"
         ) from e
 
 
 def kinds(tokens: list[bytes]) -> dict[str, Any]:
-    """What tokens look like: (V,) bool of each kind."""
+    """Which tokens are of each kind, (V,) bool."""
     import numpy as np
 
     looks = {
@@ -191,8 +199,10 @@ def kinds(tokens: list[bytes]) -> dict[str, Any]:
 
 
 def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, dict]]]:
-    """The training shards of text made with this tokenizer, by source. UserError says why there is none."""
-    found: dict[str, list] = {}
+    """
+    The training shards of text made with this tokenizer, by source. UserError if there are none.
+    """
+    shards: dict[str, list] = {}
     validation = others = 0
     for path in sorted(folder.glob("*/meta.json")):
         m = re.fullmatch(r"(.+)-(train|val)-[0-9a-f]{16}", path.parent.name)
@@ -202,7 +212,8 @@ def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, di
                 continue  # conversations
             if meta["format"] != SHARD_FORMAT:
                 raise UserError(
-                    f"the token shard {path.parent} has format {meta['format']}, this generator reads {SHARD_FORMAT}"
+                    f"the token shard {path.parent} has format {meta['format']}, this generator "
+                    f"reads {SHARD_FORMAT}"
                 )
             if meta["tokenizer"] != fingerprint:
                 others += 1
@@ -213,12 +224,13 @@ def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, di
             ):
                 raise ValueError("size")
             else:
-                found.setdefault(m[1], []).append((path.parent, meta))
+                shards.setdefault(m[1], []).append((path.parent, meta))
         except (OSError, ValueError, KeyError) as e:
             raise UserError(
-                f"the token shard {path.parent} is damaged ({type(e).__name__}): delete it and train again"
+                f"the token shard {path.parent} is damaged ({type(e).__name__}): delete it and "
+                "train again"
             ) from e
-    if not found:
+    if not shards:
         why = (
             "only validation shards, which no prior may see"
             if validation
@@ -226,19 +238,21 @@ def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, di
         )
         why += f" ({others} shards are of another tokenizer)" if others and not validation else ""
         raise UserError(
-            f"{folder} holds {why}: let base_train tokenise the data first, or name the folder with --tokens"
+            f"{folder} holds {why}: let base_train tokenise the data first, or name the folder "
+            "with --tokens"
         )
-    return found
+    return shards
 
 
 def parse_mix(mix: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """NAME:WEIGHT -> shares that sum to 1; {} for no mix. A weight alone must be positive, a name known."""
+    """The shares of the sources, which sum to 1, from NAME:WEIGHT items; {} without any."""
     shares = {}
     for item in mix:
         m = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", item)
         if not m or float(m[2]) <= 0:
             raise UserError(
-                f"--mix {item} is no NAME:WEIGHT with a weight above 0: write it as in {next(iter(names))}:0.5"
+                f"--mix {item} is not NAME:WEIGHT with a positive weight: write for example "
+                f"{next(iter(names))}:0.5"
             )
         if m[1] not in names:
             raise UserError(
@@ -252,22 +266,24 @@ def read_text(
     shards: dict[str, list[tuple[Path, dict]]], shares: dict[str, float], limit: int, rng: Any
 ) -> tuple[Any, Any]:
     """
-    Random documents of each source up to its share of `limit` tokens: (to fit on, held out: a twentieth). A source that has less is
-    repeated, as training does, but never into what is held out.
+    Random documents of each source up to its share of `limit` tokens, as (Text to fit on, held-out
+    Text, a twentieth). A source that has fewer is repeated, as in training, but never into the
+    held-out text.
     """
     import numpy as np
 
-    sizes = {name: sum(meta["tokens"] for _, meta in found) for name, found in shards.items()}
-    if (total := sum(sizes[name] for name in shares or sizes)) < LEAST:
+    sizes = {name: sum(meta["tokens"] for _, meta in parts) for name, parts in shards.items()}
+    if (total := sum(sizes[name] for name in shares or sizes)) < MIN_TOKENS:
         raise UserError(
-            f"the training split holds {total:,} tokens, too few to show a rule: at least {LEAST:,} are needed"
+            f"the training split holds {total:,} tokens, too few to show a rule: at least "
+            f"{MIN_TOKENS:,} are needed"
         )
     if not shares:
         shares, limit = (
             {name: size / total for name, size in sizes.items() if size},
             min(limit, total),
         )
-    fit, held = [], []
+    fitted, held = [], []
     for name, share in shares.items():
         documents = []
         for folder, meta in shards[name]:
@@ -279,20 +295,21 @@ def read_text(
             documents += [ids[a:b] for a, b in pairwise(np.load(folder / "offsets.npy").tolist())]
         if len(documents) < 2:
             raise UserError(
-                f"the training split of {name} has fewer than two documents: give it more, or leave it out of --mix"
+                f"the training split of {name} has fewer than two documents: give it more, or "
+                "leave it out of --mix"
             )
         order, wanted = rng.permutation(len(documents)), limit * share
-        at = got = 0
-        while got < min(wanted, sizes[name]) / 20 and at < len(order) - 1:
-            held.append(documents[order[at]])
-            got += len(held[-1])
-            at += 1
-        rest = order[at:]
-        lengths = np.cumsum([len(documents[k]) for k in rest])
-        times, left = divmod(wanted - got, int(lengths[-1]))
-        for n in [len(rest)] * int(times) + [int(np.searchsorted(lengths, left))]:
-            fit += [documents[k] for k in rest[:n]]
-    return joined(fit, rng), joined(held, rng)
+        first = held_tokens = 0
+        while held_tokens < min(wanted, sizes[name]) / 20 and first < len(order) - 1:
+            held.append(documents[order[first]])
+            held_tokens += len(held[-1])
+            first += 1
+        rest = order[first:]
+        lengths = np.cumsum([len(documents[i]) for i in rest])
+        repeats, remainder = divmod(wanted - held_tokens, int(lengths[-1]))
+        for n in [len(rest)] * int(repeats) + [int(np.searchsorted(lengths, remainder))]:
+            fitted += [documents[i] for i in rest[:n]]
+    return joined(fitted, rng), joined(held, rng)
 
 
 def joined(documents: list, rng: Any) -> Any:
@@ -308,7 +325,7 @@ def joined(documents: list, rng: Any) -> Any:
 
 
 def load_cutlass() -> Any:
-    """The LASSO package `cutlass` of the version that this file was written for. UserError for none, another, or NVIDIA's."""
+    """The rectified LASSO. Raises UserError if it is missing, of another version, or NVIDIA's."""
     remedy = "run this file with --env, or with uv run"
     try:
         version = metadata.version("cutlass")
@@ -320,26 +337,29 @@ def load_cutlass() -> Any:
             ) from None
         where = spec.origin or "a folder"
         raise UserError(
-            f"the cutlass here ({where}) is NVIDIA's or another's, not the rectified LASSO {CUTLASS}: {remedy}"
+            f"the cutlass here ({where}) is NVIDIA's or another's, not the rectified LASSO "
+            f"{CUTLASS}: {remedy}"
         ) from None
     if version != CUTLASS:
         raise UserError(
-            f"cutlass is installed in version {version}, and this generator was written for {CUTLASS}: {remedy}"
+            f"cutlass is installed in version {version}, and this generator was written for "
+            f"{CUTLASS}: {remedy}"
         )
     cutlass = import_module("cutlass")
     if not hasattr(cutlass, "CutlassClassifier"):
         raise UserError(
-            f"NVIDIA's cutlass ({cutlass.__file__}) hides the rectified LASSO {CUTLASS} here: {remedy}"
+            f"NVIDIA's cutlass ({cutlass.__file__}) hides the rectified LASSO {CUTLASS} here: "
+            f"{remedy}"
         )
     return cutlass
 
 
-# ----------------------------------------------------------------------------------------------------
-# The whole of it
+# ----
+# Generating
 
 
 def run_in(folder: Path, argv: Sequence[str]) -> int:
-    """Run this file in the environment of a folder, which is made with what the head of this file asks for; its exit status."""
+    """Run this file in an environment with its requirements, created if needed; the exit status."""
     import venv
 
     head = re.findall(
@@ -351,27 +371,28 @@ def run_in(folder: Path, argv: Sequence[str]) -> int:
         folder / "rap_needs.json",
     )
     if not (python.exists() and done.exists() and json.loads(done.read_text()) == needs):
-        print(f"making an environment in {folder} with {', '.join(needs)}", flush=True)
+        print(f"creating an environment in {folder} with {', '.join(needs)}", flush=True)
         try:
             venv.create(folder, with_pip=True)
         except (OSError, subprocess.CalledProcessError) as e:
             raise UserError(
-                f"cannot make an environment in {folder} ({e}): name another folder with --env, or use uv run"
+                f"cannot create an environment in {folder} ({e}): name another folder with "
+                "--env, or use uv run"
             ) from e
         pip = subprocess.run(
             [python, "-m", "pip", "install", "--quiet", *needs], capture_output=True, text=True
         )
         if pip.returncode:
-            last = (pip.stderr.strip() or "no word why").splitlines()[-1]
+            last = (pip.stderr.strip() or "no message").splitlines()[-1]
             raise UserError(
-                f"pip could not install {', '.join(needs)} ({last}): mend that and run again"
+                f"pip could not install {', '.join(needs)} ({last}): fix that and run again"
             )
         done.write_text(json.dumps(needs))
     return subprocess.run([python, __file__, *argv]).returncode
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """The peak memory of this process."""
     try:
         import resource
     except ImportError:  # Windows
@@ -381,8 +402,8 @@ def peak_bytes() -> int:
     )
 
 
-def check(a: argparse.Namespace) -> None:
-    """UserError for an option outside its range."""
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError for an option outside its range."""
     limits = {
         "code_bits": (2, 256),
         "pair_bits": (2, 256),
@@ -391,128 +412,227 @@ def check(a: argparse.Namespace) -> None:
     }
     limits |= {"pairs": (200, 10**6), "sparsity": (0, 0.999)}
     for name, (low, high) in limits.items():
-        if not low <= getattr(a, name) <= high:
+        value = getattr(options, name)
+        if not low <= value <= high:
             raise UserError(
-                f"--{name} {getattr(a, name)} is out of range: give {low:g} to {high:g}"
+                f"--{name} {value} is out of range: give a value from {low:g} to {high:g}"
             )
 
 
-def generate(a: argparse.Namespace) -> None:
-    """Read, sample, fit, measure, write."""
-    began = time.monotonic()
-    check(a)
-    cutlass = None if a.generator == "correlation" else load_cutlass()
-    vocabulary = read_tokenizer(a.tokenizer)
-    shards = find_shards(a.tokens, vocabulary.fingerprint)
+class Corpus(NamedTuple):
+    """What the prior is computed from: the training text, and a held-out twentieth of it."""
+
+    vocabulary: Vocabulary
+    shards: dict[str, list[tuple[Path, dict]]]
+    text: Any  # rap_terms.Text
+    held: Any
+
+    @property
+    def split(self) -> str:
+        """The SHA-256 that identifies the shards."""
+        digests = sorted(meta["sha256"] for shards in self.shards.values() for _, meta in shards)
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def read_corpus(options: argparse.Namespace, rng: Any) -> Corpus:
+    """Read the tokenizer and as much of the training split as the options ask for."""
+    vocabulary = read_tokenizer(options.tokenizer)
+    shards = find_shards(options.tokens, vocabulary.fingerprint)
+    shares = parse_mix(options.mix, list(shards))
+    text, held = read_text(shards, shares, options.max_tokens, rng)
+    print(
+        f"read {len(text.ids):,} tokens of {', '.join(shards)}; {len(held.ids):,} more are held "
+        "out",
+        flush=True,
+    )
+    return Corpus(vocabulary, shards, text, held)
+
+
+class Codes(NamedTuple):
+    """The codes of tokens: what the terms `match` and `pair` compare."""
+
+    embedding: Any  # (V, code_bits) float32
+    codes: Any  # (V, code_bits) int8, each -1 or 1
+    query: Any  # (V, pair_bits): the code of the earlier of two tokens
+    now: Any  # (V, pair_bits): the code of the later one
+    ranges: dict[str, list]  # the critical range of each bit
+
+
+def make_codes(
+    options: argparse.Namespace, cutlass: Any, text: Any, pairs: Any, vocab_size: int, rng: Any
+) -> Codes:
+    """
+    Random codes, of which three quarters are replaced by rectified embeddings unless the options
+    ask for random ones; the rest distinguishes tokens of the same kind.
+    """
     import numpy as np
-    import rap_terms as rt
+    import rap_terms
+
+    bits, kind = options.code_bits, "next" if options.codes == "hash" else options.codes
+    embedding = rap_terms.embed(text.ids, vocab_size, bits, kind)
+    codes, ranges = rng.choice(np.array([-1, 1], np.int8), (vocab_size, bits)), {}
+    if cutlass and options.codes != "hash":
+        rectified, ranges = rap_terms.rectified_codes(cutlass, embedding, text, pairs)
+        kept = slice(None, -(bits // 4))
+        codes[:, kept] = rectified[:, kept]
+    # two tokens: each bit of the one times a different bit of the other
+    n = np.arange(options.pair_bits)
+    query, now = codes[:, (n + 1 + 7 * (n // bits)) % bits], codes[:, n % bits]
+    return Codes(embedding, codes, query, now, ranges)
+
+
+class Fit(NamedTuple):
+    """
+    Terms as a generator found them, and for `rules` the rules and what the fit says of itself.
+    """
+
+    terms: dict[str, Any]
+    rules: list
+    about: dict[str, Any]
+
+
+def fit(options: argparse.Namespace, cutlass: Any, corpus: Corpus, pairs: Any, codes: Codes) -> Fit:
+    """The terms of B, by the generator that the options name."""
+    import rap_terms
+
+    vocab_size, ids = len(corpus.vocabulary.tokens), corpus.text.ids
+    curves = {
+        "lag": rap_terms.lag_curve(ids, options.max_lag, options.lag_from),
+        "key": rap_terms.key_worth(corpus.text, vocab_size, options.max_lag),
+    }
+    rules, about, code = [], {}, codes.codes
+    print(f"fitting: {options.generator}", flush=True)
+    if options.generator == "rules":
+        raw = pair_features(options, corpus, pairs, codes.embedding)
+        rules, about = rap_terms.fit_rules(cutlass, raw, pairs.useful, options.seed)
+        terms = rap_terms.rules_terms(
+            rules, raw, curves, ids, pairs, options.code_bits, options.pair_bits
+        )
+        codes.ranges.update({f"{r.feature} {n}": [r.low, r.high] for n, r in enumerate(rules)})
+    elif options.generator == "rectified":
+        pair_codes = codes.query, codes.now
+        terms = curves | rap_terms.difference_terms(ids, pairs, code.astype(float), pair_codes)
+    else:
+        code, whole = rap_terms.spell(codes.embedding)
+        terms = curves | rap_terms.difference_terms(ids, pairs, code @ whole.T, ())
+        terms["match"] = whole.T @ terms["match"] @ whole
+    terms |= {"codes": code, "pair_query": codes.query, "pair_now": codes.now}
+    about["spans"] = rap_terms.find_spans(ids, options.max_lag, options.spans)
+    if about["spans"]:
+        terms["spans"] = span_masks(about["spans"], len(terms.get("lag", curves["lag"])))
+    return Fit(terms, rules, about)
+
+
+def pair_features(
+    options: argparse.Namespace, corpus: Corpus, pairs: Any, embedding: Any
+) -> dict[str, Any]:
+    """The features of the pairs that rules may use, by name."""
+    import numpy as np
+    import rap_terms
+
+    ids, tokens = corpus.text.ids, corpus.vocabulary.tokens
+    share = (np.bincount(ids, minlength=len(tokens)) + 0.5) / len(ids)
+    wanted = options.features or list(rap_terms.FEATURES)
+    return rap_terms.columns(corpus.text, pairs, wanted, share, kinds(tokens), embedding)
+
+
+def span_masks(spans: Sequence[tuple[int, int, float]], length: int) -> Any:
+    """(spans, length) bool: the distances that each span covers."""
+    import numpy as np
+
+    distance = np.arange(length)
+    return np.stack([(first <= distance) & (distance <= last) for first, last, _ in spans])
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Compute a prior, measure it on held-out text, and write it with its report."""
+    began = time.monotonic()
+    check(options)
+    cutlass = None if options.generator == "correlation" else load_cutlass()
+    import numpy as np
+    import rap_terms
     from rap_report import report
     from rap_worth import measure
     from safetensors.numpy import save
 
-    if odd := sorted(set(a.features or ()) - set(rt.FEATURES)):
-        raise UserError(f"--features {odd[0]} is no feature: choose from {', '.join(rt.FEATURES)}")
-    V, rng = len(vocabulary.tokens), np.random.default_rng(a.seed)
-    text, held = read_text(shards, parse_mix(a.mix, list(shards)), a.max_tokens, rng)
-    print(
-        f"read {len(text.ids):,} tokens of {', '.join(shards)}; {len(held.ids):,} more are held out",
-        flush=True,
-    )
-    e = rt.embed(text.ids, V, a.code_bits, "next" if a.codes == "hash" else a.codes)
-    sizes = (text, a.pairs), (held, min(a.pairs, 10_000))
-    pairs, unseen = (rt.sample_pairs(t, n, a.max_lag, rng, a.others == "matched") for t, n in sizes)
-    curves = {
-        "lag": rt.lag_curve(text.ids, a.max_lag, a.lag_from),
-        "key": rt.key_worth(text, V, a.max_lag),
-    }
-    codes, ranges = rng.choice(np.array([-1, 1], np.int8), (V, a.code_bits)), {}
-    if cutlass and a.codes != "hash":
-        rectified, ranges = rt.rectified_codes(cutlass, e, text, pairs)
-        codes[:, : -(a.code_bits // 4)] = rectified[
-            :, : -(a.code_bits // 4)
-        ]  # the rest stays random: tokens of one kind differ
-    bits = np.arange(
-        a.pair_bits
-    )  # the code of two tokens: each bit of the one times a different bit of the other
-    pair_codes = (
-        codes[:, (bits + 1 + 7 * (bits // a.code_bits)) % a.code_bits],
-        codes[:, bits % a.code_bits],
-    )
-    rules, about = [], {}
-    print(f"fitting: {a.generator}", flush=True)
-    if a.generator == "rules":
-        share, kind = (
-            (np.bincount(text.ids, minlength=V) + 0.5) / len(text.ids),
-            kinds(vocabulary.tokens),
+    if unknown := sorted(set(options.features or ()) - set(rap_terms.FEATURES)):
+        raise UserError(
+            f"--features has no feature {unknown[0]}: choose from {', '.join(rap_terms.FEATURES)}"
         )
-        raw = rt.columns(text, pairs, a.features or list(rt.FEATURES), share, kind, e)
-        rules, about = rt.fit_rules(cutlass, raw, pairs.useful, a.seed)
-        terms = rt.rules_terms(rules, raw, curves, text.ids, pairs, a.code_bits, a.pair_bits)
-        ranges |= {f"{r.feature} {n}": [r.low, r.high] for n, r in enumerate(rules)}
-    elif a.generator == "rectified":
-        terms = curves | rt.difference_terms(text.ids, pairs, codes.astype(np.float64), pair_codes)
-    else:
-        codes, whole = rt.spell(e)
-        terms = curves | rt.difference_terms(text.ids, pairs, codes @ whole.T, ())
-        terms["match"] = whole.T @ terms["match"] @ whole
-    terms |= {"codes": codes, "pair_query": pair_codes[0], "pair_now": pair_codes[1]}
-    if spans := rt.find_spans(text.ids, a.max_lag, a.spans):
-        distance = np.arange(len(terms["lag"] if "lag" in terms else curves["lag"]))
-        terms["spans"] = np.stack(
-            [(low <= distance) & (distance <= high) for low, high, _ in spans]
-        )
-    about["spans"] = spans
-    terms, strength = rt.finish(terms, a, text.ids, pairs)
+    rng = np.random.default_rng(options.seed)
+    corpus = read_corpus(options, rng)
+    text, held = corpus.text, corpus.held
+    vocab_size, matched = len(corpus.vocabulary.tokens), options.others == "matched"
+    pairs = rap_terms.sample_pairs(text, options.pairs, options.max_lag, rng, matched)
+    n_unseen = min(options.pairs, 10_000)
+    unseen = rap_terms.sample_pairs(held, n_unseen, options.max_lag, rng, matched)
+    codes = make_codes(options, cutlass, text, pairs, vocab_size, rng)
+    fitted = fit(options, cutlass, corpus, pairs, codes)
+    terms, strength = rap_terms.finish(fitted.terms, options, text.ids, pairs)
     print("measuring on held-out text", flush=True)
-    about |= measure(terms, strength, text, held, unseen, V, min(512, a.max_lag))
-    about |= {
-        "pairs": a.pairs,
-        "tokens": len(text.ids),
-        "seconds": round(time.monotonic() - began, 1),
-        "rss_bytes": peak_bytes(),
-    }
-    said = [f"+{2 * abs(r.weight):.2f}: {r.words()}" for r in rules if 2 * abs(r.weight) >= 0.005]
-    said += [about["polished"]] if rules else []
+    row = min(512, options.max_lag)
+    about = fitted.about | measure(terms, strength, text, held, unseen, vocab_size, row)
+    about |= {"pairs": options.pairs, "tokens": len(text.ids), "rss_bytes": peak_bytes()}
+    about["seconds"] = round(time.monotonic() - began, 1)
+    lines = rule_lines(fitted)
     numbers = ("auc", "youden", "fit", "gain", "seconds", "rss_bytes", "pairs", "tokens")
-    split = "".join(sorted(m["sha256"] for found in shards.values() for _, m in found))
+    plain = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
     meta = {
         "format": "rap-1",
-        "generator": a.generator,
+        "generator": options.generator,
         "generator_version": VERSION,
         "cutlass": CUTLASS if cutlass else "none",
-        "tokenizer": vocabulary.fingerprint,
-        "split": hashlib.sha256(split.encode()).hexdigest(),
-        "rules": json.dumps(said),
-        "ranges": json.dumps(ranges),
-        "sparsity": json.dumps(a.sparsity),
+        "tokenizer": corpus.vocabulary.fingerprint,
+        "split": corpus.split,
+        "rules": json.dumps(lines),
+        "ranges": json.dumps(codes.ranges),
+        "sparsity": json.dumps(options.sparsity),
         "strength": json.dumps(strength),
-        "report": json.dumps({k: about[k] for k in numbers if k in about}),
+        "report": json.dumps({name: about[name] for name in numbers if name in about}),
         "gates": json.dumps(about["gates"]),
-        "spans": json.dumps(spans),
-        "options": json.dumps({k: v for k, v in vars(a).items() if not isinstance(v, Path)}),
+        "spans": json.dumps(about["spans"]),
+        "options": json.dumps(plain),
     }
-    write(a.out, save(terms, meta))
-    write(
-        a.out.with_suffix(".html"),
-        report(a, terms, rules, about, strength, held, vocabulary.tokens).encode(),
-    )
+    write(options.out, save(terms, meta))
+    tokens = corpus.vocabulary.tokens
+    page = report(options, terms, fitted.rules, about, strength, held, tokens)
+    write(options.out.with_suffix(".html"), page.encode())
+    print_summary(options, terms, strength, about, lines)
+
+
+def rule_lines(fitted: Fit) -> list[str]:
+    """The rules in words with their log odds, and the polished rule; [] for other generators."""
+    odds = [(2 * abs(rule.weight), rule.words()) for rule in fitted.rules]
+    lines = [f"+{gain:.2f}: {words}" for gain, words in odds if gain >= 0.005]
+    return [*lines, fitted.about["polished"]] if fitted.rules else []
+
+
+def print_summary(
+    options: argparse.Namespace,
+    terms: dict[str, Any],
+    strength: dict[str, float],
+    about: dict[str, Any],
+    lines: Sequence[str],
+) -> None:
+    """Print what the prior says and what it is worth."""
     if "spans" in terms:
-        print(
-            "  a head each looks at the distances "
-            + ", ".join(f"{low} to {high}" if high > low else str(low) for low, high, _ in spans)
-        )
+        spans = [f"{a} to {b}" if b > a else str(a) for a, b, _ in about["spans"]]
+        print(f"  one head each attends to the distances {', '.join(spans)}")
+    for line in lines:
+        print(f"  {line}")
     print(
-        "".join(f"  {line}\n" for line in said)
-        + f"AUC {about['auc']:.3f}, Youden's J {about['youden']:.3f}; a copying head takes "
-        f"{about['gain']:.3f} nats off {about['base']:.3f} ({about['even']:.3f} when it attends evenly)"
+        f"AUC {about['auc']:.3f}, Youden's J {about['youden']:.3f}; a copying head reduces the "
+        f"loss of {about['base']:.3f} nats per token by {about['gain']:.3f} "
+        f"({about['even']:.3f} if it attends evenly)"
     )
     print(
-        f"{', '.join(strength)} in {a.out}, the report beside it; {about['seconds']:.0f} s, {about['rss_bytes'] / 1e9:.1f} GB"
+        f"{', '.join(strength)} in {options.out}, with the report beside it; "
+        f"{about['seconds']:.0f} s, {about['rss_bytes'] / 1e9:.1f} GB"
     )
 
 
 def write(path: Path, data: bytes) -> None:
-    """Beside and renamed: whole or absent."""
+    """Write a file so that it is complete or absent."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -523,18 +643,20 @@ def write(path: Path, data: bytes) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status: 2 with one line on standard error for what the user can mend."""
+    """Run a command line. The exit status is 2, with one line of error, if the user can fix it."""
     words = [
         re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), x)
         for x in (sys.argv[1:] if argv is None else argv)
     ]
-    a = options().parse_args(words)
+    options = command_line().parse_args(words)
     try:
-        if a.env:
+        if options.env:
             at = next(n for n, x in enumerate(words) if x.partition("=")[0] == "--env")
-            taken = 2 if words[at] == "--env" and words[at + 1 : at + 2] == [str(a.env)] else 1
-            return run_in(a.env, words[:at] + words[at + taken :])
-        generate(a)
+            taken = (
+                2 if words[at] == "--env" and words[at + 1 : at + 2] == [str(options.env)] else 1
+            )
+            return run_in(options.env, words[:at] + words[at + taken :])
+        generate(options)
     except Exception as e:
         if type(e).__name__ not in ("UserError", "TooLittle"):
             raise

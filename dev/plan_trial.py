@@ -1,11 +1,12 @@
 """
-A plan against what follows it: `plan recipe` for a budget on this machine, the run that it asks for, and the same budget with the next-best
-candidates of its table.
+A plan against what follows it: `plan recipe` for a budget on this machine, the run that it asks
+for, and the same budget with the next-best candidates of its table.
 
     python dev/plan_trial.py --texts DIR --minutes 20
 
-DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Nothing else should run on the machine. Interrupted and started again it goes on;
-figures go to dev/results/plan_trial.json, the picture to dev/plan_trial.png.
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Nothing else should run on the machine.
+Interrupted and started again it goes on; figures go to dev/results/plan_trial.json, the picture to
+dev/plan_trial.png.
 """
 
 import json
@@ -52,7 +53,10 @@ def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str,
 
 
 def trained(base: Path, out: str) -> dict[str, Any]:
-    """The record of the run that a recipe asks for, trained unless it is there, with its tokens a second and the clock's seconds."""
+    """
+    The record of the run that a recipe asks for, trained unless it is there, with its tokens a
+    second and the clock's seconds.
+    """
     trials.run(
         ["-m", "scripts.base_train", "--recipe", f"plan/{out}.toml", "--resume=auto", "--keep=1"],
         base,
@@ -129,7 +133,7 @@ def picture(found: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    p = trials.options(__doc__ or "", "plan_trial", [])
+    p = trials.command_line(__doc__ or "", "plan_trial", [])
     p.add_argument("--minutes", type=float, default=20, help="the whole budget")
     p.add_argument("--vocab", type=int, default=8192)
     a = p.parse_args()

@@ -1,5 +1,6 @@
 """
-Python's own standard library as training text, for trials on code that every machine has: a JSON line {"text": ...} for each file.
+Python's own standard library as training text, for trials on code that every machine has: a JSON
+line {"text": ...} for each file.
 
     python dev/python_library.py library.jsonl
 """

@@ -1,11 +1,12 @@
 """
-The experiments on the attention prior, from tokenizer to summary: what dev/LOG.md says of it was computed by this.
+The experiments on the attention prior in dev/LOG.md, from tokenizer to summary.
 
     python dev/rap_experiments.py --texts DIR --env ~/.cache/nanochat/rap_env
     python dev/rap_experiments.py --texts DIR --only prose-small code-small
 
-DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %: prose) and dialog/ (conversations, read as plain text); code is Python's own standard
-library. Each experiment is one comparison (trials.py); after each, dev/results/rap_summary.json and dev/rap.png are made anew.
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %: prose) and dialog/ (conversations, read as
+plain text); code is Python's own standard library. Each experiment is one comparison
+(trials.py); dev/results/rap_summary.json and dev/rap.png are rewritten after each.
 """
 
 import argparse
@@ -23,7 +24,10 @@ from matplotlib.figure import Figure
 from nanochat.study.comparison_page import draw_curves
 
 MEASURES = "saved_tokens_pct", "saved_seconds_pct", "final_bpb_delta", "step_time_pct"
-RUN = "--embedding_lr=0.1 --sequence_len=256 --total_batch_size=2048 --eval_every=0.1 --eval_tokens=16384 --sample_every=0 --compile=on"
+RUN = (
+    "--embedding_lr=0.1 --sequence_len=256 --total_batch_size=2048 --eval_every=0.1 "
+    "--eval_tokens=16384 --sample_every=0 --compile=on"
+)
 SIZES = {  # 1.3 M and 5.3 M matrix parameters
     "small": f"--depth=3 --model_dim=192 --head_dim=32 --num_iterations=400 {RUN}",
     "large": f"--depth=3 --model_dim=384 --head_dim=64 --num_iterations=500 {RUN}",
@@ -31,7 +35,7 @@ SIZES = {  # 1.3 M and 5.3 M matrix parameters
 
 
 class Condition(NamedTuple):
-    made: str | None  # options of the generator; None: no prior
+    generator: str | None  # its options; None = no prior
     flags: str = ""  # of base_train
 
 
@@ -81,16 +85,18 @@ EXPERIMENTS = {
 }
 
 
-def generated(made: str, base: Path, data: list[str], env: Path) -> str:
-    """The artifact that these options of the generator make from a corpus, as a path from the base folder on."""
-    out = f"priors/{re.sub(r'[^a-z0-9]+', '-', made.removeprefix('--generator '))}.safetensors"
+def prior(generator: str, base: Path, data: list[str], env: Path) -> str:
+    """
+    The prior that these options of the generator make of a corpus, relative to the base folder.
+    """
+    out = f"priors/{re.sub(r'[^a-z0-9]+', '-', generator.removeprefix('--generator '))}.safetensors"
     if not (base / out).exists():
         mix = [f"{m[1]}:{m[2]}" for d in data if (m := re.fullmatch(r"(\w+)=.*:([\d.]+)", d))]
         words = [
             str(trials.REPO / "dev" / "generate_rap_prior.py"),
             "--env",
             str(env),
-            *shlex.split(made),
+            *shlex.split(generator),
         ]
         trials.run(
             [*words, "--max_lag", "256", "--out", out, *(["--mix", *mix] if mix else [])], base
@@ -98,34 +104,42 @@ def generated(made: str, base: Path, data: list[str], env: Path) -> str:
     return out
 
 
-def experiment(name: str, wanted: Sequence[str] | None, a: argparse.Namespace) -> None:
-    """Everything that one experiment needs, and its comparison."""
-    e, base = EXPERIMENTS[name], a.base.resolve() / EXPERIMENTS[name].corpus
-    data = trials.prepared(e.corpus, a.texts.resolve(), base, 4096)
+def run_experiment(name: str, wanted: Sequence[str] | None, options: argparse.Namespace) -> None:
+    """Make the tokenizer, the priors and the comparison of one experiment."""
+    experiment = EXPERIMENTS[name]
+    base = options.base.resolve() / experiment.corpus
+    data = trials.prepared(experiment.corpus, options.texts.resolve(), base, 4096)
     flags = {}
-    for n, c in e.conditions.items():
-        if n in (wanted or e.conditions):
-            rap = f"--rap={generated(c.made, base, data, a.env.resolve())} " if c.made else ""
-            flags[n.replace(" ", "-").replace("%", "pct")] = rap + c.flags
-    kin = [f"rap_{n}" for n, o in EXPERIMENTS.items() if n != name and o[:2] == e[:2]]
+    for label, condition in experiment.conditions.items():
+        if label in (wanted or experiment.conditions):
+            rap = ""
+            if condition.generator:
+                rap = f"--rap={prior(condition.generator, base, data, options.env.resolve())} "
+            flags[label.replace(" ", "-").replace("%", "pct")] = rap + condition.flags
+    related = [
+        f"rap_{other}"
+        for other, e in EXPERIMENTS.items()
+        if other != name and e[:2] == experiment[:2]
+    ]
     trials.compare(
         f"rap_{name}",
         base,
-        f"{SIZES[e.size]} --data {shlex.join(data)}",
-        e.seeds,
+        f"{SIZES[experiment.size]} --data {shlex.join(data)}",
+        experiment.seeds,
         flags,
-        kin,
-        a.retime,
+        related,
+        options.retime,
     )
 
 
 def summarise() -> None:
     """
-    rap_summary.json: corpus -> size -> condition -> n_seeds and every measure as mean, lo, hi. `timed`: the seconds are of a quiet machine,
-    by turns (--retime); where it is false other work ran beside it, and its seconds and step times say little.
+    rap_summary.json: corpus -> size -> condition -> n_seeds and every measure as mean, lo, hi.
+    `timed`: the seconds are of a quiet machine, by turns (--retime); where it is false other work
+    ran beside it, and its seconds and step times say little.
     """
     summary: dict[str, dict[str, dict[str, dict]]] = {}
-    for name, results in kept().items():
+    for name, results in stored_results().items():
         e = EXPERIMENTS[name]
         runs = (trials.RESULTS / f"rap_{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
         timed = all(json.loads(line).get("retimed", False) for line in runs)
@@ -151,23 +165,26 @@ def summarise() -> None:
     )
 
 
-def kept() -> dict[str, dict[str, Any]]:
-    """The results of all experiments so far, by whatever machine."""
+def stored_results() -> dict[str, dict[str, Any]]:
+    """The results of all experiments so far, from any machine."""
     files = {n: trials.RESULTS / f"rap_{n}.results.json" for n in EXPERIMENTS}
     return {n: json.loads(f.read_text(encoding="utf-8")) for n, f in files.items() if f.exists()}
 
 
 def picture(out: Path) -> None:
-    """Learning curves of the larger comparisons, and below them the tokens that every condition saves, with its interval."""
-    found = kept()
-    drawn = [n for n in found if EXPERIMENTS[n].conditions.keys() <= MAIN.keys()]
+    """
+    Learning curves of the larger comparisons, and below them the tokens that every condition saves,
+    with its interval.
+    """
+    results = stored_results()
+    drawn = [n for n in results if EXPERIMENTS[n].conditions.keys() <= MAIN.keys()]
     across = max(1, len(drawn))
     figure = Figure(figsize=(4.6 * across, 9), layout="constrained")
     top, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for ax, name in zip(top.subplots(1, across, squeeze=False)[0], drawn, strict=False):
         lines = (trials.RESULTS / f"rap_{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
         groups: dict[str, list[dict[str, Any]]] = {
-            c["name"]: [] for c in found[name]["conditions"] if c["n_seeds"]
+            c["name"]: [] for c in results[name]["conditions"] if c["n_seeds"]
         }
         for r in map(json.loads, lines):
             if r["condition"] in groups and not r.get("error"):
@@ -178,7 +195,7 @@ def picture(out: Path) -> None:
     for (
         name,
         r,
-    ) in found.items():  # what an ablation shares with the comparison before it is drawn once
+    ) in results.items():  # what an ablation shares with its main comparison is drawn once
         pairs = [
             p
             for p in r["pairs"]
@@ -204,18 +221,18 @@ def picture(out: Path) -> None:
 
 
 def main() -> None:
-    p = trials.options(__doc__ or "", "rap_experiments", list(EXPERIMENTS))
+    parser = trials.command_line(__doc__ or "", "rap_experiments", list(EXPERIMENTS))
     cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-    p.add_argument(
+    parser.add_argument(
         "--env",
         type=Path,
         default=cache / "rap_env",
-        help="the generator's environment, made if it is not there",
+        help="the generator's environment, created if needed",
     )
-    a = p.parse_args()
-    for name in a.only:
+    options = parser.parse_args()
+    for name in options.only:
         try:
-            experiment(name, a.conditions, a)
+            run_experiment(name, options.conditions, options)
         finally:
             summarise()
             picture(trials.REPO / "dev" / "rap.png")

@@ -1,6 +1,6 @@
 """
-The page that dev/generate_rap_prior.py writes beside a prior: its rules in words, what it is worth, its ranks, and pictures of B. It needs
-nothing else to be read: no script, no file, no network.
+The page that dev/generate_rap_prior.py writes beside a prior: its rules in words, what it is worth,
+its ranks, and pictures of B. It needs no script, no other file and no network.
 """
 
 import io
@@ -11,11 +11,15 @@ from html import escape
 
 import matplotlib
 import numpy as np
-import rap_terms as rt
+import rap_terms
 from matplotlib.figure import Figure
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#222}
-table{border-collapse:collapse}td,th{padding:.15rem .8rem .15rem 0;text-align:left;border-bottom:1px solid #ccc}svg{max-width:100%}"""
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       background: #fff; color: #222 }
+table { border-collapse: collapse } svg { max-width: 100% }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; border-bottom: 1px solid #ccc }
+"""
 
 
 def report(
@@ -24,10 +28,10 @@ def report(
     rules: list,
     about: dict,
     strength: dict,
-    held: rt.Text,
+    held: rap_terms.Text,
     tokens: list[bytes],
 ) -> str:
-    """One page that needs nothing else: the rules, what they are worth, and pictures of B."""
+    """The page as HTML: the rules, what they are worth, and pictures of B."""
 
     def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         lines = [("th", heads), *(("td", row) for row in rows)]
@@ -42,7 +46,8 @@ def report(
 
     n, seconds, size = about["tokens"], about["seconds"], about["rss_bytes"] / 1e9
     out = [
-        f"<h1>Attention prior: {a.generator}</h1><p>{n:,} tokens of the training split, {about['pairs']:,} pairs, half of them useful; "
+        f"<h1>Attention prior: {a.generator}</h1><p>{n:,} tokens of the training split, "
+        f"{about['pairs']:,} pairs, half of them useful; "
     ]
     out.append(f"{seconds:.0f} seconds, {size:.2f} GB.</p>")
     told: list[tuple] = [
@@ -59,26 +64,30 @@ def report(
             "..".join("" if x is None else f"{x:.3g}" for x in (r.low, r.high)) for r in rules
         ]
         rows = [
-            (f"+{2 * abs(r.weight):.2f}", r.words(), c, rt.FEATURES[r.feature][1])
+            (f"+{2 * abs(r.weight):.2f}", r.words(), c, rap_terms.FEATURES[r.feature][1])
             for r, c in zip(rules, ranges, strict=True)
         ]
         out.append(
-            "<h2>Rules</h2><p>What makes a key more useful, in log odds, and the critical range of keys that are not:</p>"
+            "<h2>Rules</h2><p>What makes a key more useful, in log odds, and the critical range "
+            "of keys that are not:</p>"
         )
+        out.append(table(("log odds", "a key is more useful if", "critical range", "term"), rows))
         out.append(
-            table(("log odds", "a key is more useful when", "critical range", "becomes"), rows)
+            f"<p>Polished to logic: {escape(about['polished'])} (Youden's J "
+            f"{about['polished_youden']:.3f}).</p>"
         )
-        out.append(
-            f"<p>Polished to logic: {escape(about['polished'])} (Youden's J {about['polished_youden']:.3f}).</p>"
-        )
-    out.append("<h2>How well it tells useful keys</h2>" + table(("", "AUC", "Youden's J"), told))
     out.append(
-        "<p>A single head that attends by the prior alone and copies, mixed into a bigram table, takes "
+        "<h2>How well it distinguishes useful keys</h2>" + table(("", "AUC", "Youden's J"), told)
     )
     out.append(
-        f"{about['gain']:.3f} nats off its loss of {about['base']:.3f} a token on held-out rows of {about['row']}; "
+        "<p>A single head that attends by the prior alone and copies, mixed into a bigram table, "
+        "reduces its loss by "
     )
-    out.append(f"one that attends evenly takes {about['even']:.3f}.</p>")
+    out.append(
+        f"{about['gain']:.3f} of {about['base']:.3f} nats per token on held-out rows "
+        f"of {about['row']} tokens; "
+    )
+    out.append(f"a head that attends evenly reduces it by {about['even']:.3f}.</p>")
     needs, gates, alone = ranks(terms), about["gates"], about["alone"]
     rows = [
         (g, f"{strength[g]:.2f}", needs[g][0], f"{needs[g][1]:.2g}", gates[g], f"{alone[g]:.3f}")
@@ -92,7 +101,7 @@ def report(
                 "rank",
                 "largest error",
                 "its gate in that head",
-                "nats with it alone",
+                "gain with it alone, nats",
             ),
             rows,
         )
@@ -103,15 +112,20 @@ def report(
             for low, high, nats in about["spans"]
         ]
         out.append(
-            "<h2>Spans</h2><p>One head each looks at these distances and at no other, to start with:</p>"
+            "<h2>Spans</h2><p>Initially, one head each attends to these distances and to no "
+            "others:</p>"
         )
-        out.append(table(("distance", "nats that its first tells of the next token"), told_spans))
+        out.append(
+            table(("distance", "information of the first about the next token, nats"), told_spans)
+        )
     out.append("<h2>Pictures</h2>" + pictures(terms, gates, held, tokens))
     head = f'<meta charset="utf-8"><title>Attention prior</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{"".join(out)}</html>\n'
 
 
-def pictures(terms: dict, gates: dict[str, float], held: rt.Text, tokens: list[bytes]) -> str:
+def pictures(
+    terms: dict, gates: dict[str, float], held: rap_terms.Text, tokens: list[bytes]
+) -> str:
     """SVG: the lag curve, and softmax(B) on the first 40 tokens of a held-out document."""
     n = 40
     first = next(
@@ -123,7 +137,9 @@ def pictures(terms: dict, gates: dict[str, float], held: rt.Text, tokens: list[b
         tokens[t].decode("utf-8", "replace").replace("\n", "\u21b5").replace("$", r"\$") or "\u25ae"
         for t in ids
     ]
-    score = sum(m[0] * max(gates.get(g, 0), 1) for g, m in rt.matrices(terms, ids[None]).items())
+    score = sum(
+        m[0] * max(gates.get(g, 0), 1) for g, m in rap_terms.matrices(terms, ids[None]).items()
+    )
     weight = np.exp(np.where(np.tril(np.ones((n, n), bool)), score, -np.inf))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rap", "font.size": 8}):
         figure = Figure(figsize=(9, 12.5))
@@ -131,11 +147,11 @@ def pictures(terms: dict, gates: dict[str, float], held: rt.Text, tokens: list[b
         if "lag" in terms:
             top.plot(np.arange(1, len(terms["lag"]) + 1), terms["lag"])
             top.set_xscale("log")
-        top.set_title("lag: what a key is worth by 1 + its distance")
+        top.set_title("lag: the worth of a key by 1 + its distance")
         below.imshow(weight / weight.sum(1, keepdims=True), cmap="Greys", vmax=0.5)
         below.set_xticks(range(n), words, rotation=90)
         below.set_yticks(range(n), words)
-        below.set_title("where each token (row) looks by the prior alone")
+        below.set_title("where each token (row) attends by the prior alone")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return re.sub(
@@ -144,7 +160,10 @@ def pictures(terms: dict, gates: dict[str, float], held: rt.Text, tokens: list[b
 
 
 def ranks(terms: dict, error: float = 0.02, T: int = 512) -> dict[str, tuple[int, float]]:
-    """The columns that each group needs beside q and k, and the largest error: lag as a truncated SVD (free above the diagonal)."""
+    """
+    The columns that each group needs beside q and k, and the largest error; lag is a truncated SVD,
+    free above the diagonal.
+    """
     out = {"key": (1, 0.0)} if "key" in terms else {}
     if "match" in terms:
         out["match"] = (
@@ -154,9 +173,9 @@ def ranks(terms: dict, error: float = 0.02, T: int = 512) -> dict[str, tuple[int
     if "pair" in terms:
         out["pair"] = int(np.count_nonzero(terms["pair"])), 0.0
     if "lag" in terms:
-        left = rt.matrices({"lag": terms["lag"]}, np.zeros((1, min(T, len(terms["lag"]))), int))[
-            "lag"
-        ][0].astype(np.float64)
+        left = rap_terms.matrices(
+            {"lag": terms["lag"]}, np.zeros((1, min(T, len(terms["lag"]))), int)
+        )["lag"][0].astype(np.float64)
         (u, s, v), rank = np.linalg.svd(left), 0
         while (worst := float(np.abs(np.tril(left)).max())) > error and rank < len(s):
             left, rank = left - s[rank] * np.outer(u[:, rank], v[rank]), rank + 1

@@ -1,7 +1,10 @@
 """
-The arithmetic of dev/generate_rap_prior.py: what a text says of tokens and distances, pairs of positions and their features, the rules
-that make pairs useful, and the terms of B; rap_worth.py says what these are worth. Everything random comes from the
-generator that is passed. It reads and writes no file and refuses, with TooLittle, a text or options that leave no prior.
+The arithmetic of dev/generate_rap_prior.py: statistics of tokens and distances, pairs of positions
+and their features, the rules that make pairs useful, and the terms of B. rap_worth.py measures the
+result.
+
+All randomness comes from the generator that is passed in. Nothing here reads or writes a file.
+TooLittle is raised for a text or options that leave no prior.
 """
 
 import sys
@@ -17,7 +20,7 @@ LEVELS = (
     0.25,
     0.5,
     0.75,
-)  # a feature has a critical range up to each of these quantiles, besides the whole one
+)  # besides its whole range, a feature has a critical range up to each of these quantiles
 PENALTIES = [
     0.003,
     0.01,
@@ -30,7 +33,7 @@ GROUPS = {
     "match": ("codes", "match"),
     "pair": ("pair_query", "pair_now", "pair"),
 }
-FEATURES = {  # what each feature of a pair says of it, and the term of B that it becomes
+FEATURES = {  # what each feature of a pair means, and the term of B that it becomes
     "copy": ("the token before the key is the query's token", "match 1"),
     "copy_pair": ("the two tokens before the key are the query's and the one before it", "pair"),
     "same": ("the key is the query's token", "match 0"),
@@ -48,25 +51,22 @@ FEATURES = {  # what each feature of a pair says of it, and the term of B that i
 
 
 class TooLittle(Exception):
-    """There is too little text, or too little is left of the prior: the message says what to give."""
+    """Too little text, or nothing left of the prior; the message says what to change."""
 
 
 class Progress:
-    """A bar on a terminal, else a line every ten seconds; nothing for what takes less than two."""
+    """
+    A bar on a terminal, otherwise a line every ten seconds; nothing for the first two seconds.
+    """
 
     def __init__(self, label: str):
-        self.label, self.began, self.said, self.bar = (
-            label,
-            time.monotonic(),
-            0.0,
-            sys.stderr.isatty(),
-        )
+        self.label, self.began = label, time.monotonic()
+        self.shown, self.is_terminal = 0.0, sys.stderr.isatty()
 
     def __call__(self, share: float) -> None:
-        if (took := time.monotonic() - self.began) > 2 and took - self.said > (
-            0.2 if self.bar else 10
-        ):
-            self.said, end = took, "\r" if self.bar and share < 1 else "\n"
+        seconds = time.monotonic() - self.began
+        if seconds > 2 and seconds - self.shown > (0.2 if self.is_terminal else 10):
+            self.shown, end = seconds, "\r" if self.is_terminal and share < 1 else "\n"
             print(
                 f"  {self.label} [{'#' * round(30 * share):<30}] {share:4.0%}",
                 end=end,
@@ -76,7 +76,7 @@ class Progress:
 
 
 class Text(NamedTuple):
-    """ids (N,) int32 of documents one after another; begin (N,) int64: where the document of each token begins."""
+    """Documents in a row: ids (N,) int32; begin (N,) int64, where each token's document begins."""
 
     ids: Array
     begin: Array
@@ -84,8 +84,9 @@ class Text(NamedTuple):
 
 def embed(ids: Array, vocab_size: int, dim: int, kind: str, contexts: int = 1024) -> Array:
     """
-    (V, dim) float32 of length 1: the largest singular directions of the positive pointwise mutual information of a token with the
-    commonest tokens (`contexts` of them) that come `next`, or lie `around` it, up to four away (Bullinaria and Levy 2007).
+    Embeddings of tokens, (V, dim) float32 of length 1: the largest singular directions of the
+    positive pointwise mutual information between a token and the `contexts` most common tokens,
+    counted where they come `next` or lie `around` it, up to four away (Bullinaria and Levy 2007).
     """
     common = np.argsort(-np.bincount(ids, minlength=vocab_size), kind="stable")[:contexts]
     column = np.full(vocab_size, -1, np.int64)
@@ -116,13 +117,13 @@ def embed(ids: Array, vocab_size: int, dim: int, kind: str, contexts: int = 1024
 
 def information(ids: Array, distances: Array | Sequence[int], buckets: int = 512) -> Array:
     """
-    Nats that the key at each distance tells of the next token: the mutual information of the commonest tokens, the rest being one, less
-    what chance gives (Miller and Madow).
+    The mutual information, in nats, between the key at each distance and the next token, less what
+    chance gives (Miller and Madow). The most common tokens count separately, the rest as one.
     """
     ids = np.argsort(np.argsort(-np.bincount(ids), kind="stable"), kind="stable").clip(
         max=buckets - 1
     )[ids]
-    found = []
+    nats = []
     for d in distances:
         now, then = ids[: -d - 1], ids[d + 1 :]
         joint = np.bincount(now.astype(np.int64) * buckets + then, minlength=buckets**2).reshape(
@@ -130,14 +131,15 @@ def information(ids: Array, distances: Array | Sequence[int], buckets: int = 512
         ) / len(now)
         a, b, seen = joint.sum(1), joint.sum(0), joint > 0
         chance = (seen.sum() - (a > 0).sum() - (b > 0).sum() + 1) / (2 * len(now))
-        found.append((joint[seen] * np.log(joint[seen] / np.outer(a, b)[seen])).sum() - chance)
-    return np.array(found)
+        nats.append((joint[seen] * np.log(joint[seen] / np.outer(a, b)[seen])).sum() - chance)
+    return np.array(nats)
 
 
 def lag_curve(ids: Array, max_lag: int, source: str) -> Array:
     """
-    (max_lag,): how much likelier than far away the key at a distance is the next token (`event`: log odds), or how much more it tells of it
-    (`information`: logarithm). From binned distances, smoothed beyond the eighth, and 0 at the far end.
+    What a key is worth by its distance, (max_lag,), relative to one far away: the log odds that it
+    is the next token (`event`), or the logarithm of its information about it (`information`).
+    Computed on binned distances, smoothed beyond the eighth, and 0 at the far end.
     """
     max_lag = min(max_lag, len(ids) // 4)
     bins = np.unique(np.r_[: min(8, max_lag), np.geomspace(8, max(9, max_lag - 1), 40).astype(int)])
@@ -159,8 +161,9 @@ def find_spans(
     ids: Array, max_lag: int, n: int, enough: int = 4_000_000
 ) -> list[tuple[int, int, float]]:
     """
-    At most n spans of distances, (first, last, nats that the first tells beyond the level far away): from 1 on, each as far as a distance
-    tells half of what the span's first does, so that a head which attends evenly to a span loses little by that.
+    At most n spans of distances, (first, last, information of the first in nats above the level far
+    away). They start at distance 1; each ends where a distance has half the information of the
+    span's first, so that a head which attends evenly to a span loses little.
     """
     ids, max_lag = ids[:enough], min(max_lag, len(ids) // 4)
     at = np.unique(np.r_[1 : min(9, max_lag), np.geomspace(8, max(9, max_lag - 1), 24).astype(int)])
@@ -178,8 +181,9 @@ def find_spans(
 
 def key_worth(text: Text, vocab_size: int, max_lag: int, strength: float = 20.0) -> Array:
     """
-    (V,): log odds that a key of this token is useful, against an average key. When the next token is v, each v within max_lag gets an equal
-    part of the event: a key's rate goes with how often v, when it comes, has come before. `strength` average tokens keep rare ones near 0.
+    The log odds that a key of each token is useful, (V,), against an average key: a key's rate
+    follows how often its token has occurred within max_lag before it occurs again. `strength`
+    pseudocounts of the average keep rare tokens near 0.
     """
     order, gap = np.argsort(text.ids, kind="stable"), np.full(len(text.ids), max_lag + 1)
     again = text.ids[order][1:] == text.ids[order][:-1]
@@ -191,7 +195,9 @@ def key_worth(text: Text, vocab_size: int, max_lag: int, strength: float = 20.0)
 
 
 class Pairs(NamedTuple):
-    """Positions of queries and keys, (n,) each, j < i, in one document; useful (n,) bool: x[j] is x[i + 1]."""
+    """
+    Positions of queries i and keys j < i of one document, (n,); useful (n,): x[j] is x[i + 1].
+    """
 
     i: Array
     j: Array
@@ -200,8 +206,9 @@ class Pairs(NamedTuple):
 
 def sample_pairs(text: Text, n: int, max_lag: int, rng: Any, matched: bool = False) -> Pairs:
     """
-    n / 2 useful pairs, at most one a query and drawn evenly from its useful keys, and as many others: of the same queries, and if `matched`
-    with a distance and a frequency of the key in the same octave.
+    n / 2 useful pairs, at most one per query and drawn evenly from its useful keys, and as many
+    other pairs of the same queries; if `matched`, with the key's distance and frequency in the same
+    octave.
     """
     ids, begin, distance = text.ids, text.begin, np.arange(1, max_lag)
     octave = np.log2(np.maximum(np.bincount(ids), 1)).astype(int)
@@ -211,7 +218,7 @@ def sample_pairs(text: Text, n: int, max_lag: int, rng: Any, matched: bool = Fal
         tries += size
         if tries > 200 * n + 100_000:
             raise TooLittle(
-                f"only {got:,} useful pairs were found where {n // 2:,} are wanted: give more text, or fewer --pairs"
+                f"found only {got:,} of {n // 2:,} useful pairs: give more text, or fewer --pairs"
             )
         i = rng.integers(3, len(ids) - 1, size)
         i = i[(i - begin[i] > 2) & (begin[i + 1] == begin[i])]
@@ -234,14 +241,14 @@ def sample_pairs(text: Text, n: int, max_lag: int, rng: Any, matched: bool = Fal
 def columns(
     text: Text, pairs: Pairs, wanted: Sequence[str], share: Array, kind: dict[str, Array], e: Array
 ) -> dict[str, Array]:
-    """The features of the pairs, (n,) float64 each, by name; e (V, D): of which likeness is the product."""
+    """Features of the pairs by name, (n,) float64; likeness is the product of rows of e (V, D)."""
     ids, i, j = text.ids, pairs.i, pairs.j
     query, key, before, skipped = ids[i], ids[j], ids[j - 1], ids[(j - 2).clip(0)]
 
     def like(x: Array, y: Array) -> Array:
         return np.einsum("nd,nd->n", e[x], e[y])
 
-    made = {
+    features = {
         "copy": before == query,
         "copy_pair": (before == query) & (skipped == ids[i - 1]),
         "same": key == query,
@@ -251,14 +258,17 @@ def columns(
         "similar_skip": like(query, skipped),
         "distance": np.log2(1 + i - j),
     }
-    made |= {"key_frequency": np.log2(share[key])} | {
+    features |= {"key_frequency": np.log2(share[key])} | {
         f"key_{name}": of[key] for name, of in kind.items()
     }
-    return {name: made[name].astype(np.float64) for name in wanted}
+    return {name: features[name].astype(np.float64) for name in wanted}
 
 
 class Rule(NamedTuple):
-    """A feature of -1 and 1: 1 inside the critical range low..high (None: open) of pairs that are not useful. weight: of 'not useful'."""
+    """
+    A feature that is 1 inside the critical range low..high (None = open) of pairs that are not
+    useful, else -1. weight: for 'not useful'.
+    """
 
     feature: str
     low: float | None
@@ -285,7 +295,10 @@ class Rule(NamedTuple):
 
 
 def rectify(cutlass: Any, raw: dict[str, Array], useful: Array) -> list[Rule]:
-    """The critical ranges of every feature: the whole one and those up to quantiles of pairs that are not useful; each split once."""
+    """
+    Rules for the critical ranges of every feature: the whole range and those up to quantiles of
+    pairs that are not useful; equal splits once.
+    """
     names, table = list(raw), np.stack(list(raw.values()), 1)
     rules, seen = [], set()
     for level in (None, *LEVELS):
@@ -309,7 +322,10 @@ def rectify(cutlass: Any, raw: dict[str, Array], useful: Array) -> list[Rule]:
 def fit_rules(
     cutlass: Any, raw: dict[str, Array], useful: Array, seed: int
 ) -> tuple[list[Rule], dict[str, Any]]:
-    """Rules with weights, the strongest first, and what the fit says of itself: words of the polished rule, auc and youden of 3 folds."""
+    """
+    Rules with weights, the strongest first, and a summary of the fit: the polished rule in words,
+    and (AUC, Youden's J) over three folds.
+    """
     rules = rectify(cutlass, raw, useful)
     x, y = np.stack([r.of(raw[r.feature]) for r in rules], 1), (~useful).astype(int)
     names = [f"{r.feature}.{n}." for n, r in enumerate(rules)]
@@ -340,7 +356,7 @@ def fit_rules(
     ]
     if not (k := int(polish.get("k_chosen", 0))):
         raise TooLittle(
-            "no feature told useful pairs from others: fit on more --pairs, or allow more --features"
+            "no feature distinguishes useful pairs: fit on more --pairs, or allow more --features"
         )
     need = int(np.floor((k + polish["b_k"][k - 1] / polish["K_used"]) / 2)) + 1
     words = f"useful when at least {need} of {k} hold: " + "; ".join(
@@ -355,7 +371,7 @@ def fit_rules(
 
 
 def effect(rules: Sequence[Rule], feature: str, values: Array) -> Array:
-    """Log odds of 'useful' that the rules of a feature give to its values."""
+    """The log odds of 'useful' that the rules of a feature give its values."""
     return sum((-r.weight * r.of(values) for r in rules if r.feature == feature), values * 0.0)
 
 
@@ -369,9 +385,11 @@ def rules_terms(
     P2: int,
 ) -> dict:
     """
-    Fitted rules -> terms. A match is worth what its feature gains from an ordinary value to 1, spread over the P or P2 bits of codes; one
-    of less than a quarter of the best, or below 0, is left out: by chance likeness of codes it costs more than it tells. lag and key
-    are those curves, each scaled by least squares to what the rules say of the distances and keys of the pairs.
+    The terms that fitted rules become. A match is worth the gain of its feature from the median to
+    1, spread over the P or P2 bits of the codes. A match below 0, or below a quarter of the best,
+    is left out: chance similarity of codes would cost more than it adds. lag and key are the
+    curves, each scaled by least squares to what the rules say about the distances and keys of the
+    pairs.
     """
     gain = {term: 0.0 for _, term in FEATURES.values() if term not in ("lag", "key")}
     told = {term: np.zeros(len(pairs.i)) for term in ("lag", "key")}
@@ -404,8 +422,9 @@ def difference_terms(
     ids: Array, pairs: Pairs, features: Array, pair_codes: Sequence[Array]
 ) -> dict[str, Array]:
     """
-    match (3, P, P): mean of features[x_i] x features[x_(j - s)] over useful pairs minus that over others; pair: the same by bits of two
-    tokens. Scaled to log odds as Fisher's discriminant is: by the difference of their values' means over the variance.
+    match (3, P, P): the mean of features[x_i] x features[x_(j - s)] over useful pairs minus that
+    over other pairs; pair: the same for the bits of two tokens. Scaled to log odds like Fisher's
+    discriminant: by the difference of the mean values over the variance.
     """
     u = pairs.useful
 
@@ -427,7 +446,10 @@ def difference_terms(
 
 
 def two_tokens(a: Array, b: Array, ids: Array, pairs: Pairs) -> Array:
-    """(n, P2) int8: by bit, whether the codes of the query's two tokens agree with those of the two before the key."""
+    """
+    (n, P2) int8, per bit: whether the codes of the query's two tokens agree with those of the two
+    before the key.
+    """
     i, j = pairs.i, pairs.j
     return a[ids[i - 1]] * b[ids[i]] * a[ids[(j - 2).clip(0)]] * b[ids[j - 1]]
 
@@ -436,8 +458,9 @@ def rectified_codes(
     cutlass: Any, e: Array, text: Text, pairs: Pairs
 ) -> tuple[Array, dict[str, list]]:
     """
-    (V, P) int8: whether each number of a token's embedding lies in the lower half of those that stand before keys that are not useful (half
-    and half is where a bit tells most), and those critical ranges.
+    Codes (V, P) int8: whether each number of a token's embedding lies in the lower half of those
+    before keys that are not useful (a bit is most informative at one half); and these critical
+    ranges.
     """
     names = [f"code {p}" for p in range(e.shape[1])]
     r = cutlass.Rectifier(
@@ -451,8 +474,9 @@ def rectified_codes(
 
 def spell(raw: Array, bits: int = 3) -> tuple[Array, Array]:
     """
-    Numbers in codes of -1 and 1: raw (V, D) within three deviations -> codes (V, bits D) int8 and A (D, bits D) with raw close to
-    codes A^T. A match W of raw features is then A^T W A on the codes, of rank D.
+    Numbers as codes of -1 and 1: from raw (V, D), within three deviations, codes (V, bits D) int8
+    and A (D, bits D) with raw close to codes A^T. A match W of raw features is A^T W A on the
+    codes, of rank D.
     """
     raw = (raw - raw.mean(0)) / np.maximum(raw.std(0), 1e-9) / 3
     level = np.rint((raw.clip(-1, 1) + 1) / 2 * (2**bits - 1)).astype(int)
@@ -461,7 +485,10 @@ def spell(raw: Array, bits: int = 3) -> tuple[Array, Array]:
 
 
 def matrices(terms: dict[str, Array], rows: Array) -> dict[str, Array]:
-    """What each group of a prior adds, for rows (R, T) of tokens: (R, T, T) float32, above the diagonal as well; before the first: 0."""
+    """
+    What each group of a prior adds for rows (R, T) of tokens: (R, T, T) float32, also above the
+    diagonal; tokens before the first count as 0.
+    """
     R, T = rows.shape
 
     def before(codes: Array, s: int) -> Array:
@@ -487,7 +514,7 @@ def matrices(terms: dict[str, Array], rows: Array) -> dict[str, Array]:
 
 
 def values_of(terms: dict[str, Array], ids: Array, pairs: Pairs) -> dict[str, Array]:
-    """What each group adds to each of the pairs (n,)."""
+    """What each group of a prior adds for each of the pairs, (n,)."""
     i, j = pairs.i, pairs.j
     out = (
         {"lag": np.pad(terms["lag"], (0, 1))[(i - j).clip(max=len(terms["lag"]))]}
@@ -515,21 +542,24 @@ def values_of(terms: dict[str, Array], ids: Array, pairs: Pairs) -> dict[str, Ar
 
 
 def finish(
-    terms: dict[str, Array], a: Namespace, ids: Array, pairs: Pairs
+    terms: dict[str, Array], options: Namespace, ids: Array, pairs: Pairs
 ) -> tuple[dict[str, Array], dict[str, float]]:
-    """The wanted groups, sparse, banded and with a largest value of 1, and what that 1 was before: the strength of each group."""
+    """
+    The wanted groups, sparse, banded and scaled to a largest value of 1; and the largest value of
+    each before, its strength.
+    """
     terms = {
         n: terms[n]
-        for g in a.groups
+        for g in options.groups
         for n in (*GROUPS[g], *(["spans"] if g == "lag" else []))
         if n in terms
     }
     for name in set(terms) & set(GROUPS):
         size = np.abs(terms[name])
-        terms[name] = np.where(size < np.quantile(size, a.sparsity), 0, terms[name])
+        terms[name] = np.where(size < np.quantile(size, options.sparsity), 0, terms[name])
     spans = terms.pop("spans", None)
-    if "lag" in terms and a.band:
-        terms["lag"] = terms["lag"][: a.band]
+    if "lag" in terms and options.band:
+        terms["lag"] = terms["lag"][: options.band]
     strength: dict[str, float] = {}
     for name, values in values_of(terms, ids, pairs).items():
         most = float(np.abs(terms[name] if name in ("lag", "key") else values).max())
@@ -537,7 +567,8 @@ def finish(
             strength[name], terms[name] = most, (terms[name] / most).astype(np.float32)
     if not strength:
         raise TooLittle(
-            "no term of the prior survived: fit on more --pairs, or allow more --features and --groups"
+            "no term of the prior is left: fit on more --pairs, or allow more --features and "
+            "--groups"
         )
     out = {n: np.ascontiguousarray(terms[n]) for g in strength for n in GROUPS[g]}
     if spans is not None and "lag" in strength:
@@ -546,7 +577,10 @@ def finish(
 
 
 def discrimination(score: Array, useful: Array) -> tuple[float, float]:
-    """AUC (Mann and Whitney; ties count half) and Youden's J (the largest sensitivity + specificity - 1) of a score."""
+    """
+    AUC (Mann and Whitney; ties count half) and Youden's J (the largest sensitivity + specificity -
+    1) of a score.
+    """
     levels, place = np.unique(-score, return_inverse=True)
     counts = (
         np.bincount(place[w], minlength=len(levels)) / max(w.sum(), 1) for w in (useful, ~useful)

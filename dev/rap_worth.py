@@ -1,6 +1,7 @@
 """
-What a prior is worth before any training, on text that it has not seen: how well it tells useful pairs, and what one attention head that
-follows it and copies takes off the loss of a bigram table. It changes no prior and reads no file.
+What a prior is worth before any training, on held-out text: how well it distinguishes useful pairs,
+and by how much an attention head that follows it and copies reduces the loss of a bigram table.
+It changes no prior and reads no file.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ from rap_terms import Pairs, Progress, Text, discrimination, matrices, values_of
 
 
 def bigram(ids: Array, now: Array, then: Array, vocab_size: int) -> Array:
-    """Probability of `then` after `now` by counts in ids, with as much of the share of all tokens as Witten and Bell (1991) give it."""
+    """
+    The probability of `then` after `now` by the counts in ids, smoothed with unigram shares after
+    Witten and Bell (1991).
+    """
     share = np.bincount(ids, minlength=vocab_size) + 0.5
     share = share / share.sum()
     table, n = np.unique(ids[:-1].astype(np.int64) * vocab_size + ids[1:], return_counts=True)
@@ -28,8 +32,9 @@ def bigram(ids: Array, now: Array, then: Array, vocab_size: int) -> Array:
 
 class CopyingHead:
     """
-    One attention head whose scores are the groups of a prior times gates, and whose weights, added up by token, are mixed into a bigram
-    table by a share for each of seven degrees of its sureness. What it takes off the loss says what a prior is worth before any training.
+    An attention head whose scores are the groups of a prior times gates. Its weights, summed by
+    token, are mixed into a bigram table, with one share for each of seven levels of its confidence.
+    The reduction of the loss says what a prior is worth before any training.
     """
 
     def __init__(
@@ -40,13 +45,17 @@ class CopyingHead:
             int
         )
         block = held.ids[starts[:, None] + np.arange(T + 1)]
-        self.rows, self.T, self.progress = block[:, :-1], T, Progress("a copying head tries gates")
+        self.rows, self.T, self.progress = (
+            block[:, :-1],
+            T,
+            Progress("trying gates of a copying head"),
+        )
         self.base = bigram(fitted.ids, self.rows, block[:, 1:], vocab_size)
         self.causal = np.tril(np.ones((T, T), bool))
         self.hit = (self.rows[:, None] == block[:, 1:, None]) & self.causal
 
     def gain(self, scores: Array) -> float:
-        """Nats per token that the head with these scores (R, T, T) takes off the loss of the bigram table."""
+        """By how much the head with these scores (R, T, T) reduces the loss, in nats per token."""
         e = np.where(self.causal, scores, -np.inf)
         e = np.exp(e - e.max(-1, keepdims=True))
         total = e.sum(-1)
@@ -65,7 +74,10 @@ class CopyingHead:
     def tune(
         self, groups: dict[str, Array], grid: Sequence[float] = (0, 1, 2, 3, 4, 6, 8, 11, 15)
     ) -> tuple[float, dict[str, float]]:
-        """The largest gain over gates of the grid, group by group, twice if they are many; and those gates."""
+        """
+        The largest gain over gates of the grid, chosen group by group (twice if there are several);
+        and those gates.
+        """
         nothing = np.zeros(self.hit.shape, np.float32)
         gates, best = dict.fromkeys(groups, 0.0), self.gain(nothing)
         names = [n for n in ("match", "pair", "lag", "key") if n in groups] * min(2, len(groups))
@@ -87,7 +99,10 @@ def measure(
     vocab_size: int,
     T: int,
 ) -> dict[str, Any]:
-    """AUC and Youden's J of B (groups times their strengths) on unseen pairs, and what a copying head gains with it, in nats per token."""
+    """
+    AUC and Youden's J of B (groups times their strengths) on unseen pairs, and the gain of a
+    copying head with it, in nats per token.
+    """
     score = sum(
         (strength[g] * v for g, v in values_of(terms, held.ids, unseen).items()),
         np.zeros(len(unseen.i)),

@@ -1,7 +1,7 @@
 """
-What experiments on real text share: their corpora, and comparisons that go on where they were stopped, also on another machine, as the
-records of all runs lie in dev/results/. rap_experiments.py and budget_experiments.py say what is compared. It trains nothing itself and
-decides nothing: scripts.compare does.
+What the experiments on real text share: their corpora, and comparisons that resume where they
+stopped, also on another machine, because the records of all runs are in dev/results/.
+rap_experiments.py and budget_experiments.py say what is compared; scripts.compare does the work.
 """
 
 import argparse
@@ -18,20 +18,22 @@ RESULTS = REPO / "dev" / "results"
 RECORDS = "conditions.json", "runs.jsonl", "results.json"  # of a comparison
 
 
-def options(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that experiments share; those of comparisons where there are names."""
-    p = argparse.ArgumentParser(description=about.split("\n\n")[0], allow_abbrev=False)
+def command_line(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that experiments share; with `names`, also those of comparisons."""
+    parser = argparse.ArgumentParser(description=about.split("\n\n")[0], allow_abbrev=False)
     cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-    p.add_argument(
+    parser.add_argument(
         "--texts",
         type=Path,
         required=True,
         help="folder with wikipedia/, books/, reddit/ and dialog/",
     )
-    p.add_argument("--base", type=Path, default=cache / folder, help="where everything is made")
+    parser.add_argument(
+        "--base", type=Path, default=cache / folder, help="folder for everything that is written"
+    )
     if not names:
-        return p
-    p.add_argument(
+        return parser
+    parser.add_argument(
         "--only",
         nargs="+",
         choices=names,
@@ -39,21 +41,27 @@ def options(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentP
         metavar="NAME",
         help=", ".join(names),
     )
-    p.add_argument(
+    parser.add_argument(
         "--retime",
         type=int,
         default=0,
         metavar="ROUNDS",
-        help="then time the conditions anew: nothing else should run",
+        help="then time the conditions again; run nothing else meanwhile",
     )
-    p.add_argument(
-        "--conditions", nargs="+", metavar="NAME", help="these alone; the others can follow"
+    parser.add_argument(
+        "--conditions",
+        nargs="+",
+        metavar="NAME",
+        help="run only these conditions; the others can follow",
     )
-    return p
+    return parser
 
 
 def run(words: Sequence[str], base: Path) -> None:
-    """A command of this repository, with its own base folder. Ends this process with the command's status when it fails: it said why."""
+    """
+    Run a command of this repository with `base` as its base folder; exit with its status if it
+    fails.
+    """
     path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
         [sys.executable, *words],
@@ -66,8 +74,8 @@ def run(words: Sequence[str], base: Path) -> None:
 
 def prepared(corpus: str, texts: Path, base: Path, vocab_size: int) -> list[str]:
     """
-    The words of --data for prose, code or dialogues, with paths from the base folder on, so that no path of a machine gets into results;
-    makes the tokenizer and the token shards.
+    The words of --data for prose, code or dialogues, with paths from the base folder on, so that no
+    path of a machine gets into results; makes the tokenizer and the token shards.
     """
     base.mkdir(parents=True, exist_ok=True)
     if corpus == "prose":
@@ -109,17 +117,18 @@ def compare(
     common: str,
     seeds: int,
     conditions: Mapping[str, str],
-    kin: Sequence[str],
+    related: Sequence[str],
     retime: int,
 ) -> None:
     """
-    One run of scripts.compare: conditions -> their flags, the baseline first; common: flags of all, with --data. It begins with the runs in
-    dev/results/, of `name` and, of the same conditions, of its `kin`: experiments with the same base and common flags. Its records go
-    there, however it ends.
+    Run scripts.compare. `conditions` maps names to flags, the baseline first; `common` are the
+    flags of all, with --data. It starts from the runs in dev/results/ of `name`, and of the same
+    conditions in `related` experiments, which have the same base and common flags. Its records are
+    copied there, however it ends.
     """
     folder = base / "compare" / name
     if not folder.exists():
-        _adopt([name, *kin], conditions, folder)
+        _adopt([name, *related], conditions, folder)
     words = [
         "-m",
         "scripts.compare",
@@ -141,7 +150,9 @@ def compare(
 
 
 def _adopt(names: Sequence[str], conditions: Mapping[str, str], folder: Path) -> None:
-    """Runs that were made elsewhere: all of the first name, of the others those of the conditions."""
+    """
+    Runs that were made elsewhere: all of the first name, of the others those of the conditions.
+    """
     plan: dict[str, list[str]] = {}
     runs: list[str] = []
     for i, name in enumerate(names):

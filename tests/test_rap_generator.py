@@ -510,11 +510,11 @@ def test_missing_tokens_and_tokenizers_are_said(base, tmp_path, capsys):
         (tmp_path / name).write_text("{")
     assert "damaged (JSONDecodeError)" in refusal(capsys, base, plain, f"--tokenizer={tmp_path}")
     assert "out of range" in refusal(capsys, base, plain, "--code_bits=0")
-    assert "no NAME:WEIGHT" in refusal(capsys, base, plain, "--mix", "one")
+    assert "is not NAME:WEIGHT" in refusal(capsys, base, plain, "--mix", "one")
     assert "no training shards of three, only of one, two-train-2" in refusal(
         capsys, base, plain, "--mix", "three:1"
     )
-    assert "no feature" in refusal(capsys, base, plain, "--features", "beauty")
+    assert "no feature beauty" in refusal(capsys, base, plain, "--features", "beauty")
 
 
 def test_shards_that_may_not_be_used_are_refused(base, tmp_path, capsys):
