@@ -249,7 +249,7 @@ def test_the_same_seed_gives_the_same_pairs(text):
 
 def test_too_little_to_sample_is_said(text):
     lonely = rt.Text(np.arange(400, dtype=np.int32), np.zeros(400, np.int64))
-    with pytest.raises(rt.TooLittle, match="only 0 useful pairs"):
+    with pytest.raises(rt.TooLittle, match="found only 0 of 100 useful pairs"):
         rt.sample_pairs(lonely, 200, 20, np.random.default_rng(0))
 
 

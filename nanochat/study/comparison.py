@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -54,7 +54,7 @@ class Comparison:
             for i in range(knobs.seeds)
             for j in range(n)
         ]
-        self.records: list[dict[str, Any]] = []
+        self.records: dict[tuple[str, int], dict[str, Any]] = {}  # by condition and seed
         stored = self._stored_flags()
         for condition in conditions:
             flags = stored.setdefault(condition.name, condition.flags)
@@ -73,9 +73,17 @@ class Comparison:
             former.rename(file)
         if not file.exists():
             return {}
-        lines = (self.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-        self.records = [json.loads(line) for line in lines]
+        for line in (self.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+            self._add(json.loads(line))
         return json.loads(file.read_text(encoding="utf-8"))
+
+    def _add(self, run: dict[str, Any]) -> None:
+        self.records[run["condition"], run["seed"]] = run
+
+    def _finished(self, names: Collection[str]) -> list[dict[str, Any]]:
+        """The finished runs of these conditions, in the order in which they were made."""
+        runs = self.records.values()
+        return [run for run in runs if run["condition"] in names and not run.get("error")]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -97,21 +105,21 @@ class Comparison:
     @property
     def missing(self) -> list[tuple[Condition, int]]:
         """The runs, (condition, seed), that are still to be made, in order."""
-        done = {(r["condition"], r["seed"]) for r in self.records if not r.get("again")}
+        done = {key for key, run in self.records.items() if not run.get("again")}
         return [(c, seed) for c, seed in self.schedule if (c.name, seed) not in done]
 
     def _mean_seconds(self, condition: Condition) -> float:
         """Wall-clock seconds of this condition's finished runs, on average; 0 without any."""
-        runs = [r for r in self.records if r["condition"] == condition.name and not r.get("error")]
+        runs = self._finished([condition.name])
         return fmean(run["wall_seconds"] for run in runs) if runs else 0.0
 
     def write(self) -> dict[str, Any]:
         """Write all files of the comparison; returns its results."""
-        rows = "".join(json.dumps(run) + "\n" for run in self.records)
+        rows = "".join(json.dumps(run) + "\n" for run in self.records.values())
         files.atomic_write(self.folder / "runs.jsonl", rows)
         files.atomic_write(self.folder / "conditions.json", json.dumps(self.flags, indent=1))
         scheduled = {(condition.name, seed) for condition, seed in self.schedule}
-        runs = [run for run in self.records if (run["condition"], run["seed"]) in scheduled]
+        runs = [run for key, run in self.records.items() if key in scheduled]
         flags = {condition.name: shlex.join(condition.flags) for condition in self.conditions}
         results = {
             "name": self.name,
@@ -127,7 +135,7 @@ class Comparison:
 
     def run_missing(self) -> None:
         """Make every run that is missing, and update the files after each."""
-        missing, status = self.missing, StatusLine(live_seconds=1, log_seconds=30)
+        missing, status = self.missing, StatusLine(live_seconds=5, log_seconds=30)
         first = len(self.schedule) - len(missing) + 1
         self.write()
         warm = set()
@@ -140,7 +148,7 @@ class Comparison:
                     self.time_steps(condition, seed, ESTIMATE_STEPS)
                 warm.add(condition.name)
             run = self.train(condition, seed, status, missing[i + 1 :])
-            self.records = [r for r in self.records if not _same_run(r, run)] + [run]
+            self._add(run)
             self.write()
             if not self.keep and not run.get("again"):
                 for checkpoint in list_checkpoints(self._directory(self.folder, condition, seed)):
@@ -174,8 +182,8 @@ class Comparison:
             try:
                 while process.poll() is None:
                     time.sleep(0.25)
-                    if status.due and (row := newest_train_row(directory)):
-                        status.show(self._progress(directory.name, row, later))
+                    if status.due and (rows := train_rows(directory)):
+                        status.show(self._progress(directory.name, rows[-1], later))
             except BaseException:
                 notice("the run saves itself now; the same command resumes it")
                 process.terminate()  # only once: a second signal would stop it before it has saved
@@ -189,7 +197,7 @@ class Comparison:
                 run["error"] = "its bits per byte are not a number"
             return run
         error = _failure(log_file, process.returncode)
-        if not newest_train_row(directory):
+        if not train_rows(directory):
             raise UserError(f"{directory.name} did not start: {error} (its output: {log_file})")
         # Status 2 is the run's own mistake; after anything else it is worth another attempt.
         return {**labels, "error": error, "again": process.returncode != 2}
@@ -252,13 +260,9 @@ class Comparison:
                 automatic = {condition.name} if by_time else set()
             else:
                 automatic = {c.name for c in self.conditions if getattr(c.knobs, name) == "auto"}
-            chosen = [
-                run["pins"][name]
-                for run in self.records
-                if run["condition"] in automatic and not run.get("error")
-            ]
-            if condition.name in automatic and chosen:
-                pins.append(f"--{name}={chosen[0]}")
+            runs = self._finished(automatic)
+            if condition.name in automatic and runs:
+                pins.append(f"--{name}={runs[0]['pins'][name]}")
         return pins
 
     # ---- time
@@ -322,13 +326,9 @@ class Comparison:
                         f"seed {seed}, round {j + 1} of {rounds}: {condition.name}, "
                         f"{step_ms:.1f} ms per step"
                     )
-            for index, run in enumerate(self.records):
-                if run["seed"] == seed and run["condition"] in times and not run.get("error"):
-                    self.records[index] = at_speed(run, median(times[run["condition"]]))
-
-
-def _same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return (a["condition"], a["seed"]) == (b["condition"], b["seed"])
+            for run in self._finished(times):
+                if run["seed"] == seed:
+                    self._add(at_speed(run, median(times[run["condition"]])))
 
 
 def first_rows(process: subprocess.Popen, directory: Path, steps: int) -> dict[str, float]:
@@ -339,23 +339,16 @@ def first_rows(process: subprocess.Popen, directory: Path, steps: int) -> dict[s
     at = {"launch": time.monotonic()}
     is_running = True
     while is_running:
-        is_running = process.poll() is None and newest_train_row(directory).get("step", 0) < steps
+        is_running = process.poll() is None and len(train_rows(directory)) < steps
         time.sleep(0.05)
         for row in logbook.read(directory):
             at.setdefault(row["kind"], time.monotonic())
     return at
 
 
-def newest_train_row(directory: Path) -> dict[str, Any]:
-    """The newest training row of a logbook, {} before there is one; reads only the end of it."""
-    try:
-        with open(directory / logbook.FILE, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return {}
-    rows = (json.loads(line) for line in reversed(lines) if line.startswith(b'{"kind": "train"'))
-    return next(rows, {})
+def train_rows(directory: Path) -> list[dict[str, Any]]:
+    """The training rows in the logbook of a run, which may still be going; [] before the first."""
+    return [row for row in logbook.read(directory) if row["kind"] == "train"]
 
 
 def _failure(log_file: Path, status: int) -> str:

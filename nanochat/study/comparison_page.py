@@ -154,7 +154,8 @@ def _on_one_grid(runs: Sequence[Record], x: str) -> Grid:
 
     def along(run: Record, point: Sequence[float]) -> float:
         _, tokens, seconds, _ = point
-        return {"tokens": tokens, "seconds": seconds}.get(x, tokens * run["flops_per_token"])
+        flops = tokens * run["flops_per_token"]
+        return {"tokens": tokens, "seconds": seconds, "FLOPs": flops}[x]
 
     curves = [np.array([(along(run, p), p[3]) for p in run["curve"] if p[1] > 0]).T for run in runs]
     low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
