@@ -1,12 +1,12 @@
 """
-The sweeps behind the rules of nanochat/scaling.py for budgets of minutes, and behind
-runs/english_chat.toml; dev/LOG.md says which were run.
+The sweeps behind the rules of nanochat/train/scaling.py for budgets of minutes, and behind
+runs/english_chat.toml; dev/LOG.md says which ones were run.
 
     python dev/budget_experiments.py --texts DIR
     python dev/budget_experiments.py --texts DIR --only batch size
 
-DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Where the budget is time, nothing else
-should run on the machine. Each experiment is one comparison (trials.py).
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). If the budget is time, run nothing else on
+the machine. Each experiment is one comparison (trials.py).
 """
 
 import shlex
@@ -16,13 +16,13 @@ import trials
 
 from nanochat.train.scaling import embedding_rate
 
-LOOK = "--eval_tokens=32768 --sample_every=0 --compile=on --eval_every=0.1"
+EVALUATION = "--eval_tokens=32768 --sample_every=0 --compile=on --eval_every=0.1"
 SHAPE = "--depth=3 --model_dim=192 --head_dim=64"  # 1.3 M matrix parameters
-MINUTES = f"--sequence_len=512 --max_minutes=3 {LOOK}".replace(
+MINUTES = f"--sequence_len=512 --max_minutes=3 {EVALUATION}".replace(
     "0.1", "0.5"
-)  # looking is part of the time
-LONGER = f"--sequence_len=512 --max_minutes=3.5 {LOOK}"
-STEPS = f"--sequence_len=512 --num_iterations=300 {LOOK}".replace("0.1", "0.5")
+)  # the time includes evaluations
+LONGER = f"--sequence_len=512 --max_minutes=3.5 {EVALUATION}"
+STEPS = f"--sequence_len=512 --num_iterations=300 {EVALUATION}".replace("0.1", "0.5")
 # 2.4 M matrix parameters, 2.1 M in the head
 ENGLISH = "--depth=3 --model_dim=256 --head_dim=32 --embedding_lr=0.05 --total_batch_size=2048"
 ALONE = {
@@ -42,11 +42,11 @@ class Experiment(NamedTuple):
     common: str
     seeds: int
     conditions: dict[str, str]  # the first is the baseline
-    kin: tuple[str, ...] = ()  # experiments that hold runs of the same conditions
+    related: tuple[str, ...] = ()  # experiments with runs of the same conditions
 
 
 def four(batch: int) -> str:
-    """Four million tokens in steps of so many."""
+    """Four million tokens in steps of `batch` tokens."""
     return f"--total_batch_size={batch} --num_iterations={4_000_000 // batch}"
 
 
@@ -62,7 +62,7 @@ EXPERIMENTS = {
     ),
     "rates": Experiment(
         4096,
-        f"{SHAPE} --sequence_len=512 {LOOK}",
+        f"{SHAPE} --sequence_len=512 {EVALUATION}",
         2,
         {
             "4096": f"{four(4096)} --embedding_lr=0.05",
@@ -90,26 +90,31 @@ EXPERIMENTS = {
     ),
     "softcap-minutes": Experiment(
         8192, f"{ENGLISH} {MINUTES}", 2, {"default": "", **ALL, **CAPPED}
-    ),  # in one hour, so no kin
+    ),  # all timed in one hour, so no related runs
 }
 
 
 def main() -> None:
-    a = trials.command_line(__doc__ or "", "budget_experiments", list(EXPERIMENTS)).parse_args()
-    for name in a.only:
-        e, base = EXPERIMENTS[name], a.base.resolve() / f"prose-{EXPERIMENTS[name].vocab}"
-        data = trials.prepared("prose", a.texts.resolve(), base, e.vocab)
+    options = trials.command_line(
+        __doc__ or "", "budget_experiments", list(EXPERIMENTS)
+    ).parse_args()
+    for name in options.only:
+        experiment = EXPERIMENTS[name]
+        base = options.base.resolve() / f"prose-{experiment.vocab}"
+        data = trials.prepared("prose", options.texts.resolve(), base, experiment.vocab)
         wanted = {
-            n: flags for n, flags in e.conditions.items() if n in (a.conditions or e.conditions)
+            n: flags
+            for n, flags in experiment.conditions.items()
+            if n in (options.conditions or experiment.conditions)
         }
         trials.compare(
             f"budget_{name}",
             base,
-            f"{e.common} --data {shlex.join(data)}",
-            e.seeds,
+            f"{experiment.common} --data {shlex.join(data)}",
+            experiment.seeds,
             wanted,
-            e.kin,
-            a.retime,
+            experiment.related,
+            options.retime,
         )
 
 

@@ -1,6 +1,6 @@
 """
-Draw the stages of one chain along the clock, as in dev/quickstart.png: training loss, validation bits
-per byte, and the accuracy of each stage where it was measured.
+Draw the stages of one chain along the clock, as in dev/quickstart.png: training loss, validation
+bits per byte, and the accuracy of each stage where it was measured.
 
     python dev/chain_picture.py OUT.png RUN_FOLDER ...      (in the order of training)
 """

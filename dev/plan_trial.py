@@ -1,12 +1,11 @@
 """
-A plan against what follows it: `plan recipe` for a budget on this machine, the run that it asks
-for, and the same budget with the next-best candidates of its table.
+Compare a plan with reality: `plan recipe` for a time budget on this machine, the run it asks for,
+and runs of the next-best candidates of its table with the same budget.
 
     python dev/plan_trial.py --texts DIR --minutes 20
 
-DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Nothing else should run on the machine.
-Interrupted and started again it goes on; figures go to dev/results/plan_trial.json, the picture to
-dev/plan_trial.png.
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Run nothing else on the machine. The script
+resumes after an interruption. It writes dev/results/plan_trial.json and dev/plan_trial.png.
 """
 
 import json
@@ -21,7 +20,7 @@ from nanochat.base.common import columns, print0
 from nanochat.study.comparison_page import draw_curves
 from nanochat.study.records import record
 
-NEXT = 2  # candidates that are tried beside the chosen one
+NEXT = 2  # candidates to try besides the chosen one
 SIZES = "depth", "model_dim", "total_batch_size", "device_batch_size"
 PREDICTED = (
     *SIZES,
@@ -37,7 +36,7 @@ PREDICTED = (
 
 
 def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str, Any]:
-    """What `plan recipe` writes beside base / plan / `out`.toml, made unless it is there."""
+    """The JSON that `plan recipe` writes beside plan/`out`.toml; made if it is missing."""
     file = base / "plan" / f"{out}.json"
     if not file.exists():
         run = [
@@ -54,29 +53,28 @@ def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str,
 
 def trained(base: Path, out: str) -> dict[str, Any]:
     """
-    The record of the run that a recipe asks for, trained unless it is there, with its tokens a
-    second and the clock's seconds.
+    The record of the run that a recipe asks for, with its tokens per second; trained if missing.
     """
     trials.run(
         ["-m", "scripts.base_train", "--recipe", f"plan/{out}.toml", "--resume=auto", "--keep=1"],
         base,
     )
     directory = base / "checkpoints" / "base" / out
-    found = record(directory)
-    rate = found["tokens"] / found["seconds"]
-    return found | {
+    run = record(directory)
+    rate = run["tokens"] / run["seconds"]
+    return run | {
         "tok_per_sec": rate,
         "processes": sum(r.get("kind") == "start" for r in logbook.read(directory)),
     }
 
 
-def report(found: dict[str, Any]) -> None:
+def report(trial: dict[str, Any]) -> None:
     """Prediction and measurement side by side."""
     rows = []
-    for r in found["runs"]:
+    for r in trial["runs"]:
         p, m = r["predicted"], r["measured"]
         over = {n: m[n] / p[n] - 1 for n in ("tok_per_sec", "tokens", "peak_memory_bytes")}
-        late = m["wall_seconds"] / found["pretraining_seconds"] - 1
+        late = m["wall_seconds"] / trial["pretraining_seconds"] - 1
         rows.append(
             [
                 r["name"],
@@ -108,14 +106,14 @@ def report(found: dict[str, Any]) -> None:
     print0(columns(heads, rows))
 
 
-def picture(found: dict[str, Any], out: Path) -> None:
-    """Learning curves of the runs with what was predicted of their ends."""
+def picture(trial: dict[str, Any], out: Path) -> None:
+    """Draw the learning curves of the runs, and their predicted and measured results."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     draw_curves(
-        left, {f"{r['name']}: {r['shape']}": [r["measured"]] for r in found["runs"]}, x="seconds"
+        left, {f"{r['name']}: {r['shape']}": [r["measured"]] for r in trial["runs"]}, x="seconds"
     )
-    for y, r in enumerate(found["runs"]):
+    for y, r in enumerate(trial["runs"]):
         p = r["predicted"]
         right.errorbar(
             p["bpb"],
@@ -126,31 +124,37 @@ def picture(found: dict[str, Any], out: Path) -> None:
             capsize=3,
         )
         right.plot(r["measured"]["final_bpb"], y, "D", color="#d9541e")
-    right.set_yticks(range(len(found["runs"])), [r["shape"] for r in found["runs"]])
+    right.set_yticks(range(len(trial["runs"])), [r["shape"] for r in trial["runs"]])
     right.invert_yaxis()
     right.set_title("predicted, 90 %; measured (red)")
     figure.savefig(out, dpi=100)
 
 
 def main() -> None:
-    p = trials.command_line(__doc__ or "", "plan_trial", [])
-    p.add_argument("--minutes", type=float, default=20, help="the whole budget")
-    p.add_argument("--vocab", type=int, default=8192)
-    a = p.parse_args()
-    base = a.base.resolve()
-    data = ["--data", *trials.prepared("prose", a.texts.resolve(), base, a.vocab)]
-    plan = planned(base, a.minutes, data, "chosen")
+    parser = trials.command_line(__doc__ or "", "plan_trial", [])
+    parser.add_argument("--minutes", type=float, default=20, help="the whole budget")
+    parser.add_argument("--vocab", type=int, default=8192)
+    options = parser.parse_args()
+    base = options.base.resolve()
+    data = ["--data", *trials.prepared("prose", options.texts.resolve(), base, options.vocab)]
+    plan = planned(base, options.minutes, data, "chosen")
     first = plan["primary"]
     shape = first["depth"], first["model_dim"]
     others = [c for c in plan["candidates"] if (c["depth"], c["model_dim"]) != shape]
     others.sort(key=lambda c: c["bpb"])
-    found: dict[str, Any] = {"machine": plan["machine"]["name"], "minutes": a.minutes, "runs": []}
-    found["pretraining_seconds"] = plan["pretraining_seconds"]
+    trial: dict[str, Any] = {
+        "machine": plan["machine"]["name"],
+        "minutes": options.minutes,
+        "runs": [],
+    }
+    trial["pretraining_seconds"] = plan["pretraining_seconds"]
     for i, c in enumerate((first, *others[:NEXT])):
         name = f"next-{i}" if i else "chosen"
         if i:
             size = [f"--depth={c['depth']}", f"--model_dim={c['model_dim']}"]
-            c = planned(base, a.minutes, [*data, *size, "--probe=plan/probe.json"], name)["primary"]
+            c = planned(base, options.minutes, [*data, *size, "--probe=plan/probe.json"], name)[
+                "primary"
+            ]
         predicted = {n: c[n] for n in PREDICTED}
         run = {
             "name": name,
@@ -158,13 +162,13 @@ def main() -> None:
             "predicted": predicted,
             "measured": trained(base, name),
         }
-        found["runs"].append(run)
-        report(found)
+        trial["runs"].append(run)
+        report(trial)
         trials.RESULTS.mkdir(exist_ok=True)
         (trials.RESULTS / "plan_trial.json").write_text(
-            json.dumps(found, indent=1) + "\n", encoding="utf-8"
+            json.dumps(trial, indent=1) + "\n", encoding="utf-8"
         )
-        picture(found, trials.REPO / "dev" / "plan_trial.png")
+        picture(trial, trials.REPO / "dev" / "plan_trial.png")
 
 
 if __name__ == "__main__":

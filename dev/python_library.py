@@ -1,6 +1,6 @@
 """
-Python's own standard library as training text, for trials on code that every machine has: a JSON
-line {"text": ...} for each file.
+Write Python's standard library as training text, for trials on code that every machine has: one
+JSON line {"text": ...} per file.
 
     python dev/python_library.py library.jsonl
 """

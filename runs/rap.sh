@@ -2,7 +2,7 @@
 # Does an attention prior help on this text? Computes one from the training split, trains with and without it, prints the comparison.
 #     bash runs/rap.sh                                 on the Python files of Python's own library; about half an hour on two CPU cores
 #     bash runs/rap.sh --seeds 5 --data wikipedia=DIR:0.45 books=DIR:0.40 reddit=DIR:0.15
-# Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat) in rap/.
+# It resumes where it was interrupted. Everything is written to rap/ under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,11 +15,11 @@ while [ $# -gt 0 ]; do
         --seeds=* | --steps=*) word=${1#--}; declare "${word%%=*}=${word#*=}"; shift ;;
         --data) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do data+=("$1"); shift; done ;;
         -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$repo/runs/rap.sh"; exit 0 ;;
-        *) echo "error: rap.sh does not know $1: it takes --seeds N, --steps N and --data SOURCE ..." >&2; exit 2 ;;
+        *) echo "error: rap.sh has no option $1: use --seeds N, --steps N or --data SOURCE ..." >&2; exit 2 ;;
     esac
 done
 for n in seeds steps; do
-    [[ "${!n}" =~ ^[1-9][0-9]*$ ]] || { echo "error: --$n is '${!n}': give a whole number above 0" >&2; exit 2; }
+    [[ "${!n}" =~ ^[1-9][0-9]*$ ]] || { echo "error: --$n must be a whole number above 0 (got '${!n}')" >&2; exit 2; }
 done
 
 source runs/environment.sh
@@ -30,18 +30,18 @@ if [ ${#data[@]} = 0 ]; then
     [ -e "$cache/rap/library.jsonl" ] || python dev/python_library.py "$cache/rap/library.jsonl"
     data=("library=$cache/rap/library.jsonl")
 else
-    cd "$here" # names of files are meant from where the script was started
+    cd "$here" # file names are relative to where the script was started
 fi
 
 source=(--data "${data[@]}")
-name="$(printf '%s\n' "${data[@]}" "$steps" | cksum | cut -d' ' -f1)" # another text or length is another comparison
+name="$(printf '%s\n' "${data[@]}" "$steps" | cksum | cut -d' ' -f1)" # a different text or length is a different comparison
 export NANOCHAT_BASE_DIR="$cache/rap/$name"
 [ -e "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || { say "tokenizer"; python -m scripts.tok_train --vocab_size=4096 "${source[@]}"; }
 prior="$NANOCHAT_BASE_DIR/rap_prior.safetensors"
 if [ ! -e "$prior" ]; then
     say "prior"
     python -m scripts.tok_data "${source[@]}"
-    mix=() # the generator's words for the sources' shares
+    mix=() # the shares of the sources, as the generator takes them
     for one in "${data[@]}"; do [[ "$one" =~ ^([^=]+)=.*:([0-9.]+)(#.*)?$ ]] && mix+=("${BASH_REMATCH[1]}:${BASH_REMATCH[2]}"); done
     python "$repo/dev/generate_rap_prior.py" --env "$cache/rap_env" --out "$prior" ${mix[@]:+--mix "${mix[@]}"}
 fi

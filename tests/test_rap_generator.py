@@ -1,3 +1,5 @@
+"""The generator of attention priors: reading, pairs, terms, measures, and the artifact it writes."""
+
 import importlib.util
 import json
 import os
@@ -31,14 +33,16 @@ def load(name: str) -> Any:
         sys.path.remove(str(DEV))
 
 
-rt, worth, _, rap = map(load, ("rap_terms", "rap_worth", "rap_report", "generate_rap_prior"))
+rap_terms, worth, _, generator = map(
+    load, ("rap_terms", "rap_worth", "rap_report", "generate_rap_prior")
+)
 
 
 def texts(seed, n=220):
     """Documents with names of their own that come again and again, so that copying pays."""
     rng = random.Random(seed)
     common = ["the", "of", "and", "a", "to", "in", "was", "he", "it", "that"]
-    made = []
+    documents = []
     for _ in range(n):
         names = [
             " ".join(
@@ -46,11 +50,11 @@ def texts(seed, n=220):
             ).title()
             for _ in range(4)
         ]
-        made.append(
+        documents.append(
             " ".join(rng.choice(names if rng.random() < 0.5 else common) for _ in range(60))
             + f".\nIn {rng.randint(1, 99)}!"
         )
-    return made
+    return documents
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def run(base, *argv):
         f"--tokens={base / 'tokens'}",
         f"--out={base / 'p.safetensors'}",
     ]
-    return rap.main([*folders, *argv])
+    return generator.main([*folders, *argv])
 
 
 SMALL = "--pairs", "600", "--max_lag", "64", "--code_bits", "8", "--pair_bits", "8"
@@ -97,7 +101,7 @@ def text():
     rng = np.random.default_rng(5)
     documents = [np.r_[0, rng.integers(1, 12, rng.integers(40, 80))] for _ in range(33)]
     lengths = np.array([len(d) for d in documents])
-    return rt.Text(
+    return rap_terms.Text(
         np.concatenate(documents).astype(np.int32), np.repeat(np.cumsum(lengths) - lengths, lengths)
     )
 
@@ -107,17 +111,17 @@ def text():
 
 def test_it_reads_the_training_split_alone_and_splits_off_whole_documents(base):
     tokenizer = Tokenizer.load(base / "tokenizer")
-    vocabulary = rap.read_tokenizer(base / "tokenizer")
+    vocabulary = generator.read_tokenizer(base / "tokenizer")
     assert (
         vocabulary.fingerprint == tokenizer.fingerprint
         and len(vocabulary.tokens) == tokenizer.vocab_size
     )
     assert vocabulary.tokens[: len(tokenizer.ranks)] == list(tokenizer.ranks)
-    shards = rap.find_shards(base / "tokens", vocabulary.fingerprint)
+    shards = generator.find_shards(base / "tokens", vocabulary.fingerprint)
     assert list(shards) == ["one", "two-train-2"] and all(
         "-val-" not in str(f) for found in shards.values() for f, _ in found
     )
-    fit, held = rap.read_text(shards, {}, 10**9, np.random.default_rng(0))
+    fit, held = generator.read_text(shards, {}, 10**9, np.random.default_rng(0))
     train = [
         prepare(parse_sources([f"{n}={base / n}.jsonl"])[0], "train", tokenizer, base / "tokens")
         for n in shards
@@ -135,12 +139,14 @@ def test_it_reads_the_training_split_alone_and_splits_off_whole_documents(base):
 
 
 def test_a_mixture_has_its_shares_and_repeats_a_short_source_but_not_into_what_is_held_out(base):
-    shards = rap.find_shards(base / "tokens", rap.read_tokenizer(base / "tokenizer").fingerprint)
+    shards = generator.find_shards(
+        base / "tokens", generator.read_tokenizer(base / "tokenizer").fingerprint
+    )
     sizes = {n: sum(m["tokens"] for _, m in found) for n, found in shards.items()}
     limit = 2 * sizes["one"]
-    fit, held = rap.read_text(
+    fit, held = generator.read_text(
         shards,
-        rap.parse_mix(["one:1", "two-train-2:3"], list(shards)),
+        generator.parse_mix(["one:1", "two-train-2:3"], list(shards)),
         limit,
         np.random.default_rng(0),
     )
@@ -152,8 +158,8 @@ def test_a_mixture_has_its_shares_and_repeats_a_short_source_but_not_into_what_i
 # ---- tokens and distances
 
 
-def test_words_look_like_what_they_are():
-    kinds = rap.kinds(
+def test_tokens_are_recognised_by_their_kind():
+    kinds = generator.kinds(
         [b" the", b"ing", b" 12", b"7", b".", b" (", b".\n", b"", "é".encode(), b" \xc3\xa9t"]
     )
     assert kinds["word"].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
@@ -170,7 +176,7 @@ def test_tokens_that_are_followed_alike_get_like_embeddings():
     for n in range(1, len(kind)):
         kind[n] = (kind[n - 1] + 1) % 3
     ids = kind * 5 + rng.integers(0, 5, len(kind))
-    e = rt.embed(ids, 20, 8, "next")
+    e = rap_terms.embed(ids, 20, 8, "next")
     assert e.shape == (20, 8) and np.isfinite(e).all()
     like = e @ e.T
     assert like[0, 1] > 0.9 and like[0, 7] < 0.5 and (e[15:] == 0).all()
@@ -185,7 +191,7 @@ def test_the_lag_curve_finds_the_distance_that_tells(source):
     ):  # half of the tokens are those of five places before: the key at distance 4 is the next token
         if rng.random() < 0.5:
             ids[n] = ids[n - 5]
-    lag = rt.lag_curve(ids, 128, source)
+    lag = rap_terms.lag_curve(ids, 128, source)
     assert (
         lag.shape == (128,)
         and lag.argmax() == 4
@@ -203,18 +209,18 @@ def test_spans_end_where_distances_tell_half(text):
         dice = rng.random()
         if dice < 0.7:
             ids[n] = ids[n - 2] if dice < 0.4 else ids[n - 3 - rng.integers(3)]
-    spans = rt.find_spans(ids, 64, 2)
+    spans = rap_terms.find_spans(ids, 64, 2)
     assert (
         spans[0][:2] == (1, 1)
         and spans[1][0] == 2 < spans[1][1] < 12
         and spans[0][2] > 2 * spans[1][2] > 0
     )
-    assert len(rt.find_spans(ids, 64, 1)) == 1 and rt.find_spans(ids, 64, 0) == []
-    assert rt.information(rng.integers(0, 12, 60_000), [1, 5]) == pytest.approx(0, abs=1e-3)
+    assert len(rap_terms.find_spans(ids, 64, 1)) == 1 and rap_terms.find_spans(ids, 64, 0) == []
+    assert rap_terms.information(rng.integers(0, 12, 60_000), [1, 5]) == pytest.approx(0, abs=1e-3)
 
 
 def test_the_worth_of_a_key_is_how_often_its_token_has_come_before(text):
-    key = rt.key_worth(text, 15, 16, strength=2.0)
+    key = rap_terms.key_worth(text, 15, 16, strength=2.0)
     hits, n = np.zeros(15), np.zeros(15)
     for i, t in enumerate(text.ids):
         n[t] += 1
@@ -228,7 +234,7 @@ def test_the_worth_of_a_key_is_how_often_its_token_has_come_before(text):
 
 @pytest.mark.parametrize("matched", [False, True])
 def test_pairs_are_labelled_as_brute_force_labels_them(text, matched):
-    p = rt.sample_pairs(text, 1000, 20, np.random.default_rng(0), matched)
+    p = rap_terms.sample_pairs(text, 1000, 20, np.random.default_rng(0), matched)
     assert len(p.i) == len(p.j) == 1000 and p.useful.sum() == 500
     for i, j, useful in zip(*p, strict=True):
         assert text.begin[i + 1] == text.begin[i] < j < i and i - j < 20
@@ -243,18 +249,20 @@ def test_pairs_are_labelled_as_brute_force_labels_them(text, matched):
 
 
 def test_the_same_seed_gives_the_same_pairs(text):
-    a, b, c = (rt.sample_pairs(text, 100, 20, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    a, b, c = (
+        rap_terms.sample_pairs(text, 100, 20, np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
     assert all((x == y).all() for x, y in zip(a, b, strict=True)) and not (a.j == c.j).all()
 
 
-def test_too_little_to_sample_is_said(text):
-    lonely = rt.Text(np.arange(400, dtype=np.int32), np.zeros(400, np.int64))
-    with pytest.raises(rt.TooLittle, match="found only 0 of 100 useful pairs"):
-        rt.sample_pairs(lonely, 200, 20, np.random.default_rng(0))
+def test_too_little_to_sample_is_reported(text):
+    lonely = rap_terms.Text(np.arange(400, dtype=np.int32), np.zeros(400, np.int64))
+    with pytest.raises(rap_terms.TooLittle, match="found only 0 of 100 useful pairs"):
+        rap_terms.sample_pairs(lonely, 200, 20, np.random.default_rng(0))
 
 
 def test_the_features_of_a_pair(text):
-    p = rt.sample_pairs(text, 300, 20, np.random.default_rng(0))
+    p = rap_terms.sample_pairs(text, 300, 20, np.random.default_rng(0))
     share, e = (
         np.bincount(text.ids, minlength=15) / len(text.ids) + 1e-9,
         np.random.default_rng(0).normal(size=(15, 4)),
@@ -262,9 +270,9 @@ def test_the_features_of_a_pair(text):
     kind = {name: np.arange(15) % 3 == n for n, name in enumerate(("word", "mark", "digit"))} | {
         "newline": np.arange(15) > 9
     }
-    f = rt.columns(text, p, list(rt.FEATURES), share, kind, e)
+    f = rap_terms.columns(text, p, list(rap_terms.FEATURES), share, kind, e)
     x = text.ids
-    assert list(f) == list(rt.FEATURES)
+    assert list(f) == list(rap_terms.FEATURES)
     for n, (i, j) in enumerate(zip(p.i, p.j, strict=True)):
         assert (
             f["copy"][n] == (x[j - 1] == x[i])
@@ -281,7 +289,7 @@ def test_the_features_of_a_pair(text):
 # ---- terms
 
 
-def made_terms(V=15, P=6, T=10, seed=0):
+def random_terms(V=15, P=6, T=10, seed=0):
     rng = np.random.default_rng(seed)
     codes, a, b = (rng.choice(np.array([-1, 1], np.int8), (V, P)) for _ in range(3))
     return {
@@ -296,10 +304,13 @@ def made_terms(V=15, P=6, T=10, seed=0):
 
 
 def test_the_values_of_a_prior_follow_the_definition(text):
-    t, ids, T = made_terms(), text.ids[:30], 10
+    t, ids, T = random_terms(), text.ids[:30], 10
     i, j = map(np.ravel, np.meshgrid(np.arange(30), np.arange(30), indexing="ij"))
     i, j = i[j <= i], j[j <= i]
-    values, whole = rt.values_of(t, ids, rt.Pairs(i, j, None)), rt.matrices(t, ids[None])
+    values, whole = (
+        rap_terms.values_of(t, ids, rap_terms.Pairs(i, j, None)),
+        rap_terms.matrices(t, ids[None]),
+    )
     for n, (q, k) in enumerate(zip(i, j, strict=True)):
         want = {"lag": t["lag"][q - k] if q - k < T else 0.0, "key": t["key"][ids[k]]}
         want["match"] = sum(
@@ -317,47 +328,47 @@ def test_the_values_of_a_prior_follow_the_definition(text):
 
 
 def test_a_finished_prior_has_largest_value_one_and_only_what_was_asked_for(text):
-    p = rt.sample_pairs(text, 400, 20, np.random.default_rng(0))
+    p = rap_terms.sample_pairs(text, 400, 20, np.random.default_rng(0))
     a = Namespace(groups=["lag", "match", "pair"], sparsity=0.5, band=7)
-    t, strength = rt.finish(made_terms(), a, text.ids, p)
+    t, strength = rap_terms.finish(random_terms(), a, text.ids, p)
     assert set(t) == {"lag", "codes", "match", "pair_query", "pair_now", "pair"} and set(
         strength
     ) == {"lag", "match", "pair"}
     assert t["lag"].shape == (7,) and np.abs(t["lag"]).max() == 1
-    values = rt.values_of(t, text.ids, p)
+    values = rap_terms.values_of(t, text.ids, p)
     assert all(np.abs(values[g]).max() == pytest.approx(1) for g in ("match", "pair"))
     assert all((t[g] == 0).mean() == pytest.approx(0.5, abs=0.1) for g in ("match", "pair"))
     assert {n: x.dtype.name for n, x in t.items()} == {
         n: "float32" if n in strength else "int8" for n in t
     }
-    with pytest.raises(rt.TooLittle, match="no term"):
-        rt.finish({"lag": np.zeros(5)}, a, text.ids, p)
+    with pytest.raises(rap_terms.TooLittle, match="no term"):
+        rap_terms.finish({"lag": np.zeros(5)}, a, text.ids, p)
 
 
 def test_raw_features_are_spelled_in_codes_to_within_a_step():
     rng = np.random.default_rng(0)
     raw = rng.normal(size=(50, 4))
-    codes, whole = rt.spell(raw, bits=3)
+    codes, whole = rap_terms.spell(raw, bits=3)
     want = ((raw - raw.mean(0)) / raw.std(0) / 3).clip(-1, 1)
     assert codes.shape == (50, 12) and codes.dtype == np.int8 and set(np.unique(codes)) == {-1, 1}
     assert np.abs(codes @ whole.T - want).max() <= 1 / 7 + 1e-9
 
 
 def test_rules_become_terms(text):
-    p = rt.sample_pairs(text, 400, 20, np.random.default_rng(0))
+    p = rap_terms.sample_pairs(text, 400, 20, np.random.default_rng(0))
     raw = {"copy": np.r_[np.ones(40), np.zeros(360)], "distance": np.log2(1 + p.i - p.j)}
     rules = [
-        rt.Rule("copy", None, 0.0, 1.5),
-        rt.Rule("distance", 0.0, 2.0, -0.5),
-        rt.Rule("same", None, 0.0, 9.0),
+        rap_terms.Rule("copy", None, 0.0, 1.5),
+        rap_terms.Rule("distance", 0.0, 2.0, -0.5),
+        rap_terms.Rule("same", None, 0.0, 9.0),
     ]
-    assert rt.effect(rules, "copy", np.array([0.0, 1.0])).tolist() == [-1.5, 1.5]
+    assert rap_terms.effect(rules, "copy", np.array([0.0, 1.0])).tolist() == [-1.5, 1.5]
     lag = np.linspace(1, 0, 20)
-    t = rt.rules_terms(rules, raw, {"lag": lag, "key": np.ones(15)}, text.ids, p, 4, 4)
+    t = rap_terms.rules_terms(rules, raw, {"lag": lag, "key": np.ones(15)}, text.ids, p, 4, 4)
     assert set(t) == {"match", "lag"}  # nothing was found of pairs and keys
     assert np.abs(t["match"][1] - 3 / 4 * np.eye(4)).max() < 1e-12 and not t["match"][[0, 2]].any()
     assert t["lag"][0] > 0 and t["lag"] / t["lag"][0] == pytest.approx(lag)
-    assert rules[0].words() == rt.FEATURES["copy"][0] and rules[1].words().endswith(
+    assert rules[0].words() == rap_terms.FEATURES["copy"][0] and rules[1].words().endswith(
         "is within 0..2"
     )
 
@@ -370,7 +381,7 @@ def test_auc_and_youden_against_brute_force():
     useful, score = rng.random(200) < 0.4, rng.integers(0, 9, 200).astype(float)
     score[useful] += 2
     pairs = [(p > n) + 0.5 * (p == n) for p in score[useful] for n in score[~useful]]
-    area, index = rt.discrimination(score, useful)
+    area, index = rap_terms.discrimination(score, useful)
     assert area == pytest.approx(np.mean(pairs))
     best = max((score[useful] >= t).mean() - (score[~useful] >= t).mean() for t in np.unique(score))
     assert index == pytest.approx(best)
@@ -386,7 +397,7 @@ def test_a_copying_head_gains_by_the_copy_rule_where_text_repeats():
     rng = np.random.default_rng(0)
     documents = [np.tile(rng.integers(0, 40, 16), 4) for _ in range(120)]
     ids = np.concatenate(documents).astype(np.int32)
-    t = rt.Text(ids, np.repeat(np.arange(120) * 64, 64))
+    t = rap_terms.Text(ids, np.repeat(np.arange(120) * 64, 64))
     head = worth.CopyingHead(t, t, 40, T=64, tokens=512)
     copy = np.stack(
         [np.pad(r[:, None] == r[None, :-1], ((0, 0), (1, 0))) for r in head.rows]
@@ -416,7 +427,7 @@ def test_the_artifact_is_what_training_reads(base, correlation):
     } and "correlation" in about
 
 
-def test_the_artifact_says_where_it_is_from(base, correlation):
+def test_the_artifact_records_its_origin(base, correlation):
     tensors, meta = correlation
     assert set(tensors) == {"lag", "spans", "key", "codes", "match"} and tensors["match"].shape == (
         3,
@@ -448,18 +459,18 @@ def rap_python():
     if python := os.environ.get("NANOCHAT_RAP_PYTHON"):
         return python
     try:
-        return sys.executable if metadata.version("cutlass") == rap.CUTLASS else None
+        return sys.executable if metadata.version("cutlass") == generator.CUTLASS else None
     except metadata.PackageNotFoundError:
         return None
 
 
-@pytest.mark.parametrize("generator", ["rules", "rectified"])
-def test_the_full_cycle(base, generator):
+@pytest.mark.parametrize("kind", ["rules", "rectified"])
+def test_the_full_cycle(base, kind):
     if not (python := rap_python()):
         pytest.skip(
             "no cutlass: set NANOCHAT_RAP_PYTHON to the Python of an environment that generate_rap_prior.py --env made"
         )
-    out = base / f"{generator}.safetensors"
+    out = base / f"{kind}.safetensors"
     command = [
         python,
         DEV / "generate_rap_prior.py",
@@ -467,16 +478,16 @@ def test_the_full_cycle(base, generator):
         f"--tokens={base / 'tokens'}",
         f"--out={out}",
     ]
-    done = subprocess.run(
-        [*command, "--generator", generator, *SMALL], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "--generator", kind, *SMALL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tensors, meta = read(out)
-    assert "match" in tensors and meta["cutlass"] == rap.CUTLASS and json.loads(meta["ranges"])
+    assert (
+        "match" in tensors and meta["cutlass"] == generator.CUTLASS and json.loads(meta["ranges"])
+    )
     assert tensors["match"][1].trace() > abs(
         tensors["match"][0].trace()
     )  # the copy rule is what there is to find
-    if generator == "rules":
+    if kind == "rules":
         assert any("token before the key" in rule for rule in json.loads(meta["rules"]))
 
 
@@ -500,7 +511,7 @@ def copied(base, to, change=lambda folder, meta: meta):
     return f"--tokens={to}"
 
 
-def test_missing_tokens_and_tokenizers_are_said(base, tmp_path, capsys):
+def test_missing_tokens_and_tokenizers_are_reported(base, tmp_path, capsys):
     plain = "--generator=correlation"
     assert "no training shards of text: let base_train" in refusal(
         capsys, base, plain, f"--tokens={tmp_path / 'none'}"
@@ -550,21 +561,21 @@ def test_the_wrong_cutlass_is_recognised(base, monkeypatch, capsys):
     def absent(name):
         raise metadata.PackageNotFoundError
 
-    monkeypatch.setattr(rap.metadata, "version", absent)
-    monkeypatch.setattr(rap.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(generator.metadata, "version", absent)
+    monkeypatch.setattr(generator.util, "find_spec", lambda name: None)
     assert (
         "cutlass 0.9.0, the rectified LASSO, is not installed here: run this file with --env"
         in refusal(capsys, base)
     )
     monkeypatch.setattr(
-        rap.util, "find_spec", lambda name: SimpleNamespace(origin="dsl/cutlass/__init__.py")
+        generator.util, "find_spec", lambda name: SimpleNamespace(origin="dsl/cutlass/__init__.py")
     )
     assert "(dsl/cutlass/__init__.py) is NVIDIA's or another's" in refusal(capsys, base)
-    monkeypatch.setattr(rap.metadata, "version", lambda name: "0.8.1")
+    monkeypatch.setattr(generator.metadata, "version", lambda name: "0.8.1")
     assert "installed in version 0.8.1, and this generator was written for 0.9.0" in refusal(
         capsys, base
     )
-    monkeypatch.setattr(rap.metadata, "version", lambda name: rap.CUTLASS)
+    monkeypatch.setattr(generator.metadata, "version", lambda name: generator.CUTLASS)
     monkeypatch.setattr(
         rap, "import_module", lambda name: SimpleNamespace(__file__="dsl/cutlass/__init__.py")
     )
