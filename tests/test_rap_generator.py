@@ -577,6 +577,6 @@ def test_the_wrong_cutlass_is_recognised(base, monkeypatch, capsys):
     )
     monkeypatch.setattr(generator.metadata, "version", lambda name: generator.CUTLASS)
     monkeypatch.setattr(
-        rap, "import_module", lambda name: SimpleNamespace(__file__="dsl/cutlass/__init__.py")
+        generator, "import_module", lambda name: SimpleNamespace(__file__="dsl/cutlass/__init__.py")
     )
     assert "NVIDIA's cutlass (dsl/cutlass/__init__.py) hides" in refusal(capsys, base)
