@@ -1,8 +1,10 @@
 """
-How fast a random model generates: tokens a second at several batch sizes, and the share of the memory-bandwidth bound.
+How fast a random model generates: tokens per second at several batch sizes, and the share of the
+memory-bandwidth bound.
 
-The bound is the time to read, once a step, every weight that a token is multiplied with and the keys and values of all rows, at the read
-bandwidth measured here in the same minute. The last line is JSON. It trains nothing and writes nothing.
+The bound is the time to read, once per step, every weight that a token is multiplied with and the
+keys and values of all rows, at the read bandwidth measured in the same minute. The last line is
+JSON. It trains nothing and writes nothing.
 """
 
 import json
@@ -25,22 +27,22 @@ from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)
-class Knobs(ArchitectureKnobs, Shape):
+class DecodeKnobs(ArchitectureKnobs, Shape):
     """Measurement"""
 
     depth: int = knob(12, "layers", low=1)
-    vocab_size: int = knob(32768, "tokens of the vocabulary", low=1)
+    vocab_size: int = knob(32768, "tokens in the vocabulary", low=1)
     batch: tuple[int, ...] = knob((1, 8, 32), "rows generated together", low=1)
-    prompt: int = knob(64, "tokens of the prompt", low=1)
-    tokens: int = knob(128, "tokens generated a row", low=2)
-    repeats: int = knob(5, "runs of each size; their median counts", low=1)
+    prompt: int = knob(64, "tokens in the prompt", low=1)
+    tokens: int = knob(128, "tokens generated per row", low=2)
+    repeats: int = knob(5, "runs per size; the median counts", low=1)
     device_type: str = knob("auto", "auto, cpu, cuda or mps")
     dtype: str = knob("auto", "auto, float32, bfloat16 or float16")
 
 
 def main(argv=None) -> dict[str, Any]:
     k, _ = knobs.parse(
-        Knobs,
+        DecodeKnobs,
         argv,
         command="bench.decode",
         description="Measure how fast a random model generates.",
@@ -65,13 +67,16 @@ def main(argv=None) -> dict[str, Any]:
     kept = 2 * seen * config.n_kv_head * config.head_dim * cache.k.dtype.itemsize
     size = human(model.counts()["total"])
     print0(
-        f"depth {k.depth}, width {config.n_embd}, {size} parameters, {rt.dtype_name} on {hardware.device_name(rt.device)}"
+        f"depth {k.depth}, width {config.n_embd}, {size} parameters, "
+        f"{rt.dtype_name} on {hardware.device_name(rt.device)}"
     )
     print0(
-        f"a step reads {weights / 1e6:.1f} MB of weights and {kept / 1e6:.1f} MB of keys and values a row"
+        f"a step reads {weights / 1e6:.1f} MB of weights, "
+        f"and {kept / 1e6:.1f} MB of keys and values per row"
     )
     print0(
-        f"{'batch':>6}  {'tok/s':>8}  {'ms a step':>9}  {'GB/s':>6}  {'read GB/s here':>14}  {'share of the bound':>18}"
+        f"{'batch':>6}  {'tok/s':>8}  {'ms / step':>9}  {'GB/s':>6}  "
+        f"{'read GB/s here':>14}  {'share of the bound':>18}"
     )
     rows: list[dict[str, float]] = []
     readings = [
@@ -95,10 +100,13 @@ def main(argv=None) -> dict[str, Any]:
             "bandwidth_share": round(rate / bandwidth, 4),
         }
         rows.append({"batch": batch, "read_bandwidth": round(bandwidth), **figures})
-        shown = f"{batch:>6}  {batch / seconds:>8.1f}  {seconds * 1e3:>9.2f}  {rate / 1e9:>6.1f}  {bandwidth / 1e9:>14.1f}"
-        print0(f"{shown}  {rate / bandwidth:>18.1%}")
+        print0(
+            f"{batch:>6}  {batch / seconds:>8.1f}  {seconds * 1e3:>9.2f}  {rate / 1e9:>6.1f}  "
+            f"{bandwidth / 1e9:>14.1f}  {rate / bandwidth:>18.1%}"
+        )
     print0(
-        f"read bandwidth in this run: {min(readings) / 1e9:.1f} to {max(readings) / 1e9:.1f} GB/s; the median beside a batch counts"
+        f"read bandwidth in this run: {min(readings) / 1e9:.1f} to {max(readings) / 1e9:.1f} GB/s; "
+        "the median of the readings around a batch counts"
     )
     out = {
         "depth": k.depth,

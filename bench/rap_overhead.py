@@ -1,11 +1,13 @@
 """
-What an attention prior costs: step time and peak memory of no prior and of each backend, side by side, at several lengths.
+What an attention prior costs: step time and peak memory without a prior and with each form of it, at
+several lengths.
 
-    python -m bench.rap_overhead                            d = 512, depth 4, vocabulary 8,192, T = 512, 1024, 2048
+    python -m bench.rap_overhead      width 512, depth 4, vocabulary 8,192, T = 512, 1024, 2048
     python -m bench.rap_overhead --lengths 1024 --rounds=5 --head_dim=64
 
-The prior is random, with the groups and ranks of real ones: lag and four spans, match and pair (32 codes each), key. Every measurement is a
-process of its own, so that peak memory is its own, and the conditions take turns. The last line is JSON.
+The prior is random, with the groups and ranks of real ones: lag and four spans, match and pair (32
+codes each), key. Each measurement runs in its own process, which gives it its own peak memory, and
+the conditions take turns. The last line is JSON.
 """
 
 import json
@@ -38,7 +40,7 @@ ABOUT = ("dtype", "about")
 
 
 @dataclass(kw_only=True)
-class Knobs(TrainKnobs, Shape):
+class OverheadKnobs(TrainKnobs, Shape):
     """Measurement"""
 
     model_dim: int = knob(512, "model width")
@@ -54,7 +56,7 @@ class Knobs(TrainKnobs, Shape):
     one: str = knob("", "measure this condition alone, in this process, at the first length")
 
 
-def artifact(k: Knobs, T: int, path: Path) -> str:
+def artifact(k: OverheadKnobs, T: int, path: Path) -> str:
     """A random prior with the groups of a generated one."""
     g = torch.Generator().manual_seed(k.seed)
     codes, query, now = (
@@ -75,7 +77,7 @@ def artifact(k: Knobs, T: int, path: Path) -> str:
     return str(path)
 
 
-def measure(k: Knobs, condition: str, T: int) -> dict[str, Any]:
+def measure(k: OverheadKnobs, condition: str, T: int) -> dict[str, Any]:
     """Median step time and peak memory of one condition in this process."""
     rt = open_runtime(k.device_type, k.dtype, k.seed)
     shape: dict[str, Any] = {"vocab_size": k.vocab_size, "sequence_len": T, **k.dimensions()}
@@ -113,7 +115,7 @@ def measure(k: Knobs, condition: str, T: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="bench.rap_overhead")
+    k, _ = knobs.parse(OverheadKnobs, argv, command="bench.rap_overhead")
     if k.one:
         found = measure(k, k.one, k.lengths[0])
         print(json.dumps(found))
@@ -157,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     )
                 seen[c].append(json.loads(done.stdout.splitlines()[-1]))
                 print0(
-                    f"T {T} {c}: {seen[c][-1]['step_ms']:.0f} ms, {seen[c][-1]['peak_memory_bytes'] / 1e6:.0f} MB"
+                    f"T {T} {c}: {seen[c][-1]['step_ms']:.0f} ms, "
+                    f"{seen[c][-1]['peak_memory_bytes'] / 1e6:.0f} MB"
                 )
         base: dict[str, Any] = {}
         for c in conditions:

@@ -1,5 +1,6 @@
 """
-One training step: tokens a second, share of the measured matrix-product peak, peak memory; eager and compiled.
+One training step, eager and compiled: tokens per second, share of the measured matrix-product peak,
+peak memory.
 
     python -m bench.train_step                      depth 4, context 512, vocabulary 8,192, batch 8
     python -m bench.train_step --depth=12 --compile=on
@@ -30,7 +31,7 @@ from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)
-class Knobs(TrainKnobs, Shape):
+class TrainStepKnobs(TrainKnobs, Shape):
     """Measurement"""
 
     sequence_len: int = knob(512, "context length in tokens", low=1)
@@ -40,7 +41,7 @@ class Knobs(TrainKnobs, Shape):
     modes: tuple[Literal["eager", "compiled"], ...] = knob(("eager", "compiled"), "what to measure")
 
 
-def measure(k: Knobs, compiled: bool) -> dict[str, Any]:
+def measure(k: TrainStepKnobs, compiled: bool) -> dict[str, Any]:
     """Median step time of one mode after three steps of warm-up, as a dict of figures."""
     rt = open_runtime(k.device_type, k.dtype, k.seed)
     peak = hardware.measured_peak(rt.device, rt.dtype)
@@ -84,7 +85,7 @@ def measure(k: Knobs, compiled: bool) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="bench.train_step")
+    k, _ = knobs.parse(TrainStepKnobs, argv, command="bench.train_step")
     rows = []
     for mode in k.modes:
         missing = (
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     columns = ("mode", "dtype", "step_ms", "tok_per_sec", "peak_share", "peak_memory_bytes")
     table = Table(
         *columns,
-        title=f"depth {k.depth}, context {k.sequence_len}, vocabulary {k.vocab_size:,}, batch {k.batch}",
+        title=f"depth {k.depth}, context {k.sequence_len}, vocabulary {k.vocab_size:,}, "
+        f"batch {k.batch}",
     )
     for row in rows:
         table.add_row(

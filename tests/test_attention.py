@@ -61,7 +61,10 @@ def test_the_band_of_other_devices_is_the_oracle_too():
 
 
 def cached(cache, q, k, v, sizes, window=0, lengths=None):
-    """Attend through the cache in passes of these sizes; rows end at `lengths`, the rest of them being padding. Returns (B, H, T, D)."""
+    """
+    Attend through the cache in passes of these sizes: (B, H, T, D). Rows end at `lengths`; the
+    rest is padding.
+    """
     B, H, T, D = q.shape
     lengths = lengths or [T] * B
     out = torch.full((B, H, T, D), float("nan"), dtype=q.dtype)
@@ -89,7 +92,7 @@ def cached(cache, q, k, v, sizes, window=0, lengths=None):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("window", [0, 1, 5, 12])
 @pytest.mark.parametrize("sizes", [[20], [1] * 20, [7, 6, 7], [13, 1, 1, 5], [19, 1]])
-def test_the_cache_is_the_whole_sequence_at_every_position(heads, window, sizes):  # traps 20 and 21
+def test_the_cache_is_the_whole_sequence_at_every_position(heads, window, sizes):
     q, k, v = draw(2, *heads, 20)
     cache = KVCache(2, 2, heads[1], 20, 8, "cpu", torch.float64)  # filled to its last slot
     torch.testing.assert_close(cached(cache, q, k, v, sizes, window), oracle(q, k, v, window))
@@ -110,7 +113,10 @@ def test_ragged_rows_in_the_cache(heads, window):
 
 
 def test_padding_at_the_end_of_the_capacity_spoils_nothing():
-    """Row 0 brings 3 tokens, row 1 the one that fills its last slot and two of padding: that slot must stay the token's."""
+    """
+    Row 0 gets 3 tokens; row 1 gets the one that fills its last slot and two of padding, which must
+    not overwrite that slot.
+    """
     q, k, v = draw(2, 2, 2, 8)
     cache = KVCache(1, 2, 2, 8, 8, "cpu", torch.float64)
     cache.advance([5, 7])
@@ -175,7 +181,7 @@ def test_the_cache_refuses_more_than_it_holds():
 @pytest.mark.parametrize("window", [0, 4])
 def test_no_row_gives_nan(
     window,
-):  # trap 34: huge scores, padding beyond the capacity, rows of length 0
+):  # huge scores, padding beyond the capacity, rows of length 0
     q, k, v = draw(2, 4, 2, 9, dtype=torch.float32)
     for x in (q * 1e4, torch.zeros_like(q)):
         leaves = [t.clone().requires_grad_() for t in (x, k, v)]

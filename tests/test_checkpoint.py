@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back; damage, kills and full disks cost nothing; nothing in one can run code."""
+"""Checkpoints: round trips, damage, kills and full disks; loading cannot run code."""
 
 import ast
 import errno
@@ -111,7 +111,7 @@ def test_a_model_comes_back_with_its_tokenizer_checked(tmp_path):
     assert tiny.same(tiny.weights(again), tiny.weights(m)) and stored.meta["stage"] == "base"
     with pytest.raises(
         UserError,
-        match=r"was trained with tokenizer ffffffffffff, but the one in .* is aaaaaaaaaaaa: restore",
+        match=r"trained with tokenizer ffffffffffff, but the one in .* is aaaaaaaaaaaa: restore",
     ):
         stored.check_tokenizer("a" * 64)
 
@@ -236,12 +236,29 @@ def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
         _ = stored.meta
 
 
+def test_metadata_of_format_1_is_upgraded(tmp_path):
+    stored = write(tmp_path, 1)
+    meta = {**stored.meta, "format": 1, "plan": {"rows": 7}}
+    del meta["horizon"]
+    (stored.path / "meta.json").write_text(json.dumps(meta))
+    upgraded = Checkpoint(stored.path).meta
+    assert upgraded["horizon"] == {"rows": 7} and "plan" not in upgraded
+    assert upgraded["format"] == checkpoint.FORMAT
+
+
+def test_only_resuming_needs_the_optimizer(tmp_path):
+    stored = write(tmp_path, 1)
+    (stored.path / "optim.safetensors").unlink()
+    assert checkpoint.newest(tmp_path) == stored
+    assert checkpoint.newest(tmp_path, optimizer=True) is None
+
+
 def test_unknown_architecture_knobs():
     meta = tiny.meta(tiny.model())
     meta["config"] = {**meta["config"], "mixture_of": 8}
     with pytest.raises(
         UserError,
-        match=r"knobs that this version does not have \(mixture_of\): use the version that wrote it",
+        match=r"knobs that this version does not have \(mixture_of\): use the version that",
     ):
         GPTConfig.from_dict(meta["config"])
 
@@ -306,7 +323,7 @@ while True:
 
 
 def test_kill_at_any_moment_of_writing(tmp_path):
-    """kill -9 in a loop of saves: whatever was reported written, or something newer, is found intact afterwards."""
+    """After kill -9 in a loop of saves, the last reported checkpoint or a newer one is intact."""
     rng, step = random.Random(0), 0
     for _ in range(4):
         writer = subprocess.Popen(
@@ -334,7 +351,7 @@ def test_kill_at_any_moment_of_writing(tmp_path):
 
 
 def test_every_cut_of_a_write_leaves_the_previous_one(tmp_path):
-    """A writer that stopped after any of its files: the folder has no manifest, or its temporary name still."""
+    """A writer that stopped after any file leaves no manifest, or only a temporary folder."""
     good = write(tmp_path, 10)
     names = ["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"]
     for n in range(len(names)):

@@ -80,7 +80,10 @@ def test_flops_by_counting_pairs():
 
 
 def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
-    """Logits of one row by transformers' NanoChat conventions, written plainly: loops over positions and heads, complex rotation."""
+    """
+    Logits of one row by the conventions of transformers' NanoChat, written plainly: loops over
+    positions and heads, rotation by complex numbers.
+    """
     c, w = m.config, {n: p.detach().double().numpy() for n, p in m.named_parameters()}
     T, D = idx.numel(), c.n_embd // c.n_head
 

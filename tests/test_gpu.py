@@ -1,6 +1,6 @@
 """
-What only a GPU shows: its kernels against the float64 oracles of the CPU's tests, compiled training, and runs that meet its limits. All of
-it skips where there is none:
+What only a GPU shows: its kernels against the float64 oracles of the CPU's tests, compiled training,
+and runs that reach its limits. Without a GPU, everything here is skipped:
 
     python -m pytest -m gpu
 """
@@ -69,7 +69,7 @@ def test_attention_and_its_gradients(heads, T, window, dtype):
 @pytest.mark.parametrize(("kind", "window"), [("terms", 0), ("terms", 100), ("spans", 0)])
 def test_a_prior_and_the_gradients_of_its_gates(tmp_path, kind, window, dtype, backend):
     if (kind, backend) == ("spans", "factored"):
-        pytest.skip("a span is too sharp for a few columns: prior.prepare refuses")
+        pytest.skip("a span is too sharp for a few columns: prior_artifact.prepare refuses")
     T, D, heads = 256, 64, (4, 2)
     given = terms(reach=T) if kind == "terms" else with_spans(T)
     shape = tiny.config(n_head=heads[0], n_kv_head=heads[1], n_embd=heads[0] * D, sequence_len=T)
@@ -196,7 +196,7 @@ def test_cached_decoding_is_the_whole_sequence(dtype, window_pattern):
 
 
 def on_gpu(directory) -> list[str]:
-    """tiny's base_train, on the GPU and in its own precision; the width is one that its kernels take."""
+    """The flags of tiny.workplace on the GPU, in its precision and at a width that kernels take."""
     words = [
         w
         for w in tiny.workplace(directory)

@@ -1,4 +1,4 @@
-"""The loss without logits against a plain float64 one: values, gradients, ignored targets, signed weights, chunk boundaries."""
+"""The chunked loss against a plain one in float64: values, gradients, targets, weights, chunks."""
 
 import pytest
 import torch

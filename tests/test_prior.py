@@ -1,4 +1,4 @@
-"""The attention prior: B against its formulas, every backend against a float64 oracle, no prior, caches."""
+"""The attention prior: its formulas, every form against a float64 oracle, no prior, caches."""
 
 import pytest
 import tiny
@@ -138,7 +138,10 @@ def test_backends_agree_with_the_oracle(tmp_path, backend, heads, D, T, window, 
 
 @pytest.mark.parametrize("backend", [attention.attend, dense], ids=["blocks", "dense"])
 def test_spans_are_curves_of_single_heads(tmp_path, backend):
-    """Five items (match, pair, three spans) for four heads: the second layer deals on, and a head without a span has the common lag."""
+    """
+    Five items (match, pair, three spans) for four heads: the second layer continues, and a head
+    without a span uses lag.
+    """
     T, D, given = 150, 32, with_spans(150)
     shape = {"n_head": 4, "n_kv_head": 2, "n_embd": 4 * D, "sequence_len": T}
     config, tensors = made(
@@ -223,7 +226,7 @@ def test_without_a_prior_nothing_is_new():
 
 
 @pytest.mark.parametrize("what", ["terms", "gates"])
-def test_a_prior_of_zeros_is_none(tmp_path, what):  # trap 22
+def test_a_prior_of_zeros_is_none(tmp_path, what):
     given = terms()
     if what == "terms":
         given = {
@@ -266,7 +269,7 @@ def test_heads_and_layers_that_are_left_free(path):
     "knobs", [{}, {"attention": "dense"}, {"rap_layers": 1, "rap_heads": 0.5}], ids=str
 )
 @pytest.mark.parametrize("kind", ["terms", "spans", "bias", "key"])
-def test_cached_passes_are_the_whole(tmp_path, kind, knobs):  # traps 20 and 22
+def test_cached_passes_are_the_whole(tmp_path, kind, knobs):
     matrix = torch.randn(C, C, generator=torch.Generator().manual_seed(4))
     given = {"bias": {"bias": matrix / matrix.tril().abs().max()}, "key": {"key": terms()["key"]}}
     given = (given | {"terms": terms(), "spans": with_spans()})[kind]
@@ -287,7 +290,8 @@ def test_cached_passes_are_the_whole(tmp_path, kind, knobs):  # traps 20 and 22
                 )
                 cache.advance(n)
                 at += n
-        # ragged: rows of 7, 2 and 0 tokens so far, padded with a token that must leave no trace; reordered, copied and dropped
+        # Rows of different lengths, padded with a token that must have no effect; then the rows
+        # are reordered, copied and dropped.
         cache = m.new_cache(3)
         for n, counts in ((4, [4, 2, 0]), (3, [3, 0, 0]), (5, [2, 1, 5])):
             part = torch.full((3, n), 7)
@@ -317,7 +321,7 @@ def test_cached_passes_are_the_whole(tmp_path, kind, knobs):  # traps 20 and 22
 
 def test_a_prior_looks_back_by_absolute_position(
     tmp_path,
-):  # trap 22, said plainly: B of a later pass is the matching part of B
+):  # B of a later pass is the matching part of B
     m = model_with(write(tmp_path / "p.safetensors", terms()))
     idx, i = tokens(1), torch.arange(C)[None, :, None]
     with torch.no_grad():

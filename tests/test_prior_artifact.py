@@ -1,4 +1,4 @@
-"""The attention prior from artifact to checkpoint: read and refused, factored, trained with, carried, warm start."""
+"""The attention prior from artifact to checkpoint: reading, factors, training, warm start."""
 
 import json
 import pickle
@@ -161,7 +161,10 @@ def test_the_rank_is_the_smallest_that_meets_the_error():
 
 
 def test_what_an_accelerator_gets(tmp_path):
-    """Away from the CPU, lag becomes its fit for good; a matrix of high rank goes to dense; ranks wider than kernels are refused."""
+    """
+    On other devices than a CPU, lag becomes its fit for good, a matrix stays exact, and ranks wider
+    than the kernels are refused.
+    """
     sharp = 1 / (1 + torch.arange(300.0))
     config, tensors = made(
         write(tmp_path / "p.safetensors", {"lag": sharp}), GPU, tiny.config(sequence_len=300)

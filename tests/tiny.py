@@ -1,4 +1,4 @@
-"""What the tests of the core share: a model that trains in milliseconds, a feed of given batches, a run in a folder of its own."""
+"""What tests share: a model that trains in milliseconds, a feed of given batches, a run."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ RATES = {
 
 
 def config(**knobs: Any) -> GPTConfig:
-    """61 tokens, so that the table has 3 rows of padding; two query heads share a key-value head."""
+    """61 tokens, so the table has 3 padding rows; two query heads share a key-value head."""
     return GPTConfig(
         **{
             "sequence_len": 16,
@@ -58,7 +58,7 @@ def model(seed: int = 1, **knobs: Any) -> GPT:
 
 
 def randomise(m: GPT, seed: int = 2) -> GPT:
-    """Give every weight a value: the model's own initialisation leaves the blocks' outputs at zero."""
+    """Give every weight a value: init_weights leaves the outputs of the blocks at zero."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in m.parameters():
@@ -78,7 +78,7 @@ def batch(
     ignored: float = 0.0,
     weighted: bool = False,
 ) -> Batch:
-    """Random tokens; `ignored` is the share of targets that do not count, different in every row."""
+    """Random tokens; `ignored` is the mean share of ignored targets, different in every row."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (rows, T + 1), generator=g)
     targets = ids[:, 1:].clone()
@@ -184,7 +184,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def workplace(directory: Path) -> list[str]:
-    """A base folder with a tokenizer and a small text; returns the flags of a base_train that takes a second or two on them."""
+    """Write a tokenizer and a small text; returns flags of a base_train of a second or two."""
     rng = random.Random(0)
     nouns = ["cat", "dog", "boat", "tree", "river", "song", "hat", "stone"]
     verbs = ["sees", "likes", "finds", "follows", "paints", "forgets"]
