@@ -57,10 +57,16 @@ def _open_display(description: str) -> "Progress":
         TimeRemainingColumn,
     )
 
-    texts = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
-    columns = texts[0], BarColumn(), texts[1], TimeElapsedColumn(), TimeRemainingColumn()
-    console, redirect = Console(stderr=True), sys.stdout.isatty()
-    display = Progress(*columns, console=console, transient=True, redirect_stdout=redirect)
+    display = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # a file or pipe gets its lines as usual
+    )
     display.add_task(description, total=None, figures="")
     display.start()
     return display
