@@ -1,6 +1,6 @@
 """
-What an attention prior costs: step time and peak memory without a prior and with each form of it, at
-several lengths.
+What an attention prior costs: step time and peak memory without a prior and with each form of it,
+at several lengths.
 
     python -m bench.rap_overhead      width 512, depth 4, vocabulary 8,192, T = 512, 1024, 2048
     python -m bench.rap_overhead --lengths 1024 --rounds=5 --head_dim=64

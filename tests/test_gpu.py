@@ -1,6 +1,6 @@
 """
-What only a GPU shows: its kernels against the float64 oracles of the CPU's tests, compiled training,
-and runs that reach its limits. Without a GPU, everything here is skipped:
+What only a GPU shows: its kernels against the float64 oracles of the CPU's tests, compiled
+training, and runs that reach its limits. Without a GPU, everything here is skipped:
 
     python -m pytest -m gpu
 """
