@@ -368,7 +368,7 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
         for knob in knobs.values():
             if owner[knob.name] is c:
                 _explain(section, knob)
-    section = page.add_argument_group("Always")
+    section = page.add_argument_group("General")
     tables = f"[{_table(command)}] and [all]"
     section.add_argument("--recipe", metavar="FILE.toml", help=f"read values from {tables}")
     section.add_argument("-h, --help", action="store_true", help="show this help and exit")
