@@ -115,25 +115,22 @@ def test_every_command_has_a_script():
 CEILINGS = {
     ".": 1_300,
     "base": 8_100,
-    "tinyworld": 10_100,
+    "tinyworld": 9_600,
     "data": 14_000,
     "model": 16_200,
     "chat": 4_100,
     "chat/serve": 10_600,
     "eval": 14_400,
     "train": 12_600,
-    "study": 11_000,
+    "study": 10_900,
     "plan": 20_400,
     "export": 5_600,
     "commands": 11_400,
 }
-WHOLE = 139_300
+WHOLE = 138_600
 # What the rebuild of the house has not reached yet: functions above the limit of complexity, files
 # with lines of more than 100 columns, commands whose help imports torch. Nothing may be added here.
-STILL_COMPLEX: set[str] = {
-    "nanochat/tinyworld/conversations.py state",
-    "nanochat/tinyworld/documents.py dialogue",
-}
+STILL_COMPLEX: set[str] = set()
 STILL_WIDE: set[str] = {
     "nanochat/commands/chat_rl.py",
     "nanochat/commands/mid_train.py",
