@@ -39,103 +39,89 @@ class AccuracyKnobs(probe.ProbeKnobs):
 
 
 def errors(
-    p: dict[str, Any], machine: Machine, others: Sequence[dict[str, Any]]
+    point: dict[str, Any], machine: Machine, others: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
     """prediction / measurement - 1 of a point: speed by other points and by the peak, memory."""
-    config, rows, n = GPTConfig(**p["config"]), p["rows"], p["accumulation"]
-    micro = rows * config.sequence_len
+    config, rows, T = GPTConfig(**point["config"]), point["rows"], point["config"]["sequence_len"]
     began = time.monotonic()
-    rates = {
-        name: speed.tokens_per_second(
-            config, rows, config.sequence_len, n * micro, replace(machine, points=tuple(points))
-        ).tok_per_sec
-        for name, points in (("speed_by_points", others), ("speed_by_peak", ()))
-        if points or name == "speed_by_peak"
-    }
-    traced = MemoryModel(replace(machine, points=(), memory_gap=0.0), p["compiled"]).report(
-        config, rows, n
+    bases = {"speed_by_peak": ()}
+    if others:
+        bases["speed_by_points"] = tuple(others)
+    result = {}
+    for name, points in bases.items():
+        batch = point["accumulation"] * rows * T
+        basis = replace(machine, points=points)
+        predicted = speed.tokens_per_second(config, rows, T, batch, basis).tok_per_sec
+        result[name] = predicted / point["tok_per_sec"] - 1
+    model = MemoryModel(replace(machine, points=(), memory_gap=0.0), point["compiled"])
+    traced = model.report(config, rows, point["accumulation"])
+    result["memory"] = traced / point["peak_memory_bytes"] - 1
+    return {**result, "traced": traced, "seconds": time.monotonic() - began}
+
+
+def add_card_errors(points: Sequence[dict[str, Any]], results: Sequence[dict[str, float]]) -> None:
+    """On a GPU, the error for the whole card, with the margin measured at the smallest point."""
+    smallest = min(range(len(points)), key=lambda i: points[i]["peak_memory_bytes"])
+    if "card_bytes" not in points[smallest]:
+        return
+    margin = memory.measured_margin([points[smallest]], [results[smallest]["traced"]])
+    for i, (point, result) in enumerate(zip(points, results, strict=True)):
+        if i != smallest:
+            predicted = result["traced"] * (1 + margin.fragmentation) + margin.context
+            result["card"] = predicted / point["card_bytes"] - 1
+
+
+def measure(knobs: AccuracyKnobs) -> tuple[Machine, list[dict[str, Any]]]:
+    """The machine and its measured points, on a grid for its kind of device."""
+    gpu = machines.here(knobs.device_type, knobs.dtype).device_type != "cpu"
+    depths = (12, 16, 20) if gpu else (2, 3, 4)
+    lengths = (512, 1024, 2048) if gpu else (256, 512)
+    probed = probe.run(
+        replace(
+            knobs,
+            depths=knobs.depths or ((knobs.depth,) if knobs.depth else depths),
+            lengths=knobs.lengths or lengths,
+            device_batches=knobs.device_batches or (8,),
+            vocab=knobs.vocab or (65_536 if gpu else 8_192),
+            out=knobs.out or str(base_dir() / "bench" / "plan_accuracy.json"),
+        )
     )
-    found = {name: rate / p["tok_per_sec"] - 1 for name, rate in rates.items()} | {
-        "memory": traced / p["peak_memory_bytes"] - 1
-    }
-    return found | {"traced": traced, "seconds": time.monotonic() - began}
+    points = [p for p in probed["points"] if "error" not in p]
+    if not points:
+        raise UserError("no point could be measured: try a smaller --depths or --device_batches")
+    return Machine(**probed["machine"]), points
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(AccuracyKnobs, argv, command="bench.plan_accuracy")
-    gpu = machines.here(k.device_type, k.dtype).device_type != "cpu"
-    k = replace(
-        k,
-        depths=k.depths or ((k.depth,) if k.depth else (12, 16, 20) if gpu else (2, 3, 4)),
-        lengths=k.lengths or ((512, 1024, 2048) if gpu else (256, 512)),
-        device_batches=k.device_batches or (8,),
-        vocab=k.vocab or (65_536 if gpu else 8_192),
-        out=k.out or str(base_dir() / "bench" / "plan_accuracy.json"),
-    )
-    probed = probe.run(k)
-    good = [p for p in probed["points"] if "error" not in p]
-    if not good:
-        raise UserError("no point could be measured: try a smaller --depths or --device_batches")
-    machine = Machine(**probed["machine"])
+    values, _ = knobs.parse(AccuracyKnobs, argv, command="bench.plan_accuracy")
+    machine, points = measure(values)
+    results = [errors(p, machine, [q for q in points if q is not p]) for p in points]
+    add_card_errors(points, results)
     rows, lines = [], []
-    every = [errors(p, machine, [q for q in good if q is not p]) for p in good]
-    smallest = min(range(len(good)), key=lambda i: good[i]["peak_memory_bytes"])
-    on_card = "card_bytes" in good[smallest]
-    margin = (
-        memory.measured_margin([good[smallest]], [every[smallest]["traced"]]) if on_card else None
-    )
-    for i, (p, found) in enumerate(zip(good, every, strict=True)):
-        if margin and i != smallest:
-            found["card"] = (found["traced"] * (1 + margin.fragmentation) + margin.context) / p[
-                "card_bytes"
-            ] - 1
-        c = p["config"]
-        rows.append(
-            {
-                "depth": c["n_layer"],
-                "width": c["n_embd"],
-                "T": c["sequence_len"],
-                "rows": p["rows"],
-                **found,
-            }
-        )
-        rows[-1] |= {"tok_per_sec": p["tok_per_sec"], "peak_memory_bytes": p["peak_memory_bytes"]}
-        said = [f"{found[n]:+.1%}" if n in found else "" for n in PREDICTED]
-        tensors, card = (
-            f"{p[n] / 1e9:.2f} GB" if n in p else "" for n in ("peak_memory_bytes", "card_bytes")
-        )
-        head = [
-            f"{c['n_layer']} x {c['n_embd']}",
-            c["sequence_len"],
-            p["rows"],
-            f"{p['tok_per_sec']:,.0f}",
-        ]
-        lines.append([*head, *said[:2], tensors, said[2], card, said[3]])
-    heads = (
-        "depth x width",
-        "T",
-        "rows",
-        "tok/s",
-        "by the points",
-        "by the peak",
-        "peak memory",
-        "predicted",
-        "of the card",
-        "predicted",
-    )
-    print0(columns(heads, lines))
-    worst = {
-        n: max(abs(r[n]) for r in rows if n in r) for n in PREDICTED if any(n in r for r in rows)
-    }
-    mean = {n: fmean(abs(r[n]) for r in rows if n in r) for n in worst}
-    found = {
+    for point, result in zip(points, results, strict=True):
+        c = point["config"]
+        size = {"depth": c["n_layer"], "width": c["n_embd"], "T": c["sequence_len"]}
+        measured = {name: point[name] for name in ("tok_per_sec", "peak_memory_bytes")}
+        rows.append({**size, "rows": point["rows"], **result, **measured})
+        shown = [f"{result[name]:+.1%}" if name in result else "" for name in PREDICTED]
+        by_points, by_peak, tensors, card = shown
+        held = f"{point['card_bytes'] / 1e9:.2f} GB" if "card_bytes" in point else ""
+        head = f"{c['n_layer']} x {c['n_embd']}", c["sequence_len"], point["rows"]
+        peak = f"{point['peak_memory_bytes'] / 1e9:.2f} GB"
+        speeds = f"{point['tok_per_sec']:,.0f}", by_points, by_peak
+        lines.append((*head, *speeds, peak, tensors, held, card))
+    size_heads = ("depth x width", "T", "rows", "tok/s", "by the points", "by the peak")
+    memory_heads = ("peak memory", "predicted", "of the card", "predicted")
+    print0(columns((*size_heads, *memory_heads), lines))
+    by_name = {n: [abs(r[n]) for r in rows if n in r] for n in PREDICTED}
+    summary = {
         "machine": machine.stored(),
-        "worst": worst,
-        "mean": mean,
+        "worst": {n: max(errors_of) for n, errors_of in by_name.items() if errors_of},
+        "mean": {n: fmean(errors_of) for n, errors_of in by_name.items() if errors_of},
         "rows": rows,
     }
-    print(json.dumps(found))
-    return found
+    print(json.dumps(summary))
+    return summary
 
 
 if __name__ == "__main__":

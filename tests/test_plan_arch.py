@@ -48,11 +48,11 @@ def test_the_tables(shape, tied, vocab, embedding, transformer, head, total):
 
 def test_a_budget_and_a_split_find_the_model_and_print_its_table(capsys):
     out = planned("--params", "38M", "--vocab", "24576", "--split", "1:1:1")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        said.count("12,582,912") >= 3
-        and "37,748,736" in said
-        and "4 layers, width 512, 8 heads of 64" in said
+        output.count("12,582,912") >= 3
+        and "37,748,736" in output
+        and "4 layers, width 512, 8 heads of 64" in output
     )
     assert (out["embedding"], out["transformer"], out["head"], out["total"]) == (
         12_582_912,
@@ -121,12 +121,12 @@ def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv)
         search = arch.Search(
             Shape(depth=0, kv_ratio=kv), ArchitectureKnobs(tie_embeddings=tied), vocab
         )
-        found = search.nearest(params)
+        result = search.nearest(params)
     except UserError as e:
         assert "the smallest has" in str(e)
         return
-    assert [f.cost for f in found] == sorted(f.cost for f in found)
-    best = found[0]
+    assert [f.cost for f in result] == sorted(f.cost for f in result)
+    best = result[0]
     counted = shapes.counts(best.config)
     assert {p: counted[p] for p in best.counts} == best.counts
     assert abs(counted["total"] / params - 1) <= arch.TOLERANCE
@@ -220,9 +220,9 @@ def test_bad_input(words, says):
 
 def test_the_command_lists_its_parts_and_knows_the_near_one(capsys):
     assert plan.main([]) == {} and plan.main(["-h"]) == {}
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, (_, sentence) in plan.commands().items():
-        assert f"  {name} " in said and len(sentence) > 20
+        assert f"  {name} " in output and len(sentence) > 20
     with pytest.raises(UserError, match=r"no subcommand 'memroy' \(did you mean memory\?\)"):
         plan.main(["memroy"])
 

@@ -71,7 +71,7 @@ def measured(
 
     step()
     optimizer.zero_grad()
-    there = [
+    held = [
         *model.parameters(),
         model.cos,
         model.sin,
@@ -85,7 +85,7 @@ def measured(
     for e in sorted(events, key=lambda e: e.start_ns()):
         now += e.nbytes()
         peak = max(peak, now)
-    return peak + sum(t.untyped_storage().nbytes() for t in there)
+    return peak + sum(t.untyped_storage().nbytes() for t in held)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -101,7 +101,7 @@ def measured(
     ids=str,
 )
 def test_a_step_holds_what_was_predicted(knobs, dtype):
-    c = config(**knobs)
+    c = config(n_layer=2, **knobs)
     peak, _ = trace(c, 8, 128, dtype=dtype, device_type="cpu", eval_rows=1)
     assert peak["all"] == pytest.approx(measured(c, 8, dtype), rel=0.02)
 
@@ -202,7 +202,7 @@ def test_the_grid_says_what_fits(capsys):
         "2.0",
     ]
     out = plan.main(words)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert [(r["sequence_len"], r["rows"]) for r in out["grid"]] == [
         (64, 1),
         (64, 4),
@@ -215,7 +215,7 @@ def test_the_grid_says_what_fits(capsys):
         and out["compiled"]
         and all(r["fits"] for r in out["grid"])
     )
-    assert said.count("| fits") == 4
+    assert output.count("| fits") == 4
     totals = [r["total"] for r in out["grid"]]
     limit = (totals[2] + totals[3]) / 2 / 2**30
     some = plan.main([*words[:-1], str(limit), "--json"])

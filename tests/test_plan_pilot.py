@@ -65,11 +65,11 @@ def test_the_interval_covers_as_often_as_it_says():
             math.exp(rng.normal(math.log(0.29), 0.3)),
             rng.uniform(6, 20),
         )
-        d, y, more = ends(share, power, noise=extrapolate.NOISE, seed=seed)
+        d, y, noise_rng = ends(share, power, noise=extrapolate.NOISE, seed=seed)
         fit = extrapolate.fit_curve(d, y, times * d[-1], **PRIOR, seed=seed)
         hits += (
             fit.lo
-            < truth(share, power, times) * math.exp(extrapolate.NOISE * more.standard_normal())
+            < truth(share, power, times) * math.exp(extrapolate.NOISE * noise_rng.standard_normal())
             < fit.hi
         )
     assert hits >= 165, f"{hits} of 200 for an interval of 90 %"
@@ -108,15 +108,15 @@ def plan(steps: int = 2000, sources: int = 1) -> dict:
 def test_lengths_double_and_take_the_time():
     got = pilot.lengths(plan(), 200.0, 3)
     assert got[1] == pytest.approx(2 * got[0], abs=1) and got[2] == pytest.approx(4 * got[0], abs=3)
-    looks = 3 * (6.0 + 2 * 8192 / (2 * 8192))
-    assert 0.5 * sum(got) + looks == pytest.approx(200, abs=2)
+    evaluations = 3 * (6.0 + 2 * 8192 / (2 * 8192))
+    assert 0.5 * sum(got) + evaluations == pytest.approx(200, abs=2)
     assert max(pilot.lengths(plan(steps=200), 1e5, 3)) == 100, (
         "never more than half of the run itself"
     )
 
 
 @pytest.mark.parametrize(
-    ("found", "seconds", "says"),
+    ("result", "seconds", "says"),
     [
         (
             plan(),
@@ -126,11 +126,11 @@ def test_lengths_double_and_take_the_time():
         (plan(steps=60), 60.0, "a run of 60 steps is too short for a pilot"),
     ],
 )
-def test_pilots_too_short(found, seconds, says):
+def test_pilots_too_short(result, seconds, says):
     with pytest.raises(UserError, match=says):
-        pilot.lengths(found, seconds, 3)
+        pilot.lengths(result, seconds, 3)
     if "minutes" in says:
-        short, long = (pilot.lengths(found, s, 3) for s in (42.0, 79.0))
+        short, long = (pilot.lengths(result, s, 3) for s in (42.0, 79.0))
         assert (len(short), len(long)) == (2, 3) and min(short + long) >= pilot.FEWEST_STEPS
 
 
@@ -145,8 +145,8 @@ def test_the_target_is_judged():
     assert "are within reach" in pilot.verdict(1.0, c, the_law)
     assert "are uncertain" in pilot.verdict(c.bpb[0], c, the_law)
     assert (
-        "out of reach" in (said := pilot.verdict(0.8, c, the_law))
-        and "times the budget would reach them" in said
+        "out of reach" in (output := pilot.verdict(0.8, c, the_law))
+        and "times the budget would reach them" in output
     )
     assert "no budget within" in pilot.verdict(0.5, c, the_law)
 
@@ -205,22 +205,24 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
         )
 
     monkeypatch.setattr(pilot, "train", train)
-    found = pilot.run(knobs.parse(pilot.PilotKnobs, ["--target_bpb=0.01"], command="plan pilot")[0])
-    assert [r["steps"] for r in found["runs"]] == [16, 32, 64] and len(calls) == 3
-    assert found["runs"][0]["final_bpb"] > found["runs"][2]["final_bpb"] > found["fit"]["bpb"]
-    ratio = found["runs"][2]["tok_per_sec"] / before["primary"]["tok_per_sec"]
-    assert found["speed_ratio"] == pytest.approx(ratio)
+    result = pilot.run(
+        knobs.parse(pilot.PilotKnobs, ["--target_bpb=0.01"], command="plan pilot")[0]
+    )
+    assert [r["steps"] for r in result["runs"]] == [16, 32, 64] and len(calls) == 3
+    assert result["runs"][0]["final_bpb"] > result["runs"][2]["final_bpb"] > result["fit"]["bpb"]
+    ratio = result["runs"][2]["tok_per_sec"] / before["primary"]["tok_per_sec"]
+    assert result["speed_ratio"] == pytest.approx(ratio)
     after = json.loads(file.with_suffix(".json").read_text())
     assert after["machine"]["factor"] == pytest.approx(ratio)
     assert after["primary"]["tok_per_sec"] == pytest.approx(
-        found["runs"][2]["tok_per_sec"], rel=0.01
+        result["runs"][2]["tok_per_sec"], rel=0.01
     )
     for in_plan, in_pilot in (("bpb", "bpb"), ("bpb_lo", "lo"), ("bpb_hi", "hi")):
-        assert after["primary"][in_plan] == pytest.approx(found["fit"][in_pilot], rel=0.01)
-    assert after["primary"]["peak_memory_bytes"] == pytest.approx(found["memory_bytes"], rel=0.01)
-    assert "out of reach" in found["target"] and not found["changed"]
+        assert after["primary"][in_plan] == pytest.approx(result["fit"][in_pilot], rel=0.01)
+    assert after["primary"]["peak_memory_bytes"] == pytest.approx(result["memory_bytes"], rel=0.01)
+    assert "out of reach" in result["target"] and not result["changed"]
     knobs.parse(base_train.PretrainKnobs, ["--recipe", str(file)], command="base_train")
-    assert "the law said" in capsys.readouterr().out
+    assert "the law output" in capsys.readouterr().out
     for directory in (tmp_path / "checkpoints" / "base").iterdir():
         assert checkpoint.list_checkpoints(directory) == [] and logbook.read(directory), (
             "the weights go, the figures stay"

@@ -147,7 +147,7 @@ def test_a_measured_point():
         ),
         "rows": 2,
     }
-    found = measure.measure_training(
+    result = measure.measure_training(
         {
             **spec,
             "accumulation": 3,
@@ -157,9 +157,9 @@ def test_a_measured_point():
             "seconds": 0,
         }
     )
-    assert found["step_ms"] == pytest.approx(3 * found["micro_ms"] + found["update_ms"])
-    assert found["tok_per_sec"] == pytest.approx(3 * 2 * 16 / found["step_ms"] * 1e3)
-    assert found["finite"] and found["peak_memory_bytes"] > 1e6 and found["first_step_s"] > 0
+    assert result["step_ms"] == pytest.approx(3 * result["micro_ms"] + result["update_ms"])
+    assert result["tok_per_sec"] == pytest.approx(3 * 2 * 16 / result["step_ms"] * 1e3)
+    assert result["finite"] and result["peak_memory_bytes"] > 1e6 and result["first_step_s"] > 0
 
 
 def test_memory_that_runs_out_is_a_result(monkeypatch):
@@ -203,11 +203,11 @@ def test_a_process_that_takes_too_long(monkeypatch):
 
 
 def test_a_process_of_its_own():
-    found = machine.in_process({"device_type": "cpu", "dtype": "float32"})
+    result = machine.in_process({"device_type": "cpu", "dtype": "float32"})
     assert (
-        found["device_type"] == "cpu"
-        and found["peak_flops"] > 1e9
-        and found["memory_bytes"] > 2**28
+        result["device_type"] == "cpu"
+        and result["peak_flops"] > 1e9
+        and result["memory_bytes"] > 2**28
     )
 
 
@@ -259,13 +259,13 @@ def test_a_grid(lab, tmp_path, capsys):
         "--minutes=20",
         "--total_batch_size=65536",
     ]
-    found = probed(*words)
+    result = probed(*words)
     first = [(4, 512, 8), (6, 512, 8), (4, 512, 32), (6, 512, 32), (4, 512, 64)]
     assert lab[:5] == first, "64 rows need not be tried where 32 do not fit"
     assert sorted(lab[5:]) == sorted(set(first) - {(6, 512, 32)}), (
         "and once more what fitted, when the machine is warm"
     )
-    assert [p.get("error") for p in found["points"]] == [
+    assert [p.get("error") for p in result["points"]] == [
         None,
         None,
         None,
@@ -273,19 +273,19 @@ def test_a_grid(lab, tmp_path, capsys):
         "out of memory",
         "out of memory",
     ]
-    assert [p["accumulation"] for p in found["points"][:3]] == [16, 4, 2]
-    good = found["points"][0]
+    assert [p["accumulation"] for p in result["points"][:3]] == [16, 4, 2]
+    good = result["points"][0]
     assert good["drift"] == pytest.approx(0.1) and good["step_ms"] == pytest.approx(
         1.1 * point(4, 8, n=16)["step_ms"]
     )
     assert good["tokens_in_budget"] == pytest.approx(good["tok_per_sec"] * 0.85 * 1200)
-    said = capsys.readouterr().out
-    assert "out of memory" in said and "tokens in the budget" in said
+    output = capsys.readouterr().out
+    assert "out of memory" in output and "tokens in the budget" in output
     stored = machine.load(tmp_path / "plan" / "probe.json")
     assert stored.peak_flops == 1e12 and len(stored.points) == 6
 
     lab.clear()  # the same again costs nothing, more costs what is new
-    assert probed(*words)["points"] == found["points"] and lab == []
+    assert probed(*words)["points"] == result["points"] and lab == []
     probed(*words, "--depths", "4", "5", "--device_batches", "8")
     assert lab == [(5, 512, 8), (5, 512, 32), (5, 512, 64)] * 2
     assert len(machine.load(tmp_path / "plan" / "probe.json").points) == 9
@@ -295,7 +295,7 @@ def test_the_grid_follows_the_budget(lab):
     small, large = (
         probed("--vocab=4096", "--device_batches=8", f"--hours={h}") for h in (0.05, 50)
     )
-    depths = [[p["config"]["n_layer"] for p in found["points"]] for found in (small, large)]
+    depths = [[p["config"]["n_layer"] for p in result["points"]] for result in (small, large)]
     assert all(len(set(d)) >= 3 for d in depths) and max(depths[0]) < max(depths[1])
     assert small["points"][0]["accumulation"] <= large["points"][0]["accumulation"]
 
@@ -303,12 +303,12 @@ def test_the_grid_follows_the_budget(lab):
 def test_time_for_the_grid_is_limited(lab, monkeypatch, capsys):
     clock = iter(np.arange(0, 1e4, 40.0))
     monkeypatch.setattr(probe.time, "monotonic", lambda: float(next(clock)))
-    found = probed(
+    result = probed(
         "--depths", "2", "3", "4", "5", "--device_batches", "8", "--vocab=4096", "--limit_minutes=1"
     )
     assert (
-        len(found["points"]) == 2
-        and found["left_out"] == 2
+        len(result["points"]) == 2
+        and result["left_out"] == 2
         and "2 points left out" in capsys.readouterr().out
     )
 

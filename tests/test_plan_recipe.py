@@ -1,4 +1,4 @@
-"""The recipe: the law behind it, what it chooses, what it refuses, and that the training commands take what it writes."""
+"""The recipe: its law, what it chooses and refuses, and that the training commands accept what it writes."""
 
 import json
 import tomllib
@@ -19,7 +19,7 @@ from nanochat.train.scaling import MIN_STEPS, batch_for, context_for, context_st
 
 @pytest.fixture(autouse=True)
 def fast(tmp_path, monkeypatch):
-    """Memory by formula instead of a trace: what is tested here is what is made of it."""
+    """Memory by formula instead of a trace: these tests are about what follows from it."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(memory, "predict", predict)
 
@@ -132,8 +132,8 @@ def test_a_day_on_a_4090():
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
     card = recipe.planned_machine(k)
     assert (card.name, card.dtype, card.memory_bytes) == ("RTX 4090", "bfloat16", 24 * GIB)
-    found = choice.choose(k, card, law.fitted())
-    first, second = found.primary, found.fallback
+    result = choice.choose(k, card, law.fitted())
+    first, second = result.primary, result.fallback
     assert 12 <= first.config.n_layer <= 20 and first.config.sequence_len == 2048, (
         "band B of what users report"
     )
@@ -141,10 +141,10 @@ def test_a_day_on_a_4090():
     assert 0.75 < first.bpb[0] < 0.9 and first.memory < 24 * GIB
     assert second.size < first.size and second.bpb[0] >= first.bpb[0]
     assert (
-        all(c.why for c in found.candidates)
-        and sum(c.why == "chosen" for c in found.candidates) == 1
+        all(c.why for c in result.candidates)
+        and sum(c.why == "chosen" for c in result.candidates) == 1
     )
-    base = recipe.tables(k, first, found)["base_train"]
+    base = recipe.tables(k, first, result)["base_train"]
     assert base["context_stages"] == ("512@0", "1024@0.6", "2048@0.9") and base[
         "max_minutes"
     ] == pytest.approx(0.85 * 24 * 60)
@@ -176,8 +176,8 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
         ask(f"--hours={hours}", "--vocab=8192"),
         machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device),
     )
-    found = choice.choose(k, m, law.fitted())
-    for c in filter(None, (found.primary, found.fallback)):
+    result = choice.choose(k, m, law.fitted())
+    for c in filter(None, (result.primary, result.fallback)):
         assert (
             c.memory <= m.memory_bytes
             and c.rows * c.config.sequence_len <= c.batch
@@ -188,11 +188,11 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
             and c.bpb[1] < c.bpb[0] < c.bpb[2]
             and c.speed.lo < c.speed.tok_per_sec < c.speed.hi
         )
-        assert c.tokens <= c.speed.tok_per_sec * found.pretraining_seconds
-        tables = recipe.tables(k, c, found)
+        assert c.tokens <= c.speed.tok_per_sec * result.pretraining_seconds
+        tables = recipe.tables(k, c, result)
         assert sum(t["max_minutes"] for t in tables.values()) <= hours * 60 + 0.01
     more = choice.choose(ask(f"--hours={1.5 * hours}", "--vocab=8192"), m, law.fitted())
-    assert more.primary.bpb[0] <= found.primary.bpb[0] * (1 + choice.TIE)
+    assert more.primary.bpb[0] <= result.primary.bpb[0] * (1 + choice.TIE)
 
 
 def test_what_is_given_is_kept():
@@ -214,8 +214,8 @@ def test_what_is_given_is_kept():
         "b=y:2",
     )
     k = ask("--hours=5", *size, *rest)
-    found = choice.choose(k, machine(), law.fitted())
-    base = recipe.tables(k, found.primary, found)["base_train"]
+    result = choice.choose(k, machine(), law.fitted())
+    base = recipe.tables(k, result.primary, result)["base_train"]
     wanted = {
         "depth": 7,
         "model_dim": 320,
@@ -230,7 +230,7 @@ def test_what_is_given_is_kept():
         "data": ("a=x:1", "b=y:2"),
     }
     assert {n: base.get(n) for n in wanted} == wanted and "context_stages" not in base
-    assert found.fallback is None
+    assert result.fallback is None
 
 
 def test_rows_are_halved_until_they_fit():
@@ -290,18 +290,18 @@ def test_a_probe_decides_the_rows(tmp_path):
     points = [
         point(d, rows, b=2e-10 if rows == 8 else 4e-10) for d in (2, 4, 6) for rows in (8, 32)
     ]
-    told = {
+    card_fields = {
         "name": "Some CPU",
         "device_type": "cpu",
         "dtype": "float32",
         "memory_bytes": 8 * GIB,
         "peak_flops": 1e12,
     }
-    (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points}))
+    (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points}))
     k = ask("--minutes=60", f"--probe={tmp_path / 'p.json'}", "--vocab=4096")
     first = choice.choose(k, recipe.planned_machine(k), law.fitted()).primary
     assert first.rows == 8 and first.speed.hi / first.speed.lo < 1.5
-    (tmp_path / "p.json").write_text(json.dumps({"machine": told, "points": points[1::2]}))
+    (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points[1::2]}))
     assert choice.choose(k, recipe.planned_machine(k), law.fitted()).primary.rows == 32, (
         "one row is not as fast because nobody tried it"
     )
@@ -384,7 +384,7 @@ def test_toml_values(value):
 
 
 def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
-    told = {
+    card_fields = {
         "name": "Some CPU",
         "device_type": "cpu",
         "dtype": "float32",
@@ -398,12 +398,12 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
         )
         (tmp_path / "plan").mkdir()
         (tmp_path / "plan" / "probe.json").write_text(
-            json.dumps({"machine": told, "points": [point(d, 8) for d in (2, 4)]})
+            json.dumps({"machine": card_fields, "points": [point(d, 8) for d in (2, 4)]})
         )
 
-    monkeypatch.setattr(machines, "here", lambda *a: machine(**told))
+    monkeypatch.setattr(machines, "here", lambda *a: machine(**card_fields))
     monkeypatch.setattr(probe, "run", probed)
-    found = recipe.run(
+    result = recipe.run(
         ask(
             "--minutes=40",
             "--vocab=4096",
@@ -413,11 +413,11 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
             "--mlp_ratio=3",
         )
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "chosen" in said
-        and "fallback" in said
-        and found["recipe"] == str(tmp_path / "plan" / "recipe.toml")
+        "chosen" in output
+        and "fallback" in output
+        and result["recipe"] == str(tmp_path / "plan" / "recipe.toml")
     )
     for name in ("recipe.toml", "recipe-fallback.toml"):
         for command, cls in {
@@ -434,9 +434,9 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
                 and origins["max_minutes"].startswith("recipe")
             )
     k, _ = knobs.parse(
-        base_train.PretrainKnobs, ["--recipe", found["recipe"]], command="base_train"
+        base_train.PretrainKnobs, ["--recipe", result["recipe"]], command="base_train"
     )
-    first = found["primary"]
+    first = result["primary"]
     assert (k.depth, k.model_dim, k.total_batch_size) == (
         first["depth"],
         first["model_dim"],

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from nanochat.base.common import UserError, columns, notice, print0
 from nanochat.base.knobs import knob
-from nanochat.base.progress import progress
 from nanochat.model.config import GPTConfig
 from nanochat.plan import machine
 from nanochat.plan.machine import GIB, Machine
@@ -147,14 +146,10 @@ def grid(
 ) -> list[dict[str, Any]]:
     """predict() for every device batch and length, smallest first, each with whether it fits."""
     cells = [(T, rows) for T in sorted(set(lengths)) for rows in sorted(set(batches))]
-    predictions = []
-    with progress(len(cells), "predicting memory", "device batches") as bar:
-        for T, rows in cells:
-            parts = predict(config, rows, T, **how)
-            fits = parts["total"] <= available
-            predictions.append({"rows": rows, "sequence_len": T, "fits": fits, **parts})
-            bar.advance()
-    return predictions
+    predictions = [
+        {"rows": rows, "sequence_len": T, **predict(config, rows, T, **how)} for T, rows in cells
+    ]
+    return [{**parts, "fits": parts["total"] <= available} for parts in predictions]
 
 
 def _planned_machine(knobs: MemoryKnobs) -> Machine:
