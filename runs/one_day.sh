@@ -74,6 +74,7 @@ pilot=$((minutes >= 25))
 spent=$((before + SECONDS - $(cat "$out/begun")))
 if [ ! -e "$out/left" ]; then
     hundredths=$(((minutes * 60 - spent) * (12 - pilot) * 100 / 720)) # of a minute
+    [ "$hundredths" -gt 0 ] || hundredths=1
     printf '%d.%02d\n' $((hundredths / 100)) $((hundredths % 100)) >"$out/left"
 fi
 plan=(${open[@]+"${open[@]}"} --minutes="$(cat "$out/left")" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")

@@ -222,7 +222,7 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
     assert after["primary"]["peak_memory_bytes"] == pytest.approx(result["memory_bytes"], rel=0.01)
     assert "out of reach" in result["target"] and not result["changed"]
     knobs.parse(base_train.PretrainKnobs, ["--recipe", str(file)], command="base_train")
-    assert "the law output" in capsys.readouterr().out
+    assert "the law said" in capsys.readouterr().out
     for directory in (tmp_path / "checkpoints" / "base").iterdir():
         assert checkpoint.list_checkpoints(directory) == [] and logbook.read(directory), (
             "the weights go, the figures stay"
