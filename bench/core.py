@@ -1,12 +1,14 @@
 """
-How fast CORE items are scored: every full sequence alone, full sequences in batches, and as core_eval does it, sharing what is shared.
+How fast CORE items are scored: each full sequence alone, full sequences in batches, and as base_eval
+does it, computing shared tokens once.
 
     python -m bench.core                       made-up items of the three kinds
     python -m bench.core --core=FOLDER         the tasks of an evaluation bundle
 
-The model is random. All three ways compute logits only where something is scored. An overall rate is over the same number of items of
-every task. `agree` is the share of items whose answers are those of scoring alone: all in float32; in bfloat16 near ties may fall the other
-way. The longer the context, the more there is to share. The last line is JSON; nothing is written.
+The model is random. All three ways compute logits only where something is scored. An overall rate
+is over the same number of items per task. `agree` is the share of items answered as when scored
+alone: all in float32, while bfloat16 may decide near ties differently. A longer context has more to
+share. The last line of output is JSON; nothing is written.
 """
 
 import json
@@ -29,7 +31,7 @@ from nanochat.base.runtime import open_runtime
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.core import Score, Scorer
 from nanochat.eval.core_bundle import CoreTask, load_bundle
-from nanochat.eval.core_items import CoreItem, prepare
+from nanochat.eval.core_items import CoreItem, prepare, unshared
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.knobs import MachineKnobs
@@ -37,7 +39,7 @@ from nanochat.train.scaling import Shape
 
 
 @dataclass(kw_only=True)
-class Knobs(MachineKnobs, ArchitectureKnobs, Shape):
+class CoreSpeedKnobs(MachineKnobs, ArchitectureKnobs, Shape):
     """Measurement"""
 
     depth: int = knob(4, "layers", low=1)
@@ -49,10 +51,10 @@ class Knobs(MachineKnobs, ArchitectureKnobs, Shape):
         8192, "tokens of the vocabulary, which is learned from the items", low=265
     )
     core: str = knob("", "folder of an evaluation bundle (default: made-up items)")
-    items: int = knob(200, "items of a task", low=1)
+    items: int = knob(200, "items per task", low=1)
     alone: int = knob(10, "of these, items that are also scored the slow ways", low=1)
     repeats: int = knob(3, "runs of each; their median counts", low=1)
-    memory: float = knob(0, "megabytes of a pass; 0 = what suits the device", low=0)
+    memory: float = knob(0, "megabytes per pass; 0 = what suits the device", low=0)
 
 
 def made_up(seed: int) -> list[CoreTask]:
@@ -96,21 +98,6 @@ def made_up(seed: int) -> list[CoreTask]:
     ]
 
 
-def apart(items: Sequence[CoreItem], prompts: Sequence[Sequence[int]]) -> list[CoreItem]:
-    """Every sequence as an item of its own that shares nothing."""
-    return [
-        item._replace(
-            prompt=0,
-            past=0,
-            ids=[[*prompts[item.prompt][: item.past], *s]],
-            shared=1,
-            starts=[item.past + start],
-        )
-        for item in items
-        for s, start in zip(item.ids, item.starts, strict=True)
-    ]
-
-
 @torch.inference_mode()
 def one_by_one(model: GPT, items: Sequence[CoreItem]) -> list[Score]:
     """The plain way: a forward pass for each full sequence."""
@@ -127,7 +114,10 @@ def one_by_one(model: GPT, items: Sequence[CoreItem]) -> list[Score]:
 
 
 def answers(items: Sequence[CoreItem], scores: Sequence[Score]) -> list[Any]:
-    """What is answered to every item, given the scores of all sequences in order: the number of the best one, or whether it is said."""
+    """
+    The answer to each item, given the scores of all sequences in order: the number of the best
+    sequence, or whether greedy decoding produces the only one.
+    """
     out, rest = [], iter(scores)
     for item in items:
         mine = [next(rest) for _ in item.ids]
@@ -138,7 +128,7 @@ def answers(items: Sequence[CoreItem], scores: Sequence[Score]) -> list[Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    k, _ = knobs.parse(Knobs, argv, command="bench.core")
+    k, _ = knobs.parse(CoreSpeedKnobs, argv, command="bench.core")
     rt = open_runtime(k.device_type, k.dtype, k.seed)
     tasks = load_bundle(k.core)[0] if k.core else made_up(k.seed)
     tok = Tokenizer.train(
@@ -172,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         items, prompts = prepare(task, tok, model.config.sequence_len, k.seed, k.items)
         some = sorted(Random(k.seed).sample(range(len(items)), min(k.alone, len(items))))
         few = [items[i] for i in some]
-        single = apart(few, prompts)
+        single = unshared(few, prompts)
         times: dict[str, list[float]] = {"alone": [], "batched": [], "shared": []}
         said: dict[str, list[Any]] = {}
         for _ in range(k.repeats):  # in turn, so that a busy moment meets all three
@@ -221,7 +211,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         way: sum(row["agree"][way] * row["compared"] for row in rows) / compared
         for way in ("batched", "shared")
     }
-    title = f"items a second: depth {k.depth}, width {model.config.n_embd}, context {k.sequence_len}, {rt.dtype_name} on {rt.device.type}"
+    title = (
+        f"items per second: depth {k.depth}, width {model.config.n_embd}, "
+        f"context {k.sequence_len}, {rt.dtype_name} on {rt.device.type}"
+    )
     table = Table(
         "task",
         "alone",

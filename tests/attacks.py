@@ -1,8 +1,10 @@
 """
-Programs that try to leave the sandbox of nanochat/execution.py, to outlast it, to use the machine up, or to pass without reaching their
-end. Each says what must come of it: the whole reason ("" for a harmless end) and the whole stdout, as regular expressions. @NAME@ stands
-for a fact of the machine outside. `bare` ones run without the seccomp filter, to show that what lies beneath holds alone.
-Run as a program, this module tries them all as the user who runs it and prints the outcomes as JSON.
+Programs that try to leave the sandbox of nanochat/eval/sandbox.py, to outlast it, to exhaust the
+machine, or to pass without reaching their end. Each states the complete reason ("" for a harmless
+end) and the complete stdout that must result, as regular expressions. @NAME@ stands for a fact of
+the machine outside. `bare` ones run without the seccomp filter, to show that the layers below it
+hold alone. Run as a program, this module tries them all as the current user and prints the outcomes
+as JSON.
 """
 
 import dataclasses
@@ -625,8 +627,9 @@ ALLOW_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
 
 def attempt(facts: dict[str, str]) -> dict[str, execution.Outcome]:
     """
-    Name -> outcome of every attack, eight at a time, in one second where the deadline must end it and ample time elsewhere. `facts` fill
-    the @NAME@s, and facts["marker"] becomes part of the command line of every process.
+    Name -> outcome of every attack, eight at a time: with one second where the deadline must end
+    it, otherwise with ample time. `facts` fill the @NAME@s, and facts["marker"] becomes part of the
+    command line of every process.
     """
 
     def one(attack: Attack) -> execution.Outcome:

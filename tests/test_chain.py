@@ -1,4 +1,4 @@
-"""The chain of the quickstart at toy size: every stage opens the one before it, and the figures of all come out in one summary."""
+"""The chain of the quickstart at toy size: each stage starts from the last; one summary of all."""
 
 import json
 

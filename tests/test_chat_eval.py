@@ -1,4 +1,4 @@
-"""chat_eval: intervals, pass@k, letters scored as gold replies begin, verdicts that depend on no batch, long prompts, lack of memory."""
+"""chat_eval: intervals, pass@k, letters, independence of the batch, long prompts, little memory."""
 
 import hashlib
 import itertools

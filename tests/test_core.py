@@ -1,4 +1,4 @@
-"""CORE: scores are those of plain whole passes, few-shot draws, prompts beyond the context, ties, malformed bundles, the summary."""
+"""CORE: scores equal those of plain full passes; few-shot draws, long prompts, ties, bad bundles."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def say(rng, low, high):
 
 
 def made(kind, n=14, shots=3, seed=0, delimiter=" ", low=2, high=9):
-    """A task of random words. Its choices are of different lengths, some begin alike and one may begin another."""
+    """A task of random words; choices differ in length, and one may begin another."""
     rng = Random(f"{seed}/{kind}")
     rows = []
     for _ in range(n):
@@ -133,7 +133,7 @@ def leading(sequences):
 
 
 def plain_prompts(task, r, tok, context, seed=42):
-    """(tokens, start of the scored span) of every sequence of row r, examples and question encoded as one text."""
+    """(tokens, start of the scored span) of each sequence of row r, encoded as one text."""
     draw = Random(f"{seed}/{task.name}/{r % PROMPTS if task.shots else 0}").sample(
         range(len(task.rows)), min(task.shots + 1, len(task.rows))
     )
@@ -565,7 +565,7 @@ def test_a_bundle_that_is_none_says_why(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """base_eval --core: a table, a row in the metrics, and the name CORE only where all data are there."""
+    """base_eval --core: a table, a row in the metrics, and the name CORE only with all data."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     base_train.main([*tiny.workplace(tmp_path), "--num_iterations=2"])
     capsys.readouterr()

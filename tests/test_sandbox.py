@@ -56,7 +56,7 @@ def running(marker: str) -> list[str]:
 
 
 def soon(condition, seconds: float = 5.0) -> bool:
-    """Whether the condition comes true within so many seconds: the kernel takes a moment to end what has been killed."""
+    """Whether the condition comes true in time: the kernel takes a moment to end processes."""
     deadline = time.monotonic() + seconds
     while (
         not (met := condition()) and time.monotonic() < deadline
@@ -66,7 +66,7 @@ def soon(condition, seconds: float = 5.0) -> bool:
 
 
 class Outside:
-    """What the attacks are after: servers that count their visitors, a secret in a file that is open here, another in the environment."""
+    """What the attacks are after: servers that count visitors, a secret file, a secret variable."""
 
     def __init__(self, folder: Path):
         self.visits: list[str] = []
@@ -124,14 +124,14 @@ def outside():
 
 
 def normal_user(outside: Outside, facts: dict[str, str]) -> dict[str, Outcome]:
-    """The attacks tried by a user who is not root, with a Python and a copy of the module that this user may read."""
+    """The attacks tried by a normal user, with a Python and a copy of the code they can read."""
     if os.geteuid() != 0:
         pytest.skip("this is a normal user already")
     folder = outside.secret.parent / "code"
-    (folder / "nanochat").mkdir(parents=True)
-    (folder / "nanochat/__init__.py").touch()
-    for file in (ROOT / "nanochat/common.py", ROOT / "nanochat/execution.py"):
-        shutil.copy(file, folder / "nanochat")
+    for name in ("__init__", "base/__init__", "base/common", "eval/__init__", "eval/sandbox"):
+        target = folder / "nanochat" / f"{name}.py"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "nanochat" / f"{name}.py", target)
     shutil.copy(attacks.__file__, folder)
 
     def as_user(python: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -150,7 +150,7 @@ def normal_user(outside: Outside, facts: dict[str, str]) -> dict[str, Outcome]:
             tried = as_user(
                 python,
                 "-c",
-                "from nanochat.eval import sandbox as execution; print(execution.missing())",
+                "from nanochat.eval import sandbox; print(sandbox.missing())",
             )
         except OSError:  # not there, or not for this user
             continue
@@ -198,7 +198,7 @@ def test_nobody_was_reached(outcomes, outside):
 
 
 def test_a_token_in_sight_would_be_found(sandbox, monkeypatch):
-    """The attack that walks the frames is no straw man: it finds a token that the harness keeps in a variable, and never the real one."""
+    """The attack that walks the frames works: it finds a token that is kept in a variable."""
     attack, token = ATTACKS["walking the frames"].program, os.urandom(32)
     monkeypatch.setattr(execution.secrets, "token_bytes", lambda _: token)
     outcome = run(attack)
@@ -212,7 +212,7 @@ def test_a_token_in_sight_would_be_found(sandbox, monkeypatch):
 
 
 def test_what_passing_does_not_mean(sandbox):
-    """The stated limit: a program that shares its interpreter with its assertions can fool them. Should this fail, mend the docstring."""
+    """A program can fool assertions in its own interpreter, as the module's docstring says."""
     assert run("class A:\n    def __eq__(self, other): return True\nassert A() == 1").passed
 
 

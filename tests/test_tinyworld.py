@@ -1,4 +1,4 @@
-"""The embedded corpus: no downloads, so everything is checked on real output: speed, variety, grammar, held-out pairings and keys."""
+"""The embedded corpus, on real output: golden hashes, speed, variety, grammar, held-out pairings."""
 
 import hashlib
 import itertools
@@ -296,7 +296,7 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
 
 
 def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
-    """What imitation hardly shows is left to reinforcement; a pair of numbers that is asked in val is summed nowhere in train."""
+    """Two signs are left to RL; a pair of numbers asked in val is summed nowhere in train."""
     shown = [x for x in conversation_list() if x["kind"] == "twostep"]
     asked, val = (task.TASKS["twostep"].items(split, 600) for split in ("train", "val"))
     sums = lambda items: [x["messages"][-1]["content"][0]["text"] for x in items]  # noqa: E731

@@ -136,7 +136,7 @@ def _read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
 def _problem(row: dict[str, Any], kind: str) -> str:
     """What is wrong with a row, or ''."""
     texts, options_field = FIELDS[kind]
-    options = row.get(options_field) if options_field else []
+    options: Any = row.get(options_field) if options_field else []
     is_list = isinstance(options, list) and all(isinstance(option, str) for option in options)
     if not is_list or (options_field and len(options) < 2):
         return f"{options_field} must be a list of two or more texts"

@@ -3,13 +3,13 @@ Turns the rows of a CORE task into token sequences that share as much as possibl
 
 Few-shot examples: a task has PROMPTS lists of examples, drawn by the seed, and row i continues list
 i % PROMPTS; a row that is in its own list is replaced by the next one drawn. So nearly all rows
-share a few beginnings, which are computed once. Drawing examples for every row (as for the published
-GPT-2 figures) shares nothing; its expected score is the same, with slightly less chance from the
-draw.
+share a few beginnings, which are computed once. Drawing examples for every row (as for the
+published GPT-2 figures) shares nothing; its expected score is the same, and varies slightly less.
 
 If a row is too long for the context, it takes fewer examples, the first ones of its list. If the
-question alone is too long, it loses tokens from the left, after <|bos|>; what is scored stays whole.
-Only if that alone is longer than the context does it lose its beginning. All three are counted.
+question alone is too long, it loses tokens from the left, after <|bos|>; what is scored stays
+whole. Only if that alone is longer than the context does it lose its beginning. All three are
+counted.
 """
 
 from collections.abc import Sequence

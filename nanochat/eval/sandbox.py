@@ -1,17 +1,22 @@
 """
-Runs programs that a model wrote, for HumanEval: in a sandbox, or not at all. Without a working sandbox run() refuses; it never falls back.
+Runs programs that a model wrote, for HumanEval: in a sandbox or not at all. Without a working
+sandbox run() refuses; it never falls back to anything weaker.
 
-The sandbox is bubblewrap (Linux): namespaces of its own, so that no network and no other process is in sight and all in it ends together;
-of files only Python's standard library and the system's libraries, read-only, /dev/null, and a small /tmp in memory, with neither /proc
-nor a home; a user id that is not root; no environment. Hard limits bind memory, CPU time, threads and files, and a seccomp filter refuses
-new processes, sockets, namespaces, tracing, and the kinds of memory that those limits do not count. Only the deadline bounds what the
-kernel notes down for the program: empty files without end come to some 150 MB a second, all of it freed afterwards.
+The sandbox is bubblewrap (Linux). Its own namespaces hide the network and all other processes, and
+make everything inside end together. Of files a program sees only Python's standard library and the
+system's libraries, read-only, /dev/null, and a small /tmp in memory; no /proc and no home. Its user
+is not root, and its environment is empty. Hard limits bind memory, CPU time, threads and files. A
+seccomp filter refuses new processes, sockets, namespaces, tracing, and the kinds of memory that
+those limits do not count. Only the deadline bounds what the kernel records for the program:
+creating empty files without end takes about 150 MB per second, all of it freed afterwards.
 
-`passed` says that the interpreter came to the program's end within the limits and then exited with status 0. Its proof is a random token
-that it writes to a pipe once the program's code has returned. Until then the token lies on the interpreter's value stack, where no frame,
-traceback or garbage collector shows it, so leaving early (os._exit, SystemExit, exec), handlers at exit and writing to the pipe oneself do
-not pass. It does not say that the assertions meant anything: a program shares its interpreter with them, so hostile code can still answer
-with an object equal to everything, jump over lines with a trace function, or search its raw memory. That fools the score and no more.
+`passed` means that the interpreter reached the end of the program within the limits and then exited
+with status 0. The proof is a random token that it writes to a pipe once the program's code has
+returned. Until then the token is on the interpreter's value stack, where no frame, traceback or
+garbage collector shows it; so leaving early (os._exit, SystemExit, exec), exit handlers and writing
+to the pipe do not pass. It does not mean that the assertions were meaningful: a program shares its
+interpreter with them, so hostile code can still answer with an object that equals everything, jump
+over lines with a trace function, or search its raw memory. That fools the score and nothing else.
 """
 
 import errno
@@ -34,43 +39,50 @@ from typing import IO
 
 from nanochat.base.common import UserError
 
-THREADS = 16  # of a program, which gets no second process
-OUTPUT = 2**20  # bytes, stdout and stderr together
-DISK = 2**24  # bytes of /tmp, and of any file
-FILES = 64  # open at a time
-_START = 20.0  # seconds that the sandbox may take before the program starts; 0.02 on a free machine
+THREADS = 16  # per program; it cannot start a second process
+OUTPUT = 2**20  # bytes of stdout and stderr together
+DISK = 2**24  # bytes of /tmp, and of any one file
+FILES = 64  # open at the same time
+_START = 20.0  # seconds until the program must have started; 0.02 on an idle machine
 
 
 @dataclass(frozen=True)
 class Outcome:
     passed: bool
-    reason: str  # "" | timeout | memory | output | exit 3 | exit 0 before its end | an exception's last line, as in "AssertionError: no"
+    # "", timeout, memory, output, "exit 3", "exit 0 before its end", or the last line of an
+    # exception such as "AssertionError: no"
+    reason: str
     stdout: str
     stderr: str
 
 
-# Only its last line runs while the program does: a trace function finds no other to jump to, and there is no second token to read.
+# While the program runs, only the last line is active (one line: the backslash joins it): a trace
+# function finds no other line to jump to, and there is no second token to read.
 _HARNESS = """
 import os, resource, sys
 if os.getuid() == 0:
     os.setgroups([]); os.setresgid({uid}, {uid}, {uid}); os.setresuid({uid}, {uid}, {uid})
 for name, value in {limits}.items():
     hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value if hard < 0 else min(value, hard),) * 2)
+    value = value if hard < 0 else min(value, hard)
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 main = sys.modules["__main__"] = type(sys)("__main__")
 os.write({proof}, b"+")
-os.write({proof}, os.read(0, {size}) + (exec(compile(sys.stdin.buffer.read(), "program", "exec"), main.__dict__) or b""))
+os.write({proof}, os.read(0, {size}) + (exec(\
+compile(sys.stdin.buffer.read(), "program", "exec"), main.__dict__) or b""))
 """
 
-# Passes inside alone; the import needs a library from a file.
+# Passes only inside the sandbox; importing math needs a library from a file.
 _PROBE = """
 import math, os
 try: os.close(os.memfd_create(""))
-except PermissionError: assert os.getuid() > 0 and os.listdir("/dev") == ["null"], "nothing is shut off"
+except PermissionError:
+    assert os.getuid() > 0 and os.listdir("/dev") == ["null"], "nothing is shut off"
 else: raise OSError("system calls are not filtered")
 """
 
-# Calls that need no privilege and lead past the limits: (x86_64, arm64), from Linux' syscall_64.tbl and asm-generic/unistd.h
+# Calls that need no privilege and evade the limits: numbers on (x86_64, arm64), from Linux'
+# syscall_64.tbl and asm-generic/unistd.h
 _REFUSED = {
     "fork": (57, None),
     "vfork": (58, None),
@@ -95,124 +107,111 @@ _REFUSED = {
     "syslog": (103, 116),
 }
 _CLONE = (56, 220)  # makes threads, which are allowed, and processes, which are not
-_NEW = 424  # from here on numbers are the same everywhere; clone3, io_uring and what is newer is "not known here", and libraries do without
+# From this number on all machines agree. clone3, io_uring and anything newer is answered with "not
+# implemented", and libraries do without.
+_NEW = 424
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's AUDIT_ARCH_*
 
 
 def _seccomp() -> bytes:
-    """The filter in classic BPF (Linux' filter.h, seccomp.h). An instruction: code, how many to skip if true and if false, operand."""
+    """
+    The filter in classic BPF (Linux' filter.h, seccomp.h). An instruction is: code, how many to
+    skip if true and if false, operand.
+    """
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, refuse, unknown = (
-        0x7FFF0000,
-        0x80000000,
-        0x50000 + errno.EPERM,
-        0x50000 + errno.ENOSYS,
-    )
+    allow, kill = 0x7FFF0000, 0x80000000
+    refuse, unknown = 0x50000 + errno.EPERM, 0x50000 + errno.ENOSYS
+    architecture, number, first_argument, thread_flag = 4, 0, 16, 0x10000
     machine = list(_MACHINES).index(platform.machine())
     code = [
-        (load, 0, 0, 4),
+        (load, 0, 0, architecture),
         (equal, 1, 0, _MACHINES[platform.machine()]),
         (give, 0, 0, kill),
-    ]  # calls of another architecture
-    code += [(load, 0, 0, 0), (at_least, 0, 1, _NEW), (give, 0, 0, unknown)]
+        (load, 0, 0, number),
+        (at_least, 0, 1, _NEW),
+        (give, 0, 0, unknown),
+    ]
     for numbers in _REFUSED.values():
         if numbers[machine] is not None:
             code += [(equal, 0, 1, numbers[machine]), (give, 0, 0, refuse)]
     code += [
         (equal, 0, 3, _CLONE[machine]),
-        (load, 0, 0, 16),
-        (any_bit, 1, 0, 0x10000),
-    ]  # CLONE_THREAD
-    code += [(give, 0, 0, refuse), (give, 0, 0, allow)]
+        (load, 0, 0, first_argument),
+        (any_bit, 1, 0, thread_flag),
+        (give, 0, 0, refuse),
+        (give, 0, 0, allow),
+    ]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
 def _python() -> str:
-    return getattr(
-        sys, "_base_executable", sys.executable
-    )  # the real one where this is a virtual environment's
+    """The interpreter; of a virtual environment the real one behind it."""
+    return getattr(sys, "_base_executable", sys.executable)
 
 
 def _bwrap() -> list[str]:
     """
-    bwrap with its mounts. A normal user gets a user namespace. Root gets none, since in one it would still be the real root, whose threads
-    no limit binds; the harness takes another id instead, after mounts that may need root (a Python under /root) and before the program.
+    bwrap with its mounts. A normal user gets a user namespace. Root gets none, because there it
+    would still be the real root, whose threads no limit binds. Instead the harness changes to
+    another id, after mounts that may need root (a Python under /root) and before the program runs.
     """
     libraries = [
         f"{base}/{name}" for base in ("", "/usr", sys.base_prefix) for name in ("lib", "lib64")
     ]
-    shown = [
-        path
-        for path in dict.fromkeys([*libraries, "/etc/ld.so.cache", _python()])
-        if os.path.exists(path)
-    ]
+    wanted = dict.fromkeys([*libraries, "/etc/ld.so.cache", _python()])
+    shown = [path for path in wanted if os.path.exists(path)]
     hidden = [
         path for folder in shown for path in glob.glob(f"{glob.escape(folder)}/python3*/*-packages")
     ]
     parents = dict.fromkeys(
         str(parent) for path in [*shown, "/dev/null"] for parent in list(Path(path).parents)[-2::-1]
     )
-    command = [
-        shutil.which("bwrap") or "bwrap",
-        "--unshare-ipc",
-        "--unshare-pid",
-        "--unshare-net",
-        "--unshare-uts",
-        "--unshare-cgroup-try",
-    ]
+    options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
     if os.geteuid() == 0:
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
     else:
-        command += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
-    command += [
-        "--die-with-parent",
-        "--new-session",
-        "--hostname",
-        "sandbox",
-        "--perms",
-        "1777",
-        "--size",
-        str(DISK),
-        "--tmpfs",
-        "/tmp",
-    ]
+        options += " --unshare-user --uid 1000 --gid 1000"
+    options += " --die-with-parent --new-session --hostname sandbox"
+    options += f" --perms 1777 --size {DISK} --tmpfs /tmp"
+    command = [shutil.which("bwrap") or "bwrap", *options.split()]
     for path in parents:
         command += ["--perms", "0755", "--dir", path]
     for path in shown:
         command += ["--ro-bind", path, path]
     for path in hidden:
         command += ["--tmpfs", path, "--remount-ro", path]
-    return [
-        *command,
-        "--dev-bind",
-        "/dev/null",
-        "/dev/null",
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/tmp",
-    ]
+    command += ["--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/tmp"]
+    return command
 
 
 @functools.cache
 def missing() -> str:
-    """ "" where the sandbox works, which is tried once; otherwise a sentence that says why it does not and how to get one."""
+    """
+    "" if the sandbox works, which is tried once; otherwise a sentence that says why it does not and
+    how to get one.
+    """
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
-        why = f"the sandbox needs Linux on {' or '.join(_MACHINES)}, not {platform.system()} on {platform.machine()}: use another machine"
+        problem = (
+            f"the sandbox needs Linux on {' or '.join(_MACHINES)}, not {platform.system()} on "
+            f"{platform.machine()}: use another machine"
+        )
     elif not shutil.which("bwrap"):
-        why = "bubblewrap is not installed: get it with `apt install bubblewrap` (Debian, Ubuntu) or `dnf install bubblewrap` (Fedora)"
+        problem = (
+            "bubblewrap is not installed: install it with `apt install bubblewrap` (Debian, "
+            "Ubuntu) or `dnf install bubblewrap` (Fedora)"
+        )
     else:
         try:
-            why = _run(_PROBE, 10.0, 256).reason
+            reason = _run(_PROBE, 10.0, 256).reason
         except UserError as e:
-            why = str(e)
-        why = why and f"the sandbox does not work ({why}): {_remedy(why)}"
-    return why and f"cannot run model-written programs safely: {why}"
+            reason = str(e)
+        problem = reason and f"the sandbox does not work ({reason}): {_remedy(reason)}"
+    return problem and f"cannot run model-written programs safely: {problem}"
 
 
-def _remedy(why: str) -> str:
-    """How to make bubblewrap work, from its complaint and from what the kernel's settings forbid."""
-    if "nknown option" in why:
+def _remedy(complaint: str) -> str:
+    """How to make bubblewrap work, given its complaint and the kernel's settings."""
+    if "nknown option" in complaint:
         return "install bubblewrap 0.7 or later"
     for name, forbids, allows in (
         ("kernel/apparmor_restrict_unprivileged_userns", "1", 0),
@@ -221,26 +220,34 @@ def _remedy(why: str) -> str:
     ):
         setting = Path("/proc/sys", name)
         if os.geteuid() != 0 and setting.exists() and setting.read_text().strip() == forbids:
-            return f"this kernel forbids user namespaces; `sysctl -w {name.replace('/', '.')}={allows}`, as root, allows them"
-    return "a container must be started with the right to make namespaces (such as `docker run --privileged`)"
+            key = name.replace("/", ".")
+            return (
+                "this kernel forbids user namespaces: allow them with "
+                f"`sysctl -w {key}={allows}` as root"
+            )
+    return (
+        "start the container with the right to create namespaces, for example with "
+        "`docker run --privileged`"
+    )
 
 
 def run(program: str, seconds: float = 5.0, memory_mb: int = 512) -> Outcome:
     """
-    Run `program` (Python with the standard library, hash seed 0, nothing to read on stdin) in the sandbox, for at most `seconds` by the
-    clock from its start and in at most `memory_mb` MiB of address space. Threads may call this side by side. UserError where no sandbox
-    works, or where it breaks before the program begins: that must not count as the program's failure.
+    Run `program` in the sandbox: Python with the standard library, hash seed 0 and an empty stdin,
+    for at most `seconds` of wall-clock time from its start and in at most `memory_mb` MiB of
+    address space. Threads may call this concurrently. Raises UserError if no sandbox works, or if
+    it breaks before the program begins, which must not count as the program's failure.
     """
-    if why := missing():
-        raise UserError(why)
+    if problem := missing():
+        raise UserError(problem)
     return _run(program, seconds, memory_mb)
 
 
 def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
-    token, cpu = secrets.token_bytes(32), math.ceil(seconds) + 1
+    token = secrets.token_bytes(32)
     limits = {
         "AS": memory_mb << 20,
-        "CPU": cpu,
+        "CPU": math.ceil(seconds) + 1,
         "NPROC": THREADS,
         "NOFILE": FILES,
         "FSIZE": DISK,
@@ -250,24 +257,12 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
     (proof, proof_in), (rules, rules_in) = os.pipe(), os.pipe()
     os.write(rules_in, _seccomp())
     os.close(rules_in)
-    # for root, an id that is nobody's (the range is set aside for passing services), drawn anew so that none counts another's threads
-    harness = _HARNESS.format(
-        uid=61184 + secrets.randbelow(4000), limits=limits, proof=proof_in, size=len(token)
-    )
-    command = [
-        *_bwrap(),
-        "--seccomp",
-        str(rules),
-        "--",
-        _python(),
-        "-P",
-        "-s",
-        "-S",
-        "-X",
-        "utf8",
-        "-c",
-        harness,
-    ]
+    # For root, a user id that nobody has (the range is reserved for transient services). It is
+    # random, so that no program's threads count for another one.
+    uid = 61184 + secrets.randbelow(4000)
+    harness = _HARNESS.format(uid=uid, limits=limits, proof=proof_in, size=len(token))
+    python = [_python(), *["-P", "-s", "-S", "-X", "utf8", "-c"], harness]
+    command = [*_bwrap(), "--seccomp", str(rules), "--", *python]
     try:
         process = subprocess.Popen(
             command,
@@ -285,25 +280,20 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
     finally:
         os.close(proof_in)
         os.close(rules)
+    feed = token + program.encode("utf-8", "surrogatepass")
     with process, open(proof, "rb", buffering=0) as proof_out:
         try:
-            stop, outputs = _attend(
-                process, proof_out, token + program.encode("utf-8", "surrogatepass"), seconds
-            )
+            stop, outputs = _attend(process, proof_out, feed, seconds)
         finally:
-            if (
-                process.poll() is None
-            ):  # with bwrap dies the first process of the namespace, and with that all others
+            if process.poll() is None:
+                # bwrap's end ends the first process of the namespace, and that all others.
                 os.killpg(process.pid, signal.SIGKILL)
-    stdout, stderr, code = (
-        *(output.decode("utf-8", "replace") for output in outputs[:2]),
-        process.returncode,
-    )
+    stdout, stderr = (output.decode("utf-8", "replace") for output in outputs[:2])
+    code = process.returncode
     last = stderr.rstrip().rpartition("\n")[2][:200]
     if not outputs[2]:
-        raise UserError(
-            f"the sandbox broke before the program began: {last or stop or f'exit {code}'}"
-        )
+        complaint = last or stop or f"exit {code}"
+        raise UserError(f"the sandbox broke before the program began: {complaint}")
     passed = not stop and code == 0 and outputs[2] == b"+" + token
     if passed or stop:
         reason = stop
@@ -319,7 +309,10 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
 def _attend(
     process: subprocess.Popen, proof: IO[bytes], feed: bytes, seconds: float
 ) -> tuple[str, list[bytearray]]:
-    """Feeds and reads the sandbox until it has ended or must: why it must, or "", and what came from stdout, stderr and `proof`."""
+    """
+    Feed and read the sandbox until it ends or must be ended. Returns why it must ("" if it ended),
+    and what came from stdout, stderr and `proof`.
+    """
     assert process.stdin and process.stdout and process.stderr
     outputs = {process.stdout: bytearray(), process.stderr: bytearray(), proof: bytearray()}
     deadline, begun = time.monotonic() + _START, False
@@ -329,9 +322,10 @@ def _attend(
         for pipe in outputs:
             selector.register(pipe, selectors.EVENT_READ)
         while selector.get_map():
-            if (left := deadline - time.monotonic()) <= 0:
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
                 return "timeout", list(outputs.values())
-            for key, _ in selector.select(left):
+            for key, _ in selector.select(seconds_left):
                 if key.fileobj is process.stdin:
                     try:
                         feed = feed[os.write(key.fd, feed[:65536]) :]

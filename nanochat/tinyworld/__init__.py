@@ -1,8 +1,8 @@
-"""The embedded corpus: a small consistent world, its documents and its conversations, generated from tinyworld.toml."""
+"""The embedded corpus: a small consistent world, its documents and its conversations."""
 
 from pathlib import Path
 
 
 def generator_files() -> list[Path]:
-    """The files that decide what is generated; a cache of generated text or tokens carries their hash in its key."""
+    """The files that decide what is generated; keys of cached text contain their hash."""
     return sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".toml"))

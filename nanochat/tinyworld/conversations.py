@@ -113,8 +113,8 @@ def tool_call(code: str, output: str, text: str) -> list[dict[str, str]]:
 
 class ConversationMaker(Draw):
     """
-    Makes conversations. The method named like a kind returns (turns, answer) or, for choice, (turns,
-    answer, letters); or None when it could not meet the split's rule.
+    Makes conversations. The method named like a kind returns (turns, answer), or for choice
+    (turns, answer, letters), or None when it could not meet the split's rule.
     """
 
     def __init__(self, seed: int, split: str, stream: str = "talk"):

@@ -260,7 +260,7 @@ class DocumentMaker(ConversationMaker):
         return "\n".join(lines)
 
     def topics(self) -> list:
-        """What is talked about: the lines of an exchange, or the name of an attribute to ask for."""
+        """What is talked about: lines of an exchange, or the name of an attribute to ask for."""
         wordings = self.phrases["dialogue"]
         topics = [*self.sample(wordings["topic"], 3), *self.sample(ATTRIBUTES, 2)]
         topics = self.sample(topics, self.between(1, 3))

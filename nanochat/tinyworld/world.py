@@ -186,7 +186,8 @@ class World:
         for item in text.split():
             rest, _, differs = item.partition("%")
             first, *partners = rest.split("@")
-            slots.append(Slot(*first.split(":"), partners, differs))
+            name, cls = first.split(":")
+            slots.append(Slot(name, cls, partners, differs))
         return slots
 
     def expanded(self, value: Any) -> Any:
@@ -264,7 +265,7 @@ class Draw:
         return None
 
     def fill(self, spec: Sequence[Slot], given: dict[str, str]) -> Slots | None:
-        """Values for the slots of a plot that are not given; None if the split's rule is not met."""
+        """Values for the slots that are not given; None if the split's rule is not met."""
         classes, attributes = self.world.classes, self.world.attributes
         slots = Slots(given, feel=self.pick(classes["feel"]))
         for name, cls, pairs, differs in spec:
