@@ -1,4 +1,7 @@
-"""When runs end, and where learning rate and context are then: budgets of time on a clock that the test moves, and the other horizons."""
+"""
+When runs end, and where learning rate and context are then: time budgets on a clock that the test
+moves, and the other horizons.
+"""
 
 import os
 import signal
@@ -130,8 +133,8 @@ def test_time_spent_is_kept_over_a_resume_and_the_rate_does_not_jump(tmp_path):
     assert run.seconds <= 101
 
 
-def test_a_look_that_takes_long_hides_no_other(tmp_path):
-    """Shares of a budget of time: what passes while one probe looks still counts for the others."""
+def test_a_slow_evaluation_hides_no_other(tmp_path):
+    """Shares of a budget of time: time that one evaluation takes still counts for the others."""
     clock = Clock()
 
     def slow():
@@ -195,8 +198,8 @@ def test_the_deadline_holds(
     tmp_path_factory, slow, quick, at, evaluation, sample, saving, every, seldom
 ):
     """
-    Whatever the speed, also when it changes, and whatever is due when: at most a step and a save too late, and never early. The rate
-    plateaus, falls, and is at its floor when the run ends.
+    Whatever the speed, even if it changes, and whatever is due when: at most a step and a save too
+    late, and never early. The rate plateaus, falls, and is at its floor when the run ends.
     """
     path, clock, budget = tmp_path_factory.mktemp("run"), Clock(), 100.0
     save = checkpoint.save
@@ -309,7 +312,7 @@ def horizons() -> dict[str, tuple[list[str], int | None]]:
 
 @pytest.mark.parametrize("name", ["steps", "flops", "ratio", "slow", "fast"])
 def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
-    """Steps, rate and context stages under each horizon; interrupted late and resumed, those of time on a moved clock."""
+    """Steps, rate and context stages under each horizon, interrupted late and resumed."""
     base, flags = place
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
@@ -376,7 +379,7 @@ def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
 
 
 def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
-    """Stopped in the second stage and again in the third, a run ends with the weights of one that was not."""
+    """Stopped in its second stage and in its third, a run ends with the weights of a whole one."""
     base, flags = place
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)

@@ -1,4 +1,4 @@
-"""Two gloo ranks do what one does: losses, weights, odd tables, checkpoints that pass between one and two ranks."""
+"""Two gloo ranks do what one does: losses, weights, odd tables, checkpoints passed between them."""
 
 import json
 import math
@@ -34,7 +34,7 @@ SCHEDULE = Schedule(decay=0.5, momentum_warmup=4)
 
 
 class Share(tiny.ListFeed):
-    """What one rank gets of every step: unequal shares, in one step nothing; a signal to all in the course of step `stop`."""
+    """One rank's share of every step: unequal, in one step empty; a signal arrives in step `stop`."""
 
     def __init__(self, rank: int, world: int, stop: int = 0):
         super().__init__(
@@ -66,7 +66,7 @@ def _join(batches):
 def train(
     directory: Path, rank: int, world: int, tied: bool, stop: int = 0, resume: bool = False
 ) -> None:
-    """A run of STEPS steps, stopped in the course of `stop`, or going on from what `directory` holds."""
+    """A run of STEPS steps, stopped in step `stop`, or resumed from what `directory` holds."""
     runtime = replace(tiny.CPU, rank=rank, world_size=world)
     m = tiny.randomise(tiny.model(tie_embeddings=tied))
     run = (tiny.resumed if resume else tiny.run)(
@@ -86,7 +86,7 @@ def train(
 
 
 def reinforce(directory: Path, rank: int, world: int) -> None:
-    """STEPS steps on replies that each rank samples for its own share of the questions, five a step."""
+    """STEPS steps on replies that each rank samples for its share of five questions per step."""
     runtime, m = replace(tiny.CPU, rank=rank, world_size=world), toy.policy(toy.words())
     feed = toy.feed(toy.words(), m, runtime=runtime, per_step=5, device_rows=3, total=5 * STEPS)
     optimizer = tiny.optimizer(m, runtime, lr_scale=0.1)
@@ -94,7 +94,7 @@ def reinforce(directory: Path, rank: int, world: int) -> None:
 
 
 def odd_updates(directory: Path, rank: int, world: int) -> None:
-    """Optimizer steps on odd numbers of matrices and on tables whose rows do not divide; state gathered, dealt out anew, and on."""
+    """Steps on odd numbers of matrices and on tables whose rows do not divide; state reloaded."""
     g = torch.Generator().manual_seed(0)
     shapes = {f"{kind}{i}": s for kind in SHAPES for i, s in enumerate(SHAPES[kind])}
     params = {n: torch.nn.Parameter(torch.randn(s, generator=g)) for n, s in shapes.items()}
@@ -130,7 +130,7 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
 
 
 def whole_command(base: Path, rank: int) -> None:
-    """base_train on two ranks that measure very different peaks, with a batch that follows from a budget of time."""
+    """base_train on two ranks that measure very different peaks, with a batch by rule."""
     real, chosen = horizon.choose_horizon, []
     hardware.measured_peak = lambda *_: 1e9 * 1e5**rank
     horizon.choose_horizon = lambda run: chosen.append(real(run)) or chosen[-1]
@@ -197,7 +197,7 @@ def test_two_ranks_are_one(base, tied):
 
 
 def test_two_ranks_reinforce_as_one(base):
-    """Replies to the same questions, the same rewards, one update: the mean over all tokens that both ranks sampled."""
+    """The same replies and rewards, and one update: the mean over the tokens of both ranks."""
     assert_alike(base / "two_rl", base / "one_rl")
     two, one = (
         [(r["reward"], r["zero_variance"], r["length"]) for r in tiny.rows(base / d)]
@@ -233,7 +233,7 @@ def test_the_ranks_agree_on_the_horizon(base):
 
 
 def test_the_ranks_divide_the_state(base):
-    """Each rank holds about half of it: the first rank has at most one matrix or row more of each shape."""
+    """Each rank holds its share: the first has at most one matrix or row more of each shape."""
     held = [json.loads((base / f"held_{rank}.json").read_text()) for rank in (0, 1)]
     moments = {"muon": 1, "adamw": 2}
     for kind, shapes in SHAPES.items():

@@ -1,4 +1,7 @@
-"""The loop: one update however a batch is cut, schedules of steps and of time, probes, memory, signals, NaN, float16."""
+"""
+The loop: one update however a batch is cut, schedules, evaluations, memory, signals, NaN and
+float16.
+"""
 
 import errno
 import math
@@ -217,7 +220,7 @@ def test_a_look_that_a_signal_came_before_is_made_up_for(tmp_path, every, at):
 
 
 def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
-    """Three stages within a limit of one compilation: those of earlier stages do not count against it."""
+    """Three stages within a limit of one compilation: earlier stages do not count against it."""
     counters = layers, head = CompileCounter(), CompileCounter()
     m = tiny.model(n_layer=2)
     for block in m.blocks:

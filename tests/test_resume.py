@@ -1,4 +1,7 @@
-"""Going on: a run that was stopped, killed or damaged ends with the bits of one that was not; changes need saying."""
+"""
+Resuming: a run that was stopped, killed or damaged ends with the bits of one that was not; changes
+must be asked for.
+"""
 
 import json
 import os
@@ -228,7 +231,7 @@ def test_a_longer_horizon_when_asked_for(whole, place, capsys):
 
 
 def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):  # trap 7
-    """redecay: from the present rate straight to the floor over what is left, also after another stop."""
+    """redecay: from the current rate straight to the floor, also after another stop."""
     flags, run = place
     interrupted(monkeypatch, flags, 14)
     longer = [*flags, "--resume=auto", "--num_iterations=34"]

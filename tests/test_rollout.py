@@ -1,4 +1,7 @@
-"""Reinforcement: what a group of replies teaches and what not, one update whatever the memory, resume, ranks, a policy that learns."""
+"""
+Reinforcement: what a group of replies teaches, one update whatever the memory, resuming, ranks, and
+a policy that learns.
+"""
 
 import os
 import signal
@@ -40,7 +43,7 @@ def learn(
 
 
 def scripted(f: RolloutFeed, verdicts: list[list[int]]) -> list[list[Sample]]:
-    """Make the feed's next groups replies of 1, 2, ... tokens, which end in b where `verdicts` say 1."""
+    """The feed's next groups: replies of 1, 2, ... tokens that end in b where `verdicts` say 1."""
     tok = f.sampler.engine.tokenizer
     a, b, end = tok.encode("a"), tok.encode("b"), tok.specials["<|assistant_end|>"]
     groups = [
@@ -59,7 +62,8 @@ def test_advantages_of_a_group_made_by_hand(tok):
     f = feed(tok, questions=[(task, item) for _, item in QUESTIONS], per_step=3, samples=4)
     scripted(f, [[1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0]])
     (b,) = next(f)
-    # replies of 2, 3, 4 and 5 tokens with their ends: 14 a group; the group without variance counts, but has no row
+    # replies of 2, 3, 4 and 5 tokens with their ends: 14 per group; the group without variance
+    # counts, but has no row
     assert b.inputs.shape == (8, 32) and int((b.targets >= 0).sum()) == 28
     per_row = [w[t >= 0].unique().tolist() for w, t in zip(b.weights, b.targets, strict=True)]
     assert per_row == [
@@ -121,7 +125,7 @@ def test_groups_without_variance_change_nothing(tok, tmp_path):
 
 
 def test_gradient_at_every_sampled_token_and_nowhere_else(tok):  # trap 24
-    """The end token and the tool's call learn; the prompt, the tool's output and the padding do not."""
+    """The end token and the tool's call learn; prompt, tool output and padding do not."""
     s, x = tok.specials, tok.encode("3")[0]
     call = [s["<|python_start|>"], x, s["<|python_end|>"]]
     output = [s["<|output_start|>"], x, s["<|output_end|>"]]
@@ -281,7 +285,7 @@ def sft(tok, tmp_path, monkeypatch):
 
 
 def test_ten_and_ten_are_twenty(sft, monkeypatch):
-    """The command: the bits of a run that was stopped and went on are those of one that was not; what it logs."""
+    """A run that was stopped and resumed ends with the bits of one that was not; what it logs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order
     flags = [
@@ -372,7 +376,7 @@ def test_two_ranks_share_out_what_one_does(tok, monkeypatch):
 
 
 def test_a_policy_learns_the_answer_and_to_stop(tok, tmp_path):  # trap 24
-    """From replies of one to many random letters, a seventh of which are cut, to the right letter alone."""
+    """From replies of random letters, a seventh of them truncated, to the right letter alone."""
     m = policy(tok)
     f = feed(
         tok,

@@ -120,7 +120,8 @@ def opened(tmp_path, cls=PretrainKnobs, **given) -> OpenRun:
     """An open run of the tiny model (16 tokens of context) with these flags."""
     k = cls(**given)
     origins = {name: "command line" if name in given else "default" for name in vars(k)}
-    return OpenRun("base", k, origins, tiny.CPU, None, tiny.model(), tmp_path, None, 1e12, 0.0)  # pyright: ignore
+    m, tokenizer = tiny.model(), None
+    return OpenRun("base", k, origins, tiny.CPU, tokenizer, m, tmp_path, None, 1e12, 0.0)  # pyright: ignore
 
 
 def test_a_number_of_steps(tmp_path):

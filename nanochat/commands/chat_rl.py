@@ -1,4 +1,4 @@
-"""Reinforce what a chat model gets right: sample replies to a task's questions, reward the correct ones."""
+"""Reinforce a chat model: sample replies to a task's questions and reward the correct ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         limit = k.max_tokens or max(task.max_tokens for task in tasks)
         engine = Engine(run.model, run.tokenizer)
         sampler = Sampler(engine, k.rollout_batch_size, limit, k.temperature, k.top_k)
-        total = None
-        if horizon.steps or horizon.epochs:
-            total = (horizon.steps or 0) * k.questions_per_step or horizon.epochs * len(questions)
+        total = horizon.steps and horizon.steps * k.questions_per_step
+        if horizon.epochs:
+            total = horizon.epochs * len(questions)
         feed = RolloutFeed(
             sampler,
             questions,

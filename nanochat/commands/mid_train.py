@@ -1,4 +1,4 @@
-"""Midtrain a base model: conversations, tool use and multiple choice, packed into rows like text."""
+"""Midtrain a base model on conversations, tool use and multiple choice, packed like text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

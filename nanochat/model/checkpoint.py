@@ -177,11 +177,12 @@ class Checkpoint:
 def upgraded(meta: Mapping[str, Any]) -> dict[str, Any]:
     """
     The metadata of a checkpoint or of a logbook's first row in the present format, whichever
-    version wrote it. Format 1 called the horizon "plan".
+    version wrote it. Format 1 called the horizon "plan" and evaluated_to "looked".
     """
     meta = {**meta, "format": FORMAT}
-    if "plan" in meta:
-        meta["horizon"] = meta.pop("plan")
+    for old, new in (("plan", "horizon"), ("looked", "evaluated_to")):
+        if old in meta:
+            meta[new] = meta.pop(old)
     return meta
 
 

@@ -99,7 +99,7 @@ def _given_length(run: OpenRun) -> str:
 
 
 def _expected_tokens(run: OpenRun, length: str, flops_per_token: float) -> float:
-    """Tokens that the run will see; 0 if the number of steps is given, as the batch is not known."""
+    """Tokens that the run will see; 0 if the number of steps is given."""
     if length == "num_iterations":
         return 0.0
     if length == "target_flops":

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from nanochat.base.knobs import knob
 
-K = TypeVar("K", bound="MachineKnobs")
+K = TypeVar("K", bound="TrainKnobs")
 
 
 @dataclass(kw_only=True)

@@ -71,7 +71,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Signals:
-    """While active, SIGINT and SIGTERM set a flag that the loop reads; a second one acts at once."""
+    """SIGINT and SIGTERM set a flag that the loop reads; a second one acts at once."""
 
     def __enter__(self):
         self.caught = 0
@@ -133,7 +133,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The share of the run that is over, 0..1: of its feed or its time, whichever is further."""
+        """The share of the run that is over, 0..1: of its feed or its time, the larger one."""
         if self.budget_seconds <= 0:
             return self.feed.progress
         # the reserve counts as spent, so that the rate reaches its floor when training ends
@@ -364,7 +364,7 @@ class Run:
         self.optimizer.load_state_tensors(stored.optimizer_tensors, meta["updates"])
         self.feed.load_state_dict(meta["feed"])
         self.step = self.saved_step = meta["step"]
-        self.evaluated_to = meta.get("looked", (self.step, 1.0))
+        self.evaluated_to = self.step, 1.0  # unless it is stored
         for name in STORED:
             setattr(self, name, meta.get(name, getattr(self, name)))
 
@@ -375,7 +375,7 @@ class Run:
             checkpoint.at_step(self.directory, self.step).amend(self._meta())
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint says besides its weights. A skipped step makes no update: both count."""
+        """What a checkpoint stores besides tensors; a skipped step counts, but is no update."""
         return {
             **self.meta,
             **{name: getattr(self, name) for name in STORED},
@@ -430,9 +430,9 @@ class Run:
     def _no_time(self) -> str:
         over, reserve = self.seconds, self.reserve
         return (
-            f"a budget of {self.budget_seconds:.3g} s holds no step: {over:.3g} s passed before the "
-            f"first, and {reserve:.3g} s are reserved for the last evaluation and save; give at "
-            f"least --max_minutes={2 * (over + reserve) / 60:.2g}, or evaluate less with "
+            f"a budget of {self.budget_seconds:.3g} s holds no step: {over:.3g} s passed before "
+            f"the first, and {reserve:.3g} s are reserved for the last evaluation and save; give "
+            f"at least --max_minutes={2 * (over + reserve) / 60:.2g}, or evaluate less with "
             "--eval_tokens"
         )
 

@@ -22,7 +22,7 @@ from nanochat.model.checkpoint import Checkpoint, locate, newest
 from nanochat.model.gpt import GPT
 from nanochat.model.stages import STAGES, run_directory
 from nanochat.train import resume
-from nanochat.train.knobs import K, inherit
+from nanochat.train.knobs import K, LaterStageKnobs, inherit
 from nanochat.train.loop import from_main
 from nanochat.train.optim import Group, MuonAdamW
 from nanochat.train.scaling import width_scale
@@ -58,7 +58,7 @@ class OpenRun:
     resume_from: Checkpoint | None
     peak_flops: float  # of all devices together
     began: float
-    parent: Checkpoint | None = None  # where a later stage starts
+    parent: Any = None  # the Checkpoint where a later stage starts
 
     @property
     def budget_seconds(self) -> float:
@@ -156,7 +156,9 @@ def open_run(
     )
 
 
-def open_from_parent(stage: str, parent_stage: str, k: K, origins: dict[str, str]) -> OpenRun:
+def open_from_parent(
+    stage: str, parent_stage: str, k: LaterStageKnobs, origins: dict[str, str]
+) -> OpenRun:
     """
     Open a run that starts from the checkpoint of an earlier stage, with its model and tag and the
     knobs named in INHERITED.

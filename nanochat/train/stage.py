@@ -1,5 +1,6 @@
 """
-What a stage is made of: feed, data, evaluations, compilation; and `train`, which runs it to its end.
+What a stage is made of: feed, data, evaluations and compilation; and `train`, which runs it to its
+end.
 """
 
 import shutil
@@ -28,7 +29,7 @@ from nanochat.train.loop import Evaluation, Feed, Run
 from nanochat.train.run import OpenRun, make_optimizer
 from nanochat.train.scaling import compile_pays, embedding_rate
 
-WeightedShards = Sequence[tuple[Shards, float | None]]
+WeightedShards = list[tuple[Shards, float | None]]
 
 
 def row_feed(run: OpenRun, shards: WeightedShards, horizon: Horizon, **options: Any) -> RowFeed:
@@ -200,7 +201,7 @@ def train(
 
 
 def set_aside(directory: Path) -> None:
-    """Rename an earlier run with the same tag to <tag>.old, so that a typing error loses nothing."""
+    """Rename an earlier run with this tag to <tag>.old, so that a typing error loses nothing."""
     if list_checkpoints(directory):
         old = directory.with_name(directory.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
