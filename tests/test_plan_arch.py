@@ -164,15 +164,15 @@ def test_a_run_is_priced_and_its_batch_halved_until_it_fits(capsys):
         "--gpus",
         "2",
         "--device_batch_size",
-        "512",
+        "256",
     )
     printed = capsys.readouterr()
     run = out["run"]
     assert run["gpu"] == "RTX 3060" and run["hours"] == pytest.approx(
         out["flops"] / (2 * 25.5e12 * run["utilisation"]) / 3600
     )
-    assert run["device_batch_size"] < 512 and run["memory_bytes"] <= 12 * 2**30
-    assert "512 rows of 2048 need" in printed.err and "trying 256" in printed.err
+    assert run["device_batch_size"] < 256 and run["memory_bytes"] <= 12 * 2**30
+    assert "256 rows of 2048 need" in printed.err and "trying 128" in printed.err
 
 
 # ---- the document
@@ -206,7 +206,16 @@ def test_the_specifications_are_up_to_date(tmp_path):
         (["--gpu", "rtx4091"], r"no card is called 'rtx4091' \(did you mean RTX"),
         (["--gpus", "8"], "--gpus=8 also needs the name of the card: add --gpu NAME"),
         (
-            ["--depth", "14", "--model_dim", "4096", "--gpu", "rtx3060"],
+            [
+                "--depth",
+                "14",
+                "--model_dim",
+                "4096",
+                "--gpu",
+                "rtx3060",
+                "--device_batch_size",
+                "1",
+            ],
             "this model does not fit the RTX 3060: 1 rows of 2048 need",
         ),
         (["--model_dim", "500", "--head_dim", "64"], "try --model_dim=512"),
