@@ -68,6 +68,11 @@ class DocumentMaker(ConversationMaker):
         second = self.paired(self.world.people, (first,), self.val, (first,))
         return (first, second) if second else None
 
+    def add(self, slots: Slots, spec: str) -> None:
+        """Fill slots, written "name:class name:class", with any words of their classes."""
+        for name, cls, *_ in self.world.slots(spec):
+            slots[name] = self.pick(self.world.classes[cls])
+
     # ---- stories
 
     def story(self) -> str | None:
@@ -120,7 +125,7 @@ class DocumentMaker(ConversationMaker):
             sentences = [self.pick(wordings[name][i > 0]) % slots for i, name in enumerate(facts)]
             parts.append(" ".join(sentences))
         names = listing(people)
-        openings = f"Let me tell you about {names}. ", f"Do you know {names}? ", "", "", "", ""
+        openings = f"Let me tell you about {names}. ", f"Do you know {names}? ", *[""] * 4
         return self.pick(openings) + self.pick(("\n\n", " ")).join(parts)
 
     def quiz(self) -> str | None:
@@ -279,7 +284,7 @@ class DocumentMaker(ConversationMaker):
 
     def topic_slots(self, people: Couple, met: list[str], days: list[str]) -> Slots | None:
         """What a topic is about, apart from its speakers; extends `met` and takes one of `days`."""
-        classes, pick = self.world.classes, self.pick
+        classes = self.world.classes
         third = self.paired(self.world.people, people, False, met)
         thing = self.paired(classes["thing"], (third or "",), False)
         if third is None or thing is None:
@@ -288,15 +293,11 @@ class DocumentMaker(ConversationMaker):
         n, (m, o) = self.between(2, 9), self.sample(classes["month"], 2)
         slots = Slots(C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
         slots["q"] = days.pop()
-        for slot, cls in (("d", "dish"), ("s", "topic"), ("i", "music"), ("x", "pick")):
-            slots[slot] = pick(classes[cls])
-        for slot, cls, partner in (
-            ("c", "colour", thing),
-            ("h", "spot", thing),
-            ("p", "place", third),
-            ("r", "outing", third),
+        self.add(slots, "d:dish s:topic i:music x:pick")
+        for name, cls, (partner,), _ in self.world.slots(
+            "c:colour@t h:spot@t p:place@C r:outing@C"
         ):
-            slots[slot] = self.paired(classes[cls], (partner,), False) or ""
+            slots[name] = self.paired(classes[cls], (slots[partner],), False) or ""
         return slots if all(slots.values()) else None
 
     # ---- lessons
@@ -380,16 +381,7 @@ class DocumentMaker(ConversationMaker):
         lines = [pick(wordings["open"])]
         lines += [f"{day}: {entry}" for day, entry in zip(days, chosen, strict=True)]
         slots = Slots(A=people[0], B=people[1])
-        for slot, cls in (
-            ("x", "topic"),
-            ("h", "hot"),
-            ("k", "cake"),
-            ("g", "game"),
-            ("n", "number"),
-            ("y", "pick"),
-            ("feel", "feel"),
-        ):
-            slots[slot] = pick(classes[cls])
+        self.add(slots, "x:topic h:hot k:cake g:game n:number y:pick feel:feel")
         lines.append(pick(wordings["close"]))
         return "\n".join(filter(None, lines)) % slots
 
