@@ -1,6 +1,6 @@
 """
-compare: right statistics, honest verdicts, paired runs, and resuming after an interruption as if there
-had been none.
+compare: right statistics, honest verdicts, paired runs, and resuming after an interruption as if
+there had been none.
 """
 
 import json
@@ -108,7 +108,10 @@ def test_savings_and_what_is_known_when_a_target_is_missed():
 
 
 def finished_run(condition, seed, bpb, step_ms=100.0, speed=1.0):
-    """A finished run of 40 steps of 1,000 tokens whose curve falls as 3 - log10(tokens) x 0.2, shifted to end at bpb."""
+    """
+    A finished run of 40 steps of 1,000 tokens whose curve falls as 3 - log10(tokens) x 0.2, shifted
+    to end at bpb.
+    """
     at = lambda n: bpb + 0.2 * math.log10(40 / n) / speed  # noqa: E731
     curve = [[0, 0, 0.0, 9.0]] + [[n, 1000 * n, n * step_ms / 1e3, at(n)] for n in range(2, 41, 2)]
     size = {
@@ -219,7 +222,10 @@ def test_training_seconds_leave_out_first_steps_and_everything_between(tmp_path)
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The flags of a small base_train, with runs inside this process instead of in their own: torch takes seconds to import."""
+    """
+    The flags of a small base_train, with runs inside this process instead of in their own: torch
+    takes seconds to import.
+    """
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     flags = [
         f for f in tiny.workplace(tmp_path) if not f.startswith(("--model_tag", "--sample_every"))

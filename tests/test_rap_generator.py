@@ -1,4 +1,6 @@
-"""The generator of attention priors: reading, pairs, terms, measures, and the artifact it writes."""
+"""
+The generator of attention priors: reading, pairs, terms, measures, and the artifact it writes.
+"""
 
 import importlib.util
 import json
@@ -59,7 +61,9 @@ def texts(seed, n=220):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base folder as base_train leaves it: a tokenizer, and shards of two sources and both splits."""
+    """
+    A base folder as base_train leaves it: a tokenizer, and shards of two sources and both splits.
+    """
     folder = tmp_path_factory.mktemp("rap")
     a, b = texts(1), texts(2, 40)
     tokenizer = Tokenizer.train(a + b, 320)
@@ -468,7 +472,8 @@ def rap_python():
 def test_the_full_cycle(base, kind):
     if not (python := rap_python()):
         pytest.skip(
-            "no cutlass: set NANOCHAT_RAP_PYTHON to the Python of an environment that generate_rap_prior.py --env made"
+            "no cutlass: set NANOCHAT_RAP_PYTHON to the Python of an environment that "
+            "generate_rap_prior.py --env made"
         )
     out = base / f"{kind}.safetensors"
     command = [

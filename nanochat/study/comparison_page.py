@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NOTES = (
-    "Differences are paired: runs of one seed see the same data in the same order and, where shapes "
-    "agree, start from the same weights. Intervals are 95 % t intervals over seeds; those of "
+    "Differences are paired: runs of one seed see the same data in the same order and, where "
+    "shapes agree, start from the same weights. Intervals are 95 % t intervals over seeds; those of "
     "savings and step times are computed on the logarithm of the ratio. They are not adjusted for "
     "several conditions. The verdicts are: Holm's method at 5 % over the conditions, for each "
     "measure separately.",
@@ -37,7 +37,8 @@ NOTES = (
     "final bits per byte of the run of the pair that ended worse, so that both runs get there; if "
     "the condition wins, that is the baseline's own result. Between evaluations, tokens are "
     "interpolated on a logarithmic axis, never beyond the end of a curve. No run was shortened to "
-    "its target: a run of that length, with its learning rate decayed, would have got there sooner.",
+    "its target: a run of that length, with its learning rate decayed, would have got there "
+    "sooner.",
     "Seconds are those of the optimizer steps, without start-up, compilation, evaluation and "
     "saving; the wall time includes them. The first step of a process counts as a median step. "
     "After --retime, seconds follow the speed measured then, with the conditions taking turns. "

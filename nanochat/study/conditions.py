@@ -128,8 +128,8 @@ def _checked(name: str, flags: list[str], knobs: Any, pretrain_knobs: type) -> C
 
 def _steps(train: Any, origins: dict[str, str]) -> int | None:
     """
-    The steps of a run, None if a time budget ends it; prints the horizon if it is known here. Checks
-    data, model, prior and horizon as base_train does.
+    The steps of a run, None if a time budget ends it; prints the horizon if it is known here.
+    Checks data, model, prior and horizon as base_train does.
     """
     tokenizer = Tokenizer.load()
     training_sources(train.data)
