@@ -44,7 +44,7 @@ def errors(
     """prediction / measurement - 1 of a point: speed by other points and by the peak, memory."""
     config, rows, T = GPTConfig(**point["config"]), point["rows"], point["config"]["sequence_len"]
     began = time.monotonic()
-    bases = {"speed_by_peak": ()}
+    bases: dict[str, tuple[dict[str, Any], ...]] = {"speed_by_peak": ()}
     if others:
         bases["speed_by_points"] = tuple(others)
     result = {}
