@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NOTES = (
-    "Differences are paired: runs of one seed see the same data in the same order "
-    "and, "
-    "where shapes agree, start from the same weights. Intervals are 95 % t intervals over seeds; those of "
+    "Differences are paired: runs of one seed see the same data in the same order and, where "
+    "shapes agree, start from the same weights. Intervals are 95 % t intervals over seeds; those of "
     "savings and step times are computed on the logarithm of the ratio. They are not adjusted for "
     "several conditions. The verdicts are: Holm's method at 5 % over the conditions, for each "
     "measure separately.",
