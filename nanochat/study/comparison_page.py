@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 NOTES = (
     "Differences are paired: runs of one seed see the same data in the same order and, where "
-    "shapes agree, start from the same weights. Intervals are 95 % t intervals over seeds; those of "
-    "savings and step times are computed on the logarithm of the ratio. They are not adjusted for "
-    "several conditions. The verdicts are: Holm's method at 5 % over the conditions, for each "
-    "measure separately.",
+    "shapes agree, start from the same weights. Intervals are 95 % t intervals over seeds; those "
+    "of savings and step times are computed on the logarithm of the ratio. They are not adjusted "
+    "for several conditions. The verdicts are: Holm's method at 5 % over the conditions, for "
+    "each measure separately.",
     "Tokens and seconds are saved on the way to a target: the number that was given, or else the "
     "final bits per byte of the run of the pair that ended worse, so that both runs get there; if "
     "the condition wins, that is the baseline's own result. Between evaluations, tokens are "
