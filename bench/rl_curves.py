@@ -1,11 +1,13 @@
 """
-What reinforcement does, over seeds: reward, pass@1 and pass@k on held-out questions, step by step, as JSON and as a picture.
+What reinforcement does, over several seeds: reward, pass@1 and pass@k on held-out questions, by
+step, as JSON and as a picture.
 
     python -m bench.rl_curves --flags="--tasks tinyworld/twostep --num_iterations=60"
 
-Every seed starts from the same finetuned checkpoint, draws questions and replies of its own, and goes on where it was stopped; its folder
-lies under <base>/rl_curves. Before and after, held-out questions of every kind are asked greedily. It refuses a length in minutes: a busy
-machine would change the curves. The last line is JSON.
+Every seed starts from the same finetuned checkpoint and draws its own questions and replies. An
+interrupted seed resumes; its folder is under <base>/rl_curves. Before and after training, held-out
+questions of every kind are answered greedily. A length in minutes is refused, as a busy machine
+would change the curves. The last line is JSON.
 """
 
 import hashlib
@@ -37,9 +39,9 @@ from nanochat.study.statistics import interval
 class Knobs:
     """Curves of reinforcement"""
 
-    flags: str = knob("--num_iterations=60", "of chat_rl, the same for every seed")
+    flags: str = knob("--num_iterations=60", "flags of chat_rl, the same for every seed")
     seeds: int = knob(3, "runs; their seeds are 1, 2, ...", low=1)
-    source: Literal["sft", "mid"] = knob("sft", "the stage to start from", alias="-i")
+    source: Literal["sft", "mid"] = knob("sft", "stage to start from", alias="-i")
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
     ask: tuple[str, ...] = knob(
         ("tinyworld",),
@@ -54,7 +56,7 @@ class Knobs:
 
 
 def place(start: Path, source: str, flags: Sequence[str], seed: int) -> Path:
-    """The base folder of one run: in it the tokenizer and the checkpoint to start from, as links."""
+    """The base folder of one run, with links to the tokenizer and the checkpoint to start from."""
     digest = hashlib.sha256(json.dumps([str(start), *flags]).encode()).hexdigest()[:8]
     base = base_dir() / "rl_curves" / f"{digest}-seed-{seed}"
     links = {
@@ -69,7 +71,7 @@ def place(start: Path, source: str, flags: Sequence[str], seed: int) -> Path:
 
 
 def run(base: Path, command: str, *words: str) -> None:
-    """A command with `base` as its base folder; what it says goes to the folder's log. UserError when it fails."""
+    """Run a command with `base` as its base folder its output in a log; UserError if it fails."""
     env = {
         **os.environ,
         "NANOCHAT_BASE_DIR": str(base),
@@ -84,12 +86,16 @@ def run(base: Path, command: str, *words: str) -> None:
     if status:
         last = (base / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise UserError(
-            f"{command} ended with status {status}: {last.removeprefix('error: ')} (all it said is in {base / 'log'})"
+            f"{command} ended with status {status}: {last.removeprefix('error: ')} "
+            f"(its output is in {base / 'log'})"
         )
 
 
 def record(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> dict[str, Any]:
-    """Train and ask what has not been trained and asked yet: {seed, before, after: kind -> accuracy, train, eval: rows of the logbook}."""
+    """
+    Train and ask whatever has not been trained and asked yet. Returns {seed, before, after:
+    accuracy by kind, train, eval: rows of the logbook}.
+    """
     base, tag = place(start, k.source, flags, seed), start.parent.name
     asked: dict[str, dict[str, Any]] = {}
     for stage in (k.source, "rl"):
@@ -143,7 +149,7 @@ def record(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> dict[str, 
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """Held-out accuracy by kind before and after, means over the seeds, and the gain with its interval over them."""
+    """Held-out accuracy by kind before and after, as means over the seeds; the gain's interval."""
     out = Table(
         "kind",
         "questions",
@@ -168,7 +174,10 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def picture(records: Sequence[dict[str, Any]]) -> bytes:
-    """Reward of the training questions, and pass@1 and pass@k of held-out ones: mean over the seeds, and the band that they span."""
+    """
+    Reward of the training questions, and pass@1 and pass@k of held-out ones: the mean over the
+    seeds and the band that they span.
+    """
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
@@ -220,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     asked, _ = knobs.parse(chat_rl.ReinforceKnobs, flags, command="chat_rl")
     if asked.max_minutes or asked.max_hours:
         raise UserError(
-            "the flags give a length in time, which a busy machine would fill with fewer steps: give --num_iterations"
+            "the flags give a length in time, in which a busy machine makes fewer steps: give "
+            "--num_iterations instead"
         )
     start = locate(k.source, k.model_tag).path
     records = [record(k, start, flags, seed) for seed in range(1, k.seeds + 1)]

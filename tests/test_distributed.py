@@ -34,7 +34,7 @@ SCHEDULE = Schedule(decay=0.5, momentum_warmup=4)
 
 
 class Share(tiny.ListFeed):
-    """One rank's share of every step: unequal, in one step empty; a signal arrives in step `stop`."""
+    """One rank's share of every step: unequal, once empty; a signal arrives in step `stop`."""
 
     def __init__(self, rank: int, world: int, stop: int = 0):
         super().__init__(

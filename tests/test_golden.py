@@ -1,10 +1,11 @@
 """
-Golden losses: ten steps of each kind of training, a fixed seed, float32. A change of these numbers is a change of what training does:
-make it knowingly, with
+Golden losses: ten steps of each kind of training with a fixed seed in float32. If these numbers
+change, training has changed. If that is meant, run
 
     python tests/test_golden.py
 
-which writes tests/golden/losses.json anew. A kind of training is one function in KINDS that returns its ten losses.
+which rewrites tests/golden/losses.json. A kind of training is one function in KINDS that returns
+its ten losses.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Curves of reinforcement over seeds: what is refused, what is linked, how seeds are put together, and a picture that opens."""
+"""Curves of reinforcement over seeds: what is refused, what is linked, tables and the picture."""
 
 import io
 

@@ -121,7 +121,8 @@ def opened(tmp_path, cls=PretrainKnobs, **given) -> OpenRun:
     k = cls(**given)
     origins = {name: "command line" if name in given else "default" for name in vars(k)}
     m, tokenizer = tiny.model(), None
-    return OpenRun("base", k, origins, tiny.CPU, tokenizer, m, tmp_path, None, 1e12, 0.0)  # pyright: ignore
+    fields = "base", k, origins, tiny.CPU, tokenizer, m, tmp_path, None, 1e12, 0.0
+    return OpenRun(*fields)  # pyright: ignore
 
 
 def test_a_number_of_steps(tmp_path):

@@ -1,5 +1,6 @@
 """
-A toy of reinforcement: questions whose right reply is a letter, a policy that says letters at random, and the feed of what it says.
+A toy of reinforcement: questions answered with a letter, a policy that replies with random letters,
+and its feed.
 """
 
 import functools
@@ -36,7 +37,7 @@ def words() -> Tokenizer:
 
 @functools.cache
 def policy_weights() -> dict[str, torch.Tensor]:
-    """Those of a model that has learnt by imitation to say letters, all alike, and to end with one chance in five after each."""
+    """A model that imitates random letters, and ends with one chance in five after each."""
     tok = words()
     m, g = (
         tiny.model(vocab_size=tok.vocab_size, sequence_len=32, n_layer=1),

@@ -1,4 +1,4 @@
-"""Learning rate and momentum as pure functions of progress: 0 at the start of a run, 1 at its end."""
+"""Learning rate and momentum as pure functions of progress: 0 at the start, 1 at the end."""
 
 from dataclasses import dataclass
 
