@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanochat.base.commands import FOLDER, command_names, summary  # noqa: E402
+from nanochat.commands.plan import SUBCOMMANDS  # noqa: E402
 
 PAGE = ROOT / "docs" / "commands.md"
-PLANS = ("arch", "memory", "probe", "recipe", "pilot", "split")
 
 
 def help_of(*words: str) -> str:
@@ -48,8 +48,15 @@ def page() -> str:
     for name in names:
         parts += [f"## {name}", "", "```text", help_of(name), "```", ""]
         if name == "plan":
-            for subcommand in PLANS:
-                parts += [f"### plan {subcommand}", "", "```text", help_of(name, subcommand), "```", ""]
+            for subcommand in SUBCOMMANDS:
+                parts += [
+                    f"### plan {subcommand}",
+                    "",
+                    "```text",
+                    help_of(name, subcommand),
+                    "```",
+                    "",
+                ]
     return "\n".join(parts)
 
 

@@ -541,9 +541,10 @@ def test_every_shell_script_is_valid(path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_names_every_command():
-    text = README.read_text(encoding="utf-8")
-    assert [c for c in command_names() if c not in text] == []
+def test_the_page_of_commands_is_current():
+    command = [sys.executable, "dev/commands_page.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- flags are frozen
