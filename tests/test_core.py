@@ -499,8 +499,8 @@ def test_a_bundle_is_read_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "line", "says"),
     [
-        ("schema", "{", "not JSON"),
-        ("schema", "[]", "not an object"),
+        ("schema", "{", "invalid JSON"),
+        ("schema", "[]", "expected an object"),
         ("schema", '{"context_options": ["a"], "continuation": "b", "gold": 0}', "two or more"),
         (
             "schema",
