@@ -17,7 +17,7 @@ class TokenizeKnobs:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
-    """Tokenise both splits of every source; returns the tokens of each, as in {"books-train": N}."""
+    """Tokenise both splits of every source; returns their tokens, as in {"books-train": N}."""
     knobs, _ = parse(TokenizeKnobs, argv, command="tok_data")
 
     from nanochat.data.shards import prepare

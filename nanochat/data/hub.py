@@ -159,7 +159,7 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
 
 
 def _complete(part: Path, url: str, file: Listed, stop: threading.Event) -> str:
-    """Fetch what a partial file lacks; returns what went wrong, "" if it is complete and correct."""
+    """Fetch what a partial file lacks; returns what went wrong, "" if the file is correct."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
