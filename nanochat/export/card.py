@@ -1,0 +1,130 @@
+"""The model card: the README.md of an exported folder, from what the checkpoint and its log book know."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanochat.export.target import Target
+from nanochat.model.config import GPTConfig
+
+STAGES = {
+    "base": "It was pretrained on text and continues text; it does not converse.",
+    "mid": "It was pretrained on text and midtrained on conversations.",
+    "sft": "It was pretrained on text and finetuned on conversations.",
+    "rl": "It was pretrained, finetuned on conversations, and reinforced on questions with checkable answers.",
+}
+
+
+def _architecture(config: GPTConfig, parameters: int) -> list[str]:
+    heads = f"{config.n_head} query heads and {config.n_kv_head} key-value heads of {config.head_dim}"
+    cap = f"softcap {config.softcap:g}" if config.softcap else "no softcap"
+    return [
+        f"- {parameters:,} parameters: {config.n_layer} layers of width {config.n_embd}, {heads}",
+        f"- MLP of width {config.hidden} with {config.activation}; {cap}; rotary base {config.rope_base:g}",
+        f"- context of {config.sequence_len:,} tokens, vocabulary of {config.vocab_size:,}, "
+        + ("one table" if config.tie_embeddings else "separate tables")
+        + " for embedding and head",
+    ]
+
+
+def _usage(target: Target, chat: bool) -> list[str]:
+    trust = ", trust_remote_code=True" if target.custom_code else ""
+    lines = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("."{trust})',
+    ]
+    if chat:
+        lines += [
+            'messages = [{"role": "user", "content": "Hello!"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    else:
+        lines.append('inputs = tokenizer("<|bos|>Once upon a time", return_tensors="pt")')
+    lines += [
+        "answer = model.generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].size(1):], skip_special_tokens=True))',
+        "```",
+    ]
+    if not target.custom_code:
+        lines += ["", "With vLLM: `vllm serve .`"]
+    return lines
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of the newest accuracy of each task in a log book's rows of kind chat_eval; empty if there is none."""
+    newest: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row.get("kind") == "chat_eval":
+            for task, result in row.get("tasks", {}).items():
+                if isinstance(result, Mapping) and "accuracy" in result:
+                    newest[task] = result
+    if not newest:
+        return []
+    lines = ["| task | questions | accuracy | 95 % interval | guessing |", "|---|---|---|---|---|"]
+    for task, r in newest.items():
+        interval = f"{100 * r['lo']:.1f} to {100 * r['hi']:.1f} %" if "lo" in r else ""
+        chance = f"{100 * r['chance']:.1f} %" if r.get("chance") is not None else ""
+        count = f"{r['n']:,}" if "n" in r else ""
+        lines.append(f"| {task} | {count} | {100 * r['accuracy']:.1f} % | {interval} | {chance} |")
+    return lines
+
+
+def model_card(
+    config: GPTConfig,
+    parameters: int,
+    meta: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    target: Target,
+    name: str,
+    licence: str,
+    checked: str,
+) -> str:
+    """README.md of the folder: `meta` is the checkpoint's, `rows` its log book's, `checked` the outcome of the comparison."""
+    stage = meta["stage"]
+    sources = meta["knobs"].get("data") or ["the default mixture"]
+    losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and "val_bpb" in row]
+    loss = f", {losses[-1]:.4f} bits per byte on held-out data" if losses else ""
+    table = accuracies(rows)
+    return "\n".join(
+        [
+            "---",
+            f"license: {licence}",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"A small language model trained from nothing on one machine. {STAGES[stage]}",
+            "",
+            "## Training",
+            "",
+            f"- stage {stage}, step {meta['step']:,}, {meta.get('tokens', 0):,} tokens in this stage{loss}",
+            f"- data: {', '.join(map(str, sources))}",
+            "",
+            "## Architecture",
+            "",
+            *_architecture(config, parameters),
+            f"- exported as {target.name}: {target.reason}",
+            "",
+            "## Accuracy",
+            "",
+            *(table or ["Not measured."]),
+            "",
+            "## Usage",
+            "",
+            *_usage(target, chat=stage != "base"),
+            "",
+            "## Limits",
+            "",
+            "It is small: it states wrong facts fluently and knows nothing beyond its training data. It was not tested for safety.",
+            "Its calculator runs in nanochat only: elsewhere the model writes a call and nobody answers it.",
+            "",
+            f"Compared with the original: {checked}",
+            "",
+        ]
+    )

@@ -1,0 +1,213 @@
+"""
+One GGUF file for llama.cpp and Ollama: Qwen3 or Apertus, in f32, f16, bf16 or q8_0, with the tokenizer and the chat template.
+
+llama.cpp's own converter refuses tokenizers that it does not know by hash, so the file is written here with the package `gguf`.
+`compare_with_llama_cpp` runs the file in llama.cpp, where the package `xllamacpp` is installed, and compares greedy tokens.
+"""
+
+import json
+import re
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nanochat.base.common import UserError
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.export.target import PRE_TOKENIZERS, Target
+from nanochat.export.template import CHAT_TEMPLATE
+from nanochat.export.weights import NORM_EPS, XIELU, foreign_tensors
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
+
+WHOLE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "lm_head.weight": "output.weight",
+    "model.norm.weight": "output_norm.weight",
+}
+LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "attention_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "feedforward_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def require_gguf() -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise UserError(
+            'this needs the package gguf: install it with pip install "nanochat[export]"'
+        ) from None
+    return gguf
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a tensor of Qwen3 or Apertus."""
+    if name in WHOLE:
+        return WHOLE[name]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
+    assert match, f"unknown tensor {name}"
+    return f"blk.{match[1]}.{LAYER[match[2]]}.weight"
+
+
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, gguf: Any) -> None:
+    tokens, merges = tokenizer.spelled()
+    kinds = [gguf.TokenType.NORMAL] * len(tokenizer.ranks)
+    kinds += [gguf.TokenType.CONTROL] * len(tokenizer.specials)
+    end = tokenizer.specials["<|assistant_end|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE_TOKENIZERS[tokenizer.digits])
+    writer.add_token_list([*tokens, *tokenizer.specials])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos)
+    writer.add_eos_token_id(end)
+    writer.add_eot_token_id(end)
+    writer.add_add_bos_token(False)  # the chat template writes it
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _add_shape(writer: Any, config: GPTConfig, name: str) -> None:
+    writer.add_name(name)
+    writer.add_context_length(config.sequence_len)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.hidden)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(NORM_EPS)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _stored(tensor: Tensor, dtype: str, gguf: Any) -> tuple[np.ndarray, Any]:
+    """The array to write and its GGUF type: vectors stay float32; rows that q8_0 cannot cut into blocks of 32 become float16."""
+    array = tensor.numpy()
+    if array.ndim < 2 or dtype == "f32":
+        return array, gguf.GGMLQuantizationType.F32
+    if dtype == "f16" or (dtype == "q8_0" and array.shape[-1] % 32):
+        return array.astype(np.float16), gguf.GGMLQuantizationType.F16
+    kind = {
+        "bf16": gguf.GGMLQuantizationType.BF16,
+        "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    }[dtype]
+    return gguf.quants.quantize(array, kind), kind
+
+
+def write_gguf(
+    model: GPT, tokenizer: Tokenizer, target: Target, file: Path, dtype: str, name: str
+) -> None:
+    """Write the model as one GGUF file. `target` is Qwen3 or Apertus, from choose_target."""
+    gguf = require_gguf()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(file), target.name)
+    _add_shape(writer, model.config, name)
+    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
+    if target.name == "apertus":
+        layers = model.config.n_layer
+        writer.add_xielu_alpha_n([XIELU["alpha_n"]] * layers)
+        writer.add_xielu_alpha_p([XIELU["alpha_p"]] * layers)
+        writer.add_xielu_beta([XIELU["beta"]] * layers)
+        writer.add_xielu_eps([XIELU["eps"]] * layers)
+    _add_tokenizer(writer, tokenizer, gguf)
+    for tensor_name, tensor in foreign_tensors(model, target).items():
+        if ".act_fn." not in tensor_name:
+            array, kind = _stored(tensor, dtype, gguf)
+            writer.add_tensor(gguf_name(tensor_name), array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def modelfile(file: str, context: int, sampling: dict) -> str:
+    """Ollama's Modelfile for a GGUF file that lies beside it."""
+    return "\n".join(
+        [
+            "# Written by nanochat export. It was not run in Ollama itself.",
+            f"FROM ./{file}",
+            'TEMPLATE """<|bos|>{{- range $i, $message := .Messages }}'
+            '{{- if eq .Role "user" }}<|user_start|>{{ if and (eq $i 1) $.System }}{{ $.System }}\n\n{{ end }}'
+            "{{ .Content }}<|user_end|>"
+            '{{- else if eq .Role "assistant" }}<|assistant_start|>{{ .Content }}<|assistant_end|>{{- end }}'
+            '{{- end }}<|assistant_start|>"""',
+            'PARAMETER stop "<|assistant_end|>"',
+            'PARAMETER stop "<|bos|>"',
+            f"PARAMETER num_ctx {context}",
+            *(f"PARAMETER {name} {value:g}" for name, value in sampling.items()),
+            "",
+        ]
+    )
+
+
+# llama.cpp itself
+
+
+class LlamaCpp:
+    """A llama.cpp server on a GGUF file, through the package xllamacpp. Use it as a context manager."""
+
+    def __init__(self, file: Path, context: int, exact: bool = True):
+        import xllamacpp
+
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(file)
+        parameters.n_ctx = context
+        parameters.n_parallel = 1
+        parameters.cpuparams.n_threads = 1
+        parameters.cpuparams_batch.n_threads = 1
+        parameters.warmup = False
+        if exact:  # the default key-value cache is float16
+            parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+            parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self._server: Any = xllamacpp.Server(parameters)
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server = None
+
+    def post(self, endpoint: str, body: dict) -> dict:
+        request = urllib.request.Request(
+            self._server.listening_address + endpoint,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """Up to `count` likeliest tokens after the prompt's ids."""
+        body = {
+            "prompt": list(prompt),
+            "n_predict": count,
+            "temperature": 0,
+            "n_probs": 1,
+            "cache_prompt": False,
+            "samplers": ["top_k"],
+            "top_k": 1,
+        }
+        answer = self.post("/completion", body)
+        return [step["id"] for step in answer["completion_probabilities"]]
+
+    def tokenize(self, text: str) -> list[int]:
+        body = {"content": text, "add_special": False, "parse_special": False}
+        return self.post("/tokenize", body)["tokens"]

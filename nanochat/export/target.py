@@ -1,0 +1,152 @@
+"""
+Which foreign class carries a model exactly, and why another cannot.
+
+transformers' NanoChat has this project's numerics. Qwen3 equals a swiglu model without softcap, Apertus a relu2 model without softcap:
+RMSNorm without weights commutes with rotation, the norm after the embedding folds into the table, and the direction of the rotation folds
+into W_Q and W_K. llama.cpp knows Qwen3 and Apertus. Whatever a class cannot carry is refused, never dropped.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat.base.common import UserError
+from nanochat.model.config import GPTConfig
+
+Destination = Literal["hf", "gguf", "ollama"]
+ClassName = Literal["nanochat", "qwen3", "apertus"]
+PRE_TOKENIZERS = {1: "qwen2", 3: "llama-bpe"}  # llama.cpp's names for digits split by one or by three
+
+
+@dataclass(frozen=True)
+class Target:
+    """The class to write, why it was chosen, and what is changed on the way."""
+
+    name: ClassName
+    reason: str
+    custom_code: bool = False  # ships Python code for the attention prior
+    uncapped: bool = False  # the softcap of the logits is left out
+
+
+def has_windows(config: GPTConfig) -> bool:
+    return any(config.window(layer) for layer in range(config.n_layer))
+
+
+def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None, str]:
+    """The class among Qwen3 and Apertus that equals this model (with the softcap left out if `uncapped`), or None and why not."""
+    if config.softcap and not uncapped:
+        return None, (
+            f"it has --softcap={config.softcap:g}: train with --softcap=0, or export with --uncapped "
+            "(greedy answers stay equal, sampling becomes sharper)"
+        )
+    if config.activation == "swiglu":
+        return "qwen3", "swiglu without softcap is Qwen3"
+    if config.activation == "relu2":
+        return "apertus", "relu2 without softcap is Apertus"
+    return None, (
+        f"it has --activation={config.activation}: train with --activation=relu2 or swiglu"
+    )
+
+
+def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
+    """The target for llama.cpp; UserError names the first knob that it cannot carry."""
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"this model cannot leave as GGUF, because {why}")
+
+    if config.rap:
+        raise refuse(
+            "llama.cpp has no attention prior and would answer wrongly without it: "
+            "train without --rap, or export with --to hf --with_code"
+        )
+    if has_windows(config):
+        raise refuse(
+            f"llama.cpp has no sliding windows for Qwen3 (--window_pattern={config.window_pattern}): "
+            "train with --window_pattern=L"
+        )
+    if digits not in PRE_TOKENIZERS:
+        raise refuse(
+            f"no pre-tokenizer of llama.cpp splits digits by {digits}: "
+            "train the tokenizer with tok_train --digits=3 (or 1), and the model with it"
+        )
+    name, reason = _matching_class(config, uncapped)
+    if name is None:
+        raise refuse(reason)
+    return Target(name, reason, uncapped=bool(config.softcap))
+
+
+def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
+    """The target for transformers; UserError names the first knob that it cannot carry."""
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"transformers has no class for this model, because {why}")
+
+    windows = has_windows(config)
+    if config.rap and (config.activation == "swiglu" or windows):
+        raise refuse(
+            "the code that is shipped for an attention prior knows neither swiglu nor windows: "
+            "train without --rap, or with --activation=relu2 --window_pattern=L"
+        )
+    if config.rap and not with_code:
+        raise refuse(
+            "none has an attention prior: add --with_code to ship the code for it "
+            "(it loads with trust_remote_code=True), or train without --rap"
+        )
+    if config.rap:
+        return Target("nanochat", "NanoChat with shipped code for the attention prior", True)
+    if config.activation == "swiglu" and not config.softcap:
+        return Target("qwen3", "swiglu without softcap is Qwen3")
+    if config.activation == "swiglu":
+        raise refuse(
+            f"it has --activation=swiglu with --softcap={config.softcap:g}: train with --softcap=0"
+        )
+    if windows:
+        raise refuse(
+            f"only Qwen3 has windows and it needs --activation=swiglu --softcap=0 "
+            f"(this model has {config.activation}, softcap {config.softcap:g}): "
+            "train with these, or with --window_pattern=L"
+        )
+    return Target("nanochat", "transformers' NanoChat has this model's numerics")
+
+
+def choose_target(
+    config: GPTConfig,
+    digits: int,
+    to: Destination,
+    wanted: ClassName | None = None,
+    with_code: bool = False,
+    uncapped: bool = False,
+) -> Target:
+    """
+    The class for a model of `config` whose tokenizer splits digits by `digits`. `wanted` asks for one of them by name.
+    UserError says which knob stands in the way and which flag of the next training run removes it.
+    """
+    if uncapped and to == "hf":
+        raise UserError("--uncapped is for --to gguf and --to ollama: transformers keeps the softcap")
+    if to == "hf":
+        target = _transformers_target(config, with_code)
+        if wanted == "apertus" and target.name == "nanochat" and not target.custom_code:
+            name, reason = _matching_class(config, uncapped=False)
+            if name != "apertus":
+                raise UserError(f"this model is not an Apertus: {reason}")
+            target = Target("apertus", reason)
+    else:
+        target = _gguf_target(config, digits, uncapped)
+    if wanted not in (None, target.name):
+        raise UserError(
+            f"--class={wanted} cannot carry this model to {to}: leave it out to get {target.name} ({target.reason})"
+        )
+    return target
+
+
+def destinations(config: GPTConfig, digits: int) -> str:
+    """One line for the start of a training run: where the model can go, and which knob stands in the way."""
+    lines = []
+    for name, to in (("transformers", "hf"), ("GGUF", "gguf")):
+        try:
+            choose_target(config, digits, to)
+        except UserError as e:
+            why = str(e).partition(", because ")[2]
+            lines.append(f"not to {name} ({why})")
+        else:
+            lines.append(f"to {name}")
+    return "exports " + "; ".join(lines)

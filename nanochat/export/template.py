@@ -1,0 +1,48 @@
+"""
+The chat template (Jinja) that renders messages as `Tokenizer.render_prompt` does.
+
+It takes text and lists of parts as content. User text that spells a special token must not become one: "<|" is written "< |" there, because
+transformers and llama.cpp both parse special tokens in the rendered text. The calculator's calls and results are parts of the assistant's content.
+"""
+
+CHAT_TEMPLATE = """
+{%- macro plain(content) -%}
+  {%- if content is string -%}
+    {{- content | replace('<|', '< |') -}}
+  {%- else -%}
+    {%- for part in content if part.type == 'text' -%}{{- part.text | replace('<|', '< |') -}}{%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro spoken(content) -%}
+  {%- if content is string -%}
+    {{- plain(content) -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {%- if part.type == 'python' -%}
+        {{- '<|python_start|>' + plain(part.text) + '<|python_end|>' -}}
+      {%- elif part.type == 'python_output' -%}
+        {{- '<|output_start|>' + plain(part.text) + '<|output_end|>' -}}
+      {%- else -%}
+        {{- plain(part.text) -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- set state = namespace(system='', turns=0) -%}
+{{- '<|bos|>' -}}
+{%- for message in messages -%}
+  {%- if message.role == 'system' and loop.first -%}
+    {%- set state.system = plain(message.content) + '\\n\\n' -%}
+  {%- elif message.role == 'user' and state.turns % 2 == 0 -%}
+    {{- '<|user_start|>' + state.system + plain(message.content) + '<|user_end|>' -}}
+    {%- set state.system = '' -%}
+    {%- set state.turns = state.turns + 1 -%}
+  {%- elif message.role == 'assistant' and state.turns % 2 == 1 -%}
+    {{- '<|assistant_start|>' + spoken(message.content) + '<|assistant_end|>' -}}
+    {%- set state.turns = state.turns + 1 -%}
+  {%- else -%}
+    {{- raise_exception('user and assistant must take turns, after at most one system message') -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
+""".strip()

@@ -1,0 +1,97 @@
+"""
+The weights of a model under the names of the foreign classes, in float32.
+
+Folding, for Qwen3 and Apertus: the norm after the embedding goes into the table (so a tied table leaves as two); our rotation by -theta
+becomes theirs by theta when the second half of every query and key head changes its sign; all weights of norms are 1. Apertus's
+activation xIELU with alpha_n = -100, beta = 0 and eps = -1e-6 is softplus(alpha_p) times relu2, so W_down is divided by that factor.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.export.target import Target
+from nanochat.model.gpt import GPT
+
+XIELU = {"alpha_p": 0.5, "alpha_n": -100.0, "beta": 0.0, "eps": -1e-6}  # exact in every float type
+XIELU_FACTOR = math.log1p(math.exp(XIELU["alpha_p"]))
+NORM_EPS = 1e-6
+
+
+def reverse_rotation(weight: Tensor, head_dim: int) -> Tensor:
+    """W_Q or W_K (heads x head_dim, C) with the sign of every head's second half changed."""
+    heads = weight.clone().view(-1, head_dim, weight.size(1))
+    heads[:, head_dim // 2 :] *= -1
+    return heads.view_as(weight)
+
+
+def _nanochat(model: GPT) -> dict[str, Tensor]:
+    """NanoChat has our numerics: only names change. A tied table is written once."""
+    vocab = model.config.vocab_size
+    tensors = {"model.embed_tokens.weight": model.embed.weight[:vocab]}
+    if not model.config.tie_embeddings:
+        tensors["lm_head.weight"] = model.head_weight[:vocab]
+    for i, block in enumerate(model.blocks):
+        layer = f"model.layers.{i}."
+        tensors |= {
+            f"{layer}self_attn.q_proj.weight": block.attn.q.weight,
+            f"{layer}self_attn.k_proj.weight": block.attn.k.weight,
+            f"{layer}self_attn.v_proj.weight": block.attn.v.weight,
+            f"{layer}self_attn.o_proj.weight": block.attn.out.weight,
+            f"{layer}mlp.fc1.weight": block.mlp.up.weight,
+            f"{layer}mlp.fc2.weight": block.mlp.down.weight,
+        }
+    return tensors
+
+
+def _folded(model: GPT, name: str) -> dict[str, Tensor]:
+    """Qwen3 and Apertus: the same block under two sets of names."""
+    config = model.config
+    width, head_dim = config.n_embd, config.head_dim
+    table = model.embed.weight[: config.vocab_size].float()
+    tensors = {
+        "model.embed_tokens.weight": F.rms_norm(table, (width,), eps=NORM_EPS),
+        "lm_head.weight": model.head_weight[: config.vocab_size],
+        "model.norm.weight": torch.ones(width),
+    }
+    norms = {
+        "qwen3": ("input_layernorm", "post_attention_layernorm"),
+        "apertus": ("attention_layernorm", "feedforward_layernorm"),
+    }[name]
+    for i, block in enumerate(model.blocks):
+        layer = f"model.layers.{i}."
+        tensors |= {
+            f"{layer}self_attn.q_proj.weight": reverse_rotation(block.attn.q.weight, head_dim),
+            f"{layer}self_attn.k_proj.weight": reverse_rotation(block.attn.k.weight, head_dim),
+            f"{layer}self_attn.v_proj.weight": block.attn.v.weight,
+            f"{layer}self_attn.o_proj.weight": block.attn.out.weight,
+            f"{layer}self_attn.q_norm.weight": torch.ones(head_dim),
+            f"{layer}self_attn.k_norm.weight": torch.ones(head_dim),
+            **{f"{layer}{norm}.weight": torch.ones(width) for norm in norms},
+            f"{layer}mlp.up_proj.weight": block.mlp.up.weight,
+        }
+        if name == "qwen3":
+            tensors[f"{layer}mlp.gate_proj.weight"] = block.mlp.gate.weight
+            tensors[f"{layer}mlp.down_proj.weight"] = block.mlp.down.weight
+        else:
+            tensors[f"{layer}mlp.down_proj.weight"] = block.mlp.down.weight.float() / XIELU_FACTOR
+            tensors |= {
+                f"{layer}mlp.act_fn.{parameter}": torch.tensor(
+                    [value] if parameter.startswith("alpha") else value
+                )
+                for parameter, value in XIELU.items()
+            }
+    return tensors
+
+
+def foreign_tensors(model: GPT, target: Target) -> dict[str, Tensor]:
+    """Name in the target class -> float32 tensor on the CPU, contiguous and sharing no storage."""
+    tensors = _nanochat(model) if target.name == "nanochat" else _folded(model, target.name)
+    if target.custom_code and model.prior is not None:
+        tensors |= {f"prior.{name}": t for name, t in model.prior.state_dict().items()}
+    return {
+        name: t.detach().to("cpu", torch.float32 if t.is_floating_point() else t.dtype).clone()
+        for name, t in tensors.items()
+    }
