@@ -34,26 +34,32 @@ from nanochat.data.rendering import (
     conversation_pieces,
 )
 
-# As GPT-4's, but with at most two digits per piece: a small vocabulary cannot spare a thousand
-# tokens for numbers
-PATTERN = (
-    r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+DIGITS = (1, 2, 3)  # the most digits that a token may hold; llama.cpp knows 1 and 3
 WINDOW = 1 << 16  # characters; the regular expression engines give up on runs of about a million
 FORMAT = 1  # of the definition above; part of the fingerprint
-# PATTERN always splits after these, whatever surrounds them
+# Every split pattern splits after these, whatever surrounds them
 _BOUNDARY = re.compile(r"[A-Za-z0-9](?=[ \n])|\n(?=\S)")
 _SPARE = 64  # additional merges to learn, because some spell a token that exists already
+
+
+def split_pattern(digits: int) -> str:
+    """The regular expression that splits a text into pieces: GPT-4's, with `digits` digits at most."""
+    number = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
+    return (
+        r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?+\p{L}+|"
+        + number
+        + r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
 
 
 class Tokenizer:
     """
     `ranks` maps the bytes of each token to its id: first the 256 single bytes in some order, then
-    the merges in the order learned. Special tokens have the last ids.
+    the merges in the order learned. Special tokens have the last ids. `digits` is the most digits
+    that the split pattern leaves together.
     """
 
-    def __init__(self, ranks: dict[bytes, int]):
+    def __init__(self, ranks: dict[bytes, int], digits: int = 2):
         complete = all(bytes([b]) in ranks for b in range(256))
         if not complete or sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError("a vocabulary needs all 256 bytes and ids without gaps")
@@ -61,16 +67,20 @@ class Tokenizer:
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.bos = self.specials["<|bos|>"]
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
-        digest = hashlib.sha256(json.dumps([FORMAT, PATTERN, WINDOW, self.specials]).encode())
+        self.digits, self.pattern = digits, split_pattern(digits)
+        digest = hashlib.sha256(json.dumps([FORMAT, self.pattern, WINDOW, self.specials]).encode())
         for token in self.ranks:
             digest.update(len(token).to_bytes(4, "little") + token)
         self.fingerprint: str = digest.hexdigest()
         self._bpe = tiktoken.Encoding(
-            "nanochat", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens=self.specials
+            "nanochat",
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.specials,
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, digits: int = 2) -> "Tokenizer":
         """
         Learn a vocabulary of `vocab_size` tokens, special ones included. The same texts in the same
         order give the same tokenizer. Texts with too little variety give fewer tokens, with a
@@ -90,10 +100,11 @@ class Tokenizer:
             raise UserError("there is no text to train a tokenizer on: name some with --data")
         wanted = vocab_size - len(SPECIAL_TOKENS)
         bpe = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]  (it has no types)
-        bpe.train_from_iterator(itertools.chain([first], pieces), wanted + _SPARE, pattern=PATTERN)
+        texts = itertools.chain([first], pieces)
+        bpe.train_from_iterator(texts, wanted + _SPARE, pattern=split_pattern(digits))
         learned = sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])
         tokens = list(dict.fromkeys(bytes(token) for token, _ in learned))[:wanted]
-        tokenizer = cls({token: rank for rank, token in enumerate(tokens)})
+        tokenizer = cls({token: rank for rank, token in enumerate(tokens)}, digits)
         if tokenizer.vocab_size < vocab_size:
             notice(
                 f"the text has enough variety for {tokenizer.vocab_size} tokens only, not for "
@@ -116,7 +127,9 @@ class Tokenizer:
             meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
             byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
             vocabulary = data["model"]["vocab"].items()
-            tokenizer = cls({bytes(byte_of[c] for c in token): rank for token, rank in vocabulary})
+            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary}
+            digits = {split_pattern(n): n for n in DIGITS}[meta["pattern"]]
+            tokenizer = cls(ranks, digits)
             expected = {**tokenizer._json(), "model": data["model"]}
             if tokenizer.fingerprint != meta["fingerprint"] or data != expected:
                 raise ValueError("its files do not match, or another version wrote them")
@@ -139,12 +152,17 @@ class Tokenizer:
             "vocab_size": self.vocab_size,
             "merges": len(self.ranks) - 256,
             "special_tokens": self.specials,
-            "pattern": PATTERN,
+            "pattern": self.pattern,
         }
         data = self._json()
         data["model"]["merges"] = _merges(self.ranks)
         atomic_write(directory / "tokenizer.json", json.dumps(data, ensure_ascii=False, indent=1))
         atomic_write(directory / "meta.json", json.dumps(meta, indent=1) + "\n")
+
+    def spelled(self) -> tuple[list[str], list[list[str]]]:
+        """The ordinary tokens in order of id, and the merges, in the letters of tokenizer.json."""
+        letters = _byte_letters()
+        return ["".join(letters[b] for b in token) for token in self.ranks], _merges(self.ranks)
 
     def _json(self) -> dict:
         """The Hugging Face form, without the merges, which follow from the vocabulary."""
@@ -164,7 +182,7 @@ class Tokenizer:
         }
         split = {
             "type": "Split",
-            "pattern": {"Regex": PATTERN},
+            "pattern": {"Regex": self.pattern},
             "behavior": "Isolated",
             "invert": False,
         }

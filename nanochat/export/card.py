@@ -15,7 +15,9 @@ STAGES = {
 
 
 def _architecture(config: GPTConfig, parameters: int) -> list[str]:
-    heads = f"{config.n_head} query heads and {config.n_kv_head} key-value heads of {config.head_dim}"
+    heads = (
+        f"{config.n_head} query heads and {config.n_kv_head} key-value heads of {config.head_dim}"
+    )
     cap = f"softcap {config.softcap:g}" if config.softcap else "no softcap"
     return [
         f"- {parameters:,} parameters: {config.n_layer} layers of width {config.n_embd}, {heads}",

@@ -200,13 +200,12 @@ class LlamaCpp:
             "prompt": list(prompt),
             "n_predict": count,
             "temperature": 0,
-            "n_probs": 1,
+            "return_tokens": True,
             "cache_prompt": False,
             "samplers": ["top_k"],
             "top_k": 1,
         }
-        answer = self.post("/completion", body)
-        return [step["id"] for step in answer["completion_probabilities"]]
+        return self.post("/completion", body)["tokens"]
 
     def tokenize(self, text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": False}

@@ -107,7 +107,11 @@ def _save_weights(tensors: dict[str, Tensor], folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(
-        tensors, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, safe_serialization=True
+        tensors,
+        folder,
+        max_shard_size=SHARD_BYTES,
+        metadata={"format": "pt"},
+        safe_serialization=True,
     )
 
 

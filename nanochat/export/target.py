@@ -14,7 +14,10 @@ from nanochat.model.config import GPTConfig
 
 Destination = Literal["hf", "gguf", "ollama"]
 ClassName = Literal["nanochat", "qwen3", "apertus"]
-PRE_TOKENIZERS = {1: "qwen2", 3: "llama-bpe"}  # llama.cpp's names for digits split by one or by three
+PRE_TOKENIZERS = {
+    1: "qwen2",
+    3: "llama-bpe",
+}  # llama.cpp's names for digits split by one or by three
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,9 @@ def choose_target(
     UserError says which knob stands in the way and which flag of the next training run removes it.
     """
     if uncapped and to == "hf":
-        raise UserError("--uncapped is for --to gguf and --to ollama: transformers keeps the softcap")
+        raise UserError(
+            "--uncapped is for --to gguf and --to ollama: transformers keeps the softcap"
+        )
     if to == "hf":
         target = _transformers_target(config, with_code)
         if wanted == "apertus" and target.name == "nanochat" and not target.custom_code:
