@@ -1,0 +1,134 @@
+"""
+Who may ask, as pure ASGI (a wrapped request would hide that its client has gone).
+
+It checks the Host header against a list (DNS rebinding), the Origin of browsers, the content type (a form of another page cannot send JSON), the API key
+in constant time, and the size of the body; and it adds the headers that keep the page to itself. It logs nothing.
+"""
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from nanochat.chat.serve.requests import ApiError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MOST_BODY_BYTES = 1 << 20
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OPEN_PATHS = ("/", "/health", "/ui.js", "/ui.css", "/api.js", "/store.js", "/markdown.js")
+HEADERS = {
+    b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cache-control": b"no-store",
+    b"cross-origin-resource-policy": b"same-origin",
+}
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header or an origin's authority, without the port: "[::1]:8000" -> "::1"."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    body = json.dumps(error.body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(k.lower().encode(), v.encode()) for k, v in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Guard:
+    """Wraps an ASGI app. `hosts` are the names under which the server may be addressed."""
+
+    def __init__(
+        self,
+        app: App,
+        hosts: Iterable[str] = LOOPBACK,
+        api_key: str = "",
+        allowed_origins: Iterable[str] = (),
+    ):
+        self.app, self.api_key = app, api_key
+        self.hosts = {host.lower() for host in hosts}
+        self.allowed_origins = {origin.rstrip("/").lower() for origin in allowed_origins}
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        """ApiError for a request that may not pass."""
+        host = headers.get("host", "")
+        if host_name(host) not in self.hosts:
+            raise ApiError(403, f"this server does not answer to the host {host[:80]!r}")
+        origin = headers.get("origin", "").rstrip("/").lower()
+        own = origin.partition("://")[2] == host.lower()
+        if origin and not own and origin not in self.allowed_origins:
+            raise ApiError(403, f"the origin {origin[:80]!r} may not use this server")
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise ApiError(415, "send the body with Content-Type: application/json")
+            length = headers.get("content-length", "0")
+            if not length.isdigit() or int(length) > MOST_BODY_BYTES:
+                raise self._too_large()
+        if self.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = secrets.compare_digest(given.strip().encode(), self.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
+                raise ApiError(
+                    401,
+                    "a valid API key is needed: send Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+
+    @staticmethod
+    def _too_large() -> ApiError:
+        return ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes")
+
+    def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+        origin = headers.get("origin", "")
+        if origin.rstrip("/").lower() not in self.allowed_origins:
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode()),
+            (b"access-control-allow-headers", b"authorization, content-type"),
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"vary", b"Origin"),
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        extra = [*HEADERS.items(), *self._cors(headers)]
+
+        async def send_guarded(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *extra]
+            await send(message)
+
+        received = 0
+
+        async def receive_bounded() -> MutableMapping[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MOST_BODY_BYTES:
+                raise self._too_large()
+            return message
+
+        try:
+            self._check(scope, headers)
+            if scope["method"] == "OPTIONS" and self._cors(headers):
+                await send_guarded({"type": "http.response.start", "status": 204, "headers": []})
+                await send_guarded({"type": "http.response.body", "body": b""})
+                return
+            await self.app(scope, receive_bounded, send_guarded)
+        except ApiError as error:
+            await send_error(send_guarded, error)

@@ -1,0 +1,219 @@
+"""
+The bodies of requests, in the shape of OpenAI's API, and the errors in the shape that its clients expect.
+
+A field that this server cannot honour is refused with status 400 and its name in `param`; it is never ignored silently. Fields that ask for nothing
+(penalties of 0, no tools, text as the response format) and fields that nobody knows are accepted.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class ApiError(Exception):
+    """An answer with an error: HTTP status, and the message, type, param and code of its body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status)
+        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class _Sampling(BaseModel):
+    """What chat and completions have in common. None stands for "not given"."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str = ""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(_Sampling):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens to report at each place; None for no log probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Sampling):
+    """POST /v1/completions"""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool | None = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a text, or messages as the model sees them."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str = ""
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+
+
+def _asks_for_something(value: Any) -> bool:
+    return value not in (None, 0, 0.0, False, "", [], {}, "none", "auto")
+
+
+REFUSED = {
+    "tools": "this model cannot call tools; its calculator needs none: leave tools out",
+    "functions": "this model cannot call functions: leave functions out",
+    "frequency_penalty": "penalties are not supported: leave frequency_penalty out or set it to 0",
+    "presence_penalty": "penalties are not supported: leave presence_penalty out or set it to 0",
+    "logit_bias": "logit_bias is not supported: leave it out",
+    "audio": "this model has no audio: leave audio out",
+    "suffix": "text cannot be inserted before a suffix: leave suffix out",
+}
+
+
+def _refuse_what_cannot_be_honoured(request: _Sampling) -> None:
+    extra = request.model_extra or {}
+    for name, why in REFUSED.items():
+        if _asks_for_something(extra.get(name)):
+            raise ApiError(400, why, name, "unsupported_parameter")
+    response_format = extra.get("response_format")
+    kind = response_format.get("type") if isinstance(response_format, dict) else response_format
+    if kind not in (None, "text"):
+        raise ApiError(
+            400,
+            f"response_format {kind!r} is not supported: leave it out and ask for the format in words",
+            "response_format",
+            "unsupported_parameter",
+        )
+    modalities = extra.get("modalities")
+    if modalities not in (None, ["text"]):
+        raise ApiError(
+            400,
+            "only text is supported: leave modalities out",
+            "modalities",
+            "unsupported_parameter",
+        )
+    best_of = extra.get("best_of")
+    if isinstance(best_of, int) and best_of > (request.n or 1):
+        raise ApiError(
+            400, "best_of is not supported: ask for n answers", "best_of", "unsupported_parameter"
+        )
+    if len(request.stops) > 4 or not all(request.stops):
+        raise ApiError(
+            400, f"stop takes at most 4 strings that are not empty (got {request.stops!r})", "stop"
+        )
+
+
+def parse(kind: type[T], body: bytes) -> T:
+    """The request that a body holds; ApiError 400 names the field that is wrong."""
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as e:
+        problem = e.errors()[0]
+        place = [str(part) for part in problem["loc"]]
+        message = f"{'.'.join(place) or 'the body'}: {problem['msg']}"
+        raise ApiError(400, message, place[0] if place else None) from None
+    if isinstance(request, _Sampling):
+        _refuse_what_cannot_be_honoured(request)
+    return request
+
+
+def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
+    """A message's content: text, or the parts of an assistant's answer. Parts that are all text are joined."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    place = f"messages[{i}].content"
+    if not isinstance(content, list):
+        raise ApiError(400, f"{place} must be text or a list of parts", "messages")
+    kinds = {"text", "python", "python_output"} if message.get("role") == "assistant" else {"text"}
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind not in kinds or not isinstance(text, str):
+            raise ApiError(
+                400,
+                f"{place}: a part of type {kind!r} is not supported; use type text with a text",
+                "messages",
+                "unsupported_parameter" if isinstance(kind, str) else None,
+            )
+        parts.append({"type": kind, "text": text})
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def conversation(messages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The messages as the tokenizer renders them. The role developer counts as system. ApiError for tools and other media."""
+    out = []
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        if message.get("tool_calls") or role in ("tool", "function"):
+            raise ApiError(
+                400,
+                f"messages[{i}]: tool calls are not supported",
+                "messages",
+                "unsupported_parameter",
+            )
+        role = "system" if role == "developer" else role
+        out.append({"role": role, "content": _content(message, i)})
+    return {"messages": out}
