@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import priors
 import pytest
 import tiny
 import torch
@@ -260,3 +261,43 @@ def test_cached_generation_equals_ours(folder, tokenizers):
     count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
     theirs = loaded.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
     assert theirs[0, len(prompt) :].tolist()[:count] == ours.tokens[:count] and count > 5
+
+
+@pytest.mark.parametrize("spans", [False, True], ids=["curve", "spans"])
+def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import AutoModelForCausalLM
+
+    from nanochat.chat.generate import Engine
+
+    tokenizer = tokenizers[3]
+    vocab, length = tokenizer.vocab_size, 64
+    make = priors.with_spans if spans else priors.terms
+    artifact = priors.write(tmp_path / "prior.safetensors", make(reach=length, vocab=vocab))
+    shape = {"vocab_size": vocab, "sequence_len": length, "n_layer": 3}
+    model = priors.model_with(artifact, shape=shape).requires_grad_(False)
+    target = choose_target(model.config, 3, "hf", with_code=True)
+    folder = tmp_path / "exported"
+    write_folder(model, tokenizer, target, folder, "f32", {})
+    difference, largest = compare_logits(model, folder, custom_code=True)
+    assert difference <= TOLERANCE and largest > 1
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=target.custom_code
+    )
+    prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]
+    longest = max(map(len, prompts))
+    pad = tokenizer.specials["<|assistant_end|>"]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    theirs = loaded.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    for i, prompt in enumerate(prompts):
+        ours = Engine(model, tokenizer).generate_batch(prompt, max_tokens=20, temperature=0.0)[0]
+        count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
+        assert theirs[i, longest:].tolist()[:count] == ours.tokens[:count]
+
+
+def test_a_matrix_as_prior_is_refused():
+    config = tiny.config(rap={"columns": [["bias", 0]]})
+    with pytest.raises(UserError, match="matrix of positions"):
+        choose_target(config, 3, "hf", with_code=True)

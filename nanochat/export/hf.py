@@ -5,6 +5,7 @@ A folder that transformers loads: config, weights in safetensors, tokenizer, cha
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ ARCHITECTURES = {
 }
 ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+CODE = Path(__file__).parent / "modeling_nanochat_prior.py"
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4  # largest difference of a logit in float32
 
@@ -68,6 +70,14 @@ def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: 
         "pad_token_id": stops[0],
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
+    if target.custom_code:
+        values["rap"] = config.rap
+        values["model_type"] = "nanochat_prior"
+        values["architectures"] = ["NanoChatPriorForCausalLM"]
+        values["auto_map"] = {
+            "AutoConfig": f"{CODE.stem}.NanoChatPriorConfig",
+            "AutoModelForCausalLM": f"{CODE.stem}.NanoChatPriorForCausalLM",
+        }
     if target.name == "nanochat":
         values["hidden_act"] = ACTIVATIONS[config.activation]
         values["final_logit_softcapping"] = config.softcap or None
@@ -131,6 +141,8 @@ def write_folder(
     for name, content in (("config.json", values), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, folder)
+    if target.custom_code:
+        shutil.copy(CODE, folder)
     kept_whole = tuple(f"act_fn.{name}" for name in XIELU)
     tensors = {
         name: t.to(DTYPES[dtype]) if t.is_floating_point() and not name.endswith(kept_whole) else t

@@ -89,6 +89,8 @@ def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
             "the code that is shipped for an attention prior knows neither swiglu nor windows: "
             "train without --rap, or with --activation=relu2 --window_pattern=L"
         )
+    if config.rap and ["bias", 0] in config.rap.get("columns", []):
+        raise refuse("its prior is a matrix of positions, which the shipped code does not know")
     if config.rap and not with_code:
         raise refuse(
             "none has an attention prior: add --with_code to ship the code for it "
