@@ -52,7 +52,7 @@ def _usage(target: Target, chat: bool) -> list[str]:
         "```",
     ]
     if not target.custom_code:
-        lines += ["", "With vLLM: `vllm serve .`"]
+        lines += ["", "vLLM loads the same folder (not tested here): `vllm serve .`"]
     return lines
 
 
@@ -87,7 +87,8 @@ def model_card(
 ) -> str:
     """README.md of the folder: `meta` is the checkpoint's, `rows` its log book's, `checked` the outcome of the comparison."""
     stage = meta["stage"]
-    sources = meta["knobs"].get("data") or ["the default mixture"]
+    named = meta["knobs"].get("data") or ["the default mixture"]
+    sources = [str(source).partition("=")[0] for source in named]  # names, never paths
     losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and "val_bpb" in row]
     loss = f", {losses[-1]:.4f} bits per byte on held-out data" if losses else ""
     table = accuracies(rows)
@@ -106,7 +107,7 @@ def model_card(
             "## Training",
             "",
             f"- stage {stage}, step {meta['step']:,}, {meta.get('tokens', 0):,} tokens in this stage{loss}",
-            f"- data: {', '.join(map(str, sources))}",
+            f"- data: {', '.join(sources)}",
             "",
             "## Architecture",
             "",

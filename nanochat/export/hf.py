@@ -162,6 +162,7 @@ def probe_tokens(config: GPTConfig, rows: int = 3) -> Tensor:
 def compare_logits(model: GPT, folder: Path, custom_code: bool = False) -> tuple[float, float]:
     """(largest absolute difference, largest logit) between our model and the folder as transformers loads it, both in float32."""
     transformers = require_transformers()
+    transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=custom_code
     ).eval()

@@ -134,7 +134,10 @@ def choose_target(
         if wanted == "apertus" and target.name == "nanochat" and not target.custom_code:
             name, reason = _matching_class(config, uncapped=False)
             if name != "apertus":
-                raise UserError(f"this model is not an Apertus: {reason}")
+                raise UserError(
+                    "this model is not an Apertus, which needs --activation=relu2 --softcap=0: "
+                    "leave --class out, or train with these"
+                )
             target = Target("apertus", reason)
     else:
         target = _gguf_target(config, digits, uncapped)

@@ -1,0 +1,210 @@
+"""Export a model to transformers (and vLLM), to GGUF for llama.cpp, or to Ollama, and compare the result with the original."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nanochat.base import knobs
+from nanochat.base.common import UserError, entry, notice, print0
+from nanochat.base.files import atomic_write
+from nanochat.base.knobs import knob
+
+if TYPE_CHECKING:
+    from nanochat.export.target import Target
+    from nanochat.model.checkpoint import Loaded
+
+SAMPLING = {"temperature": 0.6, "top_k": 50}  # what the chats use
+DTYPES = {"hf": ("f32", "bf16", "f16"), "gguf": ("f32", "bf16", "f16", "q8_0")}
+GREEDY_TOKENS = 64
+
+
+@dataclass(kw_only=True)
+class ExportKnobs:
+    """Export"""
+
+    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
+        "auto", "stage of the model; auto = the furthest one trained", alias="-i"
+    )
+    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
+    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
+    to: Literal["hf", "gguf", "ollama"] = knob(
+        "hf",
+        "hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; ollama: GGUF and Modelfile",
+    )
+    out: str = knob("", "folder to write (default: exports/<tag>-<stage>-<to> in the base folder)")
+    dtype: Literal["f32", "bf16", "f16", "q8_0"] = knob(
+        "f32", "type of the weights; q8_0 is for gguf and ollama"
+    )
+    target_class: Literal["", "nanochat", "qwen3", "apertus"] = knob(
+        "", "the class to write (default: chosen for the model)", alias="--class"
+    )
+    with_code: bool = knob(
+        False, "hf: ship the code for an attention prior, which loads with trust_remote_code=True"
+    )
+    uncapped: bool = knob(
+        False,
+        "gguf, ollama: leave the softcap out; greedy answers stay equal, sampling gets sharper",
+    )
+    name: str = knob("", "name of the model in its files (default: the tag)")
+    license: str = knob(
+        "other", "licence in the model card, as the hub names it: mit, apache-2.0 ..."
+    )
+
+
+def _empty_folder(out: str, loaded: "Loaded", to: str) -> Path:
+    """The folder to write; UserError when it holds something that export did not write."""
+    from nanochat.base.common import base_dir
+
+    name = f"{loaded.checkpoint.tag}-{loaded.stage}-{to}"
+    folder = Path(out).expanduser() if out else base_dir() / "exports" / name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / "nanochat.json").is_file():
+            raise UserError(f"{folder} is not empty: choose another folder with --out")
+        shutil.rmtree(folder)
+    return folder
+
+
+def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) -> str:
+    """Write the folder without its card, reload it, and say how far its logits are from ours. UserError beyond the tolerance."""
+    from nanochat.export.hf import TOLERANCE, compare_logits, write_folder
+
+    write_folder(loaded.model, loaded.tokenizer, target, folder, "f32", SAMPLING)
+    difference, largest = compare_logits(loaded.model, folder, target.custom_code)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the exported model differs from the original by {difference:.2g} in its logits (allowed: {TOLERANCE:g}); "
+            "this is a bug: please report it with the model's knobs"
+        )
+    checked = (
+        f"largest difference of a logit in float32 {difference:.1e} (largest logit {largest:.1f})"
+    )
+    if dtype != "f32":
+        shutil.rmtree(folder)
+        write_folder(loaded.model, loaded.tokenizer, target, folder, dtype, SAMPLING)
+        rounded, _ = compare_logits(loaded.model, folder, target.custom_code)
+        checked += f"; {rounded:.1e} with weights in {dtype}"
+    return checked
+
+
+def _greedy_agreement(loaded: "Loaded", file: Path) -> str:
+    """Run the file in llama.cpp and compare greedy tokens with ours. UserError when float32 differs."""
+    from nanochat.chat.generate import Engine
+    from nanochat.export.gguf_file import LlamaCpp
+
+    tokenizer = loaded.tokenizer
+    engine = Engine(loaded.model.requires_grad_(False), tokenizer)
+    prompts = [
+        tokenizer.render_prompt({"messages": [{"role": "user", "content": text}]})
+        for text in ("Hello!", "What is 12 + 30?", "Tell me a story.", "Spell the word apple.")
+    ]
+    equal = total = 0
+    with LlamaCpp(file, loaded.model.config.sequence_len) as llama:
+        for prompt in prompts:
+            ours = engine.generate_batch(prompt, max_tokens=GREEDY_TOKENS, temperature=0.0)[0]
+            # where our calculator answers, llama.cpp's model is on its own
+            count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
+            theirs = llama.greedy(prompt, GREEDY_TOKENS)[:count]
+            equal += sum(a == b for a, b in zip(ours.tokens[:count], theirs, strict=False))
+            total += count
+    return f"{equal} of {total} greedy tokens equal in llama.cpp"
+
+
+def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, name: str) -> str:
+    """Write the GGUF file and compare it with the original, in llama.cpp where that is installed."""
+    from nanochat.export.gguf_file import write_gguf
+
+    file = folder / f"{name}-{dtype}.gguf"
+    write_gguf(loaded.model, loaded.tokenizer, target, file, dtype, name)
+    try:
+        import xllamacpp  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        notice(
+            "the file was not compared with the original: install llama.cpp with pip install xllamacpp"
+        )
+        return "not compared: llama.cpp was not installed"
+    checked = _greedy_agreement(loaded, file)
+    equal, _, total = checked.split()[:3]
+    if dtype == "f32" and equal != total:
+        raise UserError(f"only {checked}; this is a bug: please report it with the model's knobs")
+    return checked
+
+
+def _describe(
+    loaded: "Loaded", target: "Target", folder: Path, checked: str, name: str, licence: str
+) -> None:
+    """nanochat.json, which tells where the export came from, and the model card."""
+    from nanochat.base import logbook
+    from nanochat.base.files import sha256_file
+    from nanochat.export.card import model_card
+
+    checkpoint = loaded.checkpoint
+    about = {
+        "model": name,
+        "stage": loaded.stage,
+        "step": checkpoint.step,
+        "checkpoint_sha256": sha256_file(checkpoint.path / "model.safetensors"),
+        "class": target.name,
+        "uncapped": target.uncapped,
+        "compared": checked,
+    }
+    atomic_write(folder / "nanochat.json", json.dumps(about, indent=1) + "\n")
+    rows = logbook.read(checkpoint.path.parent)
+    parameters = loaded.model.counts()["total"]
+    card = model_card(
+        loaded.model.config, parameters, checkpoint.meta, rows, target, name, licence, checked
+    )
+    atomic_write(folder / "README.md", card)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    values, _ = knobs.parse(ExportKnobs, argv, command="export")
+    kind = "hf" if values.to == "hf" else "gguf"
+    if values.dtype not in DTYPES[kind]:
+        raise UserError(f"--dtype={values.dtype} is for GGUF: choose {', '.join(DTYPES[kind])}")
+
+    from nanochat.export.gguf_file import modelfile, require_gguf
+    from nanochat.export.hf import require_transformers
+    from nanochat.export.target import choose_target
+    from nanochat.model.checkpoint import load_for_inference
+
+    require_transformers() if kind == "hf" else require_gguf()
+    loaded = load_for_inference(
+        values.source, values.model_tag, values.step, device_type="cpu", dtype="float32"
+    )
+    target = choose_target(
+        loaded.model.config,
+        loaded.tokenizer.digits,
+        values.to,
+        values.target_class or None,
+        values.with_code,
+        values.uncapped,
+    )
+    print0(f"{loaded.describe()} -> {target.name}: {target.reason}")
+    if target.uncapped:
+        loaded.model.config.softcap = 0.0
+        notice("the softcap is left out: greedy answers stay equal, sampling becomes sharper")
+    folder = _empty_folder(values.out, loaded, values.to)
+    name = values.name or loaded.checkpoint.tag
+    try:
+        if kind == "hf":
+            checked = _checked_hf(loaded, target, folder, values.dtype)
+        else:
+            checked = _checked_gguf(loaded, target, folder, values.dtype, name)
+            if values.to == "ollama":
+                text = modelfile(
+                    f"{name}-{values.dtype}.gguf", loaded.model.config.sequence_len, SAMPLING
+                )
+                atomic_write(folder / "Modelfile", text)
+        _describe(loaded, target, folder, checked, name, values.license)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # never leave a model that nobody has checked
+        raise
+    print0(f"{folder}: {checked}")
+    return {"folder": str(folder), "class": target.name, "compared": checked}
+
+
+if __name__ == "__main__":
+    entry(main)
