@@ -1,0 +1,132 @@
+"""
+What a client sees of one row: visible text without the calculator's part, stop strings held back and cut, log probabilities.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanochat.chat.generate import Token
+from nanochat.chat.reply import Reply
+from nanochat.data.tokenizer import Tokenizer
+
+FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
+
+
+@dataclass
+class Delta:
+    """What new tokens of a row add: pieces of the message's parts, the visible text among them, and why the row ended ("" before)."""
+
+    parts: list[dict[str, str]] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    finish: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(part["text"] for part in self.parts if part["type"] == "text")
+
+    def __bool__(self) -> bool:
+        return bool(self.parts or self.tokens or self.finish)
+
+    def add(self, kind: str, text: str) -> None:
+        if self.parts and kind == "text" and self.parts[-1]["type"] == "text":
+            self.parts[-1]["text"] += text
+        elif text:
+            self.parts.append({"type": kind, "text": text})
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    longest = 0
+    for stop in stops:
+        for n in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:n]):
+                longest = n
+                break
+    return longest
+
+
+class Answer:
+    """
+    One row's answer. `stopped` becomes true when a stop string was found in the visible text: the row's further tokens are of no use then.
+    `plain` answers (completions) have no parts: everything that is not a special token is text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), plain: bool = False):
+        self.reply = Reply(tokenizer)
+        self.stops = list(stops)
+        self.plain, self.stopped, self.finished = plain, False, False
+        self.tokens = 0
+        self._pending = ""  # visible text that may be the beginning of a stop string
+
+    def push(self, tokens: Sequence[Token]) -> Delta:
+        """Take the row's next tokens."""
+        delta = Delta()
+        for token in tokens:
+            if self.stopped:
+                break
+            self.tokens += 1
+            delta.tokens.append(token)
+            piece = self.reply.push(token)
+            if piece and (piece[0] == "text" or self.plain):
+                self._take_text(piece[1], delta)
+            elif piece:
+                self._release(delta)
+                delta.add(*piece)
+            if token.finish and not self.stopped:
+                self._release(delta)
+                delta.finish = FINISH.get(token.finish, token.finish)
+        self.finished = self.finished or bool(delta.finish)
+        return delta
+
+    def _take_text(self, text: str, delta: Delta) -> None:
+        text = self._pending + text
+        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.stopped, self._pending = True, ""
+            delta.add("text", text[: min(places)])
+            delta.finish = "stop"
+            return
+        keep = held_back(text, self.stops)
+        self._pending = text[len(text) - keep :]
+        delta.add("text", text[: len(text) - keep])
+
+    def _release(self, delta: Delta) -> None:
+        """No stop string can begin in the held text any more."""
+        delta.add("text", self._pending)
+        self._pending = ""
+
+
+def spelled(tokenizer: Tokenizer, id: int) -> tuple[str, list[int]]:
+    """A token's text (U+FFFD for half a character) and its bytes."""
+    data = tokenizer.decode_bytes([id])
+    return data.decode("utf-8", errors="replace"), list(data)
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
+    """The logprobs of a chat choice. A token that the calculator forced has logprob null."""
+
+    def entry(id: int, logprob: float | None) -> dict[str, Any]:
+        text, data = spelled(tokenizer, id)
+        return {"token": text, "logprob": logprob, "bytes": data}
+
+    content = [
+        {**entry(t.id, t.logprob), "top_logprobs": [entry(id, value) for id, value in t.top]}
+        for t in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[Token], start: int
+) -> dict[str, Any]:
+    """The logprobs of a completion's choice; `start` is the offset of the first token's text."""
+    texts = [spelled(tokenizer, t.id)[0] for t in tokens]
+    offsets = [start + sum(map(len, texts[:i])) for i in range(len(texts))]
+    tops = [{spelled(tokenizer, id)[0]: value for id, value in t.top} for t in tokens]
+    return {
+        "tokens": texts,
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }

@@ -1,0 +1,154 @@
+"""
+The models that the server can answer with: every stage of every tag that the present tokenizer fits. One is loaded at the start, others when they are
+asked for; at most MOST_LOADED stay in memory.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanochat.base.common import UserError
+from nanochat.chat.generate import Engine
+from nanochat.chat.serve.requests import ApiError
+from nanochat.chat.serve.worker import Worker
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.model.checkpoint import (
+    STAGES,
+    Checkpoint,
+    list_checkpoints,
+    load_for_inference,
+    stage_directory,
+)
+
+MOST_LOADED = 2
+
+
+@dataclass
+class Served:
+    """A loaded model and the worker that decodes with it."""
+
+    id: str
+    stage: str
+    tokenizer: Tokenizer
+    engine: Engine
+    worker: Worker
+    fingerprint: str  # of the checkpoint
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def context(self) -> int:
+        return self.engine.model.config.sequence_len
+
+
+class Models:
+    """Finds, loads and unloads models. `options` go to load_for_inference (device_type, dtype)."""
+
+    def __init__(self, max_rows: int, kv_bytes: float, **options: Any):
+        self.max_rows, self.kv_bytes, self.options = max_rows, kv_bytes, options
+        self.tokenizer = Tokenizer.load()
+        self.default = ""  # id of the model that is loaded at the start
+        self._loaded: dict[str, Served] = {}
+        self._lock = threading.Lock()
+
+    def available(self) -> dict[str, tuple[str, Checkpoint]]:
+        """id ("tag/stage") -> (stage, newest checkpoint), the furthest stages first."""
+        found = {}
+        for stage in reversed(STAGES):
+            for run in sorted(stage_directory(stage).glob("*")):
+                checkpoints = list_checkpoints(run)
+                if not checkpoints or run.suffix == ".old":
+                    continue
+                try:
+                    fits = checkpoints[-1].meta["tokenizer"] == self.tokenizer.fingerprint
+                except (UserError, KeyError):
+                    fits = False  # a damaged checkpoint is not offered
+                if fits:
+                    found[f"{run.name}/{stage}"] = stage, checkpoints[-1]
+        return found
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The entries of GET /v1/models, the default model first."""
+        entries = []
+        for id, (stage, checkpoint) in self.available().items():
+            entries.append(
+                {
+                    "id": id,
+                    "object": "model",
+                    "created": int(checkpoint.path.stat().st_mtime),
+                    "owned_by": "nanochat",
+                    "nanochat": {
+                        "stage": stage,
+                        "step": checkpoint.step,
+                        "context": checkpoint.meta["config"]["sequence_len"],
+                        "loaded": id in self._loaded,
+                    },
+                }
+            )
+        return sorted(entries, key=lambda entry: entry["id"] != self.default)
+
+    def load(self, stage: str = "auto", tag: str = "", step: int | None = None) -> Served:
+        """Load a model; the first one becomes the default. UserError when there is none."""
+        loaded = load_for_inference(stage, tag, step, **self.options)
+        engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+        worker = Worker(engine, self.max_rows, self.kv_bytes)
+        id = f"{loaded.checkpoint.tag}/{loaded.stage}"
+        fingerprint = loaded.checkpoint.fingerprint
+        served = Served(id, loaded.stage, loaded.tokenizer, engine, worker, fingerprint)
+        worker.start()
+        self._loaded[id] = served
+        self.default = self.default or id
+        return served
+
+    def get(self, id: str) -> Served:
+        """The model of this id ("" for the default), loaded if need be. ApiError 404 for an unknown one. May take seconds: call it in a thread."""
+        id = id or self.default
+        with self._lock:
+            served = self._loaded.get(id)
+            if served is None:
+                known = self.available()
+                if id not in known:
+                    names = ", ".join(known)
+                    raise ApiError(
+                        404,
+                        f"there is no model {id!r}; this server has {names}",
+                        "model",
+                        "model_not_found",
+                    )
+                self._make_room()
+                try:
+                    served = self.load(known[id][0], id.rpartition("/")[0])
+                except UserError as error:
+                    raise ApiError(503, str(error), "model") from None
+            served.used = time.monotonic()
+            return served
+
+    def is_loaded(self, id: str) -> bool:
+        return (id or self.default) in self._loaded
+
+    def _make_room(self) -> None:
+        """Unload the idle model that was used least recently, when there are too many."""
+        if len(self._loaded) < MOST_LOADED:
+            return
+        idle = [s for s in self._loaded.values() if not s.worker.rows and not s.worker.queued]
+        if not idle:
+            raise ApiError(
+                503,
+                "all loaded models are busy: try again later",
+                "model",
+                headers={"Retry-After": "5"},
+            )
+        oldest = min(idle, key=lambda served: served.used)
+        oldest.worker.close(0)
+        del self._loaded[oldest.id]
+
+    def workers(self) -> list[Worker]:
+        return [served.worker for served in self._loaded.values()]
+
+    def close(self, grace_seconds: float = 10.0) -> None:
+        """Let running requests finish for so long, then end every worker."""
+        workers = self.workers()
+        for worker in workers:
+            worker.close(grace_seconds)
+        for worker in workers:
+            worker.join(grace_seconds + 1)

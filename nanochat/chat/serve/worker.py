@@ -1,0 +1,257 @@
+"""
+One thread that decodes for all requests of one model.
+
+A job is queued, reads its prompt in pieces between the steps of the others, runs, and is done, cancelled or failed. Each turn of the loop reads at
+most PROMPT_TOKENS of prompts, then gives every running row one token. Clients take turns: the next job is the oldest one of the next client. Jobs are
+admitted by rows and by the memory of their keys and values.
+"""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from nanochat.base.runtime import is_out_of_memory, release_memory
+from nanochat.chat.generate import Batch, Engine, Entry, Sampling, Token
+from nanochat.chat.serve.requests import ApiError
+
+PROMPT_TOKENS = 512  # read per turn, so that a long prompt delays running rows by little
+QUEUE_LENGTH = 64
+
+Delivery = list[tuple[int, list[Token]]] | Exception  # (sample index, its new tokens), or a failure
+
+
+@dataclass(eq=False)
+class Job:
+    """A request to the worker: `samples` rows for one prompt. `deliver` is called on the worker's thread."""
+
+    prompt: Sequence[int]
+    samples: int
+    sampling: Sampling
+    seed: str
+    max_tokens: int | None
+    client: str
+    deliver: Callable[[Delivery], None]
+    state: str = "queued"  # queued, reading, running, done, cancelled, failed
+    entry: Entry | None = None
+    index: dict[int, int] = field(default_factory=dict)  # row number -> sample index
+    unwanted: set[int] = field(default_factory=set)  # samples that need no more tokens
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("done", "cancelled", "failed")
+
+
+@dataclass
+class Counters:
+    """For /metrics."""
+
+    requests: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+
+
+class Worker(threading.Thread):
+    """Decodes with one engine until close(). Thread-safe: submit, cancel, drop_sample, close."""
+
+    def __init__(self, engine: Engine, max_rows: int = 32, kv_bytes: float = float("inf")):
+        super().__init__(daemon=True, name="nanochat decoding")
+        self.engine, self.max_rows, self.kv_bytes = engine, max_rows, kv_bytes
+        self.counters = Counters()
+        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, next client first
+        self._reading: list[Job] = []
+        self._running: list[Job] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._deadline = float("inf")
+
+    # ---- called from other threads
+
+    @property
+    def queued(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    @property
+    def rows(self) -> int:
+        """Rows that are running or about to."""
+        return sum(job.samples for job in (*self._reading, *self._running))
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; ApiError 429 when the queue is full, 503 when the worker is closing."""
+        with self._wake:
+            if self._closing:
+                raise ApiError(503, "the server is shutting down")
+            if self.queued >= QUEUE_LENGTH:
+                raise ApiError(
+                    429,
+                    f"{QUEUE_LENGTH} requests are waiting already: try again later",
+                    code="queue_full",
+                    headers={"Retry-After": "2"},
+                )
+            if job.samples > self.max_rows:
+                raise ApiError(400, f"n is at most {self.max_rows} on this server", "n")
+            self._queues.setdefault(job.client, deque()).append(job)
+            self.counters.requests += 1
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job: it gets no more tokens, and its rows leave the batch before the next step."""
+        with self._wake:
+            if not job.ended:
+                job.unwanted.update(range(job.samples))
+                self._wake.notify()
+
+    def drop_sample(self, job: Job, index: int) -> None:
+        """One of a job's samples needs no more tokens."""
+        with self._wake:
+            job.unwanted.add(index)
+
+    def close(self, grace_seconds: float = 10.0) -> None:
+        """Admit nothing any more; running jobs have so long to finish."""
+        with self._wake:
+            self._closing = True
+            self._deadline = time.monotonic() + grace_seconds
+            self._wake.notify()
+
+    # ---- the thread
+
+    def run(self) -> None:
+        batch = Batch(self.engine)
+        while True:
+            with self._wake:
+                while not (self.queued or self._reading or self._running or self._closing):
+                    self._wake.wait()
+                if self._closing and self._finish_closing():
+                    return
+                self._remove_cancelled(batch)
+                self._admit()
+            try:
+                self._read_prompts(batch)
+                if len(batch):
+                    self._step(batch)
+            except Exception as error:  # a fault of ours must not leave clients waiting for ever
+                for job in [*self._reading, *self._running]:
+                    self._end(job, "failed")
+                    self._fail(job, error)
+                batch = Batch(self.engine)
+
+    def _finish_closing(self) -> bool:
+        """Whether the thread can end: nothing runs, or the time of grace is over. Waiting jobs fail."""
+        for job in [job for queue in self._queues.values() for job in queue]:
+            self._fail(job, ApiError(503, "the server is shutting down"))
+        self._queues.clear()
+        if time.monotonic() > self._deadline:
+            for job in [*self._reading, *self._running]:
+                self._fail(job, ApiError(503, "the server is shutting down"))
+            return True
+        return not (self._reading or self._running)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.state, job.entry = "failed", None
+        self.counters.failed += 1
+        job.deliver(error)
+
+    def _remove_cancelled(self, batch: Batch) -> None:
+        for job in [*self._reading, *self._running]:
+            rows = [number for number, i in job.index.items() if i in job.unwanted]
+            for number in rows:
+                batch.cancel(number)
+                del job.index[number]
+            if len(job.unwanted) == job.samples:
+                self._end(job, "cancelled")
+        for client, queue in list(self._queues.items()):
+            for job in [job for job in queue if len(job.unwanted) == job.samples]:
+                queue.remove(job)
+                job.state = "cancelled"
+                self.counters.cancelled += 1
+            if not queue:
+                del self._queues[client]
+
+    def _end(self, job: Job, state: str) -> None:
+        for jobs in (self._reading, self._running):
+            if job in jobs:
+                jobs.remove(job)
+        job.state, job.entry = state, None
+        if state == "cancelled":
+            self.counters.cancelled += 1
+
+    def _admit(self) -> None:
+        """Move jobs from the queues to reading, client by client, while rows and memory allow."""
+        while self._queues:
+            client, queue = next(iter(self._queues.items()))
+            job = queue[0]
+            if self.rows and not self._fits(job):
+                return
+            queue.popleft()
+            self._queues.move_to_end(client)
+            if not queue:
+                del self._queues[client]
+            job.state = "reading"
+            self._reading.append(job)
+
+    def _fits(self, job: Job) -> bool:
+        rows = self.rows + job.samples
+        return rows <= self.max_rows and rows * self.engine.row_bytes() <= self.kv_bytes
+
+    def _read_prompts(self, batch: Batch) -> None:
+        """Read up to PROMPT_TOKENS of prompts; jobs whose prompt is read join the batch."""
+        budget = PROMPT_TOKENS
+        for job in list(self._reading):
+            if budget <= 0:
+                return
+            try:
+                if job.entry is None:
+                    job.entry = batch.open(
+                        [job.prompt], [job.seed], job.sampling, job.max_tokens, job.samples
+                    )
+                read = job.entry.read(budget)
+                budget -= read
+                self.counters.prompt_tokens += read
+                if not job.entry.done:
+                    continue
+                samples = batch.admit(job.entry)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._end(job, "failed")
+                self._fail(job, ApiError(503, "the memory does not suffice for this request"))
+                release_memory()
+                continue
+            job.index = {number: i for i, number in enumerate(samples)}
+            job.entry, job.state = None, "running"
+            self._reading.remove(job)
+            self._running.append(job)
+
+    def _step(self, batch: Batch) -> None:
+        """One token for every row, delivered job by job. Without memory for it, the newest job fails and the others go on."""
+        try:
+            tokens = batch.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            job = self._running[-1]
+            for number in job.index:
+                batch.cancel(number)
+            self._end(job, "failed")
+            self._fail(job, ApiError(503, "the memory does not suffice for this request"))
+            release_memory()
+            return
+        self.counters.steps += 1
+        self.counters.generated_tokens += len(tokens)
+        by_row: dict[int, list[Token]] = {}
+        for token in tokens:
+            by_row.setdefault(token.row, []).append(token)
+        for job in list(self._running):
+            news = [(i, by_row[number]) for number, i in job.index.items() if number in by_row]
+            for i, new in news:
+                if new[-1].finish:
+                    job.unwanted.add(i)
+                    job.index = {n: j for n, j in job.index.items() if j != i}
+            if not job.index:
+                self._end(job, "done")
+            if news:
+                job.deliver(news)

@@ -1,0 +1,106 @@
+"""Serve a model: a chat page in the browser, and an API for any OpenAI client."""
+
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat.base import knobs
+from nanochat.base.common import UserError, entry, print0
+from nanochat.base.knobs import knob
+
+
+@dataclass(kw_only=True)
+class ServeKnobs:
+    """Server"""
+
+    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
+        "auto", "stage to load first; auto = the furthest one trained", alias="-i"
+    )
+    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
+    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
+    host: str = knob("127.0.0.1", "address to listen on; others than this machine need an API key")
+    port: int = knob(8000, "port to listen on; 0 = any free one", alias="-p", low=0, high=65535)
+    api_key: str = knob(
+        "", "key that clients must send (made and printed where the host needs one)"
+    )
+    allow_origin: tuple[str, ...] = knob((), "web pages of other origins that may use the API")
+    allow_host: tuple[str, ...] = knob((), "further names under which the server may be addressed")
+    max_rows: int = knob(32, "answers that are decoded together", low=1, high=512)
+    kv_gb: float = knob(
+        0.0, "memory for keys and values in GB (0 = a quarter of the memory)", low=0
+    )
+    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "where to compute")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "compute type")
+
+
+def allowed_hosts(values: ServeKnobs) -> list[str]:
+    """The names under which the server answers: this machine's, its own address, and those that were named."""
+    from nanochat.chat.serve.guard import LOOPBACK
+
+    named = [values.host] if values.host not in ("0.0.0.0", "::") else []
+    if values.host in ("0.0.0.0", "::"):
+        import socket
+
+        name = socket.gethostname()
+        named += [name, f"{name}.local"]
+        named += [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
+    return [*LOOPBACK, *named, *values.allow_host]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    values, _ = knobs.parse(ServeKnobs, argv, command="serve")
+    try:
+        import uvicorn
+
+        from nanochat.chat.serve.app import build_app
+        from nanochat.chat.serve.guard import LOOPBACK, Guard
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+            raise
+        raise UserError(
+            'the server needs fastapi and uvicorn: install them with pip install "nanochat[serve]"'
+        ) from None
+    import psutil
+
+    from nanochat.chat.serve.models import Models
+    from nanochat.model.checkpoint import locate_stage
+
+    key = values.api_key
+    if values.host not in LOOPBACK and not key:
+        key = secrets.token_urlsafe(24)
+        print0(f"API key (this address can be reached from other machines): {key}")
+    locate_stage(values.source, values.model_tag)  # fails early and clearly
+    kv_bytes = values.kv_gb * 1e9 or 0.25 * psutil.virtual_memory().total
+    models = Models(values.max_rows, kv_bytes, device_type=values.device_type, dtype=values.dtype)
+    app = build_app(models, {"stage": values.source, "tag": values.model_tag, "step": values.step})
+    guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)
+    config = uvicorn.Config(
+        guarded,
+        host=values.host,
+        port=values.port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    shown = "localhost" if values.host in (*LOOPBACK, "0.0.0.0", "::") else values.host
+    try:
+        sockets = [config.bind_socket()]
+    except SystemExit:
+        raise UserError(
+            f"port {values.port} on {values.host} is taken or not allowed: choose another with --port"
+        ) from None
+    port = sockets[0].getsockname()[1]
+    print0(
+        f"http://{shown}:{port} for the page, http://{shown}:{port}/v1 for OpenAI clients; Ctrl+C stops"
+    )
+    server.run(sockets=sockets)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    entry(main)
