@@ -37,6 +37,8 @@ class Token(NamedTuple):
     row: int
     id: int
     finish: str  # "" while the row continues, else why it ended; with "stop", id is the stop token
+    logprob: float | None = None  # where the row's sampling asks for it; None for forced tokens
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens at this place: (id, logprob)
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    alternatives: int | None = None  # log probabilities of this many likely tokens are wanted
 
     def __post_init__(self):
         share = 1.0 if self.top_p is None else self.top_p
@@ -82,6 +85,14 @@ class Engine:
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self._packed: tuple[GPT, nn.Module] | None = None
+
+    def row_bytes(self) -> int:
+        """The memory of one row's keys and values over the whole context, in bytes."""
+        config = self.model.config
+        size = (
+            4 if self.model.embed.weight.device.type == "cpu" else self.model.compute_dtype.itemsize
+        )
+        return 2 * config.n_layer * config.n_kv_head * config.head_dim * config.sequence_len * size
 
     def packed(self) -> tuple[GPT, nn.Module]:
         """The model's body and head, laid out for decoding."""
@@ -168,7 +179,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @torch.inference_mode()
     def join(
         self,
         prompts: Sequence[Sequence[int]],
@@ -182,6 +192,20 @@ class Batch:
         the seed "SEED/i". Returns {row number: its sample}; the samples grow with every step.
         Raises ValueError for an empty prompt or num_samples < 1.
         """
+        entry = self.open(prompts, seeds, sampling, max_tokens, num_samples)
+        while not entry.done:
+            entry.read(max(PREFILL_CHUNK * len(prompts), PREFILL_TOKENS))
+        return self.admit(entry)
+
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[str],
+        sampling: Sampling,
+        max_tokens: int | None = 256,
+        num_samples: int = 1,
+    ) -> "Entry":
+        """The first half of join: rows whose prompts can be read in pieces between steps."""
         if not all(prompts) or num_samples < 1:
             raise ValueError(
                 "generation needs at least one sample, and a prompt of at least one token: "
@@ -199,30 +223,19 @@ class Batch:
                 number, random = self._joined + len(rows), Random(f"{seed}/{i}")
                 rows.append(_Row(number, sample, sampling, limit, reason, random))
         self._joined += len(rows)
-        if rows and not rows[0].sample.finish:
-            self._prefill(rows, num_samples)
-        return {row.number: row.sample for row in rows}
+        return Entry(self._body, rows, num_samples, context)
 
-    def _prefill(self, rows: list[_Row], num_samples: int) -> None:
-        """Read the prompts of new rows, each prompt once, and add the rows."""
-        context = self._config.sequence_len
-        capacity = max(min(len(row.sample.prompt) + row.limit - 1, context) for row in rows)
-        firsts = rows[::num_samples]
-        for row in firsts:
-            row.pending = row.sample.prompt
-        cache = self._body.new_cache(len(firsts), capacity)
-        chunk = max(PREFILL_CHUNK, PREFILL_TOKENS // len(firsts))
-        while any(row.pending for row in firsts):
-            _feed(self._body, cache, firsts, chunk)
-        if num_samples > 1:
-            cache = cache.expand([i // num_samples for i in range(len(rows))])
-            for i, row in enumerate(rows):
-                row.hidden = firsts[i // num_samples].hidden
-        if self._rows:
-            self._cache.append(cache)
-        else:
-            self._cache = cache
-        self._rows += rows
+    def admit(self, entry: "Entry") -> dict[int, Sample]:
+        """The second half of join: the rows of an entry whose prompts are read take part from now on."""
+        assert entry.done, "the prompts have not been read to their end"
+        if entry.cache is not None:
+            cache = entry.expanded()
+            if self._rows:
+                self._cache.append(cache)
+            else:
+                self._cache = cache
+            self._rows += entry.rows
+        return {row.number: row.sample for row in entry.rows}
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
@@ -239,7 +252,11 @@ class Batch:
             self._head(torch.stack([row.hidden for row in ready])), self._config.softcap
         )
         chosen = _choose_each(logits, ready)
-        tokens = [t for row, id in zip(ready, chosen, strict=True) for t in self._take(row, id)]
+        reports = _log_probabilities(logits, ready, chosen)
+        tokens = []
+        for row, id in zip(ready, chosen, strict=True):
+            first, *forced = self._take(row, id)
+            tokens += [first._replace(**reports.get(row.number, {})), *forced]
         for row in reversed(ready):
             if row.sample.finish:
                 self._remove(row)
@@ -291,6 +308,41 @@ class Batch:
         return []
 
 
+class Entry:
+    """Rows whose prompts are being read, each prompt once, before they join a batch."""
+
+    def __init__(self, body: GPT, rows: list[_Row], num_samples: int, context: int):
+        self.rows = rows
+        self._body, self._num_samples = body, num_samples
+        self._firsts = rows[::num_samples]
+        self.cache: Any = None
+        if rows and not rows[0].sample.finish:
+            capacity = max(min(len(row.sample.prompt) + row.limit - 1, context) for row in rows)
+            self.cache = body.new_cache(len(self._firsts), capacity)
+            for row in self._firsts:
+                row.pending = row.sample.prompt
+
+    @property
+    def done(self) -> bool:
+        return not any(row.pending for row in self._firsts)
+
+    @torch.inference_mode()
+    def read(self, tokens: int) -> int:
+        """Read at most about `tokens` tokens of the prompts, one per prompt at least; returns how many."""
+        before = sum(len(row.pending) for row in self._firsts)
+        _feed(self._body, self.cache, self._firsts, max(1, tokens // len(self._firsts)))
+        return before - sum(len(row.pending) for row in self._firsts)
+
+    @torch.inference_mode()
+    def expanded(self) -> Any:
+        """The cache with a row for every sample."""
+        if self._num_samples == 1:
+            return self.cache
+        for i, row in enumerate(self.rows):
+            row.hidden = self._firsts[i // self._num_samples].hidden
+        return self.cache.expand([i // self._num_samples for i in range(len(self.rows))])
+
+
 # ---- the parts of a step
 
 
@@ -335,6 +387,24 @@ def _choose_each(logits: Tensor, rows: list[_Row]) -> list[int]:
         for i, id in zip(group, ids, strict=True):
             chosen[i] = id
     return chosen
+
+
+def _log_probabilities(
+    logits: Tensor, rows: list[_Row], chosen: list[int]
+) -> dict[int, dict[str, Any]]:
+    """{row number: the logprob and top of its Token} for rows whose sampling asks for them, at temperature 1."""
+    wanted = [i for i, row in enumerate(rows) if row.sampling.alternatives is not None]
+    if not wanted:
+        return {}
+    log_p = torch.log_softmax(logits[wanted].float(), dim=-1)
+    most = max(rows[i].sampling.alternatives or 0 for i in wanted)
+    values, ids = (x.tolist() for x in log_p.topk(most, dim=-1))
+    own = log_p.gather(1, torch.tensor([[chosen[i]] for i in wanted], device=log_p.device))
+    reports = {}
+    for n, i in enumerate(wanted):
+        top = tuple(zip(ids[n], values[n], strict=True))[: rows[i].sampling.alternatives]
+        reports[rows[i].number] = {"logprob": float(own[n, 0]), "top": top}
+    return reports
 
 
 def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> None:

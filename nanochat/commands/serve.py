@@ -65,16 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     import psutil
 
     from nanochat.chat.serve.models import Models
-    from nanochat.model.checkpoint import locate_stage
+    from nanochat.model.checkpoint import furthest_stage, locate
 
     key = values.api_key
     if values.host not in LOOPBACK and not key:
         key = secrets.token_urlsafe(24)
         print0(f"API key (this address can be reached from other machines): {key}")
-    locate_stage(values.source, values.model_tag)  # fails early and clearly
+    stage = furthest_stage(values.model_tag) if values.source == "auto" else values.source
+    locate(stage, values.model_tag, values.step)  # fails early and clearly
     kv_bytes = values.kv_gb * 1e9 or 0.25 * psutil.virtual_memory().total
     models = Models(values.max_rows, kv_bytes, device_type=values.device_type, dtype=values.dtype)
-    app = build_app(models, {"stage": values.source, "tag": values.model_tag, "step": values.step})
+    app = build_app(models, {"stage": stage, "tag": values.model_tag, "step": values.step})
     guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)
     config = uvicorn.Config(
         guarded,

@@ -105,6 +105,12 @@ class Checkpoint:
         return GPTConfig.from_dict(self.meta["config"])
 
     @property
+    def fingerprint(self) -> str:
+        """A short name of the weights: the beginning of their SHA-256, from the manifest."""
+        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        return "fp_" + str(manifest[MODEL][0])[:16]
+
+    @property
     def weights(self) -> Tensors:
         """The model's parameters and the tables of its prior."""
         return Tensors(self.path / MODEL)

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nanochat.base.runtime import is_out_of_memory, release_memory
+from nanochat.base.runtime import out_of_memory, release_memory
 from nanochat.chat.generate import Batch, Engine, Entry, Sampling, Token
 from nanochat.chat.serve.requests import ApiError
 
@@ -215,7 +215,7 @@ class Worker(threading.Thread):
                     continue
                 samples = batch.admit(job.entry)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self._end(job, "failed")
                 self._fail(job, ApiError(503, "the memory does not suffice for this request"))
@@ -231,7 +231,7 @@ class Worker(threading.Thread):
         try:
             tokens = batch.step()
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             job = self._running[-1]
             for number in job.index:
