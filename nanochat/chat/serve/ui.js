@@ -82,7 +82,7 @@ function drawList() {
         conversation.title,
       ),
       small("✎", () => rename(conversation), `Rename ${conversation.title}`),
-      small("🗑", () => remove(conversation), `Delete ${conversation.title}`),
+      small("✕", () => remove(conversation), `Delete ${conversation.title}`),
     ),
   );
   $("conversations").replaceChildren(...items);
@@ -408,6 +408,7 @@ function connectSettings() {
     });
   }
   $("key").addEventListener("change", connect);
+  $("settings").addEventListener("submit", (event) => event.preventDefault());
   $("model").addEventListener("change", () => {
     store.settings.model = $("model").value;
     store.save();
