@@ -431,8 +431,9 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
             return models.get(id)
         return await asyncio.to_thread(models.get, id)
 
-    def client_of(request: Request) -> str:
-        return request.client.host if request.client else ""
+    def client_of(request: Request, body: ChatRequest | CompletionRequest) -> str:
+        """Who asks, for taking turns: the address, and the request's field "user"."""
+        return f"{request.client.host if request.client else ''} {body.user}"
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -467,7 +468,7 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
         prompt, dropped = _chat_prompt(served, body)
         call = _open_call(served, "chatcmpl", [prompt], body)
         call.dropped = dropped
-        call.start(_sampling(body), body.limit, body.n or 1, client_of(request))
+        call.start(_sampling(body), body.limit, body.n or 1, client_of(request, body))
         return await _answer(request, call, ChatShape(call), bool(body.stream), body.wants_usage)
 
     @app.post("/v1/completions")
@@ -476,7 +477,7 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
         served = await served_model(body.model)
         prompts = _completion_prompts(served, body)
         call = _open_call(served, "cmpl", prompts, body)
-        call.start(_sampling(body), body.limit or 16, body.n or 1, client_of(request))
+        call.start(_sampling(body), body.limit or 16, body.n or 1, client_of(request, body))
         texts = [served.tokenizer.decode(ids[1:]) for ids in prompts for _ in range(body.n or 1)]
         shape = CompletionShape(call, texts if body.echo else ())
         return await _answer(request, call, shape, bool(body.stream), body.wants_usage)

@@ -56,6 +56,7 @@ class _Sampling(BaseModel):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
+    user: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
     @property

@@ -25,7 +25,7 @@ function isConversation(value) {
 export class Store {
   constructor() {
     this.conversations = read(KEY, []).filter(isConversation);
-    this.settings = { ...DEFAULTS, ...read(SETTINGS, {}) };
+    this.settings = { ...DEFAULTS, user: newId(), ...read(SETTINGS, {}) };
     this.full = false;
   }
 
@@ -40,7 +40,7 @@ export class Store {
   }
 
   resetSettings() {
-    this.settings = { ...DEFAULTS, model: this.settings.model };
+    this.settings = { ...DEFAULTS, model: this.settings.model, user: this.settings.user };
     this.save();
   }
 

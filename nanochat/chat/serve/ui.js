@@ -292,7 +292,7 @@ function ask(text, parent) {
 
 function requestBody(messages) {
   const { temperature, top_k, top_p, max_tokens, seed, system } = store.settings;
-  const body = { model: model().id, temperature, top_k, top_p, stream: true, stream_options: { include_usage: true } };
+  const body = { model: model().id, user: store.settings.user, temperature, top_k, top_p, stream: true, stream_options: { include_usage: true } };
   if (max_tokens > 0) body.max_tokens = max_tokens;
   if (seed !== "") body.seed = Number(seed);
   if (completes()) return { ...body, prompt: messages.map((m) => m.content).join(""), logprobs: 5, max_tokens: max_tokens || 128 };

@@ -180,22 +180,28 @@ class Worker(threading.Thread):
             self.counters.cancelled += 1
 
     def _admit(self) -> None:
-        """Move jobs from the queues to reading, client by client, while rows and memory allow."""
-        while self._queues:
-            client, queue = next(iter(self._queues.items()))
-            job = queue[0]
-            if self.rows and not self._fits(job):
-                return
-            queue.popleft()
-            self._queues.move_to_end(client)
-            if not queue:
-                del self._queues[client]
-            job.state = "reading"
-            self._reading.append(job)
+        """Move jobs from the queues to reading, one client after the other, while rows and memory allow."""
+        for client in list(self._queues):
+            while (queue := self._queues.get(client)) and self._fits(queue[0]):
+                job = queue.popleft()
+                self._queues.move_to_end(client)
+                if not queue:
+                    del self._queues[client]
+                job.state = "reading"
+                self._reading.append(job)
+                if len(self._queues) > 1:
+                    break  # the next client's turn
 
     def _fits(self, job: Job) -> bool:
+        """Whether a job's rows can be added now. One client leaves a quarter of the rows to others."""
+        if not self.rows:
+            return True
         rows = self.rows + job.samples
-        return rows <= self.max_rows and rows * self.engine.row_bytes() <= self.kv_bytes
+        active = [*self._reading, *self._running]
+        own = job.samples + sum(other.samples for other in active if other.client == job.client)
+        share = max(job.samples, self.max_rows * 3 // 4)
+        memory = rows * self.engine.row_bytes()
+        return rows <= self.max_rows and own <= share and memory <= self.kv_bytes
 
     def _read_prompts(self, batch: Batch) -> None:
         """Read up to PROMPT_TOKENS of prompts; jobs whose prompt is read join the batch."""
