@@ -96,7 +96,7 @@ def test_llama_cpp_says_the_same(tmp_path, tokenizers, knobs, name, digits):
     write_gguf(model, tokenizer, target, file, "f32", "test")
     prompts = [tokenizer.encode(text, bos=True) for text in ("the cat", "12345 and", "naïve 東京")]
     own = [
-        Engine(model, tokenizer).generate_batch(p, max_tokens=40, temperature=0.0)[0]
+        Engine(model, tokenizer).generate_batch([p], max_tokens=40, temperature=0.0)[0]
         for p in prompts
     ]
     with LlamaCpp(file, model.config.sequence_len) as llama:
@@ -256,7 +256,7 @@ def test_cached_generation_equals_ours(folder, tokenizers):
     loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     prompt = tokenizer.encode("the cat sat", bos=True)
     ours = Engine(build(tokenizer.vocab_size), tokenizer).generate_batch(
-        prompt, max_tokens=30, temperature=0.0
+        [prompt], max_tokens=30, temperature=0.0
     )[0]
     count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
     theirs = loaded.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
@@ -292,7 +292,7 @@ def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     theirs = loaded.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
     for i, prompt in enumerate(prompts):
-        ours = Engine(model, tokenizer).generate_batch(prompt, max_tokens=20, temperature=0.0)[0]
+        ours = Engine(model, tokenizer).generate_batch([prompt], max_tokens=20, temperature=0.0)[0]
         count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
         assert theirs[i, longest:].tolist()[:count] == ours.tokens[:count]
 

@@ -103,7 +103,7 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> str:
     equal = total = 0
     with LlamaCpp(file, loaded.model.config.sequence_len) as llama:
         for prompt in prompts:
-            ours = engine.generate_batch(prompt, max_tokens=GREEDY_TOKENS, temperature=0.0)[0]
+            ours = engine.generate_batch([prompt], max_tokens=GREEDY_TOKENS, temperature=0.0)[0]
             # where our calculator answers, llama.cpp's model is on its own
             count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
             theirs = llama.greedy(prompt, GREEDY_TOKENS)[:count]

@@ -30,6 +30,9 @@ class TrainTokenizerKnobs:
         (), "text to train on, as for base_train (default: downloaded shards, else tinyworld)"
     )
     vocab_size: int = knob(65_536, "tokens in the vocabulary, special ones included")
+    digits: int = knob(
+        2, "digits that one token may hold, at most; GGUF needs 3 or 1", low=1, high=3
+    )
     max_chars: int = knob(2_000_000_000, "read at most this many characters", low=1)
     doc_cap: int = knob(
         MAX_CHARACTERS,
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     started = time.monotonic()
     size = sum(part.size for source in sources for part in parts(source, "train"))
     texts = CappedTexts(mixed(sources, "train"), knobs, size)
-    tokenizer = Tokenizer.train(texts, knobs.vocab_size)
+    tokenizer = Tokenizer.train(texts, knobs.vocab_size, knobs.digits)
     seconds = time.monotonic() - started
     directory = base_dir() / "tokenizer"
     save(tokenizer, directory)
