@@ -21,11 +21,11 @@ ORDER = (  # as a first run uses them; a command that is not listed comes last
     "chat_rl",
     "chat_eval",
     "chat_cli",
-    "chat_web",
+    "serve",
+    "export",
     "report",
     "plan",
     "compare",
-    "export",
 )
 
 

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare
     from nanochat.data.sources import training_sources
+    from nanochat.export.target import destinations
     from nanochat.model import prior, prior_artifact
     from nanochat.model.gpt import GPT
     from nanochat.train import stage
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             [(prepare(source, split, run.tokenizer), source.weight) for source in sources]
             for split in ("train", "val")
         )
+        print0(f"  {destinations(run.model.config, run.tokenizer.digits)}")
         horizon = choose_horizon(run)
         feed = stage.row_feed(run, train, horizon)
         evaluations = [
