@@ -9,6 +9,7 @@ Figures are ratios within one run wherever that is possible. Needs the extra `se
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -49,11 +50,9 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.watch = psutil.Process(self.process.pid)
         while True:
-            try:
+            with contextlib.suppress(httpx.TransportError):  # it does not listen yet
                 if httpx.get(f"{self.url}/health").status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
             assert self.process.poll() is None, "the server ended"
             time.sleep(0.1)
 

@@ -226,7 +226,9 @@ class Batch:
         return Entry(self._body, rows, num_samples, context)
 
     def admit(self, entry: "Entry") -> dict[int, Sample]:
-        """The second half of join: the rows of an entry whose prompts are read take part from now on."""
+        """
+        The second half of join: the rows of an entry whose prompts are read take part from now on.
+        """
         assert entry.done, "the prompts have not been read to their end"
         if entry.cache is not None:
             cache = entry.expanded()
@@ -328,7 +330,10 @@ class Entry:
 
     @torch.inference_mode()
     def read(self, tokens: int) -> int:
-        """Read at most about `tokens` tokens of the prompts, one per prompt at least; returns how many."""
+        """
+        Read at most about `tokens` tokens of the prompts, one per prompt at least; returns how
+        many.
+        """
         before = sum(len(row.pending) for row in self._firsts)
         _feed(self._body, self.cache, self._firsts, max(1, tokens // len(self._firsts)))
         return before - sum(len(row.pending) for row in self._firsts)
@@ -392,7 +397,10 @@ def _choose_each(logits: Tensor, rows: list[_Row]) -> list[int]:
 def _log_probabilities(
     logits: Tensor, rows: list[_Row], chosen: list[int]
 ) -> dict[int, dict[str, Any]]:
-    """{row number: the logprob and top of its Token} for rows whose sampling asks for them, at temperature 1."""
+    """
+    {row number: the logprob and top of its Token} for rows whose sampling asks for them, at
+    temperature 1.
+    """
     wanted = [i for i, row in enumerate(rows) if row.sampling.alternatives is not None]
     if not wanted:
         return {}

@@ -1,4 +1,7 @@
-"""Export a model to transformers (and vLLM), to GGUF for llama.cpp, or to Ollama, and compare the result with the original."""
+"""
+Export a model to transformers (and vLLM), to GGUF for llama.cpp, or to Ollama, and compare the
+result with the original.
+"""
 
 import json
 import shutil
@@ -32,7 +35,8 @@ class ExportKnobs:
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
     to: Literal["hf", "gguf", "ollama"] = knob(
         "hf",
-        "hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; ollama: GGUF and Modelfile",
+        "hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; "
+        "ollama: GGUF and Modelfile",
     )
     out: str = knob("", "folder to write (default: exports/<tag>-<stage>-<to> in the base folder)")
     dtype: Literal["f32", "bf16", "f16", "q8_0"] = knob(
@@ -68,15 +72,18 @@ def _empty_folder(out: str, loaded: "Loaded", to: str) -> Path:
 
 
 def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) -> str:
-    """Write the folder without its card, reload it, and say how far its logits are from ours. UserError beyond the tolerance."""
+    """
+    Write the folder without its card, reload it, and say how far its logits are from ours.
+    UserError beyond the tolerance.
+    """
     from nanochat.export.hf import TOLERANCE, compare_logits, write_folder
 
     write_folder(loaded.model, loaded.tokenizer, target, folder, "f32", SAMPLING)
     difference, largest = compare_logits(loaded.model, folder, target.custom_code)
     if not difference <= TOLERANCE:
         raise UserError(
-            f"the exported model differs from the original by {difference:.2g} in its logits (allowed: {TOLERANCE:g}); "
-            "this is a bug: please report it with the model's knobs"
+            f"the exported model differs from the original by {difference:.2g} in its logits "
+            f"(allowed: {TOLERANCE:g}); this is a bug: please report it with the model's knobs"
         )
     checked = (
         f"largest difference of a logit in float32 {difference:.1e} (largest logit {largest:.1f})"
@@ -90,7 +97,9 @@ def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) ->
 
 
 def _greedy_agreement(loaded: "Loaded", file: Path) -> str:
-    """Run the file in llama.cpp and compare greedy tokens with ours. UserError when float32 differs."""
+    """
+    Run the file in llama.cpp and compare greedy tokens with ours. UserError when float32 differs.
+    """
     from nanochat.chat.generate import Engine
     from nanochat.export.gguf_file import LlamaCpp
 
@@ -113,7 +122,9 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> str:
 
 
 def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, name: str) -> str:
-    """Write the GGUF file and compare it with the original, in llama.cpp where that is installed."""
+    """
+    Write the GGUF file and compare it with the original, in llama.cpp where that is installed.
+    """
     from nanochat.export.gguf_file import write_gguf
 
     file = folder / f"{name}-{dtype}.gguf"
@@ -122,7 +133,8 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
         import xllamacpp  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         notice(
-            "the file was not compared with the original: install llama.cpp with pip install xllamacpp"
+            "the file was not compared with the original: "
+            "install llama.cpp with pip install xllamacpp"
         )
         return "not compared: llama.cpp was not installed"
     checked = _greedy_agreement(loaded, file)

@@ -36,7 +36,10 @@ class ServeKnobs:
 
 
 def allowed_hosts(values: ServeKnobs) -> list[str]:
-    """The names under which the server answers: this machine's, its own address, and those that were named."""
+    """
+    The names under which the server answers: this machine's, its own address, and those that were
+    named.
+    """
     from nanochat.chat.serve.guard import LOOPBACK
 
     named = [values.host] if values.host not in ("0.0.0.0", "::") else []
@@ -93,11 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sockets = [config.bind_socket()]
     except SystemExit:
         raise UserError(
-            f"port {values.port} on {values.host} is taken or not allowed: choose another with --port"
+            f"port {values.port} on {values.host} is taken or not allowed: "
+            "choose another with --port"
         ) from None
     port = sockets[0].getsockname()[1]
     print0(
-        f"http://{shown}:{port} for the page, http://{shown}:{port}/v1 for OpenAI clients; Ctrl+C stops"
+        f"http://{shown}:{port} for the page, http://{shown}:{port}/v1 for OpenAI clients; "
+        "Ctrl+C stops"
     )
     server.run(sockets=sockets)
     sys.stdout.flush()

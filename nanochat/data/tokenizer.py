@@ -43,7 +43,9 @@ _SPARE = 64  # additional merges to learn, because some spell a token that exist
 
 
 def split_pattern(digits: int) -> str:
-    """The regular expression that splits a text into pieces: GPT-4's, with `digits` digits at most."""
+    """
+    The regular expression that splits a text into pieces: GPT-4's, with `digits` digits at most.
+    """
     number = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
     return (
         r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?+\p{L}+|"

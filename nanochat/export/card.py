@@ -1,4 +1,6 @@
-"""The model card: the README.md of an exported folder, from what the checkpoint and its log book know."""
+"""
+The model card: the README.md of an exported folder, from what the checkpoint and its log book know.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +12,8 @@ STAGES = {
     "base": "It was pretrained on text and continues text; it does not converse.",
     "mid": "It was pretrained on text and midtrained on conversations.",
     "sft": "It was pretrained on text and finetuned on conversations.",
-    "rl": "It was pretrained, finetuned on conversations, and reinforced on questions with checkable answers.",
+    "rl": "It was pretrained, finetuned on conversations, and reinforced on questions with "
+    "checkable answers.",
 }
 
 
@@ -21,7 +24,8 @@ def _architecture(config: GPTConfig, parameters: int) -> list[str]:
     cap = f"softcap {config.softcap:g}" if config.softcap else "no softcap"
     return [
         f"- {parameters:,} parameters: {config.n_layer} layers of width {config.n_embd}, {heads}",
-        f"- MLP of width {config.hidden} with {config.activation}; {cap}; rotary base {config.rope_base:g}",
+        f"- MLP of width {config.hidden} with {config.activation}; {cap}; "
+        f"rotary base {config.rope_base:g}",
         f"- context of {config.sequence_len:,} tokens, vocabulary of {config.vocab_size:,}, "
         + ("one table" if config.tie_embeddings else "separate tables")
         + " for embedding and head",
@@ -48,7 +52,8 @@ def _usage(target: Target, chat: bool) -> list[str]:
         lines.append('inputs = tokenizer("<|bos|>Once upon a time", return_tensors="pt")')
     lines += [
         "answer = model.generate(**inputs, max_new_tokens=64)",
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].size(1):], skip_special_tokens=True))',
+        'reply = answer[0, inputs["input_ids"].size(1):]',
+        "print(tokenizer.decode(reply, skip_special_tokens=True))",
         "```",
     ]
     if not target.custom_code:
@@ -57,7 +62,10 @@ def _usage(target: Target, chat: bool) -> list[str]:
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of the newest accuracy of each task in a log book's rows of kind chat_eval; empty if there is none."""
+    """
+    A table of the newest accuracy of each task in a log book's rows of kind chat_eval; empty if
+    there is none.
+    """
     newest: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if row.get("kind") == "chat_eval":
@@ -85,7 +93,10 @@ def model_card(
     licence: str,
     checked: str,
 ) -> str:
-    """README.md of the folder: `meta` is the checkpoint's, `rows` its log book's, `checked` the outcome of the comparison."""
+    """
+    README.md of the folder: `meta` is the checkpoint's, `rows` its log book's, `checked` the
+    outcome of the comparison.
+    """
     stage = meta["stage"]
     named = meta["knobs"].get("data") or ["the default mixture"]
     sources = [str(source).partition("=")[0] for source in named]  # names, never paths
@@ -106,7 +117,8 @@ def model_card(
             "",
             "## Training",
             "",
-            f"- stage {stage}, step {meta['step']:,}, {meta.get('tokens', 0):,} tokens in this stage{loss}",
+            f"- stage {stage}, step {meta['step']:,}, "
+            f"{meta.get('tokens', 0):,} tokens in this stage{loss}",
             f"- data: {', '.join(sources)}",
             "",
             "## Architecture",
@@ -124,8 +136,10 @@ def model_card(
             "",
             "## Limits",
             "",
-            "It is small: it states wrong facts fluently and knows nothing beyond its training data. It was not tested for safety.",
-            "Its calculator runs in nanochat only: elsewhere the model writes a call and nobody answers it.",
+            "It is small: it states wrong facts fluently and knows nothing beyond its training "
+            "data. It was not tested for safety.",
+            "Its calculator runs in nanochat only: elsewhere the model writes a call and nobody "
+            "answers it.",
             "",
             f"Compared with the original: {checked}",
             "",

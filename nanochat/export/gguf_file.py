@@ -1,10 +1,13 @@
 """
-One GGUF file for llama.cpp and Ollama: Qwen3 or Apertus, in f32, f16, bf16 or q8_0, with the tokenizer and the chat template.
+One GGUF file for llama.cpp and Ollama: Qwen3 or Apertus, in f32, f16, bf16 or q8_0, with the
+tokenizer and the chat template.
 
-llama.cpp's own converter refuses tokenizers that it does not know by hash, so the file is written here with the package `gguf`.
-`compare_with_llama_cpp` runs the file in llama.cpp, where the package `xllamacpp` is installed, and compares greedy tokens.
+llama.cpp's own converter refuses tokenizers that it does not know by hash, so the file is written
+here with the package `gguf`. `LlamaCpp` runs the file in llama.cpp, where the package
+`xllamacpp` is installed, and compares greedy tokens.
 """
 
+import importlib
 import json
 import re
 import urllib.request
@@ -98,7 +101,10 @@ def _add_shape(writer: Any, config: GPTConfig, name: str) -> None:
 
 
 def _stored(tensor: Tensor, dtype: str, gguf: Any) -> tuple[np.ndarray, Any]:
-    """The array to write and its GGUF type: vectors stay float32; rows that q8_0 cannot cut into blocks of 32 become float16."""
+    """
+    The array to write and its GGUF type: vectors stay float32; rows that q8_0 cannot cut into
+    blocks of 32 become float16.
+    """
     array = tensor.numpy()
     if array.ndim < 2 or dtype == "f32":
         return array, gguf.GGMLQuantizationType.F32
@@ -145,9 +151,11 @@ def modelfile(file: str, context: int, sampling: dict) -> str:
             "# Written by nanochat export. It was not run in Ollama itself.",
             f"FROM ./{file}",
             'TEMPLATE """<|bos|>{{- range $i, $message := .Messages }}'
-            '{{- if eq .Role "user" }}<|user_start|>{{ if and (eq $i 1) $.System }}{{ $.System }}\n\n{{ end }}'
+            '{{- if eq .Role "user" }}<|user_start|>'
+            "{{ if and (eq $i 1) $.System }}{{ $.System }}\n\n{{ end }}"
             "{{ .Content }}<|user_end|>"
-            '{{- else if eq .Role "assistant" }}<|assistant_start|>{{ .Content }}<|assistant_end|>{{- end }}'
+            '{{- else if eq .Role "assistant" }}<|assistant_start|>'
+            "{{ .Content }}<|assistant_end|>{{- end }}"
             '{{- end }}<|assistant_start|>"""',
             'PARAMETER stop "<|assistant_end|>"',
             'PARAMETER stop "<|bos|>"',
@@ -162,11 +170,12 @@ def modelfile(file: str, context: int, sampling: dict) -> str:
 
 
 class LlamaCpp:
-    """A llama.cpp server on a GGUF file, through the package xllamacpp. Use it as a context manager."""
+    """
+    A llama.cpp server on a GGUF file, through the package xllamacpp. Use it as a context manager.
+    """
 
     def __init__(self, file: Path, context: int, exact: bool = True):
-        import xllamacpp
-
+        xllamacpp: Any = importlib.import_module("xllamacpp")
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
         parameters.n_ctx = context

@@ -1,5 +1,6 @@
 """
-A folder that transformers loads: config, weights in safetensors, tokenizer, chat template, model card. No pickle, no path of this machine.
+A folder that transformers loads: config, weights in safetensors, tokenizer, chat template, model
+card. No pickle, no path of this machine.
 
 `write_folder` writes it, `compare_logits` reloads it and compares it with the original model.
 """
@@ -42,7 +43,8 @@ def require_transformers() -> Any:
         ) from None
     if not hasattr(transformers, "NanoChatForCausalLM"):
         raise UserError(
-            f"transformers {transformers.__version__} has no NanoChat class: install transformers 5.24 or newer"
+            f"transformers {transformers.__version__} has no NanoChat class: "
+            'install a newer one with pip install "nanochat[export]"'
         )
     return transformers
 
@@ -128,7 +130,9 @@ def _save_weights(tensors: dict[str, Tensor], folder: Path) -> None:
 def write_folder(
     model: GPT, tokenizer: Tokenizer, target: Target, folder: Path, dtype: str, sampling: dict
 ) -> None:
-    """Everything but the model card. `sampling` goes into generation_config.json (temperature, top_k)."""
+    """
+    Everything but the model card. `sampling` goes into generation_config.json (temperature, top_k).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = config_json(model.config, target, tokenizer, dtype)
     generation = {
@@ -160,7 +164,10 @@ def probe_tokens(config: GPTConfig, rows: int = 3) -> Tensor:
 
 @torch.no_grad()
 def compare_logits(model: GPT, folder: Path, custom_code: bool = False) -> tuple[float, float]:
-    """(largest absolute difference, largest logit) between our model and the folder as transformers loads it, both in float32."""
+    """
+    (largest absolute difference, largest logit) between our model and the folder as transformers
+    loads it, both in float32.
+    """
     transformers = require_transformers()
     transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,9 +1,15 @@
 """
-NanoChat with an attention prior, for transformers. This file is shipped with an exported model and loaded with trust_remote_code=True.
+NanoChat with an attention prior, for transformers. This file is shipped with an exported model and
+loaded with trust_remote_code=True.
 
-The prior adds gate * B to the attention scores of its heads, where B[i, j] depends on the tokens around positions i and j and on their distance.
-It is added densely, as a mask: the whole sequence of token ids must be known, so `generate` hands it on in `seen`.
+The prior adds gate * B to the attention scores of its heads, where B[i, j] depends on the tokens
+around positions i and j and on their distance. It is added densely, as a mask: the whole sequence
+of token ids must be known, so `generate` hands it on in `seen`.
 """
+
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+# pyright: reportArgumentType=false
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +29,10 @@ class NanoChatPriorConfig(NanoChatConfig):
 def attention_with_prior(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, prior=None, **_
 ) -> tuple[Tensor, None]:
-    """Attention of query (B, H, T, D) to key and value (B, H_kv, S, D); `prior` holds (B, H, T, S) per layer."""
+    """
+    Attention of query (B, H, T, D) to key and value (B, H_kv, S, D); `prior` holds (B, H, T, S) per
+    layer.
+    """
     T, S = query.size(2), key.size(2)
     bias = prior[module.layer_idx].to(query.dtype)
     if attention_mask is None:
@@ -63,7 +72,10 @@ class NanoChatPriorForCausalLM(NanoChat):
         return {**inputs, "seen": input_ids, "seen_mask": attention_mask}
 
     def _terms(self, ids: Tensor, real: Tensor | None, T: int) -> list[Tensor | None]:
-        """For each column of the spec its scores (B, T, S) for the last T of the tokens ids (B, S); None for those by distance."""
+        """
+        For each column of the spec its scores (B, T, S) for the last T of the tokens ids (B, S);
+        None for those by distance.
+        """
         spec, table = self.config.rap, dict(self.prior.named_buffers())
         (B, S), codes = ids.shape, table.get("codes", table.get("pair_now"))
         blank = 0 if codes is None else codes.size(0) - 1

@@ -1,9 +1,10 @@
 """
 Which foreign class carries a model exactly, and why another cannot.
 
-transformers' NanoChat has this project's numerics. Qwen3 equals a swiglu model without softcap, Apertus a relu2 model without softcap:
-RMSNorm without weights commutes with rotation, the norm after the embedding folds into the table, and the direction of the rotation folds
-into W_Q and W_K. llama.cpp knows Qwen3 and Apertus. Whatever a class cannot carry is refused, never dropped.
+transformers' NanoChat has this project's numerics. Qwen3 equals a swiglu model without softcap,
+Apertus a relu2 model without softcap: RMSNorm without weights commutes with rotation, the norm
+after the embedding folds into the table, and the direction of the rotation folds into W_Q and W_K.
+llama.cpp knows Qwen3 and Apertus. Whatever a class cannot carry is refused, never dropped.
 """
 
 from dataclasses import dataclass
@@ -35,11 +36,14 @@ def has_windows(config: GPTConfig) -> bool:
 
 
 def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None, str]:
-    """The class among Qwen3 and Apertus that equals this model (with the softcap left out if `uncapped`), or None and why not."""
+    """
+    The class among Qwen3 and Apertus that equals this model (with the softcap left out if
+    `uncapped`), or None and why not.
+    """
     if config.softcap and not uncapped:
         return None, (
-            f"it has --softcap={config.softcap:g}: train with --softcap=0, or export with --uncapped "
-            "(greedy answers stay equal, sampling becomes sharper)"
+            f"it has --softcap={config.softcap:g}: train with --softcap=0, or export with "
+            "--uncapped (greedy answers stay equal, sampling becomes sharper)"
         )
     if config.activation == "swiglu":
         return "qwen3", "swiglu without softcap is Qwen3"
@@ -63,8 +67,8 @@ def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
         )
     if has_windows(config):
         raise refuse(
-            f"llama.cpp has no sliding windows for Qwen3 (--window_pattern={config.window_pattern}): "
-            "train with --window_pattern=L"
+            f"llama.cpp has no sliding windows for Qwen3 "
+            f"(--window_pattern={config.window_pattern}): train with --window_pattern=L"
         )
     if digits not in PRE_TOKENIZERS:
         raise refuse(
@@ -122,8 +126,9 @@ def choose_target(
     uncapped: bool = False,
 ) -> Target:
     """
-    The class for a model of `config` whose tokenizer splits digits by `digits`. `wanted` asks for one of them by name.
-    UserError says which knob stands in the way and which flag of the next training run removes it.
+    The class for a model of `config` whose tokenizer splits digits by `digits`. `wanted` asks for
+    one of them by name. UserError says which knob stands in the way and which flag of the next
+    training run removes it.
     """
     if uncapped and to == "hf":
         raise UserError(
@@ -143,15 +148,20 @@ def choose_target(
         target = _gguf_target(config, digits, uncapped)
     if wanted not in (None, target.name):
         raise UserError(
-            f"--class={wanted} cannot carry this model to {to}: leave it out to get {target.name} ({target.reason})"
+            f"--class={wanted} cannot carry this model to {to}: "
+            f"leave it out to get {target.name} ({target.reason})"
         )
     return target
 
 
 def destinations(config: GPTConfig, digits: int) -> str:
-    """One line for the start of a training run: where the model can go, and which knob stands in the way."""
+    """
+    One line for the start of a training run: where the model can go, and which knob stands in the
+    way.
+    """
     lines = []
-    for name, to in (("transformers", "hf"), ("GGUF", "gguf")):
+    places: dict[str, Destination] = {"transformers": "hf", "GGUF": "gguf"}
+    for name, to in places.items():
         try:
             choose_target(config, digits, to)
         except UserError as e:

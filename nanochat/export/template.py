@@ -1,8 +1,9 @@
 """
 The chat template (Jinja) that renders messages as `Tokenizer.render_prompt` does.
 
-It takes text and lists of parts as content. User text that spells a special token must not become one: "<|" is written "< |" there, because
-transformers and llama.cpp both parse special tokens in the rendered text. The calculator's calls and results are parts of the assistant's content.
+It takes text and lists of parts as content. User text that spells a special token must not become
+one: "<|" is written "< |" there, because transformers and llama.cpp both parse special tokens in
+the rendered text. The calculator's calls and results are parts of the assistant's content.
 """
 
 CHAT_TEMPLATE = """
@@ -10,7 +11,9 @@ CHAT_TEMPLATE = """
   {%- if content is string -%}
     {{- content | replace('<|', '< |') -}}
   {%- else -%}
-    {%- for part in content if part.type == 'text' -%}{{- part.text | replace('<|', '< |') -}}{%- endfor -%}
+    {%- for part in content if part.type == 'text' -%}
+      {{- part.text | replace('<|', '< |') -}}
+    {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
 {%- macro spoken(content) -%}

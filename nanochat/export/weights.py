@@ -1,12 +1,15 @@
 """
 The weights of a model under the names of the foreign classes, in float32.
 
-Folding, for Qwen3 and Apertus: the norm after the embedding goes into the table (so a tied table leaves as two); our rotation by -theta
-becomes theirs by theta when the second half of every query and key head changes its sign; all weights of norms are 1. Apertus's
-activation xIELU with alpha_n = -100, beta = 0 and eps = -1e-6 is softplus(alpha_p) times relu2, so W_down is divided by that factor.
+Folding, for Qwen3 and Apertus: the norm after the embedding goes into the table (so a tied table
+leaves as two); our rotation by -theta becomes theirs by theta when the second half of every query
+and key head changes its sign; all weights of norms are 1. Apertus's activation xIELU with alpha_n =
+-100, beta = 0 and eps = -1e-6 is softplus(alpha_p) times relu2, so W_down is divided by that
+factor.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +30,18 @@ def reverse_rotation(weight: Tensor, head_dim: int) -> Tensor:
     return heads.view_as(weight)
 
 
+def _layers(model: GPT) -> list[tuple[str, Any]]:
+    """The prefix of each layer's names in the foreign class, and our block."""
+    return [(f"model.layers.{i}.", block) for i, block in enumerate(model.blocks)]
+
+
 def _nanochat(model: GPT) -> dict[str, Tensor]:
     """NanoChat has our numerics: only names change. A tied table is written once."""
     vocab = model.config.vocab_size
     tensors = {"model.embed_tokens.weight": model.embed.weight[:vocab]}
     if not model.config.tie_embeddings:
         tensors["lm_head.weight"] = model.head_weight[:vocab]
-    for i, block in enumerate(model.blocks):
-        layer = f"model.layers.{i}."
+    for layer, block in _layers(model):
         tensors |= {
             f"{layer}self_attn.q_proj.weight": block.attn.q.weight,
             f"{layer}self_attn.k_proj.weight": block.attn.k.weight,
@@ -60,8 +67,7 @@ def _folded(model: GPT, name: str) -> dict[str, Tensor]:
         "qwen3": ("input_layernorm", "post_attention_layernorm"),
         "apertus": ("attention_layernorm", "feedforward_layernorm"),
     }[name]
-    for i, block in enumerate(model.blocks):
-        layer = f"model.layers.{i}."
+    for layer, block in _layers(model):
         tensors |= {
             f"{layer}self_attn.q_proj.weight": reverse_rotation(block.attn.q.weight, head_dim),
             f"{layer}self_attn.k_proj.weight": reverse_rotation(block.attn.k.weight, head_dim),

@@ -1,5 +1,6 @@
 """
-What a client sees of one row: visible text without the calculator's part, stop strings held back and cut, log probabilities.
+What a client sees of one row: visible text without the calculator's part, stop strings held back
+and cut, log probabilities.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": 
 
 @dataclass
 class Delta:
-    """What new tokens of a row add: pieces of the message's parts, the visible text among them, and why the row ended ("" before)."""
+    """
+    What new tokens of a row add: pieces of the message's parts, the visible text among them, and
+    why the row ended ("" before).
+    """
 
     parts: list[dict[str, str]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
@@ -48,8 +52,9 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 class Answer:
     """
-    One row's answer. `stopped` becomes true when a stop string was found in the visible text: the row's further tokens are of no use then.
-    `plain` answers (completions) have no parts: everything that is not a special token is text.
+    One row's answer. `stopped` becomes true when a stop string was found in the visible text: the
+    row's further tokens are of no use then. `plain` answers (completions) have no parts: everything
+    that is not a special token is text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), plain: bool = False):

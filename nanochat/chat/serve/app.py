@@ -1,5 +1,6 @@
 """
-The routes of the server: the page, and the endpoints of OpenAI's API that a small chat model can honour. It logs no messages.
+The routes of the server: the page, and the endpoints of OpenAI's API that a small chat model can
+honour. It logs no messages.
 """
 
 import asyncio
@@ -47,7 +48,10 @@ MOST_SECONDS = 600.0  # of one request
 
 @dataclass(eq=False)
 class Call:
-    """One request that is being answered: its jobs (one per prompt), their answers, and the events that the worker sends."""
+    """
+    One request that is being answered: its jobs (one per prompt), their answers, and the events
+    that the worker sends.
+    """
 
     served: Served
     id: str
@@ -91,7 +95,9 @@ class Call:
             self.served.worker.cancel(job)
 
     def start(self, sampling: Sampling, limit: int | None, samples: int, client: str) -> None:
-        """Submit a job for each prompt. Sample i of a prompt draws as the terminal's sample i does."""
+        """
+        Submit a job for each prompt. Sample i of a prompt draws as the terminal's sample i does.
+        """
         loop = asyncio.get_running_loop()
         for p, prompt in enumerate(self.prompts):
 
@@ -108,8 +114,9 @@ class Call:
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta] | None]:
         """
-        What new tokens add, by answer, at most once per COALESCE_SECONDS; None when nothing has happened for KEEP_ALIVE_SECONDS. Ends when
-        all answers have; raises ApiError when the worker fails. Whoever leaves early cancels the jobs.
+        What new tokens add, by answer, at most once per COALESCE_SECONDS; None when nothing has
+        happened for KEEP_ALIVE_SECONDS. Ends when all answers have; raises ApiError when the worker
+        fails. Whoever leaves early cancels the jobs.
         """
         try:
             while not all(answer.finished for answer in self.answers):
@@ -195,7 +202,10 @@ class ChatShape:
 
 
 class CompletionShape:
-    """text_completion, the same in chunks. `echo` holds the prompts' texts where they are to be repeated."""
+    """
+    text_completion, the same in chunks. `echo` holds the prompts' texts where they are to be
+    repeated.
+    """
 
     name = "text_completion"
 
@@ -232,7 +242,10 @@ def _event(data: dict[str, Any]) -> str:
 
 
 async def _streamed(call: Call, shape: Shape, wants_usage: bool) -> AsyncIterator[str]:
-    """The events of a streamed answer. An error in the middle is an event, and then the stream ends without [DONE]."""
+    """
+    The events of a streamed answer. An error in the middle is an event, and then the stream ends
+    without [DONE].
+    """
     kind = "chat.completion.chunk" if isinstance(shape, ChatShape) else shape.name
     head = {**call.base, "object": kind}
     for choice in shape.opening():
@@ -340,7 +353,7 @@ def _chat_prompt(served: Served, body: ChatRequest) -> tuple[list[int], int]:
 
 def _completion_prompts(served: Served, body: CompletionRequest) -> list[list[int]]:
     """The prompts' tokens, each with <|bos|> before it."""
-    given = body.prompt
+    given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not 1 <= len(given) <= 8:
@@ -378,7 +391,9 @@ def _metrics(models: Models) -> str:
 
 
 def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
-    """The app; it loads the first model in the background, with the arguments `load` of Models.load."""
+    """
+    The app; it loads the first model in the background, with the arguments `load` of Models.load.
+    """
     state: dict[str, str] = {"error": ""}
 
     @asynccontextmanager

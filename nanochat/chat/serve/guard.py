@@ -1,8 +1,9 @@
 """
 Who may ask, as pure ASGI (a wrapped request would hide that its client has gone).
 
-It checks the Host header against a list (DNS rebinding), the Origin of browsers, the content type (a form of another page cannot send JSON), the API key
-in constant time, and the size of the body; and it adds the headers that keep the page to itself. It logs nothing.
+It checks the Host header against a list (DNS rebinding), the Origin of browsers, the content type
+(a form of another page cannot send JSON), the API key in constant time, and the size of the body;
+and it adds the headers that keep the page to itself. It logs nothing.
 """
 
 import json
@@ -21,7 +22,8 @@ MOST_BODY_BYTES = 1 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/", "/health", "/ui.js", "/ui.css", "/api.js", "/store.js", "/markdown.js")
 HEADERS = {
-    b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; "
+    b"connect-src 'self'; img-src data:; "
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
@@ -31,7 +33,9 @@ HEADERS = {
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header or an origin's authority, without the port: "[::1]:8000" -> "::1"."""
+    """
+    The name in a Host header or an origin's authority, without the port: "[::1]:8000" -> "::1".
+    """
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()

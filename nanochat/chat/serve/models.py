@@ -1,6 +1,7 @@
 """
-The models that the server can answer with: every stage of every tag that the present tokenizer fits. One is loaded at the start, others when they are
-asked for; at most MOST_LOADED stay in memory.
+The models that the server can answer with: every stage of every tag that the present tokenizer
+fits. One is loaded at the start, others when they are asked for; at most MOST_LOADED stay in
+memory.
 """
 
 import threading
@@ -101,7 +102,10 @@ class Models:
         return served
 
     def get(self, id: str) -> Served:
-        """The model of this id ("" for the default), loaded if need be. ApiError 404 for an unknown one. May take seconds: call it in a thread."""
+        """
+        The model of this id ("" for the default), loaded if need be. ApiError 404 for an unknown
+        one. May take seconds: call it in a thread.
+        """
         id = id or self.default
         with self._lock:
             served = self._loaded.get(id)

@@ -1,8 +1,10 @@
 """
-The bodies of requests, in the shape of OpenAI's API, and the errors in the shape that its clients expect.
+The bodies of requests, in the shape of OpenAI's API, and the errors in the shape that its clients
+expect.
 
-A field that this server cannot honour is refused with status 400 and its name in `param`; it is never ignored silently. Fields that ask for nothing
-(penalties of 0, no tools, text as the response format) and fields that nobody knows are accepted.
+A field that this server cannot honour is refused with status 400 and its name in `param`; it is
+never ignored silently. Fields that ask for nothing (penalties of 0, no tools, text as the response
+format) and fields that nobody knows are accepted.
 """
 
 from collections.abc import Mapping
@@ -139,7 +141,8 @@ def _refuse_what_cannot_be_honoured(request: _Sampling) -> None:
     if kind not in (None, "text"):
         raise ApiError(
             400,
-            f"response_format {kind!r} is not supported: leave it out and ask for the format in words",
+            f"response_format {kind!r} is not supported: "
+            "leave it out and ask for the format in words",
             "response_format",
             "unsupported_parameter",
         )
@@ -177,7 +180,10 @@ def parse(kind: type[T], body: bytes) -> T:
 
 
 def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
-    """A message's content: text, or the parts of an assistant's answer. Parts that are all text are joined."""
+    """
+    A message's content: text, or the parts of an assistant's answer. Parts that are all text are
+    joined.
+    """
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -203,7 +209,10 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
 
 
 def conversation(messages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The messages as the tokenizer renders them. The role developer counts as system. ApiError for tools and other media."""
+    """
+    The messages as the tokenizer renders them. The role developer counts as system. ApiError for
+    tools and other media.
+    """
     out = []
     for i, message in enumerate(messages):
         role = message.get("role")

@@ -1,9 +1,10 @@
 """
 One thread that decodes for all requests of one model.
 
-A job is queued, reads its prompt in pieces between the steps of the others, runs, and is done, cancelled or failed. Each turn of the loop reads at
-most PROMPT_TOKENS of prompts, then gives every running row one token. Clients take turns: the next job is the oldest one of the next client. Jobs are
-admitted by rows and by the memory of their keys and values.
+A job is queued, reads its prompt in pieces between the steps of the others, runs, and is done,
+cancelled or failed. Each turn of the loop reads at most PROMPT_TOKENS of prompts, then gives every
+running row one token. Clients take turns: the next job is the oldest one of the next client. Jobs
+are admitted by rows and by the memory of their keys and values.
 """
 
 import threading
@@ -24,7 +25,10 @@ Delivery = list[tuple[int, list[Token]]] | Exception  # (sample index, its new t
 
 @dataclass(eq=False)
 class Job:
-    """A request to the worker: `samples` rows for one prompt. `deliver` is called on the worker's thread."""
+    """
+    A request to the worker: `samples` rows for one prompt. `deliver` is called on the worker's
+    thread.
+    """
 
     prompt: Sequence[int]
     samples: int
@@ -140,7 +144,9 @@ class Worker(threading.Thread):
                 batch = Batch(self.engine)
 
     def _finish_closing(self) -> bool:
-        """Whether the thread can end: nothing runs, or the time of grace is over. Waiting jobs fail."""
+        """
+        Whether the thread can end: nothing runs, or the time of grace is over. Waiting jobs fail.
+        """
         for job in [job for queue in self._queues.values() for job in queue]:
             self._fail(job, ApiError(503, "the server is shutting down"))
         self._queues.clear()
@@ -180,7 +186,10 @@ class Worker(threading.Thread):
             self.counters.cancelled += 1
 
     def _admit(self) -> None:
-        """Move jobs from the queues to reading, one client after the other, while rows and memory allow."""
+        """
+        Move jobs from the queues to reading, one client after the other, while rows and memory
+        allow.
+        """
         for client in list(self._queues):
             while (queue := self._queues.get(client)) and self._fits(queue[0]):
                 job = queue.popleft()
@@ -193,7 +202,9 @@ class Worker(threading.Thread):
                     break  # the next client's turn
 
     def _fits(self, job: Job) -> bool:
-        """Whether a job's rows can be added now. One client leaves a quarter of the rows to others."""
+        """
+        Whether a job's rows can be added now. One client leaves a quarter of the rows to others.
+        """
         if not self.rows:
             return True
         rows = self.rows + job.samples
@@ -233,7 +244,10 @@ class Worker(threading.Thread):
             self._running.append(job)
 
     def _step(self, batch: Batch) -> None:
-        """One token for every row, delivered job by job. Without memory for it, the newest job fails and the others go on."""
+        """
+        One token for every row, delivered job by job. Without memory for it, the newest job fails
+        and the others go on.
+        """
         try:
             tokens = batch.step()
         except RuntimeError as error:
