@@ -138,8 +138,8 @@ def test_the_target_is_judged():
     config = GPTConfig(n_layer=8, n_embd=512, n_head=8, n_kv_head=8)
     n = layer_parameters(config)
     d = 1e18 / 6 / n
-    middle = law.fitted().bpb(n, d)
-    the_law = law.fitted().moved(n, d, (middle, 0.98 * middle, 1.02 * middle))
+    middle = law.Law().bpb(n, d)
+    the_law = law.Law().moved(n, d, (middle, 0.98 * middle, 1.02 * middle))
     rate = Speed(1.0, 1.0, 1.0)
     c = Candidate(config, ((0.0, 512),), 4096, 8, rate, d, 8192, the_law.interval(n, d))
     assert "are within reach" in pilot.verdict(1.0, c, the_law)

@@ -1,7 +1,11 @@
 """The recipe: its law, what it chooses and refuses, and that the training commands accept what it writes."""
 
+import dataclasses
 import json
+import math
+import runpy
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -15,6 +19,8 @@ from nanochat.plan import choice, law, memory, probe, recipe, shapes
 from nanochat.plan import machine as machines
 from nanochat.plan.machine import GIB, Machine
 from nanochat.train.scaling import MIN_STEPS, batch_for, context_for, context_stages, embedding_rate
+
+FITTING = Path(__file__).parent.parent / "dev" / "scaling_law.py"
 
 
 @pytest.fixture(autouse=True)
@@ -57,25 +63,30 @@ def machine(**more) -> Machine:
 
 
 def test_the_law_gives_its_ladder_back():
-    fitted = law.fitted()
-    for n, d, bpb in law.LADDER:
+    fitted, fitting = law.Law(), runpy.run_path(str(FITTING))
+    assert dataclasses.astuple(fitted)[:8] == pytest.approx(
+        dataclasses.astuple(fitting["fit"]())[:8], rel=1e-4
+    ), "the law is that of its runs"
+    ladder_flops = [math.log10(6 * n * d) for n, d, _ in fitting["LADDER"]]
+    assert pytest.approx((ladder_flops[0], ladder_flops[-1]), abs=1e-4) == (law.LOW, law.HIGH)
+    for n, d, bpb in fitting["LADDER"]:
         assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.005)
         assert fitted.best(6 * n * d)[0] == pytest.approx(n, rel=0.3), f"the optimum at {n:g}"
     assert 0 < fitted.floor < 0.8 and 0.1 < fitted.a < 0.5 and 0.1 < fitted.b < 0.5
-    for n, d, bpb in law.MEASURED:
+    for n, d, bpb in fitting["MEASURED"]:
         assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.03)
 
 
 @given(flops=st.floats(1e12, 1e22))
 def test_the_best_size_is_best(flops):
-    fitted = law.fitted()
+    fitted = law.Law()
     n, d = fitted.best(flops)
     assert 6 * n * d == pytest.approx(flops)
     assert fitted.bpb(n, d) <= min(fitted.bpb(n * x, d / x) for x in (0.7, 0.97, 1.03, 1.4))
 
 
 def test_the_law_is_surest_where_it_was_measured():
-    fitted = law.fitted()
+    fitted = law.Law()
     widths = [
         hi / lo
         for _, lo, hi in (fitted.interval(*fitted.best(c)) for c in (3e18, 1e17, 1e16, 1e14, 1e12))
@@ -97,7 +108,7 @@ def test_the_law_is_surest_where_it_was_measured():
 
 @given(n=st.floats(1e6, 1e9), d=st.floats(1e6, 1e11))
 def test_more_tokens_leave_less_to_remove(n, d):
-    fitted = law.fitted()
+    fitted = law.Law()
     assert fitted.bpb(n, 2 * d) < fitted.bpb(n, d)
     assert 0 < fitted.share(n, d) < fitted.share(n, 2 * d) < 1
 
@@ -132,7 +143,7 @@ def test_a_day_on_a_4090():
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
     card = recipe.planned_machine(k)
     assert (card.name, card.dtype, card.memory_bytes) == ("RTX 4090", "bfloat16", 24 * GIB)
-    result = choice.choose(k, card, law.fitted())
+    result = choice.choose(k, card, law.Law())
     first, second = result.primary, result.fallback
     assert 12 <= first.config.n_layer <= 20 and first.config.sequence_len == 2048, (
         "band B of what users report"
@@ -152,7 +163,7 @@ def test_a_day_on_a_4090():
 
 def test_minutes_on_a_processor():
     cpu = machine(device_type="cpu", peak_flops=1e12, memory_bytes=8 * GIB)
-    first = choice.choose(ask("--minutes=20", "--vocab=8192"), cpu, law.fitted()).primary
+    first = choice.choose(ask("--minutes=20", "--vocab=8192"), cpu, law.Law()).primary
     assert (
         first.contexts == ((0.0, 512),)
         and first.batch <= 2**14
@@ -176,7 +187,7 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
         ask(f"--hours={hours}", "--vocab=8192"),
         machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device),
     )
-    result = choice.choose(k, m, law.fitted())
+    result = choice.choose(k, m, law.Law())
     for c in filter(None, (result.primary, result.fallback)):
         assert (
             c.memory <= m.memory_bytes
@@ -191,7 +202,7 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
         assert c.tokens <= c.speed.tok_per_sec * result.pretraining_seconds
         tables = recipe.tables(k, c, result)
         assert sum(t["max_minutes"] for t in tables.values()) <= hours * 60 + 0.01
-    more = choice.choose(ask(f"--hours={1.5 * hours}", "--vocab=8192"), m, law.fitted())
+    more = choice.choose(ask(f"--hours={1.5 * hours}", "--vocab=8192"), m, law.Law())
     assert more.primary.bpb[0] <= result.primary.bpb[0] * (1 + choice.TIE)
 
 
@@ -214,7 +225,7 @@ def test_what_is_given_is_kept():
         "b=y:2",
     )
     k = ask("--hours=5", *size, *rest)
-    result = choice.choose(k, machine(), law.fitted())
+    result = choice.choose(k, machine(), law.Law())
     base = recipe.tables(k, result.primary, result)["base_train"]
     wanted = {
         "depth": 7,
@@ -236,7 +247,7 @@ def test_what_is_given_is_kept():
 def test_rows_are_halved_until_they_fit():
     k = ask("--hours=24", "--depth=12", "--aspect_ratio=64", "--vocab=65536")
     roomy, narrow = (
-        choice.choose(k, machine(memory_bytes=g * GIB), law.fitted()).primary for g in (80, 8)
+        choice.choose(k, machine(memory_bytes=g * GIB), law.Law()).primary for g in (80, 8)
     )
     assert (
         narrow.rows < roomy.rows
@@ -246,7 +257,7 @@ def test_rows_are_halved_until_they_fit():
 
 
 def test_a_pilot_moves_the_plan():
-    k, fitted = ask("--hours=24", "--vocab=65536"), law.fitted()
+    k, fitted = ask("--hours=24", "--vocab=65536"), law.Law()
     before = choice.choose(k, machine(), fitted).primary
     worse = 1.1 * fitted.bpb(before.size, before.tokens)
     slow = choice.choose(
@@ -280,7 +291,7 @@ def test_a_probe_says_what_the_card_holds_beside_tensors():
         choice.MemoryModel(machine(points=p, memory_gap=0.0), points[0]["compiled"])
         for p in (tuple(points), ())
     )
-    config = choice.choose(k, machine(), law.fitted()).primary.config
+    config = choice.choose(k, machine(), law.Law()).primary.config
     tensors = seen.predict(config, 8, 1)["allocated"]
     assert seen.predict(config, 8, 1)["total"] == pytest.approx(1.1 * tensors + 0.7e9)
     assert gpu.margin is None and gpu.predict(config, 8, 1)["total"] == tensors + GIB // 2
@@ -299,10 +310,10 @@ def test_a_probe_decides_the_rows(tmp_path):
     }
     (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points}))
     k = ask("--minutes=60", f"--probe={tmp_path / 'p.json'}", "--vocab=4096")
-    first = choice.choose(k, recipe.planned_machine(k), law.fitted()).primary
+    first = choice.choose(k, recipe.planned_machine(k), law.Law()).primary
     assert first.rows == 8 and first.speed.hi / first.speed.lo < 1.5
     (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points[1::2]}))
-    assert choice.choose(k, recipe.planned_machine(k), law.fitted()).primary.rows == 32, (
+    assert choice.choose(k, recipe.planned_machine(k), law.Law()).primary.rows == 32, (
         "one row is not as fast because nobody tried it"
     )
 
@@ -330,13 +341,13 @@ def test_a_probe_decides_the_rows(tmp_path):
 )
 def test_budgets_that_do_not_work(words, more, says):
     with pytest.raises(UserError, match=says):
-        choice.choose(ask(*words, "--vocab=8192"), machine(**more), law.fitted())
+        choice.choose(ask(*words, "--vocab=8192"), machine(**more), law.Law())
 
 
 def test_the_budget_that_would_do_does():
     slow = machine(device_type="cpu", peak_flops=1e11)
     assert (
-        choice.choose(ask("--minutes=3", "--vocab=8192"), slow, law.fitted()).primary.steps
+        choice.choose(ask("--minutes=3", "--vocab=8192"), slow, law.Law()).primary.steps
         >= choice.FEWEST_STEPS
     )
 
@@ -458,8 +469,8 @@ def test_a_recipe_of_stages_parses(tmp_path):
     whole = recipe.write(
         k,
         recipe.planned_machine(k),
-        choice.choose(k, recipe.planned_machine(k), law.fitted()),
-        law.fitted(),
+        choice.choose(k, recipe.planned_machine(k), law.Law()),
+        law.Law(),
     )
     read, _ = knobs.parse(
         base_train.PretrainKnobs, ["--recipe", whole["recipe"]], command="base_train"

@@ -269,7 +269,7 @@ def extrapolate(
     runs: Sequence[Mapping[str, Any]], size: int, tokens: float
 ) -> tuple[Curve, law.Law]:
     """The curve of a model of `size` layer parameters up to `tokens`, and the law moved onto it."""
-    plain, longest = law.fitted(), runs[-1]["tokens"]
+    plain, longest = law.Law(), runs[-1]["tokens"]
     ends = [r["tokens"] for r in runs], [r["final_bpb"] for r in runs]
     curve = fit_curve(*ends, tokens, plain.share(size, longest), plain.b)
     return curve, plain.moved(size, tokens, (curve.bpb, curve.lo, curve.hi))

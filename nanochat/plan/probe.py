@@ -74,7 +74,7 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[tuple[GPTCo
     depths = knobs.depths or ((knobs.depth,) if knobs.depth else ())
     if not depths:
         bpb = [
-            speed.rough_bpb(knobs.config(d, aspect, lengths[0]), target, seconds, law.fitted())
+            speed.rough_bpb(knobs.config(d, aspect, lengths[0]), target, seconds, law.Law())
             for d in DEPTHS
         ]
         i = min(range(1, len(DEPTHS) - 1), key=bpb.__getitem__)

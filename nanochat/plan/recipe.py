@@ -232,7 +232,7 @@ def show(choice: Choice, target: Machine, most: int = 12) -> None:
 
 def run(knobs: RecipeKnobs) -> dict[str, Any]:
     """Print the candidates, write recipe and plan; returns the plan. UserError as choose()."""
-    target, the_law = planned_machine(knobs), law.fitted()
+    target, the_law = planned_machine(knobs), law.Law()
     choice = choose(knobs, target, the_law)
     show(choice, target)
     whole = write(knobs, target, choice, the_law)
