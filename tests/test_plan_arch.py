@@ -1,7 +1,6 @@
 """plan arch: exact tables, searches that find them again, hours; and the command that all plans share."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,10 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError, columns
 from nanochat.base.hardware import lookup
 from nanochat.commands import plan
-from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import arch, shapes
-from nanochat.train.scaling import Shape
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "model_specifications.md"
-SMALL = Shape(depth=4, model_dim=512, head_dim=64)
+SMALL = {"depth": 4, "model_dim": 512, "head_dim": 64}
 
 
 def planned(*words: str) -> dict:
@@ -32,12 +29,12 @@ def planned(*words: str) -> dict:
     [
         (SMALL, False, 24_576, 12_582_912, 12_582_912, 12_582_912, 37_748_736),
         (SMALL, True, 24_576, 12_582_912, 12_582_912, 0, 25_165_824),
-        (Shape(depth=4), False, 24_576, 6_291_456, 3_145_728, 6_291_456, 15_728_640),
-        (Shape(depth=20), False, 65_536, 83_886_080, 393_216_000, 83_886_080, 560_988_160),
+        ({"depth": 4}, False, 24_576, 6_291_456, 3_145_728, 6_291_456, 15_728_640),
+        ({"depth": 20}, False, 65_536, 83_886_080, 393_216_000, 83_886_080, 560_988_160),
     ],
 )
 def test_the_tables(shape, tied, vocab, embedding, transformer, head, total):
-    n = shapes.counts(shapes.config_for(shape, ArchitectureKnobs(tie_embeddings=tied), vocab))
+    n = shapes.counts(shapes.SizeKnobs(**shape, tie_embeddings=tied, vocab=vocab).config())
     assert [n[p] for p in ("embedding", "transformer", "head", "total")] == [
         embedding,
         transformer,
@@ -83,9 +80,7 @@ def test_flags_give_their_table_and_other_shapes_of_the_size():
 
 def test_a_default_shape_is_found_again_from_its_size():
     for depth in (8, 12, 20):
-        total = shapes.counts(shapes.config_for(Shape(depth=depth), ArchitectureKnobs(), 65_536))[
-            "total"
-        ]
+        total = shapes.counts(shapes.SizeKnobs(depth=depth).config())["total"]
         out = planned("--params", str(total))
         assert (
             out["total"] == total
@@ -117,29 +112,25 @@ def test_a_tied_model_has_two_parts():
     kv=st.sampled_from([1.0, 0.5]),
 )
 def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv):
+    flags = shapes.SizeKnobs(kv_ratio=kv, tie_embeddings=tied, vocab=vocab)
     try:
-        search = arch.Search(
-            Shape(depth=0, kv_ratio=kv), ArchitectureKnobs(tie_embeddings=tied), vocab
-        )
-        result = search.nearest(params)
+        result = arch.nearest(flags, params)
     except UserError as e:
         assert "the smallest has" in str(e)
         return
-    assert [f.cost for f in result] == sorted(f.cost for f in result)
     best = result[0]
-    counted = shapes.counts(best.config)
-    assert {p: counted[p] for p in best.counts} == best.counts
-    assert abs(counted["total"] / params - 1) <= arch.TOLERANCE
-    assert best.config == shapes.config_for(
-        best.shape, ArchitectureKnobs(tie_embeddings=tied), vocab
-    )
+    counted = shapes.model_of(best).counts()
+    assert counted == shapes.counts(best)
+    assert all(abs(shapes.counts(c)["total"] / params - 1) <= arch.TOLERANCE for c in result)
+    size = {"depth": best.n_layer, "model_dim": best.n_embd, "head_dim": best.head_dim}
+    assert best == flags.config(**size)
 
 
 # ---- the cache and the price
 
 
 def test_the_cache_of_a_token():
-    config = shapes.config_for(replace(SMALL, kv_ratio=0.25), ArchitectureKnobs(), 24_576)
+    config = shapes.SizeKnobs(**SMALL, kv_ratio=0.25, vocab=24_576).config()
     # keys and values, layers, heads, width, bytes
     assert arch.kv_bytes(config) == 2 * 4 * 2 * 64 * 2
 

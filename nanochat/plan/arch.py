@@ -19,18 +19,16 @@ from typing import Any
 from nanochat.base.common import UserError, columns, duration, human, notice, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
-from nanochat.model.config import ArchitectureKnobs, GPTConfig
+from nanochat.model.config import GPTConfig
 from nanochat.plan import memory
 from nanochat.plan.machine import GIB, of_card
 from nanochat.plan.shapes import (
     FEWEST_HEADS,
     SizeKnobs,
-    config_for,
     counts,
     flops_per_token,
     model_of,
 )
-from nanochat.train.scaling import Shape
 
 TOLERANCE = 0.1  # how far from the wanted number of parameters a shape may be
 # Share of the peak in the GPT-2-grade reference run: 4.33e19 FLOPs in 2.76 h on 8 H100.
@@ -66,100 +64,66 @@ class ArchKnobs(SizeKnobs):
 # finding a shape
 
 
-@dataclass(frozen=True)
-class FoundShape:
-    """A shape that the search met, its parameters by part, and its distance from what is wanted."""
-
-    shape: Shape
-    config: GPTConfig
-    counts: dict[str, int]
-    cost: float = 0.0
-
-    @property
-    def flags(self) -> str:
-        c = self.config
-        return f"--depth={c.n_layer} --model_dim={c.n_embd} --head_dim={c.head_dim}"
-
-
-@dataclass(frozen=True)
-class Search:
+def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> list[GPTConfig]:
     """
-    What shapes are searched: `shape.depth` and `shape.model_dim` bind unless they are 0, and heads
-    may be 64 wide as well if `free_heads`. `shares` are of embedding, layers and head.
+    Configurations within a tenth of `params` parameters, best first. A depth, width or head size
+    that the flags give binds. The cost is |ln(total / params)| plus the share of the parameters
+    that lie in the wrong part (`shares` are of embedding, layers and head), or without `shares` a
+    tenth of the octaves between width / depth and aspect_ratio. UserError if there is none.
     """
 
-    shape: Shape
-    architecture: ArchitectureKnobs
-    vocab: int
-    shares: tuple[float, ...] = ()
-    free_heads: bool = True
-
-    def nearest(self, params: float) -> list[FoundShape]:
-        """
-        Shapes within a tenth of `params` parameters, best first. The cost is |ln(total / params)|
-        plus the share of the parameters that lie in the wrong part, or without `shares` a tenth of
-        the octaves between width / depth and aspect_ratio. UserError if there is none.
-        """
-        near = [
-            found
-            for found in self._candidates(params)
-            if abs(found.counts["total"] / params - 1) <= TOLERANCE
-        ]
-        if not near:
-            raise UserError(
-                f"no model of these flags has about {human(params)} parameters: {self._smallest()}"
-            )
-        return sorted(near, key=lambda found: found.cost)
-
-    def _of_width(self, width: int, depth: int) -> Shape:
-        head = self.shape.head_dim
-        if self.free_heads and (width % head or width // head < FEWEST_HEADS):
-            head = 64
-        return replace(self.shape, depth=depth, model_dim=width, head_dim=head)
-
-    def _candidates(self, params: float) -> Iterator[FoundShape]:
-        """The depths around `params` for every width whose single layer is not too large."""
-        unit = 64 if self.free_heads else self.shape.head_dim
-        binding = self.shape.model_dim
-        for width in [binding] if binding else range(unit, 1 << 20, unit):
-            try:
-                config = config_for(self._of_width(width, 1), self.architecture, self.vocab)
-            except UserError:  # such as heads that do not divide; the next width may do
-                if binding:
-                    raise
-                continue
-            one_layer = counts(config)
-            if one_layer["total"] > params * (1 + TOLERANCE):
-                return
-            exact = (params - one_layer["total"]) / one_layer["transformer"] + 1
-            depths = {max(1, math.floor(exact)), max(1, math.ceil(exact))}
-            for depth in [self.shape.depth] if self.shape.depth else depths:
-                yield self._assessed(self._of_width(width, depth), one_layer, params)
-
-    def _assessed(self, shape: Shape, one_layer: dict[str, int], params: float) -> FoundShape:
-        layers = one_layer["transformer"] * shape.depth  # all layers have equal sizes
-        total = one_layer["total"] - one_layer["transformer"] + layers
-        sizes = {**one_layer, "transformer": layers, "total": total}
-        sizes.pop("matmul")
-        if self.shares:
-            pairs = zip(PARTS, self.shares, strict=False)
-            misplaced = sum(abs(sizes[part] / total - share) for part, share in pairs) / 2
+    def cost(config: GPTConfig) -> float:
+        n = counts(config)
+        if shares:
+            pairs = zip(PARTS, shares, strict=False)
+            misplaced = sum(abs(n[part] / n["total"] - share) for part, share in pairs) / 2
         else:
-            aspect = shape.model_dim / shape.depth
-            misplaced = abs(math.log2(aspect / shape.aspect_ratio)) / 10
-        config = config_for(shape, self.architecture, self.vocab)
-        return FoundShape(shape, config, sizes, abs(math.log(total / params)) + misplaced)
+            aspect = config.n_embd / config.n_layer
+            misplaced = abs(math.log2(aspect / knobs.aspect_ratio)) / 10
+        return abs(math.log(n["total"] / params)) + misplaced
 
-    def _smallest(self) -> str:
-        unit = 64 if self.free_heads else self.shape.head_dim
-        least = self._of_width(self.shape.model_dim or unit, self.shape.depth or 1)
-        n = counts(config_for(least, self.architecture, self.vocab))
-        tables = human(n["embedding"] + n["head"])
-        tie = "" if self.architecture.tie_embeddings else ", or --tie_embeddings"
-        return (
-            f"the smallest has {human(n['total'])}, {tables} of them in tables for "
-            f"{self.vocab:,} tokens; try other --params, a smaller --vocab{tie}"
+    near = [
+        config
+        for config in _around(knobs, params)
+        if abs(counts(config)["total"] / params - 1) <= TOLERANCE
+    ]
+    if not near:
+        raise UserError(
+            f"no model of these flags has about {human(params)} parameters: {_smallest(knobs)}"
         )
+    return sorted(near, key=cost)
+
+
+def _around(knobs: SizeKnobs, params: float) -> Iterator[GPTConfig]:
+    """The depths around `params` for every width whose single layer is not too large."""
+    unit = knobs.head_dim or 64
+    widths = [knobs.model_dim] if knobs.model_dim else range(unit, 1 << 20, unit)
+    for width in widths:
+        one_layer = _of_width(knobs, width, 1)
+        n = counts(one_layer)
+        if n["total"] > params * (1 + TOLERANCE):
+            return
+        exact = (params - n["total"]) / n["transformer"] + 1
+        depths = {max(1, math.floor(exact)), max(1, math.ceil(exact))}
+        for depth in [knobs.depth] if knobs.depth else depths:
+            yield replace(one_layer, n_layer=depth)
+
+
+def _of_width(knobs: SizeKnobs, width: int, depth: int) -> GPTConfig:
+    wide = width % 128 == 0 and width // 128 >= FEWEST_HEADS
+    head_dim = knobs.head_dim or (128 if wide else 64)
+    return knobs.config(depth=depth, model_dim=width, head_dim=head_dim)
+
+
+def _smallest(knobs: SizeKnobs) -> str:
+    width = knobs.model_dim or knobs.head_dim or 64
+    n = counts(_of_width(knobs, width, knobs.depth or 1))
+    tables = human(n["embedding"] + n["head"])
+    tie = "" if knobs.tie_embeddings else ", or --tie_embeddings"
+    return (
+        f"the smallest has {human(n['total'])}, {tables} of them in tables for "
+        f"{knobs.vocab:,} tokens; try other --params, a smaller --vocab{tie}"
+    )
 
 
 def parse_number(text: str) -> float:
@@ -220,19 +184,13 @@ def price(knobs: ArchKnobs, config: GPTConfig, flops: float) -> dict[str, Any]:
         f"{knobs.utilisation:.0%} of {card.peak_flops / 1e12:.4g} TFLOP/s each"
     )
 
-    def required(rows: int) -> int:
-        return memory.predict(
-            config,
-            rows,
-            config.sequence_len,
-            dtype=card.dtype,
-            device_type=card.device_type,
-            compiled=card.compiler,
-            world_size=knobs.gpus,
-        )["total"]
-
+    how = {"dtype": card.dtype, "device_type": card.device_type, "compiled": card.compiler}
     rows, available = knobs.device_batch_size, f"{card.memory_bytes / GIB:g} GB"
-    while (needed := required(rows)) > card.memory_bytes:
+    while True:
+        predicted = memory.predict(config, rows, config.sequence_len, world_size=knobs.gpus, **how)
+        needed = predicted["total"]
+        if needed <= card.memory_bytes:
+            break
         size = f"{rows} rows of {config.sequence_len} need {needed / GIB:.1f} of {available}"
         if rows == 1:
             raise UserError(
@@ -251,9 +209,9 @@ def price(knobs: ArchKnobs, config: GPTConfig, flops: float) -> dict[str, Any]:
 
 # the document of the standard models
 
-STANDARD = {  # name -> (shape, vocabulary)
-    "37.75 M": (Shape(depth=4, model_dim=512, head_dim=64), 24_576),  # runs/ittybitty.sh
-    **{f"d{depth}": (Shape(depth=depth), 65_536) for depth in (12, 16, 20, 26, 32)},
+STANDARD = {  # name -> flags
+    "37.75 M": {"depth": 4, "model_dim": 512, "head_dim": 64, "vocab": 24_576},  # ittybitty.sh
+    **{f"d{depth}": {"depth": depth} for depth in (12, 16, 20, 26, 32)},
 }
 STANDARD_ROWS = 8
 
@@ -261,12 +219,10 @@ STANDARD_ROWS = 8
 def specifications() -> str:
     """The text of docs/model_specifications.md: the standard models and what they take."""
     rows = []
-    for name, (shape, vocab) in STANDARD.items():
-        config = config_for(shape, ArchitectureKnobs(), vocab)
+    for name, given in STANDARD.items():
+        config = SizeKnobs(**given).config()
         f = figures(config)
-        flags = f"--depth={shape.depth}"
-        if shape.model_dim:
-            flags += f" --model_dim={shape.model_dim} --head_dim={shape.head_dim}"
+        flags = " ".join(f"--{flag}={value}" for flag, value in given.items() if flag != "vocab")
         how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
         needed = memory.predict(config, STANDARD_ROWS, config.sequence_len, **how)["total"]
         size = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
@@ -297,6 +253,8 @@ def _counted(n: dict[str, int]) -> Iterator[str]:
 
 def run(knobs: ArchKnobs) -> dict[str, Any]:
     """Print the table that the flags ask for, and return its figures."""
+    from nanochat.train.run import table_of_counts
+
     if knobs.specifications:
         print0("predicting the memory of six models", file=sys.stderr)
         atomic_write(knobs.specifications, specifications())
@@ -309,47 +267,37 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
         )
     if knobs.gpus > 1 and not knobs.gpu:
         raise UserError(f"--gpus={knobs.gpus} also needs the name of the card: add --gpu NAME")
-    best, *others = _chosen(knobs)
-    config = best.config
+    config, *others = _chosen(knobs)
     report = {"config": asdict(config), **figures(config, knobs.tokens_per_param)}
     report["alternatives"] = [
-        {name: getattr(other.config, name) for name in ("n_layer", "n_embd", "head_dim")}
-        | other.counts
+        {name: getattr(other, name) for name in ("n_layer", "n_embd", "head_dim")} | counts(other)
         for other in others
     ]
-    _show(best, others, report, knobs.tokens_per_param)
+    print0(table_of_counts(model_of(config)))
+    print0(
+        f"  {human(report['tokens'])} tokens at {knobs.tokens_per_param:g} per parameter: "
+        f"{report['flops']:.3g} FLOPs; {report['kv_bytes_per_token']:,} bytes of key-value cache "
+        f"per token\n  {_flags(config)}"
+    )
+    if others:
+        rows = [(_flags(other), *_counted(counts(other))) for other in others]
+        print0("\n" + columns(("nearby", *PARTS), rows))
     if knobs.gpu:
         report["run"] = price(knobs, config, report["flops"])
     return report
 
 
-def _chosen(knobs: ArchKnobs) -> list[FoundShape]:
-    """The shape that the flags ask for, and up to five others of its size."""
-    shape, architecture = knobs.shape(), knobs.architecture()
-    how = {"architecture": architecture, "vocab": knobs.vocab, "free_heads": not knobs.head_dim}
+def _chosen(knobs: ArchKnobs) -> list[GPTConfig]:
+    """The model that the flags ask for, and up to five others of its size."""
     if knobs.params:
         shares = parse_shares(knobs.split, knobs.tie_embeddings) if knobs.split else ()
-        search = Search(replace(shape, depth=knobs.depth), shares=shares, **how)
-        return search.nearest(parse_number(knobs.params))[:6]
-    config = config_for(shape, architecture, knobs.vocab)
-    given = FoundShape(shape, config, counts(config))
-    like = replace(shape, depth=0, model_dim=0, aspect_ratio=config.n_embd / config.n_layer)
-    size = config.n_layer, config.n_embd
-    near = Search(like, **how).nearest(given.counts["total"])
-    return [given, *(n for n in near if (n.config.n_layer, n.config.n_embd) != size)][:6]
+        return nearest(knobs, parse_number(knobs.params), shares)[:6]
+    config = knobs.config()
+    like = replace(knobs, depth=0, model_dim=0, aspect_ratio=config.n_embd / config.n_layer)
+    near = nearest(like, counts(config)["total"])
+    others = [c for c in near if (c.n_layer, c.n_embd) != (config.n_layer, config.n_embd)]
+    return [config, *others[:5]]
 
 
-def _show(
-    best: FoundShape, others: Sequence[FoundShape], report: dict[str, Any], tokens_per_param: float
-) -> None:
-    from nanochat.train.run import table_of_counts
-
-    print0(table_of_counts(model_of(best.config)))
-    print0(
-        f"  {human(report['tokens'])} tokens at {tokens_per_param:g} per parameter: "
-        f"{report['flops']:.3g} FLOPs; {report['kv_bytes_per_token']:,} bytes of key-value cache "
-        f"per token\n  {best.flags}"
-    )
-    if others:
-        rows = [(other.flags, *_counted(other.counts)) for other in others]
-        print0("\n" + columns(("nearby", *PARTS), rows))
+def _flags(config: GPTConfig) -> str:
+    return f"--depth={config.n_layer} --model_dim={config.n_embd} --head_dim={config.head_dim}"

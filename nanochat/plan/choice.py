@@ -255,7 +255,7 @@ def candidates(
     aspects = (64.0,) if knobs.model_dim else ASPECTS
     if knobs.aspect_ratio:
         aspects = (knobs.aspect_ratio,)
-    every = [knobs.config(depth, aspect, T) for depth in depths for aspect in aspects]
+    every = [knobs.of_size(depth, aspect, T) for depth in depths for aspect in aspects]
     configs = list({(c.n_layer, c.n_embd): c for c in every}.values())
     best = min(configs, key=lambda c: speed.rough_bpb(c, machine, seconds, the_law))
     largest = 12 * layer_parameters(best)  # smaller ones stay, for small memories

@@ -20,7 +20,7 @@ from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import machine
 from nanochat.plan.machine import GIB, Machine
-from nanochat.plan.shapes import SizeKnobs, config_for
+from nanochat.plan.shapes import SizeKnobs
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def run(knobs: MemoryKnobs) -> dict[str, Any]:
         raise UserError(
             "--device_batch_sizes is empty: give some, as in --device_batch_sizes 8 16 32"
         )
-    config = config_for(knobs.shape(), knobs.architecture(), knobs.vocab)
+    config = knobs.config()
     target = _planned_machine(knobs)
     cuda = target.device_type == "cuda"
     compiled = knobs.compile == "on" or (knobs.compile == "auto" and cuda)

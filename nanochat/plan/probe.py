@@ -74,13 +74,13 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[tuple[GPTCo
     depths = knobs.depths or ((knobs.depth,) if knobs.depth else ())
     if not depths:
         bpb = [
-            speed.rough_bpb(knobs.config(d, aspect, lengths[0]), target, seconds, law.Law())
+            speed.rough_bpb(knobs.of_size(d, aspect, lengths[0]), target, seconds, law.Law())
             for d in DEPTHS
         ]
         i = min(range(1, len(DEPTHS) - 1), key=bpb.__getitem__)
         depths = DEPTHS[i], DEPTHS[i - 1], DEPTHS[i + 1]
     return [
-        (knobs.config(depth, aspect, T), rows)
+        (knobs.of_size(depth, aspect, T), rows)
         for rows in batches
         for depth in depths
         for T in lengths

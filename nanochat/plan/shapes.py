@@ -1,11 +1,11 @@
 """
-The shapes that plans are about: from flags to a configuration, and from a configuration to counts
-of parameters and FLOPs. Every figure is counted on the real model, built without memory.
+The sizes that plans are about: from flags to a configuration, and from a configuration to counts of
+parameters and FLOPs. Every figure is counted on the real model, built without memory.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat.base.common import base_dir
 from nanochat.base.knobs import knob
@@ -31,16 +31,15 @@ class SizeKnobs(ArchitectureKnobs, Shape):
         low=0,
     )
 
-    def shape(self) -> Shape:
-        """The shape, with 4 layers and heads of 128 where the flags leave them open."""
-        given = {f.name: getattr(self, f.name) for f in fields(Shape)}
-        return Shape(**{**given, "depth": self.depth or 4, "head_dim": self.head_dim or 128})
-
-    def architecture(self) -> ArchitectureKnobs:
-        """The knobs that a GPTConfig takes over unchanged."""
-        return ArchitectureKnobs(
-            **{f.name: getattr(self, f.name) for f in fields(ArchitectureKnobs)}
-        )
+    def config(self, **settled: Any) -> GPTConfig:
+        """
+        The configuration that base_train builds from these flags, with `settled` ones instead; 4
+        layers and heads of 128 where they are open. UserError if they make no model.
+        """
+        open_ones = {"depth": self.depth or 4, "head_dim": self.head_dim or 128}
+        knobs = replace(self, **{**open_ones, **settled})
+        architecture = {f.name: getattr(knobs, f.name) for f in fields(ArchitectureKnobs)}
+        return GPTConfig(vocab_size=knobs.vocab, **knobs.dimensions(), **architecture)
 
 
 @dataclass(kw_only=True)
@@ -57,17 +56,16 @@ class OpenSizeKnobs(SizeKnobs):
     )
     sequence_len: int = knob(0, "context length in tokens", low=0)
 
-    def config(self, depth: int, aspect_ratio: float, sequence_len: int) -> GPTConfig:
+    def of_size(self, depth: int, aspect_ratio: float, sequence_len: int) -> GPTConfig:
         """The configuration whose open sizes are these."""
         width = self.model_dim or depth * aspect_ratio
-        settled = replace(
-            self,
+        return self.config(
             depth=depth,
             aspect_ratio=aspect_ratio,
             sequence_len=sequence_len,
             head_dim=self.head_dim or (64 if width <= 512 else 128),
+            vocab=self.vocabulary(),
         )
-        return config_for(settled.shape(), settled.architecture(), self.vocabulary())
 
     def vocabulary(self) -> int:
         """Tokens in the vocabulary: as given, or the tokenizer's, or 32,768."""
@@ -79,33 +77,9 @@ class OpenSizeKnobs(SizeKnobs):
         return Tokenizer.load().vocab_size if trained else 32_768
 
 
-def config_for(shape: Shape, architecture: ArchitectureKnobs, vocab_size: int) -> GPTConfig:
-    """The configuration that base_train builds from these flags; UserError if they make none."""
-    return GPTConfig(vocab_size=vocab_size, **shape.dimensions(), **asdict(architecture))
-
-
 def model_of(config: GPTConfig) -> "GPT":
     """The real model on the meta device, where it takes no memory. Remembered."""
-    return _model(_key(config))
-
-
-def counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by part: embedding, transformer, head, total, matmul. Remembered."""
-    return _counts(_key(config))
-
-
-def layer_parameters(config: GPTConfig) -> int:
-    """Parameters of the layers, without embedding and head: the N of the scaling law."""
-    return counts(config)["transformer"]
-
-
-def flops_per_token(config: GPTConfig, T: int = 0) -> float:
-    """Training FLOPs per token in rows of T tokens (0 = the whole context). Remembered."""
-    return _flops(_key(config), T or config.sequence_len)
-
-
-def _key(config: GPTConfig) -> tuple:
-    return tuple(vars(config).items())
+    return _model(tuple(vars(config).items()))
 
 
 @cache
@@ -117,11 +91,21 @@ def _model(key: tuple) -> "GPT":
     return GPT.build(GPTConfig(**dict(key)), "meta", torch.bfloat16)
 
 
-@cache
-def _counts(key: tuple) -> dict[str, int]:
-    return _model(key).counts()
+def counts(config: GPTConfig) -> dict[str, int]:
+    """
+    Parameters by part: embedding, transformer, head, total, matmul; counted on a model of one layer,
+    because all layers are alike.
+    """
+    one = model_of(replace(config, n_layer=1)).counts()
+    further = (config.n_layer - 1) * one["transformer"]
+    return one | {part: one[part] + further for part in ("transformer", "total", "matmul")}
 
 
-@cache
-def _flops(key: tuple, T: int) -> float:
-    return _model(key).flops_per_token(T)
+def layer_parameters(config: GPTConfig) -> int:
+    """Parameters of the layers, without embedding and head: the N of the scaling law."""
+    return counts(config)["transformer"]
+
+
+def flops_per_token(config: GPTConfig, T: int = 0) -> float:
+    """Training FLOPs per token in rows of T tokens (0 = the whole context)."""
+    return model_of(config).flops_per_token(T or None)
