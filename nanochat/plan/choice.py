@@ -134,7 +134,7 @@ class MemoryModel:
         self.predictions: dict[str, dict[str, int]] = {}
         self.reported = "allocated" if machine.device_type == "cuda" else "total"
         self.gap, self.margin = machine.memory_gap or 0.0, None
-        points = [p for p in machine.good_points if p["compiled"] == compiled]
+        points = [p for p in machine.points if p["compiled"] == compiled]
         if on_card := [p for p in points if "card_bytes" in p]:
             peaks = [p["peak_memory_bytes"] for p in on_card]
             self.margin = memory.measured_margin(on_card, peaks)
@@ -216,7 +216,7 @@ def _fastest_rows(config: GPTConfig, options: Sequence[int], batch: int, machine
     under 2 %), else as many as are usual.
     """
     T = config.sequence_len
-    probed = [p["rows"] * p["config"]["sequence_len"] for p in machine.good_points]
+    probed = [p["rows"] * p["config"]["sequence_len"] for p in machine.points]
     within = [r for r in options if probed and 0.7 * min(probed) <= r * T <= 1.5 * max(probed)]
     if not within:
         usual = MICRO_TOKENS[machine.device_type]
@@ -256,14 +256,8 @@ def candidates(
     if knobs.aspect_ratio:
         aspects = (knobs.aspect_ratio,)
     every = [knobs.of_size(depth, aspect, T) for depth in depths for aspect in aspects]
-    configs = list({(c.n_layer, c.n_embd): c for c in every}.values())
-    best = min(configs, key=lambda c: speed.rough_bpb(c, machine, seconds, the_law))
-    largest = 12 * layer_parameters(best)  # smaller ones stay, for small memories
-    assessed = [
-        assess(knobs, config, machine, the_law, seconds)
-        for config in configs
-        if layer_parameters(config) <= largest
-    ]
+    configs = {(c.n_layer, c.n_embd): c for c in every}
+    assessed = [assess(knobs, config, machine, the_law, seconds) for config in configs.values()]
     assessed.sort(key=lambda c: (bool(c.why), c.bpb[0], c.size))
     if assessed[0].why:
         _refuse_budget(knobs, machine, seconds, min(assessed, key=lambda c: c.size))

@@ -44,7 +44,10 @@ def budget_seconds(knobs: BudgetKnobs) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is known of a machine. `points` are measurements made on it, as plan.measure returns."""
+    """
+    What is known of a machine. `points` are measurements made on it, as plan.measure returns; those
+    that failed are left out.
+    """
 
     name: str
     device_type: str
@@ -56,11 +59,6 @@ class Machine:
     factor: float = 1.0  # measured over predicted speed, from a pilot
     memory_gap: float | None = None  # bytes measured above the traced peak, from a pilot
     compiler: bool = True  # whether torch.compile works on it
-
-    @property
-    def good_points(self) -> list[dict[str, Any]]:
-        """The measurements that succeeded."""
-        return [p for p in self.points if "error" not in p]
 
     def compiles(self, seconds: float, asked: str = "auto") -> bool:
         """Whether base_train compiles on it in a run of `seconds`, given --compile=`asked`."""
@@ -105,7 +103,9 @@ def load(path: Path | str) -> Machine:
         file = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         stored = file["machine"]
         own = stored["name"], stored["dtype"]
-        points = tuple(p for p in file["points"] if (p["name"], p["dtype"]) == own)
+        points = tuple(
+            p for p in file["points"] if (p["name"], p["dtype"]) == own and "error" not in p
+        )
         return Machine(**stored, points=points, source=f"measured, {path}")
     except OSError as e:
         raise UserError(

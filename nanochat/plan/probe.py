@@ -25,7 +25,7 @@ from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import law, machine, speed
 from nanochat.plan.machine import GIB, BudgetKnobs, Machine
-from nanochat.plan.shapes import OpenSizeKnobs, flops_per_token
+from nanochat.plan.shapes import OpenSizeKnobs, flops_per_token, layer_parameters
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import batch_for
 
@@ -73,11 +73,14 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[tuple[GPTCo
     aspect = knobs.aspect_ratio or 64
     depths = knobs.depths or ((knobs.depth,) if knobs.depth else ())
     if not depths:
-        bpb = [
-            speed.rough_bpb(knobs.of_size(d, aspect, lengths[0]), target, seconds, law.Law())
-            for d in DEPTHS
-        ]
-        i = min(range(1, len(DEPTHS) - 1), key=bpb.__getitem__)
+        flops = speed.usual_flops(target, seconds)
+
+        def rough_bpb(i: int) -> float:
+            config = knobs.of_size(DEPTHS[i], aspect, lengths[0])
+            tokens = max(1.0, flops / flops_per_token(config))
+            return law.Law().bpb(layer_parameters(config), tokens)
+
+        i = min(range(1, len(DEPTHS) - 1), key=rough_bpb)
         depths = DEPTHS[i], DEPTHS[i - 1], DEPTHS[i + 1]
     return [
         (knobs.of_size(depth, aspect, T), rows)
@@ -98,26 +101,16 @@ class _Session:
         self.left_out = 0
         stored = json.loads(file.read_text(encoding="utf-8"))["points"] if file.exists() else []
         self.stored = {_identity(p): p for p in stored}
-        self.too_many_rows: dict[str, int] = {}  # architecture -> rows that did not fit
 
     def measure_all(self, stop: float) -> None:
         """Measure the grid; after the first point its speed aims the grid anew."""
-        todo = grid(self.knobs, self.machine, self.training_seconds)
-        while todo:
-            config, rows = todo.pop(0)
-            point = self._point(config, rows, late=bool(self.points) and time.monotonic() > stop)
-            if point is None:
-                self.left_out += 1
-                continue
-            if point.get("error") == MEMORY_ENDED:
-                key = speed.config_key(config)
-                self.too_many_rows[key] = min(rows, self.too_many_rows.get(key, rows))
-            self.points.append(point)
-            self._store(point)
-            if len(self.points) == 1 and "error" not in point:
-                self.machine = replace(self.machine, points=(point,))
-                aimed = grid(self.knobs, self.machine, self.training_seconds)
-                todo = [cell for cell in aimed if cell != (config, rows)]
+        first = grid(self.knobs, self.machine, self.training_seconds)[0]
+        self._add(*first, late=False)
+        good = tuple(p for p in self.points if "error" not in p)
+        self.machine = replace(self.machine, points=good)
+        for cell in grid(self.knobs, self.machine, self.training_seconds):
+            if cell != first:
+                self._add(*cell, late=time.monotonic() > stop)
 
     def measure_again(self) -> None:
         """Measure every new point a second time, now that the machine is warm."""
@@ -130,8 +123,8 @@ class _Session:
                 point |= {**again, "drift": drift, "first_step_s": point["first_step_s"]}
                 self._store(point)
 
-    def _point(self, config: GPTConfig, rows: int, late: bool) -> dict[str, Any] | None:
-        """A point, stored or measured now; None if it would be measured and it is too late."""
+    def _add(self, config: GPTConfig, rows: int, late: bool) -> None:
+        """Add a point, stored or measured now; leave it out if it is too late to measure it."""
         reach = speed.usual_flops(self.machine, self.training_seconds) / flops_per_token(config)
         batch = self.knobs.total_batch_size or batch_for(reach)
         point = {
@@ -144,10 +137,19 @@ class _Session:
         }
         stored = self.stored.get(_identity(point))
         if stored and stored.get("error", MEMORY_ENDED) == MEMORY_ENDED:
-            return stored
-        if rows >= self.too_many_rows.get(speed.config_key(config), rows + 1):
-            return {**point, "error": MEMORY_ENDED}
-        return None if late else {**point, **self._measure(point)}
+            point = stored
+        elif any(
+            p.get("error") == MEMORY_ENDED and p["config"] == point["config"] and p["rows"] <= rows
+            for p in self.points
+        ):
+            point["error"] = MEMORY_ENDED
+        elif late:
+            self.left_out += 1
+            return
+        else:
+            point |= self._measure(point)
+        self.points.append(point)
+        self._store(point)
 
     def _measure(self, point: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         c = point["config"]
