@@ -402,14 +402,14 @@ def test_errors_in_the_thread_surface(data, monkeypatch):
 def test_threads_end(data):
     f = feed(data, epochs=None)
     next(f)
-    assert any(t.name.startswith("feed") for t in threading.enumerate())
+    assert any(t.name.startswith("read ahead") for t in threading.enumerate())
     f.close()
     g = feed(data, epochs=None)
     next(g)
     del g
     gc.collect()
     deadline = time.monotonic() + 5
-    while any(t.name.startswith("feed") for t in threading.enumerate()):
+    while any(t.name.startswith("read ahead") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

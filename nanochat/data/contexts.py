@@ -6,6 +6,7 @@ end).
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nanochat.base.common import UserError
 
@@ -26,36 +27,23 @@ class Contexts:
         tokens. If `fixed`, the last stage must have `longest` tokens. Raises UserError for anything
         that is not a list of stages.
         """
-        stages: list[tuple[float, int]] = []
-        for text in " ".join(texts).split():
-            if not (m := re.fullmatch(r"(\d+)@(\d*\.?\d+|\d+\.)", text)):
-                raise UserError(
-                    f"the context stage {text!r} is not TOKENS@SHARE: write for example 512@0 "
-                    "1024@0.6 2048@0.9"
-                )
-            T, begin = int(m[1]), float(m[2])
-            if T < 1 or begin >= 1:
-                raise UserError(
-                    f"the context stage {text} never trains: give at least 1 token, and a share of "
-                    "the run from 0 to below 1"
-                )
-            if not stages and begin:
-                raise UserError(
-                    f"no context is given for the run before {text}: let the first stage begin at "
-                    f"0, as in {T}@0"
-                )
-            if stages and (begin <= stages[-1][0] or stages[-1][1] >= T):
-                raise UserError(
-                    f"the context stage {text} follows {stages[-1][1]}@{stages[-1][0]:g}: let "
-                    "tokens and shares rise from stage to stage"
-                )
-            stages.append((begin, T))
-        if stages and fixed and stages[-1][1] != longest:
+        words = " ".join(texts).split()
+        matches = [re.fullmatch(r"(\d+)@(\d*\.?\d+|\d+\.)", word) for word in words]
+        stages = [(float(m[2]), int(m[1])) for m in matches if m] or [(0.0, longest)]
+        (first, shortest), (last, end) = stages[0], stages[-1]
+        rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(stages))
+        if not (all(matches) and rising and first == 0 and last < 1 and shortest > 0):
             raise UserError(
-                f"the last context stage has {stages[-1][1]} tokens, but --sequence_len is "
-                f"{longest}: leave one of them out"
+                f"the context stages {' '.join(words)} are not a list of TOKENS@SHARE in which "
+                "both rise, the first share being 0 and the last below 1: write for example 512@0 "
+                "1024@0.6 2048@0.9"
             )
-        return cls(tuple(stages) or ((0.0, longest),))
+        if fixed and end != longest:
+            raise UserError(
+                f"the last context stage has {end} tokens, but --sequence_len is {longest}: leave "
+                "one of them out"
+            )
+        return cls(tuple(stages))
 
     @property
     def lengths(self) -> list[int]:
@@ -67,8 +55,7 @@ class Contexts:
 
     def at(self, progress: float) -> int:
         """Tokens per row at this progress."""
-        begun = [T for begin, T in self.stages if progress >= begin]
-        return begun[-1] if begun else self.stages[0][1]
+        return [T for begin, T in self.stages if progress >= begin][-1]
 
     def mean(self, of: Callable[[int], float]) -> float:
         """The mean over the run of a function of T, weighted by the progress of each stage."""

@@ -6,9 +6,7 @@ micro-batches merely divide a step. Resuming on other data is an error, and noth
 silently: conversations truncated in padded mode are counted and reported.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 
 from nanochat.base.common import UserError, notice
+from nanochat.data.ahead import read_ahead
 from nanochat.data.contexts import Contexts
 from nanochat.data.order import IGNORED, Block, Mode, RowOrder, at_length, pack_block
 from nanochat.data.shards import Shards
@@ -95,7 +94,7 @@ class RowFeed:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._order = RowOrder(sources, weights, sequence_len, epochs, seed, mode)
         self._contexts = contexts or Contexts(((0.0, sequence_len),))
-        self._prefetch: _Prefetch | None = None
+        self._prefetched: Generator | None = None
         self._set_length(self._contexts.at(0.0))
         self._state = self._order.start()
         self.truncated = 0
@@ -144,10 +143,10 @@ class RowFeed:
         return self
 
     def __next__(self) -> list[Batch]:
-        if self._prefetch is None:
+        if self._prefetched is None:
             # A copy, so that the thread does not keep a discarded feed alive
-            self._prefetch = _Prefetch(copy(self)._steps(self._state))
-        inputs, targets, self._state = next(self._prefetch)
+            self._prefetched = read_ahead(copy(self)._steps(self._state), PREFETCH)
+        inputs, targets, self._state = next(self._prefetched)
         cuts = -(-len(inputs) // self.device_rows)
         return [
             Batch(i.to(self.device, non_blocking=True), t.to(self.device, non_blocking=True))
@@ -213,9 +212,9 @@ class RowFeed:
 
     def close(self) -> None:
         """Stop the prefetching thread; next() starts another one at the same position."""
-        if self._prefetch:
-            self._prefetch.close()
-            self._prefetch = None
+        if self._prefetched:
+            self._prefetched.close()
+            self._prefetched = None
 
 
 def eval_batches(
@@ -253,26 +252,3 @@ def _check(shards: Sequence[Shards]) -> None:
             "a feed needs sources with documents, all from one tokenizer; got "
             f"{', '.join(s.name for s in shards) or 'none'}"
         )
-
-
-class _Prefetch:
-    """An iterator that runs PREFETCH items ahead in a thread; next() raises what it raises."""
-
-    def __init__(self, iterator: Iterator):
-        self._iterator = iterator
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._ahead = deque(self._submit() for _ in range(PREFETCH))
-
-    def _submit(self) -> Future:
-        return self._executor.submit(next, self._iterator, None)
-
-    def __next__(self) -> Any:
-        item = self._ahead.popleft().result()
-        self._ahead.append(self._submit())
-        if item is None:
-            raise StopIteration
-        return item
-
-    def close(self) -> None:
-        """End the thread after the item it is preparing."""
-        self._executor.shutdown(cancel_futures=True)

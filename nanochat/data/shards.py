@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ import numpy as np
 from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write, locked
 from nanochat.base.progress import ProgressBar, progress
+from nanochat.data.ahead import read_ahead
 from nanochat.data.sources import Source, parts
 
 if TYPE_CHECKING:
@@ -145,14 +145,10 @@ def _key(identity: dict, tokenizer: "Tokenizer") -> str:
 
 def _encoded(texts: Iterator[str], tokenizer: "Tokenizer", bar: ProgressBar) -> Iterator[Encoded]:
     """The texts, tokenised in batches; the next batch is read while one is tokenised."""
-    batches = _batches(texts)
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(next, batches, None)
-        while batch := upcoming.result():
-            upcoming = reader.submit(next, batches, None)
-            ids = tokenizer.encode_batch(batch, bos=True)
-            bar.advance(sum(len(text.encode()) for text in batch))
-            yield ids, []
+    for batch in read_ahead(_batches(texts), 1):
+        ids = tokenizer.encode_batch(batch, bos=True)
+        bar.advance(sum(len(text.encode()) for text in batch))
+        yield ids, []
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
