@@ -74,14 +74,10 @@ def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
         tree = api.list_repo_tree(repo, revision=commit, repo_type="dataset", recursive=True)
         files = [f for f in tree if isinstance(f, RepoFile)]
     except Exception as e:  # which exceptions the library raises depends on its HTTP client
-        if status := _refusal(e):
-            raise UserError(
-                f"the hub has no {repo} at revision {revision} ({status}): check the name and the "
-                "revision"
-            ) from e
         raise UserError(
-            f"cannot reach {_endpoint()} ({_reason(e)}): check the network, or set HF_ENDPOINT to "
-            "a mirror; training on your own text needs no network"
+            f"cannot list {repo} at revision {revision} on {_endpoint()} ({_reason(e)}): check the "
+            "name, the revision and the network, or set HF_ENDPOINT to a mirror; training on your "
+            "own text needs no network"
         ) from e
     return commit, {f.path: Listed(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in files}
 
@@ -138,6 +134,8 @@ class _PartialFile(FileIO):
 
 def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.Event) -> None:
     from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
     target, part = folder / file.path, _part(file, folder)
     if not _problem(target, file):
@@ -145,51 +143,36 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
     target.unlink(missing_ok=True)  # damaged, or from another commit
     target.parent.mkdir(parents=True, exist_ok=True)
     url = hf_hub_url(repo, file.path, repo_type="dataset", revision=commit, endpoint=_endpoint())
-    problem = ""
+    problem, refused = "", False
     for attempt in range(ATTEMPTS):
-        problem = _complete(part, url, file, stop)
-        if not problem:
-            os.replace(part, target)
-            return
+        try:
+            with _PartialFile(part, stop) as f:
+                size, headers = f.tell(), build_hf_headers()
+                http_get(url, f, resume_size=size, expected_size=file.size, headers=headers)
+        except (InterruptedError, UserError):
+            raise
+        except Exception as e:  # which exceptions the library raises depends on its HTTP client
+            problem, refused = _reason(e), _is_refusal(e)
+        if _size(part) >= file.size:
+            problem = _problem(part, file)
+            if not problem:
+                os.replace(part, target)
+                return
+        if not 0 < _size(part) < file.size:
+            part.unlink()
+        if refused:
+            break
         stop.wait(BACKOFF * 2**attempt)
     raise UserError(
-        f"cannot fetch {url} ({problem}): check the network, then run again; what has arrived is "
-        "kept"
+        f"cannot fetch {url} ({problem}): check the network and the revision, then run again; what "
+        "has arrived is kept"
     )
 
 
-def _complete(part: Path, url: str, file: Listed, stop: threading.Event) -> str:
-    """Fetch what a partial file lacks; returns what went wrong, "" if the file is correct."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    problem = ""
-    try:
-        with _PartialFile(part, stop) as f:
-            headers = build_hf_headers()
-            http_get(url, f, resume_size=f.tell(), expected_size=file.size, headers=headers)
-    except (InterruptedError, UserError):
-        raise
-    except Exception as e:  # which exceptions the library raises depends on its HTTP client
-        problem = _reason(e)
-        if status := _refusal(e):
-            if not _size(part):
-                part.unlink()
-            raise UserError(
-                f"the hub refuses {url} ({status}): check the data set and the revision"
-            ) from e
-    if _size(part) >= file.size:
-        problem = _problem(part, file)
-        if problem:
-            part.unlink()
-    return problem
-
-
-def _refusal(error: Exception) -> str:
-    """The status of an HTTP reply that trying again does not change; empty for other errors."""
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", 500)
-    return f"status {status}" if status < 500 and status not in (408, 429) else ""
+def _is_refusal(error: Exception) -> bool:
+    """Whether the hub replied with a status that trying again does not change."""
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    return status < 500 and status not in (408, 429)
 
 
 def _reason(error: Exception) -> str:
