@@ -45,7 +45,8 @@ class Shards:
 
     def __init__(self, name: str, folders: Sequence[Path]):
         self.name = name
-        metas = [_read_meta(folder) for folder in folders]
+        opened = [_open(folder) for folder in folders]
+        metas, self._tokens, self._masks, self._offsets = zip(*opened, strict=True)
         if len({(m["tokenizer"], m["vocab_size"], m["bos"]) for m in metas}) != 1:
             raise UserError(
                 f"the token shards of {name} are from different tokenizers: delete "
@@ -54,11 +55,6 @@ class Shards:
         self.fingerprint: str = metas[0]["tokenizer"]
         self.bos: int = metas[0]["bos"]
         self.sha256 = hashlib.sha256("".join(m["sha256"] for m in metas).encode()).hexdigest()
-        self._tokens, self._masks, self._offsets = [], [], []
-        for folder, m in zip(folders, metas, strict=True):
-            self._tokens.append(_map(folder / "tokens.bin", m["dtype"]))
-            self._masks.append(_map(folder / "mask.bin", "uint8") if m["mask"] else None)
-            self._offsets.append(np.load(folder / "offsets.npy", mmap_mode="r"))
         self._first = np.cumsum([0] + [m["documents"] for m in metas])
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
         self.total = int(self.lengths.sum())
@@ -117,18 +113,18 @@ def prepare_conversations(
     conversations: Iterable[dict],
     tokenizer: "Tokenizer",
     directory: Path | None = None,
-    identity: str | None = None,
+    *,
+    identity: str,
 ) -> Shards:
     """
     Conversations as token shards with supervision masks, in the order given. `identity` states what
     they are made from (a seed and a count, the hash of a file): if an earlier run rendered the
-    same, its shard is reused and `conversations` is not even iterated. Without an identity they
-    are rendered every time.
+    same, its shard is reused and `conversations` is not even iterated.
     """
     root = Path(directory or base_dir() / "tokens")
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
-    with _exclusive(root, [folder] if identity else []):
-        if identity is None or not _usable(folder):
+    with _exclusive(root, [folder]):
+        if not _usable(folder):
             with progress(None, f"rendering {name}", "conversations") as bar:
                 _build(folder, tokenizer, _rendered(conversations, tokenizer, bar), masked=True)
         shards = Shards(name, [folder])
@@ -230,7 +226,7 @@ def _exclusive(root: Path, folders: list[Path]) -> Iterator[None]:
     One process builds at a time; others (ranks, other runs) wait and then find the result. Takes no
     lock if all folders are complete.
     """
-    if folders and all(_usable(folder) for folder in folders):
+    if all(map(_usable, folders)):
         yield
         return
     with locked(root / ".lock"):
@@ -243,35 +239,30 @@ def _usable(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        _read_meta(folder)
+        _open(folder)
     except UserError as e:
         notice(f"{e}; tokenising again")
         return False
     return True
 
 
-def _read_meta(folder: Path) -> dict:
-    """meta.json of a shard whose files have the sizes that it states; UserError if they do not."""
+def _open(folder: Path) -> tuple[dict, np.ndarray, np.ndarray | None, np.ndarray]:
+    """The metadata, tokens, mask and offsets of a shard; UserError if a file is too short."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        sizes = {
-            "tokens.bin": meta["tokens"] * np.dtype(meta["dtype"]).itemsize,
-            "offsets.npy": 128 + 8 * (meta["documents"] + 1),
-            "mask.bin": meta["tokens"] if meta["mask"] else 0,
-        }
-        for name, size in sizes.items():
-            if size and (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} is not {size} bytes long")
+        tokens = _map(folder / "tokens.bin", meta["dtype"], meta["tokens"])
+        mask = _map(folder / "mask.bin", "uint8", meta["tokens"]) if meta["mask"] else None
+        return meta, tokens, mask, np.load(folder / "offsets.npy", mmap_mode="r")
     except (OSError, ValueError, KeyError) as e:
         raise UserError(
             f"the token shard {folder} is damaged ({type(e).__name__}: {e}): delete it and run "
             "again"
         ) from e
-    return meta
 
 
-def _map(path: Path, dtype: str) -> np.ndarray:
+def _map(path: Path, dtype: str, size: int) -> np.ndarray:
     """A file as an array. A file cannot be mapped while empty, as one without documents is."""
-    if not path.stat().st_size:
+    if size == 0:
         return np.zeros(0, dtype=dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # asarray: the subclass is slow
+    mapped = np.memmap(path, dtype=dtype, mode="r", shape=(size,))
+    return np.asarray(mapped)  # the subclass is slow
