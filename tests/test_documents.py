@@ -86,7 +86,7 @@ def test_errors_name_the_place(tmp_path):
         (b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl, line 2: invalid JSON"),
         (b'{"text": "a"}\n[1]\n', r"line 2: expected an object .* got a list"),
         (b'{"text": "a"}\n{"text": 5}\n', r"line 2: the field text holds a int"),
-        (b'{"text": "a"}\n\xff\n', r"not UTF-8 at byte 14 \(line 2\)"),
+        (b'{"text": "a"}\n\xff\n', r"line 2: invalid JSON \(.*can't decode byte 0xff"),
         (
             b'{"prompt": "a", "response": "b"}\n',
             r"line 1 has no field text or content or body, only prompt, response.*PATH#FIELD",
@@ -112,7 +112,7 @@ def test_unreadable_parquet(tmp_path):
         whole[:2000] + bytes(4000) + whole[6000:],
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):
+        with pytest.raises(UserError, match=r"cannot read .*a\.parquet \("):
             read(path)
     pq.write_table(pa.table({"text": [1, 2]}), path)
     with pytest.raises(UserError, match="the column text holds int64"):

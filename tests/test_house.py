@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_300,
     "base": 8_100,
     "tinyworld": 9_600,
-    "data": 14_150,
+    "data": 13_700,
     "model": 16_250,
     "chat": 4_700,
     "chat/serve": 10_000,

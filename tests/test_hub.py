@@ -209,7 +209,7 @@ def test_the_commit_is_pinned(server, tmp_path):
     assert server.requests == []  # neither the branch nor the file is asked for again
     old, server.commit = server.commit, "d" * 40
     server.files["shard_00000.parquet"] = b"newer"
-    with pytest.raises(UserError, match="cannot fetch .*404"):
+    with pytest.raises(UserError, match=r"cannot fetch .*404"):
         get("-n", "1")  # this hub has forgotten the old commit: nothing of the new one sneaks in
     get("-n", "1", "--revision", server.commit)
     assert have(tmp_path) == shards(server, 0, 5)
@@ -221,7 +221,9 @@ def test_the_commit_is_pinned(server, tmp_path):
 
 
 def test_offline_and_unknown(server, monkeypatch):
-    with pytest.raises(UserError, match="cannot list karpathy/climbmix-400b-shuffle at revision nope .*404"):
+    with pytest.raises(
+        UserError, match=r"cannot list karpathy/climbmix-400b-shuffle at revision nope .*404"
+    ):
         get("--revision", "nope")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot list .* on http://127\.0\.0\.1:9 "):

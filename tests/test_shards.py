@@ -110,7 +110,9 @@ def test_conversations_keep_their_masks_and_order(tmp_path):
         prepare_conversations("empty", [], tokenizer, tmp_path, identity="none")
 
 
-@pytest.mark.parametrize("damage", ["truncate", "short offsets", "no meta", "half a meta", "no offsets"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "short offsets", "no meta", "half a meta", "no offsets"]
+)
 def test_a_damaged_shard_is_refused_and_made_again(source, tmp_path, damage, capsys):
     tokenizer, root = Letters(), tmp_path / "tokens"
     good = prepare(source, "train", tokenizer, root)

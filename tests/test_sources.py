@@ -112,14 +112,14 @@ def test_folders_are_read_in_order_and_through(tmp_path):
 
 def test_sources_without_text(tmp_path):
     """Trap 27: an empty folder, one without text files, empty files, a file of another kind."""
-    with pytest.raises(UserError, match=r"has no \.txt, \.jsonl, \.parquet file"):
+    with pytest.raises(UserError, match=r"holds no \.txt, \.jsonl, \.parquet file"):
         files(source(tmp_path))
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    with pytest.raises(UserError, match=r"has no \.txt"):
+    with pytest.raises(UserError, match=r"holds no \.txt"):
         files(source(tmp_path))
-    with pytest.raises(UserError, match=r"data files end in \.txt"):
+    with pytest.raises(UserError, match=r"a\.pdf is or holds no \.txt"):
         files(source(tmp_path / "a.pdf"))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"gone\.txt is or holds no"):
         files(source(tmp_path / "gone.txt"))
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(UserError, match="fewer than two different documents"):
@@ -208,11 +208,12 @@ def test_the_last_shard_is_validation_whatever_else_is_there(shards):
 
 def test_no_training_shard_is_promoted(shards):
     with pytest.raises(
-        UserError, match=r"no training shards.*python -m nanochat\.dataset -n 15 --set climbmix"
+        UserError,
+        match=r"train split .* has no shard .*python -m nanochat\.dataset -n 15 --set climbmix",
     ):
         list(documents(shards(9), "train"))
     (shards(9).paths[0] / "shard_00009.parquet").unlink()
-    with pytest.raises(UserError, match=r"validation shard .*shard_00009\.parquet is missing"):
+    with pytest.raises(UserError, match=r"val split .* has no shard .*shard_00009\.parquet is val"):
         list(documents(shards(0, 1), "val"))
 
 

@@ -14,36 +14,45 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanochat.base.common import UserError
-
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
 
 MAX_CHARACTERS = 16_384  # per document cut from a .txt file
 TEXT_FIELDS = "text", "content", "body", "document", "article", "story", "passage", "message"
 CUT_AFTER = [re.compile(pattern) for pattern in (r"\n\n+", r"\n", r'[.!?]"? |。', r" ")]
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What the system or pyarrow says about a file, as a UserError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as e:
+        raise UserError(
+            f"cannot read {path} ({str(e).splitlines()[0][:120]}): download or write it again, or "
+            "leave it out"
+        ) from e
+
+
 def read(path: Path, field: str | None) -> Iterator[str]:
     """The documents of one file, each of which can be encoded as UTF-8."""
-    try:
+    with _reading(path):
         for text in READERS[path.suffix.lower()](path, field):
             if text and not text.isspace():
                 yield text
-    except OSError as e:
-        raise UserError(
-            f"cannot read {path} ({e.strerror or e}): check the file, or leave it out"
-        ) from e
 
 
 def text_bytes(path: Path) -> int:
     """Roughly how many bytes of text a file holds; a parquet file's footer states it."""
     if path.suffix.lower() != ".parquet":
         return path.stat().st_size
-    with _open_parquet(path) as file:
-        metadata = file.metadata
+    from pyarrow.parquet import read_metadata
+
+    with _reading(path):
+        metadata = read_metadata(path)
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
 
@@ -84,23 +93,23 @@ def _read_txt(path: Path, field: str | None) -> Iterator[str]:
         try:
             yield from cut(iter(lambda: file.read(1 << 20), ""))
         except UnicodeDecodeError as e:
-            raise _not_utf8(path, raw.tell() - len(e.object) + e.start) from e
+            byte = raw.tell() - len(e.object) + e.start
+            raise UserError(
+                f"{path} is not UTF-8 at byte {byte}: convert it, for example with iconv"
+            ) from e
 
 
 def _read_jsonl(path: Path, field: str | None) -> Iterator[str]:
-    offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
+            if not line.strip():
+                continue
             try:
-                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if decoded.strip():
-                    yield from _text_of_row(json.loads(decoded), field, place)
-            except UnicodeDecodeError as e:
-                raise _not_utf8(path, offset + e.start, f" (line {number})") from e
+                row = json.loads(line)
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{place}: invalid JSON ({e}); fix or delete the line") from e
-            offset += len(line)
+            yield from _text_of_row(row, field, place)
 
 
 def _text_of_row(row: Any, field: str | None, place: str) -> Iterator[str]:
@@ -125,8 +134,9 @@ def _text_of_row(row: Any, field: str | None, place: str) -> Iterator[str]:
 
 def _read_parquet(path: Path, field: str | None) -> Iterator[str]:
     import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
 
-    with _open_parquet(path) as file:
+    with ParquetFile(path) as file:
         column = _text_field(file.schema_arrow.names, field, str(path))
         kind = file.schema_arrow.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -136,21 +146,6 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[str]:
             )
         for batch in file.iter_batches(batch_size=256, columns=[column]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-@contextmanager
-def _open_parquet(path: Path) -> "Iterator[ParquetFile]":
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"{path} is not a readable parquet file ({str(e).splitlines()[0][:120]}): download or "
-            "write it again"
-        ) from e
 
 
 def _text_field(names: Iterable[str], field: str | None, place: str) -> str:
@@ -165,12 +160,6 @@ def _text_field(names: Iterable[str], field: str | None, place: str) -> str:
     raise UserError(
         f"{place} has no field {' or '.join(candidates[:3])}, only "
         f"{', '.join(map(str, names)) or 'none'}: {hint}"
-    )
-
-
-def _not_utf8(path: Path, byte: int, where: str = "") -> UserError:
-    return UserError(
-        f"{path} is not UTF-8 at byte {byte}{where}: convert it, for example with iconv"
     )
 
 

@@ -28,7 +28,6 @@ VALIDATION_SHARE = 0.01
 # Files are tokenised in groups of at least this size. Adding a file, or continuing after an
 # interruption, does not repeat the groups that are finished.
 PART_BYTES = 1 << 28
-SUFFIXES = ", ".join(READERS)
 
 
 @dataclass(frozen=True)
@@ -188,43 +187,42 @@ def files(source: Source, split: str | None = None) -> list[Path]:
 
 def _text_files(path: Path, name: str) -> list[Path]:
     """`path` itself, or the text files in the folder `path` and below it, except hidden ones."""
-    if not path.exists():
-        raise UserError(f"data source {name}: {path} does not exist; give a file or a folder")
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise UserError(f"cannot read {path}: data files end in {SUFFIXES}")
-        return [path]
     inside = [
         p
         for p in sorted(path.rglob("*"))
-        if p.suffix.lower() in READERS
-        and p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
     ]
-    if not inside:
+    text_files = [p for p in inside or [path] if p.suffix.lower() in READERS and p.is_file()]
+    if not text_files:
         raise UserError(
-            f"the folder {path} (data source {name}) has no {SUFFIXES} file: put text there"
+            f"data source {name}: {path} is or holds no {', '.join(READERS)} file; put text there, "
+            "or name another file or folder"
         )
-    return inside
+    return text_files
 
 
 def _shard_files(source: Source, split: str | None) -> list[Path]:
     folder = source.paths[0]
     shard_set = SHARD_SETS[folder.name]
     validation = folder / shard_set.file(shard_set.last)
-    train = sorted(p for p in folder.glob("shard_*.parquet") if p != validation)
-    remedy = f"run `python -m nanochat.dataset -n 15 --set {folder.name}`"
-    if split != "train" and not validation.exists():
-        raise UserError(f"the validation shard {validation} is missing: {remedy}")
-    if split != "val" and not train:
-        raise UserError(f"there are no training shards in {folder}: {remedy}")
-    return {"train": train, "val": [validation], None: [*train, validation]}[split]
+    shards = sorted(folder.glob("shard_*.parquet"))
+    by_split = {
+        "train": [p for p in shards if p != validation],
+        "val": [p for p in shards if p == validation],
+    }
+    wanted = [split] if split else list(by_split)
+    for part in wanted:
+        if not by_split[part]:
+            raise UserError(
+                f"the {part} split of {folder.name} has no shard in {folder} ({validation.name} is "
+                f"val, all others are train): run `python -m nanochat.dataset -n 15 --set "
+                f"{folder.name}`"
+            )
+    return [p for part in wanted for p in by_split[part]]
 
 
 def parts(source: Source, split: str) -> list[Part]:
     """A split ("train" or "val") in parts that are read and tokenised independently."""
-    if split not in ("train", "val"):
-        raise ValueError(f"no such split: {split}")
     if source.kind == "tinyworld":
         return [_tinyworld_part(source, split)]
     share = _validation_share(source) if source.kind == "files" else None
