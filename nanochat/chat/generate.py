@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanochat.base.common import UserError
 from nanochat.chat.packed import packed_copy
-from nanochat.chat.tools import calculate
+from nanochat.chat.tools import ToolCalls
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.cache import KVCache
 from nanochat.model.gpt import GPT
@@ -157,9 +157,9 @@ class _Row:
     limit: int  # new tokens, at most
     limit_reason: str  # the finish of a row that reaches its limit
     random: Random
+    tool_calls: ToolCalls
     hidden: Any = None  # (D,) the hidden state of the last token fed
     pending: list[int] = field(default_factory=list)  # tokens decided but not yet fed
-    call: list[int] | None = None  # the tokens of an open tool call
 
 
 class Batch:
@@ -221,7 +221,8 @@ class Batch:
             for i in range(num_samples):
                 sample = Sample(kept, len(prompt) - len(kept), finish="" if limit > 0 else reason)
                 number, random = self._joined + len(rows), Random(f"{seed}/{i}")
-                rows.append(_Row(number, sample, sampling, limit, reason, random))
+                calls = ToolCalls(self._tokenizer)
+                rows.append(_Row(number, sample, sampling, limit, reason, random, calls))
         self._joined += len(rows)
         return Entry(self._body, rows, num_samples, context)
 
@@ -286,7 +287,7 @@ class Batch:
         if id in (specials["<|assistant_end|>"], specials["<|bos|>"]):
             sample.finish, sample.stop = "stop", id
             return [Token(row.number, id, "stop")]
-        new = [id, *self._tool_output(row, id)][: row.limit - len(sample.tokens)]
+        new = [id, *row.tool_calls.answer(id)][: row.limit - len(sample.tokens)]
         sample.tokens += new
         sample.mask += [1] + [0] * (len(new) - 1)
         row.pending = new
@@ -294,20 +295,6 @@ class Batch:
             sample.finish = row.limit_reason
         before = [Token(row.number, token, "") for token in new[:-1]]
         return [*before, Token(row.number, new[-1], sample.finish)]
-
-    def _tool_output(self, row: _Row, id: int) -> list[int]:
-        """The calculator's output as tokens if `id` ends a tool call that it accepts, else []."""
-        specials = self._tokenizer.specials
-        if id == specials["<|python_start|>"]:
-            row.call = []
-        elif row.call is not None and id == specials["<|python_end|>"]:
-            result, row.call = calculate(self._tokenizer.decode(row.call)), None
-            if result is not None:
-                output = self._tokenizer.encode(result)
-                return [specials["<|output_start|>"], *output, specials["<|output_end|>"]]
-        elif row.call is not None:
-            row.call.append(id)
-        return []
 
 
 class Entry:

@@ -13,6 +13,10 @@ import math
 import operator
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanochat.data.tokenizer import Tokenizer
 
 MAX_LENGTH = 256  # characters of an expression
 MAX_DEPTH = 32  # nested operations
@@ -26,6 +30,28 @@ _ALPHABET = re.compile(
     re.VERBOSE,
 )
 _THOUSANDS = re.compile(r"(?<![\w.,])[0-9]{1,3}(?:,[0-9]{3})+(?![\w,])")
+
+
+class ToolCalls:
+    """Follows the tokens that a model samples in one reply, and answers the tool calls in them."""
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        self._tokenizer = tokenizer
+        self._call: list[int] | None = None  # the tokens of an open call
+
+    def answer(self, id: int) -> list[int]:
+        """The calculator's output as tokens if `id` ends a tool call that it accepts, else []."""
+        specials = self._tokenizer.specials
+        if id == specials["<|python_start|>"]:
+            self._call = []
+        elif self._call is not None and id == specials["<|python_end|>"]:
+            result, self._call = calculate(self._tokenizer.decode(self._call)), None
+            if result is not None:
+                output = self._tokenizer.encode(result)
+                return [specials["<|output_start|>"], *output, specials["<|output_end|>"]]
+        elif self._call is not None:
+            self._call.append(id)
+        return []
 
 
 def calculate(expression: str) -> str | None:

@@ -9,8 +9,9 @@ from nanochat.base import logbook
 from nanochat.base.common import columns, duration, entry, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.base.progress import progress
-from nanochat.commands.base_loss import BitsPerByteKnobs, measure
+from nanochat.commands.base_loss import BitsPerByteKnobs, measure, measure_splits
 from nanochat.commands.base_train import PROMPTS
+from nanochat.train.knobs import ExportedModelKnobs
 
 if TYPE_CHECKING:
     from nanochat.eval.core_bundle import CoreTask
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class EvaluateBaseKnobs(BitsPerByteKnobs):
+class EvaluateBaseKnobs(ExportedModelKnobs, BitsPerByteKnobs):
     """Evaluation"""
 
     splits: tuple[str, ...] = knob(("val",), "splits to read")
@@ -39,15 +40,17 @@ class EvaluateBaseKnobs(BitsPerByteKnobs):
     )
 
 
-def continuations(knobs: EvaluateBaseKnobs, loaded: "Loaded") -> dict[str, list[str]]:
-    """For each prompt a greedy and a sampled continuation, which are also printed."""
-    from nanochat.chat.generate import Engine
-
-    tokenizer = loaded.tokenizer
-    engine = Engine(loaded.model.cast_for_inference(), tokenizer)
+def continuations(
+    knobs: EvaluateBaseKnobs, engine: Any, temperatures: Sequence[float]
+) -> dict[str, list[str]]:
+    """
+    For each prompt a continuation at every temperature, which are also printed. `engine` is an
+    Engine or a ForeignEngine.
+    """
+    tokenizer = engine.tokenizer
     prompts = [tokenizer.encode(prompt, bos=True) for prompt in knobs.prompts]
     texts: dict[str, list[str]] = {prompt: [] for prompt in knobs.prompts}
-    for temperature in (0.0, knobs.temperature):
+    for temperature in temperatures:
         samples = engine.generate_batch(
             prompts, max_tokens=knobs.max_tokens, temperature=temperature, seed=knobs.seed
         )
@@ -106,17 +109,32 @@ def core_table(summary: dict[str, Any]) -> str:
     return columns(head, rows + [(name, "absent", *blank) for name in summary["absent"]])
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    knobs, _ = parse(EvaluateBaseKnobs, argv, command="base_eval")
+def evaluate_exported(knobs: EvaluateBaseKnobs) -> dict[str, Any]:
+    """The bits per byte and greedy continuations of an exported folder."""
+    from nanochat.export.foreign import load_exported
 
+    engine = load_exported(knobs.hf, knobs.device_type, knobs.dtype, knobs.seed, knobs.with_code)
+    bpb = measure_splits(knobs, engine, knobs.data)
+    return {"bpb": bpb, "samples": continuations(knobs, engine, [0.0])}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    knobs, origins = parse(EvaluateBaseKnobs, argv, command="base_eval")
+    knobs.check_hf(origins, ["source", "model_tag", "step", "core", "temperature"])
+
+    from nanochat.chat.generate import Engine
     from nanochat.eval.core_bundle import load_bundle
     from nanochat.train.stage import session
 
     # A mistake in the bundle must show before anything that takes time.
     tasks, absent = load_bundle(knobs.core) if knobs.core else ([], [])
     with session():
+        if knobs.hf:
+            return evaluate_exported(knobs)
         loaded, bpb = measure(knobs)
-        texts, step = continuations(knobs, loaded), loaded.checkpoint.step
+        engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+        texts = continuations(knobs, engine, [0.0, knobs.temperature])
+        step = loaded.checkpoint.step
         results: dict[str, Any] = {"bpb": bpb, "samples": texts}
         with logbook.Logbook(loaded.checkpoint.path.parent) as log:
             log.log(kind="base_eval", step=step, val_bpb=bpb, samples=texts)

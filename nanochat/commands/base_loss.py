@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob, parse
@@ -29,19 +29,26 @@ class BitsPerByteKnobs(MachineKnobs):
 
 def measure(knobs: BitsPerByteKnobs) -> tuple["Loaded", dict[str, float]]:
     """Load the model that the knobs name; returns it and its bits per byte by source/split."""
-    from nanochat.data.shards import prepare
-    from nanochat.data.sources import training_sources
-    from nanochat.eval.bits_per_byte import shard_bits_per_byte
     from nanochat.model.checkpoint import load_for_inference
 
     loaded = load_for_inference(
         knobs.source, knobs.model_tag, knobs.step, knobs.device_type, knobs.dtype, knobs.seed
     )
-    meta, token_bytes = loaded.checkpoint.meta, loaded.tokenizer.token_bytes()
+    meta = loaded.checkpoint.meta
     trained_on = meta["knobs"].get("data", ()) if meta["stage"] == "base" else ()
+    return loaded, measure_splits(knobs, loaded, knobs.data or trained_on)
+
+
+def measure_splits(knobs: BitsPerByteKnobs, loaded: Any, data: Sequence[str]) -> dict[str, float]:
+    """The bits per byte of a Loaded or a ForeignEngine, by source/split."""
+    from nanochat.data.shards import prepare
+    from nanochat.data.sources import training_sources
+    from nanochat.eval.bits_per_byte import shard_bits_per_byte
+
+    token_bytes = loaded.tokenizer.token_bytes()
     print0(f"{loaded.describe()}: bits per byte")
     results: dict[str, float] = {}
-    for source in training_sources(knobs.data or trained_on):
+    for source in training_sources(data):
         for split in knobs.splits:
             value = shard_bits_per_byte(
                 loaded.model,
@@ -53,7 +60,7 @@ def measure(knobs: BitsPerByteKnobs) -> tuple["Loaded", dict[str, float]]:
             )
             results[f"{source.name}/{split}"] = value
             print0(f"  {source.name:<20} {split:<6} {value:.4f}")
-    return loaded, results
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import logbook
 from nanochat.base.commands import near
@@ -15,14 +15,17 @@ from nanochat.base.progress import progress
 from nanochat.eval.tasks import arc, gsm8k, humaneval, mmlu, spellingbee, tinyworld
 from nanochat.eval.tasks.common import Item, Task
 from nanochat.model.stages import STAGES, run_directory
-from nanochat.train.knobs import MachineKnobs
+from nanochat.train.knobs import ExportedModelKnobs, MachineKnobs
+
+if TYPE_CHECKING:
+    from nanochat.model.checkpoint import Checkpoint
 
 CHATCORE = [arc.EASY, arc.CHALLENGE, mmlu.TASK, gsm8k.TASK, humaneval.TASK, spellingbee.TASK]
 TASKS = [*CHATCORE, *tinyworld.TASKS.values()]
 
 
 @dataclass(kw_only=True)
-class EvaluateChatKnobs(MachineKnobs):
+class EvaluateChatKnobs(ExportedModelKnobs, MachineKnobs):
     """Evaluation"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob(
@@ -139,17 +142,13 @@ def questions_of(tasks: Sequence[Task], n: int, seed: int) -> list[tuple[Task, l
     return [(task, task.items("val", each[task.name], seed)) for task in tasks]
 
 
-def ask(knobs: EvaluateChatKnobs, questions: Sequence[tuple[Task, list[Item]]]) -> dict[str, Any]:
-    """Load the model, ask it all questions, log and print the results; returns the summary."""
-    from nanochat.chat.generate import Engine
+def ask(
+    knobs: EvaluateChatKnobs, engine: Any, questions: Sequence[tuple[Task, list[Item]]]
+) -> dict[str, Any]:
+    """Ask an Engine or a ForeignEngine all questions; returns the summary."""
     from nanochat.eval.chat import judge, summarise
-    from nanochat.model.checkpoint import load_for_inference
 
-    loaded = load_for_inference(
-        knobs.source, knobs.model_tag, knobs.step, knobs.device_type, knobs.dtype, knobs.seed
-    )
-    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
-    began, results = time.monotonic(), {}
+    results = {}
     for task, items in questions:
         with progress(len(items), task.name, "questions") as bar:
             verdicts = judge(
@@ -164,11 +163,17 @@ def ask(knobs: EvaluateChatKnobs, questions: Sequence[tuple[Task, list[Item]]]) 
                 progress=bar.update,
             )
         results[task.name.removeprefix("tinyworld/")] = verdicts.result(task.chance)
-    summary, seconds = summarise(results), time.monotonic() - began
-    with logbook.Logbook(loaded.checkpoint.path.parent) as log:
+    return summarise(results)
+
+
+def log_summary(
+    knobs: EvaluateChatKnobs, checkpoint: "Checkpoint", summary: dict[str, Any], seconds: float
+) -> None:
+    """Add the summary to the run's log book."""
+    with logbook.Logbook(checkpoint.path.parent) as log:
         log.log(
             kind="chat_eval",
-            step=loaded.checkpoint.step,
+            step=checkpoint.step,
             stage=knobs.source,
             seconds_taken=round(seconds, 2),
             task=" ".join(knobs.tasks),
@@ -177,14 +182,40 @@ def ask(knobs: EvaluateChatKnobs, questions: Sequence[tuple[Task, list[Item]]]) 
             max_tokens=knobs.max_tokens,
             **summary,
         )
-    tag = loaded.checkpoint.tag
-    print0(f"\naccuracy of {tag} with 95 % intervals\n{columns(*stage_table(stage_results(tag)))}")
-    for name, result in results.items():
+
+
+def evaluate(
+    knobs: EvaluateChatKnobs, questions: Sequence[tuple[Task, list[Item]]]
+) -> dict[str, Any]:
+    """
+    Load the model, ask it all questions, and print the results; those of a checkpoint are also
+    logged. Returns the summary.
+    """
+    from nanochat.chat.generate import Engine
+    from nanochat.model.checkpoint import Loaded, load_for_inference
+
+    machine = knobs.device_type, knobs.dtype, knobs.seed
+    if knobs.hf:
+        from nanochat.export.foreign import load_exported
+
+        loaded = engine = load_exported(knobs.hf, *machine, knobs.with_code)
+    else:
+        loaded = load_for_inference(knobs.source, knobs.model_tag, knobs.step, *machine)
+        engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    began = time.monotonic()
+    summary, seconds = ask(knobs, engine, questions), time.monotonic() - began
+    name, stages = knobs.hf, {"exported": summary}
+    if isinstance(loaded, Loaded):
+        log_summary(knobs, loaded.checkpoint, summary, seconds)
+        name = loaded.checkpoint.tag
+        stages = stage_results(name)
+    print0(f"\naccuracy of {name} with 95 % intervals\n{columns(*stage_table(stages))}")
+    for task, result in summary["kinds"].items():
         if result["clipped"]:
-            print0(f"  {name}: {result['clipped']:,} of {result['n']:,} prompts were cut")
+            print0(f"  {task}: {result['clipped']:,} of {result['n']:,} prompts were cut")
         if result["unfinished"]:
             answers = result["n"] * knobs.num_samples
-            print0(f"  {name}: {result['unfinished']:,} of {answers:,} answers reached their limit")
+            print0(f"  {task}: {result['unfinished']:,} of {answers:,} answers reached their limit")
     print0(
         f"{loaded.describe()}: {summary['accuracy']:.1%} of {summary['n']:,} questions "
         f"in {duration(seconds)}"
@@ -193,14 +224,15 @@ def ask(knobs: EvaluateChatKnobs, questions: Sequence[tuple[Task, list[Item]]]) 
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    knobs, _ = parse(EvaluateChatKnobs, argv, command="chat_eval")
+    knobs, origins = parse(EvaluateChatKnobs, argv, command="chat_eval")
+    knobs.check_hf(origins, ["source", "model_tag", "step"])
     if knobs.num_samples > 1 and knobs.temperature == 0:
         raise UserError(
             f"--num_samples={knobs.num_samples} at temperature 0 samples the same answer every "
             "time: add --temperature=1, for example"
         )
     tasks = named_tasks(knobs.tasks, knobs.task_dir)
-    return ask(knobs, questions_of(tasks, knobs.num_items, knobs.seed))
+    return evaluate(knobs, questions_of(tasks, knobs.num_items, knobs.seed))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ The knobs that commands share: of the machine, of a training run, of the stages 
 Importing this needs no torch, so that every command shows its help at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from nanochat.base.common import UserError
 from nanochat.base.knobs import knob
 
 K = TypeVar("K", bound="TrainKnobs")
@@ -22,6 +23,26 @@ class MachineKnobs:
         "auto", "precision of the computation; weights stay in float32"
     )
     seed: int = knob(42, "seed of weights, data order and samples")
+
+
+@dataclass(kw_only=True)
+class ExportedModelKnobs:
+    """Exported model"""
+
+    hf: str = knob(
+        "", "exported folder (export --to hf) to score with transformers, in place of a checkpoint"
+    )
+    with_code: bool = knob(
+        False, "with --hf: run the Python code that the folder ships for an attention prior"
+    )
+
+    def check_hf(self, origins: Mapping[str, str], replaced: Sequence[str]) -> None:
+        """UserError for a knob in `replaced` that is set together with --hf."""
+        if self.with_code and not self.hf:
+            raise UserError("--with_code has no effect without --hf: add --hf DIR or leave it out")
+        for name in replaced if self.hf else ():
+            if origins[name] != "default":
+                raise UserError(f"--{name} cannot be combined with --hf: leave one of them out")
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,248 @@
+"""
+An exported folder as transformers loads it, with what an evaluation asks of a model, a tokenizer
+and an engine of ours. Scoring it checks the export and the evaluation against each other.
+
+Everything comes from the folder and from transformers: the tokenizer and its chat template, the
+logits, the generation loop and its stop tokens. Only the calculator is ours.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain, islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.base.common import UserError
+from nanochat.base.files import sha256_file
+from nanochat.base.runtime import Runtime, open_runtime
+from nanochat.chat.generate import Sample, clip
+from nanochat.chat.tools import ToolCalls
+from nanochat.data.rendering import SPECIAL_TOKENS, brief
+from nanochat.data.tokenizer import segments
+from nanochat.export.hf import require_transformers
+
+
+class ForeignTokenizer:
+    """The folder's tokenizer and chat template, with the methods of Tokenizer that scoring uses."""
+
+    def __init__(self, tokenizer: Any, fingerprint: str):
+        self._tokenizer = tokenizer
+        self.fingerprint = fingerprint  # token shards of this tokenizer are stored under it
+        self.specials = {name: tokenizer.get_vocab()[name] for name in SPECIAL_TOKENS}
+        self.bos = self.specials["<|bos|>"]
+        self.vocab_size = len(tokenizer)
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        return self.encode_batch([text], bos)[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[np.ndarray]:
+        """The ids of ordinary texts as uint32 arrays, each after <|bos|> if asked for."""
+        head = [self.bos] if bos else []
+        parts = [list(segments(text)) for text in texts]
+        encoded = self._tokenizer(
+            [*chain.from_iterable(parts)], add_special_tokens=False, split_special_tokens=True
+        )
+        ids = iter(encoded["input_ids"])
+        joined = (chain.from_iterable(islice(ids, len(part))) for part in parts)
+        return [np.array([*head, *tokens], dtype=np.uint32) for tokens in joined]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int32: UTF-8 bytes per token, 0 for special ones."""
+        special = set(self.specials.values())
+        tokens = self._tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
+        # The vocabulary spells each byte as one letter
+        sizes = [0 if i in special else len(token) for i, token in enumerate(tokens)]
+        return np.array(sizes, dtype=np.int32)
+
+    def render_prompt(self, conversation: dict) -> list[int]:
+        return self._tokenizer.apply_chat_template(
+            conversation["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+
+class ForeignModel(nn.Module):
+    """A causal language model of transformers, with the parts of GPT that scoring needs."""
+
+    def __init__(self, network: Any):
+        super().__init__()
+        self.network = network
+        self.embed: nn.Module = network.get_input_embeddings()
+        self.config = SimpleNamespace(sequence_len=network.config.max_position_embeddings)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.network.get_output_embeddings().weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The last hidden states (B, T, D) of the token ids (B, T)."""
+        states: list[Tensor] = []
+        hook = self.network.base_model.register_forward_hook(
+            lambda module, args, output: states.append(output.last_hidden_state)
+        )
+        with hook:
+            self.network(input_ids=ids, use_cache=False, logits_to_keep=1)
+        return states[0]
+
+    def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """
+        Negative log-likelihood in nats of every target (B, T), 0 where it is -1. The network
+        computes whole logits, so it gets one row at a time.
+        """
+        losses = []
+        for row, target in zip(ids, targets, strict=True):
+            logits = self.network(input_ids=row[None], use_cache=False).logits[0]
+            losses.append(
+                F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="none")
+            )
+        return torch.stack(losses)
+
+
+class _Calculator:
+    """
+    A logits processor that forces the calculator's output into the rows that call it. `masks` holds
+    a list for each row: per token 1 where it was sampled, 0 where it was forced.
+    """
+
+    def __init__(self, tokenizer: Any, rows: int):
+        self.masks: list[list[int]] = [[] for _ in range(rows)]
+        self._calls = [ToolCalls(tokenizer) for _ in range(rows)]
+        self._outputs: list[deque[int]] = [deque() for _ in range(rows)]
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """logits (B, V) for the token after ids (B, T), with one choice only where it is forced."""
+        for row, (mask, output) in enumerate(zip(self.masks, self._outputs, strict=True)):
+            if mask and mask[-1]:
+                output.extend(self._calls[row].answer(int(ids[row, -1])))
+            mask.append(int(not output))
+            if output:
+                logits[row] = -torch.inf
+                logits[row, output.popleft()] = 0
+        return logits
+
+
+class ForeignEngine:
+    """An exported folder, ready to be scored: in place of a Loaded and of its Engine."""
+
+    def __init__(
+        self, folder: Path, model: ForeignModel, tokenizer: ForeignTokenizer, runtime: Runtime
+    ):
+        self.folder, self.model, self.tokenizer, self.runtime = folder, model, tokenizer, runtime
+
+    def describe(self) -> str:
+        """For example "exports/d4-sft-hf in transformers 5.24.0, float32 on cpu"."""
+        version, runtime = require_transformers().__version__, self.runtime
+        place = f"{runtime.dtype_name} on {runtime.device.type}"
+        return f"{self.folder} in transformers {version}, {place}"
+
+    @torch.inference_mode()
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int = 1,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | Sequence[int] = 42,
+    ) -> list[Sample]:
+        """
+        The greedy continuation of each prompt, as Engine.generate_batch gives it. UserError for
+        another temperature or more samples; the seed changes nothing.
+        """
+        if temperature != 0 or num_samples != 1:
+            raise UserError(
+                f"--hf answers greedily, once per question (got --temperature={temperature:g} "
+                f"--num_samples={num_samples}): leave out both"
+            )
+        context = self.model.config.sequence_len
+        kept = [clip(prompt, max(1, context - 1)) for prompt in prompts]
+        limits = [min(max_tokens, context + 1 - len(prompt)) for prompt in kept]
+        longest = max(map(len, kept))
+        padding = [longest - len(prompt) for prompt in kept]
+        ids = [[self.tokenizer.bos] * n + p for n, p in zip(padding, kept, strict=True)]
+        real = [[0] * n + [1] * (longest - n) for n in padding]
+        calculator = _Calculator(self.tokenizer, len(prompts))
+        generated = self.model.network.generate(
+            torch.tensor(ids, device=self.runtime.device),
+            attention_mask=torch.tensor(real, device=self.runtime.device),
+            max_new_tokens=max(limits),
+            do_sample=False,
+            logits_processor=require_transformers().LogitsProcessorList([calculator]),
+        )
+        rows = generated[:, longest:].tolist()
+        samples = []
+        for i, limit in enumerate(limits):
+            sample = Sample(kept[i], len(prompts[i]) - len(kept[i]))
+            self._fill(sample, rows[i][:limit], calculator.masks[i])
+            sample.finish = sample.finish or ("length" if limit == max_tokens else "context")
+            samples.append(sample)
+        return samples
+
+    def _fill(self, sample: Sample, tokens: list[int], mask: list[int]) -> None:
+        """Give a sample its tokens up to the first stop token."""
+        stops = self.tokenizer.specials["<|assistant_end|>"], self.tokenizer.bos
+        count = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+        sample.tokens, sample.mask = tokens[:count], mask[:count]
+        if count < len(tokens):
+            sample.finish, sample.stop = "stop", tokens[count]
+
+
+def load_exported(
+    folder: str | Path,
+    device_type: str = "auto",
+    dtype: str = "auto",
+    seed: int = 42,
+    with_code: bool = False,
+) -> ForeignEngine:
+    """
+    Load a folder that `nanochat export --to hf` wrote. UserError when it is missing or incomplete,
+    and when it ships code that `with_code` does not allow to run.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"there is no exported model in {folder}: write one with nanochat export --to hf"
+        )
+    transformers = require_transformers()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    runtime = open_runtime(device_type, dtype, seed)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in config and not with_code:
+            raise UserError(
+                f"{folder} ships Python code, which would run on this machine: "
+                "add --with_code if you trust it"
+            )
+        network, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=runtime.dtype,
+            local_files_only=True,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=with_code,
+            output_loading_info=True,
+        )
+        if absent := sorted(report["missing_keys"]):
+            raise ValueError(f"the weights lack {absent[0]}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        fingerprint = sha256_file(folder / "tokenizer.json")
+        foreign_tokenizer = ForeignTokenizer(tokenizer, fingerprint)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(
+            f"transformers cannot load {folder} ({type(e).__name__}: {brief(str(e))}): "
+            "write it again with nanochat export --to hf"
+        ) from e
+    model = ForeignModel(network.to(runtime.device).eval())
+    return ForeignEngine(folder, model, foreign_tokenizer, runtime)
