@@ -54,7 +54,7 @@ def errors(
         predicted = speed.tokens_per_second(config, rows, T, batch, basis).tok_per_sec
         result[name] = predicted / point["tok_per_sec"] - 1
     model = MemoryModel(replace(machine, points=(), memory_gap=0.0), point["compiled"])
-    traced = model.report(config, rows, point["accumulation"])
+    _, traced = model.predict(config, rows, point["accumulation"])
     result["memory"] = traced / point["peak_memory_bytes"] - 1
     return {**result, "traced": traced, "seconds": time.monotonic() - began}
 

@@ -51,6 +51,16 @@ def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str,
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def flat(candidate: dict[str, Any]) -> dict[str, Any]:
+    """A candidate of a plan with its size, speed, loss and their intervals as single figures."""
+    config = candidate["config"]
+    figures = {"depth": config["n_layer"], "model_dim": config["n_embd"]}
+    for name, field in (("tok_per_sec", "speed"), ("bpb", "bpb")):
+        names = (name, f"{name}_lo", f"{name}_hi")
+        figures |= dict(zip(names, candidate[field], strict=True))
+    return {**candidate, **figures}
+
+
 def trained(base: Path, out: str) -> dict[str, Any]:
     """
     The record of the run that a recipe asks for, with its tokens per second; trained if missing.
@@ -138,9 +148,9 @@ def main() -> None:
     base = options.base.resolve()
     data = ["--data", *trials.prepared("prose", options.texts.resolve(), base, options.vocab)]
     plan = planned(base, options.minutes, data, "chosen")
-    first = plan["primary"]
+    first = flat(plan["primary"])
     shape = first["depth"], first["model_dim"]
-    others = [c for c in plan["candidates"] if (c["depth"], c["model_dim"]) != shape]
+    others = [c for c in map(flat, plan["candidates"]) if (c["depth"], c["model_dim"]) != shape]
     others.sort(key=lambda c: c["bpb"])
     trial: dict[str, Any] = {
         "machine": plan["machine"]["name"],
@@ -152,9 +162,8 @@ def main() -> None:
         name = f"next-{i}" if i else "chosen"
         if i:
             size = [f"--depth={c['depth']}", f"--model_dim={c['model_dim']}"]
-            c = planned(base, options.minutes, [*data, *size, "--probe=plan/probe.json"], name)[
-                "primary"
-            ]
+            words = [*data, *size, "--probe=plan/probe.json"]
+            c = flat(planned(base, options.minutes, words, name)["primary"])
         predicted = {n: c[n] for n in PREDICTED}
         run = {
             "name": name,

@@ -3,16 +3,19 @@ Which architecture a budget of time should train: candidates of all sizes, what 
 each, and a choice among those that fit the memory. The others keep the reason why they lost.
 """
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import NoReturn
+
+import numpy as np
 
 from nanochat.base.common import UserError, duration, print0
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
-from nanochat.plan import law, memory, speed
+from nanochat.plan import memory, speed
+from nanochat.plan.law import Law
 from nanochat.plan.machine import GIB, BudgetKnobs, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
 from nanochat.plan.shapes import OpenSizeKnobs, counts, layer_parameters
@@ -24,7 +27,6 @@ FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape
 MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # per micro-batch without a probe
 USABLE = 0.95  # of a card's memory: the driver and the screen take some
 SHORTEST = 512  # context that is tried where memory is short
-MOST_TRACED = 4  # candidates that fit, the best predictions first, whose memory is traced
 EVALUATIONS = 4  # in a run, besides the one before it
 EVALUATION_SHARE = 0.006  # of the pretraining time for each of them
 OPENING = 6.0  # seconds in which a run opens its data and model and draws its samples
@@ -40,22 +42,29 @@ class ChoiceKnobs(MachineKnobs, BudgetKnobs, OpenSizeKnobs):
     device_batch_size: int = knob(0, "rows of a micro-batch; 0 = the fastest that fits", low=0)
     data: tuple[str, ...] = knob((), "text to train on, as for base_train; it goes into the recipe")
 
+    def pretraining_seconds(self) -> float:
+        """The share of the budget for pretraining. UserError if no budget is given."""
+        seconds = budget_seconds(self)
+        if not seconds:
+            raise UserError("the plan needs a budget for the whole run: give --hours or --minutes")
+        return self.pretrain * seconds
+
 
 @dataclass
 class Candidate:
-    """An architecture and what the budget makes of it."""
+    """An architecture and what the budget makes of it; the plan's JSON holds these fields."""
 
     config: GPTConfig
     contexts: tuple[tuple[float, int], ...]  # (share of the run, context from there on)
-    batch: int  # tokens per step
-    rows: int  # of a micro-batch
+    total_batch_size: int
+    device_batch_size: int
     speed: speed.Speed
     tokens: float
     eval_tokens: int
     bpb: tuple[float, float, float]  # bits per byte with a 90 % interval
     why: str = ""  # it lost
-    memory: float = 0.0  # bytes of the device; 0 = not traced
-    peak: float | None = None  # bytes that the run will report
+    memory_bytes: float = 0.0  # of the device; 0 = not traced
+    peak_memory_bytes: float = 0.0  # that the run will report
 
     @property
     def size(self) -> int:
@@ -68,11 +77,11 @@ class Candidate:
 
     @property
     def steps(self) -> int:
-        return int(self.tokens / self.batch)
+        return int(self.tokens / self.total_batch_size)
 
     @property
     def accumulation(self) -> int:
-        return max(1, self.batch // (self.rows * self.config.sequence_len))
+        return max(1, self.total_batch_size // (self.device_batch_size * self.config.sequence_len))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,33 +93,6 @@ class Candidate:
         """Decides between equal predictions: the usual shape first, then the smaller model."""
         return abs(self.config.n_embd / self.config.n_layer - 64) > 8, self.size
 
-    def summary(self) -> dict[str, Any]:
-        """The candidate as the plan's JSON shows it."""
-        bpb, bpb_lo, bpb_hi = self.bpb
-        return {
-            "depth": self.config.n_layer,
-            "model_dim": self.config.n_embd,
-            "head_dim": self.config.head_dim,
-            "sequence_len": self.config.sequence_len,
-            "contexts": self.contexts,
-            "total_batch_size": self.batch,
-            "device_batch_size": self.rows,
-            "steps": self.steps,
-            "eval_tokens": self.eval_tokens,
-            "parameters": self.parameters,
-            "layer_parameters": self.size,
-            "tokens": self.tokens,
-            "memory_bytes": self.memory or None,
-            "peak_memory_bytes": self.peak,
-            "tok_per_sec": self.speed.tok_per_sec,
-            "tok_per_sec_lo": self.speed.lo,
-            "tok_per_sec_hi": self.speed.hi,
-            "bpb": bpb,
-            "bpb_lo": bpb_lo,
-            "bpb_hi": bpb_hi,
-            "why": self.why,
-        }
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -119,8 +101,6 @@ class Choice:
     primary: Candidate
     fallback: Candidate | None
     candidates: list[Candidate]
-    seconds: float
-    pretraining_seconds: float
 
 
 class MemoryModel:
@@ -131,57 +111,40 @@ class MemoryModel:
 
     def __init__(self, machine: Machine, compiled: bool):
         self.machine, self.compiled = machine, compiled
-        self.predictions: dict[str, dict[str, int]] = {}
-        self.reported = "allocated" if machine.device_type == "cuda" else "total"
         self.gap, self.margin = machine.memory_gap or 0.0, None
         points = [p for p in machine.points if p["compiled"] == compiled]
         if on_card := [p for p in points if "card_bytes" in p]:
             peaks = [p["peak_memory_bytes"] for p in on_card]
             self.margin = memory.measured_margin(on_card, peaks)
         if machine.memory_gap is None and points:
-            small = sorted(points, key=lambda p: p["rows"])[:2]
-            self.gap = fmean(p["peak_memory_bytes"] - self._reported_at(p) for p in small)
+            gaps = []
+            for p in sorted(points, key=lambda p: p["rows"])[:2]:
+                config = GPTConfig(**p["config"])
+                _, reported = self.predict(config, p["rows"], p["accumulation"])
+                gaps.append(p["peak_memory_bytes"] - reported)
+            self.gap = fmean(gaps)
 
-    def predict(self, config: GPTConfig, rows: int, accumulation: int) -> dict[str, int]:
-        """plan.memory.predict for a training step, remembered."""
-        micro_batches = min(2, accumulation)
-        key = json.dumps([asdict(config), rows, micro_batches])
-        if key not in self.predictions:
-            self.predictions[key] = memory.predict(
-                config,
-                rows,
-                config.sequence_len,
-                dtype=self.machine.dtype,
-                device_type=self.machine.device_type,
-                compiled=self.compiled,
-                margin=self.margin,
-                micro_batches=micro_batches,
-            )
-        return self.predictions[key]
-
-    def report(self, config: GPTConfig, rows: int, accumulation: int) -> float:
-        """Bytes that a run would report as its peak, before any correction."""
-        return self.predict(config, rows, accumulation)[self.reported]
-
-    def _reported_at(self, point: dict[str, Any]) -> float:
-        return self.report(GPTConfig(**point["config"]), point["rows"], point["accumulation"])
-
-    def fill_in(self, candidate: Candidate) -> None:
-        """Set what a candidate needs of the device, and what it will report."""
-        parts = self.predict(candidate.config, candidate.rows, candidate.accumulation)
-        candidate.memory = parts["total"] + self.gap
-        candidate.peak = parts[self.reported] + self.gap
+    def predict(self, config: GPTConfig, rows: int, accumulation: int) -> tuple[float, float]:
+        """Bytes of the device that training needs, and the peak that a run will report."""
+        parts = memory.predict(
+            config,
+            rows,
+            config.sequence_len,
+            dtype=self.machine.dtype,
+            device_type=self.machine.device_type,
+            compiled=self.compiled,
+            margin=self.margin,
+            micro_batches=min(2, accumulation),
+        )
+        reported = parts["allocated" if self.machine.device_type == "cuda" else "total"]
+        return parts["total"] + self.gap, reported + self.gap
 
 
 def assess(
-    knobs: ChoiceKnobs,
-    config: GPTConfig,
-    machine: Machine,
-    the_law: law.Law,
-    seconds: float,
-    most_rows: int = 1 << 30,
+    knobs: ChoiceKnobs, config: GPTConfig, machine: Machine, law: Law, most_rows: int = 1 << 30
 ) -> Candidate:
-    """What `seconds` of pretraining make of an architecture, including evaluations and opening."""
+    """What the budget makes of an architecture, including evaluations and opening."""
+    seconds = knobs.pretraining_seconds()
     T, sources = config.sequence_len, max(1, len(knobs.data))
     staged = machine.device_type != "cpu" and seconds >= 3600 and not knobs.sequence_len
     contexts = context_stages(T) if staged else ((0.0, T),)
@@ -190,9 +153,9 @@ def assess(
     longest, batch = contexts[-1][1], knobs.total_batch_size or 1 << 14
     tokens, rows, rate, eval_tokens = 0.0, 1, speed.Speed(1.0, 1.0, 1.0), 0
     for _ in range(3):  # the batch follows from the tokens, and they follow a little from the batch
-        options = [1 << i for i in range(11) if (1 << i) * T <= max(batch, T)]
-        rows = min(knobs.device_batch_size, most_rows)
+        rows = knobs.device_batch_size
         if not rows:
+            options = [1 << i for i in range(11) if (1 << i) * T <= max(batch, T)]
             options = [r for r in options if r <= most_rows]
             rows = _fastest_rows(config, options, batch, machine)
         rate = _mean_speed(config, contexts, rows * T, batch, machine)
@@ -203,7 +166,7 @@ def assess(
         tokens = max(0.0, training - evaluating) * rate.tok_per_sec
         if not knobs.total_batch_size:
             batch = max(longest, batch_for(tokens) // longest * longest)
-    bpb = the_law.interval(layer_parameters(config), max(tokens, 1.0))
+    bpb = law.interval(layer_parameters(config), max(tokens, 1.0))
     candidate = Candidate(config, contexts, batch, rows, rate, tokens, eval_tokens, bpb)
     if candidate.steps < FEWEST_STEPS:
         candidate.why = f"{candidate.steps} steps are too few"
@@ -233,23 +196,20 @@ def _mean_speed(
     machine: Machine,
 ) -> speed.Speed:
     """The mean over context stages, by their time; a micro-batch keeps its tokens."""
-    tok_per_sec = lo = hi = 0.0
-    ends = [begin for begin, _ in contexts[1:]] + [1.0]
-    for end, (begin, T) in zip(ends, contexts, strict=True):
-        rate = speed.tokens_per_second(config, max(1, micro_tokens // T), T, batch, machine)
-        tok_per_sec += (end - begin) * rate.tok_per_sec
-        lo += (end - begin) * rate.lo
-        hi += (end - begin) * rate.hi
-    return speed.Speed(tok_per_sec, lo, hi)
+    begins, lengths = zip(*contexts, strict=True)
+    rates = [
+        speed.tokens_per_second(config, max(1, micro_tokens // T), T, batch, machine)
+        for T in lengths
+    ]
+    return speed.Speed(*np.average(rates, axis=0, weights=np.diff([*begins, 1.0])).tolist())
 
 
-def candidates(
-    knobs: ChoiceKnobs, machine: Machine, the_law: law.Law, seconds: float
-) -> list[Candidate]:
+def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law) -> list[Candidate]:
     """
-    All candidates worth a look, the best prediction first and those that cannot train in the budget
-    last. UserError if none can.
+    All candidates, the best prediction first and those that cannot train in the budget last.
+    UserError if none can.
     """
+    seconds = knobs.pretraining_seconds()
     T = knobs.sequence_len or context_for(speed.usual_flops(machine, seconds))
     depths = (knobs.depth,) if knobs.depth else DEPTHS
     aspects = (64.0,) if knobs.model_dim else ASPECTS
@@ -257,21 +217,19 @@ def candidates(
         aspects = (knobs.aspect_ratio,)
     every = [knobs.of_size(depth, aspect, T) for depth in depths for aspect in aspects]
     configs = {(c.n_layer, c.n_embd): c for c in every}
-    assessed = [assess(knobs, config, machine, the_law, seconds) for config in configs.values()]
+    assessed = [assess(knobs, config, machine, law) for config in configs.values()]
     assessed.sort(key=lambda c: (bool(c.why), c.bpb[0], c.size))
-    if assessed[0].why:
-        _refuse_budget(knobs, machine, seconds, min(assessed, key=lambda c: c.size))
-    return assessed
-
-
-def _refuse_budget(knobs: ChoiceKnobs, machine: Machine, seconds: float, least: Candidate) -> None:
-    c = least.config
+    if not assessed[0].why:
+        return assessed
+    least = min(assessed, key=lambda c: c.size)
+    depth, width = least.shape
+    vocab = least.config.vocab_size
     stepping = 1.3 * FEWEST_STEPS * (1 << 12) / least.speed.tok_per_sec
     needed = (OPENING + speed.first_step(machine, False) + stepping) / knobs.pretrain
-    smaller = ", or a smaller vocabulary" if c.vocab_size > 4096 else ""
+    smaller = ", or a smaller vocabulary" if vocab > 4096 else ""
     raise UserError(
-        f"{duration(seconds)} of pretraining are too few for any model here: even depth "
-        f"{c.n_layer} at width {c.n_embd} with {c.vocab_size:,} tokens makes {least.steps} steps. "
+        f"{duration(seconds)} of pretraining are too few for any model here: even depth {depth} at "
+        f"width {width} with {vocab:,} tokens makes {least.steps} steps. "
         f"Give at least {max(1, round(needed / 60 + 0.5))} minutes{smaller}"
     )
 
@@ -279,111 +237,88 @@ def _refuse_budget(knobs: ChoiceKnobs, machine: Machine, seconds: float, least: 
 class _Fitting:
     """Traces the memory of candidates, with fewer rows until they fit."""
 
-    def __init__(self, knobs: ChoiceKnobs, machine: Machine, the_law: law.Law, seconds: float):
-        self.arguments = machine, the_law, seconds
-        self.knobs, self.machine = knobs, machine
-        self.available = machine.memory_bytes * USABLE
-        self.memory = MemoryModel(machine, machine.compiles(seconds))
-        self.candidates = candidates(knobs, *self.arguments)
+    def __init__(self, knobs: ChoiceKnobs, machine: Machine, law: Law):
+        self.knobs, self.machine, self.law = knobs, machine, law
+        self.memory = MemoryModel(machine, machine.compiles(knobs.pretraining_seconds()))
+        self.candidates = candidates(knobs, machine, law)
+        self.too_large = math.inf  # parameters of the smallest candidate that does not fit
 
-    def fits(self, i: int) -> bool:
-        """Whether candidate i fits; if it never does, it gets the reason why it lost."""
-        c = self.candidates[i]
-        if any(o.why.startswith("needs") and o.parameters <= c.parameters for o in self.candidates):
+    def first(self, order: Sequence[Candidate]) -> Candidate | None:
+        """The first candidate that can train and fits."""
+        return next((c for c in order if not c.why and self._fits(c)), None)
+
+    def _fits(self, c: Candidate) -> bool:
+        """Whether a candidate fits, now with fewer rows if it must; if not, it gets the reason."""
+        if c.memory_bytes:
+            return True
+        if c.parameters >= self.too_large:
             c.why = "needs more memory than a smaller one that does not fit"
             return False
-        self.memory.fill_in(c)
-        while c.memory > self.available and c.rows > 1 and not self.knobs.device_batch_size:
-            c = assess(self.knobs, c.config, *self.arguments, most_rows=self._fewer_rows(c))
-            self.candidates[i] = c
-            self.memory.fill_in(c)
-        if c.memory > self.available:
-            total = self.machine.memory_bytes / GIB
-            c.why = f"needs {c.memory / GIB:.1f} of {total:.1f} GiB"
-        return not c.why
-
-    def _fewer_rows(self, c: Candidate) -> int:
-        """A power of two, at most half: weights and their state stay, the rest follows the rows."""
-        state = 12 * c.parameters
-        share = max(0.0, self.available - state) / max(1.0, c.memory - state)
-        fitting = 1 << max(0, int(c.rows * share).bit_length() - 1)
-        return max(1, min(c.rows // 2, fitting))
-
-    def best(self) -> list[Candidate]:
-        """Up to MOST_TRACED candidates that fit, best first. UserError if none fits."""
-        edge = self.candidates[0].bpb[0] * (1 + TIE)
-
-        def order(i: int) -> tuple:
-            c = self.candidates[i]
-            return (0, *c.simplicity) if c.bpb[0] <= edge else (1, c.bpb[0])
-
-        fitting: list[Candidate] = []
-        for i in sorted(range(len(self.candidates)), key=order):
-            if len(fitting) < MOST_TRACED and not self.candidates[i].why and self.fits(i):
-                fitting.append(self.candidates[i])
-        if not fitting:
-            least = min((c for c in self.candidates if c.memory), key=lambda c: c.memory)
-            depth, width = least.shape
-            raise UserError(
-                f"{self.machine.name} has too little memory "
-                f"({self.machine.memory_bytes / GIB:.2g} GiB): the smallest candidate, depth "
-                f"{depth} at width {width}, needs {least.memory / GIB:.2g} GiB with {least.rows} "
-                "rows at a time. Try --sequence_len=256, a smaller vocabulary, --tie_embeddings "
-                "or a smaller --depth"
+        available = self.machine.memory_bytes
+        while True:
+            rows = c.device_batch_size
+            c.memory_bytes, c.peak_memory_bytes = self.memory.predict(
+                c.config, rows, c.accumulation
             )
-        return sorted(fitting, key=lambda c: c.bpb[0])
-
-    def fallback(self, primary: Candidate) -> Candidate | None:
-        """The best candidate of at most two thirds of the primary's size that fits."""
-        for i, c in enumerate(self.candidates):
-            if not c.why and c.size <= 2 / 3 * primary.size and self.fits(i):
-                return self.candidates[i]
-        return None
+            if c.memory_bytes <= USABLE * available:
+                return not c.why
+            if rows == 1 or self.knobs.device_batch_size:
+                break
+            fewer = assess(self.knobs, c.config, self.machine, self.law, most_rows=rows // 2)
+            vars(c).update(vars(fewer))
+        c.why = f"needs {c.memory_bytes / GIB:.1f} of {available / GIB:.1f} GiB"
+        self.too_large = c.parameters
+        return False
 
 
 def choose(
-    knobs: ChoiceKnobs, machine: Machine, the_law: law.Law, kept: tuple[int, int] | None = None
+    knobs: ChoiceKnobs, machine: Machine, law: Law, kept: tuple[int, int] | None = None
 ) -> Choice:
     """
-    The best candidate for a budget and the alternatives. `kept` (depth, width), which a pilot
-    tried, stays the primary unless another is predicted to be 1 % better. Where memory shuts better
-    ones out, a shorter context, which leaves room for them, is tried as well. UserError if the
-    budget or the memory is too small.
+    The best candidate for a budget and the alternatives: of predictions as good as the best one
+    that fits, the simplest, and in reserve the best of at most two thirds of its size. `kept`
+    (depth, width), which a pilot tried, stays the primary unless another is predicted to be 1 %
+    better. Where memory shuts better ones out, a shorter context, which leaves room for them, is
+    tried as well. UserError if the budget or the memory is too small.
     """
-    seconds = budget_seconds(knobs)
-    if not seconds:
-        raise UserError("the plan needs a budget for the whole run: give --hours or --minutes")
-    pretraining = knobs.pretrain * seconds
-    compiled = machine.compiles(pretraining)
+    compiled = machine.compiles(knobs.pretraining_seconds())
     # Eager and compiled steps differ like two machines.
     alike = tuple(p for p in machine.points if p["compiled"] == compiled)
     machine = replace(machine, points=alike or machine.points)
     print0("  tracing the memory of the best candidates")
-    fitting = _Fitting(knobs, machine, the_law, pretraining)
-    primary = _primary(fitting.best(), kept)
-    fallback = fitting.fallback(primary)
+    fitting = _Fitting(knobs, machine, law)
+    every = fitting.candidates
+    best = fitting.first(every) or _refuse_memory(every, machine)
+    equal = [c for c in every if c.bpb[0] <= best.bpb[0] * (1 + TIE)]
+    primary = fitting.first(sorted(equal, key=lambda c: c.simplicity)) or best
+    tried = fitting.first([c for c in every if c.shape == kept])
+    if tried and tried.bpb[0] <= primary.bpb[0] * 1.01:
+        primary = tried
+    fallback = fitting.first([c for c in every if c.size <= 2 / 3 * primary.size])
     T = primary.config.sequence_len
-    shut_out = any(
-        c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in fitting.candidates
-    )
+    shut_out = any(c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in every)
     if shut_out and not knobs.sequence_len and T > SHORTEST:
-        shorter = choose(replace(knobs, sequence_len=T // 2), machine, the_law, kept)
+        shorter = choose(replace(knobs, sequence_len=T // 2), machine, law, kept)
         if shorter.primary.bpb[0] < primary.bpb[0]:
             return shorter
-    for c in fitting.candidates:
+    for c in every:
         c.why = c.why or _reason(c, primary, fallback)
-    return Choice(primary, fallback, fitting.candidates, seconds, pretraining)
+    return Choice(primary, fallback, every)
 
 
-def _primary(fitting: Sequence[Candidate], kept: tuple[int, int] | None) -> Candidate:
-    best = fitting[0].bpb[0]
-    first = min((c for c in fitting if c.bpb[0] <= best * (1 + TIE)), key=lambda c: c.simplicity)
-    tried = next((c for c in fitting if c.shape == kept), None)
-    return tried if tried and tried.bpb[0] <= first.bpb[0] * 1.01 else first
+def _refuse_memory(every: Sequence[Candidate], machine: Machine) -> NoReturn:
+    least = min((c for c in every if c.memory_bytes), key=lambda c: c.memory_bytes)
+    depth, width = least.shape
+    raise UserError(
+        f"{machine.name} has too little memory ({machine.memory_bytes / GIB:.2g} GiB): the "
+        f"smallest candidate, depth {depth} at width {width}, needs "
+        f"{least.memory_bytes / GIB:.2g} GiB with {least.device_batch_size} rows at a time. "
+        "Try --sequence_len=256, a smaller vocabulary, --tie_embeddings or a smaller --depth"
+    )
 
 
 def _reason(c: Candidate, primary: Candidate, fallback: Candidate | None) -> str:
-    """Why a candidate that fits was not chosen."""
+    """Why a candidate that may fit was not chosen."""
     if c is primary:
         return "chosen"
     larger, ratio = c.size > primary.size, c.tokens / c.parameters

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.model.stages import run_directory
-from nanochat.plan import law, machine, recipe
-from nanochat.plan.choice import Candidate, MemoryModel, choose
+from nanochat.plan import machine, recipe
+from nanochat.plan.choice import OPENING, Candidate, MemoryModel, choose
 from nanochat.plan.extrapolate import Curve, fit_curve
+from nanochat.plan.law import Law
 from nanochat.plan.machine import GIB, Machine
+from nanochat.plan.speed import Speed, first_step
 
 SHARE, MOST_SECONDS = 0.1, 3600.0  # of the pretraining time, for all runs together
 FEWEST_STEPS = 16  # of the shortest run
@@ -73,7 +75,9 @@ class StoredPlan:
 
     file: Path
     flags: dict[str, Any]
-    plan: dict[str, Any]
+    knobs: recipe.RecipeKnobs
+    machine: Machine
+    primary: Candidate
 
     @classmethod
     def read(cls, name: str) -> "StoredPlan":
@@ -82,14 +86,22 @@ class StoredPlan:
         try:
             tables = tomllib.loads(file.read_text(encoding="utf-8"))
             plan = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-            float(plan["opening_seconds"])  # plans of old versions lack it
-            return cls(file, tables["base_train"], plan)
+            given = {n: tuple(v) if isinstance(v, list) else v for n, v in plan["knobs"].items()}
+            knobs = recipe.RecipeKnobs(**{**given, "out": str(file)})
+            primary = Candidate(**plan["primary"])
+            primary.config = GPTConfig(**plan["primary"]["config"])
+            primary.speed = Speed(*plan["primary"]["speed"])
+            points: tuple[dict[str, Any], ...] = ()
+            if plan["machine"]["points"]:
+                points = machine.load(knobs.probe or machine.folder() / "probe.json").points
+            target = Machine(**{**plan["machine"], "points": points})
+            return cls(file, tables["base_train"], knobs, target, primary)
         except OSError as e:
             raise UserError(
                 f"cannot read {e.filename} ({e.strerror}): make a recipe with "
                 "nanochat plan recipe --hours N"
             ) from None
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{file} and its .json are not what plan recipe writes ({type(e).__name__}: {e}): "
                 "run plan recipe again"
@@ -101,50 +113,38 @@ class StoredPlan:
         text = json.dumps(self.flags, sort_keys=True)
         return "pilot-" + hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def knobs(self) -> recipe.RecipeKnobs:
-        """The knobs that the plan was made with, writing to the same file."""
-        known = {f.name for f in fields(recipe.RecipeKnobs)}
-        given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in self.plan["knobs"].items()
-            if name in known
-        }
-        return recipe.RecipeKnobs(**{**given, "out": str(self.file)})
+    @property
+    def compiled(self) -> bool:
+        return self.machine.compiles(self.knobs.pretraining_seconds())
 
-    def machine(self, speed_ratio: float) -> Machine:
-        """The machine of the plan, `speed_ratio` times as fast as the plan predicted."""
-        stored = self.plan["machine"]
-        points: tuple[dict[str, Any], ...] = ()
-        if stored["points"]:
-            probe = self.plan["knobs"]["probe"] or machine.folder() / "probe.json"
-            points = machine.load(probe).points
-        return Machine(**{**stored, "points": points, "factor": stored["factor"] * speed_ratio})
+    def seconds_beside_training(self) -> float:
+        """Seconds of a short run that opening, compiling and two evaluations take."""
+        rate, sources = self.primary.speed.tok_per_sec, max(1, len(self.knobs.data))
+        evaluations = sources * self.primary.eval_tokens / rate
+        return OPENING + first_step(self.machine, self.compiled) + evaluations
 
 
-def lengths(plan: Mapping[str, Any], seconds: float, runs: int) -> list[int]:
+def lengths(planned: Candidate, beside: float, seconds: float, runs: int) -> list[int]:
     """
-    Steps of the short runs, 1 : 2 : 4 ..., that take `seconds` together; of fewer runs if the
-    shortest would be too short to be fitted. UserError if that is so with two.
+    Steps of the short runs, 1 : 2 : 4 ..., that take `seconds` together, of which each run spends
+    `beside` without training; of fewer runs if the shortest would be too short to be fitted.
+    UserError if that is so with two.
     """
-    primary = plan["primary"]
-    step = primary["total_batch_size"] / primary["tok_per_sec"]
+    step = planned.total_batch_size / planned.speed.tok_per_sec
     parts = [1 << i for i in range(runs)]
-    sources = max(1, len(plan["knobs"]["data"]))
-    evaluations = 2 * sources * primary["eval_tokens"] / (2 * primary["tok_per_sec"])
-    overhead = runs * (plan["opening_seconds"] + evaluations)
-    unit = (seconds - overhead) / step / sum(parts)
-    unit = min(unit, primary["steps"] / 2 / parts[-1])
+    unit = (seconds - runs * beside) / step / sum(parts)
+    unit = min(unit, planned.steps / 2 / parts[-1])
     steps = [int(unit * part) for part in parts]
     if unit >= FEWEST_STEPS:
         return steps
     if runs > 2:
-        return lengths(plan, seconds, runs - 1)
-    if FEWEST_STEPS * parts[-1] * 2 > primary["steps"]:
+        return lengths(planned, beside, seconds, runs - 1)
+    if FEWEST_STEPS * parts[-1] * 2 > planned.steps:
         raise UserError(
-            f"a run of {primary['steps']} steps is too short for a pilot, which would take nearly "
+            f"a run of {planned.steps} steps is too short for a pilot, which would take nearly "
             "as long: train with the recipe as it is"
         )
-    least = FEWEST_STEPS * step * sum(parts) + overhead
+    least = FEWEST_STEPS * step * sum(parts) + runs * beside
     raise UserError(
         f"{duration(seconds)} allow runs of {', '.join(str(max(0, n)) for n in steps)} steps, too "
         f"short to be fitted: give at least --minutes={math.ceil(least / 6) / 10:g}"
@@ -175,7 +175,7 @@ def short_run(stored: StoredPlan, steps: int, quiet: bool) -> Path:
     directory = run_directory("base", tag)
     rows = logbook.read(directory)
     if not any(r.get("kind") == "summary" and r.get("step") == steps for r in rows):
-        compiled = "on" if stored.plan["compiled"] else "off"
+        compiled = "on" if stored.compiled else "off"
         length = ["--max_minutes=0", "--max_hours=0", f"--num_iterations={steps}"]
         run = [f"--model_tag={tag}", "--resume=auto", "--keep=1", "--run=dummy"]
         rest = ["--eval_every=0", "--sample_every=0", f"--compile={compiled}"]
@@ -196,7 +196,7 @@ def results_of(directory: Path) -> dict[str, Any]:
     return {**kept, "tok_per_sec": tokens / max(seconds, 1e-9)}
 
 
-def verdict(target: float, candidate: Candidate, the_law: law.Law) -> str:
+def verdict(target: float, candidate: Candidate, law: Law) -> str:
     """Whether the budget reaches a target, in words."""
     import numpy as np
 
@@ -208,7 +208,7 @@ def verdict(target: float, candidate: Candidate, the_law: law.Law) -> str:
         return f"{target:g} bits per byte are uncertain: {expected}"
     flops = 6 * candidate.size * candidate.tokens
     multiples = np.geomspace(1, 1e4, 200)
-    enough = next((m for m in multiples if the_law.bpb(*the_law.best(m * flops)) <= target), None)
+    enough = next((m for m in multiples if law.bpb(*law.best(m * flops)) <= target), None)
     remedy = "no budget within 10,000 times this one reaches them on this text"
     if enough:
         remedy = f"about {enough:.2g} times the budget would reach them"
@@ -220,13 +220,12 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     from nanochat.model.checkpoint import list_checkpoints
 
     stored = StoredPlan.read(knobs.plan)
-    planned = stored.plan["primary"]
-    pretraining = stored.plan["pretraining_seconds"]
-    seconds = knobs.minutes * 60 or min(SHARE * pretraining, MOST_SECONDS)
-    steps = lengths(stored.plan, seconds, knobs.runs)
+    planned = stored.primary
+    seconds = knobs.minutes * 60 or min(SHARE * stored.knobs.pretraining_seconds(), MOST_SECONDS)
+    steps = lengths(planned, stored.seconds_beside_training(), seconds, knobs.runs)
     print0(
         f"pilot of {stored.file}: runs of {', '.join(f'{n:,}' for n in steps)} of "
-        f"{planned['steps']:,} steps, about {duration(seconds)}"
+        f"{planned.steps:,} steps, about {duration(seconds)}"
     )
     directories = [short_run(stored, n, knobs.json) for n in steps]
     runs = [results_of(directory) for directory in directories]
@@ -238,75 +237,62 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
             "a run of the pilot has no bits per byte, because its validation text is empty: give "
             "more text with --data"
         )
-    ratio = runs[-1]["tok_per_sec"] / planned["tok_per_sec"]
-    tokens = planned["tokens"] * ratio
-    curve, the_law = extrapolate(runs, planned["layer_parameters"], tokens)
-    config = _trained_config(directories[-1])
-    target = _corrected_machine(stored, config, runs[-1], ratio)
-    tried = config.n_layer, config.n_embd
-    choice = choose(stored.knobs(), target, the_law, kept=tried)
+    longest = runs[-1]
+    ratio = longest["tok_per_sec"] / planned.speed.tok_per_sec
+    tokens = planned.tokens * ratio
+    curve = fit_curve(
+        [r["tokens"] for r in runs],
+        [r["final_bpb"] for r in runs],
+        tokens,
+        Law().share(planned.size, longest["tokens"]),
+        Law().b,
+    )
+    law = Law().moved(planned.size, tokens, (curve.bpb, curve.lo, curve.hi))
+    target = _corrected_machine(stored, longest["peak_memory_bytes"], ratio)
+    choice = choose(stored.knobs, target, law, kept=planned.shape)
     recipe.show(choice, target)
-    written = recipe.write(stored.knobs(), target, choice, the_law)
+    written = recipe.write(stored.knobs, target, choice, law)
     report: dict[str, Any] = {
         "runs": runs,
         "fit": asdict(curve),
         "speed_ratio": ratio,
-        "changed": choice.primary.shape != tried,
+        "changed": choice.primary.shape != planned.shape,
         "recipe": written["recipe"],
-        "memory_bytes": runs[-1]["peak_memory_bytes"],
-        "predicted_before": planned["bpb"],
+        "memory_bytes": longest["peak_memory_bytes"],
+        "predicted_before": planned.bpb[0],
         "predicted": written["primary"],
     }
     _show(report, curve, planned, choice.primary)
     if knobs.target_bpb:
-        report["target"] = verdict(knobs.target_bpb, choice.primary, the_law)
+        report["target"] = verdict(knobs.target_bpb, choice.primary, law)
         print0("  " + report["target"])
     atomic_write(stored.file.with_name("pilot.json"), json.dumps(report, indent=1))
     return report
 
 
-def extrapolate(
-    runs: Sequence[Mapping[str, Any]], size: int, tokens: float
-) -> tuple[Curve, law.Law]:
-    """The curve of a model of `size` layer parameters up to `tokens`, and the law moved onto it."""
-    plain, longest = law.Law(), runs[-1]["tokens"]
-    ends = [r["tokens"] for r in runs], [r["final_bpb"] for r in runs]
-    curve = fit_curve(*ends, tokens, plain.share(size, longest), plain.b)
-    return curve, plain.moved(size, tokens, (curve.bpb, curve.lo, curve.hi))
-
-
-def _trained_config(directory: Path) -> GPTConfig:
-    start = next(r for r in logbook.read(directory) if r.get("kind") == "start")
-    return GPTConfig.from_dict(start["config"]["config"])
-
-
-def _corrected_machine(
-    stored: StoredPlan, config: GPTConfig, longest: Mapping[str, Any], ratio: float
-) -> Machine:
+def _corrected_machine(stored: StoredPlan, peak_memory_bytes: float, ratio: float) -> Machine:
     """The machine of the plan with the speed and the memory that the pilot measured."""
-    planned, target = stored.plan["primary"], stored.machine(ratio)
-    rows = planned["device_batch_size"]
-    accumulation = max(1, planned["total_batch_size"] // (rows * config.sequence_len))
-    memory = MemoryModel(replace(target, memory_gap=0.0), stored.plan["compiled"])
-    gap = longest["peak_memory_bytes"] - memory.report(config, rows, accumulation)
-    return replace(target, memory_gap=gap)
+    planned = stored.primary
+    corrected = replace(stored.machine, factor=stored.machine.factor * ratio, memory_gap=0.0)
+    _, predicted = MemoryModel(corrected, stored.compiled).predict(
+        planned.config, planned.device_batch_size, planned.accumulation
+    )
+    return replace(corrected, memory_gap=peak_memory_bytes - predicted)
 
 
-def _show(
-    report: Mapping[str, Any], curve: Curve, planned: Mapping[str, Any], chosen: Candidate
-) -> None:
+def _show(report: Mapping[str, Any], curve: Curve, planned: Candidate, chosen: Candidate) -> None:
     rows = [(human(r["tokens"]), f"{r['final_bpb']:.4f}") for r in report["runs"]]
     print0(columns(("tokens", "bits per byte"), rows))
     floor = curve.level * curve.share
     print0(
         f"  L(D) = {floor:.3f} + {curve.level - floor:.3f} (D / {human(curve.tokens)})"
         f"^-{curve.power:.3f}; the whole budget: {curve.bpb:.3f} bits per byte ({curve.lo:.3f} to "
-        f"{curve.hi:.3f}); the law said {planned['bpb']:.3f}"
+        f"{curve.hi:.3f}); the law said {planned.bpb[0]:.3f}"
     )
     print0(
         f"  speed: {report['speed_ratio']:.2f} times the prediction; peak memory: "
         f"{report['memory_bytes'] / GIB:.2f} GiB, predicted "
-        f"{planned['peak_memory_bytes'] / GIB:.2f}"
+        f"{planned.peak_memory_bytes / GIB:.2f}"
     )
     kept = "the recipe keeps its model"
     if report["changed"]:

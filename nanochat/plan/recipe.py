@@ -21,10 +21,10 @@ from nanochat.base.common import UserError, columns, duration, human, notice, pr
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs
-from nanochat.plan import law, machine, probe
-from nanochat.plan.choice import EVALUATIONS, OPENING, Candidate, Choice, ChoiceKnobs, choose
-from nanochat.plan.machine import GIB, Machine
-from nanochat.plan.speed import first_step
+from nanochat.plan import machine, probe
+from nanochat.plan.choice import EVALUATIONS, Candidate, Choice, ChoiceKnobs, choose
+from nanochat.plan.law import Law
+from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.train.scaling import embedding_rate
 
 # Shares of the time that pretraining leaves; the remainder is for evaluation and starting programs.
@@ -106,13 +106,14 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def tables(knobs: RecipeKnobs, candidate: Candidate, choice: Choice) -> dict[str, dict[str, Any]]:
+def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]]:
     """The recipe of a candidate: flags by command."""
-    stages = {"base_train": _pretraining(knobs, candidate, choice)}
-    remaining = choice.seconds - choice.pretraining_seconds
+    pretraining = knobs.pretraining_seconds()
+    stages = {"base_train": _pretraining(knobs, candidate)}
+    remaining = pretraining / knobs.pretrain - pretraining
     if remaining > 30:
         for command, share in LATER_STAGES.items():
-            eval_tokens = candidate.eval_tokens * share * remaining / choice.pretraining_seconds
+            eval_tokens = candidate.eval_tokens * share * remaining / pretraining
             stages[command] = {
                 "max_minutes": round(share * remaining / 60, 3),
                 "eval_every": 0.5,
@@ -128,102 +129,86 @@ def tables(knobs: RecipeKnobs, candidate: Candidate, choice: Choice) -> dict[str
     return stages
 
 
-def _pretraining(knobs: RecipeKnobs, candidate: Candidate, choice: Choice) -> dict[str, Any]:
+def _pretraining(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, Any]:
     config = candidate.config
-    size = {"depth": config.n_layer, "model_dim": config.n_embd, "head_dim": config.head_dim}
-    optional: dict[str, Any] = {}
-    if knobs.kv_ratio != 1:
-        optional["kv_ratio"] = knobs.kv_ratio
-    for f in fields(ArchitectureKnobs):
-        if getattr(config, f.name) != f.default:
-            optional[f.name] = getattr(config, f.name)
-    if len(candidate.contexts) > 1:
-        optional["context_stages"] = tuple(f"{T}@{begin:g}" for begin, T in candidate.contexts)
-    if knobs.data:
-        optional["data"] = knobs.data
-    return {
-        **size,
-        "sequence_len": config.sequence_len,
-        **optional,
-        "max_minutes": round(choice.pretraining_seconds / 60, 3),
-        "total_batch_size": candidate.batch,
-        "device_batch_size": candidate.rows,
-        "embedding_lr": embedding_rate(candidate.batch),
+    flags: dict[str, Any] = {
+        "depth": config.n_layer,
+        "model_dim": config.n_embd,
+        "head_dim": config.head_dim,
+        "kv_ratio": knobs.kv_ratio,
+        "max_minutes": round(knobs.pretraining_seconds() / 60, 3),
+        "total_batch_size": candidate.total_batch_size,
+        "device_batch_size": candidate.device_batch_size,
+        "embedding_lr": embedding_rate(candidate.total_batch_size),
         "eval_every": 1 / EVALUATIONS,
         "eval_tokens": candidate.eval_tokens,
     }
+    flags |= {f.name: getattr(config, f.name) for f in fields(ArchitectureKnobs)}
+    if len(candidate.contexts) > 1:
+        flags["context_stages"] = tuple(f"{T}@{begin:g}" for begin, T in candidate.contexts)
+    if knobs.data:
+        flags["data"] = knobs.data
+    return flags
 
 
-def write(knobs: RecipeKnobs, target: Machine, choice: Choice, the_law: law.Law) -> dict[str, Any]:
+def write(knobs: RecipeKnobs, target: Machine, choice: Choice, the_law: Law) -> dict[str, Any]:
     """Write the recipe, the fallback's recipe beside it and the plan as JSON; return the plan."""
     out = Path(knobs.out).expanduser() if knobs.out else machine.folder() / "recipe.toml"
     spare = out.with_name(f"{out.stem}-fallback{out.suffix}")
-    _write_recipe(out, "primary", knobs, target, choice)
+    _write_recipe(out, "primary", knobs, target, choice.primary)
     if choice.fallback:
-        _write_recipe(spare, "fallback", knobs, target, choice)
+        _write_recipe(spare, "fallback", knobs, target, choice.fallback)
     else:
         spare.unlink(missing_ok=True)
-    compiled = target.compiles(choice.pretraining_seconds)
     whole = {
         "knobs": asdict(knobs),
         "machine": {**vars(target), "points": len(target.points)},
-        "law": {"factor": the_law.factor, "around": the_law.around},
+        "law": asdict(the_law),
         "recipe": str(out),
-        "seconds": choice.seconds,
-        "pretraining_seconds": choice.pretraining_seconds,
-        "primary": choice.primary.summary(),
-        "fallback": choice.fallback.summary() if choice.fallback else None,
-        "compiled": compiled,
-        "opening_seconds": OPENING + first_step(target, compiled),
-        "candidates": [c.summary() for c in choice.candidates],
+        "pretraining_seconds": knobs.pretraining_seconds(),
+        **asdict(choice),
     }
     atomic_write(out.with_suffix(".json"), json.dumps(whole, indent=1))
     return whole
 
 
 def _write_recipe(
-    file: Path, role: str, knobs: RecipeKnobs, target: Machine, choice: Choice
+    file: Path, role: str, knobs: RecipeKnobs, target: Machine, candidate: Candidate
 ) -> None:
-    candidate: Candidate = getattr(choice, role)
     bpb, lo, hi = candidate.bpb
     rate = candidate.speed
     lines = [
-        f"# {duration(choice.seconds)} on {target.name}: {role} of plan recipe. "
+        f"# {duration(budget_seconds(knobs))} on {target.name}: {role} of plan recipe. "
         f"Speed: {target.source}.",
         f"# Predicted: {bpb:.3f} bits per byte ({lo:.3f} to {hi:.3f}) after "
         f"{human(candidate.tokens)} tokens at {rate.tok_per_sec:,.0f} tok/s ({rate.lo:,.0f} to "
-        f"{rate.hi:,.0f}), {candidate.memory / GIB:.2f} GiB",
+        f"{rate.hi:,.0f}), {candidate.memory_bytes / GIB:.2f} GiB",
     ]
-    for command, flags in tables(knobs, candidate, choice).items():
+    for command, flags in tables(knobs, candidate).items():
         lines += ["", f"[{command}]", *(f"{n} = {toml_value(v)}" for n, v in flags.items())]
     atomic_write(file, "\n".join(lines) + "\n")
 
 
 def show(choice: Choice, target: Machine, most: int = 12) -> None:
     """Print the table of candidates."""
-    print0(
-        f"{target.name}, {target.dtype}; speed: {target.source}; "
-        f"{duration(choice.pretraining_seconds)} of pretraining"
-    )
+    print0(f"{target.name}, {target.dtype}; speed: {target.source}")
     chosen = [c for c in (choice.primary, choice.fallback) if c]
     others = sorted((c for c in choice.candidates if c not in chosen), key=lambda c: c.bpb[0])
-    rows = []
-    for c in [*chosen, *others][:most]:
-        depth, width = c.shape
-        rows.append(
-            (
-                f"{depth} x {width}",
-                human(c.parameters),
-                " -> ".join(str(T) for _, T in c.contexts),
-                f"{c.batch:,}",
-                c.rows,
-                f"{c.speed.tok_per_sec:,.0f}",
-                human(c.tokens),
-                "{:.3f} ({:.3f}-{:.3f})".format(*c.bpb),
-                f"{c.memory / GIB:.2f} GiB" if c.memory else "",
-                c.why,
-            )
+    rows = [
+        (
+            f"{c.config.n_layer} x {c.config.n_embd}",
+            human(c.parameters),
+            " -> ".join(str(T) for _, T in c.contexts),
+            f"{c.total_batch_size:,}",
+            c.device_batch_size,
+            f"{c.speed.tok_per_sec:,.0f}",
+            human(c.tokens),
+            "{:.3f} ({:.3f}-{:.3f})".format(*c.bpb),
+            f"{c.memory_bytes / GIB:.2f} GiB" if c.memory_bytes else "",
+            c.why,
         )
+        for c in [*chosen, *others][:most]
+    ]
     size = ("depth x width", "parameters", "context", "batch", "rows")
     print0(columns((*size, "tok/s", "tokens", "bits per byte", "memory", ""), rows))
     if hidden := len(choice.candidates) - len(rows):
@@ -232,11 +217,11 @@ def show(choice: Choice, target: Machine, most: int = 12) -> None:
 
 def run(knobs: RecipeKnobs) -> dict[str, Any]:
     """Print the candidates, write recipe and plan; returns the plan. UserError as choose()."""
-    target, the_law = planned_machine(knobs), law.Law()
-    choice = choose(knobs, target, the_law)
+    target = planned_machine(knobs)
+    choice = choose(knobs, target, Law())
     show(choice, target)
-    whole = write(knobs, target, choice, the_law)
-    commands = ", ".join(tables(knobs, choice.primary, choice))
+    whole = write(knobs, target, choice, Law())
+    commands = ", ".join(tables(knobs, choice.primary))
     print0(f"  {whole['recipe']}: give it with --recipe to {commands}")
     print0(
         "  these bits per byte are of web text, or for budgets of minutes of English prose: "
