@@ -209,7 +209,7 @@ def price(knobs: ArchKnobs, config: GPTConfig, flops: float) -> dict[str, Any]:
 
 # the document of the standard models
 
-STANDARD = {  # name -> flags
+STANDARD: dict[str, dict[str, Any]] = {  # name -> flags
     "37.75 M": {"depth": 4, "model_dim": 512, "head_dim": 64, "vocab": 24_576},  # ittybitty.sh
     **{f"d{depth}": {"depth": depth} for depth in (12, 16, 20, 26, 32)},
 }

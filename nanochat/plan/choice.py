@@ -288,12 +288,7 @@ def choose(
     print0("  tracing the memory of the best candidates")
     fitting = _Fitting(knobs, machine, law)
     every = fitting.candidates
-    best = fitting.first(every) or _refuse_memory(every, machine)
-    equal = [c for c in every if c.bpb[0] <= best.bpb[0] * (1 + TIE)]
-    primary = fitting.first(sorted(equal, key=lambda c: c.simplicity)) or best
-    tried = fitting.first([c for c in every if c.shape == kept])
-    if tried and tried.bpb[0] <= primary.bpb[0] * 1.01:
-        primary = tried
+    primary = _primary(fitting, kept)
     fallback = fitting.first([c for c in every if c.size <= 2 / 3 * primary.size])
     T = primary.config.sequence_len
     shut_out = any(c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in every)
@@ -304,6 +299,16 @@ def choose(
     for c in every:
         c.why = c.why or _reason(c, primary, fallback)
     return Choice(primary, fallback, every)
+
+
+def _primary(fitting: _Fitting, kept: tuple[int, int] | None) -> Candidate:
+    """The candidate to train, see choose()."""
+    every = fitting.candidates
+    best = fitting.first(every) or _refuse_memory(every, fitting.machine)
+    equal = [c for c in every if c.bpb[0] <= best.bpb[0] * (1 + TIE)]
+    simplest = fitting.first(sorted(equal, key=lambda c: c.simplicity)) or best
+    tried = fitting.first([c for c in every if c.shape == kept])
+    return tried if tried and tried.bpb[0] <= simplest.bpb[0] * 1.01 else simplest
 
 
 def _refuse_memory(every: Sequence[Candidate], machine: Machine) -> NoReturn:
