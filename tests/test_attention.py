@@ -77,9 +77,9 @@ def cached(cache, q, k, v, sizes, window=0, lengths=None):
         for b in range(B):
             for x, y in zip(part, (q, k, v), strict=True):
                 x[b, :, : counts[b]] = y[b, :, done[b] : done[b] + counts[b]]
-        positions = cache.positions(n)
+        cache.begin(n)
         for layer in range(2):
-            y = cache.attend(layer, *part, positions, window)
+            y = cache.attend(layer, *part, window)
         assert not y.isnan().any()
         cache.advance(counts)
         for b in range(B):
@@ -124,7 +124,8 @@ def test_padding_at_the_end_of_the_capacity_spoils_nothing():
     feed = [torch.full((2, 2, 3, 8), 9.0, dtype=torch.float64) for _ in range(3)]
     for x, y in zip(feed, (q, k, v), strict=True):
         x[0], x[1, :, 0] = y[0, :, 5:], y[1, :, 7]
-    got = cache.attend(0, *feed, cache.positions(3))
+    cache.begin(3)
+    got = cache.attend(0, *feed)
     cache.advance([3, 1])
     want = oracle(q, k, v)
     torch.testing.assert_close(got[0], want[0, :, 5:])
@@ -135,7 +136,8 @@ def test_padding_at_the_end_of_the_capacity_spoils_nothing():
 def test_rows_are_copied_dropped_and_reordered():
     _, k, v = draw(3, 2, 2, 6)
     cache = KVCache(1, 3, 2, 10, 8, "cpu", torch.float64)
-    cache.attend(0, k, k, v, cache.positions(6))
+    cache.begin(6)
+    cache.attend(0, k, k, v)
     cache.advance([6, 4, 5])
     more = cache.expand([2, 0, 0])
     assert more.lengths == [5, 6, 6] and more.capacity == 10
@@ -157,15 +159,18 @@ def test_appended_rows_attend_as_in_their_own_cache():
     cache, other = (
         KVCache(1, rows, 2, n, 8, "cpu", torch.float64) for rows, n in ((2, 7), (1, 12))
     )
-    cache.attend(0, q[:2, :, :6], k[:2, :, :6], v[:2, :, :6], cache.positions(6))
+    cache.begin(6)
+    cache.attend(0, q[:2, :, :6], k[:2, :, :6], v[:2, :, :6])
     cache.advance([6, 4])
-    other.attend(0, q[2:, :, :9], k[2:, :, :9], v[2:, :, :9], other.positions(9))
+    other.begin(9)
+    other.attend(0, q[2:, :, :9], k[2:, :, :9], v[2:, :, :9])
     other.advance(9)
     cache.append(other)
     assert cache.lengths == [6, 4, 9] and cache.capacity == 12
     rows = [0, 1, 2]
     now = (x[rows, :, cache.lengths][:, :, None] for x in (q, k, v))
-    got = cache.attend(0, *now, cache.positions(1))
+    cache.begin(1)
+    got = cache.attend(0, *now)
     torch.testing.assert_close(got[:, :, 0], want[rows, :, cache.lengths])
 
 
@@ -173,7 +178,8 @@ def test_the_cache_refuses_more_than_it_holds():
     q, k, v = draw(1, 2, 2, 5)
     cache = KVCache(1, 1, 2, 4, 8, "cpu", torch.float64)
     with pytest.raises(ValueError, match="holds 4 positions, but 5"):
-        cache.attend(0, q, k, v, cache.positions(5))
+        cache.begin(5)
+        cache.attend(0, q, k, v)
     with pytest.raises(ValueError, match="holds 4 positions, but 5"):
         cache.advance(5)
 
@@ -190,4 +196,5 @@ def test_no_row_gives_nan(
         assert y.isfinite().all() and all(t.grad.isfinite().all() for t in leaves)
     cache = KVCache(1, 2, 2, 9, 8, "cpu", torch.float32)
     cache.advance([9, 0])
-    assert cache.attend(0, q, k, v, cache.positions(9), window).isfinite().all()
+    cache.begin(9)
+    assert cache.attend(0, q, k, v, window).isfinite().all()

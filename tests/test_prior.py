@@ -329,8 +329,7 @@ def test_a_prior_looks_back_by_absolute_position(
         cache = m.new_cache(1)
         m(idx[:, :6], cache)
         cache.advance(6)
-        positions = cache.positions(4)
-        got = m.prior(idx[:, 6:10], torch.float32, cache, positions)[0].scores(
-            positions[:, :, None], 0, 10, 4
-        )
+        cache.begin(4)
+        bias = m.prior(idx[:, 6:10], torch.float32, cache)[0]
+        got = bias.scores(cache.positions[:, :, None], 0, 10, 4)
     torch.testing.assert_close(got.tril(6), want[:, :, 6:10, :10].tril(6))

@@ -195,13 +195,13 @@ class _Branches(KVCache):
         k, v (layer, H_kv, cached, D); past (B,): how many of the cached keys each row sees;
         positions, branch (B, T) of every token.
         """
-        self.k, self.v, self.past, self._positions = k, v, past, positions
+        self.k, self.v, self.past, self.positions = k, v, past, positions
         key, query = branch[:, None, :], branch[:, :, None]
         later = torch.ones_like(key == query).triu(1)
         self.hidden = later | ((key != query) & (key != 0))  # (B, T, T)
 
-    def positions(self, T: int) -> Tensor:
-        return self._positions
+    def begin(self, T: int) -> None:
+        """The positions are those of the rows' items."""
 
     def attend(
         self,
@@ -209,7 +209,6 @@ class _Branches(KVCache):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        positions: Tensor,
         window: int = 0,
         bias: Bias | None = None,
     ) -> Tensor:
@@ -224,7 +223,7 @@ class _Branches(KVCache):
             # Queries and keys are normalised, so no score exceeds sqrt(D): no maximum is needed.
             return scores.float().sub_(D**0.5).exp_()
 
-        query, key = positions[:, :, None], positions[:, None, :]
+        query, key = self.positions[:, :, None], self.positions[:, None, :]
         hidden = self.hidden | (query - key >= window) if window > 0 else self.hidden
         p = weigh(q @ k.mT)
         p.view(B, H_kv, -1, T, T).masked_fill_(hidden[:, None, None], 0)

@@ -42,27 +42,23 @@ class KVCache:
         self.w = self.k.new_zeros(1, batch, 1, capacity + 1, 0)  # widened by the first pass
         self.tokens = self.w.new_zeros(1, batch, 1, capacity + 1, 1, dtype=torch.int64)
         self.lengths = [0] * batch  # on the host: planning a step never waits for the device
-        self._slots = torch.zeros(1, 0, dtype=torch.int64)  # where the current pass writes
+        # Of the tokens of the current pass, (1 or B, T): their positions, and where it writes them
+        self.positions = self._slots = self.tokens.new_zeros(1, 0)
 
     @property
     def capacity(self) -> int:
         return self.k.size(3) - 1
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows have the same length."""
-        return len(set(self.lengths)) == 1
-
-    def positions(self, T: int) -> Tensor:
+    def begin(self, T: int) -> None:
         """
-        Begin a pass: the absolute positions of the next T tokens, (1, T) when all rows have the
-        same length, else (B, T). Those of padding stay below the capacity.
+        Begin a pass over the next T tokens. Their positions are (1, T) when all rows have the same
+        length, else (B, T); those of padding stay below the capacity.
         """
-        rows = self.lengths[:1] if self.uniform else self.lengths
+        rows = self.lengths[:1] if len(set(self.lengths)) == 1 else self.lengths
         start = torch.tensor(rows, device=self.k.device)[:, None]
         slots = start + torch.arange(T, device=self.k.device)
         self._slots = slots.clamp(max=self.capacity)
-        return slots.clamp_(max=self.capacity - 1)
+        self.positions = slots.clamp_(max=self.capacity - 1)
 
     def advance(self, counts: int | list[int]) -> None:
         """End a pass: each row has `counts` more tokens. Raises ValueError beyond the capacity."""
@@ -147,15 +143,14 @@ class KVCache:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        positions: Tensor,
         window: int = 0,
         bias: Bias | None = None,
     ) -> Tensor:
         """
-        Write k, v (B, H_kv, T, D) at `positions` (from `positions(T)`) and attend from
-        q (B, H, T, D) to all that a query may see.
+        Write k, v (B, H_kv, T, D) of the pass and attend from q (B, H, T, D) to all that a query
+        may see.
         """
-        T, K, V = q.size(2), self.k[layer], self.v[layer]
+        T, K, V, positions = q.size(2), self.k[layer], self.v[layer], self.positions
         if positions.size(0) == 1:  # all rows have the same length: write a slice
             start, end = self.lengths[0], self.lengths[0] + T
             self._check(end)

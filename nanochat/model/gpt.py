@@ -89,18 +89,17 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KVCache | None,
-        positions: Tensor | None,
         bias: Bias | None,
     ) -> Tensor:
-        """x (B, T, n_embd) -> the same shape. cos, sin as for rotate; with a cache, `positions`."""
+        """x (B, T, n_embd) -> the same shape. cos, sin as for rotate."""
         B, T, C = x.shape
         projections = (self.q(x), self.k(x), self.v(x))
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in projections)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        if cache is None or positions is None:
+        if cache is None:
             y = attend(q, k, v, self.window, bias)
         else:
-            y = cache.attend(self.layer, q, k, v, positions, self.window, bias)
+            y = cache.attend(self.layer, q, k, v, self.window, bias)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -280,19 +279,20 @@ class GPT(nn.Module):
         idx (B, T) -> the last hidden states (B, T, n_embd) in the compute dtype. With a cache, idx
         continues what the cache holds; call cache.advance afterwards.
         """
-        T, positions = idx.size(1), None
-        cos, sin = self.cos[:T], self.sin[:T]
-        if cache is not None:
-            positions = cache.positions(T)  # (1 or B, T)
-            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        T = idx.size(1)
+        if cache is None:
+            cos, sin = self.cos[:T], self.sin[:T]
+        else:
+            cache.begin(T)
+            cos, sin = self.cos[cache.positions][:, None], self.sin[cache.positions][:, None]
         biases: list[Bias | None] = [None] * len(self.blocks)
         if self.prior is not None:
-            biases = self.prior(idx, self.compute_dtype, cache, positions)
+            biases = self.prior(idx, self.compute_dtype, cache)
         x = norm(self.embed(idx).to(self.compute_dtype))
         compiled = self.compiled and torch.is_grad_enabled()
         for block, bias in zip(self.blocks, biases, strict=True):
             run = block if compiled else block.forward
-            x = run(x, cos, sin, cache, positions, bias)
+            x = run(x, cos, sin, cache, bias)
         return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

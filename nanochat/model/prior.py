@@ -65,23 +65,19 @@ class Prior(nn.Module):
         return attention_form(self.spec["attention"], device, dtype, width, look_up)
 
     def forward(
-        self,
-        idx: Tensor,
-        dtype: torch.dtype,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
+        self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None
     ) -> list[Bias | None]:
         """
         What the prior adds in each layer for tokens idx (B, T), which continue what the cache
-        holds, at `positions` (1 or B, T). Looked up once for all layers.
+        holds. Looked up once for all layers.
         """
         self._form = self._form or self.form(idx.device, dtype)
         (B, T), device = idx.shape, idx.device
-        if positions is None:
-            positions = torch.arange(T, device=device)[None]
         if cache is None:
+            positions = torch.arange(T, device=device)[None]
             tokens = F.pad(idx, (self.memory, 0), value=self.no_token)
         else:
+            positions = cache.positions
             tokens = cache.with_earlier_tokens(idx, self.memory, self.no_token)
 
         def earlier(s: int) -> Tensor:
