@@ -258,13 +258,13 @@ def refused(path, says):
 
 
 def test_what_is_no_prior(tmp_path, capsys):
-    refused(tmp_path / "none.safetensors", "there is no prior")
+    refused(tmp_path / "none.safetensors", "cannot read the prior")
     (tmp_path / "short.safetensors").write_bytes(b"abc")
     refused(tmp_path / "short.safetensors", "cannot read the prior")
     torch.save(Bad(), tmp_path / "bad.pt")
-    refused(tmp_path / "bad.pt", "not loaded, as it might run code")
+    refused(tmp_path / "bad.pt", "cannot read the prior")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bad()))
-    refused(tmp_path / "plain.pt", "not loaded, as it might run code")
+    refused(tmp_path / "plain.pt", "cannot read the prior")
     assert "must not run" not in capsys.readouterr().out
     torch.save({"a": torch.ones(2, 2)}, tmp_path / "dict.pt")
     refused(tmp_path / "dict.pt", "no tensor where one should be")
@@ -275,7 +275,7 @@ def test_what_is_no_prior(tmp_path, capsys):
     refused(write(tmp_path / "a.safetensors", terms(), format=None), "format None")
     refused(
         write(tmp_path / "a.safetensors", terms(), tokenizer="abc" * 9),
-        "tokenizer abcabcabcabc, but this run's is ffffffffffff: generate",
+        "for tokenizer abcabcabcabc, but this run's is ffffffffffff: generate",
     )
     refused(write(tmp_path / "a.safetensors", terms(), tokenizer=None), "tokenizer unknown")
 
@@ -294,9 +294,9 @@ def test_what_is_no_prior(tmp_path, capsys):
         ),
         ({"codes": torch.zeros(61, 8, dtype=torch.int8)}, "codes as torch.int8, not -1 and 1"),
         ({"codes": torch.ones(61, 8)}, "codes as torch.float32, not -1 and 1 as int8"),
-        ({"lag": torch.tensor([1.0, float("nan")])}, "lag that are not finite"),
-        ({"pair": torch.tensor([float("inf")] * 6)}, "pair that are not finite"),
-        ({"key": torch.ones(61, dtype=torch.int64)}, "key as torch.int64, not float32"),
+        ({"lag": torch.tensor([1.0, float("nan")])}, "lag as torch.float32, not finite"),
+        ({"pair": torch.tensor([float("inf")] * 6)}, "pair as torch.float32, not finite"),
+        ({"key": torch.ones(61, dtype=torch.int64)}, "key as torch.int64, not finite float32"),
         ({"match": None}, "codes without match"),
         ({"surprise": torch.ones(3)}, "surprise, which is no term"),
         ({"bias": torch.ones(4, 4)}, "bias together with other terms"),

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.base.common import UserError, base_dir, notice
@@ -38,29 +38,18 @@ MODEL, OPTIMIZER, META = "model.safetensors", "optim.safetensors", "meta.json"
 MANIFEST = "manifest.json"
 
 
-class Tensors(Mapping[str, Tensor]):
-    """A safetensors file that reads one tensor at a time, so loading never holds a second copy."""
-
-    def __init__(self, path: Path):
-        try:
-            self._file = safe_open(path, framework="pt")
-            self._names = list(self._file.keys())
-        except (OSError, SafetensorError) as e:
-            raise UserError(
-                f"cannot read {path} ({e}): the file is damaged or truncated; "
-                "choose another checkpoint with --step"
-            ) from e
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """
+    The tensors of a safetensors file, mapped from it: what is used is read, and loading never holds
+    a second copy.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(
+            f"cannot read {path} ({e}): the file is damaged or truncated; "
+            "choose another checkpoint with --step"
+        ) from e
 
 
 @dataclass(frozen=True)
@@ -111,13 +100,13 @@ class Checkpoint:
         return "fp_" + str(manifest[MODEL][0])[:16]
 
     @property
-    def weights(self) -> Tensors:
+    def weights(self) -> dict[str, Tensor]:
         """The model's parameters and the tables of its prior."""
-        return Tensors(self.path / MODEL)
+        return read_tensors(self.path / MODEL)
 
     @property
-    def optimizer_tensors(self) -> Tensors:
-        return Tensors(self.path / OPTIMIZER)
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return read_tensors(self.path / OPTIMIZER)
 
     def damage(self, optimizer: bool = False) -> str:
         """

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from nanochat.base.common import UserError, notice
@@ -50,25 +50,23 @@ def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor
     Raises UserError for a damaged file, another format or another tokenizer.
     """
     tensors, about = _read(path)
-    if "format" not in about and len(tensors) == 1:  # a matrix from elsewhere
+    matrix_alone = "format" not in about and len(tensors) == 1  # a matrix from elsewhere
+    if matrix_alone:
         tensors = {"bias": next(iter(tensors.values()))}
-    elif about.get("format") != FORMAT:
-        raise UserError(
-            f"the prior {path} has format {about.get('format')!r}, this version reads "
-            f"{FORMAT!r}: generate it again"
-        )
     depends_on_tokens = bool(set(tensors) - {"lag", "bias"})
     tokenizer = about.get("tokenizer", "unknown" if depends_on_tokens else fingerprint)
-    if tokenizer != fingerprint:
+    if not matrix_alone and about.get("format") != FORMAT:
+        fault = f"has format {about.get('format')!r}, this version reads {FORMAT!r}"
+    elif tokenizer != fingerprint:
+        fault = f"is for tokenizer {tokenizer[:12]}, but this run's is {fingerprint[:12]}"
+    else:
+        fault = _fault(tensors, vocab_size)
+    if fault:
         raise UserError(
-            f"the prior {path} was computed with tokenizer {tokenizer[:12]}, but this run's is "
-            f"{fingerprint[:12]}: generate it again from token shards of this tokenizer"
+            f"the prior {path} {fault}: generate it again, from token shards of this tokenizer, "
+            "with dev/generate_rap_prior.py"
         )
-    if fault := _fault(tensors, vocab_size):
-        raise UserError(
-            f"the prior {path} {fault}: generate it again with dev/generate_rap_prior.py"
-        )
-    if "format" not in about:
+    if matrix_alone:
         matrix = tensors["bias"].float()
         largest = matrix.tril().abs().max()
         tensors["bias"] = matrix / (largest if largest > 0 else 1.0)
@@ -83,18 +81,11 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no prior {path}: make one with dev/generate_rap_prior.py"
-        ) from None
-    except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"cannot read the prior {path} ({e}): make it again with dev/generate_rap_prior.py"
-        ) from e
     except Exception as e:  # torch.load reports a bad pickle in many ways
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(
-            f"{path} is not loaded, as it might run code ({reason}): save a single 2-D tensor"
+            f"cannot read the prior {path} without running its code ({reason}): make one with "
+            "dev/generate_rap_prior.py, or save a single 2-D tensor"
         ) from e
 
 
@@ -126,14 +117,13 @@ def _tensor_fault(
     ):
         expected = (f"{x} = {sizes[x]:,}" if x in sizes else x for x in letters)
         return f"has {name} of shape {shape}, not {', '.join(expected)}"
-    if not tensor.isfinite().all():
-        return f"has values in {name} that are not finite"
     if name in CODES:
-        if tensor.dtype != torch.int8 or (tensor.abs() != 1).any():
-            return f"has {name} as {tensor.dtype}, not -1 and 1 as int8"
-    elif not tensor.is_floating_point():
-        return f"has {name} as {tensor.dtype}, not float32"
-    return ""
+        kind = "-1 and 1 as int8"
+        valid = tensor.dtype == torch.int8 and bool((tensor.abs() == 1).all())
+    else:
+        kind = "finite float32"
+        valid = tensor.is_floating_point() and bool(tensor.isfinite().all())
+    return "" if valid else f"has {name} as {tensor.dtype}, not {kind}"
 
 
 # ---- factorising

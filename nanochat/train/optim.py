@@ -230,8 +230,7 @@ class MuonAdamW:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """
-        Take this rank's part of what state_tensors returned; `tensors` may be a lazy mapping.
-        KeyError if a parameter is missing.
+        Take this rank's part of what state_tensors returned. KeyError if a parameter is missing.
         """
         self.steps = steps
         for group, pools in self._pools:
