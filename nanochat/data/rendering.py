@@ -46,16 +46,16 @@ def checked_messages(conversation: dict) -> list[dict]:
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise UserError('a conversation must be {"messages": [{"role": ..., "content": ...}, ...]}')
-    for i, message in enumerate(messages):
-        _check_content(i, message.get("role"), message.get("content"))
     first = 1 if messages and messages[0].get("role") == "system" else 0
-    for i, message in enumerate(messages[first:]):
-        expected = ("user", "assistant")[i % 2]
-        if message.get("role") != expected:
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        expected = "system" if i < first else ("user", "assistant")[(i - first) % 2]
+        if role != expected:
             raise UserError(
-                f"message {first + i}: expected role {expected!r}, got {message.get('role')!r} "
-                "(user and assistant take turns)"
+                f"message {i}: expected role {expected!r}, got {role!r} (user and assistant take "
+                "turns)"
             )
+        _check_content(i, role, message.get("content"))
     if len(messages) == first:
         raise UserError("a conversation needs a user message")
     if first:
@@ -91,19 +91,13 @@ def conversation_pieces(messages: list[dict]) -> Iterator[Piece]:
     """Checked messages in pieces. The chat template of the export follows the same order."""
     yield Piece("<|bos|>", True, False)
     for message in messages:
-        content = message["content"]
-        if message["role"] == "user":
-            yield Piece("<|user_start|>", True, False)
-            yield Piece(content, False, False)
-            yield Piece("<|user_end|>", True, False)
-            continue
-        yield Piece("<|assistant_start|>", True, False)
+        role, content = message["role"], message["content"]
+        yield Piece(f"<|{role}_start|>", True, False)
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            supervised = part["type"] != "python_output"  # the calculator says it, not the model
-            start, end = PART_TOKENS.get(part["type"], (None, None))
-            if start:
-                yield Piece(start, True, supervised)
-            yield Piece(part["text"], False, supervised)
-            if end:
-                yield Piece(end, True, supervised)
-        yield Piece("<|assistant_end|>", True, True)
+            # The user and the calculator say the other parts, not the model
+            supervised = role == "assistant" and part["type"] != "python_output"
+            start, end = PART_TOKENS.get(part["type"], ("", ""))
+            for text, special in ((start, True), (part["text"], False), (end, True)):
+                if text:
+                    yield Piece(text, special, supervised)
+        yield Piece(f"<|{role}_end|>", True, role == "assistant")

@@ -12,19 +12,15 @@ StageName = Literal["base", "mid", "sft", "rl"]
 class Stage(NamedTuple):
     """One stage of training."""
 
-    name: StageName  # also its folder under checkpoints/
     command: str  # the command that trains it
     chats: bool  # whether its models answer chat messages, or only continue text
 
 
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("base", "base_train", chats=False),
-        Stage("mid", "mid_train", chats=True),
-        Stage("sft", "chat_sft", chats=True),
-        Stage("rl", "chat_rl", chats=True),
-    )
+STAGES: dict[str, Stage] = {  # by the name of their folder under checkpoints/
+    "base": Stage("base_train", chats=False),
+    "mid": Stage("mid_train", chats=True),
+    "sft": Stage("chat_sft", chats=True),
+    "rl": Stage("chat_rl", chats=True),
 }
 
 
