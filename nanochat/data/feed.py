@@ -55,7 +55,7 @@ class RowFeed:
     An epoch has as many tokens as the sources together, divided by weight; without weights by size,
     so that every document comes once. Mode "packed" packs documents into rows of sequence_len + 1
     tokens. Mode "padded" gives each document its own row, truncated at sequence_len + 1 tokens
-    (`truncated` counts those of an epoch) and as wide as the longest of the step, rounded up to 64.
+    (a notice counts them) and as wide as the longest of the step, rounded up to 64.
 
     With context stages (packed rows), `rows` and `device_rows` belong to the longest context,
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
@@ -97,12 +97,10 @@ class RowFeed:
         self._prefetched: Generator | None = None
         self._set_length(self._contexts.at(0.0))
         self._state = self._order.start()
-        self.truncated = 0
-        if mode == "padded":
-            self.truncated = sum(int((s.lengths > sequence_len + 1).sum()) for s in sources)
-        if self.truncated:
+        too_long = sum(int((s.lengths > sequence_len + 1).sum()) for s in sources)
+        if too_long and mode == "padded":
             notice(
-                f"{self.truncated:,} of {sum(map(len, sources)):,} conversations are longer than "
+                f"{too_long:,} of {sum(map(len, sources)):,} conversations are longer than "
                 f"{sequence_len} tokens and are truncated"
             )
 
@@ -178,7 +176,7 @@ class RowFeed:
 
     def state_dict(self) -> State:
         """The position after the last step handed out: JSON-able, a few numbers per source."""
-        return {**self._state, "sources": [dict(s) for s in self._state["sources"]]}
+        return self._state
 
     def load_state_dict(self, state: State) -> None:
         """
@@ -192,7 +190,7 @@ class RowFeed:
                     f"{state[name]} to {self._state[name]}; restore the data or start a new run"
                 )
         self.close()
-        state = {"cuts": [], **state, "sources": [dict(s) for s in state["sources"]]}
+        state = {"cuts": [], **state}
         if state["sequence_len"] in self._contexts.lengths:
             self._set_length(state["sequence_len"])
         elif self._order.mode == "packed":

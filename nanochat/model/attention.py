@@ -109,12 +109,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None =
     if bias is not None and bias.form == "flex":
         return attend_flex(q, k, v, window, bias)
     if bias is not None and bias.form == "dense":
-        return attend_dense(q, k, v, window, bias)
+        return attend_at(torch.arange(T, device=q.device)[None], q, k, v, 0, window, bias)
     if q.device.type == "cpu":
         window = window if 0 < window < T else T
         y: Any = _BlockAttention.apply(q, k, v, window, *(bias[:5] if bias is not None else ()))
         return y
     return attend_fused(q, k, v, window, bias)
+
+
+def attend_at(
+    positions: Tensor,
+    q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    first: int,
+    window: int,
+    bias: Bias | None = None,
+) -> Tensor:
+    """Attend from q (B, H, T, D) at `positions` to K, V (B, H_kv, keys, D), keys from `first`."""
+    B, H, T, D = q.shape
+    H_kv, end = K.size(1), first + K.size(2)
+    i, j = positions[:, :, None], torch.arange(first, end, device=q.device)
+    mask = None
+    if T > 1 or positions.size(0) > 1:  # otherwise the one query sees every key
+        mask = j <= i  # (1 or B, T, keys)
+        if window > 0:
+            mask &= i - j < window
+    if bias is not None:
+        scores = bias.scores(i, first, end, H).to(K.dtype)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        mask = scores.reshape(B, H_kv, -1, K.size(2))
+    elif mask is not None:
+        mask = mask.repeat(1, H // H_kv, 1)[:, None]
+    # The query heads of a group become more queries of their shared head: no kernel copies keys.
+    q = q.to(K.dtype).reshape(B, H_kv, -1, D)
+    return F.scaled_dot_product_attention(q, K, V, attn_mask=mask).reshape(B, H, T, D)
 
 
 # ---- GPUs: torch's fused kernels
@@ -195,16 +225,6 @@ def attention_form(
         form = "dense" if look_up else "factored"
         notice(f"{missing}: the prior is added in the {form} form")
     return form
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
-    """The reference: a T x T mask that holds the prior. For short sequences."""
-    T = q.size(2)
-    i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
-    hidden = (j > i) | (i - j >= (window or T))
-    mask = bias.scores(i[None], 0, T, q.size(1)).masked_fill(hidden, -torch.inf)
-    grouped = k.size(1) != q.size(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), enable_gqa=grouped)
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:

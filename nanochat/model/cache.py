@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.model.attention import QUERY_BLOCK, Bias, attend
+from nanochat.model.attention import QUERY_BLOCK, Bias, attend, attend_at
 
 TENSORS = ("k", "v", "w", "tokens")
 
@@ -165,42 +165,10 @@ class KVCache:
         first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # no query sees older
         K, V = K[:, :, first:end], V[:, :, first:end]
         if bias is None:
-            return _attend_from(positions, q, K, V, first, window).to(k.dtype)
+            return attend_at(positions, q, K, V, first, window).to(k.dtype)
         parts = []
         for s in range(0, T, QUERY_BLOCK):  # a bias has a score per head: too many for all queries
             part = slice(s, s + QUERY_BLOCK)
             block = bias._replace(u=bias.u[:, part])
-            parts.append(
-                _attend_from(positions[:, part], q[:, :, part], K, V, first, window, block)
-            )
+            parts.append(attend_at(positions[:, part], q[:, :, part], K, V, first, window, block))
         return torch.cat(parts, dim=2).to(k.dtype)
-
-
-def _attend_from(
-    positions: Tensor,
-    q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    first: int,
-    window: int,
-    bias: Bias | None = None,
-) -> Tensor:
-    """Attend from q (B, H, T, D) at `positions` to K, V (B, H_kv, keys, D), keys from `first`."""
-    B, H, T, D = q.shape
-    H_kv, end = K.size(1), first + K.size(2)
-    i, j = positions[:, :, None], torch.arange(first, end, device=q.device)
-    mask = None
-    if T > 1 or positions.size(0) > 1:  # otherwise the one query sees every key
-        mask = j <= i  # (1 or B, T, keys)
-        if window > 0:
-            mask &= i - j < window
-    if bias is not None:
-        scores = bias.scores(i, first, end, H).to(K.dtype)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        mask = scores.reshape(B, H_kv, -1, K.size(2))
-    elif mask is not None:
-        mask = mask.repeat(1, H // H_kv, 1)[:, None]
-    # The query heads of a group become more queries of their shared head: no kernel copies keys.
-    q = q.to(K.dtype).reshape(B, H_kv, -1, D)
-    return F.scaled_dot_product_attention(q, K, V, attn_mask=mask).reshape(B, H, T, D)
