@@ -89,7 +89,7 @@ def measure(knobs: AccuracyKnobs) -> tuple[Machine, list[dict[str, Any]]]:
     points = [p for p in probed["points"] if "error" not in p]
     if not points:
         raise UserError("no point could be measured: try a smaller --depths or --device_batches")
-    return Machine(**probed["machine"]), points
+    return replace(Machine(**probed["machine"]), points=()), points
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -64,7 +64,6 @@ def point(
         "update_ms": update,
         "step_ms": step,
         "tok_per_sec": 1e3 * n * rows * T / step,
-        "spread": 0.05,
         "first_step_s": 20.0,
         "peak_memory_bytes": 1e9,
         "finite": True,

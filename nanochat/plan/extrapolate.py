@@ -41,8 +41,8 @@ def fit_curve(
     """
     Fit the decayed ends (tokens, bits per byte) of runs and extrapolate to `target` tokens. `share`
     and `power` are what the law expects at the longest run. The curve is that of least squares; its
-    interval follows from the covariance of its parameters and the noise of the predicted run (NOISE,
-    or the residuals if these are larger). UserError for ends that do not fall.
+    interval follows from the covariance of its parameters and the noise of the predicted run
+    (NOISE, or the residuals if these are larger). UserError for ends that do not fall.
     """
     from scipy.optimize import approx_fprime, least_squares
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from nanochat.train.scaling import compile_pays
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parents[2]
-STORED = ("name", "device_type", "dtype", "memory_bytes", "peak_flops", "compiler")
 
 
 @dataclass(kw_only=True)
@@ -66,8 +65,8 @@ class Machine:
         return wanted and self.compiler
 
     def stored(self) -> dict[str, Any]:
-        """What the file of a probe keeps of it."""
-        return {name: value for name, value in asdict(self).items() if name in STORED}
+        """What files keep of it, with the number of its points instead of them."""
+        return {**vars(self), "points": len(self.points)}
 
 
 def of_card(name: str) -> Machine:
@@ -79,7 +78,9 @@ def of_card(name: str) -> Machine:
     if gpu is None:
         known = [g.name for g in hardware.gpus()]
         raise UserError(
-            f"no card is called {name!r}{near(name.upper(), known)}; known are {', '.join(known)}"
+            f"no card is called {name!r}{near(name.upper(), known)}; known are "
+            f"{', '.join(known)}. Or measure yours: run plan probe on it and give the file to plan "
+            "recipe with --probe"
         )
     return Machine(
         gpu.name,
@@ -106,7 +107,7 @@ def load(path: Path | str) -> Machine:
         points = tuple(
             p for p in file["points"] if (p["name"], p["dtype"]) == own and "error" not in p
         )
-        return Machine(**stored, points=points, source=f"measured, {path}")
+        return Machine(**{**stored, "points": points, "source": f"measured, {path}"})
     except OSError as e:
         raise UserError(
             f"cannot read the probe {path} ({e.strerror}): make one with "

@@ -47,10 +47,9 @@ def measure_device(device_type: str, dtype: str) -> dict[str, Any]:
 def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
     Speed and peak memory of training: spec has config, rows, accumulation, compiled, device_type,
-    dtype, seconds. A step takes accumulation x micro_ms + update_ms, both medians; `spread` is the
-    range from the 10 % to the 90 % quantile of their sum over its median. On a GPU also the bytes
-    of the allocator's pool and of the whole card, with contexts and other processes. {"error"} if
-    memory runs out.
+    dtype, seconds. A step takes accumulation x micro_ms + update_ms, both medians. On a GPU also
+    the bytes of the allocator's pool and of the whole card, with contexts and other processes.
+    {"error"} if memory runs out.
     """
     runtime = open_runtime(spec["device_type"], spec["dtype"])
     config = GPTConfig(**spec["config"])
@@ -69,16 +68,14 @@ def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
         if not out_of_memory(e):
             raise
         return {"error": "out of memory"}
-    micro, update, _ = np.array(steps[WARMUP_STEPS:]).T
-    seconds = spec["accumulation"] * float(np.median(micro)) + float(np.median(update))
-    low, middle, high = np.quantile(micro + update, [0.1, 0.5, 0.9])
+    micro, update, _ = np.median(steps[WARMUP_STEPS:], axis=0).tolist()
+    seconds = spec["accumulation"] * micro + update
     return {
         **_card_memory(runtime.device),
-        "micro_ms": 1e3 * float(np.median(micro)),
-        "update_ms": 1e3 * float(np.median(update)),
+        "micro_ms": 1e3 * micro,
+        "update_ms": 1e3 * update,
         "step_ms": 1e3 * seconds,
         "tok_per_sec": tokens_per_step / seconds,
-        "spread": float((high - low) / middle),
         "first_step_s": first_step,
         "peak_memory_bytes": runtime.peak_memory(),
         "finite": bool(np.isfinite(np.array(steps)[:, 2]).all()),

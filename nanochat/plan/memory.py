@@ -12,6 +12,7 @@ runs named beside the figures. A row that does not fit is marked; if none fits, 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from statistics import median
 from typing import Any, Literal
 
@@ -141,17 +142,6 @@ def calibrate(
     return measured_margin([point], [counted])
 
 
-def grid(
-    config: GPTConfig, batches: Sequence[int], lengths: Sequence[int], available: float, **how: Any
-) -> list[dict[str, Any]]:
-    """predict() for every device batch and length, smallest first, each with whether it fits."""
-    cells = [(T, rows) for T in sorted(set(lengths)) for rows in sorted(set(batches))]
-    predictions = [
-        {"rows": rows, "sequence_len": T, **predict(config, rows, T, **how)} for T, rows in cells
-    ]
-    return [{**parts, "fits": parts["total"] <= available} for parts in predictions]
-
-
 def _planned_machine(knobs: MemoryKnobs) -> Machine:
     if not knobs.gpu:
         planned = machine.here("auto", knobs.dtype)
@@ -176,28 +166,29 @@ def run(knobs: MemoryKnobs) -> dict[str, Any]:
         )
     config = knobs.config()
     target = _planned_machine(knobs)
-    cuda = target.device_type == "cuda"
-    compiled = knobs.compile == "on" or (knobs.compile == "auto" and cuda)
-    if compiled and not target.compiler:
+    compiled = target.compiles(0.0, knobs.compile)
+    if knobs.compile == "on" and not compiled:
         notice(f"predicted without torch.compile, which does not work on {target.name}")
-        compiled = False
     margin = None
-    if cuda and not knobs.gpu and knobs.calibrate:
+    if target.device_type == "cuda" and not knobs.gpu and knobs.calibrate:
         print0("calibrating with a few steps of the smallest device batch", file=sys.stderr)
         smallest = min(knobs.device_batch_sizes), min(lengths)
         margin = calibrate(config, *smallest, target.dtype, compiled)
-    predictions = grid(
-        config,
-        knobs.device_batch_sizes,
-        lengths,
-        target.memory_bytes,
-        dtype=target.dtype,
-        device_type=target.device_type,
-        world_size=knobs.gpus,
-        micro_batches=knobs.micro_batches,
-        compiled=compiled,
-        margin=margin,
-    )
+    predictions = []
+    for T, rows in product(sorted(set(lengths)), sorted(set(knobs.device_batch_sizes))):
+        parts = predict(
+            config,
+            rows,
+            T,
+            dtype=target.dtype,
+            device_type=target.device_type,
+            world_size=knobs.gpus,
+            micro_batches=knobs.micro_batches,
+            compiled=compiled,
+            margin=margin,
+        )
+        fits = parts["total"] <= target.memory_bytes
+        predictions.append({"rows": rows, "sequence_len": T, **parts, "fits": fits})
     _show(predictions, target, compiled)
     return {
         "device": target.name,

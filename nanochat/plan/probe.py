@@ -215,7 +215,7 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
 
 def _show(points: Sequence[Mapping[str, Any]], target: Machine) -> None:
     size = ("depth x width", "T", "rows", "accumulation")
-    speeds = ("ms per step", "later", "tok/s", "spread", "of peak")
+    measured = ("ms per step", "later", "tok/s", "of peak", "peak memory", "tokens in the budget")
     rows = []
     for p in points:
         c = p["config"]
@@ -223,15 +223,14 @@ def _show(points: Sequence[Mapping[str, Any]], target: Machine) -> None:
         if "error" in p:
             rows.append([*cells, p["error"], *[""] * 6])
             continue
-        finite = "" if p["finite"] else ", loss not finite"
         cells += [
             f"{p['step_ms']:,.0f}",
             f"{p['drift']:+.0%}" if "drift" in p else "",
             f"{p['tok_per_sec']:,.0f}",
-            f"{p['spread']:.0%}{finite}",
             f"{p['tok_per_sec'] * p['flops_per_token'] / target.peak_flops:.0%}",
             f"{p['peak_memory_bytes'] / GIB:.2f} GiB",
             human(p["tokens_in_budget"]),
+            "" if p["finite"] else "loss not finite",
         ]
         rows.append(cells)
-    print0(columns((*size, *speeds, "peak memory", "tokens in the budget"), rows))
+    print0(columns((*size, *measured, ""), rows))

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.base.common import UserError, columns, duration, human, notice, print0
+from nanochat.base.common import UserError, columns, duration, human, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs
@@ -65,11 +65,7 @@ def planned_machine(knobs: RecipeKnobs) -> Machine:
     if knobs.probe:
         target = machine.load(knobs.probe)
     elif knobs.gpu:
-        try:
-            target = machine.of_card(knobs.gpu)
-        except UserError as e:
-            advice = "Or measure yours: run plan probe on it and give the file with --probe"
-            raise UserError(f"{e}. {advice}") from None
+        target = machine.of_card(knobs.gpu)
     else:
         target = _this_machine(knobs)
     return replace(target, memory_bytes=knobs.memory_gb * GIB) if knobs.memory_gb else target
@@ -82,11 +78,6 @@ def _this_machine(knobs: RecipeKnobs) -> Machine:
         identity = ("name", "device_type", "dtype")
         if all(getattr(probed, name) == getattr(target, name) for name in identity):
             return probed
-        old = file.rename(file.with_suffix(".old.json"))
-        notice(
-            f"the probe is of {probed.name} in {probed.dtype}, not of this machine: it is kept as "
-            f"{old.name}, and this machine is measured"
-        )
     print0("this machine has no probe yet: measuring a few points (plan probe measures more)")
     shared = {f.name for f in fields(probe.ProbeKnobs)} & {f.name for f in fields(knobs)}
     given = {name: getattr(knobs, name) for name in shared - {"out", "json"}}
@@ -162,7 +153,7 @@ def write(knobs: RecipeKnobs, target: Machine, choice: Choice, the_law: Law) -> 
         spare.unlink(missing_ok=True)
     whole = {
         "knobs": asdict(knobs),
-        "machine": {**vars(target), "points": len(target.points)},
+        "machine": target.stored(),
         "law": asdict(the_law),
         "recipe": str(out),
         "pretraining_seconds": knobs.pretraining_seconds(),

@@ -93,8 +93,8 @@ def _model(key: tuple) -> "GPT":
 
 def counts(config: GPTConfig) -> dict[str, int]:
     """
-    Parameters by part: embedding, transformer, head, total, matmul; counted on a model of one layer,
-    because all layers are alike.
+    Parameters by part: embedding, transformer, head, total, matmul; counted on a model of one
+    layer, because all layers are alike.
     """
     one = model_of(replace(config, n_layer=1)).counts()
     further = (config.n_layer - 1) * one["transformer"]
