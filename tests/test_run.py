@@ -45,7 +45,7 @@ def flags(made, monkeypatch):
     ("wrong", "says"),
     [
         (["--model_dim=30"], "model_dim 30 is not a multiple of head_dim 8: try --model_dim=32"),
-        (["--model_dim=28", "--head_dim=7"], "head_dim must be even for rotary embeddings (got 7"),
+        (["--model_dim=28", "--head_dim=7"], "28 does not divide into 4 heads of even width"),
         (["--kv_ratio=2"], "--kv_ratio must be at most 1"),
         (["--depth=0"], "depth is 0"),
         (["--softcap=-1"], "softcap must be 0 (no cap) or above (got -1"),

@@ -41,7 +41,7 @@ def read(path: Path, field: str | None) -> Iterator[str]:
     """The documents of one file, each of which can be encoded as UTF-8."""
     with _reading(path):
         for text in READERS[path.suffix.lower()](path, field):
-            if text and not text.isspace():
+            if text.strip():
                 yield text
 
 

@@ -244,8 +244,7 @@ def eval_batches(
 
 
 def _check(shards: Sequence[Shards]) -> None:
-    tokenizers = {(s.fingerprint, s.bos) for s in shards}
-    if not all(map(len, shards)) or len(tokenizers) != 1:
+    if not all(map(len, shards)) or len({s.fingerprint for s in shards}) != 1:
         raise UserError(
             "a feed needs sources with documents, all from one tokenizer; got "
             f"{', '.join(s.name for s in shards) or 'none'}"

@@ -26,7 +26,7 @@ from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write, locked
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import read_ahead
-from nanochat.data.sources import Source, parts
+from nanochat.data.sources import Part, Source, parts
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class Shards:
         self.name = name
         opened = [_open(folder) for folder in folders]
         metas, self._tokens, self._masks, self._offsets = zip(*opened, strict=True)
-        if len({(m["tokenizer"], m["vocab_size"], m["bos"]) for m in metas}) != 1:
+        if len({m["tokenizer"] for m in metas}) != 1:
             raise UserError(
                 f"the token shards of {name} are from different tokenizers: delete "
                 f"{folders[0].parent} and start again"
@@ -88,19 +88,16 @@ def prepare(
     the base folder). What an earlier run tokenised is reused.
     """
     root = Path(directory or base_dir() / "tokens")
-    todo = parts(source, split)
-    folders = [root / f"{source.name}-{split}-{_key(part.identity, tokenizer)}" for part in todo]
-    size = sum(part.size for part in todo)
-    with (
-        _exclusive(root, folders),
-        progress(size, f"tokenising {source.name} ({split})", "bytes of text") as bar,
-    ):
-        for part, folder in zip(todo, folders, strict=True):
-            if _usable(folder):
-                bar.advance(part.size)
-            else:
-                _build(folder, tokenizer, _encoded(part.documents(), tokenizer, bar))
-        shards = Shards(source.name, folders)
+    all_parts = {
+        root / f"{source.name}-{split}-{_key(part.identity, tokenizer)}": part
+        for part in parts(source, split)
+    }
+    with _missing(root, [*all_parts]) as missing:
+        size = sum(all_parts[folder].size for folder in missing)
+        with progress(size, f"tokenising {source.name} ({split})", "bytes of text") as bar:
+            for folder in missing:
+                _build(folder, tokenizer, _encoded(all_parts[folder], tokenizer, bar))
+        shards = Shards(source.name, [*all_parts])
     if not len(shards):
         raise UserError(
             f"data source {source.name} has no text in its {split} split: add more documents"
@@ -123,8 +120,8 @@ def prepare_conversations(
     """
     root = Path(directory or base_dir() / "tokens")
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
-    with _exclusive(root, [folder]):
-        if not _usable(folder):
+    with _missing(root, [folder]) as missing:
+        if missing:
             with progress(None, f"rendering {name}", "conversations") as bar:
                 _build(folder, tokenizer, _rendered(conversations, tokenizer, bar), masked=True)
         shards = Shards(name, [folder])
@@ -139,9 +136,9 @@ def _key(identity: dict, tokenizer: "Tokenizer") -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encoded(texts: Iterator[str], tokenizer: "Tokenizer", bar: ProgressBar) -> Iterator[Encoded]:
+def _encoded(part: Part, tokenizer: "Tokenizer", bar: ProgressBar) -> Iterator[Encoded]:
     """The texts, tokenised in batches; the next batch is read while one is tokenised."""
-    for batch in read_ahead(_batches(texts), 1):
+    for batch in read_ahead(_batches(part.documents()), 1):
         ids = tokenizer.encode_batch(batch, bos=True)
         bar.advance(sum(len(text.encode()) for text in batch))
         yield ids, []
@@ -221,18 +218,18 @@ def _write(folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], mas
 
 
 @contextmanager
-def _exclusive(root: Path, folders: list[Path]) -> Iterator[None]:
+def _missing(root: Path, folders: list[Path]) -> Iterator[list[Path]]:
     """
-    One process builds at a time; others (ranks, other runs) wait and then find the result. Takes no
-    lock if all folders are complete.
+    The folders that are not complete, for this process to build. One process builds at a time;
+    others (ranks, other runs) wait and then find the result. Takes no lock if nothing is missing.
     """
     if all(map(_usable, folders)):
-        yield
+        yield []
         return
     with locked(root / ".lock"):
         for abandoned in root.glob(".build-*"):  # left by a killed run; nobody else is building
             shutil.rmtree(abandoned, ignore_errors=True)
-        yield
+        yield [folder for folder in folders if not _usable(folder)]
 
 
 def _usable(folder: Path) -> bool:

@@ -48,15 +48,11 @@ class GPTConfig(ArchitectureKnobs):
         for name in positive.split():
             if not 0 < getattr(self, name) < math.inf:  # rejects NaN, too
                 raise UserError(f"{name} must be a number above 0 (got {getattr(self, name)})")
-        if self.n_embd % self.n_head:
+        if self.n_embd % (2 * self.n_head):
             raise UserError(
-                f"a width of {self.n_embd} does not divide into {self.n_head} heads: "
-                "choose model_dim as a multiple of head_dim"
-            )
-        if self.head_dim % 2:
-            raise UserError(
-                f"head_dim must be even for rotary embeddings (got {self.head_dim}: "
-                f"width {self.n_embd} / {self.n_head} heads)"
+                f"a width of {self.n_embd} does not divide into {self.n_head} heads of even width, "
+                "as rotary embeddings need: choose an even head_dim, and model_dim as a multiple "
+                "of it"
             )
         if self.n_head % self.n_kv_head:
             raise UserError(

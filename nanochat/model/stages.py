@@ -33,9 +33,9 @@ def stage_directory(stage: str) -> Path:
 
 def run_directory(stage: str, tag: str) -> Path:
     """The folder of the run with this tag, whether it exists or not."""
-    if not re.fullmatch(r"[\w.-]+", tag) or tag.startswith("."):
+    if not re.fullmatch(r"[\w-][\w.-]*", tag):
         raise UserError(
             f"the model tag {tag!r} cannot be a folder name: "
-            "use letters, digits, dots, dashes and underscores"
+            "use letters, digits, dashes, underscores and, except at the start, dots"
         )
     return stage_directory(stage) / tag
