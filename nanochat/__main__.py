@@ -27,7 +27,8 @@ def main() -> None:
     name = word.removeprefix("scripts.").removeprefix("nanochat.").replace("-", "_")
     if name not in command_names():
         raise UserError(
-            f"there is no command {word}{near(name, command_names())}; nanochat -h lists all"
+            f"there is no command {word}{near(name, command_names())}; nanochat -h lists all "
+            "commands"
         )
     runpy.run_module(f"nanochat.commands.{name}", run_name="__main__", alter_sys=True)
 

@@ -18,7 +18,7 @@ if ! cmp -s pyproject.toml .venv/installed; then
     cp pyproject.toml .venv/installed
 fi
 
-resumable() { # resumable FOLDER: records finished steps there; $before is the time in seconds of earlier, interrupted starts
+resumable() { # resumable FOLDER: records finished steps there; $before is the number of seconds that earlier, interrupted starts took
     notes=$1
     mkdir -p "$notes"
     before=$(cat "$notes/seconds" 2>/dev/null || echo 0)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The best model that a number of hours on this machine buys, unattended: probe, recipe, pilot, pretraining, midtraining, finetuning, report.
+# Trains the best model that this machine can train in a number of hours: probe, recipe, pilot, pretraining, midtraining, finetuning, report.
 #     bash runs/one_day.sh                                     24 hours, on web text (downloaded first)
-#     bash runs/one_day.sh --minutes 20                        the same on a small scale, on the embedded corpus
+#     bash runs/one_day.sh --minutes 20                        a small run on the embedded corpus
 #     bash runs/one_day.sh --hours 8 --data "wiki=DIR:0.6 books=DIR:0.4" --conversations "mine=FILE.jsonl:1 identity:1" --target 0.9
 #     bash runs/one_day.sh --hours 8 --recipe FILE.toml        with the architecture of a recipe
 #     bash runs/one_day.sh --hours 8 --task_dir DIR            with ARC, MMLU and GSM8K from a folder instead of the hub
@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
     esac
     case "$flag" in
         --minutes | --hours)
-            [ -z "$minutes" ] || { echo "error: --hours and --minutes are two budgets: give one of them" >&2; exit 2; }
+            [ -z "$minutes" ] || { echo "error: --hours and --minutes set two budgets: give only one of them" >&2; exit 2; }
             if ! [[ "$value" =~ ^[0-9]+$ ]] || [ "$value" -lt 1 ]; then
                 echo "error: $flag must be a whole number of at least 1 (got '$value')" >&2
                 exit 2
@@ -32,12 +32,12 @@ while [ $# -gt 0 ]; do
         --target) target=$value ;;
         --task_dir) tasks=(--task_dir "$value") ;;
         --recipe) open=(--recipe "$value") ;;
-        *) echo "error: one_day.sh does not know $flag: use --hours, --minutes, --data, --conversations, --task_dir, --vocab, --recipe or --target" >&2; exit 2 ;;
+        *) echo "error: one_day.sh has no option $flag: use --hours, --minutes, --data, --conversations, --task_dir, --vocab, --recipe or --target" >&2; exit 2 ;;
     esac
 done
 minutes=${minutes:-1440}
 if [ "$minutes" -lt 10 ]; then
-    echo "error: $minutes minutes are too few for a probe, a pilot and three stages: give at least 10 (runs/quickstart.sh takes 3)" >&2
+    echo "error: $minutes minutes is too short for a probe and three stages: give at least 10, or run runs/quickstart.sh, which needs only 3" >&2
     exit 2
 fi
 if [ -z "$data" ]; then
@@ -68,7 +68,7 @@ later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
-# The recipe gets the remaining time, less a twelfth for the pilot; below 25 minutes a pilot would be too short to tell anything. The figure
+# The recipe gets the remaining time, less a twelfth for the pilot; below 25 minutes a pilot would be too short to be useful. The number
 # is fixed at the first start, so that an interrupted stage keeps its length.
 pilot=$((minutes >= 25))
 spent=$((before + SECONDS - $(cat "$out/begun")))
@@ -91,7 +91,7 @@ asked=(-a ARC-Easy MMLU GSM8K -n 500 ${tasks[@]+"${tasks[@]}"})
 [ "$data" != tinyworld ] || asked=(-a tinyworld)
 step "evaluation of the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" || {
     [ $? = 2 ] || exit
-    echo "notice: the finetuned model was not evaluated (see above); the report does without"
+    echo "notice: the finetuned model was not evaluated (see above); the report omits its scores"
 }
 
 say "report"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to a chat: environment, embedded corpus, tokenizer, attention prior, pretraining, midtraining, finetuning, reinforcement, with
-# an evaluation after each.
+# Trains a small chat model from scratch: environment, tokenizer, attention prior, pretraining, midtraining, finetuning and reinforcement
+# learning on the embedded corpus, with an evaluation after each stage.
 #     bash runs/quickstart.sh                 12 minutes on two CPU cores, installation included; a GPU is used if there is one
 #     bash runs/quickstart.sh --minutes 30    the same with more training
-# Interrupted and started again, it goes on where it stopped. Everything made is under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+# If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,11 +13,11 @@ while [ $# -gt 0 ]; do
         --minutes=*) minutes=${1#*=}; shift ;;
         --minutes) minutes=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
         -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" 2>/dev/null || sed -n '2,6s/^# \{0,1\}//p' runs/quickstart.sh; exit 0 ;;
-        *) echo "error: quickstart.sh does not know $1: it takes --minutes N" >&2; exit 2 ;;
+        *) echo "error: quickstart.sh has no option $1: use --minutes N" >&2; exit 2 ;;
     esac
 done
 if ! [[ "$minutes" =~ ^[0-9]+$ ]] || [ "$minutes" -lt 3 ]; then
-    echo "error: --minutes is '$minutes': give a whole number of at least 3" >&2
+    echo "error: --minutes must be a whole number of at least 3 (got '$minutes')" >&2
     exit 2
 fi
 
@@ -26,17 +26,17 @@ source runs/environment.sh
 tag=quickstart
 [ "$minutes" = 12 ] || tag="quickstart-$minutes"
 out="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/quickstart"
-resumable "$out/$minutes-minutes" # also how the time is split
+resumable "$out/$minutes-minutes" # this folder also stores how the time is split
 
 step tokenizer python -m scripts.tok_train --data tinyworld --vocab_size=2048
 
-# An attention prior, computed from the training text, so that looking things up in the context need not be discovered. It is left out where
-# its environment cannot be made: all works without it, and learns more slowly.
+# An attention prior is computed from the training text, so that the model need not discover how to look things up in the context. If its
+# environment cannot be created, training works without it, but the model learns more slowly.
 prior() {
-    python -m scripts.tok_data --data tinyworld || return # set -e does not reach into what `step` runs
+    python -m scripts.tok_data --data tinyworld || return # set -e has no effect inside a command that `step` runs
     python dev/generate_rap_prior.py --env "$out/../rap_env" --max_lag 256 --out "$out/rap_prior.safetensors" || {
         [ $? != 130 ] || return 130 # interrupted
-        echo "notice: no attention prior could be made (see above): training goes on without one"
+        echo "notice: the attention prior could not be made (see above): training continues without it"
     }
 }
 step "attention prior" prior
@@ -62,7 +62,7 @@ step finetuning python -m scripts.chat_sft --model_tag=$tag --resume=auto --max_
 step "questions to the finetuned model" python -m scripts.chat_eval -i sft -g $tag
 step reinforcement python -m scripts.chat_rl --model_tag=$tag --resume=auto --max_minutes="$rl" --tasks tinyworld/twostep \
     --questions_per_step=16 --samples=8 --init_lr_frac=0.1 --eval_items=64 --eval_every=0.5
-step "questions to the reinforced model" python -m scripts.chat_eval -i rl -g $tag
+step "questions to the final model" python -m scripts.chat_eval -i rl -g $tag
 
 say "summary"
 python -m scripts.summary --model_tag=$tag --out="$out" --seconds=$((before + SECONDS))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Does an attention prior help on this text? Computes one from the training split, trains with and without it, prints the comparison.
+# Tests whether an attention prior helps on a text: computes one from its training split, trains with and without it, and compares.
 #     bash runs/rap.sh                                 on the Python files of Python's own library; about half an hour on two CPU cores
 #     bash runs/rap.sh --seeds 5 --data wikipedia=DIR:0.45 books=DIR:0.40 reddit=DIR:0.15
-# It resumes where it was interrupted. Everything is written to rap/ under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+# If interrupted, start it again and it continues. All results are in rap/ under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

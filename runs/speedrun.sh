@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The depth 20 model (561 M parameters, 11.2 G tokens of web text) on a rented node of 8 GPUs with 80 GB, from nothing to a chat. Hours and
-# memory: `python -m scripts.plan arch --depth 20 --gpu "H100 SXM" --gpus 8`. If interrupted, start it again and it continues.
+# The depth 20 model (561 M parameters, 11.2 G tokens of web text) on a rented node of 8 GPUs with 80 GB, trained from scratch to a chat model.
+# To estimate hours and memory: `python -m scripts.plan arch --depth 20 --gpu "H100 SXM" --gpus 8`. If interrupted, start it again and it continues.
 #     bash runs/speedrun.sh                     WANDB_RUN=name bash runs/speedrun.sh  logs to wandb as well
 #     GPUS=4 bash runs/speedrun.sh              on four, with the same total batch
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-depth="${DEPTH:-20}" rows="${ROWS:-32}" shards="${SHARDS:-240}" gpus="${GPUS:-8}" # 54 G characters of 250 M a shard, and some to spare
+depth="${DEPTH:-20}" rows="${ROWS:-32}" shards="${SHARDS:-240}" gpus="${GPUS:-8}" # 54 G characters at 250 M per shard, with some to spare
 common=(--model_tag="d$depth" --run="${WANDB_RUN:-dummy}" --resume=auto)
 export OMP_NUM_THREADS=1
 source runs/environment.sh
@@ -21,7 +21,7 @@ train=(torchrun --standalone --nproc_per_node="$gpus")
 "${train[@]}" -m scripts.base_eval -- --device_batch_size=$rows
 "${train[@]}" -m scripts.mid_train -- "${common[@]}"
 "${train[@]}" -m scripts.chat_sft -- "${common[@]}"
-python -m scripts.chat_eval -i mid -a all # on one GPU: it does not divide its questions among several
+python -m scripts.chat_eval -i mid -a all # on one GPU, because chat_eval cannot use several
 python -m scripts.chat_eval -i sft -a all
 python -m nanochat.report
 python -m scripts.chat_cli -p "Why is the sky blue?"

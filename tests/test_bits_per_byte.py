@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from nanochat.base.common import UserError
+from nanochat.commands import base_loss
 from nanochat.data.feed import Batch
 from nanochat.eval.bits_per_byte import bits_per_byte
 from nanochat.train.loop import recut
@@ -100,3 +101,8 @@ def test_ranks_are_summed_not_averaged(monkeypatch):
     assert bits_per_byte(
         m, cut(parts[0]), BYTES, replace(tiny.CPU, world_size=2), 8
     ) == pytest.approx(by_hand(m, b), rel=1e-6)
+
+
+def test_a_misspelt_split_is_refused():
+    with pytest.raises(UserError, match="there is no split 'valid': choose train, val or both"):
+        base_loss.measure(base_loss.BitsPerByteKnobs(splits=("val", "valid")))

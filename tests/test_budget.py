@@ -230,7 +230,9 @@ def test_the_deadline_holds(
                 save_every=0.3,
             )
         except UserError as e:
-            assert 2 * (evaluation + sample + saving) >= budget - 1e-6 and "holds no step" in str(e)
+            assert 2 * (
+                evaluation + sample + saving
+            ) >= budget - 1e-6 and "too short for one step" in str(e)
             return
     longest = max(slow, quick) if 0 < at < run.step else quick if at == 0 else slow
     over = clock.now - 1000 - budget
@@ -253,7 +255,7 @@ def test_a_budget_that_holds_no_step(tmp_path):
     feed = TimedFeed(clock, lambda i: 1.0)
     with pytest.raises(
         UserError,
-        match=r"a budget of 100 s holds no step: 60 s passed before .*, and 60 s are reserved .*minutes=4",
+        match=r"a budget of 100 s is too short for one step: 60 s passed before .*, and 60 s are reserved .*minutes=4",
     ):
         fit(
             tmp_path,
@@ -411,14 +413,15 @@ def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
         ),
         (
             ["--context_stages", "12@0", "32@0.5", "--num_iterations=2"],
-            "whole number of rows of 12 and of 32: try --total_batch_size=1056",
+            "whole number of rows of 12 and of 32 tokens: try --total_batch_size=1056",
         ),
         (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "8@0.5 follows 32@0"),
+        (["--sequence_len=0"], "--sequence_len must be at least 1 (got 0)"),
         (["--num_iterations=0"], "--num_iterations must be positive, or -1 for none (got 0)"),
         (["--target_flops=nan"], "--target_flops must be positive, or -1 for none (got nan)"),
-        (["--target_flops=1e6"], "not one step of 1,024: give"),
-        (["--target_param_data_ratio=0.001"], "not one step of 1,024: give"),
-        (["--max_minutes=1e-9"], "holds no step: one of 1,024 tokens takes"),
+        (["--target_flops=1e6"], "less than one step of 1,024 tokens: give"),
+        (["--target_param_data_ratio=0.001"], "less than one step of 1,024 tokens: give"),
+        (["--max_minutes=1e-9"], "too short for one step: 1,024 tokens take"),
         (["--max_minutes=inf"], "must be at most"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

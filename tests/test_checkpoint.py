@@ -232,7 +232,7 @@ def test_a_truncated_file_read_directly_is_one_sentence(tmp_path):
         with pytest.raises(UserError, match=r"cannot read .*meta.json"):
             _ = stored.meta
     (stored.path / "meta.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match="has checkpoint format 99, this version reads 1 to 2"):
+    with pytest.raises(UserError, match="has checkpoint format 99, but this version reads 1 to 2"):
         _ = stored.meta
 
 
@@ -267,7 +267,8 @@ def test_another_architecture(tmp_path):
     m = tiny.model()
     stored = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
     with pytest.raises(
-        UserError, match=r"holds \(64, 32\) for embed.weight where the model needs \(64, 64\)"
+        UserError,
+        match=r"has the shape \(64, 32\) for embed.weight, but the model needs \(64, 64\)",
     ):
         stored.load_weights(tiny.model(n_embd=64))
     with pytest.raises(UserError, match=r"holds nothing for blocks.2"):

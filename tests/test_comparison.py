@@ -303,7 +303,7 @@ def test_an_interrupted_comparison_resumes_to_the_same_results(here, tmp_path, m
     assert len(list(folder.rglob("model.safetensors"))) >= 3, "--keep keeps"
     compare.main(words(here))
     assert "4 runs, 4 finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"silu that was started with .* another --name"):
+    with pytest.raises(UserError, match=r"silu of .* was started with .* another --name"):
         compare.main([*words(here)[:4], "--b=--activation=gelu", *words(here)[6:]])
 
 
@@ -349,7 +349,7 @@ def test_equal_conditions_differ_by_exactly_nothing(here, tmp_path):
         (["--b=--seed=1"], "--seed is set by the comparison: use --first_seed"),
         (["--b=--target_flops=1e9"], "two lengths for one run"),
         (["--b=--data=own=/nowhere"], "/nowhere"),
-        (["--b=--eval_every=0"], "no curve"),
+        (["--b=--eval_every=0"], "no learning curve"),
         (["--b=--rap=/nowhere.safetensors"], "/nowhere.safetensors"),
         (["--b='"], "closing quotation"),
         (["--b=", "--names", "one"], "1 names .* for 2 conditions"),

@@ -56,7 +56,7 @@ def test_every_stage_begins_at_its_share_of_the_steps(n, tenths):
 def test_stages_that_make_no_sense(texts):
     with pytest.raises(UserError) as e:
         Contexts.parse(texts.split(), 1024)
-    assert f"the context stages {texts} are not a list of TOKENS@SHARE" in str(e.value)
+    assert f"the context stages {texts} are invalid: write TOKENS@SHARE" in str(e.value)
 
 
 def test_the_last_stage_must_have_the_whole_context():

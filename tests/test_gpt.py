@@ -353,8 +353,8 @@ def test_padding_ids_take_no_part(tied):
 @pytest.mark.parametrize(
     ("knobs", "says"),
     [
-        ({"n_embd": 30}, "30 does not divide into 4 heads"),
-        ({"n_embd": 36}, "36 does not divide into 4 heads of even width"),
+        ({"n_embd": 30}, "30 cannot be divided into 4 heads"),
+        ({"n_embd": 36}, "36 cannot be divided into 4 heads of an even width"),
         ({"n_kv_head": 3}, "4 query heads cannot share 3"),
         ({"n_layer": 0}, r"n_layer must be .* \(got 0\)"),
         ({"mlp_ratio": -1.0}, r"mlp_ratio must be .* \(got -1.0\)"),

@@ -166,7 +166,7 @@ def test_resumes_in_the_middle_of_a_file(server, tmp_path):
 
 def test_what_arrived_survives_a_failure_and_the_next_run_goes_on(server, tmp_path):
     server.faults = [("cut", 1024), *[503] * 100]
-    with pytest.raises(UserError, match="what has arrived is kept"):
+    with pytest.raises(UserError, match="the download continues where it stopped"):
         get("-n", "0")
     (part,) = have(tmp_path)
     assert part.endswith(".part") and len(have(tmp_path)[part]) == 1024

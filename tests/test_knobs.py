@@ -157,7 +157,7 @@ def test_precedence_and_origins(tmp_path):
         ('[base_train]\ndepth = "4"', ["depth", "a whole number", "'4'"]),
         ("[base_train]\ndepth = true", ["depth", "True"]),
         ("[base_train]\ndepth = 0", ["depth", "at least 1"]),
-        ('[base_train]\ndata = "a"', ["data", "a list"]),
+        ('[base_train]\ndata = "a"', ["data", "one or more values"]),
         ("[base_trian]\ndepth = 4", ["base_trian", "did you mean base_train?"]),
         ("depth = 4", ["depth", "[base_train]"]),
         ("[base_train\n", ["not valid TOML"]),

@@ -276,7 +276,7 @@ def test_out_of_memory_in_a_look_costs_its_numbers_only(tmp_path, capsys):
     )
     assert run.step == 8 and run.done
     assert (
-        "out of memory in eval: no numbers at this step; training continues"
+        "out of memory in eval: no result at this step; training continues"
         in capsys.readouterr().err
     )
     assert tiny.same(tiny.weights(m), tiny.weights(fit(tmp_path / "b")[2]))

@@ -72,7 +72,7 @@ def test_specs(file):
         ("nonsense",): "spellingbee",
         ("gsm8k", "gsm8k"): "two data sources",
         ("gsm8k:1", "mmlu"): "mmlu has no weight",
-        (): "no conversations are named",
+        (): "names no conversations",
     }.items():
         with pytest.raises(UserError, match=says):
             mixture.parse(bad)

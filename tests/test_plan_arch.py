@@ -181,7 +181,10 @@ def test_the_specifications_are_up_to_date(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--params", "1000"], "no model of these flags has about 1k parameters: the smallest has"),
+        (
+            ["--params", "1000"],
+            "no model with these flags has about 1k parameters: the smallest has",
+        ),
         (["--params", "many"], "--params takes a number such as 38M or 1.2G, not 'many'"),
         (["--params", "0"], "not '0'"),
         (
@@ -193,9 +196,9 @@ def test_the_specifications_are_up_to_date(tmp_path):
             ["--params", "25M", "--split", "1:1:1", "--tie_embeddings"],
             "embedding:layers of a tied model, for example 1:1, not '1:1:1'",
         ),
-        (["--split", "1:1:1"], "give it as well"),
-        (["--gpu", "rtx4091"], r"no card is called 'rtx4091' \(did you mean RTX"),
-        (["--gpus", "8"], "--gpus=8 also needs the name of the card: add --gpu NAME"),
+        (["--split", "1:1:1"], "also needs the number of parameters"),
+        (["--gpu", "rtx4091"], r"there is no GPU 'rtx4091' in the table \(did you mean RTX"),
+        (["--gpus", "8"], "--gpus=8 also needs the name of the GPU: add --gpu NAME"),
         (
             [
                 "--depth",

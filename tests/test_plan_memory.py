@@ -243,7 +243,7 @@ def test_this_machine_is_the_default(monkeypatch):
             ["--gpu", "rtx3060", "--memory_gb", "1"],
             r"nothing fits RTX 3060: 2 rows of 128 take 1.9 GB of 1.0; choose a smaller --depth",
         ),
-        (["--gpu", "rtx30600"], "no card is called 'rtx30600'"),
+        (["--gpu", "rtx30600"], "there is no GPU 'rtx30600'"),
         (
             ["--gpu", "rtx3060", "--sequence_lens", "256"],
             "rows of 256 tokens do not fit a context of 128",

@@ -121,7 +121,7 @@ def test_lengths_double_and_take_the_time():
         (
             planned(),
             25.0,
-            r"allow runs of 7, 14 steps, too short to be fitted: give at least --minutes=0.7$",
+            r"allows only runs of 7, 14 steps, too short to fit a curve: give at least --minutes=0.7$",
         ),
         (planned(steps=60), 60.0, "a run of 60 steps is too short for a pilot"),
     ],

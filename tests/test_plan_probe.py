@@ -313,7 +313,7 @@ def test_time_for_the_grid_is_limited(lab, monkeypatch, capsys):
 
 
 def test_two_budgets_contradict(lab):
-    with pytest.raises(UserError, match="--hours=2 and --minutes=5 are two budgets: give one"):
+    with pytest.raises(UserError, match="--hours=2 and --minutes=5 set two budgets: give only one"):
         probed("--hours=2", "--minutes=5")
 
 
@@ -321,11 +321,11 @@ def test_two_budgets_contradict(lab):
     ("text", "says"),
     [
         (None, "make one with nanochat plan probe"),
-        ("{}", "not what plan probe writes"),
-        ("[1", "not what plan probe writes"),
+        ("{}", "not written by plan probe"),
+        ("[1", "not written by plan probe"),
         (
             json.dumps({"machine": {"name": "x", "dtype": "y"}, "points": []}),
-            "not what plan probe writes",
+            "not written by plan probe",
         ),
     ],
 )

@@ -325,7 +325,7 @@ def test_a_probe_decides_the_rows(tmp_path):
     ("words", "more", "says"),
     [
         ((), {}, "needs a budget .*: give --hours or --minutes"),
-        (("--hours=1", "--minutes=1"), {}, "--hours=1 and --minutes=1 are two budgets"),
+        (("--hours=1", "--minutes=1"), {}, "--hours=1 and --minutes=1 set two budgets"),
         (
             ("--minutes=0.1",),
             {"device_type": "cpu", "peak_flops": 1e11},
@@ -356,7 +356,7 @@ def test_the_budget_that_would_do_does():
     ("words", "says"),
     [
         (("--gpu=rtx4099",), "rtx4099.*Or measure yours: run plan probe on it"),
-        (("--gpu=rtx4090", "--probe=x.json"), "are two machines: give one"),
+        (("--gpu=rtx4090", "--probe=x.json"), "describe two machines: give only one"),
         (("--probe=nowhere.json",), "make one with nanochat plan probe"),
     ],
 )

@@ -23,5 +23,5 @@ def test_the_shares_of_the_remaining_time(minutes, used, capsys):
 
 
 def test_without_a_budget():
-    with pytest.raises(UserError, match="give --minutes"):
+    with pytest.raises(UserError, match="add --minutes"):
         plan.main(["split"])

@@ -126,7 +126,7 @@ def test_warm_start(tmp_path, path, monkeypatch):
     assert min(gap[0][:2]) > 1.5 and max(map(abs, gap[0][2:] + gap[1])) < 1.0
     plain = write(tmp_path / "lag.safetensors", {"lag": terms()["lag"]})
     config, tensors = made(plain)
-    with pytest.raises(UserError, match="needs a prior with match"):
+    with pytest.raises(UserError, match="needs a prior with a match term"):
         prior.warm_start(m, config.rap, tensors, 1.0)
 
 
@@ -270,7 +270,7 @@ def test_what_is_no_prior(tmp_path, capsys):
     refused(tmp_path / "dict.pt", "no tensor where one should be")
     refused(
         write(tmp_path / "a.safetensors", terms(), format="rap-9"),
-        "format 'rap-9', this version reads 'rap-1'",
+        "format 'rap-9', but this version reads 'rap-1'",
     )
     refused(write(tmp_path / "a.safetensors", terms(), format=None), "format None")
     refused(

@@ -200,7 +200,7 @@ def test_a_finished_run_has_nothing_to_do(whole, monkeypatch, capsys):
         ("--softcap=0", r"has softcap=15.0, not 0.0: leave the flag out to continue"),
         ("--activation=gelu", r"has activation=relu2, not gelu"),
         ("--depth=3", r"has n_layer=2, not 3"),
-        ("--seed=7", r"its seed changed from 42 to 7"),
+        ("--seed=7", r"the seed of the data changed from 42 to 7"),
     ],
 )
 def test_a_change_that_would_go_unnoticed_is_refused(whole, place, monkeypatch, flag, says):
@@ -225,7 +225,7 @@ def test_a_longer_horizon_when_asked_for(whole, place, capsys):
         "the schedule is laid over the new length"
     )
     assert (
-        "learning rate x0.000 at step 20, x0.833 from here on (66.7% of the run is over)"
+        "learning rate x0.000 at step 20, x0.833 from here on (66.7% of the run is done)"
         in capsys.readouterr().out
     )
 

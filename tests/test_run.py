@@ -56,7 +56,7 @@ def flags(made, monkeypatch):
         (["--depth=four"], "depth"),
         (
             ["--total_batch_size=1000"],
-            "not a whole number of rows of 32: try --total_batch_size=992",
+            "not a whole number of rows of 32 tokens: try --total_batch_size=992",
         ),
         (["--num_iterations=-1", "--target_param_data_ratio=-1"], "no length is given"),
         (["--target_flops=1e9"], "two lengths for one run"),
@@ -175,7 +175,7 @@ def test_a_context_that_is_long_for_the_budget_is_mentioned(tmp_path, capsys):
     run = opened(tmp_path, max_minutes=10.0)
     run.model.config.sequence_len = 2048
     choose_horizon(run)
-    assert "--sequence_len=512 trains on more tokens" in capsys.readouterr().err
+    assert "with --sequence_len=512 the run would train on more tokens" in capsys.readouterr().err
     run.origins["sequence_len"] = "command line"
     choose_horizon(run)
     assert capsys.readouterr().err == ""
@@ -198,11 +198,11 @@ def test_lengths_of_a_conversation_stage(tmp_path):
     assert horizon(epochs=1, max_minutes=2.0) == Horizon(3)
     assert horizon(num_iterations=5) == Horizon(3, steps=5)
     for given, says in [
-        ({"epochs": 2, "max_minutes": 2.0}, "--epochs=2 and a time budget are two lengths"),
-        ({"epochs": 2, "num_iterations": 5}, "--epochs=2 and --num_iterations=5 are two lengths"),
+        ({"epochs": 2, "max_minutes": 2.0}, "--epochs=2 and a time budget set two lengths"),
+        ({"epochs": 2, "num_iterations": 5}, "--epochs=2 and --num_iterations=5 set two lengths"),
         (
             {"epochs": 1, "num_iterations": 5, "max_hours": 1.0},
-            "--num_iterations=5 and a time budget are two lengths",
+            "--num_iterations=5 and a time budget set two lengths",
         ),
         ({"num_iterations": 0}, r"--num_iterations must be positive, or -1 for none \(got 0\)"),
     ]:

@@ -423,7 +423,7 @@ def test_a_sandbox_that_breaks_is_no_failure_of_the_program(sandbox, monkeypatch
         (tmp_path / "bwrap").chmod(0o755)
         monkeypatch.setattr(execution.shutil, "which", lambda _: str(tmp_path / "bwrap"))
         with pytest.raises(
-            UserError, match=r"broke before the program began|cannot start bubblewrap"
+            UserError, match=r"failed before the program started|cannot start bubblewrap"
         ):
             run("print(1)")
 
@@ -455,6 +455,6 @@ def test_no_files_are_left_open(sandbox):
     before = len(os.listdir("/proc/self/fd"))
     for program in ("print(1)", "1/0", "print('x' * 2**22)"):
         run(program)
-    with pytest.raises(UserError, match="broke before the program began"):
+    with pytest.raises(UserError, match="failed before the program started"):
         run("pass", memory_mb=2**80)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -236,7 +236,7 @@ def test_choice_refuses_what_is_no_question():
             "val",
             "mmlu/test/law_test.csv",
             MMLU + "Which?,a,b,c,d\n",
-            "law_test.csv, line 6: expected the 6 fields",
+            "law_test.csv, line 6: expected 6 fields",
         ),
         (
             mmlu.TASK,

@@ -34,7 +34,7 @@ TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
 KINDS = {
     int: ("N", "a whole number", int),
     float: ("X", "a number", float),
-    str: ("TEXT", "a text", str),
+    str: ("TEXT", "some text", str),
     bool: ("", "true or false", lambda word: TRUTH[word.lower()]),
 }
 
@@ -102,7 +102,7 @@ class _Knob:
         if self.choices:
             words = "one of " + ", ".join(choice or "''" for choice in self.choices)
         else:
-            words = "a list, each value " * self.many + KINDS[self.kind][1]
+            words = "one or more values, each " * self.many + KINDS[self.kind][1]
         return words + (" or none" if self.optional else "")
 
     def from_text(self, words: Sequence[str], where: str) -> Any:
@@ -263,11 +263,13 @@ def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str,
     known = {"all", table, *command_names()}
     for section, entries in tables.items():
         if not isinstance(entries, dict):
-            raise UserError(f"{section} in {file} is outside a table: move it to [{table}]")
+            raise UserError(
+                f"{section} in {file} does not belong to a table: move it below a line [{table}]"
+            )
         if section not in known and not section.startswith(tuple(f"{name}_" for name in known)):
             raise UserError(
-                f"the table [{section}] in {file} is not the name of a command"
-                f"{near(section, known)}"
+                f"the table [{section}] in {file} does not name a "
+                f"command{near(section, known)}: use [{table}] for this command, or [all]"
             )
     shared = _known_values(knobs, tables.get("all", {}), f"in [all] of {file}")
     own = _known_values(knobs, tables.get(table, {}), f"in [{table}] of {file}", strict=True)
@@ -284,7 +286,9 @@ def _known_values(
         if name in knobs:
             values[name] = knobs[name].from_data(value, f"{name} {where}")
         elif strict:
-            raise UserError(f"{key} {where} is not a knob of this command{near(name, knobs)}")
+            raise UserError(
+                f"{key} {where} is not a knob of this command{near(name, knobs)}; -h lists all knobs"
+            )
     return values
 
 

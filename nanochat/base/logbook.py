@@ -105,7 +105,7 @@ class Logbook(AbstractContextManager["Logbook"]):
         self._disk_failed = False
         for name in sinks:
             if name not in TRACKERS:
-                raise UserError(f"there is no sink {name!r}: choose from {', '.join(TRACKERS)}")
+                raise UserError(f"--sinks cannot be {name!r}: choose from {', '.join(TRACKERS)}")
         if rank() != 0:
             return
         path = self.directory / FILE
@@ -131,9 +131,13 @@ class Logbook(AbstractContextManager["Logbook"]):
                 return _tensorboard(self.directory, config)
             return _service(name, self.directory, run_name, config)
         except ImportError as e:
-            raise UserError(f"{name} is not installed: pip install {name}, or leave it out") from e
+            raise UserError(
+                f"{name} is not installed: run pip install {name}, or remove {name} from --sinks"
+            ) from e
         except Exception as e:
-            raise UserError(f"{name} does not start ({e}): fix that or leave it out") from e
+            raise UserError(
+                f"{name} cannot start ({e}): fix that, or remove {name} from --sinks"
+            ) from e
 
     def log(self, step: int | None = None, kind: str = "train", **values: Any) -> None:
         """
@@ -154,8 +158,8 @@ class Logbook(AbstractContextManager["Logbook"]):
             except Exception as e:  # whatever goes wrong there, the run matters more
                 del self._trackers[name]
                 notice(
-                    f"{name} failed and is left out from step {step} on "
-                    f"({type(e).__name__}: {e}); {FILE} is still written"
+                    f"{name} failed at step {step} and is switched off ({type(e).__name__}: "
+                    f"{e}); {FILE} is still written"
                 )
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -167,7 +171,10 @@ class Logbook(AbstractContextManager["Logbook"]):
             self._file.flush()
         except OSError as e:
             if not self._disk_failed:
-                notice(f"cannot write to {self.directory / FILE} ({e.strerror}): rows are lost")
+                notice(
+                    f"cannot write to {self.directory / FILE} ({e.strerror}): some log rows are lost; "
+                    "free some space"
+                )
             self._disk_failed = True
 
     def close(self) -> None:

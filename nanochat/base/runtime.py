@@ -109,16 +109,16 @@ def _choose_device(device_type: str) -> torch.device:
         raise UserError(f"there is no device {device_type!r}: choose auto, {', '.join(available)}")
     if not available[device_type]:
         raise UserError(
-            f"--device_type={device_type} is not available to torch {torch.__version__}: use "
-            "--device_type=cpu or another build of torch"
+            f"--device_type={device_type} is not supported by this build of PyTorch "
+            f"({torch.__version__}): use --device_type=cpu, or install another build"
         )
     if device_type != "cuda":
         return torch.device(device_type)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= count:
         raise UserError(
-            f"rank {local} has no GPU, because this machine has only {count}: lower "
-            "--nproc_per_node of torchrun"
+            f"rank {local} has no GPU, because this machine has only {count}: run torchrun with "
+            f"--nproc_per_node={count}"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

@@ -32,7 +32,9 @@ class CompleteKnobs(GenerationKnobs):
     """Completion"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob("base", "stage of the model", alias="-i")
-    temperature: float = knob(0.8, "0 = always the likeliest token", alias="-t", low=0)
+    temperature: float = knob(
+        0.8, "sampling temperature (0 = always the likeliest token)", alias="-t", low=0
+    )
 
 
 def typed_lines() -> Iterator[str]:
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(flush=True)
         return
     if lines:
-        notice(f"the last {len(lines)} lines were not completed: end them with a line {TRIGGER}")
+        notice(f"the text after the last {TRIGGER} was not completed: end it with a line {TRIGGER}")
 
 
 if __name__ == "__main__":

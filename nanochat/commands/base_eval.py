@@ -23,8 +23,8 @@ class EvaluateBaseKnobs(ExportedModelKnobs, BitsPerByteKnobs):
     """Evaluation"""
 
     splits: tuple[str, ...] = knob(("val",), "splits to read")
-    prompts: tuple[str, ...] = knob(PROMPTS, "beginnings to continue", alias="-p")
-    max_tokens: int = knob(48, "longest continuation in tokens", alias="-m", low=1)
+    prompts: tuple[str, ...] = knob(PROMPTS, "prompts to continue", alias="-p")
+    max_tokens: int = knob(48, "maximum length of a continuation in tokens", alias="-m", low=1)
     temperature: float = knob(
         0.7, "temperature of the second continuation; the first is greedy", alias="-t", low=0
     )
@@ -35,7 +35,8 @@ class EvaluateBaseKnobs(ExportedModelKnobs, BitsPerByteKnobs):
     max_per_task: int = knob(500, "items per CORE task, drawn by the seed; 0 = all", low=0)
     core_memory: float = knob(
         0,
-        "megabytes for one pass over CORE items; 0 = what suits the device; changes no result",
+        "megabytes per pass over CORE items (0 = chosen for the device); does not change "
+        "the results",
         low=0,
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanochat.base.common import entry, print0
+from nanochat.base.common import UserError, entry, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.train.knobs import MachineKnobs
 
@@ -21,8 +21,8 @@ class BitsPerByteKnobs(MachineKnobs):
         (), "text to read, as for base_train (default: what the model was trained on)"
     )
     splits: tuple[str, ...] = knob(("train", "val"), "splits to read")
-    eval_tokens: int = knob(1 << 20, "tokens to read of every split", low=1)
-    device_batch_size: int = knob(32, "rows at a time", low=1)
+    eval_tokens: int = knob(1 << 20, "tokens to read per split", low=1)
+    device_batch_size: int = knob(32, "rows per forward pass", low=1)
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
 
@@ -31,6 +31,8 @@ def measure(knobs: BitsPerByteKnobs) -> tuple["Loaded", dict[str, float]]:
     """Load the model that the knobs name; returns it and its bits per byte by source/split."""
     from nanochat.model.checkpoint import load_for_inference
 
+    if unknown := [split for split in knobs.splits if split not in ("train", "val")]:
+        raise UserError(f"there is no split {unknown[0]!r}: choose train, val or both")
     loaded = load_for_inference(
         knobs.source, knobs.model_tag, knobs.step, knobs.device_type, knobs.dtype, knobs.seed
     )

@@ -28,19 +28,20 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape):
         "text: name=PATH[:weight] ..., tinyworld, fineweb-edu or climbmix (default: downloaded "
         "shards, else tinyworld)",
     )
-    num_iterations: int = knob(-1, "optimizer steps (-1 = from the other lengths)")
-    target_flops: float = knob(-1.0, "train for so many FLOPs (-1 = off)")
+    num_iterations: int = knob(-1, "optimizer steps (-1 = set by the other lengths)")
+    target_flops: float = knob(-1.0, "train for this many FLOPs (-1 = off)")
     target_param_data_ratio: float = knob(20.0, "tokens to train on per parameter (-1 = off)")
     total_batch_size: int = knob(
         0,
-        "tokens per optimizer step; 0 = from the length of the run, 524,288 with --num_iterations",
+        "tokens per optimizer step (0 = chosen from the length of the run, or 524,288 with "
+        "--num_iterations)",
         low=0,
     )
     context_stages: tuple[str, ...] = knob(
         (),
-        "TOKENS@SHARE: rows of so many tokens from that share of the run on, with the same tokens "
-        "per step, such as 512@0 1024@0.6 2048@0.9; the last is sequence_len, which all "
-        "evaluations use",
+        "rows that grow during the run: TOKENS@SHARE starts rows of that many tokens at that "
+        "share of the run, as in 512@0 1024@0.6 2048@0.9; tokens per step stay the same, and "
+        "the last length is sequence_len, which all evaluations use",
     )
 
 
@@ -50,8 +51,8 @@ def check_prior_knobs(k: PretrainKnobs, stored: dict[str, Any] | None) -> None:
         value = getattr(k, f.name)
         if stored is not None and value != (before := stored.get(f.name, f.default)):
             raise UserError(
-                f"this run was started with {f.name}={before}, not {value}: leave the flag out, or "
-                "use --model_tag"
+                f"this run was started with {f.name}={before}, not {value}: leave the flag out, "
+                "or start another run with --model_tag=NAME"
             )
         if not k.rap and value != f.default:
             raise UserError(f"--{f.name}={value} has no effect without --rap FILE")

@@ -35,16 +35,20 @@ class GenerationKnobs:
 
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
-    temperature: float = knob(0.6, "0 = always the likeliest token", alias="-t", low=0)
-    top_k: int = knob(50, "sample from this many likeliest tokens (0 = all)", alias="-k", low=0)
+    temperature: float = knob(
+        0.6, "sampling temperature (0 = always the likeliest token)", alias="-t", low=0
+    )
+    top_k: int = knob(
+        50, "sample from only this many of the likeliest tokens (0 = all)", alias="-k", low=0
+    )
     top_p: float = knob(
         1.0,
-        "sample from the fewest likeliest tokens that hold this share of the probability",
+        "sample from the smallest set of likely tokens that holds this share of the probability",
         low=1e-6,
         high=1,
     )
-    max_tokens: int = knob(256, "limit of a reply in tokens", alias="-m", low=1)
-    seed: int = knob(42, "seed of the sampling")
+    max_tokens: int = knob(256, "maximum length of a reply in tokens", alias="-m", low=1)
+    seed: int = knob(42, "seed for sampling")
     device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "device to compute on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "precision of weights and computation"

@@ -33,19 +33,21 @@ class EvaluateChatKnobs(ExportedModelKnobs, MachineKnobs):
     )
     tasks: tuple[str, ...] = knob(
         ("tinyworld",),
-        "what to ask: ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee, all for these six; "
-        "tinyworld, tinyworld/facts ...",
+        "tasks to ask: ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee (all = these "
+        "six), tinyworld, tinyworld/facts ...",
         alias="-a",
     )
     num_items: int = knob(
         800,
-        "questions per task (tinyworld: of all its kinds together); 0 = all there are",
+        "questions per task, or for all kinds of tinyworld together (0 = all)",
         alias="-n",
         low=0,
     )
-    num_samples: int = knob(1, "answers per free question; from 2 on pass@k is reported", low=1)
+    num_samples: int = knob(
+        1, "answers per open question; with 2 or more, pass@k is reported", low=1
+    )
     temperature: float = knob(
-        0.0, "sampling temperature of the answers; 0 = the most likely token", alias="-t", low=0
+        0.0, "sampling temperature (0 = always the likeliest token)", alias="-t", low=0
     )
     max_tokens: int = knob(0, "answer limit in tokens; 0 = task default", alias="-m", low=0)
     task_dir: str = knob(
@@ -53,7 +55,9 @@ class EvaluateChatKnobs(ExportedModelKnobs, MachineKnobs):
     )
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
-    batch_size: int = knob(64, "answers generated together; changes no result", alias="-b", low=1)
+    batch_size: int = knob(
+        64, "answers generated together; does not change the results", alias="-b", low=1
+    )
 
 
 def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
@@ -77,7 +81,7 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
         for task in group:
             obstacle = task.missing()
             if obstacle and lower == "all":
-                notice(f"{task.name} is left out: {obstacle}")
+                notice(f"skipping {task.name}: {obstacle}")
             elif obstacle:
                 raise UserError(f"{task.name}: {obstacle}")
             else:
@@ -212,10 +216,16 @@ def evaluate(
     print0(f"\naccuracy of {name} with 95 % intervals\n{columns(*stage_table(stages))}")
     for task, result in summary["kinds"].items():
         if result["clipped"]:
-            print0(f"  {task}: {result['clipped']:,} of {result['n']:,} prompts were cut")
+            print0(
+                f"  {task}: {result['clipped']:,} of {result['n']:,} prompts were too long and lost "
+                "their beginnings"
+            )
         if result["unfinished"]:
             answers = result["n"] * knobs.num_samples
-            print0(f"  {task}: {result['unfinished']:,} of {answers:,} answers reached their limit")
+            print0(
+                f"  {task}: {result['unfinished']:,} of {answers:,} answers were cut off at their "
+                "token limit"
+            )
     print0(
         f"{loaded.describe()}: {summary['accuracy']:.1%} of {summary['n']:,} questions "
         f"in {duration(seconds)}"

@@ -1,4 +1,4 @@
-"""Reinforce a chat model: sample replies to a task's questions and reward the correct ones."""
+"""Train a chat model by reinforcement: sample replies to questions and reward the correct ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,12 +31,14 @@ class ReinforceKnobs(LaterStageKnobs):
     temperature: float = knob(
         1.0, "sampling temperature; 1 with top_k 0 samples from the policy", alias="-t", low=1e-6
     )
-    top_k: int = knob(0, "sample from so many most likely tokens (0 = all)", alias="-k", low=0)
+    top_k: int = knob(
+        0, "sample from only this many of the likeliest tokens (0 = all)", alias="-k", low=0
+    )
     rollout_batch_size: int = knob(
         256, "maximum replies generated together; halved when memory runs out", low=1
     )
     init_lr_frac: float = knob(
-        0.05, "initial rates, as a share of those of the earlier stages", low=0, high=1
+        0.05, "initial learning rates, as a share of those in the earlier stages", low=0, high=1
     )
     eval_items: int = knob(
         400, "held-out questions per task in an evaluation, each asked `samples` times", low=1

@@ -16,14 +16,15 @@ class FinetuneKnobs(LaterStageKnobs):
     source: Literal["mid", "base"] = knob("mid", "stage to start from")
     data: tuple[str, ...] = knob(
         (),
-        "conversations: NAME[@N][:weight] of smoltalk mmlu gsm8k arc-easy arc-challenge "
-        "spellingbee identity tinyworld, name=FILE.jsonl (default: arc-easy arc-challenge gsm8k "
-        "smoltalk@10000 spellingbee@600 identity; after pretraining on tinyworld, tinyworld@8000)",
+        "conversations: NAME[@N][:weight] with a NAME from smoltalk mmlu gsm8k arc-easy "
+        "arc-challenge spellingbee identity tinyworld, or name=FILE.jsonl (default: arc-easy "
+        "arc-challenge gsm8k smoltalk@10000 spellingbee@600 identity; after pretraining on "
+        "tinyworld, tinyworld@8000)",
     )
     name: str = knob("nanochat", "what the model calls itself in the identity conversations")
     conversations_per_step: int = knob(32, "conversations per optimizer step", low=1)
     init_lr_frac: float = knob(
-        0.3, "initial rates, as a share of those of the earlier stages", low=0, high=1
+        0.3, "initial learning rates, as a share of those in the earlier stages", low=0, high=1
     )
 
 

@@ -24,21 +24,21 @@ class CompareKnobs:
     name: str = knob("", "name of the comparison and its folder (default: the conditions' names)")
     common: str = knob("", "flags of base_train for every condition, in quotes")
     a: str = knob("", "flags of the first condition, the baseline")
-    b: str | None = knob(None, "flags of the second condition, and so on")
-    c: str | None = knob(None, "third")
-    d: str | None = knob(None, "fourth")
-    e: str | None = knob(None, "fifth")
-    f: str | None = knob(None, "sixth")
-    g: str | None = knob(None, "seventh")
-    h: str | None = knob(None, "eighth")
+    b: str | None = knob(None, "flags of the second condition")
+    c: str | None = knob(None, "flags of the third condition")
+    d: str | None = knob(None, "flags of the fourth condition")
+    e: str | None = knob(None, "flags of the fifth condition")
+    f: str | None = knob(None, "flags of the sixth condition")
+    g: str | None = knob(None, "flags of the seventh condition")
+    h: str | None = knob(None, "flags of the eighth condition")
     names: tuple[str, ...] = knob(
         (), "names of the conditions, in order (default: from their flags)"
     )
-    seeds: int = knob(3, "runs of every condition", low=1)
-    first_seed: int = knob(42, "seed of the first run; the others follow")
+    seeds: int = knob(3, "runs per condition", low=1)
+    first_seed: int = knob(42, "seed of the first run; later runs count up from it")
     target: str = knob(
         "auto",
-        "bits per byte to reach; auto = for each pair, the final ones of the run that ended worse",
+        "target bits per byte; auto = for each pair, the final value of the worse run",
     )
     points: int = knob(20, "evaluations per run, unless the flags set --eval_every", low=2)
     eval_tokens: int = knob(
@@ -47,13 +47,14 @@ class CompareKnobs:
     keep: bool = knob(False, "keep the weights of finished runs")
     retime: int = knob(
         0,
-        "after the runs, time the conditions again in turns: rounds per seed, of 30 steps per "
-        "condition; all seconds then follow these times",
+        "after the runs, time the conditions again in alternation: rounds per seed, each of 30 "
+        "steps per condition; all reported seconds then use these times",
         low=0,
     )
     dry_run: bool = knob(
         False,
-        "say what would run and for how long, judged by finished runs or 6 steps per condition",
+        "only show what would run and for how long, estimated from finished runs or 6 "
+        "steps per condition",
     )
 
 
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     conditions = conditions_of(knobs, PretrainKnobs)
     if knobs.retime and any(condition.budget_seconds for condition in conditions):
         raise UserError(
-            "--retime does not work with --max_minutes or --max_hours, where speed decides what a "
-            "run learns: give the runs a number of steps, or leave out --retime"
+            "--retime does not work with --max_minutes or --max_hours, because a faster run "
+            "then trains for more steps: use --num_iterations instead, or leave out --retime"
         )
     comparison = Comparison(knobs, conditions)
     with comparison.locked():

@@ -14,8 +14,13 @@ from nanochat.data.sources import SHARD_SETS
 class DownloadKnobs:
     """Download"""
 
-    n: int = knob(15, "training shards to have; the validation shard comes too", alias="-n", low=0)
-    set: Literal["fineweb-edu", "climbmix"] = knob("fineweb-edu", "the data set")
+    n: int = knob(
+        15,
+        "training shards to download; the validation shard is always included",
+        alias="-n",
+        low=0,
+    )
+    set: Literal["fineweb-edu", "climbmix"] = knob("fineweb-edu", "name of the data set")
     workers: int = knob(4, "files downloaded at the same time", alias="-w", low=1, high=64)
     revision: str | None = knob(
         None, "branch, tag or commit; by default the commit that the first download pinned"
@@ -31,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = [shard_set.file(number) for number in numbers]
     if missing := [name for name in wanted if name not in listed]:
         raise UserError(
-            f"{shard_set.repo} has no {missing[0]} at commit {commit}: choose a revision that has "
-            "it with --revision"
+            f"{shard_set.repo} has no {missing[0]} at commit {commit}: choose another revision "
+            "with --revision"
         )
     hub.download(shard_set.repo, commit, [listed[name] for name in wanted], folder, knobs.workers)
     print0(

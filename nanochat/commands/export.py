@@ -43,14 +43,15 @@ class ExportKnobs:
         "f32", "type of the weights; q8_0 is for gguf and ollama"
     )
     target_class: Literal["", "nanochat", "qwen3", "apertus"] = knob(
-        "", "the class to write (default: chosen for the model)", alias="--class"
+        "", "class of the exported model (default: chosen for the model)", alias="--class"
     )
     with_code: bool = knob(
         False, "hf: ship the code for an attention prior, which loads with trust_remote_code=True"
     )
     uncapped: bool = knob(
         False,
-        "gguf, ollama: leave the softcap out; greedy answers stay equal, sampling gets sharper",
+        "gguf, ollama: leave out the softcap; greedy answers stay the same, sampling "
+        "becomes sharper",
     )
     name: str = knob("", "name of the model in its files (default: the tag)")
     license: str = knob(
@@ -133,14 +134,17 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
         import xllamacpp  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         notice(
-            "the file was not compared with the original: "
-            "install llama.cpp with pip install xllamacpp"
+            "the file was not compared with the original, because llama.cpp is not installed: "
+            "run pip install xllamacpp"
         )
         return "not compared: llama.cpp was not installed"
     checked = _greedy_agreement(loaded, file)
     equal, _, total = checked.split()[:3]
     if dtype == "f32" and equal != total:
-        raise UserError(f"only {checked}; this is a bug: please report it with the model's knobs")
+        raise UserError(
+            f"the exported file differs from the original (only {checked}); this is a bug: "
+            "please report it with the model's knobs"
+        )
     return checked
 
 
@@ -175,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     values, _ = knobs.parse(ExportKnobs, argv, command="export")
     kind = "hf" if values.to == "hf" else "gguf"
     if values.dtype not in DTYPES[kind]:
-        raise UserError(f"--dtype={values.dtype} is for GGUF: choose {', '.join(DTYPES[kind])}")
+        raise UserError(
+            f"--dtype={values.dtype} works only with --to gguf and --to ollama: choose "
+            f"{', '.join(DTYPES[kind])}"
+        )
 
     from nanochat.export.gguf_file import modelfile, require_gguf
     from nanochat.export.hf import require_transformers
@@ -197,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print0(f"{loaded.describe()} -> {target.name}: {target.reason}")
     if target.uncapped:
         loaded.model.config.softcap = 0.0
-        notice("the softcap is left out: greedy answers stay equal, sampling becomes sharper")
+        notice("the softcap is left out: greedy answers stay the same, sampling becomes sharper")
     folder = _empty_folder(values.out, loaded, values.to)
     name = values.name or loaded.checkpoint.tag
     try:

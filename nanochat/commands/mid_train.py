@@ -15,15 +15,15 @@ class MidtrainKnobs(LaterStageKnobs):
 
     data: tuple[str, ...] = knob(
         (),
-        "conversations: NAME[@N][:weight] of smoltalk mmlu gsm8k arc-easy arc-challenge "
-        "spellingbee identity tinyworld, name=FILE.jsonl (default: smoltalk mmlu gsm8k spellingbee "
-        "identity; after pretraining on tinyworld, tinyworld)",
+        "conversations: NAME[@N][:weight] with a NAME from smoltalk mmlu gsm8k arc-easy "
+        "arc-challenge spellingbee identity tinyworld, or name=FILE.jsonl (default: smoltalk "
+        "mmlu gsm8k spellingbee identity; after pretraining on tinyworld, tinyworld)",
     )
     name: str = knob("nanochat", "what the model calls itself in the identity conversations")
     text: tuple[str, ...] = knob(
-        (), "text to mix in, as for base_train; for example tinyworld@2, two megabytes of it"
+        (), "text to mix in, as for base_train; tinyworld@2 is two megabytes of tinyworld"
     )
-    total_batch_size: int = knob(0, "tokens per optimizer step; 0 = as in pretraining")
+    total_batch_size: int = knob(0, "tokens per optimizer step (0 = as in pretraining)")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

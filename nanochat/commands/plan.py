@@ -1,6 +1,6 @@
 """
-Plan a run: parameters, memory, speed, a recipe for a budget of hours, a pilot of it, and shares of
-the time.
+Plan a run: count parameters, predict memory, measure speed, choose a recipe for a budget of hours,
+test it with a pilot, and split the time between stages.
 
     nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
     nanochat plan memory --depth 12 --gpu rtx3090

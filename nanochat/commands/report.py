@@ -13,9 +13,9 @@ class ReportKnobs:
     """Report"""
 
     directories: tuple[str, ...] = knob(
-        (), "folders of runs; without any, all runs under the base folder", positional=True
+        (), "folders of runs (default: all runs under the base folder)", positional=True
     )
-    out: str = knob("", "file to write; empty = report.html in the base folder", alias="-o")
+    out: str = knob("", "file to write (default: report.html in the base folder)", alias="-o")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -20,19 +20,25 @@ class ServeKnobs:
     )
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
-    host: str = knob("127.0.0.1", "address to listen on; others than this machine need an API key")
+    host: str = knob(
+        "127.0.0.1", "address to listen on; one that other machines can reach needs an API key"
+    )
     port: int = knob(8000, "port to listen on; 0 = any free one", alias="-p", low=0, high=65535)
     api_key: str = knob(
-        "", "key that clients must send (made and printed where the host needs one)"
+        "", "key that clients must send (default: generated and printed if the host needs one)"
     )
-    allow_origin: tuple[str, ...] = knob((), "web pages of other origins that may use the API")
-    allow_host: tuple[str, ...] = knob((), "further names under which the server may be addressed")
-    max_rows: int = knob(32, "answers that are decoded together", low=1, high=512)
+    allow_origin: tuple[str, ...] = knob((), "other web origins whose pages may use the API")
+    allow_host: tuple[str, ...] = knob(
+        (), "other host names by which clients may address the server"
+    )
+    max_rows: int = knob(32, "maximum answers decoded together", low=1, high=512)
     kv_gb: float = knob(
         0.0, "memory for keys and values in GB (0 = a quarter of the memory)", low=0
     )
-    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "where to compute")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "compute type")
+    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "device to compute on")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "precision of weights and computation"
+    )
 
 
 def allowed_hosts(values: ServeKnobs) -> list[str]:
@@ -96,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sockets = [config.bind_socket()]
     except SystemExit:
         raise UserError(
-            f"port {values.port} on {values.host} is taken or not allowed: "
-            "choose another with --port"
+            f"port {values.port} on {values.host} is already in use or not allowed: choose "
+            "another with --port"
         ) from None
     port = sockets[0].getsockname()[1]
     print0(

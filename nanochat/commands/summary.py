@@ -1,4 +1,4 @@
-"""Put a finished chain of stages in one table and a summary.json, with a few sample exchanges."""
+"""Summarise a model's finished stages in a table and summary.json, with some sample exchanges."""
 
 import json
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not stages:
         raise UserError(
             f"no finished stage is tagged {tag!r} under {base_dir() / 'checkpoints'}: train one "
-            "first, or name another --model_tag"
+            "first, or choose another --model_tag"
         )
     last = list(stages)[-1]
     if knobs.samples and STAGES[last].chats:

@@ -1,4 +1,4 @@
-"""Tokenise text before a run: makes the token shards that base_train would otherwise make first."""
+"""Tokenise text in advance: make the token shards that base_train would otherwise make first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """
 Measure how well the tokenizer compresses: characters and bytes per token, for validation text of
-each data source and for sample texts of several kinds, beside the GPT-2 and GPT-4 vocabularies if
-they can be downloaded. The last line of the output is JSON.
+each data source and for sample texts of several kinds, compared with the GPT-2 and GPT-4
+vocabularies if these can be downloaded. The last line of the output is JSON.
 """
 
 import json
@@ -80,7 +80,7 @@ class EvaluateTokenizerKnobs:
     max_chars: int = knob(2_000_000, "measure about this many characters per source", low=1)
     wait: float = knob(
         20.0,
-        "seconds to wait for the download of the GPT-2 and GPT-4 vocabularies; 0 = without them",
+        "seconds to wait for the download of the GPT-2 and GPT-4 vocabularies (0 = skip them)",
         low=0.0,
     )
 
@@ -108,8 +108,8 @@ def published_encodings(seconds: float) -> dict[str, Encode]:
     arrived = dict(encodings)
     if missing := [name for name in PUBLISHED if name not in arrived]:
         notice(
-            f"no comparison with the vocabularies of {' and '.join(missing)}, which come from the "
-            f"internet ({problem})"
+            f"cannot download the vocabularies of {' and '.join(missing)} ({problem}): they are "
+            "left out of the comparison"
         )
     return arrived
 

@@ -30,9 +30,7 @@ class TrainTokenizerKnobs:
         (), "text to train on, as for base_train (default: downloaded shards, else tinyworld)"
     )
     vocab_size: int = knob(65_536, "tokens in the vocabulary, special ones included")
-    digits: int = knob(
-        2, "digits that one token may hold, at most; GGUF needs 3 or 1", low=1, high=3
-    )
+    digits: int = knob(2, "maximum digits in one token; GGUF needs 3 or 1", low=1, high=3)
     max_chars: int = knob(2_000_000_000, "read at most this many characters", low=1)
     doc_cap: int = knob(
         MAX_CHARACTERS,

@@ -34,14 +34,14 @@ class Contexts:
         rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(stages))
         if not (all(matches) and rising and first == 0 and last < 1 and shortest > 0):
             raise UserError(
-                f"the context stages {' '.join(words)} are not a list of TOKENS@SHARE in which "
-                "both rise, the first share being 0 and the last below 1: write for example 512@0 "
-                "1024@0.6 2048@0.9"
+                f"the context stages {' '.join(words)} are invalid: write TOKENS@SHARE for "
+                "each, with rising tokens and shares, the first share 0 and the last below 1, "
+                "as in 512@0 1024@0.6 2048@0.9"
             )
         if fixed and end != longest:
             raise UserError(
-                f"the last context stage has {end} tokens, but --sequence_len is {longest}: leave "
-                "one of them out"
+                f"the last context stage has {end} tokens, but --sequence_len is {longest}: "
+                "make them equal, or leave one flag out"
             )
         return cls(tuple(stages))
 

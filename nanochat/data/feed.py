@@ -186,8 +186,8 @@ class RowFeed:
         for name in ("seed", "documents", "tokens", "quota"):
             if state[name] != self._state[name]:
                 raise UserError(
-                    f"cannot resume at this position in the data: its {name} changed from "
-                    f"{state[name]} to {self._state[name]}; restore the data or start a new run"
+                    f"cannot resume, because the {name} of the data changed from {state[name]} "
+                    f"to {self._state[name]}: restore the data, or start a new run"
                 )
         self.close()
         state = {"cuts": [], **state}

@@ -53,8 +53,8 @@ def pin(repo: str, folder: Path, revision: str | None = None) -> tuple[str, dict
                 return manifest["commit"], files
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
-                f"{path} is damaged ({e}): delete it, and the files are checked against the newest "
-                "commit"
+                f"{path} is damaged ({e}): delete it and run again; the files are then checked "
+                "against the newest commit"
             ) from e
     revision = revision or "main"
     commit, files = _list(repo, revision)
@@ -127,8 +127,8 @@ class _PartialFile(FileIO):
             return super().write(data)
         except OSError as e:
             raise UserError(
-                f"cannot write {self.name} ({e.strerror}): free some space; what has arrived is "
-                "kept"
+                f"cannot write {self.name} ({e.strerror}): free some space and run again; the "
+                "download continues where it stopped"
             ) from e
 
 
@@ -164,8 +164,8 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
             break
         stop.wait(BACKOFF * 2**attempt)
     raise UserError(
-        f"cannot fetch {url} ({problem}): check the network and the revision, then run again; what "
-        "has arrived is kept"
+        f"cannot fetch {url} ({problem}): check the network and the revision, then run again; "
+        "the download continues where it stopped"
     )
 
 

@@ -127,7 +127,7 @@ def prepare_conversations(
         shards = Shards(name, [folder])
     if not len(shards):
         shutil.rmtree(folder)
-        raise UserError(f"there are no conversations in {name}: give at least one")
+        raise UserError(f"there are no conversations in {name}: add at least one")
     return shards
 
 

@@ -142,7 +142,7 @@ def _parse(spec: str) -> Source:
         megabytes = float(m[1] or Source.megabytes)
         if megabytes <= 0:
             raise UserError(
-                f"data source {spec} asks for no text: give the megabytes you want, as in "
+                f"data source {spec} has a size of 0: give the megabytes you want, as in "
                 "tinyworld@20"
             )
         return Source(name or "tinyworld", (), weight, kind="tinyworld", megabytes=megabytes)
@@ -195,8 +195,8 @@ def _text_files(path: Path, name: str) -> list[Path]:
     text_files = [p for p in inside or [path] if p.suffix.lower() in READERS and p.is_file()]
     if not text_files:
         raise UserError(
-            f"data source {name}: {path} is or holds no {', '.join(READERS)} file; put text there, "
-            "or name another file or folder"
+            f"data source {name}: there is no text file ({', '.join(READERS)}) at {path}; add one, or "
+            "name another file or folder"
         )
     return text_files
 
@@ -283,7 +283,7 @@ def _validation_share(source: Source) -> float:
     if share is None:
         raise UserError(
             f"data source {source.name} has fewer than two different documents, so none is left "
-            "for validation: add text"
+            "for validation: add more text"
         )
     return share
 

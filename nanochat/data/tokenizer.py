@@ -93,8 +93,8 @@ class Tokenizer:
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
             raise UserError(
-                f"--vocab_size={vocab_size} is too small: the bytes and the special tokens alone "
-                f"need {least}"
+                f"--vocab_size={vocab_size} is too small: it must be at least {least}, for the "
+                "256 bytes and the special tokens"
             )
         pieces = (piece for text in texts for piece in segments(text) if piece)
         first = next(pieces, None)
@@ -109,8 +109,8 @@ class Tokenizer:
         tokenizer = cls({token: rank for rank, token in enumerate(tokens)}, digits)
         if tokenizer.vocab_size < vocab_size:
             notice(
-                f"the text has enough variety for {tokenizer.vocab_size} tokens only, not for "
-                f"{vocab_size}: the vocabulary has {tokenizer.vocab_size}"
+                f"the text is too short or too uniform for {vocab_size} tokens: the vocabulary "
+                f"has only {tokenizer.vocab_size}; add text for more"
             )
         return tokenizer
 

@@ -146,8 +146,8 @@ def _clipped_prompts(
     clipped = sum(len(prompt) > room for prompt in prompts)
     if clipped:
         notice(
-            f"{clipped} of {len(prompts)} prompts of {task.name} are too long for the context with "
-            "room for the answer: their beginnings are cut off"
+            f"{clipped} of {len(prompts)} prompts of {task.name} are too long for the context: "
+            "their beginnings are cut off to leave room for the answer"
         )
     return [clip(prompt, room) for prompt in prompts], clipped
 

@@ -276,7 +276,9 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
         )
     except OSError as e:
         os.close(proof)
-        raise UserError(f"cannot start bubblewrap ({e.strerror})") from e
+        raise UserError(
+            f"cannot start bubblewrap ({e.strerror}): reinstall it, or leave HumanEval out"
+        ) from e
     finally:
         os.close(proof_in)
         os.close(rules)
@@ -293,7 +295,10 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
     last = stderr.rstrip().rpartition("\n")[2][:200]
     if not outputs[2]:
         complaint = last or stop or f"exit {code}"
-        raise UserError(f"the sandbox broke before the program began: {complaint}")
+        raise UserError(
+            f"the sandbox failed before the program started ({complaint}): reinstall "
+            "bubblewrap, or leave HumanEval out"
+        )
     passed = not stop and code == 0 and outputs[2] == b"+" + token
     if passed or stop:
         reason = stop

@@ -58,12 +58,12 @@ def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
     """The target for llama.cpp; UserError names the first knob that it cannot carry."""
 
     def refuse(why: str) -> UserError:
-        return UserError(f"this model cannot leave as GGUF, because {why}")
+        return UserError(f"this model cannot be exported to GGUF, because {why}")
 
     if config.rap:
         raise refuse(
-            "llama.cpp has no attention prior and would answer wrongly without it: "
-            "train without --rap, or export with --to hf --with_code"
+            "llama.cpp does not support the model's attention prior and would give wrong "
+            "answers without it: train without --rap, or export with --to hf --with_code"
         )
     if has_windows(config):
         raise refuse(
@@ -72,8 +72,9 @@ def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
         )
     if digits not in PRE_TOKENIZERS:
         raise refuse(
-            f"no pre-tokenizer of llama.cpp splits digits by {digits}: "
-            "train the tokenizer with tok_train --digits=3 (or 1), and the model with it"
+            f"llama.cpp has no pre-tokenizer that splits numbers into groups of {digits} "
+            "digits: train the tokenizer with tok_train --digits=3 (or 1), and the model with "
+            "it"
         )
     name, reason = _matching_class(config, uncapped)
     if name is None:
@@ -90,15 +91,18 @@ def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
     windows = has_windows(config)
     if config.rap and (config.activation == "swiglu" or windows):
         raise refuse(
-            "the code that is shipped for an attention prior knows neither swiglu nor windows: "
+            "the code shipped for an attention prior supports neither swiglu nor windows: "
             "train without --rap, or with --activation=relu2 --window_pattern=L"
         )
     if config.rap and ["bias", 0] in config.rap.get("columns", []):
-        raise refuse("its prior is a matrix of positions, which the shipped code does not know")
+        raise refuse(
+            "its prior is a matrix of positions, which the shipped code does not support: "
+            "train without --rap, or with a prior from dev/generate_rap_prior.py"
+        )
     if config.rap and not with_code:
         raise refuse(
-            "none has an attention prior: add --with_code to ship the code for it "
-            "(it loads with trust_remote_code=True), or train without --rap"
+            "no class supports an attention prior: add --with_code to ship the code for it (it "
+            "loads with trust_remote_code=True), or train without --rap"
         )
     if config.rap:
         return Target("nanochat", "NanoChat with shipped code for the attention prior", True)
@@ -132,7 +136,8 @@ def choose_target(
     """
     if uncapped and to == "hf":
         raise UserError(
-            "--uncapped is for --to gguf and --to ollama: transformers keeps the softcap"
+            "--uncapped works only with --to gguf and --to ollama: leave it out, because "
+            "transformers keeps the softcap"
         )
     if to == "hf":
         target = _transformers_target(config, with_code)
@@ -148,8 +153,8 @@ def choose_target(
         target = _gguf_target(config, digits, uncapped)
     if wanted not in (None, target.name):
         raise UserError(
-            f"--class={wanted} cannot carry this model to {to}: "
-            f"leave it out to get {target.name} ({target.reason})"
+            f"--class={wanted} cannot represent this model for --to {to}: leave it out to get "
+            f"{target.name} ({target.reason})"
         )
     return target
 

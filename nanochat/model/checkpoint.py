@@ -84,8 +84,8 @@ class Checkpoint:
             ) from e
         if meta.get("format") not in (1, FORMAT):
             raise UserError(
-                f"{self} has checkpoint format {meta.get('format')}, this version reads 1 to "
-                f"{FORMAT}: use the version that wrote it"
+                f"{self} has checkpoint format {meta.get('format')}, but this version reads 1 "
+                f"to {FORMAT}: use the version of nanochat that wrote it"
             )
         return upgraded(meta)
 
@@ -131,9 +131,9 @@ class Checkpoint:
                 if stored is None or stored.shape != p.shape:
                     shape = "nothing" if stored is None else tuple(stored.shape)
                     raise UserError(
-                        f"{self} holds {shape} for {name} where the model needs {tuple(p.shape)}: "
-                        "its architecture is different; leave out the flags of size, "
-                        "or choose another --model_tag"
+                        f"{self} has the shape {shape} for {name}, but the model needs "
+                        f"{tuple(p.shape)}: leave out the flags that set the model's size, or "
+                        "choose another --model_tag"
                     )
                 p.copy_(stored)
 

@@ -17,8 +17,10 @@ from nanochat.base.knobs import knob
 class ArchitectureKnobs:
     """Architecture"""
 
-    sequence_len: int = knob(2048, "context length in tokens")
-    mlp_ratio: float = knob(4.0, "MLP hidden width as a multiple of the model width; any fraction")
+    sequence_len: int = knob(2048, "context length in tokens", low=1)
+    mlp_ratio: float = knob(
+        4.0, "MLP hidden width, as a multiple of the model width; may be a fraction"
+    )
     activation: Literal["relu2", "gelu", "silu", "swiglu"] = knob(
         "relu2", "activation of the MLP (swiglu adds a third matrix)"
     )
@@ -50,9 +52,9 @@ class GPTConfig(ArchitectureKnobs):
                 raise UserError(f"{name} must be a number above 0 (got {getattr(self, name)})")
         if self.n_embd % (2 * self.n_head):
             raise UserError(
-                f"a width of {self.n_embd} does not divide into {self.n_head} heads of even width, "
-                "as rotary embeddings need: choose an even head_dim, and model_dim as a multiple "
-                "of it"
+                f"the model width {self.n_embd} cannot be divided into {self.n_head} heads of an even "
+                "width, which rotary embeddings need: choose an even head_dim, and a multiple of "
+                "it as model_dim"
             )
         if self.n_head % self.n_kv_head:
             raise UserError(
@@ -122,7 +124,7 @@ class AttentionPriorKnobs:
     rap_alpha: float = knob(0.1, "initial value of the gates on the prior", low=0)
     rap_lead: float = knob(
         4.0,
-        "initial gate of a term in the head that leads with it; 0 = the same as all others",
+        "initial gate of a term in the head assigned to it (0 = the same as in all other heads)",
         low=0,
     )
     rap_gate: Literal["learned", "fixed", "annealed"] = knob(

@@ -148,8 +148,8 @@ def warm_start(model: Any, spec: dict[str, Any], tensors: dict[str, Tensor], alp
     """
     if "codes" not in tensors:
         raise UserError(
-            "--rap_mode=warmstart needs a prior with match: W_Q and W_K cannot express distances "
-            "and key tokens"
+            "--rap_mode=warmstart needs a prior with a match term, because W_Q and W_K cannot "
+            "express distances or key tokens: use another prior, or --rap_mode=bias"
         )
     config, device = model.config, model.embed.weight.device
     layers, heads, _ = spec["tensors"]["gates"][1:]

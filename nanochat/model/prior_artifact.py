@@ -15,6 +15,7 @@ A token before the first counts 0. Loading an artifact cannot run code.
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor
     depends_on_tokens = bool(set(tensors) - {"lag", "bias"})
     tokenizer = about.get("tokenizer", "unknown" if depends_on_tokens else fingerprint)
     if not matrix_alone and about.get("format") != FORMAT:
-        fault = f"has format {about.get('format')!r}, this version reads {FORMAT!r}"
+        fault = f"has format {about.get('format')!r}, but this version reads {FORMAT!r}"
     elif tokenizer != fingerprint:
         fault = f"is for tokenizer {tokenizer[:12]}, but this run's is {fingerprint[:12]}"
     else:
@@ -77,14 +78,15 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a .safetensors file, or the one tensor of a .pt file."""
     try:
         if path.endswith(".pt"):
-            return {"bias": torch.load(path, map_location="cpu", weights_only=True)}, {}
+            with warnings.catch_warnings(action="ignore"):  # an error says what is wrong
+                return {"bias": torch.load(path, map_location="cpu", weights_only=True)}, {}
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except Exception as e:  # torch.load reports a bad pickle in many ways
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        reason = str(e).splitlines()[0].split(". ")[0] if str(e) else type(e).__name__
         raise UserError(
-            f"cannot read the prior {path} without running its code ({reason}): make one with "
+            f"cannot read the prior {path} as plain tensors ({reason}): make one with "
             "dev/generate_rap_prior.py, or save a single 2-D tensor"
         ) from e
 
@@ -206,7 +208,7 @@ def prepare(
     if sharp and knobs.attention == "factored" and device.type != "cpu":
         raise UserError(
             "--attention=factored cannot add the spans or the matrix of this prior on a GPU: "
-            "leave it out, or generate the prior with --spans 0"
+            "leave the flag out, or generate the prior with --spans 0"
         )
     form = "factored" if knobs.attention == "auto" else knobs.attention
     width = config.head_dim + sum(columns.values())
@@ -228,8 +230,9 @@ def prepare(
             columns["lag"] = u.size(1)
             if errors["lag"] > knobs.rap_error:
                 notice(
-                    f"lag as {u.size(1)} columns has the error {errors['lag']:.2g}, above "
-                    "--rap_error: --attention=flex adds it exactly"
+                    f"the prior's lag term, in {u.size(1)} columns, has an error of "
+                    f"{errors['lag']:.2g}, above --rap_error: use --attention=flex to add it "
+                    "exactly"
                 )
             tensors |= {"place_u": u, "place_w": w}
             curves = F.pad((w[0] @ u.mT)[None], (0, 1))
@@ -237,9 +240,9 @@ def prepare(
     rank = sum(columns.values())
     if device.type != "cpu" and config.head_dim + rank > KERNEL_WIDTH:
         raise UserError(
-            f"the prior {knobs.rap} has rank {rank}, which with heads of {config.head_dim} is "
-            f"wider than the {KERNEL_WIDTH} that kernels take: raise --rap_error, or generate it "
-            "with fewer codes"
+            f"the prior {knobs.rap} has rank {rank}, which together with head_dim "
+            f"{config.head_dim} exceeds the {KERNEL_WIDTH} columns that attention kernels "
+            "support: raise --rap_error, or generate the prior with fewer codes"
         )
 
     tensors["gates"], rows = _initial_gates(knobs, list(columns), spans, layers, heads)
@@ -265,8 +268,8 @@ def _extent(knobs: AttentionPriorKnobs, config: GPTConfig) -> tuple[int, int]:
     heads = round(knobs.rap_heads * config.n_head) if share else int(knobs.rap_heads)
     if not 0 < heads <= config.n_head or not (share or heads == knobs.rap_heads):
         raise UserError(
-            f"--rap_heads must be a share up to 1 or a number of the {config.n_head} heads, and "
-            f"come to at least one (got {knobs.rap_heads:g})"
+            f"--rap_heads must be a number of heads from 1 to {config.n_head}, or a share up to "
+            f"1 that comes to at least one head (got {knobs.rap_heads:g})"
         )
     if knobs.rap_layers > config.n_layer:
         raise UserError(

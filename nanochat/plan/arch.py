@@ -1,5 +1,5 @@
 """
-Parameters before training: the table of a model, its price, and the depth, width and heads for a
+Count a model's parameters, estimate its training time, and find the depth, width and heads for a
 number of parameters.
 
     nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
@@ -40,19 +40,21 @@ PARTS = ("embedding", "transformer", "head", "total")
 class ArchKnobs(SizeKnobs):
     """Plan"""
 
-    params: str = knob("", "find a shape with so many parameters, for example 38M or 1.2G")
+    params: str = knob("", "find a shape with this many parameters, for example 38M or 1.2G")
     split: str = knob(
         "",
-        "share of embedding:layers:head in these, for example 1:1:1 (1:1 if tied); "
+        "how to split them into embedding:layers:head, for example 1:1:1 (1:1 if tied); "
         "default: the width follows aspect_ratio",
     )
     tokens_per_param: float = knob(20.0, "training tokens per parameter", low=0.01)
-    gpu: str = knob("", "price the run on this card, for example rtx4090")
-    gpus: int = knob(1, "number of cards", low=1)
+    gpu: str = knob("", "estimate the time on this GPU, for example rtx4090")
+    gpus: int = knob(1, "number of GPUs", low=1)
     utilisation: float = knob(
-        round(REFERENCE, 2), "share of the cards' peak that training reaches", low=0.01, high=1
+        round(REFERENCE, 2), "share of the GPUs' peak speed that training reaches", low=0.01, high=1
     )
-    device_batch_size: int = knob(32, "rows of a micro-batch on one card, for its memory", low=1)
+    device_batch_size: int = knob(
+        32, "rows of a micro-batch on one GPU, to predict its memory", low=1
+    )
     specifications: str = knob(
         "",
         "write the table of the standard models to this file, docs/model_specifications.md, and "
@@ -89,7 +91,7 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
     ]
     if not near:
         raise UserError(
-            f"no model of these flags has about {human(params)} parameters: {_smallest(knobs)}"
+            f"no model with these flags has about {human(params)} parameters: {_smallest(knobs)}"
         )
     return sorted(near, key=cost)
 
@@ -262,11 +264,10 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
         return {"file": knobs.specifications}
     if knobs.split and not knobs.params:
         raise UserError(
-            f"--split={knobs.split} divides a number of parameters: give it as well, as in "
-            "--params 38M"
+            f"--split={knobs.split} also needs the number of parameters: add it, as in --params 38M"
         )
     if knobs.gpus > 1 and not knobs.gpu:
-        raise UserError(f"--gpus={knobs.gpus} also needs the name of the card: add --gpu NAME")
+        raise UserError(f"--gpus={knobs.gpus} also needs the name of the GPU: add --gpu NAME")
     config, *others = _chosen(knobs)
     report = {"config": asdict(config), **figures(config, knobs.tokens_per_param)}
     report["alternatives"] = [

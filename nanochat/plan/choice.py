@@ -37,7 +37,9 @@ TIE = 0.006  # the noise of seeds: of predictions this near, the usual shape, th
 class ChoiceKnobs(MachineKnobs, BudgetKnobs, OpenSizeKnobs):
     """Run"""
 
-    pretrain: float = knob(speed.PRETRAIN, "share of the budget for pretraining", low=0.1, high=1)
+    pretrain: float = knob(
+        speed.PRETRAIN, "share of the budget that pretraining gets", low=0.1, high=1
+    )
     total_batch_size: int = knob(0, "tokens per optimizer step; 0 = as for the horizon", low=0)
     device_batch_size: int = knob(0, "rows of a micro-batch; 0 = the fastest that fits", low=0)
     data: tuple[str, ...] = knob((), "text to train on, as for base_train; it goes into the recipe")
@@ -228,9 +230,9 @@ def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law) -> list[Candidate
     needed = (OPENING + speed.first_step(machine, False) + stepping) / knobs.pretrain
     smaller = ", or a smaller vocabulary" if vocab > 4096 else ""
     raise UserError(
-        f"{duration(seconds)} of pretraining are too few for any model here: even depth {depth} at "
-        f"width {width} with {vocab:,} tokens makes {least.steps} steps. "
-        f"Give at least {max(1, round(needed / 60 + 0.5))} minutes{smaller}"
+        f"{duration(seconds)} of pretraining is too short for any model here: even depth "
+        f"{depth} at width {width} with a vocabulary of {vocab:,} gets only "
+        f"{least.steps} steps. Give at least {max(1, round(needed / 60 + 0.5))} minutes{smaller}"
     )
 
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class BudgetKnobs:
     """Budget"""
 
-    hours: float = knob(0.0, "time for everything, from pretraining to evaluation", low=0)
+    hours: float = knob(0.0, "time for the whole run, from pretraining to evaluation", low=0)
     minutes: float = knob(0.0, "the same in minutes", low=0)
 
 
@@ -35,8 +35,8 @@ def budget_seconds(knobs: BudgetKnobs) -> float:
     """The budget in seconds, 0 if none is given. UserError for two."""
     if knobs.hours and knobs.minutes:
         raise UserError(
-            f"--hours={knobs.hours:g} and --minutes={knobs.minutes:g} are two budgets: "
-            "give one of them"
+            f"--hours={knobs.hours:g} and --minutes={knobs.minutes:g} set two budgets: give "
+            "only one of them"
         )
     return knobs.hours * 3600 or knobs.minutes * 60
 
@@ -78,7 +78,7 @@ def of_card(name: str) -> Machine:
     if gpu is None:
         known = [g.name for g in hardware.gpus()]
         raise UserError(
-            f"no card is called {name!r}{near(name.upper(), known)}; known are "
+            f"there is no GPU {name!r} in the table{near(name.upper(), known)}: choose from "
             f"{', '.join(known)}. Or measure yours: run plan probe on it and give the file to plan "
             "recipe with --probe"
         )
@@ -115,7 +115,7 @@ def load(path: Path | str) -> Machine:
         ) from None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(
-            f"{path} is not what plan probe writes ({type(e).__name__}: {e}): delete it and run "
+            f"{path} was not written by plan probe ({type(e).__name__}: {e}): delete it and run "
             "plan probe again, or name another file"
         ) from None
 

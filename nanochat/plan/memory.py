@@ -1,5 +1,5 @@
 """
-Memory before training, by part: which device batches fit a card, this machine, or --memory_gb.
+Predict the memory of training by part, and which device batches fit a GPU or this machine.
 
     nanochat plan memory --depth 12 --gpu rtx3090
     nanochat plan memory --depth 4 --device_batch_sizes 8 16 32 --sequence_lens 512 1024
@@ -48,10 +48,10 @@ MARGINS = {
 class MemoryKnobs(SizeKnobs):
     """Grid"""
 
-    gpu: str = knob("", "the card, for example rtx3090 (default: this machine)")
-    gpus: int = knob(1, "cards that share the optimizer's state", low=1)
+    gpu: str = knob("", "GPU to plan for, for example rtx3090 (default: this machine)")
+    gpus: int = knob(1, "GPUs that share the optimizer's state", low=1)
     memory_gb: float = knob(
-        0.0, "memory to fit into (default: the card's, or what is free here)", low=0
+        0.0, "memory available per GPU (default: the GPU's, or what is free here)", low=0
     )
     device_batch_sizes: tuple[int, ...] = knob(
         (1, 2, 4, 8, 16, 32, 64), "rows of a micro-batch, one line of the table each", low=1
@@ -64,7 +64,7 @@ class MemoryKnobs(SizeKnobs):
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU")
     micro_batches: int = knob(
-        2, "micro-batches of a step; with 1 there are no gradients yet when activations peak", low=1
+        2, "micro-batches per step; with 1, there are no gradients yet when activations peak", low=1
     )
     calibrate: bool = knob(True, "on a GPU of this machine, measure the margin with a short run")
     json: bool = knob(False, "print only JSON")

@@ -1,6 +1,6 @@
 """
 Try a recipe for a short time, extrapolate to its whole budget with an interval, and correct the
-recipe by what was measured.
+recipe with the measurements.
 
     nanochat plan pilot                    the recipe in the base folder, for a tenth of its time
     nanochat plan pilot recipe.toml --minutes 5 --target_bpb 0.9
@@ -48,7 +48,8 @@ class PilotKnobs:
 
     plan: str = knob(
         "",
-        "recipe to try, its plan (.json) beside it (default: plan/recipe.toml in the base folder)",
+        "recipe to try, with its plan (.json) in the same folder (default: "
+        "plan/recipe.toml in the base folder)",
         positional=True,
     )
     minutes: float = knob(
@@ -58,12 +59,12 @@ class PilotKnobs:
     )
     runs: int = knob(
         3,
-        "short runs, each twice as long as the one before; two where the time is short",
+        "short runs, each twice as long as the one before; two if time is short",
         low=2,
         high=6,
     )
     target_bpb: float = knob(
-        0.0, "wanted bits per byte: the pilot says whether the budget reaches them", low=0
+        0.0, "target bits per byte; the pilot predicts whether the budget reaches it", low=0
     )
     keep: bool = knob(False, "keep the weights of the short runs")
     json: bool = knob(False, "print only JSON")
@@ -103,8 +104,8 @@ class StoredPlan:
             ) from None
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
-                f"{file} and its .json are not what plan recipe writes ({type(e).__name__}: {e}): "
-                "run plan recipe again"
+                f"{file} and its .json were not written by plan recipe ({type(e).__name__}: "
+                f"{e}): run plan recipe again"
             ) from None
 
     @property
@@ -146,8 +147,8 @@ def lengths(planned: Candidate, beside: float, seconds: float, runs: int) -> lis
         )
     least = FEWEST_STEPS * step * sum(parts) + runs * beside
     raise UserError(
-        f"{duration(seconds)} allow runs of {', '.join(str(max(0, n)) for n in steps)} steps, too "
-        f"short to be fitted: give at least --minutes={math.ceil(least / 6) / 10:g}"
+        f"{duration(seconds)} allows only runs of {', '.join(str(max(0, n)) for n in steps)} "
+        f"steps, too short to fit a curve: give at least --minutes={math.ceil(least / 6) / 10:g}"
     )
 
 
@@ -166,7 +167,9 @@ def train(words: Sequence[str], quiet: bool) -> None:
             p.wait()
             raise
     if status:
-        raise UserError(f"a run of the pilot ended with status {status}: see its messages above")
+        raise UserError(
+            f"a run of the pilot failed with exit status {status}: see its messages above"
+        )
 
 
 def short_run(stored: StoredPlan, steps: int, quiet: bool) -> Path:

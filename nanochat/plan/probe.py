@@ -52,9 +52,9 @@ class ProbeKnobs(MachineKnobs, BudgetKnobs, OpenSizeKnobs):
     compile: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile; auto = as base_train would in the budget"
     )
-    seconds: float = knob(6.0, "time to measure each point, six steps at least", low=0)
+    seconds: float = knob(6.0, "time to measure each point, for at least six steps", low=0)
     limit_minutes: float = knob(
-        0.0, "start no further point after this time (0 = a twelfth of the budget)", low=0
+        0.0, "start no new measurement after this time (0 = a twelfth of the budget)", low=0
     )
     out: str = knob("", "file of measured points (default: plan/probe.json in the base folder)")
     json: bool = knob(False, "print only JSON")
@@ -193,8 +193,8 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     session.measure_again()
     if session.left_out:
         print0(
-            f"  {session.left_out} points left out for lack of time: run the same command again "
-            "to measure them, or raise --limit_minutes"
+            f"  points not measured for lack of time: {session.left_out}; run the same command "
+            "again to measure them, or raise --limit_minutes"
         )
     size = ("n_layer", "n_embd", "sequence_len")
     points = sorted(session.points, key=lambda p: [p["config"][name] for name in size])

@@ -35,20 +35,20 @@ LATER_STAGES = {"mid_train": 0.45, "chat_sft": 0.3}
 class RecipeKnobs(ChoiceKnobs):
     """Recipe"""
 
-    gpu: str = knob("", "plan for this card, for example rtx4090")
+    gpu: str = knob("", "plan for this GPU, for example rtx4090")
     probe: str = knob(
         "",
-        "plan from this file of plan probe (default: the one in the base folder, if it is of this "
-        "machine)",
+        "use this file from plan probe (default: the one in the base folder, if it was "
+        "measured on this machine)",
     )
     memory_gb: float = knob(
-        0.0, "memory of the device (default: what the card has, or what is free here)", low=0
+        0.0, "memory of the device (default: the GPU's, or what is free here)", low=0
     )
     model_tag: str = knob("", "name of the model's folder; it goes into the recipe")
     out: str = knob(
         "",
-        "the recipe to write, with a .json of the plan beside it (default: plan/recipe.toml in the "
-        "base folder)",
+        "recipe to write, with its plan (.json) in the same folder (default: plan/recipe.toml "
+        "in the base folder)",
     )
     json: bool = knob(False, "print only JSON")
 
@@ -60,7 +60,8 @@ def planned_machine(knobs: RecipeKnobs) -> Machine:
     """
     if knobs.gpu and knobs.probe:
         raise UserError(
-            f"--gpu={knobs.gpu} and --probe={knobs.probe} are two machines: give one of them"
+            f"--gpu={knobs.gpu} and --probe={knobs.probe} describe two machines: give only one "
+            "of them"
         )
     if knobs.probe:
         target = machine.load(knobs.probe)
@@ -213,9 +214,9 @@ def run(knobs: RecipeKnobs) -> dict[str, Any]:
     show(choice, target)
     whole = write(knobs, target, choice, Law())
     commands = ", ".join(tables(knobs, choice.primary))
-    print0(f"  {whole['recipe']}: give it with --recipe to {commands}")
+    print0(f"  {whole['recipe']}: pass it with --recipe to {commands}")
     print0(
-        "  these bits per byte are of web text, or for budgets of minutes of English prose: "
-        "plan pilot measures your text"
+        "  the bits per byte are predicted for web text (for budgets of minutes, English "
+        "prose): run plan pilot to measure your own text"
     )
     return whole

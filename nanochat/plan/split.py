@@ -1,5 +1,5 @@
 """
-Divide a budget of time between the stages of a chain, as assignments that a shell can read.
+Divide a time budget between the stages of training, printed as assignments for a shell.
 
     nanochat plan split --minutes 12 --seconds_used 90      prints base=2.47, mid=4.57, ...: minutes
 """
@@ -21,15 +21,15 @@ LEAST_SECONDS = 60
 class SplitKnobs:
     """Budget"""
 
-    minutes: float = knob(0.0, "time for everything", low=0)
-    seconds_used: float = knob(0.0, "seconds of it that have passed already", low=0)
+    minutes: float = knob(0.0, "time for the whole run", low=0)
+    seconds_used: float = knob(0.0, "seconds already used", low=0)
     json: bool = knob(False, "print only JSON")
 
 
 def run(knobs: SplitKnobs) -> dict[str, Any]:
     """Print the minutes of each stage and return them."""
     if not knobs.minutes:
-        raise UserError("plan split needs a budget: give --minutes")
+        raise UserError("plan split needs a budget: add --minutes N")
     remaining = USABLE * 60 * knobs.minutes - knobs.seconds_used - OVERHEAD_SECONDS
     seconds = split_budget(max(LEAST_SECONDS, remaining), SHARES)
     minutes = {stage: round(s / 60, 2) for stage, s in seconds.items()}

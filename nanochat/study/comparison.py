@@ -60,9 +60,9 @@ class Comparison:
             flags = stored.setdefault(condition.name, condition.flags)
             if flags != condition.flags:
                 raise UserError(
-                    f"{self.name} has a condition {condition.name} that was started with "
-                    f"{shlex.join(flags)}, not {shlex.join(condition.flags)}: use another name "
-                    "for the condition, or another --name"
+                    f"the condition {condition.name} of {self.name} was started with "
+                    f"{shlex.join(flags)}, not {shlex.join(condition.flags)}: rename the "
+                    "condition with --names, or choose another --name"
                 )
         self.flags = stored  # by condition, also of those that are not compared now
 
@@ -144,7 +144,9 @@ class Comparison:
             status.print(title)
             if condition.budget_seconds and condition.knobs.compile != "off":
                 if condition.name not in warm:
-                    status.print("  first a trial, so that compiling does not cost this run time")
+                    status.print(
+                        "  a trial run first, so that compilation does not count towards this run"
+                    )
                     self.time_steps(condition, seed, ESTIMATE_STEPS)
                 warm.add(condition.name)
             run = self.train(condition, seed, status, missing[i + 1 :])
@@ -185,7 +187,7 @@ class Comparison:
                     if status.due and (rows := train_rows(directory)):
                         status.show(self._progress(directory.name, rows[-1], later))
             except BaseException:
-                notice("the run saves itself now; the same command resumes it")
+                notice("saving the run; repeat the same command to resume it")
                 process.terminate()  # only once: a second signal would stop it before it has saved
                 process.wait()
                 raise

@@ -121,7 +121,7 @@ def _checked(name: str, flags: list[str], knobs: Any, pretrain_knobs: type) -> C
         evaluations = round(1 / every) if every else 0
     if evaluations < 2:
         raise UserError(
-            f"--eval_every={every:g} gives no curve to interpolate: lower it, or use --points"
+            f"--eval_every={every:g} leaves no learning curve to compare: lower it, or use --points"
         )
     return Condition(name, flags, train, steps, evaluations)
 

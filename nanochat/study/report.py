@@ -98,8 +98,8 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
         rows = logbook.read(directory)
         if not rows:
             raise UserError(
-                f"no {logbook.FILE} with rows in {directory}: give the folder of a run, "
-                "<base>/checkpoints/<stage>/<tag>"
+                f"there is no {logbook.FILE} with data in {directory}: give the folder of a "
+                "run, <base>/checkpoints/<stage>/<tag>"
             )
         logs.append(Log(directory.resolve(), rows))
     return logs

@@ -29,8 +29,8 @@ def whole_rows(total_batch_size: int, *lengths: int) -> int:
         near = max(1, round(total_batch_size / unit)) * unit
         rows = " and ".join(f"of {T}" for T in lengths)
         raise UserError(
-            f"a batch of {total_batch_size:,} tokens is not a whole number of rows {rows}: "
-            f"try --total_batch_size={near}"
+            f"--total_batch_size={total_batch_size} is not a whole number of rows {rows} "
+            f"tokens: try --total_batch_size={near}"
         )
     return total_batch_size // lengths[-1]
 
@@ -57,14 +57,15 @@ def choose_horizon(run: OpenRun) -> Horizon:
         if not steps:
             value = getattr(run.knobs, length)
             raise UserError(
-                f"--{length}={value:g} is {tokens:,.0f} tokens, not one step of {batch:,}: give "
-                f"{value * batch / tokens:.2g} or more, or a smaller --total_batch_size"
+                f"--{length}={value:g} comes to {tokens:,.0f} tokens, less than one step of "
+                f"{batch:,} tokens: give {value * batch / tokens:.2g} or more, or a smaller "
+                "--total_batch_size"
             )
     fastest = batch * flops_per_token / run.peak_flops
     if 0 < budget < fastest:
         raise UserError(
-            f"a budget of {budget:.3g} s holds no step: one of {batch:,} tokens takes "
-            f"{fastest:.3g} s or more here; give more time, a smaller --total_batch_size or a "
+            f"a budget of {budget:.3g} s is too short for one step: {batch:,} tokens take at "
+            f"least {fastest:.3g} s here; give more time, a smaller --total_batch_size or a "
             "smaller --depth"
         )
     if not run.knobs.total_batch_size:
@@ -87,7 +88,7 @@ def _given_length(run: OpenRun) -> str:
     given = [name for name in LENGTHS if values[name] > 0 and run.origins[name] != "default"]
     if len(given) > 1:
         flags = " and ".join(f"--{name}={values[name]:g}" for name in given)
-        raise UserError(f"{flags} are two lengths for one run: give one (set the other to -1)")
+        raise UserError(f"{flags} set two lengths for one run: keep one, and set the other to -1")
     if given or run.budget_seconds:
         return given[0] if given else ""
     if values["target_param_data_ratio"] > 0:
@@ -109,8 +110,8 @@ def _expected_tokens(run: OpenRun, length: str, flops_per_token: float) -> float
     flops = 0.3 * run.peak_flops * run.budget_seconds  # only for the batch: the clock ends the run
     if run.origins["sequence_len"] == "default" and context_for(flops) < run.contexts.longest:
         notice(
-            f"a context of {run.contexts.longest} is long for this budget: "
-            f"--sequence_len={context_for(flops)} trains on more tokens"
+            f"a context of {run.contexts.longest} is long for this budget: with "
+            f"--sequence_len={context_for(flops)} the run would train on more tokens"
         )
     return flops / flops_per_token
 
@@ -138,7 +139,9 @@ def conversation_horizon(run: OpenRun, rows: int) -> Horizon:
     }
     lengths = [length for length, is_given in given.items() if is_given]
     if len(lengths) > 1:
-        raise UserError(f"{lengths[0]} and {lengths[1]} are two lengths for one run: give one")
+        raise UserError(
+            f"{lengths[0]} and {lengths[1]} set two lengths for one run: give only one of them"
+        )
     if knobs.num_iterations > 0:
         return Horizon(rows, steps=knobs.num_iterations)
     return Horizon(rows, epochs=None if budget else knobs.epochs)

@@ -52,12 +52,16 @@ class TrainKnobs(MachineKnobs):
     compile: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay"
     )
-    run: str = knob("dummy", "name of the run in the sinks; dummy = only metrics.jsonl")
+    run: str = knob(
+        "dummy", "name of the run in the trackers of --sinks (dummy = log to metrics.jsonl only)"
+    )
     sinks: tuple[str, ...] = knob(
-        ("wandb",), "where a named run is also logged: wandb trackio tensorboard"
+        ("wandb",), "trackers that also log a named run: wandb trackio tensorboard"
     )
     model_tag: str = knob(
-        "", "name of the model's folder; default d<depth>, later stages use their parent's"
+        "",
+        "name of the model's folder (default: d<depth>; later stages keep the tag of the "
+        "model they start from)",
     )
     resume: Literal["", "auto"] = knob(
         "", "auto = continue from this run's newest intact checkpoint, or start if there is none"
@@ -65,25 +69,25 @@ class TrainKnobs(MachineKnobs):
     new_horizon: Literal["", "stretch", "redecay"] = knob(
         "",
         "when resuming with a different length: stretch fits the schedule to the new length, "
-        "redecay falls from the current rate to the floor",
+        "redecay lowers the current rate to the floor",
     )
     keep: int = knob(2, "checkpoints to keep, besides the best", low=1)
     save_every: float = knob(
         0.0,
-        "also save every so many steps (below 1: share of the run; 0 = only before evaluations "
-        "and at the end)",
+        "steps between extra checkpoints (below 1: a share of the run; 0 = only before "
+        "evaluations and at the end)",
         low=0,
     )
     eval_every: float = knob(
-        0.1, "evaluate every so many steps (below 1: share of the run; 0 = at the end)", low=0
+        0.1, "steps between evaluations (below 1: a share of the run; 0 = only at the end)", low=0
     )
     eval_tokens: int = knob(1 << 20, "validation tokens per source in an evaluation", low=1)
     sample_every: float = knob(
-        0.25, "sample every so many steps (below 1: share of the run; 0 = at the end)", low=0
+        0.25, "steps between samples (below 1: a share of the run; 0 = only at the end)", low=0
     )
     max_minutes: float = knob(
         0.0,
-        "end after so many minutes, including evaluation and saving (0 = no limit)",
+        "end after this many minutes, including evaluation and saving (0 = no limit)",
         low=0,
         high=1e7,
     )
@@ -93,8 +97,8 @@ class TrainKnobs(MachineKnobs):
     )
     embedding_lr: float = knob(
         0.0,
-        "AdamW's rate for the token embedding, at width 768; 0 = by the batch: 0.05 for 4,096 "
-        "tokens, growing with its square root to 0.2",
+        "AdamW's rate for the token embedding, at width 768; 0 = set by the batch: 0.05 for "
+        "4,096 tokens, growing with its square root up to 0.2",
         low=0,
     )
     unembedding_lr: float = knob(
@@ -102,12 +106,16 @@ class TrainKnobs(MachineKnobs):
     )
     matrix_lr: float = knob(0.02, "Muon's rate for the matrices", low=0)
     gate_lr: float = knob(0.05, "AdamW's rate for the gates of an attention prior", low=0)
-    lr_scale: float = knob(1.0, "factor on all rates", low=0)
+    lr_scale: float = knob(1.0, "factor for all learning rates", low=0)
     weight_decay: float = knob(0.0, "decoupled weight decay of the matrices", low=0)
-    warmup_ratio: float = knob(0.0, "share of the run in which the rates rise", low=0, high=1)
-    warmdown_ratio: float = knob(0.4, "share of the run in which the rates fall", low=0, high=1)
+    warmup_ratio: float = knob(
+        0.0, "share of the run over which the learning rates rise", low=0, high=1
+    )
+    warmdown_ratio: float = knob(
+        0.4, "share of the run over which the learning rates fall", low=0, high=1
+    )
     final_lr_frac: float = knob(
-        0.0, "rates at the end of the run, as a share of the peak", low=0, high=1
+        0.0, "learning rates at the end of the run, as a share of the peak", low=0, high=1
     )
 
 
@@ -116,7 +124,7 @@ class LaterStageKnobs(TrainKnobs):
     """Start and length"""
 
     step: int | None = knob(None, "step of the checkpoint to start from (default: the newest)")
-    num_iterations: int = knob(-1, "optimizer steps (-1 = by epochs)")
+    num_iterations: int = knob(-1, "optimizer steps (-1 = set by epochs)")
     epochs: int = knob(1, "passes over the conversations or questions", low=1)
     task_dir: str = knob(
         "", "folder with the data sets (default: fetched from the hub into the base folder)"

@@ -430,10 +430,10 @@ class Run:
     def _no_time(self) -> str:
         over, reserve = self.seconds, self.reserve
         return (
-            f"a budget of {self.budget_seconds:.3g} s holds no step: {over:.3g} s passed before "
-            f"the first, and {reserve:.3g} s are reserved for the last evaluation and save; give "
-            f"at least --max_minutes={2 * (over + reserve) / 60:.2g}, or evaluate less with "
-            "--eval_tokens"
+            f"a budget of {self.budget_seconds:.3g} s is too short for one step: {over:.3g} s "
+            f"passed before the first one, and {reserve:.3g} s are reserved for the last "
+            f"evaluation and save; give at least --max_minutes={2 * (over + reserve) / 60:.2g}, "
+            "or evaluate less with --eval_tokens"
         )
 
     def _diverged(self, what: str) -> str:
@@ -472,7 +472,7 @@ def _guarded(evaluation: Evaluation) -> dict[str, Any]:
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
-        notice(f"out of memory in {evaluation.name}: no numbers at this step; training continues")
+        notice(f"out of memory in {evaluation.name}: no result at this step; training continues")
         return {}
 
 

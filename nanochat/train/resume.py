@@ -44,10 +44,10 @@ def same_horizons(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         by_rule = name == "total_batch_size" and not asked[name]  # the rule keeps the stored batch
         if before[name] != now[name] and not by_rule:
             raise UserError(
-                f"this run was started with {name}={before[name]}, not {now[name]}: leave the flag "
-                "out; or, to resume with a different length, choose how the learning rate "
-                "continues: --new_horizon=stretch fits the schedule to the new length, even if the "
-                "rate jumps; --new_horizon=redecay falls from the current rate to the floor"
+                f"this run was started with {name}={before[name]}, not {now[name]}: leave the "
+                "flag out; or, to resume with a different length, choose how the learning rate "
+                "continues: --new_horizon=stretch fits the schedule to the new length, even if "
+                "the rate jumps; --new_horizon=redecay lowers the current rate to the floor"
             )
 
 
@@ -84,8 +84,8 @@ def schedule_from(checkpoint: Checkpoint | None, run: Run) -> Schedule:
     before = stored.lr_mult(meta.get("progress", progress))
     if knobs["new_horizon"] and progress >= 1:
         raise UserError(
-            f"{checkpoint} is at or past the new end already, with {run.step:,} steps in "
-            f"{duration(run.seconds)}: ask for more"
+            f"{checkpoint} is already at or past the new end ({run.step:,} steps in "
+            f"{duration(run.seconds)}): choose a longer run"
         )
     if knobs["new_horizon"] == "redecay":
         if before <= knobs["final_lr_frac"]:
@@ -99,6 +99,6 @@ def schedule_from(checkpoint: Checkpoint | None, run: Run) -> Schedule:
     if knobs["new_horizon"] or abs(after - before) > 0.01:
         print0(
             f"  learning rate x{before:.3f} at step {run.step:,}, x{after:.3f} from here on "
-            f"({progress:.1%} of the run is over)"
+            f"({progress:.1%} of the run is done)"
         )
     return schedule

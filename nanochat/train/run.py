@@ -94,8 +94,8 @@ def resume_knobs(
     """
     if k.max_minutes and k.max_hours:
         raise UserError(
-            f"--max_minutes={k.max_minutes:g} and --max_hours={k.max_hours:g} are two budgets: "
-            "give one of them"
+            f"--max_minutes={k.max_minutes:g} and --max_hours={k.max_hours:g} set two budgets: "
+            "give only one of them"
         )
     directory = run_directory(stage, tag)
     checkpoint = newest(directory, optimizer=True) if k.resume == "auto" else None
@@ -132,7 +132,9 @@ def open_run(
     # on a CPU "auto" is measured; a run decides once
     dtype = resume_from.meta["dtype"] if resume_from else k.dtype
     if k.dtype not in ("auto", dtype):
-        notice(f"--dtype={k.dtype} is ignored: the run continues in {dtype}, as it was started")
+        notice(
+            f"--dtype={k.dtype} is ignored: the run continues in {dtype}, in which it was started"
+        )
     runtime = open_runtime(k.device_type, dtype, k.seed)
     tokenizer = Tokenizer.load()
     if resume_from:

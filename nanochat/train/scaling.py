@@ -17,7 +17,7 @@ from nanochat.base.knobs import knob
 class Shape:
     """Size"""
 
-    depth: int = knob(4, "layers: the one dial; the rest follows from it")
+    depth: int = knob(4, "layers; by default, all other sizes follow from it")
     aspect_ratio: float = knob(64.0, "model width per layer of depth")
     model_dim: int = knob(0, "model width; 0 = depth x aspect_ratio, rounded up to whole heads")
     head_dim: int = knob(128, "width of an attention head")
@@ -30,7 +30,7 @@ class Shape:
         for f in fields(Shape):
             value = getattr(self, f.name)
             if not 0 <= value < math.inf or (f.name != "model_dim" and value == 0):
-                raise UserError(f"{f.name} is {value}: it must be a number above 0")
+                raise UserError(f"{f.name} must be a number above 0 (got {value})")
         unit = self.head_dim
         width = self.model_dim or math.ceil(self.depth * self.aspect_ratio / unit) * unit
         if width % unit:

@@ -74,7 +74,10 @@ class DataSet:
                 commit, listed = hub.pin(self.repo, folder, self.commit)
                 files = [listed[path] for path in sorted(listed) if fnmatch(path, self.hub[split])]
                 if not files:
-                    raise UserError(f"{self.repo} has no {self.hub[split]} at commit {commit}")
+                    raise UserError(
+                        f"{self.repo} has no {self.hub[split]} at commit {commit}: download the data by "
+                        "hand and name its folder with --task_dir"
+                    )
                 paths = {folder / file.path: file for file in files}
                 new = [f for p, f in paths.items() if not p.exists() or p.stat().st_size != f.size]
                 if new:
@@ -130,7 +133,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
             place = f"{path}, line {rows.line_num}"
             if None in row or None in row.values():
                 width = len(rows.fieldnames or [])
-                raise UserError(f"{place}: expected the {width} fields of the header; fix it")
+                raise UserError(
+                    f"{place}: expected {width} fields, as in the header; fix or delete the line"
+                )
             yield place, row
 
 

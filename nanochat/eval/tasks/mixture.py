@@ -79,7 +79,7 @@ def parse(specs: Sequence[str]) -> list[ConversationSource]:
     as conversations, if two share a name, or if only some have a weight.
     """
     if not specs:
-        raise UserError(f"no conversations are named: give --data a file or some of {NAMES}")
+        raise UserError(f"--data names no conversations: give it a .jsonl file or some of {NAMES}")
     sources = [_parse(spec) for spec in specs]
     check_mixture(sources)
     return sources
@@ -111,8 +111,8 @@ def _count(spec: str, text: str | None) -> int | None:
         return None
     if not text.isdigit() or int(text) == 0:
         raise UserError(
-            f"{spec} asks for @{text}: give the number of conversations after @, as in "
-            "tinyworld@40000"
+            f"{spec} has @{text}, which is not a number of conversations above 0: write for "
+            "example tinyworld@40000"
         )
     return int(text)
 
@@ -183,7 +183,7 @@ def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
     if share is None:
         raise UserError(
             "there are fewer than two different conversations, so none is left for validation: "
-            "add more"
+            "add more conversations"
         )
     return (item for item in read() if (_place(item) <= share) == (split == "val"))
 
