@@ -268,7 +268,7 @@ def test_another_architecture(tmp_path):
     stored = checkpoint.save(tmp_path, 0, dict(m.named_parameters()), {}, tiny.meta(m))
     with pytest.raises(
         UserError,
-        match=r"has the shape \(64, 32\) for embed.weight, but the model needs \(64, 64\)",
+        match=r"holds \(64, 32\) for embed.weight, but the model needs \(64, 64\)",
     ):
         stored.load_weights(tiny.model(n_embd=64))
     with pytest.raises(UserError, match=r"holds nothing for blocks.2"):

@@ -179,7 +179,7 @@ def test_what_an_accelerator_gets(tmp_path):
     config, tensors = made(str(tmp_path / "m.pt"), GPU, tiny.config(sequence_len=300))
     assert config.rap["attention"] == "dense" and tensors["place"].tril().abs().max() == 1
     wide = write(tmp_path / "w.safetensors", terms(P=200, P2=60))
-    with pytest.raises(UserError, match="wider than the 256"):
+    with pytest.raises(UserError, match="exceeds the 256 columns"):
         made(wide, GPU)
     assert made(wide)[0].rap["attention"] == "factored"
     sharper = write(tmp_path / "s.safetensors", with_spans())

@@ -287,7 +287,7 @@ def _known_values(
             values[name] = knobs[name].from_data(value, f"{name} {where}")
         elif strict:
             raise UserError(
-                f"{key} {where} is not a knob of this command{near(name, knobs)}; -h lists all knobs"
+                f"{key} {where} is not a knob of this command{near(name, knobs)}; -h lists all"
             )
     return values
 

@@ -172,7 +172,7 @@ class Logbook(AbstractContextManager["Logbook"]):
         except OSError as e:
             if not self._disk_failed:
                 notice(
-                    f"cannot write to {self.directory / FILE} ({e.strerror}): some log rows are lost; "
+                    f"cannot write to {self.directory / FILE} ({e.strerror}): rows are lost; "
                     "free some space"
                 )
             self._disk_failed = True

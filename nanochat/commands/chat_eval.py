@@ -217,8 +217,8 @@ def evaluate(
     for task, result in summary["kinds"].items():
         if result["clipped"]:
             print0(
-                f"  {task}: {result['clipped']:,} of {result['n']:,} prompts were too long and lost "
-                "their beginnings"
+                f"  {task}: {result['clipped']:,} of {result['n']:,} prompts were too long and "
+                "lost their beginnings"
             )
         if result["unfinished"]:
             answers = result["n"] * knobs.num_samples

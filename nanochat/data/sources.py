@@ -195,8 +195,8 @@ def _text_files(path: Path, name: str) -> list[Path]:
     text_files = [p for p in inside or [path] if p.suffix.lower() in READERS and p.is_file()]
     if not text_files:
         raise UserError(
-            f"data source {name}: there is no text file ({', '.join(READERS)}) at {path}; add one, or "
-            "name another file or folder"
+            f"data source {name}: there is no text file ({', '.join(READERS)}) at {path}; add one, "
+            "or name another file or folder"
         )
     return text_files
 

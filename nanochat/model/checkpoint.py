@@ -131,7 +131,7 @@ class Checkpoint:
                 if stored is None or stored.shape != p.shape:
                     shape = "nothing" if stored is None else tuple(stored.shape)
                     raise UserError(
-                        f"{self} has the shape {shape} for {name}, but the model needs "
+                        f"{self} holds {shape} for {name}, but the model needs "
                         f"{tuple(p.shape)}: leave out the flags that set the model's size, or "
                         "choose another --model_tag"
                     )

@@ -209,6 +209,7 @@ def show(choice: Choice, target: Machine, most: int = 12) -> None:
 
 def run(knobs: RecipeKnobs) -> dict[str, Any]:
     """Print the candidates, write recipe and plan; returns the plan. UserError as choose()."""
+    knobs.pretraining_seconds()  # a missing budget is refused before anything is measured
     target = planned_machine(knobs)
     choice = choose(knobs, target, Law())
     show(choice, target)

@@ -75,8 +75,8 @@ class DataSet:
                 files = [listed[path] for path in sorted(listed) if fnmatch(path, self.hub[split])]
                 if not files:
                     raise UserError(
-                        f"{self.repo} has no {self.hub[split]} at commit {commit}: download the data by "
-                        "hand and name its folder with --task_dir"
+                        f"{self.repo} has no {self.hub[split]} at commit {commit}: name a folder "
+                        "that has it with --task_dir"
                     )
                 paths = {folder / file.path: file for file in files}
                 new = [f for p, f in paths.items() if not p.exists() or p.stat().st_size != f.size]
