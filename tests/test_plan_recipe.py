@@ -329,7 +329,7 @@ def test_a_probe_decides_the_rows(tmp_path):
         (
             ("--minutes=0.1",),
             {"device_type": "cpu", "peak_flops": 1e11},
-            r"5s of pretraining are too few .* Give at least 3 minutes",
+            r"5s of pretraining is too short .* Give at least 3 minutes",
         ),
         (
             ("--hours=24",),
@@ -350,6 +350,12 @@ def test_the_budget_that_would_do_does():
         choice.choose(ask("--minutes=3", "--vocab=8192"), slow, law.Law()).primary.steps
         >= choice.FEWEST_STEPS
     )
+
+
+def test_a_missing_budget_is_refused_before_this_machine_is_measured(monkeypatch):
+    monkeypatch.setattr(recipe, "planned_machine", lambda knobs: pytest.fail("measured"))
+    with pytest.raises(UserError, match="needs a budget"):
+        recipe.run(ask())
 
 
 @pytest.mark.parametrize(
