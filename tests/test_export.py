@@ -1,6 +1,7 @@
 """Export: every accepted cell of the table has the same logits elsewhere, every other one is refused in a sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import priors
@@ -9,7 +10,9 @@ import tiny
 import torch
 
 from nanochat.base.common import UserError
+from nanochat.commands import export
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.export.card import model_card
 from nanochat.export.gguf_file import LlamaCpp, write_gguf
 from nanochat.export.hf import TOLERANCE, compare_logits, write_folder
 from nanochat.export.target import choose_target, destinations
@@ -133,6 +136,33 @@ def test_what_cannot_leave_is_refused_with_the_flag_that_helps(to, knobs, digits
         choose_target(tiny.config(**knobs), digits, to, **options)
     message = str(refusal.value)
     assert remedy in message and "\n" not in message
+
+
+def test_every_obstacle_is_named_at_once():
+    with pytest.raises(UserError, match=r"--digits=3.*--softcap=0"):
+        choose_target(tiny.config(), 2, "gguf")
+
+
+def test_an_export_replaces_itself_but_nothing_else(tmp_path, monkeypatch):
+    release = Path(__file__).resolve().parent / "golden" / "release_0.1"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(release, tmp_path / "base")))
+    folder = tmp_path / "out"
+    for _ in range(2):
+        export.main(["-i", "sft", "--out", str(folder)])
+    assert "AutoModelForCausalLM" in (folder / "README.md").read_text()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds mine\.txt"):
+        export.main(["-i", "sft", "--out", str(folder)])
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_a_card_explains_the_program_that_reads_the_export():
+    meta = {"stage": "sft", "step": 3, "knobs": {}}
+    target = choose_target(tiny.config(softcap=0.0), 3, "ollama")
+    card = model_card(
+        tiny.config(softcap=0.0), 9, meta, [], target, "toy", "mit", "equal", "ollama"
+    )
+    assert "ollama create toy -f Modelfile" in card and "transformers import" not in card
 
 
 def test_uncapped_is_chosen_only_when_asked():

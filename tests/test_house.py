@@ -122,7 +122,7 @@ CEILINGS = {
     "data": 13_800,
     "model": 16_000,
     "chat": 4_750,
-    "chat/serve": 10_000,
+    "chat/serve": 10_200,
     "eval": 14_400,
     "train": 12_700,
     "study": 10_900,

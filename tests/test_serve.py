@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,13 +18,16 @@ pytest.importorskip("fastapi", reason="fastapi is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
+from nanochat.base.common import UserError  # noqa: E402
 from nanochat.chat.generate import Engine, Sampling, Token  # noqa: E402
 from nanochat.chat.reply import Reply  # noqa: E402
 from nanochat.chat.serve.answer import Answer, held_back  # noqa: E402
 from nanochat.chat.serve.app import build_app  # noqa: E402
 from nanochat.chat.serve.guard import Guard, host_name  # noqa: E402
 from nanochat.chat.serve.models import Models  # noqa: E402
+from nanochat.chat.serve.server import listen  # noqa: E402
 from nanochat.chat.serve.worker import Job, Worker  # noqa: E402
+from nanochat.commands import serve  # noqa: E402
 from nanochat.data.tokenizer import Tokenizer  # noqa: E402
 from nanochat.model.checkpoint import load_for_inference  # noqa: E402
 
@@ -467,6 +474,127 @@ def test_conversations_stay_after_a_reload(page):
     page.reload()
     page.wait_for_selector("#model option", state="attached")
     assert page.locator(".message.user .body").inner_text() == "remember this one"
+
+
+def broken(answer: str):
+    """A handler for page.route that streams an answer's beginning and then an error."""
+    text = {"choices": [{"index": 0, "delta": {"content": answer}, "finish_reason": None}]}
+    events = [text] if answer else []
+    events.append({"error": {"message": "the server is shutting down"}})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    return lambda route: route.fulfill(content_type="text/event-stream", body=body)
+
+
+def test_an_answer_that_breaks_off_is_kept_and_explained(page):
+    page.route("**/v1/chat/completions", broken("Half an"))
+    page.fill("#input", "one")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#notice >> text=The server is shutting down")
+    assert "Half an" in page.locator(".message.assistant .body").inner_text()
+    page.wait_for_selector("text=interrupted")
+
+
+def test_a_question_without_an_answer_is_replaced_by_the_next(page):
+    page.route("**/v1/chat/completions", broken(""))
+    page.fill("#input", "one")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#notice >> text=Try again")
+    page.unroute("**/v1/chat/completions")
+    ask(page, "two")  # two questions in a row would be refused
+    assert page.locator(".message.user .body").all_inner_texts() == ["two"]
+    assert page.locator("#notice").inner_text() == ""
+
+
+def test_a_long_conversation_opens_at_its_end(page):
+    nodes = {
+        str(i): {"id": str(i), "parent": str(i - 1), "role": role, "content": f"line\n{i}"}
+        for i, role in enumerate(["user", "assistant"] * 10)
+    }
+    stored = json.dumps([{"id": "c", "title": "long", "leaf": "19", "nodes": nodes}])
+    page.evaluate("text => localStorage.setItem('nanochat.conversations', text)", stored)
+    page.reload()
+    page.wait_for_selector("#model option", state="attached")
+    box = "document.getElementById('messages')"
+    assert page.evaluate(f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight") < 2
+
+
+# ---- the beginning and the end of a server
+
+
+def test_an_address_that_cannot_be_had_is_explained():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(UserError, match=r"in use.*choose another --port"):
+            listen("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UserError, match="choose another --host"):
+        listen("203.0.113.9", 0)
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_missing_package_is_named(package, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith((package, "nanochat.chat.serve"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package} is not installed.*\[serve\]"):
+        serve.main([])
+
+
+def test_a_model_that_cannot_be_loaded_is_reported(base, capsys):
+    models = Models(8, float("inf"))
+    app = build_app(models, {"stage": "sft", "tag": "nope"})
+
+    async def health() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+        ):
+            while "is loading" in (answer := await client.get("/health")).text:
+                await asyncio.sleep(0.02)
+            return answer
+
+    with ThreadPoolExecutor() as pool:  # the browser's event loop runs in this thread
+        answer = pool.submit(asyncio.run, health()).result()
+    assert answer.status_code == 503 and "nope" in answer.json()["error"]["message"]
+    printed = capsys.readouterr()
+    assert "the model could not be loaded" in printed.out + printed.err
+
+
+SLOW = """
+import sys, time
+from nanochat.chat.generate import Batch
+from nanochat.commands.serve import main
+step = Batch.step
+Batch.step = lambda self: (time.sleep(0.4), step(self))[1]
+main(["--port", "0", "--device_type", "cpu"])
+"""
+
+
+def test_sigterm_ends_running_answers_with_a_reason(base):
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(RELEASE.parents[2])},
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0]
+        while httpx.get(f"{url}/health").status_code != 200:
+            time.sleep(0.1)
+        body = {"messages": HI, "stream": True, "temperature": 0}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.terminate()
+            began = time.monotonic()
+            rest = list(lines)
+        _, errors = process.communicate(timeout=10)
+        assert time.monotonic() - began < 10
+        assert "Traceback" not in errors
+        assert "the server is shutting down" in rest[-2]
+    finally:
+        process.kill()
 
 
 # ---- the worker alone

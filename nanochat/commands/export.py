@@ -65,10 +65,19 @@ def _empty_folder(out: str, loaded: "Loaded", to: str) -> Path:
 
     name = f"{loaded.checkpoint.tag}-{loaded.stage}-{to}"
     folder = Path(out).expanduser() if out else base_dir() / "exports" / name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / "nanochat.json").is_file():
-            raise UserError(f"{folder} is not empty: choose another folder with --out")
-        shutil.rmtree(folder)
+    if not folder.exists():
+        return folder
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose a folder with --out")
+    about = folder / "nanochat.json"
+    ours = json.loads(about.read_text(encoding="utf-8")).get("files", []) if about.is_file() else []
+    foreign = sorted({path.name for path in folder.iterdir()} - {*ours, about.name})
+    if foreign:
+        raise UserError(
+            f"{folder} holds {foreign[0]}, which export did not write: "
+            "choose another folder with --out"
+        )
+    shutil.rmtree(folder)
     return folder
 
 
@@ -145,11 +154,19 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
             f"the exported file differs from the original (only {checked}); this is a bug: "
             "please report it with the model's knobs"
         )
+    if equal != total:
+        checked += f" with weights in {dtype} (an answer goes its own way after one difference)"
     return checked
 
 
 def _describe(
-    loaded: "Loaded", target: "Target", folder: Path, checked: str, name: str, licence: str
+    loaded: "Loaded",
+    target: "Target",
+    folder: Path,
+    checked: str,
+    name: str,
+    licence: str,
+    to: str,
 ) -> None:
     """nanochat.json, which tells where the export came from, and the model card."""
     from nanochat.base import logbook
@@ -166,13 +183,14 @@ def _describe(
         "uncapped": target.uncapped,
         "compared": checked,
     }
-    atomic_write(folder / "nanochat.json", json.dumps(about, indent=1) + "\n")
     rows = logbook.read(checkpoint.path.parent)
     parameters = loaded.model.counts()["total"]
     card = model_card(
-        loaded.model.config, parameters, checkpoint.meta, rows, target, name, licence, checked
+        loaded.model.config, parameters, checkpoint.meta, rows, target, name, licence, checked, to
     )
     atomic_write(folder / "README.md", card)
+    about["files"] = sorted(path.name for path in folder.iterdir())
+    atomic_write(folder / "nanochat.json", json.dumps(about, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -217,11 +235,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     f"{name}-{values.dtype}.gguf", loaded.model.config.sequence_len, SAMPLING
                 )
                 atomic_write(folder / "Modelfile", text)
-        _describe(loaded, target, folder, checked, name, values.license)
+        _describe(loaded, target, folder, checked, name, values.license, values.to)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # never leave a model that nobody has checked
         raise
-    print0(f"{folder}: {checked}")
+    print0(f"compared with the original: {checked}")
+    print0(f"wrote {folder}; README.md there shows how to use it")
     return {"folder": str(folder), "class": target.name, "compared": checked}
 
 

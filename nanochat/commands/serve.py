@@ -1,6 +1,7 @@
 """Serve a model: a chat page in the browser, and an API for any OpenAI client."""
 
 import secrets
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,8 +51,6 @@ def allowed_hosts(values: ServeKnobs) -> list[str]:
 
     named = [values.host] if values.host not in ("0.0.0.0", "::") else []
     if values.host in ("0.0.0.0", "::"):
-        import socket
-
         name = socket.gethostname()
         named += [name, f"{name}.local"]
         named += [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
@@ -61,56 +60,41 @@ def allowed_hosts(values: ServeKnobs) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     values, _ = knobs.parse(ServeKnobs, argv, command="serve")
     try:
-        import uvicorn
-
         from nanochat.chat.serve.app import build_app
         from nanochat.chat.serve.guard import LOOPBACK, Guard
+        from nanochat.chat.serve.server import Server, listen
     except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+        package = (e.name or "").partition(".")[0]
+        if package not in ("fastapi", "uvicorn", "pydantic", "starlette"):
             raise
         raise UserError(
-            'the server needs fastapi and uvicorn: install them with pip install "nanochat[serve]"'
+            f"the package {package} is not installed: install what the server needs with "
+            'pip install -e ".[serve]"'
         ) from None
     import psutil
 
     from nanochat.chat.serve.models import Models
     from nanochat.model.checkpoint import furthest_stage, locate
 
+    stage = furthest_stage(values.model_tag) if values.source == "auto" else values.source
+    locate(stage, values.model_tag, values.step)  # fails early and clearly
+    listener = listen(values.host, values.port)
     key = values.api_key
     if values.host not in LOOPBACK and not key:
         key = secrets.token_urlsafe(24)
-        print0(f"API key (this address can be reached from other machines): {key}")
-    stage = furthest_stage(values.model_tag) if values.source == "auto" else values.source
-    locate(stage, values.model_tag, values.step)  # fails early and clearly
+        print0(f"API key (other machines can reach this address): {key}")
     kv_bytes = values.kv_gb * 1e9 or 0.25 * psutil.virtual_memory().total
     models = Models(values.max_rows, kv_bytes, device_type=values.device_type, dtype=values.dtype)
     app = build_app(models, {"stage": stage, "tag": values.model_tag, "step": values.step})
     guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)
-    config = uvicorn.Config(
-        guarded,
-        host=values.host,
-        port=values.port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=10,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
+    server = Server(guarded, models)
     shown = "localhost" if values.host in (*LOOPBACK, "0.0.0.0", "::") else values.host
-    try:
-        sockets = [config.bind_socket()]
-    except SystemExit:
-        raise UserError(
-            f"port {values.port} on {values.host} is already in use or not allowed: choose "
-            "another with --port"
-        ) from None
-    port = sockets[0].getsockname()[1]
+    port = listener.getsockname()[1]
     print0(
         f"http://{shown}:{port} for the page, http://{shown}:{port}/v1 for OpenAI clients; "
         "Ctrl+C stops"
     )
-    server.run(sockets=sockets)
+    server.run(sockets=[listener])
     sys.stdout.flush()
 
 

@@ -32,6 +32,14 @@ def _architecture(config: GPTConfig, parameters: int) -> list[str]:
     ]
 
 
+def _llama_usage(name: str, to: str) -> list[str]:
+    """How to run a GGUF file; a folder for Ollama has a Modelfile too."""
+    commands = ["llama-cli -m FILE.gguf"]
+    if to == "ollama":
+        commands = [f"ollama create {name} -f Modelfile", f"ollama run {name}"]
+    return ["```sh", *commands, "```"]
+
+
 def _usage(target: Target, chat: bool) -> list[str]:
     trust = ", trust_remote_code=True" if target.custom_code else ""
     lines = [
@@ -92,6 +100,7 @@ def model_card(
     name: str,
     licence: str,
     checked: str,
+    to: str = "hf",
 ) -> str:
     """
     README.md of the folder: `meta` is the checkpoint's, `rows` its log book's, `checked` the
@@ -107,7 +116,7 @@ def model_card(
         [
             "---",
             f"license: {licence}",
-            "library_name: transformers",
+            f"library_name: {'transformers' if to == 'hf' else 'gguf'}",
             "pipeline_tag: text-generation",
             "---",
             "",
@@ -132,7 +141,7 @@ def model_card(
             "",
             "## Usage",
             "",
-            *_usage(target, chat=stage != "base"),
+            *(_usage(target, stage != "base") if to == "hf" else _llama_usage(name, to)),
             "",
             "## Limits",
             "",

@@ -53,7 +53,7 @@ def require_gguf() -> Any:
         import gguf
     except ModuleNotFoundError:
         raise UserError(
-            'this needs the package gguf: install it with pip install "nanochat[export]"'
+            'the package gguf is not installed: install it with pip install -e ".[export]"'
         ) from None
     return gguf
 
@@ -183,6 +183,7 @@ class LlamaCpp:
         parameters.cpuparams.n_threads = 1
         parameters.cpuparams_batch.n_threads = 1
         parameters.warmup = False
+        parameters.verbosity = 0  # no log of its own
         if exact:  # the default key-value cache is float16
             parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
             parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

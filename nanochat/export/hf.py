@@ -39,12 +39,12 @@ def require_transformers() -> Any:
         import transformers
     except ModuleNotFoundError:
         raise UserError(
-            'this needs transformers: install it with pip install "nanochat[export]"'
+            'the package transformers is not installed: install it with pip install -e ".[export]"'
         ) from None
     if not hasattr(transformers, "NanoChatForCausalLM"):
         raise UserError(
             f"transformers {transformers.__version__} has no NanoChat class: "
-            'install a newer one with pip install "nanochat[export]"'
+            'install a newer one with pip install -e ".[export]"'
         )
     return transformers
 

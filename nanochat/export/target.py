@@ -55,30 +55,30 @@ def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None
 
 
 def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
-    """The target for llama.cpp; UserError names the first knob that it cannot carry."""
-
-    def refuse(why: str) -> UserError:
-        return UserError(f"this model cannot be exported to GGUF, because {why}")
-
+    """The target for llama.cpp; UserError names every knob that it cannot carry."""
+    obstacles = []
     if config.rap:
-        raise refuse(
+        obstacles.append(
             "llama.cpp does not support the model's attention prior and would give wrong "
             "answers without it: train without --rap, or export with --to hf --with_code"
         )
     if has_windows(config):
-        raise refuse(
+        obstacles.append(
             f"llama.cpp has no sliding windows for Qwen3 "
             f"(--window_pattern={config.window_pattern}): train with --window_pattern=L"
         )
     if digits not in PRE_TOKENIZERS:
-        raise refuse(
+        obstacles.append(
             f"llama.cpp has no pre-tokenizer that splits numbers into groups of {digits} "
             "digits: train the tokenizer with tok_train --digits=3 (or 1), and the model with "
             "it"
         )
     name, reason = _matching_class(config, uncapped)
     if name is None:
-        raise refuse(reason)
+        obstacles.append(reason)
+    if name is None or obstacles:
+        why = "; and ".join(obstacles)
+        raise UserError(f"this model cannot be exported to GGUF, because {why}")
     return Target(name, reason, uncapped=bool(config.softcap))
 
 

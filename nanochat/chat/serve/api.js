@@ -3,6 +3,7 @@
 export class ApiError extends Error {
   constructor(status, error) {
     super(error?.message || `the server answered with status ${status}`);
+    this.name = "ApiError";
     this.status = status;
     this.code = error?.code;
   }

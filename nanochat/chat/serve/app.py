@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, notice
 from nanochat.chat.generate import Sampling
 from nanochat.chat.reply import fit_conversation
 from nanochat.chat.serve.answer import Answer, Delta, chat_logprobs, completion_logprobs
@@ -401,8 +401,9 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
         async def load_first() -> None:
             try:
                 await asyncio.to_thread(models.load, **load)
-            except UserError as error:
-                state["error"] = str(error)
+            except Exception as error:  # else the page would wait for ever
+                state["error"] = f"the model could not be loaded: {error}"
+                notice(state["error"])
 
         task = asyncio.ensure_future(load_first())
         yield
@@ -438,7 +439,9 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
         if state["error"]:
             raise ApiError(503, state["error"])
         if not models.default:
-            raise ApiError(503, "the model is loading", headers={"Retry-After": "1"})
+            raise ApiError(
+                503, "the model is loading", code="loading", headers={"Retry-After": "1"}
+            )
 
     async def served_model(id: str) -> Served:
         ready()

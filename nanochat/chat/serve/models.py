@@ -149,7 +149,7 @@ class Models:
     def workers(self) -> list[Worker]:
         return [served.worker for served in self._loaded.values()]
 
-    def close(self, grace_seconds: float = 10.0) -> None:
+    def close(self, grace_seconds: float = 2.0) -> None:
         """Let running requests finish for so long, then end every worker."""
         workers = self.workers()
         for worker in workers:

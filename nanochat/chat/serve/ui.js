@@ -6,6 +6,7 @@ import { Store, add, choose, path, siblings } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
 const SLIDERS = ["temperature", "top_k", "top_p", "max_tokens"];
+const UNREACHABLE = "The server cannot be reached. Is nanochat serve still running?";
 const EXAMPLES = ["Hello! Who are you?", "What is 12 + 30?", "Spell the word apple."];
 
 const store = new Store();
@@ -38,7 +39,8 @@ function say(text) {
 }
 
 function complain(text, retry = null) {
-  const buttons = node("span", {});
+  text = text.charAt(0).toUpperCase() + text.slice(1);
+  const buttons = node("span", { class: "buttons" });
   if (retry) buttons.append(small("Try again", () => { complain(""); retry(); }));
   if (text) buttons.append(small("✕", () => complain(""), "Dismiss"));
   $("notice").replaceChildren(...(text ? [node("span", {}, text), buttons] : []));
@@ -93,6 +95,7 @@ function open(conversation) {
   current = conversation;
   editing = null;
   document.body.classList.remove("sidebar-open");
+  meter(null);
   draw();
   scrollDown();
   $("input").focus();
@@ -284,7 +287,11 @@ function ask(text, parent) {
     return;
   }
   current ??= store.create();
-  const question = add(current, parent === undefined ? current.leaf : parent, "user", text);
+  if (parent === undefined) {
+    const last = current.nodes[current.leaf];
+    parent = last?.role === "user" ? last.parent : current.leaf; // replaces a question that has no answer
+  }
+  const question = add(current, parent, "user", text);
   if (current.title === "New chat") current.title = text.replace(/\s+/g, " ").slice(0, 40);
   store.save();
   answer(question.id);
@@ -324,10 +331,9 @@ function takeTokens(message, choice) {
 
 function meter(usage) {
   const context = model()?.nanochat?.context;
-  const used = usage ? usage.total_tokens : 0;
-  const speed = usage?.nanochat?.tokens_per_second;
-  const filled = context ? `${used.toLocaleString()} of ${context.toLocaleString()} tokens` : "";
-  $("meter").textContent = [filled, speed ? `${Math.round(speed)} tokens/s` : ""].filter(Boolean).join(" · ");
+  if (!context) $("meter").textContent = "";
+  else if (!usage) $("meter").textContent = `context: ${context.toLocaleString()} tokens`;
+  else $("meter").textContent = `${Math.min(usage.total_tokens, context).toLocaleString()} of ${context.toLocaleString()} tokens`;
 }
 
 function take(message, event) {
@@ -340,10 +346,10 @@ function take(message, event) {
     if (choice.finish_reason === "length") message.note = "reached the length limit";
   }
   if (event.usage) {
-    meter({ ...event.usage, nanochat: event.nanochat });
+    meter(event.usage);
     const speed = event.nanochat?.tokens_per_second;
     const count = `${event.usage.completion_tokens} tokens`;
-    message.note = [message.note, speed ? `${count}, ${Math.round(speed)}/s` : count].filter(Boolean).join(" · ");
+    message.note = [message.note, speed ? `${count}, ${Math.round(speed)} per second` : count].filter(Boolean).join(" · ");
   }
 }
 
@@ -374,7 +380,7 @@ async function answer(parent) {
         delete asked.nodes[message.id];
         asked.leaf = parent;
       } else message.note = "interrupted";
-      complain(error.name === "ApiError" || error.code ? error.message : `The server cannot be reached (${error.message}).`, () => answer(parent));
+      complain(error.name === "ApiError" ? error.message : UNREACHABLE, () => answer(parent));
     }
   } finally {
     running = null;
@@ -451,9 +457,9 @@ async function connect() {
   try {
     known = await models(store.settings.key);
   } catch (error) {
-    const wants = error.status === 401 ? "This server wants an API key: enter it in the settings." : `The server cannot be reached (${error.message}).`;
-    complain(error.status === 503 ? "The model is still loading." : wants, connect);
-    if (error.status === 503) setTimeout(connect, 1000);
+    const reason = error.status === 401 ? "This server needs an API key: enter it in the settings." : error.message;
+    complain(error.name === "ApiError" ? reason : UNREACHABLE, connect);
+    if (error.code === "loading") setTimeout(connect, 1000);
     return;
   }
   drawSettings();
@@ -490,6 +496,7 @@ $("new").addEventListener("click", () => {
   stop();
   current = null;
   document.body.classList.remove("sidebar-open");
+  meter(null);
   draw();
   $("input").focus();
 });
@@ -510,4 +517,5 @@ connectSettings();
 current = store.conversations[0] ?? null;
 drawSettings();
 draw();
-connect();
+scrollDown();
+connect().then(scrollDown);
