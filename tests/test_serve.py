@@ -522,9 +522,11 @@ def test_a_long_conversation_opens_at_its_end(page):
 
 
 def test_an_address_that_cannot_be_had_is_explained():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(UserError, match=r"in use.*choose another --port"):
-            listen("127.0.0.1", taken.getsockname()[1])
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(UserError, match=r"in use.*choose another --port"),
+    ):
+        listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="choose another --host"):
         listen("203.0.113.9", 0)
 
