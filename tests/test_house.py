@@ -127,7 +127,7 @@ CEILINGS = {
     "train": 12_700,
     "study": 10_900,
     "plan": 20_400,
-    "export": 7_400,
+    "export": 7_450,
     "commands": 13_950,
 }
 WHOLE = 143_150
