@@ -175,7 +175,7 @@ def test_uncapped_is_chosen_only_when_asked():
 def test_a_run_says_where_its_model_can_go():
     assert destinations(tiny.config(softcap=0.0), 3) == "exports to transformers; to GGUF"
     assert "not to GGUF (it has --softcap=15" in destinations(tiny.config(), 3)
-    assert "digits by 2" in destinations(tiny.config(softcap=0.0), 2)
+    assert "groups of 2 digits" in destinations(tiny.config(softcap=0.0), 2)
 
 
 CONVERSATIONS = [
