@@ -12,14 +12,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nanochat.study.page import RC, colour, time_unit
+from nanochat.study.page import RC, colour, unit_of
 from nanochat.study.report import CURVES, Curve, Log, accuracies, load
 
 
 def draw_along_the_clock(axes: Axes, logs: Sequence[Log], what: Curve) -> None:
     """The curves of the runs one after another, each stage on a tinted background."""
     spans = [log.last("seconds", "train", "summary", "eval") or 0.0 for log in logs]
-    unit, label = time_unit(sum(spans))
+    unit, label = unit_of("seconds", sum(spans))
     start = 0.0
     for i, (log, span) in enumerate(zip(logs, spans, strict=True)):
         xs, ys = log.curve(what.kind, what.name, "seconds")

@@ -1,27 +1,16 @@
 """What a comparison found, as one HTML page with plots and as lines for a terminal."""
 
 import html
-import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanochat.base.common import human
-from nanochat.study.page import (
-    chip,
-    colour,
-    gallery,
-    svg,
-    table,
-    table_row,
-    time_unit,
-    token_unit,
-    write_page,
-)
+from nanochat.study.page import UNITS, Cell, Line, draw_lines, gallery, table, write_page
 from nanochat.study.statistics import MEASURES, Record, interval
 
 if TYPE_CHECKING:
@@ -72,24 +61,23 @@ def _conditions_table(results: Mapping[str, Any]) -> str:
     conditions = results["conditions"]
     flags = [shlex.split(condition["flags"]) for condition in conditions]
     shared = [flag for flag in flags[0] if all(flag in other for other in flags)]
-    rows = []
-    for i, condition in enumerate(conditions):
-        own = shlex.join(flag for flag in flags[i] if flag not in shared)
+    rows: list[list[Cell]] = []
+    for condition, all_flags in zip(conditions, flags, strict=True):
+        own = shlex.join(flag for flag in all_flags if flag not in shared)
         failed = "; ".join(f"seed {seed}: {e}" for seed, e in condition["failed"].items())
-        cells = [own, (str(condition["n_seeds"]), failed)]
+        rows.append([condition["name"], own, (str(condition["n_seeds"]), failed)])
         if condition["n_seeds"]:
-            cells += _figures(condition)
-        rows.append(table_row(f"{chip(i)}{html.escape(condition['name'])}", cells))
+            rows[-1] += _figures(condition)
     goal = "the baseline's final" if results["target"] is None else f"{results['target']:g}"
     heads = (
         "condition, flags, seeds, parameters, tokens, final bits per byte, "
         f"tokens to {goal}, step, training"
     )
     common = f"<p>All conditions: {html.escape(shlex.join(shared))}</p>"
-    return table(heads.split(", "), rows) + common
+    return table(heads.split(", "), rows, first_colour=0) + common
 
 
-def _figures(condition: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _figures(condition: Mapping[str, Any]) -> list[Cell]:
     """The cells of a condition that has finished runs."""
     bpb, to_target = condition["final_bpb"], condition["to_target"]
     deviation = ""
@@ -105,94 +93,59 @@ def _figures(condition: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"{condition['tokens']:,.0f}", f"{condition['steps']:,.0f} steps"),
         (f"{bpb['mean']:.4f}", deviation),
         target,
-        (f"{condition['step_ms']:,.1f} ms", ""),
+        f"{condition['step_ms']:,.1f} ms",
         (f"{condition['seconds']:,.1f} s", f"{wall:,.1f} s wall"),
     ]
 
 
 def _pairs_table(pairs: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for i, pair in enumerate(pairs, 1):
-        cells = [
-            (pair[name]["verdict"], figure(pair[name], measure.form))
-            for name, measure in MEASURES.items()
-        ]
-        head = f"{chip(i)}{html.escape(pair['name'])}"
-        rows.append(table_row(head, [str(pair["n_seeds"]), *cells]))
+    rows: list[list[Cell]] = []
+    for pair in pairs:
+        results = [(pair[name], measure.form) for name, measure in MEASURES.items()]
+        cells = [(result["verdict"], figure(result, form)) for result, form in results]
+        rows.append([pair["name"], str(pair["n_seeds"]), *cells])
     titles = [measure.title for measure in MEASURES.values()]
-    return table(("against the baseline", "pairs", *titles), rows) if rows else ""
+    return table(("against the baseline", "pairs", *titles), rows, first_colour=1) if rows else ""
 
 
 # ---- plots
 
+ENDS = "lo", "hi"  # of an interval
 Groups = Mapping[str, Sequence[Record]]  # the finished runs of each condition
-Grid = tuple[np.ndarray, np.ndarray]  # x (points,) and bits per byte (runs, points)
 
 
-class Band(NamedTuple):
-    """A line with a band around it; all have the shape (points,)."""
-
-    x: np.ndarray
-    middle: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def _flops_unit(flops: float) -> tuple[float, str]:
-    power = 3 * int(math.log10(flops) // 3)
-    return 10.0**power, f"10^{power} FLOPs"
-
-
-UNITS: dict[str, Callable[[float], tuple[float, str]]] = {
-    "tokens": token_unit,
-    "seconds": time_unit,
-    "FLOPs": _flops_unit,
-}
-
-
-def _on_one_grid(runs: Sequence[Record], x: str) -> Grid:
-    """Runs on the stretch of x that all of them cover."""
-
-    def along(run: Record, point: Sequence[float]) -> float:
-        _, tokens, seconds, _ = point
-        flops = tokens * run["flops_per_token"]
-        return {"tokens": tokens, "seconds": seconds, "FLOPs": flops}[x]
-
-    curves = [np.array([(along(run, p), p[3]) for p in run["curve"] if p[1] > 0]).T for run in runs]
+def _on_one_grid(runs: Sequence[Record], x: str) -> tuple[np.ndarray, np.ndarray]:
+    """The stretch of x that all runs cover (points,), and their bits per byte (runs, points)."""
+    curves = []
+    for run in runs:
+        points = [point for point in run["curve"] if point[1] > 0]
+        _, tokens, seconds, bpb = np.array(points).T
+        along = {"tokens": tokens, "seconds": seconds, "FLOPs": tokens * run["flops_per_token"]}
+        curves.append((along[x], bpb))
     low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
-    grid = np.unique(np.concatenate([xs[(xs >= low) & (xs <= high)] for xs, _ in curves]))
+    grid = np.unique(np.concatenate([xs for xs, _ in curves]))
+    grid = grid[(grid >= low) & (grid <= high)]
     return grid, np.stack([np.interp(np.log(grid), np.log(xs), ys) for xs, ys in curves])
 
 
-def _draw(
-    axes: "Axes", bands: Mapping[str, Band], names: Sequence[str], x: str, title: str
-) -> None:
-    """
-    Draw bands by the name of their condition, on a logarithmic axis that starts at a twelfth of the
-    longest run. `names`, of all conditions, decide the colours.
-    """
-    from matplotlib.ticker import LogLocator, NullFormatter
+def _draw(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
+    """Draw lines on a logarithmic axis that starts at a twelfth of the longest run."""
+    from matplotlib.ticker import LogLocator
 
-    longest = max(band.x[-1] for band in bands.values())
-    unit, label = UNITS[x](longest)
-    for name, band in bands.items():
-        hue = colour(names.index(name))
-        axes.plot(band.x / unit, band.middle, linewidth=1.6, label=name, color=hue)
-        axes.fill_between(band.x / unit, band.low, band.high, color=hue, alpha=0.18, linewidth=0)
+    draw_lines(axes, lines, x, title)
+    longest = max(line.x[-1] for line in lines)
     # the steep beginning would flatten the rest
-    late = [part[band.x >= longest / 6] for band in bands.values() for part in band[1:]]
+    late = [part[line.x >= longest / 6] for line in lines for part in line[3:]]
     values = np.concatenate(late)
     if values.size and np.ptp(values):
         margin = np.ptp(values)
         axes.set_ylim(values.min() - 0.05 * margin, values.max() + 0.1 * margin)
     axes.set_xscale("log")
-    axes.set_xlim(left=longest / unit / 12)
+    axes.set_xlim(left=axes.dataLim.x1 / 12)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(label)
-    axes.set_title(title)
-    axes.legend(frameon=False)
+    axes.xaxis.set_minor_formatter("")
+    axes.legend()
 
 
 def draw_curves(axes: "Axes", groups: Groups, x: str = "tokens", title: str = "") -> None:
@@ -200,43 +153,30 @@ def draw_curves(axes: "Axes", groups: Groups, x: str = "tokens", title: str = ""
     Draw the mean learning curve of each group of runs with a band from the best to the worst seed,
     against "tokens", "seconds" or "FLOPs".
     """
-    bands = {}
-    for name, runs in groups.items():
+    lines = []
+    for i, (name, runs) in enumerate(groups.items()):
         if runs:
             grid, ys = _on_one_grid(runs, x)
             if grid.size:
-                bands[name] = Band(grid, ys.mean(0), ys.min(0), ys.max(0))
-    _draw(axes, bands, list(groups), x, title or f"Bits per byte against {x}")
+                lines.append(Line(i, name, grid, ys.mean(0), ys.min(0), ys.max(0)))
+    _draw(axes, lines, x, title or f"Bits per byte against {x}")
 
 
-def _difference(pairs: Sequence[tuple[Record, Record]]) -> Band | None:
-    """Bits per byte of the second run less those of the first, with t intervals; None if none."""
-    grids = [_on_one_grid(pair, "tokens") for pair in pairs]
-    if not grids or not grids[0][0].size:
-        return None
-    x = grids[0][0]
-    deltas = np.stack([np.interp(np.log(x), np.log(xs), ys[1] - ys[0]) for xs, ys in grids])
-    intervals = [interval(list(column)) for column in deltas.T]
-    low, high = (
-        np.array([i["mean"] if i[end] is None else i[end] for i in intervals])
-        for end in ("lo", "hi")
-    )
-    return Band(x, deltas.mean(0), low, high)
-
-
-def _plots(groups: Groups) -> list[str]:
-    plots = [svg(partial(draw_curves, groups=groups, x=x)) for x in UNITS]
+def _differences(groups: Groups) -> list[Line]:
+    """Bits per byte less those of the baseline, which is the first group, with t intervals."""
     baseline, *others = groups
     by_seed = {run["seed"]: run for run in groups[baseline]}
-    bands = {}
-    for name in others:
+    lines = []
+    for i, name in enumerate(others, 1):
         pairs = [(by_seed[r["seed"]], r) for r in groups[name] if r["seed"] in by_seed]
-        if band := _difference(pairs):
-            bands[name] = band
-    if bands:
-        title = f"Bits per byte minus those of {baseline}"
-        plots.append(svg(lambda axes: _draw(axes, bands, list(groups), "tokens", title)))
-    return plots
+        grids = [_on_one_grid(pair, "tokens") for pair in pairs]
+        if grids and grids[0][0].size:
+            x = grids[0][0]
+            deltas = [np.interp(np.log(x), np.log(xs), ys[1] - ys[0]) for xs, ys in grids]
+            intervals = [interval(column) for column in np.transpose(deltas).tolist()]
+            ends = [[r["mean"] if r[end] is None else r[end] for r in intervals] for end in ENDS]
+            lines.append(Line(i, name, x, np.mean(deltas, 0), *np.array(ends)))
+    return lines
 
 
 def write_comparison(
@@ -247,10 +187,14 @@ def write_comparison(
     for run in runs:
         if not run.get("error"):
             groups[run["condition"]].append(run)
+    plots = [partial(draw_curves, groups=groups, x=x) for x in UNITS if any(groups.values())]
+    if lines := _differences(groups):
+        title = f"Bits per byte minus those of {results['conditions'][0]['name']}"
+        plots.append(partial(_draw, lines=lines, x="tokens", title=title))
     sections = {
         "Results": _pairs_table(results["pairs"]),
         "Conditions": _conditions_table(results),
-        "Curves": gallery(_plots(groups)) if any(groups.values()) else "",
+        "Curves": gallery(plots),
         "How it was computed": "".join(f"<p>{html.escape(note)}</p>" for note in NOTES),
     }
     return write_page(f"nanochat: {name}", sections, out)

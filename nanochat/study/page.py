@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from nanochat.base.files import atomic_write
 
@@ -35,8 +37,23 @@ RC: dict[Any, Any] = {
     "grid.alpha": 0.18,
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3,
+    "legend.frameon": False,
 }
+BAND: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
 COLOURED = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color"
+UNITS = {  # of what curves are drawn against: sizes and names, in order of size
+    "tokens": (
+        (1.0, "tokens"),
+        (1e3, "thousand tokens"),
+        (1e6, "million tokens"),
+        (1e9, "billion tokens"),
+    ),
+    "seconds": ((1.0, "seconds"), (60.0, "minutes"), (3600.0, "hours")),
+    "FLOPs": tuple((10.0**power, f"10^{power} FLOPs") for power in range(0, 30, 3)),
+}
+Cell = str | tuple[str, str]  # of a table: text, or text with small text below it
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d232b; --paper: #fbfbfa; --soft: #5d6875;
         --rule: #dfe3e8; LIGHT }
@@ -66,17 +83,36 @@ def colour(i: int) -> str:
     return LIGHT[i % len(LIGHT)]
 
 
-def time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds per unit, and the unit, to show a time of this length in."""
-    if seconds < 120:
-        return 1, "seconds"
-    return (60, "minutes") if seconds < 3 * 3600 else (3600, "hours")
+class Line(NamedTuple):
+    """A line of a plot; the arrays have the shape (points,). `low` and `high` bound its band."""
+
+    index: int  # decides its colour
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
 
 
-def token_unit(tokens: float) -> tuple[float, str]:
-    """Tokens per unit, and the unit, to show so many tokens in."""
-    units = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"))
-    return next((unit for unit in units if tokens >= unit[0]), (1, "tokens"))
+def unit_of(x: str, longest: float) -> tuple[float, str]:
+    """(size, name) of the largest unit of `x`, a key of UNITS, of which `longest` holds two."""
+    units = UNITS[x]
+    return next((unit for unit in reversed(units) if longest >= 2 * unit[0]), units[0])
+
+
+def draw_lines(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
+    """Draw lines with their bands against `x`, a key of UNITS, in a unit that suits the longest."""
+    size, label = unit_of(x, max(line.x[-1] for line in lines))
+    for line in lines:
+        style: dict[str, Any] = {"color": colour(line.index), "label": line.name}
+        style["linestyle"] = "-" if line.index < len(LIGHT) else "--"
+        if line.low is None or line.high is None:
+            style["marker"] = "o" if len(line.x) < 40 else None
+        else:
+            axes.fill_between(line.x / size, line.low, line.high, color=style["color"], **BAND)
+        axes.plot(line.x / size, line.y, **style)
+    axes.set_xlabel(label)
+    axes.set_title(title)
 
 
 def svg(draw: Callable[["Axes"], object]) -> str:
@@ -102,32 +138,30 @@ def svg(draw: Callable[["Axes"], object]) -> str:
     return text
 
 
-def gallery(plots: Sequence[str]) -> str:
-    """SVG plots side by side; "" if there are none."""
-    figures = "".join(f"<figure>{plot}</figure>" for plot in plots)
+def gallery(plots: Sequence[Callable[["Axes"], object]]) -> str:
+    """Plots side by side, each as a function draws it; "" if there are none."""
+    figures = "".join(f"<figure>{svg(draw)}</figure>" for draw in plots)
     return f'<div class="plots">{figures}</div>' if plots else ""
 
 
-def chip(i: int) -> str:
-    """A dot in the colour of curve `i`."""
-    return f'<i style="background:var(--c{i % len(LIGHT)})"></i>'
-
-
-def table_row(head: str, cells: Iterable[str | tuple[str, str]]) -> str:
-    """A row of a table. `head` is HTML; a cell is text, or text with small text below it."""
-    parts = [f"<tr><th>{head}</th>"]
-    for cell in cells:
-        text, small = (cell, "") if isinstance(cell, str) else cell
-        note = f"<small>{html.escape(small)}</small>" if small else ""
-        parts.append(f"<td>{html.escape(text)}{note}</td>")
-    return "".join(parts) + "</tr>"
-
-
-def table(heads: Iterable[str], rows: Iterable[str]) -> str:
-    """A table of rows that `table_row` made."""
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="wide"><table>{body}</table></div>'
+def table(
+    heads: Iterable[str], rows: Iterable[Sequence[Cell]], first_colour: int | None = None
+) -> str:
+    """A table. With `first_colour`, rows start with dots in the colours of successive curves."""
+    parts = [f"<th>{html.escape(text)}</th>" for text in heads]
+    parts = ["<thead><tr>", *parts, "</tr></thead><tbody>"]
+    for i, row in enumerate(rows, first_colour or 0):
+        tag = "th"
+        parts.append("<tr>")
+        for cell in row:
+            text, small = (cell, "") if isinstance(cell, str) else cell
+            dot = f'<i style="background:var(--c{i % len(LIGHT)})"></i>'
+            mark = dot if tag == "th" and first_colour is not None else ""
+            note = f"<small>{html.escape(small)}</small>" if small else ""
+            parts.append(f"<{tag}>{mark}{html.escape(text)}{note}</{tag}>")
+            tag = "td"
+        parts.append("</tr>")
+    return f'<div class="wide"><table>{"".join(parts)}</tbody></table></div>'
 
 
 def write_page(title: str, sections: Mapping[str, str], out: Path | str) -> Path:

@@ -5,27 +5,18 @@ and invents nothing: a run without a measurement has no curve of it.
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, duration, human
 from nanochat.model.stages import STAGES
-from nanochat.study.page import (
-    LIGHT,
-    chip,
-    colour,
-    gallery,
-    svg,
-    table,
-    table_row,
-    time_unit,
-    token_unit,
-    write_page,
-)
+from nanochat.study.page import Cell, Line, draw_lines, gallery, table, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,8 +84,7 @@ def _is_finite(value: Any) -> bool:
 def load(directories: Iterable[Path | str]) -> list[Log]:
     """The logbooks in these run folders. Raises UserError for a folder without rows."""
     logs = []
-    for path in map(Path, directories):
-        directory = path.parent if path.name == logbook.FILE else path
+    for directory in map(Path, directories):
         rows = logbook.read(directory)
         if not rows:
             raise UserError(
@@ -119,48 +109,49 @@ def _stage_order(stage: str) -> tuple[int, str]:
     return (order.index(stage) if stage in order else len(order), stage)
 
 
-def _plot(axes: "Axes", logs: Sequence[Log], what: Curve) -> None:
-    """One curve per run."""
-    curves = [log.curve(what.kind, what.name, what.x) for log in logs]
-    longest = max((max(xs) for xs, _ in curves if xs), default=0)
-    unit, label = token_unit(longest) if what.x == "tokens" else time_unit(longest)
-    for i, (xs, ys) in enumerate(curves):
-        axes.plot(
-            [x / unit for x in xs],
-            ys,
-            "-" if i < len(LIGHT) else "--",
-            color=colour(i),
-            marker="o" if len(xs) < 40 else None,
-            markersize=3,
-            linewidth=1.6,
-        )
-    axes.set_xlabel(label)
-    axes.set_title(what.title)
+def _plot(axes: "Axes", lines: Sequence[Line], what: Curve) -> None:
+    draw_lines(axes, lines, what.x, what.title)
     if what.name in ("lr_mult", "tok_per_sec"):
-        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.set_ylim(bottom=0)
 
 
-def _number(value: Any, form: str) -> str:
-    return format(value, form) if _is_finite(value) else ""
+def _plots(logs: Sequence[Log]) -> list[Callable[["Axes"], object]]:
+    """A plot of each of CURVES that any run has, with one line per run."""
+    plots = []
+    for what in CURVES:
+        curves = [log.curve(what.kind, what.name, what.x) for log in logs]
+        lines = [
+            Line(i, log.name, np.array(xs), np.array(ys))
+            for i, (log, (xs, ys)) in enumerate(zip(logs, curves, strict=True))
+            if xs
+        ]
+        if lines:
+            plots.append(partial(_plot, lines=lines, what=what))
+    return plots
+
+
+def _number(value: Any, write: Callable[[float], str]) -> str:
+    return write(value) if _is_finite(value) else ""
 
 
 def _runs_table(logs: Sequence[Log]) -> str:
     rows = []
-    for i, log in enumerate(logs):
-        tokens, seconds = (log.last(n, "train", "summary", "eval") for n in ("tokens", "seconds"))
+    for log in logs:
         losses = log.curve("train", "loss", "tokens")[1]
-        cells = (
-            _number(log.last("step", "train", "summary"), ",d"),
-            human(tokens) if _is_finite(tokens) else "",
-            duration(seconds) if _is_finite(seconds) else "",
-            _number(losses[-1] if losses else None, ".3f"),
-            _number(log.last("val_bpb", "eval"), ".4f"),
-            _number(log.last("tok_per_sec", "summary", "train"), ",.0f"),
-            _number(log.last("peak_share", "summary", "train"), ".0%"),
+        rows.append(
+            [
+                log.name,
+                _number(log.last("step", "train", "summary"), "{:,d}".format),
+                _number(log.last("tokens", "train", "summary", "eval"), human),
+                _number(log.last("seconds", "train", "summary", "eval"), duration),
+                f"{losses[-1]:.3f}" if losses else "",
+                _number(log.last("val_bpb", "eval"), "{:.4f}".format),
+                _number(log.last("tok_per_sec", "summary", "train"), "{:,.0f}".format),
+                _number(log.last("peak_share", "summary", "train"), "{:.0%}".format),
+            ]
         )
-        rows.append(table_row(f"{chip(i)}{html.escape(log.name)}", cells))
     heads = "run, steps, tokens, time, training loss, bits per byte, tokens / s, share of peak"
-    return table(heads.split(", "), rows)
+    return table(heads.split(", "), rows, first_colour=0)
 
 
 def accuracies(logs: Sequence[Log]) -> dict[str, dict[str, Any]]:
@@ -175,19 +166,20 @@ def accuracies(logs: Sequence[Log]) -> dict[str, dict[str, Any]]:
 
 
 def _accuracy_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    def cell(result: Mapping[str, Any]) -> tuple[str, str]:
-        lo, hi = (_number(result.get(end), ".0%") for end in ("lo", "hi"))
-        return _number(result.get("accuracy"), ".1%"), f"{lo} to {hi}" if lo and hi else ""
-
-    kinds_of = [stage.get("kinds") or {} for stage in stages.values()]
-    groups = {
-        kind: [kinds.get(kind) or {} for kinds in kinds_of] for kinds in kinds_of for kind in kinds
-    }
+    columns = [{**(row.get("kinds") or {}), "all": row} for row in stages.values()]
+    kinds = dict.fromkeys(kind for column in columns for kind in column)
     rows = []
-    for name, results in [*groups.items(), ("all", list(stages.values()))]:
+    for kind in sorted(kinds, key=lambda kind: kind == "all"):  # "all" is the last row
+        results = [column.get(kind) or {} for column in columns]
+        row: list[Cell] = [kind]
+        for result in results:
+            lo, hi = (_number(result.get(end), "{:.0%}".format) for end in ("lo", "hi"))
+            accuracy = _number(result.get("accuracy"), "{:.1%}".format)
+            row.append((accuracy, f"{lo} to {hi}" if lo and hi else ""))
         newest = next((result for result in reversed(results) if result), {})
-        chance, n = _number(newest.get("chance"), ".0%"), _number(newest.get("n"), ",d")
-        rows.append(table_row(html.escape(name), [*map(cell, results), chance, n]))
+        row.append(_number(newest.get("chance"), "{:.0%}".format))
+        row.append(_number(newest.get("n"), "{:,d}".format))
+        rows.append(row)
     return table(("kind of question", *stages, "chance", "questions"), rows)
 
 
@@ -214,15 +206,10 @@ def write_report(directories: Sequence[Path | str], out: Path | str) -> Path:
     logs = load(directories)
     if not logs:
         raise UserError("there is no run to report: train one, or give the folder of a run")
-    plots = [
-        svg(partial(_plot, logs=logs, what=what))
-        for what in CURVES
-        if any(log.curve(what.kind, what.name, what.x)[0] for log in logs)
-    ]
     stages = accuracies(logs)
     sections = {
         "Runs": _runs_table(logs),
-        "Curves": gallery(plots),
+        "Curves": gallery(_plots(logs)),
         "Accuracy": _accuracy_table(stages) if stages else "",
         "Samples": _samples(logs),
     }
