@@ -125,7 +125,7 @@ CEILINGS = {
     "chat/serve": 10_200,
     "eval": 14_400,
     "train": 12_700,
-    "study": 10_900,
+    "study": 10_800,
     "plan": 20_400,
     "export": 7_450,
     "commands": 13_950,

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanochat.base.common import human
 from nanochat.study.page import UNITS, Cell, Line, draw_lines, gallery, table, write_page
-from nanochat.study.statistics import MEASURES, Record, interval
+from nanochat.study.statistics import MEASURES, Record, interval, paired
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,8 +85,8 @@ def _figures(condition: Mapping[str, Any]) -> list[Cell]:
         deviation = f"sd {bpb['sd']:.4f} ({bpb['sd_lo']:.4f} to {bpb['sd_hi']:.4f})"
     target = f"reached by {to_target['reached']} of {to_target['of']}", ""
     if to_target["tokens"]:
-        tokens, steps, seconds = (to_target[n]["mean"] for n in ("tokens", "steps", "seconds"))
-        target = f"{tokens:,.0f}", f"{steps:,.0f} steps, {seconds:,.1f} s"
+        steps_and_time = f"{to_target['steps']:,.0f} steps, {to_target['seconds']:,.1f} s"
+        target = f"{to_target['tokens']:,.0f}", steps_and_time
     memory, wall = condition["peak_memory_bytes"] or 0, condition["wall_seconds"] or 0
     return [
         (f"{condition['parameters']:,.0f}", f"{human(memory)}B peak"),
@@ -165,10 +165,9 @@ def draw_curves(axes: "Axes", groups: Groups, x: str = "tokens", title: str = ""
 def _differences(groups: Groups) -> list[Line]:
     """Bits per byte less those of the baseline, which is the first group, with t intervals."""
     baseline, *others = groups
-    by_seed = {run["seed"]: run for run in groups[baseline]}
     lines = []
     for i, name in enumerate(others, 1):
-        pairs = [(by_seed[r["seed"]], r) for r in groups[name] if r["seed"] in by_seed]
+        pairs = paired(groups[baseline], groups[name])
         grids = [_on_one_grid(pair, "tokens") for pair in pairs]
         if grids and grids[0][0].size:
             x = grids[0][0]

@@ -57,12 +57,11 @@ def crossing(curve: Sequence[Sequence[float]], target: float) -> Crossing:
         return Crossing(*points[-1][:3], bound=">")
     if points[i][3] == target or i == 0:
         return Crossing(*points[i][:3], bound="" if points[i][3] == target else "<")
-    (steps, tokens, seconds, above), (steps_2, tokens_2, seconds_2, below) = points[i - 1 : i + 1]
-    crossed = tokens * (tokens_2 / tokens) ** ((above - target) / (above - below))
-    share = (crossed - tokens) / (tokens_2 - tokens)
-    return Crossing(
-        steps + share * (steps_2 - steps), crossed, seconds + share * (seconds_2 - seconds)
-    )
+    before, after = np.array(points[i - 1 : i + 1], float)
+    growth = after[1] / before[1]  # of the tokens
+    crossed = growth ** ((before[3] - target) / (before[3] - after[3]))
+    share = (crossed - 1) / (growth - 1)
+    return Crossing(*(before + share * (after - before))[:3].tolist())
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -78,11 +77,6 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
     p = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
     return {"n": n, "mean": mean, "lo": mean - half, "hi": mean + half, "p": p}
-
-
-def _estimate(values: Sequence[float]) -> dict[str, Any]:
-    """interval() without the p value, for a quantity that is not compared with 0."""
-    return {name: value for name, value in interval(values).items() if name != "p"}
 
 
 def ratio_interval(ratios: Sequence[tuple[float, str]], sign: int = 1) -> dict[str, Any]:
@@ -140,75 +134,74 @@ def analyse(
     per byte; None takes for each pair the final bits per byte of the run that ended worse.
     """
     baseline, *others = flags
-    finished: dict[str, dict[int, Record]] = {name: {} for name in flags}
-    errors: dict[str, dict[int, str]] = {name: {} for name in flags}
-    compared = [run for run in runs if run["condition"] in flags]
-    for run in sorted(compared, key=lambda run: run["seed"]):
+    finished: dict[str, list[Record]] = {name: [] for name in flags}
+    failed: dict[str, dict[str, str]] = {name: {} for name in flags}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        name = run["condition"]
+        if name not in flags:
+            continue
         if run.get("error"):
-            errors[run["condition"]][run["seed"]] = run["error"]
+            failed[name][str(run["seed"])] = run["error"]
         else:
-            finished[run["condition"]][run["seed"]] = run
-    pairs = {
-        name: [
-            (finished[baseline][seed], run)
-            for seed, run in finished[name].items()
-            if seed in finished[baseline]
-        ]
+            finished[name].append(run)
+    pairs = {name: paired(finished[baseline], finished[name]) for name in flags}
+    conditions = [
+        {"name": name, "flags": flags[name], "failed": failed[name]}
+        | _summary(finished[name], pairs[name], target)
         for name in flags
-    }
+    ]
+    differences = [
+        {
+            "name": name,
+            "baseline": baseline,
+            "n_seeds": len(pairs[name]),
+            "failed_pairs": len(failed[name] | failed[baseline]),
+        }
+        | _differences(pairs[name], target)
+        for name in others
+    ]
+    _judge(differences)
     return {
         "target": target,
         "level": LEVEL,
         "adjusted": "verdicts by Holm, intervals not",
-        "conditions": [
-            {"name": name, "flags": flags[name]}
-            | _summary(list(finished[name].values()), errors[name], pairs[name], target)
-            for name in flags
-        ],
-        "pairs": _judged(
-            [
-                {
-                    "name": name,
-                    "baseline": baseline,
-                    "n_seeds": len(pairs[name]),
-                    "failed_pairs": len({*errors[name], *errors[baseline]}),
-                }
-                | _differences(pairs[name], target)
-                for name in others
-            ]
-        ),
+        "conditions": conditions,
+        "pairs": differences,
     }
 
 
+def paired(baseline: Sequence[Record], runs: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """(run of the baseline, run) for every run whose seed the baseline has too."""
+    by_seed = {run["seed"]: run for run in baseline}
+    return [(by_seed[run["seed"]], run) for run in runs if run["seed"] in by_seed]
+
+
 def _summary(
-    runs: Sequence[Record],
-    errors: Mapping[int, str],
-    pairs: Sequence[tuple[Record, Record]],
-    target: float | None,
+    runs: Sequence[Record], pairs: Sequence[tuple[Record, Record]], target: float | None
 ) -> dict[str, Any]:
     """What the runs of one condition have in common, whatever the others did."""
     crossings = [
         crossing(run["curve"], base["final_bpb"] if target is None else target)
         for base, run in pairs
     ]
-    all_known = crossings and not any(c.bound for c in crossings)
+    all_known = not any(crossed.bound for crossed in crossings)
     bpb = [run["final_bpb"] for run in runs]
-    means = "steps", "tokens", "step_ms", "seconds", "parameters"
+
+    def mean(name: str, records: Sequence[Record] = runs) -> float | None:
+        return fmean(record[name] for record in records) if records else None
+
+    def largest(name: str) -> float | None:
+        return max((run[name] for run in runs if run[name]), default=None)
+
+    at_target = [crossed._asdict() for crossed in crossings] if all_known else []
     return {
         "n_seeds": len(runs),
-        "failed": {str(seed): error for seed, error in errors.items()},
-        "final_bpb": _estimate(bpb) | spread(bpb),
-        **{name: fmean(run[name] for run in runs) if runs else None for name in means},
-        **{
-            name: max((run[name] for run in runs if run[name]), default=None)
-            for name in ("wall_seconds", "peak_memory_bytes")
-        },
+        "final_bpb": {"mean": mean("final_bpb"), **spread(bpb)},
+        **{name: mean(name) for name in ("steps", "tokens", "step_ms", "seconds", "parameters")},
+        **{name: largest(name) for name in ("wall_seconds", "peak_memory_bytes")},
         "to_target": {
-            **{
-                name: _estimate([getattr(c, name) for c in crossings]) if all_known else None
-                for name in ("steps", "tokens", "seconds")
-            },
-            "reached": sum(c.bound != ">" for c in crossings),
+            **{name: mean(name, at_target) for name in ("steps", "tokens", "seconds")},
+            "reached": sum(crossed.bound != ">" for crossed in crossings),
             "of": len(crossings),
         },
     }
@@ -237,14 +230,13 @@ def _ratio(a: Crossing, b: Crossing, unit: str) -> tuple[float, str]:
     return getattr(b, unit) / getattr(a, unit), "".join(sorted(bounds))
 
 
-def _judged(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs with p_holm and verdict for each measure, each adjusted over the conditions."""
+def _judge(pairs: Sequence[dict[str, Any]]) -> None:
+    """Add p_holm and verdict to each measure of the pairs, adjusted over the conditions."""
     for name, measure in MEASURES.items():
         adjusted = holm([pair[name]["p"] for pair in pairs])
         for pair, p in zip(pairs, adjusted, strict=True):
             pair[name]["p_holm"] = p
             pair[name]["verdict"] = _verdict(pair[name], measure, pair["failed_pairs"])
-    return pairs
 
 
 def _verdict(result: Mapping[str, Any], measure: Measure, failed: int) -> str:
