@@ -415,7 +415,7 @@ def test_a_later_stage_resumes_to_the_bit(place, monkeypatch):
             ["--context_stages", "12@0", "32@0.5", "--num_iterations=2"],
             "whole number of rows of 12 and of 32 tokens: try --total_batch_size=1056",
         ),
-        (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "8@0.5 follows 32@0"),
+        (["--context_stages", "32@0", "8@0.5", "--num_iterations=2"], "32@0 8@0.5 are invalid"),
         (["--sequence_len=0"], "--sequence_len must be at least 1 (got 0)"),
         (["--num_iterations=0"], "--num_iterations must be positive, or -1 for none (got 0)"),
         (["--target_flops=nan"], "--target_flops must be positive, or -1 for none (got nan)"),

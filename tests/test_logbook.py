@@ -181,7 +181,7 @@ def _no_space(_):
 
 
 def test_trackers_that_do_not_exist_or_are_not_installed(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no sink 'wandbb'"):
+    with pytest.raises(UserError, match="--sinks cannot be 'wandbb'"):
         Logbook(tmp_path, sinks=["wandbb"])
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="pip install trackio"):

@@ -52,9 +52,9 @@ class GPTConfig(ArchitectureKnobs):
                 raise UserError(f"{name} must be a number above 0 (got {getattr(self, name)})")
         if self.n_embd % (2 * self.n_head):
             raise UserError(
-                f"the model width {self.n_embd} cannot be divided into {self.n_head} heads of an even "
-                "width, which rotary embeddings need: choose an even head_dim, and a multiple of "
-                "it as model_dim"
+                f"the model width {self.n_embd} cannot be divided into {self.n_head} heads of "
+                "an even width, which rotary embeddings need: choose an even head_dim, and a "
+                "multiple of it as model_dim"
             )
         if self.n_head % self.n_kv_head:
             raise UserError(
