@@ -61,13 +61,14 @@ def _conditions_table(results: Mapping[str, Any]) -> str:
     conditions = results["conditions"]
     flags = [shlex.split(condition["flags"]) for condition in conditions]
     shared = [flag for flag in flags[0] if all(flag in other for other in flags)]
-    rows: list[list[Cell]] = []
+    rows = []
     for condition, all_flags in zip(conditions, flags, strict=True):
         own = shlex.join(flag for flag in all_flags if flag not in shared)
         failed = "; ".join(f"seed {seed}: {e}" for seed, e in condition["failed"].items())
-        rows.append([condition["name"], own, (str(condition["n_seeds"]), failed)])
+        cells: list[Cell] = [own, (str(condition["n_seeds"]), failed)]
         if condition["n_seeds"]:
-            rows[-1] += _figures(condition)
+            cells += _figures(condition)
+        rows.append((condition["name"], cells))
     goal = "the baseline's final" if results["target"] is None else f"{results['target']:g}"
     heads = (
         "condition, flags, seeds, parameters, tokens, final bits per byte, "
@@ -99,11 +100,11 @@ def _figures(condition: Mapping[str, Any]) -> list[Cell]:
 
 
 def _pairs_table(pairs: Sequence[Mapping[str, Any]]) -> str:
-    rows: list[list[Cell]] = []
+    rows = []
     for pair in pairs:
         results = [(pair[name], measure.form) for name, measure in MEASURES.items()]
         cells = [(result["verdict"], figure(result, form)) for result, form in results]
-        rows.append([pair["name"], str(pair["n_seeds"]), *cells])
+        rows.append((pair["name"], [str(pair["n_seeds"]), *cells]))
     titles = [measure.title for measure in MEASURES.values()]
     return table(("against the baseline", "pairs", *titles), rows, first_colour=1) if rows else ""
 
@@ -135,7 +136,7 @@ def _draw(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
     draw_lines(axes, lines, x, title)
     longest = max(line.x[-1] for line in lines)
     # the steep beginning would flatten the rest
-    late = [part[line.x >= longest / 6] for line in lines for part in line[3:]]
+    late = [part[line.x >= longest / 6] for line in lines for part in (line.y, *line.band)]
     values = np.concatenate(late)
     if values.size and np.ptp(values):
         margin = np.ptp(values)
@@ -158,7 +159,7 @@ def draw_curves(axes: "Axes", groups: Groups, x: str = "tokens", title: str = ""
         if runs:
             grid, ys = _on_one_grid(runs, x)
             if grid.size:
-                lines.append(Line(i, name, grid, ys.mean(0), ys.min(0), ys.max(0)))
+                lines.append(Line(i, name, grid, ys.mean(0), (ys.min(0), ys.max(0))))
     _draw(axes, lines, x, title or f"Bits per byte against {x}")
 
 
@@ -174,7 +175,7 @@ def _differences(groups: Groups) -> list[Line]:
             deltas = [np.interp(np.log(x), np.log(xs), ys[1] - ys[0]) for xs, ys in grids]
             intervals = [interval(column) for column in np.transpose(deltas).tolist()]
             ends = [[r["mean"] if r[end] is None else r[end] for r in intervals] for end in ENDS]
-            lines.append(Line(i, name, x, np.mean(deltas, 0), *np.array(ends)))
+            lines.append(Line(i, name, x, np.mean(deltas, 0), tuple(np.array(ends))))
     return lines
 
 

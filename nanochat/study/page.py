@@ -84,14 +84,13 @@ def colour(i: int) -> str:
 
 
 class Line(NamedTuple):
-    """A line of a plot; the arrays have the shape (points,). `low` and `high` bound its band."""
+    """A line of a plot and its band, the lower and the upper end; arrays have the shape (points,)."""
 
-    index: int  # decides its colour
+    number: int  # decides its colour
     name: str
     x: np.ndarray
     y: np.ndarray
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
+    band: Sequence[np.ndarray] = ()
 
 
 def unit_of(x: str, longest: float) -> tuple[float, str]:
@@ -104,13 +103,14 @@ def draw_lines(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
     """Draw lines with their bands against `x`, a key of UNITS, in a unit that suits the longest."""
     size, label = unit_of(x, max(line.x[-1] for line in lines))
     for line in lines:
-        style: dict[str, Any] = {"color": colour(line.index), "label": line.name}
-        style["linestyle"] = "-" if line.index < len(LIGHT) else "--"
-        if line.low is None or line.high is None:
-            style["marker"] = "o" if len(line.x) < 40 else None
-        else:
-            axes.fill_between(line.x / size, line.low, line.high, color=style["color"], **BAND)
-        axes.plot(line.x / size, line.y, **style)
+        style: dict[str, Any] = {"color": colour(line.number), "label": line.name}
+        if line.band:
+            low, high = line.band
+            axes.fill_between(line.x / size, low, high, color=style["color"], **BAND)
+        elif len(line.x) < 40:
+            style["marker"] = "o"
+        dashes = "-" if line.number < len(LIGHT) else "--"
+        axes.plot(line.x / size, line.y, dashes, **style)
     axes.set_xlabel(label)
     axes.set_title(title)
 
@@ -145,21 +145,24 @@ def gallery(plots: Sequence[Callable[["Axes"], object]]) -> str:
 
 
 def table(
-    heads: Iterable[str], rows: Iterable[Sequence[Cell]], first_colour: int | None = None
+    heads: Iterable[str],
+    rows: Iterable[tuple[str, Sequence[Cell]]],
+    first_colour: int | None = None,
 ) -> str:
-    """A table. With `first_colour`, rows start with dots in the colours of successive curves."""
+    """
+    A table of rows (head, cells). With `first_colour`, rows start with dots in the colours of
+    successive curves.
+    """
     parts = [f"<th>{html.escape(text)}</th>" for text in heads]
     parts = ["<thead><tr>", *parts, "</tr></thead><tbody>"]
-    for i, row in enumerate(rows, first_colour or 0):
-        tag = "th"
-        parts.append("<tr>")
-        for cell in row:
+    for i, (head, cells) in enumerate(rows, first_colour or 0):
+        dot = f'<i style="background:var(--c{i % len(LIGHT)})"></i>'
+        mark = "" if first_colour is None else dot
+        parts.append(f"<tr><th>{mark}{html.escape(head)}</th>")
+        for cell in cells:
             text, small = (cell, "") if isinstance(cell, str) else cell
-            dot = f'<i style="background:var(--c{i % len(LIGHT)})"></i>'
-            mark = dot if tag == "th" and first_colour is not None else ""
             note = f"<small>{html.escape(small)}</small>" if small else ""
-            parts.append(f"<{tag}>{mark}{html.escape(text)}{note}</{tag}>")
-            tag = "td"
+            parts.append(f"<td>{html.escape(text)}{note}</td>")
         parts.append("</tr>")
     return f'<div class="wide"><table>{"".join(parts)}</tbody></table></div>'
 

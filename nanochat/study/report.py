@@ -138,18 +138,16 @@ def _runs_table(logs: Sequence[Log]) -> str:
     rows = []
     for log in logs:
         losses = log.curve("train", "loss", "tokens")[1]
-        rows.append(
-            [
-                log.name,
-                _number(log.last("step", "train", "summary"), "{:,d}".format),
-                _number(log.last("tokens", "train", "summary", "eval"), human),
-                _number(log.last("seconds", "train", "summary", "eval"), duration),
-                f"{losses[-1]:.3f}" if losses else "",
-                _number(log.last("val_bpb", "eval"), "{:.4f}".format),
-                _number(log.last("tok_per_sec", "summary", "train"), "{:,.0f}".format),
-                _number(log.last("peak_share", "summary", "train"), "{:.0%}".format),
-            ]
-        )
+        cells = [
+            _number(log.last("step", "train", "summary"), "{:,d}".format),
+            _number(log.last("tokens", "train", "summary", "eval"), human),
+            _number(log.last("seconds", "train", "summary", "eval"), duration),
+            f"{losses[-1]:.3f}" if losses else "",
+            _number(log.last("val_bpb", "eval"), "{:.4f}".format),
+            _number(log.last("tok_per_sec", "summary", "train"), "{:,.0f}".format),
+            _number(log.last("peak_share", "summary", "train"), "{:.0%}".format),
+        ]
+        rows.append((log.name, cells))
     heads = "run, steps, tokens, time, training loss, bits per byte, tokens / s, share of peak"
     return table(heads.split(", "), rows, first_colour=0)
 
@@ -171,15 +169,15 @@ def _accuracy_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for kind in sorted(kinds, key=lambda kind: kind == "all"):  # "all" is the last row
         results = [column.get(kind) or {} for column in columns]
-        row: list[Cell] = [kind]
+        cells: list[Cell] = []
         for result in results:
             lo, hi = (_number(result.get(end), "{:.0%}".format) for end in ("lo", "hi"))
             accuracy = _number(result.get("accuracy"), "{:.1%}".format)
-            row.append((accuracy, f"{lo} to {hi}" if lo and hi else ""))
+            cells.append((accuracy, f"{lo} to {hi}" if lo and hi else ""))
         newest = next((result for result in reversed(results) if result), {})
-        row.append(_number(newest.get("chance"), "{:.0%}".format))
-        row.append(_number(newest.get("n"), "{:,d}".format))
-        rows.append(row)
+        cells.append(_number(newest.get("chance"), "{:.0%}".format))
+        cells.append(_number(newest.get("n"), "{:,d}".format))
+        rows.append((kind, cells))
     return table(("kind of question", *stages, "chance", "questions"), rows)
 
 
