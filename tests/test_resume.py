@@ -266,7 +266,7 @@ def test_new_horizons_that_leave_nothing_to_do(whole, place, monkeypatch, capsys
     assert "nothing to do" in capsys.readouterr().out
     shutil.rmtree(run)
     interrupted(monkeypatch, flags, 10)
-    with pytest.raises(UserError, match="at or past the new end already, with 10 steps"):
+    with pytest.raises(UserError, match=r"already at or past the new end \(10 steps"):
         base_train.main([*again, "--num_iterations=9", "--new_horizon=stretch"])
 
 
