@@ -84,7 +84,7 @@ def colour(i: int) -> str:
 
 
 class Line(NamedTuple):
-    """A line of a plot and its band, the lower and the upper end; arrays have the shape (points,)."""
+    """A line of a plot and its band, (low, high); the arrays have the shape (points,)."""
 
     number: int  # decides its colour
     name: str
