@@ -256,19 +256,22 @@ class _Fitting:
         if c.parameters >= self.too_large:
             c.why = "needs more memory than a smaller one that does not fit"
             return False
-        available = self.machine.memory_bytes
+        usable, state = USABLE * self.machine.memory_bytes, 12 * c.parameters
         while True:
             rows = c.device_batch_size
             c.memory_bytes, c.peak_memory_bytes = self.memory.predict(
                 c.config, rows, c.accumulation
             )
-            if c.memory_bytes <= USABLE * available:
+            if c.memory_bytes <= usable:
                 return not c.why
             if rows == 1 or self.knobs.device_batch_size:
                 break
-            fewer = assess(self.knobs, c.config, self.machine, self.law, most_rows=rows // 2)
+            # Weights and their state stay, and the rest follows the rows.
+            share = max(0.0, usable - state) / max(1.0, c.memory_bytes - state)
+            most_rows = max(1, min(rows // 2, int(rows * share)))
+            fewer = assess(self.knobs, c.config, self.machine, self.law, most_rows)
             vars(c).update(vars(fewer))
-        c.why = f"needs {c.memory_bytes / GIB:.1f} of {available / GIB:.1f} GiB"
+        c.why = f"needs {c.memory_bytes / GIB:.1f} of {self.machine.memory_bytes / GIB:.1f} GiB"
         self.too_large = c.parameters
         return False
 
@@ -306,11 +309,17 @@ def choose(
 def _primary(fitting: _Fitting, kept: tuple[int, int] | None) -> Candidate:
     """The candidate to train, see choose()."""
     every = fitting.candidates
-    best = fitting.first(every) or _refuse_memory(every, fitting.machine)
-    equal = [c for c in every if c.bpb[0] <= best.bpb[0] * (1 + TIE)]
-    simplest = fitting.first(sorted(equal, key=lambda c: c.simplicity)) or best
+
+    def simplest(best: Candidate) -> Candidate | None:
+        equal = [c for c in every if c.bpb[0] <= best.bpb[0] * (1 + TIE)]
+        return fitting.first(sorted(equal, key=lambda c: c.simplicity))
+
+    primary = simplest(every[0])
+    if primary is None:  # nothing as good as the best prediction fits
+        best = fitting.first(every) or _refuse_memory(every, fitting.machine)
+        primary = simplest(best) or best
     tried = fitting.first([c for c in every if c.shape == kept])
-    return tried if tried and tried.bpb[0] <= simplest.bpb[0] * 1.01 else simplest
+    return tried if tried and tried.bpb[0] <= primary.bpb[0] * 1.01 else primary
 
 
 def _refuse_memory(every: Sequence[Candidate], machine: Machine) -> NoReturn:
