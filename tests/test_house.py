@@ -126,11 +126,11 @@ CEILINGS = {
     "eval": 14_400,
     "train": 12_700,
     "study": 10_800,
-    "plan": 20_400,
+    "plan": 17_650,
     "export": 7_450,
     "commands": 13_950,
 }
-WHOLE = 143_150
+WHOLE = 140_400
 
 
 def tokens_of(path: Path) -> int:

@@ -163,7 +163,7 @@ def test_without_a_recipe(tmp_path, missing):
 def test_a_plan_of_another_version_is_refused(tmp_path):
     (tmp_path / "recipe.toml").write_text("[base_train]\ndepth = 2\n")
     (tmp_path / "recipe.json").write_text('{"primary": {}}')
-    with pytest.raises(UserError, match=r"not what plan recipe writes.*run plan recipe again"):
+    with pytest.raises(UserError, match=r"not written by plan recipe.*run plan recipe again"):
         pilot.StoredPlan.read(str(tmp_path / "recipe.toml"))
 
 
