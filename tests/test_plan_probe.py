@@ -308,7 +308,7 @@ def test_time_for_the_grid_is_limited(lab, monkeypatch, capsys):
     assert (
         len(result["points"]) == 2
         and result["left_out"] == 2
-        and "2 points left out" in capsys.readouterr().out
+        and "not measured for lack of time: 2" in capsys.readouterr().out
     )
 
 
