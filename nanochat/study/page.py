@@ -94,9 +94,9 @@ class Line(NamedTuple):
 
 
 def unit_of(x: str, longest: float) -> tuple[float, str]:
-    """(size, name) of the largest unit of `x`, a key of UNITS, of which `longest` holds two."""
+    """(size, name) of the largest unit of `x`, a key of UNITS, that `longest` reaches."""
     units = UNITS[x]
-    return next((unit for unit in reversed(units) if longest >= 2 * unit[0]), units[0])
+    return next((unit for unit in reversed(units) if longest >= unit[0]), units[0])
 
 
 def draw_lines(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
