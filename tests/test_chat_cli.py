@@ -237,7 +237,10 @@ def test_three_hashes_complete_the_lines_before(tokenizer, monkeypatch, capsys):
     ]
     shown = ("> The cat", "> sat on", "> ###", "> It is")
     assert sorted(shown, key=out.index) == list(shown)
-    assert "there is no text before ###" in err and "the last 1 lines were not completed" in err
+    assert (
+        "there is no text before ###" in err
+        and "the text after the last ### was not completed" in err
+    )
 
 
 def test_piped_text_is_completed_in_a_process_of_its_own(tokenizer, monkeypatch, capsys):

@@ -45,9 +45,9 @@ def flags(made, monkeypatch):
     ("wrong", "says"),
     [
         (["--model_dim=30"], "model_dim 30 is not a multiple of head_dim 8: try --model_dim=32"),
-        (["--model_dim=28", "--head_dim=7"], "28 does not divide into 4 heads of even width"),
+        (["--model_dim=28", "--head_dim=7"], "28 cannot be divided into 4 heads of an even width"),
         (["--kv_ratio=2"], "--kv_ratio must be at most 1"),
-        (["--depth=0"], "depth is 0"),
+        (["--depth=0"], "depth must be a number above 0 (got 0)"),
         (["--softcap=-1"], "softcap must be 0 (no cap) or above (got -1"),
         (["--mlp_ratio=nan"], "mlp_ratio must be a number above 0 (got nan)"),
         (["--window_pattern=XL"], "'XL'"),
