@@ -99,17 +99,25 @@ def _read_txt(path: Path, field: str | None) -> Iterator[str]:
             ) from e
 
 
-def _read_jsonl(path: Path, field: str | None) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """
+    ("FILE, line N", value) for every line of a JSON-lines file that is not blank; UserError for a
+    line that is not JSON.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                yield place, json.loads(line)
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{place}: invalid JSON ({e}); fix or delete the line") from e
-            yield from _text_of_row(row, field, place)
+
+
+def _read_jsonl(path: Path, field: str | None) -> Iterator[str]:
+    for place, row in json_lines(path):
+        yield from _text_of_row(row, field, place)
 
 
 def _text_of_row(row: Any, field: str | None, place: str) -> Iterator[str]:

@@ -9,7 +9,6 @@ become an item stops the reading with a UserError that names its file and line.
 
 import csv
 import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 from nanochat.base.common import UserError, base_dir, notice, print0
 from nanochat.base.files import locked, sha256_file
 from nanochat.data import hub
+from nanochat.data.documents import json_lines
 from nanochat.eval.tasks.common import Item
 
 Row = dict[str, Any]
@@ -140,21 +140,11 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{place}: invalid JSON ({e}); fix or delete the line") from e
-            if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise UserError(
-                    f"{place}: expected an object, got a {kind}; fix or delete the line"
-                )
-            yield place, row
+    for place, row in json_lines(path):
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise UserError(f"{place}: expected an object, got a {kind}; fix or delete the line")
+        yield place, row
 
 
 def digest(paths: Iterable[Path]) -> str:
