@@ -1,5 +1,8 @@
 # Sourced by the other scripts: creates the virtual environment .venv with all dependencies if needed, and activates it. Defines `say`,
 # and `resumable FOLDER` and `step` for scripts that continue where they were interrupted.
+# Numbers have a decimal point and names one order in every language; the characters stay those of the terminal.
+export LC_CTYPE="${LC_ALL:-${LC_CTYPE:-${LANG:-C}}}" LC_NUMERIC=C LC_COLLATE=C LC_MESSAGES=C
+unset LC_ALL
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 say "environment"

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: sets `python` to the name of a Python 3.11 or newer. If there is none, says what to install and exits.
 python=""
-for candidate in python3.11 python3 python3.12 python3.13 python; do
+for candidate in python3.11 python3 python3.12 python3.13 python3.14 python; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
 done
 if [ -z "$python" ]; then

@@ -218,7 +218,7 @@ def test_bytes_that_are_not_text(tokenizer, monkeypatch):
     answer = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # which cannot write all characters
     monkeypatch.setattr(sys, "stdin", question)
     monkeypatch.setattr(sys, "stdout", answer)
-    chat_cli.main([*WHERE, "-m", "50"])
+    entry(lambda: chat_cli.main([*WHERE, "-m", "50"]))
     answer.flush()
     assert b"?" in answer.buffer.getvalue()
 

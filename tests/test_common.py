@@ -1,5 +1,10 @@
 """common: figures and tables for people, and how a command ends."""
 
+import io
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nanochat.base.common import UserError, base_dir, columns, duration, entry, human
@@ -54,3 +59,24 @@ def test_a_base_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
     with pytest.raises(UserError, match="set NANOCHAT_BASE_DIR to a folder"):
         base_dir()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "koi8-r"])
+@pytest.mark.parametrize("text", ["река", "中文 🙂", "café", "file \udce9.txt"])
+def test_a_console_of_any_encoding_shows_what_it_can(encoding, text):
+    """Every command goes through entry(), so none ends because of a character."""
+    code = "import sys; from nanochat.base.common import *; entry(lambda: (print0(eval(sys.argv[1])), notice(eval(sys.argv[1]))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, ascii(text)],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = text.encode(encoding, "replace")
+    assert done.stdout.strip() == shown and shown in done.stderr
+
+
+def test_streams_without_an_encoding_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    entry(lambda: print("fine"))
+    assert sys.stdout.getvalue() == "fine\n"

@@ -444,3 +444,11 @@ def test_eval_reads_the_same_rows_always(data):
         )
         == []
     )
+
+
+@pytest.mark.parametrize("weights", [(1, None), (None, 0.4), (0.5, 0.5, None)])
+def test_weights_for_some_sources_are_refused(tmp_path, weights):
+    """Shares and token counts in one sum gave quotas of [1, 1, 152131]."""
+    shards = [make(tmp_path, [20] * 9, name) for name in "abc"]
+    with pytest.raises(UserError, match="give every data source a weight, or none"):
+        feed(*zip(shards, weights, strict=False))

@@ -117,9 +117,9 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 8_100,
+    "base": 8_400,
     "tinyworld": 9_600,
-    "data": 13_730,
+    "data": 18_500,
     "model": 15_950,
     "chat": 4_750,
     "chat/serve": 10_200,
@@ -130,7 +130,7 @@ CEILINGS = {
     "export": 7_450,
     "commands": 13_950,
 }
-WHOLE = 140_400
+WHOLE = 146_000
 
 
 def tokens_of(path: Path) -> int:
@@ -520,6 +520,19 @@ def test_every_recipe_parses(path):
 def test_every_shell_script_is_valid(path):
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["sh", "py", "toml", "json", "md"])
+def test_a_checkout_has_lf_on_every_system(kind, tmp_path):
+    """git for Windows would write CRLF, which bash refuses and which changes hashes of files."""
+    (tmp_path / ".gitattributes").write_text((ROOT / ".gitattributes").read_text())
+    (tmp_path / f"a.{kind}").write_bytes(b"one\ntwo\n")
+    git = ["git", "-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / f"a.{kind}").unlink()
+    subprocess.run([*git, "checkout", "-q", "--", "."], cwd=tmp_path, check=True)
+    assert (tmp_path / f"a.{kind}").read_bytes() == b"one\ntwo\n"
 
 
 def test_the_page_of_commands_is_current():

@@ -1,11 +1,14 @@
 """knobs: precedence, every spelling of a flag, and a one-line message for every mistake."""
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 from typing import Literal
 
+import numpy as np
 import pytest
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -259,3 +262,32 @@ def test_a_former_name_works_in_recipes_and_checkpoints(tmp_path, capsys):
 
 def test_a_former_name_is_not_listed():
     assert "talks" not in knobs.usage(Renamed, command="chat_sft")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_recipe_as_editors_save_it(tmp_path, encoding):
+    """Notepad and PowerShell write a byte-order mark before UTF-8 or UTF-16."""
+    mark = {"utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}.get(encoding, b"")
+    recipe = tmp_path / "r.toml"
+    recipe.write_bytes(mark + "# café\r\n[base_train]\r\ndepth = 7\r\n".encode(encoding))
+    assert read("--recipe", str(recipe)).depth == 7
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 99999999999999999999, -(2**63)])
+@pytest.mark.parametrize("command", ["base_train", "chat_sft", "chat_rl", "chat_cli", "base_eval"])
+def test_a_seed_is_within_bounds(command, seed):
+    module = importlib.import_module(f"nanochat.commands.{command}")
+    with pytest.raises(UserError, match=r"--seed must be at (least 0|most 9223372036854775807)"):
+        module.main([f"--seed={seed}"])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
+def test_every_seed_within_bounds_works(seed):
+    import torch
+
+    from nanochat.train.knobs import MachineKnobs
+
+    values, _ = knobs.parse(MachineKnobs, [f"--seed={seed}"], command="base_train")
+    torch.manual_seed(values.seed)
+    np.random.default_rng([values.seed, 1])
+    tiny.model(values.seed)

@@ -94,11 +94,31 @@ def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*laid_out, strict=True))
 
 
+def decoded(data: bytes) -> str:
+    """
+    The text of a small file as editors save it: UTF-8, or UTF-16 after a byte-order mark. Raises
+    UnicodeDecodeError.
+    """
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def forgiving_streams() -> None:
+    """
+    Let the console show '?' for a character that it lacks, and let what is typed there hold U+FFFD
+    for bytes that are not text, instead of ending the program.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="replace")
+
+
 def entry(main: Callable[[], object]) -> None:
     """
     Run a command's main(). A UserError becomes one line on standard error and exit status 2, Ctrl+C
     becomes status 130. Any other exception is a bug and keeps its stack trace.
     """
+    forgiving_streams()
     try:
         main()
     except UserError as e:

@@ -21,9 +21,10 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from nanochat.base.commands import command_names, first_sentence, near
-from nanochat.base.common import UserError, notice, print0
+from nanochat.base.common import UserError, decoded, notice, print0
 
 T = TypeVar("T")
+LARGEST_SEED = 2**63 - 1  # what torch and numpy both take; the smallest is 0
 TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
     ("false", "0", "no", "off"), False
 )
@@ -248,7 +249,7 @@ def _table(command: str) -> str:
 
 def _read_toml(file: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(Path(file).expanduser().read_bytes()))
     except FileNotFoundError:
         raise UserError(f"there is no recipe file {file}") from None
     except (OSError, UnicodeDecodeError) as e:

@@ -20,7 +20,6 @@ from nanochat.commands.chat_cli import (
     NORMAL,
     GenerationKnobs,
     in_terminal,
-    tolerate_bad_bytes,
     typed,
 )
 
@@ -58,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=f"Type lines, then a line {TRIGGER} to complete them.",
     )
     engine, loaded = options.load(options.source)
-    tolerate_bad_bytes()
     interactive = in_terminal()
     guide = f"{loaded.describe()}. A line {TRIGGER} completes the lines before it. Ctrl+C exits."
     print(f"{GREY}{guide}{NORMAL}" if interactive else guide, flush=True)

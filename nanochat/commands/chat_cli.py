@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import knobs
 from nanochat.base.common import UserError, base_dir, entry
-from nanochat.base.knobs import knob
+from nanochat.base.knobs import LARGEST_SEED, knob
 from nanochat.chat.reply import Reply, continue_text, fit_conversation
 from nanochat.model.stages import STAGES
 
@@ -48,7 +48,7 @@ class GenerationKnobs:
         high=1,
     )
     max_tokens: int = knob(256, "maximum length of a reply in tokens", alias="-m", low=1)
-    seed: int = knob(42, "seed for sampling")
+    seed: int = knob(42, "seed for sampling", low=0, high=LARGEST_SEED)
     device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "device to compute on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "precision of weights and computation"
@@ -184,13 +184,6 @@ def in_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def tolerate_bad_bytes() -> None:
-    """Read and write bytes that are not text as U+FFFD or '?' instead of failing."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
-            reconfigure(errors="replace")
-
-
 def typed(history: str, style: dict[str, str]) -> Iterator[str]:
     """
     What the user types at the prompt "> ", until Ctrl+D or Ctrl+C; a paste of several lines comes
@@ -218,7 +211,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("--prompt is empty: write a question after it, or leave it out to chat")
     engine, loaded = options.load(options.source)
-    tolerate_bad_bytes()
     chats, interactive = STAGES[loaded.stage].chats, options.prompt is None and in_terminal()
     styled = interactive or (options.prompt is not None and sys.stdout.isatty())
     chat = Chat(options, engine, chats, styled)

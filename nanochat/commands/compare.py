@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.base.common import UserError, entry, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import LARGEST_SEED, knob, parse
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,12 @@ class CompareKnobs:
         (), "names of the conditions, in order (default: from their flags)"
     )
     seeds: int = knob(3, "runs per condition", low=1)
-    first_seed: int = knob(42, "seed of the first run; later runs count up from it")
+    first_seed: int = knob(
+        42,
+        "seed of the first run; later runs count up from it",
+        low=0,
+        high=LARGEST_SEED - 10_000,
+    )
     target: str = knob(
         "auto",
         "target bits per byte; auto = for each pair, the final value of the worse run",

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, origins = parse(MidtrainKnobs, argv, command="mid_train")
 
     from nanochat.data.shards import prepare
-    from nanochat.data.sources import training_sources
+    from nanochat.data.sources import check_weights, training_sources
+    from nanochat.eval.tasks import mixture
     from nanochat.train import stage
     from nanochat.train.horizon import conversation_horizon, whole_rows
     from nanochat.train.run import open_from_parent
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows = whole_rows(run.knobs.total_batch_size, T) or run.stored("rows")
         horizon = conversation_horizon(run, rows or run.parent.meta["horizon"]["rows"])
         stage.choose_conversations(run)
+        texts = training_sources(run.knobs.text) if run.knobs.text else []
+        check_weights([*mixture.parse(run.knobs.data), *texts])
         shards = stage.conversation_shards(run, "train")
-        for source in training_sources(run.knobs.text) if run.knobs.text else ():
+        for source in texts:
             shards.append((prepare(source, "train", run.tokenizer), source.weight))
         feed = stage.row_feed(run, shards, horizon)
         val = stage.conversation_shards(run, "val")

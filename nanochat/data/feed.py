@@ -89,7 +89,10 @@ class RowFeed:
             )
         sources = tuple(s for s, _ in shards)
         _check(sources)
-        weights = tuple(s.total if weight is None else weight for s, weight in shards)
+        given = [weight for _, weight in shards if weight is not None]
+        if 0 < len(given) < len(shards):
+            raise UserError("give every data source a weight, or none: some have one here")
+        weights = tuple(given or [s.total for s in sources])
         self.rows, self.device_rows, self.total_steps = rows, device_rows, total_steps
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._order = RowOrder(sources, weights, sequence_len, epochs, seed, mode)

@@ -97,6 +97,14 @@ def check_mixture(sources: Sequence[Source]) -> None:
             raise UserError(
                 f"two data sources are called {name}: give each its own name, as in {name}2=PATH"
             )
+    check_weights(sources)
+
+
+def check_weights(sources: Sequence[Source]) -> None:
+    """
+    Raise UserError if only some sources of a mixture have a weight: a share of 1 beside 152,131
+    tokens would mean that the first is never drawn.
+    """
     unweighted = [source.name for source in sources if source.weight is None]
     if 0 < len(unweighted) < len(sources):
         raise UserError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from nanochat.base.common import UserError
-from nanochat.base.knobs import knob
+from nanochat.base.knobs import LARGEST_SEED, knob
 
 K = TypeVar("K", bound="TrainKnobs")
 
@@ -22,7 +22,7 @@ class MachineKnobs:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
         "auto", "precision of the computation; weights stay in float32"
     )
-    seed: int = knob(42, "seed of weights, data order and samples")
+    seed: int = knob(42, "seed of weights, data order and samples", low=0, high=LARGEST_SEED)
 
 
 @dataclass(kw_only=True)
