@@ -120,7 +120,7 @@ CEILINGS = {
     "base": 8_400,
     "tinyworld": 9_600,
     "data": 18_500,
-    "model": 15_950,
+    "model": 16_200,
     "chat": 4_750,
     "chat/serve": 10_200,
     "eval": 14_280,

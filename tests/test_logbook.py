@@ -185,7 +185,7 @@ def test_trackers_that_do_not_exist_or_are_not_installed(tmp_path, monkeypatch):
         Logbook(tmp_path, sinks=["wandbb"])
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="pip install trackio"):
-        Logbook(tmp_path, sinks=["trackio"])
+        Logbook(tmp_path, sinks=["trackio"], run_name="real")
     monkeypatch.setitem(sys.modules, "wandb", None)
     Logbook(tmp_path, sinks=["wandb"]).close()  # an unnamed run does not use wandb
     with pytest.raises(UserError, match="pip install wandb"):

@@ -8,7 +8,9 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,7 @@ def place(whole, tmp_path, monkeypatch):
     base, flags, _ = whole
     shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr("nanochat.base.hardware.measured_peak", lambda *_: 1e11)  # takes seconds
     return flags, tmp_path / "checkpoints" / "base" / "t"
 
 
@@ -307,10 +310,67 @@ def test_a_new_run_sets_the_old_one_aside_only_when_it_begins(whole, place, caps
         with pytest.raises(UserError):
             base_train.main([*flags, *STEPS, wrong])
         assert checkpoint.newest(run).path.name == "step_000020"
-    base_train.main([*flags, "--num_iterations=2", "--eval_every=0"])
-    assert "the earlier run is now" in capsys.readouterr().err
-    assert checkpoint.newest(run).path.name == "step_000002"
-    assert checkpoint.newest(run.with_name("t.old")).path.name == "step_000020"
+    for steps in (2, 3, 4):  # slips of the hand: no run is ever deleted
+        base_train.main([*flags, f"--num_iterations={steps}", "--eval_every=0"])
+        assert "the earlier run is now" in capsys.readouterr().err
+    kept = {p.name: checkpoint.newest(p).step for p in run.parent.iterdir()}
+    assert kept == {"t": 4, "t.old": 20, "t.old2": 2, "t.old3": 3}
+    assert checkpoint.locate("base").path.parent == run
+
+
+class NoLogin(types.ModuleType):
+    """A tracker that is installed but does not start."""
+
+    def init(self, **_):
+        raise PermissionError("not logged in")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--run=a", "--sinks=trackio"], "trackio is not installed"),
+        (["--run=a"], "wandb cannot start .not logged in"),
+        (["--sinks=wandbb"], "--sinks cannot be 'wandbb'"),
+        (["--data=own=nowhere.jsonl"], "does not exist"),
+        (["--keep=2"], "a checkpoint of this run needs .*has only 1kB free: free some space"),
+    ],
+    ids=["tracker missing", "tracker fails", "tracker unknown", "no data", "no space"],
+)
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_refused_start_changes_nothing(whole, place, monkeypatch, flags, says, earlier):
+    """Neither an earlier run nor an empty place, whatever refuses and however late."""
+    own, run = place
+    monkeypatch.setitem(sys.modules, "wandb", NoLogin("wandb"))
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    if "--keep=2" in flags:
+        usage = shutil.disk_usage(run.anchor)._replace(free=1000)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    if earlier:
+        for name in ("t", "t.old"):
+            shutil.copytree(whole[2], run.with_name(name))
+
+    def state():
+        return {p: p.stat().st_mtime_ns for p in run.parent.rglob("*") if p.is_file()}
+
+    before = state()
+    with pytest.raises(UserError, match=says):
+        base_train.main([*own, *STEPS, *flags])
+    assert state() == before and run.exists() == earlier
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optim.safetensors", "meta.json"])
+def test_nothing_to_resume_from_is_no_new_run(whole, place, file):
+    """Where every checkpoint is damaged, --resume=auto refuses; without it the run is kept."""
+    flags, run = place
+    shutil.copytree(whole[2], run)
+    for stored in checkpoint.list_checkpoints(run):
+        os.truncate(stored.path / file, 10)
+    before = sorted(p for p in run.parent.rglob("*"))
+    with pytest.raises(UserError, match=r"none of the \d checkpoints in .* is intact; restore"):
+        base_train.main([*flags, *STEPS, "--resume=auto"])
+    assert sorted(p for p in run.parent.rglob("*")) == before
+    base_train.main([*flags, "--num_iterations=1", "--eval_every=0"])
+    assert len(checkpoint.list_checkpoints(run.with_name("t.old"))) > 1
 
 
 def test_the_metadata_says_how_the_run_came_about(whole):

@@ -77,7 +77,26 @@ def _tensorboard(directory: Path, config: dict[str, Any]) -> Tracker:
     return log, writer.close
 
 
-TRACKERS = ("wandb", "trackio", "tensorboard")
+TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
+
+
+def needed_trackers(sinks: Sequence[str], run_name: str) -> list[str]:
+    """
+    The trackers that a run uses: those named in --sinks, or none while the run's name is "dummy".
+    UserError if one is unknown or not installed; rank 0 alone needs them.
+    """
+    for name in sinks:
+        if name not in TRACKERS:
+            raise UserError(f"--sinks cannot be {name!r}: choose from {', '.join(TRACKERS)}")
+    needed = list(dict.fromkeys(sinks)) if run_name != "dummy" else []
+    for name in needed if rank() == 0 else ():
+        try:
+            importlib.import_module(TRACKERS[name])
+        except ImportError as e:
+            raise UserError(
+                f"{name} is not installed: run pip install {name}, or remove {name} from --sinks"
+            ) from e
+    return needed
 
 
 class Logbook(AbstractContextManager["Logbook"]):
@@ -96,16 +115,14 @@ class Logbook(AbstractContextManager["Logbook"]):
         `step` is where training starts: 0, or the step of the checkpoint that it resumes from.
         Rows of later steps, which an earlier attempt wrote, no longer count. With None, rows are
         added to a finished run, as evaluations do. `config` is stored in a row of kind "start".
-        wandb is left out while the run's name is "dummy". Raises UserError if the folder cannot be
+        `sinks` do nothing while the run's name is "dummy". Raises UserError if the folder cannot be
         written, or if a tracker is unknown, not installed or does not start.
         """
         self.directory = Path(directory)
         self._trackers: dict[str, Tracker] = {}
         self._file: BinaryIO | None = None
         self._disk_failed = False
-        for name in sinks:
-            if name not in TRACKERS:
-                raise UserError(f"--sinks cannot be {name!r}: choose from {', '.join(TRACKERS)}")
+        sinks = needed_trackers(sinks, run_name)
         if rank() != 0:
             return
         path = self.directory / FILE
@@ -116,9 +133,8 @@ class Logbook(AbstractContextManager["Logbook"]):
         except OSError as e:
             raise disk_error(path, e) from e
         settings = _plain(config or {})
-        for name in dict.fromkeys(sinks):
-            if name != "wandb" or run_name != "dummy":
-                self._trackers[name] = self._open_tracker(name, run_name, settings)
+        for name in sinks:
+            self._trackers[name] = self._open_tracker(name, run_name, settings)
         if config is not None or step is not None:
             now = datetime.now().isoformat(timespec="seconds")
             start = {"kind": "start", "step": step, "time": now, "run": run_name}
@@ -130,10 +146,6 @@ class Logbook(AbstractContextManager["Logbook"]):
             if name == "tensorboard":
                 return _tensorboard(self.directory, config)
             return _service(name, self.directory, run_name, config)
-        except ImportError as e:
-            raise UserError(
-                f"{name} is not installed: run pip install {name}, or remove {name} from --sinks"
-            ) from e
         except Exception as e:
             raise UserError(
                 f"{name} cannot start ({e}): fix that, or remove {name} from --sinks"

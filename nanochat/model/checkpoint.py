@@ -11,10 +11,13 @@ so loading a checkpoint cannot run code.
 """
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat.base.common import UserError, base_dir, notice
+from nanochat.base.common import UserError, base_dir, human, notice
 from nanochat.base.files import atomic_write, sha256_file
 from nanochat.base.runtime import Runtime, open_runtime
 from nanochat.data.tokenizer import Tokenizer
@@ -252,6 +255,57 @@ def prune(directory: Path, step: int, keep: int, best: int | None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+# ---- runs with one tag
+
+
+def was_set_aside(directory: Path) -> bool:
+    """Whether this is the folder of an older run, which another run with its tag replaced."""
+    return re.fullmatch(r"\.old\d*", directory.suffix) is not None
+
+
+@contextmanager
+def new_run(directory: Path) -> Iterator[None]:
+    """
+    Make room for a new run in `directory`: an earlier one is renamed to <tag>.old, or to .old2,
+    .old3, ... as no run is ever deleted. The block opens the new run; if it fails, everything is
+    put back as it was.
+    """
+    existed, aside = directory.exists(), None
+    try:
+        if list_checkpoints(directory):
+            aside = next(p for p in _old_names(directory) if not p.exists())
+            directory.rename(aside)
+        yield
+    except BaseException:
+        if aside or not existed:
+            shutil.rmtree(directory, ignore_errors=True)  # what the block has just made
+        if aside:
+            aside.rename(directory)
+        raise
+    if aside:
+        notice(
+            f"{directory.name} was trained before: the earlier run is now {aside} "
+            "(--resume=auto would have continued it)"
+        )
+
+
+def _old_names(directory: Path) -> Iterator[Path]:
+    """t.old, t.old2, t.old3, ..."""
+    for number in itertools.count(1):
+        yield directory.with_name(f"{directory.name}.old{number if number > 1 else ''}")
+
+
+def require_space(directory: Path, size: int) -> None:
+    """UserError unless a checkpoint of `size` bytes fits on the disk of `directory`."""
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"a checkpoint of this run needs {human(size)}B, but {existing} has only "
+            f"{human(free)}B free: free some space or set NANOCHAT_BASE_DIR to another disk"
+        )
+
+
 # ---- finding
 
 
@@ -280,6 +334,21 @@ def newest(directory: Path, step: int | None = None, optimizer: bool = False) ->
     return None
 
 
+def newest_to_resume(directory: Path) -> Checkpoint | None:
+    """
+    The newest checkpoint that training can resume from, or None in a folder without checkpoints.
+    UserError if there are some but none is intact: a new run must not begin by accident.
+    """
+    checkpoint = newest(directory, optimizer=True)
+    if checkpoint is None and (damaged := list_checkpoints(directory)):
+        raise UserError(
+            f"cannot resume: none of the {len(damaged)} checkpoints in {directory} is intact; "
+            "restore one from a backup, or leave out --resume to start anew (these are kept under "
+            "another name)"
+        )
+    return checkpoint
+
+
 def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
     """
     The newest intact checkpoint of a stage, or that of `step`. Without a tag, runs are tried from
@@ -288,7 +357,7 @@ def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
 
     def saved_last(run: Path) -> tuple[bool, float]:
         times = [checkpoint.path.stat().st_mtime for checkpoint in list_checkpoints(run)]
-        return run.suffix != ".old", max(times, default=0.0)
+        return not was_set_aside(run), max(times, default=0.0)
 
     root = stage_directory(stage)
     runs = [run_directory(stage, tag)] if tag else sorted(root.glob("*"), key=saved_last)

@@ -213,6 +213,10 @@ class MuonAdamW:
         for pool in pools:
             pool.share_parameters()
 
+    def state_bytes(self) -> int:
+        """Bytes of the whole state, that of all ranks together."""
+        return sum(len(MOMENTS[g.optimizer]) * p.nbytes for g in self.groups for p in g.params)
+
     def state_tensors(self) -> dict[str, Tensor]:
         """
         The whole state as {name/moment: tensor of the parameter's shape}, gathered from all ranks:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from nanochat.base import hardware
+from nanochat.base import hardware, logbook
 from nanochat.base.common import UserError, human, notice, print0
 from nanochat.base.runtime import Runtime, open_runtime
 from nanochat.data.contexts import Contexts
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.model.checkpoint import Checkpoint, locate, newest
+from nanochat.model.checkpoint import Checkpoint, locate, newest_to_resume
 from nanochat.model.gpt import GPT
 from nanochat.model.stages import STAGES, run_directory
 from nanochat.train import resume
@@ -98,7 +98,7 @@ def resume_knobs(
             "give only one of them"
         )
     directory = run_directory(stage, tag)
-    checkpoint = newest(directory, optimizer=True) if k.resume == "auto" else None
+    checkpoint = newest_to_resume(directory) if k.resume == "auto" else None
     if checkpoint is None:
         return k, origins, None
     stored = checkpoint.meta["knobs"]
@@ -129,6 +129,7 @@ def open_run(
     weights of step 0.
     """
     began = time.monotonic()
+    logbook.needed_trackers(k.sinks, k.run)  # refuses early
     # on a CPU "auto" is measured; a run decides once
     dtype = resume_from.meta["dtype"] if resume_from else k.dtype
     if k.dtype not in ("auto", dtype):

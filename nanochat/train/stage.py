@@ -3,10 +3,9 @@ What a stage is made of: feed, data, evaluations and compilation; and `train`, w
 end.
 """
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from nanochat.data.shards import Shards
 from nanochat.data.sources import default_sources
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.tasks import mixture
-from nanochat.model.checkpoint import list_checkpoints, newest
+from nanochat.model.checkpoint import new_run, newest, require_space
 from nanochat.model.stages import run_directory
 from nanochat.train import resume
 from nanochat.train.horizon import Horizon
@@ -160,21 +159,26 @@ def train(
         "dtype": runtime.dtype_name,
         "world_size": runtime.world_size,
     }
-    if not checkpoint and runtime.is_main:
-        set_aside(run.directory)  # only now, when every flag has been checked
-    logbook = Logbook(
-        run.directory,
-        sinks=k.sinks if k.run != "dummy" else (),
-        run_name=k.run,
-        config=meta,
-        step=checkpoint.step if checkpoint else 0,
-    )
+    optimizer = make_optimizer(run.model, k, runtime, rate_scale)
+    if runtime.is_main:
+        weights = sum(t.nbytes for t in run.model.state_dict().values())
+        require_space(run.directory, weights + optimizer.state_bytes())
+    # only now, when everything has been checked that can refuse, an earlier run is set aside
+    fresh = runtime.is_main and not checkpoint
+    with new_run(run.directory) if fresh else nullcontext():
+        logbook = Logbook(
+            run.directory,
+            sinks=k.sinks,
+            run_name=k.run,
+            config=meta,
+            step=checkpoint.step if checkpoint else 0,
+        )
     training = Run(
         runtime,
         run.directory,
         logbook,
         run.model,
-        make_optimizer(run.model, k, runtime, rate_scale),
+        optimizer,
         feed,
         meta,
         evaluations=evaluations,
@@ -198,18 +202,6 @@ def train(
         return training.fit()
     finally:
         logbook.close()
-
-
-def set_aside(directory: Path) -> None:
-    """Rename an earlier run with this tag to <tag>.old, so that a typing error loses nothing."""
-    if list_checkpoints(directory):
-        old = directory.with_name(directory.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-        notice(
-            f"{directory.name} was trained before: the earlier run is now {old} "
-            "(--resume=auto would have continued it)"
-        )
 
 
 @contextmanager

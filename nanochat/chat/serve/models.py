@@ -20,6 +20,7 @@ from nanochat.model.checkpoint import (
     list_checkpoints,
     load_for_inference,
     stage_directory,
+    was_set_aside,
 )
 
 MOST_LOADED = 2
@@ -58,7 +59,7 @@ class Models:
         for stage in reversed(STAGES):
             for run in sorted(stage_directory(stage).glob("*")):
                 checkpoints = list_checkpoints(run)
-                if not checkpoints or run.suffix == ".old":
+                if not checkpoints or was_set_aside(run):
                     continue
                 try:
                     fits = checkpoints[-1].meta["tokenizer"] == self.tokenizer.fingerprint
