@@ -174,6 +174,65 @@ def test_appended_rows_attend_as_in_their_own_cache():
     torch.testing.assert_close(got[:, :, 0], want[rows, :, cache.lengths])
 
 
+@pytest.mark.parametrize("room, most", [((0, 0), 7), ((16, 0), 5), ((16, 10), 3)])
+def test_rows_come_and_go_and_the_others_stay(room, most):
+    """
+    Ten rows join one by one and every third leaves; each row attends as in its own cache, and a
+    tensor of one size per row goes with it. With room, the rows move seldom.
+    """
+    q, k, v = draw(10, 2, 2, 9)
+    want, moves, present = oracle(q, k, v), 0, [0]
+
+    def alone(row: int) -> KVCache:
+        cache, n = KVCache(1, 1, 2, 5 + row % 4, 8, "cpu", torch.float64), 1 + row % 5
+        cache.keep("recent", torch.full((1, 1, 3), float(row)))
+        cache.begin(n)
+        cache.attend(0, *(x[row : row + 1, :, :n] for x in (q, k, v)))
+        cache.advance(n)
+        return cache
+
+    cache = alone(0)
+    for row in range(1, 10):
+        before = cache.k.data_ptr()
+        cache.append(alone(row), room)
+        moves += cache.k.data_ptr() != before
+        present.append(row)
+        if row % 3 == 0:
+            cache.drop(row // 3)
+            present[row // 3] = present[-1]
+            present.pop()
+    assert cache.lengths == [1 + row % 5 for row in present]
+    assert cache.recent[0, :, 0].tolist() == present
+    now = [x[present, :, cache.lengths][:, :, None] for x in (q, k, v)]
+    cache.begin(1)
+    torch.testing.assert_close(cache.attend(0, *now)[:, :, 0], want[present, :, cache.lengths])
+    assert moves <= most
+
+
+def test_a_cache_that_cannot_grow_stays_as_it_was(monkeypatch):
+    _, k, v = draw(2, 2, 2, 4)
+    cache, other = (KVCache(1, 1, 2, 4, 8, "cpu", torch.float64) for _ in range(2))
+    for one, row in ((cache, 0), (other, 1)):
+        one.begin(4)
+        one.attend(0, k[row : row + 1], k[row : row + 1], v[row : row + 1])
+        one.advance(4)
+    zeros, calls = torch.Tensor.new_zeros, []
+
+    def fail(self, *shape, **options):
+        calls.append(shape)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return zeros(self, *shape, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(torch.Tensor, "new_zeros", fail)
+        cache.append(other)
+    assert cache.lengths == [4] and cache.k.shape == cache.v.shape
+    torch.testing.assert_close(cache.v[0, :, :, :4], v[:1])
+    cache.append(other)
+    torch.testing.assert_close(cache.v[0, :, :, :4], v)
+
+
 def test_the_cache_refuses_more_than_it_holds():
     q, k, v = draw(1, 2, 2, 5)
     cache = KVCache(1, 1, 2, 4, 8, "cpu", torch.float64)

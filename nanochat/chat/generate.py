@@ -166,10 +166,12 @@ class Batch:
     """
     Rows that are decoded together. Prompts join at any time, each step gives every row its next
     token, and rows leave when they finish or are cancelled. len() counts the rows in the batch.
-    Do not train the model while a batch is in use.
+    Do not train the model while a batch is in use. `most_rows` says how many rows are to be
+    expected at once where prompts join all the time: memory grows to it in few steps.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, most_rows: int = 0):
+        self._room = (most_rows, engine.model.config.sequence_len)
         self._tokenizer, self._config = engine.tokenizer, engine.model.config
         self._body, self._head = engine.packed()
         self._rows: list[_Row] = []  # in the order of the cache's rows
@@ -234,7 +236,7 @@ class Batch:
         if entry.cache is not None:
             cache = entry.expanded()
             if self._rows:
-                self._cache.append(cache)
+                self._cache.append(cache, self._room)
             else:
                 self._cache = cache
             self._rows += entry.rows

@@ -3,12 +3,13 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.model.attention import QUERY_BLOCK, Bias, attend, attend_at
 
-TENSORS = ("k", "v", "w", "tokens")
+# Kept tensors of the shape (layer, row, head, slot, width), with a slot per position; others have
+# the shape (layer, row, ...) and are of one size, however long a row is
+BY_POSITION = ("k", "v", "w", "tokens")
 
 
 class KVCache:
@@ -22,7 +23,17 @@ class KVCache:
     spare slot. On a CPU, keys and values are float32: its kernels for a single bfloat16 query are
     ten times slower. With an attention prior, the tokens and the prior's columns of every key are
     kept as well, once for all layers and heads.
+
+    Rows come (`append`) and go (`drop`) between passes. The buffers behind `k`, `v` and the others
+    have room for more rows and positions than are in use, so that rows that come are copied alone,
+    but for a few times when the room must grow. Another tensor that belongs to the rows needs one
+    more `keep`.
     """
+
+    k: Tensor
+    v: Tensor
+    w: Tensor
+    tokens: Tensor
 
     def __init__(
         self,
@@ -36,18 +47,23 @@ class KVCache:
     ):
         if torch.device(device).type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
-        shape = (n_layer, batch, n_kv_head, capacity + 1, head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.w = self.k.new_zeros(1, batch, 1, capacity + 1, 0)  # widened by the first pass
-        self.tokens = self.w.new_zeros(1, batch, 1, capacity + 1, 1, dtype=torch.int64)
+        self.capacity = capacity  # positions per row
         self.lengths = [0] * batch  # on the host: planning a step never waits for the device
+        self._buffers: dict[str, Tensor] = {}
+        k = torch.zeros(
+            (n_layer, batch, n_kv_head, capacity + 1, head_dim), device=device, dtype=dtype
+        )
+        self.keep("k", k)
+        self.keep("v", torch.zeros_like(k))
+        self.keep("w", k.new_zeros(1, batch, 1, capacity + 1, 0))  # widened by the first pass
+        self.keep("tokens", k.new_zeros(1, batch, 1, capacity + 1, 1, dtype=torch.int64))
         # Of the tokens of the current pass, (1 or B, T): their positions, and where it writes them
         self.positions = self._slots = self.tokens.new_zeros(1, 0)
 
-    @property
-    def capacity(self) -> int:
-        return self.k.size(3) - 1
+    def keep(self, name: str, buffer: Tensor) -> None:
+        """Keep a buffer (layer, row, ...); the attribute of this name shows the rows in use."""
+        self._buffers[name] = buffer
+        setattr(self, name, buffer[:, : len(self.lengths)])
 
     def begin(self, T: int) -> None:
         """
@@ -84,7 +100,7 @@ class KVCache:
     def with_earlier_columns(self, w: Tensor) -> Tensor:
         """Keep the prior's columns w (B, T, R) of this pass; returns those of all keys so far."""
         if self.w.size(-1) != w.size(-1):
-            self.w = self.w.new_zeros(*self.w.shape[:-1], w.size(-1))
+            self.keep("w", self.w.new_zeros(*self._buffers["w"].shape[:-1], w.size(-1)))
         self._write(self.w, w)
         return self.w[0, :, 0] if any(self.lengths) else w
 
@@ -102,36 +118,55 @@ class KVCache:
         Also drops and reorders rows.
         """
         new = copy.copy(self)
-        new.lengths = [self.lengths[r] for r in rows]
+        new.lengths, new._buffers = [self.lengths[r] for r in rows], {}
         index, used = torch.tensor(rows, device=self.k.device), max(new.lengths, default=0)
-        for name in TENSORS:
-            old: Tensor = getattr(self, name)
-            grown = old.new_zeros(old.size(0), len(rows), *old.shape[2:])
-            grown[:, :, :, :used] = old[:, :, :, :used].index_select(1, index)
-            setattr(new, name, grown)
+        for name, old in self._buffers.items():
+            buffer = old.new_zeros(old.size(0), len(rows), *old.shape[2:])
+            _used(name, buffer, used).copy_(_used(name, old, used).index_select(1, index))
+            new.keep(name, buffer)
         return new
 
-    def append(self, other: "KVCache") -> None:
+    def append(self, other: "KVCache", room: tuple[int, int] = (0, 0)) -> None:
         """
         Add the rows of another cache of the same model after this one's. The capacity becomes the
-        larger of the two. Copies both caches once.
+        larger of the two. Where there is no room, this cache's rows move once to buffers with twice
+        the rows, but not more than room[0] where those suffice, and at least room[1] positions.
         """
+        count, total = len(self.lengths), len(self.lengths) + len(other.lengths)
         capacity = max(self.capacity, other.capacity)
-        caches = [(cache, (0, 0, 0, capacity - cache.capacity)) for cache in (self, other)]
-        for name in TENSORS:
-            padded = [F.pad(getattr(cache, name), padding) for cache, padding in caches]
-            setattr(self, name, torch.cat(padded, dim=1))
-        self.lengths = self.lengths + other.lengths
+        buffers = self._buffers
+        if total > buffers["k"].size(1) or capacity >= buffers["k"].size(3):
+            buffers = self._grown(max(total, min(2 * count, room[0])), max(capacity, room[1]))
+        used = max(other.lengths, default=0)
+        for name, buffer in buffers.items():
+            new = _used(name, getattr(other, name), used)
+            _used(name, buffer[:, count:total], used).copy_(new)
+        # Last, so that a lack of memory leaves this cache as it was
+        self.lengths, self.capacity = self.lengths + other.lengths, capacity
+        for name, buffer in buffers.items():
+            self.keep(name, buffer)
+
+    def _grown(self, rows: int, positions: int) -> dict[str, Tensor]:
+        """Copies of the buffers with room for so many rows and positions."""
+        used, grown = max(self.lengths, default=0), {}
+        for name, old in self._buffers.items():
+            shape = [old.size(0), rows, *old.shape[2:]]
+            if name in BY_POSITION:
+                shape[3] = positions + 1
+            grown[name] = old.new_zeros(shape)
+            rows_in_use = grown[name][:, : len(self.lengths)]
+            _used(name, rows_in_use, used).copy_(_used(name, getattr(self, name), used))
+        return grown
 
     def drop(self, row: int) -> None:
         """Remove a row at the cost of copying one: the last row takes its place."""
         used = self.lengths.pop()
         last = len(self.lengths)
-        for name in TENSORS:
-            x: Tensor = getattr(self, name)
+        for name, buffer in self._buffers.items():
             if row != last:
-                x[:, row, :, :used] = x[:, last, :, :used]
-            setattr(self, name, x[:, :last])
+                kept = _used(name, buffer, used)
+                kept[:, row] = kept[:, last]
+            self.keep(name, buffer)
         if row != last:
             self.lengths[row] = used
 
@@ -172,3 +207,8 @@ class KVCache:
             block = bias._replace(u=bias.u[:, part])
             parts.append(attend_at(positions[:, part], q[:, :, part], K, V, first, window, block))
         return torch.cat(parts, dim=2).to(k.dtype)
+
+
+def _used(name: str, kept: Tensor, positions: int) -> Tensor:
+    """The part of a kept tensor that rows of so many positions use."""
+    return kept[:, :, :, :positions] if name in BY_POSITION else kept

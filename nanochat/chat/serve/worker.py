@@ -124,7 +124,7 @@ class Worker(threading.Thread):
     # ---- the thread
 
     def run(self) -> None:
-        batch = Batch(self.engine)
+        batch = Batch(self.engine, self.max_rows)
         while True:
             with self._wake:
                 while not (self.queued or self._reading or self._running or self._closing):
@@ -141,7 +141,7 @@ class Worker(threading.Thread):
                 for job in [*self._reading, *self._running]:
                     self._end(job, "failed")
                     self._fail(job, error)
-                batch = Batch(self.engine)
+                batch = Batch(self.engine, self.max_rows)
 
     def _finish_closing(self) -> bool:
         """
