@@ -9,13 +9,16 @@ finds the rules, has the same name as a package of NVIDIA's that torch imports:
 
     python dev/generate_rap_prior.py --env ~/.cache/nanochat/rap_env   (creates it if needed)
     uv run dev/generate_rap_prior.py                                   (if uv is installed)
+    python dev/generate_rap_prior.py --generator hand                  (no text, no environment)
 
 A pair (i, j) of positions is useful if the token at j is the next one, x[i + 1]. Pairs are sampled
 within documents of the training split. The generator `rules` fits which features of a pair make it
 useful (the positive class is "not useful", so that rare matches lie outside its critical ranges)
 and turns the coefficients into terms of B. `rectified` takes the difference between useful and
 other pairs in the co-activation of rectified token features. `correlation` does the same with raw
-features and needs no cutlass. nanochat/model/prior.py describes the terms.
+features and needs no cutlass. `hand` fits nothing: its rules are written down in rap_terms.py, it
+reads the tokenizer alone, needs no cutlass, and takes a second. nanochat/model/prior_artifact.py
+describes the terms.
 
 The script reads token shards of format 1 itself and imports neither nanochat nor torch. It refuses
 the validation split, tokens of another tokenizer, and any `cutlass` but version 0.9.0 of the LASSO
@@ -41,7 +44,19 @@ VERSION = "1"
 SHARD_FORMAT = 1  # of nanochat/data/shards.py
 CUTLASS = "0.9.0"
 MIN_TOKENS = 20_000  # fewer show no rule
-GENERATORS = "rules", "rectified", "correlation"
+GENERATORS = "rules", "rectified", "correlation", "hand"
+# the options that `hand` obeys
+BY_HAND = [
+    "generator",
+    "tokenizer",
+    "out",
+    "features",
+    "code_bits",
+    "pair_bits",
+    "spans",
+    "seed",
+    "env",
+]
 GROUPS = "lag", "key", "match", "pair"
 
 
@@ -118,7 +133,7 @@ def command_line() -> argparse.ArgumentParser:
         "--spans",
         type=int,
         default=4,
-        help="maximum number of spans of distances, one head each; they need lag",
+        help="maximum number of spans of distances, one head each; fitted ones need lag",
     )
     add(
         "--lag_from",
@@ -138,7 +153,7 @@ def command_line() -> argparse.ArgumentParser:
         type=Path,
         nargs="?",
         const=base / "rap_env",
-        help="run in the environment in this folder, which is created if needed",
+        help="run in the environment in this folder, which is created if needed; hand needs none",
     )
     return parser
 
@@ -419,6 +434,12 @@ def check(options: argparse.Namespace) -> None:
             )
 
 
+def check_features(wanted: Sequence[str] | None, known: dict[str, Any]) -> None:
+    """Raises UserError for a feature that the generator does not know."""
+    if unknown := sorted(set(wanted or ()) - set(known)):
+        raise UserError(f"--features has no feature {unknown[0]}: choose from {', '.join(known)}")
+
+
 class Corpus(NamedTuple):
     """What the prior is computed from: the training text, and a held-out twentieth of it."""
 
@@ -475,9 +496,7 @@ def make_codes(
         rectified, ranges = rap_terms.rectified_codes(cutlass, embedding, text, pairs)
         kept = slice(None, -(bits // 4))
         codes[:, kept] = rectified[:, kept]
-    # two tokens: each bit of the one times a different bit of the other
-    n = np.arange(options.pair_bits)
-    query, now = codes[:, (n + 1 + 7 * (n // bits)) % bits], codes[:, n % bits]
+    query, now = rap_terms.pair_codes(codes, options.pair_bits)
     return Codes(embedding, codes, query, now, ranges)
 
 
@@ -555,10 +574,7 @@ def generate(options: argparse.Namespace) -> None:
     from rap_worth import measure
     from safetensors.numpy import save
 
-    if unknown := sorted(set(options.features or ()) - set(rap_terms.FEATURES)):
-        raise UserError(
-            f"--features has no feature {unknown[0]}: choose from {', '.join(rap_terms.FEATURES)}"
-        )
+    check_features(options.features, rap_terms.FEATURES)
     rng = np.random.default_rng(options.seed)
     corpus = read_corpus(options, rng)
     text, held = corpus.text, corpus.held
@@ -576,13 +592,8 @@ def generate(options: argparse.Namespace) -> None:
     about["seconds"] = round(time.monotonic() - began, 1)
     lines = rule_lines(fitted)
     numbers = ("auc", "youden", "fit", "gain", "seconds", "rss_bytes", "pairs", "tokens")
-    plain = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
-    meta = {
-        "format": "rap-1",
-        "generator": options.generator,
-        "generator_version": VERSION,
+    meta = origin(options, corpus.vocabulary) | {
         "cutlass": CUTLASS if cutlass else "none",
-        "tokenizer": corpus.vocabulary.fingerprint,
         "split": corpus.split,
         "rules": json.dumps(lines),
         "ranges": json.dumps(codes.ranges),
@@ -591,13 +602,56 @@ def generate(options: argparse.Namespace) -> None:
         "report": json.dumps({name: about[name] for name in numbers if name in about}),
         "gates": json.dumps(about["gates"]),
         "spans": json.dumps(about["spans"]),
-        "options": json.dumps(plain),
     }
     write(options.out, save(terms, meta))
     tokens = corpus.vocabulary.tokens
     page = report(options, terms, fitted.rules, about, strength, held, tokens)
     write(options.out.with_suffix(".html"), page.encode())
     print_summary(options, terms, strength, about, lines)
+
+
+def origin(options: argparse.Namespace, vocabulary: Vocabulary) -> dict[str, str]:
+    """What the metadata of every artifact says: its format, generator, tokenizer and options."""
+    plain = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
+    return {
+        "format": "rap-1",
+        "generator": options.generator,
+        "generator_version": VERSION,
+        "tokenizer": vocabulary.fingerprint,
+        "options": json.dumps(plain),
+    }
+
+
+def write_by_hand(options: argparse.Namespace) -> None:
+    """
+    Write the prior whose rules are written down in rap_terms.HAND. It depends on the tokenizer, the
+    features, the bits, the spans and the seed. Raises UserError for an option that only fitted
+    priors obey.
+    """
+    default = vars(command_line().parse_args([]))
+    for name, value in vars(options).items():
+        if name not in BY_HAND and value != default[name]:
+            raise UserError(
+                f"--{name} has no effect with --generator hand, which reads no text and fits "
+                "nothing: leave it out, or choose another generator"
+            )
+    check(options)
+    import numpy as np
+    import rap_terms
+    from safetensors.numpy import save
+
+    check_features(options.features, rap_terms.HAND)
+    vocabulary = read_tokenizer(options.tokenizer)
+    odds = {name: rap_terms.HAND[name] for name in options.features or rap_terms.HAND}
+    bits, rng = (options.code_bits, options.pair_bits), np.random.default_rng(options.seed)
+    terms = rap_terms.terms_by_hand(odds, len(vocabulary.tokens), *bits, options.spans, rng)
+    lines = [f"{w:+.2f}: {rap_terms.FEATURES[name][0]}" for name, w in odds.items()]
+    meta = origin(options, vocabulary) | {"cutlass": "none", "rules": json.dumps(lines)}
+    write(options.out, save(terms, meta))
+    for line in lines:
+        print(f"  {line}")
+    names = ", ".join(n for n in ("match", "pair", "spans") if n in terms)
+    print(f"{names} in {options.out}, for {len(vocabulary.tokens):,} tokens")
 
 
 def rule_lines(fitted: Fit) -> list[str]:
@@ -650,13 +704,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     options = command_line().parse_args(words)
     try:
-        if options.env:
+        if options.generator == "hand":
+            write_by_hand(options)
+        elif options.env:
             at = next(n for n, x in enumerate(words) if x.partition("=")[0] == "--env")
             taken = (
                 2 if words[at] == "--env" and words[at + 1 : at + 2] == [str(options.env)] else 1
             )
             return run_in(options.env, words[:at] + words[at + taken :])
-        generate(options)
+        else:
+            generate(options)
     except Exception as e:
         if type(e).__name__ not in ("UserError", "TooLittle"):
             raise

@@ -33,6 +33,7 @@ GROUPS = {
     "match": ("codes", "match"),
     "pair": ("pair_query", "pair_now", "pair"),
 }
+CODES = "codes", "pair_query", "pair_now"  # tensors of -1 and 1
 FEATURES = {  # what each feature of a pair means, and the term of B that it becomes
     "copy": ("the token before the key is the query's token", "match 1"),
     "copy_pair": ("the two tokens before the key are the query's and the one before it", "pair"),
@@ -47,6 +48,12 @@ FEATURES = {  # what each feature of a pair means, and the term of B that it bec
     "key_mark": ("the key is punctuation", "key"),
     "key_digit": ("the key is a number", "key"),
     "key_newline": ("the key breaks the line", "key"),
+}
+
+HAND = {  # the rules of the generator `hand`: the log odds that `rules` found for them in prose
+    "copy": 1.54,
+    "copy_pair": 0.47,
+    "same": -0.80,
 }
 
 
@@ -416,6 +423,41 @@ def rules_terms(
         if (scale := np.cov(told[name], x)[0, 1] / max(x.var(), 1e-12)) > 0:
             terms[name] = scale * curves[name]
     return terms
+
+
+def pair_codes(codes: Array, bits: int) -> tuple[Array, Array]:
+    """
+    From the codes of tokens (V, P), those of the earlier and of the later of two tokens, (V, bits)
+    each: each bit of the one is multiplied by a different bit of the other.
+    """
+    P, n = codes.shape[1], np.arange(bits)
+    return codes[:, (n + 1 + 7 * (n // P)) % P], codes[:, n % P]
+
+
+def terms_by_hand(
+    odds: dict[str, float], vocab_size: int, P: int, P2: int, spans: int, rng: Any
+) -> dict[str, Array]:
+    """
+    The terms of a prior that is not fitted: random codes, on which the log odds of copy, same and
+    copy_pair become match and pair, each with a largest value of about 1; and the spans 1, 2, 3 to
+    4, 5 to 8 and so on, by doubling. Raises TooLittle if nothing is left.
+    """
+    terms = {}
+    codes = rng.choice(np.array([-1, 1], np.int8), (vocab_size, P))
+    match = np.array([odds.get("same", 0.0), odds.get("copy", 0.0), 0.0])
+    if match.any():
+        weights = match / np.abs(match).max() / P
+        terms |= {"codes": codes, "match": weights[:, None, None] * np.eye(P)}
+    if "copy_pair" in odds:
+        query, now = pair_codes(codes, P2)
+        terms |= {"pair_query": query, "pair_now": now, "pair": np.full(P2, 1 / P2)}
+    if spans:
+        octave = np.ceil(np.log2(np.arange(1, 2 ** (spans - 1) + 1)))  # of the distances from 1 on
+        terms["spans"] = np.stack([np.r_[False, octave == n] for n in range(spans)])
+    if not terms:
+        raise TooLittle("no rule is left: allow more --features or --spans")
+    kinds = {n: np.int8 if n in CODES else np.float32 for n in terms}
+    return {n: np.ascontiguousarray(x, kinds[n]) for n, x in terms.items()}
 
 
 def difference_terms(

@@ -120,7 +120,7 @@ CEILINGS = {
     "base": 8_400,
     "tinyworld": 9_600,
     "data": 18_500,
-    "model": 16_540,
+    "model": 16_590,
     "chat": 4_760,
     "chat/serve": 10_200,
     "eval": 14_280,

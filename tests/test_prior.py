@@ -136,16 +136,25 @@ def test_backends_agree_with_the_oracle(tmp_path, backend, heads, D, T, window, 
         )
 
 
+@pytest.mark.parametrize("lag", ["lag", "no lag"])
 @pytest.mark.parametrize("backend", [attention.attend, dense], ids=["blocks", "dense"])
-def test_spans_are_curves_of_single_heads(tmp_path, backend):
+def test_spans_are_curves_of_single_heads(tmp_path, backend, lag):
     """
     Five items (match, pair, three spans) for four heads: the second layer continues, and a head
-    without a span uses lag.
+    without a span uses lag, or nothing in an artifact without lag.
     """
     T, D, given = 150, 32, with_spans(150)
+    if lag == "no lag":
+        given["lag"].zero_()
     shape = {"n_head": 4, "n_kv_head": 2, "n_embd": 4 * D, "sequence_len": T}
     config, tensors = made(
-        write(tmp_path / "p.safetensors", given), CPU, tiny.config(**shape), rap_lead=3.0
+        write(
+            tmp_path / "p.safetensors",
+            {name: t for name, t in given.items() if name != "lag" or t.any()},
+        ),
+        CPU,
+        tiny.config(**shape),
+        rap_lead=3.0,
     )
     assert config.rap["rows"] == [[0, 0, 1, 2], [3, 0, 0, 1]] and "3 spans" in config.rap["about"]
     leads = torch.full((2, 4, 4), 0.1)

@@ -284,7 +284,7 @@ def test_what_is_no_prior(tmp_path, capsys):
     ("change", "says"),
     [
         ({"spans": torch.ones(3)}, r"spans of shape \(3,\), not N, T = 16:"),
-        ({"spans": torch.ones(2, 16), "lag": None}, "spans without lag"),
+        ({"spans": torch.ones(2, 15)}, r"spans of shape \(2, 15\), not N = 2, T = 16:"),
         ({"lag": torch.ones(3, 3)}, r"lag of shape \(3, 3\), not T:"),
         ({"key": torch.ones(7)}, r"key of shape \(7,\), not V = 61:"),
         ({"match": torch.ones(2, 8, 7)}, r"match of shape \(2, 8, 7\), not S = 2, P = 8, P = 8"),

@@ -496,7 +496,108 @@ def test_the_full_cycle(base, kind):
         assert any("token before the key" in rule for rule in json.loads(meta["rules"]))
 
 
+# ---- the prior that is written by hand
+
+
+def hand(base, *argv):
+    """Run `hand` with a tokenizer alone, no tokens; the exit status."""
+    folders = f"--tokenizer={base / 'tokenizer'}", f"--out={base / 'hand.safetensors'}"
+    return generator.main(["--generator=hand", *folders, *argv])
+
+
+def by_hand(base, *argv):
+    """The artifact that `hand` writes."""
+    assert hand(base, *argv) == 0
+    return read(base / "hand.safetensors")
+
+
+def test_hand_needs_a_tokenizer_alone(base, monkeypatch):
+    monkeypatch.setattr(generator, "load_cutlass", None)
+    monkeypatch.setattr(generator, "run_in", None)  # --env is not needed
+    terms, meta = by_hand(base, f"--env={base / 'env'}")
+    shapes = {n: (x.shape, x.dtype.name) for n, x in terms.items()}
+    V = Tokenizer.load(base / "tokenizer").vocab_size
+    assert shapes == {
+        "codes": ((V, 32), "int8"),
+        "match": ((3, 32, 32), "float32"),
+        "pair_query": ((V, 32), "int8"),
+        "pair_now": ((V, 32), "int8"),
+        "pair": ((32,), "float32"),
+        "spans": ((4, 9), "float32"),
+    }
+    assert [np.flatnonzero(x).tolist() for x in terms["spans"]] == [[1], [2], [3, 4], [5, 6, 7, 8]]
+    assert meta["generator"] == "hand" and meta["cutlass"] == "none" and "split" not in meta
+    assert [rule[:5] for rule in json.loads(meta["rules"])] == ["+1.54", "+0.47", "-0.80"]
+    again, _ = by_hand(base)
+    other, _ = by_hand(base, "--seed=1")
+    assert all((again[n] == x).all() for n, x in terms.items())
+    assert (other["codes"] != terms["codes"]).any()
+
+
+def test_hand_says_what_its_rules_say(base):
+    """Row a b c a b: after the second b, the key after the first b (c) has match and pair."""
+    terms, _ = by_hand(base, "--code_bits=256", "--pair_bits=256")
+    row = np.array([[11, 12, 13, 11, 12]])
+    match, pair = (rap_terms.matrices(terms, row)[g][0] for g in ("match", "pair"))
+    assert match[4, 2] == pytest.approx(1, abs=0.2), "the token before the key is the query's"
+    assert match[4, 4] == match[4, 4].min() == pytest.approx(-0.52, abs=0.2), "the key is the query"
+    assert match[4, 1] == pytest.approx(-0.52, abs=0.2) and abs(match[4, 3]) < 0.3
+    assert pair[4, 2] == pytest.approx(1) and np.abs(pair[4, :2]).max() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--features", "copy", "--spans=0"], {"codes", "match"}),
+        (["--features", "copy_pair", "--spans=0"], {"pair_query", "pair_now", "pair"}),
+        (["--features", "copy_pair", "--spans=2"], {"pair_query", "pair_now", "pair", "spans"}),
+    ],
+    ids=str,
+)
+def test_hand_trains_with_any_of_its_rules(base, argv, names):
+    import tiny
+    import torch
+
+    from nanochat.model import prior_artifact
+    from nanochat.model.config import AttentionPriorKnobs
+    from nanochat.model.gpt import GPT
+
+    terms, _ = by_hand(base, *argv)
+    assert set(terms) == names
+    tokenizer = Tokenizer.load(base / "tokenizer")
+    config = tiny.config(vocab_size=tokenizer.vocab_size)
+    knobs = AttentionPriorKnobs(rap=str(base / "hand.safetensors"))
+    config.rap, tensors = prior_artifact.prepare(
+        knobs, config, tokenizer.fingerprint, torch.device("cpu")
+    )
+    model = tiny.randomise(GPT.build(config), 0)
+    model.prior.load_state_dict(tensors)
+    x = torch.randint(0, 9, (2, 16), generator=torch.Generator().manual_seed(0))
+    model.loss(x, x).backward()
+    assert model.prior.gates.grad.abs().sum() > 0
+
+
 # ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--mix", "one:1"], "--mix has no effect with --generator hand, which reads no text"),
+        (["--tokens=folder"], "--tokens has no effect"),
+        (["--max_tokens=5"], "--max_tokens has no effect"),
+        (["--others=matched"], "--others has no effect"),
+        (["--codes=next"], None),
+        (["--features", "similar"], "no feature similar: choose from copy, copy_pair, same"),
+        (["--features", "same", "--code_bits=1"], "--code_bits 1 is out of range"),
+    ],
+    ids=str,
+)
+def test_hand_refuses_what_only_fitted_priors_obey(base, capsys, argv, says):
+    if says is None:
+        assert hand(base, *argv) == 0  # the default is no wish
+    else:
+        assert hand(base, *argv) == 2 and says in capsys.readouterr().err
 
 
 def refusal(capsys, base, *argv):

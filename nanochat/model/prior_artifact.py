@@ -4,8 +4,8 @@ Artifacts of the attention prior: read, checked, and prepared for a model.
 An artifact (made by dev/generate_rap_prior.py) holds terms in groups. Between query i and key j of
 tokens x, group g contributes B_g[i, j]:
 
-    lag    lag[i - j]: how useful a token is at a distance; in some heads spans[n, i - j] instead;
-           or bias[i, j], any matrix of positions
+    lag    lag[i - j]: how useful a token is at a distance, if the artifact has lag; in the heads
+           that lead with a span, spans[n, i - j] instead; or bias[i, j], any matrix of positions
     key    key[x_j]: tokens that are worth attending to, whatever the query
     match  sum_s codes[x_i] . match[s] codes[x_(j-s)], codes of -1 and 1: s = 1 is the copy rule
     pair   the same for two tokens: with codes a and b,
@@ -31,7 +31,7 @@ from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 FORMAT = "rap-1"
 GROUPS = {  # the tensors of each group, with a letter for each of their sizes
     "lag": {"lag": "T"},
-    "spans": {"spans": "NT", "lag": "T"},
+    "spans": {"spans": "NT"},
     "bias": {"bias": "LL"},
     "key": {"key": "V"},
     "match": {"codes": "VP", "match": "SPP"},
@@ -54,7 +54,7 @@ def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor
     matrix_alone = "format" not in about and len(tensors) == 1  # a matrix from elsewhere
     if matrix_alone:
         tensors = {"bias": next(iter(tensors.values()))}
-    depends_on_tokens = bool(set(tensors) - {"lag", "bias"})
+    depends_on_tokens = bool(set(tensors) - {"lag", "spans", "bias"})
     tokenizer = about.get("tokenizer", "unknown" if depends_on_tokens else fingerprint)
     if not matrix_alone and about.get("format") != FORMAT:
         fault = f"has format {about.get('format')!r}, but this version reads {FORMAT!r}"
@@ -219,11 +219,8 @@ def prepare(
         matrix = artifact["bias"][:C, :C].float()
         tensors["place"] = F.pad(matrix, (0, C - len(matrix)) * 2)
         columns["bias"] = 0
-    elif "lag" in artifact:
-        curves = artifact["lag"][None]
-        if spans:
-            curves = torch.cat((curves, artifact["spans"]))
-        curves = F.pad(curves[:, :C].float(), (0, max(0, C - curves.size(1)) + 1))
+    elif "lag" in artifact or spans:
+        curves = _distance_curves(artifact, C)
         columns["lag"] = 0
         if form == "factored" and device.type != "cpu":
             u, w, errors["lag"] = factor_lag(curves[0, :C], knobs.rap_error)
@@ -277,6 +274,14 @@ def _extent(knobs: AttentionPriorKnobs, config: GPTConfig) -> tuple[int, int]:
             "leave it out for all"
         )
     return knobs.rap_layers or config.n_layer, heads
+
+
+def _distance_curves(artifact: dict[str, Tensor], C: int) -> Tensor:
+    """lag (0 where the artifact has none) and the spans: (1 + spans, C + 1), the last column 0."""
+    spans = list(artifact.get("spans", ()))
+    lag = artifact["lag"] if "lag" in artifact else torch.zeros_like(spans[0])
+    curves = torch.stack([lag, *spans])[:, :C].float()
+    return F.pad(curves, (0, C + 1 - curves.size(1)))
 
 
 def _token_terms(
