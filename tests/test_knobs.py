@@ -37,6 +37,7 @@ class Train(Shape):
     ratio: float = knob(20.0, "tokens per parameter")
     prompt: str | None = knob(None, "a prompt", alias="-p")
     compile: bool | None = knob(None, "none = when it pays")
+    modes: tuple[Literal["eager", "compiled"], ...] = knob(("eager",), "what to measure")
 
 
 def read(*argv: str, **kwargs) -> Train:
@@ -74,6 +75,9 @@ def read(*argv: str, **kwargs) -> Train:
         ("--run=", {"run": ""}),
         ("-p hello", {"prompt": "hello"}),
         ("--activation gelu", {"activation": "gelu"}),
+        ("--modes compiled", {"modes": ("compiled",)}),
+        ("--modes eager compiled", {"modes": ("eager", "compiled")}),
+        ("--modes eager --modes=compiled", {"modes": ("eager", "compiled")}),
     ],
 )
 def test_spellings(argv, expected):
@@ -102,6 +106,7 @@ def test_a_prompt_may_begin_with_a_dash():
         ("--no-tie_embeddings=1", ["--no-tie_embeddings", "no value"]),
         ("--no-depth", ["--no-depth"]),
         ("--activation=swish", ["--activation", "relu2, gelu", "'swish'"]),
+        ("--modes eager swift", ["--modes", "eager, compiled", "'swift'"]),
         ("--data", ["--data needs a value"]),
         ("stray", ["'stray'"]),
         ("--depth 4 5", ["'5'"]),

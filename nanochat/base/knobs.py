@@ -84,12 +84,13 @@ class _Knob:
         kind, optional = annotation, NoneType in typing.get_args(annotation)
         if optional:
             kind = next(t for t in typing.get_args(kind) if t is not NoneType)
-        arguments, origin = typing.get_args(kind), typing.get_origin(kind)
-        choices = arguments if origin is Literal else ()
-        kind = str if choices else arguments[0] if origin is tuple else kind
+        many = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if many else kind
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        kind = str if choices else kind
         assert kind in KINDS, f"{name}: a knob cannot have the type {annotation}"
         assert default is not dataclasses.MISSING, f"{name} needs a default"
-        return cls(name, default, meta, kind, choices, origin is tuple, optional)
+        return cls(name, default, meta, kind, choices, many, optional)
 
     @property
     def metavar(self) -> str:

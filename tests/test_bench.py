@@ -1,0 +1,27 @@
+"""The measurements in bench/ start, and the training step is measured on tiny models."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHES = sorted(p.stem for p in (Path(__file__).parent.parent / "bench").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_measurement_starts(name, capsys, monkeypatch):
+    """Its knobs are read and its help is printed."""
+    monkeypatch.setattr(sys, "argv", [name, "-h"])
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(f"bench.{name}").main()
+    assert e.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_a_training_step_is_measured_eager():
+    from bench import train_step
+
+    shape = ["--depth=1", "--model_dim=32", "--head_dim=16", "--sequence_len=32"]
+    flags = [*shape, "--vocab_size=64", "--batch=2", "--steps=2", "--modes=eager"]
+    row = train_step.main([*flags, "--device_type=cpu", "--dtype=float32"])
+    assert row["mode"] == "eager" and row["tok_per_sec"] > 0 and row["step_ms"] >= row["best_ms"]
