@@ -16,9 +16,9 @@ within documents of the training split. The generator `rules` fits which feature
 useful (the positive class is "not useful", so that rare matches lie outside its critical ranges)
 and turns the coefficients into terms of B. `rectified` takes the difference between useful and
 other pairs in the co-activation of rectified token features. `correlation` does the same with raw
-features and needs no cutlass. `hand` fits nothing: its rules are written down in rap_terms.py, it
-reads the tokenizer alone, needs no cutlass, and takes a second. nanochat/model/prior_artifact.py
-describes the terms.
+features (and with random codes for two tokens) and needs no cutlass. `hand` fits nothing: its rules
+are written down in rap_terms.py; it reads the tokenizer alone, needs no cutlass, and takes a
+second. nanochat/model/prior_artifact.py describes the terms.
 
 The script reads token shards of format 1 itself and imports neither nanochat nor torch. It refuses
 the validation split, tokens of another tokenizer, and any `cutlass` but version 0.9.0 of the LASSO
@@ -520,6 +520,7 @@ def fit(options: argparse.Namespace, cutlass: Any, corpus: Corpus, pairs: Any, c
         "key": rap_terms.key_worth(corpus.text, vocab_size, options.max_lag),
     }
     rules, about, code = [], {}, codes.codes
+    pair_codes = codes.query, codes.now
     print(f"fitting: {options.generator}", flush=True)
     if options.generator == "rules":
         raw = pair_features(options, corpus, pairs, codes.embedding)
@@ -529,11 +530,10 @@ def fit(options: argparse.Namespace, cutlass: Any, corpus: Corpus, pairs: Any, c
         )
         codes.ranges.update({f"{r.feature} {n}": [r.low, r.high] for n, r in enumerate(rules)})
     elif options.generator == "rectified":
-        pair_codes = codes.query, codes.now
         terms = curves | rap_terms.difference_terms(ids, pairs, code.astype(float), pair_codes)
     else:
         code, whole = rap_terms.spell(codes.embedding)
-        terms = curves | rap_terms.difference_terms(ids, pairs, code @ whole.T, ())
+        terms = curves | rap_terms.difference_terms(ids, pairs, code @ whole.T, pair_codes)
         terms["match"] = whole.T @ terms["match"] @ whole
     terms |= {"codes": code, "pair_query": codes.query, "pair_now": codes.now}
     about["spans"] = rap_terms.find_spans(ids, options.max_lag, options.spans)

@@ -480,11 +480,9 @@ def difference_terms(
             w, np.add.reduce([((q @ m) * k).sum(1) for m, k in zip(w, keys, strict=True)])
         )
     }
-    if pair_codes:
-        product = two_tokens(pair_codes[0], pair_codes[1], ids, pairs).astype(np.float64)
-        p = product[u].mean(0) - product[~u].mean(0)
-        terms["pair"] = scaled(p, product @ p)
-    return terms
+    product = two_tokens(pair_codes[0], pair_codes[1], ids, pairs).astype(np.float64)
+    p = product[u].mean(0) - product[~u].mean(0)
+    return terms | {"pair": scaled(p, product @ p)}
 
 
 def two_tokens(a: Array, b: Array, ids: Array, pairs: Pairs) -> Array:

@@ -377,6 +377,22 @@ def test_rules_become_terms(text):
     )
 
 
+def test_the_difference_of_two_tokens_is_that_of_their_codes(text):
+    p = rap_terms.sample_pairs(text, 400, 20, np.random.default_rng(0))
+    p = p._replace(j=p.j.clip(2))
+    rng = np.random.default_rng(1)
+    a, b = (rng.choice(np.array([-1, 1], np.int8), (15, 6)) for _ in range(2))
+    terms = rap_terms.difference_terms(text.ids, p, rng.normal(size=(15, 4)), (a, b))
+    x, bits = text.ids, np.zeros((400, 6))
+    for n, (i, j) in enumerate(zip(p.i, p.j, strict=True)):
+        bits[n] = a[x[i - 1]] * b[x[i]] * a[x[j - 2]] * b[x[j - 1]]
+    want = bits[p.useful].mean(0) - bits[~p.useful].mean(0)
+    score = bits @ want
+    gap = score[p.useful].mean() - score[~p.useful].mean()
+    assert set(terms) == {"match", "pair"} and terms["match"].shape == (3, 4, 4)
+    assert terms["pair"] == pytest.approx(want * gap / score.var())
+
+
 # ---- measures
 
 
@@ -433,11 +449,10 @@ def test_the_artifact_is_what_training_reads(base, correlation):
 
 def test_the_artifact_records_its_origin(base, correlation):
     tensors, meta = correlation
-    assert set(tensors) == {"lag", "spans", "key", "codes", "match"} and tensors["match"].shape == (
-        3,
-        24,
-        24,
-    )
+    pair = {"pair_query", "pair_now", "pair"}
+    assert set(tensors) == {"lag", "spans", "key", "codes", "match"} | pair
+    assert tensors["match"].shape == (3, 24, 24) and tensors["pair"].shape == (8,)
+    assert tensors["pair"].mean() > 0, "what repeats two tokens is useful"
     assert (meta["format"], meta["generator"]) == ("rap-1", "correlation")
     assert meta["tokenizer"] == Tokenizer.load(base / "tokenizer").fingerprint
     numbers = json.loads(meta["report"])
