@@ -117,6 +117,8 @@ REFUSED = [
     ("gguf", {"activation": "silu"}, 3, {"uncapped": True}, "--activation=relu2 or swiglu"),
     ("gguf", {"softcap": 0.0, "window_pattern": "SL"}, 3, {}, "--window_pattern=L"),
     ("gguf", {"softcap": 0.0, "rap": {"about": "rules"}}, 3, {}, "without --rap"),
+    ("gguf", {"softcap": 0.0, "copy_heads": 1}, 3, {}, "--copy_heads: train without"),
+    ("hf", {"copy_heads": 1, "convolutions": True}, 2, {}, "--copy_heads and --convolutions"),
     ("ollama", {"activation": "swiglu"}, 3, {}, "--uncapped"),
     ("hf", {"activation": "swiglu"}, 2, {}, "--softcap=0"),
     ("hf", {"window_pattern": "SL"}, 2, {}, "--window_pattern=L"),

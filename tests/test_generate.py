@@ -31,6 +31,7 @@ SHAPES = {
         "activation": "silu",
         "mlp_ratio": 2.5,
     },
+    "copy heads, convolutions": {"copy_heads": 1, "convolutions": True, "window_pattern": "SL"},
     "gelu, another rotation": {
         "activation": "gelu",
         "rope_base": 500.0,

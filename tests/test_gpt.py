@@ -106,16 +106,35 @@ def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
         g = w[f"blocks.{layer}.mlp.gate.weight"] @ x
         return g / (1 + np.exp(-g)) * h
 
+    def mixed(name, h):
+        if not c.convolutions:
+            return h
+        weight = w[name]
+        return np.stack(
+            [h[t] + sum(weight[d] * h[t - d] for d in range(4) if t >= d) for t in range(T)]
+        )
+
+    def score_vector(matrix, h, n, copies, t, before):
+        """Of head n, the first `copies` of which do not rotate and look `before` tokens back."""
+        rows = matrix[n * D : (n + 1) * D]
+        if n >= copies:
+            return rotated(rows @ h[t], t)
+        return rms(rows @ h[t - before]) if t >= before else np.zeros(D)
+
     x = rms(w["embed.weight"][idx.numpy()])
+    copies = c.copy_heads
     for layer in range(c.n_layer):
         a = f"blocks.{layer}.attn."
-        h = rms(x)
+        h = mixed(f"blocks.{layer}.attn_conv.weight", rms(x))
         q = [
-            [rotated(w[a + "q.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_head)]
+            [
+                score_vector(w[a + "q.weight"], h, n, copies * c.n_head // c.n_kv_head, t, 0)
+                for n in range(c.n_head)
+            ]
             for t in range(T)
         ]
         k = [
-            [rotated(w[a + "k.weight"][n * D : (n + 1) * D] @ h[t], t) for n in range(c.n_kv_head)]
+            [score_vector(w[a + "k.weight"], h, n, copies, t, 1) for n in range(c.n_kv_head)]
             for t in range(T)
         ]
         v = [
@@ -134,7 +153,7 @@ def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
                     pj * v[j][kv] for pj, j in zip(p / p.sum(), seen, strict=True)
                 )
         x = x + y @ w[a + "out.weight"].T
-        h = rms(x)
+        h = mixed(f"blocks.{layer}.mlp_conv.weight", rms(x))
         x = x + np.stack(
             [w[f"blocks.{layer}.mlp.down.weight"] @ activation(layer, h[t]) for t in range(T)]
         )
@@ -155,6 +174,9 @@ KNOBS = [
     {"window_pattern": "SSSL", "n_layer": 5},
     {"n_kv_head": 1},
     {"n_kv_head": 4},
+    {"copy_heads": 1},
+    {"convolutions": True},
+    {"copy_heads": 2, "n_kv_head": 4, "convolutions": True, "window_pattern": "S"},
     {
         "tie_embeddings": True,
         "activation": "swiglu",
@@ -300,6 +322,24 @@ def test_init_has_the_documented_spread():
         assert float(p.detach().std()) == pytest.approx(expected, rel=0.05), name
 
 
+def test_a_copy_head_finds_what_followed_before_any_training():
+    c = {"n_embd": 256, "n_head": 4, "n_kv_head": 4}
+    m = tiny.model(copy_heads=1, **c)
+    attn, idx = m.blocks[0].attn, torch.tensor([[3, 7, 9, 4, 11, 5, 3, 20, 8, 3]])
+    with torch.no_grad():
+        x = m.embed(idx)
+        h = torch.nn.functional.rms_norm(x, (256,))
+        q, k = (linear(h)[0, :, :64] for linear in (attn.q, attn.k))
+        q, k = (torch.nn.functional.rms_norm(y, (64,)) for y in (q, k))
+        k = torch.cat((torch.zeros(1, 64), k[:-1]))  # the key of the token before
+        looks = (q[-1] @ k.T / 8).softmax(-1)
+    assert set(looks.topk(2).indices.tolist()) == {1, 7}  # 7 and 20 followed the two earlier 3s
+    plain = tiny.model(**c).blocks[0].attn
+    assert not torch.equal(plain.q.weight[:64], plain.k.weight[:64])
+    assert torch.equal(attn.q.weight[:64], attn.k.weight[:64])
+    assert not torch.equal(attn.q.weight[64:128], attn.k.weight[64:128])
+
+
 def test_the_first_loss_is_that_of_guessing():
     m, b = tiny.model(), tiny.batch()
     assert m.loss(b.inputs, b.targets).item() / b.targets.numel() == pytest.approx(
@@ -356,6 +396,8 @@ def test_padding_ids_take_no_part(tied):
         ({"n_embd": 30}, "30 cannot be divided into 4 heads"),
         ({"n_embd": 36}, "36 cannot be divided into 4 heads of an even width"),
         ({"n_kv_head": 3}, "4 query heads cannot share 3"),
+        ({"copy_heads": 2}, "copy_heads 2 must be below the 2 key-value heads"),
+        ({"copy_heads": -1}, "copy_heads -1 must be"),
         ({"n_layer": 0}, r"n_layer must be .* \(got 0\)"),
         ({"mlp_ratio": -1.0}, r"mlp_ratio must be .* \(got -1.0\)"),
         ({"softcap": -1.0}, r"softcap must be .* \(got -1.0\)"),
@@ -391,8 +433,10 @@ def test_keys_are_clean(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager():
-    plain, compiled = tiny.randomise(tiny.model()), tiny.randomise(tiny.model()).compile()
+@pytest.mark.parametrize("knobs", [{}, {"copy_heads": 1, "convolutions": True}], ids=str)
+def test_compiled_equals_eager(knobs):
+    plain = tiny.randomise(tiny.model(**knobs))
+    compiled = tiny.randomise(tiny.model(**knobs)).compile()
     b = tiny.batch()
     losses = [m.loss(b.inputs, b.targets) for m in (plain, compiled)]
     for loss in losses:

@@ -54,9 +54,17 @@ def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None
     )
 
 
+def _parts_without_a_class(config: GPTConfig) -> str:
+    """The flags of parts that no foreign class has, or ""."""
+    flags = {"--copy_heads": config.copy_heads, "--convolutions": config.convolutions}
+    return " and ".join(flag for flag, used in flags.items() if used)
+
+
 def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
     """The target for llama.cpp; UserError names every knob that it cannot carry."""
     obstacles = []
+    if flags := _parts_without_a_class(config):
+        obstacles.append(f"llama.cpp has no model with {flags}: train without")
     if config.rap:
         obstacles.append(
             "llama.cpp does not support the model's attention prior and would give wrong "
@@ -89,6 +97,8 @@ def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
         return UserError(f"transformers has no class for this model, because {why}")
 
     windows = has_windows(config)
+    if flags := _parts_without_a_class(config):
+        raise refuse(f"none has {flags}: train without")
     if config.rap and (config.activation == "swiglu" or windows):
         raise refuse(
             "the code shipped for an attention prior supports neither swiglu nor windows: "

@@ -1,6 +1,7 @@
 """The key-value cache of decoding: every layer's keys and values for sequences of any lengths."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class KVCache:
     reads it, and is overwritten by the row's next tokens. Padding beyond the capacity goes to one
     spare slot. On a CPU, keys and values are float32: its kernels for a single bfloat16 query are
     ten times slower. With an attention prior, the tokens and the prior's columns of every key are
-    kept as well, once for all layers and heads.
+    kept as well, once for all layers and heads. What looks back a few positions (copy heads,
+    convolutions) keeps its last inputs: `earlier` has their number and width by name.
 
     Rows come (`append`) and go (`drop`) between passes. The buffers behind `k`, `v` and the others
     have room for more rows and positions than are in use, so that rows that come are copied alone,
@@ -44,7 +46,12 @@ class KVCache:
         head_dim: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        earlier: Mapping[str, tuple[int, int]] | None = None,
     ):
+        inputs = {
+            name: torch.zeros((1, batch, *shape), device=device, dtype=dtype)
+            for name, shape in (earlier or {}).items()
+        }
         if torch.device(device).type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
         self.capacity = capacity  # positions per row
@@ -57,6 +64,10 @@ class KVCache:
         self.keep("v", torch.zeros_like(k))
         self.keep("w", k.new_zeros(1, batch, 1, capacity + 1, 0))  # widened by the first pass
         self.keep("tokens", k.new_zeros(1, batch, 1, capacity + 1, 1, dtype=torch.int64))
+        for name, buffer in inputs.items():
+            self.keep(name, buffer)
+        # Of the inputs with a name in `earlier`: those kept, and after them those of this pass
+        self._extended: dict[str, Tensor] = {}
         # Of the tokens of the current pass, (1 or B, T): their positions, and where it writes them
         self.positions = self._slots = self.tokens.new_zeros(1, 0)
 
@@ -81,12 +92,21 @@ class KVCache:
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else counts
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self._check(max(self.lengths))
+        end = torch.tensor(counts, device=self.k.device)[:, None]
+        for name, x in self._extended.items():
+            kept = getattr(self, name)[0]
+            kept.copy_(x[self._rows(), end + torch.arange(kept.size(1), device=x.device)])
 
     def _check(self, positions: int) -> None:
         if positions > self.capacity:
             raise ValueError(
                 f"the cache holds {self.capacity} positions, but {positions} were requested"
             )
+
+    def with_earlier(self, x: Tensor, name: str) -> Tensor:
+        """x (B, T, width) of this pass after the n positions before it: (B, n + T, width)."""
+        self._extended[name] = torch.cat((getattr(self, name)[0].to(x.dtype), x), 1)
+        return self._extended[name]
 
     # ---- for an attention prior
 
@@ -118,7 +138,7 @@ class KVCache:
         Also drops and reorders rows.
         """
         new = copy.copy(self)
-        new.lengths, new._buffers = [self.lengths[r] for r in rows], {}
+        new.lengths, new._buffers, new._extended = [self.lengths[r] for r in rows], {}, {}
         index, used = torch.tensor(rows, device=self.k.device), max(new.lengths, default=0)
         for name, old in self._buffers.items():
             buffer = old.new_zeros(old.size(0), len(rows), *old.shape[2:])

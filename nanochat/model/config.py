@@ -32,6 +32,14 @@ class ArchitectureKnobs:
         "attention window per layer, repeated: L = whole context, S = half of it; "
         "the last layer is always L",
     )
+    copy_heads: int = knob(
+        0,
+        "key-value heads per layer that find what followed an earlier occurrence of a token",
+        low=0,
+    )
+    convolutions: bool = knob(
+        False, "mix each token with the three before it, before attention and before the MLP"
+    )
 
 
 @dataclass(kw_only=True)
@@ -60,6 +68,12 @@ class GPTConfig(ArchitectureKnobs):
             raise UserError(
                 f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads: "
                 "make n_head a multiple of n_kv_head"
+            )
+        if not 0 <= self.copy_heads < self.n_kv_head:
+            raise UserError(
+                f"copy_heads {self.copy_heads} must be below the {self.n_kv_head} key-value heads, "
+                "because one head at least must know positions: lower it, or choose a smaller "
+                "head_dim or a larger kv_ratio"
             )
         if not 0 <= self.softcap < math.inf:
             raise UserError(f"softcap must be 0 (no cap) or above (got {self.softcap})")
@@ -97,8 +111,12 @@ class GPTConfig(ArchitectureKnobs):
         return max(1, self.sequence_len // 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The form stored in checkpoints and logbooks; `rap` is left out when there is no prior."""
-        return {name: value for name, value in asdict(self).items() if name != "rap" or value}
+        """
+        The form stored in checkpoints and logbooks. What a model does not have is left out, so that
+        older versions can load it.
+        """
+        optional = "rap", "copy_heads", "convolutions"
+        return {n: value for n, value in asdict(self).items() if n not in optional or value}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "GPTConfig":

@@ -40,6 +40,7 @@ ROSTER = (
     ParameterSpec(r".+\.attn\.(q|k|v)\.weight", "transformer", "matrix", "muon", "fan_in", True),
     ParameterSpec(r".+\.mlp\.(up|gate)\.weight", "transformer", "matrix", "muon", "fan_in", True),
     ParameterSpec(r".+\.(out|down)\.weight", "transformer", "matrix", "muon", "zero", True),
+    ParameterSpec(r".+_conv\.weight", "transformer", "gate", "adamw", "zero", True),
     # A prior's tensors are filled later, from an artifact or a checkpoint.
     ParameterSpec(r"prior\.gates", "transformer", "gate", "adamw", "zero", False),
 )
@@ -52,13 +53,22 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
     """
-    Rotary embedding on split halves, by -theta as NanoChat does.
+    Rotary embedding on split halves, by -theta as NanoChat does, of all heads from `first` on.
     x (B, H, T, D); cos, sin (T, D / 2) or (B, 1, T, D / 2).
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    a, b = x[:, first:].chunk(2, dim=-1)
+    rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    return torch.cat((x[:, :first], rotated), dim=1) if first else rotated
+
+
+def with_earlier(x: Tensor, n: int, cache: KVCache | None, name: str) -> Tensor:
+    """
+    x (B, T, width) after the n positions before it, which are zeros before the first token:
+    (B, n + T, width). Their place in a cache is called `name`.
+    """
+    return F.pad(x, (0, 0, n, 0)) if cache is None else cache.with_earlier(x, name)
 
 
 class Linear(nn.Linear):
@@ -71,8 +81,35 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype))
 
 
+class Convolution(nn.Module):
+    """
+    Adds to each token a mixture of itself and the three before it, weighted per channel: the
+    "Canon layers" of Allen-Zhu, "Physics of Language Models: Part 4.1" (2025).
+    """
+
+    def __init__(self, config: GPTConfig, name: str):
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(4, config.n_embd))  # by distance, 0 to 3
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        """x (B, T, n_embd) -> the same shape."""
+        T, n = x.size(1), self.weight.size(0) - 1
+        weight, seen = self.weight.to(x.dtype), with_earlier(x, n, cache, self.name)
+        y = x * (1 + weight[0])
+        for distance in range(1, n + 1):
+            y = y + seen[:, n - distance : n - distance + T] * weight[distance]
+        return y
+
+
 class Attention(nn.Module):
-    """Grouped-query causal attention with rotary embeddings and QK-norm."""
+    """
+    Grouped-query causal attention with rotary embeddings and QK-norm.
+
+    The first `copy_heads` key-value heads are not rotated, and hold for each token the key of the
+    token before it, with the value of the token itself. As W_Q starts equal to W_K there, a query
+    begins by finding what followed earlier occurrences of its token.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -82,6 +119,7 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, kv_width)
         self.v = Linear(config.n_embd, kv_width)
         self.out = Linear(config.n_embd, config.n_embd)
+        self.copy_heads, self.group = config.copy_heads, config.n_head // config.n_kv_head
 
     def forward(
         self,
@@ -93,9 +131,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, T, n_embd) -> the same shape. cos, sin as for rotate."""
         B, T, C = x.shape
-        projections = (self.q(x), self.k(x), self.v(x))
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in projections)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.copy_heads:
+            k, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
+            k = torch.cat((with_earlier(k, 1, cache, f"{self.layer}.k")[:, :-1], others), dim=-1)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
+        q = norm(rotate(q, cos, sin, self.copy_heads * self.group))
+        k = norm(rotate(k, cos, sin, self.copy_heads))
         if cache is None:
             y = attend(q, k, v, self.window, bias)
         else:
@@ -128,16 +170,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with its norm and its residual connection."""
+    """
+    One layer: attention and MLP, each with its norm, its convolution if there is one, and its
+    residual connection.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
+        self.attn_conv = self.mlp_conv = None
+        if config.convolutions:
+            self.attn_conv = Convolution(config, f"{layer}.attn")
+            self.mlp_conv = Convolution(config, f"{layer}.mlp")
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        """`context` is what Attention.forward takes after x."""
-        x = x + self.attn(norm(x), *context)
-        return x + self.mlp(norm(x))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, bias: Bias | None
+    ) -> Tensor:
+        """As Attention.forward."""
+        h = norm(x)
+        if self.attn_conv is not None:
+            h = self.attn_conv(h, cache)
+        x = x + self.attn(h, cos, sin, cache, bias)
+        h = norm(x)
+        if self.mlp_conv is not None:
+            h = self.mlp_conv(h, cache)
+        return x + self.mlp(h)
 
 
 class GPT(nn.Module):
@@ -204,6 +261,11 @@ class GPT(nn.Module):
                 p.uniform_(-bound, bound, generator=g)
             else:
                 p.zero_()
+        D = self.config.head_dim
+        for attn in (block.attn for block in self.blocks):
+            for head in range(attn.copy_heads):
+                query = attn.q.weight[head * attn.group * D :][:D]  # the first of its group
+                query.copy_(attn.k.weight[head * D :][:D])
 
     def cast_for_inference(self) -> "GPT":
         """
@@ -318,7 +380,13 @@ class GPT(nn.Module):
     def new_cache(self, batch: int, capacity: int = 0) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens (0 = the context)."""
         c, device = self.config, self.embed.weight.device
+        earlier = {}
+        for layer in range(c.n_layer):
+            if c.copy_heads:
+                earlier[f"{layer}.k"] = 1, c.copy_heads * c.head_dim
+            if c.convolutions:
+                earlier |= dict.fromkeys((f"{layer}.attn", f"{layer}.mlp"), (3, c.n_embd))
         length = capacity or c.sequence_len
         return KVCache(
-            c.n_layer, batch, c.n_kv_head, length, c.head_dim, device, self.compute_dtype
+            c.n_layer, batch, c.n_kv_head, length, c.head_dim, device, self.compute_dtype, earlier
         )
