@@ -80,3 +80,53 @@ def test_streams_without_an_encoding_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     entry(lambda: print("fine"))
     assert sys.stdout.getvalue() == "fine\n"
+
+
+LIVES_ON = """
+import sys, time
+from pathlib import Path
+from nanochat.base.common import entry, notice, print0
+from nanochat.base.progress import StatusLine, progress
+def main():
+    line = StatusLine(0, 0)
+    print0("begun")
+    for i in range(200):
+        line.show(f"step {i}")
+        if i % 50 == 0:
+            notice(f"at {i}")
+            time.sleep(0.05)
+    with progress(3, "reading") as bar:
+        bar.advance()
+    Path(sys.argv[1]).write_text("done")
+    print0("the last line")
+entry(main)
+"""
+
+
+@pytest.mark.parametrize("gone", ["reader", "terminal", "disk", "closed", "all closed"])
+def test_a_print_that_fails_costs_the_print_alone(tmp_path, gone):
+    """The reader of a pipe ends, a terminal is closed, the log's disk is full, there is none."""
+    command = [sys.executable, "-c", LIVES_ON, str(tmp_path / "end")]
+    streams: dict = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    if gone == "terminal":
+        ours, theirs = os.openpty()
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        os.read(ours, 5)
+        os.close(ours)
+    elif gone == "reader":
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, **streams)
+        process.stdout.read(5)
+        process.stdout.close()
+    elif gone == "disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("this system has no /dev/full")
+        with open("/dev/full", "wb") as full:
+            process = subprocess.Popen(command, stdout=full, **streams)
+    else:
+        closed = ">&-" if gone == "closed" else "<&- >&- 2>&-"
+        process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command], **streams)
+    _, errors = process.communicate(timeout=60)
+    assert (tmp_path / "end").read_text() == "done"
+    assert process.returncode == 0
+    assert b"Traceback" not in (errors or b"") and b"Exception" not in (errors or b"")

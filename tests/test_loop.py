@@ -471,3 +471,87 @@ def test_the_scale_is_undone(tmp_path, scale):
     half = gradients_of_a_step(tmp_path / "half", half_model(), b, runtime=HALF, scale=scale)
     for name, g in full.items():
         assert (half[name] - g).norm() <= 0.02 * g.norm() + 1e-6, name
+
+
+# ---- signals and saves by the clock
+
+
+class Signalled(tiny.ListFeed):
+    """In step 4 the process gets these signals, one after the other."""
+
+    signals: tuple[int, ...] = ()
+
+    def __next__(self):
+        for number in self.signals if self.step == 3 else ():
+            os.kill(os.getpid(), number)
+        return super().__next__()
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["SIGINT", "SIGTERM", "SIGHUP", "SIGHUP SIGHUP", "SIGINT SIGINT", "SIGHUP SIGTERM SIGTERM"],
+)
+def test_a_signal_saves_even_where_it_is_passed_on_twice(tmp_path, names):
+    feed = Signalled.random(8)
+    feed.signals = tuple(getattr(signal, name) for name in names.split())
+    before = {n: signal.getsignal(n) for n in feed.signals}
+    with pytest.raises(Interrupted):
+        fit(tmp_path, None, feed, PLAIN)
+    assert checkpoint.newest(tmp_path).step == 4
+    assert {n: signal.getsignal(n) for n in feed.signals} == before
+
+
+def test_a_second_ctrl_c_acts_at_once(tmp_path, monkeypatch):
+    feed = Signalled.random(8)
+    feed.signals = signal.SIGINT, signal.SIGINT
+    times = iter(range(0, 10_000, 2))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    with pytest.raises(KeyboardInterrupt) as e:
+        fit(tmp_path, None, feed, PLAIN)
+    assert not isinstance(e.value, Interrupted) and checkpoint.newest(tmp_path) is None
+
+
+def test_a_run_under_nohup_outlives_the_terminal(tmp_path):
+    feed = Signalled.random(8)
+    feed.signals = (signal.SIGHUP,)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        _, run, _ = fit(tmp_path, None, feed, PLAIN)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.done and run.step == 8
+
+
+@pytest.mark.parametrize(
+    ("minutes", "cost", "expected"),
+    [
+        (15, 0.0, [15, 30, 45, 50]),  # every step takes a minute
+        (1, 0.0, [*range(1, 51)]),
+        (15, 1.0, [20, 39, 50]),  # saving takes a minute: at most a twentieth of the time
+        (0, 0.0, [50]),
+    ],
+)
+def test_saves_by_the_clock(tmp_path, monkeypatch, minutes, cost, expected):
+    now, saved = [0.0], []
+
+    class Minute(tiny.ListFeed):
+        def __next__(self):
+            now[0] += 60
+            return super().__next__()
+
+    def save(directory, step, *_):
+        now[0] += 60 * cost
+        saved.append(step)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr("nanochat.train.loop.Run._amend", lambda _: None)
+    run = tiny.run(
+        tmp_path,
+        tiny.model(),
+        Minute([tiny.batch()] * 50),
+        clock=lambda: now[0],
+        costs={"save": 60 * cost},
+    )
+    run.save_seconds = 60 * minutes
+    run.fit()
+    assert saved == expected

@@ -3,6 +3,7 @@ What every module may need: where files live, which rank this is, how a figure i
 exception for mistakes that the user can fix. It imports nothing of the project and nothing heavy.
 """
 
+import errno
 import os
 import re
 import sys
@@ -50,9 +51,18 @@ def world_size() -> int:
 
 
 def print0(*args: object, **options: Any) -> None:
-    """print() on rank 0 only, flushed, so that the log of a background run is up to date."""
+    """
+    print() on rank 0 only, flushed, so that the log of a background run is up to date. A print that
+    fails (the terminal is closed, the reader of a pipe has ended, the log's disk is full) is lost,
+    and the program continues.
+    """
     if rank() == 0:
-        print(*args, **{"flush": True, **options})
+        try:
+            print(*args, **{"flush": True, **options})
+        except (OSError, ValueError) as e:  # ValueError: the stream was closed
+            _let_go(options.get("file") or sys.stdout, e)
+        except RuntimeError:
+            pass  # a signal arrived within a print, and its handler prints too
 
 
 def notice(message: str) -> None:
@@ -103,11 +113,33 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-16" if utf16 else "utf-8-sig")
 
 
+def _let_go(stream: Any, error: Exception) -> None:
+    """Send what is still to come to nowhere, if the reader of a stream is gone for good."""
+    if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO, errno.EBADF):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            return  # not a file of the system's, as in a notebook
+
+
+def _flush() -> None:
+    """Write out what is printed, so that the interpreter finds nothing it could fail at."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _let_go(stream, OSError(errno.EIO, "the program ends"))
+
+
 def forgiving_streams() -> None:
     """
     Let the console show '?' for a character that it lacks, and let what is typed there hold U+FFFD
-    for bytes that are not text, instead of ending the program.
+    for bytes that are not text, instead of ending the program. A stream that is closed from the
+    start (`>&-`) leads nowhere.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="replace")
@@ -130,3 +162,5 @@ def entry(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # `command | head`: give the interpreter somewhere to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    finally:
+        _flush()

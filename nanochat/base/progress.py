@@ -6,7 +6,7 @@ In a log file the bar becomes a single line at the end and the status line an oc
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from nanochat.base.common import duration, human, notice, print0, rank
@@ -87,7 +87,8 @@ def progress(total: float | None, description: str, unit: str = "items") -> Iter
         yield bar
     finally:
         if bar.display is not None:
-            bar.display.stop()
+            with suppress(OSError):  # the terminal may be gone
+                bar.display.stop()
     seconds = time.monotonic() - bar.started
     if seconds > PATIENCE:
         notice(f"{description}: {bar} in {duration(seconds)}")

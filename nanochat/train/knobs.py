@@ -78,6 +78,9 @@ class TrainKnobs(MachineKnobs):
         "evaluations and at the end)",
         low=0,
     )
+    save_minutes: float = knob(
+        15.0, "minutes between saves by the clock, besides the others (0 = none)", low=0, high=1e7
+    )
     eval_every: float = knob(
         0.1, "steps between evaluations (below 1: a share of the run; 0 = only at the end)", low=0
     )

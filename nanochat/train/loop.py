@@ -67,16 +67,25 @@ class Evaluation:
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; the run was saved."""
+    """SIGINT, SIGTERM or SIGHUP arrived; the run was saved."""
 
 
 class _Signals:
-    """SIGINT and SIGTERM set a flag that the loop reads; a second one acts at once."""
+    """
+    SIGINT, SIGTERM and SIGHUP (a terminal that is closed) set a flag that the loop reads. A second
+    Ctrl+C acts at once; not so within a second of the first signal, because torchrun and shells
+    pass a signal on to processes that have it already.
+    """
 
     def __enter__(self):
-        self.caught = 0
+        self.caught, self.caught_at = 0, 0.0
         self.previous = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is None:
+                continue
+            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started with nohup: it outlives the terminal
             try:
                 self.previous[number] = signal.signal(number, self._catch)
             except ValueError:  # not in the main thread: the caller handles signals
@@ -84,10 +93,13 @@ class _Signals:
         return self
 
     def _catch(self, number, frame) -> None:
-        if self.caught:
+        now = time.monotonic()
+        if not self.caught:
+            self.caught, self.caught_at = number, now
+            text = "\nfinishing this step and saving; press Ctrl+C again to stop at once"
+            print0(text, file=sys.stderr)
+        elif number == signal.SIGINT and now > self.caught_at + 1:
             raise KeyboardInterrupt
-        self.caught = number
-        print0("\nfinishing this step and saving; interrupt again to stop at once", file=sys.stderr)
 
     def __exit__(self, *exc) -> None:
         for number, handler in self.previous.items():
@@ -112,6 +124,7 @@ class Run:
     evaluations: Sequence[Evaluation] = ()
     budget_seconds: float = 0.0  # 0: the feed alone decides when the run ends
     save_every: float = 0.0  # as Evaluation.every, besides the saves before evaluations
+    save_seconds: float = 0.0  # saves by the clock, besides these; 0: none
     keep: int = 2
     peak_flops: float = 0.0  # measured matrix-product peak of all devices together, 0 = unknown
     clock: Callable[[], float] = time.monotonic
@@ -163,13 +176,13 @@ class Run:
                 after = self._train_step(batches, progress)
                 if after >= 1.0:
                     break
-                if number := from_main(signals.caught, self.runtime):
+                if any(sum_over_ranks([signals.caught], self.runtime)):
                     self.save()
                     self._line.print(
                         f"saved step {self.step:,} in {self.directory}; continue with --resume auto"
                     )
-                    raise Interrupted(signal.Signals(int(number)).name)
-                if _due(self.save_every, self.step, self.evaluated_to[1], after):
+                    raise Interrupted
+                if self._save_is_due(after):
                     self.save()
                 self._evaluate(self._scheduled(after), after)
             if self.step == 0 and self.budget_seconds > 0:
@@ -296,6 +309,7 @@ class Run:
     def _evaluate_at_start(self) -> None:
         """Evaluate before the first step, or what was due when the run was stopped."""
         progress = self._tick()
+        self._saved_at = self.seconds
         step, evaluated = self.evaluated_to
         if self.step == 0:
             first = [e for e in self.evaluations if e.start or self.budget_seconds > 0]
@@ -354,8 +368,21 @@ class Run:
             checkpoint.save(self.directory, self.step, weights, tensors, self._meta())
             best = self.best["step"] if self.best else None
             checkpoint.prune(self.directory, self.step, self.keep, best)
-        self.saved_step = self.step
+        self.saved_step, self._saved_at = self.step, self.seconds
         self._add_cost("save", began)
+
+    def _save_is_due(self, progress: float) -> bool:
+        """
+        Whether the steps or the clock ask for a checkpoint now. Saves by the clock take at most a
+        twentieth of the time, and none from the last evaluations.
+        """
+        if _due(self.save_every, self.step, self.evaluated_to[1], progress):
+            return True
+        cost = self.costs.get("save", 0.0)
+        wait = max(self.save_seconds, 20 * cost)
+        if self.save_seconds <= 0 or self.seconds < self._saved_at + wait:
+            return False
+        return not 0 < self.budget_seconds < self.seconds + cost + self.reserve
 
     def restore(self, stored: Checkpoint) -> None:
         """Return to the state of a checkpoint: weights, optimizer, feed, clock and counters."""

@@ -184,6 +184,7 @@ def train(
         evaluations=evaluations,
         budget_seconds=run.budget_seconds,
         save_every=k.save_every,
+        save_seconds=60 * k.save_minutes,
         keep=k.keep,
         peak_flops=run.peak_flops,
     )
