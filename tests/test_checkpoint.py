@@ -154,15 +154,45 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000050"]
 
 
+@pytest.mark.parametrize("foreign", ["another run", "a copy", "a file of the user", "no metadata"])
+def test_pruning_touches_only_what_the_run_wrote(tmp_path, foreign):
+    for step in range(0, 60, 10):
+        write(tmp_path, step, run_id="ours")
+    path = checkpoint.at_step(tmp_path, 20).path
+    if foreign == "another run":
+        write(tmp_path, 20, run_id="theirs")
+    elif foreign == "a copy":
+        shutil.rmtree(path)
+        shutil.copytree(checkpoint.at_step(tmp_path, 30).path, path)
+    elif foreign == "a file of the user":
+        (path / "notes.txt").write_text("the good one")
+    else:
+        (path / "meta.json").unlink()
+    (tmp_path / ".step_mine.tmp").mkdir()
+    checkpoint.prune(tmp_path, 40, 1, None, "ours")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".step_mine.tmp",
+        "step_000020",
+        "step_000040",
+        "step_000050",
+    ]
+
+
 def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path):
     for step in (10, 20, 30):
         write(tmp_path, step)
     for step in (20, 30):
         (checkpoint.at_step(tmp_path, step).path / "meta.json").write_text("{")
     assert newest_intact(tmp_path) == 10
+    checkpoint.put_aside_after(tmp_path, 10)
     write(tmp_path, 15)
     checkpoint.prune(tmp_path, 15, keep=1, best=None)
     assert newest_intact(tmp_path) == 15
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "damaged_step_000020",
+        "damaged_step_000030",
+        "step_000015",
+    ]
 
 
 def test_locating(base):

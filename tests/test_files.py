@@ -1,12 +1,16 @@
 """files: atomic writes leave no partial file; a lock is held by one process at a time."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nanochat.base.common import UserError
-from nanochat.base.files import atomic_write, locked, sha256_file
+from nanochat.base.files import atomic_write, locked, release, reserve, sha256_file
 
 HOLD = """
 import sys
@@ -50,3 +54,70 @@ def test_a_lock_excludes_other_processes(tmp_path):
     holder.communicate(b"")
     with locked(path, busy="in use"):  # free again once its holder has ended
         pass
+
+
+RESERVE = """
+import os, sys, time
+from pathlib import Path
+from nanochat.base.files import release, reserve
+reserve(Path(sys.argv[1]), "the run t")
+if sys.argv[2] == "with a child" and os.fork() == 0:
+    time.sleep(60)
+print(os.getpid(), flush=True)
+sys.stdin.read()
+release() if sys.argv[2] == "released" else os._exit(1)
+"""
+
+
+def holder(path: Path, how: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", RESERVE, str(path), how]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert int(process.stdout.readline()) == process.pid
+    return process
+
+
+@pytest.mark.parametrize("how", ["released", "killed", "ended", "with a child"])
+def test_a_run_is_reserved_by_one_living_process(tmp_path, how):
+    """However it ended, a process that is dead does not keep a run, nor do its children."""
+    path = tmp_path / "base" / ".t.lock"
+    other = holder(path, how)
+    says = rf"the run t is in use by process {other.pid} on {socket.gethostname()} since 20"
+    for _ in range(2):
+        with pytest.raises(UserError, match=says):
+            reserve(path, "the run t")
+    if how in ("killed", "with a child"):
+        other.kill()
+    other.stdin.close()
+    other.wait()
+    assert path.exists() == (how != "released")
+    reserve(path, "the run t")
+    reserve(path, "the run t")  # by the same process: nothing to do
+    assert f"process {os.getpid()} on" in path.read_text()
+    release()
+    assert not path.exists()
+    if how == "with a child":
+        os.killpg(other.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("lock", ["locked", "reserve"])
+def test_a_lock_in_a_folder_that_cannot_be_written(tmp_path, lock):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "lock"
+    with pytest.raises(UserError, match=r"cannot write .*lock"):
+        if lock == "reserve":
+            reserve(path, "the run t")
+        else:
+            with locked(path):
+                pass
+
+
+def test_where_locks_do_not_exist_the_work_goes_on_with_a_notice(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    reserve(tmp_path / ".t.lock", "the run t")
+    release()
+    assert "cannot be locked (Operation not supported)" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -260,3 +261,31 @@ def test_a_full_disk_is_an_error_in_one_sentence(server, tmp_path):
     (folder / f"shard_00005.parquet.{digest[:12]}.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"cannot write .*\.part \(No space left on device\): free"):
         get("-n", "0")
+
+
+def _download(results):
+    try:
+        dataset_command.main(["-n", "3", "-w", "2"])
+        results.put("well")
+    except BaseException as e:
+        results.put(repr(e))
+
+
+def test_three_downloads_at_once_into_one_folder_end_well(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        SHARD_SETS, "fineweb-edu", ShardSet("karpathy/fineweb-edu-100b-shuffle", last=5)
+    )
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_download, args=(results,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=120) for _ in processes] == ["well"] * 3
+    for process in processes:
+        process.join()
+    folder = tmp_path / "shards" / "fineweb-edu"
+    for file in folder.glob("*.parquet"):
+        assert file.read_bytes() == server.files[file.name]
+    assert len(list(folder.glob("*.parquet"))) == 4 and not list(folder.glob("*.part"))
+    fetched = [path for path, _ in server.requests if path.startswith("/cdn/")]
+    assert len(fetched) == 4, "the second and the third found what the first had fetched"

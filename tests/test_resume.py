@@ -19,7 +19,7 @@ import torch
 
 from nanochat.base import logbook
 from nanochat.base.common import UserError, entry
-from nanochat.base.files import sha256_file
+from nanochat.base.files import reserve, sha256_file
 from nanochat.commands import base_train, chat_sft, mid_train
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import mixture
@@ -86,7 +86,9 @@ def test_going_on_past_a_damaged_checkpoint(whole, place, monkeypatch, capsys):
     newest = checkpoint.newest(run)
     os.truncate(newest.path / "optim.safetensors", 1000)
     base_train.main([*flags, "--resume=auto"])
-    assert f"skipping the damaged checkpoint {newest}" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert f"skipping the damaged checkpoint {newest}" in errors
+    assert f"{newest} is now damaged_step_000014" in errors
     assert_same_end(run, whole[2])
 
 
@@ -217,6 +219,30 @@ def test_a_change_that_would_go_unnoticed_is_refused(whole, place, monkeypatch, 
     assert sha256_file(newest.path / "meta.json") == before and not newest.damage(optimizer=True)
 
 
+@pytest.mark.parametrize("change", ["order", "words", "a letter"])
+def test_other_text_of_the_same_counts_is_refused(whole, place, change):
+    """As many documents and tokens as before, so that only the content tells."""
+    flags, run = place
+    shutil.copytree(whole[2], run)
+    newest = checkpoint.newest(run)
+    newest.amend({**newest.meta, "done": False})
+    lines = (whole[0] / "text.jsonl").read_text().splitlines()
+    if change == "order":
+        lines = lines[::-1]
+    elif change == "words":
+        lines = [
+            line.replace("cat", "\0").replace("dog", "cat").replace("\0", "dog") for line in lines
+        ]
+    else:
+        lines[300] = lines[300].replace("The", "Ehe", 1)
+    text = whole[0].parent / f"{change.split()[-1]}.jsonl"
+    text.write_text("\n".join(lines))
+    flags = [f"--data=own={text}", *(f for f in flags if not f.startswith("--data"))]
+    with pytest.raises(UserError, match="cannot resume, because "):
+        base_train.main([*flags, "--resume=auto"])
+    assert checkpoint.newest(run) == newest
+
+
 def test_a_longer_horizon_when_asked_for(whole, place, capsys):
     _, run = place
     shutil.copytree(whole[2], run)
@@ -313,9 +339,40 @@ def test_a_new_run_sets_the_old_one_aside_only_when_it_begins(whole, place, caps
     for steps in (2, 3, 4):  # slips of the hand: no run is ever deleted
         base_train.main([*flags, f"--num_iterations={steps}", "--eval_every=0"])
         assert "the earlier run is now" in capsys.readouterr().err
-    kept = {p.name: checkpoint.newest(p).step for p in run.parent.iterdir()}
+    kept = {p.name: checkpoint.newest(p).step for p in run.parent.iterdir() if p.is_dir()}
     assert kept == {"t": 4, "t.old": 20, "t.old2": 2, "t.old3": 3}
     assert checkpoint.locate("base").path.parent == run
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(base_train, []), (base_train, ["--resume=auto"]), (chat_sft, ["--source=base"])],
+    ids=["base", "resumed", "sft"],
+)
+def test_a_run_in_use_is_left_alone(whole, place, command):
+    """The second start says who holds the run, before it renames or writes anything."""
+    own, run = place
+    main, flags = command
+    shutil.copytree(whole[2], run)
+    lock = run.parents[1] / ("sft" if main is chat_sft else "base") / ".t.lock"
+    process = tiny.forkserver().Process(target=hold, args=(lock,))
+    process.start()
+    while not (lock.exists() and lock.read_text()):
+        time.sleep(0.01)
+    before = sorted(run.parents[1].rglob("*"))
+    flags = [*flags, *(own if main is base_train else ["--data=tinyworld@100"])]
+    with pytest.raises(UserError, match=rf"the run t in .* is in use by process {process.pid} on"):
+        main.main([*flags, *STEPS[:1]])
+    assert sorted(run.parents[1].rglob("*")) == before
+    process.kill()
+    process.join()
+    if main is base_train and "--resume=auto" in flags:
+        main.main([*flags, *STEPS])  # the dead one is no obstacle
+
+
+def hold(lock: Path) -> None:
+    reserve(lock, "the run t")
+    time.sleep(60)
 
 
 class NoLogin(types.ModuleType):
@@ -350,7 +407,8 @@ def test_a_refused_start_changes_nothing(whole, place, monkeypatch, flags, says,
             shutil.copytree(whole[2], run.with_name(name))
 
     def state():
-        return {p: p.stat().st_mtime_ns for p in run.parent.rglob("*") if p.is_file()}
+        files = (p for p in run.parent.rglob("*") if p.is_file() and p.suffix != ".lock")
+        return {p: p.stat().st_mtime_ns for p in files}
 
     before = state()
     with pytest.raises(UserError, match=says):
@@ -365,10 +423,10 @@ def test_nothing_to_resume_from_is_no_new_run(whole, place, file):
     shutil.copytree(whole[2], run)
     for stored in checkpoint.list_checkpoints(run):
         os.truncate(stored.path / file, 10)
-    before = sorted(p for p in run.parent.rglob("*"))
+    before = sorted(run.parent.rglob("*.json"))
     with pytest.raises(UserError, match=r"none of the \d checkpoints in .* is intact; restore"):
         base_train.main([*flags, *STEPS, "--resume=auto"])
-    assert sorted(p for p in run.parent.rglob("*")) == before
+    assert sorted(run.parent.rglob("*.json")) == before
     base_train.main([*flags, "--num_iterations=1", "--eval_every=0"])
     assert len(checkpoint.list_checkpoints(run.with_name("t.old"))) > 1
 

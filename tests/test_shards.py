@@ -8,6 +8,7 @@ import resource
 import numpy as np
 import pytest
 
+from nanochat.base import files
 from nanochat.base.common import UserError
 from nanochat.data.shards import Shards, prepare, prepare_conversations
 from nanochat.data.sources import Source, parse_sources
@@ -69,6 +70,9 @@ def test_reused_until_something_changes(source, tmp_path):
     assert tokenizer.texts == n and again.sha256 == first.sha256
     prepare(source, "train", Letters(fingerprint="other"), root)
     assert prepare(source, "train", tokenizer, root).sha256 == first.sha256
+    os.utime(source.paths[0] / "0.jsonl", (1, 1))  # its content is the same
+    assert prepare(source, "train", tokenizer, root).sha256 == first.sha256
+    assert tokenizer.texts == n
     with open(source.paths[0] / "1.jsonl", "a") as f:
         f.write('\n{"text": "one more"}')
     assert len(prepare(source, "train", tokenizer, root)) == len(first) + 1
@@ -80,9 +84,8 @@ def test_many_parts_read_as_one_and_only_new_ones_are_made(source, tmp_path, mon
     split = prepare(source, "train", tokenizer, root)
     monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1 << 28)
     whole = prepare(source, "train", tokenizer, root)
-    assert (
-        texts(split) == texts(whole) and len(list(root.iterdir())) == 5
-    )  # 3 parts, the whole and the lock
+    assert texts(split) == texts(whole)
+    assert len([p for p in root.iterdir() if p.is_dir()]) == 4  # 3 parts and the whole
     monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1)
     (source.paths[0] / "9.jsonl").write_text('{"text": "a new file"}')
     n = tokenizer.texts
@@ -131,6 +134,93 @@ def test_a_damaged_shard_is_refused_and_made_again(source, tmp_path, damage, cap
     assert "damaged" in capsys.readouterr().err
 
 
+def flip(file, bit=0):
+    """Change one bit in the middle of a file, with its size and time of change as before."""
+    times = file.stat()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1 << bit
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "offsets.npy", "meta.json"])
+def test_a_flipped_bit_is_found_when_a_shard_is_opened(tmp_path, name, capsys):
+    tokenizer = Letters()
+    rows = [{"q": f"why {n}", "a": "because"} for n in range(50)]
+
+    def made():
+        return prepare_conversations("chat", rows, tokenizer, tmp_path, identity="v1")
+
+    good, (folder,) = made().sha256, tmp_path.glob("chat-*")
+    assert made().sha256 == good and tokenizer.texts == 50
+    for bit in (0, 5):
+        flip(folder / name, bit)
+        with pytest.raises(UserError, match=r"the token shard .* is damaged .*: delete it and run"):
+            Shards("chat", [folder])
+        assert made().sha256 == good and tokenizer.texts == 50 * (2 if bit == 0 else 3)
+        assert "tokenising again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["another folder", "written over", "renamed over"])
+def test_text_of_the_same_name_size_and_time_is_told_apart(tmp_path, how):
+    """Parts of one file, archives with fixed times and cp -p give many such files."""
+    for folder, word in (("a", "stone"), ("b", "comet")):
+        (tmp_path / folder).mkdir()
+        rows = [json.dumps({"text": f"{word} {i}"}) for i in range(100, 300)]
+        (tmp_path / folder / "part.jsonl").write_text("\n".join(rows))
+        os.utime(tmp_path / folder / "part.jsonl", (1_600_000_000, 1_600_000_000))
+    first = texts(prepare(source_of(tmp_path / "a"), "train", Letters(), tmp_path / "tokens"))
+    if how == "written over":
+        (tmp_path / "a" / "part.jsonl").write_text((tmp_path / "b" / "part.jsonl").read_text())
+        os.utime(tmp_path / "a" / "part.jsonl", (1_600_000_000, 1_600_000_000))
+    elif how == "renamed over":
+        os.replace(tmp_path / "b" / "part.jsonl", tmp_path / "a" / "part.jsonl")
+    folder = tmp_path / ("b" if how == "another folder" else "a")
+    second = texts(prepare(source_of(folder), "train", Letters(), tmp_path / "tokens"))
+    assert {t.split()[0] for t in first} == {"stone"} and {t.split()[0] for t in second} == {
+        "comet"
+    }
+
+
+def source_of(folder):
+    return parse_sources([f"mine={folder}"])[0]
+
+
+def test_text_that_changes_while_it_is_read_is_refused(source, tmp_path):
+    class Meanwhile(Letters):
+        def encode_batch(self, texts, bos=False):
+            with open(source.paths[0] / "2.jsonl", "a") as f:
+                f.write('\n{"text": "one more"}')
+            return super().encode_batch(texts, bos)
+
+    with pytest.raises(UserError, match="stuff changed while it was read: run again"):
+        prepare(source, "train", Meanwhile(), tmp_path / "tokens")
+    assert not list((tmp_path / "tokens").glob("stuff-*"))
+
+
+def test_old_files_are_hashed_once(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.Hashes, "RECENT", -1)  # as though everything were old
+    counted = []
+    real = files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: counted.append(path) or real(path))
+    for _ in range(3):
+        prepare(source, "train", Letters(), tmp_path / "tokens")
+    assert sorted(p.name for p in counted) == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    (tmp_path / "tokens" / ".hashes.json").write_text('{"1:2": [3], "x": "damaged"')
+    prepare(source, "train", Letters(), tmp_path / "tokens")
+    assert len(counted) > 3
+
+
+def test_shards_of_an_earlier_version_are_named_once(source, tmp_path, capsys):
+    old = tmp_path / "tokens" / "stuff-train-0123456789abcdef"
+    old.mkdir(parents=True)
+    (old / "meta.json").write_text('{"format": 1, "tokens": 5}')
+    for _ in range(2):
+        prepare(source, "train", Letters(), tmp_path / "tokens")
+    assert capsys.readouterr().err.count(f"{old.name} and the like may be deleted") == 1
+    assert old.exists()
+
+
 def test_an_interrupted_build_leaves_nothing_and_a_killed_one_is_swept(source, tmp_path):
     root = tmp_path / "tokens"
 
@@ -140,7 +230,7 @@ def test_an_interrupted_build_leaves_nothing_and_a_killed_one_is_swept(source, t
 
     with pytest.raises(KeyboardInterrupt):
         prepare(source, "train", Interrupted(), root)
-    assert [p.name for p in root.iterdir()] == [".lock"]
+    assert not [p for p in root.iterdir() if p.is_dir()]
     (root / ".build-stuff-train-0-99999").mkdir()
     prepare(source, "train", Letters(), root)
     assert len(list(root.glob(".build-*"))) == 0
@@ -155,7 +245,7 @@ def test_a_write_that_fails_is_an_error_and_leaves_nothing(source, tmp_path):
             prepare(source, "train", Letters(), tmp_path / "tokens")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.name for p in (tmp_path / "tokens").iterdir()] == [".lock"]
+    assert not [p for p in (tmp_path / "tokens").iterdir() if p.is_dir()]
 
 
 def test_a_bad_file_is_an_error_and_leaves_no_shard(source, tmp_path):

@@ -61,8 +61,8 @@ def print0(*args: object, **options: Any) -> None:
             print(*args, **{"flush": True, **options})
         except (OSError, ValueError) as e:  # ValueError: the stream was closed
             _let_go(options.get("file") or sys.stdout, e)
-        except RuntimeError:
-            pass  # a signal arrived within a print, and its handler prints too
+        except RuntimeError:  # a signal arrived within a print, and its handler prints too
+            return
 
 
 def notice(message: str) -> None:

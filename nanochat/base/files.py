@@ -1,13 +1,19 @@
-"""Files that several processes read or write at the same time: atomic writes, hashes, locks."""
+"""Files that several processes read or write: atomic writes, hashes, locks."""
 
+import atexit
+import errno
 import hashlib
+import json
 import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from nanochat.base.common import UserError, disk_error
+from nanochat.base.common import UserError, disk_error, notice
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
@@ -16,16 +22,17 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
     sees the old file or the new one but never a partial one. Raises UserError if the disk refuses.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(data.encode("utf-8") if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise disk_error(path, e) from e
 
 
@@ -35,20 +42,157 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class Hashes:
+    """
+    The SHA-256 of files, remembered in the JSON file `memory` by device, inode, size and times of
+    change, so that a file is read once and again only when it may have changed. `save` writes the
+    memory; a lost or damaged one costs time alone.
+    """
+
+    LIMIT = 20_000  # files remembered
+    RECENT = 2_000_000_000  # ns; a file as new as this may change once more at the same time
+
+    def __init__(self, memory: Path):
+        self.memory, self._changed = memory, False
+        try:
+            stored = json.loads(memory.read_text(encoding="utf-8"))
+            self._known = {str(key): tuple(value) for key, value in stored.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            self._known = {}
+
+    @staticmethod
+    def _state(path: Path) -> tuple[str, tuple[int, int, int]]:
+        """(which file it is, its size and times)."""
+        s = path.stat()
+        return f"{s.st_dev}:{s.st_ino}", (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+
+    def of(self, path: Path) -> str:
+        """The SHA-256 of a file's bytes in hexadecimal digits. Raises OSError."""
+        key, state = self._state(path)
+        known = self._known.get(key, ())
+        if known[:3] == state and len(known) == 4 and isinstance(known[3], str):
+            return known[3]
+        digest = sha256_file(path)
+        self._note(key, state, digest)
+        return digest
+
+    def remember(self, path: Path, digest: str) -> None:
+        """Note the SHA-256 of a file that the caller has just written."""
+        self._note(*self._state(path), digest)
+
+    def _note(self, key: str, state: tuple[int, int, int], digest: str) -> None:
+        self._known.pop(key, None)
+        if time.time_ns() - max(state[1:]) > self.RECENT:
+            self._known[key] = *state, digest
+        self._changed = True
+
+    def save(self) -> None:
+        """Write the memory, if something is new; a folder that cannot be written stays as it is."""
+        if self._changed:
+            newest = list(self._known.items())[-self.LIMIT :]
+            with suppress(UserError):
+                atomic_write(self.memory, json.dumps(dict(newest)))
+            self._changed = False
+
+
 @contextmanager
-def locked(path: Path | str, busy: str = "") -> Iterator[IO[bytes]]:
+def locked(path: Path | str, busy: str = "", waiting: str = "") -> Iterator[IO[bytes]]:
     """
     Hold an exclusive lock on the file `path`, which is created if needed; yields the open file. The
     lock ends with the block, or with the process and the children that inherit the open file.
-    Waits while another process holds the lock; given `busy`, raises UserError(busy) instead.
+    Waits while another process holds the lock, and says `waiting`; given `busy`, raises
+    UserError(busy) instead.
     """
-    import fcntl  # not available on Windows
-
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            raise UserError(busy) from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115 (closed below)
+    except OSError as e:
+        raise disk_error(path, e) from e
+    with file:
+        if not _lock(file, wait=False):
+            if busy:
+                raise UserError(busy)
+            if waiting:
+                notice(waiting)
+            _lock(file, wait=True)
         yield file
+
+
+def _lock(file: IO[bytes], wait: bool, whole_process: bool = False) -> bool:
+    """
+    Lock an open file; False if another process holds it and we do not wait. A lock of the
+    `whole_process` is not inherited by forked children, so it ends with the process for certain.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _lock_on_windows(file, wait)
+    lock = fcntl.lockf if whole_process else fcntl.flock
+    try:
+        lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as e:
+        if e.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        notice(f"{file.name} cannot be locked ({e.strerror}): start nothing twice in this folder")
+    return True
+
+
+def _lock_on_windows(file: IO[bytes], wait: bool) -> bool:
+    import msvcrt
+
+    file.seek(1 << 30)  # a byte that nobody reads
+    while True:
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore
+        except OSError:
+            if not wait:
+                return False
+            time.sleep(0.5)
+        else:
+            return True
+
+
+_held: dict[Path, IO[bytes]] = {}  # what reserve() holds in this process
+
+
+def reserve(path: Path, what: str) -> None:
+    """
+    Reserve `what` for this process by a lock file at `path`, until release() or the end of the
+    process. UserError if another living process has it: the file says which. What a dead one has
+    left is no obstacle, and a second call in the same process does nothing.
+    """
+    if path in _held:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while path not in _held:
+            file = open(path, "a+b")  # noqa: SIM115 (stays open)
+            if not _lock(file, wait=False, whole_process=True):
+                file.seek(0)
+                holder = file.read(1000).decode("utf-8", "replace") or "another process"
+                file.close()
+                raise UserError(
+                    f"{what} is in use by {holder}: wait until that ends, or stop it; "
+                    "to start another run, choose another --model_tag"
+                )
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                _held[path] = file
+            else:
+                file.close()  # its holder has just released it, and the file with it
+        now = datetime.now().isoformat(" ", timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
+        file.flush()
+    except OSError as e:
+        raise disk_error(path, e) from e
+    if len(_held) == 1:
+        atexit.register(release)
+
+
+def release() -> None:
+    """Release everything that this process has reserved."""
+    while _held:
+        path, file = _held.popitem()
+        path.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
+        file.close()

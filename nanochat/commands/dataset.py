@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.base.common import UserError, base_dir, entry, print0
+from nanochat.base.files import locked
 from nanochat.base.knobs import knob, parse
 from nanochat.data import hub
 from nanochat.data.sources import SHARD_SETS
@@ -31,15 +32,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Download the first n training shards and the validation shard."""
     knobs, _ = parse(DownloadKnobs, argv, command="dataset")
     shard_set, folder = SHARD_SETS[knobs.set], base_dir() / "shards" / knobs.set
-    commit, listed = hub.pin(shard_set.repo, folder, knobs.revision)
-    numbers = *range(min(knobs.n, shard_set.last)), shard_set.last
-    wanted = [shard_set.file(number) for number in numbers]
-    if missing := [name for name in wanted if name not in listed]:
-        raise UserError(
-            f"{shard_set.repo} has no {missing[0]} at commit {commit}: choose another revision "
-            "with --revision"
+    busy = f"another process is downloading into {folder}: waiting for it"
+    with locked(folder / ".lock", waiting=busy):
+        commit, listed = hub.pin(shard_set.repo, folder, knobs.revision)
+        numbers = *range(min(knobs.n, shard_set.last)), shard_set.last
+        wanted = [shard_set.file(number) for number in numbers]
+        if missing := [name for name in wanted if name not in listed]:
+            raise UserError(
+                f"{shard_set.repo} has no {missing[0]} at commit {commit}: choose another revision "
+                "with --revision"
+            )
+        hub.download(
+            shard_set.repo, commit, [listed[name] for name in wanted], folder, knobs.workers
         )
-    hub.download(shard_set.repo, commit, [listed[name] for name in wanted], folder, knobs.workers)
     print0(
         f"{len(wanted) - 1} training shards and the validation shard are in {folder}, commit "
         f"{commit[:12]}"

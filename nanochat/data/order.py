@@ -115,6 +115,7 @@ class RowOrder:
             "documents": [len(s) for s in self.shards],
             "tokens": [s.total for s in self.shards],
             "quota": self.quota,
+            "sha256": [s.sha256 for s in self.shards],
             "step": 0,
             "progress": 0.0,
             "epoch": 0,

@@ -5,12 +5,14 @@ map from then on.
 A shard is a folder: tokens.bin (uint16, or uint32 if the vocabulary needs it), offsets.npy (int64,
 where each document begins, and the end), mask.bin for conversations (uint8, 1 = to be predicted)
 and meta.json. Every document starts with <|bos|>. The folder name holds a hash of what the shard
-was made from (files, sizes, times, split, tokenizer), so whatever changes is tokenised again and
+was made from (the files' contents, split, tokenizer), so whatever changes is tokenised again and
 the rest is reused. A shard is built in a temporary folder and renamed, so it is complete or absent,
-and an interrupted run continues with the next one. Opening a truncated shard, or shards of two
-tokenizers together, is an error.
+and an interrupted run continues with the next one. meta.json holds the SHA-256 of the other files:
+opening a shard in which a bit has changed, or shards of two tokenizers together, is an error. Files
+are hashed once and again only when they may have changed (see base/files.py).
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanochat.base.common import UserError, base_dir, notice
-from nanochat.base.files import atomic_write, locked
+from nanochat.base.files import Hashes, atomic_write, locked, sha256_file
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import read_ahead
 from nanochat.data.sources import Part, Source, parts
@@ -31,7 +33,7 @@ from nanochat.data.sources import Part, Source, parts
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2  # to be raised whenever the same files would become other tokens
 Encoded = tuple[Sequence, Sequence]  # the ids of some documents, and their masks if there are any
 BATCH_CHARACTERS = 1 << 21  # per call of the tokenizer: little memory, and all cores busy
 
@@ -45,7 +47,9 @@ class Shards:
 
     def __init__(self, name: str, folders: Sequence[Path]):
         self.name = name
-        opened = [_open(folder) for folder in folders]
+        hashes = _hashes(folders[0].parent)
+        opened = [_open(folder, hashes) for folder in folders]
+        hashes.save()
         metas, self._tokens, self._masks, self._offsets = zip(*opened, strict=True)
         if len({m["tokenizer"] for m in metas}) != 1:
             raise UserError(
@@ -88,15 +92,29 @@ def prepare(
     the base folder). What an earlier run tokenised is reused.
     """
     root = Path(directory or base_dir() / "tokens")
-    all_parts = {
-        root / f"{source.name}-{split}-{_key(part.identity, tokenizer)}": part
-        for part in parts(source, split)
-    }
+    hashes = _hashes(root)
+
+    def folder_of(part: Part) -> Path:
+        contents = [hashes.of(path) for path in part.paths]
+        key = _key({**part.identity, "contents": contents}, tokenizer)
+        return root / f"{source.name}-{split}-{key}"
+
+    all_parts = {folder_of(part): part for part in parts(source, split)}
+    hashes.save()
     with _missing(root, [*all_parts]) as missing:
         size = sum(all_parts[folder].size for folder in missing)
         with progress(size, f"tokenising {source.name} ({split})", "bytes of text") as bar:
             for folder in missing:
-                _build(folder, tokenizer, _encoded(all_parts[folder], tokenizer, bar))
+                part = all_parts[folder]
+                _build(folder, tokenizer, _encoded(part, tokenizer, bar))
+                if folder_of(part) != folder:
+                    shutil.rmtree(folder)
+                    raise UserError(
+                        f"a file of the data source {source.name} changed while it was read: run "
+                        "again when nothing writes to it any more"
+                    )
+        if missing:
+            _count_outdated(root, f"{source.name}-{split}-")
         shards = Shards(source.name, [*all_parts])
     if not len(shards):
         raise UserError(
@@ -172,9 +190,13 @@ def _build(
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, tokenizer, batches, masked)
+        written = _write(temporary, tokenizer, batches, masked)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
+        hashes = _hashes(folder.parent)
+        for name, digest in written.items():
+            hashes.remember(folder / name, digest)
+        hashes.save()
     except OSError as e:
         raise UserError(
             f"cannot write tokens to {folder} ({e.strerror}): free some space or set "
@@ -184,25 +206,29 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], masked: bool) -> None:
+def _write(
+    folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], masked: bool
+) -> dict[str, str]:
+    """Write the files of a shard; returns the SHA-256 of each by its name, without meta.json."""
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    digest, lengths = hashlib.sha256(), []
+    names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
+    digests, lengths = {name: hashlib.sha256() for name in names}, []
     with ExitStack() as stack:
-        names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
-        files = [stack.enter_context(open(folder / name, "wb")) for name in names]
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
         for ids, masks in batches:
             columns = (ids, dtype), (masks, np.dtype("uint8"))
-            for file, (arrays, kind) in zip(files, columns, strict=False):
+            for name, (arrays, kind) in zip(names, columns, strict=False):
                 data = np.concatenate([np.asarray(a, dtype=kind) for a in arrays]).tobytes()
-                digest.update(data)
-                file.write(data)
+                digests[name].update(data)
+                files[name].write(data)
             lengths.extend(map(len, ids))
-        for file in files:
+        for file in files.values():
             file.flush()
             os.fsync(file.fileno())
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    digest.update(offsets.tobytes())
     np.save(folder / "offsets.npy", offsets)
+    written = {name: digest.hexdigest() for name, digest in digests.items()}
+    written["offsets.npy"] = sha256_file(folder / "offsets.npy")
     meta = {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
@@ -212,9 +238,37 @@ def _write(folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], mas
         "mask": masked,
         "documents": len(lengths),
         "tokens": int(offsets[-1]),
-        "sha256": digest.hexdigest(),
+        "files": written,
     }
-    atomic_write(folder / "meta.json", json.dumps(meta, indent=1))
+    atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _seal(meta)}, indent=1))
+    return written
+
+
+def _seal(meta: dict) -> str:
+    """The SHA-256 of a shard: of its metadata, which hold those of its files."""
+    meta = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(root: Path) -> Hashes:
+    return Hashes(root / ".hashes.json")
+
+
+def _count_outdated(root: Path, prefix: str) -> None:
+    """Say so if there are shards of a source that an earlier version made, and nobody will use."""
+    outdated = []
+    for folder in root.glob(f"{glob.escape(prefix)}*"):
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+        except (OSError, ValueError):
+            continue  # damaged, or of another process that is just replacing it
+        if isinstance(meta, dict) and meta.get("format") != FORMAT:
+            outdated.append(folder)
+    if outdated:
+        notice(
+            f"{len(outdated)} token shards of an earlier version in {root} are not used any more: "
+            f"{outdated[0].name} and the like may be deleted"
+        )
 
 
 @contextmanager
@@ -226,7 +280,8 @@ def _missing(root: Path, folders: list[Path]) -> Iterator[list[Path]]:
     if all(map(_usable, folders)):
         yield []
         return
-    with locked(root / ".lock"):
+    waiting = f"another process is writing tokens to {root}: waiting for it"
+    with locked(root / ".lock", waiting=waiting):
         for abandoned in root.glob(".build-*"):  # left by a killed run; nobody else is building
             shutil.rmtree(abandoned, ignore_errors=True)
         yield [folder for folder in folders if not _usable(folder)]
@@ -236,21 +291,28 @@ def _usable(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        _open(folder)
+        hashes = _hashes(folder.parent)
+        _open(folder, hashes)
+        hashes.save()
     except UserError as e:
         notice(f"{e}; tokenising again")
         return False
     return True
 
 
-def _open(folder: Path) -> tuple[dict, np.ndarray, np.ndarray | None, np.ndarray]:
-    """The metadata, tokens, mask and offsets of a shard; UserError if a file is too short."""
+def _open(folder: Path, hashes: Hashes) -> tuple[dict, np.ndarray, np.ndarray | None, np.ndarray]:
+    """The metadata, tokens, mask and offsets of a shard; UserError if any of them has changed."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta["sha256"] != _seal(meta):
+            raise ValueError("meta.json changed since it was written")
+        for name, digest in meta["files"].items():
+            if hashes.of(folder / name) != digest:
+                raise ValueError(f"{name} changed since it was written")
         tokens = _map(folder / "tokens.bin", meta["dtype"], meta["tokens"])
         mask = _map(folder / "mask.bin", "uint8", meta["tokens"]) if meta["mask"] else None
         return meta, tokens, mask, np.load(folder / "offsets.npy", mmap_mode="r")
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"the token shard {folder} is damaged ({type(e).__name__}: {e}): delete it and run "
             "again"

@@ -66,13 +66,14 @@ class Source:
 @dataclass(frozen=True)
 class Part:
     """
-    A unit of tokenisation. `identity` changes whenever the text may have changed; `size` is about
-    how many bytes of text to expect; `documents` reads them.
+    A unit of tokenisation. `identity` and the contents of the files `paths` decide the text; `size`
+    is about how many bytes of it to expect; `documents` reads it.
     """
 
     identity: dict[str, Any]
     size: int
     documents: Callable[[], Iterator[str]]
+    paths: tuple[Path, ...] = ()
 
 
 def parse_sources(specs: Sequence[str]) -> list[Source]:
@@ -247,7 +248,7 @@ def parts(source: Source, split: str) -> list[Part]:
 
 def _part(source: Source, split: str, paths: list[Path], share: float | None) -> Part:
     identity = {
-        "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths],
+        "formats": [p.suffix.lower() for p in paths],
         "field": source.field,
         "split": split,
         "share": share,
@@ -259,7 +260,7 @@ def _part(source: Source, split: str, paths: list[Path], share: float | None) ->
             if share is None or (place(text) <= share) == (split == "val"):
                 yield text
 
-    return Part(identity, sum(map(text_bytes, paths)), texts)
+    return Part(identity, sum(map(text_bytes, paths)), texts, tuple(paths))
 
 
 def _all_texts(paths: Sequence[Path], field: str | None) -> Iterator[str]:

@@ -125,6 +125,16 @@ class Checkpoint:
             return f"{type(e).__name__}: {e}"
         return ""
 
+    def is_of(self, run: str | None) -> bool:
+        """Whether save() wrote this folder in the run with that id, and nobody added a file."""
+        try:
+            meta = self.meta
+            names = {p.name for p in self.path.iterdir() if p.suffix != ".tmp"}
+        except (OSError, UserError, TypeError, AttributeError):
+            return False
+        ours = names <= {MODEL, OPTIMIZER, META, MANIFEST}
+        return ours and (meta.get("run_id"), meta.get("step")) == (run, self.step)
+
     def load_weights(self, model: GPT) -> None:
         """Copy the weights, and the tables of a prior, into a built model, one tensor at a time."""
         weights = self.weights
@@ -239,20 +249,36 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def prune(directory: Path, step: int, keep: int, best: int | None) -> None:
+def prune(directory: Path, step: int, keep: int, best: int | None, run: str | None = None) -> None:
     """
-    Delete all checkpoints but the best one and the last `keep` of those up to `step`. Those after
-    `step` are deleted too: a run that is at `step` has skipped them as damaged. Also delete what
-    crashed writers left behind.
+    Delete the checkpoints of `run` (the "run_id" in their metadata) up to `step`, except the best one
+    and the last `keep`; and what crashed writers left behind. Nothing else is touched: neither the
+    checkpoints of other runs nor folders in which somebody has put a file.
     """
-    checkpoints = list_checkpoints(directory)
-    past = [c for c in checkpoints if c.step <= step]
+    past = [c for c in list_checkpoints(directory) if c.step <= step]
     kept = {*past[-max(1, keep) :], *(c for c in past if c.step == best)}
-    for checkpoint in checkpoints:
-        if checkpoint not in kept:
+    for checkpoint in past:
+        if checkpoint not in kept and checkpoint.is_of(run):
             shutil.rmtree(checkpoint.path, ignore_errors=True)
     for temporary in directory.glob(".step_*.tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
+        if re.fullmatch(r"\.step_\d+\.\d+(\.old)?\.tmp", temporary.name):
+            shutil.rmtree(temporary, ignore_errors=True)
+    for temporary in directory.glob("step_*/.*.json.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def put_aside_after(directory: Path, step: int) -> None:
+    """
+    Rename the checkpoints after `step` to damaged_step_*: a run that resumes from `step` has found
+    them damaged, and will write its own.
+    """
+    for checkpoint in list_checkpoints(directory):
+        if checkpoint.step > step:
+            aside = checkpoint.path.with_name(f"damaged_{checkpoint.path.name}")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}_")
+            checkpoint.path.rename(aside)
+            notice(f"the damaged checkpoint {checkpoint} is now {aside.name}")
 
 
 # ---- runs with one tag

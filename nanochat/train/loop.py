@@ -367,7 +367,7 @@ class Run:
             weights = self.model.state_dict()
             checkpoint.save(self.directory, self.step, weights, tensors, self._meta())
             best = self.best["step"] if self.best else None
-            checkpoint.prune(self.directory, self.step, self.keep, best)
+            checkpoint.prune(self.directory, self.step, self.keep, best, self.meta.get("run_id"))
         self.saved_step, self._saved_at = self.step, self.seconds
         self._add_cost("save", began)
 

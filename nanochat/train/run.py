@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from nanochat.base import hardware, logbook
-from nanochat.base.common import UserError, human, notice, print0
+from nanochat.base.common import UserError, human, notice, print0, rank
+from nanochat.base.files import reserve
 from nanochat.base.runtime import Runtime, open_runtime
 from nanochat.data.contexts import Contexts
 from nanochat.data.tokenizer import Tokenizer
@@ -98,6 +99,8 @@ def resume_knobs(
             "give only one of them"
         )
     directory = run_directory(stage, tag)
+    if rank() == 0:
+        reserve(directory.with_name(f".{tag}.lock"), f"the run {tag} in {directory}")
     checkpoint = newest_to_resume(directory) if k.resume == "auto" else None
     if checkpoint is None:
         return k, origins, None

@@ -4,6 +4,7 @@ end.
 """
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import Any
 
 from nanochat.base import knobs
 from nanochat.base.common import UserError, human, notice, print0
+from nanochat.base.files import release
 from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import close_runtime, compiler_missing, out_of_memory
 from nanochat.chat.generate import Engine
@@ -20,7 +22,7 @@ from nanochat.data.shards import Shards
 from nanochat.data.sources import default_sources
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.tasks import mixture
-from nanochat.model.checkpoint import new_run, newest, require_space
+from nanochat.model.checkpoint import new_run, newest, put_aside_after, require_space
 from nanochat.model.stages import run_directory
 from nanochat.train import resume
 from nanochat.train.horizon import Horizon
@@ -158,6 +160,7 @@ def train(
         },
         "dtype": runtime.dtype_name,
         "world_size": runtime.world_size,
+        "run_id": checkpoint.meta.get("run_id") if checkpoint else uuid.uuid4().hex,
     }
     optimizer = make_optimizer(run.model, k, runtime, rate_scale)
     if runtime.is_main:
@@ -200,6 +203,8 @@ def train(
             )
         training.seconds += time.monotonic() - run.began  # opening counts as training time
         training.schedule = resume.schedule_from(checkpoint, training)
+        if checkpoint and runtime.is_main:
+            put_aside_after(run.directory, checkpoint.step)
         return training.fit()
     finally:
         logbook.close()
@@ -218,4 +223,5 @@ def session() -> Iterator[None]:
             "--device_batch_size"
         ) from e
     finally:
+        release()
         close_runtime()
