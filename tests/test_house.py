@@ -117,14 +117,14 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 8_400,
+    "base": 9_300,
     "tinyworld": 9_600,
     "data": 18_500,
-    "model": 17_500,
+    "model": 17_700,
     "chat": 4_760,
     "chat/serve": 10_200,
     "eval": 14_280,
-    "train": 12_700,
+    "train": 13_000,
     "study": 10_800,
     "plan": 17_650,
     "export": 7_500,
