@@ -53,7 +53,7 @@ def test_a_checkpoint_carries_the_prior(tmp_path, path, gate):
         assert torch.equal(again.logits(again(b.inputs)), m.logits(m(b.inputs)))
     assert again.config == m.config and again.counts() == m.counts()
     bare = checkpoint.save(tmp_path, 2, tiny.model().state_dict(), {}, meta)
-    with pytest.raises(UserError, match=r"holds nothing for prior\."):
+    with pytest.raises(UserError, match=r"describe prior\..* but it holds nothing"):
         bare.model("cpu", torch.float32)
     if gate != "annealed":
         return

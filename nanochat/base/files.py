@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from nanochat.base.common import UserError, disk_error, notice
+from nanochat.base.strangers import open_regular, read_json
 
 
 def atomic_write(path: Path | str, data: bytes | str) -> None:
@@ -37,8 +38,10 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
 
 
 def sha256_file(path: Path | str) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as f:
+    """
+    The SHA-256 of a regular file's bytes, as 64 hexadecimal digits. OSError for anything else.
+    """
+    with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -55,7 +58,7 @@ class Hashes:
     def __init__(self, memory: Path):
         self.memory, self._changed = memory, False
         try:
-            stored = json.loads(memory.read_text(encoding="utf-8"))
+            stored = read_json(memory)
             self._known = {str(key): tuple(value) for key, value in stored.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             self._known = {}

@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from nanochat.base.commands import command_names, first_sentence, near
 from nanochat.base.common import UserError, decoded, notice, print0
+from nanochat.base.strangers import shown
 
 T = TypeVar("T")
 LARGEST_SEED = 2**63 - 1  # what torch and numpy both take; the smallest is 0
@@ -128,7 +129,10 @@ class _Knob:
         for v in values:
             if not isinstance(v, types) or (isinstance(v, bool) and self.kind is not bool):
                 self._refuse(value, where)
-        return self._checked([self.kind(v) for v in values], where)
+        try:
+            return self._checked([self.kind(v) for v in values], where)
+        except OverflowError:  # a whole number that no float can hold
+            self._refuse(value, where)
 
     def _checked(self, values: Sequence[Any], where: str) -> Any:
         low, high = self.meta["low"], self.meta["high"]
@@ -142,7 +146,7 @@ class _Knob:
         return tuple(values) if self.many else values[0]
 
     def _refuse(self, value: Any, where: str) -> NoReturn:
-        raise UserError(f"{where} must be {self.expected} (got {value!r})")
+        raise UserError(f"{where} must be {self.expected} (got {shown(value)})")
 
 
 RECIPE = _Knob.of("recipe", str, "", knob("").metadata)  # a flag that every command has
@@ -153,6 +157,7 @@ def _knobs(cls: type) -> dict[str, _Knob]:
     return {
         f.name: _Knob.of(f.name, hints[f.name], f.default, f.metadata)
         for f in dataclasses.fields(cls)
+        if f.metadata  # others are no knobs
     }
 
 
@@ -295,6 +300,14 @@ def _known_values(
 
 
 # ---- what commands call
+
+
+def stored_values(cls: type, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """
+    The values that a file holds for the knobs of `cls`, checked as those of a recipe are; others
+    are ignored. `where` is how messages call the file.
+    """
+    return _known_values(_knobs(cls), stored, where)
 
 
 def parse(

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.model.checkpoint import furthest_stage, locate
 
     stage = furthest_stage(values.model_tag) if values.source == "auto" else values.source
-    locate(stage, values.model_tag, values.step)  # fails early and clearly
+    locate(stage, values.model_tag, values.step).config  # noqa: B018 (fails early and clearly)
     listener = listen(values.host, values.port)
     key = values.api_key
     if values.host not in LOOPBACK and not key:

@@ -193,14 +193,19 @@ class RowFeed:
                     f"to {self._state[name]}: restore the data, or start a new run"
                 )
         stored = state.get("sha256", self._state["sha256"])  # earlier versions stored none
-        for shards, before in zip(self._order.shards, stored, strict=True):
+        for shards, before in zip(self._order.shards, stored, strict=False):
             if shards.sha256 != before:
                 raise UserError(
                     f"cannot resume, because {shards.name} does not hold the data with which the "
                     "run was started: restore the data, or start a new run"
                 )
-        self.close()
         state = {"cuts": [], **state, "sha256": self._state["sha256"]}
+        if fault := self._order.fault(state):
+            raise UserError(
+                f"cannot resume, because the checkpoint's position in the data is impossible "
+                f"({fault}): choose an earlier checkpoint, or start a new run"
+            )
+        self.close()
         if state["sequence_len"] in self._contexts.lengths:
             self._set_length(state["sequence_len"])
         elif self._order.mode == "packed":

@@ -126,12 +126,32 @@ class RowOrder:
             "sources": [{"epoch": 0, "document": 0, "drawn": 0} for _ in self.shards],
         }
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of an epoch."""
+        return max(1, round(self.total / BLOCK_TOKENS))
+
+    def fault(self, position: dict[str, Any]) -> str:
+        """Why no run over these sources can be at this position; '' if one can. Checks no types."""
+        sources, start = position.get("sources", []), self.start()
+        if absent := sorted(start.keys() - position.keys()):
+            return f"it lacks {', '.join(absent)}"
+        if position["block"] >= self.blocks or len(sources) != len(self.shards):
+            return f"block {position['block']} of {self.blocks}, in {len(sources)} sources"
+        for source, shards in zip(sources, self.shards, strict=True):
+            if not source.keys() >= start["sources"][0].keys() or source["document"] > len(shards):
+                return f"{source} of {len(shards)} documents"
+        lengths = [position["sequence_len"], *(cut[0] for cut in position["cuts"] if len(cut) == 2)]
+        if len(lengths) <= len(position["cuts"]) or not all(0 < n <= 2**20 for n in lengths):
+            return f"rows of {position['sequence_len']} tokens after the cuts {position['cuts']}"
+        return ""
+
     def rows(self, position: dict[str, Any]) -> Iterator[tuple[Block, int, dict[str, Any]]]:
         """(block, row, changes of the position) of every row after `position`."""
         epoch, number = position["epoch"], position["block"]
         first, cuts = position["row"], position["cuts"]
         sources = [dict(s) for s in position["sources"]]
-        quota, blocks = self.quota, max(1, round(self.total / BLOCK_TOKENS))
+        quota, blocks = self.quota, self.blocks
 
         @lru_cache(maxsize=len(self.shards))
         def shuffled_source(i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:

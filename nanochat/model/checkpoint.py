@@ -31,7 +31,9 @@ from torch import Tensor
 from nanochat.base.common import UserError, base_dir, human, notice
 from nanochat.base.files import atomic_write, sha256_file
 from nanochat.base.runtime import Runtime, open_runtime
+from nanochat.base.strangers import read_json, shown
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.model import stored
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.model.stages import STAGES, run_directory, stage_directory
@@ -47,8 +49,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     a second copy.
     """
     try:
+        stored.read_header(path)
         return load_file(path)
-    except (OSError, SafetensorError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise UserError(
             f"cannot read {path} ({e}): the file is damaged or truncated; "
             "choose another checkpoint with --step"
@@ -80,26 +83,37 @@ class Checkpoint:
     def meta(self) -> dict[str, Any]:
         """Everything stored besides tensors, in the present format. Read once."""
         try:
-            meta = json.loads((self.path / META).read_text(encoding="utf-8"))
+            meta = stored.read_meta(self.path / META)
+            if meta.get("format") not in (1, FORMAT):
+                raise UserError(
+                    f"{self} has checkpoint format {shown(meta.get('format'))}, but this version "
+                    f"reads 1 to {FORMAT}: use the version of nanochat that wrote it"
+                )
+            return stored.checked_meta(upgraded(meta))
         except (OSError, ValueError) as e:
             raise UserError(
                 f"cannot read {self.path / META} ({e}): choose another checkpoint with --step"
             ) from e
-        if meta.get("format") not in (1, FORMAT):
-            raise UserError(
-                f"{self} has checkpoint format {meta.get('format')}, but this version reads 1 "
-                f"to {FORMAT}: use the version of nanochat that wrote it"
-            )
-        return upgraded(meta)
 
     @property
     def config(self) -> GPTConfig:
-        return GPTConfig.from_dict(self.meta["config"])
+        """The architecture. UserError if the weights are not those of such a model."""
+        config = GPTConfig.from_dict(self.meta["config"])
+        try:
+            fault = stored.header_fault(stored.read_header(self.path / MODEL), config)
+        except (OSError, ValueError) as e:
+            fault = str(e)
+        if fault:
+            raise UserError(
+                f"cannot load {self.path / MODEL} ({fault}): choose another checkpoint with "
+                "--step, or get it again from where it came from"
+            )
+        return config
 
     @property
     def fingerprint(self) -> str:
         """A short name of the weights: the beginning of their SHA-256, from the manifest."""
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(self.path / MANIFEST)
         return "fp_" + str(manifest[MODEL][0])[:16]
 
     @property
@@ -111,13 +125,33 @@ class Checkpoint:
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return read_tensors(self.path / OPTIMIZER)
 
+    def moments(self, model: GPT) -> dict[str, Tensor]:
+        """
+        The optimizer's tensors, NAME/MOMENT for a parameter of that name. UserError if one has not
+        the shape of its parameter or holds values that are not finite numbers.
+        """
+        tensors, parameters = self.optimizer_tensors, dict(model.named_parameters())
+        for key, tensor in tensors.items():
+            p = parameters.get(key.rpartition("/")[0])
+            if p is None or p.shape != tensor.shape or not tensor.is_floating_point():
+                fault = f"{shown(key)} is {tensor.dtype} {tuple(tensor.shape)}"
+            elif stored.not_finite({key: tensor}):
+                fault = f"{shown(key)} is not finite"
+            else:
+                continue
+            raise UserError(
+                f"cannot resume from {self.path / OPTIMIZER} ({fault}): choose an earlier checkpoint"
+            )
+        return tensors
+
     def damage(self, optimizer: bool = False) -> str:
         """
         What is wrong with the metadata and the weights (and the optimizer's file, if asked);
         '' when they are intact. Reads and hashes the files.
         """
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            stored.check_sizes(self.path / META, self.path / MODEL)
+            manifest = read_json(self.path / MANIFEST)
             for name in (META, MODEL, OPTIMIZER) if optimizer else (META, MODEL):
                 if sha256_file(self.path / name) not in manifest[name]:
                     return f"{name} differs from the manifest"
@@ -140,15 +174,20 @@ class Checkpoint:
         weights = self.weights
         with torch.no_grad():
             for name, p in model.state_dict().items():
-                stored = weights.get(name)
-                if stored is None or stored.shape != p.shape:
-                    shape = "nothing" if stored is None else tuple(stored.shape)
+                tensor = weights.get(name)
+                if tensor is None or tensor.shape != p.shape:
+                    shape = "nothing" if tensor is None else tuple(tensor.shape)
                     raise UserError(
                         f"{self} holds {shape} for {name}, but the model needs "
                         f"{tuple(p.shape)}: leave out the flags that set the model's size, or "
                         "choose another --model_tag"
                     )
-                p.copy_(stored)
+                p.copy_(tensor)
+            if name := stored.not_finite(model.state_dict()):
+                raise UserError(
+                    f"{self} holds values in {name} that are not finite numbers: choose an "
+                    "earlier checkpoint with --step, or train the model again"
+                )
 
     def model(self, device: torch.device | str, dtype: torch.dtype) -> GPT:
         """The stored model with float32 weights, which computes in `dtype`."""
@@ -174,7 +213,7 @@ class Checkpoint:
         intact with either the old metadata or the new.
         """
         text = _meta_text(self.step, meta)
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(self.path / MANIFEST)
         new_hash = hashlib.sha256(text.encode("utf-8")).hexdigest()
         manifest[META] = [sha256_file(self.path / META), new_hash]
         atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=1))

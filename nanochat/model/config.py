@@ -10,7 +10,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from nanochat.base.common import UserError
-from nanochat.base.knobs import knob
+from nanochat.base.knobs import knob, stored_values
+
+LARGEST = {  # so that a file of a stranger cannot ask for all memory
+    "sequence_len": 2**20,
+    "vocab_size": 2**24,
+    "n_layer": 2**10,
+    "n_head": 2**16,
+    "n_embd": 2**20,
+    "mlp_ratio": 2**10,
+    "softcap": 1e6,
+    "rope_base": 1e12,
+}
+MOST_ANGLES = 2**27  # of the rotary tables: positions times the width of a head
 
 
 @dataclass(kw_only=True)
@@ -58,11 +70,24 @@ class GPTConfig(ArchitectureKnobs):
         for name in positive.split():
             if not 0 < getattr(self, name) < math.inf:  # rejects NaN, too
                 raise UserError(f"{name} must be a number above 0 (got {getattr(self, name)})")
+        for name, most in LARGEST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name} must be at most {most:,} (got {getattr(self, name):,})")
+        if self.rope_base < 1 or 0 < self.softcap < 1e-3:  # float32 would not hold the results
+            raise UserError(
+                f"rope_base must be at least 1, and softcap 0 or at least 0.001 (got "
+                f"{self.rope_base:g} and {self.softcap:g})"
+            )
         if self.n_embd % (2 * self.n_head):
             raise UserError(
                 f"the model width {self.n_embd} cannot be divided into {self.n_head} heads of "
                 "an even width, which rotary embeddings need: choose an even head_dim, and a "
                 "multiple of it as model_dim"
+            )
+        if self.sequence_len * self.head_dim > MOST_ANGLES:
+            raise UserError(
+                f"heads of width {self.head_dim} cannot have {self.sequence_len:,} positions: "
+                "lower sequence_len"
             )
         if self.n_head % self.n_kv_head:
             raise UserError(
@@ -120,14 +145,18 @@ class GPTConfig(ArchitectureKnobs):
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "GPTConfig":
-        """The configuration that to_dict stored. Raises UserError for knobs of another version."""
+        """
+        The configuration that to_dict stored, `rap` as it stands there. Raises UserError for knobs
+        of another version and for values of another type.
+        """
         unknown = set(stored) - {f.name for f in fields(cls)}
         if unknown:
             raise UserError(
                 "the checkpoint uses architecture knobs that this version does not have "
-                f"({', '.join(sorted(unknown))}): use the version that wrote it"
+                f"({', '.join(sorted(unknown))[:200]}): use the version that wrote it"
             )
-        return cls(**stored)
+        values = stored_values(cls, stored, "in the checkpoint")
+        return cls(**values, rap=stored.get("rap"))
 
 
 @dataclass(kw_only=True)

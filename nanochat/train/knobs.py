@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from nanochat.base.common import UserError
-from nanochat.base.knobs import LARGEST_SEED, knob
+from nanochat.base.knobs import LARGEST_SEED, knob, stored_values
 
 K = TypeVar("K", bound="TrainKnobs")
 
@@ -139,9 +139,6 @@ def inherit(k: K, origins: Mapping[str, str], stored: Mapping[str, Any]) -> tupl
     (knobs, origins) in which knobs left at their default take the stored value: a recipe and the
     command line win over a checkpoint.
     """
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in stored.items()
-        if origins.get(name) == "default"
-    }
+    unset = {name: value for name, value in stored.items() if origins.get(name) == "default"}
+    values = stored_values(type(k), unset, "in the checkpoint")
     return replace(k, **values), {**origins, **dict.fromkeys(values, "inherited")}

@@ -388,7 +388,13 @@ class Run:
         """Return to the state of a checkpoint: weights, optimizer, feed, clock and counters."""
         meta = stored.meta
         stored.load_weights(self.model)
-        self.optimizer.load_state_tensors(stored.optimizer_tensors, meta["updates"])
+        try:
+            self.optimizer.load_state_tensors(stored.moments(self.model), meta["updates"])
+        except KeyError as e:
+            raise UserError(
+                f"cannot resume from {stored}, whose optimizer's state lacks {e}: choose an "
+                "earlier checkpoint, or start a new run"
+            ) from e
         self.feed.load_state_dict(meta["feed"])
         self.step = self.saved_step = meta["step"]
         self.evaluated_to = self.step, 1.0  # unless it is stored

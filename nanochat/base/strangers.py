@@ -1,0 +1,129 @@
+"""
+Reading what a stranger wrote: regular files only, of a bounded size, as plain JSON of a bounded
+depth, whose values have the types and ranges that they must have.
+"""
+
+import errno
+import json
+import math
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MOST_BYTES = 2**26  # of a JSON file
+MOST_DEPTH = 64  # of lists and objects within one another
+MOST_TEXT = 2**20  # characters of one text
+LARGEST = 2**53  # whole numbers up to here are exact in every language that writes JSON
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """
+    Open a file to read bytes. Raises OSError for anything that is not a regular file: a pipe or a
+    device may never end, or never begin.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(fd, "rb")
+
+
+def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file. OSError if it is none, ValueError if it holds more than `most`."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return data
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("an object names the same field twice")
+    return values
+
+
+def parse_json(data: bytes | str) -> Any:
+    """
+    The value of a JSON text. ValueError if it is none, if an object names a field twice, or if it
+    is nested more than MOST_DEPTH deep, so that whatever walks through it stays shallow.
+    """
+    try:
+        value = json.loads(data, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        inner = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [value for values in inner for value in values]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+
+
+def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
+    """The value in a JSON file. OSError or ValueError, as read_bytes and parse_json."""
+    return parse_json(read_bytes(path, most))
+
+
+def mismatch(value: Any, form: Any, name: str) -> str:
+    """
+    How `value` differs from `form`, '' if it does not. A form is int (0 to LARGEST), float (a
+    finite number), bool, str, None or object (anything); a tuple of forms, of which one must fit;
+    [form], a list of them; {str: form}, an object whose every value fits; or {"name": form, ...},
+    an object whose fields of these names fit, if it has them. `name` is what to call the value.
+    """
+    if isinstance(form, tuple):
+        faults = [mismatch(value, option, name) for option in form]
+        return "" if "" in faults else faults[0]
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return _unfit(name, "a list", value)
+        return _first(mismatch(v, form[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return _unfit(name, "an object", value)
+        every = form.get(str)
+        forms = dict.fromkeys(value, every) if str in form else form
+        return _first(mismatch(value[k], forms[k], f"{name}.{k}") for k in forms if k in value)
+    kind, fits = {
+        object: ("anything", lambda: True),
+        None: ("null", lambda: value is None),
+        bool: ("true or false", lambda: isinstance(value, bool)),
+        str: ("a text", lambda: isinstance(value, str) and len(value) <= MOST_TEXT),
+        int: ("a whole number from 0 up", lambda: type(value) is int and 0 <= value <= LARGEST),
+        float: ("a finite number", lambda: is_number(value)),
+    }[form]
+    return "" if fits() else _unfit(name, kind, value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value as a message shows it: in one short line, without control characters."""
+    text = repr(value if not isinstance(value, str) else value[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _unfit(name: str, kind: str, value: Any) -> str:
+    return f"{name[:100]} is {shown(value)}, not {kind}"
+
+
+def _first(faults: Any) -> str:
+    return next((fault for fault in faults if fault), "")
+
+
+def missing(value: dict[str, Any], names: Sequence[str]) -> str:
+    """Which of these fields an object lacks, in words; '' if none."""
+    absent = [name for name in names if name not in value]
+    return f"it lacks {', '.join(absent)}" if absent else ""

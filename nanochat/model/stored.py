@@ -1,0 +1,284 @@
+"""
+What the files of a checkpoint may hold. A checkpoint can come from a stranger, so everything is
+checked before anything is built or allocated: the metadata by type and range, and the header of the
+tensors against the model that the metadata describe.
+"""
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.base.common import UserError
+from nanochat.base.strangers import (
+    LARGEST,
+    mismatch,
+    missing,
+    open_regular,
+    parse_json,
+    read_json,
+    shown,
+)
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
+from nanochat.model.stages import STAGES
+
+MOST_META = 2**22  # bytes
+MOST_HEADER = 2**22  # bytes: some 35,000 tensors
+Header = dict[str, tuple[str, tuple[int, ...]]]  # name -> type as safetensors spells it, shape
+
+_SETTING = (bool, int, float, str, None, [(bool, int, float, str)])
+_META = {  # the forms of the fields that are read again; see strangers.mismatch
+    "format": int,
+    "step": int,
+    "stage": str,
+    "config": {str: object},  # checked by GPTConfig.from_dict
+    "tokenizer": str,
+    "knobs": {str: _SETTING},
+    "origins": {str: str},
+    "horizon": {
+        "rows": int,
+        "steps": (int, None),
+        "compiled": bool,
+        "since": ([float], None),
+    },
+    "dtype": str,
+    "world_size": int,
+    "tokens": int,
+    "seconds": float,
+    "best": ({"step": int, "val_bpb": float}, None),
+    "scale": float,
+    "costs": {str: float},
+    "evaluated_to": [float],
+    "last": {str: {str: object}},
+    "done": bool,
+    "updates": int,
+    "progress": float,
+    "feed": {
+        "seed": int,
+        "sequence_len": int,
+        "epochs": (int, None),
+        "documents": [int],
+        "tokens": [int],
+        "quota": [int],
+        "step": int,
+        "progress": float,
+        "epoch": int,
+        "block": int,
+        "row": int,
+        "cuts": [[int]],
+        "sources": [{"epoch": int, "document": int, "drawn": int}],
+        "sha256": [str],
+        "questions": str,
+        "drawn": int,
+    },
+}
+_DTYPES = "float32", "bfloat16", "float16"
+_SPEC = {
+    "attention": str,
+    "columns": [[(int, str)]],
+    "shifts": [int],
+    "learned": bool,
+    "rows": [[int]],
+    "tensors": {str: [(int, str)]},
+    "about": str,
+}
+# The tables of a prior, with a letter for each of their sizes: V = vocabulary, U = V + 1,
+# T = context, D = T + 1, L = layers, H = heads, G = groups, S = shifts, N = curves; place is TT, ND
+# or D
+_TABLES = {
+    "gates": "LHG",
+    "start": "LHG",
+    "key": "V",
+    "codes": "UP",
+    "query": "PR",
+    "keys": "SPR",
+    "pair": "Q",
+    "pair_query": "UQ",
+    "pair_now": "UQ",
+    "place_u": "TW",
+    "place_w": "TW",
+}
+_GROUPS = {  # the tables that a group of a prior needs
+    "key": {"key"},
+    "match": {"codes", "query", "keys"},
+    "pair": {"pair", "pair_query", "pair_now"},
+    "lag": {"place"},
+    "bias": {"place"},
+}
+_CODES = "codes", "pair_query", "pair_now"
+_TYPES = {  # as safetensors spells them
+    "float64": "F64",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int8": "I8",
+}
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F16": 16, "BF16": 16, "F32": 32}
+_BITS |= {"I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+
+
+class Meta(dict[str, Any]):
+    """The checked metadata. A field that is needed and absent is a UserError, not a KeyError."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(
+            f"the metadata of the checkpoint lack {name!r}: choose another one with --step, or "
+            "get it again from where it came from"
+        )
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """An object from a file of metadata. OSError or ValueError for anything else."""
+    meta = read_json(path, MOST_META)
+    if not isinstance(meta, dict):
+        raise ValueError(f"it holds {shown(meta)}, not an object")
+    return meta
+
+
+def check_sizes(meta: Path, weights: Path) -> None:
+    """ValueError or OSError for files that are not worth hashing: they hold more than they may."""
+    if meta.stat().st_size > MOST_META:
+        raise ValueError(f"{meta.name} has more than {MOST_META:,} bytes")
+    read_header(weights)  # covers its file exactly
+
+
+def checked_meta(meta: Mapping[str, Any]) -> Meta:
+    """
+    The metadata, in the present format, as Meta. ValueError or UserError if a field that they have
+    is not of the right type or out of range.
+    """
+    if not (fault := mismatch(meta, _META, "meta")):
+        config = GPTConfig.from_dict(meta["config"]) if "config" in meta else None
+        if meta.get("stage", "base") not in STAGES:
+            fault = f"there is no stage {shown(meta['stage'])}"
+        elif meta.get("dtype", "float32") not in _DTYPES:
+            fault = f"its dtype is {shown(meta['dtype'])}, not one of {', '.join(_DTYPES)}"
+        elif config and config.rap is not None:
+            fault = spec_fault(config.rap, config)
+    if fault:
+        raise ValueError(fault)
+    inner = {name: Meta(meta[name]) for name in ("horizon", "feed", "knobs") if name in meta}
+    return Meta({**meta, **inner})
+
+
+def spec_fault(spec: Any, config: GPTConfig) -> str:
+    """What is wrong with the spec of a prior (GPTConfig.rap) for this model; '' if nothing is."""
+    fault = mismatch(spec, _SPEC, "rap") or missing(spec, list(_SPEC))
+    if fault:
+        return fault
+    pairs = [tuple(map(type, column)) for column in spec["columns"]]
+    names = [column[0] for column in spec["columns"]]
+    tables = spec["tensors"]
+    if set(pairs) - {(str, int)} or len(set(names)) < len(names) or set(names) - set(_GROUPS):
+        return f"rap.columns is {shown(spec['columns'])}, not the groups of a prior"
+    place = [name for name in names if name in ("lag", "bias")]
+    if place not in ([], names[-1:]):
+        return "rap.columns must end with lag or bias, and have only one of them"
+    needed = {"gates"}.union(*(_GROUPS[name] for name in names))
+    if fault := missing(tables, sorted(needed)):
+        return f"rap.tensors: {fault}"
+    if spec["attention"] not in ("dense", "factored", "flex"):
+        return f"rap.attention is {shown(spec['attention'])}"
+    if any(shift > config.sequence_len for shift in spec["shifts"]):
+        return f"rap.shifts go beyond the context of {config.sequence_len} tokens"
+    return _tables_fault(spec, names, config)
+
+
+def _tables_fault(spec: dict[str, Any], names: list[str], config: GPTConfig) -> str:
+    """What is wrong with the shapes of a prior's tables, and with what counts their columns."""
+    rows, T, V = spec["rows"], config.sequence_len, config.vocab_size
+    sizes = {"V": V, "U": V + 1, "T": T, "D": T + 1, "G": len(names), "S": len(spec["shifts"])}
+    place = "TT" if "bias" in names else "ND" if rows else "D"
+    for name, table in spec["tensors"].items():
+        letters = place if name == "place" else _TABLES.get(name, "")
+        dtype, *shape = table or [""]
+        fits = len(shape) == len(letters) > 0 and all(
+            type(n) is int and n == sizes.setdefault(letter, n)
+            for letter, n in zip(letters, shape, strict=True)
+        )
+        if not fits or dtype not in (("int8",) if name in _CODES else ("float32", "bfloat16")):
+            return f"rap.tensors.{name[:40]} is {shown(table)}, which does not fit"
+    layers, heads = sizes["L"], sizes["H"]
+    if not (0 < layers <= config.n_layer and 0 < heads <= config.n_head):
+        return f"rap has gates for {heads} heads of {layers} layers, which the model does not have"
+    lengths, curves = {len(layer) for layer in rows}, [curve for layer in rows for curve in layer]
+    if rows and (len(rows) != layers or lengths != {heads} or max(curves) >= sizes["N"]):
+        return "rap.rows does not name one curve for each head"
+    widths = {"key": 1, "match": sizes.get("R"), "pair": sizes.get("Q")}
+    widths |= dict.fromkeys(("lag", "bias"), sizes.get("W", 0))
+    wrong = [name for name, n in spec["columns"] if n != widths[name]]
+    return f"rap.columns gives a wrong width for {', '.join(wrong)}" if wrong else ""
+
+
+def read_header(path: Path) -> Header:
+    """
+    The tensors that a safetensors file lists, none of which is read. OSError or ValueError if the
+    file is not regular, or if its header is too long, malformed or does not cover the file exactly.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        length = struct.unpack("<Q", file.read(8).rjust(8, b"\xff"))[0]
+        if length > min(MOST_HEADER, size - 8):
+            raise ValueError(
+                f"its header claims {length:,} bytes, but the file has {size:,} and a header at "
+                f"most {MOST_HEADER:,}"
+            )
+        entries = parse_json(file.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError("its header is not an object")
+    entries.pop("__metadata__", None)
+    form = {"dtype": str, "shape": [int], "data_offsets": [int]}
+    header, spans = {}, []
+    for name, entry in entries.items():
+        fault = mismatch(entry, form, f"the entry of {name}") or missing(entry, list(form))
+        if fault:
+            raise ValueError(fault)
+        begin, end = (*entry["data_offsets"], -1, -1)[:2]
+        elements = 1
+        for n in entry["shape"]:
+            elements = min(elements * n, LARGEST)
+        bits = _BITS.get(entry["dtype"], 0)
+        if bits and (end - begin) * 8 != elements * bits:
+            raise ValueError(
+                f"{name[:100]} of shape {shown(entry['shape'])} has {end - begin} bytes"
+            )
+        header[name] = entry["dtype"], tuple(entry["shape"])
+        spans.append((begin, end))
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at or end < begin:
+            raise ValueError("its tensors overlap or leave gaps")
+        at = end
+    if at != size - 8 - length:
+        raise ValueError(f"it holds {size - 8 - length:,} bytes of tensors instead of {at:,}")
+    return header
+
+
+def header_fault(header: Header, config: GPTConfig) -> str:
+    """Why these tensors are not those of a model of `config`; '' if they are."""
+    layers = sum(name.startswith("blocks.") for name in header)
+    if config.n_layer > layers:  # before a model of a million layers is laid out
+        return f"its metadata describe {config.n_layer:,} layers, but it holds tensors for fewer"
+    for name, table in GPT.build(config, "meta").state_dict().items():
+        dtype, shape = header.get(name, ("nothing", ()))
+        expected = _TYPES.get(str(table.dtype).removeprefix("torch."), "")
+        floats = ("F64", "F32", "BF16", "F16") if table.is_floating_point() else (expected,)
+        if dtype not in floats or shape != tuple(table.shape):
+            return (
+                f"its metadata describe {name} as {expected} {tuple(table.shape)}, but it holds "
+                f"{dtype} {shape or ''}".rstrip()
+            )
+    return ""
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor with a value that is not a number or infinite; '' if none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return ""
