@@ -195,12 +195,7 @@ def _tables_fault(spec: dict[str, Any], names: list[str], config: GPTConfig) -> 
     place = "TT" if "bias" in names else "ND" if rows else "D"
     for name, table in spec["tensors"].items():
         letters = place if name == "place" else _TABLES.get(name, "")
-        dtype, *shape = table or [""]
-        fits = len(shape) == len(letters) > 0 and all(
-            type(n) is int and n == sizes.setdefault(letter, n)
-            for letter, n in zip(letters, shape, strict=True)
-        )
-        if not fits or dtype not in (("int8",) if name in _CODES else ("float32", "bfloat16")):
+        if not _table_fits(name, table or [""], letters, sizes):
             return f"rap.tensors.{name[:40]} is {shown(table)}, which does not fit"
     layers, heads = sizes["L"], sizes["H"]
     if not (0 < layers <= config.n_layer and 0 < heads <= config.n_head):
@@ -212,6 +207,19 @@ def _tables_fault(spec: dict[str, Any], names: list[str], config: GPTConfig) -> 
     widths |= dict.fromkeys(("lag", "bias"), sizes.get("W", 0))
     wrong = [name for name, n in spec["columns"] if n != widths[name]]
     return f"rap.columns gives a wrong width for {', '.join(wrong)}" if wrong else ""
+
+
+def _table_fits(name: str, table: list[Any], letters: str, sizes: dict[str, int]) -> bool:
+    """Whether a table [dtype, *sizes] has the sizes of these letters; adds new ones to `sizes`."""
+    dtype, *shape = table
+    return (
+        dtype in (("int8",) if name in _CODES else ("float32", "bfloat16"))
+        and len(shape) == len(letters) > 0
+        and all(
+            type(n) is int and n == sizes.setdefault(letter, n)
+            for letter, n in zip(letters, shape, strict=True)
+        )
+    )
 
 
 def read_header(path: Path) -> Header:
