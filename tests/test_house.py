@@ -117,10 +117,10 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 9_300,
+    "base": 10_200,
     "tinyworld": 9_600,
     "data": 18_500,
-    "model": 17_700,
+    "model": 20_070,
     "chat": 4_760,
     "chat/serve": 10_200,
     "eval": 14_280,
