@@ -1,13 +1,29 @@
 """common: figures and tables for people, and how a command ends."""
 
+import ast
 import io
 import os
 import subprocess
 import sys
+import unicodedata
+from functools import partial
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from nanochat.base.common import UserError, base_dir, columns, duration, entry, human
+from nanochat.base import common
+from nanochat.base.common import (
+    UserError,
+    base_dir,
+    columns,
+    duration,
+    entry,
+    human,
+    notice,
+    print0,
+)
+from nanochat.base.progress import StatusLine, progress
 
 
 @pytest.mark.parametrize(
@@ -130,3 +146,59 @@ def test_a_print_that_fails_costs_the_print_alone(tmp_path, gone):
     assert (tmp_path / "end").read_text() == "done"
     assert process.returncode == 0
     assert b"Traceback" not in (errors or b"") and b"Exception" not in (errors or b"")
+
+
+CONTROLS = {
+    "CSI": "\x1b[2J",
+    "a title (OSC 0)": "\x1b]0;owned\x07",
+    "a link (OSC 8)": "\x1b]8;;http://evil\x1b\\click\x1b]8;;\x1b\\",
+    "the clipboard (OSC 52)": "\x1b]52;c;ZXZpbA==\x07",
+    "C1": "\x9b2J\x9d0;x\x9c\x85\x90",
+    "back and over": "good\revil\b\b\b\b",
+    "form feed, vertical tab": "\x0b\x0c",
+    "NUL, bell, delete": "\0\x07\x7f",
+    "shift out": "\x0e\x0f",
+    "an override": "\u202etxt.exe\u202c",
+    "isolates": "\u2066a\u2067b\u2068c\u2069",
+    "half a pair": "a\ud800b\udfff",
+}
+
+
+@pytest.mark.parametrize("text", CONTROLS.values(), ids=CONTROLS)
+def test_nothing_printed_moves_the_terminal(text, capsys):
+    print0("before", text, "after\tx\ny", sep="|")
+    notice(text)
+    StatusLine().print(text)
+    shown = capsys.readouterr()
+    for out in (shown.out, shown.err):
+        assert not [c for c in out if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"]
+        assert not set(out) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    assert shown.out.startswith("before|") and "|after\tx\ny\n" in shown.out
+
+
+def test_ordinary_text_is_printed_as_it_is(capsys):
+    text = "añ 漢字 עברית \u200d👨\u200d👩 [red]x[/red] \\ \t\n"
+    print0(text, prefix="\033[90m", suffix="\033[0m")
+    assert capsys.readouterr().out == f"\033[90m{text}\033[0m\n"
+
+
+def test_rich_takes_no_markup(monkeypatch):
+    """A description such as [red] or [link=...] is shown, not obeyed."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    out = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", partial(Console, file=out, force_terminal=True))
+    with progress(3, "[link=http://evil]x[/link]\x1b]0;owned\x07", "[red]") as bar:
+        bar.advance()
+    assert "[link=http://evil]x[/link]" in out.getvalue() and "\x1b]" not in out.getvalue()
+
+
+def test_every_print_goes_through_the_filter():
+    """A print() elsewhere in the package prints constants, printable(...) or JSON."""
+    package = Path(common.__file__).parent.parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+                for argument in node.args:
+                    text = ast.unparse(argument)
+                    ours = isinstance(argument, ast.Constant) or "json.dumps" in text
+                    assert ours or "printable(" in text, f"{path}, line {node.lineno}: {text}"

@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+# C0 and C1 controls but tab, line break and carriage return, DEL, and halves of surrogate pairs
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_INVISIBLE = re.compile(r"[\r\u202a-\u202e\u2066-\u2069]")  # carriage return, turns of direction
+
 
 class UserError(Exception):
     """
@@ -50,15 +54,26 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def print0(*args: object, **options: Any) -> None:
+def printable(text: str) -> str:
     """
-    print() on rank 0 only, flushed, so that the log of a background run is up to date. A print that
+    The text without what could change a terminal's state, move its cursor or turn the order of
+    letters around: such characters, which a file, a model or a server may have written, become
+    U+FFFD or vanish. Line breaks and tabs stay.
+    """
+    return _CONTROL.sub("\ufffd", _INVISIBLE.sub("", text))
+
+
+def print0(*args: object, prefix: str = "", suffix: str = "", **options: Any) -> None:
+    """
+    print() on rank 0 only, flushed, so that the log of a background run is up to date. What is
+    printed is made `printable`; only `prefix` and `suffix` may hold control codes. A print that
     fails (the terminal is closed, the reader of a pipe has ended, the log's disk is full) is lost,
     and the program continues.
     """
     if rank() == 0:
         try:
-            print(*args, **{"flush": True, **options})
+            text = options.pop("sep", " ").join(map(str, args))
+            print(f"{prefix}{printable(text)}{suffix}", **{"flush": True, **options})
         except (OSError, ValueError) as e:  # ValueError: the stream was closed
             _let_go(options.get("file") or sys.stdout, e)
         except RuntimeError:  # a signal arrived within a print, and its handler prints too

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from nanochat.base.common import duration, human, notice, print0, rank
+from nanochat.base.common import duration, human, notice, print0, printable, rank
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -44,7 +44,9 @@ class ProgressBar:
         self.total = self.total if total is None else total
         if self.display is not None:
             task = self.display.task_ids[0]
-            self.display.update(task, completed=self.completed, total=self.total, figures=str(self))
+            self.display.update(
+                task, completed=self.completed, total=self.total, figures=printable(str(self))
+            )
 
 
 def _open_display(description: str) -> "Progress":
@@ -58,16 +60,16 @@ def _open_display(description: str) -> "Progress":
     )
 
     display = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # a file or pipe gets its lines as usual
     )
-    display.add_task(description, total=None, figures="")
+    display.add_task(printable(description), total=None, figures="")
     display.start()
     return display
 
@@ -106,6 +108,11 @@ class StatusLine:
         self.shown_at = float("-inf")
 
     @property
+    def _clear(self) -> str:
+        """The control codes that empty the line on a terminal."""
+        return "\r\033[K" if self.live else ""
+
+    @property
     def due(self) -> bool:
         """Whether `show` would print now; ask first if the text is costly to make."""
         return time.monotonic() - self.shown_at >= self.interval
@@ -114,8 +121,8 @@ class StatusLine:
         """Replace the line by `text`, unless the last change is too recent."""
         if self.due:
             self.shown_at = time.monotonic()
-            print0(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n")
+            print0(text, prefix=self._clear, end="" if self.live else "\n")
 
     def print(self, text: str) -> None:
         """Print a line that stays; the next status appears below it."""
-        print0(f"\r\033[K{text}" if self.live else text)
+        print0(text, prefix=self._clear)

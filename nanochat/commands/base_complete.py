@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.base import knobs
-from nanochat.base.common import entry, notice
+from nanochat.base.common import entry, notice, printable
 from nanochat.base.knobs import knob
 from nanochat.chat.reply import continue_text
 from nanochat.commands.chat_cli import (
-    CONTROL,
     GREY,
     NORMAL,
     GenerationKnobs,
@@ -45,7 +44,7 @@ def typed_lines() -> Iterator[str]:
 def piped_lines() -> Iterator[str]:
     """Lines from standard input, printed as they would look if typed."""
     for line in sys.stdin:
-        print(f"> {line.rstrip()}", flush=True)
+        print(printable(f"> {line.rstrip()}"), flush=True)
         yield line.rstrip("\r\n")
 
 
@@ -59,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine, loaded = options.load(options.source)
     interactive = in_terminal()
     guide = f"{loaded.describe()}. A line {TRIGGER} completes the lines before it. Ctrl+C exits."
-    print(f"{GREY}{guide}{NORMAL}" if interactive else guide, flush=True)
+    colour, end = (GREY, NORMAL) if interactive else ("", "")
+    print(f"{colour}{printable(guide)}{end}", flush=True)
     lines: list[str] = []
     turn = 0
     try:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 notice(f"there is no text before {TRIGGER}: type some lines first")
             else:
                 for piece in continue_text(engine, "\n".join(lines), **options.sampling(turn)):
-                    print(CONTROL.sub("", piece) if interactive else piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
                 print("\n", flush=True)
                 lines, turn = [], turn + 1
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError, base_dir, entry
+from nanochat.base.common import UserError, base_dir, entry, printable
 from nanochat.base.knobs import LARGEST_SEED, knob
 from nanochat.chat.reply import Reply, continue_text, fit_conversation
 from nanochat.model.stages import STAGES
@@ -26,7 +26,6 @@ HELP = """/clear          forget the conversation
 /system TEXT    start a new conversation with this instruction
 /quit           exit, as do Ctrl+D and Ctrl+C; during a reply, Ctrl+C stops it"""
 GREY, NORMAL = "\033[90m", "\033[0m"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could change the terminal's state
 
 
 @dataclass(kw_only=True)
@@ -90,12 +89,12 @@ class Chat:
     def remark(self, text: str) -> None:
         """Show something that is not part of the conversation: in grey, or on standard error."""
         if self.styled:
-            print(f"{GREY}{text}{NORMAL}", flush=True)
+            print(f"{GREY}{printable(text)}{NORMAL}", flush=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def write(self, text: str) -> None:
-        print(CONTROL.sub("", text) if self.styled else text, end="", flush=True)
+        print(printable(text), end="", flush=True)
 
     def run(self, lines: Iterable[str]) -> None:
         """Obey or answer each line, until /quit."""
@@ -175,7 +174,7 @@ class Chat:
             else:
                 if not line_start and self.styled:
                     print()
-                self.remark(f"calculator: {CONTROL.sub('', call)} = {CONTROL.sub('', text)}")
+                self.remark(f"calculator: {call} = {text}")
                 line_start = True
         print(flush=True)
 
