@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 10_200,
+    "base": 10_300,
     "tinyworld": 9_600,
     "data": 18_500,
     "model": 20_070,
