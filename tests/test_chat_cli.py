@@ -115,9 +115,35 @@ def test_the_furthest_stage_answers(tokenizer, monkeypatch, capsys):
         in_process(monkeypatch, capsys, chat_cli.main, ["-p", "hi"])
     for stage in ("base", "sft", "mid"):
         put(stage, tokenizer)
-    assert checkpoint.furthest_stage("") == "sft" == checkpoint.furthest_stage("d2")
+    assert [checkpoint.choose(tag=tag)[0] for tag in ("", "d2")] == ["sft", "sft"]
+    assert checkpoint.choose("mid")[0] == "mid"
     with pytest.raises(UserError, match="no model tagged 'd9'"):
-        checkpoint.furthest_stage("d9")
+        checkpoint.choose(tag="d9")
+    with pytest.raises(UserError, match="no model at step 8 "):
+        checkpoint.choose(step=8)
+
+
+def test_the_tag_saved_last_comes_first_and_damage_is_passed_over(tokenizer, capsys):
+    def chosen():
+        stage, found = checkpoint.choose()
+        return f"{found.tag}/{stage}"
+
+    def saved(stage, tag, when):
+        path = put(stage, tokenizer, tag).path
+        os.utime(path, (when, when))
+        return path
+
+    saved("rl", "d4", 1000)
+    assert chosen() == "d4/rl"
+    saved("base", "d6", 2000)
+    assert chosen() == "d6/base"  # another model's chain is under way
+    saved("mid", "d4", 3000)
+    assert chosen() == "d4/rl"  # the furthest stage, whichever stage was saved last
+    sft = saved("sft", "d6", 4000)
+    saved("rl", "d6.old", 5000)  # a run that was set aside comes last
+    assert chosen() == "d6/sft"
+    (sft / "model.safetensors").write_bytes(b"torn")
+    assert chosen() == "d6/base" and "skipping the damaged checkpoint" in capsys.readouterr().err
 
 
 def test_a_base_model_goes_on_plainly_and_says_so(tokenizer, monkeypatch, capsys):

@@ -74,7 +74,7 @@ class ChatKnobs(GenerationKnobs):
 
     prompt: str | None = knob(None, "ask this one question and exit", alias="-p")
     source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
-        "auto", "stage of the model (auto = the furthest one trained)", alias="-i"
+        "auto", "stage of the model; auto = the furthest one of the tag", alias="-i"
     )
 
 

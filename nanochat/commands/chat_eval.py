@@ -18,7 +18,7 @@ from nanochat.model.stages import STAGES, run_directory
 from nanochat.train.knobs import ExportedModelKnobs, MachineKnobs
 
 if TYPE_CHECKING:
-    from nanochat.model.checkpoint import Checkpoint
+    from nanochat.model.checkpoint import Loaded
 
 CHATCORE = [arc.EASY, arc.CHALLENGE, mmlu.TASK, gsm8k.TASK, humaneval.TASK, spellingbee.TASK]
 TASKS = [*CHATCORE, *tinyworld.TASKS.values()]
@@ -28,8 +28,8 @@ TASKS = [*CHATCORE, *tinyworld.TASKS.values()]
 class EvaluateChatKnobs(ExportedModelKnobs, MachineKnobs):
     """Evaluation"""
 
-    source: Literal["base", "mid", "sft", "rl"] = knob(
-        "sft", "stage of the model to ask", alias="-i"
+    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
+        "auto", "stage of the model to ask; auto = the furthest one of the tag", alias="-i"
     )
     tasks: tuple[str, ...] = knob(
         ("tinyworld",),
@@ -171,14 +171,15 @@ def ask(
 
 
 def log_summary(
-    knobs: EvaluateChatKnobs, checkpoint: "Checkpoint", summary: dict[str, Any], seconds: float
+    knobs: EvaluateChatKnobs, loaded: "Loaded", summary: dict[str, Any], seconds: float
 ) -> None:
     """Add the summary to the run's log book."""
+    checkpoint = loaded.checkpoint
     with logbook.Logbook(checkpoint.path.parent) as log:
         log.log(
             kind="chat_eval",
             step=checkpoint.step,
-            stage=knobs.source,
+            stage=loaded.stage,
             seconds_taken=round(seconds, 2),
             task=" ".join(knobs.tasks),
             temperature=knobs.temperature,
@@ -210,7 +211,7 @@ def evaluate(
     summary, seconds = ask(knobs, engine, questions), time.monotonic() - began
     name, stages = knobs.hf, {"exported": summary}
     if isinstance(loaded, Loaded):
-        log_summary(knobs, loaded.checkpoint, summary, seconds)
+        log_summary(knobs, loaded, summary, seconds)
         name = loaded.checkpoint.tag
         stages = stage_results(name)
     print0(f"\naccuracy of {name} with 95 % intervals\n{columns(*stage_table(stages))}")

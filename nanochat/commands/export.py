@@ -29,7 +29,7 @@ class ExportKnobs:
     """Export"""
 
     source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
-        "auto", "stage of the model; auto = the furthest one trained", alias="-i"
+        "auto", "stage of the model; auto = the furthest one of the tag", alias="-i"
     )
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")

@@ -17,7 +17,7 @@ class ServeKnobs:
     """Server"""
 
     source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
-        "auto", "stage to load first; auto = the furthest one trained", alias="-i"
+        "auto", "stage to load first; auto = the furthest one of the tag", alias="-i"
     )
     model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
     step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     import psutil
 
     from nanochat.chat.serve.models import Models
-    from nanochat.model.checkpoint import furthest_stage, locate
+    from nanochat.model.checkpoint import choose
 
-    stage = furthest_stage(values.model_tag) if values.source == "auto" else values.source
-    locate(stage, values.model_tag, values.step).config  # noqa: B018 (fails early and clearly)
+    stage, checkpoint = choose(values.source, values.model_tag, values.step)
+    checkpoint.config  # noqa: B018 (fails early and clearly)
     listener = listen(values.host, values.port)
     key = values.api_key
     if values.host not in LOOPBACK and not key:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print0(f"API key (other machines can reach this address): {key}")
     kv_bytes = values.kv_gb * 1e9 or 0.25 * psutil.virtual_memory().total
     models = Models(values.max_rows, kv_bytes, device_type=values.device_type, dtype=values.dtype)
-    app = build_app(models, {"stage": stage, "tag": values.model_tag, "step": values.step})
+    app = build_app(models, {"stage": stage, "tag": checkpoint.tag, "step": checkpoint.step})
     guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)
     server = Server(guarded, models)
     shown = "localhost" if values.host in (*LOOPBACK, "0.0.0.0", "::") else values.host

@@ -414,18 +414,19 @@ def newest_to_resume(directory: Path) -> Checkpoint | None:
     return checkpoint
 
 
+def _saved_last(run: Path) -> tuple[bool, float]:
+    """A key that sorts runs by the time of their last save, those that were set aside first."""
+    times = [checkpoint.path.stat().st_mtime for checkpoint in list_checkpoints(run)]
+    return not was_set_aside(run), max(times, default=0.0)
+
+
 def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
     """
     The newest intact checkpoint of a stage, or that of `step`. Without a tag, runs are tried from
     the one saved last; runs that were set aside come last. Raises UserError when there is none.
     """
-
-    def saved_last(run: Path) -> tuple[bool, float]:
-        times = [checkpoint.path.stat().st_mtime for checkpoint in list_checkpoints(run)]
-        return not was_set_aside(run), max(times, default=0.0)
-
     root = stage_directory(stage)
-    runs = [run_directory(stage, tag)] if tag else sorted(root.glob("*"), key=saved_last)
+    runs = [run_directory(stage, tag)] if tag else sorted(root.glob("*"), key=_saved_last)
     for run in reversed(runs):
         if checkpoint := newest(run, step):
             return checkpoint
@@ -437,15 +438,28 @@ def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
     )
 
 
-def furthest_stage(tag: str = "") -> str:
-    """The last stage with a checkpoint (of this tag, if given). Raises UserError if none has."""
-    for stage in reversed(STAGES):
-        runs = stage_directory(stage).glob(tag or "*")
-        if any(list_checkpoints(run) for run in runs):
-            return stage
+def choose(stage: str = "auto", tag: str = "", step: int | None = None) -> tuple[str, Checkpoint]:
+    """
+    The model that every command uses by default, as (stage, checkpoint): the furthest stage of the
+    tag saved last that has an intact checkpoint. A stage, a tag or a step that is given is kept to.
+    Raises UserError when there is no such model.
+    """
+    if stage != "auto":
+        return stage, locate(stage, tag, step)
+    runs: dict[str, dict[str, Path]] = {}  # tag -> stage -> folder
+    for name in reversed(STAGES):
+        folders = [run_directory(name, tag)] if tag else stage_directory(name).glob("*")
+        for run in folders:
+            runs.setdefault(run.name, {})[name] = run
+    by_age = sorted(runs.values(), key=lambda stages: max(map(_saved_last, stages.values())))
+    for stages in reversed(by_age):
+        for name, run in stages.items():
+            if checkpoint := newest(run, step):
+                return name, checkpoint
     model = f"model tagged {tag!r}" if tag else "model"
+    at = f" at step {step}" if step is not None else ""
     raise UserError(
-        f"there is no {model} under {base_dir() / 'checkpoints'}: "
+        f"there is no {model}{at} under {base_dir() / 'checkpoints'}: "
         "train one with python -m scripts.base_train or bash runs/quickstart.sh"
     )
 
@@ -479,12 +493,11 @@ def load_for_inference(
     seed: int = 42,
 ) -> Loaded:
     """
-    Load a trained model for use; stage "auto" is the furthest one trained. The weights stay in
+    Load a trained model for use, the one that `choose` finds. The weights stay in
     float32: generation casts them (GPT.cast_for_inference), scoring need not. Raises UserError
     when there is no such model, or when it was trained with another tokenizer.
     """
-    stage = furthest_stage(tag) if stage == "auto" else stage
-    checkpoint = locate(stage, tag, step)
+    stage, checkpoint = choose(stage, tag, step)
     runtime = open_runtime(device_type, dtype, seed)
     tokenizer = Tokenizer.load()
     checkpoint.check_tokenizer(tokenizer.fingerprint)
