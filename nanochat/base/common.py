@@ -85,6 +85,12 @@ def notice(message: str) -> None:
     print0(f"notice: {message}", file=sys.stderr)
 
 
+def opening(command: str) -> None:
+    """Print the first line of a command at once, where importing torch takes seconds."""
+    if "torch" not in sys.modules:
+        print0(f"{command}: loading PyTorch")
+
+
 def human(n: float) -> str:
     """12_582_912 -> '12.6M': three digits and a decimal unit."""
     for unit in ("", "k", "M", "G", "T"):

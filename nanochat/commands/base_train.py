@@ -1,10 +1,11 @@
 """Pretrain a model on text: documents packed into rows, next-token prediction."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nanochat.base.common import UserError, entry, print0
+from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.train.knobs import TrainKnobs
@@ -59,7 +60,9 @@ def check_prior_knobs(k: PretrainKnobs, stored: dict[str, Any] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    began = time.monotonic()
     k, origins = parse(PretrainKnobs, argv, command="base_train")
+    opening("base_train")
 
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare
@@ -102,16 +105,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return model
 
     with stage.session():
-        run = open_run("base", tag, k, origins, build, resume_from)
+        run = open_run("base", tag, k, origins, build, resume_from, began=began)
+        horizon = choose_horizon(run)
+        stage.compile_if_it_pays(run, horizon)
         train, val = (
             [(prepare(source, split, run.tokenizer), source.weight) for source in sources]
             for split in ("train", "val")
         )
         print0(f"  {destinations(run.model.config, run.tokenizer.digits)}")
-        horizon = choose_horizon(run)
         feed = stage.row_feed(run, train, horizon)
         evaluations = [
-            stage.bits_per_byte_evaluation(run, val),
+            stage.bits_per_byte_evaluation(run, val, feed, horizon),
             stage.sample_evaluation(run, PROMPTS),
         ]
         return stage.train(run, feed, horizon, evaluations)

@@ -1,10 +1,11 @@
 """Train a chat model by reinforcement: sample replies to questions and reward the correct ones."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nanochat.base.common import entry, notice, print0
+from nanochat.base.common import entry, notice, opening, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
@@ -41,30 +42,36 @@ class ReinforceKnobs(LaterStageKnobs):
         0.05, "initial learning rates, as a share of those in the earlier stages", low=0, high=1
     )
     eval_items: int = knob(
-        400, "held-out questions per task in an evaluation, each asked `samples` times", low=1
+        0,
+        "held-out questions per task in an evaluation, each asked `samples` times (0 = 400, or "
+        "as many as the time of the run allows)",
+        low=0,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    began = time.monotonic()
     k, origins = parse(ReinforceKnobs, argv, command="chat_rl")
+    opening("chat_rl")
 
     from nanochat.chat.generate import Engine
     from nanochat.commands.chat_eval import named_tasks
     from nanochat.eval.chat import judge
     from nanochat.train import stage
+    from nanochat.train.evaluation import Evaluation, Size
     from nanochat.train.horizon import conversation_horizon
-    from nanochat.train.loop import Evaluation
     from nanochat.train.rollout import RolloutFeed, Sampler
     from nanochat.train.run import open_from_parent
+    from nanochat.train.scaling import evaluation_seconds
 
     with stage.session():
-        run = open_from_parent("rl", k.source, k, origins)
+        run = open_from_parent("rl", k.source, k, origins, began)
         k = run.knobs
         horizon = conversation_horizon(run, k.questions_per_step * k.samples)
         # choices are answered with text as well
         tasks = [replace(task, kind="generative") for task in named_tasks(k.tasks, k.task_dir)]
         asked = [(task, q) for task in tasks for q in task.items("train", k.num_items, k.seed)]
-        held_out = {task: task.items("val", k.eval_items, k.seed) for task in tasks}
+        held_out = {task: task.items("val", k.eval_items or 400, k.seed) for task in tasks}
         questions = [
             (task, item)
             for task, item in asked
@@ -92,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             seed=k.seed,
         )
 
+        size = None
+        if run.budget_seconds and not k.eval_items:
+            most = max(map(len, held_out.values()))
+            size = Size(evaluation_seconds(run.budget_seconds), min(8, most), most)
+
         def measure() -> dict[str, Any]:
             """pass@1 and pass@k on the same held-out questions every time."""
             numbers: dict[str, Any] = {}
@@ -99,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 verdicts = judge(
                     engine,
                     task,
-                    items,
+                    items[: size.now] if size else items,
                     rows=sampler.rows,
                     max_tokens=limit,
                     num_samples=k.samples,
@@ -118,8 +130,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"  {k.samples} replies to {k.questions_per_step} questions per step, "
             f"from {len(questions):,} questions"
         )
-        evaluations = [Evaluation("eval", k.eval_every, measure, start=True)]
-        return stage.train(run, feed, horizon, evaluations, k.init_lr_frac, one_shape=False)
+        evaluations = [
+            Evaluation("eval", stage.evaluation_interval(run), measure, start=True, size=size)
+        ]
+        stage.compile_if_it_pays(run, horizon, one_shape=False)
+        return stage.train(run, feed, horizon, evaluations, k.init_lr_frac)
 
 
 if __name__ == "__main__":

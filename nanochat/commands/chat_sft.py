@@ -1,10 +1,11 @@
 """Finetune a midtrained model on conversations, one per row."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nanochat.base.common import entry, print0
+from nanochat.base.common import entry, opening, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
@@ -29,23 +30,26 @@ class FinetuneKnobs(LaterStageKnobs):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    began = time.monotonic()
     k, origins = parse(FinetuneKnobs, argv, command="chat_sft")
+    opening("chat_sft")
 
     from nanochat.train import stage
     from nanochat.train.horizon import conversation_horizon
     from nanochat.train.run import open_from_parent
 
     with stage.session():
-        run = open_from_parent("sft", k.source, k, origins)
+        run = open_from_parent("sft", k.source, k, origins, began)
         horizon = conversation_horizon(run, run.knobs.conversations_per_step)
+        stage.compile_if_it_pays(run, horizon, one_shape=False)
         stage.choose_conversations(run)
         shards = stage.conversation_shards(run, "train", seed=1)
         feed = stage.row_feed(run, shards, horizon, mode="padded")
         val = stage.conversation_shards(run, "val")
         print0(f"  {horizon.rows} conversations per step")
-        evaluations = [stage.bits_per_byte_evaluation(run, val)]
+        evaluations = [stage.bits_per_byte_evaluation(run, val, feed, horizon)]
         rate_scale = run.knobs.init_lr_frac
-        return stage.train(run, feed, horizon, evaluations, rate_scale, one_shape=False)
+        return stage.train(run, feed, horizon, evaluations, rate_scale)
 
 
 if __name__ == "__main__":

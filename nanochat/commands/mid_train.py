@@ -1,10 +1,11 @@
 """Midtrain a base model on conversations, tool use and multiple choice, packed like text."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.base.common import entry, print0
+from nanochat.base.common import entry, opening, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
@@ -27,7 +28,9 @@ class MidtrainKnobs(LaterStageKnobs):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    began = time.monotonic()
     k, origins = parse(MidtrainKnobs, argv, command="mid_train")
+    opening("mid_train")
 
     from nanochat.data.shards import prepare
     from nanochat.data.sources import check_weights, training_sources
@@ -37,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.train.run import open_from_parent
 
     with stage.session():
-        run = open_from_parent("mid", "base", k, origins)
+        run = open_from_parent("mid", "base", k, origins, began)
         T = run.model.config.sequence_len
         rows = whole_rows(run.knobs.total_batch_size, T) or run.stored("rows")
         horizon = conversation_horizon(run, rows or run.parent.meta["horizon"]["rows"])
+        stage.compile_if_it_pays(run, horizon)
         stage.choose_conversations(run)
         texts = training_sources(run.knobs.text) if run.knobs.text else []
         check_weights([*mixture.parse(run.knobs.data), *texts])
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         feed = stage.row_feed(run, shards, horizon)
         val = stage.conversation_shards(run, "val")
         print0(f"  {horizon.rows * T:,} tokens per step ({horizon.rows} rows of {T})")
-        evaluations = [stage.bits_per_byte_evaluation(run, val)]
+        evaluations = [stage.bits_per_byte_evaluation(run, val, feed, horizon)]
         return stage.train(run, feed, horizon, evaluations)
 
 

@@ -46,6 +46,12 @@ def _materialise(
     return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy())
 
 
+def micro_batch_rows(rows: int, device_rows: int, rank: int = 0, world_size: int = 1) -> int:
+    """Rows of a rank's largest micro-batch in a step of `rows` rows."""
+    mine = max(1, rows * (rank + 1) // world_size - rows * rank // world_size)
+    return -(-mine // -(-mine // device_rows))
+
+
 class RowFeed:
     """
     next(feed) -> this rank's micro-batches of one optimizer step of `rows` rows, cut evenly into at
@@ -114,6 +120,19 @@ class RowFeed:
     @property
     def progress(self) -> float:
         return self._state["progress"]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all sources."""
+        return self._order.total
+
+    @property
+    def micro_batch(self) -> tuple[int, int] | None:
+        """(rows, tokens per row) of micro-batches; None where rows are as wide as they must be."""
+        if self._order.mode == "padded":
+            return None
+        rows = micro_batch_rows(self.rows, self.device_rows, self.rank, self.world_size)
+        return rows, self._order.sequence_len
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -239,12 +258,13 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    whole: bool = False,
 ) -> Iterator[Batch]:
     """
     The same packed rows on every call: documents in one fixed shuffled order, up to max_tokens of
     them (None = all). Ranks share the rows, and one without any yields nothing; their union does
     not depend on world_size or rows_per_batch. All batches of a rank have one shape: the last is
-    filled up with ignored rows.
+    filled up with ignored rows, and so is the only one if `whole`.
     """
     _check([shards])
     order = np.random.default_rng(0).permutation(len(shards))
@@ -252,7 +272,7 @@ def eval_batches(
         order = order[: int(np.searchsorted(np.cumsum(shards.lengths[order]), max_tokens)) + 1]
     block = pack_block([shards], np.zeros_like(order), order, sequence_len)
     rows = [(block, row) for row in range(rank, len(block.packing), world_size)]
-    size = min(rows_per_batch, len(rows))
+    size = rows_per_batch if whole else min(rows_per_batch, len(rows))
     for i in range(0, len(rows), max(size, 1)):
         inputs, targets = _materialise(rows[i : i + size], sequence_len, shards.bos, at_least=size)
         yield Batch(inputs.to(device), targets.to(device))

@@ -24,10 +24,12 @@ def shard_bits_per_byte(
     runtime: Runtime,
     rows: int,
     max_tokens: int | None = None,
+    compiled: bool = False,
 ) -> float:
     """
     Bits per byte of the first `max_tokens` tokens of a split (None = all), in its fixed order and
-    packed to the model's context. Other arguments as for bits_per_byte.
+    packed to the model's context. `compiled`: run the code that was compiled for training, for
+    batches of exactly `rows` rows. Other arguments as for bits_per_byte.
     """
 
     def batches(rows: int) -> Iterable[Batch]:
@@ -39,9 +41,10 @@ def shard_bits_per_byte(
             rank=runtime.rank,
             world_size=runtime.world_size,
             device=runtime.device,
+            whole=compiled,
         )
 
-    return bits_per_byte(model, batches, token_bytes, runtime, rows)
+    return bits_per_byte(model, batches, token_bytes, runtime, rows, compiled)
 
 
 @torch.no_grad()
@@ -51,6 +54,7 @@ def bits_per_byte(
     token_bytes: np.ndarray,
     runtime: Runtime,
     rows: int,
+    compiled: bool = False,
 ) -> float:
     """
     sum(nll) / (ln 2 * sum(bytes)) over all ranks; nan when there is nothing to count.
@@ -61,12 +65,13 @@ def bits_per_byte(
     bytes. If memory runs out, the evaluation starts again with half the rows.
     """
     bytes_of = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(runtime.device)
+    options = {"compiled": True} if compiled else {}
     has_float64 = runtime.device.type != "mps"
 
     def total(rows: int) -> Tensor:
         sums = torch.zeros(2, dtype=torch.float64, device=runtime.device if has_float64 else "cpu")
         for batch in batches(rows):
-            nll = model.token_losses(batch.inputs, batch.targets)
+            nll = model.token_losses(batch.inputs, batch.targets, **options)
             n_bytes = bytes_of[batch.targets.clamp(min=0)] * (batch.targets >= 0)
             sums += torch.stack([(nll * (n_bytes > 0)).sum(), n_bytes.sum()]).to(sums)
         return sums

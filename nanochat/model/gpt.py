@@ -367,10 +367,15 @@ class GPT(nn.Module):
             self(idx), self.head_weight, targets, weights, self.config.softcap, self.compiled
         )
 
-    @torch.no_grad()
-    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood in nats of every target (B, T), 0 where it is -1."""
-        return token_losses(self(idx), self.head_weight, targets, self.config.softcap)
+    def token_losses(self, idx: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
+        """
+        Negative log-likelihood in nats of every target (B, T), 0 where it is -1. `compiled`: run
+        the code that is compiled for training, which keeps activations as training does.
+        """
+        compiled = compiled and self.compiled
+        with torch.set_grad_enabled(compiled):
+            hidden = self(idx).detach()
+        return token_losses(hidden, self.head_weight, targets, self.config.softcap, compiled)
 
     def set_progress(self, progress: float) -> None:
         """Set the share of the run that is over, 0..1; call it after every training step."""

@@ -54,6 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, both
     ) -> Tensor:
+        x, weight = x.detach(), weight.detach()  # compiled chunks are the same in evaluations
         R, w, rows = x.size(0), weight.to(x.dtype), chunk_rows(x, weight)
         block_rows = rows * BLOCK_CHUNKS.get(x.device.type, 1)
         dx = torch.empty_like(x)
@@ -81,7 +82,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx * g.to(dx.dtype), (dw.mul_(g)).to(ctx.weight_dtype), None, None, None, None
 
 
-_compiled: dict[str, object] = {}
+_compiled: dict[str, Any] = {}
+
+
+def _compiled_both() -> Any:
+    return _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
 
 
 def linear_cross_entropy(
@@ -106,19 +111,25 @@ def linear_cross_entropy(
     weights = weights.reshape(-1).float().masked_fill(targets < 0, 0.0)
     both = _chunk_both
     if compiled:
-        both = _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
+        both = _compiled_both()
     total: Any = _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, both)
     return total
 
 
 @torch.no_grad()
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
+def token_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, compiled: bool = False
+) -> Tensor:
     """
     The negative log-likelihood of each target in nats, 0 where it is -1, in the shape of targets;
     arguments as for linear_cross_entropy.
     """
-    w, flat = weight.to(x.dtype), x.reshape(-1, x.size(-1))
+    w, flat = weight.detach().to(x.dtype), x.detach().reshape(-1, x.size(-1))
     rows = chunk_rows(flat, weight)
+    if compiled:  # the code of training also computes gradients, but it is there already
+        both, ids = _compiled_both(), targets.reshape(-1)
+        chunks = zip(flat.split(rows), ids.split(rows), strict=True)
+        return torch.cat([both(x, w, y, softcap)[0] for x, y in chunks]).view(targets.shape)
     losses = [
         F.cross_entropy(capped(chunk @ w.t(), softcap), target, ignore_index=-1, reduction="none")
         for chunk, target in zip(flat.split(rows), targets.reshape(-1).split(rows), strict=True)

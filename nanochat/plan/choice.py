@@ -20,15 +20,19 @@ from nanochat.plan.machine import GIB, BudgetKnobs, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
 from nanochat.plan.shapes import OpenSizeKnobs, counts, layer_parameters
 from nanochat.train.knobs import MachineKnobs
-from nanochat.train.scaling import batch_for, context_for, context_stages
+from nanochat.train.scaling import (
+    batch_for,
+    context_for,
+    context_stages,
+    evaluation_tokens,
+    evaluations_within,
+)
 
 ASPECTS = (48.0, 64.0, 96.0)  # widths per layer that are tried
 FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape
 MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # per micro-batch without a probe
 USABLE = 0.95  # of a card's memory: the driver and the screen take some
 SHORTEST = 512  # context that is tried where memory is short
-EVALUATIONS = 4  # in a run, besides the one before it
-EVALUATION_SHARE = 0.006  # of the pretraining time for each of them
 OPENING = 6.0  # seconds in which a run opens its data and model and draws its samples
 TIE = 0.006  # the noise of seeds: of predictions this near, the usual shape, then the smaller wins
 
@@ -162,9 +166,9 @@ def assess(
             rows = _fastest_rows(config, options, batch, machine)
         rate = _mean_speed(config, contexts, rows * T, batch, machine)
         eval_speed = 2 * rate.tok_per_sec  # a forward pass takes half of a training step's time
-        eval_tokens = int(EVALUATION_SHARE * seconds * eval_speed / sources)
-        eval_tokens = 1 << min(20, max(13, eval_tokens.bit_length() - 1))
-        evaluating = (EVALUATIONS + 1) * sources * eval_tokens / eval_speed
+        evaluations = evaluations_within(seconds)
+        eval_tokens = evaluation_tokens(seconds * rate.tok_per_sec, sources, evaluations)
+        evaluating = (evaluations + 1) * sources * eval_tokens / eval_speed
         tokens = max(0.0, training - evaluating) * rate.tok_per_sec
         if not knobs.total_batch_size:
             batch = max(longest, batch_for(tokens) // longest * longest)

@@ -182,6 +182,8 @@ def short_run(stored: StoredPlan, steps: int, quiet: bool) -> Path:
         length = ["--max_minutes=0", "--max_hours=0", f"--num_iterations={steps}"]
         run = [f"--model_tag={tag}", "--resume=auto", "--keep=1", "--run=dummy"]
         rest = ["--eval_every=0", "--sample_every=0", f"--compile={compiled}"]
+        if "eval_tokens" not in stored.flags:
+            rest.append(f"--eval_tokens={stored.primary.eval_tokens}")
         train(["--recipe", str(stored.file), *length, *run, *rest], quiet)
     return directory
 

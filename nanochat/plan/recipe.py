@@ -22,7 +22,7 @@ from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import machine, probe
-from nanochat.plan.choice import EVALUATIONS, Candidate, Choice, ChoiceKnobs, choose
+from nanochat.plan.choice import Candidate, Choice, ChoiceKnobs, choose
 from nanochat.plan.law import Law
 from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.train.scaling import embedding_rate
@@ -105,11 +105,8 @@ def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]
     remaining = pretraining / knobs.pretrain - pretraining
     if remaining > 30:
         for command, share in LATER_STAGES.items():
-            eval_tokens = candidate.eval_tokens * share * remaining / pretraining
             stages[command] = {
                 "max_minutes": round(share * remaining / 60, 3),
-                "eval_every": 0.5,
-                "eval_tokens": max(1 << 12, int(eval_tokens)),
                 "warmdown_ratio": 1.0,
             }
         # Rates as in the quickstart, whose chain was measured (dev/LOG.md).
@@ -132,8 +129,6 @@ def _pretraining(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, Any]:
         "total_batch_size": candidate.total_batch_size,
         "device_batch_size": candidate.device_batch_size,
         "embedding_lr": embedding_rate(candidate.total_batch_size),
-        "eval_every": 1 / EVALUATIONS,
-        "eval_tokens": candidate.eval_tokens,
     }
     flags |= {f.name: getattr(config, f.name) for f in fields(ArchitectureKnobs)}
     if len(candidate.contexts) > 1:

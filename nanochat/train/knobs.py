@@ -82,11 +82,22 @@ class TrainKnobs(MachineKnobs):
         15.0, "minutes between saves by the clock, besides the others (0 = none)", low=0, high=1e7
     )
     eval_every: float = knob(
-        0.1, "steps between evaluations (below 1: a share of the run; 0 = only at the end)", low=0
+        -1.0,
+        "steps between evaluations (below 1: a share of the run; 0 = only at the end; -1 = set "
+        "by the length of the run: 2 evaluations in 4 minutes, 10 in 100 minutes or more)",
+        low=-1,
     )
-    eval_tokens: int = knob(1 << 20, "validation tokens per source in an evaluation", low=1)
+    eval_tokens: int = knob(
+        0,
+        "validation tokens per source in an evaluation (0 = as many as 4 % of the run's time "
+        "allow for all evaluations together, at most 1,048,576)",
+        low=0,
+    )
     sample_every: float = knob(
-        0.25, "steps between samples (below 1: a share of the run; 0 = only at the end)", low=0
+        -1.0,
+        "steps between samples (below 1: a share of the run; 0 = only at the end; -1 = set by "
+        "the length of the run)",
+        low=-1,
     )
     max_minutes: float = knob(
         0.0,

@@ -12,7 +12,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,8 @@ from nanochat.data.feed import Batch
 from nanochat.model import checkpoint
 from nanochat.model.checkpoint import Checkpoint
 from nanochat.model.gpt import GPT
+from nanochat.train import compiler
+from nanochat.train.evaluation import Evaluation, due
 from nanochat.train.optim import MuonAdamW
 from nanochat.train.schedule import Schedule
 
@@ -48,22 +51,6 @@ class Feed(Protocol):
     def progress(self) -> float: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class Evaluation:
-    """
-    Something to measure while training: measure() -> numbers for the logbook under `name`.
-
-    every >= 1: steps; below 1: that share of the run; 0: only at the end. `start` also measures
-    before the first step; with a time budget every evaluation does, so that its cost is known.
-    A number called val_bpb decides which checkpoint is best.
-    """
-
-    name: str
-    every: float
-    measure: Callable[[], dict[str, Any]]
-    start: bool = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -106,7 +93,25 @@ class _Signals:
             signal.signal(number, handler)
 
 
-STORED = "tokens", "seconds", "best", "scale", "costs", "evaluated_to", "last"
+STORED = (
+    "tokens",
+    "seconds",
+    "best",
+    "scale",
+    "costs",
+    "sizes",
+    "spent",
+    "evaluated_to",
+    "last",
+)
+SAVING = 0.03  # of a budget: evaluations by shares become fewer if their saves take more
+
+
+@dataclass
+class Stopwatch:
+    """The seconds of a block of work, without those of the compiler."""
+
+    seconds: float = 0.0
 
 
 @dataclass
@@ -133,7 +138,9 @@ class Run:
     seconds: float = 0.0
     best: dict[str, Any] | None = None  # {"step", "val_bpb"}
     scale: float = 2.0**10  # loss scale of float16 runs, applied to a token's loss
-    costs: dict[str, float] = field(default_factory=dict)  # longest seconds per evaluation and save
+    costs: dict[str, float] = field(default_factory=dict)  # seconds of each evaluation and a save
+    sizes: dict[str, int] = field(default_factory=dict)  # units that each sized evaluation reads
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by what they went to
     evaluated_to: Sequence[float] = (0, 0.0)  # (step, progress) to which every due evaluation ran
     saved_step: int = -1
     done: bool = False  # trained to the end and evaluated for the last time
@@ -204,10 +211,17 @@ class Run:
         self.seconds = from_main(self._elapsed(), self.runtime)
         return self.progress
 
-    def _add_cost(self, what: str, began: float) -> None:
-        """Remember the longest time that an evaluation or a save took, the same on all ranks."""
-        seconds = from_main(self.clock() - began, self.runtime)
-        self.costs[what] = max(self.costs.get(what, 0.0), seconds)
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[Stopwatch]:
+        """Time a block and add its seconds to `spent`; those of the compiler count on their own."""
+        watch, began, compiling = Stopwatch(), self.clock(), compiler.seconds()
+        try:
+            yield watch
+        finally:
+            compiled = compiler.seconds() - compiling
+            watch.seconds = max(0.0, self.clock() - began - compiled)
+            for name, seconds in ((what, watch.seconds), ("compiling", compiled)):
+                self.spent[name] = self.spent.get(name, 0.0) + seconds
 
     # steps ----------------------------------------------------------------------------------------
 
@@ -216,18 +230,18 @@ class Run:
         if change := self.feed.set_progress(progress):
             release_memory()
             if self.model.compiled:
-                # the old shapes never return, and the compiler gives up after eight
-                torch.compiler.reset()
+                compiler.forget_shapes()
             self._line.print(f"step {self.step + 1:,}  {change}")
-        return next(self.feed, None)
+        with self._timed("batches"):
+            return next(self.feed, None)
 
     def _train_step(self, batches: list[Batch], progress: float) -> float:
         """One update with its counters and its row in the logbook; returns progress after it."""
         lr_mult = self.schedule.lr_mult(progress)
-        began = self.clock()
-        loss = self._update(batches, lr_mult, self.schedule.momentum_at(self.step))
-        self.runtime.synchronize()
-        self._training_seconds += self.clock() - began
+        with self._timed("steps") as watch:
+            loss = self._update(batches, lr_mult, self.schedule.momentum_at(self.step))
+            self.runtime.synchronize()
+        self._training_seconds += watch.seconds
 
         sizes = [(b.inputs.numel(), self._flops_per_token(b.inputs.size(1))) for b in batches]
         tokens, flops = sum_over_ranks(
@@ -276,7 +290,9 @@ class Run:
             return total
 
         rows = max(b.inputs.size(0) for b in batches)
-        total, fitting_rows = halve_until_it_fits(backward, rows, "a micro-batch")
+        total, fitting_rows = compiler.guarded(
+            self.model, lambda: halve_until_it_fits(backward, rows, "a micro-batch")
+        )
         if fitting_rows < rows:
             self.feed.device_rows = fitting_rows
         if runtime.world_size > 1:
@@ -325,20 +341,29 @@ class Run:
         are then about to run.
         """
         before = self.evaluated_to[1]
-        due = [e for e in self.evaluations if _due(e.every, self.step, before, progress)]
-        seconds = sum(self.costs.get(name, 0.0) for name in ("save", *(e.name for e in due)))
+        now = [e for e in self.evaluations if due(self._every(e), self.step, before, progress)]
+        seconds = sum(self.costs.get(name, 0.0) for name in ("save", *(e.name for e in now)))
         if 0 < self.budget_seconds < self.seconds + seconds + self.reserve:
             return []
-        return due
+        return now
+
+    def _every(self, evaluation: Evaluation) -> float:
+        """
+        How often an evaluation runs: a share of a time budget grows where the saves before the
+        evaluations would take more than SAVING of it.
+        """
+        every, save = evaluation.every, self.costs.get("save", 0.0)
+        if evaluation.size is None or every >= 1 or self.budget_seconds <= 0 or save <= 0:
+            return every
+        most = int(SAVING * self.budget_seconds / save)
+        return max(every, 1 / most) if most > 1 else 0.0
 
     def _evaluate(self, evaluations: Sequence[Evaluation], progress: float) -> None:
         """Save, run the evaluations, log their numbers and note them in the checkpoint."""
         if evaluations:
             self.save()
         for evaluation in evaluations:
-            began = self.clock()
-            numbers = _guarded(evaluation)
-            self._add_cost(evaluation.name, began)
+            numbers = self._measure(evaluation)
             if not numbers:
                 continue
             self.last[evaluation.name] = numbers
@@ -353,30 +378,59 @@ class Run:
         if evaluations:
             self._amend()
 
+    def _measure(self, evaluation: Evaluation) -> dict[str, Any]:
+        """
+        The numbers of an evaluation; notes its cost. One that has a size measures the least part
+        of it first, whose speed decides the rest; it keeps its size unless it becomes too slow.
+        """
+        name, size = evaluation.name, evaluation.size
+        if size is None:
+            numbers, seconds = self._timed_measure(evaluation)
+            self.costs[name] = max(self.costs.get(name, 0.0), seconds)
+            return numbers
+        first, size.now = name not in self.sizes, self.sizes.get(name, size.least)
+        numbers, seconds = self._timed_measure(evaluation)
+        if first and (units := size.affordable(seconds / size.now)) > size.now:
+            size.now = units
+            numbers, seconds = self._timed_measure(evaluation)
+        pace = seconds / size.now
+        size.adapt(pace)
+        self.sizes[name], self.costs[name] = size.now, pace * size.now
+        return numbers
+
+    def _timed_measure(self, evaluation: Evaluation) -> tuple[dict[str, Any], float]:
+        """The numbers of an evaluation, and its seconds: the same on all ranks."""
+        with self._timed(evaluation.name) as watch:
+            numbers = _guarded(evaluation)
+        return numbers, from_main(watch.seconds, self.runtime)
+
     # checkpoints ----------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint of this step unless it exists. Every rank must call it."""
         if self.saved_step == self.step:
             return
-        began = self.clock()
-        tensors = self.optimizer.state_tensors()
-        if self.runtime.is_main:
-            if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-                raise UserError(self._diverged("the weights are no longer finite"))
-            weights = self.model.state_dict()
-            checkpoint.save(self.directory, self.step, weights, tensors, self._meta())
-            best = self.best["step"] if self.best else None
-            checkpoint.prune(self.directory, self.step, self.keep, best, self.meta.get("run_id"))
+        with self._timed("save") as watch:
+            tensors = self.optimizer.state_tensors()
+            if self.runtime.is_main:
+                if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+                    raise UserError(self._diverged("the weights are no longer finite"))
+                weights = self.model.state_dict()
+                checkpoint.save(self.directory, self.step, weights, tensors, self._meta())
+                best = self.best["step"] if self.best else None
+                checkpoint.prune(
+                    self.directory, self.step, self.keep, best, self.meta.get("run_id")
+                )
         self.saved_step, self._saved_at = self.step, self.seconds
-        self._add_cost("save", began)
+        seconds = from_main(watch.seconds, self.runtime)
+        self.costs["save"] = max(self.costs.get("save", 0.0), seconds)
 
     def _save_is_due(self, progress: float) -> bool:
         """
         Whether the steps or the clock ask for a checkpoint now. Saves by the clock take at most a
         twentieth of the time, and none from the last evaluations.
         """
-        if _due(self.save_every, self.step, self.evaluated_to[1], progress):
+        if due(self.save_every, self.step, self.evaluated_to[1], progress):
             return True
         cost = self.costs.get("save", 0.0)
         wait = max(self.save_seconds, 20 * cost)
@@ -446,9 +500,11 @@ class Run:
         )
 
     def _summarize(self) -> dict[str, Any]:
+        spent = {name: round(seconds, 2) for name, seconds in self.spent.items() if seconds}
         summary = {
             "steps": self.step,
             "loss": self._average,
+            "spent": spent,
             "training_seconds": round(self._training_seconds, 2),
             "tok_per_sec": self._tokens_per_second(),
             "peak_memory_bytes": self.runtime.peak_memory(),
@@ -458,6 +514,7 @@ class Run:
             f"done: {self.step:,} steps, {human(self.tokens)} tokens in {duration(self.seconds)}, "
             f"{self.directory}"
         )
+        self._line.print(f"  time: {time_table(spent, self.seconds)}")
         return {"tokens": self.tokens, "seconds": self.seconds, **summary, **self.last}
 
     def _no_time(self) -> str:
@@ -479,6 +536,29 @@ class Run:
         )
 
 
+# What `spent` counts, in the words of the summary
+WORDS = {
+    "steps": "training steps",
+    "batches": "batches",
+    "eval": "evaluation",
+    "sample": "samples",
+    "save": "saving",
+    "compiling": "compiling",
+    "opening": "opening",
+}
+
+
+def time_table(spent: Mapping[str, float], seconds: float) -> str:
+    """'training steps 3m24s (85 %), evaluation 9s (4 %), ...': where a run's seconds went."""
+    named = {**dict.fromkeys(WORDS, 0.0), **spent}
+    rest = {"other": max(0.0, seconds - sum(named.values()))}
+    return ", ".join(
+        f"{WORDS.get(name, name)} {duration(part)} ({part / max(seconds, 1e-9):.0%})"
+        for name, part in {**named, **rest}.items()
+        if part >= max(0.1, 0.001 * seconds)
+    )
+
+
 def recut(batches: list[Batch], rows: int) -> list[Batch]:
     """The same rows in micro-batches of at most `rows`."""
     out = []
@@ -487,15 +567,6 @@ def recut(batches: list[Batch], rows: int) -> list[Batch]:
         weights = [None] * len(inputs) if b.weights is None else b.weights.split(rows)
         out += map(Batch, inputs, targets, weights)
     return out
-
-
-def _due(every: float, step: int, before: float, after: float) -> bool:
-    """Whether `every` (steps from 1 up, else a share of progress) falls due at this step."""
-    if every <= 0:
-        return False
-    if every >= 1:
-        return step % int(every) == 0
-    return int(after / every + 1e-9) > int(before / every + 1e-9)
 
 
 def _guarded(evaluation: Evaluation) -> dict[str, Any]:

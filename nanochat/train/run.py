@@ -80,6 +80,11 @@ class OpenRun:
             return None
         return self.resume_from.meta["horizon"].get(name)
 
+    @property
+    def stored_progress(self) -> float:
+        """The share of the run that was over at the checkpoint to resume from."""
+        return self.resume_from.meta.get("progress", 0.0) if self.resume_from else 0.0
+
     def resolve(self, **values: Any) -> None:
         """Fill in knobs that were left to a rule; checkpoints store the values and "rule"."""
         self.knobs = replace(self.knobs, **values)
@@ -126,12 +131,13 @@ def open_run(
     build: Callable[[Runtime, Tokenizer], GPT],
     resume_from: Checkpoint | None,
     parent: Checkpoint | None = None,
+    began: float | None = None,
 ) -> OpenRun:
     """
     Open runtime, tokenizer and model, and print what was opened. `build` makes the model with its
-    weights of step 0.
+    weights of step 0; the clock of the run starts at `began`, by default now.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     logbook.needed_trackers(k.sinks, k.run)  # refuses early
     # on a CPU "auto" is measured; a run decides once
     dtype = resume_from.meta["dtype"] if resume_from else k.dtype
@@ -163,7 +169,11 @@ def open_run(
 
 
 def open_from_parent(
-    stage: str, parent_stage: str, k: LaterStageKnobs, origins: dict[str, str]
+    stage: str,
+    parent_stage: str,
+    k: LaterStageKnobs,
+    origins: dict[str, str],
+    began: float | None = None,
 ) -> OpenRun:
     """
     Open a run that starts from the checkpoint of an earlier stage, with its model and tag and the
@@ -178,7 +188,7 @@ def open_from_parent(
         parent.check_tokenizer(tokenizer.fingerprint)
         return parent.model(runtime.device, runtime.dtype)
 
-    return open_run(stage, parent.tag, k, origins, build, resume_from, parent)
+    return open_run(stage, parent.tag, k, origins, build, resume_from, parent, began)
 
 
 def table_of_counts(model: GPT) -> str:

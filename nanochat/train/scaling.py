@@ -100,6 +100,34 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
     return stages.get(final, ((0.0, final),))
 
 
+EVALUATING = 0.04  # of a run: measuring its bits per byte
+SAMPLING = 0.008  # of a run: sample texts
+MOST_EVAL_TOKENS = 1 << 20  # per source: more would only measure the same to another digit
+
+
+def evaluations_within(seconds: float) -> int:
+    """
+    Evaluations of a run of so many seconds, besides one before its first step: 2 in 4 minutes, 3 in
+    12, and 10, the number of a run whose seconds are not known (0), in 100 minutes or more.
+    """
+    return max(2, min(10, round(math.sqrt(seconds / 60)))) if seconds else 10
+
+
+def evaluation_seconds(seconds: float, share: float = EVALUATING) -> float:
+    """Seconds that each of these evaluations may take, so that all take `share` of the run."""
+    return share * seconds / (1 + evaluations_within(seconds))
+
+
+def evaluation_tokens(tokens: float, sources: int, evaluations: int) -> int:
+    """
+    Validation tokens per source in each evaluation of a run that trains on `tokens`: a power of
+    two, such that all evaluations take EVALUATING of the run. Reading a token takes half the time
+    of training on it.
+    """
+    each = 2 * EVALUATING * tokens / (1 + evaluations) / max(1, sources)
+    return 1 << max(12, min(MOST_EVAL_TOKENS.bit_length(), int(each).bit_length()) - 1)
+
+
 COMPILE_PAYS_SECONDS = (
     120  # on two cores a compilation takes 30 s, and steps are then 1.3 to 1.5 times as fast
 )

@@ -17,18 +17,27 @@ from nanochat.base.files import release
 from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import close_runtime, compiler_missing, out_of_memory
 from nanochat.chat.generate import Engine
-from nanochat.data.feed import RowFeed
+from nanochat.data.feed import RowFeed, micro_batch_rows
 from nanochat.data.shards import Shards
 from nanochat.data.sources import default_sources
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.tasks import mixture
 from nanochat.model.checkpoint import new_run, newest, put_aside_after, require_space
 from nanochat.model.stages import run_directory
-from nanochat.train import resume
+from nanochat.train import compiler, resume
+from nanochat.train.evaluation import Evaluation, Size
 from nanochat.train.horizon import Horizon
-from nanochat.train.loop import Evaluation, Feed, Run
+from nanochat.train.loop import Feed, Run
 from nanochat.train.run import OpenRun, make_optimizer
-from nanochat.train.scaling import compile_pays, embedding_rate
+from nanochat.train.scaling import (
+    MOST_EVAL_TOKENS,
+    SAMPLING,
+    compile_pays,
+    embedding_rate,
+    evaluation_seconds,
+    evaluation_tokens,
+    evaluations_within,
+)
 
 WeightedShards = list[tuple[Shards, float | None]]
 
@@ -51,41 +60,95 @@ def row_feed(run: OpenRun, shards: WeightedShards, horizon: Horizon, **options: 
     )
 
 
-def bits_per_byte_evaluation(run: OpenRun, validation: WeightedShards) -> Evaluation:
+def bits_per_byte_evaluation(
+    run: OpenRun, validation: WeightedShards, feed: RowFeed, horizon: Horizon
+) -> Evaluation:
     """Bits per byte on the validation split of every source, and their mean by weight."""
-    token_bytes = run.tokenizer.token_bytes()
-    rows, tokens = run.knobs.device_batch_size, run.knobs.eval_tokens
+    token_bytes, runtime = run.tokenizer.token_bytes(), run.runtime
+    size = evaluation_size(run, validation, feed, horizon)
 
     def measure() -> dict[str, float]:
+        rows, compiled = evaluation_rows(run, feed)
+        tokens = size.now if size else run.knobs.eval_tokens
         numbers = {
             f"val_bpb/{shards.name}": shard_bits_per_byte(
-                run.model, shards, token_bytes, run.runtime, rows, tokens
+                run.model, shards, token_bytes, runtime, rows, tokens, compiled
             )
             for shards, _ in validation
         }
         weights = [weight or 1.0 for _, weight in validation]
         total = sum(w * bpb for w, bpb in zip(weights, numbers.values(), strict=True))
-        return {"val_bpb": total / sum(weights), **(numbers if len(numbers) > 1 else {})}
+        read = {"eval_tokens": tokens} if size else {}
+        return {"val_bpb": total / sum(weights), **(numbers if len(numbers) > 1 else {}), **read}
 
-    return Evaluation("eval", run.knobs.eval_every, measure, start=True)
+    return Evaluation("eval", evaluation_interval(run), measure, start=True, size=size)
+
+
+def evaluation_interval(run: OpenRun) -> float:
+    """--eval_every, which the length of the run sets unless it is given."""
+    if run.knobs.eval_every < 0:
+        run.resolve(eval_every=1 / evaluations_within(run.budget_seconds))
+    return run.knobs.eval_every
+
+
+def evaluation_size(
+    run: OpenRun, validation: WeightedShards, feed: RowFeed, horizon: Horizon
+) -> Size | None:
+    """
+    How many tokens of each source an evaluation reads: None if --eval_tokens says it, or where the
+    length of the run, known in tokens, sets it once and for all.
+    """
+    if run.knobs.eval_tokens:
+        return None
+    if not run.budget_seconds:
+        tokens = (horizon.steps or 0) * horizon.rows * run.contexts.longest
+        tokens = tokens or (horizon.epochs or 1) * feed.total_tokens
+        count = evaluations_within(0)
+        run.resolve(eval_tokens=evaluation_tokens(tokens, len(validation), count))
+        return None
+    least = evaluation_rows(run, feed)[0] * run.model.config.sequence_len * run.runtime.world_size
+    longest = max(shards.total for shards, _ in validation)
+    most = min(MOST_EVAL_TOKENS, max(longest, least))
+    return Size(evaluation_seconds(run.budget_seconds), least, most)
+
+
+def evaluation_rows(run: OpenRun, feed: RowFeed) -> tuple[int, bool]:
+    """
+    The rows of an evaluation's batches, and whether they run the code that is compiled for
+    training: they do at the context of the evaluations, in micro-batches as training has them.
+    """
+    T, shape = run.model.config.sequence_len, feed.micro_batch
+    if shape and shape[1] == T:
+        return shape[0], run.model.compiled
+    rows = run.knobs.device_batch_size
+    if run.runtime.device.type == "cpu":  # few, so that a part of an evaluation is soon measured
+        rows = min(rows, max(1, 4096 // T))
+    return rows, False
 
 
 def sample_evaluation(run: OpenRun, prompts: Sequence[str]) -> Evaluation:
     """Greedy continuations of a few prompts, printed and logged."""
+    budget, length = run.budget_seconds, 24
+    if run.knobs.sample_every < 0:
+        run.resolve(sample_every=1 / evaluations_within(budget) if budget else 0.25)
+    seconds = evaluation_seconds(budget, SAMPLING)
+    size = Size(seconds, least=3, most=length) if budget else None
 
     def measure() -> dict[str, str]:
         if not run.runtime.is_main:
             return {}
         encode, decode = run.tokenizer.encode, run.tokenizer.decode
         samples = Engine(run.model, run.tokenizer).generate_batch(
-            [encode(prompt, bos=True) for prompt in prompts], max_tokens=24, temperature=0.0
+            [encode(prompt, bos=True) for prompt in prompts],
+            max_tokens=size.now if size else length,
+            temperature=0.0,
         )
-        texts = {p: decode(sample.tokens) for p, sample in zip(prompts, samples, strict=True)}
-        for prompt, text in texts.items():
-            print0(f"    {prompt}|{text}".replace("\n", " "))
-        return {f"sample/{prompt}": text for prompt, text in texts.items()}
+        return {
+            f"sample/{prompt}": decode(sample.tokens)
+            for prompt, sample in zip(prompts, samples, strict=True)
+        }
 
-    return Evaluation("sample", run.knobs.sample_every, measure)
+    return Evaluation("sample", run.knobs.sample_every, measure, size=size)
 
 
 def choose_conversations(run: OpenRun) -> None:
@@ -105,10 +168,11 @@ def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShar
     )
 
 
-def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool) -> bool:
+def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool = True) -> None:
     """
     Compile the model if that was asked for, or if it works and pays; a resumed run does as before.
-    Returns whether the model is compiled.
+    `one_shape`: whether (nearly) all batches have the same shape, which makes compiling worthwhile;
+    that shape is then compiled in the background while the run is being opened.
     """
     wanted = run.knobs.compile == "on"
     if run.knobs.compile == "auto":
@@ -120,13 +184,21 @@ def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool) -> bool:
             shapes = len(run.contexts.stages)
             wanted = one_shape and compile_pays(run.runtime.device.type, seconds, shapes)
     if not wanted:
-        return False
+        return
     if missing := compiler_missing(run.runtime.device):
         notice(f"running without torch.compile: {missing}")
-        return False
-    run.model.compile()
-    print0("  compiling at the first step")
-    return True
+        return
+    compiler.prepare(run.model)
+    if not one_shape:
+        print0("  compiling each shape of batches when it first appears")
+        return
+    print0("  compiling while the data is opened")
+    runtime, contexts = run.runtime, run.contexts
+    device_rows = run.knobs.device_batch_size
+    rows, first = horizon.rows, contexts.at(run.stored_progress)
+    scale = contexts.longest // first
+    rows = micro_batch_rows(rows * scale, device_rows * scale, runtime.rank, runtime.world_size)
+    compiler.Ahead.current = compiler.Ahead(run.model, rows, first)
 
 
 def train(
@@ -135,12 +207,8 @@ def train(
     horizon: Horizon,
     evaluations: Sequence[Evaluation],
     rate_scale: float = 1.0,
-    one_shape: bool = True,
 ) -> dict[str, Any]:
-    """
-    Train to the end, from the start or from a checkpoint, and return the summary. `one_shape`:
-    whether (nearly) all batches have the same shape, which makes compiling worthwhile.
-    """
+    """Train to the end, from the start or from a checkpoint, and return the summary."""
     if not run.knobs.embedding_lr:
         tokens = horizon.rows * run.model.config.sequence_len
         run.resolve(embedding_lr=embedding_rate(tokens))
@@ -155,7 +223,7 @@ def train(
         "horizon": {
             "rows": horizon.rows,
             "steps": horizon.steps,
-            "compiled": compile_if_it_pays(run, horizon, one_shape),
+            "compiled": run.model.compiled,
             "since": run.stored("since"),
         },
         "dtype": runtime.dtype_name,
@@ -201,7 +269,11 @@ def train(
                 f"  resuming from {checkpoint} (step {training.step:,}, "
                 f"{human(training.tokens)} tokens)"
             )
-        training.seconds += time.monotonic() - run.began  # opening counts as training time
+        waited = compiler.Ahead.current.wait() if compiler.Ahead.current else 0.0
+        opening = time.monotonic() - run.began  # counts as training time
+        training.seconds += opening
+        for name, seconds in (("opening", opening - waited), ("compiling", waited)):
+            training.spent[name] = training.spent.get(name, 0.0) + seconds
         training.schedule = resume.schedule_from(checkpoint, training)
         if checkpoint and runtime.is_main:
             put_aside_after(run.directory, checkpoint.step)
@@ -212,7 +284,10 @@ def train(
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Wraps the work of a command: closes the runtime, and explains when memory runs out."""
+    """
+    Wraps the work of a command: closes the runtime, ends a compilation that nothing waits for, and
+    explains when memory runs out.
+    """
     try:
         yield
     except RuntimeError as e:
@@ -223,5 +298,7 @@ def session() -> Iterator[None]:
             "--device_batch_size"
         ) from e
     finally:
+        if compiler.Ahead.current:
+            compiler.Ahead.current.abandon()
         release()
         close_runtime()
