@@ -124,11 +124,11 @@ CEILINGS = {
     "chat": 4_760,
     "chat/serve": 10_200,
     "eval": 14_280,
-    "train": 13_000,
+    "train": 15_500,
     "study": 10_800,
     "plan": 17_650,
     "export": 7_500,
-    "commands": 13_950,
+    "commands": 14_300,
 }
 WHOLE = sum(CEILINGS.values())
 

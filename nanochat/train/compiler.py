@@ -104,7 +104,9 @@ def cache_folder() -> Path:
     """Where compiled code is kept: in the base folder, unless the user names another."""
     if not os.environ.get(FOLDER):
         ours = base_dir() / "compiled"
-        if re.fullmatch(r"[\w./+-]+", str(ours)):  # torch splits its command lines at spaces
+        if re.fullmatch(
+            r"[\w./+-]+", str(ours), re.ASCII
+        ):  # torch splits its command lines at spaces
             os.environ[FOLDER] = str(ours)
         else:
             from torch._inductor.runtime.cache_dir_utils import default_cache_dir

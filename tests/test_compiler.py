@@ -1,0 +1,258 @@
+"""The compiler of a run: damaged files, failures, signals, seconds, compiling ahead."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from nanochat.base.common import UserError
+from nanochat.train import compiler
+from nanochat.train.compiler import Ahead, cache_folder, guarded, remove_all, remove_damaged
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The bytes of a shared library."""
+    import _ctypes
+
+    return Path(_ctypes.__file__).read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(compiler.FOLDER, str(tmp_path / "compiled"))
+    torch.compiler.reset()
+    yield tmp_path / "compiled"
+    torch.compiler.reset()
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "header only": lambda data: data[:64],
+    "less than a header": lambda data: data[:20],
+    "without its end": lambda data: data[:-1000],
+    "of zeros": lambda data: bytes(len(data)),
+    "text": lambda data: b"this is no library, whatever its name says " * 100,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries are ELF files on Linux")
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_libraries_are_removed_and_others_stay(folder, library, kind, capsys):
+    good, bad = folder / "ab" / "cabc.main.so", folder / "cd" / "sub" / "ccde.main.so"
+    for path in (good, bad):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(library)
+    other = bad.with_suffix(".cpp")
+    other.write_text("")
+    bad.write_bytes(DAMAGE[kind](library))
+    assert remove_damaged(folder) == 1
+    assert good.exists() and other.exists() and not bad.exists()
+    assert "removed 1 damaged file of an interrupted compilation" in capsys.readouterr().err
+    assert remove_damaged(folder) == 0 and capsys.readouterr().err == ""
+
+
+def test_everything_of_torch_is_removed_and_nothing_else(folder):
+    for name in ("ab", "fxgraph", "aotautograd", "holidays", "ABC"):
+        (folder / name).mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "cd").symlink_to(folder / "holidays")
+    remove_all(folder)
+    assert {p.name for p in folder.iterdir()} == {"holidays", "ABC", "notes.txt", "cd"}
+
+
+def failing_backend(failures: int, error: Exception):
+    """A compiler that fails so many times."""
+    left = [failures]
+
+    def backend(graph, inputs):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return graph.forward
+
+    return backend
+
+
+ERRORS = [
+    ImportError("/x/cab.so: file too short"),
+    OSError("invalid ELF header"),
+    subprocess.CalledProcessError(1, "g++"),
+    EOFError("Ran out of input"),
+]
+
+
+@pytest.mark.parametrize("failures", [0, 1, 5])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_a_failure_costs_speed_and_no_step(folder, failures, error, capsys, tmp_path):
+    """Once: compiled again. Always: the run continues without compiled code, with the same losses."""
+    (folder / "fxgraph").mkdir(parents=True)
+    m = tiny.model(n_layer=1)
+    for block in m.blocks:
+        block.compile(dynamic=False, backend=failing_backend(failures, error))
+    m.compiled = True
+    compiler._watch.install()
+    b = tiny.batch()
+
+    def step():
+        m.zero_grad()
+        hidden = m(b.inputs)
+        hidden.float().square().sum().backward()
+        return float(hidden.detach().float().sum())
+
+    value = guarded(m, step)
+    plain = tiny.model(n_layer=1)
+    assert value == pytest.approx(float(plain(b.inputs).detach().float().sum()), rel=1e-5)
+    assert m.embed.weight.grad is not None
+    err = capsys.readouterr().err
+    assert m.compiled == (failures < 2)
+    assert err.count("\n") == min(failures, 2) and "Traceback" not in err
+    assert (folder / "fxgraph").exists() == (failures == 0)
+    assert ("running without torch.compile" in err) == (failures > 1)
+
+
+def test_errors_of_others_are_not_the_compilers(folder):
+    m = tiny.model(n_layer=1)
+    m.compiled = True
+    for error in (UserError("disk full"), ValueError("a bug"), torch.OutOfMemoryError("CUDA")):
+        calls = []
+
+        def work(error=error, calls=calls):
+            calls.append(1)
+            raise error
+
+        with pytest.raises(type(error)):
+            guarded(m, work)
+        assert calls == [1] and m.compiled
+
+
+def test_signals_wait_for_the_compiler(folder):
+    """A signal that arrives while the compiler runs is delivered after it, once."""
+    seen = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: seen.append(time.monotonic()))
+    try:
+        during = []
+
+        def backend(graph, inputs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            # the mask is what a C++ compiler inherits
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            during.append((len(seen), {signal.SIGINT, signal.SIGTERM} <= blocked))
+            return graph.forward
+
+        m = tiny.model(n_layer=1)
+        m.blocks[0].compile(dynamic=False, backend=backend)
+        m.compiled = True
+        compiler._watch.install()
+        m(tiny.batch().inputs)
+        assert during[0][1] and len(seen) == len(during)
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_compiling_ahead_leaves_nothing_to_compile_and_no_trace(folder):
+    counter = CompileCounter()
+    m = tiny.model(n_layer=2)
+    before = tiny.weights(m)
+    for block in m.blocks:
+        block.compile(dynamic=False, backend=counter)
+    m.compiled = True
+    compiler._watch.install()
+    waited = compiler.seconds()
+    Ahead.current = Ahead(m, 8, 16)
+    assert Ahead.current.wait() >= 0.0 and Ahead.current is None
+    assert counter.frame_count == 1 and all(p.grad is None for p in m.parameters())
+    assert compiler.seconds() == waited, "nothing in the foreground waited for it"
+    m.loss(tiny.batch().inputs, tiny.batch().targets).backward()
+    assert counter.frame_count == 1 and tiny.same(before, tiny.weights(m))
+
+
+def test_a_run_that_is_refused_does_not_wait_for_the_compiler(folder):
+    m = tiny.model(n_layer=1)
+    begun = []
+
+    def backend(graph, inputs):
+        begun.append(1)
+        time.sleep(0.05)
+        return graph.forward
+
+    m.blocks[0].compile(dynamic=False, backend=backend)
+    m.compiled = True
+    compiler._watch.install()
+    Ahead.current = Ahead(m, 8, 16)
+    Ahead.current.abandon()
+    assert Ahead.current is None and len(begun) <= 1
+    assert not [s for s in signal.pthread_sigmask(signal.SIG_BLOCK, []) if s == signal.SIGINT]
+
+
+@pytest.mark.parametrize("name", ["plain", "with a space", "it's", "ünïcode"])
+def test_the_folder_of_compiled_code(tmp_path, monkeypatch, name):
+    """In the base folder, unless torch would split its path, or the user named another."""
+    monkeypatch.delenv(compiler.FOLDER, raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
+    ours = tmp_path / name / "compiled"
+    assert (cache_folder() == ours) == (name == "plain")
+    monkeypatch.setenv(compiler.FOLDER, str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+
+
+PROGRAM = """
+import sys, torch
+sys.path.insert(0, "tests")
+import tiny
+from nanochat.train import compiler
+m = tiny.randomise(tiny.model(n_layer=1))
+compiler.prepare(m)
+b = tiny.batch()
+loss = compiler.guarded(m, lambda: m.loss(b.inputs, b.targets))
+loss.backward()
+print(float(loss), m.compiled)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["empty", "half", "of zeros", "every file empty", "killed"])
+def test_a_real_cache_that_is_damaged(tmp_path, kind):
+    """The next process compiles again, or runs without: the same loss, no trace."""
+    folder = tmp_path / "compiled"
+    env = {**os.environ, compiler.FOLDER: str(folder), "PYTHONPATH": str(ROOT)}
+
+    def run():
+        command = [sys.executable, "-c", PROGRAM]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    if kind == "killed":
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, env=env)
+        stop = time.monotonic() + 120
+        while not list(folder.glob("*/*.cpp")) and time.monotonic() < stop:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    else:
+        first = run()
+        assert first.returncode == 0, first.stderr
+        pattern = "**/*" if kind == "every file empty" else "**/*.so"
+        for path in folder.glob(pattern):
+            if path.is_file():
+                damage = DAMAGE.get(kind, DAMAGE["empty"])
+                path.write_bytes(damage(path.read_bytes()))
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    loss, compiled = done.stdout.split()[-2:]
+    b = tiny.batch()
+    expected = float(tiny.randomise(tiny.model(n_layer=1)).loss(b.inputs, b.targets))
+    assert float(loss) == pytest.approx(expected, rel=1e-4) and compiled == "True"
+    shutil.rmtree(folder, ignore_errors=True)
