@@ -123,7 +123,7 @@ CEILINGS = {
     "model": 20_070,
     "chat": 4_760,
     "chat/serve": 10_200,
-    "eval": 14_280,
+    "eval": 14_400,
     "train": 15_500,
     "study": 10_800,
     "plan": 17_650,
