@@ -25,18 +25,21 @@ class Bias(NamedTuple):
     What a prior adds to the scores of a layer's first n heads, after their division by sqrt(D).
     For head h, query i and key j it is
 
-        sum_r gate[h, r] u[i, r] w[j, r]  +  place_gate[h] * place[...]
+        sum_g gate[h, g] sum_r u[i, r] w[j, r]  +  place_gate[h] * place[...]
 
-    where place is indexed with [i - j], [h, i - j] or [i, j], depending on its shape.
+    where r goes over the columns of group g, and place is indexed with [i - j], [h, i - j] or
+    [i, j], depending on its shape.
     """
 
     u: Tensor  # (B, T, R), one row per query
     w: Tensor  # (B, keys, R), one row per key, from position 0
-    gate: Tensor  # (n, R)
+    gate: Tensor  # (n, groups)
     # (C,) or (n, 1, C) by distance, the last entry for every larger distance; or (C, C). All zeros
     # where a kernel cannot look positions up and they are columns of u and w instead.
     place: Tensor
     place_gate: Tensor  # (n,)
+    columns: tuple[int, ...]  # of each group; their sum is R
+    reach: int | None = None  # place is 0 from this distance on; None: perhaps nowhere
     form: str = "factored"
     block_mask: Any = None  # for flex: the mask of whole blocks
 
@@ -46,43 +49,50 @@ class Bias(NamedTuple):
         (B, heads, T, keys) in w's dtype. Entries where j > i are meaningless.
         """
         w = self.w[:, None, first:end]
-        scores = (self.u[:, None].to(w.dtype) * self.gate[:, None].to(w.dtype)) @ w.mT
+        scores = (self.u[:, None].to(w.dtype) * self.column_gates()[:, None].to(w.dtype)) @ w.mT
         place = _look_up(self.place, i, torch.arange(first, end, device=i.device))
         scores = scores + (self.place_gate[:, None, None] * place).to(w.dtype)
         return _pad_heads(scores, heads)
 
-    def add_to_scores(
-        self, raw: Tensor, rows: slice, keys: slice, hidden: Tensor, D: int
-    ) -> Tensor:
-        """
-        q k^T of one block, (B * H_kv, G * rows, keys), which is overwritten -> biased and masked
-        scores (B, H, rows, keys) in float32 or wider.
-        """
-        B, n, (r, c) = self.u.size(0), self.gate.size(0), hidden.shape
-        raw = raw.view(B, -1, c)
-        u = (self.u[:, None, rows] * self.gate[:, None]).flatten(1, 2)
-        raw[:, : n * r].baddbmm_(u, self.w[:, keys].mT, alpha=D**0.5)
-        raw = raw.view(B, -1, r, c)
-        place = self.place_gate.to(_wide(raw))[:, None, None] * self.place_block(rows, keys)
-        place = _pad_heads(place, raw.size(1)).masked_fill_(hidden, -torch.inf)
-        return torch.add(place, raw, alpha=D**-0.5)
+    def column_gates(self) -> Tensor:
+        """The gate of every column: (n, R)."""
+        gates = zip(self.gate.unbind(1), self.columns, strict=True)
+        return torch.cat([self.gate[:, :0], *(g[:, None].expand(-1, n) for g, n in gates)], 1)
 
-    def gate_gradients(self, ds: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+    def block(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """
-        One block's part of the gradients of gate and place_gate, from the gradients ds of q k^T,
-        (B, H * rows, keys): sums of ds times what the gates scale.
+        What the gates scale in one block, in float32 or wider: the products u w^T of all groups,
+        (B, groups, rows * keys), and place at the block's last keys, (1 or n, rows, near keys);
+        keys before them are out of reach.
         """
-        B, n, r = self.u.size(0), self.gate.size(0), rows.stop - rows.start
-        ds = ds[:, : n * r]
-        sums = torch.bmm(ds, self.w[:, keys]).view(B, n, r, -1)
-        d_gate = torch.einsum("bnir,bir->nr", sums, self.u[:, rows]).to(_wide(ds))
-        ds = ds.view(B, n, r, -1).sum(0, dtype=_wide(ds))
-        return d_gate, (ds * self.place_block(rows, keys)).sum((1, 2))
+        u, w, wide = self.u[:, rows], self.w[:, keys], _wide(self.u)
+        products = u.new_empty(u.size(0), len(self.columns), u.size(1), w.size(1), dtype=wide)
+        pairs = zip(u.split(self.columns, 2), w.split(self.columns, 2), strict=True)
+        for n, (u_g, w_g) in enumerate(pairs if self.columns else ()):
+            products[:, n] = torch.bmm(u_g, w_g.mT)
+        first = keys.start if self.reach is None else max(keys.start, rows.start + 1 - self.reach)
+        j = torch.arange(first if self.reach != 0 else keys.stop, keys.stop, device=u.device)
+        i = torch.arange(rows.start, rows.stop, device=u.device)[:, None]
+        return products.flatten(2), _look_up(self.place, i, j).to(wide)
 
-    def place_block(self, rows: slice, keys: slice) -> Tensor:
-        """place at these queries and keys: (1 or n, rows, keys)."""
-        i, j = (torch.arange(s.start, s.stop, device=self.place.device) for s in (rows, keys))
-        return _look_up(self.place, i[:, None], j)
+    def add_to_scores(self, scores: Tensor, block: tuple[Tensor, Tensor], D: int) -> None:
+        """Divide the products q k^T of a block, (B, H, rows, keys), by sqrt(D); add the bias."""
+        (products, place), n = block, self.gate.size(0)
+        scores[:, n:] *= D**-0.5
+        gate = self.gate.to(scores.dtype).expand(scores.size(0), -1, -1)
+        scores[:, :n].flatten(2).baddbmm_(gate, products, beta=D**-0.5)
+        near = scores[:, :n, :, scores.size(3) - place.size(2) :]
+        near += self.place_gate.to(scores.dtype)[:, None, None] * place
+
+    def gate_gradients(self, ds: Tensor, block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        One block's part of the gradients of gate and place_gate, from the gradients ds of its
+        scores, (B, H, rows, keys): sums of ds times what the gates scale.
+        """
+        (products, place), ds = block, ds[:, : self.gate.size(0)]
+        near = ds[..., ds.size(3) - place.size(2) :].sum(0)
+        d_gate = torch.bmm(ds.flatten(2), products.mT).sum(0)
+        return d_gate, (near * place).sum((1, 2))
 
 
 def _look_up(place: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -112,7 +122,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None =
         return attend_at(torch.arange(T, device=q.device)[None], q, k, v, 0, window, bias)
     if q.device.type == "cpu":
         window = window if 0 < window < T else T
-        y: Any = _BlockAttention.apply(q, k, v, window, *(bias[:5] if bias is not None else ()))
+        y: Any = _BlockAttention.apply(q, k, v, window, *(bias[:7] if bias is not None else ()))
         return y
     return attend_fused(q, k, v, window, bias)
 
@@ -170,9 +180,9 @@ def _with_columns(q: Tensor, k: Tensor, v: Tensor, bias: Bias) -> tuple[Tensor, 
     [q ; sqrt(D) gate u], [k ; w] and v, all padded with zeros to the same width, which is a
     multiple of 8 as kernels demand.
     """
-    D, R = q.size(3), bias.gate.size(1)
+    D, R = q.size(3), bias.u.size(2)
     pad = -(D + R) % 8
-    u = _pad_heads((bias.u[:, None] * bias.gate[:, None]) * D**0.5, q.size(1))
+    u = _pad_heads((bias.u[:, None] * bias.column_gates()[:, None]) * D**0.5, q.size(1))
     w = bias.w[:, None, : q.size(2)].expand(-1, k.size(1), -1, -1)
     q = torch.cat((q, F.pad(u, (0, pad)).to(q.dtype)), -1)
     k = torch.cat((k, F.pad(w, (0, pad)).to(k.dtype)), -1)
@@ -279,11 +289,11 @@ def flex_missing(device: torch.device, dtype: torch.dtype, width: int) -> str:
         R = max(0, width - 64)
         u, gate, place_gate = (
             new(1, 256, R),
-            new(2, R, requires_grad=True),
+            new(2, 1, requires_grad=True),
             new(2, requires_grad=True),
         )
         try:
-            attend_flex(q, k, v, 0, Bias(u, u, gate, new(256), place_gate)).sum().backward()
+            attend_flex(q, k, v, 0, Bias(u, u, gate, new(256), place_gate, (R,))).sum().backward()
         except Exception as e:  # whatever the compiler or the GPU refuses: other forms serve
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             return f"FlexAttention fails here ({reason})"
@@ -304,69 +314,87 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int, *bias_tensors: Any) -> Tensor:
-        shape, bias = q.shape, Bias(*bias_tensors) if bias_tensors else None
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int, *fields: Any) -> Tensor:
+        shape, bias = q.shape, Bias(*fields) if fields else None
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         q = q.reshape(k.size(0), -1, *q.shape[2:])  # (B * H_kv, G, T, D)
         y = torch.empty_like(q)
-        for rows, keys, hidden in _blocks(q.size(2), window, q.device):
-            p = _probabilities(q, k, rows, keys, hidden, bias)
+        for rows, keys, hidden in _blocks(q, window):
+            added = None if bias is None else bias.block(rows, keys)
+            p = _probabilities(q, k, rows, keys, hidden, bias, added)
             y[:, :, rows] = torch.bmm(p.flatten(1, 2), v[:, keys]).view(y[:, :, rows].shape)
-        ctx.save_for_backward(q, k, v, y, *bias_tensors)
-        ctx.shape, ctx.window = shape, window
+        ctx.save_for_backward(q, k, v, y, *fields[:5])
+        ctx.shape, ctx.window, ctx.fields = shape, window, fields[5:]
         return y.view(shape)
 
     @staticmethod
     def backward(ctx, *grads):
         (q, k, v, y, *bias_tensors), (B, H, T, D) = ctx.saved_tensors, ctx.shape
-        bias = Bias(*bias_tensors) if bias_tensors else None
+        bias = Bias(*bias_tensors, *ctx.fields) if bias_tensors else None
         learned = any(ctx.needs_input_grad[4:])  # whether the gates of the bias are parameters
         d_gate = d_place_gate = None
         wide = _wide(q)
         dy, dq = grads[0].reshape(q.shape), torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         delta = (dy.to(wide) * y).sum(-1, keepdim=True)  # (B * H_kv, G, T, 1)
-        for rows, keys, hidden in _blocks(T, ctx.window, q.device):
-            p = _probabilities(q, k, rows, keys, hidden, bias)
+        for rows, keys, hidden in _blocks(q, ctx.window):
+            added = None if bias is None else bias.block(rows, keys)
+            p = _probabilities(q, k, rows, keys, hidden, bias, added)
             dy_rows, q_rows = dy[:, :, rows].flatten(1, 2), q[:, :, rows].flatten(1, 2)
             dp = torch.bmm(dy_rows, v[:, keys].mT).view(p.shape)
-            ds = ((dp - delta[:, :, rows]) * p).mul_(D**-0.5).to(q.dtype).flatten(1, 2)
+            ds = (dp - delta[:, :, rows]) * p
+            if bias is not None and added is not None and learned:
+                part = bias.gate_gradients(ds.view(B, H, *hidden.shape), added)
+                d_gate = part[0] if d_gate is None else d_gate + part[0]
+                d_place_gate = part[1] if d_place_gate is None else d_place_gate + part[1]
+            ds = ds.mul_(D**-0.5).to(q.dtype).flatten(1, 2)
             dq[:, :, rows] = torch.bmm(ds, k[:, keys]).view(dq[:, :, rows].shape)
             dk[:, keys] += torch.bmm(ds.mT, q_rows)
             dv[:, keys] += torch.bmm(p.flatten(1, 2).mT, dy_rows)
-            if bias is not None and learned:
-                block = bias.gate_gradients(ds.view(B, -1, ds.size(2)), rows, keys)
-                d_gate = block[0] if d_gate is None else d_gate + block[0]
-                d_place_gate = block[1] if d_place_gate is None else d_place_gate + block[1]
         dk, dv = dk.to(k.dtype).view(B, -1, T, D), dv.to(v.dtype).view(B, -1, T, D)
         d_bias = zip((None, None, d_gate, None, d_place_gate), bias_tensors, strict=False)
-        d_bias = [None if d is None else (d * D**0.5).to(x.dtype) for d, x in d_bias]
-        return dq.view(B, H, T, D), dk, dv, None, *d_bias
+        d_bias = [None if d is None else d.to(x.dtype) for d, x in d_bias]
+        return dq.view(B, H, T, D), dk, dv, None, *d_bias, *(None for _ in ctx.fields)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _blocks(T: int, window: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
-    """For each block: its queries, the keys that any of them sees, and which pairs are hidden."""
+def _blocks(q: Tensor, window: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """
+    For each block of queries q (B * H_kv, G, T, D): its rows, the keys that any of them sees, and
+    what hides keys when it is added to scores: (rows, keys) of 0 and -inf, in float32 or wider.
+    """
+    T = q.size(2)
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         first = max(0, start - window + 1)
-        i = torch.arange(start, stop, device=device)[:, None]
-        j = torch.arange(first, stop, device=device)
-        yield slice(start, stop), slice(first, stop), (j > i) | (i - j >= window)
+        i = torch.arange(start, stop, device=q.device)[:, None]
+        j = torch.arange(first, stop, device=q.device)
+        hidden = torch.zeros(stop - start, stop - first, dtype=_wide(q), device=q.device)
+        hidden.masked_fill_((j > i) | (i - j >= window), -torch.inf)
+        yield slice(start, stop), slice(first, stop), hidden
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, rows: slice, keys: slice, hidden: Tensor, bias: Bias | None
+    q: Tensor,
+    k: Tensor,
+    rows: slice,
+    keys: slice,
+    hidden: Tensor,
+    bias: Bias | None,
+    added: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) of one block: (B * H_kv, G, rows, keys) in q's dtype."""
+    """
+    softmax(q k^T / sqrt(D) + bias + hidden) of one block: (B * H_kv, G, rows, keys) in q's dtype.
+    added: what the bias adds there, by Bias.block.
+    """
     n, G, _, D = q.shape
     scores = torch.bmm(q[:, :, rows].flatten(1, 2), k[:, keys].mT)
-    if bias is not None:
-        scores = bias.add_to_scores(scores, rows, keys, hidden, D)
+    scores = scores.view(n, G, *hidden.shape).to(_wide(q))
+    if bias is not None and added is not None:
+        bias.add_to_scores(scores.view(bias.u.size(0), -1, *hidden.shape), added, D)
     else:
-        scores = scores.view(n, G, *hidden.shape).to(_wide(q)).mul_(D**-0.5)
-        scores.masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores.view(n, G, *hidden.shape), dim=-1).to(q.dtype)
+        scores.mul_(D**-0.5)
+    return torch.softmax(scores.add_(hidden), dim=-1).to(q.dtype)

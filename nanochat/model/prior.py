@@ -86,26 +86,28 @@ class Prior(nn.Module):
 
         place = dict(self.named_buffers()).get("place") if self.looks_up(device) else None
         all_u = [idx.new_zeros(B, T, 0, dtype=dtype)]
-        all_w, gates = [*all_u], [self.gates[..., :0]]
+        all_w, gates, columns = [*all_u], [self.gates[..., :0]], []
         for g, (name, _) in enumerate(self.spec["columns"]):
             if name in ("lag", "bias") and place is not None:
                 continue
             u, w = self._columns(name, earlier, positions)
             all_u.append(u.to(dtype).expand(B, -1, -1))
             all_w.append(w.to(dtype).expand(B, -1, -1))
-            gates.append(self.gates[..., g : g + 1].expand(-1, -1, u.size(-1)))
+            gates.append(self.gates[..., g : g + 1])
+            columns.append(u.size(-1))
         u, w = torch.cat(all_u, -1), torch.cat(all_w, -1)
         w = w if cache is None else cache.with_earlier_columns(w)
-        place_gates = self.gates[..., -1]
+        place_gates, reach = self.gates[..., -1], self.spec.get("reach")
         if place is None:
             place = self.gates.new_zeros(1)
-            place_gates = place.expand(self.layers, self.heads)
+            place_gates, reach = place.expand(self.layers, self.heads), 0
         biases: list[Bias | None] = [None] * len(self.windows)
         for layer, gate in enumerate(torch.cat(gates, -1).to(dtype).unbind()):
             window, rows = self.windows[layer], self.spec["rows"]
             mask = flex_mask(T, window, device) if self._form == "flex" else None
             curves = place[rows[layer], None] if rows else place
-            biases[layer] = Bias(u, w, gate, curves, place_gates[layer], self._form, mask)
+            by_place = curves, place_gates[layer]
+            biases[layer] = Bias(u, w, gate, *by_place, tuple(columns), reach, self._form, mask)
         return biases
 
     def looks_up(self, device: torch.device) -> bool:

@@ -214,7 +214,7 @@ def prepare(
     width = config.head_dim + sum(columns.values())
     form = attention_form(form, device, dtype, width, sharp)
 
-    C = config.sequence_len
+    C, reach = config.sequence_len, None
     if "bias" in artifact:
         matrix = artifact["bias"][:C, :C].float()
         tensors["place"] = F.pad(matrix, (0, C - len(matrix)) * 2)
@@ -234,6 +234,7 @@ def prepare(
             tensors |= {"place_u": u, "place_w": w}
             curves = F.pad((w[0] @ u.mT)[None], (0, 1))
         tensors["place"] = curves if spans else curves[0]
+        reach = max([0, *(curves.any(0).nonzero() + 1).flatten().tolist()])
     rank = sum(columns.values())
     if device.type != "cpu" and config.head_dim + rank > KERNEL_WIDTH:
         raise UserError(
@@ -251,6 +252,7 @@ def prepare(
         "shifts": shifts,
         "learned": knobs.rap_gate == "learned",
         "rows": rows if spans else [],
+        "reach": reach,
         "tensors": {
             name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()
         },
