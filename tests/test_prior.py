@@ -143,20 +143,24 @@ def test_spans_are_curves_of_single_heads(tmp_path, backend, lag):
     Five items (match, pair, three spans) for four heads: the second layer continues, and a head
     without a span uses lag, or nothing in an artifact without lag.
     """
-    T, D, given = 150, 32, with_spans(150)
-    if lag == "no lag":
+    T, D = 150 if lag == "lag" else 290, 32
+    given = with_spans(T)
+    if lag == "no lag":  # and the spans end at distance 26, so that most keys are out of reach
         given["lag"].zero_()
+        given["spans"][:, 27:] = 0
     shape = {"n_head": 4, "n_kv_head": 2, "n_embd": 4 * D, "sequence_len": T}
     config, tensors = made(
         write(
             tmp_path / "p.safetensors",
-            {name: t for name, t in given.items() if name != "lag" or t.any()},
+            {name: t for name, t in given.items() if name != "lag" or t.any()}
+            | {"spans": given["spans"][:, : 27 if lag == "no lag" else T]},
         ),
         CPU,
         tiny.config(**shape),
         rap_lead=3.0,
     )
     assert config.rap["rows"] == [[0, 0, 1, 2], [3, 0, 0, 1]] and "3 spans" in config.rap["about"]
+    assert config.rap["reach"] == (27 if lag == "no lag" else 150)
     leads = torch.full((2, 4, 4), 0.1)
     leads[0, [0, 1, 2, 3], [1, 2, 3, 3]] = leads[1, [0, 1, 2, 3], [3, 1, 2, 3]] = 3.0
     torch.testing.assert_close(tensors["gates"], leads)
@@ -182,6 +186,10 @@ def test_spans_are_curves_of_single_heads(tmp_path, backend, lag):
         (want * weights).sum().backward()
         (got * weights).sum().backward()
         torch.testing.assert_close(p.gates.grad[layer], gate.grad, atol=1e-5, rtol=1e-4)
+        everywhere = p(idx, torch.float64)[layer]._replace(reach=None)  # as in older checkpoints
+        torch.testing.assert_close(
+            backend(q, k, v, window, everywhere), got, atol=1e-12, rtol=1e-12
+        )
 
 
 def test_who_leads():
