@@ -120,7 +120,7 @@ CEILINGS = {
     "base": 10_300,
     "tinyworld": 9_600,
     "data": 18_500,
-    "model": 20_300,
+    "model": 20_700,
     "chat": 4_760,
     "chat/serve": 10_200,
     "eval": 14_400,
