@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import hostile_checkpoints as checkpoints
+import hostile_logbooks as logbooks
 import pytest
 
 from nanochat.base.common import UserError
@@ -30,5 +31,30 @@ def test_a_checkpoint_of_a_stranger(release, name):
     checkpoints.seal(step)
     try:
         checkpoints.load()
+    except UserError as e:
+        assert len(str(e)) < 1500 and "\n" not in str(e)
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """Curves are drawn in other tests; here the numbers that would be drawn suffice."""
+    monkeypatch.setattr("nanochat.study.report.gallery", lambda plots: "")
+
+
+@pytest.mark.parametrize("name", logbooks.LOGBOOKS)
+def test_a_log_book_of_a_stranger(release, name, drawn_once):
+    run = release / "checkpoints/base/old"
+    logbooks.spoil(logbooks.LOGBOOKS[name], run / "metrics.jsonl")
+    try:
+        logbooks.read_everything(run, release / "report.html")
+    except UserError as e:
+        assert len(str(e)) < 1500 and "\n" not in str(e)
+
+
+@pytest.mark.parametrize("name", logbooks.RECORDS)
+def test_a_comparison_of_a_stranger(tmp_path, name):
+    (tmp_path / "runs.jsonl").write_bytes(logbooks.line(**logbooks.RUN) + logbooks.RECORDS[name])
+    try:
+        logbooks.compare(tmp_path / "runs.jsonl")
     except UserError as e:
         assert len(str(e)) < 1500 and "\n" not in str(e)

@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import re
 import sys
-import tomllib
 import typing
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from nanochat.base.commands import command_names, first_sentence, near
-from nanochat.base.common import UserError, decoded, notice, print0
-from nanochat.base.strangers import shown
+from nanochat.base.common import UserError, notice, print0
+from nanochat.base.strangers import read_toml, shown
 
 T = TypeVar("T")
 LARGEST_SEED = 2**63 - 1  # what torch and numpy both take; the smallest is 0
@@ -255,12 +254,12 @@ def _table(command: str) -> str:
 
 def _read_toml(file: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(decoded(Path(file).expanduser().read_bytes()))
+        return read_toml(Path(file).expanduser())
     except FileNotFoundError:
         raise UserError(f"there is no recipe file {file}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the recipe file {file} ({e})") from None
-    except tomllib.TOMLDecodeError as e:
+    except ValueError as e:
         raise UserError(f"the recipe file {file} is not valid TOML: {e}") from None
 
 

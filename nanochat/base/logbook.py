@@ -22,9 +22,34 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanochat.base.common import UserError, disk_error, notice, rank
+from nanochat.base.strangers import mismatch, missing, open_regular
 
 FILE = "metrics.jsonl"
+MOST_LINE = 2**24  # bytes
+NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 IDENTITY = ("kind", "step", "stage", "task")  # of rows that agree on these, the last one counts
+_NUMBER, _COUNT = (float, None), (int, None)
+_SCORE = {"accuracy": _NUMBER, "n": _COUNT, "lo": _NUMBER, "hi": _NUMBER, "chance": _NUMBER}
+_ROW = {  # the forms of the fields that are read again; see strangers.mismatch
+    "kind": str,
+    "step": _COUNT,
+    "stage": str,
+    "task": (str, None),
+    "tokens": _COUNT,
+    "seconds": _NUMBER,
+    "progress": _NUMBER,
+    "loss": _NUMBER,
+    "lr_mult": _NUMBER,
+    "tok_per_sec": _NUMBER,
+    "peak_share": _NUMBER,
+    "val_bpb": _NUMBER,
+    "peak_memory_bytes": _COUNT,
+    **_SCORE,
+    "kinds": {str: _SCORE},
+    "tasks": {str: (_SCORE, _NUMBER)},
+    "config": {str: object},
+    "nonfinite": {str: str},
+}
 # A tracker: a function that takes (kind, step, numbers), and one that closes it.
 Tracker = tuple[Callable[[str, int | None, dict[str, float]], object], Callable[[], object]]
 
@@ -215,19 +240,32 @@ def _cut_torn_line(file: BinaryIO) -> None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Every complete row in the order written, with NaN and infinities restored."""
+    """
+    Every complete row in the order written, with NaN and infinities restored. Rows that no log book
+    writes are left out with a notice: the file may be a stranger's.
+    """
+    left_out = ""
     try:
-        lines = path.read_bytes().splitlines()
+        with open_regular(path) as file:
+            while line := file.readline(MOST_LINE):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue  # the process was killed, or the disk was full
+                fault = mismatch(row, _ROW, "the row") or missing(row, ["kind"])
+                if fault:
+                    left_out = left_out or fault
+                    continue
+                for name, value in row.pop("nonfinite", {}).items():
+                    if name in row and row[name] is None and name not in IDENTITY:
+                        row[name] = NONFINITE.get(value, math.nan)
+                yield row
     except FileNotFoundError:
         return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the process was killed, or the disk was full
-        if isinstance(row, dict):
-            row.update({name: float(v) for name, v in row.pop("nonfinite", {}).items()})
-            yield row
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): restore the file") from e
+    if left_out:
+        notice(f"{path} has rows that no log book writes ({left_out}): they are left out")
 
 
 def read(directory: Path | str) -> list[dict[str, Any]]:

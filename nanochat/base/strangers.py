@@ -8,11 +8,15 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanochat.base.common import decoded
+
 MOST_BYTES = 2**26  # of a JSON file
+MOST_TOML = 2**20
 MOST_DEPTH = 64  # of lists and objects within one another
 MOST_TEXT = 2**20  # characters of one text
 LARGEST = 2**53  # whole numbers up to here are exact in every language that writes JSON
@@ -71,6 +75,14 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
     return parse_json(read_bytes(path, most))
 
 
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """The tables of a TOML file. OSError, or ValueError for text that is none or nested too deep."""
+    try:
+        return tomllib.loads(decoded(read_bytes(path, MOST_TOML)))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def mismatch(value: Any, form: Any, name: str) -> str:
     """
     How `value` differs from `form`, '' if it does not. A form is int (0 to LARGEST), float (a
@@ -91,15 +103,8 @@ def mismatch(value: Any, form: Any, name: str) -> str:
         every = form.get(str)
         forms = dict.fromkeys(value, every) if str in form else form
         return _first(mismatch(value[k], forms[k], f"{name}.{k}") for k in forms if k in value)
-    kind, fits = {
-        object: ("anything", lambda: True),
-        None: ("null", lambda: value is None),
-        bool: ("true or false", lambda: isinstance(value, bool)),
-        str: ("a text", lambda: isinstance(value, str) and len(value) <= MOST_TEXT),
-        int: ("a whole number from 0 up", lambda: type(value) is int and 0 <= value <= LARGEST),
-        float: ("a finite number", lambda: is_number(value)),
-    }[form]
-    return "" if fits() else _unfit(name, kind, value)
+    kind, fits = _KINDS[form]
+    return "" if fits(value) else _unfit(name, kind, value)
 
 
 def is_number(value: Any) -> bool:
@@ -107,6 +112,16 @@ def is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
+
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    object: ("anything", lambda value: True),
+    None: ("null", lambda value: value is None),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    str: ("a text", lambda value: isinstance(value, str) and len(value) <= MOST_TEXT),
+    int: ("a whole number from 0 up", lambda value: type(value) is int and 0 <= value <= LARGEST),
+    float: ("a finite number", is_number),
+}
 
 
 def shown(value: Any, most: int = 60) -> str:

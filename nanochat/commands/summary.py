@@ -36,12 +36,12 @@ def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         last = {row["kind"]: row for row in logbook.read(run_directory(stage, tag))}
-        if "summary" not in last:
+        if not {"tokens", "seconds"} <= last.get("summary", {}).keys():
             continue
         answers = last.get("chat_eval", {})
         figures[stage] = {
-            "tokens": last["summary"]["tokens"],
-            "minutes": round(last["summary"]["seconds"] / 60, 2),
+            "tokens": last["summary"]["tokens"] or 0,
+            "minutes": round((last["summary"]["seconds"] or 0) / 60, 2),
             "val_bpb": last.get("eval", {}).get("val_bpb"),
             **{name: answers.get(name) for name in ("accuracy", "n", "lo", "hi", "chance")},
             "kinds": answers.get("kinds", {}),
@@ -54,8 +54,8 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
     kinds = list(dict.fromkeys(kind for figures in stages.values() for kind in figures["kinds"]))
 
     def by_kind(figures: dict[str, Any], name: str) -> list[str]:
-        results = figures["kinds"]
-        return [f"{results[kind][name]:.0%}" if kind in results else "" for kind in kinds]
+        numbers = [figures["kinds"].get(kind, {}).get(name) for kind in kinds]
+        return ["" if number is None else f"{number:.0%}" for number in numbers]
 
     rows = []
     for stage, figures in stages.items():
@@ -71,7 +71,7 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
             ]
         )
     first = next(iter(stages.values()))
-    if first["kinds"]:
+    if first["kinds"] and first["chance"] is not None:
         rows.append(["(chance)", "", "", "", f"{first['chance']:.1%}", *by_kind(first, "chance")])
     return columns(["stage", "tokens", "minutes", "val bpb", "accuracy", *kinds], rows)
 

@@ -78,15 +78,19 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if row.get("kind") == "chat_eval":
             for task, result in row.get("tasks", {}).items():
-                if isinstance(result, Mapping) and "accuracy" in result:
+                if isinstance(result, Mapping) and result.get("accuracy") is not None:
                     newest[task] = result
     if not newest:
         return []
     lines = ["| task | questions | accuracy | 95 % interval | guessing |", "|---|---|---|---|---|"]
     for task, r in newest.items():
-        interval = f"{100 * r['lo']:.1f} to {100 * r['hi']:.1f} %" if "lo" in r else ""
+        interval = (
+            f"{100 * r['lo']:.1f} to {100 * r['hi']:.1f} %"
+            if None not in (r.get("lo"), r.get("hi"))
+            else ""
+        )
         chance = f"{100 * r['chance']:.1f} %" if r.get("chance") is not None else ""
-        count = f"{r['n']:,}" if "n" in r else ""
+        count = f"{r['n']:,}" if r.get("n") is not None else ""
         lines.append(f"| {task} | {count} | {100 * r['accuracy']:.1f} % | {interval} | {chance} |")
     return lines
 
@@ -109,7 +113,7 @@ def model_card(
     stage = meta["stage"]
     named = meta["knobs"].get("data") or ["the default mixture"]
     sources = [str(source).partition("=")[0] for source in named]  # names, never paths
-    losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and "val_bpb" in row]
+    losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and row.get("val_bpb")]
     loss = f", {losses[-1]:.4f} bits per byte on held-out data" if losses else ""
     table = accuracies(rows)
     return "\n".join(

@@ -17,6 +17,7 @@ from nanochat.base import hardware
 from nanochat.base.commands import near
 from nanochat.base.common import UserError, base_dir, duration
 from nanochat.base.knobs import knob
+from nanochat.base.strangers import read_json
 from nanochat.train.scaling import compile_pays
 
 GIB = 1 << 30
@@ -101,7 +102,7 @@ def folder() -> Path:
 def load(path: Path | str) -> Machine:
     """The machine of a probe's file, with its points. UserError if there is no such file."""
     try:
-        file = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        file = read_json(Path(path).expanduser())
         stored = file["machine"]
         own = stored["name"], stored["dtype"]
         points = tuple(

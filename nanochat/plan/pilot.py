@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, columns, duration, human, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
+from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.config import GPTConfig
 from nanochat.model.stages import run_directory
 from nanochat.plan import machine, recipe
@@ -85,8 +85,8 @@ class StoredPlan:
         """UserError if a file is missing or of another version."""
         file = Path(name).expanduser() if name else machine.folder() / "recipe.toml"
         try:
-            tables = tomllib.loads(file.read_text(encoding="utf-8"))
-            plan = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            tables = read_toml(file)
+            plan = read_json(file.with_suffix(".json"))
             given = {n: tuple(v) if isinstance(v, list) else v for n, v in plan["knobs"].items()}
             knobs = recipe.RecipeKnobs(**{**given, "out": str(file)})
             primary = Candidate(**plan["primary"])
@@ -102,7 +102,7 @@ class StoredPlan:
                 f"cannot read {e.filename} ({e.strerror}): make a recipe with "
                 "nanochat plan recipe --hours N"
             ) from None
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(
                 f"{file} and its .json were not written by plan recipe ({type(e).__name__}: "
                 f"{e}): run plan recipe again"

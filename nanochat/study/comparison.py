@@ -21,10 +21,11 @@ from typing import IO, Any, NamedTuple
 from nanochat.base import files, logbook
 from nanochat.base.common import UserError, base_dir, duration, notice, print0
 from nanochat.base.progress import StatusLine
+from nanochat.base.strangers import mismatch, read_json
 from nanochat.model.checkpoint import list_checkpoints
 from nanochat.study.comparison_page import write_comparison
 from nanochat.study.conditions import Condition
-from nanochat.study.records import at_speed, record
+from nanochat.study.records import at_speed, read_records, record
 from nanochat.study.statistics import analyse
 
 SHARED = ("tokenizer", "tokens", "shards")  # folders of the user's base folder that runs read
@@ -73,9 +74,15 @@ class Comparison:
             former.rename(file)
         if not file.exists():
             return {}
-        for line in (self.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines():
-            self._add(json.loads(line))
-        return json.loads(file.read_text(encoding="utf-8"))
+        for run in read_records(self.folder / "runs.jsonl"):
+            self._add(run)
+        try:
+            flags = read_json(file)
+            if fault := mismatch(flags, {str: [str]}, "conditions"):
+                raise ValueError(fault)
+        except (OSError, ValueError) as e:
+            raise UserError(f"cannot read {file} ({e}): choose another --name") from e
+        return flags
 
     def _add(self, run: dict[str, Any]) -> None:
         self.records[run["condition"], run["seed"]] = run

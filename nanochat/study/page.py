@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nanochat.base.common import printable
 from nanochat.base.files import atomic_write
 
 if TYPE_CHECKING:
@@ -99,11 +100,16 @@ def unit_of(x: str, longest: float) -> tuple[float, str]:
     return next((unit for unit in reversed(units) if longest >= unit[0]), units[0])
 
 
+def _label(name: str) -> str:
+    """A name as a legend shows it: matplotlib reads $...$ as mathematics, and hides a first _."""
+    return f" {name}" if name.startswith("_") else name.replace("$", r"\$")
+
+
 def draw_lines(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
     """Draw lines with their bands against `x`, a key of UNITS, in a unit that suits the longest."""
     size, label = unit_of(x, max(line.x[-1] for line in lines))
     for line in lines:
-        style: dict[str, Any] = {"color": colour(line.number), "label": line.name}
+        style: dict[str, Any] = {"color": colour(line.number), "label": _label(line.name)}
         if line.band:
             low, high = line.band
             axes.fill_between(line.x / size, low, high, color=style["color"], **BAND)
@@ -183,5 +189,5 @@ def write_page(title: str, sections: Mapping[str, str], out: Path | str) -> Path
         *(f"<h2>{html.escape(head)}</h2>{text}" for head, text in sections.items() if text),
         "</body></html>\n",
     ]
-    atomic_write(out, "".join(parts))
+    atomic_write(out, printable("".join(parts)))
     return Path(out)

@@ -3,17 +3,60 @@ The record of a pretraining run: one dict with its final figures and its learnin
 its logbook alone. Comparisons are computed from records, so runs.jsonl is enough to repeat one.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from nanochat.base import logbook
+from nanochat.base.common import UserError
+from nanochat.base.strangers import is_number, mismatch, missing, parse_json, read_bytes, shown
 from nanochat.data.contexts import Contexts
 from nanochat.model.checkpoint import upgraded
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.model.stored import checked_meta
+
+_NUMBER = (float, None)
+_RECORD = {  # the forms of a record; see strangers.mismatch
+    "condition": str,
+    "seed": int,
+    "steps": int,
+    "tokens": int,
+    "final_bpb": _NUMBER,
+    "step_ms": float,
+    "seconds": float,
+    "wall_seconds": _NUMBER,
+    "peak_memory_bytes": _NUMBER,
+    "parameters": int,
+    "flops_per_token": float,
+    "curve": [[float]],
+    "pins": {str: (str, int)},
+    "error": (str, None),
+}
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records in a runs.jsonl. Raises UserError if the file or one of its lines is no record."""
+    records = []
+    try:
+        for number, line in enumerate(read_bytes(file).splitlines(), 1):
+            run = parse_json(line)
+            fault = mismatch(run, _RECORD, "run") or missing(run, ("condition", "seed"))
+            if not fault and not run.get("error"):
+                fault = missing(run, [name for name in _RECORD if name not in ("pins", "error")])
+                if not fault and None in (run["final_bpb"], run["wall_seconds"]):
+                    fault = "final_bpb or wall_seconds is null"
+                elif not fault and any(len(point) != 4 for point in run["curve"]):
+                    fault = "its curve has points of other than 4 numbers"
+            if fault:
+                raise ValueError(f"line {number}: {fault}")
+            records.append(run)
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"cannot read {file} ({e}): correct it, or choose another --name for the comparison"
+        ) from e
+    return records
 
 
 def record(directory: Path, **labels: Any) -> dict[str, Any]:
@@ -22,13 +65,31 @@ def record(directory: Path, **labels: Any) -> dict[str, Any]:
     first. `curve` holds [step, tokens, training seconds, bits per byte] of every evaluation;
     `pins` holds the flags that make other runs choose what this one chose automatically.
     """
-    rows = logbook.read(directory)
-    meta = upgraded(next(row["config"] for row in rows if row.get("kind") == "start"))
+    try:
+        return {**labels, **_record(logbook.read(directory))}
+    except (
+        StopIteration,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+    ) as e:
+        raise UserError(
+            f"the logbook in {directory} is not that of a pretraining run ({type(e).__name__}: "
+            f"{shown(str(e))}): name the folder of one, <base>/checkpoints/base/<tag>"
+        ) from e
+
+
+def _record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The record of a run from its rows. Raises many exceptions for rows of something else."""
+    start = next(row["config"] for row in rows if row["kind"] == "start")
+    meta = checked_meta(upgraded(start))
     seconds, step_seconds = training_clock(rows)
     evals = [
         row
         for row in rows
-        if row.get("kind") == "eval" and math.isfinite(row.get("val_bpb", math.nan))
+        if row.get("kind") == "eval" and is_number(row.get("val_bpb")) and row["step"] in seconds
     ]
     summary = next((row for row in reversed(rows) if row.get("kind") == "summary"), {})
     model = GPT.build(GPTConfig.from_dict(meta["config"]), "meta")
@@ -36,7 +97,6 @@ def record(directory: Path, **labels: Any) -> dict[str, Any]:
     contexts = Contexts.parse(meta["knobs"].get("context_stages", ()), sequence_len)
     last_step, horizon = max(seconds), meta["horizon"]
     return {
-        **labels,
         "steps": last_step,
         "tokens": max((row["tokens"] for row in rows if row.get("kind") == "train"), default=0),
         "final_bpb": evals[-1]["val_bpb"] if evals and evals[-1]["step"] == last_step else None,
@@ -73,6 +133,8 @@ def training_clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float],
             tokens_before, elapsed, is_first = tokens, 0.0, True
         elif row.get("kind") == "train":
             tokens = row["tokens"]
+            if not is_number(row["tok_per_sec"]) or row["tok_per_sec"] <= 0:
+                continue
             # tok_per_sec is the mean since the process began, which gives back the time since then
             now = (tokens - tokens_before) / row["tok_per_sec"]
             spans[row["step"]], elapsed = max(0.0, now - elapsed), now
@@ -90,7 +152,7 @@ def training_clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float],
 
 def at_speed(run: Mapping[str, Any], step_ms: float) -> dict[str, Any]:
     """The record of a run as if each of its steps had taken `step_ms` milliseconds."""
-    factor = step_ms / run["step_ms"]
+    factor = step_ms / run["step_ms"] if run["step_ms"] else 1.0
     return {
         **run,
         "retimed": True,
