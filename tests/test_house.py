@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 10_300,
+    "base": 10_640,
     "tinyworld": 9_600,
     "data": 18_500,
     "model": 20_700,
@@ -125,9 +125,9 @@ CEILINGS = {
     "chat/serve": 10_200,
     "eval": 14_400,
     "train": 16_200,
-    "study": 10_800,
+    "study": 11_250,
     "plan": 17_650,
-    "export": 7_500,
+    "export": 7_540,
     "commands": 14_300,
 }
 WHOLE = sum(CEILINGS.values())
