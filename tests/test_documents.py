@@ -89,7 +89,7 @@ def test_errors_name_the_place(tmp_path):
         (b'{"text": "a"}\n\xff\n', r"line 2: invalid JSON \(.*can't decode byte 0xff"),
         (
             b'{"prompt": "a", "response": "b"}\n',
-            r"line 1 has no field text or content or body, only prompt, response.*PATH#FIELD",
+            r"line 1: it has no field text or content or body, only prompt, response.*PATH#FIELD",
         ),
         (b'{"messages": []}\n', r"conversations, train on them with mid_train"),
         (b"[" * 100_000, r"line 1: invalid JSON"),

@@ -117,14 +117,14 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 10_640,
+    "base": 10_650,
     "tinyworld": 9_600,
-    "data": 18_500,
+    "data": 20_800,
     "model": 20_700,
     "chat": 4_760,
     "chat/serve": 10_200,
-    "eval": 14_400,
-    "train": 16_200,
+    "eval": 14_500,
+    "train": 16_500,
     "study": 11_250,
     "plan": 17_650,
     "export": 7_540,

@@ -67,6 +67,15 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass(kw_only=True)
+class ReadingKnobs:
+    """Reading"""
+
+    skip_bad_rows: int = knob(
+        0, "rows per source of your own files that may be left out when they cannot be used", low=0
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Knob:
     """One field of a dataclass of knobs, with its annotation taken apart."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base.common import UserError, entry, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.train.knobs import MachineKnobs
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class BitsPerByteKnobs(MachineKnobs):
+class BitsPerByteKnobs(MachineKnobs, ReadingKnobs):
     """Evaluation"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob("base", "stage of the model", alias="-i")
@@ -50,7 +50,7 @@ def measure_splits(knobs: BitsPerByteKnobs, loaded: Any, data: Sequence[str]) ->
     token_bytes = loaded.tokenizer.token_bytes()
     print0(f"{loaded.describe()}: bits per byte")
     results: dict[str, float] = {}
-    for source in training_sources(data):
+    for source in training_sources(data, knobs.skip_bad_rows):
         for split in knobs.splits:
             value = shard_bits_per_byte(
                 loaded.model,

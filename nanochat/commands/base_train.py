@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nanochat.base.common import UserError, entry, opening, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.scaling import Shape
@@ -21,7 +21,7 @@ PROMPTS = (
 
 
 @dataclass(kw_only=True)
-class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape):
+class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, ReadingKnobs):
     """Length and data"""
 
     data: tuple[str, ...] = knob(
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fixed = origins["sequence_len"] != "default"
     contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)
     k = replace(k, sequence_len=contexts.longest)
-    sources = training_sources(k.data)
+    sources = training_sources(k.data, k.skip_bad_rows)
 
     def build(runtime, tokenizer) -> GPT:
         architecture = {f.name: getattr(k, f.name) for f in fields(ArchitectureKnobs)}
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         print0(f"  {destinations(run.model.config, run.tokenizer.digits)}")
         feed = stage.row_feed(run, train, horizon)
+        stage.summarise_data(run, feed, val, horizon)
         evaluations = [
             stage.bits_per_byte_evaluation(run, val, feed, horizon),
             stage.sample_evaluation(run, PROMPTS),

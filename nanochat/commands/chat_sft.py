@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanochat.base.common import entry, opening, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
 
 @dataclass(kw_only=True)
-class FinetuneKnobs(LaterStageKnobs):
+class FinetuneKnobs(LaterStageKnobs, ReadingKnobs):
     """Data"""
 
     source: Literal["mid", "base"] = knob("mid", "stage to start from")
     data: tuple[str, ...] = knob(
         (),
         "conversations: NAME[@N][:weight] with a NAME from smoltalk mmlu gsm8k arc-easy "
-        "arc-challenge spellingbee identity tinyworld, or name=FILE.jsonl (default: arc-easy "
+        "arc-challenge spellingbee identity tinyworld, or name=PATH (default: arc-easy "
         "arc-challenge gsm8k smoltalk@10000 spellingbee@600 identity; after pretraining on "
         "tinyworld, tinyworld@8000)",
     )
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         shards = stage.conversation_shards(run, "train", seed=1)
         feed = stage.row_feed(run, shards, horizon, mode="padded")
         val = stage.conversation_shards(run, "val")
+        stage.summarise_data(run, feed, val, horizon)
         print0(f"  {horizon.rows} conversations per step")
         evaluations = [stage.bits_per_byte_evaluation(run, val, feed, horizon)]
         rate_scale = run.knobs.init_lr_frac

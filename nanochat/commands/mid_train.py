@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.base.common import entry, opening, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
 
 @dataclass(kw_only=True)
-class MidtrainKnobs(LaterStageKnobs):
+class MidtrainKnobs(LaterStageKnobs, ReadingKnobs):
     """Data"""
 
     data: tuple[str, ...] = knob(
         (),
         "conversations: NAME[@N][:weight] with a NAME from smoltalk mmlu gsm8k arc-easy "
-        "arc-challenge spellingbee identity tinyworld, or name=FILE.jsonl (default: smoltalk "
+        "arc-challenge spellingbee identity tinyworld, or name=PATH (default: smoltalk "
         "mmlu gsm8k spellingbee identity; after pretraining on tinyworld, tinyworld)",
     )
     name: str = knob("nanochat", "what the model calls itself in the identity conversations")
@@ -46,13 +46,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         horizon = conversation_horizon(run, rows or run.parent.meta["horizon"]["rows"])
         stage.compile_if_it_pays(run, horizon)
         stage.choose_conversations(run)
-        texts = training_sources(run.knobs.text) if run.knobs.text else []
+        texts = training_sources(run.knobs.text, run.knobs.skip_bad_rows) if run.knobs.text else []
         check_weights([*mixture.parse(run.knobs.data), *texts])
         shards = stage.conversation_shards(run, "train")
         for source in texts:
             shards.append((prepare(source, "train", run.tokenizer), source.weight))
         feed = stage.row_feed(run, shards, horizon)
         val = stage.conversation_shards(run, "val")
+        stage.summarise_data(run, feed, val, horizon)
         print0(f"  {horizon.rows * T:,} tokens per step ({horizon.rows} rows of {T})")
         evaluations = [stage.bits_per_byte_evaluation(run, val, feed, horizon)]
         return stage.train(run, feed, horizon, evaluations)

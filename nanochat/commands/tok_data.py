@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.base.common import entry, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import ReadingKnobs, knob, parse
 
 
 @dataclass(kw_only=True)
-class TokenizeKnobs:
+class TokenizeKnobs(ReadingKnobs):
     """Data"""
 
     data: tuple[str, ...] = knob(
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
 
     tokenizer = Tokenizer.load()
     tokens = {}
-    for source in training_sources(knobs.data):
+    for source in training_sources(knobs.data, knobs.skip_bad_rows):
         for split in ("train", "val"):
             shards = prepare(source, split, tokenizer)
             tokens[f"{source.name}-{split}"] = shards.total

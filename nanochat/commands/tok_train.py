@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.base.common import UserError, base_dir, duration, entry, human, notice, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.base.progress import progress
 from nanochat.data.documents import MAX_CHARACTERS
 from nanochat.data.sources import mixed, parts, training_sources
@@ -23,7 +23,7 @@ SAMPLE_CHARACTERS = 2_000_000  # of validation text, to measure the compression
 
 
 @dataclass(kw_only=True)
-class TrainTokenizerKnobs:
+class TrainTokenizerKnobs(ReadingKnobs):
     """Tokenizer"""
 
     data: tuple[str, ...] = knob(
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     from nanochat.data.tokenizer import Tokenizer
 
-    sources = training_sources(knobs.data)
+    sources = training_sources(knobs.data, knobs.skip_bad_rows)
     names = ", ".join(source.name for source in sources)
     print0(f"training a tokenizer with {knobs.vocab_size:,} tokens on {names}")
     started = time.monotonic()

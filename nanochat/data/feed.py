@@ -2,8 +2,8 @@
 Feeds: token shards -> the batches of one optimizer step after another.
 
 order.py decides the order of rows; a step takes the next `rows` of them, and ranks and
-micro-batches merely divide a step. Resuming on other data is an error, and nothing is dropped
-silently: conversations truncated in padded mode are counted and reported.
+micro-batches merely divide a step. Resuming on other data is an error. summary.py says what a feed
+will draw, and what padded rows cut.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.base.common import UserError, notice
+from nanochat.base.common import UserError
 from nanochat.data.ahead import read_ahead
 from nanochat.data.contexts import Contexts
 from nanochat.data.order import IGNORED, Block, Mode, RowOrder, at_length, pack_block
@@ -61,7 +61,7 @@ class RowFeed:
     An epoch has as many tokens as the sources together, divided by weight; without weights by size,
     so that every document comes once. Mode "packed" packs documents into rows of sequence_len + 1
     tokens. Mode "padded" gives each document its own row, truncated at sequence_len + 1 tokens
-    (a notice counts them) and as wide as the longest of the step, rounded up to 64.
+    and as wide as the longest of the step, rounded up to 64.
 
     With context stages (packed rows), `rows` and `device_rows` belong to the longest context,
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
@@ -106,12 +106,6 @@ class RowFeed:
         self._prefetched: Generator | None = None
         self._set_length(self._contexts.at(0.0))
         self._state = self._order.start()
-        too_long = sum(int((s.lengths > sequence_len + 1).sum()) for s in sources)
-        if too_long and mode == "padded":
-            notice(
-                f"{too_long:,} of {sum(map(len, sources)):,} conversations are longer than "
-                f"{sequence_len} tokens and are truncated"
-            )
 
     @property
     def step(self) -> int:
@@ -120,6 +114,11 @@ class RowFeed:
     @property
     def progress(self) -> float:
         return self._state["progress"]
+
+    @property
+    def order(self) -> RowOrder:
+        """The order of its rows, at the present context."""
+        return self._order
 
     @property
     def total_tokens(self) -> int:

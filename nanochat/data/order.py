@@ -106,6 +106,18 @@ class RowOrder:
         """Tokens that each source contributes to an epoch."""
         return [round(self.total * weight / sum(self.weights)) for weight in self.weights]
 
+    def rows_per_epoch(self) -> float:
+        """
+        About how many rows an epoch has. Padded rows hold one document each; how full packed rows
+        are is known from the first block.
+        """
+        if self.mode == "padded":
+            sources = zip(self.quota, self.shards, strict=True)
+            return sum(q * len(s) / s.total for q, s in sources)
+        packing = next(self.rows(self.start()))[0].packing
+        drawn = int((packing.stop - packing.start).sum())
+        return sum(self.quota) * len(packing) / drawn
+
     def start(self) -> dict[str, Any]:
         """The position before the first row."""
         return {

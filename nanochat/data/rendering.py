@@ -3,9 +3,11 @@ The shape of a conversation, and the order of text and special tokens in which i
 
     {"messages": [{"role": "user" or "assistant", "content": text}, ...]}
 
+Other shapes become this one in shapes.py.
+
 User and assistant take turns, after an optional system message. The content of an assistant message
 may also be a list of parts, {"type": "text", "python" or "python_output", "text": ...}: a call of
-the calculator and its result.
+the calculator and its result. An assistant message with "weight": 0 is not learned.
 """
 
 from collections.abc import Iterator
@@ -92,12 +94,13 @@ def conversation_pieces(messages: list[dict]) -> Iterator[Piece]:
     yield Piece("<|bos|>", True, False)
     for message in messages:
         role, content = message["role"], message["content"]
+        learned = role == "assistant" and message.get("weight") != 0
         yield Piece(f"<|{role}_start|>", True, False)
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             # The user and the calculator say the other parts, not the model
-            supervised = role == "assistant" and part["type"] != "python_output"
+            supervised = learned and part["type"] != "python_output"
             start, end = PART_TOKENS.get(part["type"], ("", ""))
             for text, special in ((start, True), (part["text"], False), (end, True)):
                 if text:
                     yield Piece(text, special, supervised)
-        yield Piece(f"<|{role}_end|>", True, role == "assistant")
+        yield Piece(f"<|{role}_end|>", True, learned)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import Hashes, atomic_write, locked, sha256_file
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import read_ahead
-from nanochat.data.sources import Part, Source, parts
+from nanochat.data.rows import Report
+from nanochat.data.sources import Part, Source, found, parts
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -42,11 +44,12 @@ class Shards:
     """
     Token shards as one list of documents; reads only the pages that are asked for.
     lengths: (documents,) int64, tokens of each with its <|bos|>; total: their sum; sha256: of all
-    tokens and boundaries.
+    tokens and boundaries; divided: whether the validation split was taken out of the same
+    documents; notes: what the readers came upon, as reason -> count (see rows.Report).
     """
 
-    def __init__(self, name: str, folders: Sequence[Path]):
-        self.name = name
+    def __init__(self, name: str, folders: Sequence[Path], divided: bool = False):
+        self.name, self.divided = name, divided
         hashes = _hashes(folders[0].parent)
         opened = [_open(folder, hashes) for folder in folders]
         hashes.save()
@@ -62,6 +65,10 @@ class Shards:
         self._first = np.cumsum([0] + [m["documents"] for m in metas])
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
         self.total = int(self.lengths.sum())
+        self.masked = self._masks[0] is not None
+        self.notes: Counter[str] = Counter()
+        for meta in metas:
+            self.notes.update(meta.get("notes", {}))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,6 +89,25 @@ class Shards:
         shard, span = self._locate(i)
         mask = self._masks[shard]
         return None if mask is None else mask[span]
+
+    def to_predict(self, width: int | None = None) -> np.ndarray:
+        """
+        (documents,) int64: how many of the first `width` tokens (None = all) of each document are
+        to be predicted. <|bos|>, which begins every document, never is.
+        """
+        lengths = self.lengths if width is None else np.minimum(self.lengths, width)
+        if not self.masked:
+            return np.maximum(lengths - 1, 0)
+        counts = []
+        for mask, offsets, first in zip(self._masks, self._offsets, self._first, strict=False):
+            begin = np.asarray(offsets[:-1])
+            ends = begin + lengths[first : first + len(begin)]
+            bounds = np.stack([begin, ends], axis=1).ravel()
+            if mask is None or not len(mask):
+                continue
+            bounds = bounds[:-1] if bounds[-1] == len(mask) else bounds  # reduceat runs to the end
+            counts.append(np.add.reduceat(mask, bounds, dtype=np.int64)[::2])
+        return np.concatenate(counts)
 
 
 def prepare(
@@ -106,7 +132,7 @@ def prepare(
         with progress(size, f"tokenising {source.name} ({split})", "bytes of text") as bar:
             for folder in missing:
                 part = all_parts[folder]
-                _build(folder, tokenizer, _encoded(part, tokenizer, bar))
+                _build(folder, tokenizer, _encoded(part, tokenizer, bar), part.report)
                 if folder_of(part) != folder:
                     shutil.rmtree(folder)
                     raise UserError(
@@ -115,7 +141,9 @@ def prepare(
                     )
         if missing:
             _count_outdated(root, f"{source.name}-{split}-")
-        shards = Shards(source.name, [*all_parts])
+        shards = Shards(source.name, [*all_parts], divided=source.kind == "files")
+    shards.notes += found(source).skipped
+    _check_bad_rows(shards, source.skip_bad_rows)
     if not len(shards):
         raise UserError(
             f"data source {source.name} has no text in its {split} split: add more documents"
@@ -130,23 +158,39 @@ def prepare_conversations(
     directory: Path | None = None,
     *,
     identity: str,
+    divided: bool = False,
+    report: Report | None = None,
 ) -> Shards:
     """
     Conversations as token shards with supervision masks, in the order given. `identity` states what
     they are made from (a seed and a count, the hash of a file): if an earlier run rendered the
-    same, its shard is reused and `conversations` is not even iterated.
+    same, its shard is reused and `conversations` is not even iterated. `divided`: see Shards. `report` is filled in by
+    what reads the conversations.
     """
     root = Path(directory or base_dir() / "tokens")
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
     with _missing(root, [folder]) as missing:
         if missing:
             with progress(None, f"rendering {name}", "conversations") as bar:
-                _build(folder, tokenizer, _rendered(conversations, tokenizer, bar), masked=True)
-        shards = Shards(name, [folder])
+                _build(
+                    folder, tokenizer, _rendered(conversations, tokenizer, bar), report, masked=True
+                )
+        shards = Shards(name, [folder], divided)
+    _check_bad_rows(shards, report.limit if report else 0)
     if not len(shards):
         shutil.rmtree(folder)
         raise UserError(f"there are no conversations in {name}: add at least one")
     return shards
+
+
+def _check_bad_rows(shards: Shards, limit: int) -> None:
+    """UserError if an earlier run left out more rows than this one allows."""
+    count = shards.notes["bad rows skipped"]
+    if count > limit:
+        raise UserError(
+            f"{shards.name} has {count} rows that cannot be used, and an earlier run left them out: "
+            f"give --skip_bad_rows {count} again, or fix them"
+        )
 
 
 def _key(identity: dict, tokenizer: "Tokenizer") -> str:
@@ -184,13 +228,17 @@ def _rendered(
 
 
 def _build(
-    folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], masked: bool = False
+    folder: Path,
+    tokenizer: "Tokenizer",
+    batches: Iterable[Encoded],
+    report: Report | None,
+    masked: bool = False,
 ) -> None:
     """Write a shard in a temporary folder and rename it at the end; a failure leaves nothing."""
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        written = _write(temporary, tokenizer, batches, masked)
+        written = _write(temporary, tokenizer, batches, report or Report(), masked)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
         hashes = _hashes(folder.parent)
@@ -207,7 +255,11 @@ def _build(
 
 
 def _write(
-    folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], masked: bool
+    folder: Path,
+    tokenizer: "Tokenizer",
+    batches: Iterable[Encoded],
+    report: Report,
+    masked: bool,
 ) -> dict[str, str]:
     """Write the files of a shard; returns the SHA-256 of each by its name, without meta.json."""
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
@@ -239,6 +291,7 @@ def _write(
         "documents": len(lengths),
         "tokens": int(offsets[-1]),
         "files": written,
+        "notes": dict(report.notes),
     }
     atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _seal(meta)}, indent=1))
     return written

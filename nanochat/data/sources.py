@@ -1,6 +1,6 @@
 """
-Sources of text: a user's .txt, .jsonl and .parquet files, the embedded corpus, and shards of web
-text from the hub; their mixtures and their validation split. A source is written as PATH or
+Sources of text: a user's files (see folders.py), the embedded corpus, and shards of web text from
+the hub; their mixtures and their validation split. A source is written as PATH or
 NAME=PATH, followed by :WEIGHT (its share of the tokens) and #FIELD as needed:
 
     books=~/books:0.4    posts=dump.jsonl:0.15#body    tinyworld    tinyworld@5:0.2 (5 MB of it)
@@ -14,20 +14,23 @@ validation split; a missing one is an error, and no training shard ever takes it
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir
-from nanochat.data.documents import MAX_CHARACTERS, READERS, read, text_bytes
-from nanochat.data.split import cutoff, place
+from nanochat.data.documents import MAX_CHARACTERS, read, text_bytes
+from nanochat.data.folders import ROWS, TEXT, Found, find
+from nanochat.data.rows import Report
+from nanochat.data.split import Division, division
 from nanochat.tinyworld import generator_files
 
 VALIDATION_SHARE = 0.01
 # Files are tokenised in groups of at least this size. Adding a file, or continuing after an
 # interruption, does not repeat the groups that are finished.
 PART_BYTES = 1 << 28
+READER = 2  # of the user's files; a newer one must lead to new token shards
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,21 @@ class Source:
     field: str | None = None
     kind: str = "files"
     megabytes: float = 20.0  # of the embedded corpus
+    skip_bad_rows: int = 0  # rows that cannot be read and may be left out
 
 
 @dataclass(frozen=True)
 class Part:
     """
     A unit of tokenisation. `identity` and the contents of the files `paths` decide the text; `size`
-    is about how many bytes of it to expect; `documents` reads it.
+    is about how many bytes of it to expect; `documents` reads it and fills in the report.
     """
 
     identity: dict[str, Any]
     size: int
     documents: Callable[[], Iterator[str]]
     paths: tuple[Path, ...] = ()
+    report: Report = field(default_factory=Report)
 
 
 def parse_sources(specs: Sequence[str]) -> list[Source]:
@@ -122,9 +127,10 @@ def default_sources() -> list[str]:
     return ["tinyworld"]
 
 
-def training_sources(specs: Sequence[str]) -> list[Source]:
+def training_sources(specs: Sequence[str], skip_bad_rows: int = 0) -> list[Source]:
     """The sources that `specs` name, or the default ones; UserError if files are missing."""
     sources = parse_sources(specs or default_sources())
+    sources = [replace(source, skip_bad_rows=skip_bad_rows) for source in sources]
     for source in sources:
         if source.kind != "tinyworld":
             files(source)
@@ -191,23 +197,17 @@ def files(source: Source, split: str | None = None) -> list[Path]:
     """The files of a source, sorted by path; `split` matters for shards only (None means both)."""
     if source.kind == "shards":
         return _shard_files(source, split)
-    return [file for path in source.paths for file in _text_files(path, source.name)]
+    return found(source).files
 
 
-def _text_files(path: Path, name: str) -> list[Path]:
-    """`path` itself, or the text files in the folder `path` and below it, except hidden ones."""
-    inside = [
-        p
-        for p in sorted(path.rglob("*"))
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    ]
-    text_files = [p for p in inside or [path] if p.suffix.lower() in READERS and p.is_file()]
-    if not text_files:
-        raise UserError(
-            f"data source {name}: there is no text file ({', '.join(READERS)}) at {path}; add one, "
-            "or name another file or folder"
-        )
-    return text_files
+def found(source: Source) -> Found:
+    """The files of a source on this machine, and what was passed over."""
+    together = Found()
+    for path in source.paths if source.kind == "files" else ():
+        one = find(path, source.name, (*TEXT, *ROWS))
+        together.files += one.files
+        together.skipped += one.skipped
+    return together
 
 
 def _shard_files(source: Source, split: str | None) -> list[Path]:
@@ -234,7 +234,7 @@ def parts(source: Source, split: str) -> list[Part]:
     """A split ("train" or "val") in parts that are read and tokenised independently."""
     if source.kind == "tinyworld":
         return [_tinyworld_part(source, split)]
-    share = _validation_share(source) if source.kind == "files" else None
+    divided = _division(source) if source.kind == "files" else None
     groups: list[list[Path]] = [[]]
     size = 0
     for path in files(source, split):
@@ -243,28 +243,34 @@ def parts(source: Source, split: str) -> list[Part]:
             size = 0
         groups[-1].append(path)
         size += path.stat().st_size
-    return [_part(source, split, group, share) for group in groups]
+    return [_part(source, split, group, divided) for group in groups]
 
 
-def _part(source: Source, split: str, paths: list[Path], share: float | None) -> Part:
+def _part(source: Source, split: str, paths: list[Path], divided: Division | None) -> Part:
     identity = {
         "formats": [p.suffix.lower() for p in paths],
         "field": source.field,
         "split": split,
-        "share": share,
+        "share": divided and divided.share,
         "cut": MAX_CHARACTERS,
     }
+    if divided:
+        identity["reader"] = READER
+        identity["piece"] = divided.piece
+    report = Report(source.skip_bad_rows)
 
     def texts() -> Iterator[str]:
-        for text in _all_texts(paths, source.field):
-            if share is None or (place(text) <= share) == (split == "val"):
+        report.clear()
+        for text in chain.from_iterable(read(path, source.field, report) for path in paths):
+            if divided is None:
                 yield text
+            else:
+                yield from divided.texts(text, split)
+        report.finish()
+        if divided and divided.piece:
+            report.notes["characters per piece held out of long documents"] = divided.piece
 
-    return Part(identity, sum(map(text_bytes, paths)), texts, tuple(paths))
-
-
-def _all_texts(paths: Sequence[Path], field: str | None) -> Iterator[str]:
-    return chain.from_iterable(read(path, field) for path in paths)
+    return Part(identity, sum(map(text_bytes, paths)), texts, tuple(paths), report)
 
 
 def _tinyworld_part(source: Source, split: str) -> Part:
@@ -285,16 +291,18 @@ def _tinyworld_part(source: Source, split: str) -> Part:
     return Part({"tinyworld": code, "bytes": size, "split": split}, size, texts)
 
 
-def _validation_share(source: Source) -> float:
-    """The place (see split.py) up to which a document of this source is validation."""
-    texts = _all_texts(files(source), source.field)
-    share = cutoff(map(place, texts), VALIDATION_SHARE)
-    if share is None:
+def _division(source: Source) -> Division:
+    """How the documents of this source are divided between training and validation."""
+    report = Report(source.skip_bad_rows)
+    paths = files(source)
+    texts = chain.from_iterable(read(path, source.field, report) for path in paths)
+    if (divided := division(texts, VALIDATION_SHARE)) is None:
+        report.finish()  # bad rows may be the reason
         raise UserError(
             f"data source {source.name} has fewer than two different documents, so none is left "
             "for validation: add more text"
         )
-    return share
+    return divided
 
 
 def mixed(

@@ -6,8 +6,8 @@ differs between them (their data, feed and evaluations) is in the commands.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ class OpenRun:
     peak_flops: float  # of all devices together
     began: float
     parent: Any = None  # the Checkpoint where a later stage starts
+    # What data/summary.py found, in words and for the checkpoint
+    data_lines: Sequence[str] = ()
+    data_summary: dict[str, Any] = field(default_factory=dict)
 
     @property
     def budget_seconds(self) -> float:

@@ -20,6 +20,7 @@ from nanochat.chat.generate import Engine
 from nanochat.data.feed import RowFeed, micro_batch_rows
 from nanochat.data.shards import Shards
 from nanochat.data.sources import default_sources
+from nanochat.data.summary import survey
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.tasks import mixture
 from nanochat.model.checkpoint import new_run, newest, put_aside_after, require_space
@@ -58,6 +59,30 @@ def row_feed(run: OpenRun, shards: WeightedShards, horizon: Horizon, **options: 
         contexts=run.contexts,
         **options,
     )
+
+
+def summarise_data(
+    run: OpenRun, feed: RowFeed, validation: WeightedShards, horizon: Horizon
+) -> None:
+    """
+    Find out what the run will train on: `train` prints it and keeps it in the run. Raises
+    UserError for what cannot be meant, except when a run resumes.
+    """
+    shards = [shards for shards, _ in validation]
+    summary = survey(feed.order, shards, feed.rows, horizon.steps)
+    run.data_lines, run.data_summary = summary.lines(), summary.record()
+    if not run.resume_from:
+        try:
+            summary.check()
+        except UserError:
+            print_data(run)
+            raise
+
+
+def print_data(run: OpenRun) -> None:
+    """Print the summary of the data."""
+    for line in run.data_lines:
+        print0(f"  {line}")
 
 
 def bits_per_byte_evaluation(
@@ -164,7 +189,13 @@ def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShar
     """A split ("train", "val") of every conversation source in --data, with its weight."""
     folder = Path(run.knobs.task_dir) if run.knobs.task_dir else None
     return mixture.shards(
-        run.knobs.data, split, run.tokenizer, seed=seed, folder=folder, name=run.knobs.name
+        run.knobs.data,
+        split,
+        run.tokenizer,
+        seed=seed,
+        folder=folder,
+        name=run.knobs.name,
+        skip_bad_rows=run.knobs.skip_bad_rows,
     )
 
 
@@ -214,6 +245,7 @@ def train(
         run.resolve(embedding_lr=embedding_rate(tokens))
     k, runtime, checkpoint = run.knobs, run.runtime, run.resume_from
     print0(knobs.show(k, run.origins))
+    print_data(run)
     meta = {
         "stage": run.stage,
         "config": run.model.config.to_dict(),
@@ -229,6 +261,7 @@ def train(
         "dtype": runtime.dtype_name,
         "world_size": runtime.world_size,
         "run_id": checkpoint.meta.get("run_id") if checkpoint else uuid.uuid4().hex,
+        "data_summary": run.data_summary,
     }
     optimizer = make_optimizer(run.model, k, runtime, rate_scale)
     if runtime.is_main:

@@ -3,24 +3,22 @@ Rows of data sets: from the user's folder (--task_dir), else from the hub at a p
 verified and kept in task_data of the base folder.
 
 A folder holds, under each data set's name, the same files as the hub
-(gsm8k/main/test-00000-of-00001.parquet) or simpler ones (gsm8k/test.jsonl). A row that cannot
-become an item stops the reading with a UserError that names its file and line.
+(gsm8k/main/test-00000-of-00001.parquet) or simpler ones (gsm8k/test.jsonl). Rows that cannot become
+an item lead to a UserError that names their files and lines.
 """
 
-import csv
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir, notice, print0
 from nanochat.base.files import locked, sha256_file
 from nanochat.data import hub
-from nanochat.data.documents import json_lines
+from nanochat.data.rows import Report, read_rows
 from nanochat.eval.tasks.common import Item
 
 Row = dict[str, Any]
@@ -90,61 +88,36 @@ class DataSet:
         return list(paths)
 
 
-def read_items(item: Callable[[Row], Item], paths: Iterable[Path]) -> Iterator[Item]:
-    """The item of each row of the files; UserError for the first row that cannot become one."""
+def read_items(
+    item: Callable[[Any], Item], paths: Iterable[Path], report: Report | None = None
+) -> Iterator[Item]:
+    """
+    The item of each row of the files. Rows that cannot become one go to the report; without one, a
+    UserError at the end names them.
+    """
+    into = report or Report()
     for path in paths:
-        for place, row in read(path):
+        for place, row in read_rows(path, into):
             try:
                 yield item(row)
             except (UserError, KeyError, TypeError, ValueError) as e:
-                reason = f"it has no {e}" if isinstance(e, KeyError) else e
-                raise UserError(f"{place}: {reason}; fix or delete it") from e
+                into.bad_row(place, f"it has no {e}" if isinstance(e, KeyError) else e)
+    if report is None:
+        into.finish()
 
 
 def read(path: Path) -> Iterator[tuple[str, Row]]:
     """
-    ("FILE, line N", row) for each row of a .jsonl, .csv (with a header) or .parquet file.
-    UserError for what cannot be read.
+    ("FILE, line N", row) for each row of a file that rows.py can read. UserError for what cannot be
+    read.
     """
-    import pyarrow as pa
-
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    try:
-        yield from readers.get(path.suffix, _read_jsonl)(path)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as e:
-        raise UserError(
-            f"cannot read {path} ({str(e).splitlines()[0][:120]}): download or write it again"
-        ) from e
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as file:
-        batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-        for number, row in enumerate(chain.from_iterable(batches), 1):
-            yield f"{path}, row {number}", row
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        for row in rows:
-            place = f"{path}, line {rows.line_num}"
-            if None in row or None in row.values():
-                width = len(rows.fieldnames or [])
-                raise UserError(
-                    f"{place}: expected {width} fields, as in the header; fix or delete the line"
-                )
+    report = Report()
+    for place, row in read_rows(path, report):
+        if isinstance(row, dict):
             yield place, row
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    for place, row in json_lines(path):
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise UserError(f"{place}: expected an object, got a {kind}; fix or delete the line")
-        yield place, row
+        else:
+            report.bad_row(place, f"expected an object, got a {type(row).__name__}")
+    report.finish()
 
 
 def digest(paths: Iterable[Path]) -> str:

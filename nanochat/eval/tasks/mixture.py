@@ -4,7 +4,7 @@ mixed by weight.
 
     NAME[@N][:WEIGHT]                smoltalk, mmlu, gsm8k, arc-easy, arc-challenge: data sets
                                      tinyworld, spellingbee, identity: generated, N of them
-    NAME=FILE.jsonl[@N][:WEIGHT]     your own, one conversation per line (see customjson.py)
+    NAME=PATH[@N][:WEIGHT]           your own, one conversation per row (see data/shapes.py)
 
 For a data set or a file, @N draws N conversations at random, and repeats them (epochs) if there are
 fewer. About one in fifty, by a hash of its content, is for validation: training never sees it. The
@@ -14,16 +14,21 @@ test splits that the authors published are left to the evaluations.
 import heapq
 import itertools
 import json
+import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.base.common import UserError
+from nanochat.data import shapes
+from nanochat.data.folders import ROWS, find
+from nanochat.data.rows import Report
 from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import Source, check_mixture, parse_sources
-from nanochat.data.split import cutoff, place
+from nanochat.data.split import MOST, cutoff, place
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import arc, customjson, gsm8k, identity, mmlu, smoltalk, spellingbee
 from nanochat.eval.tasks.common import Item
@@ -96,11 +101,12 @@ def _parse(spec: str) -> ConversationSource:
     try:
         (source,) = parse_sources([m[1] + m[3] if m else spec])
     except UserError as e:
-        raise UserError(f"{e}; conversations are .jsonl files, or {NAMES}") from e
+        raise UserError(
+            f"{e}; conversations are files of rows ({', '.join(ROWS)}), or {NAMES}"
+        ) from e
     if source.kind != "files":
         raise UserError(
-            f"{source.name} holds text, not conversations: name a .jsonl file of conversations, "
-            f"or {NAMES}"
+            f"{source.name} holds text, not conversations: name a file of conversations, or {NAMES}"
         )
     count = _count(spec, m[2] if m else None)
     return ConversationSource(source.name, source.paths, source.weight, count=count)
@@ -124,14 +130,17 @@ def shards(
     seed: int = 0,
     folder: Path | None = None,
     name: str = "nanochat",
+    skip_bad_rows: int = 0,
 ) -> list[tuple[Shards, float | None]]:
     """
     The split ("train", "val") of each named source, with its weight. `seed` decides what is
     generated and what @N draws, `folder` holds data sets (see data.py), and `name` is what the
-    model calls itself. What an earlier call rendered is reused.
+    model calls itself; `skip_bad_rows` rows of a source of your own may be left out. What an earlier
+    call rendered is reused.
     """
     # Conversations that another version of the code made must not be reused
-    version = digest([*generator_files(), *sorted(Path(__file__).parent.glob("*.py"))])
+    code = [*generator_files(), *sorted(Path(__file__).parent.glob("*.py")), Path(shapes.__file__)]
+    version = digest(code)
     out = []
     for source in parse(specs):
         if source.kind in GENERATORS:
@@ -140,29 +149,55 @@ def shards(
             key = f"{seed} {count} {name if source.kind == 'identity' else ''}"
             stream = GENERATORS[source.kind](seed, split, name)
             conversations = itertools.islice(stream, count)
+            report, skipped = Report(), Counter()
         else:
-            make, paths = customjson.conversation, customjson.files(source.paths)
+            report = Report(skip_bad_rows if source.kind == "files" else 0)
+            make, (paths, skipped) = customjson.conversation, own_files(source)
             if source.kind != "files":
                 data = DATA_SETS[source.kind]
                 make, paths = data.item, data.files("train", folder)
             drawn = f"{seed} {source.count}" if split == "train" and source.count else ""
             key = f"{digest(paths)} {drawn}"
-            conversations = _selected(make, paths, split, source.count, seed)
+            conversations = _selected(make, paths, split, source.count, seed, report)
         shards = prepare_conversations(
             f"{source.name}-conversations-{split}",
             conversations,
             tokenizer,
             identity=f"{source.kind} {version} {split} {key}",
+            divided=source.kind == "files" and not source.count,
+            report=report,
         )
+        shards.notes += skipped
         out.append((shards, source.weight))
     return out
 
 
+def own_files(source: ConversationSource) -> tuple[list[Path], Counter[str]]:
+    """The user's own files of a source, and what was passed over: reason -> count."""
+    paths, skipped = [], Counter()
+    for path in source.paths:
+        found = find(path, source.name, ROWS)
+        paths += found.files
+        skipped += found.skipped
+    return paths, skipped
+
+
 def _selected(
-    make: Callable[..., Item], paths: Sequence[Path], split: str, count: int | None, seed: int
+    make: Callable[..., Item],
+    paths: Sequence[Path],
+    split: str,
+    count: int | None,
+    seed: int,
+    report: Report,
 ) -> Iterator[Item]:
     """The conversations of a split: at most VALIDATION_LIMIT of "val", `count` of "train"."""
-    part = split_of(lambda: read_items(make, paths), split)
+
+    def read() -> Iterator[Item]:
+        report.clear()
+        yield from read_items(make, paths, report)
+        report.finish()
+
+    part = split_of(read, split)
     if split == "val":
         yield from itertools.islice(part, VALIDATION_LIMIT)
     elif count is None:
@@ -176,16 +211,32 @@ def _selected(
 def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
     """
     The conversations of a split by a hash of their content (see data/split.py): VALIDATION_SHARE of
-    them are "val", or more of a small source. Equal conversations are in the same split. Raises
-    UserError unless there are two different ones.
+    them are "val", or more of a small source. Equal conversations are in the same split, and one
+    that is long beside all others is for training. Raises UserError unless there are two different
+    ones.
     """
-    share = cutoff(map(_place, read()), VALIDATION_SHARE)
+    sizes = {}
+
+    def places() -> Iterator[float]:
+        for item in read():
+            where = _place(item)
+            sizes[where] = sum(len(str(message["content"])) for message in item["messages"])
+            yield where
+
+    share, longest = cutoff(places(), VALIDATION_SHARE), math.inf
     if share is None:
         raise UserError(
             "there are fewer than two different conversations, so none is left for validation: "
             "add more conversations"
         )
-    return (item for item in read() if (_place(item) <= share) == (split == "val"))
+    total = sum(sizes.values())
+    if sum(n for where, n in sizes.items() if where <= share) > MOST * total:
+        shorter = cutoff((w for w, n in sizes.items() if n <= total / 20), VALIDATION_SHARE)
+        share, longest = (share, longest) if shorter is None else (shorter, total / 20)
+    for item in read():
+        size = sum(len(str(message["content"])) for message in item["messages"])
+        if (_place(item) <= share and size <= longest) == (split == "val"):
+            yield item
 
 
 def _place(conversation: Item) -> float:

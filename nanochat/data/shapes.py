@@ -1,0 +1,136 @@
+"""
+The shapes in which people keep conversations, all turned into the one of rendering.py:
+
+    [{"role": ..., "content": ...}, ...]                 a list of messages (nanochat's CustomJSON)
+    {"messages": [...]}, {"conversations": [...]}        OpenAI and others; ShareGPT with from/value
+    {"prompt": ..., "response": ...}                     also completion, output or answer
+    {"instruction": ..., "input": ..., "output": ...}    Alpaca; Dolly with context and response
+    {"question": ..., "answer": ...}                     and "system" beside any of these
+
+Messages of one side that follow each other become one, and a conversation that the assistant opens
+begins with an empty message of the user. An assistant message with "weight": 0 or "train": false is
+context: the model reads it and does not learn to say it. What has no place here (calls of tools
+other than the calculator, pictures) is a UserError.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanochat.base.common import UserError
+from nanochat.data.rendering import brief
+
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter", "instruction"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "ai", "bard", "bing"),
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+LISTS = "messages", "conversations", "conversation", "dialog", "dialogue", "turns"
+ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+PAIRS = (  # the user's fields, of which those after the first may be missing, and the assistant's
+    (("prompt",), ("response", "completion", "output", "answer", "chosen")),
+    (("instruction", "input", "context"), ("output", "response")),
+    (("question", "context"), ("answer", "response")),
+    (("input",), ("output",)),
+    (("query",), ("response", "answer")),
+)
+MASKS = "weight", "train", "train_on_turn", "trainable"  # of a message: 0 or false masks it
+
+
+def as_conversation(row: Any) -> dict[str, Any]:
+    """
+    A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape;
+    rendering.checked_messages checks the order of turns.
+    """
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise UserError(f"expected an object or a list of messages, got a {type(row).__name__}")
+    rest = {name: value for name, value in row.items() if name not in (*LISTS, "system")}
+    for name in LISTS:
+        if isinstance(messages := row.get(name), list):
+            break
+    else:
+        messages = _pair(row)
+    system = row.get("system")
+    if isinstance(system, str) and system.strip():
+        messages = [{"role": "system", "content": system}, *messages]
+    return {**rest, "messages": _joined([_message(i, m) for i, m in enumerate(messages)])}
+
+
+def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    for asked, replied in PAIRS:
+        reply = next((row[name] for name in replied if isinstance(row.get(name), str)), None)
+        if isinstance(row.get(asked[0]), str) and reply is not None:
+            question = [row[name] for name in asked if isinstance(row.get(name), str)]
+            return [
+                {"role": "user", "content": "\n\n".join(text for text in question if text)},
+                {"role": "assistant", "content": reply},
+            ]
+    raise UserError(
+        'a conversation is a list of messages, an object with "messages", or one with a pair of '
+        f'texts such as "prompt" and "response"; this one has {brief(", ".join(map(str, row)))}'
+    )
+
+
+def _message(i: int, message: Any) -> dict[str, Any]:
+    """A message with "role" and "content", and "weight": 0 if it is masked."""
+    if not isinstance(message, dict):
+        raise UserError(f"message {i}: expected an object with a role, got {brief(message)}")
+    role = next((message[key] for key in ROLE_KEYS if key in message), None)
+    known = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
+        raise UserError(
+            f"message {i}: the role {brief(role)} is none of {', '.join(ROLE_OF)}; only the "
+            "calculator's calls and results can be part of a reply"
+        )
+    if message.get("tool_calls") or message.get("function_call"):
+        raise UserError(
+            f"message {i} calls a tool: only the calculator's calls can be trained, as parts of "
+            'the type "python"'
+        )
+    content = next((message[key] for key in CONTENT_KEYS if key in message), None)
+    if isinstance(content, list) and known != "assistant":
+        content = _text_of_parts(i, content)
+    plain = {"role": known, "content": content}
+    return plain if _is_learned(i, message) else {**plain, "weight": 0}
+
+
+def _text_of_parts(i: int, parts: list[Any]) -> str:
+    """The text of OpenAI's list of parts."""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"message {i}: only text can be trained on, not {brief(parts)}")
+    return "\n".join(map(str, texts))
+
+
+def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
+    for key in MASKS:
+        value = message.get(key)
+        if value is not None and value not in (0, 1):  # which False and True equal
+            raise UserError(
+                f'message {i}: "{key}" must be 0 or 1, false or true, not {brief(value)}'
+            )
+        if value is not None and not value:
+            return False
+    return True
+
+
+def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of one side that follow each other as one; the user speaks first."""
+    joined: list[dict[str, Any]] = []
+    for message in messages:
+        before = joined[-1] if joined else {}
+        both = (before.get("content"), message["content"])
+        if (
+            message["role"] == before.get("role") != "system"
+            and message.get("weight") == before.get("weight")
+            and all(isinstance(content, str) for content in both)
+        ):
+            joined[-1] = {**before, "content": "\n\n".join(map(str, both))}
+        else:
+            joined.append(message)
+    first = next((i for i, message in enumerate(joined) if message["role"] != "system"), None)
+    if first is not None and joined[first]["role"] == "assistant":
+        joined.insert(first, {"role": "user", "content": ""})
+    return joined

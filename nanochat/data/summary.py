@@ -1,0 +1,234 @@
+"""
+What a run trains on, as its feed will really draw it: a few plain lines before the first step, and
+the same figures for the checkpoint and the log. What cannot be meant ends the run here: nothing to
+learn, a source that is never drawn, a validation split that is larger than its training split or
+too small to say anything.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from nanochat.base.common import UserError, human, notice
+from nanochat.data.order import RowOrder
+from nanochat.data.shards import Shards
+
+LEAST_VALIDATION = 100  # tokens of text; the bits per byte of fewer differ by a tenth by chance
+MANY_PASSES = 4  # over one source; from here on, a further pass teaches much less than new text
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """One source of a run. Tokens are those left after the cut at the context."""
+
+    name: str
+    kind: str  # "documents" or "conversations"
+    documents: int
+    tokens: int
+    share: float  # of the tokens that the run draws
+    passes: float | None  # over this source in the whole run; None if the clock ends it
+    steps_per_pass: float
+    to_learn: int  # tokens that are predicted
+    silent: int  # documents without a token to predict
+    longer: int  # documents longer than the context
+    longest: int  # tokens of the longest
+    validation_documents: int
+    validation_tokens: int
+    divided: bool  # whether validation was taken out of the same documents
+    notes: Mapping[str, int] = field(default_factory=dict)  # of the readers: what -> count
+
+    @property
+    def fewest_drawn(self) -> float:
+        """Documents of this source that the run is expected to draw."""
+        return (self.passes or 1.0) * self.documents
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What `survey` returns: the sources of a run, and how it draws from them."""
+
+    sources: tuple[SourceSummary, ...]
+    context: int  # tokens per row
+    padded: bool  # one conversation per row, cut at the context
+    step_rows: int
+    steps: float | None  # None: the clock ends the run
+
+    def record(self) -> dict[str, Any]:
+        """The figures as JSON holds them, for the checkpoint and the log."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The summary as a new user reads it."""
+        learned = f"to learn: {self._learned()}; {self._cuts()}"
+        return [*self._table(), f"this run: {self._length()}", learned, self._notes()]
+
+    def _table(self) -> Iterator[str]:
+        return table(
+            ("data", "to train on", "tokens", "drawn", "passes", "validation"),
+            [
+                (
+                    s.name,
+                    _count(s.documents, s.kind),
+                    human(s.tokens),
+                    f"{s.share:.1%}" if s.share >= 0.001 else f"{s.share:.2g}",
+                    f"{s.steps_per_pass:,.0f} steps each" if s.passes is None else _times(s.passes),
+                    f"{_count(s.validation_documents, s.kind)}, {human(s.validation_tokens)} tokens"
+                    if s.validation_documents
+                    else "none",
+                )
+                for s in self.sources
+            ],
+        )
+
+    def _learned(self) -> str:
+        learned = sum(s.to_learn for s in self.sources)
+        tokens = sum(s.tokens for s in self.sources)
+        text = f"{human(learned)} of {human(tokens)} tokens"
+        for s in self.sources:
+            if s.silent:
+                text += f", none in {s.silent:,} of {s.documents:,} {s.kind} of {s.name}"
+        return text
+
+    def _notes(self) -> str:
+        notes = [f"{s.name}: {n:,} {what}" for s in self.sources for what, n in s.notes.items()]
+        return "notes: " + ("; ".join(notes) or "every file was read, and nothing was skipped")
+
+    def _length(self) -> str:
+        unit = "conversations" if self.padded else f"rows of {self.context:,} tokens"
+        step = f"{self.step_rows:,} {unit} per step"
+        if self.steps is None:
+            return f"{step}, until the time is over"
+        tokens = (
+            "" if self.padded else f": {human(self.steps * self.step_rows * self.context)} tokens"
+        )
+        return f"{self.steps:,.0f} steps of {step.removesuffix(' per step')}{tokens}"
+
+    def _cuts(self) -> str:
+        longest = max(s.longest for s in self.sources)
+        longer = sum(s.longer for s in self.sources)
+        text = f"the longest has {longest:,}, the context {self.context:,}: "
+        if not longer:
+            return text + "nothing is cut"
+        done = "are longer and lose their end" if self.padded else "continue in another row"
+        return text + f"{longer:,} of {sum(s.documents for s in self.sources):,} {done}"
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be meant; give a notice of what may not be."""
+        if not any(s.to_learn for s in self.sources):
+            names = ", ".join(s.name for s in self.sources)
+            raise UserError(
+                f"there is nothing to learn in {names}: not one {self.sources[0].kind[:-1]} has a "
+                f"reply within the context of {self.context} tokens; shorten the prompts, use a "
+                "model with a longer context, or check which turns are masked"
+            )
+        for s in self.sources:
+            if not s.to_learn:
+                notice(
+                    f"nothing is learned from {s.name}: none of its {s.documents:,} {s.kind} has a "
+                    f"reply within the context of {self.context} tokens"
+                )
+            if not s.share:
+                raise UserError(
+                    f"{s.name} would never be drawn, because its weight is too small beside the "
+                    "others: give it a larger weight, or leave it out"
+                )
+            if s.divided:
+                _check_validation(s)
+            if s.fewest_drawn < 1:
+                notice(f"{s.name} is so rare that this run may not draw one of its {s.kind}")
+            if (s.passes or 0) > MANY_PASSES:
+                notice(
+                    f"this run goes over {s.name} {_times(s.passes)} times, and beyond about "
+                    f"{MANY_PASSES} each pass teaches much less: add text, or shorten the run"
+                )
+
+
+def _check_validation(s: SourceSummary) -> None:
+    if s.validation_tokens > s.tokens:
+        raise UserError(
+            f"the validation split of {s.name} has {s.validation_tokens:,} tokens and its training "
+            f"split only {s.tokens:,}: add more {s.kind}, or divide the longest into several"
+        )
+    least = LEAST_VALIDATION if s.kind == "documents" else 1
+    if s.validation_documents and s.validation_tokens < least:
+        raise UserError(
+            f"the validation split of {s.name} has only {s.validation_tokens:,} tokens, too few to "
+            f"measure anything (at least {least}): add more {s.kind}"
+        )
+
+
+def _count(n: int, kind: str) -> str:
+    return f"{n:,} {kind if n != 1 else kind[:-1]}"
+
+
+def _times(passes: float | None) -> str:
+    """A number of passes in three digits."""
+    return f"{passes or 0:.2f}" if (passes or 0) < 9.995 else f"{passes:,.0f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of columns, the first flush left."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for first, *rest in (head, *rows):
+        cells = [
+            first.ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)),
+        ]
+        yield "   ".join(cells).rstrip()
+
+
+def survey(
+    order: RowOrder,
+    validation: Sequence[Shards],
+    step_rows: int,
+    steps: int | None = None,
+) -> DataSummary:
+    """
+    The summary of a run that takes `step_rows` rows of `order` per step, for `steps` steps; with
+    None for order.epochs, or until the clock ends it. `validation` has the validation split of the
+    first sources, in the same order.
+    """
+    padded = order.mode == "padded"
+    width = order.sequence_len + 1
+    epochs = order.epochs
+    rows_per_epoch = order.rows_per_epoch()
+    if steps:
+        epochs = steps * step_rows / rows_per_epoch
+    elif epochs:
+        steps = max(1, -(-round(rows_per_epoch * epochs) // step_rows))
+    kept = [int(np.minimum(s.lengths, width).sum()) if padded else s.total for s in order.shards]
+    drawn = [q * k / s.total for q, k, s in zip(order.quota, kept, order.shards, strict=True)]
+    sources = []
+    for i, (shards, val) in enumerate(zip_longest(order.shards, validation)):
+        learned = shards.to_predict(width if padded else None)
+        conversations = shards.masked
+        per_epoch = order.quota[i] / shards.total  # passes over this source in an epoch
+        held_out = val.to_predict() if val and conversations else None
+        sources.append(
+            SourceSummary(
+                name=shards.name.removesuffix("-conversations-train"),
+                kind="conversations" if conversations else "documents",
+                documents=len(shards),
+                tokens=kept[i],
+                share=drawn[i] / sum(drawn),
+                passes=epochs * per_epoch if epochs else None,
+                steps_per_pass=rows_per_epoch / step_rows / per_epoch if per_epoch else 0.0,
+                to_learn=int(learned.sum()),
+                silent=int((learned == 0).sum()),
+                longer=int((shards.lengths > width).sum()),
+                longest=int(shards.lengths.max()),
+                validation_documents=len(val) if val else 0,
+                validation_tokens=val.total if val else 0,
+                divided=shards.divided,
+                notes=dict(shards.notes),
+            )
+        )
+        if held_out is not None and shards.divided and not held_out.sum():
+            raise UserError(
+                f"the validation split of {sources[-1].name} has no reply to predict: add more "
+                "conversations"
+            )
+    return DataSummary(tuple(sources), order.sequence_len, padded, step_rows, steps)

@@ -1,0 +1,104 @@
+"""Conversations in the shapes that people have, turns that are masked, and clear refusals."""
+
+import pytest
+
+from nanochat.base.common import UserError
+from nanochat.data.rendering import checked_messages, conversation_pieces
+from nanochat.eval.tasks.customjson import conversation
+
+Q, A = "Is it?", "It is."
+WANTED = [("user", Q), ("assistant", A)]
+
+
+def turns(row):
+    return [(m["role"], m["content"]) for m in conversation(row)["messages"]]
+
+
+def learned(row):
+    pieces = conversation_pieces(checked_messages(conversation(row)))
+    return "".join(p.text for p in pieces if p.supervised)
+
+
+def messages(role="role", content="content", user="user", assistant="assistant"):
+    return [{role: user, content: Q}, {role: assistant, content: A}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        messages(),
+        {"messages": messages(), "id": 1},
+        {"conversations": messages("from", "value", "human", "gpt")},
+        {"conversations": messages()},
+        {"conversation": messages("from", "value", "human", "chatgpt")},
+        {"messages": messages(user="Human", assistant="Assistant")},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": Q}]}, *messages()[1:]]},
+        {"prompt": Q, "response": A},
+        {"prompt": Q, "completion": A},
+        {"instruction": Q, "input": "", "output": A},
+        {"instruction": Q, "context": "", "response": A, "category": "closed_qa"},
+        {"question": Q, "answer": A},
+        {"input": Q, "output": A},
+    ],
+)
+def test_usual_shapes(row):
+    assert turns(row) == WANTED
+    assert learned(row) == A + "<|assistant_end|>"
+
+
+def test_what_belongs_to_the_question():
+    row = {"instruction": "Sum up.", "input": "A text.", "output": A}
+    assert turns(row) == [("user", "Sum up.\n\nA text."), ("assistant", A)]
+    row = {"instruction": Q, "context": "A text.", "response": A}
+    assert turns(row)[0] == ("user", f"{Q}\n\nA text.")
+    row = {"system": "Be brief.", "conversations": messages("from", "value", "human", "gpt")}
+    assert turns(row) == [("system", "Be brief."), *WANTED]
+    developer = [{"role": "developer", "content": "Be brief."}, *messages()]
+    assert turns(developer) == [("system", "Be brief."), *WANTED]
+
+
+def test_turns_of_one_side_become_one():
+    user, assistant = messages()
+    assert turns([user, user, assistant]) == [("user", f"{Q}\n\n{Q}"), ("assistant", A)]
+    assert turns([user, assistant, assistant]) == [("user", Q), ("assistant", f"{A}\n\n{A}")]
+    assert turns([assistant, user, assistant]) == [("user", ""), ("assistant", A), *WANTED]
+    system = {"role": "system", "content": "S"}
+    assert turns([system, assistant, user, assistant])[1] == ("user", "")
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"train_on_turn": False}]
+)
+def test_masked_turns_are_not_learned(mark):
+    wrong = {"role": "assistant", "content": "WRONG", **mark}
+    row = [messages()[0], wrong, *messages()]
+    assert learned(row) == A + "<|assistant_end|>"
+    assert learned({"messages": row}) == learned({"conversations": row})
+    assert "WRONG" in str(turns(row)), "it stays in the context"
+    assert learned([messages()[0], {**wrong, next(iter(mark)): 1}]) == "WRONG<|assistant_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("text", "expected an object or a list of messages"),
+        (5, "expected an object"),
+        ({"text": "x"}, '"messages"'),
+        ({"prompt": "x"}, '"response"'),
+        ({"prompt": 1, "response": 2}, '"prompt"'),
+        ([], "needs a user message"),
+        ({"messages": ["x"]}, "expected an object with a role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "the role 'robot' is none of"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "the role"),
+        ({"messages": [{"content": "x"}]}, "the role None"),
+        ({"messages": [{"role": "user", "content": 5}]}, "must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
+        ([*messages()[:1], {"role": "assistant", "content": None, "tool_calls": [1]}], "a tool"),
+        ([*messages()[:1], {"role": "tool", "content": "1"}], "the role 'tool'"),
+        ([*messages()[:1], {**messages()[1], "weight": 0.5}], '"weight" must be 0 or 1'),
+        ([*messages()[:1], {**messages()[1], "train": "no"}], '"train" must be 0 or 1'),
+    ],
+)
+def test_what_is_no_conversation_is_refused(row, says):
+    with pytest.raises(UserError, match=says):
+        conversation(row)
