@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_300,
     "base": 10_650,
     "tinyworld": 9_600,
-    "data": 20_800,
+    "data": 21_200,
     "model": 20_700,
     "chat": 4_760,
     "chat/serve": 10_200,
