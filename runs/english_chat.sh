@@ -21,5 +21,5 @@ hours=(--hours 12)
 [[ " $* " =~ \ --(hours|minutes)[\ =] ]] && hours=()
 
 exec bash "$repo/runs/one_day.sh" ${hours[@]+"${hours[@]}"} --recipe "$repo/runs/english_chat.toml" \
-    --data "wikipedia=$texts/wikipedia:0.45 books=$texts/books:0.40 reddit=$texts/reddit:0.15" \
-    --conversations "dialog=$texts/dialog:1 identity:0.02" "$@"
+    --data "wikipedia=$texts/wikipedia:0.45" "books=$texts/books:0.40" "reddit=$texts/reddit:0.15" \
+    --conversations "dialog=$texts/dialog:1" identity:0.02 "$@"

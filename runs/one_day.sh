@@ -2,19 +2,30 @@
 # Trains the best model that this machine can train in a number of hours: probe, recipe, pilot, pretraining, midtraining, finetuning, report.
 #     bash runs/one_day.sh                                     24 hours, on web text (downloaded first)
 #     bash runs/one_day.sh --minutes 20                        a small run on the embedded corpus
-#     bash runs/one_day.sh --hours 8 --data "wiki=DIR:0.6 books=DIR:0.4" --conversations "mine=FILE.jsonl:1 identity:1" --target 0.9
+#     bash runs/one_day.sh --hours 8 --data wiki=DIR:0.6 books=DIR:0.4 --conversations mine=FILE.jsonl:1 identity:1 --target 0.9
 #     bash runs/one_day.sh --hours 8 --recipe FILE.toml        with the architecture of a recipe
 #     bash runs/one_day.sh --hours 8 --task_dir DIR            with ARC, MMLU and GSM8K from a folder instead of the hub
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$repo/runs/values.sh"
 
-minutes="" data="" conversations="" vocab="" target=0 open=() tasks=()
+minutes="" data=() conversations=() vocab="" target=0 open=() tasks=()
 while [ $# -gt 0 ]; do
     case "$1" in
+        --data | --conversations | --talks) # values up to the next flag; --talks is the former name
+            flag=$1
+            shift
+            [ $# -gt 0 ] && [[ "$1" != --* ]] || { echo "error: $flag needs a value: name a file, a folder or tinyworld" >&2; exit 2; }
+            while [ $# -gt 0 ] && [[ "$1" != --* ]]; do
+                sources "$1"
+                if [ "$flag" = --data ]; then data+=("${found[@]}"); else conversations+=("${found[@]}"); fi
+                shift
+            done
+            continue ;;
         --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' runs/one_day.sh; exit 0 ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$repo/runs/one_day.sh"; exit 0 ;;
         *) flag=$1 value=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
     esac
     case "$flag" in
@@ -26,8 +37,8 @@ while [ $# -gt 0 ]; do
             fi
             minutes=$value
             [ "$flag" = --minutes ] || minutes=$((value * 60)) ;;
-        --data) data=$value ;;
-        --conversations | --talks) conversations=$value ;; # --talks is the former name
+        --data) sources "$value"; data+=("${found[@]}") ;;
+        --conversations | --talks) sources "$value"; conversations+=("${found[@]}") ;;
         --vocab) vocab=$value ;;
         --target) target=$value ;;
         --task_dir) tasks=(--task_dir "$value") ;;
@@ -40,15 +51,16 @@ if [ "$minutes" -lt 10 ]; then
     echo "error: $minutes minutes is too short for a probe and three stages: give at least 10, or run runs/quickstart.sh, which needs only 3" >&2
     exit 2
 fi
-if [ -z "$data" ]; then
-    data=tinyworld
-    [ "$minutes" -lt 60 ] || data=fineweb-edu
+if [ ${#data[@]} = 0 ]; then
+    data=(tinyworld)
+    [ "$minutes" -lt 60 ] || data=(fineweb-edu)
 fi
 if [ -z "$vocab" ]; then
     vocab=2048 # the embedded corpus has few words
-    [ "$data" = tinyworld ] || vocab=$((minutes < 60 ? 8192 : minutes < 600 ? 32768 : 65536))
+    [ "${data[*]}" = tinyworld ] || vocab=$((minutes < 60 ? 8192 : minutes < 600 ? 32768 : 65536))
 fi
 
+cd "$repo"
 source runs/environment.sh
 cd "$here" # file names are relative to the folder where the script was started
 
@@ -56,15 +68,13 @@ tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 out="$base/day/$minutes-minutes"
 resumable "$out"
-read -ra words <<<"$data"
-text=(--data "${words[@]}")
-read -ra words <<<"$conversations"
+text=(--data "${data[@]}")
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
 later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
-[ -z "$conversations" ] || later+=(--data "${words[@]}")
+[ ${#conversations[@]} = 0 ] || later+=(--data "${conversations[@]}")
 
 # The clock starts when data and tokenizer are ready.
-[ "$data" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))
+[ "${data[*]}" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
@@ -88,7 +98,7 @@ step "evaluation of the base model" python -m scripts.base_eval --model_tag="$ta
 step midtraining python -m scripts.mid_train "${later[@]}"
 step finetuning python -m scripts.chat_sft "${later[@]}"
 asked=(-a ARC-Easy MMLU GSM8K -n 500 ${tasks[@]+"${tasks[@]}"})
-[ "$data" != tinyworld ] || asked=(-a tinyworld)
+[ "${data[*]}" != tinyworld ] || asked=(-a tinyworld)
 step "evaluation of the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" || {
     [ $? = 2 ] || exit
     echo "notice: the finetuned model was not evaluated (see above); the report omits its scores"

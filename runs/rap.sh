@@ -7,13 +7,14 @@ set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 repo=$PWD
+source runs/values.sh
 
 seeds=3 steps=600 data=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --seeds | --steps) declare "${1#--}=${2:-}"; shift $(($# > 1 ? 2 : 1)) ;;
         --seeds=* | --steps=*) word=${1#--}; declare "${word%%=*}=${word#*=}"; shift ;;
-        --data) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do data+=("$1"); shift; done ;;
+        --data) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do sources "$1"; data+=("${found[@]}"); shift; done ;;
         -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$repo/runs/rap.sh"; exit 0 ;;
         *) echo "error: rap.sh has no option $1: use --seeds N, --steps N or --data SOURCE ..." >&2; exit 2 ;;
     esac
@@ -48,4 +49,4 @@ fi
 
 say "training"
 same="--depth=3 --model_dim=192 --head_dim=32 --sequence_len=256 --total_batch_size=2048 --num_iterations=$steps --embedding_lr=0.1 --compile=on"
-python -m scripts.compare --name rap --names none rap --seeds "$seeds" --common="$same --data $(printf '%q ' "${data[@]}")" --a="" --b="--rap=$prior"
+python -m scripts.compare --name rap --names none rap --seeds "$seeds" --common="$same --data $(quoted "${data[@]}")" --a="" --b="--rap=$(quoted "$prior")"

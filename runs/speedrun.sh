@@ -10,15 +10,15 @@ common=(--model_tag="d$depth" --run="${WANDB_RUN:-dummy}" --resume=auto)
 export OMP_NUM_THREADS=1
 source runs/environment.sh
 
-python -m scripts.plan arch --depth=$depth --gpu="H100 SXM" --gpus=$gpus --device_batch_size=$rows
-python -m nanochat.dataset -n $shards
+python -m scripts.plan arch --depth="$depth" --gpu="H100 SXM" --gpus="$gpus" --device_batch_size="$rows"
+python -m nanochat.dataset -n "$shards"
 [ -e "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size=65536 --max_chars=2000000000
 python -m scripts.tok_eval
 
 train=(torchrun --standalone --nproc_per_node="$gpus")
-"${train[@]}" -m scripts.base_train -- --depth=$depth --device_batch_size=$rows "${common[@]}"
-"${train[@]}" -m scripts.base_loss -- --device_batch_size=$rows
-"${train[@]}" -m scripts.base_eval -- --device_batch_size=$rows
+"${train[@]}" -m scripts.base_train -- --depth="$depth" --device_batch_size="$rows" "${common[@]}"
+"${train[@]}" -m scripts.base_loss -- --device_batch_size="$rows"
+"${train[@]}" -m scripts.base_eval -- --device_batch_size="$rows"
 "${train[@]}" -m scripts.mid_train -- "${common[@]}"
 "${train[@]}" -m scripts.chat_sft -- "${common[@]}"
 python -m scripts.chat_eval -i mid -a all # on one GPU, because chat_eval cannot use several

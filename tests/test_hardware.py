@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,87 @@ def test_a_known_card_measures_close_to_its_peak():
         pytest.skip(f"{hardware.device_name(device)} is not in the table")
     assert 0.4 < hardware.measured_peak(device, torch.bfloat16) / gpu.flops < 1.05
     assert 0.5 < hardware.read_bandwidth(device) / (gpu.bandwidth * 1e9) < 1.05
+
+
+# --- memory of containers
+
+GB = 2**30
+MACHINE = SimpleNamespace(total=64 * GB, available=50 * GB)
+
+
+def machine(root, cgroup, **files):
+    """A system in `root` whose processes are in the cgroup; files: "path in /sys/fs/cgroup" -> text."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "available", "total"),
+    [
+        ("0::/", {}, 50, 64),
+        ("0::/", {"memory.max": "max", "memory.current": GB}, 50, 64),
+        ("0::/", {"memory.max": 8 * GB, "memory.current": 3 * GB}, 5, 8),  # docker, podman: v2
+        (  # what the page cache holds is given back
+            "0::/",
+            {
+                "memory.max": 8 * GB,
+                "memory.current": 7 * GB,
+                "memory.stat": f"anon 5\ninactive_file {4 * GB}\nactive_file 9",
+            },
+            5,
+            8,
+        ),
+        (  # a service: the tightest of the levels above counts
+            "0::/a.slice/b.service",
+            {
+                "a.slice/memory.max": 6 * GB,
+                "a.slice/memory.current": 5 * GB,
+                "a.slice/b.service/memory.max": "max",
+                "a.slice/b.service/memory.current": GB,
+            },
+            1,
+            6,
+        ),
+        ("0::/host/only", {"memory.max": 4 * GB, "memory.current": 0}, 4, 4),
+        (  # v1
+            "5:cpu:/\n4:memory:/docker/x\n0::/",
+            {
+                "memory/docker/x/memory.limit_in_bytes": 2 * GB,
+                "memory/docker/x/memory.usage_in_bytes": GB,
+                "memory/docker/x/memory.stat": f"inactive_file 1\ntotal_inactive_file {GB // 2}",
+                "memory/memory.limit_in_bytes": 9223372036854771712,
+                "memory/memory.usage_in_bytes": 20 * GB,
+            },
+            1.5,
+            2,
+        ),
+        (  # v1, whose path is that of the host
+            "4:memory:/kubepods/y",
+            {"memory/memory.limit_in_bytes": 3 * GB, "memory/memory.usage_in_bytes": 9 * GB},
+            0,
+            3,
+        ),
+        ("nonsense\n::\n", {"memory.max": "many"}, 50, 64),
+        ("0::/../../..", {"memory.max": 4 * GB, "memory.current": 0}, 4, 4),
+    ],
+)
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, cgroup, files, available, total):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: MACHINE)
+    root = machine(tmp_path, cgroup, **files)
+    assert hardware.available_memory(root) == available * GB
+    assert hardware.total_memory(root) == total * GB
+
+
+def test_systems_without_cgroups(tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: MACHINE)
+    assert hardware.available_memory(tmp_path) == 50 * GB
+    assert hardware.total_memory(tmp_path) == 64 * GB
+
+
+def test_the_memory_of_this_machine():
+    assert 0 < hardware.available_memory() <= hardware.total_memory()

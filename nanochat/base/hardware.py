@@ -11,7 +11,7 @@ import re
 import subprocess
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,12 +149,67 @@ def faster_dtype(device: "torch.device") -> "torch.dtype":
     return torch.bfloat16 if half >= 1.2 * full else torch.float32
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """
+    Bytes of main memory that this process may still take: what the machine has, and no more than
+    the limit of its container or service (cgroup v2 and v1) leaves.
+    """
+    import psutil
+
+    free = [limit - used for limit, used in _memory_limits(root)]
+    return max(0, min([psutil.virtual_memory().available, *free]))
+
+
+def total_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory of the machine, or of the container if that has less."""
+    import psutil
+
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits(root))])
+
+
+def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of each cgroup above this process that has a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return  # not Linux
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers not in ("", "memory"):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        limit_file, used_file = ("memory.max", "memory.current")
+        if controllers:
+            limit_file, used_file = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        # In a container the path may be that of the host, of which only the top can be seen
+        for level in (mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents):
+            if level.is_relative_to(mount) and (limit := _figure(level / limit_file)) is not None:
+                stored = re.findall(
+                    r"^(?:total_)?inactive_file (\d+)$", _text(level / "memory.stat"), re.M
+                )
+                # Of the page cache, which is given back; the last line covers the levels below (v1)
+                used = (_figure(level / used_file) or 0) - int([0, *stored][-1])
+                yield limit, max(0, used)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _figure(path: Path) -> int | None:
+    """The number in a file of the kernel; None if there is none, as in "max"."""
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
 def read_bandwidth(device: "torch.device") -> float:
     """
     Bytes per second at which all cores read main memory, or an accelerator its own: measured by
     summing a buffer far larger than the caches.
     """
-    import psutil
     import torch
 
     size = 2**31
@@ -162,7 +217,7 @@ def read_bandwidth(device: "torch.device") -> float:
         caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         kibibytes = [re.match(r"(\d+)K", path.read_text()) for path in caches]
         last_level = max((int(m[1]) * 2**10 for m in kibibytes if m), default=2**25)
-        size = min(max(2**28, 6 * last_level), psutil.virtual_memory().available // 4)
+        size = min(max(2**28, 6 * last_level), available_memory() // 4)
     x = torch.ones(size // 4, device=device)
     with torch.no_grad():
         return x.numel() * 4 / _best_seconds(x.sum, device, 0.12, 5)

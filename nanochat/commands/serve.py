@@ -9,6 +9,7 @@ from typing import Literal
 
 from nanochat.base import knobs
 from nanochat.base.common import UserError, entry, print0
+from nanochat.base.hardware import total_memory
 from nanochat.base.knobs import knob
 
 
@@ -71,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"the package {package} is not installed: install what the server needs with "
             'pip install -e ".[serve]"'
         ) from None
-    import psutil
 
     from nanochat.chat.serve.models import Models
     from nanochat.model.checkpoint import choose
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if values.host not in LOOPBACK and not key:
         key = secrets.token_urlsafe(24)
         print0(f"API key (other machines can reach this address): {key}")
-    kv_bytes = values.kv_gb * 1e9 or 0.25 * psutil.virtual_memory().total
+    kv_bytes = values.kv_gb * 1e9 or 0.25 * total_memory()
     models = Models(values.max_rows, kv_bytes, device_type=values.device_type, dtype=values.dtype)
     app = build_app(models, {"stage": stage, "tag": checkpoint.tag, "step": checkpoint.step})
     guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)

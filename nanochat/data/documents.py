@@ -2,8 +2,8 @@
 Text of files as documents: .txt, or the text field of the rows that rows.py reads.
 
 A .txt file is cut into documents of about 16,000 characters, after a paragraph where possible, else
-after a line, a sentence or a word; line breaks at a cut are dropped. Where it has separators such as
-<|endoftext|>, a document ends there, and the separator is dropped. The other formats hold one
+after a line, a sentence or a word; line breaks at a cut are dropped. Where it has separators such
+as <|endoftext|>, a document ends there, and the separator is dropped. The other formats hold one
 document per row, in the field that is named or in the first of TEXT_FIELDS that the row has.
 Documents of white space alone are skipped. A file that cannot be read raises a UserError that names
 the place; rows that cannot be read go to the report.

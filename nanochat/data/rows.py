@@ -62,7 +62,7 @@ class Report:
             self.finish()
 
     def finish(self) -> None:
-        """Call this at the end: UserError that names the bad rows if there are more than `limit`."""
+        """Call this at the end: UserError that names the bad rows if they exceed `limit`."""
         count = len(self.problems)
         if count > self.limit:
             named = "; ".join(self.problems[:SHOWN])

@@ -164,8 +164,8 @@ def prepare_conversations(
     """
     Conversations as token shards with supervision masks, in the order given. `identity` states what
     they are made from (a seed and a count, the hash of a file): if an earlier run rendered the
-    same, its shard is reused and `conversations` is not even iterated. `divided`: see Shards. `report` is filled in by
-    what reads the conversations.
+    same, its shard is reused and `conversations` is not even iterated. `divided`: see Shards.
+    `report` is filled in by what reads the conversations.
     """
     root = Path(directory or base_dir() / "tokens")
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
@@ -188,8 +188,8 @@ def _check_bad_rows(shards: Shards, limit: int) -> None:
     count = shards.notes["bad rows skipped"]
     if count > limit:
         raise UserError(
-            f"{shards.name} has {count} rows that cannot be used, and an earlier run left them out: "
-            f"give --skip_bad_rows {count} again, or fix them"
+            f"{shards.name} has {count} rows that cannot be used, and an earlier run left them "
+            f"out: give --skip_bad_rows {count} again, or fix them"
         )
 
 

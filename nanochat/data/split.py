@@ -49,7 +49,7 @@ SHORTEST_PIECE = 256  # characters
 
 @dataclass(frozen=True)
 class Division:
-    """Texts with a place up to `share` are validation; with `piece`, pieces of so many characters."""
+    """Texts with a place up to `share` are validation; with `piece`, pieces of that length are."""
 
     share: float
     piece: int | None = None
@@ -100,7 +100,7 @@ def division(documents: Iterable[str], share: float) -> Division | None:
 
 
 def pieces(text: str, limit: int) -> Iterator[str]:
-    """A text in pieces of at most `limit` characters, cut where documents.py cuts; none is blank."""
+    """A text in pieces of at most `limit` characters, cut as documents.py cuts; none is blank."""
     start = 0
     while len(text) - start > limit:
         end = cut_point(text, start + limit // 2, start + limit)

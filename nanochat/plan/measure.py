@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from nanochat.base import hardware
@@ -33,7 +32,7 @@ def measure_device(device_type: str, dtype: str) -> dict[str, Any]:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = psutil.virtual_memory().available
+        memory = hardware.available_memory()
     return {
         "name": hardware.device_name(device),
         "device_type": device.type,
@@ -127,7 +126,7 @@ def main() -> None:
         # If memory ends, an error in this process is better than the end of another one.
         import resource
 
-        most = int(0.95 * psutil.virtual_memory().available)
+        most = int(0.95 * hardware.available_memory())
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
     print(json.dumps(measure_training(spec) if "config" in spec else measure_device(**spec)))
 

@@ -101,7 +101,10 @@ def read_items(
             try:
                 yield item(row)
             except (UserError, KeyError, TypeError, ValueError) as e:
-                into.bad_row(place, f"it has no {e}" if isinstance(e, KeyError) else e)
+                reason = f"it has no {e}" if isinstance(e, KeyError) else e
+                if not isinstance(row, dict) and not isinstance(e, UserError):
+                    reason = f"expected an object, got a {type(row).__name__}"
+                into.bad_row(place, reason)
     if report is None:
         into.finish()
 

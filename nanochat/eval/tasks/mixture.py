@@ -135,8 +135,8 @@ def shards(
     """
     The split ("train", "val") of each named source, with its weight. `seed` decides what is
     generated and what @N draws, `folder` holds data sets (see data.py), and `name` is what the
-    model calls itself; `skip_bad_rows` rows of a source of your own may be left out. What an earlier
-    call rendered is reused.
+    model calls itself; `skip_bad_rows` rows of a source of your own may be left out. What an
+    earlier call rendered is reused.
     """
     # Conversations that another version of the code made must not be reused
     code = [*generator_files(), *sorted(Path(__file__).parent.glob("*.py")), Path(shapes.__file__)]

@@ -1,0 +1,156 @@
+"""
+The shell scripts of runs/: odd characters in every path and option arrive whole, and other languages
+change no number. A stand-in for Python records each command line; nothing is trained.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["RECORD"], "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if "split" in sys.argv:
+    print("base=1.00\\nmid=1.00\\nsft=1.00\\nrl=1.00")
+"""
+ODD = ["my texts", "First Last's", 'say "hi"', "two\nlines", "täxte", "a:b", "$HOME", "*", "a;b&c"]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """runs/ in a folder with an odd name, with an environment that is already made."""
+
+    def make(name="some code"):
+        repo = tmp_path / name
+        shutil.copytree(ROOT / "runs", repo / "runs")
+        shutil.copy(ROOT / "pyproject.toml", repo)
+        (repo / ".venv/bin").mkdir(parents=True)
+        shutil.copy(ROOT / "pyproject.toml", repo / ".venv/installed")
+        (repo / ".venv/bin/activate").write_text(
+            f"export PATH={shlex.quote(str(repo))}/.venv/bin:$PATH\n"
+        )
+        for tool in ("python", "torchrun"):
+            (repo / ".venv/bin" / tool).write_text(RECORDER)
+            (repo / ".venv/bin" / tool).chmod(0o755)
+        return repo
+
+    return make
+
+
+def run(script, *words, base, cwd=None, **environment):
+    """-> the command lines that a script gave, by the last word of their module."""
+    record = Path(base) / "record"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
+    variables = {"NANOCHAT_BASE_DIR": str(base), "RECORD": str(record), **environment}
+    done = subprocess.run(
+        ["bash", str(script), *words],
+        cwd=cwd,
+        env={**kept, "HOME": str(base), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    return {name_of(words): words for words in lines}
+
+
+def name_of(words):
+    return words[words.index("-m") + 1].split(".")[-1] if "-m" in words else words[0]
+
+
+def values(words, flag):
+    """The values of a flag that takes several."""
+    at = words.index(flag) + 1
+    end = next((i for i in range(at, len(words)) if words[i].startswith("--")), len(words))
+    return words[at:end]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_paths_arrive_whole(checkout, tmp_path, name):
+    # Python makes no environment in a folder whose name has a colon
+    repo, texts = checkout(name.replace(":", "_")), tmp_path / "t" / name
+    for kind in ("wikipedia", "books", "reddit", "dialog"):
+        (texts / kind).mkdir(parents=True)
+    made = run(
+        repo / "runs/english_chat.sh", str(texts), "--minutes", "30", base=tmp_path / "b" / name
+    )
+    wanted = [f"wikipedia={texts}/wikipedia:0.45", f"books={texts}/books:0.40"]
+    wanted.append(f"reddit={texts}/reddit:0.15")
+    assert values(made["tok_train"], "--data") == wanted
+    assert values(made["mid_train"], "--data") == [f"dialog={texts}/dialog:1", "identity:0.02"]
+    recipe = made["base_train"][made["base_train"].index("--recipe") + 1]
+    assert recipe == f"{tmp_path}/b/{name}/day/30-minutes/recipe.toml"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data", "a=My Texts/a:1"],
+        ["--data=a=My Texts/a:1"],
+        ["--data", "a=My Texts/a:1", "b=My Texts/b:2#body", "--vocab", "900"],
+        ["--data", "My Texts/a", "--data", "My Texts/b"],
+        ["--data", "a=x:1 b=y:2"],  # several in one value, as before
+        ["--data=a=x:1 b=y:2"],
+        ["--data", "a=x:1", "b=y:2"],
+    ],
+)
+def test_sources_with_and_without_spaces(checkout, tmp_path, words):
+    for name in ("My Texts/a", "My Texts/b", "x", "y"):
+        (tmp_path / name).mkdir(parents=True)
+    script = checkout() / "runs/one_day.sh"
+    made = run(script, "--minutes", "10", *words, base=tmp_path / "base", cwd=tmp_path)
+    given = [w.removeprefix("--data=") for w in words if "/" in w or "=" in w]
+    whole = [v for w in given for v in (w.split() if "=y" in w else [w])]
+    assert values(made["tok_train"], "--data") == whole
+
+
+@pytest.mark.parametrize("name", [*ODD, "\\ back", "-dash", "#5", "a=b"])
+def test_words_that_shlex_reads_back(name):
+    code = f'source {ROOT}/runs/values.sh; quoted "$1" "$1"'
+    done = subprocess.run(["bash", "-c", code, "x", name], capture_output=True, text=True)
+    assert shlex.split(done.stdout) == [name, name]
+
+
+@pytest.mark.parametrize("name", ["run of mine", "it's", 'a"b'])
+@pytest.mark.parametrize("script", ["ittybitty.sh", "speedrun.sh", "run1000.sh"])
+def test_the_name_of_a_run_arrives_whole(checkout, tmp_path, script, name):
+    made = run(checkout(name) / "runs" / script, base=tmp_path / "base", WANDB_RUN=name)
+    for command in ("base_train", "mid_train", "chat_sft"):
+        assert f"--run={name}" in made[command]
+
+
+@pytest.mark.parametrize("locale", ["de_DE.UTF-8", "fr_FR.UTF-8", "C", "POSIX", "ru_RU.KOI8-R", ""])
+@pytest.mark.parametrize("variable", ["LC_ALL", "LANG", "LC_NUMERIC"])
+def test_numbers_have_a_point_in_every_language(checkout, tmp_path, locale, variable):
+    # Few machines have these locales; what the scripts set decides, whether or not they do
+    repo = checkout()
+    shows = 'source runs/environment.sh >/dev/null; echo "${LC_ALL-none} $LC_NUMERIC $LC_CTYPE"'
+    environment = {"PATH": os.environ["PATH"], variable: locale}
+    done = subprocess.run(
+        ["bash", "-c", shows], cwd=repo, env=environment, capture_output=True, text=True, check=True
+    )
+    unset, numeric, characters = done.stdout.split()
+    assert (unset, numeric) == ("none", "C")
+    assert characters == (locale if locale and variable != "LC_NUMERIC" else "C")
+    made = run(
+        repo / "runs/one_day.sh", "--minutes", "10", base=tmp_path / "b", **{variable: locale}
+    )
+    minutes = next(w for w in made["plan"] if w.startswith("--minutes="))
+    assert float(minutes.removeprefix("--minutes=")) > 0
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "runs").glob("*.sh")), ids=lambda p: p.name)
+def test_no_script_counts_with_awk_or_splits_words(script):
+    text = script.read_text(encoding="utf-8")
+    assert "read -ra" not in text, "it splits paths at spaces"
+    assert "printf '%q" not in text, "its quoting is bash's own: use quoted of values.sh"
+    assert not [n for n in text.split("awk")[1:] if "%" in n.splitlines()[0]], "LC_NUMERIC"
