@@ -20,7 +20,7 @@ features (and with random codes for two tokens) and needs no cutlass. `hand` fit
 are written down in rap_terms.py; it reads the tokenizer alone, needs no cutlass, and takes a
 second. nanochat/model/prior_artifact.py describes the terms.
 
-The script reads token shards of format 1 itself and imports neither nanochat nor torch. It refuses
+The script reads token shards of format 2 itself and imports neither nanochat nor torch. It refuses
 the validation split, tokens of another tokenizer, and any `cutlass` but version 0.9.0 of the LASSO
 package. The tensors depend only on the tokens, the options and the seed.
 """
@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 VERSION = "1"
-SHARD_FORMAT = 1  # of nanochat/data/shards.py
+SHARD_FORMAT = 2  # of nanochat/data/shards.py
 CUTLASS = "0.9.0"
 MIN_TOKENS = 20_000  # fewer show no rule
 GENERATORS = "rules", "rectified", "correlation", "hand"
@@ -225,6 +225,8 @@ def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, di
             meta = json.loads(path.read_text(encoding="utf-8"))
             if not m or meta["mask"]:
                 continue  # conversations
+            if meta["format"] < SHARD_FORMAT:
+                continue  # left by an earlier version, which training does not read either
             if meta["format"] != SHARD_FORMAT:
                 raise UserError(
                     f"the token shard {path.parent} has format {meta['format']}, this generator "
@@ -240,7 +242,7 @@ def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, di
                 raise ValueError("size")
             else:
                 shards.setdefault(m[1], []).append((path.parent, meta))
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"the token shard {path.parent} is damaged ({type(e).__name__}): delete it and "
                 "train again"

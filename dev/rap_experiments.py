@@ -5,7 +5,8 @@ The experiments on the attention prior in dev/LOG.md, from tokenizer to summary.
     python dev/rap_experiments.py --texts DIR --only prose-small code-small
 
 DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %: prose) and dialog/ (conversations, read as
-plain text); code is Python's own standard library. Each experiment is one comparison
+plain text); slots are the dialogues that serve a task, code is Python's own standard library, and
+tables are invented (made_tables.py). Each experiment is one comparison
 (trials.py); dev/results/rap_summary.json and dev/rap.png are rewritten after each.
 """
 
@@ -71,7 +72,21 @@ RANKS = {
     "16 bits": Condition("--generator rules --code_bits 16 --pair_bits 16"),
     "64 bits": Condition("--generator rules --code_bits 64 --pair_bits 64"),
 }
+HAND = {"hand": Condition("--generator hand")}
+MATCHED = {"rules matched": Condition("--generator rules --others matched")}
+PARTS = {  # of the prior written by hand
+    "hand without own": Condition("--generator hand --features copy copy_pair"),
+    "hand without spans": Condition("--generator hand --spans 0"),
+}
 EXPERIMENTS = {
+    # what does the fit add to rules that anyone can write down?
+    "prose-hand": Experiment("prose", "small", 3, NONE | RULES | HAND),
+    "code-hand": Experiment("code", "small", 3, NONE | RULES | HAND),
+    # where could it add something? each has a structure that the rules by hand do not name
+    "code-matched": Experiment("code", "small", 2, NONE | RULES | HAND | MATCHED),
+    "dialogues-hand": Experiment("dialogues", "small", 2, NONE | RULES | HAND | MATCHED),
+    "slots-hand": Experiment("slots", "small", 2, NONE | RULES | HAND | MATCHED),
+    "tables-hand": Experiment("tables", "small", 2, NONE | RULES | HAND | MATCHED),
     "prose-small": Experiment("prose", "small", 5, MAIN),
     "code-small": Experiment("code", "small", 5, MAIN),
     "prose-large": Experiment("prose", "large", 3, NONE | RULES),
@@ -92,15 +107,10 @@ def prior(generator: str, base: Path, data: list[str], env: Path) -> str:
     out = f"priors/{re.sub(r'[^a-z0-9]+', '-', generator.removeprefix('--generator '))}.safetensors"
     if not (base / out).exists():
         mix = [f"{m[1]}:{m[2]}" for d in data if (m := re.fullmatch(r"(\w+)=.*:([\d.]+)", d))]
-        words = [
-            str(trials.REPO / "dev" / "generate_rap_prior.py"),
-            "--env",
-            str(env),
-            *shlex.split(generator),
-        ]
-        trials.run(
-            [*words, "--max_lag", "256", "--out", out, *(["--mix", *mix] if mix else [])], base
-        )
+        words = [str(trials.REPO / "dev" / "generate_rap_prior.py"), *shlex.split(generator)]
+        if "hand" not in words:  # which reads no text
+            words += ["--env", str(env), "--max_lag", "256", *(["--mix", *mix] if mix else [])]
+        trials.run([*words, "--out", out], base)
     return out
 
 

@@ -74,8 +74,9 @@ def run(words: Sequence[str], base: Path) -> None:
 
 def prepared(corpus: str, texts: Path, base: Path, vocab_size: int) -> list[str]:
     """
-    The words of --data for prose, code or dialogues, with paths from the base folder on, so that no
-    path of a machine gets into results; makes the tokenizer and the token shards.
+    The words of --data for a corpus, with paths from the base folder on, so that no path of a
+    machine gets into results; makes the tokenizer and the token shards. A corpus is prose, code,
+    tables (invented), dialogues (all of them) or slots (those that serve a task).
     """
     base.mkdir(parents=True, exist_ok=True)
     if corpus == "prose":
@@ -87,12 +88,15 @@ def prepared(corpus: str, texts: Path, base: Path, vocab_size: int) -> list[str]
         ]
     else:
         file = base / f"{corpus}.jsonl"
-        if corpus == "code" and not file.exists():
-            run([str(REPO / "dev" / "python_library.py"), str(file)], base)
+        maker = {"code": "python_library.py", "tables": "made_tables.py"}.get(corpus)
+        if maker and not file.exists():
+            run([str(REPO / "dev" / maker), str(file)], base)
         elif not file.exists():
+            of_tasks = "sgd_train.jsonl", "sgd_val.jsonl", "taskmaster4.jsonl"
             rows = [
                 json.loads(line)
                 for p in sorted((texts / "dialog").glob("*.jsonl"))
+                if corpus == "dialogues" or p.name in of_tasks
                 for line in p.open(encoding="utf-8")
             ]
             documents = [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,12 @@ def test_a_mixture_has_its_shares_and_repeats_a_short_source_but_not_into_what_i
     assert len(fit.ids) + len(held.ids) == pytest.approx(limit, rel=0.02)
     documents = {tuple(t.ids[b : b + 20]) for t in (held,) for b in np.unique(t.begin)}
     assert documents and not documents & {tuple(fit.ids[b : b + 20]) for b in np.unique(fit.begin)}
+
+
+def test_the_generator_reads_the_shards_that_training_writes():
+    from nanochat.data import shards
+
+    assert generator.SHARD_FORMAT == shards.FORMAT
 
 
 # ---- tokens and distances
@@ -660,8 +667,12 @@ def test_shards_that_may_not_be_used_are_refused(base, tmp_path, capsys):
     )
     other = copied(base, tmp_path / "other", lambda folder, meta: {**meta, "tokenizer": "x"})
     assert "(4 shards are of another tokenizer)" in refusal(capsys, base, plain, other)
-    newer = copied(base, tmp_path / "newer", lambda folder, meta: {**meta, "format": 2})
-    assert "has format 2, this generator reads 1" in refusal(capsys, base, plain, newer)
+    newer = copied(base, tmp_path / "newer", lambda folder, meta: {**meta, "format": 3})
+    assert "has format 3, this generator reads 2" in refusal(capsys, base, plain, newer)
+    older = copied(base, tmp_path / "older", lambda folder, meta: {**meta, "format": 1})
+    assert "no training shards of text: let base_train" in refusal(capsys, base, plain, older)
+    strange = copied(base, tmp_path / "strange", lambda folder, meta: {**meta, "format": "2"})
+    assert "is damaged (TypeError)" in refusal(capsys, base, plain, strange)
 
     def cut(folder, meta):
         os.truncate(folder / "tokens.bin", 2)
@@ -701,3 +712,43 @@ def test_the_wrong_cutlass_is_recognised(base, monkeypatch, capsys):
         generator, "import_module", lambda name: SimpleNamespace(__file__="dsl/cutlass/__init__.py")
     )
     assert "NVIDIA's cutlass (dsl/cutlass/__init__.py) hides" in refusal(capsys, base)
+
+
+# ---- the experiments
+
+
+def test_each_generator_runs_with_what_it_needs(tmp_path, monkeypatch):
+    """Only those that fit rules get an environment and the mixture; a prior is made once."""
+    load("trials")
+    experiments, runs = load("rap_experiments"), []
+    monkeypatch.setattr(experiments.trials, "run", lambda words, base: runs.append(words))
+    env, data = tmp_path / "env", ["wikipedia=texts/wikipedia:0.45", "books=texts/books:0.4"]
+    generators = {
+        c.generator
+        for e in experiments.EXPERIMENTS.values()
+        for c in e.conditions.values()
+        if c.generator
+    }
+    outs = {experiments.prior(generator, tmp_path, data, env) for generator in generators}
+    assert len(outs) == len(generators) == len(runs) and not any("=" in out for out in outs)
+    for words in runs:
+        by_hand = "hand" in words
+        assert ("--env" in words) != by_hand and ("wikipedia:0.45" in words) != by_hand
+    (tmp_path / "priors").mkdir()
+    (tmp_path / experiments.prior("--generator hand", tmp_path, data, env)).touch()
+    before = len(runs)
+    experiments.prior("--generator hand", tmp_path, data, env)
+    assert len(runs) == before
+    assert all(next(iter(e.conditions)) == "none" for e in experiments.EXPERIMENTS.values())
+
+
+def test_made_tables_repeat_the_row_above_in_three_rows_of_five():
+    rows = [
+        line.split(",")
+        for n in range(40)
+        for line in load("made_tables").table(random.Random(n)).split("\n")[1:]
+    ]
+    pairs = [(a, b) for a, b in pairwise(rows) if int(b[0]) == int(a[0]) + 1]
+    same = [x == y for a, b in pairs for x, y in zip(a[1:-1], b[1:-1], strict=False)]
+    assert 0.58 < np.mean(same) < 0.68  # 0.6, and by chance one in twelve of the others
+    assert all((a[1] == b[1]) <= (a[-1] == b[-1]) for a, b in pairs), "a name has one price"
