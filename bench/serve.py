@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -110,38 +111,79 @@ async def many(server: Server, count: int, **body) -> tuple[float, float, list[d
     return used / tokens, tokens / seconds, answers
 
 
-def alone(folder: Path, rows: int, new_tokens: int = 48) -> float:
-    """CPU seconds per token of the engine without a server, in a process of its own."""
-    code = (
-        "import sys, time, torch\n"
-        "from nanochat.chat.generate import Engine\n"
-        "from nanochat.model.checkpoint import load_for_inference\n"
-        "rows, count = int(sys.argv[1]), int(sys.argv[2])\n"
-        "loaded = load_for_inference('sft')\n"
-        "engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)\n"
-        "message = {'role': 'user', 'content': 'Tell me about Mia and Ruth, please.'}\n"
-        "prompt = loaded.tokenizer.render_prompt({'messages': [message]})\n"
-        "def run():\n"
-        "    samples = engine.generate_batch([prompt] * rows, 1, count, 1.3, 50, seed=list(range(rows)))\n"
-        "    return sum(len(s.tokens) for s in samples)\n"
-        "run(); began = time.process_time(); n = sum(run() for _ in range(3))\n"
-        "print((time.process_time() - began) / n)\n"
+ENGINE = """
+import sys, time
+from nanochat.chat.generate import Engine
+from nanochat.model.checkpoint import load_for_inference
+loaded = load_for_inference("sft")
+engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+messages = [{"role": "user", "content": "Tell me about Mia and Ruth, please."}]
+prompt = loaded.tokenizer.render_prompt({"messages": messages})
+for line in sys.stdin:
+    rows, count = map(int, line.split())
+    began = time.process_time()
+    samples = engine.generate_batch(
+        [prompt] * rows, 1, count, 1.3, 50, seed=list(range(rows))
     )
-    environment = os.environ | {"NANOCHAT_BASE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, str(rows), str(new_tokens)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    used = time.process_time() - began
+    tokens = sum(len(s.tokens) + (s.stop is not None) for s in samples)
+    print(used / tokens, tokens, flush=True)
+"""
 
 
-async def measure(server: Server, folder: Path, soak: int) -> dict:
+class Alone:
+    """The engine without a server, in a process of its own with the same number of threads."""
+
+    def __init__(self, folder: Path):
+        environment = os.environ | {"NANOCHAT_BASE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", ENGINE]
+        self.process = subprocess.Popen(command, env=environment, **pipes)
+
+    def cpu_per_token(self, rows: int, new_tokens: int) -> tuple[float, int]:
+        """(CPU seconds per token, tokens) of the answers that `many` asks the server for."""
+        self.process.stdin.write(f"{rows} {new_tokens}\n")
+        self.process.stdin.flush()
+        seconds, tokens = self.process.stdout.readline().split()
+        return float(seconds), int(tokens)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(20)
+
+
+async def compare_cpu(server: Server, folder: Path, rounds: int, new_tokens: int) -> dict:
+    """The CPU that a token costs with and without the server, in alternate rounds: medians."""
+    engine, used = Alone(folder), {}
+    for _ in range(rounds + 1):
+        for rows in (1, 8, 32):
+            own, tokens = engine.cpu_per_token(rows, new_tokens)
+            served, _, _ = await many(server, rows, max_tokens=new_tokens)
+            used.setdefault(rows, []).append((own, served, tokens))
+    engine.close()
     out: dict = {}
-    await many(server, 4)  # warm up
-    for rows in (1, 8, 32):
-        own = alone(folder, rows)
-        served, speed, _ = await many(server, rows)
-        out[f"cpu_ms_per_token_{rows}"] = round(1e3 * served, 3)
-        out[f"overhead_{rows}"] = f"{served / own - 1:+.1%} ({1e3 * (served - own):+.3f} ms)"
-        out[f"tokens_per_second_{rows}"] = round(speed)
+    middle = {}
+    for rows, all_rounds in used.items():
+        rounds_after_warming = all_rounds[1:]
+        own, served = (statistics.median(r[i] for r in rounds_after_warming) for i in (0, 1))
+        extra = statistics.median(r[1] - r[0] for r in rounds_after_warming)
+        middle[rows] = own, served
+        out[f"cpu_ms_per_token_{rows}"] = {
+            "engine": round(1e3 * own, 3),
+            "server": round(1e3 * served, 3),
+            "extra": round(1e3 * extra, 3),
+            "extra_share": f"{extra / own:+.1%}",
+            "of_one_row_engine": round(own / middle[1][0], 3),
+            "of_one_row_server": round(served / middle[1][1], 3),
+            "tokens_per_answer": round(all_rounds[0][2] / rows, 1),
+        }
+    return out
+
+
+async def measure(server: Server, folder: Path, soak: int, rounds: int, new_tokens: int) -> dict:
+    out = await compare_cpu(server, folder, rounds, new_tokens)
+    if not soak:
+        return out
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=200)) as client:
         firsts = [(await stream(client, server.url, seed=i))["first"] for i in range(9)]
         out["first_token_idle_ms"] = round(1e3 * sorted(firsts)[4], 1)
@@ -205,7 +247,11 @@ async def soaked(server: Server, client: httpx.AsyncClient, count: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     parser.add_argument("--base", default="", help="base folder with a finetuned model")
-    parser.add_argument("--soak", type=int, default=200, help="requests of the soak")
+    parser.add_argument(
+        "--soak", type=int, default=200, help="requests of the soak; 0 = only the CPU comparison"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the CPU comparison")
+    parser.add_argument("--new_tokens", type=int, default=100, help="limit of answers in them")
     parser.add_argument("--port", type=int, default=8765)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -214,7 +260,9 @@ def main() -> None:
             prepare(folder)
         server = Server(folder, options.port)
         try:
-            out = asyncio.run(measure(server, folder, options.soak))
+            out = asyncio.run(
+                measure(server, folder, options.soak, options.rounds, options.new_tokens)
+            )
         finally:
             server.close()
     print(json.dumps(out, indent=1))

@@ -338,14 +338,14 @@ def test_ids_in_the_padding_are_never_sampled(tokenizer):  # trap 14, even with 
 def test_choose():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     p = torch.softmax(logits.double(), -1)[0]
-    assert choose(logits, [0.9], Sampling(temperature=0)) == [1]
-    assert choose(logits, [0.999], Sampling(top_k=1)) == [1]
-    assert choose(logits, [0.999], Sampling(top_p=0.01)) == [1]
+    assert choose(logits, [0.9], [Sampling(temperature=0)]) == [1]
+    assert choose(logits, [0.999], [Sampling(top_k=1)]) == [1]
+    assert choose(logits, [0.999], [Sampling(top_p=0.01)]) == [1]
     n = 4000
     uniform = [(i + 0.5) / n for i in range(n)]
 
     def shares(**sampling):
-        ids = choose(logits.expand(n, 4), uniform, Sampling(**sampling))
+        ids = choose(logits.expand(n, 4), uniform, [Sampling(**sampling)] * n)
         return torch.bincount(torch.tensor(ids), minlength=4).double() / n
 
     for top_k in (None, 0, 4, 99):
@@ -363,7 +363,7 @@ def test_choose_at_the_edges_takes_only_possible_tokens():
     logits = torch.tensor([[float("-inf"), 1.0, float("-inf")], [0.0, -200.0, float("-inf")]])
     for u in (0.0, 1 - 2**-53):
         for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.999)):
-            assert choose(logits, [u, u], sampling) == [1, 0]
+            assert choose(logits, [u, u], [sampling] * 2) == [1, 0]
 
 
 def test_senseless_sampling_is_refused(tokenizer):

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,10 +20,10 @@ uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
 from nanochat.base.common import UserError  # noqa: E402
-from nanochat.chat.generate import Engine, Sampling, Token  # noqa: E402
+from nanochat.chat.generate import Continuation, Engine, Entry, Sampling, Token  # noqa: E402
 from nanochat.chat.reply import Reply  # noqa: E402
 from nanochat.chat.serve.answer import Answer, held_back  # noqa: E402
-from nanochat.chat.serve.app import build_app  # noqa: E402
+from nanochat.chat.serve.app import Mailbox, build_app  # noqa: E402
 from nanochat.chat.serve.guard import Guard, host_name  # noqa: E402
 from nanochat.chat.serve.models import Models  # noqa: E402
 from nanochat.chat.serve.server import listen  # noqa: E402
@@ -603,7 +604,8 @@ def test_sigterm_ends_running_answers_with_a_reason(base):
 
 
 def collect(worker: Worker, prompt, count: int, client: str, log: list, **sampling) -> Job:
-    job = Job(prompt, 1, Sampling(**sampling), "1/0", count, client, lambda news: log.append(news))
+    wanted = Continuation(prompt, "1/0", Sampling(**sampling), count)
+    job = Job(wanted, client, lambda news: log.append(news))
     worker.submit(job)
     return job
 
@@ -617,7 +619,7 @@ def test_clients_take_turns(engine):
         return lambda news: order.append(client)
 
     for client in ("greedy",) * 5 + ("modest",):
-        worker.submit(Job(prompt, 1, Sampling(), "1/0", 1, client, deliver(client)))
+        worker.submit(Job(Continuation(prompt, "1/0", max_tokens=1), client, deliver(client)))
     worker.start()
     deadline = time.monotonic() + 20
     while len(order) < 6 and time.monotonic() < deadline:
@@ -644,6 +646,128 @@ def test_a_full_queue_and_a_closing_worker_refuse(engine):
     worker.start()
     worker.join(10)
     assert not worker.is_alive() and len(log) == 64 and all(isinstance(e, ApiError) for e in log)
+
+
+def together(worker: Worker, wanted: list[Continuation]) -> tuple[list[Job], list[dict]]:
+    """Submit all before the worker starts; returns the jobs and each one's tokens by sample."""
+    jobs, answers = [], []
+    for one in wanted:
+        tokens: dict[int, list[int]] = {}
+
+        def deliver(news, tokens=tokens):
+            for sample, new in [] if isinstance(news, Exception) else news:
+                tokens.setdefault(sample, []).extend(t.id for t in new)
+
+        jobs.append(Job(one, "client", deliver))
+        answers.append(tokens)
+        worker.submit(jobs[-1])
+    return jobs, answers
+
+
+def wait_for(jobs: list[Job]) -> None:
+    deadline = time.monotonic() + 60
+    while not all(job.ended for job in jobs) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(job.ended for job in jobs)
+
+
+def prompts_of_all_lengths(engine) -> list[Continuation]:
+    ids = engine.tokenizer.encode("Mia has a red hat and a dog. " * 40)
+    lengths, samples = (4, 30, 11, 25, 230, 7), (1, 3, 1, 2, 1, 1)
+    return [
+        Continuation([engine.tokenizer.bos, *ids[:n]], f"{n}/0", Sampling(0.8 + n / 300), 9, s)
+        for n, s in zip(lengths, samples, strict=True)
+    ]
+
+
+def alone(engine, one: Continuation) -> dict[int, list[int]]:
+    samples = engine.generate_batch(
+        [one.prompt],
+        one.samples,
+        one.max_tokens,
+        one.sampling.temperature,
+        seed=[int(one.seed[:-2])],
+    )
+    return {i: s.tokens + [s.stop] * (s.stop is not None) for i, s in enumerate(samples)}
+
+
+def test_prompts_that_come_together_are_read_together(engine, monkeypatch):
+    wanted, passes, real = prompts_of_all_lengths(engine), [], Entry.read
+    monkeypatch.setattr(
+        Entry, "read", lambda entry, n: passes.append(len(entry.rows)) or real(entry, n)
+    )
+    expected = [alone(engine, one) for one in wanted]
+    passes.clear()
+    worker = Worker(engine)
+    jobs, answers = together(worker, wanted)
+    worker.start()
+    wait_for(jobs)
+    worker.close(1)
+    assert answers == expected
+    assert len(passes) == 2 and passes[0] == 7  # the long one by itself
+
+
+def test_one_that_leaves_while_prompts_are_read_leaves_the_others(engine, monkeypatch):
+    wanted, real = prompts_of_all_lengths(engine), Entry.read
+    expected = [alone(engine, one) for one in wanted]
+    worker = Worker(engine)
+    jobs, answers = together(worker, wanted)
+
+    def read(entry, tokens):  # a few tokens at a time, while a client goes
+        worker.cancel(jobs[1])
+        return real(entry, 8)
+
+    monkeypatch.setattr(Entry, "read", read)
+    worker.start()
+    wait_for(jobs)
+    worker.close(1)
+    assert [job.state for job in jobs] == ["done", "cancelled", *["done"] * 4]
+    assert [a for a, job in zip(answers, jobs, strict=True) if job.state == "done"] == [
+        e for e, job in zip(expected, jobs, strict=True) if job.state == "done"
+    ]
+    assert all(len(tokens) <= 1 for tokens in answers[1].values()) and worker.rows == 0
+
+
+def test_without_memory_for_all_prompts_each_is_read_alone(engine, monkeypatch):
+    wanted, real = prompts_of_all_lengths(engine), Entry.read
+    expected = [alone(engine, one) for one in wanted]
+
+    def read(entry, tokens):
+        if len(entry.rows) > 4 or len(entry.rows[0].sample.prompt) == 26:
+            raise RuntimeError("not enough memory: you tried to allocate 9 bytes")
+        return real(entry, tokens)
+
+    worker = Worker(engine)
+    jobs, answers = together(worker, wanted)
+    monkeypatch.setattr(Entry, "read", read)
+    worker.start()
+    wait_for(jobs)
+    worker.close(1)
+    failed = [job.state == "failed" for job in jobs]
+    assert failed == [False, False, False, True, False, False]
+    assert [a for a, f in zip(answers, failed, strict=True) if not f] == [
+        e for e, f in zip(expected, failed, strict=True) if not f
+    ]
+
+
+def test_a_mailbox_wakes_its_loop_once_for_all():
+    wakes = []
+
+    async def scenario() -> list[int]:
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args: wakes.append(1) or real(*args)
+        mailbox = Mailbox(loop)
+        calls = [SimpleNamespace(news=[], arrived=asyncio.Event()) for _ in range(8)]
+        for step in range(5):
+            for call in calls:
+                mailbox.put(call, 0, [(0, [step])])
+        await asyncio.gather(*(call.arrived.wait() for call in calls))
+        return [len(call.news) for call in calls]
+
+    with ThreadPoolExecutor(1) as thread:  # this one may have the loop of a browser
+        assert thread.submit(asyncio.run, scenario()).result() == [5] * 8
+    assert len(wakes) == 1
 
 
 def test_without_memory_only_the_newest_request_fails(engine, monkeypatch):

@@ -29,6 +29,7 @@ from nanochat.model.loss import capped
 
 PREFILL_TOKENS = 8192  # of all rows per pass over their prompts: bounds memory, changes no result
 PREFILL_CHUNK = 64  # tokens per row and pass, at least
+GREEDY, WHOLE = 0, -1  # how a row draws: the likeliest token; from all tokens, unsorted
 
 
 class Token(NamedTuple):
@@ -74,6 +75,20 @@ class Sampling:
                 f"top_p={self.top_p}: temperature and top_k must be at least 0, "
                 "top_p above 0 and at most 1"
             )
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """
+    A prompt to continue: `samples` times, sample i with the random numbers of the seed "SEED/i".
+    With max_tokens None, a continuation goes on to the end of the context.
+    """
+
+    prompt: Sequence[int]
+    seed: str
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = 256
+    samples: int = 1
 
 
 class Engine:
@@ -194,52 +209,53 @@ class Batch:
         the seed "SEED/i". Returns {row number: its sample}; the samples grow with every step.
         Raises ValueError for an empty prompt or num_samples < 1.
         """
-        entry = self.open(prompts, seeds, sampling, max_tokens, num_samples)
+        entry = self.open(
+            [
+                Continuation(prompt, seed, sampling, max_tokens, num_samples)
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+        )
         while not entry.done:
             entry.read(max(PREFILL_CHUNK * len(prompts), PREFILL_TOKENS))
         return self.admit(entry)
 
-    def open(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[str],
-        sampling: Sampling,
-        max_tokens: int | None = 256,
-        num_samples: int = 1,
-    ) -> "Entry":
+    def open(self, wanted: Sequence[Continuation]) -> "Entry":
         """The first half of join: rows whose prompts can be read in pieces between steps."""
-        if not all(prompts) or num_samples < 1:
+        if not all(one.prompt and one.samples > 0 for one in wanted):
             raise ValueError(
                 "generation needs at least one sample, and a prompt of at least one token: "
                 "begin with <|bos|>"
             )
         context = self._config.sequence_len
         rows: list[_Row] = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            kept = clip(prompt, max(1, context - 1))
+        for one in wanted:
+            kept, most = clip(one.prompt, max(1, context - 1)), one.max_tokens
             room = context + 1 - len(kept)  # the last new token need not be fed
-            limit = room if max_tokens is None else min(max_tokens, room)
-            reason = "length" if limit == max_tokens else "context"
-            for i in range(num_samples):
-                sample = Sample(kept, len(prompt) - len(kept), finish="" if limit > 0 else reason)
-                number, random = self._joined + len(rows), Random(f"{seed}/{i}")
+            limit = room if most is None else min(most, room)
+            reason = "length" if limit == most else "context"
+            dropped = len(one.prompt) - len(kept)
+            for i in range(one.samples):
+                sample = Sample(kept, dropped, finish="" if limit > 0 else reason)
+                number, random = self._joined + len(rows), Random(f"{one.seed}/{i}")
                 calls = ToolCalls(self._tokenizer)
-                rows.append(_Row(number, sample, sampling, limit, reason, random, calls))
+                rows.append(_Row(number, sample, one.sampling, limit, reason, random, calls))
         self._joined += len(rows)
-        return Entry(self._body, rows, num_samples, context)
+        firsts = [n for n, one in enumerate(wanted) for _ in range(one.samples)]
+        return Entry(self._body, rows, firsts, context)
 
+    @torch.inference_mode()
     def admit(self, entry: "Entry") -> dict[int, Sample]:
         """
         The second half of join: the rows of an entry whose prompts are read take part from now on.
         """
         assert entry.done, "the prompts have not been read to their end"
-        if entry.cache is not None:
-            cache = entry.expanded()
-            if self._rows:
-                self._cache.append(cache, self._room)
-            else:
+        rows, cache = entry.expanded()
+        if cache is not None:
+            if self._cache is None:
                 self._cache = cache
-            self._rows += entry.rows
+            else:
+                self._cache.append(cache, self._room)
+            self._rows += rows
         return {row.number: row.sample for row in entry.rows}
 
     @torch.inference_mode()
@@ -256,7 +272,8 @@ class Batch:
         logits = capped(
             self._head(torch.stack([row.hidden for row in ready])), self._config.softcap
         )
-        chosen = _choose_each(logits, ready)
+        uniform = [row.random.random() for row in ready]
+        chosen = choose(logits, uniform, [row.sampling for row in ready])
         reports = _log_probabilities(logits, ready, chosen)
         tokens = []
         for row, id in zip(ready, chosen, strict=True):
@@ -302,14 +319,20 @@ class Batch:
 class Entry:
     """Rows whose prompts are being read, each prompt once, before they join a batch."""
 
-    def __init__(self, body: GPT, rows: list[_Row], num_samples: int, context: int):
+    def __init__(self, body: GPT, rows: list[_Row], prompts: list[int], context: int):
+        """`prompts` says which prompt a row continues: rows of one prompt follow each other."""
         self.rows = rows
-        self._body, self._num_samples = body, num_samples
-        self._firsts = rows[::num_samples]
+        self._body = body
+        firsts: dict[int, _Row] = {}
+        wanted = [(row, n) for row, n in zip(rows, prompts, strict=True) if not row.sample.finish]
+        for row, n in wanted:
+            firsts.setdefault(n, row)
+        self._firsts, place = list(firsts.values()), {n: i for i, n in enumerate(firsts)}
+        self._wanted = [(row, place[n]) for row, n in wanted]  # others have nothing to generate
         self.cache: Any = None
-        if rows and not rows[0].sample.finish:
-            capacity = max(min(len(row.sample.prompt) + row.limit - 1, context) for row in rows)
-            self.cache = body.new_cache(len(self._firsts), capacity)
+        if firsts:
+            capacity = max(len(row.sample.prompt) + row.limit - 1 for row in self._firsts)
+            self.cache = body.new_cache(len(self._firsts), min(capacity, context))
             for row in self._firsts:
                 row.pending = row.sample.prompt
 
@@ -328,13 +351,13 @@ class Entry:
         return before - sum(len(row.pending) for row in self._firsts)
 
     @torch.inference_mode()
-    def expanded(self) -> Any:
-        """The cache with a row for every sample."""
-        if self._num_samples == 1:
-            return self.cache
-        for i, row in enumerate(self.rows):
-            row.hidden = self._firsts[i // self._num_samples].hidden
-        return self.cache.expand([i // self._num_samples for i in range(len(self.rows))])
+    def expanded(self) -> tuple[list[_Row], Any]:
+        """The rows that have something to generate, and the cache with a row for each of them."""
+        if len(self._wanted) > len(self._firsts):
+            for row, place in self._wanted:
+                row.hidden = self._firsts[place].hidden
+            self.cache = self.cache.expand([place for _, place in self._wanted])
+        return [row for row, _ in self._wanted], self.cache
 
 
 # ---- the parts of a step
@@ -347,40 +370,48 @@ def clip(tokens: Sequence[int], limit: int) -> list[int]:
     return [tokens[0], *tokens[len(tokens) - limit + 1 :]][:limit]
 
 
-def choose(logits: Tensor, uniform: Sequence[float], sampling: Sampling) -> list[int]:
+def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Sampling]) -> list[int]:
     """
     One token per row of logits (R, V), by inverting the cumulative distribution at the row's own
     number in [0, 1). Ties at temperature 0 go to the lower id.
     """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1).tolist()
-    V = logits.size(-1)
-    top_k, top_p = min(sampling.top_k or V, V), sampling.top_p or 1.0
-    ids = None
-    if top_k < V or top_p < 1:
-        logits, ids = logits.topk(top_k, dim=-1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    p = torch.softmax(logits.to(wide) / sampling.temperature, dim=-1)
-    if top_p < 1:  # the token that crosses the threshold stays
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)
-    cumulative = p.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    at = torch.tensor(uniform, dtype=wide, device=p.device)[:, None] * total
-    at = torch.minimum(at, torch.nextafter(total, -total))  # never beyond the last possible token
-    picked = torch.searchsorted(cumulative, at, right=True)
-    return (picked if ids is None else ids.gather(1, picked)).squeeze(1).tolist()
-
-
-def _choose_each(logits: Tensor, rows: list[_Row]) -> list[int]:
-    """choose() for rows (R, V) of which each has its own sampling."""
-    chosen = [0] * len(rows)
-    for sampling in {row.sampling for row in rows}:
-        group = [i for i, row in enumerate(rows) if row.sampling == sampling]
-        own = logits if len(group) == len(rows) else logits[group]
-        ids = choose(own, [rows[i].random.random() for i in group], sampling)
-        for i, id in zip(group, ids, strict=True):
+    chosen, V = [0] * len(samplings), logits.size(-1)
+    groups: dict[int, list[int]] = {}  # rows by how many of the likeliest tokens are sorted
+    for i, sampling in enumerate(samplings):
+        top_k = min(sampling.top_k or V, V)
+        whole = top_k == V and (sampling.top_p or 1.0) == 1
+        width = GREEDY if sampling.temperature == 0 else WHOLE if whole else top_k
+        groups.setdefault(width, []).append(i)
+    for width, rows in groups.items():
+        own = logits if len(rows) == len(samplings) else logits[rows]
+        if width == GREEDY:
+            ids = own.argmax(dim=-1).tolist()
+        else:
+            ids = _draw(own, [uniform[i] for i in rows], [samplings[i] for i in rows], width)
+        for i, id in zip(rows, ids, strict=True):
             chosen[i] = id
     return chosen
+
+
+def _draw(
+    logits: Tensor, uniform: Sequence[float], samplings: Sequence[Sampling], width: int
+) -> list[int]:
+    """choose() for rows that draw from the same number of likeliest tokens, or from all."""
+    ids = None
+    if width != WHOLE:
+        logits, ids = logits.topk(width, dim=-1)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    settings = [(u, s.temperature, s.top_p or 1.0) for u, s in zip(uniform, samplings, strict=True)]
+    u, temperature, top_p = torch.tensor(settings, dtype=wide, device=logits.device).mT[..., None]
+    p = torch.softmax(logits.to(wide) / temperature, dim=-1)
+    if any(s.top_p for s in samplings):  # the token that crosses the threshold stays
+        p = p.masked_fill((p.cumsum(dim=-1) - p >= top_p) & (top_p < 1), 0)
+    cumulative = p.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Never beyond the last possible token
+    at = torch.minimum(u * total, torch.nextafter(total, -total))
+    picked = torch.searchsorted(cumulative, at, right=True)
+    return (picked if ids is None else ids.gather(1, picked)).squeeze(1).tolist()
 
 
 def _log_probabilities(

@@ -127,6 +127,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None =
     return attend_fused(q, k, v, window, bias)
 
 
+def visible(positions: Tensor, first: int, end: int, window: int) -> Tensor | None:
+    """
+    Which of the keys first..end-1 the queries at `positions` (1 or B, T) see: (1 or B, T, keys), or
+    None where one query sees them all.
+    """
+    if positions.numel() == 1:
+        return None
+    i, j = positions[:, :, None], torch.arange(first, end, device=positions.device)
+    mask = j <= i
+    return mask & (i - j < window) if window > 0 else mask
+
+
+def score_mask(seen: Tensor | None, H: int, H_kv: int, dtype: torch.dtype) -> Tensor | None:
+    """What `attend_at` adds to the scores: 0 for keys that are seen, -inf for the others."""
+    if seen is None:
+        return None
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return mask.repeat(1, H // H_kv, 1)[:, None]
+
+
 def attend_at(
     positions: Tensor,
     q: Tensor,
@@ -135,23 +155,22 @@ def attend_at(
     first: int,
     window: int,
     bias: Bias | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend from q (B, H, T, D) at `positions` to K, V (B, H_kv, keys, D), keys from `first`."""
+    """
+    Attend from q (B, H, T, D) at `positions` to K, V (B, H_kv, keys, D), keys from `first`. `mask`
+    is that of score_mask, where the caller has it already.
+    """
     B, H, T, D = q.shape
     H_kv, end = K.size(1), first + K.size(2)
-    i, j = positions[:, :, None], torch.arange(first, end, device=q.device)
-    mask = None
-    if T > 1 or positions.size(0) > 1:  # otherwise the one query sees every key
-        mask = j <= i  # (1 or B, T, keys)
-        if window > 0:
-            mask &= i - j < window
     if bias is not None:
-        scores = bias.scores(i, first, end, H).to(K.dtype)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        scores = bias.scores(positions[:, :, None], first, end, H).to(K.dtype)
+        seen = visible(positions, first, end, window)
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None], -torch.inf)
         mask = scores.reshape(B, H_kv, -1, K.size(2))
-    elif mask is not None:
-        mask = mask.repeat(1, H // H_kv, 1)[:, None]
+    elif mask is None:
+        mask = score_mask(visible(positions, first, end, window), H, H_kv, K.dtype)
     # The query heads of a group become more queries of their shared head: no kernel copies keys.
     q = q.to(K.dtype).reshape(B, H_kv, -1, D)
     return F.scaled_dot_product_attention(q, K, V, attn_mask=mask).reshape(B, H, T, D)

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nanochat.model.attention import QUERY_BLOCK, Bias, attend, attend_at
+from nanochat.model.attention import (
+    QUERY_BLOCK,
+    Bias,
+    attend,
+    attend_at,
+    score_mask,
+    visible,
+)
 
 # Kept tensors of the shape (layer, row, head, slot, width), with a slot per position; others have
 # the shape (layer, row, ...) and are of one size, however long a row is
@@ -70,6 +77,9 @@ class KVCache:
         self._extended: dict[str, Tensor] = {}
         # Of the tokens of the current pass, (1 or B, T): their positions, and where it writes them
         self.positions = self._slots = self.tokens.new_zeros(1, 0)
+        self._masks: dict[
+            tuple[int, int], Tensor | None
+        ] = {}  # of the pass, by first key and window
 
     def keep(self, name: str, buffer: Tensor) -> None:
         """Keep a buffer (layer, row, ...); the attribute of this name shows the rows in use."""
@@ -86,6 +96,7 @@ class KVCache:
         slots = start + torch.arange(T, device=self.k.device)
         self._slots = slots.clamp(max=self.capacity)
         self.positions = slots.clamp_(max=self.capacity - 1)
+        self._masks = {}  # the layers share them
 
     def advance(self, counts: int | list[int]) -> None:
         """End a pass: each row has `counts` more tokens. Raises ValueError beyond the capacity."""
@@ -220,7 +231,11 @@ class KVCache:
         first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # no query sees older
         K, V = K[:, :, first:end], V[:, :, first:end]
         if bias is None:
-            return attend_at(positions, q, K, V, first, window).to(k.dtype)
+            if (first, window) not in self._masks:
+                seen = visible(positions, first, end, window)
+                self._masks[first, window] = score_mask(seen, q.size(1), K.size(1), K.dtype)
+            mask = self._masks[first, window]
+            return attend_at(positions, q, K, V, first, window, mask=mask).to(k.dtype)
         parts = []
         for s in range(0, T, QUERY_BLOCK):  # a bias has a score per head: too many for all queries
             part = slice(s, s + QUERY_BLOCK)

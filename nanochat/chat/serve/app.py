@@ -4,12 +4,14 @@ honour. It logs no messages.
 """
 
 import asyncio
+import functools
 import json
 import secrets
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from nanochat.base.common import UserError, notice
-from nanochat.chat.generate import Sampling
+from nanochat.chat.generate import Continuation, Sampling
 from nanochat.chat.reply import fit_conversation
 from nanochat.chat.serve.answer import Answer, Delta, chat_logprobs, completion_logprobs
 from nanochat.chat.serve.models import Models, Served
@@ -59,7 +61,8 @@ class Call:
     answers: list[Answer]
     jobs: list[Job] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
-    events: asyncio.Queue[tuple[int, Delivery]] = field(default_factory=asyncio.Queue)
+    news: list[tuple[int, Delivery]] = field(default_factory=list)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
     alternatives: int | None = None
     seed: int = 0
     dropped: int = 0  # exchanges that truncation left out
@@ -94,17 +97,22 @@ class Call:
         for job in self.jobs:
             self.served.worker.cancel(job)
 
-    def start(self, sampling: Sampling, limit: int | None, samples: int, client: str) -> None:
+    def start(
+        self,
+        request: Request,
+        sampling: Sampling,
+        limit: int | None,
+        samples: int,
+        user: str | None,
+    ) -> None:
         """
         Submit a job for each prompt. Sample i of a prompt draws as the terminal's sample i does.
         """
-        loop = asyncio.get_running_loop()
+        mailbox: Mailbox = request.app.state.mailbox
+        client = f"{request.client.host if request.client else ''} {user}"  # for taking turns
         for p, prompt in enumerate(self.prompts):
-
-            def deliver(news: Delivery, p: int = p) -> None:
-                loop.call_soon_threadsafe(self.events.put_nowait, (p, news))
-
-            job = Job(prompt, samples, sampling, f"{self.seed}/{p}", limit, client, deliver)
+            wanted = Continuation(prompt, f"{self.seed}/{p}", sampling, limit, samples)
+            job = Job(wanted, client, functools.partial(mailbox.put, self, p))
             try:
                 self.served.worker.submit(job)
             except ApiError:
@@ -114,7 +122,7 @@ class Call:
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta] | None]:
         """
-        What new tokens add, by answer, at most once per COALESCE_SECONDS; None when nothing has
+        What new tokens add, by answer, as often as the mailbox brings any; None when nothing has
         happened for KEEP_ALIVE_SECONDS. Ends when all answers have; raises ApiError when the worker
         fails. Whoever leaves early cancels the jobs.
         """
@@ -122,15 +130,14 @@ class Call:
             while not all(answer.finished for answer in self.answers):
                 if time.monotonic() - self.began > MOST_SECONDS:
                     raise ApiError(503, f"the answer took longer than {MOST_SECONDS:.0f} s")
-                try:
-                    first = await asyncio.wait_for(self.events.get(), KEEP_ALIVE_SECONDS)
-                except TimeoutError:
-                    yield None
-                    continue
-                await asyncio.sleep(COALESCE_SECONDS)
-                batch = [first]
-                while not self.events.empty():
-                    batch.append(self.events.get_nowait())
+                if not self.news:
+                    try:
+                        await asyncio.wait_for(self.arrived.wait(), KEEP_ALIVE_SECONDS)
+                    except TimeoutError:
+                        yield None
+                        continue
+                self.arrived.clear()
+                batch, self.news = self.news, []
                 if news := self._merged(batch):
                     yield news
         finally:
@@ -153,6 +160,39 @@ class Call:
                 p, sample = divmod(i, self.jobs[0].samples)
                 self.served.worker.drop_sample(self.jobs[p], sample)
         return news
+
+
+class Mailbox:
+    """
+    What the decoding threads have for the event loop. It is handed over at most once per
+    COALESCE_SECONDS and to all calls at once, so that a step of many rows wakes the loop once.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop, self._planned, self._last = loop, False, -COALESCE_SECONDS
+        self._waiting: deque[tuple[Call, int, Delivery]] = deque()
+
+    def put(self, call: Call, prompt: int, news: Delivery) -> None:
+        """Called on any thread."""
+        self._waiting.append((call, prompt, news))
+        if not self._planned:
+            self._planned = True
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for news any more
+                self._loop.call_soon_threadsafe(self._plan)
+
+    def _plan(self) -> None:
+        wait = self._last + COALESCE_SECONDS - self._loop.time()
+        if wait > 0:
+            self._loop.call_later(wait, self._hand_over)
+        else:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._planned, self._last = False, self._loop.time()  # before the first look
+        while self._waiting:
+            call, prompt, news = self._waiting.popleft()
+            call.news.append((prompt, news))
+            call.arrived.set()
 
 
 # ---- the two shapes of answers
@@ -237,8 +277,12 @@ class CompletionShape:
 Shape = ChatShape | CompletionShape
 
 
+def _json(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False)
+
+
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {_json(data)}\n\n"
 
 
 async def _streamed(call: Call, shape: Shape, wants_usage: bool) -> AsyncIterator[str]:
@@ -248,6 +292,7 @@ async def _streamed(call: Call, shape: Shape, wants_usage: bool) -> AsyncIterato
     """
     kind = "chat.completion.chunk" if isinstance(shape, ChatShape) else shape.name
     head = {**call.base, "object": kind}
+    start = _json(head)[:-1] + ', "choices": ['  # the same in every chunk
     for choice in shape.opening():
         yield _event({**head, "choices": [choice], "nanochat": call.extension})
     try:
@@ -255,8 +300,8 @@ async def _streamed(call: Call, shape: Shape, wants_usage: bool) -> AsyncIterato
             if news is None:
                 yield ": waiting\n\n"
                 continue
-            for i, delta in news.items():
-                yield _event({**head, "choices": [shape.chunk(i, delta)]})
+            chunks = [_json(shape.chunk(i, delta)) for i, delta in news.items()]
+            yield "".join(f"data: {start}{chunk}]}}\n\n" for chunk in chunks)
     except ApiError as error:
         yield _event(error.body)
         return
@@ -397,7 +442,9 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
     state: dict[str, str] = {"error": ""}
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.mailbox = Mailbox(asyncio.get_running_loop())
+
         async def load_first() -> None:
             try:
                 await asyncio.to_thread(models.load, **load)
@@ -449,10 +496,6 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
             return models.get(id)
         return await asyncio.to_thread(models.get, id)
 
-    def client_of(request: Request, body: ChatRequest | CompletionRequest) -> str:
-        """Who asks, for taking turns: the address, and the request's field "user"."""
-        return f"{request.client.host if request.client else ''} {body.user}"
-
     @app.get("/health")
     async def health() -> dict[str, str]:
         ready()
@@ -486,7 +529,7 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
         prompt, dropped = _chat_prompt(served, body)
         call = _open_call(served, "chatcmpl", [prompt], body)
         call.dropped = dropped
-        call.start(_sampling(body), body.limit, body.n or 1, client_of(request, body))
+        call.start(request, _sampling(body), body.limit, body.n or 1, body.user)
         return await _answer(request, call, ChatShape(call), bool(body.stream), body.wants_usage)
 
     @app.post("/v1/completions")
@@ -495,7 +538,7 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
         served = await served_model(body.model)
         prompts = _completion_prompts(served, body)
         call = _open_call(served, "cmpl", prompts, body)
-        call.start(_sampling(body), body.limit or 16, body.n or 1, client_of(request, body))
+        call.start(request, _sampling(body), body.limit or 16, body.n or 1, body.user)
         texts = [served.tokenizer.decode(ids[1:]) for ids in prompts for _ in range(body.n or 1)]
         shape = CompletionShape(call, texts if body.echo else ())
         return await _answer(request, call, shape, bool(body.stream), body.wants_usage)

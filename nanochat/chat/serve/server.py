@@ -19,6 +19,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(256)  # from now on clients wait instead of being refused
     except OSError as error:
         listener.close()
         flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"

@@ -10,11 +10,11 @@ are admitted by rows and by the memory of their keys and values.
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nanochat.base.runtime import out_of_memory, release_memory
-from nanochat.chat.generate import Batch, Engine, Entry, Sampling, Token
+from nanochat.chat.generate import Batch, Continuation, Engine, Entry, Token
 from nanochat.chat.serve.requests import ApiError
 
 PROMPT_TOKENS = 512  # read per turn, so that a long prompt delays running rows by little
@@ -25,26 +25,39 @@ Delivery = list[tuple[int, list[Token]]] | Exception  # (sample index, its new t
 
 @dataclass(eq=False)
 class Job:
-    """
-    A request to the worker: `samples` rows for one prompt. `deliver` is called on the worker's
-    thread.
-    """
+    """A request of a client. `deliver` is called on the worker's thread."""
 
-    prompt: Sequence[int]
-    samples: int
-    sampling: Sampling
-    seed: str
-    max_tokens: int | None
+    wanted: Continuation
     client: str
     deliver: Callable[[Delivery], None]
     state: str = "queued"  # queued, reading, running, done, cancelled, failed
-    entry: Entry | None = None
     index: dict[int, int] = field(default_factory=dict)  # row number -> sample index
     unwanted: set[int] = field(default_factory=set)  # samples that need no more tokens
 
     @property
+    def samples(self) -> int:
+        return self.wanted.samples
+
+    @property
     def ended(self) -> bool:
         return self.state in ("done", "cancelled", "failed")
+
+
+@dataclass(eq=False)
+class Reading:
+    """
+    Jobs whose prompts are read in the same passes, before they join the batch together. Those that
+    end meanwhile stay in the list.
+    """
+
+    jobs: list[Job]
+    alone: bool = False  # no other job may be added
+    entry: Entry | None = None
+
+    def size_with(self, *others: Job) -> int:
+        """Tokens of a pass over the whole prompts, each padded to the longest."""
+        jobs = [*self.jobs, *others]
+        return len(jobs) * max(len(job.wanted.prompt) for job in jobs)
 
 
 @dataclass
@@ -67,7 +80,7 @@ class Worker(threading.Thread):
         self.engine, self.max_rows, self.kv_bytes = engine, max_rows, kv_bytes
         self.counters = Counters()
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, next client first
-        self._reading: list[Job] = []
+        self._reading: list[Reading] = []
         self._running: list[Job] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -82,7 +95,12 @@ class Worker(threading.Thread):
     @property
     def rows(self) -> int:
         """Rows that are running or about to."""
-        return sum(job.samples for job in (*self._reading, *self._running))
+        return sum(job.samples for job in self._active)
+
+    @property
+    def _active(self) -> list[Job]:
+        reading = [job for reading in self._reading for job in reading.jobs]
+        return [job for job in (*reading, *self._running) if not job.ended]
 
     def submit(self, job: Job) -> None:
         """Queue a job; ApiError 429 when the queue is full, 503 when the worker is closing."""
@@ -138,7 +156,7 @@ class Worker(threading.Thread):
                 if len(batch):
                     self._step(batch)
             except Exception as error:  # a fault of ours must not leave clients waiting for ever
-                for job in [*self._reading, *self._running]:
+                for job in self._active:
                     self._end(job, "failed")
                     self._fail(job, error)
                 batch = Batch(self.engine, self.max_rows)
@@ -151,18 +169,18 @@ class Worker(threading.Thread):
             self._fail(job, ApiError(503, "the server is shutting down"))
         self._queues.clear()
         if time.monotonic() > self._deadline:
-            for job in [*self._reading, *self._running]:
+            for job in self._active:
                 self._fail(job, ApiError(503, "the server is shutting down"))
             return True
         return not (self._reading or self._running)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        job.state, job.entry = "failed", None
+        job.state = "failed"
         self.counters.failed += 1
         job.deliver(error)
 
     def _remove_cancelled(self, batch: Batch) -> None:
-        for job in [*self._reading, *self._running]:
+        for job in [job for job in self._active if job.unwanted]:
             rows = [number for number, i in job.index.items() if i in job.unwanted]
             for number in rows:
                 batch.cancel(number)
@@ -178,17 +196,17 @@ class Worker(threading.Thread):
                 del self._queues[client]
 
     def _end(self, job: Job, state: str) -> None:
-        for jobs in (self._reading, self._running):
-            if job in jobs:
-                jobs.remove(job)
-        job.state, job.entry = state, None
+        job.state = state
+        if job in self._running:
+            self._running.remove(job)
+        self._reading = [r for r in self._reading if not all(j.ended for j in r.jobs)]
         if state == "cancelled":
             self.counters.cancelled += 1
 
     def _admit(self) -> None:
         """
         Move jobs from the queues to reading, one client after the other, while rows and memory
-        allow.
+        allow. Short prompts are read together.
         """
         for client in list(self._queues):
             while (queue := self._queues.get(client)) and self._fits(queue[0]):
@@ -197,7 +215,11 @@ class Worker(threading.Thread):
                 if not queue:
                     del self._queues[client]
                 job.state = "reading"
-                self._reading.append(job)
+                last = self._reading[-1] if self._reading else Reading([], alone=True)
+                if not last.alone and not last.entry and last.size_with(job) <= PROMPT_TOKENS:
+                    last.jobs.append(job)
+                else:
+                    self._reading.append(Reading([job]))
                 if len(self._queues) > 1:
                     break  # the next client's turn
 
@@ -208,8 +230,7 @@ class Worker(threading.Thread):
         if not self.rows:
             return True
         rows = self.rows + job.samples
-        active = [*self._reading, *self._running]
-        own = job.samples + sum(other.samples for other in active if other.client == job.client)
+        own = job.samples + sum(j.samples for j in self._active if j.client == job.client)
         share = max(job.samples, self.max_rows * 3 // 4)
         memory = rows * self.engine.row_bytes()
         return rows <= self.max_rows and own <= share and memory <= self.kv_bytes
@@ -217,31 +238,42 @@ class Worker(threading.Thread):
     def _read_prompts(self, batch: Batch) -> None:
         """Read up to PROMPT_TOKENS of prompts; jobs whose prompt is read join the batch."""
         budget = PROMPT_TOKENS
-        for job in list(self._reading):
-            if budget <= 0:
+        while budget > 0 and self._reading:
+            reading = self._reading[0]
+            if reading.size_with() > budget and budget < PROMPT_TOKENS:
                 return
+            jobs = reading.jobs
             try:
-                if job.entry is None:
-                    job.entry = batch.open(
-                        [job.prompt], [job.seed], job.sampling, job.max_tokens, job.samples
-                    )
-                read = job.entry.read(budget)
+                if reading.entry is None:
+                    reading.entry = batch.open([job.wanted for job in jobs])
+                read = reading.entry.read(budget)
                 budget -= read
                 self.counters.prompt_tokens += read
-                if not job.entry.done:
+                if not reading.entry.done:
                     continue
-                samples = batch.admit(job.entry)
+                numbers = list(batch.admit(reading.entry))
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                self._end(job, "failed")
-                self._fail(job, ApiError(503, "the memory does not suffice for this request"))
                 release_memory()
+                if len(jobs) > 1:  # perhaps each finds room alone
+                    self._reading[:1] = [Reading([j], alone=True) for j in jobs if not j.ended]
+                else:
+                    self._end(jobs[0], "failed")
+                    self._fail(
+                        jobs[0], ApiError(503, "the memory does not suffice for this request")
+                    )
                 continue
-            job.index = {number: i for i, number in enumerate(samples)}
-            job.entry, job.state = None, "running"
-            self._reading.remove(job)
-            self._running.append(job)
+            self._reading.remove(reading)
+            for job in jobs:
+                own, numbers = numbers[: job.samples], numbers[job.samples :]
+                if job.ended:
+                    for number in own:
+                        batch.cancel(number)
+                    continue
+                job.index = {number: i for i, number in enumerate(own)}
+                job.state = "running"
+                self._running.append(job)
 
     def _step(self, batch: Batch) -> None:
         """
