@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from nanochat.base import common
 from nanochat.base.common import (
+    RankLost,
     UserError,
     base_dir,
     columns,
@@ -202,3 +204,49 @@ def test_every_print_goes_through_the_filter():
                     text = ast.unparse(argument)
                     ours = isinstance(argument, ast.Constant) or "json.dumps" in text
                     assert ours or "printable(" in text, f"{path}, line {node.lineno}: {text}"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "/disk/file"), "cannot write /disk/file .No space"),
+        (OSError(28, "No space left on device"), "cannot write a file .No space left on device.:"),
+        (OSError(30, "Read-only file system", "x"), "cannot write x .Read-only .* NANOCHAT_BASE"),
+        (OSError(122, "Disk quota exceeded", "x"), "cannot write x .Disk quota exceeded"),
+        (PermissionError(13, "Permission denied", "x"), "no permission for x: change its owner"),
+        (MemoryError(), "out of memory: choose a smaller model"),
+        (OSError(12, "Cannot allocate memory"), "out of memory: choose"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried"), "out of memory: choose"),
+    ],
+)
+def test_what_a_machine_refuses_is_one_line_in_every_command(error, says, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        entry(main)
+    assert e.value.code == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [OSError(2, "No such file"), RuntimeError("a bug"), KeyError(1)])
+def test_other_exceptions_are_bugs(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        entry(main)
+
+
+@pytest.mark.parametrize("lost", [None, False, True])
+def test_another_rank_prints_what_rank_0_cannot(monkeypatch, capsys, lost):
+    """Its own mistake, after a moment; the loss of another rank only if the lower ones are gone."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    error = UserError("wrong") if lost is None else RankLost("gone")
+    if lost:
+        error.aloud = True
+    with pytest.raises(SystemExit):
+        entry(lambda: (_ for _ in ()).throw(error))
+    shown = {None: "error: rank 1: wrong\n", False: "", True: "error: rank 1: gone\n"}
+    assert capsys.readouterr().err == shown[lost]

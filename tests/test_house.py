@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 11_050,
+    "base": 11_700,
     "tinyworld": 9_600,
     "data": 21_200,
     "model": 20_910,

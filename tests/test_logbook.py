@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -168,16 +170,41 @@ def test_a_failing_tracker_is_reported_once_and_training_continues(tmp_path, mon
     assert capsys.readouterr().err.count("wandb failed") == 1
 
 
-def test_a_full_disk_is_reported_once_and_training_continues(tmp_path, capsys):
+@pytest.mark.parametrize("room", [0, 1, 30, 45])
+def test_a_full_disk_is_reported_once_and_training_continues(tmp_path, capsys, room):
+    """Full before a row or within one, for a while or until the end; a row is 42 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     book = Logbook(tmp_path)
-    book._file = types.SimpleNamespace(write=_no_space, flush=lambda: None, close=lambda: None)
     book.log(step=1, loss=1.0)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, hard))  # stands for a full disk
+    try:
+        for step in (2, 3, 4):
+            book.log(step=step, loss=1.0)
+        if room == 1:  # full until the end
+            book.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err.count("rows are lost; free some space") == 1
+    if room != 1:
+        book.log(step=5, loss=1.0)
+        book.close()
+    assert [row["step"] for row in read(tmp_path)] == [1, *[2] * (room == 45), *[5] * (room != 1)]
+
+
+@pytest.mark.parametrize("deleted", ["the file", "the folder", "the base folder"])
+def test_a_logbook_that_is_deleted_is_written_anew(tmp_path, capsys, deleted):
+    folder = tmp_path / "base" / "run"
+    book = Logbook(folder, config={"depth": 4}, step=0)
+    book.log(step=1, loss=1.0)
+    if deleted == "the file":
+        (folder / "metrics.jsonl").unlink()
+    else:
+        shutil.rmtree(folder if deleted == "the folder" else folder.parent)
     book.log(step=2, loss=1.0)
-    assert capsys.readouterr().err.count("No space left") == 1
-
-
-def _no_space(_):
-    raise OSError(28, "No space left on device")
+    book.close()
+    assert "metrics.jsonl was deleted: it is written anew" in capsys.readouterr().err
+    assert [row["kind"] for row in read(folder)] == ["start", "train"]
 
 
 def test_trackers_that_do_not_exist_or_are_not_installed(tmp_path, monkeypatch):

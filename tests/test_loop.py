@@ -6,6 +6,7 @@ float16.
 import errno
 import math
 import os
+import shutil
 import signal
 import weakref
 from dataclasses import replace
@@ -555,3 +556,39 @@ def test_saves_by_the_clock(tmp_path, monkeypatch, minutes, cost, expected):
     run.save_seconds = 60 * minutes
     run.fit()
     assert saved == expected
+
+
+@pytest.mark.parametrize("deleted", ["the checkpoint", "the run", "everything"])
+@pytest.mark.parametrize("when", ["in a step", "in an evaluation"])
+def test_what_is_deleted_under_a_run_is_said_and_written_again(tmp_path, capsys, deleted, when):
+    folder = tmp_path / "base" / "t"
+
+    def delete():
+        shutil.rmtree(
+            {"the run": folder, "everything": folder.parent}.get(deleted)
+            or checkpoint.newest(folder).path
+        )
+
+    class Deleting(tiny.ListFeed):
+        def __next__(self):
+            if self.step == 5 and when == "in a step":
+                delete()
+            return super().__next__()
+
+    def measure():
+        if run.step == 4 and when == "in an evaluation":
+            delete()
+        return {"val_bpb": 1.0}
+
+    run = tiny.run(
+        folder,
+        tiny.model(),
+        Deleting.random(8),
+        evaluations=[Evaluation("eval", 2, measure)],
+    )
+    run.fit()
+    run.logbook.close()
+    stored = checkpoint.newest(folder, optimizer=True)
+    assert stored.step == 8 and stored.meta["done"]
+    assert rows(folder)[-1]["step"] == 8
+    assert "was deleted by another program; the run continues" in capsys.readouterr().err

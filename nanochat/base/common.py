@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ class UserError(Exception):
     A mistake that the user can fix. The message says what is wrong, the value, and what to do; it
     is never shown with a stack trace.
     """
+
+
+class RankLost(UserError):
+    """Another rank of the run has ended, so this one must end too; `aloud`: and says so."""
+
+    aloud = False
 
 
 def disk_error(path: Path | str, error: OSError) -> UserError:
@@ -166,22 +173,72 @@ def forgiving_streams() -> None:
             reconfigure(errors="replace")
 
 
+OUT_OF_MEMORY = (  # what messages of RuntimeErrors say
+    "can't allocate memory",  # the CPU
+    "not enough memory",  # Windows
+    "out of memory",  # a GPU, MPS
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on a GPU or on the host."""
+    if isinstance(e, OSError):
+        return e.errno == errno.ENOMEM
+    return isinstance(e, MemoryError) or (
+        isinstance(e, RuntimeError) and any(text in str(e) for text in OUT_OF_MEMORY)
+    )
+
+
+def explained(e: BaseException) -> UserError | None:
+    """The UserError for memory that ran out or a disk that refuses; None for other exceptions."""
+    if out_of_memory(e):
+        return UserError(
+            "out of memory: choose a smaller model, a shorter context or smaller batches, or end "
+            "other programs"
+        )
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return disk_error(e.filename or "a file", e)
+    if isinstance(e, PermissionError) and e.filename:
+        return UserError(
+            f"there is no permission for {e.filename}: change its owner or its mode, or choose "
+            "another file or folder"
+        )
+    return None
+
+
 def entry(main: Callable[[], object]) -> None:
     """
-    Run a command's main(). A UserError becomes one line on standard error and exit status 2, Ctrl+C
-    becomes status 130. Any other exception is a bug and keeps its stack trace.
+    Run a command's main(). A UserError becomes one line on standard error and exit status 2, as do
+    a full disk and memory that runs out; Ctrl+C becomes status 130. Any other exception is a bug
+    and keeps its stack trace.
     """
     forgiving_streams()
     try:
         main()
-    except UserError as e:
-        print0(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print0("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `command | head`: give the interpreter somewhere to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (UserError, MemoryError, OSError, RuntimeError) as e:
+        error = e if isinstance(e, UserError) else explained(e)
+        if error is None:
+            raise
+        _print_error(error)
+        sys.exit(2)
     finally:
         _flush()
+
+
+def _print_error(error: UserError) -> None:
+    """
+    One line on standard error, from rank 0. Another rank waits before it prints an error of its
+    own: if rank 0 has the same, the launcher ends both meanwhile.
+    """
+    if rank() == 0:
+        print0(f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, RankLost) or error.aloud:
+        time.sleep(0 if isinstance(error, RankLost) else 1)
+        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)

@@ -183,7 +183,7 @@ def reserve(path: Path, what: str) -> None:
                 _held[path] = file
             else:
                 file.close()  # its holder has just released it, and the file with it
-        now = datetime.now().isoformat(" ", timespec="seconds")
+        file, now = _held[path], datetime.now().isoformat(" ", timespec="seconds")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
         file.flush()
@@ -197,5 +197,6 @@ def release() -> None:
     """Release everything that this process has reserved."""
     while _held:
         path, file = _held.popitem()
-        path.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
+        with suppress(OSError):  # a folder that cannot be written any more
+            path.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
         file.close()

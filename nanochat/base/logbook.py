@@ -11,15 +11,16 @@ under "nonfinite"; `read` restores them.
     {"kind": "train", "step": 10, "loss": null, "lr_mult": 1.0, "nonfinite": {"loss": "nan"}}
 """
 
+import errno
 import importlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from nanochat.base.common import UserError, disk_error, notice, rank
 from nanochat.base.strangers import mismatch, missing, open_regular
@@ -145,16 +146,15 @@ class Logbook(AbstractContextManager["Logbook"]):
         """
         self.directory = Path(directory)
         self._trackers: dict[str, Tracker] = {}
-        self._file: BinaryIO | None = None
-        self._disk_failed = False
+        self._file: IO[bytes] | None = None
+        self._disk_failed, self._start = False, b""  # its row of kind "start"
         sinks = needed_trackers(sinks, run_name)
         if rank() != 0:
             return
         path = self.directory / FILE
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 (stays open as long as the run)
-            _cut_torn_line(self._file)
+            self._open()
         except OSError as e:
             raise disk_error(path, e) from e
         settings = _plain(config or {})
@@ -163,7 +163,9 @@ class Logbook(AbstractContextManager["Logbook"]):
         if config is not None or step is not None:
             now = datetime.now().isoformat(timespec="seconds")
             start = {"kind": "start", "step": step, "time": now, "run": run_name}
-            self._write({**start, "config": settings})
+            start["config"] = settings
+            self._write(start)
+            self._start = _line(start)
 
     def _open_tracker(self, name: str, run_name: str, config: dict[str, Any]) -> Tracker:
         run_name = self.directory.name if run_name == "dummy" else run_name
@@ -202,10 +204,18 @@ class Logbook(AbstractContextManager["Logbook"]):
     def _write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             raise ValueError("this logbook is closed")
+        line = _line(row)
         try:
-            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            self._file.write(line.encode("utf-8") + b"\n")
-            self._file.flush()
+            if not self._exists(self._file):
+                notice(f"{self.directory / FILE} was deleted: it is written anew from here on")
+                deleted = self._file
+                self._open()
+                deleted.close()
+                line = self._start + line
+            line = b"\n" * self._disk_failed + line  # after a row that was cut off
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._disk_failed = False
         except OSError as e:
             if not self._disk_failed:
                 notice(
@@ -213,6 +223,19 @@ class Logbook(AbstractContextManager["Logbook"]):
                     "free some space"
                 )
             self._disk_failed = True
+
+    def _open(self) -> None:
+        """Open the file for appending, without a buffer that would still be full at the end."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.directory / FILE, "a+b", buffering=0)  # noqa: SIM115 (stays open)
+        _cut_torn_line(self._file)
+
+    def _exists(self, file: IO[bytes]) -> bool:
+        """Whether the open file is still the one in the folder."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.directory / FILE))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Close the file and the trackers. Calling it again does nothing."""
@@ -225,14 +248,19 @@ class Logbook(AbstractContextManager["Logbook"]):
                 )
         self._trackers = {}
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a file system that is gone; every row was written at once
+                self._file.close()
             self._file = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
     """Drop what follows the last newline: the partial row of a killed run."""
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)

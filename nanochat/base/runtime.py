@@ -10,15 +10,17 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanochat.base import hardware
-from nanochat.base.common import UserError, notice, rank, world_size
+from nanochat.base.common import RankLost, UserError, notice, out_of_memory, rank, world_size
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,11 +73,45 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
         keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        _processes[:] = [("", 0)] * world_size()
+        dist.all_gather_object(_processes, (platform.node(), os.getpid()))
     chosen = _fastest_dtype(device) if dtype == "auto" else DTYPES[dtype]
     torch.manual_seed(seed)
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return Runtime(device, chosen, rank(), world_size(), seed)
+
+
+def rank_lost(e: RuntimeError) -> RankLost | None:
+    """The RankLost for an exception of a collective whose partner has ended, else None."""
+    texts = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport"
+    if not (isinstance(e, dist.DistError) or any(text in str(e) for text in texts)):
+        return None
+    lost = RankLost(
+        "another rank has ended, so this run ends too: see its message, if it could print one; "
+        "continue with --resume=auto"
+    )
+    time.sleep(0.05)  # a process that is killed closes its connections just before it is gone
+    lost.aloud = all(map(_has_ended, _processes[: rank()]))
+    return lost
+
+
+_processes: list[tuple[str, int]] = []  # host and process id of every rank
+
+
+def _has_ended(process: tuple[str, int]) -> bool:
+    """Whether a process of this host has ended; False for those of other hosts."""
+    host, pid = process
+    if host != platform.node():
+        return False
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except ProcessLookupError:
+        return True
+    except OSError:  # not Linux, or not ours
+        return False
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 def close_runtime() -> None:
@@ -149,19 +185,6 @@ def compiler_missing(device: torch.device) -> str:
         return f"it is not supported on {device.type}"
     compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
     return "" if any(map(shutil.which, compilers)) else "there is no C++ compiler (install g++)"
-
-
-def out_of_memory(e: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or on the host."""
-    messages = (
-        "can't allocate memory",  # the CPU
-        "not enough memory",  # Windows
-        "out of memory",  # MPS
-        "CUBLAS_STATUS_ALLOC_FAILED",
-    )
-    return isinstance(e, torch.OutOfMemoryError) or (
-        isinstance(e, RuntimeError) and any(text in str(e) for text in messages)
-    )
 
 
 def release_memory() -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanochat.base.common import UserError, base_dir, notice
+from nanochat.base.common import UserError, base_dir, notice, world_size
 from nanochat.base.files import Hashes, atomic_write, locked, sha256_file
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import read_ahead
@@ -334,6 +334,8 @@ def _missing(root: Path, folders: list[Path]) -> Iterator[list[Path]]:
         yield []
         return
     waiting = f"another process is writing tokens to {root}: waiting for it"
+    if world_size() > 1:
+        waiting = ""  # it is another rank
     with locked(root / ".lock", waiting=waiting):
         for abandoned in root.glob(".build-*"):  # left by a killed run; nobody else is building
             shutil.rmtree(abandoned, ignore_errors=True)

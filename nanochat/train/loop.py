@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nanochat.base.common import UserError, duration, human, notice, print0
+from nanochat.base.common import UserError, duration, human, notice, print0, world_size
 from nanochat.base.logbook import Logbook
 from nanochat.base.progress import StatusLine
 from nanochat.base.runtime import Runtime, halve_until_it_fits, out_of_memory, release_memory
@@ -88,7 +88,9 @@ class _Signals:
         elif number == signal.SIGINT and now > self.caught_at + 1:
             raise KeyboardInterrupt
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        if world_size() > 1 and kind and issubclass(kind, RuntimeError):
+            return  # a rank is gone: the launcher's signal must not come before our last words
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -406,13 +408,18 @@ class Run:
 
     # checkpoints ----------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint of this step unless it exists. Every rank must call it."""
-        if self.saved_step == self.step:
+    def save(self, again: bool = False) -> None:
+        """Write a checkpoint of this step unless it was written. Every rank must call it."""
+        if self.saved_step == self.step and not again:
             return
         with self._timed("save") as watch:
             tensors = self.optimizer.state_tensors()
             if self.runtime.is_main:
+                if self.saved_step >= 0 and not self._saved_exists():
+                    notice(
+                        f"the checkpoint of step {self.saved_step} in {self.directory} was deleted "
+                        "by another program; the run continues and saves again"
+                    )
                 if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
                     raise UserError(self._diverged("the weights are no longer finite"))
                 weights = self.model.state_dict()
@@ -424,6 +431,10 @@ class Run:
         self.saved_step, self._saved_at = self.step, self.seconds
         seconds = from_main(watch.seconds, self.runtime)
         self.costs["save"] = max(self.costs.get("save", 0.0), seconds)
+
+    def _saved_exists(self) -> bool:
+        """Whether the newest checkpoint that this run wrote is still there."""
+        return checkpoint.at_step(self.directory, self.saved_step).path.exists()
 
     def _save_is_due(self, progress: float) -> bool:
         """
@@ -458,7 +469,9 @@ class Run:
     def _amend(self) -> None:
         """Note the clock and the latest numbers in this step's checkpoint."""
         self._tick()
-        if self.runtime.is_main:
+        if not from_main(self._saved_exists(), self.runtime):
+            self.save(again=True)
+        elif self.runtime.is_main:
             checkpoint.at_step(self.directory, self.step).amend(self._meta())
 
     def _meta(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError, human, notice, print0
 from nanochat.base.files import release
 from nanochat.base.logbook import Logbook
-from nanochat.base.runtime import close_runtime, compiler_missing, out_of_memory
+from nanochat.base.runtime import close_runtime, compiler_missing, out_of_memory, rank_lost
 from nanochat.chat.generate import Engine
 from nanochat.data.feed import RowFeed, micro_batch_rows
 from nanochat.data.shards import Shards
@@ -323,13 +323,15 @@ def session() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as e:
-        if not out_of_memory(e):
-            raise
-        raise UserError(
-            "out of memory: choose a smaller --depth, --model_dim or --sequence_len, or a smaller "
-            "--device_batch_size"
-        ) from e
+    except (RuntimeError, MemoryError, OSError) as e:
+        if out_of_memory(e):
+            raise UserError(
+                "out of memory: choose a smaller --depth, --model_dim or --sequence_len, or a "
+                "smaller --device_batch_size"
+            ) from e
+        if isinstance(e, RuntimeError) and (lost := rank_lost(e)):
+            raise lost from e
+        raise
     finally:
         if compiler.Ahead.current:
             compiler.Ahead.current.abandon()
