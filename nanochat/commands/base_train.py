@@ -72,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.model.gpt import GPT
     from nanochat.train import stage
     from nanochat.train.horizon import choose_horizon
-    from nanochat.train.run import open_run, resume_knobs
+    from nanochat.train.run import open_run, reserve_run, resume_knobs
 
     tag = k.model_tag or f"d{k.depth}"
+    reserve_run("base", tag)
     k, origins, resume_from = resume_knobs("base", tag, k, origins)
     check_prior_knobs(k, resume_from.meta["knobs"] if resume_from else None)
     fixed = origins["sequence_len"] != "default"

@@ -94,6 +94,13 @@ class OpenRun:
         self.origins |= dict.fromkeys(values, "rule")
 
 
+def reserve_run(stage: str, tag: str) -> None:
+    """Reserve a run's folder for this process; UserError if another process is training there."""
+    if rank() == 0:
+        directory = run_directory(stage, tag)
+        reserve(directory.with_name(f".{tag}.lock"), f"the run {tag} in {directory}")
+
+
 def resume_knobs(
     stage: str, tag: str, k: K, origins: dict[str, str]
 ) -> tuple[K, dict[str, str], Checkpoint | None]:
@@ -107,8 +114,6 @@ def resume_knobs(
             "give only one of them"
         )
     directory = run_directory(stage, tag)
-    if rank() == 0:
-        reserve(directory.with_name(f".{tag}.lock"), f"the run {tag} in {directory}")
     checkpoint = newest_to_resume(directory) if k.resume == "auto" else None
     if checkpoint is None:
         return k, origins, None
@@ -185,6 +190,7 @@ def open_from_parent(
     parent = locate(parent_stage, k.model_tag, k.step)
     inherited = {n: value for n, value in parent.meta["knobs"].items() if n in INHERITED}
     k, origins = inherit(k, origins, inherited)
+    reserve_run(stage, parent.tag)
     k, origins, resume_from = resume_knobs(stage, parent.tag, k, origins)
 
     def build(runtime: Runtime, tokenizer: Tokenizer) -> GPT:
