@@ -3,8 +3,13 @@
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +22,7 @@ import toy
 from safetensors.torch import load_file, save_file
 
 from nanochat.base import hardware, logbook
+from nanochat.base.files import sha256_file
 from nanochat.commands import base_train
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint
@@ -240,3 +246,108 @@ def test_the_ranks_divide_the_state(base):
         total = moments[kind] * sum(math.prod(shape) for shape in shapes)
         assert held[0][kind] + held[1][kind] == total
         assert held[1][kind] >= 0.2 * total
+
+
+# ---- a rank that ends
+
+RANK_FLAGS = ["--num_iterations=60", "--eval_every=0", "--save_every=10", "--compile=off"]
+
+
+def launch(base: Path, world: int, *flags: str, **options) -> subprocess.Popen:
+    """base_train under torchrun, with the output of every rank in `base`/logs."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--redirects=3"),
+        *(f"--nproc_per_node={world}", f"--log-dir={base / 'logs'}"),
+        *("-m", "nanochat.commands.base_train"),
+        *json.loads((base / "flags.json").read_text()),
+        *RANK_FLAGS,
+        *flags,
+    ]
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options
+    )
+
+
+def rank_process(launcher: subprocess.Popen, rank: int) -> int:
+    """The process id of a rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if f"RANK={rank}".encode() in variables and int(parent) == launcher.pid:
+            return int(folder.name)
+    raise ProcessLookupError(rank)
+
+
+def words_of_ranks(base: Path) -> str:
+    """What all ranks have printed on standard error."""
+    return "\n".join(p.read_text() for p in sorted(base.glob("logs/*/*/*/stderr.log")))
+
+
+def bits(base: Path) -> tuple:
+    run = base / "checkpoints" / "base" / "t"
+    stored = checkpoint.newest(run, optimizer=True)
+    assert stored.meta["done"]
+    losses = {r["step"]: r["loss"] for r in logbook.read(run) if r["kind"] == "train"}
+    files = "model.safetensors", "optim.safetensors"
+    return stored.step, losses, *(sha256_file(stored.path / file) for file in files)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """(base folder, its bits) of a run of two and of four ranks that nobody disturbed."""
+    expected = {}
+    for world in (2, 4):
+        base = tmp_path_factory.mktemp(f"world{world}")
+        (base / "flags.json").write_text(json.dumps(tiny.workplace(base)))
+        assert launch(base, world).wait(300) == 0, words_of_ranks(base)
+        expected[world] = base, bits(base)
+    return expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+@pytest.mark.parametrize(
+    ("world", "end", "says"),
+    [
+        (2, "kill rank 1", "error: another rank has ended"),
+        (2, "kill rank 0", "error: rank 1: another rank has ended"),
+        (4, "kill rank 2", "error: another rank has ended"),
+        (4, "kill rank 0", "error: rank 1: another rank has ended"),
+        (2, "stop the launcher", "interrupted"),
+        (4, "stop the launcher", "interrupted"),
+        (2, "full disk", "error: cannot write the checkpoint"),
+    ],
+)
+def test_a_rank_that_ends_ends_the_run_with_a_sentence(launched, tmp_path, world, end, says):
+    """Within a minute, with one sentence of all ranks together, and resumed to the same bits."""
+    other, expected = launched[world]
+    for name in ("flags.json", "tokenizer"):
+        (shutil.copytree if name == "tokenizer" else shutil.copy)(other / name, tmp_path / name)
+    run = tmp_path / "checkpoints" / "base" / "t"
+    limit = None
+    if end == "full disk":  # the model fits, the optimizer's state does not
+        size = checkpoint.newest(other / "checkpoints/base/t").path / "model.safetensors"
+        limit = resource.RLIMIT_FSIZE, (size.stat().st_size + 2000, resource.RLIM_INFINITY)
+    launcher = launch(
+        tmp_path, world, preexec_fn=(lambda: resource.setrlimit(*limit)) if limit else None
+    )
+    while launcher.poll() is None and not limit:
+        if max([0, *(r["step"] for r in logbook.read(run) if r["kind"] == "train")]) >= 15:
+            break
+        time.sleep(0.05)
+    began = time.monotonic()
+    if end.startswith("kill"):
+        os.kill(rank_process(launcher, int(end[-1])), signal.SIGKILL)
+    elif not limit:
+        launcher.terminate()
+    assert launcher.wait(120) != 0
+    assert limit or time.monotonic() - began < 60
+    printed = words_of_ranks(tmp_path)
+    assert printed.count("error:") + printed.count("interrupted") == 1 and says in printed
+    assert "Traceback" not in printed
+    assert launch(tmp_path, world, "--resume=auto").wait(300) == 0, words_of_ranks(tmp_path)
+    assert bits(tmp_path) == expected
