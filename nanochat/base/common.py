@@ -241,4 +241,4 @@ def _print_error(error: UserError) -> None:
         print0(f"error: {error}", file=sys.stderr)
     elif not isinstance(error, RankLost) or error.aloud:
         time.sleep(0 if isinstance(error, RankLost) else 1)
-        print(f"error: rank {rank()}: {error}", file=sys.stderr, flush=True)
+        print(printable(f"error: rank {rank()}: {error}"), file=sys.stderr, flush=True)
