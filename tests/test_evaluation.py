@@ -1,5 +1,10 @@
 """How much an evaluation reads: sizes that follow a budget, in time and in tokens."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -8,15 +13,16 @@ from tiny import PLAIN, fit, rows
 
 from nanochat.commands import base_train
 from nanochat.data.feed import RowFeed, eval_batches, micro_batch_rows
-from nanochat.train import loop
+from nanochat.train import loop, spent
 from nanochat.train.evaluation import Evaluation, Size
-from nanochat.train.loop import time_table
 from nanochat.train.scaling import (
     EVALUATING,
     evaluation_seconds,
     evaluation_tokens,
     evaluations_within,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_number_of_evaluations_follows_the_budget():
@@ -126,11 +132,12 @@ def test_the_summary_says_where_the_time_went(tmp_path, capsys):
     measured(tmp_path, lambda clock: 0.004, save=0.5)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("  time: ") and "evaluation 10s (10%)" in line and "saving" in line
-    spent = {"steps": 204.0, "eval": 9.0, "compiling": 12.0, "opening": 10.0, "sample": 0.05}
-    assert time_table(spent, 240.0) == (
+    parts = {"steps": 204.0, "eval": 9.0, "compiling": 12.0, "opening": 10.0, "sample": 0.05}
+    assert spent.describe(parts, 240.0) == (
         "training steps 3m24s (85%), evaluation 9s (4%), compiling 12s (5%), opening 10s (4%), "
         "other 5s (2%)"
     )
+    assert sum(spent.shares(parts, 240.0).values()) == pytest.approx(1.0)
 
 
 # ---- whole commands
@@ -224,3 +231,38 @@ def test_the_only_batch_of_an_evaluation_is_whole_where_that_is_asked(place):
     }
     assert sizes[True] == [64] and len(sizes[False]) == 1 and sizes[False][0] < 64
     assert RowFeed([(shards, None)], rows=8, device_rows=4, sequence_len=32).micro_batch == (4, 32)
+
+
+# ---- opening
+
+UNCOMPILED = """
+import sys
+sys.path.insert(0, "tests")
+import tiny
+
+def unneeded(after):
+    heavy = "torch._dynamo", "torch._inductor", "sympy", "pandas", "scipy", "matplotlib"
+    loaded = [name for name in heavy if name in sys.modules]
+    assert not loaded, f"{after} imported {loaded}"
+
+m = tiny.model()
+unneeded("building a model")
+o, b = tiny.optimizer(m), tiny.batch()
+m.loss(b.inputs, b.targets).backward()
+o.step()
+unneeded("a training step")
+m.token_losses(b.inputs, b.targets)
+unneeded("an evaluation")
+from nanochat.commands import base_train, chat_eval, chat_sft
+from nanochat.export import target
+from nanochat.train import stage
+unneeded("opening a stage")
+"""
+
+
+def test_a_run_that_is_not_compiled_does_not_import_the_compiler():
+    """It takes seconds to import, which every process of a chain would lose."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", UNCOMPILED]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

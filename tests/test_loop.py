@@ -248,6 +248,32 @@ def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
     assert [c.frame_count for c in counters] == [3, 3]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("short", [1, 5, 7])
+def test_a_short_batch_is_filled_up_and_not_compiled_again(tmp_path, monkeypatch, short, weighted):
+    """The last step of an epoch: one compilation, and the losses of code that is not compiled."""
+    steps = [tiny.batch(seed=i, weighted=weighted) for i in range(3)]
+    steps.append(tiny.batch(seed=9, rows=short, weighted=weighted))
+
+    class Feed(tiny.ListFeed):
+        micro_batch = 4, 16
+
+    fit(tmp_path / "plain", None, Feed(steps, device_rows=4))
+    counters = layers, head = CompileCounter(), CompileCounter()
+    m = tiny.model()
+    for block in m.blocks:
+        block.compile(dynamic=False, backend=layers)
+    m.compiled = True
+    monkeypatch.setitem(
+        loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head)
+    )
+    torch.compiler.reset()
+    fit(tmp_path / "compiled", m, Feed(steps, device_rows=4))
+    torch.compiler.reset()
+    assert [c.frame_count for c in counters] == [1, 1]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
 def test_saves_between_looks(tmp_path):
     kept = []
     fit(

@@ -31,6 +31,8 @@ def runs(tmp_path):
                     seconds=step * 0.5,
                     val_bpb=loss / (1 + step / 1000),
                 )
+            spent = {"steps": 450.0, "eval": 10.0, "<b>": 9.0, "save": float("nan")}
+            book.log(kind="summary", step=1000, seconds=500.0, spent=spent)
             kinds = {
                 "sums <&>": {"accuracy": accuracy, "n": 50, "chance": 0.25, "lo": 0.0, "hi": 1.0}
             }
@@ -50,6 +52,13 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_says_where_the_time_went(runs, tmp_path):
+    text = write_report(runs, tmp_path / "page.html").read_text()
+    part = text[text.index("<h2>Time</h2>") : text.index("<h2>Curves</h2>")]
+    assert part.count("90.0%") == 2 and part.count("2.0%") == 2 and "training steps" in part
+    assert "<b>" not in part and "nan" not in part
 
 
 def test_the_page_needs_no_other_file_and_shows_what_was_measured(runs, tmp_path):

@@ -92,10 +92,13 @@ def notice(message: str) -> None:
     print0(f"notice: {message}", file=sys.stderr)
 
 
-def opening(command: str) -> None:
-    """Print the first line of a command at once, where importing torch takes seconds."""
-    if "torch" not in sys.modules:
-        print0(f"{command}: loading PyTorch")
+def opening(command: str, log: bool = False) -> None:
+    """
+    Print the first line of a command at once, where importing torch takes seconds: on standard
+    error of a terminal, or, for a command whose output is a log, on standard output.
+    """
+    if "torch" not in sys.modules and (log or sys.stderr.isatty()):
+        print0(f"{command}: loading PyTorch", file=sys.stdout if log else sys.stderr)
 
 
 def human(n: float) -> str:

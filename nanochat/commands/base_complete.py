@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.base import knobs
-from nanochat.base.common import entry, notice, printable
+from nanochat.base.common import entry, notice, opening, printable
 from nanochat.base.knobs import knob
 from nanochat.chat.reply import continue_text
 from nanochat.commands.chat_cli import (
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command="base_complete",
         description=f"Type lines, then a line {TRIGGER} to complete them.",
     )
+    opening("base_complete")
     engine, loaded = options.load(options.source)
     interactive = in_terminal()
     guide = f"{loaded.describe()}. A line {TRIGGER} completes the lines before it. Ctrl+C exits."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanochat.base import logbook
-from nanochat.base.common import columns, duration, entry, print0
+from nanochat.base.common import columns, duration, entry, opening, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.base.progress import progress
 from nanochat.commands.base_loss import BitsPerByteKnobs, measure, measure_splits
@@ -121,6 +121,7 @@ def evaluate_exported(knobs: EvaluateBaseKnobs) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     knobs, origins = parse(EvaluateBaseKnobs, argv, command="base_eval")
+    opening("base_eval")
     knobs.check_hf(origins, ["source", "model_tag", "step", "core", "temperature"])
 
     from nanochat.chat.generate import Engine

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanochat.base.common import UserError, entry, print0
+from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.train.knobs import MachineKnobs
 
@@ -67,6 +67,7 @@ def measure_splits(knobs: BitsPerByteKnobs, loaded: Any, data: Sequence[str]) ->
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     knobs, _ = parse(BitsPerByteKnobs, argv, command="base_loss")
+    opening("base_loss")
 
     from nanochat.train.stage import session
 

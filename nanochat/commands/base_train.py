@@ -62,7 +62,7 @@ def check_prior_knobs(k: PretrainKnobs, stored: dict[str, Any] | None) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
     k, origins = parse(PretrainKnobs, argv, command="base_train")
-    opening("base_train")
+    opening("base_train", log=True)
 
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError, base_dir, entry, printable
+from nanochat.base.common import UserError, base_dir, entry, opening, printable
 from nanochat.base.knobs import LARGEST_SEED, knob
 from nanochat.chat.reply import Reply, continue_text, fit_conversation
 from nanochat.model.stages import STAGES
@@ -207,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, _ = knobs.parse(
         ChatKnobs, argv, command="chat_cli", description="Chat with a model in the terminal."
     )
+    opening("chat_cli")
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("--prompt is empty: write a question after it, or leave it out to chat")
     engine, loaded = options.load(options.source)

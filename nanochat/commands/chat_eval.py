@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import logbook
 from nanochat.base.commands import near
-from nanochat.base.common import UserError, columns, duration, entry, notice, print0
+from nanochat.base.common import UserError, columns, duration, entry, notice, opening, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.base.progress import progress
 from nanochat.eval.tasks import arc, gsm8k, humaneval, mmlu, spellingbee, tinyworld
@@ -236,6 +236,7 @@ def evaluate(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     knobs, origins = parse(EvaluateChatKnobs, argv, command="chat_eval")
+    opening("chat_eval")
     knobs.check_hf(origins, ["source", "model_tag", "step"])
     if knobs.num_samples > 1 and knobs.temperature == 0:
         raise UserError(

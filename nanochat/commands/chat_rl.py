@@ -52,7 +52,7 @@ class ReinforceKnobs(LaterStageKnobs):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
     k, origins = parse(ReinforceKnobs, argv, command="chat_rl")
-    opening("chat_rl")
+    opening("chat_rl", log=True)
 
     from nanochat.chat.generate import Engine
     from nanochat.commands.chat_eval import named_tasks

@@ -32,7 +32,7 @@ class FinetuneKnobs(LaterStageKnobs, ReadingKnobs):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
     k, origins = parse(FinetuneKnobs, argv, command="chat_sft")
-    opening("chat_sft")
+    opening("chat_sft", log=True)
 
     from nanochat.train import stage
     from nanochat.train.horizon import conversation_horizon

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.base.common import UserError, entry, print0
+from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import LARGEST_SEED, knob, parse
 
 
@@ -77,6 +77,7 @@ def with_values_attached(words: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = with_values_attached(sys.argv[1:] if argv is None else argv)
     knobs, _ = parse(CompareKnobs, words, command="compare")
+    opening("compare")
     if knobs.target != "auto" and not re.fullmatch(r"\d*\.?\d+", knobs.target):
         raise UserError(f"--target must be auto or a number of bits per byte (got {knobs.target})")
 

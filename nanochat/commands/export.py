@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError, entry, notice, print0
+from nanochat.base.common import UserError, entry, notice, opening, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 
@@ -195,6 +195,7 @@ def _describe(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     values, _ = knobs.parse(ExportKnobs, argv, command="export")
+    opening("export")
     kind = "hf" if values.to == "hf" else "gguf"
     if values.dtype not in DTYPES[kind]:
         raise UserError(

@@ -30,7 +30,7 @@ class MidtrainKnobs(LaterStageKnobs, ReadingKnobs):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
     k, origins = parse(MidtrainKnobs, argv, command="mid_train")
-    opening("mid_train")
+    opening("mid_train", log=True)
 
     from nanochat.data.shards import prepare
     from nanochat.data.sources import check_weights, training_sources

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError, entry, print0
+from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.hardware import total_memory
 from nanochat.base.knobs import knob
 
@@ -60,6 +60,7 @@ def allowed_hosts(values: ServeKnobs) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     values, _ = knobs.parse(ServeKnobs, argv, command="serve")
+    opening("serve")
     try:
         from nanochat.chat.serve.app import build_app
         from nanochat.chat.serve.guard import LOOPBACK, Guard

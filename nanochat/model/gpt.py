@@ -206,7 +206,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.embed = nn.Embedding(config.padded_vocab, config.n_embd)
+        # Without values: to draw them on the meta device, torch would import its compiler first
+        table = torch.empty(config.padded_vocab, config.n_embd)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         if not config.tie_embeddings:
             self.head = Linear(config.n_embd, config.padded_vocab)
@@ -229,7 +231,8 @@ class GPT(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config, compute_dtype)
-        model.to_empty(device=device)
+        # as to_empty() does, but without its detour through torch's symbolic shapes
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         model.set_context(config.sequence_len)
         return model
 

@@ -17,6 +17,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, duration, human
 from nanochat.model.stages import STAGES
 from nanochat.study.page import Cell, Line, draw_lines, gallery, table, write_page
+from nanochat.train.spent import WORDS, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,6 +153,19 @@ def _runs_table(logs: Sequence[Log]) -> str:
     return table(heads.split(", "), rows, first_colour=0)
 
 
+def _time_table(logs: Sequence[Log]) -> str:
+    """Where the seconds of each run went, as shares; '' if no run has noted it."""
+    rows = []
+    for log in logs:
+        spent, seconds = log.last("spent", "summary"), log.last("seconds", "summary")
+        if isinstance(spent, dict) and _is_finite(seconds):
+            noted = {str(name): part for name, part in spent.items() if _is_finite(part)}
+            parts = shares(noted, seconds)
+            words = [*WORDS.values(), "other"]
+            rows.append((log.name, [f"{parts[word]:.1%}" for word in words]))
+    return table(("run", *WORDS.values(), "other"), rows) if rows else ""
+
+
 def accuracies(logs: Sequence[Log]) -> dict[str, dict[str, Any]]:
     """Stage -> its newest chat_eval row with an accuracy, in the order of the stages."""
     newest = {
@@ -207,6 +221,7 @@ def write_report(directories: Sequence[Path | str], out: Path | str) -> Path:
     stages = accuracies(logs)
     sections = {
         "Runs": _runs_table(logs),
+        "Time": _time_table(logs),
         "Curves": gallery(_plots(logs)),
         "Accuracy": _accuracy_table(stages) if stages else "",
         "Samples": _samples(logs),

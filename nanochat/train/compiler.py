@@ -202,6 +202,8 @@ class Ahead:
     def _compile(self, model: GPT, ids: Tensor) -> None:
         _watch.background.add(threading.get_ident())
         try:
+            if ids.device.type == "cuda":
+                torch.cuda.set_device(ids.device)  # a thread begins on the first one
             guarded(model, lambda: model.loss(ids, ids).backward())
         except Exception as e:  # wait() raises it
             self.error = e

@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 
 from nanochat.base.common import UserError, duration, human, notice, print0, world_size
 from nanochat.base.logbook import Logbook
@@ -34,6 +35,7 @@ from nanochat.train import compiler
 from nanochat.train.evaluation import Evaluation, due
 from nanochat.train.optim import MuonAdamW
 from nanochat.train.schedule import Schedule
+from nanochat.train.spent import describe
 
 
 class Feed(Protocol):
@@ -279,6 +281,8 @@ class Run:
         if valid == 0:  # nothing to learn from: no gradient, and no step of momentum either
             return 0.0
         half = runtime.dtype is torch.float16
+        # a short batch, as at the end of an epoch, would be compiled on its own
+        shape = getattr(self.feed, "micro_batch", None) if self.model.compiled else None
         # float16 gradients keep the size of one token's; the division by N comes after
         scale = self.scale if half else 1 / valid
 
@@ -286,6 +290,8 @@ class Run:
             self.optimizer.zero_grad()
             total = torch.zeros((), device=runtime.device)
             for b in recut(batches, rows):
+                if shape and b.inputs.size(1) == shape[1]:
+                    b = filled_up(b, min(rows, shape[0]))
                 loss = self.model.loss(b.inputs, b.targets, b.weights)
                 (loss * scale).backward()
                 total += loss.detach()
@@ -365,6 +371,11 @@ class Run:
         if evaluations:
             self.save()
         for evaluation in evaluations:
+            about = self.costs.get(evaluation.name, 0.0)
+            self._line.show(
+                f"step {self.step:,}  measuring: {evaluation.name}"
+                + (f", about {duration(about)}" if about >= 1 else "")
+            )
             numbers = self._measure(evaluation)
             if not numbers:
                 continue
@@ -527,7 +538,7 @@ class Run:
             f"done: {self.step:,} steps, {human(self.tokens)} tokens in {duration(self.seconds)}, "
             f"{self.directory}"
         )
-        self._line.print(f"  time: {time_table(spent, self.seconds)}")
+        self._line.print(f"  time: {describe(spent, self.seconds)}")
         return {"tokens": self.tokens, "seconds": self.seconds, **summary, **self.last}
 
     def _no_time(self) -> str:
@@ -549,29 +560,6 @@ class Run:
         )
 
 
-# What `spent` counts, in the words of the summary
-WORDS = {
-    "steps": "training steps",
-    "batches": "batches",
-    "eval": "evaluation",
-    "sample": "samples",
-    "save": "saving",
-    "compiling": "compiling",
-    "opening": "opening",
-}
-
-
-def time_table(spent: Mapping[str, float], seconds: float) -> str:
-    """'training steps 3m24s (85 %), evaluation 9s (4 %), ...': where a run's seconds went."""
-    named = {**dict.fromkeys(WORDS, 0.0), **spent}
-    rest = {"other": max(0.0, seconds - sum(named.values()))}
-    return ", ".join(
-        f"{WORDS.get(name, name)} {duration(part)} ({part / max(seconds, 1e-9):.0%})"
-        for name, part in {**named, **rest}.items()
-        if part >= max(0.1, 0.001 * seconds)
-    )
-
-
 def recut(batches: list[Batch], rows: int) -> list[Batch]:
     """The same rows in micro-batches of at most `rows`."""
     out = []
@@ -580,6 +568,16 @@ def recut(batches: list[Batch], rows: int) -> list[Batch]:
         weights = [None] * len(inputs) if b.weights is None else b.weights.split(rows)
         out += map(Batch, inputs, targets, weights)
     return out
+
+
+def filled_up(batch: Batch, rows: int) -> Batch:
+    """A batch with ignored rows added, if it has fewer than `rows`."""
+    missing = rows - batch.inputs.size(0)
+    if missing <= 0:
+        return batch
+    below = 0, 0, 0, missing  # nothing left, right and above
+    weights = None if batch.weights is None else pad(batch.weights, below)
+    return Batch(pad(batch.inputs, below), pad(batch.targets, below, value=-1), weights)
 
 
 def _guarded(evaluation: Evaluation) -> dict[str, Any]:
