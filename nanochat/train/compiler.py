@@ -90,6 +90,14 @@ def seconds() -> float:
 def prepare(model: GPT) -> None:
     """Let a model run compiled code from now on, out of a folder without damaged files."""
     remove_damaged(cache_folder())
+    if (
+        model.embed.weight.device.type == "cpu"
+        and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
+    ):
+        from torch._inductor import config
+
+        # A block and the head are three small files: processes that share the work cost more
+        config.compile_threads = 1  # pyright: ignore[reportAttributeAccessIssue]
     model.compile()
     _watch.install()
 

@@ -291,17 +291,17 @@ class Run:
             total = torch.zeros((), device=runtime.device)
             for b in recut(batches, rows):
                 if shape and b.inputs.size(1) == shape[1]:
-                    b = filled_up(b, min(rows, shape[0]))
+                    b = filled_up(b, shape[0] if rows == most else min(rows, shape[0]))
                 loss = self.model.loss(b.inputs, b.targets, b.weights)
                 (loss * scale).backward()
                 total += loss.detach()
             return total
 
-        rows = max(b.inputs.size(0) for b in batches)
+        most = max(b.inputs.size(0) for b in batches)
         total, fitting_rows = compiler.guarded(
-            self.model, lambda: halve_until_it_fits(backward, rows, "a micro-batch")
+            self.model, lambda: halve_until_it_fits(backward, most, "a micro-batch")
         )
-        if fitting_rows < rows:
+        if fitting_rows < most:
             self.feed.device_rows = fitting_rows
         if runtime.world_size > 1:
             dist.all_reduce(total)
