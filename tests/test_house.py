@@ -125,10 +125,10 @@ CEILINGS = {
     "chat/serve": 10_620,
     "eval": 14_500,
     "train": 16_500,
-    "study": 11_250,
+    "study": 11_400,
     "plan": 17_650,
     "export": 7_540,
-    "commands": 14_300,
+    "commands": 14_400,
 }
 WHOLE = sum(CEILINGS.values())
 
