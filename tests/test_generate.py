@@ -4,6 +4,7 @@ the calculator's tool calls, and rows that join a running batch or leave it.
 """
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import priors
@@ -608,3 +609,35 @@ def test_long_conversations_lose_their_oldest_exchanges(tokenizer):
     last, dropped = fit_conversation(tokenizer, whole, 1)
     assert dropped == 5 and last["messages"] == [system, turn[0]]
     assert len(whole["messages"]) == 12  # the caller's is left alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("wish", ["output_start", "output_end", "both"])
+def test_only_the_calculator_writes_outputs(tokenizer, temperature, wish):
+    """A model that wants nothing more than to write an output itself never does."""
+    names = ["output_start", "output_end"] if wish == "both" else [wish]
+    ids = [tokenizer.specials[f"<|{name}|>"] for name in names]
+    engine = Engine(model(tokenizer.vocab_size, softcap=0.0).requires_grad_(False), tokenizer)
+    body, head = engine.packed()
+
+    def wishful(hidden):
+        logits = head(hidden)
+        logits[:, ids] = 1e3
+        return logits
+
+    engine._packed = body, wishful
+    samples = engine.generate_batch([[1], [2]], 3, max_tokens=20, temperature=temperature, top_k=0)
+    for sample in samples:
+        assert sample.tokens or sample.finish == "stop"
+        assert not set(sample.tokens) & set(ids)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(1.0), Sampling(1.0, 5), Sampling(1.0, None, 0.5)]
+)
+def test_outputs_that_are_no_numbers_are_an_error(bad, sampling):
+    logits = torch.zeros(2, 9)
+    logits[1, 3] = bad
+    with pytest.raises(UserError, match="not numbers"):
+        choose(logits, [0.5, 0.5], [sampling] * 2)

@@ -7,9 +7,11 @@ last bits of products, which kernels round differently for other shapes). A row 
 (it sampled <|assistant_end|> or <|bos|>), "length" (max_tokens), "context" (sequence_len positions
 are filled) or "cancelled". A prompt of sequence_len tokens or more keeps its first token (<|bos|>)
 and its end; the sample says how many tokens were dropped. When a row closes a tool call, the
-calculator's output is forced into it. Nothing here trains or changes the model.
+calculator's output is forced into it; no row can sample the tokens that frame such an output.
+Nothing here trains or changes the model.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -188,6 +190,9 @@ class Batch:
     def __init__(self, engine: Engine, most_rows: int = 0):
         self._room = (most_rows, engine.model.config.sequence_len)
         self._tokenizer, self._config = engine.tokenizer, engine.model.config
+        specials = engine.tokenizer.specials
+        # Only the calculator says these: a model cannot write its output
+        self._forced_only = {specials["<|output_start|>"], specials["<|output_end|>"]}
         self._body, self._head = engine.packed()
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._cache: Any = None  # a KVCache once rows have joined
@@ -272,8 +277,16 @@ class Batch:
         logits = capped(
             self._head(torch.stack([row.hidden for row in ready])), self._config.softcap
         )
-        uniform = [row.random.random() for row in ready]
-        chosen = choose(logits, uniform, [row.sampling for row in ready])
+        samplings, uniform = [row.sampling for row in ready], [row.random.random() for row in ready]
+        chosen = choose(logits, uniform, samplings)
+        forged = [i for i, id in enumerate(chosen) if id in self._forced_only]
+        if forged:  # drawn again without them: rare, and all other draws stay what they are
+            again = logits[forged]
+            again[:, list(self._forced_only)] = -torch.inf
+            fresh = [ready[i].random.random() for i in forged]
+            ids = choose(again, fresh, [samplings[i] for i in forged])
+            for i, id in zip(forged, ids, strict=True):
+                chosen[i] = id
         reports = _log_probabilities(logits, ready, chosen)
         tokens = []
         for row, id in zip(ready, chosen, strict=True):
@@ -385,7 +398,8 @@ def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Samplin
     for width, rows in groups.items():
         own = logits if len(rows) == len(samplings) else logits[rows]
         if width == GREEDY:
-            ids = own.argmax(dim=-1).tolist()
+            likeliest, picked = own.max(dim=-1)
+            ids = _checked(picked, likeliest)
         else:
             ids = _draw(own, [uniform[i] for i in rows], [samplings[i] for i in rows], width)
         for i, id in zip(rows, ids, strict=True):
@@ -410,8 +424,22 @@ def _draw(
     total = cumulative[:, -1:]
     # Never beyond the last possible token
     at = torch.minimum(u * total, torch.nextafter(total, -total))
-    picked = torch.searchsorted(cumulative, at, right=True)
-    return (picked if ids is None else ids.gather(1, picked)).squeeze(1).tolist()
+    # Clamped, because sums that are not numbers would find a place outside
+    picked = torch.searchsorted(cumulative, at, right=True).clamp(max=p.size(-1) - 1)
+    picked = picked if ids is None else ids.gather(1, picked)
+    return _checked(picked.squeeze(1), total.squeeze(1))
+
+
+def _checked(ids: Tensor, numbers: Tensor) -> list[int]:
+    """The ids (R,) as a list; UserError if the numbers (R,) they were found by are none."""
+    both = torch.stack((ids.float(), numbers.float()))  # one transfer; ids are below 2^24
+    chosen, found_by = both.tolist()
+    if not all(map(math.isfinite, found_by)):
+        raise UserError(
+            "the model's outputs are not numbers, so no token can be chosen: its weights are too "
+            "large for their precision; use --dtype=float32, or another checkpoint"
+        )
+    return [int(id) for id in chosen]
 
 
 def _log_probabilities(
