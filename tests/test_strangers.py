@@ -8,9 +8,13 @@ from pathlib import Path
 
 import hostile_checkpoints as checkpoints
 import hostile_logbooks as logbooks
+import hostile_programs as programs
 import pytest
 
 from nanochat.base.common import UserError
+from nanochat.eval import sandbox
+
+needs_sandbox = pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing())
 
 RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 
@@ -58,3 +62,33 @@ def test_a_comparison_of_a_stranger(tmp_path, name):
         logbooks.compare(tmp_path / "runs.jsonl")
     except UserError as e:
         assert len(str(e)) < 1500 and "\n" not in str(e)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", programs.FORGERIES)
+def test_no_program_forges_its_verdict(name):
+    program = programs.FORGERIES[name]
+    assert not sandbox.judge(program, "f", programs.PROBLEM, programs.TEST, 2.0).passed
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", programs.HONEST)
+def test_honest_programs_pass(name):
+    outcome = sandbox.judge(programs.HONEST[name], "f", programs.PROBLEM, programs.TEST, 20.0)
+    assert outcome.passed and not outcome.reason
+
+
+@needs_sandbox
+def test_values_keep_their_types_between_the_sandboxes():
+    program = "def f(*values, **named): return [*values, sorted(named.items())]"
+    test = """
+def check(candidate):
+    values = [None, True, 1, -10**5000, 0.1, float("inf"), 1e-320, 2j, "ä\\ud800\\n", b"x\\0", (1, (2,)), [], {}, {1}, frozenset(),
+              {"a": [1], (1, 2): {3: None}}]
+    back = candidate(*values, named=1)
+    assert back.pop() == [("named", 1)]
+    assert back == values and [type(v) for v in back] == [type(v) for v in values]
+    assert candidate(float("nan"))[0] != candidate(float("nan"))[0]
+"""
+    outcome = sandbox.judge(program, "f", "", test, 20.0)
+    assert outcome.passed, outcome

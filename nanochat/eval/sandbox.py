@@ -14,9 +14,9 @@ creating empty files without end takes about 150 MB per second, all of it freed 
 with status 0. The proof is a random token that it writes to a pipe once the program's code has
 returned. Until then the token is on the interpreter's value stack, where no frame, traceback or
 garbage collector shows it; so leaving early (os._exit, SystemExit, exec), exit handlers and writing
-to the pipe do not pass. It does not mean that the assertions were meaningful: a program shares its
-interpreter with them, so hostile code can still answer with an object that equals everything, jump
-over lines with a trace function, or search its raw memory. That fools the score and nothing else.
+to the pipe do not pass. Code that searches its raw memory, or jumps over lines with a trace
+function, still can; therefore judge() runs a program and its tests in two sandboxes, which share
+nothing but a pipe for plain values.
 """
 
 import errno
@@ -33,8 +33,11 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import IO
 
 from nanochat.base.common import UserError
@@ -67,9 +70,71 @@ for name, value in {limits}.items():
     value = value if hard < 0 else min(value, hard)
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 main = sys.modules["__main__"] = type(sys)("__main__")
+{begin}
 os.write({proof}, b"+")
 os.write({proof}, os.read(0, {size}) + (exec(\
 compile(sys.stdin.buffer.read(), "program", "exec"), main.__dict__) or b""))
+"""
+
+# What both sides of judge() know: plain values as JSON, each with its type
+_CODEC = """
+import builtins, json, os, sys
+def encode(v):
+    if v is None or isinstance(v, bool): return v
+    if isinstance(v, str): return str(v)
+    if isinstance(v, int): return {"int": hex(v)}
+    if isinstance(v, float): return {"float": float.hex(v)}
+    if isinstance(v, complex): return {"complex": [v.real.hex(), v.imag.hex()]}
+    if isinstance(v, (bytes, bytearray)): return {"bytes": v.hex()}
+    if isinstance(v, dict): return {"dict": [[encode(k), encode(x)] for k, x in v.items()]}
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(v, kind): return {kind.__name__: [encode(x) for x in v]}
+    raise TypeError(f"{type(v).__name__} is no plain value")
+def decode(v):
+    if not isinstance(v, dict): return v
+    (kind, x), = v.items()
+    if kind == "int": return int(x, 16)
+    if kind == "float": return float.fromhex(x)
+    if kind == "complex": return complex(*map(float.fromhex, x))
+    if kind == "bytes": return bytes.fromhex(x)
+    if kind == "dict": return {decode(k): decode(y) for k, y in x}
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, x))
+"""
+# Follows the program: answers calls of its function until there are no more
+_SERVER = """
+def _serve():
+{codec}
+    with open({calls}, encoding="ascii") as calls, open({results}, "w", encoding="ascii") as results:
+        for line in calls:
+            args, kwargs = json.loads(line)
+            try: reply = encode(globals()["{name}"](*decode(args), **dict(decode(kwargs))))
+            except Exception as e: reply = {{"error": [type(e).__name__, str(e)[:200]]}}
+            results.write(json.dumps([reply]) + chr(10))
+            results.flush()
+_serve()
+"""
+# Stands in for the function in the tests
+_ENDED = "the program ended before its function returned"
+_CLIENT = """
+def _client():
+{codec}
+    calls, results = open({calls}, "w", encoding="ascii"), open({results}, encoding="ascii")
+    def candidate(*args, **kwargs):
+        try:
+            calls.write(json.dumps([encode(args), encode(kwargs)]) + chr(10))
+            calls.flush()
+        except BrokenPipeError: pass
+        line = results.readline(2**22)
+        if not line: raise RuntimeError("{ended}")
+        (reply,) = json.loads(line)
+        if isinstance(reply, dict) and "error" in reply:
+            kind, text = reply["error"]
+            kind = getattr(builtins, str(kind), RuntimeError)
+            if not (isinstance(kind, type) and issubclass(kind, Exception)): kind = RuntimeError
+            raise kind(text)
+        return decode(reply)
+    return candidate
+candidate = {name} = _client()
 """
 
 # Passes only inside the sandbox; importing math needs a library from a file.
@@ -243,7 +308,48 @@ def run(program: str, seconds: float = 5.0, memory_mb: int = 512) -> Outcome:
     return _run(program, seconds, memory_mb)
 
 
-def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
+def judge(
+    program: str, name: str, problem: str, test: str, seconds: float = 5.0, memory_mb: int = 512
+) -> Outcome:
+    """
+    Whether `check(candidate)` of `test` reaches its end, where candidate is the function `name` of
+    `program`. They run in two sandboxes at the same time: the program only ever sees arguments and
+    returns values, plain ones (numbers, texts, and containers of them), and the verdict belongs to
+    the other sandbox, which runs `problem` and `test` but nothing of the program. So whatever the
+    program does to its own interpreter, it cannot pass without returning the right values. Limits
+    as for run(); raises UserError as run() does.
+    """
+    if fault := missing():
+        raise UserError(fault)
+    (calls, calls_in), (results, results_in), (ready, ready_in) = os.pipe(), os.pipe(), os.pipe()
+    codec = indent(_CODEC, "    ")
+    server = _SERVER.format(codec=codec, calls=calls, results=results_in, name=name)
+    client = _CLIENT.format(ended=_ENDED, codec=codec, calls=calls_in, results=results, name=name)
+    checks = f"{problem}\n{client}\n{test}\ncheck(candidate)\n"
+    begins = f'os.write({ready_in}, b"+"); os.close({ready_in})', f"os.read({ready}, 1)"
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(
+            _run,
+            f"{program}\n{server}",
+            seconds + 1.0,
+            memory_mb,
+            begins[0],
+            (calls, results_in, ready_in),
+        )
+        verdict = _run(checks, seconds, memory_mb, begins[1], (calls_in, results, ready))
+        answers = served.result()
+    ended = not verdict.passed and _ENDED in verdict.reason and answers.reason
+    reason = answers.reason if ended else verdict.reason
+    return Outcome(verdict.passed, reason, answers.stdout, answers.stderr or verdict.stderr)
+
+
+def _run(
+    program: str, seconds: float, memory_mb: int, begin: str = "", pipes: Sequence[int] = ()
+) -> Outcome:
+    """
+    run() without its check. `begin` is a statement to execute just before the time starts to count;
+    the program also gets `pipes`, which are closed here.
+    """
     token = secrets.token_bytes(32)
     limits = {
         "AS": memory_mb << 20,
@@ -260,7 +366,7 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
     # For root, a user id that nobody has (the range is reserved for transient services). It is
     # random, so that no program's threads count for another one.
     uid = 61184 + secrets.randbelow(4000)
-    harness = _HARNESS.format(uid=uid, limits=limits, proof=proof_in, size=len(token))
+    harness = _HARNESS.format(uid=uid, limits=limits, proof=proof_in, size=len(token), begin=begin)
     python = [_python(), *["-P", "-s", "-S", "-X", "utf8", "-c"], harness]
     command = [*_bwrap(), "--seccomp", str(rules), "--", *python]
     try:
@@ -270,7 +376,7 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            pass_fds=(proof_in, rules),
+            pass_fds=(proof_in, rules, *pipes),
             env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
             start_new_session=True,
         )
@@ -280,8 +386,8 @@ def _run(program: str, seconds: float, memory_mb: int) -> Outcome:
             f"cannot start bubblewrap ({e.strerror}): reinstall it, or leave HumanEval out"
         ) from e
     finally:
-        os.close(proof_in)
-        os.close(rules)
+        for fd in (proof_in, rules, *pipes):
+            os.close(fd)
     feed = token + program.encode("utf-8", "surrogatepass")
     with process, open(proof, "rb", buffering=0) as proof_out:
         try:

@@ -1,6 +1,6 @@
 """
 HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 functions to write, judged by running their
-tests in the sandbox. The problem is shown as published; a reply may repeat its imports and
+tests in the sandbox, beside the program. The problem is shown as published; a reply may repeat its imports and
 signature or give the body alone, fenced or plain.
 """
 
@@ -48,8 +48,9 @@ def _parses(code: str) -> bool:
 
 def evaluate(item: Item, reply: str) -> bool:
     """Whether the function passes its tests in the sandbox; UserError if there is no sandbox."""
-    code = f"{program(item, reply)}\n{item['test']}\ncheck({item['function']})\n"
-    return sandbox.run(code).passed
+    problem = item["messages"][0]["content"]
+    code = program(item, reply)
+    return sandbox.judge(code, item["function"], problem, item["test"]).passed
 
 
 DATA = DataSet(
