@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -118,8 +117,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(hub, "BACKOFF", 0.001)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 256)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits before it retries
+    monkeypatch.setattr(hub, "CHUNK", 256)
     monkeypatch.setitem(SHARD_SETS, "climbmix", ShardSet("karpathy/climbmix-400b-shuffle", last=5))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import hostile_checkpoints as checkpoints
+import hostile_hub
 import hostile_logbooks as logbooks
 import hostile_programs as programs
 import pytest
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, printable
+from nanochat.data import hub
 from nanochat.eval import sandbox
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing())
@@ -92,3 +94,37 @@ def check(candidate):
 """
     outcome = sandbox.judge(program, "f", "", test, 20.0)
     assert outcome.passed, outcome
+
+
+@pytest.mark.parametrize("name", hostile_hub.ATTACKS)
+def test_a_hub_of_a_stranger(tmp_path, monkeypatch, name):
+    """It is refused, or exactly the listed files arrive; nothing appears outside the folder."""
+    server = hostile_hub.Hub()
+    for setting, value in {
+        "BACKOFF": 0.0,
+        "STALL": 0.2,
+        "ATTEMPTS": 2,
+        "MOST_PAGES": 5,
+        "MOST_PAGE": 2**20,
+    }.items():
+        monkeypatch.setattr(hub, setting, value)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    folder, elsewhere = tmp_path / "base/data", tmp_path / "elsewhere"
+    folder.mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "link").symlink_to(elsewhere)
+    hostile_hub.ATTACKS[name](server)
+    try:
+        files = hostile_hub.fetch(folder)
+        assert all(file.resolve().is_relative_to(folder) and file.is_file() for file in files)
+    except UserError as e:
+        assert "\x1b" not in printable(str(e)) and "\n" not in str(e)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not any(elsewhere.iterdir()) and {p.name for p in tmp_path.iterdir()} == {
+        "base",
+        "elsewhere",
+    }
+    assert {p.name for p in (tmp_path / "base").iterdir()} == {"data"}
+    assert server.asked < 30

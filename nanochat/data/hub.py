@@ -1,85 +1,269 @@
 """
-Files of a public data set on the Hugging Face hub, at one pinned commit. huggingface_hub lists and
-transfers them; this module adds what the library does not do: manifest.json in the target folder
-pins the commit, so that later calls never mix two versions; a partial file is kept (NAME.HASH.part)
-and continued by the next run; a file is renamed to its final name only after its size and SHA-256
-have been checked, so whatever has its final name is complete.
+Files of a public data set on the Hugging Face hub, at one pinned commit, over plain HTTPS.
+manifest.json in the target folder pins the commit, so that later calls never mix two versions; a
+partial file is kept (NAME.HASH.part) and continued by the next run; a file is renamed to its final
+name only after its size and SHA-256 have been checked, so whatever has its final name is complete.
+
+The server is not trusted: no listed name leaves the folder, no reply may be longer than listed or
+take longer than its size allows, and redirects and further pages stay with the hub's own hosts.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from nanochat.base.common import UserError, human
 from nanochat.base.files import atomic_write, sha256_file
 from nanochat.base.progress import progress
+from nanochat.base.strangers import mismatch, missing, parse_json, read_json, shown
 
-ATTEMPTS = 5  # per file; within each, the library continues broken connections itself
-BACKOFF = 1.0  # seconds before the second attempt; doubles with each further one
+ATTEMPTS = 10  # per file, each of which continues the one before
+BACKOFF = 1.0  # seconds before the second attempt; doubles with each further one, up to 30
+STALL = 30.0  # seconds without a byte, after which a connection is given up
+SLOWEST = 20_000  # bytes per second, below which an attempt ends
+CHUNK = 2**20
+MOST_PAGE = 2**24  # bytes of one reply of the API
+MOST_PAGES = 1000  # of a list of files
+HOSTS = ".huggingface.co", ".hf.co"  # whose names end so, besides the endpoint's own
+FILE = {"path": str, "size": int, "sha256": (str, None), "blob": (str, None)}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file as the hub lists it; sha256 is None for small files, which the hub does not hash."""
+    """
+    A file as the hub lists it. Large files have a SHA-256; small ones have the id of their blob in
+    git, SHA-1 of "blob SIZE\\0" and their bytes.
+    """
 
     path: str
     size: int
     sha256: str | None
+    blob: str | None = None
 
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def pin(repo: str, folder: Path, revision: str | None = None) -> tuple[str, dict[str, Listed]]:
+def pin(
+    repo: str, folder: Path, revision: str | None = None, known: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, Listed]]:
     """
     The commit that `folder` is pinned to and its files by path. The first call resolves `revision`
     (None means "main") and writes manifest.json; later calls read that file and need no network,
-    unless they name a different revision. Raises UserError if the hub cannot be reached or lacks
-    the data set.
+    unless they name a different revision. `known` is the SHA-256 of files whose contents this
+    program knows in advance. Raises UserError if the hub cannot be reached, lacks the data set, or
+    lists what it must not.
     """
     path = folder / "manifest.json"
     if path.exists():
         try:
-            manifest = json.loads(path.read_text())
-            files = {f["path"]: Listed(**f) for f in manifest["files"]}
+            manifest = read_json(path)
+            files = _listed(manifest["files"])
             if revision in (None, manifest["commit"], manifest["revision"]):
-                return manifest["commit"], files
-        except (ValueError, KeyError, TypeError) as e:
+                _check_known(repo, files, known or {})
+                return _commit(manifest["commit"], None), files
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{path} is damaged ({e}): delete it and run again; the files are then checked "
                 "against the newest commit"
             ) from e
     revision = revision or "main"
     commit, files = _list(repo, revision)
+    _check_known(repo, files, known or {})
     listed = [vars(f) for f in files.values()]
     manifest = {"repo": repo, "revision": revision, "commit": commit, "files": listed}
     atomic_write(path, json.dumps(manifest, indent=1))
     return commit, files
 
 
-def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+def _listed(entries: Any) -> dict[str, Listed]:
+    """The files of a list of objects with the fields FILE. ValueError for anything else."""
+    if fault := mismatch(entries, [FILE], "files"):
+        raise ValueError(fault)
+    files = {}
+    for entry in entries:
+        if fault := missing(entry, ("path", "size")) or _unsafe(entry["path"]):
+            raise ValueError(fault)
+        hashes = (entry.get("sha256"), r"[0-9a-f]{64}"), (entry.get("blob"), r"[0-9a-f]{40}")
+        sha256, blob = (
+            value if re.fullmatch(form, value or "") else None for value, form in hashes
+        )
+        files[entry["path"]] = Listed(entry["path"], entry["size"], sha256, blob)
+    return files
 
-    api = HfApi(endpoint=_endpoint())
+
+def _unsafe(path: str) -> str:
+    """Why no file may be stored under this name within a folder; '' if one may."""
+    parts = path.split("/")
+    windows = PureWindowsPath(path)
+    if {"", ".", ".."} & set(parts) or windows.drive or windows.root or "\\" in path:
+        return f"the name {shown(path)} leads out of the folder"
+    if not path.isprintable() or len(path) > 500 or any(len(part) > 200 for part in parts):
+        return f"the name {shown(path)} is too long or not printable"
+    return ""
+
+
+def _commit(found: Any, asked: str | None) -> str:
+    """The commit that the hub names. ValueError if it names none, or not the one asked for."""
+    if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40}", found):
+        raise ValueError(f"{shown(found)} is no commit")
+    if asked and re.fullmatch(r"[0-9a-f]{40}", asked) and asked != found:
+        raise ValueError(f"the hub answers with commit {found}")
+    return found
+
+
+def _check_known(repo: str, files: Mapping[str, Listed], known: Mapping[str, str]) -> None:
+    for path, sha256 in known.items():
+        if path in files and files[path].sha256 != sha256:
+            raise UserError(
+                f"{path} of {repo} is listed with another SHA-256 than the one known here "
+                f"({sha256[:12]}): the hub or a mirror has changed it; unset HF_ENDPOINT"
+            )
+
+
+def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
+    api = f"{_endpoint()}/api/datasets/{quote(repo)}"
     try:
-        commit = api.dataset_info(repo, revision=revision).sha or revision
-        tree = api.list_repo_tree(repo, revision=commit, repo_type="dataset", recursive=True)
-        files = [f for f in tree if isinstance(f, RepoFile)]
-    except Exception as e:  # which exceptions the library raises depends on its HTTP client
+        about, _ = _page(f"{api}/revision/{quote(revision, safe='')}")
+        commit = _commit(about.get("sha") if isinstance(about, dict) else about, revision)
+        entries: list[Any] = []
+        url = f"{api}/tree/{commit}?recursive=true&expand=false"
+        for _ in range(MOST_PAGES):
+            page, url = _page(url)
+            if fault := mismatch(page, [{"type": str, "lfs": (None, {"oid": str})}], "the list"):
+                raise ValueError(fault)
+            entries += page
+            if not url:
+                break
+        else:
+            raise ValueError(f"its list of files has more than {MOST_PAGES} pages")
+        return commit, _listed(
+            [
+                {**entry, "sha256": (entry.get("lfs") or {}).get("oid"), "blob": entry.get("oid")}
+                for entry in entries
+                if entry.get("type") == "file"
+            ]
+        )
+    except (OSError, HTTPException, ValueError) as e:
         raise UserError(
             f"cannot list {repo} at revision {revision} on {_endpoint()} ({_reason(e)}): check the "
             "name, the revision and the network, or set HF_ENDPOINT to a mirror; training on your "
             "own text needs no network"
         ) from e
-    return commit, {f.path: Listed(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in files}
+
+
+class _Status(OSError):
+    """The hub replied with a status other than success."""
+
+    def __init__(self, status: int):
+        super().__init__(f"HTTP status {status}")
+        self.status = status
+
+
+def _page(url: str) -> tuple[Any, str]:
+    """The JSON of one reply of the API, and the address of the next page; '' if there is none."""
+    with _get(url, 10 * STALL) as reply:
+        if reply.status != 200:
+            raise _Status(reply.status)
+        data = reply.read(MOST_PAGE + 1)
+        if len(data) > MOST_PAGE:
+            raise ValueError(f"a reply of more than {MOST_PAGE:,} bytes")
+        links = re.findall(r'<([^<>]*)>\s*;\s*rel="?next"?', reply.getheader("Link") or "")
+    return parse_json(data), urljoin(url, links[0]) if links else ""
+
+
+def _belongs(url: str) -> bool:
+    """Whether an address is the endpoint's own host, or over https one of the hub's."""
+    ours, theirs = urlsplit(_endpoint()), urlsplit(url)
+    host = theirs.hostname or ""
+    if theirs.scheme not in ("https", ours.scheme) or theirs.username or theirs.scheme == "file":
+        return False
+    return host == ours.hostname or (theirs.scheme == "https" and host.endswith(HOSTS))
+
+
+def _connect(url: str, context: ssl.SSLContext | None) -> tuple[HTTPConnection, str]:
+    """A connection to the host of an address, through the proxy of the environment if there is one,
+    and what to ask for on it."""
+    parts = urlsplit(url)
+    host, path = parts.hostname or "", url[url.index(parts.netloc) + len(parts.netloc) :] or "/"
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    proxy = urlsplit("" if proxy_bypass(host) else getproxies().get(parts.scheme, ""))
+    at = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
+    if parts.scheme == "https":
+        connection = HTTPSConnection(*at, timeout=STALL, context=context)
+        if proxy.hostname:
+            connection.set_tunnel(host, port)
+        return connection, path
+    return HTTPConnection(*at, timeout=STALL), url if proxy.hostname else path
+
+
+@contextmanager
+def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator[HTTPResponse]:
+    """
+    The reply to a GET, from byte `start` on if the server can; redirects are followed. The
+    connection is cut after `seconds`, even if bytes still arrive. Raises OSError or HTTPException,
+    and ValueError if a reply says that it is of another commit than `commit`.
+    """
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    context = _certificates() if url.startswith("https:") else None
+    host = urlsplit(url).hostname
+    for _ in range(6):
+        if not _belongs(url):
+            raise OSError(f"the hub refers to {shown(url)}, which is not one of its hosts")
+        connection, path = _connect(url, context)
+        try:
+            connection.connect()
+            cut = threading.Timer(seconds, _cut, [connection.sock])
+            cut.daemon = True
+            cut.start()
+            try:
+                connection.request("GET", path, headers=headers)
+                reply = connection.getresponse()
+                answered = reply.getheader("X-Repo-Commit") or commit
+                if commit and answered != commit:
+                    raise ValueError(f"the hub answers with commit {shown(answered)}")
+                if reply.status not in (301, 302, 303, 307, 308):
+                    yield reply
+                    return
+                url = urljoin(url, reply.getheader("Location") or "")
+            finally:
+                cut.cancel()
+        finally:
+            connection.close()
+        if urlsplit(url).hostname != host:  # what authorises us there is nobody else's business
+            headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
+    raise OSError("too many redirects")
+
+
+def _certificates() -> ssl.SSLContext:
+    import certifi  # comes with huggingface_hub; some systems have no certificates of their own
+
+    own = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    return ssl.create_default_context(cafile=own or certifi.where())
+
+
+def _cut(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def download(
@@ -113,66 +297,83 @@ def download(
         pool.shutdown(cancel_futures=True)
 
 
-class _PartialFile(FileIO):
-    """A file opened for appending; writing raises InterruptedError once `stop` is set."""
-
-    def __init__(self, path: Path, stop: threading.Event):
-        super().__init__(path, "ab")
-        self._stop = stop
-
-    def write(self, data) -> int:
-        if self._stop.is_set():
-            raise InterruptedError
-        try:
-            return super().write(data)
-        except OSError as e:
-            raise UserError(
-                f"cannot write {self.name} ({e.strerror}): free some space and run again; the "
-                "download continues where it stopped"
-            ) from e
-
-
 def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.Event) -> None:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
     target, part = folder / file.path, _part(file, folder)
-    if not _problem(target, file):
+    if _unsafe(file.path) or not target.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{shown(str(target))} leads out of {folder}: remove the link there")
+    if file.path in ("manifest.json", ".lock") or file.path.endswith(".part"):
+        raise UserError(f"{file.path} of {repo} has the name of a file of this program: skip it")
+    if not target.is_symlink() and not _problem(target, file):
         return
     target.unlink(missing_ok=True)  # damaged, or from another commit
     target.parent.mkdir(parents=True, exist_ok=True)
-    url = hf_hub_url(repo, file.path, repo_type="dataset", revision=commit, endpoint=_endpoint())
+    url = f"{_endpoint()}/datasets/{quote(repo)}/resolve/{commit}/{quote(file.path)}"
     problem, refused = "", False
     for attempt in range(ATTEMPTS):
         try:
-            with _PartialFile(part, stop) as f:
-                size, headers = f.tell(), build_hf_headers()
-                http_get(url, f, resume_size=size, expected_size=file.size, headers=headers)
-        except (InterruptedError, UserError):
-            raise
-        except Exception as e:  # which exceptions the library raises depends on its HTTP client
-            problem, refused = _reason(e), _is_refusal(e)
+            _continue(url, commit, part, file.size, stop)
+        except (OSError, HTTPException, ValueError) as e:
+            problem, refused = _reason(e), isinstance(e, _Status) and not _passing(e.status)
+        if stop.is_set():
+            raise InterruptedError
         if _size(part) >= file.size:
             problem = _problem(part, file)
             if not problem:
                 os.replace(part, target)
                 return
         if not 0 < _size(part) < file.size:
-            part.unlink()
+            part.unlink(missing_ok=True)
         if refused:
             break
-        stop.wait(BACKOFF * 2**attempt)
+        stop.wait(min(30 * BACKOFF, BACKOFF * 2**attempt))
     raise UserError(
         f"cannot fetch {url} ({problem}): check the network and the revision, then run again; "
         "the download continues where it stopped"
     )
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the hub replied with a status that trying again does not change."""
-    status = getattr(getattr(error, "response", None), "status_code", 500)
-    return status < 500 and status not in (408, 429)
+def _continue(url: str, commit: str, part: Path, size: int, stop: threading.Event) -> None:
+    """
+    One attempt to bring a partial file to `size` bytes; what arrives is kept, and nothing beyond
+    them is written.
+    """
+    start = _size(part)
+    with _get(url, STALL + (size - start) / SLOWEST, start, commit) as reply:
+        if reply.status not in (200, 206):
+            raise _Status(reply.status)
+        start = start if reply.status == 206 else 0
+        with _open_part(part, "ab" if start else "wb") as out:
+            while not stop.is_set() and (chunk := reply.read1(CHUNK)):
+                start += len(chunk)
+                if start > size:
+                    raise ValueError(f"the hub sends more than the {size:,} bytes that it lists")
+                _write(out, chunk)
+
+
+def _open_part(path: Path, mode: str) -> Any:
+    try:
+        return open(path, mode, buffering=0)
+    except OSError as e:
+        raise _disk(path, e) from e
+
+
+def _write(out: Any, data: bytes) -> None:
+    try:
+        out.write(data)
+    except OSError as e:
+        raise _disk(out.name, e) from e
+
+
+def _disk(path: Any, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path} ({error.strerror}): free some space and run again; the download "
+        "continues where it stopped"
+    )
+
+
+def _passing(status: int) -> bool:
+    """Whether a status may be another one soon."""
+    return status >= 500 or status in (408, 429)
 
 
 def _reason(error: Exception) -> str:
@@ -185,6 +386,10 @@ def _problem(path: Path, file: Listed) -> str:
         return f"{_size(path):,} bytes instead of {file.size:,}"
     if file.sha256 and sha256_file(path) != file.sha256:
         return "its SHA-256 is not the one listed"
+    if not file.sha256 and file.blob:
+        git = hashlib.sha1(b"blob %d\0" % file.size + path.read_bytes(), usedforsecurity=False)
+        if git.hexdigest() != file.blob:
+            return "its git blob is not the one listed"
     return ""
 
 

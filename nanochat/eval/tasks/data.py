@@ -38,6 +38,7 @@ class DataSet:
     hub: Mapping[str, str]  # split -> pattern of the files in the repository
     # split -> further patterns in the user's folder; the first that matches wins
     local: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of files in the repository, if known
 
     def items(self, split: str, n: int, seed: int = 0, folder: Path | None = None) -> list[Item]:
         """Task.items: checks all rows, shuffles them by `seed` and returns the first n (0: all)."""
@@ -69,7 +70,7 @@ class DataSet:
         folder = base_dir() / "task_data" / self.name
         with locked(folder / ".lock"):  # one rank fetches, the others then have the files
             try:
-                commit, listed = hub.pin(self.repo, folder, self.commit)
+                commit, listed = hub.pin(self.repo, folder, self.commit, self.sha256)
                 files = [listed[path] for path in sorted(listed) if fnmatch(path, self.hub[split])]
                 if not files:
                     raise UserError(
