@@ -13,7 +13,8 @@ fi
 source .venv/bin/activate
 if ! cmp -s pyproject.toml .venv/installed; then
     echo "installing (a minute or two)"
-    PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet -e ".[serve]" 2>.venv/pip.log || {
+    # uv is faster, and takes torch without CUDA where there is no GPU; where it is missing or fails, pip installs
+    uv pip install --quiet --torch-backend=auto -e ".[serve]" 2>.venv/uv.log || PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet -e ".[serve]" 2>.venv/pip.log || {
         tail -5 .venv/pip.log >&2
         echo "error: the installation failed (see above): check the network, then run this script again" >&2
         exit 2

@@ -128,7 +128,7 @@ CEILINGS = {
     "study": 11_400,
     "plan": 17_650,
     "export": 7_540,
-    "commands": 14_400,
+    "commands": 17_200,
 }
 WHOLE = sum(CEILINGS.values())
 

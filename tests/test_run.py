@@ -11,6 +11,7 @@ import torch
 
 from nanochat.base import hardware
 from nanochat.base.common import UserError, entry
+from nanochat.base.knobs import parse
 from nanochat.commands import base_train
 from nanochat.commands.base_train import PretrainKnobs
 from nanochat.commands.mid_train import MidtrainKnobs
@@ -244,3 +245,30 @@ def test_the_table_of_counts():
     shares = [float(word[:-1]) for word in text.split() if word.endswith("%")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
     assert "share one table" in table_of_counts(tiny.model(tie_embeddings=True))
+
+
+# ---- copy heads and convolutions by rule
+
+
+@pytest.mark.parametrize(
+    ("argv", "on_cpu", "expected"),
+    [
+        (["--max_minutes=4"], True, (1, True)),
+        (["--max_hours=0.2"], True, (1, True)),
+        (["--max_minutes=4", "--depth=2"], True, (0, True)),  # one head, which knows positions
+        (["--max_minutes=4", "--copy_heads=0"], True, (0, True)),
+        (["--max_minutes=4", "--no-convolutions"], True, (1, False)),
+        (["--max_minutes=4", "--lookback=off"], True, (0, False)),
+        (["--max_minutes=4", "--rap=prior.safetensors"], True, (0, False)),
+        (["--max_minutes=4"], False, (0, False)),
+        (["--max_hours=8"], True, (0, False)),
+        (["--num_iterations=50"], True, (0, False)),
+        (["--num_iterations=50", "--lookback=on"], False, (1, True)),
+    ],
+    ids=str,
+)
+def test_lookback_by_rule(argv, on_cpu, expected):
+    k, origins = base_train.with_lookback(*parse(PretrainKnobs, argv, command="base_train"), on_cpu)
+    assert (k.copy_heads, k.convolutions) == expected
+    given = [flag for flag in ("copy_heads", "convolutions") if flag in " ".join(argv)]
+    assert all(origins[flag] == "command line" for flag in given)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "commands"
 ORDER = (  # as a first run uses them; a command that is not listed comes last
+    "quickstart",
     "dataset",
     "tok_train",
     "tok_eval",

@@ -67,7 +67,7 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    device = _choose_device(device_type)
+    device = choose_device(device_type)
     on_gpu = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
@@ -133,7 +133,7 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
-def _choose_device(device_type: str) -> torch.device:
+def choose_device(device_type: str) -> torch.device:
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

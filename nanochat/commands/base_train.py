@@ -3,13 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.train.knobs import TrainKnobs
-from nanochat.train.scaling import Shape
+from nanochat.train.scaling import LOOKBACK_MINUTES, Shape
 
 PROMPTS = (
     "The",
@@ -44,6 +44,26 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
         "share of the run, as in 512@0 1024@0.6 2048@0.9; tokens per step stay the same, and "
         "the last length is sequence_len, which all evaluations use",
     )
+    lookback: Literal["auto", "on", "off"] = knob(
+        "auto",
+        "on = --copy_heads=1 --convolutions, with which a short run learns in half the time, but "
+        "which cannot be exported; auto = on a CPU with a budget of at most 20 minutes, without "
+        "--rap",
+    )
+
+
+def with_lookback(
+    k: PretrainKnobs, origins: dict[str, str], on_cpu: bool
+) -> tuple[PretrainKnobs, dict[str, str]]:
+    """(knobs, origins) with the parts that --lookback adds, unless they are set themselves."""
+    minutes = k.max_minutes or 60 * k.max_hours
+    short = on_cpu and 0 < minutes <= LOOKBACK_MINUTES and not k.rap
+    if k.lookback == "off" or (k.lookback == "auto" and not short):
+        return k, origins
+    heads = 1 if k.dimensions()["n_kv_head"] > 1 else 0  # one head must know positions
+    added = {"copy_heads": heads, "convolutions": True}
+    added = {name: value for name, value in added.items() if origins[name] == "default"}
+    return replace(k, **added), {**origins, **dict.fromkeys(added, "rule")}
 
 
 def check_prior_knobs(k: PretrainKnobs, stored: dict[str, Any] | None) -> None:
@@ -64,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, origins = parse(PretrainKnobs, argv, command="base_train")
     opening("base_train", log=True)
 
+    from nanochat.base.runtime import choose_device
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare
     from nanochat.data.sources import training_sources
@@ -77,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tag = k.model_tag or f"d{k.depth}"
     reserve_run("base", tag)
     k, origins, resume_from = resume_knobs("base", tag, k, origins)
+    if not resume_from:
+        k, origins = with_lookback(k, origins, choose_device(k.device_type).type == "cpu")
     check_prior_knobs(k, resume_from.meta["knobs"] if resume_from else None)
     fixed = origins["sequence_len"] != "default"
     contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)

@@ -64,7 +64,7 @@ def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
     """The target for llama.cpp; UserError names every knob that it cannot carry."""
     obstacles = []
     if flags := _parts_without_a_class(config):
-        obstacles.append(f"llama.cpp has no model with {flags}: train without")
+        obstacles.append(f"llama.cpp has no model with {flags}: train with --lookback=off")
     if config.rap:
         obstacles.append(
             "llama.cpp does not support the model's attention prior and would give wrong "
@@ -98,7 +98,7 @@ def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
 
     windows = has_windows(config)
     if flags := _parts_without_a_class(config):
-        raise refuse(f"none has {flags}: train without")
+        raise refuse(f"none has {flags}: train with --lookback=off")
     if config.rap and (config.activation == "swiglu" or windows):
         raise refuse(
             "the code shipped for an attention prior supports neither swiglu nor windows: "

@@ -23,8 +23,7 @@ KINDS: dict[str, float] = {
     "spelling": 0.0,
     "counting": 0.5,
 }
-# The order of kinds in training. Looking something up, in the context or in a list of options, is
-# the hardest to learn and comes most often.
+# The order of kinds in training. Choosing needs the most knowledge and comes most often.
 CYCLE = [
     "smalltalk",
     "choice",
@@ -32,12 +31,13 @@ CYCLE = [
     "facts",
     "choice",
     "spelling",
-    "context",
+    "counting",
     "choice",
     "arithmetic",
+    "spelling",
     "choice",
     "context",
-    "spelling",
+    "facts",
     "choice",
     "counting",
 ] * 3 + ["twostep"]

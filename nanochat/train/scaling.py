@@ -91,6 +91,11 @@ def context_for(flops: float) -> int:
     return 512 if flops < 1e16 else 1024 if flops < 3e18 else 2048
 
 
+# With budgets up to this, a model on a CPU learns most from copy heads and convolutions: measured
+# up to 4 M tokens (dev/LOG.md)
+LOOKBACK_MINUTES = 20
+
+
 def context_stages(final: int) -> tuple[tuple[float, int], ...]:
     """
     (share of the run, context from there on) for a run of hours that ends at `final`: short rows

@@ -1,0 +1,378 @@
+"""
+Train a small chat model from nothing on the embedded corpus, and ask it questions.
+
+    nanochat quickstart                   until it should answer nine of ten, 30 minutes at most
+    nanochat quickstart --minutes 8       as well as it learns in 8 minutes
+    nanochat quickstart --minutes 25      after the end of a shorter run: trains it further
+
+The four stages run in this process, and what they print goes to a log file. If interrupted, the
+same command continues. From midtraining on, talk to the newest stage in another terminal at any
+time: nanochat chat_cli
+"""
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanochat.base import logbook
+from nanochat.base.common import UserError, base_dir, duration, entry, human, print0
+from nanochat.base.files import atomic_write
+from nanochat.base.knobs import knob, parse
+from nanochat.model.stages import STAGES, run_directory
+from nanochat.train.knobs import MachineKnobs
+from nanochat.train.scaling import split_budget
+
+
+class Lesson(NamedTuple):
+    """A stage of the chain."""
+
+    title: str
+    steps: int  # for nine of ten questions
+    share: float  # of a budget of time
+    flags: str
+
+
+STEP_TOKENS = 4096
+LESSONS = {
+    "base": Lesson(
+        "pretraining",
+        500,
+        0.29,
+        "--data tinyworld@9 --depth=4 --model_dim=256 --head_dim=64 --sequence_len=256 "
+        f"--total_batch_size={STEP_TOKENS} --copy_heads=1 --convolutions --warmdown_ratio=1",
+    ),
+    "mid": Lesson(
+        "midtraining",
+        720,
+        0.48,
+        "--data tinyworld@32000:0.6 --text tinyworld@9:0.4 "
+        f"--total_batch_size={STEP_TOKENS} --lr_scale=0.5 --warmdown_ratio=1",
+    ),
+    "sft": Lesson(
+        "finetuning",
+        150,
+        0.12,
+        "--data tinyworld@10000 --conversations_per_step=64 --init_lr_frac=0.5 --warmdown_ratio=1",
+    ),
+    "rl": Lesson(
+        "reinforcement",
+        40,
+        0.11,
+        "--tasks tinyworld/twostep --questions_per_step=16 --samples=8 --init_lr_frac=0.1 "
+        "--eval_items=64",
+    ),
+}
+# Accuracy on held-out questions by share of the steps above: means of seeds (dev/LOG.md)
+LEARNED = (0.0, 0.0), (0.25, 0.4), (0.5, 0.8), (1.0, 0.9), (2.0, 0.95)
+TOKENIZER = "--data tinyworld@4 --vocab_size=2048"
+QUESTIONS = 800
+MOST_MINUTES = 30.0
+CLOSING_SECONDS = 25.0  # questions at the end
+ASKED = "context", "facts", "arithmetic"  # a question of each kind after every stage
+
+
+@dataclass(kw_only=True)
+class QuickstartKnobs(MachineKnobs):
+    """Quickstart"""
+
+    minutes: float = knob(
+        0.0, "time for everything (0 = what --target takes, at most 30 minutes)", low=0, high=1e5
+    )
+    target: float = knob(
+        0.9, "share of the questions that it should answer; not with --minutes", low=0.3, high=0.95
+    )
+    seconds_used: float = knob(0.0, "seconds spent before this command started", low=0)
+    model_tag: str = knob("quickstart", "name of the model's folders")
+
+
+# ---- what is planned and done
+
+
+class Diary:
+    """The lengths of the stages and which are done, in a file: the same command continues."""
+
+    def __init__(self, tag: str, seconds_used: float):
+        self.path = base_dir() / "quickstart" / f"{tag}.json"
+        self.log = self.path.with_suffix(".log")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        self.lengths: dict[str, str] = stored.get("lengths", {})  # a flag by stage
+        self.done: list[str] = stored.get("done", [])
+        self.earlier: float = stored.get("seconds", 0.0) + seconds_used
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The time of all starts together."""
+        return self.earlier + time.monotonic() - self.began
+
+    def save(self) -> None:
+        content = {"seconds": round(self.seconds, 1), "lengths": self.lengths, "done": self.done}
+        atomic_write(self.path, json.dumps(content, indent=1))
+
+
+def expected_speed(knobs: QuickstartKnobs) -> tuple[float, float]:
+    """
+    (tokens per second, FLOP/s of matrix products): training reaches half of the peak of products.
+    """
+    import torch
+
+    from nanochat.base.hardware import measured_peak
+    from nanochat.base.runtime import close_runtime, open_runtime
+    from nanochat.model.config import GPTConfig
+    from nanochat.model.gpt import GPT
+
+    runtime = open_runtime(knobs.device_type, knobs.dtype, knobs.seed)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=2048, sequence_len=256, n_head=4, n_kv_head=4))
+    peak = measured_peak(runtime.device, runtime.dtype)
+    close_runtime()
+    return 0.5 * peak / model.flops_per_token(), peak
+
+
+def accuracy_with(share: float) -> float:
+    """The accuracy that LEARNED promises for this share of the steps."""
+    for (low, start), (high, end) in pairwise(LEARNED):
+        if share <= high:
+            return start + (end - start) * (share - low) / (high - low)
+    return LEARNED[-1][1]
+
+
+def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
+    """
+    The length of every stage, as a flag: minutes with --minutes or on a slow machine, else steps.
+    Says what to expect.
+    """
+    speed, peak = expected_speed(knobs)
+    seconds = sum(lesson.steps for lesson in LESSONS.values()) * STEP_TOKENS / speed
+    fixed = diary.seconds + CLOSING_SECONDS
+    share = next(s / 100 for s in range(1, 201) if accuracy_with(s / 100) >= knobs.target)
+    minutes = knobs.minutes or (fixed + share * seconds) / 60
+    print0(
+        f"this machine: {peak / 1e12:.2g} TFLOP/s of matrix products, about {human(speed)} tokens "
+        "per second"
+    )
+    if not knobs.minutes and minutes <= MOST_MINUTES:
+        print0(f"about {minutes:.0f} minutes for {knobs.target:.0%} of the questions")
+        return {
+            stage: f"--num_iterations={max(1, round(share * lesson.steps))}"
+            for stage, lesson in LESSONS.items()
+        }
+    minutes = min(minutes, knobs.minutes or MOST_MINUTES)
+    share = (60 * minutes - fixed) / seconds
+    if share <= 0:
+        raise UserError(
+            f"{minutes:g} minutes are too few, because {fixed / 60:.1f} are used already or needed "
+            "for the questions at the end: give --minutes more"
+        )
+    print0(f"{minutes:g} minutes should be enough for {accuracy_with(share):.0%} of the questions")
+    return by_time(60 * minutes - fixed)
+
+
+def by_time(seconds: float) -> dict[str, str]:
+    """The lengths of the stages in a budget of time."""
+    shares = {stage: lesson.share for stage, lesson in LESSONS.items()}
+    return {s: f"--max_minutes={t / 60:.2f}" for s, t in split_budget(seconds, shares).items()}
+
+
+def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
+    """Lengths to train a finished chain further: a longer midtraining, the later stages anew."""
+    from nanochat.model.checkpoint import new_run
+
+    seconds = 60 * knobs.minutes - diary.seconds - CLOSING_SECONDS
+    if seconds < 60:
+        raise UserError(
+            f"the model {knobs.model_tag} has trained for {diary.seconds / 60:.1f} minutes: to "
+            f"train it further, give --minutes of at least {diary.seconds / 60 + 3:.0f}, which "
+            "counts these"
+        )
+    shares = by_time(seconds)
+    flag, _, before = diary.lengths["mid"].partition("=")
+    more = seconds * (LESSONS["base"].share + LESSONS["mid"].share)
+    before = float(before.split()[0])  # it may have been trained further before
+    if flag == "--max_minutes":
+        longer = f"{before + more / 60:.2f}"
+    else:
+        row = last_step(run_directory("mid", knobs.model_tag))
+        longer = f"{before + more * row['step'] / row['seconds']:.0f}"
+    for stage in ("sft", "rl"):
+        with new_run(run_directory(stage, knobs.model_tag)):
+            pass  # the stage itself opens it
+    return {**shares, "mid": f"{flag}={longer} --new_horizon=stretch"}
+
+
+# ---- what a person sees
+
+
+class Display:
+    """One line per stage on the terminal; everything else is printed to the log file."""
+
+    def __init__(self, log: Path):
+        self.terminal, self.log = sys.stdout, log
+        self.live = self.terminal.isatty()
+        self.interval = 0.5 if self.live else 30.0  # seconds between two states of a line
+
+    @contextlib.contextmanager
+    def working(self, title: str, directory: Path | None = None) -> Iterator[None]:
+        """
+        While the block runs, show how far the training in `directory` is; what the block prints
+        goes to the log file.
+        """
+        began, over = time.monotonic(), threading.Event()
+
+        def watch() -> None:
+            while not over.wait(self.interval):
+                self.write(self.state(title, time.monotonic() - began, directory), self.live)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        self.write(f"{title:<14} starting", self.live)
+        watcher.start()
+        try:
+            with (
+                self.log.open("a", encoding="utf-8") as log,
+                contextlib.redirect_stdout(log),
+                contextlib.redirect_stderr(log),
+            ):
+                yield
+        finally:
+            over.set()
+            watcher.join()
+        self.write(f"{title:<14} done in {duration(time.monotonic() - began)}")
+
+    def state(self, title: str, seconds: float, directory: Path | None) -> str:
+        """The line of a stage at work: a bar, its speed and what is left."""
+        row = last_step(directory) if directory else {}
+        if not row:
+            return f"{title:<14} starting, {duration(seconds)}"
+        progress = row["progress"]
+        full = round(20 * progress)
+        left = duration(row["seconds"] * (1 - progress) / max(progress, 0.01))
+        speed = human(row["tok_per_sec"])
+        bar = "#" * full + "." * (20 - full)
+        return f"{title:<14} [{bar}] {progress:4.0%}  {speed} tokens per second, {left} left"
+
+    def write(self, text: str, replaced: bool = False) -> None:
+        """Write a line; the next one replaces it if `replaced`."""
+        start, end = ("\r\033[K", "" if replaced else "\n") if self.live else ("", "\n")
+        self.terminal.write(start + text + end)
+        self.terminal.flush()
+
+
+def last_step(directory: Path) -> dict[str, Any]:
+    """The newest training step in the metrics of a run; {} if there is none yet."""
+    try:
+        with (directory / logbook.FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 16384))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # the first line of the part read may be half a line
+            row = json.loads(line)
+            if row.get("kind") == "train":
+                return row
+    return {}
+
+
+def sample_answers(knobs: QuickstartKnobs, stage: str) -> list[str]:
+    """What the newest checkpoint of a stage answers to a question of each kind in ASKED."""
+    from nanochat.chat.generate import Engine
+    from nanochat.eval.chat import visible_text
+    from nanochat.eval.tasks import tinyworld
+    from nanochat.eval.tasks.common import Task
+    from nanochat.model.checkpoint import load_for_inference
+
+    machine = knobs.device_type, knobs.dtype, knobs.seed
+    loaded = load_for_inference(stage, knobs.model_tag, None, *machine)
+    items = [tinyworld.TASKS[kind].items("val", 1, seed=1)[0] for kind in ASKED]
+    prompts = [loaded.tokenizer.render_prompt(Task.prompt(item)) for item in items]
+    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    samples = engine.generate_batch(prompts, max_tokens=48, temperature=0.0)
+    lines = []
+    for item, sample in zip(items, samples, strict=True):
+        question = " ".join(item["messages"][-2]["content"].split())
+        answer = " ".join(visible_text(loaded.tokenizer, sample.tokens).split())
+        lines.append(f"    {question}\n    > {answer}")
+    return lines
+
+
+def verdict(summary: dict[str, Any], knobs: QuickstartKnobs, minutes: float) -> str:
+    """What works and what does not, and how to go on."""
+    kinds = sorted(summary["kinds"].items(), key=lambda kind: -kind[1]["accuracy"])
+    lines = ["", f"It answers {summary['accuracy']:.1%} of {summary['n']} questions it never saw."]
+    lines += [
+        f"    {name:<11} {result['accuracy']:4.0%}   (guessing: {result['chance']:.0%})"
+        for name, result in kinds
+    ]
+    if not knobs.minutes and summary["accuracy"] < knobs.target:
+        weak = ", ".join(name for name, r in kinds if r["accuracy"] < knobs.target)
+        lines.append(f"That is below the target of {knobs.target:.0%}: it is weak in {weak}.")
+    lines += [
+        "",
+        f"to train it further:  nanochat quickstart --minutes {1.5 * minutes:.0f}",
+        "to talk to it:        nanochat chat_cli     (in a browser: nanochat serve)",
+    ]
+    return "\n".join(lines)
+
+
+# ---- the chain
+
+
+def train_stage(stage: str, knobs: QuickstartKnobs, diary: Diary) -> None:
+    """Run one stage to its end, or continue it."""
+    command = import_module(f"nanochat.commands.{STAGES[stage].command}")
+    argv = [f"--model_tag={knobs.model_tag}", "--resume=auto", *diary.lengths[stage].split()]
+    argv += [f"--{name}={getattr(knobs, name)}" for name in ("device_type", "dtype", "seed")]
+    command.main([*argv, *LESSONS[stage].flags.split()])
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    knobs, _ = parse(QuickstartKnobs, argv, command="quickstart")
+    print0("loading torch")
+    diary = Diary(knobs.model_tag, knobs.seconds_used)
+    if "questions" in diary.done and knobs.minutes:
+        diary.lengths, diary.done = plan_further(knobs, diary), ["tokenizer", "base"]
+    elif not diary.lengths:
+        diary.lengths = plan(knobs, diary)
+    diary.save()
+    print0(f"(details: {diary.log})\n")
+    display, summary = Display(diary.log), {}
+    try:
+        if "tokenizer" not in diary.done:
+            from nanochat.commands import tok_train
+
+            with display.working("tokenizer"):
+                tok_train.main(TOKENIZER.split())
+            diary.done.append("tokenizer")
+        for stage in STAGES:
+            if stage in diary.done:
+                continue
+            with display.working(LESSONS[stage].title, run_directory(stage, knobs.model_tag)):
+                train_stage(stage, knobs, diary)
+            diary.done.append(stage)
+            diary.save()
+            if STAGES[stage].chats:
+                print0("\n".join(sample_answers(knobs, stage)))
+        from nanochat.commands import chat_eval
+
+        with display.working("questions"):
+            summary = chat_eval.main(
+                ["-i", "rl", "-g", knobs.model_tag, f"--num_items={QUESTIONS}"]
+            )
+        diary.done.append("questions")
+    finally:
+        diary.save()
+    print0(verdict(summary, knobs, diary.seconds / 60))
+    return summary
+
+
+if __name__ == "__main__":
+    entry(main)
