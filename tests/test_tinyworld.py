@@ -301,7 +301,7 @@ def test_sums_in_two_steps_are_shown_with_one_sign_and_asked_with_two_as_well():
     asked, val = (task.TASKS["twostep"].items(split, 600) for split in ("train", "val"))
     sums = lambda items: [x["messages"][-1]["content"][0]["text"] for x in items]  # noqa: E731
     mixed = lambda items: sum("+" in s and "-" in s for s in sums(items))  # noqa: E731
-    assert len(shown) == 465 and 0 < mixed(shown) < 12
+    assert len(shown) == 434 and 0 < mixed(shown) < 12
     for items in (asked, val):
         assert {re.sub(r"\d", "", s) for s in sums(items)} == {
             "++",

@@ -23,15 +23,15 @@ from nanochat.tinyworld.world import (
 # spelling have to be learned by heart and come most; looking up in the context takes little
 # practice with copy heads (dev/LOG.md).
 WEIGHTS = {
-    "story": 16,
+    "story": 18,
     "stories": 3,
-    "profile": 50,
-    "quiz": 32,
-    "memory": 4,
-    "roll": 16,
+    "profile": 52,
+    "quiz": 36,
+    "memory": 8,
+    "roll": 12,
     "dialogue": 6,
-    "lesson": 18,
-    "spelling_lesson": 24,
+    "lesson": 12,
+    "spelling_lesson": 18,
     "sums": 4,
     "room": 3,
     "diary": 4,
