@@ -4,13 +4,16 @@ pseudo-terminal.
 """
 
 import io
+import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -185,7 +188,7 @@ def test_system_and_unknown_commands(tokenizer, monkeypatch, capsys):
         monkeypatch, capsys, chat_cli.main, [], "/system Be brief.\n/sytem\n/help\n"
     )
     assert out == "" and "new conversation" in err
-    assert "there is no command /sytem" in err and "/clear" in err
+    assert "there is no command /sytem (did you mean /system?)" in err and "/clear" in err
 
 
 def test_long_conversations_forget_their_beginning(tokenizer, monkeypatch, capsys):
@@ -196,8 +199,27 @@ def test_long_conversations_forget_their_beginning(tokenizer, monkeypatch, capsy
         and "context holds 64 tokens" in err
         and out.count("\n") >= 6
     )
-    _, err = in_process(monkeypatch, capsys, chat_cli.main, ["-p", "qwxz " * 60])
-    assert "the message exceeds the context of 64 tokens" in err
+
+
+def test_a_message_that_is_too_long_leaves_room_and_says_what_it_lost(
+    tokenizer, monkeypatch, capsys
+):
+    prompts = prompts_of(monkeypatch)
+    for stage in ("sft", "base"):
+        put(stage, tokenizer)
+        for system in ("", "/system Be brief.\n"):
+            for most in ("8", "4096"):
+                words = ["-i", stage, "-m", most, "-t", "0"]
+                text = f"{system if stage == 'sft' else ''}{'qwxz ' * 60}the end\n"
+                out, err = in_process(monkeypatch, capsys, chat_cli.main, words, text)
+                prompt = prompts.pop()
+                cut = int(re.search(r"the first ([\d,]+) of the text were cut", err)[1])
+                seen, all = map(int, re.search(r"sees (\d+) of (\d+)", err).groups())
+                assert cut + seen == all and len(prompt) <= 64 - (16 if most == "8" else 32)
+                shown = tokenizer.decode(prompt)
+                assert shown.startswith("<|bos|>") and "the end" in shown
+                assert out.strip() and ("Be brief." in shown or not system or stage == "base")
+    assert "the context of 64 tokens is full" in err  # the base model says why it ended
 
 
 def prompts_of(monkeypatch):
@@ -284,16 +306,33 @@ def test_piped_text_is_completed_in_a_process_of_its_own(tokenizer, monkeypatch,
 class Terminal:
     """A command in a pseudo-terminal: type, wait for what it shows, look at how it ended."""
 
-    def __init__(self, name, *words):
+    def __init__(self, name, *words, main=None):
+        """A process of its own, or a copy of this one that runs `main`, which starts at once."""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
             os.environ["TERM"] = "xterm"
             argv = [sys.executable, "-m", f"scripts.{name}", *WHERE, *words]
-            os.execv(sys.executable, argv)
+            if main is None:
+                os.execv(sys.executable, argv)
+            os._exit(self._run(main, argv[3:]))
         self.shown = ""
 
-    def wait(self, text, seconds=60.0):
+    @staticmethod
+    def _run(main, argv):
+        torch.set_num_threads(1)  # the threads of this process are not copied
+        sys.stdin, sys.stdout, sys.stderr = (open(i, "w" if i else "r") for i in range(3))  # noqa: SIM115
+        try:
+            entry(lambda: main(argv))
+        except SystemExit as e:
+            return e.code or 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            return 1
+        return 0
+
+    def wait(self, text, seconds=30.0):
         """Until `text` is shown beyond what was waited for before."""
         until = time.monotonic() + seconds
         while text not in self.shown:
@@ -311,6 +350,12 @@ class Terminal:
 
     def type(self, text):
         os.write(self.fd, text.encode())
+
+    def say(self, text, expected, end="\r"):
+        """Type a line at the next prompt and wait for what it brings; -> what came before that."""
+        self.wait(READY)
+        self.type(text + end)
+        return self.wait(expected)
 
     def end(self, seconds=30.0):
         """Its exit status; what it still shows is read meanwhile."""
@@ -334,7 +379,7 @@ class Terminal:
 def test_chat_in_a_terminal(tokenizer, tmp_path):
     put("sft", tokenizer, sequence_len=4096)
     t = Terminal("chat_cli", "-m", "4000", "-t", "0")
-    t.wait("sft model d2")
+    t.wait("sft model d2", 120)
     t.wait(READY)
     t.type("/help\r")
     t.wait("/clear")
@@ -344,20 +389,238 @@ def test_chat_in_a_terminal(tokenizer, tmp_path):
     time.sleep(1.0)
     t.type("\x03")  # stops the reply, if it has not ended of itself
     t.wait(READY, 90)
-    t.type("\x03")  # leaves
+    t.type("\x03")
+    t.wait("Ctrl+C once more exits")
+    t.wait(READY)
+    t.type("\x03")
     assert t.end() == 0
     assert "The cat" in (tmp_path / "chat_history").read_text()
     assert "Traceback" not in t.shown
 
 
+@pytest.fixture
+def chat(tokenizer, monkeypatch):
+    """
+    Opens chats in pseudo-terminals. Their model replies "seed N saw <PROMPT>", with [ and ] around
+    turns and | for a line break; a question with "forever" gets a reply without an end.
+    """
+    opened = []
+    turns = {"<|bos|>": "", "<|user_start|>": "[", "<|assistant_start|>": "["}
+    turns |= {"<|user_end|>": "]", "<|assistant_end|>": "]"}
+
+    def generate(self, tokens, **sampling):
+        shown = tokenizer.decode(tokens)
+        for name, mark in turns.items():
+            shown = shown.replace(name, mark)
+        shown = shown.replace("\n", "|")
+        text = f"seed {sampling['seed']} at {sampling['temperature']} saw <{shown}>"
+        for id in tokenizer.encode(text):
+            yield [Token(0, id, "")]
+        while shown.endswith("[forever]["):
+            time.sleep(0.02)
+            yield [Token(0, tokenizer.encode(".")[0], "")]
+        yield [Token(0, tokenizer.specials["<|assistant_end|>"], "stop")]
+
+    def open_chat(stage="sft", *words):
+        put(stage, tokenizer, sequence_len=2048)
+        t = Terminal("chat_cli", *words, main=chat_cli.main)
+        opened.append(t)
+        return t
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    open_chat.opened = opened
+    yield open_chat
+    for t in opened:
+        t.wait(READY)
+        t.type("\x04")
+        assert t.end() == 0 and "Traceback" not in t.shown
+
+
+def test_help_lists_every_command_and_stats_tell_the_state(chat):
+    t = chat()
+    shown = t.say("/help", "twice on an empty line it exits")
+    for command in chat_cli.COMMANDS:
+        assert command.name in shown and command.help[:20] in shown, command
+    t.say("hello", "saw <[hello][>")
+    assert re.search(r"90m\[\d+ tokens, [\d.e+]+ tokens/s\]", t.wait("\033[0m\r\n"))
+    shown = t.say("/stats", "temperature 0.6")
+    assert "sft model d2" in shown and "1 questions and answers" in shown and "2,048" in shown
+
+
+def test_what_begins_with_a_slash_and_a_letter_never_goes_to_the_model(chat):
+    t = chat()
+    for line, answer in {
+        "/hlep": "there is no command /hlep (did you mean /help?)",
+        "/QUIT": "there is no command /QUIT (did you mean /quit?)",
+        "/etc/passwd is a file": "there is no command /etc/passwd",
+        "/undo 3": "/undo takes no argument (got '3')",
+        "/save": "/save needs an argument: /save FILE",
+        "//etc is a folder": "saw <[/etc is a folder][>",
+        "/ and // stay": "[>][/ and // stay][>",
+    }.items():
+        shown = t.say(line, answer)
+        assert "saw" not in shown or "//" in line
+
+
+def test_retry_undo_and_edit(chat):
+    t = chat()
+    for command in ("/retry", "/undo", "/edit", "/save x"):
+        t.say(command, "there is no question yet")
+    t.say("one", "seed 42 at 0.6 saw <[one][>")
+    t.say("/retry", "seed 43 at 0.6 saw <[one][>")
+    t.say("two", "seed 44 at 0.6 saw <[one][seed 43 at 0.6 saw <[one][>][two][>")
+    t.say("/undo", 'took back "two"')
+    t.say("/edit three", "seed 45 at 0.6 saw <[three][>")
+    t.say("/temperature 0", "temperature 0.0")
+    assert "answer stays the same" in t.say("/retry", "seed 46 at 0.0 saw <[three][>")
+    t.say("/edit", "three")  # the last question stands at the prompt
+    t.type(" and four\r")
+    t.wait("seed 47 at 0.0 saw <[three and four][>")
+    t.say("/edit", "three and four")
+    t.type("\x03five\r")  # the edit is given up
+    t.wait("seed 48 at 0.0 saw <[three and four][seed 47")
+
+
+def test_save_and_load(chat, tokenizer, tmp_path, capsys):
+    t = chat()
+    file = tmp_path / "a b.jsonl"
+    t.say("/system Be brief.", "new conversation")
+    t.say("Grüße 😀", "saw <[Be brief.")
+    t.say(f"/save {file}", "wrote 3 messages")
+    roles = [m["role"] for m in json.loads(file.read_text())["messages"]]
+    assert roles == ["system", "user", "assistant"] and file.read_text().count("\n") == 1
+    tokenizer.render_conversation(json.loads(file.read_text()))  # as finetuning does
+    before = file.read_bytes()
+    t.say("more", "saw")
+    t.say(f"/save {file}", "exists: choose another name")
+    assert file.read_bytes() == before
+    t.say(f"/save --overwrite {file}", "wrote 5 messages")
+    t.say(f"/save {tmp_path / 'none' / 'x'}", "choose another file")
+    t.say("/clear", "new conversation")
+    t.say(f"/load {file}", "read 5 messages")
+    shown = t.say("next", "[next][>")
+    assert "Model:" in shown and "saw <[Be brief." in shown and "[more]" in shown
+    question = {"messages": [{"role": "user", "content": "open question"}]}
+    file.write_text(json.dumps(question, indent=1))
+    t.say(f"/load {file}", "saw <[open question][>")
+
+
+def test_what_cannot_be_loaded(chat, tmp_path):
+    t = chat()
+    t.say("kept", "saw")
+    for name, data in {
+        "empty": b"",
+        "not json": b"{",
+        "a list": b"[]",
+        "two": b'{"messages": []}\n{"messages": []}\n',
+        "no messages": b'{"messages": []}',
+        "wrong role": b'{"messages": [{"role": "assistant", "content": "x"}]}',
+        "number": b'{"messages": [{"role": "user", "content": 5}]}',
+        "bytes": b"\xff\xff\xff",
+        "deep": b"[" * 100_000,
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        t.say(f"/load {tmp_path / name}", "it must hold one conversation")
+    t.say(f"/load {tmp_path}", "it must hold one conversation")
+    t.say("/load /nowhere/to/be/found", "there is no file")
+    t.say("next", "saw <[kept][")
+
+
+def test_system_and_clear(chat):
+    t = chat()
+    t.say("/system", "there is no instruction")
+    t.say("/system Be a pirate.", "new conversation with this instruction")
+    t.say("/system", "Be a pirate.")
+    assert "Be a pirate." in t.say("hi", "hi][>")
+    t.say("/clear", "new conversation")
+    t.say("hi", "saw <[hi][>")
+
+
+def test_settings_are_shown_changed_and_bounded(chat):
+    t = chat()
+    for line, answer in {
+        "/temperature": "[temperature 0.6]",
+        "/temperature 1.5": "[temperature 1.5]",
+        "/temperature hot": "/temperature must be a number (got 'hot')",
+        "/temperature -1": "/temperature must be at least 0 (got -1.0)",
+        "/temperature nan": "/temperature must be at least 0",
+        "/top_k 0": "[top_k 0]",
+        "/top_k 1.5": "/top_k must be a whole number",
+        "/top_p 2": "/top_p must be at most 1 (got 2.0)",
+        "/top_p 0.9": "[top_p 0.9]",
+        "/max_tokens 0": "/max_tokens must be at least 1",
+        "/max_tokens 5": "[max_tokens 5]",
+        "/seed 7": "[seed 7]",
+        "/seed x": "/seed must be a whole number",
+        "hi": "seed 7 at 1.5 saw",
+    }.items():
+        t.say(line, answer)
+
+
+def test_another_model_answers(chat, tokenizer):
+    put("base", tokenizer)
+    put("mid", tokenizer, tag="d4", sequence_len=2048)
+    t = chat("sft")
+    t.say("one", "saw")
+    t.say("/model", "sft model d2, step 7")
+    t.say("/model rl", "there is no rl checkpoint")
+    t.say("/model d9", "no model tagged 'd9'")
+    t.say("/model sft/../evil", "cannot be a folder name")
+    t.say("/model x/y", "there is no stage in 'x/y'")
+    t.say("/model mid/d4", "mid model d4")
+    t.say("two", "saw <[one][seed")  # the conversation goes on
+    t.say("/model base", "continues your text")
+    t.say("/save x", "/save needs a chat model")
+    t.say("The cat", "saw <The cat>")
+    t.say("/retry", "saw <The cat>")
+    t.say("/edit The dog", "saw <The dog>")
+    t.say("/model d4", "mid model d4")
+
+
+def test_texts_of_several_lines(chat):
+    t = chat()
+    t.say("one\x1b\rtwo", r"saw <[one|two][>")  # Alt+Enter
+    t.say("/clear", "new conversation")
+    t.say("one\\\rtwo\\\rthree", r"saw <[one|two|three][>")
+    t.say("/clear", "new conversation")
+    t.say("\x1b[200~def f():\n    return 1\n\x1b[201~", r"saw <[def f():|    return 1][>")
+
+
+def test_tab_completes_commands(chat):
+    chat().say("/temper\t", "[temperature 0.6]")
+
+
+def test_ctrl_c_stops_a_reply_or_clears_a_line_and_twice_leaves(chat):
+    t = chat()
+    t.say("forever", "saw <[forever][>....")
+    t.type("\x03")
+    t.wait("[stopped]")
+    t.say("half a line\x03whole", "[whole][>")  # what was stopped counts, the cleared line does not
+    t.say("\x03", "once more exits", end="")
+    t.wait(READY)
+    t.type("text\x03\x03")  # text in between: it counts anew
+    t.wait("once more exits")
+    t.wait(READY)
+    t.type("\x03")
+    assert t.end() == 0
+    chat.opened.remove(t)
+
+
+def test_a_history_that_cannot_be_written_costs_the_history_alone(chat, tmp_path):
+    (tmp_path / "chat_history").mkdir()
+    t = chat()
+    t.say("hi", "saw <[hi][>")
+    assert (tmp_path / "chat_history").is_dir()
+
+
 def test_completing_in_a_terminal(tokenizer):
     put("base", tokenizer)
-    t = Terminal("base_complete", "-m", "12")
+    t = Terminal("base_complete", "-m", "12", main=base_complete.main)
     t.wait("completes the lines before it")
     for line in ("The cat", "###"):
         t.wait(READY)
         t.type(line + "\r")
     t.wait("###")
     t.wait(READY)
-    t.type("\x03")
+    t.type("\x04")
     assert t.end() == 0 and "Traceback" not in t.shown

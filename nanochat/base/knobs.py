@@ -318,6 +318,14 @@ def stored_values(cls: type, stored: Mapping[str, Any], where: str) -> dict[str,
     return _known_values(_knobs(cls), stored, where)
 
 
+def from_text(cls: type, name: str, text: str, where: str) -> Any:
+    """
+    The value of the knob `name` of `cls` that a person has typed, checked as on the command line.
+    `where` is how messages call it. Raises UserError.
+    """
+    return _knobs(cls)[name].from_text([text], where)
+
+
 def parse(
     cls: type[T],
     argv: Sequence[str] | None = None,

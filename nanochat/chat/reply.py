@@ -67,15 +67,57 @@ class Reply:
         return piece
 
 
+class Continuation:
+    """
+    What a model writes after a text: whole characters, without special tokens. `tokens` counts what
+    was generated, `finish` is why the row ended ("" until it has).
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.finish, self.tokens = "", 0
+        self._special = set(tokenizer.specials.values())
+        self._decoder = StreamDecoder(tokenizer)
+
+    def stream(self, steps: Iterable[list["Token"]]) -> Iterator[str]:
+        """The pieces of text whose tokens Engine.generate brings."""
+        for step in steps:
+            for token in step:
+                self.tokens += 1
+                self.finish = token.finish
+                if token.id not in self._special:
+                    yield self._decoder.push(token.id)
+        yield self._decoder.flush()
+
+
 def continue_text(engine: "Engine", text: str, **sampling: Any) -> Iterator[str]:
-    """What a model writes after a text, in whole characters and without special tokens."""
-    decoder = StreamDecoder(engine.tokenizer)
-    special = set(engine.tokenizer.specials.values())
-    for step in engine.generate(engine.tokenizer.encode(text, bos=True), **sampling):
-        for token in step:
-            if token.id not in special:
-                yield decoder.push(token.id)
-    yield decoder.flush()
+    """The pieces of the text that a model writes after `text`."""
+    steps = engine.generate(engine.tokenizer.encode(text, bos=True), **sampling)
+    return Continuation(engine.tokenizer).stream(steps)
+
+
+def answer_room(context: int, max_tokens: int) -> int:
+    """
+    The tokens of a context that a prompt leaves for the answer: `max_tokens`, but at least a
+    quarter and at most half of the context.
+    """
+    return max(context // 4, min(max_tokens, context // 2))
+
+
+def fit_prompt(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple[list[int], int]:
+    """
+    The prompt of a conversation in at most `limit` tokens, and how many were cut: the first ones of
+    the last question. What stands before it stays, unless that takes more than half of the room.
+    """
+    prompt = tokenizer.render_prompt({"messages": messages})
+    if len(prompt) <= limit:
+        return prompt, 0
+    empty = tokenizer.render_prompt({"messages": [*messages[:-1], {**messages[-1], "content": ""}]})
+    pairs = enumerate(zip(prompt, empty, strict=False))
+    before = next((i for i, (a, b) in pairs if a != b), len(prompt))
+    if before > limit // 2:
+        before = 2  # <|bos|> and <|user_start|>
+    cut = len(prompt) - limit
+    return prompt[:before] + prompt[before + cut :], cut
 
 
 def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tuple[dict, int]:

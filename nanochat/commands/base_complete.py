@@ -1,8 +1,8 @@
 """
 Continue text with a model: type lines, then a line ### to complete them.
 
-The model is loaded once. Each completion starts from an empty input; Ctrl+C exits at any time.
-Also works with piped text.
+The model is loaded once. Each completion starts from an empty input. Ctrl+C stops a completion or
+clears a line; twice on an empty line, it exits. Also works with piped text.
 """
 
 import sys
@@ -13,14 +13,8 @@ from typing import Literal
 from nanochat.base import knobs
 from nanochat.base.common import entry, notice, opening, printable
 from nanochat.base.knobs import knob
-from nanochat.chat.reply import continue_text
-from nanochat.commands.chat_cli import (
-    GREY,
-    NORMAL,
-    GenerationKnobs,
-    in_terminal,
-    typed,
-)
+from nanochat.chat.terminal import Prompt, Screen, in_terminal
+from nanochat.commands.chat_cli import GenerationKnobs, Speed, full_remark, show_continuation
 
 TRIGGER = "###"
 
@@ -37,7 +31,8 @@ class CompleteKnobs(GenerationKnobs):
 
 def typed_lines() -> Iterator[str]:
     """Lines from a terminal; a paste may bring several at once."""
-    for text in typed("complete_history", {"": "ansibrightblack"}):
+    style = {"": "ansibrightblack"}
+    for text in Prompt("> ", "complete_history", style, continued=False):
         yield from text.split("\n")
 
 
@@ -58,25 +53,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     opening("base_complete")
     engine, loaded = options.load(options.source)
     interactive = in_terminal()
-    guide = f"{loaded.describe()}. A line {TRIGGER} completes the lines before it. Ctrl+C exits."
-    colour, end = (GREY, NORMAL) if interactive else ("", "")
-    print(f"{colour}{printable(guide)}{end}", flush=True)
+    screen = Screen(interactive)
+    guide = f"{loaded.describe()}. A line {TRIGGER} completes the lines before it."
+    screen.remark(f"{guide} Ctrl+D exits.") if interactive else print(printable(guide), flush=True)
     lines: list[str] = []
     turn = 0
-    try:
-        for line in typed_lines() if interactive else piped_lines():
-            if line.strip() != TRIGGER:
-                lines.append(line)
-            elif not "".join(lines).strip():
-                notice(f"there is no text before {TRIGGER}: type some lines first")
-            else:
-                for piece in continue_text(engine, "\n".join(lines), **options.sampling(turn)):
-                    print(printable(piece), end="", flush=True)
-                print("\n", flush=True)
-                lines, turn = [], turn + 1
-    except KeyboardInterrupt:
+    for line in typed_lines() if interactive else piped_lines():
+        if line.strip() != TRIGGER:
+            lines.append(line)
+            continue
+        text, lines = "\n".join(lines), []
+        if not text.strip():
+            notice(f"there is no text before {TRIGGER}: type some lines first")
+            continue
+        try:
+            speed = Speed()
+            finish = show_continuation(screen, engine, text, options.sampling(turn), speed)
+        except KeyboardInterrupt:
+            screen.remark("[stopped]")
+            if not interactive:
+                return
+        else:
+            if finish == "context":
+                screen.remark(full_remark(engine.model.config.sequence_len))
         print(flush=True)
-        return
+        turn += 1
     if lines:
         notice(f"the text after the last {TRIGGER} was not completed: end it with a line {TRIGGER}")
 

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         step = loaded.checkpoint.step
         results: dict[str, Any] = {"bpb": bpb, "samples": texts}
         with logbook.Logbook(loaded.checkpoint.path.parent) as log:
-            log.log(kind="base_eval", step=step, val_bpb=bpb, samples=texts)
+            log.log(kind="base_eval", step=step, bpb=bpb, samples=texts)
             if tasks:
                 summary = core_score(knobs, loaded, tasks, absent)
                 log.log(kind="core_eval", step=step, stage=knobs.source, **summary)

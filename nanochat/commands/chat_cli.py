@@ -4,28 +4,38 @@ Chat with a model in the terminal.
 -p asks one question and exits. When standard input or output is not a terminal, each line of
 standard input is a question; replies go to standard output, and tool calls and remarks to standard
 error. A base model has not learned to chat, so it continues the given text. Nothing is trained.
+
+A line that begins with / and a letter is a command, one of COMMANDS; it never goes to the model.
 """
 
+import dataclasses
+import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError, base_dir, entry, opening, printable
+from nanochat.base.commands import near
+from nanochat.base.common import UserError, decoded, entry, opening
+from nanochat.base.files import atomic_write
 from nanochat.base.knobs import LARGEST_SEED, knob
-from nanochat.chat.reply import Reply, continue_text, fit_conversation
-from nanochat.model.stages import STAGES
+from nanochat.base.strangers import parse_json, read_bytes
+from nanochat.chat.reply import Continuation, Reply, answer_room, fit_conversation, fit_prompt
+from nanochat.chat.terminal import Prompt, Screen, in_terminal
+from nanochat.data.rendering import checked_messages
+from nanochat.model.stages import STAGES, split_name
 
 if TYPE_CHECKING:
-    from nanochat.chat.generate import Engine
+    from nanochat.chat.generate import Engine, Token
     from nanochat.model.checkpoint import Loaded
 
-HELP = """/clear          forget the conversation
-/system TEXT    start a new conversation with this instruction
-/quit           exit, as do Ctrl+D and Ctrl+C; during a reply, Ctrl+C stops it"""
-GREY, NORMAL = "\033[90m", "\033[0m"
+SETTINGS = ("temperature", "top_k", "top_p", "max_tokens", "seed")  # knobs that commands change
+YOU, MODEL, TEXT = "You:", "Model:", "Text:"
 
 
 @dataclass(kw_only=True)
@@ -64,8 +74,8 @@ class GenerationKnobs:
 
     def sampling(self, turn: int) -> dict[str, Any]:
         """Keywords for Engine.generate; every turn has its own seed."""
-        names = ("max_tokens", "temperature", "top_k", "top_p")
-        return {**{name: getattr(self, name) for name in names}, "seed": self.seed + turn}
+        values = {name: getattr(self, name) for name in SETTINGS}
+        return {**values, "seed": (self.seed + turn) % (LARGEST_SEED + 1)}
 
 
 @dataclass(kw_only=True)
@@ -78,129 +88,409 @@ class ChatKnobs(GenerationKnobs):
     )
 
 
+class Speed:
+    """How many tokens generation brings, and how fast."""
+
+    def __init__(self) -> None:
+        self.began, self.first, self.last, self.tokens = time.monotonic(), 0.0, 0.0, 0
+
+    def watch(self, steps: Iterable[list["Token"]]) -> Iterator[list["Token"]]:
+        """The same steps, counted and timed."""
+        for step in steps:
+            self.last = time.monotonic()
+            self.first = self.first or self.last
+            self.tokens += len(step)
+            yield step
+
+    def __str__(self) -> str:
+        rate = (self.tokens - 1) / max(self.last - self.first, 1e-6)
+        counted = f"{self.tokens:,} token{'s' * (self.tokens != 1)}"
+        return f"{counted}, {rate:.3g} tokens/s" if self.tokens > 1 else counted
+
+
+def cut_remark(cut: int, kept: int, context: int) -> str:
+    return (
+        f"[the context holds {context:,} tokens, and some are left for the answer: the model sees "
+        f"{kept:,} of {cut + kept:,}, because the first {cut:,} of the text were cut]"
+    )
+
+
+def full_remark(context: int) -> str:
+    return f"[stopped: the context of {context:,} tokens is full]"
+
+
+def show_continuation(
+    screen: Screen,
+    engine: "Engine",
+    text: str,
+    sampling: dict[str, Any],
+    speed: Speed,
+    echo: bool = False,
+) -> str:
+    """Show what a model writes after a text, and the text itself with `echo`; -> why it ended."""
+    context = engine.model.config.sequence_len
+    bos, *tokens = engine.tokenizer.encode(text, bos=True)
+    kept = tokens[1 - context + answer_room(context, sampling["max_tokens"]) :]
+    if cut := len(tokens) - len(kept):
+        screen.remark(cut_remark(cut, len(kept), context))
+    if echo:
+        screen.write(text)
+    continuation = Continuation(engine.tokenizer)
+    for piece in continuation.stream(speed.watch(engine.generate([bos, *kept], **sampling))):
+        screen.write(piece)
+    screen.end()
+    return continuation.finish
+
+
 class Chat:
-    """A conversation and its display; `styled` when it is shown in a terminal."""
+    """
+    A conversation with a model that can be exchanged, and its display. In a base model's there are
+    no messages: each text is continued on its own.
+    """
 
-    def __init__(self, options: ChatKnobs, engine: "Engine", chats: bool, styled: bool):
-        self.options, self.engine, self.chats, self.styled = options, engine, chats, styled
+    def __init__(self, options: ChatKnobs, screen: Screen, prompt: Prompt | None = None):
+        self.options, self.screen, self.prompt = options, screen, prompt
         self.messages: list[dict[str, Any]] = []
-        self.turn = 0
+        self.text = ""  # what a base model continued last
+        self.turn = 0  # answers so far, which the seed follows
+        self.dropped = 0  # exchanges that the context no longer holds
+        self.editing = self.leaving = False
+        self.speed = Speed()
+        self.use(*options.load(options.source))
 
-    def remark(self, text: str) -> None:
-        """Show something that is not part of the conversation: in grey, or on standard error."""
-        if self.styled:
-            print(f"{GREY}{printable(text)}{NORMAL}", flush=True)
-        else:
-            print(printable(text), file=sys.stderr, flush=True)
+    def use(self, engine: "Engine", loaded: "Loaded") -> None:
+        self.engine, self.loaded = engine, loaded
+        self.chats = STAGES[loaded.stage].chats
+        self.context = engine.model.config.sequence_len
+        if self.prompt:
+            self.prompt.label = f"{YOU if self.chats else TEXT} "
 
-    def write(self, text: str) -> None:
-        print(printable(text), end="", flush=True)
+    def introduce(self) -> None:
+        if self.screen.styled:
+            self.screen.remark(f"{self.loaded.describe()}; /help lists the commands")
+        if not self.chats:
+            self.screen.remark("a base model has not learned to chat: it continues your text")
 
-    def run(self, lines: Iterable[str]) -> None:
-        """Obey or answer each line, until /quit."""
-        for line in map(str.strip, lines):
-            if line in ("/quit", "/exit"):
+    def run(self, texts: Iterable[str], forgiving: bool = True) -> None:
+        """
+        Obey or answer each text, until /quit. A mistake in a command is shown, or raised as the
+        UserError that it is without `forgiving`; Ctrl+C in a terminal stops what goes on.
+        """
+        for text in map(str.strip, texts):
+            try:
+                self.handle(text)
+            except UserError as e:
+                if not forgiving:
+                    raise
+                self.screen.remark(f"error: {e}")
+            except KeyboardInterrupt:
+                if not self.screen.styled:
+                    raise
+                self.screen.remark("[stopped]")
+            if self.leaving:
                 return
-            if line and not self.command(line):
-                self.answer(line)
 
-    def command(self, line: str) -> bool:
-        """Obey a line such as /clear; False if it is not a command."""
-        name, _, text = line.partition(" ")
-        if name == "/help" or line == "/system":
-            self.remark(HELP)
-        elif name in ("/clear", "/system"):
-            self.messages = [{"role": "system", "content": text.strip()}] if text.strip() else []
-            self.remark("[new conversation]")
-        elif re.fullmatch(r"/[a-z]+", line):
-            self.remark(f"there is no command {line}\n{HELP}")
-        else:
-            return False
-        return True
+    def handle(self, text: str) -> None:
+        """Obey a command, or answer a text; "//text" is the text "/text"."""
+        if re.match(r"/[A-Za-z]", text):
+            self.editing = False
+            self.obey(text)
+            return
+        if re.match(r"//[A-Za-z]", text):
+            text = text[1:]
+        replaces = self.editing and not (self.prompt and self.prompt.cleared)
+        self.editing = False
+        if text:
+            if replaces:
+                self.drop_exchange()
+            self.answer(text)
+
+    def obey(self, line: str) -> None:
+        name, *rest = line.split(maxsplit=1)
+        text = rest[0] if rest else ""
+        command = next((c for c in COMMANDS if name in (c.name, *c.others)), None)
+        if command is None:
+            names = [c.name for c in COMMANDS]
+            raise UserError(
+                f"there is no command {name}{near(name.lower(), names)}: /help lists all; to send "
+                f"the text itself, begin with // instead of /"
+            )
+        if text and not command.argument:
+            raise UserError(f"{name} takes no argument (got {text[:60]!r})")
+        if not text and command.argument and not command.argument.startswith("["):
+            raise UserError(f"{name} needs an argument: {command.name} {command.argument}")
+        if command.chats and not self.chats:
+            raise UserError(
+                f"{name} needs a chat model: a base model continues each text on its own "
+                "(/model sft loads a chat model, if there is one)"
+            )
+        command.method(self, text)
+
+    # ---- answers
 
     def answer(self, question: str) -> None:
-        """Show the answer as it is generated; Ctrl+C stops it and keeps what there is."""
+        """Show the answer as it is generated; if it is stopped, what there is counts."""
         sampling = self.options.sampling(self.turn)
         self.turn += 1
-        try:
-            if self.chats:
-                self._reply(question, sampling)
-            else:
-                self.write(question)
-                for piece in continue_text(self.engine, question, **sampling):
-                    self.write(piece)
-                print(flush=True)
-        except KeyboardInterrupt:
-            if not self.styled:
-                raise
-            self.remark("\n[stopped]")
+        self.speed = Speed()
+        if self.chats:
+            finish = self._reply(question, sampling)
+        else:
+            self.text = question
+            finish = show_continuation(
+                self.screen, self.engine, question, sampling, self.speed, echo=True
+            )
+        if finish == "context":
+            self.screen.remark(full_remark(self.context))
+        elif finish == "length" and self.screen.styled:
+            self.screen.remark(f"[stopped after {self.speed}: see /max_tokens]")
+        elif self.screen.styled:
+            self.screen.remark(f"[{self.speed}]")
 
-    def _reply(self, question: str, sampling: dict[str, Any]) -> None:
-        tokenizer, context = self.engine.tokenizer, self.engine.model.config.sequence_len
-        conversation, dropped = fit_conversation(
-            tokenizer,
-            {"messages": [*self.messages, {"role": "user", "content": question}]},
-            context - min(self.options.max_tokens, context // 2),
-        )
-        if dropped:
-            self.remark(
-                f"[the context holds {context} tokens: forgot the oldest messages ({2 * dropped})]"
+    def _reply(self, question: str, sampling: dict[str, Any]) -> str:
+        """Reply to a question, which becomes part of the conversation; -> why the reply ended."""
+        tokenizer = self.engine.tokenizer
+        room = self.context - answer_room(self.context, sampling["max_tokens"])
+        messages = [*self.messages, {"role": "user", "content": question}]
+        conversation, dropped = fit_conversation(tokenizer, {"messages": messages}, room)
+        if dropped > self.dropped:
+            self.screen.remark(
+                f"[the context holds {self.context} tokens: forgot the oldest messages "
+                f"({2 * dropped})]"
             )
-        prompt = tokenizer.render_prompt(conversation)
-        if len(prompt) > context - 1:
-            self.remark(
-                f"[the message exceeds the context of {context} tokens: "
-                "the model sees only its end]"
-            )
+        self.dropped = dropped
+        prompt, cut = fit_prompt(tokenizer, conversation["messages"], room)
+        if cut:
+            self.screen.remark(cut_remark(cut, len(prompt), self.context))
+        self.screen.label(MODEL)
         reply = Reply(tokenizer)
         try:
-            self._show(reply.stream(self.engine.generate(prompt, **sampling)))
+            steps = self.engine.generate(prompt, **sampling)
+            self._show(reply.stream(self.speed.watch(steps)))
         finally:  # also when it was stopped
-            answer = {"role": "assistant", "content": reply.content}
-            self.messages = [*conversation["messages"], answer]
-        if self.styled and reply.finish == "length":
-            self.remark(f"[stopped after {reply.tokens} tokens: see --max_tokens]")
-        elif self.styled and reply.finish == "context":
-            self.remark("[stopped: the context is full]")
+            if reply.finish or reply.content:
+                self.messages = [*messages, {"role": "assistant", "content": reply.content}]
+        return reply.finish
 
-    def _show(self, pieces: Iterator[tuple[str, str]]) -> None:
-        call, line_start = "", True
+    def _show(self, pieces: Iterable[tuple[str, str]]) -> None:
+        call = ""
         for kind, text in pieces:
             if kind == "text":
-                self.write(text)
-                line_start = text.endswith("\n")
+                self.screen.write(text)
             elif kind == "python":
                 call = text
             else:
-                if not line_start and self.styled:
-                    print()
-                self.remark(f"calculator: {call} = {text}")
-                line_start = True
-        print(flush=True)
+                self.screen.remark(f"calculator: {call} = {text}")
+        self.screen.end()
+
+    # ---- the conversation
+
+    @property
+    def _system(self) -> list[dict[str, Any]]:
+        """The instruction with which the conversation begins, if it has one."""
+        return [m for m in self.messages[:1] if m["role"] == "system"]
+
+    def last_question(self) -> str:
+        """The text that was answered last. UserError if there is none."""
+        if not self.chats and self.text:
+            return self.text
+        if not self.chats or len(self.messages) == len(self._system):
+            raise UserError("there is no question yet: type one first")
+        return self.messages[-2]["content"]
+
+    def drop_exchange(self) -> None:
+        """Take back the last question and its answer, if there are some."""
+        if self.chats and len(self.messages) > len(self._system):
+            del self.messages[-2:]
+
+    def begin(self, messages: list[dict[str, Any]], remark: str) -> None:
+        """Begin another conversation."""
+        self.messages, self.text, self.dropped = messages, "", 0
+        self.screen.remark(f"[{remark}]")
 
 
-def in_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+# ---- the commands: each is called with the chat and the text behind the command
 
 
-def typed(history: str, style: dict[str, str]) -> Iterator[str]:
-    """
-    What the user types at the prompt "> ", until Ctrl+D or Ctrl+C; a paste of several lines comes
-    as one text. Lines can be edited; `history` is the file in the base folder that keeps them.
-    """
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
-    from prompt_toolkit.styles import Style
-
-    session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(base_dir() / history)), style=Style.from_dict(style)
+def show_help(chat: Chat, _: str) -> None:
+    lines = [(f"{c.name} {c.argument}".rstrip(), c.help) for c in COMMANDS]
+    width = max(len(line) for line, _ in lines)
+    chat.screen.remark("\n".join(f"{line:<{width}}  {help}" for line, help in lines))
+    chat.screen.remark(
+        "//text sends /text. Alt+Enter, or a backslash before Enter, begins a new line.\n"
+        "Ctrl+C stops a reply or clears the line; twice on an empty line it exits, as Ctrl+D does."
     )
-    while True:
-        try:
-            text = session.prompt("> ")
-        except (EOFError, KeyboardInterrupt):
-            return
-        yield text
+
+
+def retry(chat: Chat, _: str) -> None:
+    question = chat.last_question()
+    if chat.options.temperature == 0:
+        chat.screen.remark("[at temperature 0 the answer stays the same: see /temperature]")
+    chat.drop_exchange()
+    chat.answer(question)
+
+
+def undo(chat: Chat, _: str) -> None:
+    question = chat.last_question()
+    chat.drop_exchange()
+    chat.screen.remark(f"[took back {brief(question)} and its answer]")
+
+
+def edit(chat: Chat, text: str) -> None:
+    question = chat.last_question()
+    if text:
+        chat.drop_exchange()
+        chat.answer(text)
+    elif chat.prompt is None:
+        raise UserError("/edit needs the new question here: /edit TEXT")
+    else:
+        chat.prompt.prefilled, chat.editing = question, True
+
+
+def save(chat: Chat, text: str) -> None:
+    """Write the conversation as a line of JSON, which finetuning reads."""
+    word, _, rest = text.partition(" ")
+    overwrite = word == "--overwrite" and bool(rest)
+    path = Path(rest if overwrite else text).expanduser()
+    chat.last_question()  # there is one
+    line = json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n"
+    data = line.encode("utf-8", "replace")  # a lone half of a surrogate pair becomes "?"
+    try:
+        if overwrite and not path.is_dir():
+            atomic_write(path, data)
+        else:
+            with open(path, "xb") as file:
+                file.write(data)
+    except FileExistsError:
+        raise UserError(
+            f"{path} exists: choose another name, or write /save --overwrite {path}"
+        ) from None
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}): choose another file") from None
+    chat.screen.remark(f"[wrote {len(chat.messages)} messages to {path}]")
+
+
+def load(chat: Chat, text: str) -> None:
+    """Read what save() writes. A question at its end is answered."""
+    path = Path(text).expanduser()
+    try:
+        lines = [line for line in decoded(read_bytes(path)).split("\n") if line.strip()]
+        conversation = parse_json(lines[0] if len(lines) == 1 else "\n".join(lines))
+        checked_messages(conversation)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, ValueError, UserError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise UserError(
+            f"cannot load {path} ({reason}): it must hold one conversation, as /save writes it"
+        ) from None
+    messages = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]]
+    question = messages.pop()["content"] if messages[-1]["role"] == "user" else ""
+    chat.begin(messages, f"read {len(messages) + bool(question)} messages from {path}")
+    if chat.screen.styled:
+        for message in messages[-2:]:
+            chat.screen.label({"user": YOU, "assistant": MODEL}.get(message["role"], "System:"))
+            chat.screen.write(shown_text(message["content"]))
+            chat.screen.end()
+    if question:
+        chat.answer(question)
+
+
+def system(chat: Chat, text: str) -> None:
+    if text:
+        chat.begin([{"role": "system", "content": text}], "new conversation with this instruction")
+    else:
+        current = "".join(m["content"] for m in chat._system)
+        chat.screen.remark(f"[{current or 'there is no instruction: /system TEXT gives one'}]")
+
+
+def clear(chat: Chat, _: str) -> None:
+    chat.begin([], "new conversation")
+
+
+def setting(name: str, chat: Chat, text: str) -> None:
+    """Show the setting of this name, or change it within the bounds of its knob."""
+    if text:
+        value = knobs.from_text(ChatKnobs, name, text, f"/{name}")
+        chat.options = dataclasses.replace(chat.options, **{name: value})
+        if name == "seed":
+            chat.turn = 0
+    chat.screen.remark(f"[{name} {getattr(chat.options, name)}]")
+
+
+def model(chat: Chat, text: str) -> None:
+    if text:
+        stage, tag = split_name(text)
+        chosen = dataclasses.replace(chat.options, model_tag=tag, step=None)
+        chat.use(*chosen.load(stage))
+        chat.dropped = 0
+    chat.introduce()
+
+
+def stats(chat: Chat, _: str) -> None:
+    """Show how full the context is, how fast the last answer came, and the settings."""
+    tokens, kept = 0, chat.messages if chat.chats else []
+    if len(kept) > len(chat._system):
+        tokens = len(chat.engine.tokenizer.render_conversation({"messages": kept})[0])
+    settings = ", ".join(f"{name} {getattr(chat.options, name)}" for name in SETTINGS)
+    exchanges = (len(kept) - len(chat._system)) // 2
+    chat.screen.remark(
+        f"{chat.loaded.describe()}\n"
+        f"{exchanges} questions and answers, {tokens:,} tokens; the context holds {chat.context:,}\n"
+        f"last answer: {chat.speed}\n{settings}"
+    )
+
+
+def leave(chat: Chat, _: str) -> None:
+    chat.leaving = True
+
+
+class Command(NamedTuple):
+    """A line that begins with /. An argument in brackets may be left out."""
+
+    name: str
+    argument: str
+    help: str
+    method: Callable[[Chat, str], object]
+    chats: bool = False  # whether it needs a chat model
+    others: tuple[str, ...] = ()  # further names
+
+
+COMMANDS = (
+    Command("/help", "", "list the commands", show_help),
+    Command("/retry", "", "answer the last question again, with another seed", retry),
+    Command("/undo", "", "take back the last question and its answer", undo, chats=True),
+    Command("/edit", "[TEXT]", "ask this instead of the last question (default: edit it)", edit),
+    Command(
+        "/save", "FILE", "write the conversation as JSON for chat_sft --data", save, chats=True
+    ),
+    Command("/load", "FILE", "continue the conversation in a file", load, chats=True),
+    Command(
+        "/system", "[TEXT]", "begin anew with this instruction, or show it", system, chats=True
+    ),
+    Command("/clear", "", "forget the conversation and the instruction", clear),
+    *(
+        Command(f"/{f.name}", "[VALUE]", f.metadata["help"], partial(setting, f.name))
+        for f in dataclasses.fields(GenerationKnobs)
+        if f.name in SETTINGS
+    ),
+    Command("/model", "[STAGE[/TAG]]", "use another model, or show which one answers", model),
+    Command("/stats", "", "show the context, the speed and the settings", stats),
+    Command("/quit", "", "exit", leave, others=("/exit",)),
+)
+
+
+def brief(text: str) -> str:
+    """A text in one short line, in quotation marks."""
+    line = " ".join(text.split())
+    return f'"{line if len(line) <= 40 else line[:37] + "..."}"'
+
+
+def shown_text(content: str | list[dict[str, str]]) -> str:
+    """The text of a message, without the calculator's part."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -210,18 +500,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     opening("chat_cli")
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("--prompt is empty: write a question after it, or leave it out to chat")
-    engine, loaded = options.load(options.source)
-    chats, interactive = STAGES[loaded.stage].chats, options.prompt is None and in_terminal()
+    interactive = options.prompt is None and in_terminal()
     styled = interactive or (options.prompt is not None and sys.stdout.isatty())
-    chat = Chat(options, engine, chats, styled)
-    if interactive:
-        chat.remark(f"{loaded.describe()}; /help lists the commands, Ctrl+D exits")
-    if not chats:
-        chat.remark("a base model has not learned to chat: it continues your text")
-    if interactive:
-        chat.run(typed("chat_history", {}))
+    names = [command.name for command in COMMANDS]
+    prompt = Prompt(YOU, "chat_history", words=names) if interactive else None
+    chat = Chat(options, Screen(styled), prompt)
+    chat.introduce()
+    if options.prompt is not None:
+        chat.run([options.prompt], forgiving=False)
     else:
-        chat.run(sys.stdin if options.prompt is None else [options.prompt])
+        chat.run(prompt or sys.stdin)
 
 
 if __name__ == "__main__":

@@ -39,3 +39,20 @@ def run_directory(stage: str, tag: str) -> Path:
             "use letters, digits, dashes, underscores and, except at the start, dots"
         )
     return stage_directory(stage) / tag
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """
+    The stage and the tag that a person means with STAGE, TAG, STAGE/TAG or TAG/STAGE: "auto" for
+    the stage and "" for the tag where the name leaves them out.
+    """
+    first, slash, second = name.strip().partition("/")
+    if first in (*STAGES, "auto"):
+        return first, second
+    if not slash:
+        return "auto", first
+    if second not in STAGES:
+        raise UserError(
+            f"there is no stage in {name!r}: write STAGE/TAG, with one of {', '.join(STAGES)}"
+        )
+    return second, first

@@ -1,0 +1,164 @@
+"""The two sides of a terminal: what a command shows there, and what a person types."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from nanochat.base.common import base_dir, notice, printable
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.key_binding.key_processor import KeyPressEvent
+
+GREY, BOLD, NORMAL = "\033[90m", "\033[1m", "\033[0m"
+
+
+def in_terminal() -> bool:
+    """Whether a person types and reads here."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+class Screen:
+    """
+    Where text is shown. In a terminal (`styled`), remarks are grey and labels are bold; otherwise
+    remarks go to standard error and there are no labels, so that standard output has text alone.
+    """
+
+    def __init__(self, styled: bool):
+        self.styled = styled
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self._coloured = styled and not plain
+        self._line_open = False  # whether the cursor stands behind text
+
+    def write(self, text: str) -> None:
+        """Show a piece of text; nothing in it can change the terminal's state."""
+        text = printable(text)
+        print(text, end="", flush=True)
+        self._line_open = not text.endswith("\n") if text else self._line_open
+
+    def end(self) -> None:
+        """End a text: its line, and in a pipe always one line more."""
+        if self._line_open or not self.styled:
+            print(flush=True)
+        self._line_open = False
+
+    def remark(self, text: str) -> None:
+        """Show something that is not part of the text."""
+        if self.styled:
+            self.end()
+            print(self._in_colour(GREY, printable(text)), flush=True)
+        else:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def label(self, name: str) -> None:
+        """Say in a terminal who speaks."""
+        if self.styled:
+            print(self._in_colour(BOLD, printable(name)), end=" ", flush=True)
+            self._line_open = True
+
+    def _in_colour(self, colour: str, text: str) -> str:
+        return f"{colour}{text}{NORMAL}" if self._coloured else text
+
+
+class Prompt:
+    """
+    What a person types, one text after the other, until Ctrl+D, or Ctrl+C twice on an empty line.
+    Ctrl+C clears a line that holds text. Alt+Enter begins a new line, and so does Enter after a
+    backslash if texts can be `continued`; a paste of several lines comes as one text. `history` is
+    the file in the base folder that keeps the texts; Tab completes `words`.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        history: str,
+        style: Mapping[str, str] | None = None,
+        words: Sequence[str] = (),
+        continued: bool = True,
+    ):
+        self.label, self.history, self.style, self.words = label, history, style or {}, words
+        self.continued = continued
+        self.prefilled = ""  # stands on the next line from the start
+        self.cleared = False  # whether Ctrl+C cleared the line that was typed last
+
+    def __iter__(self) -> Iterator[str]:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.shortcuts import CompleteStyle
+        from prompt_toolkit.styles import Style
+
+        session: PromptSession[str] = PromptSession(
+            [("class:label", self.label)],
+            multiline=True,
+            history=self._open_history(),
+            style=Style.from_dict({"label": "bold", **self.style}),
+            key_bindings=self._keys(),
+            prompt_continuation=" " * len(self.label),
+            completer=WordCompleter([*self.words], sentence=True),
+            complete_style=CompleteStyle.READLINE_LIKE,
+            complete_while_typing=False,
+        )
+        left = False  # whether Ctrl+C was the last key, on an empty line
+        while True:
+            self.cleared, prefilled, self.prefilled = False, self.prefilled, ""
+            try:
+                text = session.prompt(default=prefilled)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if left and not self.cleared:
+                    return
+                left = True
+                Screen(True).remark("Ctrl+C once more exits")
+            else:
+                left = False
+                yield text
+
+    def _keys(self) -> "KeyBindings":
+        from prompt_toolkit.enums import DEFAULT_BUFFER
+        from prompt_toolkit.filters import has_focus
+        from prompt_toolkit.key_binding import KeyBindings
+
+        keys, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)  # and not searching
+
+        @keys.add("enter", filter=typing)
+        def _(event: "KeyPressEvent") -> None:
+            buffer = event.current_buffer
+            document = buffer.document
+            if (
+                self.continued
+                and document.is_cursor_at_the_end
+                and document.current_line.endswith("\\")
+            ):
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("escape", "enter", filter=typing)
+        def _(event: "KeyPressEvent") -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-c", filter=typing)
+        def _(event: "KeyPressEvent") -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+                self.cleared = True
+            else:
+                event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
+        return keys
+
+    def _open_history(self) -> "History":
+        """The file of earlier texts, or memory alone where it cannot be written."""
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+        path = base_dir() / self.history
+        try:
+            open(path, "ab").close()
+        except OSError as e:
+            notice(f"cannot write {path} ({e.strerror}): what you type is not kept")
+            return InMemoryHistory()
+        return FileHistory(str(path))
