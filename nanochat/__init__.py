@@ -24,7 +24,8 @@ def load(
 ) -> "Chat":
     """
     A trained model, ready to chat: the newest one of `stage` ("base", "mid", "sft" or "rl"; "auto"
-    is the furthest stage of the tag saved last), unless `model_tag` or `step` say which. Raises UserError if
+    is the furthest stage of the tag saved last), unless `model_tag` or `step` say which. Raises
+    UserError if
     there is no such model.
     """
     from nanochat.model.checkpoint import load_for_inference

@@ -35,7 +35,7 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. OSError if it is none, ValueError if it holds more than `most`."""
+    """The bytes of a regular file. OSError if it is none, ValueError if it exceeds `most`."""
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -76,7 +76,7 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML file. OSError, or ValueError for text that is none or nested too deep."""
+    """The tables of a TOML file. OSError, or ValueError for no TOML or one nested too deep."""
     try:
         return tomllib.loads(decoded(read_bytes(path, MOST_TOML)))
     except RecursionError:

@@ -436,7 +436,8 @@ def stats(chat: Chat, _: str) -> None:
     exchanges = (len(kept) - len(chat._system)) // 2
     chat.screen.remark(
         f"{chat.loaded.describe()}\n"
-        f"{exchanges} questions and answers, {tokens:,} tokens; the context holds {chat.context:,}\n"
+        f"{exchanges} questions and answers, {tokens:,} tokens; "
+        f"the context holds {chat.context:,}\n"
         f"last answer: {chat.speed}\n{settings}"
     )
 

@@ -104,7 +104,10 @@ def decode(v):
 _SERVER = """
 def _serve():
 {codec}
-    with open({calls}, encoding="ascii") as calls, open({results}, "w", encoding="ascii") as results:
+    with (
+        open({calls}, encoding="ascii") as calls,
+        open({results}, "w", encoding="ascii") as results,
+    ):
         for line in calls:
             args, kwargs = json.loads(line)
             try: reply = encode(globals()["{name}"](*decode(args), **dict(decode(kwargs))))

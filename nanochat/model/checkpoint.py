@@ -140,7 +140,8 @@ class Checkpoint:
             else:
                 continue
             raise UserError(
-                f"cannot resume from {self.path / OPTIMIZER} ({fault}): choose an earlier checkpoint"
+                f"cannot resume from {self.path / OPTIMIZER} ({fault}): "
+                "choose an earlier checkpoint"
             )
         return tensors
 
@@ -291,7 +292,8 @@ def _sync(path: Path) -> None:
 def prune(directory: Path, step: int, keep: int, best: int | None, run: str | None = None) -> None:
     """
     Delete the checkpoints of `run` (the "run_id" in their metadata) up to `step`, except the best
-    one and the last `keep`; and what crashed writers left behind. Nothing else is touched: neither the
+    one and the last `keep`; and what crashed writers left behind. Nothing else is touched: neither
+    the
     checkpoints of other runs nor folders in which somebody has put a file.
     """
     past = [c for c in list_checkpoints(directory) if c.step <= step]

@@ -37,7 +37,7 @@ _RECORD = {  # the forms of a record; see strangers.mismatch
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The records in a runs.jsonl. Raises UserError if the file or one of its lines is no record."""
+    """The records in a runs.jsonl. UserError if the file or one of its lines is no record."""
     records = []
     try:
         for number, line in enumerate(read_bytes(file).splitlines(), 1):
