@@ -25,8 +25,7 @@ def load(
     """
     A trained model, ready to chat: the newest one of `stage` ("base", "mid", "sft" or "rl"; "auto"
     is the furthest stage of the tag saved last), unless `model_tag` or `step` say which. Raises
-    UserError if
-    there is no such model.
+    UserError if there is no such model.
     """
     from nanochat.model.checkpoint import load_for_inference
     from nanochat.notebook import Chat

@@ -293,8 +293,7 @@ def prune(directory: Path, step: int, keep: int, best: int | None, run: str | No
     """
     Delete the checkpoints of `run` (the "run_id" in their metadata) up to `step`, except the best
     one and the last `keep`; and what crashed writers left behind. Nothing else is touched: neither
-    the
-    checkpoints of other runs nor folders in which somebody has put a file.
+    the checkpoints of other runs nor folders in which somebody has put a file.
     """
     past = [c for c in list_checkpoints(directory) if c.step <= step]
     kept = {*past[-max(1, keep) :], *(c for c in past if c.step == best)}

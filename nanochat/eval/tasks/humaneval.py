@@ -1,8 +1,7 @@
 """
 HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 functions to write, judged by running their
 tests in the sandbox, beside the program. The problem is shown as published; a reply may repeat its
-imports and
-signature or give the body alone, fenced or plain.
+imports and signature or give the body alone, fenced or plain.
 """
 
 import ast
