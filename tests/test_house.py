@@ -117,17 +117,17 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 11_750,
+    "base": 11_800,
     "tinyworld": 9_600,
-    "data": 22_340,
+    "data": 22_400,
     "model": 21_050,
     "chat": 6_500,
     "chat/serve": 10_620,
     "eval": 14_750,
     "train": 16_500,
     "study": 11_400,
-    "plan": 17_650,
-    "export": 7_540,
+    "plan": 17_680,
+    "export": 7_600,
     "commands": 19_000,
 }
 WHOLE = sum(CEILINGS.values())

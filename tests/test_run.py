@@ -11,6 +11,7 @@ import torch
 
 from nanochat.base import hardware
 from nanochat.base.common import UserError, entry
+from nanochat.base.files import release
 from nanochat.base.knobs import parse
 from nanochat.commands import base_train
 from nanochat.commands.base_train import PretrainKnobs
@@ -75,6 +76,7 @@ def test_bad_input_is_one_line_and_status_2(flags, wrong, says, capsys):
     err = capsys.readouterr().err
     assert e.value.code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    release()  # as at the end of the process
     assert not (Path(os.environ["NANOCHAT_BASE_DIR"]) / "checkpoints").exists()
 
 

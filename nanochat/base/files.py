@@ -200,3 +200,6 @@ def release() -> None:
         with suppress(OSError):  # a folder that cannot be written any more
             path.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
         file.close()
+        with suppress(OSError):  # where a run was refused, nothing stays behind
+            path.parent.rmdir()
+            path.parent.parent.rmdir()

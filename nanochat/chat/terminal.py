@@ -35,7 +35,7 @@ class Screen:
     def write(self, text: str) -> None:
         """Show a piece of text; nothing in it can change the terminal's state."""
         text = printable(text)
-        print(text, end="", flush=True)
+        print(printable(text), end="", flush=True)
         self._line_open = not text.endswith("\n") if text else self._line_open
 
     def end(self) -> None:

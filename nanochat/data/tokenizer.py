@@ -214,6 +214,11 @@ class Tokenizer:
             },
         }
 
+    @property
+    def never_sampled(self) -> tuple[int, int]:
+        """The ids around the calculator's output, which no model may write."""
+        return self.specials["<|output_start|>"], self.specials["<|output_end|>"]
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of ordinary text, after <|bos|> if asked for."""
         ids = [self.bos] if bos else []

@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +204,8 @@ class LlamaCpp:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
-    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """Up to `count` likeliest tokens after the prompt's ids."""
+    def greedy(self, prompt: Sequence[int], count: int, never: Iterable[int] = ()) -> list[int]:
+        """Up to `count` likeliest tokens after the prompt's ids, none of them in `never`."""
         body = {
             "prompt": list(prompt),
             "n_predict": count,
@@ -214,6 +214,7 @@ class LlamaCpp:
             "cache_prompt": False,
             "samplers": ["top_k"],
             "top_k": 1,
+            "logit_bias": [[id, False] for id in never],
         }
         return self.post("/completion", body)["tokens"]
 

@@ -139,6 +139,8 @@ def write_folder(
         "bos_token_id": values["bos_token_id"],
         "eos_token_id": values["eos_token_id"],
         "pad_token_id": values["pad_token_id"],
+        # The calculator's output is never the model's to write
+        "suppress_tokens": list(tokenizer.never_sampled),
         "do_sample": True,
         **sampling,
     }

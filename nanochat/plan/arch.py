@@ -19,7 +19,7 @@ from typing import Any
 from nanochat.base.common import UserError, columns, duration, human, notice, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
-from nanochat.model.config import GPTConfig
+from nanochat.model.config import LARGEST, GPTConfig
 from nanochat.plan import memory
 from nanochat.plan.machine import GIB, of_card
 from nanochat.plan.shapes import (
@@ -108,7 +108,8 @@ def _around(knobs: SizeKnobs, params: float) -> Iterator[GPTConfig]:
         exact = (params - n["total"]) / n["transformer"] + 1
         depths = {max(1, math.floor(exact)), max(1, math.ceil(exact))}
         for depth in [knobs.depth] if knobs.depth else depths:
-            yield replace(one_layer, n_layer=depth)
+            if depth <= LARGEST["n_layer"]:
+                yield replace(one_layer, n_layer=depth)
 
 
 def _of_width(knobs: SizeKnobs, width: int, depth: int) -> GPTConfig:
