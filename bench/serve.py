@@ -142,13 +142,13 @@ class Alone:
 
     def cpu_per_token(self, rows: int, new_tokens: int) -> tuple[float, int]:
         """(CPU seconds per token, tokens) of the answers that `many` asks the server for."""
-        self.process.stdin.write(f"{rows} {new_tokens}\n")
-        self.process.stdin.flush()
-        seconds, tokens = self.process.stdout.readline().split()
+        self.process.stdin.write(f"{rows} {new_tokens}\n")  # pyright: ignore[reportOptionalMemberAccess]
+        self.process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
+        seconds, tokens = self.process.stdout.readline().split()  # pyright: ignore[reportOptionalMemberAccess]
         return float(seconds), int(tokens)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
         self.process.wait(20)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tiny
+import tiny  # pyright: ignore[reportMissingImports]
 import torch
 
 from nanochat.base import hardware, logbook
@@ -275,7 +275,7 @@ class Campaign:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])  # pyright: ignore
     parser.add_argument("--kills", type=int, default=200, help="kills in all")
     parser.add_argument("--minutes", type=float, default=0, help="stop after so long (0 = never)")
     parser.add_argument("--folder", type=Path, required=True, help="where the runs lie")

@@ -42,7 +42,7 @@ def sha256_file(path: Path | str) -> str:
     The SHA-256 of a regular file's bytes, as 64 hexadecimal digits. OSError for anything else.
     """
     with open_regular(path) as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()  # pyright: ignore
 
 
 class Hashes:

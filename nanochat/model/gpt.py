@@ -9,7 +9,7 @@ architecture knobs live in config.py. The model is built on the meta device and 
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -265,7 +265,8 @@ class GPT(nn.Module):
             else:
                 p.zero_()
         D = self.config.head_dim
-        for attn in (block.attn for block in self.blocks):
+        attentions: Any = [block.attn for block in self.blocks]
+        for attn in attentions:
             for head in range(attn.copy_heads):
                 query = attn.q.weight[head * attn.group * D :][:D]  # the first of its group
                 query.copy_(attn.k.weight[head * D :][:D])

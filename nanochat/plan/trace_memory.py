@@ -191,7 +191,7 @@ def _evaluate_and_sample(live: _Live, model: GPT, rows: int) -> None:
     live.phase = "evaluation"
     device = model.embed.weight.device
     ids = torch.zeros(2, rows, model.config.sequence_len, dtype=torch.int64, device=device)
-    model.token_losses(*ids)
+    model.token_losses(ids[0], ids[1])
     del ids
     live.phase = "kv_cache"
     with torch.no_grad():
