@@ -81,7 +81,12 @@ def with_specials(tokenizer, **ids):
     """A tokenizer with other special ids, as in assistant_end=5; by default -1, never sampled."""
     specials = dict.fromkeys(SPECIAL_TOKENS, -1)
     specials |= {f"<|{name}|>": id for name, id in ids.items()}
-    return SimpleNamespace(specials=specials, encode=tokenizer.encode, decode=tokenizer.decode)
+    return SimpleNamespace(
+        specials=specials,
+        never_sampled=(specials["<|output_start|>"], specials["<|output_end|>"]),
+        encode=tokenizer.encode,
+        decode=tokenizer.decode,
+    )
 
 
 def quiet(tokenizer, m):

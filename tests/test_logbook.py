@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanochat.base.common import UserError
-from nanochat.base.logbook import Logbook, read
+from nanochat.base.logbook import Logbook, newest, read
 
 
 def test_rows_come_back(tmp_path):
@@ -217,3 +217,18 @@ def test_trackers_that_do_not_exist_or_are_not_installed(tmp_path, monkeypatch):
     Logbook(tmp_path, sinks=["wandb"]).close()  # an unnamed run does not use wandb
     with pytest.raises(UserError, match="pip install wandb"):
         Logbook(tmp_path, sinks=["wandb"], run_name="real")
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("", None),
+        ('{"kind": "train", "step": 1}\n{"kind": "train", "st', 1),
+        ('{"kind": "train", "step": 1}\n{"kind": "eval", "step": 2}\n', 1),
+        ("x" * 20000 + '\n{"kind": "train", "step": 7}\n', 7),
+    ],
+)
+def test_the_last_step_of_metrics_that_are_being_written(tmp_path, text, step):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert newest(tmp_path, "train").get("step") == step
+    assert newest(tmp_path / "missing", "train") == {}

@@ -296,6 +296,25 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         notice(f"{path} has rows that no log book writes ({left_out}): they are left out")
 
 
+def newest(directory: Path, kind: str) -> dict[str, Any]:
+    """
+    The last row of a kind among the last few dozen, also while the run writes; {} if there is none.
+    It reads the end of the file alone, so that it can be asked often.
+    """
+    try:
+        with open_regular(directory / FILE) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        with suppress(ValueError):  # the first of these lines may be half a line
+            row = json.loads(line)
+            if isinstance(row, dict) and row.get("kind") == kind:
+                return row
+    return {}
+
+
 def read(directory: Path | str) -> list[dict[str, Any]]:
     """
     The rows of a run's folder (or of a .jsonl file) that count, in the order written: of rows with

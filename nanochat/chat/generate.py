@@ -190,9 +190,7 @@ class Batch:
     def __init__(self, engine: Engine, most_rows: int = 0):
         self._room = (most_rows, engine.model.config.sequence_len)
         self._tokenizer, self._config = engine.tokenizer, engine.model.config
-        specials = engine.tokenizer.specials
-        # Only the calculator says these: a model cannot write its output
-        self._forced_only = {specials["<|output_start|>"], specials["<|output_end|>"]}
+        self._forced_only = set(engine.tokenizer.never_sampled)
         self._body, self._head = engine.packed()
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._cache: Any = None  # a KVCache once rows have joined

@@ -34,8 +34,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Show a piece of text; nothing in it can change the terminal's state."""
-        text = printable(text)
-        print(printable(text), end="", flush=True)
+        print(text := printable(text), end="", flush=True)
         self._line_open = not text.endswith("\n") if text else self._line_open
 
     def end(self) -> None:

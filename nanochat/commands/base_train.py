@@ -46,9 +46,8 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
     )
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
-        "on = --copy_heads=1 --convolutions, with which a short run learns in half the time, but "
-        "which cannot be exported; auto = on a CPU with a budget of at most 20 minutes, without "
-        "--rap",
+        "on = --copy_heads=1 --convolutions, with which a short run learns faster, but which "
+        "cannot be exported; auto = on a CPU with a budget of at most 20 minutes, without --rap",
     )
 
 

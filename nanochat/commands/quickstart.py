@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +36,12 @@ class Lesson(NamedTuple):
     title: str
     steps: int
     step_tokens: int  # that take as long as a step
-    share: float  # of a budget of time
     flags: str
+
+    @property
+    def work(self) -> int:
+        """The work of the stage, in tokens; a budget of time is divided by it."""
+        return self.steps * self.step_tokens
 
 
 STEP_TOKENS = 4096
@@ -47,15 +50,13 @@ LESSONS = {
         "pretraining",
         500,
         STEP_TOKENS,
-        0.29,
         "--data tinyworld@9 --depth=4 --model_dim=256 --head_dim=64 --sequence_len=256 "
-        f"--total_batch_size={STEP_TOKENS} --copy_heads=1 --convolutions --warmdown_ratio=1",
+        f"--total_batch_size={STEP_TOKENS} --lookback=on --warmdown_ratio=1",
     ),
     "mid": Lesson(
         "midtraining",
         720,
         STEP_TOKENS,
-        0.44,
         "--data tinyworld@32000:0.6 --text tinyworld@9:0.4 "
         f"--total_batch_size={STEP_TOKENS} --lr_scale=0.5 --warmdown_ratio=1",
     ),
@@ -63,21 +64,18 @@ LESSONS = {
         "finetuning",
         150,
         2 * STEP_TOKENS,
-        0.18,
         "--data tinyworld@10000 --conversations_per_step=64 --init_lr_frac=0.5 --warmdown_ratio=1",
     ),
     "rl": Lesson(
         "reinforcement",
         40,
         3 * STEP_TOKENS,
-        0.09,
         "--tasks tinyworld/twostep --questions_per_step=16 --samples=8 --init_lr_frac=0.1 "
         "--eval_items=64",
     ),
 }
-# Accuracy on held-out questions by share of the steps above, one run each (dev/LOG.md); beyond the
-# last share nothing was measured yet
-LEARNED = (0.0, 0.0), (0.4, 0.54), (0.5, 0.77)
+# (share of the steps above, accuracy on held-out questions), as measured (dev/LOG.md)
+LEARNED = ((0.5, 0.77),)
 TOKENIZER = "--data tinyworld@4 --vocab_size=2048"
 QUESTIONS = 800
 MOST_MINUTES = 30.0
@@ -144,19 +142,10 @@ def expected_speed(knobs: QuickstartKnobs) -> tuple[float, float]:
     return 0.5 * peak / model.flops_per_token(), peak
 
 
-def accuracy_with(share: float) -> float:
-    """The accuracy that LEARNED promises for this share of the steps."""
-    for (low, start), (high, end) in pairwise(LEARNED):
-        if share <= high:
-            return start + (end - start) * (share - low) / (high - low)
-    return LEARNED[-1][1]
-
-
 def expectation(share: float) -> str:
-    """What a run with this share of the steps answered when it was measured."""
-    text = f"such a run answered about {accuracy_with(share):.0%} of the questions"
-    last, accuracy = LEARNED[-1]
-    return text if share <= last else f"{last / share:.0%} of it answered {accuracy:.0%}"
+    """What is known about a run with this share of the steps."""
+    known = " and ".join(f"{accuracy:.0%} with {part:.0%} of them" for part, accuracy in LEARNED)
+    return f"{share:.0%} of the planned steps; right answers when it was measured: {known}"
 
 
 def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
@@ -165,16 +154,16 @@ def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
     Says what to expect.
     """
     speed, peak = expected_speed(knobs)
-    seconds = sum(lesson.steps * lesson.step_tokens for lesson in LESSONS.values()) / speed
+    seconds = sum(lesson.work for lesson in LESSONS.values()) / speed
     fixed = diary.seconds + CLOSING_SECONDS
-    share = next((s / 100 for s in range(1, 100) if accuracy_with(s / 100) >= knobs.target), 1.0)
+    share = next((s for s, accuracy in LEARNED if accuracy >= knobs.target), 1.0)
     minutes = knobs.minutes or (fixed + share * seconds) / 60
     print0(
         f"this machine: {peak / 1e12:.2g} TFLOP/s of matrix products, about {human(speed)} tokens "
         "per second"
     )
     if not knobs.minutes and minutes <= MOST_MINUTES:
-        print0(f"about {minutes:.0f} minutes; {expectation(share)}")
+        print0(f"about {minutes:.0f} minutes for {expectation(share)}")
         return {
             stage: f"--num_iterations={max(1, round(share * lesson.steps))}"
             for stage, lesson in LESSONS.items()
@@ -186,13 +175,13 @@ def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
             f"{minutes:g} minutes are too few, because {fixed / 60:.1f} are used already or needed "
             "for the questions at the end: give --minutes more"
         )
-    print0(f"{minutes:g} minutes; {expectation(share)}")
+    print0(f"{minutes:g} minutes are enough for {expectation(share)}")
     return by_time(60 * minutes - fixed)
 
 
 def by_time(seconds: float) -> dict[str, str]:
     """The lengths of the stages in a budget of time."""
-    shares = {stage: lesson.share for stage, lesson in LESSONS.items()}
+    shares = {stage: lesson.work for stage, lesson in LESSONS.items()}
     return {s: f"--max_minutes={t / 60:.2f}" for s, t in split_budget(seconds, shares).items()}
 
 
@@ -207,19 +196,20 @@ def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
             f"train it further, give --minutes of at least {diary.seconds / 60 + 3:.0f}, which "
             "counts these"
         )
-    shares = by_time(seconds)
+    lengths = by_time(seconds)
     flag, _, before = diary.lengths["mid"].partition("=")
-    more = seconds * (LESSONS["base"].share + LESSONS["mid"].share)
+    more = 60 * sum(float(lengths[stage].split("=")[1]) for stage in ("base", "mid"))
     before = float(before.split()[0])  # it may have been trained further before
     if flag == "--max_minutes":
         longer = f"{before + more / 60:.2f}"
     else:
-        row = last_step(run_directory("mid", knobs.model_tag))
-        longer = f"{before + more * row['step'] / row['seconds']:.0f}"
+        rows = {row["kind"]: row for row in logbook.read(run_directory("mid", knobs.model_tag))}
+        speed = rows["summary"]["step"] / rows["summary"]["seconds"]
+        longer = f"{before + more * speed:.0f}"
     for stage in ("sft", "rl"):
         with new_run(run_directory(stage, knobs.model_tag)):
             pass  # the stage itself opens it
-    return {**shares, "mid": f"{flag}={longer} --new_horizon=stretch"}
+    return {**lengths, "mid": f"{flag}={longer} --new_horizon=stretch"}
 
 
 # ---- what a person sees
@@ -262,7 +252,7 @@ class Display:
 
     def state(self, title: str, seconds: float, directory: Path | None) -> str:
         """The line of a stage at work: a bar, its speed and what is left."""
-        row = last_step(directory) if directory else {}
+        row = logbook.newest(directory, "train") if directory else {}
         if not row:
             return f"{title:<14} starting, {duration(seconds)}"
         progress = row["progress"]
@@ -279,42 +269,16 @@ class Display:
         self.terminal.flush()
 
 
-def last_step(directory: Path) -> dict[str, Any]:
-    """The newest training step in the metrics of a run; {} if there is none yet."""
-    try:
-        with (directory / logbook.FILE).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 16384))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):  # the first line of the part read may be half a line
-            row = json.loads(line)
-            if row.get("kind") == "train":
-                return row
-    return {}
-
-
-def sample_answers(knobs: QuickstartKnobs, stage: str) -> list[str]:
+def sample_answers(knobs: QuickstartKnobs, stage: str) -> str:
     """What the newest checkpoint of a stage answers to a question of each kind in ASKED."""
-    from nanochat.chat.generate import Engine
-    from nanochat.eval.chat import visible_text
+    from nanochat.commands.summary import exchanges
     from nanochat.eval.tasks import tinyworld
-    from nanochat.eval.tasks.common import Task
-    from nanochat.model.checkpoint import load_for_inference
 
-    machine = knobs.device_type, knobs.dtype, knobs.seed
-    loaded = load_for_inference(stage, knobs.model_tag, None, *machine)
     items = [tinyworld.TASKS[kind].items("val", 1, seed=1)[0] for kind in ASKED]
-    prompts = [loaded.tokenizer.render_prompt(Task.prompt(item)) for item in items]
-    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
-    samples = engine.generate_batch(prompts, max_tokens=48, temperature=0.0)
-    lines = []
-    for item, sample in zip(items, samples, strict=True):
-        question = " ".join(item["messages"][-2]["content"].split())
-        answer = " ".join(visible_text(loaded.tokenizer, sample.tokens).split())
-        lines.append(f"    {question}\n    > {answer}")
-    return lines
+    return "\n".join(
+        f"    {' '.join(question.split())}\n    > {' '.join(reply.split())}"
+        for question, reply, _ in exchanges(knobs, stage, knobs.model_tag, items)
+    )
 
 
 def verdict(summary: dict[str, Any], knobs: QuickstartKnobs, minutes: float) -> str:
@@ -373,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             diary.done.append(stage)
             diary.save()
             if STAGES[stage].chats:
-                print0("\n".join(sample_answers(knobs, stage)))
+                print0(sample_answers(knobs, stage))
         from nanochat.commands import chat_eval
 
         with display.working("questions"):

@@ -11,7 +11,7 @@ from nanochat.base.common import UserError, base_dir, columns, entry, human, pri
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
 from nanochat.eval.tasks import tinyworld
-from nanochat.eval.tasks.common import Task
+from nanochat.eval.tasks.common import Item, Task
 from nanochat.model.stages import STAGES, run_directory
 from nanochat.train.knobs import MachineKnobs
 
@@ -76,8 +76,10 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
     return columns(["stage", "tokens", "minutes", "val bpb", "accuracy", *kinds], rows)
 
 
-def exchanges(knobs: SummaryKnobs, stage: str, tag: str) -> list[tuple[str, str, str]]:
-    """(question, the model's reply, the expected reply) for held-out questions of each kind."""
+def exchanges(
+    knobs: MachineKnobs, stage: str, tag: str, items: Sequence[Item]
+) -> list[tuple[str, str, str]]:
+    """(question, the reply of a stage's newest model, the expected reply) for every item."""
     from nanochat.chat.generate import Engine
     from nanochat.eval.chat import visible_text
     from nanochat.model.checkpoint import load_for_inference
@@ -87,7 +89,6 @@ def exchanges(knobs: SummaryKnobs, stage: str, tag: str) -> list[tuple[str, str,
     )
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model.cast_for_inference(), tokenizer)
-    items = tinyworld.items("val", knobs.samples, seed=knobs.seed + 1)
     prompts = [tokenizer.render_prompt(Task.prompt(item)) for item in items]
     samples = engine.generate_batch(prompts, max_tokens=64, temperature=0.0)
     return [
@@ -114,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     last = list(stages)[-1]
     if knobs.samples and STAGES[last].chats:
-        for question, reply, expected in exchanges(knobs, last, tag):
+        items = tinyworld.items("val", knobs.samples, seed=knobs.seed + 1)
+        for question, reply, expected in exchanges(knobs, last, tag, items):
             print0(f"\nuser:      {question}\nassistant: {reply}")
             if reply != expected:
                 print0(f"(expected: {expected})")

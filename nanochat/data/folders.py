@@ -37,6 +37,10 @@ class Found:
     files: list[Path] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
+    def passed_over(self) -> str:
+        """'3 .pdf files not read, 1 hidden files': the four most frequent reasons."""
+        return ", ".join(f"{n:,} {what}" for what, n in self.skipped.most_common(4))
+
 
 def format_of(path: Path) -> str:
     """'.jsonl' for talk.JSONL.gz: the extension in lower case, without that of a compression."""
@@ -58,10 +62,10 @@ def find(path: Path, name: str, formats: tuple[str, ...]) -> Found:
     else:
         found = _in_folder(path, name, formats)
     if not found.files:
-        there = ", ".join(f"{n:,} {what}" for what, n in found.skipped.most_common(4))
+        others = found.passed_over()
         raise UserError(
             f"data source {name}: there is no file to read ({', '.join(formats)}, or one of them "
-            f"compressed: {', '.join(COMPRESSED)}) at {path}{there and f', only {there}'}; add "
+            f"compressed: {', '.join(COMPRESSED)}) at {path}{others and f', only {others}'}; add "
             "one, or name another file or folder"
         )
     return found
@@ -71,8 +75,8 @@ def _in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
     found = Found()
     read = unread = 0
     seen: set[tuple[int, int]] = set()
-    linked: list[tuple[Path, tuple[int, int], int]] = []
-    for file in _walk(path, found.skipped):
+    # Links last: a link to a file that is read anyway adds nothing
+    for file in sorted(_walk(path, found.skipped), key=Path.is_symlink):
         try:
             info = file.stat()
         except OSError:
@@ -87,26 +91,18 @@ def _in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
             ending = os.path.splitext(file.name.lower())[1]
             found.skipped[f"{ending or 'other'} files not read"] += 1
             unread += info.st_size * bool(TEXT_LIKE.fullmatch(ending))
-        elif file.is_symlink():
-            linked.append((file, identity, info.st_size))
-        else:
-            seen.add(identity)
-            found.files.append(file)
-            read += info.st_size
-    for file, identity, size in linked:  # a link to a file that is read anyway adds nothing
-        if identity in seen:
+        elif file.is_symlink() and identity in seen:
             found.skipped["links to files that are read already"] += 1
         else:
             seen.add(identity)
             found.files.append(file)
-            read += size
+            read += info.st_size
     found.files.sort()
     found.skipped = +found.skipped
     if found.files and unread > max(NOTEWORTHY, 100 * read):
-        there = ", ".join(f"{n:,} {what}" for what, n in found.skipped.most_common(4))
         raise UserError(
             f"data source {name}: only {human(read)} bytes of {path} would be read, and "
-            f"{human(unread)} bytes not ({there}): convert these files to .txt or .jsonl, or name "
+            f"{human(unread)} bytes not ({found.passed_over()}): convert these files to .txt or .jsonl, or name "
             "the files that you mean"
         )
     return found
