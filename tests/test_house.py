@@ -117,9 +117,9 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 11_800,
+    "base": 11_900,
     "tinyworld": 9_600,
-    "data": 22_400,
+    "data": 22_350,
     "model": 21_050,
     "chat": 6_500,
     "chat/serve": 10_620,
@@ -128,7 +128,7 @@ CEILINGS = {
     "study": 11_400,
     "plan": 17_680,
     "export": 7_600,
-    "commands": 19_000,
+    "commands": 18_750,
 }
 WHOLE = sum(CEILINGS.values())
 

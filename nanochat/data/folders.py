@@ -102,8 +102,8 @@ def _in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
     if found.files and unread > max(NOTEWORTHY, 100 * read):
         raise UserError(
             f"data source {name}: only {human(read)} bytes of {path} would be read, and "
-            f"{human(unread)} bytes not ({found.passed_over()}): convert these files to .txt or .jsonl, or name "
-            "the files that you mean"
+            f"{human(unread)} bytes not ({found.passed_over()}): convert these files to .txt or "
+            ".jsonl, or name the files that you mean"
         )
     return found
 
