@@ -7,7 +7,7 @@ lengths.
 
 Every point is trained for some seconds in a process of its own, as plan probe does. Its speed is
 predicted from the other points and, as without a probe, from the peak; the memory of its tensors
-from the trace of plan memory alone; and on a GPU the memory of the whole card, with a margin
+from the count of plan memory alone; and on a GPU the memory of the whole card, with a margin
 measured at the smallest point. The last line is JSON.
 """
 
@@ -54,9 +54,9 @@ def errors(
         predicted = speed.tokens_per_second(config, rows, T, batch, basis).tok_per_sec
         result[name] = predicted / point["tok_per_sec"] - 1
     model = MemoryModel(replace(machine, points=(), memory_gap=0.0), point["compiled"])
-    _, traced = model.predict(config, rows, point["accumulation"])
-    result["memory"] = traced / point["peak_memory_bytes"] - 1
-    return {**result, "traced": traced, "seconds": time.monotonic() - began}
+    _, counted = model.predict(config, rows, point["accumulation"])
+    result["memory"] = counted / point["peak_memory_bytes"] - 1
+    return {**result, "counted": counted, "seconds": time.monotonic() - began}
 
 
 def add_card_errors(points: Sequence[dict[str, Any]], results: Sequence[dict[str, float]]) -> None:
@@ -64,10 +64,10 @@ def add_card_errors(points: Sequence[dict[str, Any]], results: Sequence[dict[str
     smallest = min(range(len(points)), key=lambda i: points[i]["peak_memory_bytes"])
     if "card_bytes" not in points[smallest]:
         return
-    margin = memory.measured_margin([points[smallest]], [results[smallest]["traced"]])
+    margin = memory.measured_margin([points[smallest]], [results[smallest]["counted"]])
     for i, (point, result) in enumerate(zip(points, results, strict=True)):
         if i != smallest:
-            predicted = result["traced"] * (1 + margin.fragmentation) + margin.context
+            predicted = result["counted"] * (1 + margin.fragmentation) + margin.context
             result["card"] = predicted / point["card_bytes"] - 1
 
 

@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 14_750,
     "train": 16_500,
     "study": 11_400,
-    "plan": 17_680,
+    "plan": 15_850,
     "export": 7_600,
     "commands": 18_750,
 }

@@ -1,6 +1,7 @@
 """plan arch: exact tables, searches that find them again, hours; and the command that all plans share."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from nanochat.base.hardware import lookup
 from nanochat.commands import plan
 from nanochat.plan import arch, shapes
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "model_specifications.md"
+ROOT = Path(__file__).parent.parent
 SMALL = {"depth": 4, "model_dim": 512, "head_dim": 64}
 
 
@@ -121,6 +122,7 @@ def test_what_is_found_is_counted_on_the_model_and_near(params, vocab, tied, kv)
     best = result[0]
     counted = shapes.model_of(best).counts()
     assert counted == shapes.counts(best)
+    assert shapes.flops_per_token(best) == shapes.model_of(best).flops_per_token()
     assert all(abs(shapes.counts(c)["total"] / params - 1) <= arch.TOLERANCE for c in result)
     size = {"depth": best.n_layer, "model_dim": best.n_embd, "head_dim": best.head_dim}
     assert best == flags.config(**size)
@@ -169,10 +171,9 @@ def test_a_run_is_priced_and_its_batch_halved_until_it_fits(capsys):
 # ---- the document
 
 
-def test_the_specifications_are_up_to_date(tmp_path):
-    planned("--specifications", str(tmp_path / "made.md"))
-    made = (tmp_path / "made.md").read_text(encoding="utf-8")
-    assert made == DOCUMENT.read_text(encoding="utf-8")
+def test_the_specifications_are_up_to_date():
+    made = runpy.run_path(str(ROOT / "dev" / "specifications.py"))
+    assert made["specifications"]() == made["DOCUMENT"].read_text(encoding="utf-8")
 
 
 # ---- errors and the command

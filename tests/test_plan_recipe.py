@@ -5,16 +5,18 @@ import json
 import math
 import runpy
 import tomllib
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_plan_probe import point
 
 from nanochat.base import knobs
 from nanochat.base.common import UserError
-from nanochat.commands import base_train, chat_sft, mid_train
+from nanochat.commands import base_train, chat_sft, mid_train, plan
 from nanochat.plan import choice, law, memory, probe, recipe, shapes
 from nanochat.plan import machine as machines
 from nanochat.plan.machine import GIB, Machine
@@ -379,12 +381,34 @@ def test_machines_that_are_not_known(words, says):
         ("Apple M2", "float32", False),
     ],
 )
-def test_a_plan_for_a_card_does_not_depend_on_this_machine(monkeypatch, card, dtype, compiled):
-    for missing in ("", "Triton is not installed"):
-        monkeypatch.setattr("nanochat.base.runtime.compiler_missing", lambda device, m=missing: m)
-        target = recipe.planned_machine(ask("--hours=24", f"--gpu={card}"))
-        assert (target.dtype, target.compiles(3600)) == (dtype, compiled)
-        assert not target.compiles(3600, "off")
+def test_a_card_brings_its_dtype_and_its_compiler(card, dtype, compiled):
+    target = recipe.planned_machine(ask("--hours=24", f"--gpu={card}"))
+    assert (target.dtype, target.compiles(3600)) == (dtype, compiled)
+    assert not target.compiles(3600, "off")
+
+
+PLANS = {
+    "arch": ["arch", "--depth=4", "--vocab=4096", "--gpu=rtx3060"],
+    "memory": ["memory", "--depth=4", "--vocab=4096", "--gpu=T4", "--device_batch_sizes", "4"],
+    "recipe": ["recipe", "--hours=5", "--depth=8", "--vocab=4096", "--gpu=rtx4090"],
+}
+
+
+@pytest.mark.parametrize("words", PLANS.values(), ids=PLANS)
+def test_a_plan_for_a_card_does_not_depend_on_this_machine(monkeypatch, tmp_path, words):
+    """With and without Triton, on 1 core and on 16, where float32 is faster and where bfloat16 is."""
+    monkeypatch.undo()  # memory is counted, not taken from a formula of this file
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    plans = []
+    for missing, cores, dtype in product(("", "no Triton"), (1, 16), ("float32", "bfloat16")):
+        fast = getattr(torch, dtype)
+        monkeypatch.setattr("nanochat.base.runtime.compiler_missing", lambda d, m=missing: m)
+        monkeypatch.setattr("nanochat.base.hardware.faster_dtype", lambda d, f=fast: f)
+        monkeypatch.setattr("os.cpu_count", lambda n=cores: n)
+        monkeypatch.setattr("torch.get_num_threads", lambda n=cores: n)
+        monkeypatch.setattr("torch.get_default_dtype", lambda f=fast: f)
+        plans.append(json.dumps(plan.main(words)))
+    assert len(plans) == 8 and len(set(plans)) == 1
 
 
 # ---- the files

@@ -11,13 +11,11 @@ model comes within a tenth of is refused.
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nanochat.base.common import UserError, columns, duration, human, notice, print0
-from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import LARGEST, GPTConfig
 from nanochat.plan import memory
@@ -54,11 +52,6 @@ class ArchKnobs(SizeKnobs):
     )
     device_batch_size: int = knob(
         32, "rows of a micro-batch on one GPU, to predict its memory", low=1
-    )
-    specifications: str = knob(
-        "",
-        "write the table of the standard models to this file, docs/model_specifications.md, and "
-        "stop",
     )
     json: bool = knob(False, "print only JSON")
 
@@ -210,43 +203,6 @@ def price(knobs: ArchKnobs, config: GPTConfig, flops: float) -> dict[str, Any]:
     return {**priced, "hours": hours, "device_batch_size": rows, "memory_bytes": needed}
 
 
-# the document of the standard models
-
-STANDARD: dict[str, dict[str, Any]] = {  # name -> flags
-    "37.75 M": {"depth": 4, "model_dim": 512, "head_dim": 64, "vocab": 24_576},  # ittybitty.sh
-    **{f"d{depth}": {"depth": depth} for depth in (12, 16, 20, 26, 32)},
-}
-STANDARD_ROWS = 8
-
-
-def specifications() -> str:
-    """The text of docs/model_specifications.md: the standard models and what they take."""
-    rows = []
-    for name, given in STANDARD.items():
-        config = SizeKnobs(**given).config()
-        f = figures(config)
-        flags = " ".join(f"--{flag}={value}" for flag, value in given.items() if flag != "vocab")
-        how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
-        needed = memory.predict(config, STANDARD_ROWS, config.sequence_len, **how)["total"]
-        size = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
-        training = human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}"
-        rows.append((name, f"`{flags}`", size, *_counted(f), *training, f"{needed / GIB:.1f}"))
-    head = ("model", "flags", "layers x width", *PARTS, "FLOPs/token", "tokens", "FLOPs", "GB")
-    return f"""# Specifications of the standard models
-
-Written by `nanochat plan arch --specifications docs/model_specifications.md`; a test compares it
-with the code.
-
-{columns(head, rows)}
-
-Vocabulary 65,536 (37.75 M: 24,576), context 2,048, all optional knobs at their defaults. FLOPs are
-those of training, forward and backward, with causal attention counted at its mean length; tokens
-are 20 per parameter. GB of 2^30 bytes are what one CUDA card needs for {STANDARD_ROWS} rows of
-2,048 in bf16, compiled, as `plan memory` predicts; several cards share the optimizer's state and
-need less.
-"""
-
-
 def _counted(n: dict[str, int]) -> Iterator[str]:
     return (f"{n[part]:,}" for part in PARTS)
 
@@ -258,11 +214,6 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
     """Print the table that the flags ask for, and return its figures."""
     from nanochat.train.run import table_of_counts
 
-    if knobs.specifications:
-        print0("predicting the memory of six models", file=sys.stderr)
-        atomic_write(knobs.specifications, specifications())
-        print0(f"wrote {knobs.specifications}")
-        return {"file": knobs.specifications}
     if knobs.split and not knobs.params:
         raise UserError(
             f"--split={knobs.split} also needs the number of parameters: add it, as in --params 38M"

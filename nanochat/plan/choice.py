@@ -69,7 +69,7 @@ class Candidate:
     eval_tokens: int
     bpb: tuple[float, float, float]  # bits per byte with a 90 % interval
     why: str = ""  # it lost
-    memory_bytes: float = 0.0  # of the device; 0 = not traced
+    memory_bytes: float = 0.0  # of the device; 0 = not counted
     peak_memory_bytes: float = 0.0  # that the run will report
 
     @property

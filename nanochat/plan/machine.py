@@ -57,7 +57,7 @@ class Machine:
     points: tuple[dict[str, Any], ...] = ()
     source: str = ""  # where its speed comes from, in words
     factor: float = 1.0  # measured over predicted speed, from a pilot
-    memory_gap: float | None = None  # bytes measured above the traced peak, from a pilot
+    memory_gap: float | None = None  # bytes measured above the count, from a pilot
     compiler: bool = True  # whether torch.compile works on it
 
     def compiles(self, seconds: float, asked: str = "auto") -> bool:

@@ -4,9 +4,10 @@ Predict the memory of training by part, and which device batches fit a GPU or th
     nanochat plan memory --depth 12 --gpu rtx3090
     nanochat plan memory --depth 4 --device_batch_sizes 8 16 32 --sequence_lens 512 1024
 
-Tensors are counted on the real model, loss and optimizer (plan.trace_memory). A margin on top
-stands for the context, the compiler and the allocator: measured where there is a GPU, else from the
-runs named beside the figures. A row that does not fit is marked; if none fits, that is an error.
+Tensors are counted from the shape of the model and from what a layer is declared to keep; tests
+compare the count with real steps. A margin on top stands for the context, the compiler and the
+allocator: measured where there is a GPU, else from the runs named beside the figures. A row that
+does not fit is marked; if none fits, that is an error.
 """
 
 import sys
@@ -21,7 +22,7 @@ from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import machine
 from nanochat.plan.machine import GIB, Machine
-from nanochat.plan.shapes import SizeKnobs
+from nanochat.plan.shapes import SizeKnobs, counts
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,35 @@ class MemoryKnobs(SizeKnobs):
     json: bool = knob(False, "print only JSON")
 
 
+def kept_by_layer(
+    config: GPTConfig, tokens: int, T: int, size: int, cpu: bool, compiled: bool
+) -> float:
+    """
+    Bytes that one layer keeps for its backward pass, for `tokens` tokens in rows of T, `size` bytes
+    each: eight vectors of the model's width (the layer's input, the normed inputs of both parts, q
+    before and after its norm, the attention's output twice, the residual), three of the key-value
+    width, the MLP's hidden vectors before and after the activation, and in float32 the scales of
+    four norms with the softmax's sum; also the weights in the compute dtype. What is not compiled
+    keeps copies between operators, in half precision also in float32; compiled code on a CPU keeps
+    the attention's probabilities, which fused kernels do not.
+    """
+    from nanochat.model.attention import QUERY_BLOCK
+
+    hidden, width = 2, 8 + 4 * config.convolutions
+    if config.activation == "swiglu":
+        hidden = 3 if compiled else 4
+    if not compiled:
+        width += 3 if size == 4 else 6
+    vectors = width * config.n_embd + 3 * config.n_kv_head * config.head_dim
+    scales = 2 + 2 * config.n_head + config.n_kv_head
+    kept = tokens * (size * (vectors + hidden * config.hidden) + 4 * scales)
+    if size < 4:
+        kept += size * counts(config)["transformer"] / config.n_layer
+    if cpu and compiled:
+        kept += size * tokens * config.n_head * (T + QUERY_BLOCK) / 2
+    return kept
+
+
 def predict(
     config: GPTConfig,
     rows: int,
@@ -79,34 +109,63 @@ def predict(
     device_type: str,
     compiled: bool,
     margin: Margin | None = None,
-    **details: Any,
+    world_size: int = 1,
+    micro_batches: int = 2,
 ) -> dict[str, int]:
     """
     Bytes that training takes on one device, by part. Weights, gradients and optimizer (its state)
-    stay; activations, loss, update (what an optimizer step needs beside its state), evaluation and
-    kv_cache are the peaks of different moments, so `allocated`, the peak of all tensors, is less
-    than their sum. total = allocated + context + compile + fragmentation. `details` (world_size,
-    eval_rows, micro_batches) go to trace_memory.trace.
+    stay; activations, loss, update (what an optimizer step needs beside its state) and evaluation
+    are those of different moments, so `allocated`, the peak of all tensors, is less than their sum.
+    total = allocated + context + compile + fragmentation.
     """
-    from nanochat.base.runtime import DTYPES
-    from nanochat.plan.trace_memory import trace
+    from nanochat.model.attention import QUERY_BLOCK
+    from nanochat.model.loss import BLOCK_CHUNKS, CHUNK_ELEMENTS
 
-    how: dict[str, Any] = {"dtype": DTYPES[dtype], "device_type": device_type, **details}
-    peak, end = trace(config, rows, sequence_len, compiled=compiled, **how)
+    cpu, size = device_type == "cpu", 4 if dtype == "float32" else 2
+    n, C, V, T = counts(config), config.n_embd, config.vocab_size, sequence_len
+    tokens, matrices = rows * T, n["transformer"]
+    tables = n["total"] - matrices
+    layer = kept_by_layer(config, tokens, T, size, cpu, compiled)
+    activations = config.n_layer * layer + 3 * size * tokens * C + 16 * micro_batches * tokens
+    # The loss: the head's weights, the gradients of both factors, and chunks of logits.
+    most = CHUNK_ELEMENTS.get(device_type, 1 << 25)
+    chunk = min(most, tokens * V)
+    block = size * min(BLOCK_CHUNKS.get(device_type, 1) * chunk, tokens * V)
+    copies = (3 if cpu else 2) if compiled else 4 if config.softcap else 2
+    both = size * tokens * C + 4 * V * C
+    loss = both + block + 4 * copies * chunk + (size * V * C if size < 4 else 0)
+    # A layer's backward pass: gradients of its hidden vectors, or a block of scores.
+    work = size * tokens * 2 * config.hidden
+    if cpu:
+        work = max(work, tokens * config.n_head * min(T, QUERY_BLOCK) * (4 + size))
+    kept = 4 * n["total"] if micro_batches > 1 else 4 * V * C
+    backward = both + size * tokens * C + 4 * V * C + work
+    # Muon's largest pool of matrices of one shape: on a GPU all at once.
+    hidden = config.hidden * (2 if config.activation == "swiglu" else 1)
+    pool = config.n_layer * C * max(2 * C + 2 * config.n_kv_head * config.head_dim, hidden)
+    update = pool * (4 + size if cpu else 20)
+    logits = 8 if config.softcap else 4
+    evaluation = size * tokens * (4 * C + 2 * config.hidden) + logits * chunk
+    parts = {
+        "weights": 4 * n["total"],
+        "gradients": 4 * n["total"],
+        "optimizer": (4 * matrices + 8 * tables) / world_size,
+        "activations": activations,
+        "loss": loss,
+        "update": update,
+        "evaluation": evaluation,
+    }
+    peak = max(kept + activations + max(loss, backward), 4 * n["total"] + max(update, evaluation))
+    allocated = parts["weights"] + parts["optimizer"] + peak
     margin = margin or MARGINS[device_type]
     beside = {
-        "allocated": peak["all"],
-        "context": round(margin.context),
-        "compile": round(margin.compile) if compiled else 0,
-        "fragmentation": round(margin.fragmentation * peak["all"]),
+        "allocated": allocated,
+        "context": margin.context,
+        "compile": margin.compile if compiled else 0,
+        "fragmentation": margin.fragmentation * allocated,
     }
-    return {
-        **{name: end[name] for name in ("weights", "gradients", "optimizer")},
-        **{name: peak[name] for name in ("activations", "loss", "evaluation", "kv_cache")},
-        "update": peak["optimizer"] - end["optimizer"],
-        **beside,
-        "total": sum(beside.values()),
-    }
+    every = parts | beside | {"total": sum(beside.values())}
+    return {name: round(value) for name, value in every.items()}
 
 
 def measured_margin(points: Sequence[Mapping[str, Any]], counted: Sequence[float]) -> Margin:
@@ -138,7 +197,7 @@ def calibrate(
             f"the margin cannot be measured ({point['error']}): use the usual one with "
             "--no_calibrate"
         )
-    counted = predict(config, rows, sequence_len, **how, eval_rows=1)["allocated"]
+    counted = predict(config, rows, sequence_len, **how)["allocated"]
     return measured_margin([point], [counted])
 
 

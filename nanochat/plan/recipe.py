@@ -7,7 +7,7 @@ that the training commands take.
     nanochat base_train --recipe plan/recipe.toml
 
 The speed comes from a probe, from a peak measured here, or from the table of cards; the loss from a
-scaling law that a pilot corrects; the memory from a trace of the real model. Every candidate is
+scaling law that a pilot corrects; the memory from a count of tensors. Every candidate is
 shown with the reason why it lost. A budget that no model can use is refused, and a card that holds
 none.
 """

@@ -108,4 +108,7 @@ def layer_parameters(config: GPTConfig) -> int:
 
 def flops_per_token(config: GPTConfig, T: int = 0) -> float:
     """Training FLOPs per token in rows of T tokens (0 = the whole context)."""
-    return model_of(config).flops_per_token(T or None)
+    if "S" in config.window_pattern:
+        return model_of(config).flops_per_token(T or None)
+    one, two = (model_of(replace(config, n_layer=n)).flops_per_token(T or None) for n in (1, 2))
+    return one + (config.n_layer - 1) * (two - one)  # all layers are alike
