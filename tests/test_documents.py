@@ -72,12 +72,14 @@ def test_a_megabyte_of_spaces(tmp_path):
 @pytest.mark.parametrize("position", [0, 10, (1 << 20) - 1, 1 << 20, (1 << 20) + 5])
 def test_text_that_is_not_utf8_is_located(tmp_path, position):
     path = tmp_path / "a.txt"
-    path.write_bytes(b"a" * position + b"\xff" + b"b" * 20)
+    path.write_bytes(b"a" * position + b"\xff" + b"b" * 20 + b"\0")
     with pytest.raises(UserError, match=rf"a\.txt is not UTF-8 at byte {position}:"):
         read(path)
     path.write_bytes("é".encode() + b"a" * position + b"\xc3")
-    with pytest.raises(UserError, match=rf"at byte {position + 2}:"):
-        read(path)
+    report = documents.Report()
+    text = "".join(documents.read(path, None, report))
+    assert (text[0], text[-1], len(text)) == ("é", "\ufffd", position + 2)
+    assert report.notes["files with damaged bytes, read as U+FFFD"] == 1
 
 
 def test_errors_name_the_place(tmp_path):
@@ -88,10 +90,11 @@ def test_errors_name_the_place(tmp_path):
         (b'{"text": "a"}\n{"text": 5}\n', r"line 2: the field text holds a int"),
         (b'{"text": "a"}\n\xff\n', r"line 2: invalid JSON \(.*can't decode byte 0xff"),
         (
-            b'{"prompt": "a", "response": "b"}\n',
-            r"line 1: it has no field text or content or body, only prompt, response.*PATH#FIELD",
+            b'{"title": "a", "response": "b"}\n',
+            r"line 1: it has no field text or content or body, only title, response.*PATH#FIELD",
         ),
-        (b'{"messages": []}\n', r"conversations, train on them with mid_train"),
+        (b'{"messages": []}\n', r"conversations: train on them with mid_train"),
+        (b'{"prompt": "a", "response": "b"}\n', r"conversations: train on them with mid_train"),
         (b"[" * 100_000, r"line 1: invalid JSON"),
     ]:
         path.write_bytes(content)

@@ -65,19 +65,18 @@ def test_hidden_files_and_those_of_a_mac_are_left_out(tmp_path):
 
 
 def test_what_is_passed_over_is_counted(tmp_path):
-    put(tmp_path, "a.txt", "b.md", "c.MD", "picture.png", "noext", "table.csv", "d/e.docx")
+    put(tmp_path, "a.txt", "b.ps", "c.PS", "picture.png", "noext", "table.csv", "d/e.xlsx")
     put(tmp_path, "settings.json", text='{"a": 1}')
     put(tmp_path, "rows.json", text='\ufeff [{"text": "x"}]')
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "gone.txt").symlink_to("/nonexistent")
     files, skipped = names(tmp_path)
-    assert files == ["a.txt", "rows.json"]
+    assert files == ["a.txt", "noext", "rows.json"]
     assert skipped == {
-        ".md files not read": 2,
+        ".ps files not read": 2,
         ".png files not read": 1,
-        "other files not read": 1,
         ".csv files not read": 1,
-        ".docx files not read": 1,
+        ".xlsx files not read": 1,
         ".json files not read": 1,
         "pipes, devices or sockets": 1,
         "broken links": 1,
@@ -101,7 +100,7 @@ def test_links_are_followed_once(tmp_path):
     assert skipped["links to files that are read already"] == 2
 
 
-@pytest.mark.parametrize("others", [["big.md"], ["x.html", "y.pdf"], ["a.zip"], ["a.md.gz"]])
+@pytest.mark.parametrize("others", [["big.doc"], ["x.mobi", "y.7z"], ["a.rar"], ["a.xml.gz"]])
 def test_a_folder_of_which_only_the_readme_would_be_read_is_refused(tmp_path, others):
     put(tmp_path, "README.txt", text="Read me.")
     put(tmp_path, *others, text=STORY * 500)
@@ -123,7 +122,7 @@ def test_names_that_are_odd_or_not_utf8(tmp_path, name, capsys):
     (found,) = find(tmp_path, "s", TEXT).files
     assert list(documents.read(found, None)) == [STORY * 9]
     with open(path, "wb") as file:
-        file.write(b"\xff\xff")
+        file.write(b"\xff" + STORY.encode() + b"\0")
     with pytest.raises(UserError, match="not UTF-8 at byte 0"):
         list(documents.read(found, None))
 
@@ -190,7 +189,7 @@ def test_encodings_of_windows(tmp_path, form, encoding):
 @pytest.mark.parametrize("data", [bytes(1000), b"text\0more", b"a" * 2_000_000 + b"\0"])
 def test_zero_bytes_are_no_text(tmp_path, data):
     (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.txt (holds zero bytes|is not UTF-16)"):
+    with pytest.raises(UserError, match=r"a\.txt (holds zero bytes|is not UTF-)"):
         list(documents.read(tmp_path / "a.txt", None))
 
 

@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_300,
     "base": 11_900,
     "tinyworld": 9_600,
-    "data": 22_350,
+    "data": 34_000,
     "model": 21_050,
     "chat": 6_500,
     "chat/serve": 10_620,

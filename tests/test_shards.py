@@ -200,6 +200,7 @@ def test_text_that_changes_while_it_is_read_is_refused(source, tmp_path):
 
 def test_old_files_are_hashed_once(source, tmp_path, monkeypatch):
     monkeypatch.setattr(files.Hashes, "RECENT", -1)  # as though everything were old
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     counted = []
     real = files.sha256_file
     monkeypatch.setattr(files, "sha256_file", lambda path: counted.append(path) or real(path))

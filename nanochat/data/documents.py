@@ -1,24 +1,39 @@
 """
-Text of files as documents: .txt, or the text field of the rows that rows.py reads.
+Text of files as documents: plain text, what readers.py reads, or the text field of the rows that
+rows.py reads; and all of these in archives.
 
-A .txt file is cut into documents of about 16,000 characters, after a paragraph where possible, else
-after a line, a sentence or a word; line breaks at a cut are dropped. Where it has separators such
-as <|endoftext|>, a document ends there, and the separator is dropped. The other formats hold one
-document per row, in the field that is named or in the first of TEXT_FIELDS that the row has.
+A plain text is cut into documents of about 16,000 characters, after a paragraph where possible,
+else after a line, a sentence or a word; line breaks at a cut are dropped. Where it has separators
+such as <|endoftext|>, a document ends there, and the separator is dropped. The other formats hold
+one document per row, in the field that is named or in the first of TEXT_FIELDS that the row has. A
+field within another is written post.body, and several make up a template, {title}\\n\\n{body}.
 Documents of white space alone are skipped. A file that cannot be read raises a UserError that names
-the place; rows that cannot be read go to the report.
+the place; of several files, it goes to the report, as rows that cannot be read do.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from nanochat.base.common import UserError
-from nanochat.data.folders import COMPRESSED, format_of
+from nanochat.data import dialogue, shapes
+from nanochat.data.folders import (
+    ARCHIVES,
+    COMPRESSED,
+    PLAIN,
+    ROWS,
+    TEXT,
+    TEXT_FIELDS,
+    format_of,
+    kind_of,
+)
+from nanochat.data.readers import READERS, unpacked
 from nanochat.data.rows import (
     PARQUET_ROWS,
     Report,
+    TooManyBadRows,
     open_parquet,
     open_text,
     read_rows,
@@ -26,7 +41,6 @@ from nanochat.data.rows import (
 )
 
 MAX_CHARACTERS = 16_384  # per document cut from a .txt file
-TEXT_FIELDS = "text", "content", "body", "document", "article", "story", "passage", "message"
 CUT_AFTER = [re.compile(pattern) for pattern in (r"\n\n+", r"\n", r'[.!?]"? |。', r" ")]
 # What other programs write between documents: these anywhere, the short ones on a line of their own
 SEPARATOR = re.compile(
@@ -34,8 +48,11 @@ SEPARATOR = re.compile(
     r"|^[ \t]*(?:</s>|<s>|<eos>|<bos>|<EOD>|\[EOS\]|\[SEP\])[ \t]*$",
     re.MULTILINE,
 )
+LOOKED_AT = 1 << 14  # characters that decide whether a text is a chat
 MAYBE_SEPARATOR = "<|", "</s>", "<s>", "<eos>", "<bos>", "<EOD>", "[EOS]", "[SEP]"
+HELD = "holds conversations"
 LONGEST_SEPARATOR = 32
+NAMED = re.compile(r"\{([^{}\n]{1,200})\}")  # a field of a template
 
 
 def read(path: Path, field: str | None, report: Report | None = None) -> Iterator[str]:
@@ -44,21 +61,52 @@ def read(path: Path, field: str | None, report: Report | None = None) -> Iterato
     raises a UserError at the end of the file.
     """
     into = report or Report()
-    kind = format_of(path)
-    reader = {".txt": _read_txt, ".parquet": _read_parquet}.get(kind, _read_rows)
     with reading(path):
-        for text in reader(path, field, into):
-            if text.strip():
-                yield text
-            elif kind != ".txt":
-                into.notes["documents without text skipped"] += 1
+        kind = kind_of(path)
+        reader = _read_document if kind in READERS else _read_rows
+        reader = _read_archive if kind in ARCHIVES else reader
+        reader = {**dict.fromkeys(PLAIN, _read_txt), ".parquet": _read_parquet}.get(kind, reader)
+        try:
+            for text in reader(path, field, into):
+                if text.strip():
+                    yield text
+                elif kind not in PLAIN:
+                    into.notes["documents without text skipped"] += 1
+        except UserError as e:
+            if isinstance(e, TooManyBadRows) or str(path) in str(e):
+                raise
+            raise UserError(f"{path}: {e}") from e
     if report is None:
         into.finish()
 
 
+def read_all(paths: Sequence[Path], field: str | None, report: Report) -> Iterator[str]:
+    """
+    The documents of several files. The report has those that cannot be read, unless there is no
+    other file: then it is a UserError.
+    """
+    for path in paths:
+        report.path = path
+        try:
+            yield from read(path, field, report)
+            report.read[format_of(path) or ".txt"] += 1
+        except TooManyBadRows:
+            raise
+        except UserError as e:
+            if len(paths) == 1 and not report.level:
+                raise
+            report.skip(path, e)
+    if not report.read and report.skipped and not report.level:
+        reason, name = report.skipped[0]
+        raise UserError(
+            f"none of {len(paths):,} files can be read; {name}: {reason}, and so on: convert them, "
+            "or name other files"
+        )
+
+
 def text_bytes(path: Path) -> int:
     """Roughly how many bytes of text a file holds; a parquet file's footer states it."""
-    if format_of(path) != ".parquet":
+    if kind_of(path) != ".parquet":
         return path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1)
     with reading(path), open_parquet(path) as file:
         metadata = file.metadata
@@ -104,21 +152,23 @@ def well_formed(text: str) -> str:
 
 
 def _read_txt(path: Path, field: str | None, report: Report) -> Iterator[str]:
-    file, raw = open_text(path, report)
+    file, _ = open_text(path, report)
     with file:
-        try:
-            yield from cut(_separated(file, path, report))
-        except UnicodeDecodeError as e:
-            byte = raw.tell() - len(e.object) + e.start
-            raise UserError(
-                f"{path} is not {e.encoding.upper()} at byte {byte}: convert it, for example with "
-                "iconv"
-            ) from e
+        head = file.read(LOOKED_AT) + file.readline(LOOKED_AT)
+        if dialogue.STAMPED.match(head.split("\n", 1)[0]) and dialogue.chats_in_text(head):
+            messages = [*dialogue.whatsapp(chain(head.splitlines(), file))]
+            report.notes["chats of WhatsApp, read without their times"] += 1
+            for chat in dialogue.sessions(messages):
+                yield from cut([dialogue.as_text(chat)])
+        else:
+            yield from cut(_separated(file, path, report, head))
 
 
-def _separated(file: IO[str], path: Path, report: Report) -> Iterator[str | None]:
-    """The text of a file in pieces that end with a line where possible; None at a separator."""
-    rest = ""
+def _separated(file: IO[str], path: Path, report: Report, rest: str) -> Iterator[str | None]:
+    """
+    The text of a file, after its beginning `rest`, in pieces that end with a line where possible;
+    None at a separator.
+    """
     while chunk := file.read(1 << 20):
         # To the end of the line, so that no separator is torn; a line without end keeps its tail
         chunk = rest + chunk + (chunk[-1:] != "\n") * file.readline(1 << 20)
@@ -144,36 +194,87 @@ def _at_separators(text: str, path: Path, report: Report) -> Iterator[str | None
     yield text[start:]
 
 
+def _read_document(path: Path, field: str | None, report: Report) -> Iterator[str]:
+    """What a library reads of a file, in documents."""
+    try:
+        for text in READERS[kind_of(path)](path, report):
+            yield from cut([well_formed(text)])
+    except (UserError, OSError):
+        raise
+    except Exception as e:  # whatever a library does with a file that somebody made to break it
+        raise UserError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:100]})") from e
+
+
+def _read_archive(path: Path, field: str | None, report: Report) -> Iterator[str]:
+    """The documents of the files in an archive, as the finder finds them in a folder."""
+    with unpacked(path, (*TEXT, *ROWS), report) as files:
+        yield from read_all(files, field, report)
+
+
 def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
     for place, row in read_rows(path, report):
         try:
-            text = _text_of_row(row, field)
+            if chats := dialogue.exported(row):
+                for chat in chats:
+                    yield from cut(
+                        dialogue.as_text(part) + "\n" for part in dialogue.sessions(chat)
+                    )
+                continue
+            text = text_of_row(row, field)
         except UserError as e:
+            if field is None and shapes.shape_of(row):
+                raise UserError(
+                    f"{path} {HELD}: train on them with mid_train or chat_sft, or name a text "
+                    "field with PATH#FIELD"
+                ) from e
             report.bad_row(place, e)
             continue
         yield text
 
 
-def _text_of_row(row: Any, field: str | None) -> str:
-    """The text of a row; "" if its field is null."""
+def text_of_row(row: Any, field: str | None) -> str:
+    """The text of a row; "" if its field is null. Raises UserError if there is none."""
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
         raise UserError(f"expected an object with a text field, got a {type(row).__name__}")
+    if field and "{" in field:
+        parts = {m: _as_text(_value(row, m), m) for m in NAMED.findall(field)}
+        filled = NAMED.sub(lambda m: parts[m[1]], field.replace("\\n", "\n").replace("\\t", "\t"))
+        return filled if any(part.strip() for part in parts.values()) else ""
+    if field and field not in row and "." in field:
+        return _as_text(_value(row, field), field)
     name = text_field(row, field)
     return _as_text(row[name], name)
 
 
+def _value(row: Any, path: str) -> Any:
+    """The value at a path such as post.body, through lists too. UserError if there is none."""
+    if isinstance(row, dict) and path in row:
+        return row[path]
+    if isinstance(row, list):
+        return [_value(one, path) for one in row]
+    first, _, rest = path.partition(".")
+    if row is None:
+        return None
+    if not isinstance(row, dict) or first not in row or not rest:
+        raise UserError(
+            f"it has no field {path}, only {shapes.fields_of(row)}: name the field that holds the "
+            "text with PATH#FIELD"
+        )
+    return _value(row[first], rest)
+
+
 def _as_text(value: Any, name: str) -> str:
-    """Text, bytes in UTF-8, or a list of texts, as one text of lines."""
+    """Text, a number, bytes in UTF-8, or a list of these, as one text of lines."""
     if value is None:
         return ""
     if isinstance(value, str):
         return well_formed(value)
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, list) and all(isinstance(part, str | bytes | None) for part in value):
-        return "\n".join(_as_text(part, name) for part in value)
+    if isinstance(value, list) and all(isinstance(v, str | bytes | list | None) for v in value):
+        return "\n".join(filter(None, (_as_text(part, name) for part in value)))
     raise UserError(
         f"the field {name} holds a {type(value).__name__}, not text; name a text field with "
         "PATH#FIELD"
@@ -182,23 +283,31 @@ def _as_text(value: Any, name: str) -> str:
 
 def _read_parquet(path: Path, field: str | None, report: Report) -> Iterator[str]:
     with open_parquet(path) as file:
-        try:
-            column = text_field(file.schema_arrow.names, field)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from e
-        kind = file.schema_arrow.field(column).type
-        if not _holds_text(kind):
-            raise UserError(
-                f"{path}: the column {column} holds {kind}, not text; name a text column with "
-                "PATH#FIELD"
-            )
+        names = file.schema_arrow.names
+        if field is None and shapes.shape_of_names(names) and set(names).isdisjoint(TEXT_FIELDS):
+            yield from _read_rows(path, field, report)
+            return
+        wanted = NAMED.findall(field) if field and "{" in field else [field]
+        columns = []
+        for name in wanted:
+            try:
+                top = name if name in names else (name or "").split(".")[0] or None
+                columns.append(text_field(names, top))
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from e
+            kind = file.schema_arrow.field(columns[-1]).type
+            if name in (None, columns[-1]) and not _holds_text(kind):
+                raise UserError(
+                    f"{path}: the column {columns[-1]} holds {kind}, not text; name a text column "
+                    "with PATH#FIELD"
+                )
         number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+            for row in batch.to_pylist():
                 number += 1
                 try:
-                    text = _as_text(value, column)
-                except UnicodeDecodeError as e:
+                    text = text_of_row(row, field)
+                except (UserError, UnicodeDecodeError) as e:
                     report.bad_row(f"{path}, row {number}", e)
                     continue
                 yield text
@@ -225,8 +334,6 @@ def text_field(names: Iterable[str], field: str | None) -> str:
         if name in names:
             return name
     hint = "name the field that holds the text with PATH#FIELD"
-    if {"messages", "conversations"} & set(names) and not field:
-        hint = "these are conversations, train on them with mid_train or chat_sft"
     shown = ", ".join(map(str, names[:12])) + ", ..." * (len(names) > 12)
     raise UserError(
         f"it has no field {' or '.join(candidates[:3])}, only {shown or 'none'}: {hint}"

@@ -3,39 +3,75 @@ Finds the files of a source, for text and conversations alike: those of a format
 read, in any case of the extension, compressed or not, in a folder and the folders below it, links
 included. What is passed over is counted by reason, and nothing is passed over silently.
 
-A file that is named is always read; in a folder, .csv and .tsv files (often tables about the
-texts) and .json files that hold no list of rows are not.
+A file that is named is always read. In a folder, a table (.csv, .tsv) is read if a column of it is
+called as texts or questions are, and a .json file if it holds a list of rows or messages. Where an
+extension says nothing, or something else than the first bytes of the file, these bytes decide.
 """
 
+import csv
 import os
 import re
 import stat
+import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.base.common import UserError, human
 
-TEXT = (".txt",)
+# Text to be taken as it stands: prose, markup that a model may well learn to write, and programs
+ENDINGS = (
+    "txt text asc log md markdown mdx rst tex org adoc asciidoc py js mjs ts jsx tsx c h cc cpp "
+    "hpp java kt go rs rb php cs swift scala sh sql r jl lua pl hs ml ex clj lisp el f90 pas"
+)
+PLAIN = tuple(f".{ending}" for ending in ENDINGS.split())
+# For each of these, readers.py has a reader
+DOCUMENTS = (
+    *(".html", ".htm", ".xhtml", ".docx", ".odt", ".epub", ".pdf", ".rtf"),
+    *(".eml", ".mbox", ".srt", ".vtt", ".ipynb"),
+)
+ARCHIVES = ".zip", ".tar", ".tgz"
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-ONLY_NAMED = (".csv", ".tsv")
+TEXT = (*PLAIN, *DOCUMENTS, *ARCHIVES)
+CONVERSATIONS = (*ROWS, ".txt", ".md", *ARCHIVES)
+TABLES = (".csv", ".tsv")
+TEXT_FIELDS = "text", "content", "body", "document", "article", "story", "passage", "message"
+QUESTIONS = "prompt", "instruction", "question", "query", "input", "messages", "conversations"
+MESSAGES = re.compile(rb'"(?:messages|conversations|chats)"\s*:\s*[\[{]')
+HEAD = 1 << 16  # bytes that decide what a file holds
+MAGIC = (  # the first bytes of a file, and what it is whatever its name says
+    (b"%PDF-", ".pdf"),
+    (b"{\\rtf", ".rtf"),
+    (b"PK\x03\x04", ".zip"),
+    (b"\xd0\xcf\x11\xe0", ".doc"),
+    (b"PAR1", ".parquet"),
+)
 BEFORE_JSON = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # marks, blanks, and halves of UTF-16
 NOTEWORTHY = 10_000  # bytes of text in files that are not read
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Other files that may be the text of a corpus; pictures, programs and the like are not
 TEXT_LIKE = re.compile(
     r"\.(md|markdown|rst|html?|xml|tex|log|csv|tsv|json|pdf|docx?|odt|rtf|epub|mobi|srt|vtt|eml|"
-    r"mbox|zip|tar|tgz|7z|rar|lz4|gz|bz2|xz|zst|arrow|feather|orc|avro|tfrecord|warc|bin|npy)"
+    r"mbox|zip|tar|tgz|7z|rar|lz4|gz|bz2|xz|zst|arrow|feather|orc|avro|tfrecord|warc|bin|npy|azw3)"
 )
 
 
 @dataclass
 class Found:
-    """The files to read, sorted by path, and what was passed over: reason -> count."""
+    """The files to read, sorted by path, and those passed over: (reason, path)."""
 
     files: list[Path] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
+    listed: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """How many were passed over for each reason."""
+        return Counter(reason for reason, _ in self.listed)
+
+    def skip(self, reason: str, path: Path) -> None:
+        """Pass a file or a folder over."""
+        self.listed.append((reason, str(path)))
 
     def passed_over(self) -> str:
         """'3 .pdf files not read, 1 hidden files': the four most frequent reasons."""
@@ -51,54 +87,112 @@ def format_of(path: Path) -> str:
     return "" if ending == ".parquet" and not path.name.lower().endswith(ending) else ending
 
 
+def kind_of(path: Path) -> str:
+    """
+    The format of a file, as an extension: that of its first bytes if they tell, else that of its
+    name; ".txt" for text without an extension, and "" for what is neither. Raises OSError.
+    """
+    named = format_of(path)
+    if named and named not in (*TEXT, *ROWS):
+        return named
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    kind = next((kind for start, kind in MAGIC if head.startswith(start)), named)
+    if kind == ".zip":
+        return _kind_of_zip(path)
+    if kind == named == "" and head.strip() and b"\0" not in head:
+        return ".txt"
+    return kind
+
+
+def _kind_of_zip(path: Path) -> str:
+    """Office documents and books are zip archives too."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "word/document.xml" in names:
+                return ".docx"
+            if "mimetype" not in names:
+                office = {"xl/workbook.xml": ".xlsx", "ppt/presentation.xml": ".pptx"}
+                return next((kind for name, kind in office.items() if name in names), ".zip")
+            with archive.open("mimetype") as file:
+                mimetype = file.read(100).strip()
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
+        return format_of(path)  # reading it will say what is wrong
+    books = {b"application/epub+zip": ".epub", b"application/vnd.oasis.opendocument.text": ".odt"}
+    return books.get(mimetype, "")
+
+
+def find_all(paths: Sequence[Path], name: str, formats: tuple[str, ...]) -> Found:
+    """`find` for each of several paths."""
+    together = Found()
+    for path in paths:
+        one = find(path, name, formats)
+        together.files += one.files
+        together.listed += one.listed
+    return together
+
+
 def find(path: Path, name: str, formats: tuple[str, ...]) -> Found:
     """
     `path` itself, or the files of `formats` in the folder `path`, for the source `name`. Raises
     UserError if there is none, or if nearly all text in the folder is in files of other formats.
     """
     if not path.is_dir():
-        known = format_of(path) in formats
-        found = Found([path] if known and path.is_file() else [])
+        try:
+            known = path.is_file() and kind_of(path) in formats
+        except OSError as e:
+            raise UserError(f"cannot read {path} ({e.strerror}): check its permissions") from e
+        found = Found([path] if known else [])
     else:
-        found = _in_folder(path, name, formats)
+        found = in_folder(path, name, formats)
     if not found.files:
         others = found.passed_over()
         raise UserError(
-            f"data source {name}: there is no file to read ({', '.join(formats)}, or one of them "
+            f"data source {name}: there is no file to read ({_brief(formats)}, or one of them "
             f"compressed: {', '.join(COMPRESSED)}) at {path}{others and f', only {others}'}; add "
             "one, or name another file or folder"
         )
     return found
 
 
-def _in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
+def _brief(formats: tuple[str, ...]) -> str:
+    """The formats without those that everybody expects beside others."""
+    left_out = {*PLAIN[1:], ".htm", ".xhtml", ".tgz", ".ndjson"}
+    return ", ".join(kind for kind in formats if kind not in left_out)
+
+
+def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
+    """`find` in a folder, where there may be nothing to read."""
     found = Found()
     read = unread = 0
     seen: set[tuple[int, int]] = set()
     # Links last: a link to a file that is read anyway adds nothing
-    for file in sorted(_walk(path, found.skipped), key=Path.is_symlink):
+    for file in sorted(_walk(path, found), key=lambda file: (file.is_symlink(), file)):
         try:
             info = file.stat()
         except OSError:
-            found.skipped["broken links"] += 1
+            found.skip("broken links", file)
             continue
-        kind, identity = format_of(file), (info.st_dev, info.st_ino)
+        identity = info.st_dev, info.st_ino
         if not stat.S_ISREG(info.st_mode):
-            found.skipped["pipes, devices or sockets"] += 1
+            found.skip("pipes, devices or sockets", file)
         elif _hidden(file.name):
-            found.skipped["hidden files"] += kind in formats
-        elif kind not in formats or not _is_data(file, kind):
+            if format_of(file) in formats:
+                found.skip("hidden files", file)
+        elif not os.access(file, os.R_OK):
+            found.skip("files that you have no permission to read", file)
+        elif not _is_data(file, formats):
             ending = os.path.splitext(file.name.lower())[1]
-            found.skipped[f"{ending or 'other'} files not read"] += 1
+            found.skip(f"{ending or 'other'} files not read", file)
             unread += info.st_size * bool(TEXT_LIKE.fullmatch(ending))
         elif file.is_symlink() and identity in seen:
-            found.skipped["links to files that are read already"] += 1
+            found.skip("links to files that are read already", file)
         else:
             seen.add(identity)
             found.files.append(file)
             read += info.st_size
     found.files.sort()
-    found.skipped = +found.skipped
     if found.files and unread > max(NOTEWORTHY, 100 * read):
         raise UserError(
             f"data source {name}: only {human(read)} bytes of {path} would be read, and "
@@ -113,31 +207,38 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_data(file: Path, kind: str) -> bool:
+def _is_data(file: Path, formats: tuple[str, ...]) -> bool:
     """Whether a file of a folder holds rows or text, and not a table or settings beside them."""
-    if kind in ONLY_NAMED:
-        return False
-    if kind != ".json" or file.suffix.lower() in COMPRESSED:
-        return True
     try:
+        kind = kind_of(file)
+        if kind not in formats or file.suffix.lower() in COMPRESSED:
+            return kind in formats
+        if kind in TABLES:
+            with open(file, "rb") as opened:
+                line = opened.readline(HEAD).decode("utf-8-sig", "replace").lower()
+            columns = next(csv.reader([line], delimiter=",\t"[kind == ".tsv"]), [])
+            return not {*TEXT_FIELDS, *QUESTIONS}.isdisjoint(name.strip() for name in columns)
+        if kind != ".json":
+            return True
         with open(file, "rb") as opened:
-            return opened.read(64).lstrip(BEFORE_JSON).startswith(b"[")
-    except OSError:
+            head = opened.read(HEAD).replace(b"\0", b"").lstrip(BEFORE_JSON)
+        return head.startswith(b"[") or bool(MESSAGES.search(head))
+    except (OSError, csv.Error):
         return True  # reading it will say why
 
 
-def _walk(path: Path, skipped: Counter[str]) -> Iterator[Path]:
+def _walk(path: Path, found: Found) -> Iterator[Path]:
     """Every file below a folder, through links to folders too, but into no folder twice."""
 
     def unreadable(error: OSError) -> None:
-        skipped["folders that cannot be opened"] += 1
+        found.skip("folders that cannot be opened", Path(str(error.filename)))
 
     entered: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(path, followlinks=True, onerror=unreadable):
         info = os.stat(folder)
         if (info.st_dev, info.st_ino) in entered:
             folders.clear()
-            skipped["links to folders that are read already"] += 1
+            found.skip("links to folders that are read already", Path(folder))
             continue
         entered.add((info.st_dev, info.st_ino))
         folders[:] = sorted(f for f in folders if not _hidden(f))

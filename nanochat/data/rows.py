@@ -3,8 +3,9 @@ Opens files as people have them, and reads rows from them: .jsonl, .json, .csv, 
 give ("FILE, line N", value) for text, conversations and tasks alike.
 
 Compression (gzip, bzip2, xz, zstd) is recognised by its first bytes, UTF-16 and UTF-32 by their
-byte-order mark, UTF-16 without one by its zero bytes. A pointer of git-lfs or git-annex is named as
-what it is. Bad rows are collected in a Report, so that all are named at once.
+byte-order mark, UTF-16 without one by its zero bytes. Text that is not UTF-8 is read in the
+encoding that charset-normalizer finds, and the report says so. A pointer of git-lfs or git-annex is
+named as what it is. Bad rows are collected in a Report, so that all are named at once.
 """
 
 import bz2
@@ -14,6 +15,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from nanochat.base.common import UserError
-from nanochat.data.folders import BEFORE_JSON, format_of
+from nanochat.data.folders import BEFORE_JSON, format_of, kind_of
 
 LONGEST_ROW = 1 << 28  # bytes of a line; a longer one is no row of text
 SHOWN = 5  # bad rows that a message names
@@ -35,25 +37,53 @@ POINTERS = {
     b"/annex/objects/": "a pointer of git-annex: run `git annex get`",
     b"# xet version": "a pointer of git-xet: run `git xet checkout`",
 }
+# What texts are written in that are not in UTF-8
+ENCODINGS = (
+    "cp1252 iso8859_15 cp1250 iso8859_2 cp1251 koi8_r koi8_u cp866 cp1253 iso8859_7 cp1254 cp1255 "
+    "cp1256 cp1257 cp1258 cp932 euc_jp iso2022_jp gb18030 big5 cp949 tis_620 cp850 mac_roman"
+)
+SAMPLE = 1 << 16  # bytes around the first that is not UTF-8
+STRAY = 4  # letters beyond ASCII for each damaged byte of a text that is UTF-8 all the same
+DECLARED = re.compile(
+    rb"""<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?([\w.:-]{1,40})""", re.I
+)
 UTF16_MARKS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 UTF32_MARKS = codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE
 
 
+class TooManyBadRows(UserError):
+    """More rows cannot be used than may be left out."""
+
+
 class Report:
     """
-    What reading a source came upon: notes (reason -> count) for the data summary, and bad rows, of
-    which `limit` may be left out.
+    What reading a source came upon: notes (reason -> count) for the data summary, the files read
+    (format -> count), those skipped (reason, file), and bad rows, of which `limit` may be left out.
     """
 
     def __init__(self, limit: int = 0):
         self.limit = limit
         self.notes: Counter[str] = Counter()
+        self.read: Counter[str] = Counter()
+        self.skipped: list[tuple[str, str]] = []
+        self.path: Path | None = None  # that is being read
+        self.level = 0  # of archives in archives
         self.problems: list[str] = []
 
     def clear(self) -> None:
         """Forget everything, because reading starts again."""
-        self.notes.clear()
-        self.problems.clear()
+        for what in (self.notes, self.read, self.skipped, self.problems):
+            what.clear()
+
+    def skip(self, path: Path, error: UserError) -> None:
+        """Leave the rest of a file out, for the reason that the error gives."""
+        reason = str(error).removeprefix(f"{path}: ").replace(f"{path} is ", "it is ")
+        self.skipped.append((reason.replace(str(path), "it"), str(path)))
+
+    def rename(self, old: str, new: str) -> None:
+        """Name files that lie in the folder `old` as if they lay in `new`."""
+        self.skipped = [(r.replace(old, new), name.replace(old, new)) for r, name in self.skipped]
+        self.problems = [problem.replace(old, new) for problem in self.problems]
 
     def bad_row(self, place: str, reason: object) -> None:
         """Leave a row out. Raises UserError once there are far too many."""
@@ -67,10 +97,12 @@ class Report:
         if count > self.limit:
             named = "; ".join(self.problems[:SHOWN])
             if count == 1:
-                raise UserError(f"{named}; fix or delete it, or skip it with --skip_bad_rows 1")
+                raise TooManyBadRows(
+                    f"{named}; fix or delete it, or skip it with --skip_bad_rows 1"
+                )
             more = f" (the first {SHOWN})" if count > SHOWN else ""
             at_least = "at least " if count > self.limit + MOST_COLLECTED else ""
-            raise UserError(
+            raise TooManyBadRows(
                 f"{at_least}{count:,} rows cannot be used: {named}{more}; fix or delete them, or "
                 f"skip them with --skip_bad_rows {count}"
             )
@@ -147,14 +179,87 @@ def encoding_of(head: bytes) -> str:
     return "utf-8-sig"
 
 
+def guessed_encoding(sample: bytes) -> str | None:
+    """
+    The encoding of bytes that are not UTF-8, as charset-normalizer guesses it; None if they look
+    like no text in any of ENCODINGS.
+    """
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError as e:
+        raise UserError(
+            "it is not UTF-8, and finding its encoding needs the package charset-normalizer: "
+            'pip install "nanochat[documents]"'
+        ) from e
+    # Plain ASCII says nothing of the encoding, so that only lines with other bytes are looked at
+    lines = [line for line in sample.splitlines() if not line.isascii()]
+    best = from_bytes(
+        b"\n".join(lines)[:SAMPLE], cp_isolation=[*map(str, ENCODINGS.split())]
+    ).best()
+    if best is None:
+        return None
+    # Several often give the same text; the first of ENCODINGS is the most usual one
+    alike = {best.encoding, *best.could_be_from_charset}
+    return next(name for name in ENCODINGS.split() if name in alike)
+
+
+def encoding_of_file(path: Path) -> tuple[str, str]:
+    """
+    (encoding, how to treat errors) of a text. Reads it to its first byte that is not UTF-8, and
+    what is around it. Raises UserError if it is no text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    before, position = b"", 0
+    with open_bytes(path) as file:
+        if (
+            encoding := encoding_of(cast(io.BufferedReader, file).peek(4096)[:4096])
+        ) != "utf-8-sig":
+            return encoding, "strict"
+        while chunk := file.read(1 << 20):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as e:
+                # e.object begins with what the decoder had kept of the chunk before
+                start = position - (len(e.object) - len(chunk)) + e.start
+                sample = before[-SAMPLE:] + chunk + file.read(SAMPLE)
+                break
+            before, position = chunk, position + len(chunk)
+        else:
+            if not decoder.getstate()[0]:
+                return encoding, "strict"
+            return encoding, "replace"  # it ends within a character
+    good = sum(not c.isascii() for c in sample.decode("utf-8", "ignore"))
+    bad = sample.decode("utf-8", "replace").count("\ufffd")
+    if good > STRAY * bad:
+        return encoding, "replace"  # UTF-8 with a few damaged bytes
+    if b"\0" in sample or (guess := guessed_encoding(sample)) is None:
+        raise UserError(f"{path} is not UTF-8 at byte {start}: convert it, for example with iconv")
+    return guess, "replace"
+
+
+def encoding_of_html(data: bytes, report: Report) -> str:
+    """The encoding of a page: its byte-order mark, else what it declares, else UTF-8 or a guess."""
+    if (encoding := encoding_of(data[:4096])) == "utf-8-sig":
+        declared = DECLARED.search(data[:4096])
+        name = declared[1].decode("ascii") if declared else "utf-8"
+        try:
+            data.decode(encoding := codecs.lookup(name).name)
+        except (LookupError, UnicodeDecodeError):
+            encoding = guessed_encoding(data[: 1 << 20]) or "utf-8"
+            report.notes[f"files read as {encoding.upper()}, which is a guess"] += 1
+    return encoding
+
+
 def open_text(path: Path, report: Report) -> tuple[IO[str], BinaryIO]:
     """A file as text, and the bytes behind it; an encoding that was guessed is noted."""
+    encoding, errors = encoding_of_file(path)
     raw = open_bytes(path)
-    head = cast(io.BufferedReader, raw).peek(4096)[:4096]
-    encoding = encoding_of(head)
-    if encoding != "utf-8-sig":
-        report.notes[f"files read as {encoding.upper()}"] += 1
-    return io.TextIOWrapper(raw, encoding=encoding), raw
+    if errors == "replace" and encoding == "utf-8-sig":
+        report.notes["files with damaged bytes, read as U+FFFD"] += 1
+    elif encoding != "utf-8-sig":
+        guess = ", which is a guess" if errors == "replace" else ""
+        report.notes[f"files read as {encoding.upper()}{guess}"] += 1
+    return io.TextIOWrapper(raw, encoding=encoding, errors=errors), raw
 
 
 def lines(path: Path, report: Report) -> Iterator[bytes]:
@@ -184,15 +289,18 @@ def read_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
     """
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
     with reading(path):
-        yield from readers.get(format_of(path), _json_rows)(path, report)
+        yield from readers.get(kind_of(path), _json_rows)(path, report)
 
 
 def _json_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
     if format_of(path) == ".json":
         with open_bytes(path) as file:
             head = cast(io.BufferedReader, file).peek(64)
-        if head.lstrip(BEFORE_JSON).startswith(b"["):
+        if head.replace(b"\0", b"").lstrip(BEFORE_JSON).startswith(b"["):
             yield from _json_list(path, report)
+            return
+        if (whole := _one_object(path)) is not None:
+            yield str(path), whole
             return
     for number, line in enumerate(lines(path, report), 1):
         if not line.strip():
@@ -201,6 +309,14 @@ def _json_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", json.loads(line)
         except (ValueError, RecursionError) as e:
             report.bad_row(f"{path}, line {number}", f"invalid JSON ({e})")
+
+
+def _one_object(path: Path) -> Any:
+    """The value of a file that is one object over several lines, such as a chat; else None."""
+    try:
+        return json.loads(b"".join(lines(path, Report())))
+    except (ValueError, RecursionError):
+        return None  # rows, or a fault that has a line
 
 
 def _json_list(path: Path, report: Report) -> Iterator[tuple[str, Any]]:

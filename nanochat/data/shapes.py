@@ -13,7 +13,7 @@ context: the model reads it and does not learn to say it. What has no place here
 other than the calculator, pictures) is a UserError.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanochat.base.common import UserError
@@ -35,6 +35,52 @@ PAIRS = (  # the user's fields, of which those after the first may be missing, a
     (("query",), ("response", "answer")),
 )
 MASKS = "weight", "train", "train_on_turn", "trainable"  # of a message: 0 or false masks it
+
+
+def shape_of_names(names: Iterable[str]) -> str | None:
+    """The shape of rows with these fields, or None if they are no conversations."""
+    names = {str(name).lower() for name in names}
+    if "prompt" in names and "message_tree_id" in names:
+        return "OpenAssistant trees"
+    if {"message_id", "parent_id", "role", "text"} <= names:
+        return "OpenAssistant messages"
+    if lists := [name for name in LISTS if name in names]:
+        return lists[0]
+    for asked, replied in PAIRS:
+        if asked[0] in names and (reply := [name for name in replied if name in names]):
+            return f"{asked[0]} and {reply[0]}"
+    return None
+
+
+def shape_of(row: Any) -> str | None:
+    """
+    The shape of a row, as people call it ("messages", "ShareGPT", "Alpaca", "Dolly", "prompt and
+    response" ...), or None if it is no conversation.
+    """
+    if isinstance(row, list):
+        return "lists of messages" if row and isinstance(row[0], dict) else None
+    if not isinstance(row, dict) or (shape := shape_of_names(row)) is None:
+        return None
+    messages = row.get(shape)
+    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+        return "ShareGPT" if "from" in messages[0] else shape
+    if shape in LISTS:
+        return shape if isinstance(messages, list) else None
+    names = {"instruction and output": "Alpaca", "instruction and response": "Dolly"}
+    return names.get(shape, shape)
+
+
+def fields_of(row: Any) -> str:
+    """The fields of a row in words, with those within others as post.body."""
+    if not isinstance(row, dict):
+        return f"a {type(row).__name__}"
+    names = [
+        f"{name}.{inner}"
+        for name, value in row.items()
+        for inner in (value if isinstance(value, dict) else [""])
+    ]
+    shown = ", ".join(name.removesuffix(".") for name in names[:12])
+    return shown + ", ..." * (len(names) > 12) or "none"
 
 
 def as_conversation(row: Any) -> dict[str, Any]:
@@ -59,6 +105,7 @@ def as_conversation(row: Any) -> dict[str, Any]:
 
 
 def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    row = {str(name).strip().lower(): value for name, value in row.items()}
     for asked, replied in PAIRS:
         reply = next((row[name] for name in replied if isinstance(row.get(name), str)), None)
         if isinstance(row.get(asked[0]), str) and reply is not None:

@@ -4,6 +4,7 @@ the hub; their mixtures and their validation split. A source is written as PATH 
 NAME=PATH, followed by :WEIGHT (its share of the tokens) and #FIELD as needed:
 
     books=~/books:0.4    posts=dump.jsonl:0.15#body    tinyworld    tinyworld@5:0.2 (5 MB of it)
+    dump.jsonl#post.body    'dump.jsonl#{title}\\n\\n{post.body}'
     fineweb-edu    climbmix
 
 About 1 % of the documents are validation (see split.py). The last shard of a hub data set is its
@@ -13,6 +14,7 @@ validation split; a missing one is an error, and no training shard ever takes it
 
 import hashlib
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -20,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir
-from nanochat.data.documents import MAX_CHARACTERS, read, text_bytes
-from nanochat.data.folders import ROWS, TEXT, Found, find
+from nanochat.data import inventory
+from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
+from nanochat.data.folders import ROWS, TEXT, Found, find_all
 from nanochat.data.rows import Report
-from nanochat.data.split import Division, division
 from nanochat.tinyworld import generator_files
 
-VALIDATION_SHARE = 0.01
 # Files are tokenised in groups of at least this size. Adding a file, or continuing after an
 # interruption, does not repeat the groups that are finished.
 PART_BYTES = 1 << 28
-READER = 2  # of the user's files; a newer one must lead to new token shards
+READER = 3  # of the user's files; a newer one must lead to new token shards
+
+
+# A field, post.body, or a template of several, {title}\\n\\n{body}
+FIELD = re.compile(r"(.+?)#([^#/\\:]+|[^#{}]*\{[^{}]+\}.*)$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -177,10 +182,10 @@ def _split_suffixes(text: str) -> tuple[str, float | None, str | None]:
     """PATH[:WEIGHT][#FIELD], the suffixes in either order, as (path, weight, field)."""
     weight = field = None
     while not _exists(text):
-        if field is None and (m := re.match(r"(.+)#([^#/\\:]+)$", text)):
-            text, field = m.groups()
-        elif weight is None and (m := re.match(r"(.+):(\d+\.?\d*|\.\d+)$", text)):
+        if weight is None and (m := re.match(r"(.+):(\d+\.?\d*|\.\d+)$", text)):
             text, weight = m[1], float(m[2])
+        elif field is None and (m := FIELD.match(text)):
+            text, field = m.groups()
         else:
             break
     return text, weight, field
@@ -202,12 +207,8 @@ def files(source: Source, split: str | None = None) -> list[Path]:
 
 def found(source: Source) -> Found:
     """The files of a source on this machine, and what was passed over."""
-    together = Found()
-    for path in source.paths if source.kind == "files" else ():
-        one = find(path, source.name, (*TEXT, *ROWS))
-        together.files += one.files
-        together.skipped += one.skipped
-    return together
+    paths = source.paths if source.kind == "files" else ()
+    return find_all(paths, source.name, (*TEXT, *ROWS))
 
 
 def _shard_files(source: Source, split: str | None) -> list[Path]:
@@ -234,7 +235,7 @@ def parts(source: Source, split: str) -> list[Part]:
     """A split ("train" or "val") in parts that are read and tokenised independently."""
     if source.kind == "tinyworld":
         return [_tinyworld_part(source, split)]
-    divided = _division(source) if source.kind == "files" else None
+    known = _inventory(source) if source.kind == "files" else None
     groups: list[list[Path]] = [[]]
     size = 0
     for path in files(source, split):
@@ -243,10 +244,13 @@ def parts(source: Source, split: str) -> list[Part]:
             size = 0
         groups[-1].append(path)
         size += path.stat().st_size
-    return [_part(source, split, group, divided) for group in groups]
+    return [_part(source, split, group, known) for group in groups]
 
 
-def _part(source: Source, split: str, paths: list[Path], divided: Division | None) -> Part:
+def _part(
+    source: Source, split: str, paths: list[Path], known: inventory.SourceInventory | None
+) -> Part:
+    divided = known and known.division
     identity = {
         "formats": [p.suffix.lower() for p in paths],
         "field": source.field,
@@ -254,19 +258,23 @@ def _part(source: Source, split: str, paths: list[Path], divided: Division | Non
         "share": divided and divided.share,
         "cut": MAX_CHARACTERS,
     }
-    if divided:
+    if known and divided:
         identity["reader"] = READER
         identity["piece"] = divided.piece
+        identity["left out"] = [known.repeated, known.dropped]
     report = Report(source.skip_bad_rows)
 
     def texts() -> Iterator[str]:
         report.clear()
-        for text in chain.from_iterable(read(path, source.field, report) for path in paths):
-            if divided is None:
-                yield text
-            else:
+        read = read_all(paths, source.field, report)
+        if known is None or divided is None:
+            yield from read
+        else:
+            for text in known.kept(read):
                 yield from divided.texts(text, split)
         report.finish()
+        for reason, _ in report.skipped:
+            report.notes[f"files skipped: {reason}"] += 1
         if divided and divided.piece:
             report.notes["characters per piece held out of long documents"] = divided.piece
 
@@ -291,18 +299,18 @@ def _tinyworld_part(source: Source, split: str) -> Part:
     return Part({"tinyworld": code, "bytes": size, "split": split}, size, texts)
 
 
-def _division(source: Source) -> Division:
-    """How the documents of this source are divided between training and validation."""
-    report = Report(source.skip_bad_rows)
-    paths = files(source)
-    texts = chain.from_iterable(read(path, source.field, report) for path in paths)
-    if (divided := division(texts, VALIDATION_SHARE)) is None:
-        report.finish()  # bad rows may be the reason
+def _inventory(source: Source) -> inventory.SourceInventory:
+    """What is known of a source of files; UserError if it cannot be divided into two splits."""
+    known = inventory.of(source)
+    if known.division is None:
+        report = Report(source.skip_bad_rows)
+        deque(read_all(files(source), source.field, report), maxlen=0)
+        report.finish()  # what cannot be read may be the reason
         raise UserError(
             f"data source {source.name} has fewer than two different documents, so none is left "
             "for validation: add more text"
         )
-    return divided
+    return known
 
 
 def mixed(

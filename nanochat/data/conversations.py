@@ -1,0 +1,115 @@
+"""
+Rows of conversations from the user's files, in all the forms that people keep them in: rows (see
+shapes.py), chats and dialogues in text or exports, trees (see dialogue.py), and archives of these.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat.base.common import UserError
+from nanochat.data import dialogue
+from nanochat.data.folders import ARCHIVES, CONVERSATIONS, PLAIN, TEXT_FIELDS, kind_of
+from nanochat.data.readers import unpacked
+from nanochat.data.rendering import checked_messages
+from nanochat.data.rows import Report, TooManyBadRows, open_text, read_rows, reading
+from nanochat.data.shapes import as_conversation, shape_of
+
+LONGEST_CHAT = 1 << 28  # characters
+HEAD = 1 << 16  # characters that decide whether a text is a chat
+
+
+def read(
+    path: Path, report: Report, me: str | None = None, alone: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """
+    ("FILE, line N", row) for each conversation of a file. Given `me`, that person of a chat is the
+    assistant. Raises UserError for a file that holds none; if it is not `alone`, the report has it.
+    """
+    try:
+        yield from _read(path, report, me)
+        report.read[kind_of(path)] += 1
+    except TooManyBadRows:
+        raise
+    except UserError as e:
+        if alone:
+            raise
+        report.skip(path, e)
+
+
+def _read(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any]]:
+    with reading(path):
+        kind = kind_of(path)
+        if kind in PLAIN:
+            rows = dialogue.as_rows(_chats(path, report, me), me, str(path))
+            yield from ((f"{path}, chat {i}", row) for i, row in enumerate(rows, 1))
+        elif kind in ARCHIVES:
+            with unpacked(path, CONVERSATIONS, report) as files:
+                for file in files:
+                    for place, row in read(file, report, me, alone=False):
+                        yield place.replace(str(file), f"{path}/{file.name}"), row
+        else:
+            yield from _rows(path, report, me)
+
+
+def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
+    file, _ = open_text(path, report)
+    with file:
+        head = file.read(HEAD)
+        if dialogue.chats_in_text(head, me):
+            return dialogue.chats_in_text(head + file.read(LONGEST_CHAT), me)
+    raise UserError(
+        f"{path} holds no conversations: lines must begin with User: and Assistant:, or with "
+        "names, of which --me says who is the assistant"
+    )
+
+
+def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any]]:
+    flat: dict[str, Any] = {}
+    for number, (place, row) in enumerate(read_rows(path, report)):
+        shape = shape_of(row)
+        chats = dialogue.exported(row) if shape != "OpenAssistant trees" else None
+        if number == 0 and not shape and not chats and _is_text(row):
+            raise UserError(f"{path} holds text, not conversations")
+        if shape == "OpenAssistant messages":
+            flat[place] = row
+        elif shape == "OpenAssistant trees":
+            yield from _tree(place, row.get("prompt"), report)
+        elif chats:
+            parts = [part for chat in chats for part in dialogue.sessions(chat)]
+            for i, one in enumerate(dialogue.as_rows(parts, me, place), 1):
+                yield f"{place}, chat {i}", one
+        else:
+            yield place, row
+    for tree in dialogue.trees(flat.values()):
+        yield from _tree(f"{path}, message {tree['message_id']}", tree, report)
+
+
+def _is_text(row: Any) -> bool:
+    return isinstance(row, str) or (
+        isinstance(row, dict) and not row.keys().isdisjoint(TEXT_FIELDS)
+    )
+
+
+def _tree(place: str, tree: Any, report: Report) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from ((place, row) for row in dialogue.tree_conversations(tree))
+    except (UserError, KeyError, TypeError) as e:
+        report.bad_row(place, e)
+
+
+def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
+    """
+    Read a file to its end: how many conversations of each shape it has. The report has the rows
+    that are none, with their reasons. Empty for a file that holds no conversations.
+    """
+    counts: Counter[str] = Counter()
+    for place, row in read(path, report, me, alone=False):
+        try:
+            checked_messages(as_conversation(row))
+        except UserError as e:
+            report.problems.append(f"{place}: {e}")
+        else:
+            counts["chats" if ", chat " in place else shape_of(row) or "messages"] += 1
+    return counts

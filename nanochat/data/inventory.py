@@ -1,0 +1,386 @@
+"""
+What a folder holds, before anything is trained: files read by format, files skipped by reason,
+documents, duplicates, languages, what is long or odd, what is held out, and the conversations.
+
+    inventory = take(sources)        # reads each file once; the result is kept in the base folder
+    inventory.lines()                # for the screen
+    inventory.as_dict()              # as JSON, with everything that the screen leaves out
+
+Duplicates are removed before training: of equal documents the first one stays, and so it does of
+documents whose 5-word sequences are the same to at least SIMILAR (MinHash; about 10 MB/s). Of a
+source of more than LIMIT characters, only the first LIMIT are looked at; this is said.
+"""
+
+import hashlib
+import heapq
+import importlib
+import importlib.util
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanochat.base.common import UserError, base_dir, human
+from nanochat.base.files import Hashes, atomic_write
+from nanochat.base.progress import progress
+from nanochat.data import conversations
+from nanochat.data.documents import HELD, read_all, text_bytes
+from nanochat.data.folders import CONVERSATIONS, ROWS, TEXT, Found, find_all, kind_of
+from nanochat.data.rows import Report
+from nanochat.data.split import LEAST, Division, division, place
+
+if TYPE_CHECKING:
+    from nanochat.data.sources import Source
+
+VERSION = 1
+VALIDATION_SHARE = 0.01
+LIMIT = 1 << 28  # characters of a source
+SIMILAR = 0.8  # estimated share of the 5-word sequences of two documents that they have in common
+SHORTEST = 50  # words of a document that is compared with others
+SHINGLE = 5  # words
+PERMUTATIONS, BANDS = 128, 16
+SAMPLES = 200  # documents whose language is guessed
+SHOWN = 10  # files of each reason
+MOST_LINES = 500_000
+EXTRAS = (
+    "charset_normalizer",
+    "selectolax",
+    "mammoth",
+    "defusedxml",
+    "pypdf",
+    "striprtf",
+    "rensa",
+    "py3langid",
+)
+
+
+@dataclass
+class SourceInventory:
+    """What one source holds. Counts of documents are as read, before duplicates are removed."""
+
+    name: str
+    kind: str = "files"  # or "tinyworld" or "shards", which are not looked into
+    read: dict[str, int] = field(default_factory=dict)  # format -> files
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (reason, file)
+    notes: dict[str, int] = field(default_factory=dict)  # what the readers came upon -> count
+    bad_rows: list[str] = field(default_factory=list)  # "FILE, line N: reason"
+    documents: int = 0
+    characters: int = 0
+    exact: int = 0  # documents that are equal to an earlier one
+    near: int = 0  # documents that are nearly equal to an earlier one
+    removed_characters: int = 0
+    looked_for_near: bool = True
+    languages: dict[str, int] | None = None  # of up to SAMPLES documents; None: not looked at
+    repeated_lines: list[tuple[int, str]] = field(default_factory=list)  # (documents, line)
+    longest: list[tuple[int, str]] = field(default_factory=list)  # (characters, place and start)
+    oddest: list[tuple[float, str]] = field(default_factory=list)  # (share of letters, the same)
+    held_out: tuple[int, int] = (0, 0)  # documents or pieces, and their characters
+    conversations: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> shape -> count
+    conversation_problems: list[str] = field(default_factory=list)  # "FILE, line N: reason"
+    complete: bool = True  # False: only the first LIMIT characters were looked at
+    seconds: float = 0.0
+    # How training and validation are divided, and which documents are not trained on: see split.py
+    share: float | None = None
+    piece: int | None = None
+    repeated: list[float] = field(default_factory=list)  # places of which the first stays
+    dropped: list[float] = field(default_factory=list)
+    file: str = ""  # that has all of this
+
+    @property
+    def division(self) -> Division | None:
+        """How the source is divided; None if it has fewer than two different documents."""
+        return None if self.share is None else Division(self.share, self.piece)
+
+    def kept(self, documents: Iterator[str]) -> Iterator[str]:
+        """The documents without duplicates."""
+        repeated, dropped, seen = set(self.repeated), set(self.dropped), set()
+        for text in documents:
+            where = place(text) if repeated or dropped else 0.0
+            if where in dropped or where in seen:
+                continue
+            if where in repeated:
+                seen.add(where)
+            yield text
+
+    def lines(self) -> list[str]:
+        """The inventory as a new user reads it."""
+        if self.kind != "files":
+            return []
+        lost = self.exact + self.near
+        share = self.removed_characters / max(self.characters, 1)
+        near = (
+            f"{self.near:,} near-duplicates" if self.looked_for_near else "near ones not looked for"
+        )
+        read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
+        out = [
+            f"{self.name}: {self.documents:,} documents, {human(self.characters)} characters, from "
+            f"{read}" + (f" (only the first {human(LIMIT)} looked at)" * (not self.complete)),
+            *self._skipped_lines(),
+            f"duplicates: {self.exact:,} equal, {near}"
+            + (f"; removed: {share:.1%} of the characters" * bool(lost)),
+        ]
+        if self.bad_rows:
+            out.append(f"rows that cannot be used: {len(self.bad_rows):,}: {self.bad_rows[0]}")
+        if self.languages:
+            total = sum(self.languages.values())
+            spoken = (f"{n / total:.0%} {code}" for code, n in _most(self.languages)[:6])
+            out.append(f"languages: {', '.join(spoken)} (of {total:,} documents, guessed)")
+        out += [f"in {n:,} documents: {line}" for n, line in self.repeated_lines[:3]]
+        out += [f"longest: {human(n)} characters, {where}" for n, where in self.longest[:1]]
+        out += [f"oddest: {s:.0%} letters, {where}" for s, where in self.oddest[:1] if s < 0.6]
+        if self.held_out[0]:
+            kept = self.characters - self.removed_characters
+            what = "pieces" if self.piece else "documents"
+            out.append(
+                f"held out: {self.held_out[0]:,} {what}, {self.held_out[1] / max(kept, 1):.1%}"
+            )
+        return [*out, *self._conversation_lines()]
+
+    def _skipped_lines(self) -> Iterator[str]:
+        reasons: dict[str, list[str]] = {}
+        for reason, name in self.skipped:
+            reasons.setdefault(reason, []).append(Path(name).name)
+        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+            more = f", and {len(names) - SHOWN:,} more" * (len(names) > SHOWN)
+            yield f"skipped: {len(names):,}, {reason}: {', '.join(names[:SHOWN])}{more}"
+
+    def _conversation_lines(self) -> Iterator[str]:
+        shapes: Counter[str] = Counter()
+        for counts in self.conversations.values():
+            shapes.update(counts)
+        if self.conversations:
+            counted = ", ".join(f"{n:,} {shape}" for shape, n in shapes.most_common())
+            yield f"conversations: {counted} in {len(self.conversations):,} files"
+        problems = self.conversation_problems
+        yield from (f"not a conversation: {problem}" for problem in problems[:SHOWN])
+        if len(problems) > SHOWN:
+            yield f"not a conversation: {len(problems) - SHOWN:,} more"
+
+
+def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return Counter(counts).most_common()
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What `take` returns: the sources in their order."""
+
+    sources: tuple[SourceInventory, ...]
+
+    def lines(self) -> list[str]:
+        """The inventory as a new user reads it, and where all of it is."""
+        out = [f"  {line}" for source in self.sources for line in source.lines()]
+        kept = [source.file for source in self.sources if source.file]
+        return [*out, f"  all of this: {', '.join(kept)}"] if kept else out
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it."""
+        return {"sources": [asdict(source) for source in self.sources]}
+
+    @property
+    def documents(self) -> int:
+        """Documents that remain without duplicates."""
+        return sum(s.documents - s.exact - s.near for s in self.sources)
+
+    @property
+    def characters(self) -> int:
+        """Characters that remain without duplicates."""
+        return sum(s.characters - s.removed_characters for s in self.sources)
+
+    @property
+    def conversation_files(self) -> list[Path]:
+        """The files that hold conversations, for the later stages."""
+        return [Path(name) for source in self.sources for name in source.conversations]
+
+
+def take(sources: Sequence["Source"], me: str | None = None) -> Inventory:
+    """
+    The inventory of some sources (see sources.parse_sources). `me` is the person of a chat who is
+    to be the assistant. Raises UserError if there is no file to read.
+    """
+    return Inventory(tuple(of(source, me, languages=True) for source in sources))
+
+
+def of(source: "Source", me: str | None = None, languages: bool = False) -> SourceInventory:
+    """The inventory of one source. It is taken once, and again when a file has changed."""
+    if source.kind != "files":
+        return SourceInventory(source.name, source.kind)
+    found = find_all(source.paths, source.name, (*TEXT, *ROWS))
+    key = _key(found, source.field, me)
+    path = base_dir() / "inventory" / f"{source.name}-{key}.json"
+    inventory = _load(path)
+    if inventory is None or (languages and inventory.languages is None):
+        inventory = _survey(source.name, found, source.field, me, languages)
+        inventory.file = str(path)
+        atomic_write(path, json.dumps(asdict(inventory), indent=1))
+    return inventory
+
+
+def _key(found: Found, field: str | None, me: str | None) -> str:
+    root = base_dir() / "tokens"
+    hashes = Hashes(root / ".hashes.json")
+    files = [(str(path), hashes.of(path)) for path in found.files]
+    hashes.save()
+    installed = [name for name in EXTRAS if importlib.util.find_spec(name)]
+    about = [VERSION, files, found.listed, field, me, installed]
+    return hashlib.sha256(json.dumps(about).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _load(path: Path) -> SourceInventory | None:
+    with suppress(OSError, ValueError, TypeError):
+        stored = json.loads(path.read_bytes())
+        if stored.keys() == {f.name for f in fields(SourceInventory)}:
+            return SourceInventory(**stored)
+    return None
+
+
+def _survey(
+    name: str, found: Found, field: str | None, me: str | None, languages: bool
+) -> SourceInventory:
+    started = time.monotonic()
+    report, census = Report(limit=1 << 30), _Census()
+    size = sum(map(text_bytes, found.files))
+    with progress(min(size, LIMIT), f"looking through {name}", "characters") as bar:
+        try:
+            for text in read_all(found.files, field, report):
+                census.add(text, str(report.path))
+                bar.advance(len(text))
+                if census.result.characters >= LIMIT:
+                    census.result.complete = False
+                    break
+        except UserError as e:
+            if report.skipped == []:  # the only file; whoever reads it to train hears the reason
+                report.skip(found.files[0], e)
+    inventory = census.finish(name, languages)
+    inventory.read = dict(report.read)
+    inventory.skipped = [*found.listed, *report.skipped]
+    inventory.notes, inventory.bad_rows = dict(report.notes), report.problems
+    _survey_conversations(inventory, found.files, me)
+    inventory.seconds = time.monotonic() - started
+    return inventory
+
+
+def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str | None) -> None:
+    """Count and check the conversations. As text, they are read too if they are plain text."""
+    report = Report(limit=1 << 30)
+    for path in files:
+        with suppress(OSError):
+            if kind_of(path) in CONVERSATIONS:
+                counts = conversations.survey(path, report, me)
+                if counts:
+                    inventory.conversations[str(path)] = dict(counts)
+                elif not report.problems:
+                    continue
+    if inventory.conversations:
+        inventory.conversation_problems = report.problems
+    as_rows = {str(path) for path in files} & inventory.conversations.keys()
+    inventory.skipped = [(r, f) for r, f in inventory.skipped if not (f in as_rows and HELD in r)]
+
+
+class _Census:
+    """Counts documents one after the other; what it says of them is in `result`."""
+
+    def __init__(self) -> None:
+        self.result = SourceInventory(
+            "", looked_for_near=importlib.util.find_spec("rensa") is not None
+        )
+        self.seen: set[float] = set()
+        self.sizes: list[tuple[float, int]] = []
+        self.first: list[str] = []  # as many as decide how the source is divided
+        self.held_out = 0
+        self.lines: Counter[str] = Counter()
+        self.samples: list[tuple[float, str]] = []
+        self.similar = _Similar() if self.result.looked_for_near else None
+
+    def add(self, text: str, path: str) -> None:
+        """Count a document of a file."""
+        result, where = self.result, place(text)
+        result.documents += 1
+        result.characters += len(text)
+        if where in self.seen:
+            result.exact += 1
+            result.removed_characters += len(text)
+            result.repeated.append(where)
+            return
+        self.seen.add(where)
+        if self.similar and self.similar.to_an_earlier_one(text):
+            result.near += 1
+            result.removed_characters += len(text)
+            result.dropped.append(where)
+            return
+        self.sizes.append((where, len(text)))
+        if self.held_out < LEAST:
+            self.first.append(text)
+            self.held_out += where <= VALIDATION_SHARE
+        self._look_at(text, where, path)
+
+    def _look_at(self, text: str, where: float, path: str) -> None:
+        heapq.heappush(self.samples, (-where, text[:1000]))
+        if len(self.samples) > SAMPLES:
+            heapq.heappop(self.samples)
+        lines = text.splitlines()
+        if len(self.lines) < MOST_LINES:
+            ends = {line.strip() for line in (*lines[:3], *lines[-3:])}
+            self.lines.update(line for line in ends if 12 <= len(line) <= 200)
+        named = f"{path}: {' '.join(text[:60].split())}"
+        result = self.result
+        result.longest = heapq.nlargest(3, [*result.longest, (len(text), named)])
+        if len(text) >= 200:
+            head = text[:2000]
+            letters = sum(map(str.isalpha, head)) / max(1, len(head) - head.count(" "))
+            result.oddest = heapq.nsmallest(3, [*result.oddest, (round(letters, 3), named)])
+
+    def finish(self, name: str, languages: bool) -> SourceInventory:
+        """What has been found."""
+        result = self.result
+        result.name, result.repeated = name, sorted(set(result.repeated))
+        often = max(3, len(self.sizes) // 10)
+        common = self.lines.most_common(10)
+        result.repeated_lines = [(n, line) for line, n in common if n >= often]
+        if languages:
+            result.languages = dict(Counter(_languages(text for _, text in self.samples)))
+        if (divided := division(self.first, VALIDATION_SHARE)) is None:
+            return result
+        result.share, result.piece = divided.share, divided.piece
+        if divided.piece is None:
+            held = [n for where, n in self.sizes if where <= divided.share]
+        else:
+            held = [len(part) for text in self.first for part in divided.texts(text, "val")]
+        result.held_out = len(held), sum(held)
+        return result
+
+
+def _languages(texts: Iterator[str]) -> list[str]:
+    """The code of the language of each text; none if the library is not there."""
+    try:
+        from py3langid import classify
+    except ImportError:
+        return []
+    return [classify(text)[0] for text in texts]
+
+
+class _Similar:
+    """Finds documents that are nearly equal to an earlier one, by MinHash."""
+
+    def __init__(self) -> None:
+        self.rensa: Any = importlib.import_module("rensa")
+        self.index = self.rensa.RMinHashLSH(SIMILAR, PERMUTATIONS, BANDS)
+        self.hashes: list[Any] = []
+
+    def to_an_earlier_one(self, text: str) -> bool:
+        """Whether this document is similar to an earlier one; if not, it is remembered."""
+        words = text.split()
+        if len(words) < SHORTEST:
+            return False
+        shingles = [" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)]
+        minhash = self.rensa.RMinHash(PERMUTATIONS, 1)
+        minhash.update(shingles)
+        if any(self.hashes[i].jaccard(minhash) >= SIMILAR for i in self.index.query(minhash)):
+            return True
+        self.index.insert(len(self.hashes), minhash)
+        self.hashes.append(minhash)
+        return False

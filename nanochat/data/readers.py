@@ -1,0 +1,402 @@
+"""
+Readers of documents: each takes a file and gives its texts, one function for each format, all in
+the table READERS. Most need a library of the extra `documents`; without it, the file is skipped,
+and the message names what to install.
+
+What strangers wrote is bounded: a file by MOST_BYTES, what an archive unpacks to by MOST_UNPACKED
+and by MOST_RATIO, a PDF by SECONDS and MOST_MEMORY in a process of its own. Nothing is fetched, no
+macro runs, and no entity of XML is expanded. A file that exceeds a bound, or that its library
+cannot read, is a UserError, which whoever reads a whole folder turns into an entry of the report.
+"""
+
+import email
+import email.policy
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from email.message import EmailMessage
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.parse import unquote
+
+from nanochat.base.common import UserError, human
+from nanochat.data.folders import in_folder
+from nanochat.data.rows import Report, encoding_of_html, open_bytes, open_text
+
+MOST_BYTES = 1 << 26  # of one document
+MOST_UNPACKED = 1 << 32  # bytes of all members of an archive
+MOST_RATIO = 300  # bytes unpacked per byte packed, from SMALL bytes on; text reaches 20
+SMALL = 1 << 24
+MOST_MEMBERS = 100_000
+MOST_LEVELS = 3  # of archives in archives
+SECONDS = 60  # for one PDF
+MOST_MEMORY = 1 << 31
+BLOCKS = (
+    "address article blockquote br center dd div dl dt fieldset figcaption figure form h1 h2 h3 h4 "
+    "h5 h6 hr legend li main ol p pre section summary table tr ul"
+)
+# What a page has around its text
+AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, head, iframe, select"
+OFFICE = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
+TIMES = re.compile(r"^\s*(?:\d+:)?\d+:\d+[.,]\d+\s+-->")
+CUE_TAGS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
+
+
+def library(name: str) -> Any:
+    """A module of the extra `documents`. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(
+            f"reading this needs the package {name.split('.')[0]}: "
+            'pip install "nanochat[documents]"'
+        ) from e
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file, decompressed. Raises UserError beyond MOST_BYTES."""
+    with open_bytes(path) as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"it holds more than {human(MOST_BYTES)} bytes: divide it into several")
+    return data
+
+
+def html(path: Path, report: Report) -> Iterator[str]:
+    """The text of a web page without scripts, navigation and forms, a line per block."""
+    yield html_text(content(path), report)
+
+
+def html_text(data: bytes | str, report: Report) -> str:
+    """The text of a page of HTML."""
+    parser = library("selectolax.lexbor").LexborHTMLParser
+    if isinstance(data, bytes):
+        data = data.decode(encoding_of_html(data, report), "replace")
+    tree = parser(data.replace("\0", ""))
+    for node in tree.css(AROUND):
+        node.decompose()
+    if tree.root is None:
+        return ""
+    pieces: list[str] = []
+    blocks = frozenset(BLOCKS.split())
+    for node in tree.root.traverse(include_text=True):
+        if node.tag == "-text":
+            text = node.text_content or ""
+            before, parent = node.prev, node.parent
+            if before is not None and before.tag in blocks:
+                pieces.append("\n")
+            in_pre = parent is not None and parent.tag in ("pre", "code", "textarea")
+            pieces.append(text if in_pre else re.sub(r"\s+", " ", text))
+        elif node.tag in blocks:
+            pieces.append("\n" if node.tag in ("br", "li", "tr", "dt", "dd") else "\n\n")
+        elif node.tag in ("td", "th"):
+            pieces.append("\t")
+    return tidy("".join(pieces))
+
+
+def tidy(text: str) -> str:
+    """Text without blanks around lines and without more than one empty line in a row."""
+    text = re.sub(r"[ \t\u00a0]*\n[ \t]*", "\n", text.replace("\r\n", "\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+@contextmanager
+def _opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An office document or a book, whose unpacked size is bounded."""
+    with zipfile.ZipFile(io.BytesIO(content(path))) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > SMALL + MOST_RATIO * MOST_BYTES // 10 or any(
+            info.file_size > MOST_BYTES for info in archive.infolist()
+        ):
+            raise UserError(f"it unpacks to {human(unpacked)} bytes: it is damaged or hostile")
+        yield archive
+
+
+def docx(path: Path, report: Report) -> Iterator[str]:
+    """The text of a Word document, with its tables and notes, by way of HTML."""
+    mammoth = library("mammoth")
+    with _opened_zip(path) as archive:
+        for name in archive.namelist():
+            if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in archive.read(name):
+                raise UserError("it declares entities of XML, as no office program does")
+    converted = mammoth.convert_to_html(
+        io.BytesIO(content(path)), convert_image=mammoth.images.img_element(lambda image: {})
+    )
+    yield html_text(converted.value, report)
+
+
+def odt(path: Path, report: Report) -> Iterator[str]:
+    """The paragraphs and headings of an OpenDocument text."""
+    parse = library("defusedxml.ElementTree").fromstring
+    with _opened_zip(path) as archive:
+        root = parse(archive.read("content.xml"), forbid_dtd=True)
+    blocks = {f"{OFFICE}p", f"{OFFICE}h"}
+    signs = {f"{OFFICE}tab": "\t", f"{OFFICE}line-break": "\n", f"{OFFICE}s": " "}
+    hidden = {f"{OFFICE}tracked-changes", f"{OFFICE}sequence-decls"}
+    pieces: list[str] = []
+    stack = [(root, False)]
+    while stack:  # and no recursion, however deep the elements are nested
+        node, ended = stack.pop()
+        if ended:
+            pieces += ["\n\n"] * (node.tag in blocks) + [node.tail or ""]
+            continue
+        stack.append((node, True))
+        if node.tag not in hidden:
+            pieces += [signs.get(node.tag, ""), node.text or ""]
+            stack += [(child, False) for child in reversed(node)]
+    yield tidy("".join(pieces))
+
+
+def epub(path: Path, report: Report) -> Iterator[str]:
+    """The chapters of a book in the order of its spine, each a text of its own."""
+    parse = library("defusedxml.ElementTree").fromstring
+    with _opened_zip(path) as archive:
+        container = parse(archive.read("META-INF/container.xml"))
+        root_file = container.find(".//{*}rootfile")
+        package_path = PurePosixPath(root_file.get("full-path") if root_file is not None else "")
+        package = parse(archive.read(str(package_path)))
+        items = {item.get("id"): item.get("href") for item in package.iterfind(".//{*}item")}
+        names = set(archive.namelist())
+        for reference in package.iterfind(".//{*}itemref"):
+            href = unquote((items.get(reference.get("idref")) or "").split("#")[0])
+            name = str(package_path.parent / href)
+            if name in names:
+                yield html_text(archive.read(name), report)
+            else:
+                report.notes["chapters of books that are missing"] += 1
+
+
+def pdf(path: Path, report: Report) -> Iterator[str]:
+    """The text layer of a PDF. Words that a line end divides are joined again."""
+    library("pypdf")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__],
+            input=content(path),
+            capture_output=True,
+            timeout=SECONDS + 10,
+            check=False,
+            env=_environment(),
+        )
+    except subprocess.TimeoutExpired as e:
+        raise UserError(f"it takes longer than {SECONDS} seconds to read") from e
+    if done.returncode:
+        errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise UserError(
+            f"it cannot be read as a PDF ({(errors or ['no memory or time'])[-1][:120]})"
+        )
+    text = tidy(done.stdout.decode("utf-8", "replace").replace("\0", ""))
+    if not text:
+        raise UserError("it has no text layer: it may be a scan, for a program such as ocrmypdf")
+    yield re.sub(r"([^\W\d_])[-\u00ad]\n([^\W\d_])", r"\1\2", text)
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
+def _print_pdf() -> None:
+    """In a process of its own: the text of the PDF on standard input, to standard output."""
+    # Windows has no such limits; the deadline of the parent holds there too
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    logging.disable()
+    written = 0
+    reader = library("pypdf").PdfReader(io.BytesIO(sys.stdin.buffer.read()))
+    if reader.is_encrypted and not reader.decrypt(""):
+        raise SystemExit("it is encrypted")
+    for page in reader.pages:
+        text = page.extract_text()
+        written += len(text)
+        if written > MOST_BYTES:
+            raise SystemExit("its text has no end")
+        sys.stdout.buffer.write((text + "\n\n").encode("utf-8", "replace"))
+
+
+def rtf(path: Path, report: Report) -> Iterator[str]:
+    """The text of a rich text file."""
+    convert = library("striprtf.striprtf").rtf_to_text
+    yield tidy(convert(content(path).decode("latin-1"), errors="replace"))
+
+
+def eml(path: Path, report: Report) -> Iterator[str]:
+    """The subject and the text of an e-mail; addresses, dates and attachments are left out."""
+    yield _mail_text(content(path), report)
+
+
+def mbox(path: Path, report: Report) -> Iterator[str]:
+    """The e-mails of a mailbox, each a text of its own."""
+    lines: list[bytes] = []
+    size, blank = 0, True
+    with open_bytes(path) as file:
+        while line := file.readline(1 << 20):
+            if blank and line.startswith(b"From ") and size:
+                yield _mail_text(b"".join(lines), report)
+                lines, size = [], 0
+            elif size < MOST_BYTES and not (line.startswith(b"From ") and not size):
+                lines.append(line[1:] if line.startswith(b">From ") else line)
+                size += len(line)
+            elif size >= MOST_BYTES:
+                report.notes["e-mails cut, because they are too long"] += 1
+                size += len(line)
+            blank = not line.strip()
+    if lines:
+        yield _mail_text(b"".join(lines), report)
+
+
+def _mail_text(data: bytes, report: Report) -> str:
+    message = email.message_from_bytes(data, policy=email.policy.default)
+    assert isinstance(message, EmailMessage)
+    body = message.get_body(("plain", "html"))
+    if body is None:
+        raise UserError("it has no text")
+    text = body.get_content()
+    if body.get_content_subtype() == "html":
+        text = html_text(text, report)
+    subject = str(message.get("subject", "")).strip()
+    return tidy(f"{subject}\n\n{text}")
+
+
+def subtitles(path: Path, report: Report) -> Iterator[str]:
+    """What is said in .srt and .vtt files, a line per line, without numbers and times."""
+    file, _ = open_text(path, report)
+    with file:
+        lines = file.read(MOST_BYTES).splitlines()
+    spoken: list[str] = []
+    for i, line in enumerate(lines):
+        following = lines[i + 1] if i + 1 < len(lines) else ""
+        header = line.startswith(("WEBVTT", "NOTE", "STYLE", "REGION"))
+        if TIMES.match(line) or TIMES.match(following) or header:
+            continue
+        text = CUE_TAGS.sub("", line).strip()
+        if text and text != (spoken or [""])[-1]:  # captions that roll repeat their last line
+            spoken.append(text)
+    yield "\n".join(spoken)
+
+
+def notebook(path: Path, report: Report) -> Iterator[str]:
+    """The text and the code of a notebook, without what the code printed."""
+    try:
+        cells = json.loads(content(path))["cells"]
+        parts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"it is no notebook ({type(e).__name__})") from e
+    fences = ((f"```\n{text}\n```" if kind == "code" else text) for kind, text in parts if text)
+    yield "\n\n".join(fences)
+
+
+READERS: dict[str, Callable[[Path, Report], Iterator[str]]] = {
+    ".html": html,
+    ".htm": html,
+    ".xhtml": html,
+    ".docx": docx,
+    ".odt": odt,
+    ".epub": epub,
+    ".pdf": pdf,
+    ".rtf": rtf,
+    ".eml": eml,
+    ".mbox": mbox,
+    ".srt": subtitles,
+    ".vtt": subtitles,
+    ".ipynb": notebook,
+}
+
+
+@contextmanager
+def unpacked(path: Path, formats: tuple[str, ...], report: Report) -> Iterator[list[Path]]:
+    """
+    The files of an archive that are of `formats`, in a temporary folder that lasts for the block.
+    In the report, they are named by the archive. Raises UserError for an archive that is a bomb.
+    """
+    if report.level >= MOST_LEVELS:
+        raise UserError(f"{path}: it is an archive within {MOST_LEVELS} others: unpack it yourself")
+    with tempfile.TemporaryDirectory(prefix="nanochat-") as temporary:
+        folder = Path(temporary)
+        try:
+            _unpack(path, folder)
+        except (UserError, OSError):
+            raise
+        except Exception as e:  # damaged in any way that zipfile and tarfile do not foresee
+            raise UserError(f"{path} cannot be unpacked ({type(e).__name__}: {e})") from e
+        found = in_folder(folder, path.name, formats)
+        report.skipped += found.listed
+        report.level += 1
+        try:
+            yield found.files
+        finally:
+            report.level -= 1
+            report.rename(temporary, str(path))
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    room = _Room(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.flag_bits & 1:
+                    raise UserError(f"{path} is encrypted: unpack it, and name the folder")
+                if not info.is_dir():
+                    room.check(info.file_size, info.compress_size)
+                    with archive.open(info) as file:
+                        room.write(file, folder, info.filename)
+        return
+    with open_bytes(path) as raw, tarfile.open(fileobj=raw, mode="r|") as archive:
+        for member in archive:
+            if member.isfile() and (file := archive.extractfile(member)):
+                room.check(member.size, 0)
+                with file:
+                    room.write(file, folder, member.name)
+
+
+class _Room:
+    """What may still be unpacked of an archive."""
+
+    def __init__(self, path: Path):
+        self.packed, self.members, self.bytes = path.stat().st_size, 0, 0
+
+    def check(self, size: int, packed: int) -> None:
+        """UserError if a member of `size` bytes is too large."""
+        self.members += 1
+        self.bytes += size
+        ratio = max(size / max(packed or self.packed, 1), self.bytes / max(self.packed, 1))
+        if (ratio > MOST_RATIO and self.bytes > SMALL) or self.bytes > MOST_UNPACKED:
+            raise UserError(
+                f"it unpacks to {human(self.bytes)} bytes, {ratio:,.0f} times its size: it is "
+                "hostile, or holds no text"
+            )
+        if self.members > MOST_MEMBERS:
+            raise UserError(f"it has more than {MOST_MEMBERS:,} files: unpack it yourself")
+
+    def write(self, file: IO[bytes], folder: Path, name: str) -> None:
+        """Unpack a member, at a place within the folder whatever its name is."""
+        parts = [part for part in re.split(r"[\\/]", name) if part not in ("", ".", "..")]
+        parts = [re.sub(r'[\0:*?"<>|\n\r]', "_", part)[-100:] for part in parts][-20:]
+        target = folder.joinpath(*parts or ["_"])
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "xb") as out:
+                shutil.copyfileobj(file, out)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            other = folder / f"_{self.members}" / parts[-1]
+            other.parent.mkdir()
+            with open(other, "xb") as out:
+                shutil.copyfileobj(file, out)
+
+
+if __name__ == "__main__":
+    _print_pdf()
