@@ -72,6 +72,10 @@ def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, c
     m.train()
     assert bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8) == pytest.approx(expected, rel=1e-6)
     assert asked == [8, 4, 2, 2, 2, 2] and m.training
+    fitting = []
+    bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8, on_fewer=fitting.append)
+    bits_per_byte(m, cut(b), BYTES, tiny.CPU, 2, on_fewer=fitting.append)
+    assert fitting == [2], "only what did not fit at first is worth remembering"
     assert (
         capsys.readouterr().err.splitlines()[-1]
         == "notice: out of memory with an evaluation batch of 4 rows: continuing with 2"
@@ -92,7 +96,7 @@ def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, c
 def test_ranks_are_summed_not_averaged(monkeypatch):
     """A rank with few bytes must not weigh as much as one with many."""
     m, b = tiny.randomise(tiny.model()), tiny.batch()
-    parts = recut([b], 5)  # 5 rows and 3
+    parts = [Batch(b.inputs[rows], b.targets[rows]) for rows in (slice(5), slice(5, 8))]
     sums = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: sums.append(t.clone()))
     for part in parts:

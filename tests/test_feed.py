@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanochat.base.common import UserError
 from nanochat.data import order
 from nanochat.data.contexts import Contexts
-from nanochat.data.feed import RowFeed, eval_batches
+from nanochat.data.feed import RowFeed, eval_batches, row_width
 from nanochat.data.shards import prepare_conversations
 from nanochat.data.summary import survey
 
@@ -210,6 +210,14 @@ def test_padded_rows_are_as_wide_as_the_step_needs(tmp_path):
     )
     widths = {int((b.targets >= 0).sum()): b.inputs.shape[1] for (b,) in f}
     assert widths == {4: 64, 64: 64, 65: 128, 69: 128, 150: 150}
+
+
+def test_a_compiled_model_meets_few_widths():
+    for most in (512, 2048, 2000):
+        widths = {row_width(n, most, few=True) for n in range(1, most + 1)}
+        assert len(widths) <= 5 and max(widths) == most
+        assert all(n <= row_width(n, most, few=True) < max(2 * n, 129) for n in range(1, most + 1))
+    assert [row_width(n, 512) for n in (1, 64, 65, 512)] == [64, 64, 128, 512]
 
 
 def test_weights_are_shares_of_the_tokens(tmp_path):

@@ -117,16 +117,16 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 11_900,
+    "base": 12_100,
     "tinyworld": 9_600,
     "data": 34_000,
-    "model": 21_050,
+    "model": 21_400,
     "chat": 6_500,
     "chat/serve": 10_620,
-    "eval": 14_750,
-    "train": 16_500,
+    "eval": 14_800,
+    "train": 16_700,
     "study": 11_400,
-    "plan": 15_850,
+    "plan": 15_950,
     "export": 7_600,
     "commands": 18_750,
 }

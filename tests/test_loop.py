@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import weakref
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PLAIN, fit, losses, rows
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat.base import runtime
 from nanochat.base.common import UserError
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint, loss
@@ -364,6 +368,53 @@ def test_the_failed_attempt_is_freed_before_the_next(tmp_path):
     assert len(alive) == 1
 
 
+def test_memory_that_runs_out_in_a_backward_pass_frees_its_graph(tmp_path, monkeypatch):
+    """What the failed attempt saved is gone when memory is released, and so in the next attempt."""
+    kept, alive = [], []
+
+    class Saving(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x.clone()
+            ctx.save_for_backward(y)
+            kept.append(weakref.ref(y.untyped_storage()))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, *grads):
+            if len(kept) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return grads
+
+    m = tiny.model()
+    real = m.forward
+    m.forward = lambda idx: Saving.apply(real(idx))
+    monkeypatch.setattr(
+        runtime, "release_memory", lambda: alive.extend(ref() is not None for ref in kept)
+    )
+    feed = tiny.ListFeed.random(1)
+    fit(tmp_path, m, feed)
+    assert alive == [False] and len(kept) == 3 and feed.device_rows == 4
+
+
+def test_after_a_halving_the_shapes_of_before_do_not_count(tmp_path, monkeypatch):
+    """Two halvings, within a limit of one compilation: of one row, which the attempts begin with."""
+    counters = layers, head = CompileCounter(), CompileCounter()
+    m = limited(tiny.model(), 2)
+    for block in m.blocks:
+        block.compile(dynamic=False, backend=layers)
+    m.compiled = True
+    monkeypatch.setitem(
+        loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head)
+    )
+    torch.compiler.reset()
+    m.loss(*(t[:1] for t in (tiny.batch().inputs, tiny.batch().targets))).backward()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        fit(tmp_path, m, tiny.ListFeed.random(3))
+    torch.compiler.reset()
+    assert [c.frame_count for c in counters] == [3, 3]
+
+
 def test_a_row_that_does_not_fit_ends_the_run(tmp_path):
     with pytest.raises(UserError, match="out of memory with a micro-batch of 1 row"):
         fit(tmp_path, limited(tiny.model(), 0))
@@ -371,11 +422,54 @@ def test_a_row_that_does_not_fit_ends_the_run(tmp_path):
 
 def test_recutting_keeps_every_row():
     b = tiny.batch(rows=7, weighted=True)
-    for n in (1, 2, 3, 7, 9):
+    for n in (1, 2, 3, 5, 7, 9):
         parts = recut([b], n)
-        assert max(p.inputs.size(0) for p in parts) <= n
+        sizes = [p.inputs.size(0) for p in parts]
+        assert max(sizes) <= n and max(sizes) - min(sizes) <= 1, "nearly equal, so few shapes"
         for field in ("inputs", "targets", "weights"):
             assert torch.equal(torch.cat([getattr(p, field) for p in parts]), getattr(b, field))
+
+
+# ---- the host waits for the device once in a step
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU, or sends it something from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket).removeprefix("aten.")
+        self.seen[name] += name in ("_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cut", [8, 2], ids=["one micro-batch", "four"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_the_host_waits_once_in_a_step(tmp_path, monkeypatch, cut, half):
+    class Feed(tiny.ListFeed):
+        def __next__(self):
+            parts = recut(super().__next__(), cut)
+            return [replace(b, valid=b.targets.numel()) for b in parts]
+
+    waits, reads, reading = Waits(), [], runtime.Runtime.reading
+    monkeypatch.setattr(
+        runtime.Runtime, "reading", lambda rt, t: reads.append(t.numel()) or reading(rt, t)
+    )
+    m, rt = (half_model(), HALF) if half else (tiny.model(), tiny.CPU)
+    run = tiny.run(tmp_path, m, Feed.random(4), runtime=rt)
+    update = run._update
+
+    def watched(*given):
+        with waits if run.step >= 2 else nullcontext():  # the state is there then
+            return update(*given)
+
+    run._update = watched
+    run.fit()
+    run.logbook.close()
+    assert +waits.seen == Counter() and reads == [2 if half else 1] * 4
 
 
 # ---- what stops a run

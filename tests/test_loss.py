@@ -50,6 +50,28 @@ def test_value_and_gradients(softcap, weighted, chunk, monkeypatch):
     assert not x.grad[0, :5].any(), "an ignored position learns nothing"
 
 
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_the_form_that_is_compiled(softcap, monkeypatch):
+    """Without a scatter: the same values and gradients, to the last digits."""
+    x, w, targets, weights = problem()
+    linear_cross_entropy(x, w, targets, weights, softcap).backward()
+    plain, x.grad, w.grad = (x.grad, w.grad), None, None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    total = linear_cross_entropy(x, w, targets, weights, softcap)
+    total.backward()
+    want, dx, dw, _ = reference(x, w, targets, weights, softcap)
+    torch.testing.assert_close(total.double(), want, rtol=2e-6, atol=1e-5)
+    for grad, exact, other in zip((x.grad, w.grad), (dx, dw), plain, strict=True):
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=2e-7)
+
+
+def test_a_gpu_gets_larger_chunks_when_compiled():
+    """Eager code has five temporaries of float32 per logit, compiled code two of bfloat16."""
+    x, head = torch.empty(98304, 8, device="meta"), torch.empty(24576, 8, device="meta")
+    assert chunk_rows(x, head) == 1024 and chunk_rows(x, head, compiled=True) == 8192
+
+
 def test_a_negative_weight_pushes_the_other_way():
     x, w, targets, weights = problem()
     gradients = []

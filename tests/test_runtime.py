@@ -6,7 +6,10 @@ import sys
 import weakref
 
 import pytest
+import tiny
+import torch
 
+from nanochat.base import runtime
 from nanochat.base.common import UserError
 from nanochat.base.runtime import halve_until_it_fits, open_runtime, out_of_memory
 
@@ -71,6 +74,40 @@ def test_what_the_machine_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="use --device_type=cpu"):
         open_runtime("cuda")
+
+
+def test_a_compiler_that_fails_says_why(monkeypatch):
+    """A small function is tried once on a GPU; what it lacks is named, whatever it is."""
+    cuda, calls = torch.device("cuda", 0), []
+
+    def compile(f, **_):
+        calls.append(f)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    runtime.compiler_fails.cache_clear()
+    try:
+        for _ in range(2):
+            missing = runtime.compiler_missing(cuda)
+            assert missing == "RuntimeError: Failed to find C compiler. Please specify via CC"
+        assert len(calls) == 1
+        monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: x)
+        monkeypatch.setattr(torch, "ones", lambda *_, **__: 1)
+        runtime.compiler_fails.cache_clear()
+        assert runtime.compiler_missing(cuda) == ""
+    finally:
+        runtime.compiler_fails.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "emulated"), [((7, 5), True), ((8, 0), False)])
+def test_cards_before_ampere_orthogonalise_in_float32(monkeypatch, capability, emulated):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    cuda = torch.device("cuda", 0)
+    assert runtime.emulates_bfloat16(cuda) == emulated
+    assert not runtime.emulates_bfloat16(torch.device("cpu"))
+    rt = runtime.Runtime(cuda, torch.float16, 0, 1, 42)
+    expected = torch.float32 if emulated else torch.bfloat16
+    assert tiny.optimizer(tiny.model(), rt).ns_dtype is expected
 
 
 def test_glibc_keeps_freed_memory():

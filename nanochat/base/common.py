@@ -217,6 +217,8 @@ def entry(main: Callable[[], object]) -> None:
     and keeps its stack trace.
     """
     forgiving_streams()
+    if sys.platform == "linux":  # read when torch starts: a GPU's memory breaks into fewer pieces
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         main()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ scaler (train/loop.py); float32 and bfloat16 do not.
 """
 
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -49,6 +50,23 @@ class Runtime:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
+    def reading(self, t: torch.Tensor) -> Callable[[], list[float]]:
+        """
+        Begin to read the values of t (n,); call what it returns to wait for them. What a GPU is
+        given to do in between comes after them, so that it does not stand still while the host
+        waits.
+        """
+        if self.device.type != "cuda":
+            return t.tolist
+        copy, copied = t.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+
+        def values() -> list[float]:
+            copied.synchronize()
+            return copy.tolist()
+
+        return values
+
     def peak_memory(self) -> int:
         """The peak in bytes: memory allocated on the GPU, or resident memory of the process."""
         if self.device.type == "cuda":
@@ -72,7 +90,9 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     if device.type == "cpu":
         keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        # numbers of the host go over gloo, so that they do not wait for a GPU
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, device_id=device if on_gpu else None)
         _processes[:] = [("", 0)] * world_size()
         dist.all_gather_object(_processes, (platform.node(), os.getpid()))
     chosen = _fastest_dtype(device) if dtype == "auto" else DTYPES[dtype]
@@ -163,8 +183,7 @@ def choose_device(device_type: str) -> torch.device:
 def _fastest_dtype(device: torch.device) -> torch.dtype:
     """The dtype that "auto" means on this device, the same on all ranks."""
     if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 else torch.float16
+        return torch.float16 if emulates_bfloat16(device) else torch.bfloat16
     if device.type == "mps":
         return torch.float32
     choice = [hardware.faster_dtype(device)]  # measured, so that ranks may differ
@@ -173,14 +192,26 @@ def _fastest_dtype(device: torch.device) -> torch.dtype:
     return choice[0]
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether this is a GPU from before Ampere, whose products of bfloat16 are slow."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+@functools.cache
+def compiler_fails(device: torch.device) -> str:
+    """Why a small function cannot be compiled for this device and run; '' if it can."""
+    try:
+        double = torch.compile(lambda x: x + x, dynamic=False)
+        double(torch.ones(8, device=device))
+    except Exception as e:  # whatever is missing: Triton, a C compiler, the headers of Python
+        return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+    return ""
+
+
 def compiler_missing(device: torch.device) -> str:
-    """Why torch.compile cannot work on this device, or '' if it can."""
+    """Why torch.compile cannot work on this device, or '' if it can; tried once on a GPU."""
     if device.type == "cuda":
-        try:
-            import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            return "Triton is not installed"
-        return ""
+        return compiler_fails(device)
     if device.type != "cpu":
         return f"it is not supported on {device.type}"
     compilers = os.environ.get("CXX", "g++"), "g++", "clang++"

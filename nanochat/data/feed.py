@@ -30,6 +30,11 @@ class Batch:
     inputs: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64, -1 = ignored
     weights: torch.Tensor | None = None  # (B, T) float32; None = 1 everywhere
+    valid: int | None = None  # its number of targets, where the feed knows it
+
+    def count(self) -> int:
+        """Targets that are not ignored; on a GPU, to count them here waits for the device."""
+        return int((self.targets >= 0).sum()) if self.valid is None else self.valid
 
 
 def _materialise(
@@ -52,6 +57,15 @@ def micro_batch_rows(rows: int, device_rows: int, rank: int = 0, world_size: int
     return -(-mine // -(-mine // device_rows))
 
 
+def row_width(longest: int, most: int, few: bool = False) -> int:
+    """
+    Tokens per row of a batch whose longest row has `longest`: a multiple of 64, or one of a few
+    powers of two where each shape is compiled; at most `most`.
+    """
+    width = 64 * max(1, -(-longest // 64))
+    return min(most, 1 << max(7, (width - 1).bit_length()) if few else width)
+
+
 class RowFeed:
     """
     next(feed) -> this rank's micro-batches of one optimizer step of `rows` rows, cut evenly into at
@@ -61,7 +75,7 @@ class RowFeed:
     An epoch has as many tokens as the sources together, divided by weight; without weights by size,
     so that every document comes once. Mode "packed" packs documents into rows of sequence_len + 1
     tokens. Mode "padded" gives each document its own row, truncated at sequence_len + 1 tokens
-    and as wide as the longest of the step, rounded up to 64.
+    and as wide as the longest of the step, rounded up by row_width.
 
     With context stages (packed rows), `rows` and `device_rows` belong to the longest context,
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
@@ -87,6 +101,7 @@ class RowFeed:
         device: torch.device | str = "cpu",
         mode: Mode = "packed",
         contexts: Contexts | None = None,
+        few_widths: bool = False,
     ):
         if min(rows, device_rows, sequence_len) < 1:
             raise UserError(
@@ -101,6 +116,7 @@ class RowFeed:
         weights = tuple(given or [s.total for s in sources])
         self.rows, self.device_rows, self.total_steps = rows, device_rows, total_steps
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.few_widths = few_widths
         self._order = RowOrder(sources, weights, sequence_len, epochs, seed, mode)
         self._contexts = contexts or Contexts(((0.0, sequence_len),))
         self._prefetched: Generator | None = None
@@ -126,12 +142,10 @@ class RowFeed:
         return self._order.total
 
     @property
-    def micro_batch(self) -> tuple[int, int] | None:
-        """(rows, tokens per row) of micro-batches; None where rows are as wide as they must be."""
-        if self._order.mode == "padded":
-            return None
+    def micro_batch(self) -> tuple[int, int]:
+        """(rows, tokens per row) of micro-batches; 0 where rows are as wide as they must be."""
         rows = micro_batch_rows(self.rows, self.device_rows, self.rank, self.world_size)
-        return rows, self._order.sequence_len
+        return rows, 0 if self._order.mode == "padded" else self._order.sequence_len
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -167,9 +181,14 @@ class RowFeed:
             self._prefetched = read_ahead(copy(self)._steps(self._state), PREFETCH)
         inputs, targets, self._state = next(self._prefetched)
         cuts = -(-len(inputs) // self.device_rows)
+        pairs = zip(inputs.tensor_split(cuts), targets.tensor_split(cuts), strict=True)
         return [
-            Batch(i.to(self.device, non_blocking=True), t.to(self.device, non_blocking=True))
-            for i, t in zip(inputs.tensor_split(cuts), targets.tensor_split(cuts), strict=True)
+            Batch(
+                i.to(self.device, non_blocking=True),
+                t.to(self.device, non_blocking=True),
+                valid=int((t >= 0).sum()),
+            )
+            for i, t in pairs
         ]
 
     def _steps(self, state: State) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
@@ -185,9 +204,9 @@ class RowFeed:
                 by_steps = min(1.0, state["step"] / self.total_steps)
                 state["progress"] = max(state["progress"], by_steps)
             width = order.sequence_len
-            if order.mode == "padded":  # few widths, so that a compiled model meets few shapes
+            if order.mode == "padded":
                 longest = max(block.size(row) for block, row in rows) - 1
-                width = min(width, 64 * max(1, -(-longest // 64)))
+                width = row_width(longest, width, self.few_widths)
             begin = len(rows) * self.rank // self.world_size
             end = len(rows) * (self.rank + 1) // self.world_size
             inputs, targets = _materialise(rows[begin:end], width, order.shards[0].bos)

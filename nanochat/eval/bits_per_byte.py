@@ -5,6 +5,7 @@ models with different tokenizers can be compared.
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ def shard_bits_per_byte(
     rows: int,
     max_tokens: int | None = None,
     compiled: bool = False,
+    on_fewer: Callable[[int], Any] | None = None,
 ) -> float:
     """
     Bits per byte of the first `max_tokens` tokens of a split (None = all), in its fixed order and
@@ -44,7 +46,7 @@ def shard_bits_per_byte(
             whole=compiled,
         )
 
-    return bits_per_byte(model, batches, token_bytes, runtime, rows, compiled)
+    return bits_per_byte(model, batches, token_bytes, runtime, rows, compiled, on_fewer)
 
 
 @torch.no_grad()
@@ -55,6 +57,7 @@ def bits_per_byte(
     runtime: Runtime,
     rows: int,
     compiled: bool = False,
+    on_fewer: Callable[[int], Any] | None = None,
 ) -> float:
     """
     sum(nll) / (ln 2 * sum(bytes)) over all ranks; nan when there is nothing to count.
@@ -62,7 +65,8 @@ def bits_per_byte(
     `batches(rows)` returns this rank's batches of at most `rows` rows; the rows themselves must not
     depend on `rows`. `token_bytes` (vocab_size,) is the number of bytes that each token spells.
     Ignored targets and tokens that spell nothing (the special ones) count neither as loss nor as
-    bytes. If memory runs out, the evaluation starts again with half the rows.
+    bytes. If memory runs out, the evaluation starts again with half the rows, and `on_fewer` is
+    told how many fitted.
     """
     bytes_of = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(runtime.device)
     options = {"compiled": True} if compiled else {}
@@ -78,7 +82,9 @@ def bits_per_byte(
 
     training = model.training
     model.eval()
-    sums, _ = halve_until_it_fits(total, rows, "an evaluation batch")
+    sums, fitting = halve_until_it_fits(total, rows, "an evaluation batch")
+    if fitting < rows and on_fewer:
+        on_fewer(fitting)
     model.train(training)
     if runtime.world_size > 1:
         dist.all_reduce(sums)

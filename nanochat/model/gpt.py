@@ -48,6 +48,11 @@ ROSTER = (
 TIED = ParameterSpec(r"embed\.weight", "embedding", "head", "adamw", "small", True)
 
 
+# Share of a block's activations that compiled code keeps on a GPU. The others are computed again,
+# none of them by a product (tests/test_cuda_code.py).
+ACTIVATION_BUDGET = 0.8
+
+
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without weights."""
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
@@ -56,11 +61,12 @@ def norm(x: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
     """
     Rotary embedding on split halves, by -theta as NanoChat does, of all heads from `first` on.
-    x (B, H, T, D); cos, sin (T, D / 2) or (B, 1, T, D / 2).
+    x (B, T, H, D); cos, sin (T, D / 2) or (B, T, D / 2).
     """
-    a, b = x[:, first:].chunk(2, dim=-1)
+    a, b = x[:, :, first:].chunk(2, dim=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-    return torch.cat((x[:, :first], rotated), dim=1) if first else rotated
+    return torch.cat((x[:, :, :first], rotated), dim=2) if first else rotated
 
 
 def with_earlier(x: Tensor, n: int, cache: KVCache | None, name: str) -> Tensor:
@@ -135,9 +141,11 @@ class Attention(nn.Module):
         if self.copy_heads:
             k, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
             k = torch.cat((with_earlier(k, 1, cache, f"{self.layer}.k")[:, :-1], others), dim=-1)
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))
         q = norm(rotate(q, cos, sin, self.copy_heads * self.group))
         k = norm(rotate(k, cos, sin, self.copy_heads))
+        # last, so that compiled code keeps q and k once for the backward pass
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is None:
             y = attend(q, k, v, self.window, bias)
         else:
@@ -280,10 +288,18 @@ class GPT(nn.Module):
 
     def compile(self) -> "GPT":  # type: ignore[override]
         """
-        Compile the block, once for all layers, and the loss. Parameter names stay the same. Only
-        training runs compiled code: evaluation and decoding have too many shapes.
+        Compile the block, once for all layers, and the loss. Parameter names stay the same.
+        Decoding never runs compiled code, because it has too many shapes.
         """
+        import torch._dynamo.config
+        import torch._functorch.config
+
         self.compiled = True
+        # Shapes of all layers together, beyond which torch gives up: widths of conversations, twice
+        # where some layers have a window
+        torch._dynamo.config.recompile_limit = 32
+        if self.embed.weight.device.type == "cuda":
+            torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGET
         for block in self.blocks:
             block.compile(dynamic=False)
         return self
@@ -338,7 +354,8 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """(vocab_size, n_embd): the head without its padding rows."""
         table = self.embed.weight if self.config.tie_embeddings else self.head.weight
-        return table[: self.config.vocab_size]
+        # a slice of everything would still cost its backward pass a copy
+        return table[: self.config.vocab_size] if self.config.vocab_size % 64 else table
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """
@@ -350,7 +367,7 @@ class GPT(nn.Module):
             cos, sin = self.cos[:T], self.sin[:T]
         else:
             cache.begin(T)
-            cos, sin = self.cos[cache.positions][:, None], self.sin[cache.positions][:, None]
+            cos, sin = self.cos[cache.positions], self.sin[cache.positions]
         biases: list[Bias | None] = [None] * len(self.blocks)
         if self.prior is not None:
             biases = self.prior(idx, self.compute_dtype, cache)

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits per chunk. On a CPU, the few temporaries of this size should fit its cache.
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27, "meta": 1 << 27}
-# Chunks whose d(loss)/d(logits) are kept, in the compute dtype, for one product with the inputs.
-BLOCK_CHUNKS = {"cpu": 8, "cuda": 1}
+# Logits per chunk. On a CPU, the few temporaries of this size should fit its cache. On a GPU,
+# compiled code holds two of them in the compute dtype; eager code holds five in float32.
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25, "meta": 1 << 25}
+COMPILED_ELEMENTS = {"cuda": 1 << 28, "meta": 1 << 28}
+# On a CPU, the d(loss)/d(logits) of so many chunks are kept for one product with the inputs.
+BLOCK_CHUNKS = {"cpu": 8}
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
@@ -39,7 +41,11 @@ def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[
     d = torch.log_softmax(z, dim=-1)
     index = targets.clamp(min=0)[:, None]
     nll = -d.gather(1, index).squeeze(1) * (targets >= 0)
-    d = d.exp_().scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape))
+    d = d.exp_()
+    if torch.compiler.is_compiling():  # a scatter would split what is otherwise one kernel
+        d = d - (torch.arange(d.size(1), device=d.device) == index).float()
+    else:
+        d = d.scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape))
     if s is not None:
         d = d.mul_(torch.addcmul(s, s, s, value=-1))  # tanh' = 1 - tanh^2 = 4 s (1 - s)
     else:
@@ -52,25 +58,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, softcap: float, both
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        softcap: float,
+        compiled: bool,
     ) -> Tensor:
         x, weight = x.detach(), weight.detach()  # compiled chunks are the same in evaluations
-        R, w, rows = x.size(0), weight.to(x.dtype), chunk_rows(x, weight)
-        block_rows = rows * BLOCK_CHUNKS.get(x.device.type, 1)
+        R, w, rows = x.size(0), weight.to(x.dtype), chunk_rows(x, weight, compiled)
+        both, block_chunks = _both(compiled), BLOCK_CHUNKS.get(x.device.type, 1)
+        block_rows = rows * block_chunks
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        d = torch.empty(min(block_rows, R), weight.size(0), dtype=x.dtype, device=x.device)
+        kept = x.new_empty(min(block_rows, R) if block_chunks > 1 else 0, weight.size(0))
         for start in range(0, R, block_rows):
             block = slice(start, min(start + block_rows, R))
             for at in range(start, block.stop, rows):
                 chunk = slice(at, min(at + rows, block.stop))
-                nll, d[at - start : chunk.stop - start] = both(x[chunk], w, targets[chunk], softcap)
+                nll, d = both(x[chunk], w, targets[chunk], softcap)
                 total += (nll * weights[chunk]).sum()
-            block_d = d[: block.stop - start]
+                if block_chunks > 1:
+                    kept[at - start : chunk.stop - start] = d
+                    d = kept[: chunk.stop - start]
             scale = (4 * weights[block, None]).to(x.dtype)
-            torch.mul(block_d @ w, scale, out=dx[block])
-            dw += block_d.t() @ (x[block] * scale)
+            torch.mul(d @ w, scale, out=dx[block])
+            _add_product(dw, d.t(), x[block] * scale)
         ctx.save_for_backward(dx, dw)
         ctx.weight_dtype = weight.dtype
         return total
@@ -82,11 +97,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx * g.to(dx.dtype), (dw.mul_(g)).to(ctx.weight_dtype), None, None, None, None
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; total is float32, and a GPU also sums half precision in it."""
+    if total.device.type == "cuda" and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 _compiled: dict[str, Any] = {}
 
 
-def _compiled_both() -> Any:
-    return _compiled.setdefault("both", torch.compile(_chunk_both, dynamic=False))
+def _both(compiled: bool) -> Any:
+    if not compiled:
+        return _chunk_both
+    if "both" not in _compiled:
+        _compiled["both"] = torch.compile(_chunk_both, dynamic=False)
+    return _compiled["both"]
 
 
 def linear_cross_entropy(
@@ -109,10 +136,7 @@ def linear_cross_entropy(
         weights = torch.ones_like(targets, dtype=torch.float32)
     # masked_fill, not a product: an ignored position must not count, even if its weight is NaN
     weights = weights.reshape(-1).float().masked_fill(targets < 0, 0.0)
-    both = _chunk_both
-    if compiled:
-        both = _compiled_both()
-    total: Any = _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, both)
+    total: Any = _LinearCrossEntropy.apply(x, weight, targets, weights, softcap, compiled)
     return total
 
 
@@ -125,9 +149,9 @@ def token_losses(
     arguments as for linear_cross_entropy.
     """
     w, flat = weight.detach().to(x.dtype), x.detach().reshape(-1, x.size(-1))
-    rows = chunk_rows(flat, weight)
+    rows = chunk_rows(flat, weight, compiled)
     if compiled:  # the code of training also computes gradients, but it is there already
-        both, ids = _compiled_both(), targets.reshape(-1)
+        both, ids = _both(compiled), targets.reshape(-1)
         chunks = zip(flat.split(rows), ids.split(rows), strict=True)
         return torch.cat([both(x, w, y, softcap)[0] for x, y in chunks]).view(targets.shape)
     losses = [
@@ -137,12 +161,15 @@ def token_losses(
     return torch.cat(losses).view(targets.shape)
 
 
-def chunk_rows(x: Tensor, weight: Tensor) -> int:
+def chunk_rows(x: Tensor, weight: Tensor, compiled: bool = False) -> int:
     """
     The rows per chunk of x (R, D): R divided evenly if a suitable divisor is near, so that all
     chunks have the same shape.
     """
-    most = max(1, CHUNK_ELEMENTS.get(x.device.type, 1 << 25) // weight.size(0))
+    elements = CHUNK_ELEMENTS.get(x.device.type, 1 << 25)
+    if compiled:
+        elements = COMPILED_ELEMENTS.get(x.device.type, elements)
+    most = max(1, elements // weight.size(0))
     count = x.size(0)
     if count <= most:
         return count

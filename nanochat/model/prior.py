@@ -44,6 +44,7 @@ class Prior(nn.Module):
         self.layers, self.heads = spec["tensors"]["gates"][1:3]
         self.rank = sum(n for _, n in spec["columns"])
         self._form = ""
+        self._sent: Tensor | None = None  # by _rows
 
     def describe(self) -> str:
         """One line for people: source, terms, extent, kind of gates, form."""
@@ -101,14 +102,22 @@ class Prior(nn.Module):
         if place is None:
             place = self.gates.new_zeros(1)
             place_gates, reach = place.expand(self.layers, self.heads), 0
+        if self.spec["rows"]:
+            place = place[self._rows(device)]
         biases: list[Bias | None] = [None] * len(self.windows)
         for layer, gate in enumerate(torch.cat(gates, -1).to(dtype).unbind()):
-            window, rows = self.windows[layer], self.spec["rows"]
+            window = self.windows[layer]
             mask = flex_mask(T, window, device) if self._form == "flex" else None
-            curves = place[rows[layer], None] if rows else place
+            curves = place[layer, :, None] if self.spec["rows"] else place
             by_place = curves, place_gates[layer]
             biases[layer] = Bias(u, w, gate, *by_place, tuple(columns), reach, self._form, mask)
         return biases
+
+    def _rows(self, device: torch.device) -> Tensor:
+        """The row of place of every layer and head; sent to the device once."""
+        if self._sent is None or self._sent.device != device:
+            self._sent = torch.tensor(self.spec["rows"], device=device)
+        return self._sent
 
     def looks_up(self, device: torch.device) -> bool:
         """Whether the kernel looks positions up; else they are columns of u and w."""

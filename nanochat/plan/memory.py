@@ -79,18 +79,21 @@ def kept_by_layer(
     each: eight vectors of the model's width (the layer's input, the normed inputs of both parts, q
     before and after its norm, the attention's output twice, the residual), three of the key-value
     width, the MLP's hidden vectors before and after the activation, and in float32 the scales of
-    four norms with the softmax's sum; also the weights in the compute dtype. What is not compiled
-    keeps copies between operators, in half precision also in float32; compiled code on a CPU keeps
-    the attention's probabilities, which fused kernels do not.
+    four norms with the softmax's sum; also the weights in the compute dtype. Of these, compiled
+    code on a GPU keeps one of each kind and computes the others again (gpt.ACTIVATION_BUDGET). What
+    is not compiled keeps copies between operators, in half precision also in float32; compiled code
+    on a CPU keeps the attention's probabilities, which fused kernels do not.
     """
     from nanochat.model.attention import QUERY_BLOCK
 
-    hidden, width = 2, 8 + 4 * config.convolutions
+    hidden, width, kv = 2, 8 + 4 * config.convolutions, 3
     if config.activation == "swiglu":
         hidden = 3 if compiled else 4
     if not compiled:
         width += 3 if size == 4 else 6
-    vectors = width * config.n_embd + 3 * config.n_kv_head * config.head_dim
+    elif not cpu:
+        hidden, width, kv = hidden - 1, width - 4, 2
+    vectors = width * config.n_embd + kv * config.n_kv_head * config.head_dim
     scales = 2 + 2 * config.n_head + config.n_kv_head
     kept = tokens * (size * (vectors + hidden * config.hidden) + 4 * scales)
     if size < 4:
@@ -119,7 +122,7 @@ def predict(
     total = allocated + context + compile + fragmentation.
     """
     from nanochat.model.attention import QUERY_BLOCK
-    from nanochat.model.loss import BLOCK_CHUNKS, CHUNK_ELEMENTS
+    from nanochat.model.loss import BLOCK_CHUNKS, CHUNK_ELEMENTS, COMPILED_ELEMENTS
 
     cpu, size = device_type == "cpu", 4 if dtype == "float32" else 2
     n, C, V, T = counts(config), config.n_embd, config.vocab_size, sequence_len
@@ -129,11 +132,14 @@ def predict(
     activations = config.n_layer * layer + 3 * size * tokens * C + 16 * micro_batches * tokens
     # The loss: the head's weights, the gradients of both factors, and chunks of logits.
     most = CHUNK_ELEMENTS.get(device_type, 1 << 25)
+    if compiled:
+        most = COMPILED_ELEMENTS.get(device_type, most)
     chunk = min(most, tokens * V)
     block = size * min(BLOCK_CHUNKS.get(device_type, 1) * chunk, tokens * V)
-    copies = (3 if cpu else 2) if compiled else 4 if config.softcap else 2
+    copies = 12 if compiled else 16 if config.softcap else 8  # bytes per logit
+    copies = size if compiled and not cpu else copies
     both = size * tokens * C + 4 * V * C
-    loss = both + block + 4 * copies * chunk + (size * V * C if size < 4 else 0)
+    loss = both + block + copies * chunk + (size * V * C if size < 4 else 0)
     # A layer's backward pass: gradients of its hidden vectors, or a block of scores.
     work = size * tokens * 2 * config.hidden
     if cpu:

@@ -45,7 +45,7 @@ class _Watch:
         self.seconds = 0.0  # in the foreground: something waited for them
         self.background: set[int] = set()  # threads that compile ahead
         self.abandoned = False
-        self.failure: BaseException | None = None  # the last one
+        self.failed = False  # not the exception: its traceback would keep tensors alive
         self.began: dict[int, float] = {}
         self.masks: dict[int, Any] = {}
 
@@ -73,8 +73,7 @@ class _Watch:
         seconds = time.monotonic() - self.began.pop(thread, time.monotonic())
         if thread not in self.background:
             self.seconds += seconds
-        if (failure := sys.exc_info()[1]) is not None:
-            self.failure = failure
+        self.failed = self.failed or sys.exc_info()[1] is not None
         if thread in self.masks:
             signal.pthread_sigmask(signal.SIG_SETMASK, self.masks.pop(thread))
 
@@ -175,11 +174,11 @@ def guarded(model: GPT, work: Callable[[], T]) -> T:
     fails too, the model runs without compiled code from then on.
     """
     for attempt in range(3):
-        _watch.failure = None
+        _watch.failed = False
         try:
             return work()
         except Exception as e:
-            failed = _watch.failure is not None and not isinstance(e, _Abandoned)
+            failed = _watch.failed and not isinstance(e, _Abandoned)
             if not model.compiled or not failed or out_of_memory(e):
                 raise
             reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160]}"

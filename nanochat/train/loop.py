@@ -8,6 +8,7 @@ on how its batch is cut. A run that ends early (a signal, a NaN, no memory) leav
 from which `--resume auto` continues.
 """
 
+import gc
 import math
 import signal
 import sys
@@ -97,6 +98,24 @@ class _Signals:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _collector_at_rest() -> Iterator[Callable[[], None]]:
+    """
+    Yields what spares the garbage collector the objects that exist when it is first called: to walk
+    over the half million of torch and its compiler stops the host, and with it a GPU.
+    """
+
+    @cache
+    def rest() -> None:
+        gc.collect(1)
+        gc.freeze()
+
+    try:
+        yield rest
+    finally:
+        gc.unfreeze()
+
+
 STORED = (
     "tokens",
     "seconds",
@@ -177,7 +196,7 @@ class Run:
         self._began, self._seconds_before = self.clock(), self.seconds
         self._tokens_before, self._flops, self._training_seconds = self.tokens, 0.0, 1e-9
         self._flops_per_token = cache(self.model.flops_per_token)
-        with _Signals() as signals:
+        with _Signals() as signals, _collector_at_rest() as rest:
             self._evaluate_at_start()
             self._start = self.progress
             while (progress := self._tick()) < 1.0:
@@ -187,6 +206,7 @@ class Run:
                 after = self._train_step(batches, progress)
                 if after >= 1.0:
                     break
+                rest()
                 if any(sum_over_ranks([signals.caught], self.runtime)):
                     self.save()
                     self._line.print(
@@ -244,7 +264,6 @@ class Run:
         lr_mult = self.schedule.lr_mult(progress)
         with self._timed("steps") as watch:
             loss = self._update(batches, lr_mult, self.schedule.momentum_at(self.step))
-            self.runtime.synchronize()
         self._training_seconds += watch.seconds
 
         sizes = [(b.inputs.numel(), self._flops_per_token(b.inputs.size(1))) for b in batches]
@@ -274,10 +293,11 @@ class Run:
     def _update(self, batches: list[Batch], lr_mult: float, momentum: float) -> float:
         """
         Forward, backward and update over a step's micro-batches; returns the step's loss. Halves
-        the micro-batches when memory runs out.
+        the micro-batches when memory runs out. The host waits for the device once, for the loss,
+        while the device already runs the update.
         """
         runtime = self.runtime
-        (valid,) = sum_over_ranks([sum(int((b.targets >= 0).sum()) for b in batches)], runtime)
+        (valid,) = sum_over_ranks([sum(b.count() for b in batches)], runtime)
         if valid == 0:  # nothing to learn from: no gradient, and no step of momentum either
             return 0.0
         half = runtime.dtype is torch.float16
@@ -287,10 +307,12 @@ class Run:
         scale = self.scale if half else 1 / valid
 
         def backward(rows: int) -> torch.Tensor:
+            if rows < most and self.model.compiled:
+                compiler.forget_shapes()  # of more rows, which never return
             self.optimizer.zero_grad()
             total = torch.zeros((), device=runtime.device)
             for b in recut(batches, rows):
-                if shape and b.inputs.size(1) == shape[1]:
+                if shape and shape[1] in (0, b.inputs.size(1)):
                     b = filled_up(b, shape[0] if rows == most else min(rows, shape[0]))
                 loss = self.model.loss(b.inputs, b.targets, b.weights)
                 (loss * scale).backward()
@@ -303,26 +325,33 @@ class Run:
         )
         if fitting_rows < most:
             self.feed.device_rows = fitting_rows
+        sums = torch.stack([total, self._unscale(valid)] if half else [total])
         if runtime.world_size > 1:
-            dist.all_reduce(total)
-        value = float(total) / valid
+            dist.all_reduce(sums)
+        read = runtime.reading(sums)
+        if not half:
+            self.optimizer.step(lr_mult, momentum)
+        loss, *largest = read()
+        value = loss / valid
         if not math.isfinite(value):
             raise UserError(self._diverged(f"the loss is {value}"))
-        if not half or self._unscale(valid):
+        if half and self._has_no_overflow(*largest):
             self.optimizer.step(lr_mult, momentum)
         return value
 
-    def _unscale(self, valid: int) -> bool:
-        """
-        Divide the gradients by the loss scale and by N. False when one overflowed: all ranks then
-        skip the update. The scale halves on an overflow and doubles over 1,000 good steps, up to
-        what float16 itself can hold.
-        """
+    def _unscale(self, valid: int) -> torch.Tensor:
+        """Divide the gradients by the loss scale and by N; returns the largest absolute value."""
         grads = [p.grad for p in self.optimizer.params if p.grad is not None]
-        for g in grads:
-            g.div_(self.scale * valid)
-        overflows = sum(int(not torch.isfinite(g).all()) for g in grads)
-        if sum_over_ranks([overflows], self.runtime) == [0]:
+        torch._foreach_div_(grads, self.scale * valid)
+        return torch.nn.utils.get_total_norm(grads, math.inf)
+
+    def _has_no_overflow(self, largest: float) -> bool:
+        """
+        Whether the largest gradients of all ranks are finite; if not, all ranks skip the update.
+        The loss scale halves on an overflow and doubles over 1,000 good steps, up to what float16
+        itself can hold.
+        """
+        if math.isfinite(largest):
             self.scale = min(2.0**15, self.scale * 2 ** (1 / 1000))
             return True
         self.scale = max(2.0**-10, self.scale / 2)
@@ -561,11 +590,12 @@ class Run:
 
 
 def recut(batches: list[Batch], rows: int) -> list[Batch]:
-    """The same rows in micro-batches of at most `rows`."""
+    """The same rows in micro-batches of at most `rows` and of nearly equal size."""
     out = []
     for b in batches:
-        inputs, targets = b.inputs.split(rows), b.targets.split(rows)
-        weights = [None] * len(inputs) if b.weights is None else b.weights.split(rows)
+        cuts = -(-b.inputs.size(0) // rows)
+        inputs, targets = b.inputs.tensor_split(cuts), b.targets.tensor_split(cuts)
+        weights = [None] * cuts if b.weights is None else b.weights.tensor_split(cuts)
         out += map(Batch, inputs, targets, weights)
     return out
 
@@ -595,7 +625,7 @@ def sum_over_ranks(numbers: Sequence[float], runtime: Runtime) -> list[Any]:
     """Every number summed over the ranks."""
     if runtime.world_size == 1:
         return list(numbers)
-    t = torch.tensor(numbers, dtype=torch.float64, device=runtime.device)
+    t = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(t)
     return t.tolist()
 
@@ -604,6 +634,6 @@ def from_main(x: float, runtime: Runtime) -> float:
     """Rank 0's value, so that all ranks see one clock and one signal."""
     if runtime.world_size == 1:
         return x
-    t = torch.tensor(x, dtype=torch.float64, device=runtime.device)
+    t = torch.tensor(x, dtype=torch.float64)
     dist.broadcast(t, src=0)
     return float(t)

@@ -36,6 +36,7 @@ class Group:
     state: dict[str, dict[str, Tensor]] = field(
         default_factory=dict
     )  # what this rank owns, by name
+    counts: list[Tensor] = field(default_factory=list)  # AdamW's steps, for each parameter
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
@@ -49,9 +50,10 @@ def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    for _ in range(steps):  # x <- a x + (b G + c G^2) x with G = x x^T
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -173,19 +175,20 @@ class MuonAdamW:
         return [group.state[name] for name in names]
 
     def _muon(self, group: Group, pool: _Pool, lr: float, momentum: float) -> None:
-        updates = []
-        for g, state in zip(pool.sum_gradients(), self._state(group, pool), strict=True):
-            state["momentum"].lerp_(g, 1 - momentum)
-            updates.append(torch.lerp(g, state["momentum"], momentum))  # Nesterov
-        owned = pool.owned(pool.params)
-        if updates and updates[0].device.type != "cpu":  # one batched product keeps a GPU busy
-            updates = orthogonalize(torch.stack(updates), self.ns_dtype).unbind()
-        else:  # a CPU is as fast one by one, and needs less memory
-            updates = [orthogonalize(u, self.ns_dtype) for u in updates]
-        for p, u in zip(owned, updates, strict=True):
-            shape_scale = max(1.0, p.size(0) / p.size(1)) ** 0.5
-            p.mul_(1 - lr * group.weight_decay)
-            p.sub_(u.to(p.dtype), alpha=lr * shape_scale)
+        grads, owned = pool.sum_gradients(), pool.owned(pool.params)
+        if owned:  # as few launches as possible: a small model's update is mostly these
+            momenta = [state["momentum"] for state in self._state(group, pool)]
+            torch._foreach_lerp_(momenta, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov
+            if updates[0].device.type == "cpu":  # as fast one by one, and with less memory
+                updates = [orthogonalize(u, self.ns_dtype) for u in updates]
+            else:
+                stacked = orthogonalize(torch.stack(updates), self.ns_dtype)
+                updates = stacked.to(updates[0].dtype).unbind()
+            rows, columns = owned[0].shape
+            if group.weight_decay:
+                torch._foreach_mul_(owned, 1 - lr * group.weight_decay)
+            torch._foreach_add_(owned, updates, alpha=-lr * max(1.0, rows / columns) ** 0.5)
         pool.share_parameters()
 
     def _adamw(self, group: Group, pools: list[_Pool], lr: float) -> None:
@@ -194,13 +197,15 @@ class MuonAdamW:
             for pool in pools
         ]
         params, grads, states = zip(*owned, strict=True)
+        if not group.counts:  # made once, and then counted on the device
+            group.counts = [torch.full((), self.steps - 1.0, device=p.device) for p in params]
         adamw(
             list(params),
             list(grads),
             [state["first"] for state in states],
             [state["second"] for state in states],
             [],
-            [torch.tensor(float(self.steps - 1), device=p.device) for p in params],
+            group.counts,
             fused=True,
             amsgrad=False,
             beta1=group.betas[0],
@@ -238,6 +243,7 @@ class MuonAdamW:
         """
         self.steps = steps
         for group, pools in self._pools:
+            group.counts = []
             for pool in pools:
                 for name in pool.owned(pool.names):
                     group.state[name] = {

@@ -23,7 +23,7 @@ import torch
 from nanochat.base.common import UserError
 from nanochat.base.runtime import Runtime, halve_until_it_fits
 from nanochat.chat.generate import Engine, Sample
-from nanochat.data.feed import IGNORED, Batch
+from nanochat.data.feed import IGNORED, Batch, row_width
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.chat import visible_text
 from nanochat.eval.tasks.common import Item, Task
@@ -116,11 +116,12 @@ def weighted_batches(
     bos: int,
     longest: int,
     device: torch.device | str = "cpu",
+    few_widths: bool = False,
 ) -> list[Batch]:
     """
     (reply, weight) pairs as micro-batches of at most device_rows rows, with targets only at sampled
-    tokens. Rows of similar width share a batch: widths are multiples of 64, at most `longest`, so
-    that there are few shapes. Without replies: one ignored token.
+    tokens. Rows of similar width share a batch: widths are those of row_width, at most `longest`.
+    Without replies: one ignored token.
     """
     by_width = defaultdict(list)
     for reply, weight in replies:
@@ -130,17 +131,18 @@ def weighted_batches(
         inputs = [*reply.prompt, *tokens][:-1]
         targets = [t if sampled else IGNORED for t, sampled in zip(tokens, mask, strict=True)]
         targets = [IGNORED] * (len(reply.prompt) - 1) + targets
-        width = min(longest, 64 * max(1, -(-len(inputs) // 64)))
+        width = row_width(len(inputs), longest, few_widths)
         padding = width - len(inputs)
         by_width[width].append((inputs + [bos] * padding, targets + [IGNORED] * padding, weight))
     batches = []
     for rows in [by_width[width] for width in sorted(by_width)] or [[([bos], [IGNORED], 0.0)]]:
         for start in range(0, len(rows), device_rows):
             inputs, targets, weights = zip(*rows[start : start + device_rows], strict=True)
-            targets = torch.tensor(targets, device=device)
-            weights = torch.tensor(weights, dtype=torch.float32, device=device)[:, None]
-            inputs = torch.tensor(inputs, device=device)
-            batches.append(Batch(inputs, targets, weights * (targets >= 0)))
+            inputs, targets = torch.tensor(inputs), torch.tensor(targets)
+            learned = targets >= 0
+            weights = torch.tensor(weights, dtype=torch.float32)[:, None] * learned
+            parts = (t.to(device) for t in (inputs, targets, weights))
+            batches.append(Batch(*parts, valid=int(learned.sum())))
     return batches
 
 
@@ -185,6 +187,11 @@ class RolloutFeed:
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._state = {"seed": seed, "questions": digest, "drawn": 0}
         self._epoch, self._order = -1, np.zeros(0)
+
+    @property
+    def micro_batch(self) -> tuple[int, int]:
+        """(rows, tokens per row) of micro-batches where each shape is compiled; 0: various."""
+        return self.device_rows, 0
 
     @property
     def progress(self) -> float:
@@ -247,6 +254,7 @@ class RolloutFeed:
             engine.tokenizer.bos,
             engine.model.config.sequence_len,
             self.runtime.device,
+            engine.model.compiled,
         )
 
     def state_dict(self) -> dict[str, Any]:

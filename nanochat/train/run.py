@@ -16,7 +16,7 @@ import torch
 from nanochat.base import hardware, logbook
 from nanochat.base.common import UserError, human, notice, print0, rank
 from nanochat.base.files import reserve
-from nanochat.base.runtime import Runtime, open_runtime
+from nanochat.base.runtime import Runtime, emulates_bfloat16, open_runtime
 from nanochat.data.contexts import Contexts
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.checkpoint import Checkpoint, locate, newest_to_resume
@@ -242,4 +242,5 @@ def make_optimizer(model: GPT, k: Any, runtime: Runtime, rate_scale: float = 1.0
         groups[key].names.append(name)
         groups[key].params.append(p)
     exact = runtime.dtype is torch.float32 and runtime.device.type == "cpu"
+    exact = exact or emulates_bfloat16(runtime.device)
     return MuonAdamW(groups.values(), torch.float32 if exact else torch.bfloat16)

@@ -57,6 +57,7 @@ def row_feed(run: OpenRun, shards: WeightedShards, horizon: Horizon, **options: 
         world_size=run.runtime.world_size,
         device=run.runtime.device,
         contexts=run.contexts,
+        few_widths=run.model.compiled,
         **options,
     )
 
@@ -91,13 +92,15 @@ def bits_per_byte_evaluation(
     """Bits per byte on the validation split of every source, and their mean by weight."""
     token_bytes, runtime = run.tokenizer.token_bytes(), run.runtime
     size = evaluation_size(run, validation, feed, horizon)
+    fitting: list[int] = []  # rows, in evaluations for which memory ran out
 
     def measure() -> dict[str, float]:
         rows, compiled = evaluation_rows(run, feed)
+        rows = min([rows, *fitting])
         tokens = size.now if size else run.knobs.eval_tokens
         numbers = {
             f"val_bpb/{shards.name}": shard_bits_per_byte(
-                run.model, shards, token_bytes, runtime, rows, tokens, compiled
+                run.model, shards, token_bytes, runtime, rows, tokens, compiled, fitting.append
             )
             for shards, _ in validation
         }
@@ -139,16 +142,16 @@ def evaluation_size(
 
 def evaluation_rows(run: OpenRun, feed: RowFeed) -> tuple[int, bool]:
     """
-    The rows of an evaluation's batches, and whether they run the code that is compiled for
-    training: they do at the context of the evaluations, in micro-batches as training has them.
+    The rows of an evaluation's batches, and whether they run compiled code: on a GPU always, else
+    at the context of the evaluations, in micro-batches as training has them.
     """
     T, shape = run.model.config.sequence_len, feed.micro_batch
-    if shape and shape[1] == T:
+    if shape[1] == T:
         return shape[0], run.model.compiled
     rows = run.knobs.device_batch_size
     if run.runtime.device.type == "cpu":  # few, so that a part of an evaluation is soon measured
-        rows = min(rows, max(1, 4096 // T))
-    return rows, False
+        return min(rows, max(1, 4096 // T)), False
+    return rows, run.model.compiled
 
 
 def sample_evaluation(run: OpenRun, prompts: Sequence[str]) -> Evaluation:
@@ -202,8 +205,8 @@ def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShar
 def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool = True) -> None:
     """
     Compile the model if that was asked for, or if it works and pays; a resumed run does as before.
-    `one_shape`: whether (nearly) all batches have the same shape, which makes compiling worthwhile;
-    that shape is then compiled in the background while the run is being opened.
+    `one_shape`: whether (nearly) all batches have the same shape, which makes compiling worthwhile
+    on a CPU; that shape is then compiled in the background while the run is being opened.
     """
     wanted = run.knobs.compile == "on"
     if run.knobs.compile == "auto":
@@ -213,7 +216,8 @@ def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool = True) -
             flops = tokens * run.contexts.mean(run.model.flops_per_token)
             seconds = run.budget_seconds or flops / (0.4 * run.peak_flops)
             shapes = len(run.contexts.stages)
-            wanted = one_shape and compile_pays(run.runtime.device.type, seconds, shapes)
+            kind = run.runtime.device.type
+            wanted = (one_shape or kind == "cuda") and compile_pays(kind, seconds, shapes)
     if not wanted:
         return
     if missing := compiler_missing(run.runtime.device):
