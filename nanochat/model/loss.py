@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         kept = x.new_empty(min(block_rows, R) if block_chunks > 1 else 0, weight.size(0))
         for start in range(0, R, block_rows):
-            block = slice(start, min(start + block_rows, R))
+            block, d = slice(start, min(start + block_rows, R)), kept
             for at in range(start, block.stop, rows):
                 chunk = slice(at, min(at + rows, block.stop))
                 nll, d = both(x[chunk], w, targets[chunk], softcap)

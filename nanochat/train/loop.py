@@ -342,7 +342,8 @@ class Run:
     def _unscale(self, valid: int) -> torch.Tensor:
         """Divide the gradients by the loss scale and by N; returns the largest absolute value."""
         grads = [p.grad for p in self.optimizer.params if p.grad is not None]
-        torch._foreach_div_(grads, self.scale * valid)
+        for g in grads:
+            g.div_(self.scale * valid)
         return torch.nn.utils.get_total_norm(grads, math.inf)
 
     def _has_no_overflow(self, largest: float) -> bool:

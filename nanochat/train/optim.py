@@ -10,6 +10,7 @@ built from the roster.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.optim.adamw import adamw
 
 # the quintic of Jordan et al., "Muon: an optimizer for hidden layers" (2024)
 NS_COEFFICIENTS = 3.4445, -4.7750, 2.0315
+listwise: Any = torch  # pyright does not know its operators on lists of tensors
 MOMENTS = {"muon": ("momentum",), "adamw": ("first", "second")}
 
 
@@ -178,8 +180,8 @@ class MuonAdamW:
         grads, owned = pool.sum_gradients(), pool.owned(pool.params)
         if owned:  # as few launches as possible: a small model's update is mostly these
             momenta = [state["momentum"] for state in self._state(group, pool)]
-            torch._foreach_lerp_(momenta, grads, 1 - momentum)
-            updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov
+            listwise._foreach_lerp_(momenta, grads, 1 - momentum)
+            updates = listwise._foreach_lerp(grads, momenta, momentum)  # Nesterov
             if updates[0].device.type == "cpu":  # as fast one by one, and with less memory
                 updates = [orthogonalize(u, self.ns_dtype) for u in updates]
             else:
@@ -187,8 +189,8 @@ class MuonAdamW:
                 updates = stacked.to(updates[0].dtype).unbind()
             rows, columns = owned[0].shape
             if group.weight_decay:
-                torch._foreach_mul_(owned, 1 - lr * group.weight_decay)
-            torch._foreach_add_(owned, updates, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+                listwise._foreach_mul_(owned, 1 - lr * group.weight_decay)
+            listwise._foreach_add_(owned, updates, alpha=-lr * max(1.0, rows / columns) ** 0.5)
         pool.share_parameters()
 
     def _adamw(self, group: Group, pools: list[_Pool], lr: float) -> None:
