@@ -129,10 +129,10 @@ def test_nothing_to_learn_is_an_error(tmp_path, rows, mode):
     with pytest.raises(
         UserError, match="nothing to learn in talk: not one conversation has a reply"
     ):
-        found.check()
+        found.check(useful=4)
     f = feed(masked(tmp_path, [*rows, (30, 9)]), mode=mode)
     mixed = summary(f, steps=3)
-    mixed.check()
+    mixed.check(useful=4)
     assert mixed.sources[0].silent == len(rows)
     assert f"none in {len(rows)} of {len(rows) + 1} conversations of talk" in mixed.lines()[-2]
 
@@ -149,26 +149,26 @@ def test_nothing_to_learn_is_an_error(tmp_path, rows, mode):
 def test_a_useless_validation_split_is_an_error(tmp_path, train, val, says):
     shards, held_out = text(tmp_path, train), text(tmp_path, val, "val")
     with pytest.raises(UserError, match=says):
-        summary(feed(shards), held_out, steps=3).check()
+        summary(feed(shards), held_out, steps=3).check(useful=4)
     shards.divided = False  # generated, or drawn: validation takes nothing from training
-    summary(feed(shards), held_out, steps=3).check()
+    summary(feed(shards), held_out, steps=3).check(useful=4)
 
 
 def test_conversations_without_a_reply_to_validate_on(tmp_path):
     train, val = masked(tmp_path, [(20, 5)] * 9), masked(tmp_path, [(20, 0)], "val")
     with pytest.raises(UserError, match="no reply to predict"):
         summary(feed(train), val, steps=3)
-    summary(feed(train), masked(tmp_path, [(20, 1)], "val"), steps=3).check()
+    summary(feed(train), masked(tmp_path, [(20, 1)], "val"), steps=3).check(useful=4)
 
 
 @pytest.mark.parametrize("weights", [(1, 1e9), (1e-9, 1), (1e-300, 5)])
 def test_a_source_that_is_never_drawn_is_an_error(tmp_path, weights):
     f = feed(*zip([text(tmp_path, [20] * 50, n) for n in "ab"], weights, strict=True))
     with pytest.raises(UserError, match="a would never be drawn"):
-        summary(f, steps=3).check()
+        summary(f, steps=3).check(useful=4)
 
 
 @pytest.mark.parametrize(("steps", "said"), [(2, False), (20, True), (400, True)])
 def test_many_passes_are_said(tmp_path, steps, said, capsys):
-    summary(feed(text(tmp_path, [30] * 30)), steps=steps).check()
+    summary(feed(text(tmp_path, [30] * 30)), steps=steps).check(useful=4)
     assert ("this run goes over a" in capsys.readouterr().err) == said

@@ -186,6 +186,63 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     ]
 
 
+CURVE = {0: 9.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4, 10: 1.0}  # val_bpb by step
+
+
+def losing_patience(folder, m, steps=12, **fields):
+    """A run of two evaluations' patience that measures CURVE every second step."""
+    r = tiny.run(folder, m, tiny.ListFeed.random(steps), patience=2, keep=1, **fields)
+    measure = lambda: {"val_bpb": CURVE[r.step]}  # noqa: E731
+    r.evaluations = [Evaluation("eval", 2, measure, start=True)]
+    return r
+
+
+def test_a_run_that_loses_patience_ends_with_its_best_checkpoint(tmp_path):
+    m = tiny.model()
+    r = losing_patience(tmp_path / "a", m)
+    r.fit()
+    assert r.step == 4 and r.done and r.best == {"step": 4, "val_bpb": 2.0}
+    (kept,) = checkpoint.list_checkpoints(tmp_path / "a")
+    assert kept.step == 4 and kept.meta["done"]
+    expected = tiny.model()
+    tiny.fit(
+        tmp_path / "b", expected, tiny.ListFeed.random(12), evaluations=[], save_every=4, keep=9
+    )
+    checkpoint.at_step(tmp_path / "b", 4).load_weights(expected)
+    assert tiny.same(tiny.weights(m), tiny.weights(expected))
+
+
+@pytest.mark.parametrize("step", [5, 7, 8])
+def test_losing_patience_survives_an_interruption(tmp_path, monkeypatch, step):
+    whole, parts = tiny.model(), tiny.model()
+    losing_patience(tmp_path / "a", whole).fit()
+    r = losing_patience(tmp_path / "b", parts)
+    with monkeypatch.context() as m:
+        tiny.act_in_step(m, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            r.fit()
+    r.logbook.close()
+    stored = checkpoint.newest(tmp_path / "b")
+    again = losing_patience(tmp_path / "b", parts, step=stored.step)
+    again.restore(stored)
+    again.fit()
+    assert (again.step, again.stale) == (4, 0)
+    assert tiny.same(tiny.weights(whole), tiny.weights(parts))
+
+
+def test_without_patience_the_last_checkpoint_counts(tmp_path):
+    r = losing_patience(tmp_path, tiny.model(), steps=8)
+    r.patience = 0
+    r.fit()
+    assert r.step == 8 and r.best["step"] == 4
+
+
+def test_a_run_with_patience_ends_with_the_best_even_at_its_end(tmp_path):
+    r = losing_patience(tmp_path, tiny.model(), steps=6)
+    r.fit()
+    assert r.step == 4 and checkpoint.newest(tmp_path).step == 4
+
+
 def test_a_nan_is_never_the_best(tmp_path):
     values = iter([float("nan"), 2.0, float("nan")] + [3.0] * 9)
     _, run, _ = fit(

@@ -31,7 +31,7 @@ def toy(tmp_path, monkeypatch):
         )
     monkeypatch.setattr(quickstart, "TOKENIZER", "--data tinyworld@0.2 --vocab_size=400")
     monkeypatch.setattr(quickstart, "QUESTIONS", 16)
-    monkeypatch.setattr(quickstart, "expected_speed", lambda knobs: (1e6, 1e12))
+    monkeypatch.setattr(quickstart, "speed_here", lambda knobs: (1e6, 1e12))
     return tmp_path
 
 
@@ -74,8 +74,8 @@ def test_the_whole_chain_is_continued_after_an_interruption(toy, monkeypatch, ca
 
 def lengths(knobs, speed, monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(quickstart, "expected_speed", lambda _: (speed, 4e11))
-    return quickstart.plan(knobs, quickstart.Diary("x", knobs.seconds_used))
+    monkeypatch.setattr(quickstart, "speed_here", lambda _: (speed, 4e11))
+    return quickstart.plan(knobs, quickstart.Diary("quickstart", "x", knobs.seconds_used))
 
 
 def test_a_fast_machine_gets_steps_and_a_slow_one_minutes(monkeypatch, tmp_path, capsys):

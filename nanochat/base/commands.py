@@ -9,6 +9,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent.parent / "commands"
 ORDER = (  # as a first run uses them; a command that is not listed comes last
     "quickstart",
+    "mine",
     "dataset",
     "tok_train",
     "tok_eval",

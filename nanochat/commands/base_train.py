@@ -44,6 +44,12 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
         "share of the run, as in 512@0 1024@0.6 2048@0.9; tokens per step stay the same, and "
         "the last length is sequence_len, which all evaluations use",
     )
+    patience: int = knob(
+        0,
+        "end after this many evaluations without lower bits per byte, with the best checkpoint "
+        "(0 = never); for text that a run reads many times",
+        low=0,
+    )
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
         "on = --copy_heads=1 --convolutions, with which a short run learns faster, but which "

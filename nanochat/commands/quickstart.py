@@ -10,22 +10,16 @@ same command continues. From midtraining on, talk to the newest stage in another
 time: nanochat chat_cli
 """
 
-import contextlib
-import json
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, base_dir, duration, entry, human, print0
-from nanochat.base.files import atomic_write
+from nanochat.base.common import UserError, entry, human, print0
 from nanochat.base.knobs import knob, parse
 from nanochat.model.stages import STAGES, run_directory
+from nanochat.train.chain import Chain, Diary, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import split_budget
 
@@ -81,7 +75,6 @@ QUESTIONS = 800
 MOST_MINUTES = 30.0
 OPENING_SECONDS = 75.0  # of all stages together: imports, data, compiling
 CLOSING_SECONDS = 25.0  # questions at the end
-USUAL = 0.45  # of the peak of matrix products is what training reaches
 ASKED = "context", "facts", "arithmetic"  # a question of each kind after every stage
 
 
@@ -99,47 +92,12 @@ class QuickstartKnobs(MachineKnobs):
     model_tag: str = knob("quickstart", "name of the model's folders")
 
 
-# ---- what is planned and done
+# ---- what is planned
 
 
-class Diary:
-    """The lengths of the stages and which are done, in a file: the same command continues."""
-
-    def __init__(self, tag: str, seconds_used: float):
-        self.path = base_dir() / "quickstart" / f"{tag}.json"
-        self.log = self.path.with_suffix(".log")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        self.lengths: dict[str, str] = stored.get("lengths", {})  # a flag by stage
-        self.done: list[str] = stored.get("done", [])
-        self.earlier: float = stored.get("seconds", 0.0) + seconds_used
-        self.began = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """The time of all starts together."""
-        return self.earlier + time.monotonic() - self.began
-
-    def save(self) -> None:
-        content = {"seconds": round(self.seconds, 1), "lengths": self.lengths, "done": self.done}
-        atomic_write(self.path, json.dumps(content, indent=1))
-
-
-def expected_speed(knobs: QuickstartKnobs) -> tuple[float, float]:
+def speed_here(knobs: QuickstartKnobs) -> tuple[float, float]:
     """(Tokens per second of training, FLOP/s of matrix products): what to expect here."""
-    import torch
-
-    from nanochat.base.hardware import measured_peak
-    from nanochat.base.runtime import close_runtime, open_runtime
-    from nanochat.model.config import GPTConfig
-    from nanochat.model.gpt import GPT
-
-    runtime = open_runtime(knobs.device_type, knobs.dtype, knobs.seed)
-    with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=2048, sequence_len=256, n_head=4, n_kv_head=4))
-    peak = measured_peak(runtime.device, runtime.dtype)
-    close_runtime()
-    return USUAL * peak / model.flops_per_token(), peak
+    return expected_speed(knobs, vocab_size=2048, sequence_len=256, n_head=4, n_kv_head=4)
 
 
 def expectation(share: float) -> str:
@@ -153,7 +111,7 @@ def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
     The length of every stage, as a flag: minutes with --minutes or on a slow machine, else steps.
     Says what to expect.
     """
-    speed, peak = expected_speed(knobs)
+    speed, peak = speed_here(knobs)
     seconds = sum(lesson.work for lesson in LESSONS.values()) / speed + OPENING_SECONDS
     fixed = diary.seconds + CLOSING_SECONDS
     share = next((s for s, accuracy in LEARNED if accuracy >= knobs.target), 1.0)
@@ -215,60 +173,6 @@ def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
 # ---- what a person sees
 
 
-class Display:
-    """One line per stage on the terminal; everything else is printed to the log file."""
-
-    def __init__(self, log: Path):
-        self.terminal, self.log = sys.stdout, log
-        self.live = self.terminal.isatty()
-        self.interval = 0.5 if self.live else 30.0  # seconds between two states of a line
-
-    @contextlib.contextmanager
-    def working(self, title: str, directory: Path | None = None) -> Iterator[None]:
-        """
-        While the block runs, show how far the training in `directory` is; what the block prints
-        goes to the log file.
-        """
-        began, over = time.monotonic(), threading.Event()
-
-        def watch() -> None:
-            while not over.wait(self.interval):
-                self.write(self.state(title, time.monotonic() - began, directory), self.live)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        self.write(f"{title:<14} starting", self.live)
-        watcher.start()
-        try:
-            with (
-                self.log.open("a", encoding="utf-8") as log,
-                contextlib.redirect_stdout(log),
-                contextlib.redirect_stderr(log),
-            ):
-                yield
-        finally:
-            over.set()
-            watcher.join()
-        self.write(f"{title:<14} done in {duration(time.monotonic() - began)}")
-
-    def state(self, title: str, seconds: float, directory: Path | None) -> str:
-        """The line of a stage at work: a bar, its speed and what is left."""
-        row = logbook.newest(directory, "train") if directory else {}
-        if not row:
-            return f"{title:<14} starting, {duration(seconds)}"
-        progress = row["progress"]
-        full = round(20 * progress)
-        left = duration(row["seconds"] * (1 - progress) / max(progress, 0.01))
-        speed = human(row["tok_per_sec"])
-        bar = "#" * full + "." * (20 - full)
-        return f"{title:<14} [{bar}] {progress:4.0%}  {speed} tokens per second, {left} left"
-
-    def write(self, text: str, replaced: bool = False) -> None:
-        """Write a line; the next one replaces it if `replaced`."""
-        start, end = ("\r\033[K", "" if replaced else "\n") if self.live else ("", "\n")
-        self.terminal.write(start + text + end)
-        self.terminal.flush()
-
-
 def sample_answers(knobs: QuickstartKnobs, stage: str) -> str:
     """What the newest checkpoint of a stage answers to a question of each kind in ASKED."""
     from nanochat.commands.summary import exchanges
@@ -303,50 +207,29 @@ def verdict(summary: dict[str, Any], knobs: QuickstartKnobs, minutes: float) -> 
 # ---- the chain
 
 
-def train_stage(stage: str, knobs: QuickstartKnobs, diary: Diary) -> None:
-    """Run one stage to its end, or continue it."""
-    command = import_module(f"nanochat.commands.{STAGES[stage].command}")
-    argv = [f"--model_tag={knobs.model_tag}", "--resume=auto", *diary.lengths[stage].split()]
-    argv += [f"--{name}={getattr(knobs, name)}" for name in ("device_type", "dtype", "seed")]
-    command.main([*argv, *LESSONS[stage].flags.split()])
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     knobs, _ = parse(QuickstartKnobs, argv, command="quickstart")
     print0("loading torch")
-    diary = Diary(knobs.model_tag, knobs.seconds_used)
+    tag = knobs.model_tag
+    diary = Diary("quickstart", tag, knobs.seconds_used)
     if "questions" in diary.done and knobs.minutes:
         diary.lengths, diary.done = plan_further(knobs, diary), ["tokenizer", "base"]
     elif not diary.lengths:
         diary.lengths = plan(knobs, diary)
-    diary.save()
+    chain = Chain(diary)
     print0(f"(details: {diary.log})\n")
-    display, summary = Display(diary.log), {}
-    try:
-        if "tokenizer" not in diary.done:
-            from nanochat.commands import tok_train
+    from nanochat.commands import chat_eval, tok_train
 
-            with display.working("tokenizer"):
-                tok_train.main(TOKENIZER.split())
-            diary.done.append("tokenizer")
-        for stage in STAGES:
-            if stage in diary.done:
-                continue
-            with display.working(LESSONS[stage].title, run_directory(stage, knobs.model_tag)):
-                train_stage(stage, knobs, diary)
-            diary.done.append(stage)
-            diary.save()
-            if STAGES[stage].chats:
-                print0(sample_answers(knobs, stage))
-        from nanochat.commands import chat_eval
-
-        with display.working("questions"):
-            summary = chat_eval.main(
-                ["-i", "rl", "-g", knobs.model_tag, f"--num_items={QUESTIONS}"]
-            )
-        diary.done.append("questions")
-    finally:
-        diary.save()
+    chain.step("tokenizer", "tokenizer", lambda: tok_train.main(TOKENIZER.split()))
+    for stage, lesson in LESSONS.items():
+        command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
+        trained = chain.train(stage, lesson.title, command, knobs, tag, lesson.flags)
+        if trained and STAGES[stage].chats:
+            print0(sample_answers(knobs, stage))
+    ask = ["-i", "rl", "-g", tag, f"--num_items={QUESTIONS}"]
+    if "questions" in diary.done:  # nothing is left to train, so they are asked again
+        diary.done.remove("questions")
+    summary = chain.step("questions", "questions", lambda: chat_eval.main(ask)) or {}
     print0(verdict(summary, knobs, diary.seconds / 60))
     return summary
 

@@ -15,6 +15,7 @@ from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.base.progress import progress
 from nanochat.data.documents import MAX_CHARACTERS
 from nanochat.data.sources import mixed, parts, training_sources
+from nanochat.train.scaling import vocabulary_for
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -29,7 +30,11 @@ class TrainTokenizerKnobs(ReadingKnobs):
     data: tuple[str, ...] = knob(
         (), "text to train on, as for base_train (default: downloaded shards, else tinyworld)"
     )
-    vocab_size: int = knob(65_536, "tokens in the vocabulary, special ones included")
+    vocab_size: int = knob(
+        0,
+        "tokens in the vocabulary, special ones included (0 = by the size of the text: 1,024 for "
+        "0.3 MB, 4,096 for 3 MB, 16,384 for 100 MB, 65,536 from 700 MB on)",
+    )
     digits: int = knob(2, "maximum digits in one token; GGUF needs 3 or 1", low=1, high=3)
     max_chars: int = knob(2_000_000_000, "read at most this many characters", low=1)
     doc_cap: int = knob(
@@ -88,11 +93,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     sources = training_sources(knobs.data, knobs.skip_bad_rows)
     names = ", ".join(source.name for source in sources)
-    print0(f"training a tokenizer with {knobs.vocab_size:,} tokens on {names}")
-    started = time.monotonic()
     size = sum(part.size for source in sources for part in parts(source, "train"))
+    vocab_size = knobs.vocab_size or vocabulary_for(min(size, knobs.max_chars))
+    print0(f"training a tokenizer with {vocab_size:,} tokens on {names}")
+    started = time.monotonic()
     texts = CappedTexts(mixed(sources, "train"), knobs, size)
-    tokenizer = Tokenizer.train(texts, knobs.vocab_size, knobs.digits)
+    tokenizer = Tokenizer.train(texts, vocab_size, knobs.digits)
     seconds = time.monotonic() - started
     directory = base_dir() / "tokenizer"
     save(tokenizer, directory)

@@ -17,7 +17,6 @@ from nanochat.data.order import RowOrder
 from nanochat.data.shards import Shards
 
 LEAST_VALIDATION = 100  # tokens of text; the bits per byte of fewer differ by a tenth by chance
-MANY_PASSES = 4  # over one source; from here on, a further pass teaches much less than new text
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,11 @@ class DataSummary:
         done = "are longer and lose their end" if self.padded else "continue in another row"
         return text + f"{longer:,} of {sum(s.documents for s in self.sources):,} {done}"
 
-    def check(self) -> None:
-        """Raise UserError for what cannot be meant; give a notice of what may not be."""
+    def check(self, useful: float, steps: float | None = None) -> None:
+        """
+        Raise UserError for what cannot be meant; give a notice of what may not be: more than
+        `useful` passes over a source, in a run of about `steps` if the clock ends it.
+        """
         if not any(s.to_learn for s in self.sources):
             names = ", ".join(s.name for s in self.sources)
             raise UserError(
@@ -139,10 +141,12 @@ class DataSummary:
                 _check_validation(s)
             if s.fewest_drawn < 1:
                 notice(f"{s.name} is so rare that this run may not draw one of its {s.kind}")
-            if (s.passes or 0) > MANY_PASSES:
+            passes = s.passes or (steps or 0) / max(s.steps_per_pass, 1e-9)
+            if passes > useful:
                 notice(
-                    f"this run goes over {s.name} {_times(s.passes)} times, and beyond about "
-                    f"{MANY_PASSES} each pass teaches much less: add text, or shorten the run"
+                    f"this run goes over {s.name} about {_times(passes)} times, and beyond about "
+                    f"{useful:g} it learns it by heart rather than more: add text, shorten the "
+                    "run, or let --patience=3 of base_train end it"
                 )
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -208,6 +208,24 @@ class Checkpoint:
                 "or train the model again with this one"
             )
 
+    def tokenizer_folder(self) -> Path:
+        """
+        Where the tokenizer is that the model was trained with: the present one, or one that
+        tok_train moved aside.
+        """
+        present, fingerprint = base_dir() / "tokenizer", self.meta["tokenizer"]
+        aside = present.with_name(f"tokenizer_{fingerprint[:8]}")
+        with suppress(OSError, ValueError):
+            if read_json(aside / "meta.json").get("fingerprint") == fingerprint:
+                return aside
+        return present
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model was trained with; UserError if it is missing."""
+        tokenizer = Tokenizer.load(self.tokenizer_folder())
+        self.check_tokenizer(tokenizer.fingerprint)
+        return tokenizer
+
     def amend(self, meta: Mapping[str, Any]) -> None:
         """
         Replace the metadata and keep the tensors. If killed at any moment, the checkpoint is
@@ -305,6 +323,13 @@ def prune(directory: Path, step: int, keep: int, best: int | None, run: str | No
             shutil.rmtree(temporary, ignore_errors=True)
     for temporary in directory.glob("step_*/.*.json.*.tmp"):
         temporary.unlink(missing_ok=True)
+
+
+def drop_after(directory: Path, step: int, run: str | None) -> None:
+    """Delete the checkpoints of `run` after `step`, where it returns to an earlier one for good."""
+    for checkpoint in list_checkpoints(directory):
+        if checkpoint.step > step and checkpoint.is_of(run):
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def put_aside_after(directory: Path, step: int) -> None:
@@ -500,7 +525,6 @@ def load_for_inference(
     """
     stage, checkpoint = choose(stage, tag, step)
     runtime = open_runtime(device_type, dtype, seed)
-    tokenizer = Tokenizer.load()
-    checkpoint.check_tokenizer(tokenizer.fingerprint)
+    tokenizer = checkpoint.tokenizer()
     model = checkpoint.model(runtime.device, runtime.dtype)
     return Loaded(stage, checkpoint, model, tokenizer, runtime)

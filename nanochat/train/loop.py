@@ -120,6 +120,7 @@ STORED = (
     "tokens",
     "seconds",
     "best",
+    "stale",
     "scale",
     "costs",
     "sizes",
@@ -154,12 +155,14 @@ class Run:
     save_every: float = 0.0  # as Evaluation.every, besides the saves before evaluations
     save_seconds: float = 0.0  # saves by the clock, besides these; 0: none
     keep: int = 2
+    patience: int = 0  # end after so many evaluations without a better val_bpb; 0: never
     peak_flops: float = 0.0  # measured matrix-product peak of all devices together, 0 = unknown
     clock: Callable[[], float] = time.monotonic
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None  # {"step", "val_bpb"}
+    stale: int = 0  # evaluations since the best one
     scale: float = 2.0**10  # loss scale of float16 runs, applied to a token's loss
     costs: dict[str, float] = field(default_factory=dict)  # seconds of each evaluation and a save
     sizes: dict[str, int] = field(default_factory=dict)  # units that each sized evaluation reads
@@ -199,7 +202,7 @@ class Run:
         with _Signals() as signals, _collector_at_rest() as rest:
             self._evaluate_at_start()
             self._start = self.progress
-            while (progress := self._tick()) < 1.0:
+            while (progress := self._tick()) < 1.0 and not self._turned:
                 batches = self._next_batches(progress)
                 if batches is None:
                     break
@@ -218,8 +221,11 @@ class Run:
                 self._evaluate(self._scheduled(after), after)
             if self.step == 0 and self.budget_seconds > 0:
                 raise UserError(self._no_time())
-            self.save()
-            self._evaluate(self.evaluations, self.progress)
+            if not self._turned:
+                self.save()
+                self._evaluate(self.evaluations, self.progress)
+            if self.patience and self.stale:
+                self._return_to_best()
             self.done = True
             self._amend()
         return self._summarize()
@@ -412,7 +418,9 @@ class Run:
             self.last[evaluation.name] = numbers
             bpb = numbers.get("val_bpb", math.nan)
             if bpb < (self.best["val_bpb"] if self.best else math.inf):  # never true of a NaN
-                self.best = {"step": self.step, "val_bpb": bpb}
+                self.best, self.stale = {"step": self.step, "val_bpb": bpb}, 0
+            elif "val_bpb" in numbers:
+                self.stale += 1
             self._log(evaluation.name, numbers)
             shown = [f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float)]
             if shown:
@@ -506,6 +514,23 @@ class Run:
         self.evaluated_to = self.step, 1.0  # unless it is stored
         for name in STORED:
             setattr(self, name, meta.get(name, getattr(self, name)))
+
+    @property
+    def _turned(self) -> bool:
+        """Whether the evaluations have become no better for as long as the run has patience."""
+        return 0 < self.patience <= self.stale
+
+    def _return_to_best(self) -> None:
+        """End where val_bpb was lowest: later checkpoints are dropped. Every rank must call it."""
+        assert self.best
+        self._line.print(
+            f"val_bpb has not improved for {self.stale} evaluations: ending with the best "
+            f"checkpoint, that of step {self.best['step']:,}"
+        )
+        self.restore(checkpoint.at_step(self.directory, self.best["step"]))
+        self._tick()
+        if self.runtime.is_main:
+            checkpoint.drop_after(self.directory, self.step, self.meta.get("run_id"))
 
     def _amend(self) -> None:
         """Note the clock and the latest numbers in this step's checkpoint."""

@@ -154,9 +154,8 @@ def open_run(
             f"--dtype={k.dtype} is ignored: the run continues in {dtype}, in which it was started"
         )
     runtime = open_runtime(k.device_type, dtype, k.seed)
-    tokenizer = Tokenizer.load()
-    if resume_from:
-        resume_from.check_tokenizer(tokenizer.fingerprint)
+    earlier = resume_from or parent
+    tokenizer = earlier.tokenizer() if earlier else Tokenizer.load()
     model = build(runtime, tokenizer)
     if resume_from:
         resume.same_architecture(model.config, resume_from)
@@ -194,7 +193,6 @@ def open_from_parent(
     k, origins, resume_from = resume_knobs(stage, parent.tag, k, origins)
 
     def build(runtime: Runtime, tokenizer: Tokenizer) -> GPT:
-        parent.check_tokenizer(tokenizer.fingerprint)
         return parent.model(runtime.device, runtime.dtype)
 
     return open_run(stage, parent.tag, k, origins, build, resume_from, parent, began)

@@ -106,6 +106,46 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
     return stages.get(final, ((0.0, final),))
 
 
+# Small corpora. Passes over a text after which held-out loss stops falling or rises, as measured on
+# 0.3 to 3 MB of one author (dev/LOG.md, own text).
+USEFUL_PASSES = 8
+TOKENS_PER_PARAMETER = 2.0  # of the layers, at least: with fewer, a smaller model learns more
+SHAPES = (  # (layers, width) of models for own text, heads of 64
+    (2, 128),
+    (3, 192),
+    (4, 256),
+    (5, 320),
+    (6, 384),
+    (8, 512),
+    (10, 640),
+    (12, 768),
+    (16, 1024),
+)
+
+
+def vocabulary_for(size: float) -> int:
+    """
+    Tokens in the vocabulary of a text of `size` bytes: the power of two near twice its square root,
+    from 512 to 65,536. 0.3 MB get 1,024 tokens, 1 MB 2,048, 3 MB 4,096 and 100 MB 16,384.
+    """
+    return 1 << min(16, max(9, round(math.log2(2 * math.sqrt(max(size, 1))))))
+
+
+def shape_for(flops: float, tokens: float, vocab_size: int) -> tuple[int, int]:
+    """
+    (layers, width) of the largest model of SHAPES that `flops` train on TOKENS_PER_PARAMETER or
+    more, when the text holds no more than `tokens` worth reading.
+    """
+    for depth, width in reversed(SHAPES[1:]):
+        layers = 12 * depth * width**2
+        if (
+            min(tokens, flops / (6 * (layers + vocab_size * width)))
+            >= TOKENS_PER_PARAMETER * layers
+        ):
+            return depth, width
+    return SHAPES[0]
+
+
 EVALUATING = 0.04  # of a run: measuring its bits per byte
 SAMPLING = 0.008  # of a run: sample texts
 MOST_EVAL_TOKENS = 1 << 20  # per source: more would only measure the same to another digit

@@ -33,6 +33,7 @@ from nanochat.train.run import OpenRun, make_optimizer
 from nanochat.train.scaling import (
     MOST_EVAL_TOKENS,
     SAMPLING,
+    USEFUL_PASSES,
     compile_pays,
     embedding_rate,
     evaluation_seconds,
@@ -74,7 +75,9 @@ def summarise_data(
     run.data_lines, run.data_summary = summary.lines(), summary.record()
     if not run.resume_from:
         try:
-            summary.check()
+            flops = horizon.rows * run.model.config.sequence_len * run.model.flops_per_token()
+            in_budget = 0.3 * run.peak_flops * run.budget_seconds / flops
+            summary.check(USEFUL_PASSES, in_budget or None)
         except UserError:
             print_data(run)
             raise
@@ -294,6 +297,7 @@ def train(
         save_every=k.save_every,
         save_seconds=60 * k.save_minutes,
         keep=k.keep,
+        patience=getattr(k, "patience", 0),
         peak_flops=run.peak_flops,
     )
     try:

@@ -62,7 +62,8 @@ class Models:
                 if not checkpoints or was_set_aside(run):
                     continue
                 try:
-                    fits = checkpoints[-1].meta["tokenizer"] == self.tokenizer.fingerprint
+                    fits = checkpoints[-1].tokenizer_folder().name != "tokenizer"
+                    fits |= checkpoints[-1].meta["tokenizer"] == self.tokenizer.fingerprint
                 except (UserError, KeyError):
                     fits = False  # a damaged checkpoint is not offered
                 if fits:

@@ -1,0 +1,403 @@
+"""
+Train a model on your own text, from nothing to a chat, offline and in one go.
+
+    nanochat mine FOLDER                       half an hour
+    nanochat mine FOLDER NOTES.txt --hours 8   more text, more time
+    nanochat mine FOLDER --dry_run             only says what was found and what would be trained
+
+The text is read, a tokenizer and a model of a size that suits text and time are trained on it, then
+on conversations: made from the text, of your own if there are some, and small talk, facts and sums
+from the embedded corpus. At the end it says what the model can do and what it copied. If
+interrupted, the same command continues.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanochat.base import logbook
+from nanochat.base.common import UserError, entry, human, print0
+from nanochat.base.files import atomic_write
+from nanochat.base.knobs import ReadingKnobs, knob, parse
+from nanochat.model.stages import STAGES, run_directory
+from nanochat.train.chain import USUAL, Chain, Diary, expected_speed
+from nanochat.train.knobs import MachineKnobs
+from nanochat.train.scaling import (
+    USEFUL_PASSES,
+    batch_for,
+    context_for,
+    shape_for,
+    vocabulary_for,
+)
+
+if TYPE_CHECKING:
+    from nanochat.data.sources import Source
+
+SHARES = {"base": 0.55, "mid": 0.3, "sft": 0.15}  # of the time
+TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
+CLOSING_SECONDS = 40.0  # questions and samples at the end
+STAGE_SECONDS = 20.0  # opening and compiling a stage
+SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
+LEAST = 20_000  # characters
+LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
+# Conversations and steps with which the quickstart's model learned to converse
+MADE, MID_STEPS, SFT_STEPS, CONVERSATIONS_PER_STEP = 12_000, 720, 150, 64
+QUESTIONS = 100  # of each kind made from the text; a quarter as many of the embedded corpus
+
+
+@dataclass(kw_only=True)
+class MineKnobs(MachineKnobs, ReadingKnobs):
+    """Your own text"""
+
+    data: tuple[str, ...] = knob(
+        (), "files and folders with your text: PATH[#FIELD], as for base_train", positional=True
+    )
+    minutes: float = knob(0.0, "time for everything (default: 30)", low=0, high=1e6)
+    hours: float = knob(0.0, "the same in hours", low=0, high=1e5)
+    name: str = knob("nanochat", "what the model calls itself")
+    start: str = knob(
+        "",
+        "tag of a model to continue from, with its tokenizer, such as quickstart (default: none)",
+        alias="--from",
+    )
+    vocab_size: int = knob(0, "tokens in the vocabulary (0 = by the size of the text)", low=0)
+    model_tag: str = knob("mine", "name of the model's folders")
+    dry_run: bool = knob(False, "only say what was found and what would be trained")
+    seconds_used: float = knob(0.0, "seconds spent before this command started", low=0)
+
+
+# ---- reading
+
+
+def conversation(row: Any) -> dict[str, Any] | None:
+    """A row as a conversation, or None if it is none."""
+    from nanochat.eval.tasks import customjson
+
+    try:
+        return {"messages": customjson.conversation(row)["messages"]}
+    except UserError:
+        return None
+
+
+def contents(source: "Source") -> Iterator[tuple[str, Any]]:
+    """("text", document) or ("own", conversation) for everything in a source."""
+    from nanochat.data import documents, folders, rows, sources
+
+    report = rows.Report(source.skip_bad_rows)
+    for path in sources.files(source):
+        if folders.format_of(path) in folders.ROWS:
+            read = (row for _, row in rows.read_rows(path, report))
+            if conversation(next(read, None)):
+                for place, row in rows.read_rows(path, report):
+                    if talk := conversation(row):
+                        yield "own", talk
+                    else:
+                        report.bad_row(place, "it is no conversation, and the first row is one")
+                continue
+        for text in documents.read(path, source.field, report):
+            yield "text", text
+    report.finish()
+
+
+def read_all(knobs: MineKnobs, folder: Path) -> dict[str, int]:
+    """
+    Write everything that is found to text.jsonl and own.jsonl in `folder`, so that a later start
+    finds the same even if the user's files have changed. Returns counts.
+    """
+    from nanochat.data.sources import parse_sources
+
+    folder.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter(documents=0, characters=0, bytes=0, conversations=0)
+    with (
+        (folder / "text.jsonl").open("w", encoding="utf-8") as text_file,
+        (folder / "own.jsonl").open("w", encoding="utf-8") as own_file,
+    ):
+        for source in parse_sources(knobs.data):
+            for kind, found in contents(source):
+                if kind == "own":
+                    own_file.write(json.dumps(found) + "\n")
+                    counts["conversations"] += 1
+                    continue
+                text_file.write(json.dumps({"text": found}) + "\n")
+                counts["documents"] += 1
+                counts["characters"] += len(found)
+                counts["bytes"] += len(found.encode())
+    if counts["characters"] < LEAST:
+        raise UserError(
+            f"{' '.join(knobs.data)} holds only {counts['characters']:,} characters of text, too "
+            f"few to learn a language from: give at least {LEAST:,}; a good start is 300,000"
+        )
+    return dict(counts)
+
+
+def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
+    """Make conversations from the training text, and questions from the held-out text."""
+    from nanochat.eval.own_text import documents
+    from nanochat.eval.tasks.owntext import JUDGED, KINDS, TextQuestions
+
+    source = own_source(folder)
+    train = TextQuestions(documents(source, "train"))
+    held_out = TextQuestions(documents(source, "val"), train.words)
+    made = list(train.conversations(seed, KINDS, count))
+    asked = [q for kind in JUDGED for q in held_out.conversations(seed, [kind], QUESTIONS)]
+    for name, items in (("made", made), ("questions", asked)):
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        atomic_write(folder / f"{name}.jsonl", lines)
+    return {"made": len(made), "questions": len(asked)}
+
+
+def own_source(folder: Path) -> "Source":
+    """The text that was read, as a source."""
+    from nanochat.data.sources import training_sources
+
+    return training_sources([f"text={folder / 'text.jsonl'}"])[0]
+
+
+# ---- planning
+
+
+def minutes_of(knobs: MineKnobs) -> float:
+    """The time for everything. UserError if it is given twice."""
+    if knobs.minutes and knobs.hours:
+        raise UserError(
+            f"--minutes={knobs.minutes:g} and --hours={knobs.hours:g} set two budgets: give one"
+        )
+    minutes = knobs.minutes or 60 * knobs.hours or 30.0
+    if minutes < LEAST_MINUTES:
+        raise UserError(
+            f"{minutes:g} minutes are too few for a tokenizer, three stages and questions: give "
+            f"--minutes={LEAST_MINUTES} or more"
+        )
+    return minutes
+
+
+def seconds_for(stage: str, knobs: MineKnobs, diary: Diary) -> float:
+    """
+    The time of a stage: its share of what is left for it and the later ones, or a minute if that
+    is more, because a chain that runs over its time is worth more than one that breaks off.
+    """
+    left = 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
+    later = list(SHARES)[list(SHARES).index(stage) :]
+    return max(LEAST_SECONDS, left * SHARES[stage] / sum(SHARES[name] for name in later))
+
+
+def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> str:
+    """The flags of pretraining: a size, a batch and a length that suit time and text."""
+    seconds = seconds_for("base", knobs, diary)
+    _, peak = expected_speed(knobs, vocab_size=vocab_size, sequence_len=256, n_head=4, n_kv_head=4)
+    flops = USUAL * peak * seconds
+    worth = USEFUL_PASSES * tokens
+    depth, width = shape_for(flops, worth, vocab_size)
+    speed, _ = expected_speed(
+        knobs,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_embd=width,
+        n_head=width // 64,
+        n_kv_head=width // 64,
+        sequence_len=256,
+    )
+    expected = min(worth, speed * seconds)
+    batch, context = batch_for(expected), 256 if flops < SHORT_FLOPS else context_for(flops)
+    print0(
+        f"{human(tokens)} tokens of text, {depth} layers of width {width}: about "
+        f"{human(speed)} tokens per second, {speed * seconds / tokens:.1f} passes in "
+        f"{seconds / 60:.1f} minutes"
+    )
+    if speed * seconds > worth:
+        print0(
+            f"more than {USEFUL_PASSES} passes would only learn the text by heart, so pretraining "
+            f"ends after {USEFUL_PASSES}: more text would help, more time would not"
+        )
+    diary.notes["batch"] = batch
+    # a run of several passes looks after each of them whether held-out loss has turned
+    every = f" --eval_every={-(-tokens // batch)}" if expected > 2 * tokens else ""
+    return (
+        f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
+        f"--total_batch_size={batch} --num_iterations={max(1, round(worth / batch))} "
+        f"--max_minutes={seconds / 60:.2f} --patience=2" + every
+    )
+
+
+def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
+    """
+    The length of a later stage: its share of the time, or the steps after which the quickstart's
+    model had learned to converse, or as many as pretraining had, whichever comes first.
+    """
+    seconds = seconds_for(stage, knobs, diary)
+    rows = {row["kind"]: row for row in logbook.read(run_directory("base", knobs.model_tag))}
+    speed, before = rows["summary"]["tok_per_sec"], rows["summary"]["step"]
+    steps, tokens = max(MID_STEPS, before), diary.notes.get("batch", 4096)
+    if stage == "sft":
+        steps, tokens = max(SFT_STEPS, before // 5), 2 * tokens
+    if steps * tokens / speed + STAGE_SECONDS < seconds:
+        return f"--num_iterations={steps}"
+    return f"--max_minutes={seconds / 60:.2f}"
+
+
+def conversation_flags(stage: str, knobs: MineKnobs, folder: Path, own: int) -> list[str]:
+    """The data of a later stage: what was made, what was found, the embedded corpus, the name."""
+    embedded = f"tinyworld@{min(16_000, round(1000 * minutes_of(knobs)))}"
+    shares = {f"made={folder / 'made.jsonl'}": 0.4, embedded: 0.35, "identity@400": 0.05}
+    if own > 1:
+        shares[f"own={folder / 'own.jsonl'}"] = 0.4
+    flags = ["--data", *(f"{source}:{share}" for source, share in shares.items())]
+    flags += [f"--name={knobs.name}", "--warmdown_ratio=1"]
+    if stage == "mid":
+        replay = 1.6 if knobs.start else 0.4
+        return [*flags, "--text", f"text={folder / 'text.jsonl'}:{replay}", "--lr_scale=0.5"]
+    return [*flags, f"--conversations_per_step={CONVERSATIONS_PER_STEP}", "--init_lr_frac=0.5"]
+
+
+# ---- the chain
+
+
+def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, int]:
+    """Train a tokenizer on the text and a little of the embedded corpus; tokens of the text."""
+    from nanochat.commands import tok_train
+    from nanochat.data.shards import prepare
+    from nanochat.data.tokenizer import Tokenizer
+
+    vocab_size = knobs.vocab_size or vocabulary_for(size)
+    text = f"text={folder / 'text.jsonl'}"
+    tok_train.main(["--data", f"{text}:0.85", "tinyworld@2:0.15", f"--vocab_size={vocab_size}"])
+    tokenizer = Tokenizer.load()
+    tokens = prepare(own_source(folder), "train", tokenizer).total
+    return {"tokens": tokens, "vocab_size": tokenizer.vocab_size}
+
+
+def take_over(knobs: MineKnobs) -> None:
+    """Copy the pretrained model that --from names under the tag of this one."""
+    from nanochat.model.checkpoint import locate
+
+    checkpoint = locate("base", knobs.start)
+    target = run_directory("base", knobs.model_tag)
+    shutil.copytree(checkpoint.path, target / checkpoint.path.name, dirs_exist_ok=True)
+    shutil.copy(checkpoint.path.parent / logbook.FILE, target)
+
+
+def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
+    """Everything that is measured at the end; also kept in summary.json."""
+    from nanochat.eval import own_text
+    from nanochat.eval.tasks import owntext, tinyworld
+    from nanochat.export.target import destinations
+    from nanochat.model.checkpoint import load_for_inference
+
+    machine = {name: getattr(knobs, name) for name in ("device_type", "dtype", "seed")}
+    source, tag = own_source(folder), knobs.model_tag
+    base = load_for_inference("base", tag, **machine)
+    found = {
+        "bits_per_byte": own_text.predictors(base, source),
+        "samples": own_text.samples(base, source, knobs.seed),
+        "destinations": destinations(base.model.config, base.tokenizer.digits),
+    }
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    tasks = owntext.tasks([json.loads(line) for line in lines])
+    chat = load_for_inference("sft", tag, **machine)
+    found["own"] = own_text.answers(chat, tasks, QUESTIONS)
+    found["embedded"] = own_text.answers(chat, list(tinyworld.TASKS.values()), QUESTIONS // 4)
+    atomic_write(folder / "summary.json", json.dumps(found, indent=1))
+    return found
+
+
+def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
+    """What was measured, for people, and how to go on."""
+    from nanochat.eval import own_text
+
+    kinds = {**found["own"]["kinds"], **found["embedded"]["kinds"]}
+    tag = knobs.model_tag
+    return "\n".join(
+        [
+            "",
+            *own_text.sample_lines(found["samples"]),
+            "",
+            *own_text.predictor_lines(found["bits_per_byte"]),
+            "",
+            *own_text.answer_lines({"kinds": kinds}),
+            "",
+            f"{minutes:.1f} minutes in all",
+            f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
+            f"to let it continue:   nanochat base_complete -g {tag}",
+            f"to take it elsewhere: {found['destinations']}",
+        ]
+    )
+
+
+def show_counts(counts: dict[str, int]) -> None:
+    """Say what was read."""
+    print0(
+        f"found: {counts['documents']:,} documents with {human(counts['characters'])} characters, "
+        f"{counts['conversations']:,} conversations"
+    )
+
+
+def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
+    """Read the text, make conversations from it, and train or take over a tokenizer."""
+    notes = chain.diary.notes
+    notes |= chain.step("reading", "reading", lambda: read_all(knobs, folder)) or {}
+    show_counts(notes)
+    count = min(MADE, round(MADE * minutes_of(knobs) / 20))
+    making = lambda: write_conversations(folder, count, knobs.seed)  # noqa: E731
+    notes |= chain.step("conversations", "conversations", making) or {}
+    print0(f"made from the text: {notes['made']:,} conversations")
+    if knobs.start:
+        chain.step("base", "taking over", lambda: take_over(knobs))
+    else:
+        training = lambda: train_tokenizer(knobs, folder, notes["bytes"])  # noqa: E731
+        notes |= chain.step("tokenizer", "tokenizer", training) or {}
+
+
+def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
+    """Run a stage that is not done, or continue it."""
+    diary = chain.diary
+    notes = diary.notes
+    if stage == "base":
+        flags = [f"--data=text={folder / 'text.jsonl'}"]
+    else:
+        flags = conversation_flags(stage, knobs, folder, notes["conversations"])
+    if stage not in diary.lengths:
+        diary.lengths[stage] = (
+            plan_base(knobs, diary, notes["tokens"], notes["vocab_size"])
+            if stage == "base"
+            else plan_later(stage, knobs, diary)
+        )
+    command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
+    chain.train(stage, TITLES[stage], command, knobs, knobs.model_tag, flags)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    knobs, _ = parse(MineKnobs, argv, command="mine")
+    minutes_of(knobs)
+    if not knobs.data:
+        raise UserError("mine needs your text: nanochat mine FOLDER")
+    diary = Diary("mine", knobs.model_tag, knobs.seconds_used)
+    folder = diary.path.with_suffix("")
+    paths = [str(Path(word).expanduser().resolve()) for word in knobs.data]
+    if diary.notes.setdefault("data", paths) != paths:
+        raise UserError(
+            f"the model {knobs.model_tag} was begun on {' '.join(diary.notes['data'])}: "
+            "give the same text to continue, or --model_tag=NAME for another model"
+        )
+    if knobs.dry_run:
+        show_counts(read_all(knobs, folder))
+        return {}
+    print0("loading torch")
+    chain = Chain(diary)
+    print0(f"(details: {diary.log})\n")
+    prepare(chain, knobs, folder)
+    for stage in SHARES:
+        if stage not in diary.done:
+            train(chain, stage, knobs, folder)
+    with chain.display.working("questions"):
+        found = report(knobs, folder)
+    print0(verdict(knobs, found, diary.seconds / 60))
+    return found
+
+
+if __name__ == "__main__":
+    entry(main)

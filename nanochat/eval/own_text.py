@@ -1,0 +1,110 @@
+"""
+What a model has learned from a person's own text: held-out questions, bits per byte beside other
+predictors, and samples with what they copied from the training text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nanochat.chat.generate import Engine
+from nanochat.data.shards import prepare
+from nanochat.data.sources import Source, parts
+from nanochat.eval.baselines import compressors, ngram
+from nanochat.eval.bits_per_byte import shard_bits_per_byte
+from nanochat.eval.chat import judge, summarise
+from nanochat.eval.tasks.common import Task
+from nanochat.eval.tasks.owntext import ABOUT
+from nanochat.eval.verbatim import longest_overlap, normalised
+from nanochat.model.checkpoint import Loaded
+
+TEMPERATURES = 0.3, 0.7, 1.0
+SAMPLE_TOKENS = 80
+PROMPT_WORDS = 6
+MOST_TOKENS = 1 << 18  # of held-out text that the model reads
+MOST_CHARACTERS = 50_000_000  # of training text that samples are compared with
+
+
+def documents(source: Source, split: str) -> list[str]:
+    """The documents of a split."""
+    return [text for part in parts(source, split) for text in part.documents()]
+
+
+def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> dict[str, Any]:
+    """The summary of asking up to `each` held-out questions of every task."""
+    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    results = {}
+    for task in tasks:
+        verdicts = judge(engine, task, task.items("val", each))
+        results[task.name] = verdicts.result(task.chance)
+    return summarise(results)
+
+
+def predictors(loaded: Loaded, source: Source) -> dict[str, float]:
+    """Bits per byte of the held-out text: of the model, an n-gram model, xz and gzip."""
+    train, held_out = ("\n\n".join(documents(source, split)).encode() for split in ("train", "val"))
+    shards = prepare(source, "val", loaded.tokenizer)
+    rows = max(1, 4096 // loaded.model.config.sequence_len)
+    token_bytes = loaded.tokenizer.token_bytes()
+    bpb = shard_bits_per_byte(loaded.model, shards, token_bytes, loaded.runtime, rows, MOST_TOKENS)
+    return {"model": bpb, "n-gram": ngram(train, held_out), **compressors(train, held_out)}
+
+
+def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
+    """
+    A continuation of the beginning of a held-out document at each temperature, with its longest
+    overlap with the training text.
+    """
+    corpus = normalised(" ".join(documents(source, "train")))[:MOST_CHARACTERS]
+    prompt = " ".join(documents(source, "val")[0].split()[:PROMPT_WORDS])
+    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    out = []
+    for temperature in TEMPERATURES:
+        (sample,) = engine.generate_batch(
+            [loaded.tokenizer.encode(prompt, bos=True)],
+            max_tokens=SAMPLE_TOKENS,
+            temperature=temperature,
+            seed=seed,
+        )
+        text = normalised(loaded.tokenizer.decode(sample.tokens))
+        overlap = longest_overlap(text, corpus)
+        out.append({"temperature": temperature, "prompt": prompt, "text": text} | overlap._asdict())
+    return out
+
+
+def answer_lines(summary: dict[str, Any]) -> list[str]:
+    """The accuracies, the best first: what is clearly better than guessing, and what is not."""
+    kinds = sorted(summary["kinds"].items(), key=lambda kind: -kind[1]["accuracy"])
+    able, unable = [], []
+    for name, result in kinds:
+        kind = name.partition("/")[2]
+        line = f"    {result['accuracy']:4.0%} of {result['n']:<3}  {ABOUT.get(kind, kind)}"
+        line += f"  (guessing: {result['chance']:.0%})" if result["chance"] else ""
+        right = result["lo"] > result["chance"] and result["accuracy"] >= 0.5
+        (able if right else unable).append(line)
+    lines = ["Held-out questions, none of which it has seen:"]
+    lines += ["  what it can do", *able] if able else []
+    return lines + (["  what it cannot do, or only sometimes", *unable] if unable else [])
+
+
+def predictor_lines(bits: dict[str, float]) -> list[str]:
+    """Bits per byte side by side, and how they compare."""
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
+    lines = [f"Held-out text, bits per byte (less is better): {shown}"]
+    for name, kind in (("xz", "compressor"), ("n-gram", "model of six bytes")):
+        factor = bits[name] / bits["model"]
+        better = f"better than {name} (a {kind}) by a factor of {factor:.2f}"
+        worse = f"no better than {name} (a {kind}): factor {factor:.2f}"
+        lines.append(f"    it predicts the text {better if factor > 1 else worse}")
+    return lines
+
+
+def sample_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The samples with what they share with the training text."""
+    lines = [f"In the style of the text, going on from {found[0]['prompt']!r} (held-out text):"]
+    for sample in found:
+        lines.append(f"  temperature {sample['temperature']}: {sample['text']}")
+        lines.append(
+            f"    copied: at most {len(sample['overlap'])} characters in a row "
+            f"({sample['share']:.0%} of it), from: ... {sample['passage']} ..."
+        )
+    return lines

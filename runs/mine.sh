@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes an environment, then trains a model on your own text, offline and in one go: `nanochat mine`.
+#     bash runs/mine.sh FOLDER                       half an hour
+#     bash runs/mine.sh FOLDER --minutes 60          any flag of nanochat mine; installation counts too
+#     bash runs/mine.sh FOLDER NOTES.txt --hours 8 --name Ada
+# If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+set -euo pipefail
+case "${1:-}" in
+    "" | -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source runs/environment.sh
+code=$PWD
+cd "$here" # your paths are relative to where you are
+PYTHONPATH="$code" python -m scripts.mine "$@" --seconds_used="$SECONDS"
+echo "(first: source $code/.venv/bin/activate)"

@@ -1,0 +1,224 @@
+"""The command mine: its whole chain at toy size, and what it makes of a text and says of a model."""
+
+import gzip
+import json
+import lzma
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from nanochat.base.common import UserError
+from nanochat.commands import mid_train, mine
+from nanochat.eval import baselines
+from nanochat.eval.own_text import answer_lines, predictor_lines
+from nanochat.eval.tasks import owntext
+from nanochat.eval.tasks.owntext import TextQuestions
+from nanochat.eval.verbatim import longest_overlap, normalised
+from nanochat.model.checkpoint import locate
+from nanochat.train import scaling
+
+CPU = ["--device_type=cpu", "--dtype=float32"]
+
+
+def story(seed: int, sentences: int) -> str:
+    """Prose with names and dialogue."""
+    rng = random.Random(seed)
+    names, places = ["Mira", "Tobin", "Odo"], ["garden", "kitchen", "harbour", "tower"]
+    things = ["lantern", "basket", "letter", "hammer", "ribbon", "candle"]
+    lines = []
+    for _ in range(sentences):
+        name, thing, place = rng.choice(names), rng.choice(things), rng.choice(places)
+        lines.append(
+            rng.choice(
+                [
+                    f"In the morning {name} carried the old {thing} into the {place}.",
+                    f"Nobody saw how the {thing} was left behind in the {place} that night.",
+                    f'"Where is the {thing}?" asked {name}.\n"It is in the {place}," said the man.',
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of text and one file of conversations, and toy stages on a fast machine."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(12):
+        (texts / f"chapter{i}.txt").write_text(story(i, 40))
+    talk = [{"role": "user", "content": "Ho?"}, {"role": "assistant", "content": "Ho."}]
+    rows = [{"messages": [{**talk[0], "content": f"Ho {i}?"}, talk[1]]} for i in range(6)]
+    (texts / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, value in {
+        "MADE": 60,
+        "MID_STEPS": 2,
+        "SFT_STEPS": 1,
+        "STAGE_SECONDS": 0.0,
+        "CONVERSATIONS_PER_STEP": 2,
+        "QUESTIONS": 4,
+        "LEAST_SECONDS": 1.0,
+        "LEAST_MINUTES": 1,
+        "USEFUL_PASSES": 0.5,
+        "expected_speed": lambda knobs, **shape: (1e6, 1e10),
+    }.items():
+        monkeypatch.setattr(mine, name, value)
+    monkeypatch.setattr(scaling, "SHAPES", ((1, 64),))
+    return texts
+
+
+def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as m:
+        m.setattr(mid_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            mine.main([str(place), "--minutes=3", *CPU])
+    diary = json.loads((tmp_path / "base/mine/mine.json").read_text())
+    assert diary["done"] == ["reading", "conversations", "tokenizer", "base"]
+    assert diary["notes"]["documents"] == 12 and diary["notes"]["conversations"] == 6
+    (place / "chapter0.txt").write_text("changed")  # what was read is kept
+    base = locate("base", "mine").path
+
+    found = mine.main([str(place), "--minutes=3", *CPU])
+    assert locate("base", "mine").path == base and locate("sft", "mine").step >= 1
+    shown = capsys.readouterr().out
+    assert "12 documents" in shown and "6 conversations" in shown
+    assert "ends after 0.5" in shown and "nanochat chat_cli -g mine" in shown
+    assert shown.count("copied: at most") == 3 and "Held-out questions" in shown
+    assert "knobs" not in shown, "what the stages print belongs to the log file"
+    assert set(found["bits_per_byte"]) == {"model", "n-gram", "xz", "gzip"}
+    assert found["own"]["kinds"] and found["embedded"]["n"] == 8
+    with pytest.raises(UserError, match=r"was begun on .*texts: give the same text"):
+        mine.main([str(tmp_path), *CPU])
+
+
+def test_too_little_text_and_two_budgets(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "a.txt").write_text("Hello.")
+    with pytest.raises(UserError, match="holds only 6 characters of text"):
+        mine.main([str(tmp_path / "a.txt"), "--dry_run"])
+    with pytest.raises(UserError, match="set two budgets"):
+        mine.main([str(tmp_path / "a.txt"), "--minutes=3", "--hours=1"])
+    with pytest.raises(UserError, match=r"2 minutes are too few .* --minutes=5 or more"):
+        mine.main([str(tmp_path / "a.txt"), "--minutes=2"])
+    with pytest.raises(UserError, match="needs your text"):
+        mine.main([])
+
+
+# ---- conversations
+
+
+def made(kinds, count=60, seed=3, texts=None):
+    return list(TextQuestions(texts or [story(9, 200)]).conversations(seed, kinds, count))
+
+
+def test_conversations_are_reproducible_and_different():
+    first, again = made(owntext.KINDS, 300), made(owntext.KINDS, 300)
+    assert first == again != made(owntext.KINDS, 300, seed=4)
+    assert len({json.dumps(item["messages"]) for item in first}) == len(first)
+    assert {item["kind"] for item in first} == set(owntext.KINDS)
+
+
+@pytest.mark.parametrize("kind", owntext.JUDGED)
+def test_gold_is_right_and_what_it_is_about_is_in_the_text(kind):
+    text = normalised(story(9, 200))
+    for item in made([kind]):
+        asked, gold = (message["content"] for message in item["messages"])
+        assert owntext.is_right(item, gold) and not owntext.is_right(item, f"no{gold}")
+        assert not owntext.is_right(item, "")
+        assert kind == "complete" or not owntext.is_right(item, f"{gold} or not")
+        quoted = asked.split("? ", 1)[-1].split(": ", 1)[-1].split("here? ", 1)[-1]
+        whole = quoted.replace("___", gold) if kind == "missing" else quoted
+        assert whole in text
+        if kind in ("name", "follows"):
+            assert item["answer"] in whole
+        if kind == "complete":
+            assert f"{quoted} {gold}" in text
+
+
+def test_dialogues_are_turns_of_the_text():
+    text = 'He came.\n"Who is it?" she asked.\n"Only me,"\nhe said, "as ever."\n' + "\nProse." * 9
+    script = "ADA: Hello there.\nBEN: Good day.\nADA: Is it?\n"
+    assert list(owntext.dialogues(text)) == [["Who is it?", "Only me, as ever."]]
+    assert list(owntext.dialogues(script)) == [["Hello there.", "Good day.", "Is it?"]]
+    assert list(owntext.dialogues('"Alone," he said.\n' + "Prose.\n" * 9 + '"Later."')) == []
+    items = made(["dialogue"], 1, texts=[text])
+    assert [m["content"] for m in items[0]["messages"]] == ["Who is it?", "Only me, as ever."]
+
+
+def test_texts_without_questions_make_none():
+    assert made(owntext.KINDS, texts=["Oh"]) == []
+    assert owntext.tasks([]) == []
+
+
+# ---- copying and other predictors
+
+
+def test_the_longest_overlap_against_all_substrings():
+    rng = random.Random(0)
+    for _ in range(50):
+        corpus = "".join(rng.choices("ab c", k=200))
+        sample = normalised("".join(rng.choices("ab c", k=30)))
+        runs = {sample[i:j] for i in range(len(sample)) for j in range(i + 1, len(sample) + 1)}
+        longest = max((len(run) for run in runs if run in normalised(corpus)), default=0)
+        found = longest_overlap(sample, normalised(corpus))
+        assert len(found.overlap) == longest and found.overlap in found.passage
+        assert found.share == pytest.approx(longest / len(sample))
+    assert longest_overlap("", "abc") == ("", 0.0, "")
+
+
+def by_hand(train: bytes, asked: bytes, orders: int) -> float:
+    """The n-gram model of eval/baselines.py, count by count."""
+    seen, text, bits = bytes(orders) + train, bytes(orders) + asked, 0.0
+    for i in range(orders, len(text)):
+        p = 1 / 256
+        for k in range(orders + 1):
+            context = text[i - k : i]
+            after = Counter(seen[j] for j in range(orders, len(seen)) if seen[j - k : j] == context)
+            if total := sum(after.values()):
+                p = (after[text[i]] + len(after) * p) / (total + len(after))
+        bits -= math.log2(p)
+    return bits / len(asked)
+
+
+@pytest.mark.parametrize("orders", [0, 1, 3])
+def test_the_ngram_model_count_by_count(orders):
+    train, asked = b"abracadabra, abracadabra and \xff", b"abra candles \x00"
+    assert baselines.ngram(train, asked, orders) == pytest.approx(by_hand(train, asked, orders))
+
+
+def test_compressors_are_charged_what_the_text_adds():
+    train, asked = story(1, 100).encode(), story(2, 20).encode()
+    found = baselines.compressors(train, asked)
+    added = len(gzip.compress(train + asked, 9)) - len(gzip.compress(train, 9))
+    assert found["gzip"] == 8 * added / len(asked)
+    assert found["xz"] < 8 * len(lzma.compress(asked)) / len(asked), "it has seen such text"
+
+
+def test_the_summary_is_honest():
+    kinds = {
+        "own/name": {"accuracy": 0.9, "n": 100, "lo": 0.82, "chance": 0.05},
+        "own/missing": {"accuracy": 0.4, "n": 100, "lo": 0.31, "chance": 1 / 3},
+    }
+    lines = answer_lines({"kinds": kinds})
+    cannot = next(i for i, line in enumerate(lines) if "cannot" in line)
+    assert any("find the name" in line for line in lines[:cannot])
+    assert any("missing word" in line for line in lines[cannot:])
+    bits = {"model": 2.0, "n-gram": 1.8, "xz": 3.0, "gzip": 3.5}
+    text = "\n".join(predictor_lines(bits))
+    assert "better than xz (a compressor) by a factor of 1.50" in text
+    assert "no better than n-gram" in text
+
+
+# ---- rules
+
+
+def test_rules_for_small_corpora():
+    sizes = [10**3, 3 * 10**5, 10**6, 3 * 10**6, 10**8, 10**10]
+    found = [scaling.vocabulary_for(size) for size in sizes]
+    assert found == sorted(found) and found[0] == 512 and found[-1] == 65_536
+    assert scaling.shape_for(1e14, 1e5, 1024) == scaling.SHAPES[0], "the text limits it"
+    assert scaling.shape_for(1e11, 1e9, 1024) == scaling.SHAPES[0], "the time limits it"
+    assert scaling.shape_for(1e20, 1e11, 65_536) == scaling.SHAPES[-1]
