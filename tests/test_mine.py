@@ -84,7 +84,7 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
     found = mine.main([str(place), "--minutes=3", *CPU])
     assert locate("base", "mine").path == base and locate("sft", "mine").step >= 1
     shown = capsys.readouterr().out
-    assert "12 documents" in shown and "6 conversations" in shown
+    assert "12 documents" in shown and "conversations: 6" in shown
     assert "ends after 0.5" in shown and "nanochat chat_cli -g mine" in shown
     assert shown.count("copied: at most") == 3 and "Held-out questions" in shown
     assert "knobs" not in shown, "what the stages print belongs to the log file"

@@ -14,7 +14,8 @@ interrupted, the same command continues.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat.base import logbook
 from nanochat.base.common import UserError, entry, human, print0
 from nanochat.base.files import atomic_write
-from nanochat.base.knobs import ReadingKnobs, knob, parse
+from nanochat.base.knobs import knob, parse
 from nanochat.model.stages import STAGES, run_directory
 from nanochat.train.chain import USUAL, Chain, Diary, expected_speed
 from nanochat.train.knobs import MachineKnobs
@@ -51,7 +52,7 @@ QUESTIONS = 100  # of each kind made from the text; a quarter as many of the emb
 
 
 @dataclass(kw_only=True)
-class MineKnobs(MachineKnobs, ReadingKnobs):
+class MineKnobs(MachineKnobs):
     """Your own text"""
 
     data: tuple[str, ...] = knob(
@@ -60,6 +61,7 @@ class MineKnobs(MachineKnobs, ReadingKnobs):
     minutes: float = knob(0.0, "time for everything (default: 30)", low=0, high=1e6)
     hours: float = knob(0.0, "the same in hours", low=0, high=1e5)
     name: str = knob("nanochat", "what the model calls itself")
+    me: str = knob("", "the person of a chat export whom the model is to answer like")
     start: str = knob(
         "",
         "tag of a model to continue from, with its tokenizer, such as quickstart (default: none)",
@@ -74,65 +76,42 @@ class MineKnobs(MachineKnobs, ReadingKnobs):
 # ---- reading
 
 
-def conversation(row: Any) -> dict[str, Any] | None:
-    """A row as a conversation, or None if it is none."""
-    from nanochat.eval.tasks import customjson
-
-    try:
-        return {"messages": customjson.conversation(row)["messages"]}
-    except UserError:
-        return None
-
-
-def contents(source: "Source") -> Iterator[tuple[str, Any]]:
-    """("text", document) or ("own", conversation) for everything in a source."""
-    from nanochat.data import documents, folders, rows, sources
-
-    report = rows.Report(source.skip_bad_rows)
-    for path in sources.files(source):
-        if folders.format_of(path) in folders.ROWS:
-            read = (row for _, row in rows.read_rows(path, report))
-            if conversation(next(read, None)):
-                for place, row in rows.read_rows(path, report):
-                    if talk := conversation(row):
-                        yield "own", talk
-                    else:
-                        report.bad_row(place, "it is no conversation, and the first row is one")
-                continue
-        for text in documents.read(path, source.field, report):
-            yield "text", text
-    report.finish()
-
-
-def read_all(knobs: MineKnobs, folder: Path) -> dict[str, int]:
+def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     """
     Write everything that is found to text.jsonl and own.jsonl in `folder`, so that a later start
-    finds the same even if the user's files have changed. Returns counts.
+    finds the same even if the user's files have changed. Returns counts, and the inventory in lines.
     """
-    from nanochat.data.sources import parse_sources
+    from nanochat.data import conversations, documents, inventory, rows, sources
+    from nanochat.eval.tasks.customjson import conversation
 
     folder.mkdir(parents=True, exist_ok=True)
+    named = sources.parse_sources(knobs.data)
+    taken = inventory.take(named, knobs.me or None)
     counts: Counter[str] = Counter(documents=0, characters=0, bytes=0, conversations=0)
+    report = rows.Report(limit=1 << 30)  # the inventory names what cannot be used
     with (
         (folder / "text.jsonl").open("w", encoding="utf-8") as text_file,
         (folder / "own.jsonl").open("w", encoding="utf-8") as own_file,
     ):
-        for source in parse_sources(knobs.data):
-            for kind, found in contents(source):
-                if kind == "own":
-                    own_file.write(json.dumps(found) + "\n")
-                    counts["conversations"] += 1
-                    continue
-                text_file.write(json.dumps({"text": found}) + "\n")
+        for source, found in zip(named, taken.sources, strict=True):
+            texts = documents.read_all(sources.files(source), source.field, report)
+            for text in found.kept(texts) if found.documents else ():
+                text_file.write(json.dumps({"text": text}) + "\n")
                 counts["documents"] += 1
-                counts["characters"] += len(found)
-                counts["bytes"] += len(found.encode())
+                counts["characters"] += len(text)
+                counts["bytes"] += len(text.encode())
+            for path in map(Path, found.conversations):
+                for _, row in conversations.read(path, report, knobs.me or None, alone=False):
+                    with suppress(UserError):  # the inventory names it
+                        talk = {"messages": conversation(row)["messages"]}
+                        own_file.write(json.dumps(talk) + "\n")
+                        counts["conversations"] += 1
     if counts["characters"] < LEAST:
         raise UserError(
             f"{' '.join(knobs.data)} holds only {counts['characters']:,} characters of text, too "
             f"few to learn a language from: give at least {LEAST:,}; a good start is 300,000"
         )
-    return dict(counts)
+    return {**counts, "inventory": taken.lines()}
 
 
 def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
@@ -328,19 +307,11 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
     )
 
 
-def show_counts(counts: dict[str, int]) -> None:
-    """Say what was read."""
-    print0(
-        f"found: {counts['documents']:,} documents with {human(counts['characters'])} characters, "
-        f"{counts['conversations']:,} conversations"
-    )
-
-
 def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
     """Read the text, make conversations from it, and train or take over a tokenizer."""
     notes = chain.diary.notes
     notes |= chain.step("reading", "reading", lambda: read_all(knobs, folder)) or {}
-    show_counts(notes)
+    print0("\n".join(notes["inventory"]))
     count = min(MADE, round(MADE * minutes_of(knobs) / 20))
     making = lambda: write_conversations(folder, count, knobs.seed)  # noqa: E731
     notes |= chain.step("conversations", "conversations", making) or {}
@@ -384,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "give the same text to continue, or --model_tag=NAME for another model"
         )
     if knobs.dry_run:
-        show_counts(read_all(knobs, folder))
+        print0("\n".join(read_all(knobs, folder)["inventory"]))
         return {}
     print0("loading torch")
     chain = Chain(diary)
