@@ -120,15 +120,15 @@ CEILINGS = {
     "base": 12_100,
     "tinyworld": 9_600,
     "data": 34_000,
-    "model": 21_400,
+    "model": 21_550,
     "chat": 6_500,
-    "chat/serve": 10_620,
-    "eval": 14_800,
-    "train": 16_700,
+    "chat/serve": 10_650,
+    "eval": 18_400,
+    "train": 18_150,
     "study": 11_400,
     "plan": 15_950,
     "export": 7_600,
-    "commands": 18_750,
+    "commands": 20_500,
 }
 WHOLE = sum(CEILINGS.values())
 
