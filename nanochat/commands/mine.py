@@ -79,7 +79,7 @@ class MineKnobs(MachineKnobs):
 def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     """
     Write everything that is found to text.jsonl and own.jsonl in `folder`, so that a later start
-    finds the same even if the user's files have changed. Returns counts, and the inventory in lines.
+    finds the same even if your files have changed. Returns counts, and the inventory in lines.
     """
     from nanochat.data import conversations, documents, inventory, rows, sources
     from nanochat.eval.tasks.customjson import conversation
