@@ -81,12 +81,12 @@ def run(arm: Arm, books: list[str], base: Path) -> dict:
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)
     from nanochat.base import logbook
     from nanochat.commands import base_train, tok_train
-    from nanochat.data import sources
+    from nanochat.data import inventory, sources
     from nanochat.data.shards import prepare
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.model.stages import run_directory
 
-    sources.VALIDATION_SHARE = SHARE
+    inventory.VALIDATION_SHARE = SHARE
     path = texts(books, folder, arm.megabytes)
     if not (folder / "tokenizer" / "tokenizer.json").exists():
         tok_train.main([f"--vocab_size={arm.vocabulary}", f"--data=text={path}"])
