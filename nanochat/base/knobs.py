@@ -76,6 +76,16 @@ class ReadingKnobs:
     )
 
 
+@dataclasses.dataclass(kw_only=True)
+class ConversationKnobs(ReadingKnobs):
+    """Conversations"""
+
+    name: str = knob("nanochat", "what the model calls itself in the identity conversations")
+    me: str | None = knob(
+        None, "person of your chats (WhatsApp, Telegram, Discord, text) who becomes the assistant"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Knob:
     """One field of a dataclass of knobs, with its annotation taken apart."""

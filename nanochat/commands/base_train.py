@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     opening("base_train", log=True)
 
     from nanochat.base.runtime import choose_device
+    from nanochat.data import inventory
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare
     from nanochat.data.sources import training_sources
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)
     k = replace(k, sequence_len=contexts.longest)
     sources = training_sources(k.data, k.skip_bad_rows)
+    inventory.show(sources)
 
     def build(runtime, tokenizer) -> GPT:
         architecture = {f.name: getattr(k, f.name) for f in fields(ArchitectureKnobs)}

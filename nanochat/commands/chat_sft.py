@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanochat.base.common import entry, opening, print0
-from nanochat.base.knobs import ReadingKnobs, knob, parse
+from nanochat.base.knobs import ConversationKnobs, knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
 
 @dataclass(kw_only=True)
-class FinetuneKnobs(LaterStageKnobs, ReadingKnobs):
+class FinetuneKnobs(LaterStageKnobs, ConversationKnobs):
     """Data"""
 
     source: Literal["mid", "base"] = knob("mid", "stage to start from")
@@ -22,7 +22,6 @@ class FinetuneKnobs(LaterStageKnobs, ReadingKnobs):
         "arc-challenge gsm8k smoltalk@10000 spellingbee@600 identity; after pretraining on "
         "tinyworld, tinyworld@8000)",
     )
-    name: str = knob("nanochat", "what the model calls itself in the identity conversations")
     conversations_per_step: int = knob(32, "conversations per optimizer step", low=1)
     init_lr_frac: float = knob(
         0.3, "initial learning rates, as a share of those in the earlier stages", low=0, high=1

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.base.common import entry, opening, print0
-from nanochat.base.knobs import ReadingKnobs, knob, parse
+from nanochat.base.knobs import ConversationKnobs, knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
 
 @dataclass(kw_only=True)
-class MidtrainKnobs(LaterStageKnobs, ReadingKnobs):
+class MidtrainKnobs(LaterStageKnobs, ConversationKnobs):
     """Data"""
 
     data: tuple[str, ...] = knob(
@@ -20,7 +20,6 @@ class MidtrainKnobs(LaterStageKnobs, ReadingKnobs):
         "arc-challenge spellingbee identity tinyworld, or name=PATH (default: smoltalk "
         "mmlu gsm8k spellingbee identity; after pretraining on tinyworld, tinyworld)",
     )
-    name: str = knob("nanochat", "what the model calls itself in the identity conversations")
     text: tuple[str, ...] = knob(
         (), "text to mix in, as for base_train; tinyworld@2 is two megabytes of tinyworld"
     )
@@ -32,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, origins = parse(MidtrainKnobs, argv, command="mid_train")
     opening("mid_train", log=True)
 
+    from nanochat.data import inventory
     from nanochat.data.shards import prepare
     from nanochat.data.sources import check_weights, training_sources
     from nanochat.eval.tasks import mixture
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         stage.compile_if_it_pays(run, horizon)
         stage.choose_conversations(run)
         texts = training_sources(run.knobs.text, run.knobs.skip_bad_rows) if run.knobs.text else []
+        inventory.show(texts)
         check_weights([*mixture.parse(run.knobs.data), *texts])
         shards = stage.conversation_shards(run, "train")
         for source in texts:

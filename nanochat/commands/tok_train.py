@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nanochat.base.common import UserError, base_dir, duration, entry, human, notice, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.base.progress import progress
+from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS
 from nanochat.data.sources import mixed, parts, training_sources
 from nanochat.train.scaling import vocabulary_for
@@ -42,6 +43,7 @@ class TrainTokenizerKnobs(ReadingKnobs):
         "read at most this many characters of a document, so that long ones do not dominate",
         low=1,
     )
+    dry_run: bool = knob(False, "say what the data holds, and stop")
 
 
 class CappedTexts:
@@ -92,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from nanochat.data.tokenizer import Tokenizer
 
     sources = training_sources(knobs.data, knobs.skip_bad_rows)
+    inventory.show(sources)
+    if knobs.dry_run:
+        return {}
     names = ", ".join(source.name for source in sources)
     size = sum(part.size for source in sources for part in parts(source, "train"))
     vocab_size = knobs.vocab_size or vocabulary_for(min(size, knobs.max_chars))

@@ -105,11 +105,20 @@ def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
     that are none, with their reasons. Empty for a file that holds no conversations.
     """
     counts: Counter[str] = Counter()
-    for place, row in read(path, report, me, alone=False):
-        try:
-            checked_messages(as_conversation(row))
-        except UserError as e:
-            report.problems.append(f"{place}: {e}")
-        else:
-            counts["chats" if ", chat " in place else shape_of(row) or "messages"] += 1
+    before = len(report.problems)
+    try:
+        for place, row in read(path, report, me):
+            try:
+                checked_messages(as_conversation(row))
+            except UserError as e:
+                report.problems.append(f"{place}: {e}")
+            else:
+                counts["chats" if ", chat " in place else shape_of(row) or "messages"] += 1
+    except dialogue.NobodyIsAssistant as e:
+        report.problems.append(str(e))
+        return counts
+    except UserError as e:
+        report.problems.append(str(e))
+    if not counts:
+        del report.problems[before:]
     return counts

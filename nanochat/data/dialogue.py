@@ -24,10 +24,14 @@ STAMPED = re.compile(
     r"(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?[ \u202f\u00a0]?([AaPp]\.?[ \u00a0]?[Mm]\.?)?"
     r"(?:\]| -| –)[ \u200e]+(.*)$"
 )
-SPOKEN = re.compile(r"^([^:\n]{1,60}): ?(.*)$")
+SPOKEN = re.compile(r"^(?:\*\*|__)?([^:*\n]{1,60}?)(?:\*\*|__)?:(?:\*\*|__)? ?(.*)$")
 BREAK = re.compile(r"^\s*(?:-{3,}|={3,}|\*{3,}|#{3,}|<\|endoftext\|>)\s*$")
 SHORT_NAMES = {"q": "user", "a": "assistant", "question": "user", "answer": "assistant"}
 OMITTED = re.compile(r"<[^<>]{3,40}>|[\u200e].{0,20} omitted|null")  # <Media omitted>
+
+
+class NobodyIsAssistant(UserError):
+    """The people of a chat are known, but not which of them is the assistant."""
 
 
 class Message(NamedTuple):
@@ -155,7 +159,7 @@ def _spoken(lines: Sequence[str], me: str | None) -> list[Chat]:
 
 def role_of(person: str, me: str | None = None) -> str | None:
     """The role of a speaker: given `me`, that person is the assistant, and the others users."""
-    name = person.strip(" *_#").lower()
+    name = person.strip().lower()
     if me is not None:
         return "assistant" if name == me.strip().lower() else "user"
     return SHORT_NAMES.get(name) or ROLE_OF.get(name)
@@ -188,7 +192,7 @@ def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[
     if not any(role_of(person, me) == "assistant" for person in people):
         named = ", ".join(people[:8]) + ", ..." * (len(people) > 8)
         who = f"{me} is not among them" if me else "say who is the assistant"
-        raise UserError(f'{place} is a chat of {named}: {who}, as in --me "{people[0]}"')
+        raise NobodyIsAssistant(f'{place} is a chat of {named}: {who}, as in --me "{people[0]}"')
     several = sum(role_of(person, me) != "assistant" for person in people) > 1 and me is not None
     for chat in chats:
         messages = []

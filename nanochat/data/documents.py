@@ -26,7 +26,6 @@ from nanochat.data.folders import (
     ROWS,
     TEXT,
     TEXT_FIELDS,
-    format_of,
     kind_of,
 )
 from nanochat.data.readers import READERS, unpacked
@@ -85,18 +84,26 @@ def read_all(paths: Sequence[Path], field: str | None, report: Report) -> Iterat
     The documents of several files. The report has those that cannot be read, unless there is no
     other file: then it is a UserError.
     """
+    failed = False
     for path in paths:
-        report.path = path
+        report.path, has_text, listed = path, False, len(report.skipped)
         try:
-            yield from read(path, field, report)
-            report.read[format_of(path) or ".txt"] += 1
+            for text in read(path, field, report):
+                has_text = True
+                yield text
         except TooManyBadRows:
             raise
         except UserError as e:
             if len(paths) == 1 and not report.level:
                 raise
+            failed = True
             report.skip(path, e)
-    if not report.read and report.skipped and not report.level:
+            continue
+        if has_text:
+            report.read[kind_of(path)] += 1
+        elif len(report.skipped) == listed:  # of an archive, that of its files is said already
+            report.skip(path, UserError("it has no text"))
+    if failed and not report.read and not report.level:
         reason, name = report.skipped[0]
         raise UserError(
             f"none of {len(paths):,} files can be read; {name}: {reason}, and so on: convert them, "
@@ -161,10 +168,10 @@ def _read_txt(path: Path, field: str | None, report: Report) -> Iterator[str]:
             for chat in dialogue.sessions(messages):
                 yield from cut([dialogue.as_text(chat)])
         else:
-            yield from cut(_separated(file, path, report, head))
+            yield from cut(_separated(file, report, head))
 
 
-def _separated(file: IO[str], path: Path, report: Report, rest: str) -> Iterator[str | None]:
+def _separated(file: IO[str], report: Report, rest: str) -> Iterator[str | None]:
     """
     The text of a file, after its beginning `rest`, in pieces that end with a line where possible;
     None at a separator.
@@ -174,16 +181,11 @@ def _separated(file: IO[str], path: Path, report: Report, rest: str) -> Iterator
         chunk = rest + chunk + (chunk[-1:] != "\n") * file.readline(1 << 20)
         torn = re.search(r"[ \t]*[<\[]", tail := chunk[-LONGEST_SEPARATOR:])
         rest = tail[torn.start() :] if torn and chunk[-1] != "\n" else ""
-        yield from _at_separators(chunk[: len(chunk) - len(rest)], path, report)
-    yield from _at_separators(rest, path, report)
+        yield from _at_separators(chunk[: len(chunk) - len(rest)], report)
+    yield from _at_separators(rest, report)
 
 
-def _at_separators(text: str, path: Path, report: Report) -> Iterator[str | None]:
-    if "\0" in text:
-        raise UserError(
-            f"{path} holds zero bytes, so it is not text: convert it, or remove them with "
-            "tr -d '\\000'"
-        )
+def _at_separators(text: str, report: Report) -> Iterator[str | None]:
     start = 0
     if any(mark in text for mark in MAYBE_SEPARATOR):
         for found in SEPARATOR.finditer(text):
@@ -214,11 +216,9 @@ def _read_archive(path: Path, field: str | None, report: Report) -> Iterator[str
 def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
     for place, row in read_rows(path, report):
         try:
-            if chats := dialogue.exported(row):
-                for chat in chats:
-                    yield from cut(
-                        dialogue.as_text(part) + "\n" for part in dialogue.sessions(chat)
-                    )
+            if (chats := dialogue.exported(row)) is not None:
+                for part in chain.from_iterable(map(dialogue.sessions, chats)):
+                    yield from cut([dialogue.as_text(part)])
                 continue
             text = text_of_row(row, field)
         except UserError as e:

@@ -184,7 +184,9 @@ def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
             found.skip("files that you have no permission to read", file)
         elif not _is_data(file, formats):
             ending = os.path.splitext(file.name.lower())[1]
-            found.skip(f"{ending or 'other'} files not read", file)
+            kind = kind_of(file)
+            known = ending if kind in formats or not kind else kind
+            found.skip(f"{known or 'other'} files not read", file)
             unread += info.st_size * bool(TEXT_LIKE.fullmatch(ending))
         elif file.is_symlink() and identity in seen:
             found.skip("links to files that are read already", file)

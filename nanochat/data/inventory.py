@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.base.common import UserError, base_dir, human
+from nanochat.base.common import UserError, base_dir, human, print0
 from nanochat.base.files import Hashes, atomic_write
 from nanochat.base.progress import progress
 from nanochat.data import conversations
@@ -90,6 +90,12 @@ class SourceInventory:
     dropped: list[float] = field(default_factory=list)
     file: str = ""  # that has all of this
 
+    def __post_init__(self) -> None:
+        """JSON has lists for tuples."""
+        for name in ("skipped", "repeated_lines", "longest", "oddest"):
+            setattr(self, name, [tuple(pair) for pair in getattr(self, name)])
+        self.held_out = (self.held_out[0], self.held_out[1])
+
     @property
     def division(self) -> Division | None:
         """How the source is divided; None if it has fewer than two different documents."""
@@ -112,9 +118,9 @@ class SourceInventory:
             return []
         lost = self.exact + self.near
         share = self.removed_characters / max(self.characters, 1)
-        near = (
-            f"{self.near:,} near-duplicates" if self.looked_for_near else "near ones not looked for"
-        )
+        near = f"{self.near:,} nearly equal"
+        if not self.looked_for_near:
+            near = 'nearly equal ones not looked for (pip install "nanochat[documents]")'
         read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
         out = [
             f"{self.name}: {self.documents:,} documents, {human(self.characters)} characters, from "
@@ -123,6 +129,8 @@ class SourceInventory:
             f"duplicates: {self.exact:,} equal, {near}"
             + (f"; removed: {share:.1%} of the characters" * bool(lost)),
         ]
+        if self.notes:
+            out.append("notes: " + "; ".join(f"{n:,} {what}" for what, n in _most(self.notes)))
         if self.bad_rows:
             out.append(f"rows that cannot be used: {len(self.bad_rows):,}: {self.bad_rows[0]}")
         if self.languages:
@@ -205,6 +213,14 @@ def take(sources: Sequence["Source"], me: str | None = None) -> Inventory:
     return Inventory(tuple(of(source, me, languages=True) for source in sources))
 
 
+def show(sources: Sequence["Source"]) -> Inventory:
+    """`take`, and print what it says, in order that nobody trains on what they did not mean."""
+    inventory = take(sources)
+    for line in inventory.lines():
+        print0(line)
+    return inventory
+
+
 def of(source: "Source", me: str | None = None, languages: bool = False) -> SourceInventory:
     """The inventory of one source. It is taken once, and again when a file has changed."""
     if source.kind != "files":
@@ -265,20 +281,18 @@ def _survey(
 
 
 def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str | None) -> None:
-    """Count and check the conversations. As text, they are read too if they are plain text."""
+    """Count and check the conversations. What is plain text besides is read as text too."""
     report = Report(limit=1 << 30)
     for path in files:
-        with suppress(OSError):
-            if kind_of(path) in CONVERSATIONS:
-                counts = conversations.survey(path, report, me)
-                if counts:
-                    inventory.conversations[str(path)] = dict(counts)
-                elif not report.problems:
-                    continue
-    if inventory.conversations:
-        inventory.conversation_problems = report.problems
-    as_rows = {str(path) for path in files} & inventory.conversations.keys()
-    inventory.skipped = [(r, f) for r, f in inventory.skipped if not (f in as_rows and HELD in r)]
+        if kind_of(path) in CONVERSATIONS and (counts := conversations.survey(path, report, me)):
+            inventory.conversations[str(path)] = dict(counts)
+    inventory.conversation_problems = report.problems
+    # As text they were skipped, and now they are found
+    inventory.skipped = [
+        (reason, name)
+        for reason, name in inventory.skipped
+        if not (HELD in reason and name in inventory.conversations)
+    ]
 
 
 class _Census:

@@ -14,8 +14,6 @@ import email.policy
 import importlib
 import io
 import json
-import logging
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +22,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from email.message import EmailMessage
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -44,10 +42,10 @@ SECONDS = 60  # for one PDF
 MOST_MEMORY = 1 << 31
 BLOCKS = (
     "address article blockquote br center dd div dl dt fieldset figcaption figure form h1 h2 h3 h4 "
-    "h5 h6 hr legend li main ol p pre section summary table tr ul"
+    "h5 h6 hr legend li main ol p pre section summary table title tr ul"
 )
 # What a page has around its text
-AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, head, iframe, select"
+AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, iframe, select"
 OFFICE = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 TIMES = re.compile(r"^\s*(?:\d+:)?\d+:\d+[.,]\d+\s+-->")
 CUE_TAGS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
@@ -180,14 +178,14 @@ def epub(path: Path, report: Report) -> Iterator[str]:
 def pdf(path: Path, report: Report) -> Iterator[str]:
     """The text layer of a PDF. Words that a line end divides are joined again."""
     library("pypdf")
+    program = Path(__file__).with_name("pdf.py")
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", __name__],
+            [sys.executable, *map(str, (program, SECONDS, MOST_MEMORY, MOST_BYTES))],
             input=content(path),
             capture_output=True,
             timeout=SECONDS + 10,
             check=False,
-            env=_environment(),
         )
     except subprocess.TimeoutExpired as e:
         raise UserError(f"it takes longer than {SECONDS} seconds to read") from e
@@ -200,32 +198,6 @@ def pdf(path: Path, report: Report) -> Iterator[str]:
     if not text:
         raise UserError("it has no text layer: it may be a scan, for a program such as ocrmypdf")
     yield re.sub(r"([^\W\d_])[-\u00ad]\n([^\W\d_])", r"\1\2", text)
-
-
-def _environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-
-
-def _print_pdf() -> None:
-    """In a process of its own: the text of the PDF on standard input, to standard output."""
-    # Windows has no such limits; the deadline of the parent holds there too
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    logging.disable()
-    written = 0
-    reader = library("pypdf").PdfReader(io.BytesIO(sys.stdin.buffer.read()))
-    if reader.is_encrypted and not reader.decrypt(""):
-        raise SystemExit("it is encrypted")
-    for page in reader.pages:
-        text = page.extract_text()
-        written += len(text)
-        if written > MOST_BYTES:
-            raise SystemExit("its text has no end")
-        sys.stdout.buffer.write((text + "\n\n").encode("utf-8", "replace"))
 
 
 def rtf(path: Path, report: Report) -> Iterator[str]:
@@ -396,7 +368,3 @@ class _Room:
             other.parent.mkdir()
             with open(other, "xb") as out:
                 shutil.copyfileobj(file, out)
-
-
-if __name__ == "__main__":
-    _print_pdf()

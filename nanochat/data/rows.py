@@ -191,11 +191,10 @@ def guessed_encoding(sample: bytes) -> str | None:
             "it is not UTF-8, and finding its encoding needs the package charset-normalizer: "
             'pip install "nanochat[documents]"'
         ) from e
-    # Plain ASCII says nothing of the encoding, so that only lines with other bytes are looked at
-    lines = [line for line in sample.splitlines() if not line.isascii()]
-    best = from_bytes(
-        b"\n".join(lines)[:SAMPLE], cp_isolation=[*map(str, ENCODINGS.split())]
-    ).best()
+    # Plain ASCII says nothing of the encoding: lines are looked at from their first other byte on
+    found = (re.search(rb"[\x80-\xff].*", line) for line in sample.split(b"\n"))
+    telling = b"\n".join(match[0] for match in found if match)
+    best = from_bytes(telling[:SAMPLE], cp_isolation=[*map(str, ENCODINGS.split())]).best()
     if best is None:
         return None
     # Several often give the same text; the first of ENCODINGS is the most usual one
@@ -216,6 +215,11 @@ def encoding_of_file(path: Path) -> tuple[str, str]:
         ) != "utf-8-sig":
             return encoding, "strict"
         while chunk := file.read(1 << 20):
+            if b"\0" in chunk:
+                raise UserError(
+                    f"{path} holds zero bytes, so it is not text: convert it, or remove them with "
+                    "tr -d '\\000'"
+                )
             try:
                 decoder.decode(chunk)
             except UnicodeDecodeError as e:

@@ -30,7 +30,7 @@ from nanochat.base.files import Hashes, atomic_write, locked, sha256_file
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import read_ahead
 from nanochat.data.rows import Report
-from nanochat.data.sources import Part, Source, found, parts
+from nanochat.data.sources import Part, Source, parts
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -118,14 +118,15 @@ def prepare(
     the base folder). What an earlier run tokenised is reused.
     """
     root = Path(directory or base_dir() / "tokens")
-    hashes = _hashes(root)
+    to_do = parts(source, split)
+    hashes = _hashes(root)  # after `parts`, which may have hashed the files
 
     def folder_of(part: Part) -> Path:
         contents = [hashes.of(path) for path in part.paths]
         key = _key({**part.identity, "contents": contents}, tokenizer)
         return root / f"{source.name}-{split}-{key}"
 
-    all_parts = {folder_of(part): part for part in parts(source, split)}
+    all_parts = {folder_of(part): part for part in to_do}
     hashes.save()
     with _missing(root, [*all_parts]) as missing:
         size = sum(all_parts[folder].size for folder in missing)
@@ -142,7 +143,6 @@ def prepare(
         if missing:
             _count_outdated(root, f"{source.name}-{split}-")
         shards = Shards(source.name, [*all_parts], divided=source.kind == "files")
-    shards.notes += found(source).skipped
     _check_bad_rows(shards, source.skip_bad_rows)
     if not len(shards):
         raise UserError(

@@ -24,7 +24,7 @@ from typing import Any
 from nanochat.base.common import UserError, base_dir
 from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
-from nanochat.data.folders import ROWS, TEXT, Found, find_all
+from nanochat.data.folders import ROWS, TEXT, find_all
 from nanochat.data.rows import Report
 from nanochat.tinyworld import generator_files
 
@@ -202,13 +202,8 @@ def files(source: Source, split: str | None = None) -> list[Path]:
     """The files of a source, sorted by path; `split` matters for shards only (None means both)."""
     if source.kind == "shards":
         return _shard_files(source, split)
-    return found(source).files
-
-
-def found(source: Source) -> Found:
-    """The files of a source on this machine, and what was passed over."""
     paths = source.paths if source.kind == "files" else ()
-    return find_all(paths, source.name, (*TEXT, *ROWS))
+    return find_all(paths, source.name, (*TEXT, *ROWS)).files
 
 
 def _shard_files(source: Source, split: str | None) -> list[Path]:
@@ -273,8 +268,6 @@ def _part(
             for text in known.kept(read):
                 yield from divided.texts(text, split)
         report.finish()
-        for reason, _ in report.skipped:
-            report.notes[f"files skipped: {reason}"] += 1
         if divided and divided.piece:
             report.notes["characters per piece held out of long documents"] = divided.piece
 

@@ -37,7 +37,8 @@ class SourceSummary:
     validation_documents: int
     validation_tokens: int
     divided: bool  # whether validation was taken out of the same documents
-    notes: Mapping[str, int] = field(default_factory=dict)  # of the readers: what -> count
+    # Of the readers, what -> count; for text in files, the inventory has them (see inventory.py)
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fewest_drawn(self) -> float:
@@ -62,7 +63,7 @@ class DataSummary:
     def lines(self) -> list[str]:
         """The summary as a new user reads it."""
         learned = f"to learn: {self._learned()}; {self._cuts()}"
-        return [*self._table(), f"this run: {self._length()}", learned, self._notes()]
+        return [*self._table(), f"this run: {self._length()}", learned, *self._notes()]
 
     def _table(self) -> Iterator[str]:
         return table(
@@ -91,9 +92,9 @@ class DataSummary:
                 text += f", none in {s.silent:,} of {s.documents:,} {s.kind} of {s.name}"
         return text
 
-    def _notes(self) -> str:
+    def _notes(self) -> list[str]:
         notes = [f"{s.name}: {n:,} {what}" for s in self.sources for what, n in s.notes.items()]
-        return "notes: " + ("; ".join(notes) or "every file was read, and nothing was skipped")
+        return [f"notes: {'; '.join(notes)}"] if notes else []
 
     def _length(self) -> str:
         unit = "conversations" if self.padded else f"rows of {self.context:,} tokens"
@@ -227,7 +228,7 @@ def survey(
                 validation_documents=len(val) if val else 0,
                 validation_tokens=val.total if val else 0,
                 divided=shards.divided,
-                notes=dict(shards.notes),
+                notes={} if shards.divided and not conversations else dict(shards.notes),
             )
         )
         if held_out is not None and shards.divided and not held_out.sum():

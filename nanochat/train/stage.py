@@ -202,6 +202,7 @@ def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShar
         folder=folder,
         name=run.knobs.name,
         skip_bad_rows=run.knobs.skip_bad_rows,
+        me=run.knobs.me,
     )
 
 

@@ -90,15 +90,18 @@ class DataSet:
 
 
 def read_items(
-    item: Callable[[Any], Item], paths: Iterable[Path], report: Report | None = None
+    item: Callable[[Any], Item],
+    paths: Iterable[Path],
+    report: Report | None = None,
+    rows: Callable[[Path, Report], Iterator[tuple[str, Any]]] = read_rows,
 ) -> Iterator[Item]:
     """
-    The item of each row of the files. Rows that cannot become one go to the report; without one, a
-    UserError at the end names them.
+    The item of each row that `rows` reads of the files. Rows that cannot become one go to the
+    report; without one, a UserError at the end names them.
     """
     into = report or Report()
     for path in paths:
-        for place, row in read_rows(path, into):
+        for place, row in rows(path, into):
             try:
                 yield item(row)
             except (UserError, KeyError, TypeError, ValueError) as e:

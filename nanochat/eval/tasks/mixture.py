@@ -4,7 +4,7 @@ mixed by weight.
 
     NAME[@N][:WEIGHT]                smoltalk, mmlu, gsm8k, arc-easy, arc-challenge: data sets
                                      tinyworld, spellingbee, identity: generated, N of them
-    NAME=PATH[@N][:WEIGHT]           your own, one conversation per row (see data/shapes.py)
+    NAME=PATH[@N][:WEIGHT]           your own (see data/shapes.py and data/dialogue.py)
 
 For a data set or a file, @N draws N conversations at random, and repeats them (epochs) if there are
 fewer. About one in fifty, by a hash of its content, is for validation: training never sees it. The
@@ -20,12 +20,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nanochat.base.common import UserError
-from nanochat.data import shapes
-from nanochat.data.folders import ROWS, find
-from nanochat.data.rows import Report
+from nanochat.data import conversations as own
+from nanochat.data import dialogue, shapes
+from nanochat.data.folders import CONVERSATIONS, find_all
+from nanochat.data.rows import Report, read_rows
 from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import Source, check_mixture, parse_sources
 from nanochat.data.split import MOST, cutoff, place
@@ -102,7 +104,7 @@ def _parse(spec: str) -> ConversationSource:
         (source,) = parse_sources([m[1] + m[3] if m else spec])
     except UserError as e:
         raise UserError(
-            f"{e}; conversations are files of rows ({', '.join(ROWS)}), or {NAMES}"
+            f"{e}; conversations are files ({', '.join(CONVERSATIONS)}), or {NAMES}"
         ) from e
     if source.kind != "files":
         raise UserError(
@@ -131,16 +133,17 @@ def shards(
     folder: Path | None = None,
     name: str = "nanochat",
     skip_bad_rows: int = 0,
+    me: str | None = None,
 ) -> list[tuple[Shards, float | None]]:
     """
     The split ("train", "val") of each named source, with its weight. `seed` decides what is
     generated and what @N draws, `folder` holds data sets (see data.py), and `name` is what the
-    model calls itself; `skip_bad_rows` rows of a source of your own may be left out. What an
-    earlier call rendered is reused.
+    model calls itself; `skip_bad_rows` rows of a source of your own may be left out, and `me` is
+    the person of a chat who becomes the assistant. What an earlier call rendered is reused.
     """
     # Conversations that another version of the code made must not be reused
-    code = [*generator_files(), *sorted(Path(__file__).parent.glob("*.py")), Path(shapes.__file__)]
-    version = digest(code)
+    readers = [Path(str(module.__file__)) for module in (shapes, dialogue, own)]
+    version = digest([*generator_files(), *sorted(Path(__file__).parent.glob("*.py")), *readers])
     out = []
     for source in parse(specs):
         if source.kind in GENERATORS:
@@ -152,13 +155,16 @@ def shards(
             report, skipped = Report(), Counter()
         else:
             report = Report(skip_bad_rows if source.kind == "files" else 0)
-            make, (paths, skipped) = customjson.conversation, own_files(source)
+            found = find_all(source.paths, source.name, CONVERSATIONS)
+            make, paths, skipped = customjson.conversation, found.files, found.skipped
+            rows = partial(own.read, me=me, alone=len(paths) == 1)
             if source.kind != "files":
                 data = DATA_SETS[source.kind]
-                make, paths = data.item, data.files("train", folder)
+                make, paths, rows = data.item, data.files("train", folder), read_rows
             drawn = f"{seed} {source.count}" if split == "train" and source.count else ""
-            key = f"{digest(paths)} {drawn}"
-            conversations = _selected(make, paths, split, source.count, seed, report)
+            key = f"{digest(paths)} {drawn}{me or ''}"
+            read = partial(_read, partial(read_items, make, paths, report, rows), report)
+            conversations = _selected(read, split, source.count, seed)
         shards = prepare_conversations(
             f"{source.name}-conversations-{split}",
             conversations,
@@ -172,31 +178,18 @@ def shards(
     return out
 
 
-def own_files(source: ConversationSource) -> tuple[list[Path], Counter[str]]:
-    """The user's own files of a source, and what was passed over: reason -> count."""
-    paths, skipped = [], Counter()
-    for path in source.paths:
-        found = find(path, source.name, ROWS)
-        paths += found.files
-        skipped += found.skipped
-    return paths, skipped
+def _read(items: Callable[[], Iterator[Item]], report: Report) -> Iterator[Item]:
+    """All conversations of a source; the report has what could not be read."""
+    report.clear()
+    yield from items()
+    report.finish()
+    report.notes.update(f"files skipped: {reason}" for reason, _ in report.skipped)
 
 
 def _selected(
-    make: Callable[..., Item],
-    paths: Sequence[Path],
-    split: str,
-    count: int | None,
-    seed: int,
-    report: Report,
+    read: Callable[[], Iterator[Item]], split: str, count: int | None, seed: int
 ) -> Iterator[Item]:
     """The conversations of a split: at most VALIDATION_LIMIT of "val", `count` of "train"."""
-
-    def read() -> Iterator[Item]:
-        report.clear()
-        yield from read_items(make, paths, report)
-        report.finish()
-
     part = split_of(read, split)
     if split == "val":
         yield from itertools.islice(part, VALIDATION_LIMIT)

@@ -1,0 +1,274 @@
+"""Conversations as people keep them: chats of messengers, plain text, trees, tables, archives."""
+
+import gzip
+import json
+import zipfile
+
+import pytest
+
+from nanochat.base.common import UserError
+from nanochat.data import conversations, dialogue
+from nanochat.data.documents import read as read_text
+from nanochat.data.rows import Report
+from nanochat.eval.tasks.customjson import conversation
+from nanochat.eval.tasks.data import read_items
+
+CHAT = (
+    "31.12.20, 21:41 - Messages and calls are end-to-end encrypted.\n"
+    "31.12.20, 21:41 - Bob: Hello\n"
+    "31.12.20, 21:42 - Ada: Hi, Bob\nHow are you?\n"
+    "31.12.20, 21:43 - Bob: <Media omitted>\n"
+    "31.12.20, 21:43 - Bob: Fine: thanks\n"
+    "01.01.21, 09:00 - Ada: Good morning\n"
+    "01.01.21, 09:01 - Bob: Happy new year\n"
+    "01.01.21, 09:02 - Ada: To you too\n"
+)
+OTHER_CHAT = (
+    "\u200e[12/31/2020, 9:41:05\u202fPM] Bob: Hello\n[12/31/2020, 9:42:00 PM] Ada: Hi, Bob\nHow are you?\n"
+    "[12/31/2020, 9:43:00 PM] Bob: \u200eimage omitted\n[12/31/2020, 9:43:01 PM] Bob: Fine: thanks\n"
+    "[1/1/2021, 9:00:00 AM] Ada: Good morning\n[1/1/2021, 9:01:00 AM] Bob: Happy new year\n"
+    "[1/1/2021, 9:02:00 AM] Ada: To you too\n"
+)
+MESSAGES = [
+    ("2020-12-31T21:41:00", "Bob", "Hello"),
+    ("2020-12-31T21:42:00", "Ada", "Hi, Bob\nHow are you?"),
+    ("2020-12-31T21:43:00", "Bob", "Fine: thanks"),
+    ("2021-01-01T09:00:00", "Ada", "Good morning"),
+    ("2021-01-01T09:01:00", "Bob", "Happy new year"),
+    ("2021-01-01T09:02:00", "Ada", "To you too"),
+]
+TELEGRAM = {
+    "name": "Bob",
+    "type": "personal_chat",
+    "messages": [
+        {"type": "service", "date": "2020-12-31T20:00:00", "actor": "Bob", "action": "joined"},
+        *(
+            {
+                "type": "message",
+                "date": date,
+                "from": who,
+                "text": ["", {"type": "b", "text": text}],
+            }
+            for date, who, text in MESSAGES
+        ),
+        {"type": "message", "date": "2021-01-01T09:03:00", "from": "Bob", "text": ""},
+    ],
+}
+DISCORD = {
+    "guild": {"name": "G"},
+    "channel": {"name": "c"},
+    "messages": [
+        {
+            "timestamp": f"{date}.123+00:00",
+            "content": text,
+            "author": {"name": "x", "nickname": who},
+        }
+        for date, who, text in MESSAGES
+    ],
+}
+SESSIONS = [
+    [("user", "Hello"), ("assistant", "Hi, Bob\nHow are you?")],
+    [
+        ("user", ""),
+        ("assistant", "Good morning"),
+        ("user", "Happy new year"),
+        ("assistant", "To you too"),
+    ],
+]
+
+
+def turns(path, me=None, report=None):
+    read = lambda p, r: conversations.read(p, r, me)  # noqa: E731
+    items = read_items(conversation, [path], report, read)
+    return [[(m["role"], m["content"]) for m in item["messages"]] for item in items]
+
+
+def put(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+    return path
+
+
+CHATS = {
+    "one.txt": CHAT,
+    "other.txt": OTHER_CHAT,
+    "telegram.json": TELEGRAM,
+    "all.json": {"about": "x", "chats": {"list": [TELEGRAM]}},
+    "discord.json": DISCORD,
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_person_of_a_chat_becomes_the_assistant(tmp_path, name):
+    path = put(tmp_path / name, CHATS[name])
+    assert turns(path, "ada") == SESSIONS
+    with pytest.raises(UserError, match=r"a chat of Ada, Bob: say who .* --me \"Ada\""):
+        turns(path)
+    with pytest.raises(UserError, match="Eve is not among them"):
+        turns(path, "Eve")
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat_is_text_too(tmp_path, name):
+    text = list(read_text(put(tmp_path / name, CHATS[name]), None))
+    assert text == [
+        "Bob: Hello\nAda: Hi, Bob\nHow are you?\nBob: Fine: thanks",
+        "Ada: Good morning\nBob: Happy new year\nAda: To you too",
+    ]
+
+
+def test_the_others_of_a_group_keep_their_names(tmp_path):
+    path = put(tmp_path / "a.txt", CHAT.replace("09:01 - Bob", "09:01 - Eve"))
+    assert turns(path, "Ada")[0][0] == ("user", "Bob: Hello")
+    assert turns(path, "Ada")[1][2] == ("user", "Eve: Happy new year")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "User: Hi\nAssistant: Hello.\nYou again?\n\nUser: Yes\nAssistant: Good\n---\n"
+            "User: Next\nAssistant: One\n",
+            [
+                [
+                    ("user", "Hi"),
+                    ("assistant", "Hello.\nYou again?"),
+                    ("user", "Yes"),
+                    ("assistant", "Good"),
+                ],
+                [("user", "Next"), ("assistant", "One")],
+            ],
+        ),
+        (
+            "Q: 1?\nA: 1\n\n\nQ: 2?\nA: 2",
+            [[("user", "1?"), ("assistant", "1")], [("user", "2?"), ("assistant", "2")]],
+        ),
+        ("**Human:** Hi\n**AI:** Yo", [[("user", "Hi"), ("assistant", "Yo")]]),
+    ],
+)
+def test_lines_that_begin_with_the_speaker(tmp_path, text, wanted):
+    assert turns(put(tmp_path / "a.txt", text)) == wanted
+
+
+def test_text_that_is_no_dialogue(tmp_path):
+    for text in (
+        "Once upon a time.",
+        "Note: this is\nUser: nothing\nAssistant: x\n",
+        "User: Hi\n",
+        "",
+    ):
+        with pytest.raises(UserError, match="holds no conversations"):
+            turns(put(tmp_path / "a.txt", text))
+    with pytest.raises(UserError, match="holds text, not conversations"):
+        turns(put(tmp_path / "a.jsonl", '{"text": "x"}\n'))
+
+
+def test_names_of_a_script(tmp_path):
+    path = put(tmp_path / "a.md", "Romeo: Hi\nJuliet: Hello\n")
+    assert turns(path, "Juliet") == [[("user", "Hi"), ("assistant", "Hello")]]
+
+
+ROWS = {
+    "messages": {
+        "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    },
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "Alpaca": {"instruction": "Q", "input": "", "output": "A"},
+    "Dolly": {"instruction": "Q", "context": "", "response": "A", "category": "x"},
+    "prompt and response": {"prompt": "Q", "response": "A"},
+    "question and answer": {"question": "Q", "answer": "A"},
+}
+
+
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("form", ["jsonl", "json", "gz", "zip"])
+def test_shapes_are_counted(tmp_path, shape, form):
+    path = tmp_path / f"a.{form if form != 'gz' else 'jsonl.gz'}"
+    lines = "\n".join([json.dumps(ROWS[shape])] * 3)
+    if form == "json":
+        path.write_text(json.dumps([ROWS[shape]] * 3))
+    elif form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("b/a.jsonl", lines)
+            archive.writestr("README.txt", "Read me.")
+    else:
+        path.write_bytes(gzip.compress(lines.encode()) if form == "gz" else lines.encode())
+    report = Report(limit=9)
+    assert turns(path, report=report) == [[("user", "Q"), ("assistant", "A")]] * 3
+    assert len(report.skipped) == (form == "zip")
+    report = Report(limit=9)
+    assert conversations.survey(path, report) == {shape: 3} and not report.problems
+
+
+def test_a_table_of_questions_and_answers(tmp_path):
+    path = put(tmp_path / "a.csv", 'Question,Answer\n"One?\nOr two?",Two\nB,C\n')
+    assert turns(path) == [
+        [("user", "One?\nOr two?"), ("assistant", "Two")],
+        [("user", "B"), ("assistant", "C")],
+    ]
+
+
+def node(role, text, *replies, **more):
+    return {"message_id": text, "role": role, "text": text, "replies": list(replies), **more}
+
+
+TREE = node(
+    "prompter",
+    "Q",
+    node(
+        "assistant", "A", node("prompter", "Q2", node("assistant", "A2"), node("assistant", "A3"))
+    ),
+    node("assistant", "B", node("prompter", "never answered")),
+)
+
+
+def flat(message, parent=None):
+    rest = {k: v for k, v in message.items() if k != "replies"}
+    yield {**rest, "parent_id": parent, "message_tree_id": "Q"}
+    for reply in message["replies"]:
+        yield from flat(reply, message["message_id"])
+
+
+@pytest.mark.parametrize("form", ["trees", "messages"])
+def test_trees_of_openassistant(tmp_path, form):
+    rows = [{"message_tree_id": "Q", "prompt": TREE}] if form == "trees" else list(flat(TREE))
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    items = list(read_items(conversation, [path], None, conversations.read))
+    said = [[(m["content"], m.get("weight", 1)) for m in item["messages"]] for item in items]
+    assert said == [
+        [("Q", 1), ("A", 1), ("Q2", 1), ("A2", 1)],
+        [("Q", 1), ("A", 0), ("Q2", 1), ("A3", 1)],
+        [("Q", 1), ("B", 1)],
+    ], "each answer is learned once"
+
+
+def test_all_problems_are_in_one_report(tmp_path):
+    rows = [
+        ROWS["messages"],
+        {"messages": [{"role": "robot", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [1]}]},
+        {"nothing": 1},
+        [],
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n{broken")
+    report = Report(limit=99)
+    assert conversations.survey(path, report) == {"messages": 1}
+    assert len(report.problems) == 7
+    for line, reason in (
+        (2, "the role 'robot'"),
+        (3, "only text can be trained on"),
+        (4, "must be text"),
+        (5, "calls a tool"),
+        (6, "a conversation is a list of messages"),
+        (8, "invalid JSON"),
+    ):
+        assert any(f"line {line}: " in p and reason in p for p in report.problems), line
+
+
+def test_times_of_a_chat_divide_it():
+    chat = [dialogue.Message("a", "x", time) for time in (None, 0, 10, 30_000, None, 30_001)]
+    assert [len(part) for part in dialogue.sessions(chat)] == [3, 3]
+    assert dialogue.sessions([]) == []

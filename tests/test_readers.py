@@ -1,0 +1,317 @@
+"""
+Documents as people have them, and as somebody makes them to break a reader: every file is read, or
+listed with its reason, and the files beside it are read all the same.
+"""
+
+import gzip
+import io
+import json
+import os
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import pytest
+
+from nanochat.data import documents
+from nanochat.data.folders import ROWS, TEXT, find
+from nanochat.data.rows import Report
+
+for package in ("charset_normalizer", "selectolax", "mammoth", "defusedxml", "pypdf", "striprtf"):
+    pytest.importorskip(package, reason="needs the extra documents")
+
+STORY = "It was a day like any other, and the boat was gone. "
+WORD = '<?xml version="1.0"?>{}<w:document xmlns:w="http://schemas.openxmlformats.org/'
+WORD += 'wordprocessingml/2006/main"><w:body>{}</w:body></w:document>'
+OPEN = '<?xml version="1.0"?>{}<o:document-content xmlns:o="urn:oasis:names:tc:opendocument:xmlns:'
+OPEN += (
+    'office:1.0" xmlns:text="urn:oasis:names:tc:opendocument:xmlns:text:1.0"><o:body>{}</o:body>'
+)
+OPEN += "</o:document-content>"
+LAUGHS = '<!DOCTYPE x [<!ENTITY a0 "ha">'
+LAUGHS += "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12)) + "]>"
+
+
+def zipped(files, pack=zipfile.ZIP_DEFLATED):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", pack) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def docx(body, doctype=""):
+    relations = (
+        '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
+    )
+    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"
+    relations += f'<Relationship Id="r" Type="{kind}" Target="word/document.xml"/></Relationships>'
+    types = '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"/>'
+    document = WORD.format(doctype, body)
+    return zipped(
+        {"[Content_Types].xml": types, "_rels/.rels": relations, "word/document.xml": document}
+    )
+
+
+def paragraph(text):
+    return f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+
+def odt(body, doctype=""):
+    mimetype = "application/vnd.oasis.opendocument.text"
+    return zipped({"mimetype": mimetype, "content.xml": OPEN.format(doctype, body)})
+
+
+def epub(chapters, doctype="", spine=None):
+    container = '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+    container += '<rootfile full-path="OPS/book.opf"/></rootfiles></container>'
+    items = "".join(f'<item id="i{n}" href="c%20{n}.xhtml"/>' for n in range(len(chapters)))
+    order = spine if spine is not None else range(len(chapters))
+    refs = "".join(f'<itemref idref="i{n}"/>' for n in order)
+    package = f'<?xml version="1.0"?>{doctype}<package xmlns="http://www.idpf.org/2007/opf">'
+    package += f"<manifest>{items}</manifest><spine>{refs}</spine></package>"
+    files = {f"OPS/c {n}.xhtml": f"<html><p>{text}</p></html>" for n, text in enumerate(chapters)}
+    start = {"mimetype": "application/epub+zip", "META-INF/container.xml": container}
+    return zipped({**start, "OPS/book.opf": package, **files})
+
+
+def pdf(text, kids="[3 0 R]", stream=None, filters=""):
+    data = stream if stream is not None else f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids {kids} /Count 1 >>".encode(),
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        b"/Resources << /Font << /F1 5 0 R >> >> >>",
+        f"<< /Length {len(data)} {filters} >>\nstream\n".encode() + data + b"\nendstream",
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    out, places = b"%PDF-1.4\n", []
+    for number, item in enumerate(objects, 1):
+        places.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, item)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    end = b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(out)
+    return out + b"xref\n0 6\n0000000000 65535 f \n" + table + end
+
+
+def mail(subject, body, kind="plain", charset="utf-8"):
+    head = f"From: a@x.org\nTo: b@x.org\nSubject: {subject}\nMIME-Version: 1.0\n"
+    head += f"Content-Type: text/{kind}; charset={charset}\n\n"
+    return head.encode() + body.encode(charset)
+
+
+def zeros(megabytes):
+    """A raw deflate stream of zeros, in no time: the same block again and again."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    first = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return first + block * (megabytes - 1) + packer.flush()
+
+
+def zip_of_zeros(name, megabytes=1024, declared=None):
+    """A zip archive of one file of zeros, which may declare another size than it has."""
+    data, size = zeros(megabytes), (megabytes << 20) if declared is None else declared
+    common = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 0, 0, len(data), size, len(name), 0)
+    local = b"PK\x03\x04" + common + name
+    central = b"PK\x01\x02" + struct.pack("<H", 20) + common
+    central += struct.pack("<HHHII", 0, 0, 0, 0, 0) + name
+    end = struct.pack("<HHHHIIH", 0, 0, 1, 1, len(central), len(local) + len(data), 0)
+    return local + data + central + b"PK\x05\x06" + end
+
+
+def gzip_of_zeros(megabytes=1024):
+    return b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + zeros(megabytes) + bytes(8)
+
+
+def tar_of(files):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def notebook(*cells):
+    return json.dumps({"cells": [{"cell_type": k, "source": [s]} for k, s in cells]}).encode()
+
+
+def nested(levels, name="a.txt", content=STORY):
+    for level in range(levels):
+        content = zipped({name: content})
+        name = f"{level}.zip"
+    return content
+
+
+READABLE = {
+    "page.html": (
+        b"<html><head><title>T</title><script>var x</script></head><body><nav>menu</nav><h1>Head"
+        b"</h1><p>One <b>bold</b>\nword &amp; more.</p><ul><li>a</li><li>b</li></ul>tail</body>",
+        "T\n\nHead\n\nOne bold word & more.\n\na\nb\ntail",
+    ),
+    "cp1252.html": ('<meta charset="windows-1252"><p>Größe'.encode("cp1252"), "Größe"),
+    "letter.docx": (docx(paragraph("One &lt;") + paragraph("Two")), "One <\n\nTwo"),
+    "letter.odt": (
+        odt("<text:h>Head</text:h><text:p>One<text:tab/>two <text:span>x</text:span></text:p>"),
+        "Head\n\nOne\ttwo x",
+    ),
+    "book.epub": (epub(["First", "Second"], spine=[1, 0]), ["Second", "First"]),
+    "paper.pdf": (pdf("A text in a PDF."), "A text in a PDF."),
+    "rich.rtf": (rb"{\rtf1\ansi A \b bold\b0  word, \'e9.\par Two}", "A bold word, é.\nTwo"),
+    "one.eml": (mail("Boats", "They are gone.\n"), "Boats\n\nThey are gone."),
+    "page.eml": (mail("Boats", "<p>Gone, <b>é</b>", "html", "latin-1"), "Boats\n\nGone, é"),
+    "all.mbox": (
+        b"From a@x.org Mon\n"
+        + mail("One", "1\n>From here\n\n")
+        + b"From b Tue\n"
+        + mail("Two", "2"),
+        ["One\n\n1\nFrom here", "Two\n\n2"],
+    ),
+    "film.srt": (
+        b"1\r\n00:00:01,000 --> 00:00:02,000\r\n<i>Hi.</i>\r\n\r\n2\r\n00:00:03,000 --> 0:0:4,0\r\nYes\r\n",
+        "Hi.\nYes",
+    ),
+    "film.vtt": (b"WEBVTT\n\n00:01.000 --> 00:02.000 align:left\nHi.\nHi.\n", "Hi."),
+    "work.ipynb": (notebook(("markdown", "# T"), ("code", "x = 1")), "# T\n\n```\nx = 1\n```"),
+    "notes.md": (b"# Notes\n\n*one*", "# Notes\n\n*one*"),
+    "code.py": (b"def f():\n    return 1\n", "def f():\n    return 1"),
+    "noextension": (b"Only text.", "Only text."),
+    "wrong.txt": (pdf("A PDF all the same."), "A PDF all the same."),
+    "wrong.doc.docx": (rb"{\rtf1\ansi Rich}", "Rich"),
+    "old.html.gz": (gzip.compress(b"<p>packed"), "packed"),
+    "all.zip": (zipped({"b/x.md": "two", "a.html": "<p>one"}), ["one", "two"]),
+    "all.tar.gz": (tar_of({"../../a.txt": b"one", "/etc/b.txt": b"two"}), ["one", "two"]),
+    "deep.zip": (nested(3), STORY.strip("\n")),
+    "rows.zip": (zipped({"a.jsonl": '{"text": "row"}\n'}), "row"),
+    "twice.zip": (zipped({"a.txt": "one", "a.txt/b.txt": "two"}), ["two", "one"]),
+    "koi8.txt": (("Это простой русский текст о море и лодке. " * 4).strip().encode("koi8-r"), None),
+    "cp1251.txt": (
+        ("Это простой русский текст о море и лодке. " * 4).strip().encode("cp1251"),
+        None,
+    ),
+    "sjis.txt": (
+        ("これは日本語の文章です。船は朝早く霧の中に消えました。" * 4).encode("shift-jis"),
+        None,
+    ),
+    "gbk.txt": (("这是一个关于大海和小船的简单故事。" * 6).encode("gbk"), None),
+    "cp1252.txt": (
+        ("Größe und Straße, müde Männer hörten früh auf. " * 3).strip().encode("cp1252"),
+        None,
+    ),
+    "bom.txt": ("Größe".encode("utf-16"), "Größe"),
+    "crlf.txt": (b"\xef\xbb\xbfone\r\ntwo\rthree", "one\ntwo\nthree"),
+    "stray.txt": ("Größe für Straße, schön".encode() + b"\xff", "Größe für Straße, schön\ufffd"),
+    "new\nline.txt": (b"named oddly", "named oddly"),
+    "surrogate.jsonl": (b'{"text": "a \\ud800"}', "a \ufffd"),
+}
+ENCODED = {
+    "koi8": "koi8-r",
+    "cp1251": "cp1251",
+    "sjis": "shift-jis",
+    "gbk": "gbk",
+    "cp1252": "cp1252",
+}
+
+
+def read(path, report=None):
+    return list(documents.read_all([path], None, report or Report()))
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_formats_of_people(tmp_path, name):
+    data, wanted = READABLE[name]
+    (tmp_path / name).write_bytes(data)
+    (path,) = find(tmp_path, "s", (*TEXT, *ROWS)).files
+    report = Report()
+    wanted = data.decode(ENCODED[name.split(".")[0]]) if wanted is None else wanted
+    assert read(path, report) == ([wanted] if isinstance(wanted, str) else wanted)
+    assert not report.skipped and not report.problems
+    if name.split(".")[0] in ENCODED and name.endswith(".txt"):
+        assert any("guess" in note for note in report.notes), "a guess is reported"
+
+
+HOSTILE = {
+    "empty.txt": (b"", "no text"),
+    "blank.md": (b" \n\n ", "no text"),
+    "empty.pdf": (b"", "cannot be read as a PDF|no text"),
+    "empty.docx": (b"", "cannot"),
+    "empty.zip": (b"", "cannot be unpacked"),
+    "empty.json": (b"", ".json files not read"),
+    "empty.parquet": (b"", "cannot read"),
+    "picture.txt": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, "zero bytes|not UTF-8"),
+    "zeros.txt": (bytes(5000), "zero bytes|not UTF-"),
+    "zeros.md.gz": (gzip_of_zeros(), "zero bytes|not UTF-"),
+    "zeros.html.gz": (gzip_of_zeros(), "more than 67.1M bytes"),
+    "late.txt": (b"text " * 300_000 + b"\0", "zero bytes"),
+    "bomb.zip": (zip_of_zeros(b"a.txt"), "unpacks to 1.07G bytes, 1,0.. times"),
+    "liar.zip": (zip_of_zeros(b"a.txt", declared=100), "cannot"),
+    "bomb.docx": (zip_of_zeros(b"word/document.xml"), "unpacks to 1.07G"),
+    "bomb.tgz": (
+        gzip.compress(tarfile.TarInfo("a").tobuf()[:124] + b"20000000000\0" + bytes(376)),
+        "cannot|hostile",
+    ),
+    "nested.zip": (nested(6), "archive within 3 others"),
+    "locked.zip": (
+        zipped({"a.txt": STORY}).replace(
+            b"PK\x01\x02\x14\x03\x14\0\0", b"PK\x01\x02\x14\x03\x14\0\1"
+        ),
+        "encrypted",
+    ),
+    "cut.zip": (zipped({"a.txt": STORY * 99})[:60], "cannot"),
+    "laughs.docx": (docx(paragraph("&a11;"), LAUGHS), "declares entities"),
+    "laughs.odt": (odt("<text:p>&a11;</text:p>", LAUGHS), "DTDForbidden|Entit"),
+    "laughs.epub": (epub(["&a11;"], LAUGHS), "Entit"),
+    "outside.odt": (
+        odt("<text:p>&x;</text:p>", '<!DOCTYPE x [<!ENTITY x SYSTEM "file:///etc/passwd">]>'),
+        "DTDForbidden|Entit",
+    ),
+    "deep.docx": (docx("<w:p>" * 20_000 + "</w:p>" * 20_000), "cannot be read|no text"),
+    "notxml.docx": (docx("<w:p>"), "cannot be read"),
+    "nobook.epub": (zipped({"mimetype": "application/epub+zip"}), "cannot be read"),
+    "gone.epub": (epub([], spine=[7]), "no text"),
+    "loop.pdf": (pdf("x", kids="[2 0 R]"), "cannot be read as a PDF|no text layer"),
+    "cut.pdf": (pdf("x")[:150], "cannot be read as a PDF|no text layer"),
+    "scan.pdf": (pdf("", stream=b""), "no text layer"),
+    "bomb.pdf": (
+        pdf("", stream=b"x\x9c" + zeros(512), filters="/Filter /FlateDecode"),
+        "cannot be read as a PDF|no text layer",
+    ),
+    "broken.rtf": (b"{\\rtf1 " + b"{" * 50_000, "no text|cannot"),
+    "nothing.eml": (b"Content-Type: image/png\n\nxx", "no text"),
+    "charset.eml": (mail("A", "b").replace(b"utf-8", b"nonsense"), "cannot be read|unknown"),
+    "odd.ipynb": (b'{"cells": [1]}', "no notebook"),
+    "deep.ipynb": (b"[" * 200_000, "no notebook"),
+    "deep.json": (b"[" * 200_000, "invalid JSON|Recursion"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "x"}\n' * 9999)[:40], "cannot read"),
+    "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
+    "sheet.txt": (zipped({"xl/workbook.xml": "x"}), ".xlsx files not read"),
+    "word97.txt": (b"\xd0\xcf\x11\xe0" + bytes(600), ".doc files not read"),
+    "talk.jsonl": (b'{"messages": [{"role": "user", "content": "x"}]}', "holds conversations"),
+    "huge.csv": (
+        b'text\n"' + b"x" * (1 << 20) + b'"\n"' + b"unfinished",
+        "cannot read|unexpected end",
+    ),
+    "nul.csv": (b'text\n"a\0b"\n', "cannot read|zero"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_listed_and_the_others_are_read(tmp_path, name):
+    data, reason = HOSTILE[name]
+    (tmp_path / "a good one.txt").write_text(STORY)
+    (tmp_path / "z good one.txt").write_text(STORY[::-1])
+    (tmp_path / name).write_bytes(data)
+    found = find(tmp_path, "s", (*TEXT, *ROWS))
+    report = Report(limit=10)
+    texts = list(documents.read_all(found.files, None, report))
+    assert texts[0] == STORY and texts[-1] == STORY[::-1]
+    assert all("\0" not in text for text in texts)
+    listed = {
+        os.path.relpath(where, tmp_path).split("/")[0]: why
+        for why, where in (*found.listed, *report.skipped)
+    }
+    assert list(listed) == [name]
+    assert re.search(reason, listed[name]), listed[name]
