@@ -75,7 +75,9 @@ later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
 
 # The clock starts when data and tokenizer are ready.
 [ "${data[*]}" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))
-step tokenizer python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
+digits=3 # which GGUF needs; the embedded corpus was measured with 2
+[ "${data[*]}" != tinyworld ] || digits=2
+step tokenizer python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
 # The recipe gets the remaining time, less a twelfth for the pilot; below 25 minutes a pilot would be too short to be useful. The number

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import priors
@@ -46,68 +47,124 @@ def build(vocab_size: int, **knobs) -> GPT:
     return model.requires_grad_(False)
 
 
-ACCEPTED = [
-    ({}, None, "nanochat"),
-    ({"activation": "gelu"}, None, "nanochat"),
-    ({"activation": "silu", "softcap": 0.0}, None, "nanochat"),
-    ({"n_kv_head": 1}, None, "nanochat"),
-    ({"tie_embeddings": True}, None, "nanochat"),
-    ({"softcap": 0.0}, None, "nanochat"),
-    ({"softcap": 0.0}, "apertus", "apertus"),
-    ({"softcap": 0.0, "tie_embeddings": True, "n_kv_head": 2}, "apertus", "apertus"),
-    ({"activation": "swiglu", "softcap": 0.0, "mlp_ratio": 2.5}, None, "qwen3"),
-    (
-        {"activation": "swiglu", "softcap": 0.0, "tie_embeddings": True, "n_kv_head": 2},
-        None,
-        "qwen3",
-    ),
-    ({"activation": "swiglu", "softcap": 0.0, "window_pattern": "SL"}, None, "qwen3"),
-    ({"rope_base": 500.0}, None, "nanochat"),
-]
+ACTIVATIONS, CAPS = ("relu2", "gelu", "silu", "swiglu"), (0.0, 15.0)
+CELLS = [*product(ACTIVATIONS, CAPS, ("L", "SL"), (False, True))]
 
 
-@pytest.mark.parametrize(("knobs", "wanted", "name"), ACCEPTED, ids=str)
-def test_transformers_computes_the_same_logits(tmp_path, tokenizers, knobs, wanted, name):
+def cell(activation: str, softcap: float, window_pattern: str, tied: bool) -> dict:
+    """The knobs of a cell of the table; tied tables come with grouped queries."""
+    knobs = {"activation": activation, "softcap": softcap, "window_pattern": window_pattern}
+    return {**knobs, "tie_embeddings": tied, "n_kv_head": 2 if tied else 4}
+
+
+def refusal(config: GPTConfig, *where, **options) -> str:
+    with pytest.raises(UserError) as refused:
+        choose_target(config, *where, **options)
+    message = str(refused.value)
+    assert "\n" not in message and "train" in message
+    return message
+
+
+def same_logits(folder: Path, tokenizer: Tokenizer, knobs: dict, wanted, name: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    tokenizer = tokenizers[2]
     model = build(tokenizer.vocab_size, **knobs)
     target = choose_target(model.config, 2, "hf", wanted)
     assert target.name == name
-    write_folder(model, tokenizer, target, tmp_path, "f32", {"temperature": 0.6, "top_k": 50})
-    difference, largest = compare_logits(model, tmp_path)
+    write_folder(model, tokenizer, target, folder, "f32", {"temperature": 0.6, "top_k": 50})
+    difference, largest = compare_logits(model, folder)
     assert difference <= TOLERANCE and largest > 1
 
 
-GGUF = [
-    ({"softcap": 0.0}, "apertus"),
-    ({"activation": "swiglu", "softcap": 0.0, "n_kv_head": 2}, "qwen3"),
-    ({"activation": "swiglu", "softcap": 0.0, "tie_embeddings": True}, "qwen3"),
+@pytest.mark.parametrize("knobs", [cell(*c) for c in CELLS], ids=str)
+def test_every_cell_has_the_same_logits_in_transformers_or_is_refused(tmp_path, tokenizers, knobs):
+    if knobs["activation"] == "swiglu":
+        name = None if knobs["softcap"] else "qwen3"
+    else:
+        name = "nanochat" if knobs["window_pattern"] == "L" else None
+    if name is None:
+        message = refusal(tiny.config(**knobs), 2, "hf")
+        assert "--softcap=0" in message or "--window_pattern=L" in message
+    else:
+        same_logits(tmp_path, tokenizers[2], knobs, None, name)
+
+
+OTHERS = [
+    ({"n_kv_head": 1}, None, "nanochat"),
+    ({"rope_base": 500.0}, None, "nanochat"),
+    ({"softcap": 0.0}, "apertus", "apertus"),
+    ({"softcap": 0.0, "tie_embeddings": True, "n_kv_head": 2}, "apertus", "apertus"),
+    ({"activation": "swiglu", "softcap": 0.0, "mlp_ratio": 2.5}, None, "qwen3"),
 ]
 
 
-@pytest.mark.parametrize("digits", [1, 3])
-@pytest.mark.parametrize(("knobs", "name"), GGUF, ids=str)
+@pytest.mark.parametrize(("knobs", "wanted", "name"), OTHERS, ids=str)
+def test_transformers_computes_the_same_logits(tmp_path, tokenizers, knobs, wanted, name):
+    same_logits(tmp_path, tokenizers[2], knobs, wanted, name)
+
+
+@pytest.mark.parametrize("uncapped", [False, True])
+@pytest.mark.parametrize("digits", [1, 2, 3])
+@pytest.mark.parametrize("knobs", [cell(*c) for c in CELLS], ids=str)
+def test_every_cell_goes_to_gguf_or_is_refused_with_every_reason(knobs, digits, uncapped):
+    obstacles = {
+        "--activation=relu2 or swiglu": knobs["activation"] in ("gelu", "silu"),
+        "--softcap=0": knobs["softcap"] and not uncapped,
+        "--window_pattern=L": knobs["window_pattern"] == "SL",
+        "--digits=3": digits == 2,
+    }
+    if obstacles["--softcap=0"]:
+        del obstacles["--activation=relu2 or swiglu"]  # it is named once the cap is gone
+    config = tiny.config(**knobs)
+    if any(obstacles.values()):
+        message = refusal(config, digits, "gguf", uncapped=uncapped)
+        assert [remedy in message for remedy in obstacles] == [bool(o) for o in obstacles.values()]
+    else:
+        target = choose_target(config, digits, "gguf", uncapped=uncapped)
+        assert target.name == {"relu2": "apertus", "swiglu": "qwen3"}[knobs["activation"]]
+        assert target.uncapped == bool(knobs["softcap"])
+
+
+GGUF = [
+    ({"softcap": 0.0}, "apertus", 1),
+    ({"softcap": 0.0, "tie_embeddings": True, "n_kv_head": 2}, "apertus", 3),
+    ({"activation": "swiglu", "softcap": 0.0, "n_kv_head": 2}, "qwen3", 3),
+    ({"activation": "swiglu", "softcap": 0.0, "tie_embeddings": True}, "qwen3", 1),
+]
+
+
+@pytest.mark.parametrize(("knobs", "name", "digits"), GGUF, ids=str)
 def test_llama_cpp_says_the_same(tmp_path, tokenizers, knobs, name, digits):
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     from nanochat.chat.generate import Engine
 
     tokenizer = tokenizers[digits]
-    model = build(tokenizer.vocab_size, **knobs)
+    model = build(tokenizer.vocab_size, sequence_len=256, **knobs)
+    model.head_weight[list(tokenizer.specials.values())] = 0  # so that no answer ends early
     target = choose_target(model.config, digits, "gguf")
     assert target.name == name
     file = tmp_path / "model.gguf"
     write_gguf(model, tokenizer, target, file, "f32", "test")
     prompts = [tokenizer.encode(text, bos=True) for text in ("the cat", "12345 and", "naïve 東京")]
     own = [
-        Engine(model, tokenizer).generate_batch([p], max_tokens=40, temperature=0.0)[0]
-        for p in prompts
+        Engine(model, tokenizer).generate_batch([p], max_tokens=n, temperature=0.0)[0]
+        for p, n in zip(prompts, (225, 30, 30), strict=True)
     ]
+    assert [len(row.tokens) for row in own] == [225, 30, 30] and all(all(row.mask) for row in own)
     with LlamaCpp(file, model.config.sequence_len) as llama:
         for prompt, row in zip(prompts, own, strict=True):
-            n = row.mask.index(0) if 0 in row.mask else len(row.tokens)
-            assert llama.greedy(prompt, 40, tokenizer.never_sampled)[:n] == row.tokens[:n]
+            assert llama.greedy(prompt, len(row.tokens), tokenizer.never_sampled) == row.tokens
         for text in (*TEXT, "a\n\n b\t c  ", "it's I'LL 1234567", "<|bos|> is text"):
             assert llama.tokenize(text[:200]) == tokenizer.encode(text[:200])
+        checked = 0
+        for prompt in prompts:  # llama.cpp reports none for half a character
+            body = {"prompt": prompt, "n_predict": 1, "n_probs": 8, "temperature": 0}
+            expected = model.logits(model(torch.tensor([prompt]))[0, -1]).log_softmax(-1)
+            for place in llama.post("/completion", body).get("completion_probabilities", []):
+                for likely in place["top_logprobs"]:
+                    wanted = expected[likely["id"]].item()
+                    assert likely["logprob"] == pytest.approx(wanted, abs=TOLERANCE)
+                    checked += 1
+    assert checked >= 8
 
 
 REFUSED = [
@@ -117,7 +174,13 @@ REFUSED = [
     ("gguf", {"activation": "silu"}, 3, {"uncapped": True}, "--activation=relu2 or swiglu"),
     ("gguf", {"softcap": 0.0, "window_pattern": "SL"}, 3, {}, "--window_pattern=L"),
     ("gguf", {"softcap": 0.0, "rap": {"about": "rules"}}, 3, {}, "without --rap"),
-    ("gguf", {"softcap": 0.0, "copy_heads": 1}, 3, {}, "--copy_heads: train with --lookback=off"),
+    (
+        "gguf",
+        {"softcap": 0.0, "copy_heads": 1},
+        3,
+        {},
+        "--copy_heads, which llama.cpp lacks (train with --lookback=off)",
+    ),
     (
         "hf",
         {"copy_heads": 1, "convolutions": True},
@@ -140,9 +203,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("to", "knobs", "digits", "options", "remedy"), REFUSED, ids=str)
 def test_what_cannot_leave_is_refused_with_the_flag_that_helps(to, knobs, digits, options, remedy):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as refused:
         choose_target(tiny.config(**knobs), digits, to, **options)
-    message = str(refusal.value)
+    message = str(refused.value)
     assert remedy in message and "\n" not in message
 
 
@@ -181,8 +244,10 @@ def test_uncapped_is_chosen_only_when_asked():
 
 
 def test_a_run_says_where_its_model_can_go():
-    assert destinations(tiny.config(softcap=0.0), 3) == "exports to transformers; to GGUF"
-    assert "not to GGUF (it has --softcap=15" in destinations(tiny.config(), 3)
+    assert destinations(tiny.config(softcap=0.0), 3) == "exports to: transformers, GGUF"
+    assert "transformers; not to GGUF: softcap 15 (train with --softcap=0" in destinations(
+        tiny.config(), 3
+    )
     assert "groups of 2 digits" in destinations(tiny.config(softcap=0.0), 2)
 
 

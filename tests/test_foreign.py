@@ -11,6 +11,7 @@ import priors
 import pytest
 import tiny
 import torch
+from test_core import bundle, made
 
 from nanochat.base.common import UserError
 from nanochat.chat.generate import Engine
@@ -20,6 +21,8 @@ from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.chat import judge
+from nanochat.eval.core import Scorer, evaluate
+from nanochat.eval.core_bundle import FIELDS
 from nanochat.eval.tasks import tinyworld
 from nanochat.eval.tasks.common import Task, exchange
 from nanochat.export.target import choose_target
@@ -79,6 +82,14 @@ def test_the_verdicts_are_equal(pair, task):
     ours = judge(pair.ours, task, items, rows=10)
     assert judge(pair.foreign, task, items, rows=7) == ours
     assert 0 < sum(ours.right) < len(items)
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_core_is_equal(pair, tokenizer, kind):
+    task = made(kind)
+    ours = evaluate(Scorer(pair.ours.model), task, tokenizer, tiny.CPU)
+    theirs = evaluate(Scorer(pair.foreign.model, 1e5), task, pair.foreign.tokenizer, tiny.CPU)
+    assert theirs == ours and ours["n"] == len(task.rows)
 
 
 def test_generated_tokens_are_equal_at_both_limits(pair, tokenizer):
@@ -211,13 +222,15 @@ def test_chat_eval_of_an_export(released, capsys):
         chat_eval.main(["--hf", str(released / "sft"), *flags, "-t", "1", "--num_samples=2"])
 
 
-def test_base_eval_of_an_export(released):
+def test_base_eval_of_an_export(released, tmp_path, capsys):
     data = f"own={released / 'text.jsonl'}"
-    flags = ["--data", data, "--eval_tokens=2000", "-m", "12", *CPU]
+    flags = ["--data", data, "--eval_tokens=2000", "-m", "12", f"--core={bundle(tmp_path)}", *CPU]
     ours = base_eval.main(flags)
     theirs = base_eval.main(["--hf", str(released / "base"), *flags])
     assert theirs["bpb"] == pytest.approx(ours["bpb"], rel=1e-5) and theirs["bpb"].keys()
     assert theirs["samples"] == {prompt: texts[:1] for prompt, texts in ours["samples"].items()}
+    assert theirs["core"]["tasks"] == ours["core"]["tasks"] != {}
+    assert capsys.readouterr().out.count("guessing scores") == 2
 
 
 @pytest.mark.parametrize("words", [["-i", "sft"], ["-g", "old"], ["-s", "3"]], ids=" ".join)
@@ -228,8 +241,7 @@ def test_a_checkpoint_and_a_folder_exclude_each_other(command, words):
 
 
 def test_flags_that_need_or_exclude_an_export():
-    for words in (["--core=folder"], ["-t", "1"]):
-        with pytest.raises(UserError, match="cannot be combined with --hf"):
-            base_eval.main(["--hf", "folder", *words])
+    with pytest.raises(UserError, match="cannot be combined with --hf"):
+        base_eval.main(["--hf", "folder", "-t", "1"])
     with pytest.raises(UserError, match="no effect without --hf"):
         chat_eval.main(["--with_code"])

@@ -122,13 +122,13 @@ CEILINGS = {
     "data": 34_600,
     "model": 21_550,
     "chat": 6_500,
-    "chat/serve": 10_650,
+    "chat/serve": 11_280,
     "eval": 18_500,
     "train": 18_150,
     "study": 11_400,
     "plan": 15_950,
-    "export": 7_600,
-    "commands": 20_600,
+    "export": 7_620,
+    "commands": 20_700,
 }
 WHOLE = sum(CEILINGS.values())
 

@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 from test_plan_probe import point
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, base_dir
 from nanochat.commands import base_train, chat_sft, mid_train, plan
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.export.target import destinations
 from nanochat.plan import choice, law, memory, probe, recipe, shapes
 from nanochat.plan import machine as machines
 from nanochat.plan.machine import GIB, Machine
 from nanochat.train.scaling import MIN_STEPS, batch_for, context_for, context_stages, embedding_rate
 
 FITTING = Path(__file__).parent.parent / "dev" / "scaling_law.py"
+ENGLISH = Path(__file__).parent.parent / "runs" / "english_chat.toml"
 
 
 @pytest.fixture(autouse=True)
@@ -492,6 +495,20 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
     assert recipe.planned_machine(ask("--minutes=40")).source.startswith("measured"), (
         "and not a second time"
     )
+
+
+def test_what_is_planned_reaches_gguf_unless_the_user_says_otherwise(capsys):
+    words = ["recipe", "--hours=24", "--gpu=rtx4090", "--vocab=65536"]
+    assert "groups of 2 digits" in plan.main(words)["exports"]
+    Tokenizer.train(["the cat sat 123 "], 280, digits=3).save(base_dir() / "tokenizer")
+    assert plan.main(words)["exports"] == "exports to: transformers, GGUF"
+    capped = plan.main([*words, "--softcap=15", "--json"])
+    assert "not to GGUF: softcap 15 (train with --softcap=0" in capped["exports"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["exports"] == capped["exports"]
+    english = knobs.parse(
+        recipe.RecipeKnobs, ["--recipe", str(ENGLISH), "--vocab=9000"], command="plan recipe"
+    )[0]
+    assert destinations(english.of_size(4, 64, 512), 3) == "exports to: transformers, GGUF"
 
 
 def test_a_recipe_of_stages_parses(tmp_path):

@@ -1,6 +1,7 @@
 """The server, asked by real clients over HTTP: OpenAI's, a plain socket, and a browser where there is one."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -24,9 +25,9 @@ from nanochat.chat.generate import Continuation, Engine, Entry, Sampling, Token 
 from nanochat.chat.reply import Reply  # noqa: E402
 from nanochat.chat.serve.answer import Answer, held_back  # noqa: E402
 from nanochat.chat.serve.app import Mailbox, build_app  # noqa: E402
-from nanochat.chat.serve.guard import Guard, host_name  # noqa: E402
+from nanochat.chat.serve.guard import Guard, host_name, is_loopback  # noqa: E402
 from nanochat.chat.serve.models import Models  # noqa: E402
-from nanochat.chat.serve.server import listen  # noqa: E402
+from nanochat.chat.serve.server import Protocol, listen  # noqa: E402
 from nanochat.chat.serve.worker import Job, Worker  # noqa: E402
 from nanochat.commands import serve  # noqa: E402
 from nanochat.data.tokenizer import Tokenizer  # noqa: E402
@@ -43,7 +44,9 @@ class Live:
     def __init__(self, **guard):
         self.models = Models(8, float("inf"), device_type="cpu", dtype="float32")
         app = build_app(self.models, {"stage": "sft", "tag": "", "step": None})
-        config = uvicorn.Config(Guard(app, **guard), log_level="error", access_log=False, port=0)
+        config = uvicorn.Config(
+            Guard(app, **guard), http=Protocol, log_level="critical", access_log=False, port=0
+        )
         self.server = uvicorn.Server(config)
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
@@ -248,6 +251,39 @@ REFUSED = [
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
     ({"modalities": ["text", "audio"]}, 400, "modalities"),
+    ({"audio": {"voice": "x"}}, 400, "audio"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "messages"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages"),
+    ({"tool_choice": "required"}, 400, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, 400, "functions"),
+    ({"function_call": {"name": "f"}}, 400, "function_call"),
+    ({"web_search_options": {"user_location": {}}}, 400, "web_search_options"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, 400, "response_format"),
+    ({"presence_penalty": -0.5}, 400, "presence_penalty"),
+    ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
+    ({"top_logprobs": 3}, 400, "top_logprobs"),
+    ({"top_k": -1}, 400, "top_k"),
+    ({"seed": -1}, 400, "seed"),
+    ({"stream": "yes"}, 400, "stream"),
+    ({"stream_options": 3}, 400, "stream_options"),
+    ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ({"stop": [1]}, 400, "stop"),
+    ({"model": 3}, 400, "model"),
+    ({"n": 1.5}, 400, "n"),
+]
+REFUSED_COMPLETIONS = [
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [10**6]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": ["a"] * 9}, "prompt"),
+    ({"prompt": {"text": "a"}}, "prompt"),
+    ({"suffix": "z"}, "suffix"),
+    ({"best_of": 3}, "best_of"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": 1, "echo": True}, "logprobs"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"frequency_penalty": 1}, "frequency_penalty"),
 ]
 
 
@@ -259,6 +295,31 @@ def test_what_cannot_be_honoured_is_refused(live, body, status, param):
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
 
 
+@pytest.mark.parametrize(("body", "param"), REFUSED_COMPLETIONS, ids=str)
+def test_what_completions_cannot_honour_is_refused(live, body, param):
+    asked = {"model": "old/base", "prompt": "a", "max_tokens": 2, **body}
+    answer = live.post("/v1/completions", asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_every_field_that_is_honoured_changes_the_answer(live):
+    plain = live.chat(seed=1, max_tokens=12, temperature=1.5)
+
+    def said(**body) -> str:
+        chat = live.chat(**{"seed": 1, "max_tokens": 12, "temperature": 1.5, **body})
+        return chat["choices"][0]["message"]["content"]
+
+    text = plain["choices"][0]["message"]["content"]
+    assert said() == text
+    likeliest = said(temperature=0)
+    assert likeliest == said(top_k=1) == said(top_p=1e-6) != text
+    assert said(seed=2) != text and said(top_k=0) == said(top_k=10**6)
+    assert said(max_tokens=None, max_completion_tokens=4) == said(max_tokens=4) != text
+    assert text.startswith(said(stop=text[3:6]))
+    rest = live.chat(seed=1, temperature=1.5, stop=None)["usage"]
+    assert rest["completion_tokens"] > 12 or rest["total_tokens"] == 64
+
+
 def test_the_context_is_named_with_both_numbers_or_truncated(live):
     turn = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "yes yes"}]
     long = [*turn * 8, {"role": "user", "content": "Which pet?"}]
@@ -268,23 +329,59 @@ def test_the_context_is_named_with_both_numbers_or_truncated(live):
     assert body["nanochat"]["dropped"] > 0
 
 
-def test_open_web_uis_request_is_accepted(live):
-    body = live.chat(
-        model="old/sft",
-        stream=False,
-        max_tokens=3,
-        user="me",
-        metadata={"chat_id": "1"},
-        tools=[],
-        tool_choice="none",
-        frequency_penalty=0,
-        presence_penalty=0,
-        logit_bias={},
-        response_format={"type": "text"},
-        parallel_tool_calls=True,
-        unknown_field={"a": 1},
-    )
-    assert body["choices"][0]["finish_reason"] in ("stop", "length")
+# What Open WebUI sends: a chat, a chat with parts and everything that its settings can add, and the
+# request for a title.
+OPEN_WEB_UI = [
+    {"stream": True, "model": "old/sft", "messages": HI},
+    {
+        "stream": True,
+        "model": "old/sft",
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "?"},
+        ],
+        "stream_options": {"include_usage": True},
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": 0,
+        "stop": ["###"],
+        "max_tokens": 3,
+        "frequency_penalty": 0,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "reasoning_effort": "low",
+    },
+    {
+        "stream": False,
+        "model": "old/sft",
+        "messages": HI,
+        "max_completion_tokens": 3,
+        "user": "me",
+        "metadata": {"task": "title_generation", "chat_id": "1"},
+        "tools": [],
+        "tool_choice": "none",
+        "parallel_tool_calls": True,
+        "unknown_field": {"a": 1},
+    },
+]
+
+
+@pytest.mark.parametrize("body", OPEN_WEB_UI, ids=["chat", "settings", "title"])
+def test_open_web_uis_requests_are_answered(live, body):
+    answer = live.post("/v1/chat/completions", body, Authorization="Bearer none")
+    assert answer.status_code == 200, answer.text
+    if not body["stream"]:
+        assert answer.json()["choices"][0]["finish_reason"] in ("stop", "length")
+        return
+    *events, last = answer.text.strip().split("\n\n")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert last == "data: [DONE]" and chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+    ends = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]]
+    assert ends[-1] in ("stop", "length") and not any(ends[:-1])
 
 
 def test_bodies_that_are_no_json(live):
@@ -340,6 +437,141 @@ def test_a_large_body_is_refused(live):
     kind = {"Content-Type": "application/json"}
     answer = httpx.post(f"{live.url}/v1/chat/completions", content=chunks(), headers=kind)
     assert answer.status_code == 413
+
+
+# ---- clients that are slow
+
+
+def closed_within(connection: socket.socket, seconds: float) -> bytes:
+    """What a connection brings until the server closes it; fails when it stays open."""
+    connection.settimeout(seconds)
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(4096):
+            received += data
+    return received
+
+
+BEGUN = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "sent"),
+    [(0, b""), (0, b"G"), (0, BEGUN), (0, b"\r\n" * 3), (1, b"G"), (1, BEGUN)],
+    ids=repr,
+)
+def test_headers_that_do_not_come_end_the_connection(live, monkeypatch, sent, before):
+    monkeypatch.setattr("nanochat.chat.serve.server.HEADER_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        if before:
+            connection.sendall(BEGUN + b"\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for byte in sent:  # a byte at a time does not prolong it
+                connection.sendall(bytes([byte]))
+                time.sleep(0.002)
+        closed_within(connection, 8)
+        assert time.monotonic() - began < 7
+
+
+def test_a_request_in_time_is_answered_however_long_it_takes(live, monkeypatch):
+    monkeypatch.setattr("nanochat.chat.serve.server.HEADER_SECONDS", 0.02)
+    body = live.chat(max_tokens=40, temperature=1.9, top_k=0, n=8, seed=2)
+    assert len(body["choices"]) == 8
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_come_is_refused(live, monkeypatch, length):
+    monkeypatch.setattr("nanochat.chat.serve.guard.BODY_SECONDS", 0.2)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % length
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(head + b"Content-Type: application/json\r\n\r\n")
+        answer = closed_within(connection, 8)
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not come" in answer
+
+
+def guarded(app, client: str, sends=None, headers=()) -> list[dict]:
+    """The messages that a guarded app sends for one GET of a client."""
+    messages: list[dict] = []
+
+    async def send(message):
+        messages.append(message)
+
+    async def receive():
+        return {"type": "http.request"}
+
+    async def one() -> None:
+        given = [(b"host", b"localhost"), *headers]
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": given}
+        await asyncio.wait_for(app({**scope, "client": (client, 1)}, receive, sends or send), 5)
+
+    with ThreadPoolExecutor(1) as thread:  # this one may have the loop of a browser
+        thread.submit(asyncio.run, one()).result()
+    return messages
+
+
+def test_a_client_that_does_not_read_is_left(monkeypatch):
+    monkeypatch.setattr("nanochat.chat.serve.guard.UNREAD_SECONDS", 0.05)
+    ended = []
+
+    async def app(scope, receive, send):
+        try:
+            await send({"type": "http.response.start", "status": 200})
+        finally:
+            ended.append(scope["path"])
+
+    async def never(message):
+        await asyncio.sleep(60)
+
+    guarded(Guard(app), "127.0.0.1", never)
+    assert ended == ["/"]
+
+
+def test_an_answer_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr("nanochat.chat.serve.guard.TOTAL_SECONDS", 0.05)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(60)
+
+    assert guarded(Guard(app), "127.0.0.1")[0]["status"] == 503
+
+
+@pytest.mark.parametrize(("client", "most"), [("203.0.113.5", 2), ("127.0.0.1", 9), ("::1", 9)])
+def test_another_machine_may_ask_so_much_at_once(monkeypatch, client, most):
+    monkeypatch.setattr("nanochat.chat.serve.guard.CLIENT_REQUESTS", 2)
+    statuses = []
+
+    async def app(scope, receive, send):  # asks again while its own request is under way
+        statuses.append(guard.asking[client])
+        if len(statuses) < 9:
+            inner = {**scope, "headers": [(b"host", b"localhost")]}
+            await guard(inner, receive, send)
+        await send({"type": "http.response.start", "status": 200})
+
+    guard = Guard(app)
+    sent = guarded(guard, client)
+    assert len(statuses) == most and not guard.asking
+    refused = [m for m in sent if m.get("status") == 429]
+    assert len(refused) == (most == 2) and all(
+        (b"retry-after", b"2") in m["headers"] for m in refused
+    )
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", ""])
+def test_this_machine(host):
+    assert is_loopback(host) and not is_loopback(f"{host}x")
+
+
+def test_connections_of_another_machine_are_bounded(live, monkeypatch):
+    monkeypatch.setattr("nanochat.chat.serve.server.CLIENT_CONNECTIONS", 3)
+    monkeypatch.setattr("nanochat.chat.serve.server.is_loopback", lambda host: False)
+    address = ("127.0.0.1", live.port)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(address)) for _ in range(6)]
+        assert closed_within(held[-1], 3) == b""
+        held[0].sendall(BEGUN + b"\r\n")
+        assert held[0].recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_every_answer_keeps_the_page_to_itself(live):

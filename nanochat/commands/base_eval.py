@@ -15,7 +15,6 @@ from nanochat.train.knobs import ExportedModelKnobs
 
 if TYPE_CHECKING:
     from nanochat.eval.core_bundle import CoreTask
-    from nanochat.model.checkpoint import Loaded
 
 
 @dataclass(kw_only=True)
@@ -64,9 +63,12 @@ def continuations(
 
 
 def core_score(
-    knobs: EvaluateBaseKnobs, loaded: "Loaded", tasks: list["CoreTask"], absent: list[str]
+    knobs: EvaluateBaseKnobs, loaded: Any, tasks: list["CoreTask"], absent: list[str]
 ) -> dict[str, Any]:
-    """Evaluate all tasks with a progress bar each; returns the summary with every task's result."""
+    """
+    Evaluate all tasks of a Loaded or a ForeignEngine, with a progress bar each, and print them;
+    returns the summary with every task's result.
+    """
     from nanochat.eval.core import Scorer, evaluate, summarise
 
     began, results = time.monotonic(), {}
@@ -78,12 +80,18 @@ def core_score(
             )
             bar.update(bar.completed, note=f"{result['accuracy']:.1%} right")
         results[task.name] = result
-    return {
+    summary = {
         **summarise(results, absent),
         "max_per_task": knobs.max_per_task,
         "seed": knobs.seed,
         "seconds_taken": round(time.monotonic() - began, 2),
     }
+    print0(
+        f"\n{core_table(summary)}\n{summary['name']}: {summary['score']:+.4f} "
+        f"± {summary['margin']:.4f} (95 %; guessing scores {summary['guess']:+.4f}), "
+        f"{duration(summary['seconds_taken'])}"
+    )
+    return summary
 
 
 def core_table(summary: dict[str, Any]) -> str:
@@ -110,19 +118,24 @@ def core_table(summary: dict[str, Any]) -> str:
     return columns(head, rows + [(name, "absent", *blank) for name in summary["absent"]])
 
 
-def evaluate_exported(knobs: EvaluateBaseKnobs) -> dict[str, Any]:
-    """The bits per byte and greedy continuations of an exported folder."""
+def evaluate_exported(
+    knobs: EvaluateBaseKnobs, tasks: list["CoreTask"], absent: list[str]
+) -> dict[str, Any]:
+    """The bits per byte, greedy continuations and CORE score of an exported folder."""
     from nanochat.export.foreign import load_exported
 
     engine = load_exported(knobs.hf, knobs.device_type, knobs.dtype, knobs.seed, knobs.with_code)
     bpb = measure_splits(knobs, engine, knobs.data)
-    return {"bpb": bpb, "samples": continuations(knobs, engine, [0.0])}
+    results: dict[str, Any] = {"bpb": bpb, "samples": continuations(knobs, engine, [0.0])}
+    if tasks:
+        results["core"] = core_score(knobs, engine, tasks, absent)
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     knobs, origins = parse(EvaluateBaseKnobs, argv, command="base_eval")
     opening("base_eval")
-    knobs.check_hf(origins, ["source", "model_tag", "step", "core", "temperature"])
+    knobs.check_hf(origins, ["source", "model_tag", "step", "temperature"])
 
     from nanochat.chat.generate import Engine
     from nanochat.eval.core_bundle import load_bundle
@@ -132,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tasks, absent = load_bundle(knobs.core) if knobs.core else ([], [])
     with session():
         if knobs.hf:
-            return evaluate_exported(knobs)
+            return evaluate_exported(knobs, tasks, absent)
         loaded, bpb = measure(knobs)
         engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
         texts = continuations(knobs, engine, [0.0, knobs.temperature])
@@ -143,11 +156,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if tasks:
                 summary = core_score(knobs, loaded, tasks, absent)
                 log.log(kind="core_eval", step=step, stage=knobs.source, **summary)
-                print0(
-                    f"\n{core_table(summary)}\n{summary['name']}: {summary['score']:+.4f} "
-                    f"± {summary['margin']:.4f} (95 %; guessing scores {summary['guess']:+.4f}), "
-                    f"{duration(summary['seconds_taken'])}"
-                )
                 results["core"] = summary
         return results
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from nanochat.base import knobs
 from nanochat.base.commands import near, summary
-from nanochat.base.common import UserError, entry, print0
+from nanochat.base.common import UserError, base_dir, entry, print0
 
 SUBCOMMANDS = {  # name -> (its module, its class of knobs), in the order of use
     "arch": ("nanochat.plan.arch", "ArchKnobs"),
@@ -37,6 +37,18 @@ def commands() -> dict[str, tuple[str, str]]:
         name: (module, summary(folder / f"{module.rpartition('.')[2]}.py"))
         for name, (module, _) in SUBCOMMANDS.items()
     }
+
+
+def exports_to(config: dict[str, Any]) -> str:
+    """Where a model of this configuration can go, with the present tokenizer if there is one."""
+    from nanochat.commands.tok_train import TrainTokenizerKnobs
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.export.target import destinations
+    from nanochat.model.config import GPTConfig
+
+    trained = (base_dir() / "tokenizer" / "tokenizer.json").exists()
+    digits = Tokenizer.load().digits if trained else TrainTokenizerKnobs.digits
+    return destinations(GPTConfig(**config), digits)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -60,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # With --json nothing else may go to standard output.
     with redirect_stdout(sys.stderr) if values.json else nullcontext():
         report = module.run(values)
+        if planned := report.get("primary", report if name == "arch" else {}).get("config"):
+            report["exports"] = exports_to(planned)
+            print0(f"  {report['exports']}")
     if values.json:
         print0(json.dumps(report))
     return report

@@ -44,12 +44,13 @@ class Score(NamedTuple):
 class Scorer:
     """
     Scores items with a model, in passes of about `memory` bytes (0 = what suits the device); fewer
-    when memory runs out. With an attention prior nothing is shared between sequences, which is
-    several times slower.
+    when memory runs out. Where a model has an attention prior or is no GPT, nothing is shared
+    between sequences, which is several times slower.
     """
 
-    def __init__(self, model: GPT, memory: float = 0):
+    def __init__(self, model: Any, memory: float = 0):
         self.model = model
+        self.shares = isinstance(model, GPT) and model.prior is None
         self.device = model.embed.weight.device
         self.memory = memory or PASS_BYTES.get(self.device.type, 2**28)
 
@@ -64,7 +65,7 @@ class Scorer:
         The scores of every item's sequences. Items of similar length share a pass, the longest
         first. `progress` receives the number of items that are done.
         """
-        if self.model.prior is not None:
+        if not self.shares:
             single = unshared(items, prompts)
             each = max(1, len(single) / max(1, len(items)))
             scores = iter(self._score(single, [[]], lambda done: progress(int(done / each))))
@@ -84,10 +85,10 @@ class Scorer:
             if not waiting:
                 continue
             past = max(items[i].past for i in waiting)
-            cached = self._cached(prompt[:past])
+            cached = self._cached(prompt[:past]) if self.shares else None
 
             def score_next(count: int, waiting=waiting, cached=cached) -> list[list[Score]]:
-                return self._pass([items[i] for i in waiting[:count]], *cached)
+                return self._pass([items[i] for i in waiting[:count]], cached)
 
             while waiting:
                 cost = self._bytes(items[waiting[0]].slots, past)
@@ -115,12 +116,16 @@ class Scorer:
             dtype = torch.float32  # float16 is too narrow for exp
         return cache.k[:, 0].to(dtype), cache.v[:, 0].to(dtype)
 
-    def _pass(self, items: list[CoreItem], k: Tensor, v: Tensor) -> list[list[Score]]:
-        """Score items in one pass; k, v: keys and values of the prompt that they continue."""
+    def _pass(
+        self, items: list[CoreItem], cached: tuple[Tensor, Tensor] | None
+    ) -> list[list[Score]]:
+        """
+        Score items in one pass; `cached` are keys and values of the prompt that they continue.
+        """
         ids, positions, branch, targets = _layout(items, self.device)
-        if self.model.prior is None:
+        if cached:
             past = [item.past for item in items]
-            hidden = self.model(ids, _Branches(k, v, past, positions, branch))
+            hidden = self.model(ids, _Branches(*cached, past, positions, branch))
         else:  # the items are unshared, and have no branches
             hidden = self.model(ids)
         row, slot, target = torch.tensor(targets, device=self.device).T

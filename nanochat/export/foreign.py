@@ -28,6 +28,7 @@ from nanochat.chat.tools import ToolCalls
 from nanochat.data.rendering import SPECIAL_TOKENS, brief
 from nanochat.data.tokenizer import segments
 from nanochat.export.hf import require_transformers
+from nanochat.model.loss import capped
 
 
 class ForeignTokenizer:
@@ -78,7 +79,14 @@ class ForeignModel(nn.Module):
         super().__init__()
         self.network = network
         self.embed: nn.Module = network.get_input_embeddings()
-        self.config = SimpleNamespace(sequence_len=network.config.max_position_embeddings)
+        known = network.config
+        self.config = SimpleNamespace(
+            sequence_len=known.max_position_embeddings,
+            n_head=known.num_attention_heads,
+            n_embd=known.hidden_size,
+            hidden=known.intermediate_size,
+            softcap=getattr(known, "final_logit_softcapping", None) or 0.0,
+        )
 
     @property
     def head_weight(self) -> Tensor:
@@ -94,6 +102,10 @@ class ForeignModel(nn.Module):
         with hook:
             self.network(input_ids=ids, use_cache=False, logits_to_keep=1)
         return states[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits (..., V) of hidden states (..., D)."""
+        return capped(self.network.get_output_embeddings()(hidden), self.config.softcap)
 
     def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """

@@ -184,7 +184,9 @@ class LlamaCpp:
         parameters.cpuparams_batch.n_threads = 1
         parameters.warmup = False
         parameters.verbosity = 0  # no log of its own
-        if exact:  # the default key-value cache is float16
+        if exact:  # by default keys and values are float16, and flash attention rounds more
+            off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            parameters.flash_attn_type = off
             parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
             parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self._server: Any = xllamacpp.Server(parameters)

@@ -42,16 +42,14 @@ def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None
     """
     if config.softcap and not uncapped:
         return None, (
-            f"it has --softcap={config.softcap:g}: train with --softcap=0, or export with "
-            "--uncapped (greedy answers stay equal, sampling becomes sharper)"
+            f"softcap {config.softcap:g} (train with --softcap=0, or export with --uncapped: "
+            "greedy answers stay equal, sampling becomes sharper)"
         )
     if config.activation == "swiglu":
         return "qwen3", "swiglu without softcap is Qwen3"
     if config.activation == "relu2":
         return "apertus", "relu2 without softcap is Apertus"
-    return None, (
-        f"it has --activation={config.activation}: train with --activation=relu2 or swiglu"
-    )
+    return None, f"activation {config.activation} (train with --activation=relu2 or swiglu)"
 
 
 def _parts_without_a_class(config: GPTConfig) -> str:
@@ -64,29 +62,24 @@ def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
     """The target for llama.cpp; UserError names every knob that it cannot carry."""
     obstacles = []
     if flags := _parts_without_a_class(config):
-        obstacles.append(f"llama.cpp has no model with {flags}: train with --lookback=off")
+        obstacles.append(f"{flags}, which llama.cpp lacks (train with --lookback=off)")
     if config.rap:
         obstacles.append(
-            "llama.cpp does not support the model's attention prior and would give wrong "
-            "answers without it: train without --rap, or export with --to hf --with_code"
+            "an attention prior, without which llama.cpp would give wrong answers (train without "
+            "--rap, or export with --to hf --with_code)"
         )
     if has_windows(config):
-        obstacles.append(
-            f"llama.cpp has no sliding windows for Qwen3 "
-            f"(--window_pattern={config.window_pattern}): train with --window_pattern=L"
-        )
+        obstacles.append(f"windows {config.window_pattern} (train with --window_pattern=L)")
     if digits not in PRE_TOKENIZERS:
         obstacles.append(
-            f"llama.cpp has no pre-tokenizer that splits numbers into groups of {digits} "
-            "digits: train the tokenizer with tok_train --digits=3 (or 1), and the model with "
-            "it"
+            f"a tokenizer with groups of {digits} digits (train it with tok_train --digits=3 or "
+            "1, and the model with it)"
         )
     name, reason = _matching_class(config, uncapped)
     if name is None:
         obstacles.append(reason)
     if name is None or obstacles:
-        why = "; and ".join(obstacles)
-        raise UserError(f"this model cannot be exported to GGUF, because {why}")
+        raise UserError(f"this model cannot be exported to GGUF: {'; '.join(obstacles)}")
     return Target(name, reason, uncapped=bool(config.softcap))
 
 
@@ -94,7 +87,7 @@ def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
     """The target for transformers; UserError names the first knob that it cannot carry."""
 
     def refuse(why: str) -> UserError:
-        return UserError(f"transformers has no class for this model, because {why}")
+        return UserError(f"transformers has no class for this model: {why}")
 
     windows = has_windows(config)
     if flags := _parts_without_a_class(config):
@@ -171,17 +164,16 @@ def choose_target(
 
 def destinations(config: GPTConfig, digits: int) -> str:
     """
-    One line for the start of a training run: where the model can go, and which knob stands in the
-    way.
+    One line for plans and for the start of a training run: where the model can go, and which knobs
+    stand in the way elsewhere.
     """
-    lines = []
+    reached, others = [], []
     places: dict[str, Destination] = {"transformers": "hf", "GGUF": "gguf"}
     for name, to in places.items():
         try:
             choose_target(config, digits, to)
         except UserError as e:
-            why = str(e).partition(", because ")[2]
-            lines.append(f"not to {name} ({why})")
+            others.append(f"not to {name}: {str(e).partition(': ')[2]}")
         else:
-            lines.append(f"to {name}")
-    return "exports " + "; ".join(lines)
+            reached.append(name)
+    return "; ".join([f"exports to: {', '.join(reached) or 'nothing'}", *others])

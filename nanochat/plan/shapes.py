@@ -55,6 +55,12 @@ class OpenSizeKnobs(SizeKnobs):
         0, "width of an attention head; 0 = 64 up to a width of 512, then 128", low=0
     )
     sequence_len: int = knob(0, "context length in tokens", low=0)
+    softcap: float = knob(
+        0.0,
+        "logits become softcap * tanh(logits / softcap); 0 = no cap, as GGUF needs; it costs "
+        "nothing at equal time",
+        low=0,
+    )
 
     def of_size(self, depth: int, aspect_ratio: float, sequence_len: int) -> GPTConfig:
         """The configuration whose open sizes are these."""

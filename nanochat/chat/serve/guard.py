@@ -2,12 +2,16 @@
 Who may ask, as pure ASGI (a wrapped request would hide that its client has gone).
 
 It checks the Host header against a list (DNS rebinding), the Origin of browsers, the content type
-(a form of another page cannot send JSON), the API key in constant time, and the size of the body;
-and it adds the headers that keep the page to itself. It logs nothing.
+(a form of another page cannot send JSON), the API key in constant time, the size of the body, the
+time that a client takes, and how much another machine asks at once; and it adds the headers that
+keep the page to itself. It logs nothing.
 """
 
+import asyncio
+import ipaddress
 import json
 import secrets
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
@@ -19,6 +23,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BODY_BYTES = 1 << 20
+BODY_SECONDS = 30.0  # for the whole body to come
+UNREAD_SECONDS = 30.0  # that a client may leave an answer unread
+TOTAL_SECONDS = 660.0  # of a request and its answer
+CLIENT_REQUESTS = 32  # at once, of one client on another machine
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/", "/health", "/ui.js", "/ui.css", "/api.js", "/store.js", "/markdown.js")
 HEADERS = {
@@ -41,6 +49,14 @@ def host_name(host: str) -> str:
     return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine; "" (a socket without an address) counts as such."""
+    try:
+        return not host or ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
 async def send_error(send: Send, error: ApiError) -> None:
     body = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -61,6 +77,7 @@ class Guard:
     ):
         self.app, self.api_key = app, api_key
         self.hosts = {host.lower() for host in hosts}
+        self.asking: Counter[str] = Counter()  # requests under way, by address
         self.allowed_origins = {origin.rstrip("/").lower() for origin in allowed_origins}
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
@@ -112,27 +129,58 @@ class Guard:
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         extra = [*HEADERS.items(), *self._cors(headers)]
 
+        started = False
+
         async def send_guarded(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *extra]
-            await send(message)
+                started = True
+            async with asyncio.timeout(UNREAD_SECONDS):
+                await send(message)
 
-        received = 0
+        received, complete = 0, False
+        latest = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_bounded() -> MutableMapping[str, Any]:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # now it waits for the client to go
+                return await receive()
+            try:
+                async with asyncio.timeout_at(latest):
+                    message = await receive()
+            except TimeoutError:
+                why = f"the body did not come within {BODY_SECONDS:.0f} s"
+                raise ApiError(408, why, headers={"Connection": "close"}) from None
             received += len(message.get("body", b""))
+            complete = not message.get("more_body")
             if received > MOST_BODY_BYTES:
                 raise self._too_large()
             return message
 
+        host = (scope.get("client") or ("",))[0]
+        self.asking[host] += 1
         try:
             self._check(scope, headers)
+            if self.asking[host] > CLIENT_REQUESTS and not is_loopback(host):
+                raise ApiError(
+                    429,
+                    f"{CLIENT_REQUESTS} requests from {host} are under way: try again later",
+                    code="too_many_requests",
+                    headers={"Retry-After": "2"},
+                )
             if scope["method"] == "OPTIONS" and self._cors(headers):
                 await send_guarded({"type": "http.response.start", "status": 204, "headers": []})
                 await send_guarded({"type": "http.response.body", "body": b""})
                 return
-            await self.app(scope, receive_bounded, send_guarded)
+            async with asyncio.timeout(TOTAL_SECONDS):
+                await self.app(scope, receive_bounded, send_guarded)
         except ApiError as error:
             await send_error(send_guarded, error)
+        except TimeoutError:
+            if not started:  # else returning here makes uvicorn close the connection
+                await send_error(send_guarded, ApiError(503, "the answer took too long"))
+        finally:
+            self.asking[host] -= 1
+            if not self.asking[host]:
+                del self.asking[host]

@@ -117,12 +117,15 @@ class TokenizeRequest(BaseModel):
 
 
 def _asks_for_something(value: Any) -> bool:
-    return value not in (None, 0, 0.0, False, "", [], {}, "none", "auto")
+    return value not in (None, 0, False, "", [], {}, "none", "auto")
 
 
 REFUSED = {
     "tools": "this model cannot call tools; its calculator needs none: leave tools out",
+    "tool_choice": "this model cannot call tools: leave tool_choice out",
     "functions": "this model cannot call functions: leave functions out",
+    "function_call": "this model cannot call functions: leave function_call out",
+    "web_search_options": "this model cannot search the web: leave web_search_options out",
     "frequency_penalty": "penalties are not supported: leave frequency_penalty out or set it to 0",
     "presence_penalty": "penalties are not supported: leave presence_penalty out or set it to 0",
     "logit_bias": "logit_bias is not supported: leave it out",
@@ -136,6 +139,14 @@ def _refuse_what_cannot_be_honoured(request: _Sampling) -> None:
     for name, why in REFUSED.items():
         if _asks_for_something(extra.get(name)):
             raise ApiError(400, why, name, "unsupported_parameter")
+    if extra.get("repetition_penalty") not in (None, 0, 1):
+        why = "penalties are not supported: leave repetition_penalty out or set it to 1"
+        raise ApiError(400, why, "repetition_penalty", "unsupported_parameter")
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        why = "log probabilities of an echoed prompt are not supported: leave echo or logprobs out"
+        raise ApiError(400, why, "logprobs", "unsupported_parameter")
     response_format = extra.get("response_format")
     kind = response_format.get("type") if isinstance(response_format, dict) else response_format
     if kind not in (None, "text"):
