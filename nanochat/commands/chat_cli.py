@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanochat.base import knobs
 from nanochat.base.commands import near
-from nanochat.base.common import UserError, decoded, entry, opening
+from nanochat.base.common import UserError, decoded, entry, human, opening
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import LARGEST_SEED, knob
 from nanochat.base.strangers import parse_json, read_bytes
@@ -105,7 +105,7 @@ class Speed:
     def __str__(self) -> str:
         rate = (self.tokens - 1) / max(self.last - self.first, 1e-6)
         counted = f"{self.tokens:,} token{'s' * (self.tokens != 1)}"
-        return f"{counted}, {rate:.3g} tokens/s" if self.tokens > 1 else counted
+        return f"{counted}, {human(rate)} tokens/s" if self.tokens > 1 else counted
 
 
 def cut_remark(cut: int, kept: int, context: int) -> str:
