@@ -9,6 +9,7 @@ from nanochat.base.common import UserError
 from nanochat.commands import mid_train, quickstart
 from nanochat.commands.quickstart import LESSONS, QuickstartKnobs
 from nanochat.model.checkpoint import locate
+from nanochat.train import chain
 
 TOY = {
     "base": "--data tinyworld@0.2 --depth=1 --model_dim=32 --head_dim=16 --sequence_len=64 "
@@ -106,3 +107,19 @@ def test_what_is_promised_was_measured():
     assert answered == sorted(answered) and all(0 < accuracy < 1 for accuracy in answered)
     for share, accuracy in quickstart.LEARNED:
         assert f"{accuracy:.0%} with {share:.0%}" in quickstart.expectation(1.0)
+
+
+def test_the_time_left_does_not_count_the_time_of_compiling(tmp_path):
+    display = chain.Display(tmp_path / "log")
+    at = {"kind": "train", "tok_per_sec": 5000.0}
+    rows = [
+        {**at, "seconds": 40.0, "progress": 0.01},  # the first step compiled for 39 seconds
+        {**at, "seconds": 50.0, "progress": 0.11},
+        {**at, "seconds": 90.0, "progress": 0.51},
+    ]
+    states = []
+    for row in rows:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        states.append(display.state("pretraining", 100.0, tmp_path))
+    assert "left" not in states[0] and "1%  5k tokens per second" in states[0]
+    assert states[1].endswith("1m29s left") and states[2].endswith("49s left")

@@ -55,6 +55,7 @@ class Display:
         self.terminal, self.log = sys.stdout, log
         self.live = self.terminal.isatty()
         self.interval = 0.5 if self.live else 30.0  # seconds between two states of a line
+        self.first: dict[str, Any] = {}  # row of the log that the current step showed first
 
     @contextlib.contextmanager
     def working(self, title: str, directory: Path | None = None) -> Iterator[None]:
@@ -63,6 +64,7 @@ class Display:
         goes to the log file.
         """
         began, over = time.monotonic(), threading.Event()
+        self.first = {}
 
         def watch() -> None:
             while not over.wait(self.interval):
@@ -88,12 +90,17 @@ class Display:
         row = logbook.newest(directory, "train") if directory else {}
         if not row:
             return f"{title:<14} starting, {duration(seconds)}"
+        # The first row's time is left out, because compiling is part of it
+        self.first = self.first or row
         progress = row["progress"]
+        gained = progress - self.first["progress"]
         full = round(20 * progress)
-        left = duration(row["seconds"] * (1 - progress) / max(progress, 0.01))
-        speed = human(row["tok_per_sec"])
         bar = "#" * full + "." * (20 - full)
-        return f"{title:<14} [{bar}] {progress:4.0%}  {speed} tokens per second, {left} left"
+        line = f"{title:<14} [{bar}] {progress:4.0%}  {human(row['tok_per_sec'])} tokens per second"
+        if gained <= 0:
+            return line
+        left = (row["seconds"] - self.first["seconds"]) * (1 - progress) / gained
+        return f"{line}, {duration(left)} left"
 
     def write(self, text: str, replaced: bool = False) -> None:
         """Write a line; the next one replaces it if `replaced`."""
