@@ -124,7 +124,7 @@ CEILINGS = {
     "chat": 6_500,
     "chat/serve": 11_280,
     "eval": 18_500,
-    "train": 18_150,
+    "train": 18_200,
     "study": 11_400,
     "plan": 15_950,
     "export": 7_620,
