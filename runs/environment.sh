@@ -11,15 +11,25 @@ if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 fi
 source .venv/bin/activate
-if ! cmp -s pyproject.toml .venv/installed; then
+if ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
     echo "installing (a minute or two)"
-    # uv is faster, and takes torch without CUDA where there is no GPU; where it is missing or fails, pip installs
-    uv pip install --quiet --torch-backend=auto -e ".[serve]" 2>.venv/uv.log || PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install --quiet -e ".[serve]" 2>.venv/pip.log || {
+    pinned=.venv/pinned.txt
+    sed '/^# for the tests/q' runs/constraints.txt >"$pinned"
+    # Everything but torch has the versions and hashes of runs/constraints.txt. uv is faster, and takes torch without CUDA where there is
+    # no GPU; where it is missing or fails, pip installs.
+    {
+        uv pip install --quiet --require-hashes --no-deps -r "$pinned" &&
+            uv pip install --quiet --torch-backend=auto --no-build-isolation -e ".[serve]"
+    } 2>.venv/uv.log || {
+        export PIP_DISABLE_PIP_VERSION_CHECK=1
+        python -m pip install --quiet --require-hashes --no-deps -r "$pinned" &&
+            python -m pip install --quiet --no-build-isolation -e ".[serve]"
+    } 2>.venv/pip.log || {
         tail -5 .venv/pip.log >&2
         echo "error: the installation failed (see above): check the network, then run this script again" >&2
         exit 2
     }
-    cp pyproject.toml .venv/installed
+    cat pyproject.toml runs/constraints.txt >.venv/installed
 fi
 
 resumable() { # resumable FOLDER: records finished steps there; $before is the number of seconds that earlier, interrupted starts took

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs every check in a fresh environment that is deleted afterwards: lint, format, types, the import ladder and the tests.
 #     bash runs/test.sh                 the fast tests
-#     bash runs/test.sh -m slow         the slow ones (all arguments go to pytest; -n 0 runs them in one process)
+#     bash runs/test.sh -m slow         the slow ones (all other arguments go to pytest; -n 0 runs them in one process)
+#     bash runs/test.sh --newest        with the newest packages instead of those in runs/constraints.txt; names the ones that differ
 # Works from any folder. The last line is pytest's summary; the exit status is 0 only if every part passed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -9,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export LC_CTYPE="${LC_ALL:-${LC_CTYPE:-${LANG:-C}}}" LC_NUMERIC=C LC_COLLATE=C LC_MESSAGES=C # as in runs/environment.sh
 unset LC_ALL
 source runs/python.sh
+newest=""
+if [ "${1:-}" = --newest ]; then newest=yes; shift; fi
 
 fresh=$(mktemp -d)
 trap 'rm -rf "$fresh"' EXIT
@@ -29,11 +32,14 @@ if ! "$python" -m venv "$fresh/venv" >"$fresh/log" 2>&1; then
 fi
 export PATH="$fresh/venv/bin:$PATH" VIRTUAL_ENV="$fresh/venv" PIP_DISABLE_PIP_VERSION_CHECK=1
 say "installing with the test extras (a few minutes)"
-if ! python -m pip install --quiet -e ".[test]" >"$fresh/log" 2>&1; then
+pins() { python -m pip install --quiet --require-hashes --no-deps -r runs/constraints.txt; }
+project() { python -m pip install --quiet "$@" -e ".[test]"; }
+if [ -n "$newest" ]; then project; else pins && project --no-build-isolation; fi >"$fresh/log" 2>&1 || {
     tail -20 "$fresh/log" >&2
     echo "error: the installation failed (see above): check that the package index can be reached and that $(df -h "$fresh" | awk 'NR == 2 { print $4 }') of free disk is enough" >&2
     exit 1
-fi
+}
+python dev/constraints.py --differences
 
 export OMP_NUM_THREADS=1 # the test models are tiny: two processes with one thread each are faster than one with several
 export TMPDIR="$fresh/tmp" NANOCHAT_BASE_DIR="$fresh/base" MPLCONFIGDIR="$fresh/matplotlib" TORCHINDUCTOR_CACHE_DIR="$fresh/inductor"

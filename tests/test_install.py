@@ -1,14 +1,18 @@
 """The wheel holds everything: installed elsewhere, it lists its commands and trains."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,3 +71,45 @@ def test_the_installed_package_trains(nanochat, tmp_path):
     printed = nanochat("base_train", *data, *shape, *sizes, "--device_type=cpu")
     assert "step 10" in printed
     assert "RTX 4090" in nanochat("plan", "arch", "--depth=4", "--gpu=rtx4090")  # from gpus.toml
+
+
+# ---- the packages that the scripts install
+
+
+CONSTRAINTS = ROOT / "runs" / "constraints.txt"
+
+
+def test_every_pinned_package_has_hashes_and_names_no_host():
+    text = CONSTRAINTS.read_text()
+    assert "://" not in text and "--index" not in text and "@" not in text
+    entries = runpy.run_path(str(ROOT / "dev" / "constraints.py"))["blocks"](text)
+    assert len(entries) > 80
+    for entry in entries[1:]:
+        if not entry.startswith("#"):
+            assert re.match(r"[a-z0-9._-]+==\S+( ; [^\n]+)? \\\n    --hash=sha256:\w{64}", entry), (
+                entry
+            )
+
+
+@pytest.mark.parametrize(("extra", "part"), [("serve", 0), ("test", 1)])
+def test_pins_agree_with_what_the_project_asks_for(extra, part):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *optional["serve"], *optional[extra]]
+    text = CONSTRAINTS.read_text()
+    until = len(text) if part else text.index("\n# for the tests\n")
+    pins = re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", text[:until], re.MULTILINE)
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.lower().replace("_", "-")
+        if name not in ("torch", "triton", "nanochat"):
+            versions = [version for pinned, version in pins if pinned == name]
+            assert versions and all(requirement.specifier.contains(v) for v in versions), name
+
+
+def test_packages_that_differ_are_named(monkeypatch, tmp_path):
+    script = runpy.run_path(str(ROOT / "dev" / "constraints.py"))
+    text = re.sub(r"(?m)^numpy==\S+", "numpy==0.0.1", CONSTRAINTS.read_text())
+    (tmp_path / "constraints.txt").write_text(text)
+    monkeypatch.setitem(script["pinned"].__globals__, "FILE", tmp_path / "constraints.txt")
+    lines = [line for line in script["differences"]() if line.startswith("numpy ")]
+    assert len(lines) == 1 and lines[0].endswith("(runs/constraints.txt: 0.0.1)")

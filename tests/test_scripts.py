@@ -33,7 +33,8 @@ def checkout(tmp_path):
         shutil.copytree(ROOT / "runs", repo / "runs")
         shutil.copy(ROOT / "pyproject.toml", repo)
         (repo / ".venv/bin").mkdir(parents=True)
-        shutil.copy(ROOT / "pyproject.toml", repo / ".venv/installed")
+        described = [ROOT / "pyproject.toml", ROOT / "runs/constraints.txt"]
+        (repo / ".venv/installed").write_text("".join(file.read_text() for file in described))
         (repo / ".venv/bin/activate").write_text(
             f"export PATH={shlex.quote(str(repo))}/.venv/bin:$PATH\n"
         )
@@ -154,3 +155,26 @@ def test_no_script_counts_with_awk_or_splits_words(script):
     assert "read -ra" not in text, "it splits paths at spaces"
     assert "printf '%q" not in text, "its quoting is bash's own: use quoted of values.sh"
     assert not [n for n in text.split("awk")[1:] if "%" in n.splitlines()[0]], "LC_NUMERIC"
+
+
+def test_the_installation_takes_pinned_packages_and_their_hashes(checkout, tmp_path):
+    repo, record = checkout(), tmp_path / "record"
+    installed = repo / ".venv/installed"
+    wanted = installed.read_text()
+    installed.write_text("older")
+    uv = repo / ".venv/bin/uv"
+    uv.write_text("#!/bin/sh\nexit 1\n")  # so that pip installs
+    uv.chmod(0o755)
+    for _ in range(2):
+        subprocess.run(
+            ["bash", "-c", "source runs/environment.sh"],
+            cwd=repo,
+            env=os.environ | {"RECORD": str(record)},
+            capture_output=True,
+            check=True,
+        )
+    pinned, project = [shlex.join(json.loads(line)) for line in record.read_text().splitlines()]
+    assert "--require-hashes --no-deps -r .venv/pinned.txt" in pinned
+    assert project.endswith("-e '.[serve]'") and installed.read_text() == wanted
+    names = (repo / ".venv/pinned.txt").read_text()
+    assert "\nnumpy==" in names and "\npytest==" not in names and "\ntorch==" not in names
