@@ -1,11 +1,16 @@
 """
 What holds for all tests: they have a base folder of their own, so that none writes to that of the
-user, and too many shapes for the compiler are an error, where torch would only stop compiling.
+user, and too many shapes for the compiler are an error, where torch would only stop compiling. Fixtures
+of several files stand here too.
 """
 
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
+
+RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,3 +25,22 @@ def no_silent_return_to_eager():
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.config.fail_on_recompile_limit_hit = True
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """An empty base folder."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+    """
+    The base folder of an earlier release, with small models; the data lies in the current folder,
+    as when they were trained.
+    """
+    shutil.copytree(RELEASE, tmp_path / "release")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "release"))
+    monkeypatch.chdir(tmp_path / "release")
+    return tmp_path / "release"

@@ -32,6 +32,13 @@ SHAPE = [
     "--total_batch_size=512",
 ]
 CPU = ["--device_type=cpu", "--dtype=float32"]
+MID = [
+    *CPU,
+    "--data=tinyworld@60",
+    "--text=tinyworld@0.2",
+    "--num_iterations=3",
+    "--eval_tokens=2000",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +59,7 @@ def base(tmp_path_factory):
                 "--sample_every=0",
             ]
         )
-        mid_train.main(
-            [
-                *CPU,
-                "--data",
-                "tinyworld@60",
-                "--text",
-                "tinyworld@0.2",
-                "--num_iterations=3",
-                "--eval_tokens=2000",
-            ]
-        )
+        mid_train.main(MID)
         chat_sft.main(
             [
                 *CPU,
@@ -126,20 +123,18 @@ def test_base_loss_and_base_eval(here):
 
 def test_a_finished_stage_has_nothing_to_do(here, capsys):
     before = checkpoint.locate("mid").path.stat().st_mtime_ns
-    mid_train.main(
-        [
-            *CPU,
-            "--data",
-            "tinyworld@60",
-            "--text",
-            "tinyworld@0.2",
-            "--num_iterations=3",
-            "--eval_tokens=2000",
-            "--resume=auto",
-        ]
-    )
+    mid_train.main([*MID, "--resume=auto"])
     assert "nothing to do" in capsys.readouterr().out
     assert checkpoint.locate("mid").path.stat().st_mtime_ns == before
+
+
+def test_stages_that_chat_log_replies_as_they_train(here):
+    for stage in ("mid", "sft"):
+        rows = logbook.read(checkpoint.run_directory(stage, "d1"))
+        looks, samples = ([r for r in rows if r["kind"] == kind] for kind in ("eval", "sample"))
+        assert [r["step"] for r in samples] == [r["step"] for r in looks if r["step"]]
+        replies = [v for n, v in samples[-1].items() if n.startswith("sample/")]
+        assert len(replies) == 4 and any(replies)
 
 
 def test_no_parent_is_said(tmp_path, monkeypatch):

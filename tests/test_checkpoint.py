@@ -41,12 +41,6 @@ def newest_intact(directory: Path) -> int | None:
     return None if stored is None else stored.meta["step"]
 
 
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    return tmp_path
-
-
 # ---- round trip
 
 

@@ -308,35 +308,14 @@ def test_an_interrupted_comparison_resumes_to_the_same_results(here, tmp_path, m
 
 
 def test_equal_conditions_differ_by_exactly_nothing(here, tmp_path):
-    (pair,) = compare.main(
-        [
-            "--name=same",
-            f"--common={here}",
-            "--b=",
-            "--names",
-            "one",
-            "two",
-            "--seeds=2",
-            "--points=4",
-        ]
-    )["pairs"]
+    same = ["--name=same", f"--common={here}", "--b=", "--names", "one", "two", "--points=4"]
+    (pair,) = compare.main([*same, "--seeds=2"])["pairs"]
     for measure in ("final_bpb_delta", "saved_tokens_pct"):
         found = pair[measure]
         assert (found["mean"], found["lo"], found["hi"], found["p"]) == (0, 0, 0, 1) and found[
             "verdict"
         ] == "no difference seen"
-    grown = compare.main(
-        [
-            "--name=same",
-            f"--common={here}",
-            "--b=",
-            "--names",
-            "one",
-            "two",
-            "--seeds=3",
-            "--points=4",
-        ]
-    )
+    grown = compare.main([*same, "--seeds=3"])
     assert grown["pairs"][0]["n_seeds"] == 3
 
 

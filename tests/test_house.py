@@ -117,18 +117,18 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_300,
-    "base": 12_100,
+    "base": 12_210,
     "tinyworld": 9_600,
     "data": 34_600,
-    "model": 21_550,
+    "model": 22_820,
     "chat": 6_500,
     "chat/serve": 11_280,
     "eval": 18_500,
-    "train": 18_200,
-    "study": 11_400,
-    "plan": 15_950,
+    "train": 18_400,
+    "study": 13_510,
+    "plan": 15_760,
     "export": 7_620,
-    "commands": 20_700,
+    "commands": 21_530,
 }
 WHOLE = sum(CEILINGS.values())
 

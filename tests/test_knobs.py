@@ -126,31 +126,19 @@ def test_precedence_and_origins(tmp_path):
     recipe.write_text(
         '[all]\ndepth = 5\nrun = "all"\nunrelated = 1\n[base_train]\nrun = "mine"\nmodel-dim = 64\ndata = ["a", "b"]\n'
     )
-    inherited = {
-        "depth": 4,
-        "ratio": 7,
-        "tie_embeddings": True,
-        "activation": "gelu",
-        "data": ["old"],
-        "unknown": 3,
-    }
     values, origins = knobs.parse(
         Train,
         [f"--recipe={recipe}", "--activation=relu2"],
         command="base_train",
-        inherited=inherited,
     )
     assert values == Train(
         depth=5,
         run="mine",
         model_dim=64,
         data=("a", "b"),
-        ratio=7.0,
-        tie_embeddings=True,
         activation="relu2",
     )
     assert origins["depth"] == origins["run"] == f"recipe {recipe}"
-    assert origins["ratio"] == origins["tie_embeddings"] == "inherited"
     assert origins["activation"] == "command line"
     assert origins["kv_ratio"] == "default"
     table = knobs.show(values, origins).splitlines()
@@ -182,7 +170,7 @@ def test_recipe_mistakes_are_one_sentence(tmp_path, text, words):
 def test_a_recipe_may_say_none(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('[base_train]\nmodel_dim = "none"\n')
-    assert read("--recipe", str(recipe), inherited={"model_dim": 3}).model_dim is None
+    assert read("--recipe", str(recipe)).model_dim is None
 
 
 def test_help(capsys):
@@ -231,42 +219,6 @@ def test_what_is_written_is_read(depth, ratio, data, flag):
 def test_parsing_does_not_import_torch():
     code = "import sys, nanochat.base.knobs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Renamed:
-    """Knobs of which two have been renamed."""
-
-    conversations: int = knob(3, "conversations to make", was="talks")
-    shuffle: bool = knob(True, "mix them", was="stir")
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        ("--talks=5", Renamed(5)),
-        ("--talks 5 --conversations 6", Renamed(6)),
-        ("--no-stir", Renamed(shuffle=False)),
-    ],
-)
-def test_a_former_name_of_a_flag_works_with_a_notice(argv, expected, capsys):
-    assert knobs.parse(Renamed, argv.split(), command="chat_sft")[0] == expected
-    assert "is now called" in capsys.readouterr().err
-
-
-def test_a_former_name_works_in_recipes_and_checkpoints(tmp_path, capsys):
-    recipe = tmp_path / "r.toml"
-    recipe.write_text("[chat_sft]\ntalks = 7\n")
-    inherited = {"talks": 8, "stir": False}
-    values, origins = knobs.parse(Renamed, [], command="chat_sft", inherited=inherited)
-    assert values == Renamed(8, False) and origins["conversations"] == "inherited"
-    values, _ = knobs.parse(Renamed, ["--recipe", str(recipe)], command="chat_sft")
-    assert values == Renamed(7)
-    assert "talks" in capsys.readouterr().err
-
-
-def test_a_former_name_is_not_listed():
-    assert "talks" not in knobs.usage(Renamed, command="chat_sft")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])

@@ -4,7 +4,6 @@ finetuned model, all written by commit bf65c5b. The base run must resume to the 
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,26 +16,17 @@ RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 EXPECTED = json.loads((RELEASE / "expected.json").read_text())
 
 
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    """A base folder with the files of the release; the data lies in the current folder, as when the run was made."""
-    shutil.copytree(RELEASE, tmp_path / "release")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "release"))
-    monkeypatch.chdir(tmp_path / "release")
-    return tmp_path / "release"
-
-
-def test_a_base_run_resumes_to_the_recorded_end(base):
+def test_a_base_run_resumes_to_the_recorded_end(release):
     base_train.main(["--model_tag=old", "--resume=auto", "--data", "own=text.jsonl"])
     rows = [
         json.loads(line)
-        for line in (base / "checkpoints/base/old/metrics.jsonl").read_text().splitlines()
+        for line in (release / "checkpoints/base/old/metrics.jsonl").read_text().splitlines()
     ]
     losses = {str(r["step"]): r["loss"] for r in rows if r["kind"] == "train" and r["step"] > 6}
     assert losses.keys() == EXPECTED["losses"].keys()
     for step, loss in losses.items():
         assert loss == pytest.approx(EXPECTED["losses"][step], rel=1e-5)
-    weights = load_file(base / "checkpoints/base/old/step_000012/model.safetensors")
+    weights = load_file(release / "checkpoints/base/old/step_000012/model.safetensors")
     assert weights.keys() == EXPECTED["norms"].keys()
     for name, tensor in weights.items():
         assert float(tensor.to(torch.float64).norm()) == pytest.approx(
@@ -44,7 +34,7 @@ def test_a_base_run_resumes_to_the_recorded_end(base):
         )
 
 
-def test_a_finetuned_model_chats(base, capsys):
+def test_a_finetuned_model_chats(release, capsys):
     words = ["-i", "sft", "-t", "0", "-m", "12", "--device_type=cpu", "--dtype=float32"]
     chat_cli.main([*words, "-p", "Which pet do I have?"])
     assert capsys.readouterr().out.strip() == EXPECTED["answer"]

@@ -25,6 +25,7 @@ ORDER = (  # as a first run uses them; a command that is not listed comes last
     "chat_cli",
     "serve",
     "export",
+    "models",
     "report",
     "plan",
     "compare",

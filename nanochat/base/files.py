@@ -32,9 +32,10 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise disk_error(path, e) from e
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # also when Ctrl+C came
 
 
 def sha256_file(path: Path | str) -> str:
@@ -191,6 +192,17 @@ def reserve(path: Path, what: str) -> None:
         raise disk_error(path, e) from e
     if len(_held) == 1:
         atexit.register(release)
+
+
+def reserved(path: Path) -> bool:
+    """Whether a living process, this one too, has reserved what this lock file stands for."""
+    try:
+        if any(os.path.samefile(path, held) for held in _held):
+            return True  # to close the file again would give the lock up
+        with open(path, "r+b") as file:
+            return not _lock(file, wait=False, whole_process=True)
+    except OSError:
+        return False
 
 
 def release() -> None:

@@ -6,6 +6,7 @@ similar card. Looking up a card does not import torch.
 """
 
 import functools
+import os
 import platform
 import re
 import subprocess
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nanochat.base.common import human
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +91,23 @@ def device_name(device: "torch.device") -> str:
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+def describe_machine(device: "torch.device") -> dict[str, str]:
+    """What a run notes about the machine that it trains on, in words."""
+    import torch
+
+    described = {
+        "processor": device_name(torch.device("cpu")),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+        "memory": f"{human(total_memory())}B",
+        "system": f"{platform.system()} {platform.machine()}",
+        "PyTorch": torch.__version__,
+    }
+    if device.type == "cuda":
+        memory = human(torch.cuda.mem_get_info(device)[1])
+        described["GPU"] = f"{device_name(device)}, {memory}B"
+    return described
 
 
 def _best_seconds(

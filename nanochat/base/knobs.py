@@ -20,7 +20,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from nanochat.base.commands import command_names, first_sentence, near
-from nanochat.base.common import UserError, notice, print0
+from nanochat.base.common import UserError, print0
 from nanochat.base.strangers import read_toml, shown
 
 T = TypeVar("T")
@@ -48,12 +48,11 @@ def knob(
     positional: bool = False,
     low: float | None = None,
     high: float | None = None,
-    was: str = "",
 ) -> Any:
     """
     One field of a command's dataclass: `depth: int = knob(20, "layers of the model", low=1)`.
     `alias` is a short flag such as "-p". `positional` lets the value stand without its flag.
-    `low` and `high` are inclusive bounds. `was` is a former name, which still works everywhere.
+    `low` and `high` are inclusive bounds.
     The return type is Any, as that of dataclasses.field is.
     """
     metadata = {
@@ -62,7 +61,6 @@ def knob(
         "positional": positional,
         "low": low,
         "high": high,
-        "was": was,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -179,15 +177,6 @@ def _knobs(cls: type) -> dict[str, _Knob]:
     }
 
 
-def _present_name(knobs: Mapping[str, _Knob], name: str, where: str) -> str:
-    """The name of the knob that was once called `name`, with a notice; else `name` itself."""
-    for knob in knobs.values():
-        if name and name == knob.meta["was"]:
-            notice(f"{name} {where} is now called {knob.name}")
-            return knob.name
-    return name
-
-
 # ---- the command line
 
 
@@ -204,7 +193,6 @@ def _find(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, b
     if flag.startswith("--"):
         name = flag[2:].replace("-", "_")
         for negated, candidate in ((False, name), (True, name.removeprefix("no_"))):
-            candidate = _present_name(knobs, candidate, "on the command line")
             if candidate in knobs and (not negated or knobs[candidate].kind is bool):
                 return knobs[candidate], negated
     similar = near(flag, [*aliases, *(f"--{name}" for name in knobs)])
@@ -307,7 +295,7 @@ def _known_values(
     """The entries that set one of the knobs; with `strict`, any other is a UserError."""
     values = {}
     for key, value in entries.items():
-        name = _present_name(knobs, key.replace("-", "_"), where)
+        name = key.replace("-", "_")
         if name in knobs:
             values[name] = knobs[name].from_data(value, f"{name} {where}")
         elif strict:
@@ -341,14 +329,13 @@ def parse(
     argv: Sequence[str] | None = None,
     *,
     command: str,
-    inherited: Mapping[str, Any] | None = None,
     description: str = "",
 ) -> tuple[T, dict[str, str]]:
     """
     An instance of `cls`, a flat dataclass of knobs, and the origin of each of its values:
-    "default", "inherited", "recipe FILE" or "command line". `argv` is sys.argv[1:] by default.
+    "default", "recipe FILE" or "command line". `argv` is sys.argv[1:] by default.
     `command` is its name, such as "base_train" or "plan memory"; their tables in a recipe are
-    [base_train] and [plan_memory]. Names in `inherited` and in [all] that `cls` lacks are ignored.
+    [base_train] and [plan_memory]. Names in [all] that `cls` lacks are ignored.
 
     -h prints the help and exits with status 0. The help starts with `description`, by default the
     first sentence of the module that defines `cls`. Raises UserError for every mistake.
@@ -362,7 +349,6 @@ def parse(
     values, origins = {}, {}
     for origin, layer in (
         ("default", {name: knob.default for name, knob in knobs.items()}),
-        ("inherited", _known_values(knobs, inherited or {}, "in the checkpoint")),
         *((f"recipe {file}", _read_recipe(knobs, file, _table(command))) for file in recipes),
         ("command line", given),
     ):
@@ -374,7 +360,7 @@ def parse(
 def show(values: Any, origins: Mapping[str, str]) -> str:
     """A table of the values and their origins, those that are not defaults first."""
     rows = [
-        (f.name, _as_typed(getattr(values, f.name)), origins.get(f.name, "default"))
+        (f.name, as_typed(getattr(values, f.name)), origins.get(f.name, "default"))
         for f in dataclasses.fields(values)
     ]
     rows.sort(key=lambda row: row[2] == "default")
@@ -382,10 +368,10 @@ def show(values: Any, origins: Mapping[str, str]) -> str:
     return "\n".join(f"  {n:<{name}}  {v:<{min(value, 40)}}  {origin}" for n, v, origin in rows)
 
 
-def _as_typed(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as a person would type it after its flag."""
-    if isinstance(value, tuple):
-        return " ".join(map(_as_typed, value))
+    if isinstance(value, tuple | list):
+        return " ".join(map(as_typed, value))
     if isinstance(value, float):
         return f"{value:.10g}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
@@ -424,6 +410,6 @@ def _explain(section: Any, knob: _Knob) -> None:
     """Add a knob to a section of the help."""
     flag = f"--[no-]{knob.name}" if knob.kind is bool else f"--{knob.name}"
     names = f"{knob.meta['alias']}, {flag}" if knob.meta["alias"] else flag
-    default = f" [{_as_typed(knob.default)}]" if knob.default not in ("", ()) else ""
+    default = f" [{as_typed(knob.default)}]" if knob.default not in ("", ()) else ""
     text = (knob.meta["help"] + default).strip().replace("%", "%%")
     section.add_argument(names, dest=knob.name, metavar=knob.metavar, help=text)

@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.export.target import destinations
     from nanochat.model import prior, prior_artifact
     from nanochat.model.gpt import GPT
+    from nanochat.study import report
     from nanochat.train import stage
     from nanochat.train.horizon import choose_horizon
     from nanochat.train.run import open_run, reserve_run, resume_knobs
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             stage.bits_per_byte_evaluation(run, val, feed, horizon),
             stage.sample_evaluation(run, PROMPTS),
         ]
-        return stage.train(run, feed, horizon, evaluations)
+        return report.train(run, feed, horizon, evaluations)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.chat.generate import Engine
     from nanochat.commands.chat_eval import named_tasks
     from nanochat.eval.chat import judge
+    from nanochat.study import report
     from nanochat.train import stage
     from nanochat.train.evaluation import Evaluation, Size
     from nanochat.train.horizon import conversation_horizon
@@ -130,11 +131,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"  {k.samples} replies to {k.questions_per_step} questions per step, "
             f"from {len(questions):,} questions"
         )
+        shown = [task.prompt(item) for task, items in held_out.items() for item in items[:2]]
         evaluations = [
-            Evaluation("eval", stage.evaluation_interval(run), measure, start=True, size=size)
+            Evaluation("eval", stage.evaluation_interval(run), measure, start=True, size=size),
+            stage.sample_evaluation(run, [p["messages"][-1]["content"] for p in shown]),
         ]
         stage.compile_if_it_pays(run, horizon, one_shape=False)
-        return stage.train(run, feed, horizon, evaluations, k.init_lr_frac)
+        return report.train(run, feed, horizon, evaluations, k.init_lr_frac)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     k, origins = parse(FinetuneKnobs, argv, command="chat_sft")
     opening("chat_sft", log=True)
 
+    from nanochat.study import report
     from nanochat.train import stage
     from nanochat.train.horizon import conversation_horizon
     from nanochat.train.run import open_from_parent
@@ -47,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         val = stage.conversation_shards(run, "val")
         stage.summarise_data(run, feed, val, horizon)
         print0(f"  {horizon.rows} conversations per step")
-        evaluations = [stage.bits_per_byte_evaluation(run, val, feed, horizon)]
+        evaluations = [
+            stage.bits_per_byte_evaluation(run, val, feed, horizon),
+            stage.sample_evaluation(run),
+        ]
         rate_scale = run.knobs.init_lr_frac
-        return stage.train(run, feed, horizon, evaluations, rate_scale)
+        return report.train(run, feed, horizon, evaluations, rate_scale)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.data.shards import prepare
     from nanochat.data.sources import check_weights, training_sources
     from nanochat.eval.tasks import mixture
+    from nanochat.study import report
     from nanochat.train import stage
     from nanochat.train.horizon import conversation_horizon, whole_rows
     from nanochat.train.run import open_from_parent
@@ -56,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         val = stage.conversation_shards(run, "val")
         stage.summarise_data(run, feed, val, horizon)
         print0(f"  {horizon.rows * T:,} tokens per step ({horizon.rows} rows of {T})")
-        evaluations = [stage.bits_per_byte_evaluation(run, val, feed, horizon)]
-        return stage.train(run, feed, horizon, evaluations)
+        evaluations = [
+            stage.bits_per_byte_evaluation(run, val, feed, horizon),
+            stage.sample_evaluation(run),
+        ]
+        return report.train(run, feed, horizon, evaluations)
 
 
 if __name__ == "__main__":

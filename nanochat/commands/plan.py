@@ -1,6 +1,6 @@
 """
 Plan a run: count parameters, predict memory, measure speed, choose a recipe for a budget of hours,
-test it with a pilot, and split the time between stages.
+and test it with a pilot.
 
     nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
     nanochat plan memory --depth 12 --gpu rtx3090
@@ -26,7 +26,6 @@ SUBCOMMANDS = {  # name -> (its module, its class of knobs), in the order of use
     "probe": ("nanochat.plan.probe", "ProbeKnobs"),
     "recipe": ("nanochat.plan.recipe", "RecipeKnobs"),
     "pilot": ("nanochat.plan.pilot", "PilotKnobs"),
-    "split": ("nanochat.plan.split", "SplitKnobs"),
 }
 
 

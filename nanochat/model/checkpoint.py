@@ -36,7 +36,15 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import stored
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.model.stages import STAGES, run_directory, stage_directory
+from nanochat.model.header import read_header
+from nanochat.model.stages import (
+    STAGES,
+    by_preference,
+    run_directory,
+    saved_last,
+    stage_directory,
+    step_folders,
+)
 
 FORMAT = 2
 MODEL, OPTIMIZER, META = "model.safetensors", "optim.safetensors", "meta.json"
@@ -49,7 +57,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     a second copy.
     """
     try:
-        stored.read_header(path)
+        read_header(path)
         return load_file(path)
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(
@@ -100,7 +108,7 @@ class Checkpoint:
         """The architecture. UserError if the weights are not those of such a model."""
         config = GPTConfig.from_dict(self.meta["config"])
         try:
-            fault = stored.header_fault(stored.read_header(self.path / MODEL), config)
+            fault = stored.header_fault(read_header(self.path / MODEL), config)
         except (OSError, ValueError) as e:
             fault = str(e)
         if fault:
@@ -349,11 +357,6 @@ def put_aside_after(directory: Path, step: int) -> None:
 # ---- runs with one tag
 
 
-def was_set_aside(directory: Path) -> bool:
-    """Whether this is the folder of an older run, which another run with its tag replaced."""
-    return re.fullmatch(r"\.old\d*", directory.suffix) is not None
-
-
 @contextmanager
 def new_run(directory: Path) -> Iterator[None]:
     """
@@ -407,8 +410,7 @@ def at_step(directory: Path, step: int) -> Checkpoint:
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
     """The checkpoints in a run's folder, oldest first, including damaged ones."""
-    folders = (p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit())
-    return sorted(map(Checkpoint, folders), key=lambda checkpoint: checkpoint.step)
+    return [Checkpoint(folder) for folder in step_folders(directory)]
 
 
 def newest(directory: Path, step: int | None = None, optimizer: bool = False) -> Checkpoint | None:
@@ -440,19 +442,13 @@ def newest_to_resume(directory: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _saved_last(run: Path) -> tuple[bool, float]:
-    """A key that sorts runs by the time of their last save, those that were set aside first."""
-    times = [checkpoint.path.stat().st_mtime for checkpoint in list_checkpoints(run)]
-    return not was_set_aside(run), max(times, default=0.0)
-
-
 def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
     """
     The newest intact checkpoint of a stage, or that of `step`. Without a tag, runs are tried from
     the one saved last; runs that were set aside come last. Raises UserError when there is none.
     """
     root = stage_directory(stage)
-    runs = [run_directory(stage, tag)] if tag else sorted(root.glob("*"), key=_saved_last)
+    runs = [run_directory(stage, tag)] if tag else sorted(root.glob("*"), key=saved_last)
     for run in reversed(runs):
         if checkpoint := newest(run, step):
             return checkpoint
@@ -472,16 +468,9 @@ def choose(stage: str = "auto", tag: str = "", step: int | None = None) -> tuple
     """
     if stage != "auto":
         return stage, locate(stage, tag, step)
-    runs: dict[str, dict[str, Path]] = {}  # tag -> stage -> folder
-    for name in reversed(STAGES):
-        folders = [run_directory(name, tag)] if tag else stage_directory(name).glob("*")
-        for run in folders:
-            runs.setdefault(run.name, {})[name] = run
-    by_age = sorted(runs.values(), key=lambda stages: max(map(_saved_last, stages.values())))
-    for stages in reversed(by_age):
-        for name, run in stages.items():
-            if checkpoint := newest(run, step):
-                return name, checkpoint
+    for name, run in by_preference(tag):
+        if checkpoint := newest(run, step):
+            return name, checkpoint
     model = f"model tagged {tag!r}" if tag else "model"
     at = f" at step {step}" if step is not None else ""
     raise UserError(

@@ -1,6 +1,7 @@
 """The stages of training, in order, and the folders of their runs. Imports no torch."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,6 +42,11 @@ def run_directory(stage: str, tag: str) -> Path:
     return stage_directory(stage) / tag
 
 
+def lock_file(run: Path) -> Path:
+    """The file that a process locks while it trains in the folder of a run."""
+    return run.with_name(f".{run.name}.lock")
+
+
 def split_name(name: str) -> tuple[str, str]:
     """
     The stage and the tag that a person means with STAGE, TAG, STAGE/TAG or TAG/STAGE: "auto" for
@@ -56,3 +62,35 @@ def split_name(name: str) -> tuple[str, str]:
             f"there is no stage in {name!r}: write STAGE/TAG, with one of {', '.join(STAGES)}"
         )
     return second, first
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The folders of the checkpoints in a run's folder, oldest first, including damaged ones."""
+    folders = (p for p in run.glob("step_*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+
+
+def was_set_aside(run: Path) -> bool:
+    """Whether this is the folder of an older run, which another run with its tag replaced."""
+    return re.fullmatch(r"\.old\d*", run.suffix) is not None
+
+
+def saved_last(run: Path) -> tuple[bool, float]:
+    """A key that sorts runs by the time of their last save, those that were set aside first."""
+    times = [folder.stat().st_mtime for folder in step_folders(run)]
+    return not was_set_aside(run), max(times, default=0.0)
+
+
+def by_preference(tag: str = "") -> Iterator[tuple[str, Path]]:
+    """
+    (stage, folder) of every run, or of those with this tag, in the order in which commands prefer
+    them: the furthest stage of the tag saved last comes first.
+    """
+    runs: dict[str, dict[str, Path]] = {}  # tag -> stage -> folder
+    for name in reversed(STAGES):
+        folders = [run_directory(name, tag)] if tag else stage_directory(name).glob("*")
+        for run in folders:
+            runs.setdefault(run.name, {})[name] = run
+    by_age = sorted(runs.values(), key=lambda stages: max(map(saved_last, stages.values())))
+    for stages in reversed(by_age):
+        yield from stages.items()

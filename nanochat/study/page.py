@@ -1,6 +1,6 @@
 """
 Write one HTML page with plots and tables inside it. A page needs no network, no script and no other
-file, and follows the reader's light or dark setting.
+file, forbids the browser all of them, and follows the reader's light or dark setting.
 """
 
 import html
@@ -54,6 +54,9 @@ UNITS = {  # of what curves are drawn against: sizes and names, in order of size
     "seconds": ((1.0, "seconds"), (60.0, "minutes"), (3600.0, "hours")),
     "FLOPs": tuple((10.0**power, f"10^{power} FLOPs") for power in range(0, 30, 3)),
 }
+POLICY = (  # of a page, which holds what models and strangers wrote: no scripts, nothing fetched
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
 Cell = str | tuple[str, str]  # of a table: text, or text with small text below it
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d232b; --paper: #fbfbfa; --soft: #5d6875;
@@ -64,13 +67,18 @@ body { margin: 2.5rem auto; max-width: 72rem; padding: 0 1.25rem; background: va
        color: var(--ink); font: 15px/1.55 system-ui, sans-serif }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem }
 h3 { font-size: .95rem; margin: 1.2rem 0 .2rem }
-header p, small { color: var(--soft); margin: .2rem 0 } small { display: block; font-size: .78em }
+header p, small, .note { color: var(--soft); margin: .2rem 0 }
+small { display: block; font-size: .78em }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .9rem; text-align: right; border-bottom: 1px solid var(--rule);
          vertical-align: top; white-space: nowrap }
 th:first-child { text-align: left; padding-left: 0 }
 thead th { font-weight: 500; color: var(--soft) } tbody th { font-weight: 600 }
+.text th, .text td { text-align: left } .text thead th { white-space: normal }
+.text td { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; max-width: 24rem }
+.text small { display: inline; margin-left: .6em }
+summary { cursor: pointer; color: var(--soft); margin: .75rem 0 .25rem }
 th i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .55em }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
          gap: 1.5rem 2rem }
@@ -113,7 +121,7 @@ def draw_lines(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
         if line.band:
             low, high = line.band
             axes.fill_between(line.x / size, low, high, color=style["color"], **BAND)
-        elif len(line.x) < 40:
+        elif len(line.x) < 25:
             style["marker"] = "o"
         dashes = "-" if line.number < len(LIGHT) else "--"
         axes.plot(line.x / size, line.y, dashes, **style)
@@ -154,10 +162,11 @@ def table(
     heads: Iterable[str],
     rows: Iterable[tuple[str, Sequence[Cell]]],
     first_colour: int | None = None,
+    kind: str = "",
 ) -> str:
     """
     A table of rows (head, cells). With `first_colour`, rows start with dots in the colours of
-    successive curves.
+    successive curves. Cells hold figures, or sentences if `kind` is "text".
     """
     parts = [f"<th>{html.escape(text)}</th>" for text in heads]
     parts = ["<thead><tr>", *parts, "</tr></thead><tbody>"]
@@ -170,22 +179,28 @@ def table(
             note = f"<small>{html.escape(small)}</small>" if small else ""
             parts.append(f"<td>{html.escape(text)}{note}</td>")
         parts.append("</tr>")
-    return f'<div class="wide"><table>{"".join(parts)}</tbody></table></div>'
+    return f'<div class="wide {kind}"><table>{"".join(parts)}</tbody></table></div>'
 
 
-def write_page(title: str, sections: Mapping[str, str], out: Path | str) -> Path:
+def write_page(
+    title: str, sections: Mapping[str, str], out: Path | str, refresh: int = 0, note: str = ""
+) -> Path:
     """
     Write a page to `out` and return its path. `sections` maps headings to HTML; empty ones are
-    left out.
+    left out. With `refresh`, browsers load the page anew every so many seconds. `note` is a line
+    below the title.
     """
     style = STYLE
     for name, colours in (("LIGHT", LIGHT), ("DARK", DARK)):
         style = style.replace(name, " ".join(f"--c{i}: {c};" for i, c in enumerate(colours)))
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
         '<meta name="viewport" content="width=device-width">',
         f"<title>{html.escape(title)}</title><style>{style}</style></head><body>",
-        f"<header><h1>{html.escape(title)}</h1><p>{datetime.now():%Y-%m-%d %H:%M}</p></header>",
+        f"<header><h1>{html.escape(title)}</h1><p>{datetime.now():%Y-%m-%d %H:%M}</p>",
+        f"<p>{html.escape(note)}</p></header>" if note else "</header>",
         *(f"<h2>{html.escape(head)}</h2>{text}" for head, text in sections.items() if text),
         "</body></html>\n",
     ]

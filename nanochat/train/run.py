@@ -21,7 +21,7 @@ from nanochat.data.contexts import Contexts
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.checkpoint import Checkpoint, locate, newest_to_resume
 from nanochat.model.gpt import GPT
-from nanochat.model.stages import STAGES, run_directory
+from nanochat.model.stages import STAGES, lock_file, run_directory
 from nanochat.train import resume
 from nanochat.train.knobs import K, LaterStageKnobs, inherit
 from nanochat.train.loop import from_main
@@ -98,7 +98,7 @@ def reserve_run(stage: str, tag: str) -> None:
     """Reserve a run's folder for this process; UserError if another process is training there."""
     if rank() == 0:
         directory = run_directory(stage, tag)
-        reserve(directory.with_name(f".{tag}.lock"), f"the run {tag} in {directory}")
+        reserve(lock_file(directory), f"the run {tag} in {directory}")
 
 
 def resume_knobs(

@@ -14,6 +14,7 @@ from typing import Any
 from nanochat.base import knobs
 from nanochat.base.common import UserError, human, notice, print0
 from nanochat.base.files import release
+from nanochat.base.hardware import describe_machine
 from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import close_runtime, compiler_missing, out_of_memory, rank_lost
 from nanochat.chat.generate import Engine
@@ -22,9 +23,10 @@ from nanochat.data.shards import Shards
 from nanochat.data.sources import default_sources
 from nanochat.data.summary import survey
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
+from nanochat.eval.chat import visible_text
 from nanochat.eval.tasks import mixture
 from nanochat.model.checkpoint import new_run, newest, put_aside_after, require_space
-from nanochat.model.stages import run_directory
+from nanochat.model.stages import STAGES, run_directory
 from nanochat.train import compiler, resume
 from nanochat.train.evaluation import Evaluation, Size
 from nanochat.train.horizon import Horizon
@@ -41,6 +43,12 @@ from nanochat.train.scaling import (
     evaluations_within,
 )
 
+QUESTIONS = (  # that stages which chat answer as they train
+    "Hello!",
+    "What is your name?",
+    "What is the capital of France?",
+    "How much is 7 plus 5?",
+)
 WeightedShards = list[tuple[Shards, float | None]]
 
 
@@ -157,27 +165,37 @@ def evaluation_rows(run: OpenRun, feed: RowFeed) -> tuple[int, bool]:
     return rows, run.model.compiled
 
 
-def sample_evaluation(run: OpenRun, prompts: Sequence[str]) -> Evaluation:
-    """Greedy continuations of a few prompts, printed and logged."""
-    budget, length = run.budget_seconds, 24
+def sample_evaluation(run: OpenRun, prompts: Sequence[str] = QUESTIONS) -> Evaluation:
+    """Greedy continuations of a few prompts or, in a stage that chats, replies; they are logged."""
+    budget, chats = run.budget_seconds, STAGES[run.stage].chats
+    length = 48 if chats else 24
     if run.knobs.sample_every < 0:
-        run.resolve(sample_every=1 / evaluations_within(budget) if budget else 0.25)
+        every = 1 / evaluations_within(budget) if budget else 0.25
+        run.resolve(sample_every=evaluation_interval(run) if chats else every)
     seconds = evaluation_seconds(budget, SAMPLING)
     size = Size(seconds, least=3, most=length) if budget else None
+    tokenizer, context = run.tokenizer, run.model.config.sequence_len
+
+    def tokens(prompt: str) -> list[int]:
+        if not chats:
+            return tokenizer.encode(prompt, bos=True)
+        return tokenizer.render_prompt({"messages": [{"role": "user", "content": prompt}]})
+
+    rows = {prompt: ids for prompt in prompts if len(ids := tokens(prompt)) < context}
 
     def measure() -> dict[str, str]:
-        if not run.runtime.is_main:
+        if not rows or not run.runtime.is_main:
             return {}
-        encode, decode = run.tokenizer.encode, run.tokenizer.decode
-        samples = Engine(run.model, run.tokenizer).generate_batch(
-            [encode(prompt, bos=True) for prompt in prompts],
+        samples = Engine(run.model, tokenizer).generate_batch(
+            list(rows.values()),
             max_tokens=size.now if size else length,
             temperature=0.0,
         )
-        return {
-            f"sample/{prompt}": decode(sample.tokens)
-            for prompt, sample in zip(prompts, samples, strict=True)
-        }
+        texts = {}
+        for prompt, sample in zip(rows, samples, strict=True):
+            visible = visible_text(tokenizer, sample.tokens) if chats else ""
+            texts[f"sample/{prompt}"] = visible.strip() or tokenizer.decode(sample.tokens)
+        return texts
 
     return Evaluation("sample", run.knobs.sample_every, measure, size=size)
 
@@ -282,7 +300,7 @@ def train(
             run.directory,
             sinks=k.sinks,
             run_name=k.run,
-            config=meta,
+            config={**meta, "machine": describe_machine(runtime.device)},
             step=checkpoint.step if checkpoint else 0,
         )
     training = Run(

@@ -14,14 +14,8 @@ from nanochat.chat.generate import Engine
 from nanochat.chat.serve.requests import ApiError
 from nanochat.chat.serve.worker import Worker
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.model.checkpoint import (
-    STAGES,
-    Checkpoint,
-    list_checkpoints,
-    load_for_inference,
-    stage_directory,
-    was_set_aside,
-)
+from nanochat.model.checkpoint import Checkpoint, list_checkpoints, load_for_inference
+from nanochat.model.stages import STAGES, stage_directory, was_set_aside
 
 MOST_LOADED = 2
 

@@ -1,0 +1,176 @@
+"""
+What is trained: one record for every folder under checkpoints/. Records come from metadata alone;
+no tensor is read or hashed, and torch is not imported. Damaged folders, and those that somebody
+else has put there, get a record that says what is wrong with them.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from nanochat.base import logbook
+from nanochat.base.common import UserError, base_dir
+from nanochat.base.files import release, reserve, reserved
+from nanochat.base.strangers import is_number, mismatch, read_json
+from nanochat.model.header import read_header
+from nanochat.model.stages import (
+    STAGES,
+    by_preference,
+    lock_file,
+    stage_directory,
+    step_folders,
+    was_set_aside,
+)
+
+MOST_META = 2**22  # bytes
+_META = {"tokens": int, "seconds": float, "done": bool, "last": {str: {str: object}}}
+_OF_A_RUN = re.compile(r"metrics\.jsonl|tensorboard|wandb|trackio|\.?(damaged_)?step_\d+\S*")
+_OF_A_CHECKPOINT = re.compile(r"(model|optim)\.safetensors|(meta|manifest)\.json|\..+\.tmp")
+
+
+@dataclass
+class RunRecord:
+    """A run, or another folder where runs belong. What is not known is None."""
+
+    stage: str
+    tag: str
+    folder: str
+    disk_bytes: int
+    state: str = "finished"  # or "training", "unfinished", "set aside"
+    problem: str = ""  # why it has no model that could be used
+    default: bool = False  # whether commands use this model unless told otherwise
+    step: int | None = None  # of the newest checkpoint
+    saved: str | None = None  # when that was, as 2026-01-31T12:00:00
+    parameters: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    val_bpb: float | None = None
+    accuracy: float | None = None  # in the newest chat_eval
+    questions: int | None = None
+    pass_at_1: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}/{self.tag}" if self.tag else self.stage
+
+
+def find_records() -> list[RunRecord]:
+    """All runs in the order in which commands prefer them; then what is no run."""
+    records = [_record(stage, run) for stage, run in by_preference() if run.is_dir()]
+    usable = [record for record in records if not record.problem]
+    if usable:
+        usable[0].default = True
+    known = {record.folder for record in records}
+    for folder in _others():
+        if str(folder) not in known:
+            stage = folder.parent.name if folder.parent.name in STAGES else folder.name
+            tag = folder.name if stage != folder.name else ""
+            problem = "it is not a folder" if stage in STAGES else "there is no such stage"
+            records.append(RunRecord(stage, tag, str(folder), size_of(folder), problem=problem))
+    return records
+
+
+def _others() -> Iterator[Path]:
+    """What stands beside the folders of the stages and, but for locks, within them."""
+    root = base_dir() / "checkpoints"
+    yield from (p for p in sorted(root.glob("*")) if p.name not in STAGES)
+    for stage in STAGES:
+        for p in sorted(stage_directory(stage).glob("*")):
+            if not re.fullmatch(r"\..+\.lock", p.name):
+                yield p
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder (or of one file); links are not followed."""
+    sizes = []
+    for root, _, names in os.walk(folder):
+        sizes += [os.lstat(os.path.join(root, name)).st_size for name in names]
+    return sum(sizes) if folder.is_dir() else folder.lstat().st_size
+
+
+def _record(stage: str, run: Path) -> RunRecord:
+    record = RunRecord(stage, run.name, str(run), size_of(run))
+    if reserved(lock_file(run)):
+        record.state = "training"
+    elif was_set_aside(run):
+        record.state = "set aside"
+    record.problem = "it holds no checkpoint"
+    for folder in reversed(step_folders(run)):
+        try:
+            _fill(record, folder)
+            record.problem = ""
+            break
+        except (OSError, ValueError, KeyError, TypeError, UserError) as e:
+            record.problem = f"{folder.name} is damaged ({e})"
+    answers = logbook.newest(run, "chat_eval")
+    if is_number(answers.get("accuracy")) and is_number(answers.get("n")):
+        record.accuracy, record.questions = answers["accuracy"], int(answers["n"])
+    return record
+
+
+def _fill(record: RunRecord, folder: Path) -> None:
+    """What a checkpoint says. OSError, ValueError, KeyError or TypeError if it is damaged."""
+    read_json(folder / "manifest.json")["model.safetensors"]  # it was written to its end
+    meta: dict[str, Any] = read_json(folder / "meta.json", MOST_META)
+    if fault := mismatch(meta, _META, "meta"):
+        raise ValueError(fault)
+    header = read_header(folder / "model.safetensors")
+    trained = [s for name, (_, s) in header.items() if not re.match(r"prior\.(?!gates)", name)]
+    record.parameters = sum(map(prod, trained))
+    record.step = int(folder.name[5:])
+    record.saved = datetime.fromtimestamp(folder.stat().st_mtime).isoformat(timespec="seconds")
+    record.tokens, record.seconds = meta.get("tokens"), meta.get("seconds")
+    figures = meta.get("last", {}).get("eval", {})
+    record.val_bpb, record.pass_at_1 = (
+        figures[name] if is_number(figures.get(name)) else None for name in ("val_bpb", "pass@1")
+    )
+    if record.state == "finished" and not meta.get("done", True):
+        record.state = "unfinished"
+
+
+def foreign_file(run: Path) -> str:
+    """The name of something in a run's folder that no run writes; '' if there is nothing."""
+    for path in sorted(run.iterdir()):
+        if not _OF_A_RUN.fullmatch(path.name) or path.is_symlink():
+            return path.name
+    for path in run.glob("*step_*/*"):
+        if not _OF_A_CHECKPOINT.fullmatch(path.name):
+            return f"{path.parent.name}/{path.name}"
+    return ""
+
+
+def check_removable(record: RunRecord) -> None:
+    """UserError if this is no run, or if the folder holds what no run writes."""
+    run = Path(record.folder)
+    if record.stage not in STAGES or not run.is_dir() or run.is_symlink():
+        raise UserError(f"{run} is not the folder of a run: remove it yourself")
+    if name := foreign_file(run):
+        raise UserError(
+            f"{run} holds {name}, which no run writes: move it elsewhere, or remove the folder "
+            "yourself"
+        )
+
+
+def remove(record: RunRecord) -> None:
+    """
+    Delete a run's folder, while nobody can train in it. UserError if somebody does, if the disk
+    refuses, or as check_removable. If interrupted, a folder remains that can be removed again.
+    """
+    run = Path(record.folder)
+    reserve(lock_file(run), f"the run {record.name}")
+    try:
+        check_removable(record)
+        shutil.rmtree(run)
+    except OSError as e:
+        raise UserError(
+            f"cannot remove {e.filename or run} ({e.strerror}): change its mode or its owner, and "
+            "repeat the command"
+        ) from e
+    finally:
+        release()
