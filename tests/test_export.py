@@ -183,10 +183,10 @@ REFUSED = [
     ),
     (
         "hf",
-        {"copy_heads": 1, "convolutions": True},
+        {"copy_heads": 1, "convolutions": True, "value_embeddings": True},
         2,
         {},
-        "--copy_heads and --convolutions: train with --lookback=off",
+        "--copy_heads and --convolutions and --value_embeddings: train with --lookback=off",
     ),
     ("ollama", {"activation": "swiglu"}, 3, {}, "--uncapped"),
     ("hf", {"activation": "swiglu"}, 2, {}, "--softcap=0"),

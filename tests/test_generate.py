@@ -32,7 +32,12 @@ SHAPES = {
         "activation": "silu",
         "mlp_ratio": 2.5,
     },
-    "copy heads, convolutions": {"copy_heads": 1, "convolutions": True, "window_pattern": "SL"},
+    "copy heads, convolutions, value embeddings": {
+        "copy_heads": 1,
+        "convolutions": True,
+        "value_embeddings": True,
+        "window_pattern": "SL",
+    },
     "gelu, another rotation": {
         "activation": "gelu",
         "rope_base": 500.0,

@@ -141,6 +141,12 @@ def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
             [w[a + "v.weight"][n * D : (n + 1) * D] @ h[t] for n in range(c.n_kv_head)]
             for t in range(T)
         ]
+        if c.value_embeddings and (c.n_layer - 1 - layer) % 2 == 0:
+            table = w[f"value_tables.{layer}.weight"]
+            for t in range(T):
+                gates = 3 / (1 + np.exp(-w[a + "value_gate.weight"] @ h[t][:12]))
+                parts = table[idx[t]].reshape(c.n_kv_head, D)
+                v[t] = [v[t][n] + gates[n] * parts[n] for n in range(c.n_kv_head)]
         short = c.window_pattern[layer % len(c.window_pattern)] == "S" and layer < c.n_layer - 1
         reach = c.sequence_len // 2 if short else T
         y = np.zeros_like(x)
@@ -176,6 +182,8 @@ KNOBS = [
     {"n_kv_head": 4},
     {"copy_heads": 1},
     {"convolutions": True},
+    {"value_embeddings": True, "n_layer": 3},
+    {"value_embeddings": True, "copy_heads": 1, "tie_embeddings": True},
     {"copy_heads": 2, "n_kv_head": 4, "convolutions": True, "window_pattern": "S"},
     {
         "tie_embeddings": True,
@@ -433,7 +441,9 @@ def test_keys_are_clean(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{}, {"copy_heads": 1, "convolutions": True}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"copy_heads": 1, "convolutions": True, "value_embeddings": True}], ids=str
+)
 def test_compiled_equals_eager(knobs):
     plain = tiny.randomise(tiny.model(**knobs))
     compiled = tiny.randomise(tiny.model(**knobs)).compile()

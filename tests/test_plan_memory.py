@@ -101,7 +101,7 @@ def measured(
         {"tie_embeddings": True},
         {"activation": "swiglu", "mlp_ratio": 2.5},
         {"window_pattern": "SL", "softcap": 0.0},
-        {"convolutions": True, "copy_heads": 1},
+        {"convolutions": True, "copy_heads": 1, "value_embeddings": True},
     ],
     ids=str,
 )

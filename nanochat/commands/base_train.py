@@ -52,8 +52,9 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
     )
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
-        "on = --copy_heads=1 --convolutions, with which a short run learns faster, but which "
-        "cannot be exported; auto = on a CPU with a budget of at most 20 minutes, without --rap",
+        "on = --copy_heads=1 --convolutions --value_embeddings, with which a short run learns "
+        "faster, but which cannot be exported; auto = on a CPU with a budget of at most 20 "
+        "minutes, without --rap",
     )
 
 
@@ -66,7 +67,7 @@ def with_lookback(
     if k.lookback == "off" or (k.lookback == "auto" and not short):
         return k, origins
     heads = 1 if k.dimensions()["n_kv_head"] > 1 else 0  # one head must know positions
-    added = {"copy_heads": heads, "convolutions": True}
+    added = {"copy_heads": heads, "convolutions": True, "value_embeddings": True}
     added = {name: value for name, value in added.items() if origins[name] == "default"}
     return replace(k, **added), {**origins, **dict.fromkeys(added, "rule")}
 

@@ -54,8 +54,8 @@ def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None
 
 def _parts_without_a_class(config: GPTConfig) -> str:
     """The flags of parts that no foreign class has, or ""."""
-    flags = {"--copy_heads": config.copy_heads, "--convolutions": config.convolutions}
-    return " and ".join(flag for flag, used in flags.items() if used)
+    parts = "copy_heads", "convolutions", "value_embeddings"
+    return " and ".join(f"--{name}" for name in parts if getattr(config, name))
 
 
 def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:

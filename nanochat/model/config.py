@@ -52,6 +52,9 @@ class ArchitectureKnobs:
     convolutions: bool = knob(
         False, "mix each token with the three before it, before attention and before the MLP"
     )
+    value_embeddings: bool = knob(
+        False, "tables that add a vector of the token itself to the values of every other layer"
+    )
 
 
 @dataclass(kw_only=True)
@@ -128,6 +131,10 @@ class GPTConfig(ArchitectureKnobs):
         Padding ids are never targets and never sampled."""
         return -(-self.vocab_size // 64) * 64
 
+    def has_value_table(self, layer: int) -> bool:
+        """Whether the layer has a value embedding: every other one, counted from the last."""
+        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+
     def window(self, layer: int) -> int:
         """The number of keys that a query of this layer sees, including its own; 0 = all."""
         letter = self.window_pattern[layer % len(self.window_pattern)]
@@ -140,7 +147,7 @@ class GPTConfig(ArchitectureKnobs):
         The form stored in checkpoints and logbooks. What a model does not have is left out, so that
         older versions can load it.
         """
-        optional = "rap", "copy_heads", "convolutions"
+        optional = "rap", "copy_heads", "convolutions", "value_embeddings"
         return {n: value for n, value in asdict(self).items() if n not in optional or value}
 
     @classmethod

@@ -28,7 +28,7 @@ class ParameterSpec(NamedTuple):
 
     pattern: str
     part: Literal["embedding", "head", "transformer"]  # its line in the table of counts
-    rate: Literal["embedding", "head", "matrix", "gate"]  # its learning rate
+    rate: Literal["embedding", "value", "head", "matrix", "gate"]  # its learning rate
     optimizer: Literal["adamw", "muon"]
     init: Literal["normal", "small", "fan_in", "zero"]
     matmul: bool  # whether a token costs 2 FLOPs per weight in the forward pass
@@ -41,6 +41,8 @@ ROSTER = (
     ParameterSpec(r".+\.mlp\.(up|gate)\.weight", "transformer", "matrix", "muon", "fan_in", True),
     ParameterSpec(r".+\.(out|down)\.weight", "transformer", "matrix", "muon", "zero", True),
     ParameterSpec(r".+_conv\.weight", "transformer", "gate", "adamw", "zero", True),
+    ParameterSpec(r"value_tables\.\d+\.weight", "embedding", "value", "adamw", "fan_in", False),
+    ParameterSpec(r".+\.value_gate\.weight", "transformer", "matrix", "muon", "zero", True),
     # A prior's tensors are filled later, from an artifact or a checkpoint.
     ParameterSpec(r"prior\.gates", "transformer", "gate", "adamw", "zero", False),
 )
@@ -51,6 +53,7 @@ TIED = ParameterSpec(r"embed\.weight", "embedding", "head", "adamw", "small", Tr
 # Share of a block's activations that compiled code keeps on a GPU. The others are computed again,
 # none of them by a product (tests/test_cuda_code.py).
 ACTIVATION_BUDGET = 0.8
+GATE_CHANNELS = 12  # of a token, which decide how much of its value embedding is added
 
 
 def norm(x: Tensor) -> Tensor:
@@ -115,6 +118,9 @@ class Attention(nn.Module):
     The first `copy_heads` key-value heads are not rotated, and hold for each token the key of the
     token before it, with the value of the token itself. As W_Q starts equal to W_K there, a query
     begins by finding what followed earlier occurrences of its token.
+
+    With value embeddings, some layers add to each value a vector of the token, which they look up
+    in a table of their own; a gate between 0 and 3 for each head and token scales it.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -126,6 +132,9 @@ class Attention(nn.Module):
         self.v = Linear(config.n_embd, kv_width)
         self.out = Linear(config.n_embd, config.n_embd)
         self.copy_heads, self.group = config.copy_heads, config.n_head // config.n_kv_head
+        self.value_gate = None
+        if config.has_value_table(layer):
+            self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head)
 
     def forward(
         self,
@@ -134,10 +143,17 @@ class Attention(nn.Module):
         sin: Tensor,
         cache: KVCache | None,
         bias: Bias | None,
+        values: Tensor | None,
     ) -> Tensor:
-        """x (B, T, n_embd) -> the same shape. cos, sin as for rotate."""
+        """
+        x (B, T, n_embd) -> the same shape. cos, sin as for rotate; values (B, T, kv width) are the
+        value embeddings of the tokens, if the layer has a table.
+        """
         B, T, C = x.shape
         q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.value_gate is not None and values is not None:
+            gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))
+            v = v + (gate[..., None] * values.view(B, T, -1, self.head_dim)).flatten(2)
         if self.copy_heads:
             k, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
             k = torch.cat((with_earlier(k, 1, cache, f"{self.layer}.k")[:, :-1], others), dim=-1)
@@ -192,13 +208,19 @@ class Block(nn.Module):
             self.mlp_conv = Convolution(config, f"{layer}.mlp")
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, bias: Bias | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        bias: Bias | None,
+        values: Tensor | None,
     ) -> Tensor:
         """As Attention.forward."""
         h = norm(x)
         if self.attn_conv is not None:
             h = self.attn_conv(h, cache)
-        x = x + self.attn(h, cos, sin, cache, bias)
+        x = x + self.attn(h, cos, sin, cache, bias, values)
         h = norm(x)
         if self.mlp_conv is not None:
             h = self.mlp_conv(h, cache)
@@ -220,6 +242,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         if not config.tie_embeddings:
             self.head = Linear(config.n_embd, config.padded_vocab)
+        self.value_tables = nn.ModuleDict()  # by layer
+        for layer in range(config.n_layer):
+            if config.has_value_table(layer):
+                table = torch.empty(config.padded_vocab, config.n_kv_head * config.head_dim)
+                self.value_tables[str(layer)] = nn.Embedding.from_pretrained(table, freeze=False)
         windows = [config.window(i) for i in range(config.n_layer)]
         self.prior = Prior(config.rap, windows, config.head_dim) if config.rap else None
         self.compiled = False
@@ -373,9 +400,11 @@ class GPT(nn.Module):
             biases = self.prior(idx, self.compute_dtype, cache)
         x = norm(self.embed(idx).to(self.compute_dtype))
         compiled = self.compiled and torch.is_grad_enabled()
-        for block, bias in zip(self.blocks, biases, strict=True):
-            run = block if compiled else block.forward
-            x = run(x, cos, sin, cache, bias)
+        for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
+            run, values = block if compiled else block.forward, None
+            if self.config.has_value_table(i):
+                values = self.value_tables[str(i)](idx).to(x.dtype)
+            x = run(x, cos, sin, cache, bias, values)
         return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -78,21 +78,22 @@ def kept_by_layer(
     Bytes that one layer keeps for its backward pass, for `tokens` tokens in rows of T, `size` bytes
     each: eight vectors of the model's width (the layer's input, the normed inputs of both parts, q
     before and after its norm, the attention's output twice, the residual), three of the key-value
-    width, the MLP's hidden vectors before and after the activation, and in float32 the scales of
-    four norms with the softmax's sum; also the weights in the compute dtype. Of these, compiled
-    code on a GPU keeps one of each kind and computes the others again (gpt.ACTIVATION_BUDGET). What
-    is not compiled keeps copies between operators, in half precision also in float32; compiled code
-    on a CPU keeps the attention's probabilities, which fused kernels do not.
+    width (one more with value embeddings), the MLP's hidden vectors before and after the
+    activation, and in float32 the scales of four norms with the softmax's sum; also the weights in
+    the compute dtype. Of these, compiled code on a GPU keeps one of each kind and computes the
+    others again (gpt.ACTIVATION_BUDGET). What is not compiled keeps copies between operators, in
+    half precision also in float32; compiled code on a CPU keeps the attention's probabilities,
+    which fused kernels do not.
     """
     from nanochat.model.attention import QUERY_BLOCK
 
-    hidden, width, kv = 2, 8 + 4 * config.convolutions, 3
+    hidden, width, kv = 2, 8 + 4 * config.convolutions, 3 + config.value_embeddings
     if config.activation == "swiglu":
         hidden = 3 if compiled else 4
     if not compiled:
         width += 3 if size == 4 else 6
     elif not cpu:
-        hidden, width, kv = hidden - 1, width - 4, 2
+        hidden, width, kv = hidden - 1, width - 4, kv - 1
     vectors = width * config.n_embd + kv * config.n_kv_head * config.head_dim
     scales = 2 + 2 * config.n_head + config.n_kv_head
     kept = tokens * (size * (vectors + hidden * config.hidden) + 4 * scales)

@@ -226,6 +226,7 @@ def make_optimizer(model: GPT, k: Any, runtime: Runtime, rate_scale: float = 1.0
     wide = width_scale(model.config.n_embd)
     rates = {
         "embedding": k.embedding_lr * wide,
+        "value": k.embedding_lr * wide / 2,  # as in karpathy/nanochat
         "head": k.unembedding_lr * wide,
         "matrix": k.matrix_lr,
         "gate": k.gate_lr,

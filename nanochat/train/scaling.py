@@ -91,9 +91,8 @@ def context_for(flops: float) -> int:
     return 512 if flops < 1e16 else 1024 if flops < 3e18 else 2048
 
 
-# Copy heads and convolutions are the default on a CPU up to this budget. They were measured with
-# half a million tokens of prose and with 3 M of the embedded corpus; for how long they help is not
-# known (dev/LOG.md).
+# Copy heads, convolutions and value embeddings are the default on a CPU up to this budget. What was
+# measured, and up to how many tokens, is in dev/LOG.md.
 LOOKBACK_MINUTES = 20
 
 
