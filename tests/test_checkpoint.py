@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanochat.base.common import UserError
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint
 from nanochat.model.checkpoint import Checkpoint
 from nanochat.model.config import GPTConfig
@@ -108,6 +109,22 @@ def test_a_model_comes_back_with_its_tokenizer_checked(tmp_path):
         match=r"trained with tokenizer ffffffffffff, but the one in .* is aaaaaaaaaaaa: restore",
     ):
         stored.check_tokenizer("a" * 64)
+
+
+def test_a_model_finds_a_tokenizer_that_was_moved_aside(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    own, other = (Tokenizer.train([text] * 9, 280) for text in ("own words here", "other ones"))
+    m = tiny.model()
+    meta = {**tiny.meta(m), "tokenizer": own.fingerprint}
+    stored = checkpoint.save(tmp_path / "run", 0, dict(m.named_parameters()), {}, meta)
+    other.save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="restore that tokenizer"):
+        stored.tokenizer()
+    own.save(tmp_path / f"tokenizer_{own.fingerprint[:8]}")
+    assert stored.tokenizer().fingerprint == own.fingerprint
+    other.save(tmp_path / f"tokenizer_{own.fingerprint[:8]}")
+    with pytest.raises(UserError, match="restore that tokenizer"):
+        stored.tokenizer()
 
 
 def test_bfloat16_and_turned_tensors(tmp_path):

@@ -90,6 +90,10 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
     assert "knobs" not in shown, "what the stages print belongs to the log file"
     assert set(found["bits_per_byte"]) == {"model", "n-gram", "xz", "gzip"}
     assert found["own"]["kinds"] and found["embedded"]["n"] == 8
+    mine.main([str(place), "--minutes=3", "--from=mine", "--model_tag=second", *CPU])
+    second, first = locate("base", "second"), locate("base", "mine")
+    assert second.fingerprint == first.fingerprint and locate("sft", "second").step >= 1
+    assert "taking over" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"was begun on .*texts: give the same text"):
         mine.main([str(tmp_path), *CPU])
 
@@ -146,6 +150,20 @@ def test_dialogues_are_turns_of_the_text():
     assert list(owntext.dialogues('"Alone," he said.\n' + "Prose.\n" * 9 + '"Later."')) == []
     items = made(["dialogue"], 1, texts=[text])
     assert [m["content"] for m in items[0]["messages"]] == ["Who is it?", "Only me, as ever."]
+
+
+def test_abbreviations_end_no_sentence_and_are_no_names():
+    text = "Mr. Tobin met Mrs. Odo at noon. " * 3 + "They spoke to J. Mira of it. " * 3
+    assert owntext.SENTENCE_END.split(text)[:2] == [
+        "Mr. Tobin met Mrs. Odo at noon.",
+        "Mr. Tobin met Mrs. Odo at noon.",
+    ]
+    names = {
+        w
+        for w in ("Mr", "Mrs", "Tobin", "Mira", "They", "noon")
+        if TextQuestions([text]).is_name(w)
+    }
+    assert names == {"Tobin", "Mira", "They"}
 
 
 def test_texts_without_questions_make_none():

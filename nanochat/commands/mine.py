@@ -29,6 +29,7 @@ from nanochat.model.stages import STAGES, run_directory
 from nanochat.train.chain import USUAL, Chain, Diary, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
+    COMPILE_PAYS_SECONDS,
     USEFUL_PASSES,
     batch_for,
     context_for,
@@ -43,6 +44,7 @@ SHARES = {"base": 0.55, "mid": 0.3, "sft": 0.15}  # of the time
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
 CLOSING_SECONDS = 40.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
+COMPILING_PEAK = 2e11  # FLOP/s of matrix products
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
 LEAST = 20_000  # characters
 LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
@@ -194,12 +196,16 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
             f"ends after {USEFUL_PASSES}: more text would help, more time would not"
         )
     diary.notes["batch"] = batch
+    # compiling takes 30 s on two idle cores with such a peak, and longer on slow or busy ones
+    compiling = seconds >= COMPILE_PAYS_SECONDS * max(0.5, COMPILING_PEAK / peak)
     # a run of several passes looks after each of them whether held-out loss has turned
     every = f" --eval_every={-(-tokens // batch)}" if expected > 2 * tokens else ""
     return (
         f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
         f"--total_batch_size={batch} --num_iterations={max(1, round(worth / batch))} "
-        f"--max_minutes={seconds / 60:.2f} --patience=2" + every
+        f"--max_minutes={seconds / 60:.2f} --patience=2"
+        + every
+        + ("" if compiling else " --compile=off")
     )
 
 
@@ -361,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     chain = Chain(diary)
     print0(f"(details: {diary.log})\n")
     prepare(chain, knobs, folder)
+    if "sft" in diary.done:
+        print0("everything is trained, so it is only measured again; --model_tag=NAME trains anew")
     for stage in SHARES:
         if stage not in diary.done:
             train(chain, stage, knobs, folder)

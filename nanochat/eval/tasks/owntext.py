@@ -37,7 +37,11 @@ PASSAGE = 240  # characters: with a question and a reply it fits a context of 25
 TURN = 160  # characters of one turn of dialogue
 SILENT = 6  # lines of prose between two turns of one dialogue
 TURNS = 4  # that a conversation takes from a dialogue
-SENTENCE_END = re.compile(r"(?<=[.!?…。！？])\s+|(?<=[.!?…。！？][\"'”’»)])\s+")
+# After a mark, but not after Mr., Mrs., Dr. or an initial, which are capitals of up to three letters
+SENTENCE_END = re.compile(
+    r"(?<=[.!?…。！？])(?<!\b[A-Z]\.)(?<!\b[A-Z]\w\.)(?<!\b[A-Z]\w\w\.)\s+"
+    r"|(?<=[.!?…。！？][\"'”’»)])\s+"
+)
 QUOTED = re.compile(r"“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|\"([^\"]+)\"")
 SPEAKER = re.compile(r"^([^\W\d_][\w .'-]{0,24}):[ \t]+(\S.*)$")
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
@@ -53,7 +57,11 @@ class TextQuestions:
         self.passages = [p for text in texts for p in passages(text)]
         self.dialogues = [d for text in texts for d in dialogues(text)]
         self.words = words_of(texts) if vocabulary is None else vocabulary
-        common = [w for w, n in self.words.most_common() if len(w) > 3 and w.islower() and n > 1]
+        common = [
+            w
+            for w, n in self.words.most_common()
+            if len(w) > 3 and w.islower() and n > 1 and w[-1] != "."
+        ]
         self.ranks = {word: rank for rank, word in enumerate(common)}
         self.common = common
 
@@ -141,18 +149,21 @@ class TextQuestions:
         return exchange(asked, answer, answer=answer)
 
     def is_name(self, word: str) -> bool:
-        """Whether a word is written with a capital wherever the texts have it."""
-        return word[0].isupper() and self.words[word] > 1 and not self.words[word.lower()]
+        """Whether a word is written with a capital wherever the texts have it, and no "Mr."."""
+        often, abbreviated = self.words[word], self.words[f"{word}."]
+        return word[0].isupper() and often > 1 + 2 * abbreviated and not self.words[word.lower()]
 
     def _sentence(self, rng: random.Random) -> str:
         return rng.choice(SENTENCE_END.split(rng.choice(self.passages)))
 
 
 def words_of(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs, as it is written."""
+    """How often each word occurs, as it is written, and how often with a full stop after it."""
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(m[0] for m in WORD.finditer(text))
+        for m in WORD.finditer(text):
+            counts[m[0]] += 1
+            counts[f"{m[0]}."] += text[m.end() : m.end() + 1] == "."
     return counts
 
 
@@ -209,7 +220,7 @@ def _turns(text: str) -> Iterator[tuple[str, str | None, str]]:
                     break
                 paragraph.append(following)
             quoted = QUOTED.findall(" ".join(paragraph))
-            yield line, None, " ".join(" ".join(q).strip() for q in quoted)
+            yield line, None, " ".join(" ".join(map(" ".join, quoted)).split())
         else:
             yield line, None, ""
 
