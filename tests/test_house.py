@@ -123,7 +123,7 @@ CEILINGS = {
     "model": 23_100,
     "chat": 6_500,
     "chat/serve": 11_280,
-    "eval": 18_500,
+    "eval": 18_550,
     "train": 18_400,
     "study": 13_510,
     "plan": 15_760,
