@@ -37,7 +37,7 @@ PASSAGE = 240  # characters: with a question and a reply it fits a context of 25
 TURN = 160  # characters of one turn of dialogue
 SILENT = 6  # lines of prose between two turns of one dialogue
 TURNS = 4  # that a conversation takes from a dialogue
-# After a mark, but not after Mr., Mrs., Dr. or an initial, which are capitals of up to three letters
+# After a mark, but not after Mr., Mrs., Dr. or an initial: capitals of up to three letters
 SENTENCE_END = re.compile(
     r"(?<=[.!?…。！？])(?<!\b[A-Z]\.)(?<!\b[A-Z]\w\.)(?<!\b[A-Z]\w\w\.)\s+"
     r"|(?<=[.!?…。！？][\"'”’»)])\s+"
