@@ -1,6 +1,6 @@
 """
-The experiments on copy heads and convolutions in dev/LOG.md: small models on real text, with equal
-tokens.
+The experiments on copy heads, convolutions and value embeddings in dev/LOG.md: small models on real
+text, each with a schedule of its own length, beside the attention priors.
 
     python dev/parts_experiments.py --texts DIR                     everything that is missing
     python dev/parts_experiments.py --texts DIR --only prose-240    one experiment
@@ -11,54 +11,84 @@ mean of the seeds, with a 95 % interval of paired differences, is printed at the
 """
 
 import json
+import multiprocessing
+import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import trials
+from rap_experiments import prior
 
 from nanochat.base import logbook
+from nanochat.commands import base_train
 from nanochat.study.statistics import interval
 
 RESULTS = trials.RESULTS / "parts.jsonl"
 SMALL = (
-    "--depth=3 --model_dim=192 --head_dim=32 --embedding_lr=0.1 --sequence_len=256 "
-    "--total_batch_size=2048 --eval_every=0 --eval_tokens=262144 --sample_every=0 --compile=on"
+    "--depth=3 --model_dim=192 --head_dim=32 --sequence_len=256 --eval_every=0 "
+    "--eval_tokens=16384 --sample_every=0 --compile=on --dtype=bfloat16 --lookback=off"
 )
+BOTH = "--copy_heads=1 --convolutions"
+BEST = "both, values"
 PARTS = {
     "none": "",
+    "both": BOTH,
+    BEST: f"{BOTH} --value_embeddings",
+    "hand": "--rap=hand",
+    "rules": "--rap=rules",
     "copy heads": "--copy_heads=1",
     "convolutions": "--convolutions",
-    "both": "--copy_heads=1 --convolutions",
 }
+TRIES = (
+    "--matrix_lr=0.01",
+    "--matrix_lr=0.03",
+    "--embedding_lr=0.05",
+    "--warmdown_ratio=0.65 --final_lr_frac=0.05",
+    "--rope_base=100000",
+    "--tie_embeddings",
+)
 
 
 class Run(NamedTuple):
-    """One training of a condition, or one chain."""
+    """One training of a condition."""
 
     experiment: str
     condition: str
     seed: int
-    flags: str  # of base_train
+    flags: str  # of base_train; --rap=NAME stands for the prior of that generator
 
     @property
     def key(self) -> tuple[str, str, int]:
         return self.experiment, self.condition, self.seed
 
 
+def small(
+    corpus: str, condition: str, seed: int, steps: int = 240, extra: str = "", batch: int = 2048
+) -> Run:
+    """A run of so many steps of `batch` tokens; `extra` are flags beside those of the condition."""
+    rate = "" if "embedding_lr=" in extra else "--embedding_lr=0.1 "
+    name = f"{condition}, {extra}" if extra else condition
+    length = f"--total_batch_size={batch} --num_iterations={steps} {rate}"
+    return Run(f"{corpus}-{steps}", name, seed, f"{SMALL} {length}{PARTS[condition]} {extra}")
+
+
 def planned() -> Iterator[Run]:
     """All runs, the most telling first."""
-    for experiment, steps, seeds in (
-        ("prose-240", 240, 3),
-        ("code-240", 240, 2),
-        ("prose-2000", 2000, 2),
-    ):
-        for seed in range(1, seeds + 1):
-            for condition, flags in PARTS.items():
-                if condition in ("none", "both") or steps == 240:
-                    length = f"--num_iterations={steps} {SMALL} {flags}"
-                    yield Run(experiment, condition, seed, length)
+    for corpus in ("prose", "code"):
+        for seed in (1, 2, 3):
+            for condition in ("none", "both", BEST, "hand", "rules"):
+                yield small(corpus, condition, seed)
+    for seed in (1, 2):
+        for condition in ("none", BEST, "both"):
+            yield small("prose", condition, seed, 500, batch=4096)
+    for extra in TRIES:
+        for condition in ("none", BEST):
+            yield small("prose", condition, 1, extra=extra)
+    for condition in ("copy heads", "convolutions"):
+        yield small("prose", condition, 1)
 
 
 def finished() -> list[dict[str, Any]]:
@@ -68,21 +98,42 @@ def finished() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
-def train(run: Run, texts: Path, base: Path) -> dict[str, Any]:
-    """Train and return {val_bpb, tokens, seconds}."""
+def command(words: list[str], base: Path) -> None:
+    """Run base_train in this process, which was forked for it: torch is imported only once."""
+    with (base / "log.txt").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    os.chdir(base)
+    base_train.main(words)
+
+
+def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
+    """Train and return {val_bpb, tokens, seconds, cpu_seconds}; None if the run failed."""
     corpus = run.experiment.partition("-")[0]
-    data = trials.prepared(corpus, texts, base / corpus, 4096)
-    folder = base / corpus / "checkpoints" / "base" / "parts"
+    base = root / corpus
+    data = trials.prepared(corpus, texts, base, 4096)
+    flags = run.flags
+    for generator in ("hand", "rules"):
+        if f"--rap={generator}" in flags:
+            path = prior(f"--generator {generator}", base, data, root / "rap_env")
+            flags = flags.replace(f"--rap={generator}", f"--rap={path}")
+    folder = base / "checkpoints" / "base" / "parts"
     shutil.rmtree(folder, ignore_errors=True)
-    words = f"-m scripts.base_train --model_tag=parts --keep=1 --seed={run.seed} {run.flags}"
-    trials.run([*words.split(), "--data", *data], base / corpus)
-    rows = logbook.read(folder)
-    last = {row["kind"]: row for row in rows}
-    summary = last["summary"]
+    words = ["--model_tag=parts", "--keep=1", f"--seed={run.seed}", *flags.split(), "--data", *data]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    child = multiprocessing.get_context("fork").Process(target=command, args=(words, base))
+    child.start()
+    child.join()
+    if child.exitcode:
+        print(f"{run.key} failed: see {base / 'log.txt'}", flush=True)
+        return None
+    last = {row["kind"]: row for row in logbook.read(folder)}
     return {
         "val_bpb": last["eval"]["val_bpb"],
-        "tokens": summary["tokens"],
-        "seconds": round(summary["seconds"], 1),
+        "tokens": last["summary"]["tokens"],
+        "seconds": round(last["summary"]["seconds"], 1),
+        "cpu_seconds": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before, 1),
     }
 
 
@@ -106,9 +157,10 @@ def main() -> None:
     options = trials.command_line(__doc__ or "", "parts", names).parse_args()
     done = {(r["experiment"], r["condition"], r["seed"]) for r in finished()}
     for run in planned():
-        if run.experiment in options.only and run.key not in done:
-            result = train(run, options.texts.resolve(), options.base.resolve())
-            record = {**dict(zip(("experiment", "condition", "seed"), run.key, strict=True))}
+        if run.experiment not in options.only or run.key in done:
+            continue
+        if result := train(run, options.texts.resolve(), options.base.resolve()):
+            record = dict(zip(("experiment", "condition", "seed"), run.key, strict=True))
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**record, "flags": run.flags, **result}) + "\n")
     report(finished())
