@@ -199,11 +199,6 @@ class Inventory:
         """Characters that remain without duplicates."""
         return sum(s.characters - s.removed_characters for s in self.sources)
 
-    @property
-    def conversation_files(self) -> list[Path]:
-        """The files that hold conversations, for the later stages."""
-        return [Path(name) for source in self.sources for name in source.conversations]
-
 
 def take(sources: Sequence["Source"], me: str | None = None) -> Inventory:
     """

@@ -3,11 +3,9 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from nanochat.base.common import UserError, base_dir
-
-StageName = Literal["base", "mid", "sft", "rl"]
 
 
 class Stage(NamedTuple):
