@@ -42,10 +42,9 @@ def test_a_chunk_of_the_loss_is_one_kernel(written):
 
 
 BLOCKS = {  # config fields; Triton kernels forward and backward, products forward, saved units
-    "dense": ({}, (11, 14), 6, 10),
-    "grouped": ({"n_kv_head": 2}, (11, 14), 6, 10),
-    "swiglu": ({"activation": "swiglu"}, (12, 15), 7, 14),
-    "short heads": ({"n_head": 12, "n_kv_head": 12}, (11, 14), 6, 10),
+    "dense": ({}, (11, 8), 6, 9.5),
+    "grouped, swiglu": ({"activation": "swiglu", "n_kv_head": 2}, (13, 9), 7, 12),
+    "looks back": ({"copy_heads": 1, "convolutions": True}, (21, 17), 6, 11.5),
 }
 
 

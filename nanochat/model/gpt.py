@@ -80,6 +80,22 @@ def with_earlier(x: Tensor, n: int, cache: KVCache | None, name: str) -> Tensor:
     return F.pad(x, (0, 0, n, 0)) if cache is None else cache.with_earlier(x, name)
 
 
+class _HalfProduct(torch.autograd.Function):
+    """x W^T in half precision, as on a GPU: the product itself sums W's gradient in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (x, weight), (g,) = ctx.saved_tensors, grads
+        product = g.flatten(0, -2).t(), x.flatten(0, -2)
+        return g @ weight, torch.mm(*product, out_dtype=torch.float32)
+
+
 class Linear(nn.Linear):
     """A bias-free product in the input's dtype; the master weight stays in its own (float32)."""
 
@@ -87,6 +103,8 @@ class Linear(nn.Linear):
         super().__init__(fan_in, fan_out, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.device.type == "cuda" and input.dtype != self.weight.dtype:
+            return _HalfProduct.apply(input, self.weight)  # pyright: ignore[reportReturnType]
         return F.linear(input, self.weight.to(input.dtype))
 
 

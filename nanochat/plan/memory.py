@@ -93,7 +93,7 @@ def kept_by_layer(
     if not compiled:
         width += 3 if size == 4 else 6
     elif not cpu:
-        hidden, width, kv = hidden - 1, width - 4, kv - 1
+        hidden, width, kv = hidden - 1, width // 2, kv - 1
     vectors = width * config.n_embd + kv * config.n_kv_head * config.head_dim
     scales = 2 + 2 * config.n_head + config.n_kv_head
     kept = tokens * (size * (vectors + hidden * config.hidden) + 4 * scales)
@@ -153,6 +153,8 @@ def predict(
     update = pool * (4 + size if cpu else 20)
     logits = 8 if config.softcap else 4
     evaluation = size * tokens * (4 * C + 2 * config.hidden) + logits * chunk
+    if compiled and not cpu:  # the code of training, which keeps what training keeps
+        evaluation = activations + 2 * size * chunk
     parts = {
         "weights": 4 * n["total"],
         "gradients": 4 * n["total"],
