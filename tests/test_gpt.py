@@ -273,6 +273,35 @@ def test_half_precision_stays_near():
 # ---- the roster
 
 
+def test_half_precision_sums_the_gradients_of_weights_in_float32(monkeypatch):
+    """As on a GPU, whose product returns float32; the sum over micro-batches keeps its digits."""
+
+    def product(a, b, out_dtype):
+        assert a.dtype == b.dtype == torch.bfloat16
+        return (a.to(out_dtype) @ b.to(out_dtype)).to(out_dtype)
+
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 2, 9, 16, generator=g).bfloat16(), torch.randn(8, 16, generator=g)
+    weights = torch.randn(2, 9, 8, generator=g).bfloat16()
+    exact = sum(weights.double().flatten(0, 1).T @ part.double().flatten(0, 1) for part in x)
+    monkeypatch.setattr(torch, "mm", product)
+    errors = []
+    for multiply in (
+        gpt._HalfProduct.apply,
+        lambda a, b: torch.nn.functional.linear(a, b.to(a.dtype)),
+    ):
+        w.grad = None
+        for part in x:
+            part = part.clone().requires_grad_()
+            y = multiply(part, w.requires_grad_())
+            (y * weights).sum().backward()
+            expected = weights.float() @ w.detach().bfloat16().float()
+            torch.testing.assert_close(part.grad.float(), expected, rtol=0.02, atol=0.05)
+        errors.append(float((w.grad.double() - exact).norm() / exact.norm()))
+    assert y.dtype == torch.bfloat16 and w.grad.dtype == torch.float32
+    assert errors[0] < 1e-6 < 1e-4 < errors[1]
+
+
 def test_an_uncovered_parameter_is_an_error():
     m = tiny.model()
     m.gain = torch.nn.Parameter(torch.zeros(1))

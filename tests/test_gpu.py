@@ -123,7 +123,8 @@ def test_a_prior_and_the_gradients_of_its_gates(tmp_path, kind, window, dtype, b
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_the_loss_and_its_gradients(compiled, dtype, monkeypatch):
-    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cuda", 5 * test_loss.V)  # several chunks
+    for elements in (loss.CHUNK_ELEMENTS, loss.COMPILED_ELEMENTS):
+        monkeypatch.setitem(elements, "cuda", 5 * test_loss.V)  # several chunks
     x, w, targets, weights = test_loss.problem(dtype)
     want, dx, dw, _ = test_loss.reference(x, w, targets, weights, 15.0)
     a, b = (t.detach().cuda().requires_grad_() for t in (x, w))

@@ -4,6 +4,7 @@ float16.
 """
 
 import errno
+import gc
 import math
 import os
 import shutil
@@ -333,6 +334,34 @@ def test_a_short_batch_is_filled_up_and_not_compiled_again(tmp_path, monkeypatch
     torch.compiler.reset()
     assert [c.frame_count for c in counters] == [1, 1]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_rows_of_various_widths_are_filled_up_where_shapes_are_compiled(tmp_path, monkeypatch):
+    """As in finetuning and reinforcement: one compilation per width, whatever number of rows."""
+    steps = [tiny.batch(rows=n, seed=n, T=T) for n, T in ((4, 16), (3, 8), (1, 16), (4, 8))]
+
+    class Feed(tiny.ListFeed):
+        micro_batch = 4, 0
+
+    fit(tmp_path / "plain", None, Feed(steps))
+    layers, m = CompileCounter(), tiny.model()
+    for block in m.blocks:
+        block.compile(dynamic=False, backend=layers)
+    m.compiled = True
+    monkeypatch.setitem(loss._compiled, "both", loss._chunk_both)
+    torch.compiler.reset()
+    fit(tmp_path / "compiled", m, Feed(steps))
+    torch.compiler.reset()
+    assert layers.frame_count == 2
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_the_garbage_collector_rests_during_a_run_and_not_after(tmp_path):
+    frozen = []
+    look = Evaluation("x", 1, lambda: frozen.append(gc.get_freeze_count()) or {}, start=True)
+    fit(tmp_path, None, tiny.ListFeed.random(3), PLAIN, [look])
+    assert frozen[0] == 0 and frozen[1] > 10_000 and frozen[2] == frozen[1]
+    assert gc.get_freeze_count() == 0
 
 
 def test_saves_between_looks(tmp_path):

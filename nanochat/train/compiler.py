@@ -95,8 +95,11 @@ def prepare(model: GPT) -> None:
     ):
         from torch._inductor import config
 
-        # A block and the head are three small files: processes that share the work cost more
-        config.compile_threads = 1  # pyright: ignore[reportAttributeAccessIssue]
+        # A block and the head are about 25 small files: threads start a C++ compiler for several
+        # at once. The processes that Triton wants would cost more than they save.
+        os.environ.setdefault("TORCH_WARM_POOL", "0")
+        threads = min(8, os.cpu_count() or 1)
+        config.compile_threads = threads  # pyright: ignore[reportAttributeAccessIssue]
     model.compile()
     _watch.install()
 
