@@ -360,7 +360,7 @@ def test_the_garbage_collector_rests_during_a_run_and_not_after(tmp_path):
     frozen = []
     look = Evaluation("x", 1, lambda: frozen.append(gc.get_freeze_count()) or {}, start=True)
     fit(tmp_path, None, tiny.ListFeed.random(3), PLAIN, [look])
-    assert frozen[0] == 0 and frozen[1] > 10_000 and frozen[2] == frozen[1]
+    assert frozen[0] == 0 and min(frozen[1:]) > 10_000
     assert gc.get_freeze_count() == 0
 
 
