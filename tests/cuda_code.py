@@ -216,7 +216,7 @@ def block(fields: dict[str, Any], rows: int = 32) -> dict[str, Any]:
 
     def run(x: Any, cos: Any, sin: Any, *weights: Any) -> Any:
         named = dict(zip(names, weights, strict=True))
-        return torch.func.functional_call(model, named, (x, cos, sin, None, None))
+        return torch.func.functional_call(model, named, (x, cos, sin, None, None, None))
 
     def arguments() -> list:
         half = [torch.empty(T, D // 2, dtype=torch.bfloat16) for _ in range(2)]

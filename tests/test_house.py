@@ -120,7 +120,7 @@ CEILINGS = {
     "base": 12_210,
     "tinyworld": 9_600,
     "data": 34_600,
-    "model": 23_100,
+    "model": 23_300,
     "chat": 6_500,
     "chat/serve": 11_280,
     "eval": 18_550,
