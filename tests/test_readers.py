@@ -15,9 +15,12 @@ import zlib
 
 import pytest
 
-from nanochat.data import documents
-from nanochat.data.folders import ROWS, TEXT, find
+from nanochat.base.common import UserError
+from nanochat.data import documents, inventory, readers
+from nanochat.data.folders import DOCUMENTS, ROWS, TEXT, find
 from nanochat.data.rows import Report
+from nanochat.data.shards import prepare
+from nanochat.data.sources import parse_sources
 
 for package in ("charset_normalizer", "selectolax", "mammoth", "defusedxml", "pypdf", "striprtf"):
     pytest.importorskip(package, reason="needs the extra documents")
@@ -216,6 +219,12 @@ ENCODED = {
 }
 
 
+# Files of text in the archives of READABLE, innermost archives included
+MEMBERS = sum(
+    {"all.zip": 2, "all.tar.gz": 2, "deep.zip": 3, "rows.zip": 1, "twice.zip": 2}.values()
+)
+
+
 def read(path, report=None):
     return list(documents.read_all([path], None, report or Report()))
 
@@ -315,3 +324,107 @@ def test_hostile_files_are_listed_and_the_others_are_read(tmp_path, name):
     }
     assert list(listed) == [name]
     assert re.search(reason, listed[name]), listed[name]
+
+
+class Letters:
+    fingerprint, bos, vocab_size = "letters", 0, 1 << 21
+
+    def encode_batch(self, texts, bos=False):
+        return [[0] * bos + [ord(c) for c in text] for text in texts]
+
+
+def test_all_of_them_in_one_folder(tmp_path, monkeypatch):
+    """The inventory accounts for every file, and what is trained on is what it counted."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    folder = tmp_path / "all of it"
+    folder.mkdir()
+    both = {**HOSTILE, **READABLE}
+    names = [name for name in both if not name.endswith("pdf") and name != "wrong.txt"]
+    for name in names:
+        (folder / name).write_bytes(both[name][0])
+    (folder / "rows.jsonl").write_text('{"text": "' + STORY * 40 + '"}\n{"text": "short"}\n')
+    (source,) = parse_sources([f"all={folder}"])
+    known = inventory.of(source)
+    listed = {os.path.relpath(where, folder).split("/")[0] for _, where in known.skipped}
+    assert [os.path.basename(name) for name in known.conversations] == ["talk.jsonl"]
+    assert listed == set(HOSTILE) & set(names) - {"talk.jsonl"}
+    assert sum(known.read.values()) == len(names) + 1 - len(listed) - 1 + MEMBERS
+    shards = [prepare(source, split, Letters()) for split in ("train", "val")]
+    kept = known.characters - known.removed_characters
+    assert known.held_out[1] == int((shards[1].lengths - 1).sum())
+    if known.piece is None:
+        assert sum(int((s.lengths - 1).sum()) for s in shards) == kept
+        assert sum(map(len, shards)) == known.documents - known.exact - known.near
+
+
+def test_a_pdf_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "a.pdf").write_bytes(pdf("Kept text."))
+    assert read(tmp_path / "a.pdf") == ["Kept text."]
+    monkeypatch.setattr(readers, "_pdf_text", None)
+    assert read(tmp_path / "a.pdf") == ["Kept text."]
+
+
+def test_without_a_library_the_message_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.html").write_text("<p>x")
+    (tmp_path / "b.txt").write_text("text")
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(readers.importlib, "import_module", missing)
+    report = Report()
+    assert list(documents.read_all(find(tmp_path, "s", TEXT).files, None, report)) == ["text"]
+    ((reason, name),) = report.skipped
+    assert 'pip install "nanochat[documents]"' in reason and name.endswith("a.html")
+
+
+def test_every_extension_has_its_reader():
+    assert set(readers.READERS) == set(DOCUMENTS)
+
+
+FIELDS = [
+    {
+        "id": 1,
+        "title": "T",
+        "post": {"body": "B", "tags": ["x", "y"]},
+        "c": [{"t": "1"}, {"t": "2"}],
+    }
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "zip"])
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        ("title", "T"),
+        ("post.body", "B"),
+        ("post.tags", "x\ny"),
+        ("c.t", "1\n2"),
+        ("{title}\\n\\n{post.body}", "T\n\nB"),
+        ("Title: {title}", "Title: T"),
+    ],
+)
+def test_nested_fields_and_templates(tmp_path, form, field, wanted):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(FIELDS), path)
+    elif form == "zip":
+        path.write_bytes(zipped({"a.jsonl": json.dumps(FIELDS[0])}))
+    else:
+        path.write_text(json.dumps(FIELDS[0]))
+    (source,) = parse_sources([f"posts={path}:0.5#{field}"])
+    assert (source.field, source.weight, source.paths) == (field, 0.5, (path,))
+    (turned,) = parse_sources([f"posts={path}#{field}:0.5"])
+    assert turned == source
+    assert list(documents.read(path, source.field)) == [wanted]
+
+
+@pytest.mark.parametrize("field", ["post.nothing", "{title} {gone}", "post"])
+def test_fields_that_are_not_there(tmp_path, field):
+    (tmp_path / "a.jsonl").write_text(json.dumps(FIELDS[0]))
+    with pytest.raises(UserError, match=r"no field .*only id, title, post\.body|holds a dict"):
+        list(documents.read(tmp_path / "a.jsonl", field))

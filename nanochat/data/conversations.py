@@ -105,20 +105,19 @@ def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
     that are none, with their reasons. Empty for a file that holds no conversations.
     """
     counts: Counter[str] = Counter()
-    before = len(report.problems)
+    before, shaped = len(report.problems), False
     try:
         for place, row in read(path, report, me):
+            shaped = shaped or shape_of(row) is not None
             try:
                 checked_messages(as_conversation(row))
             except UserError as e:
                 report.problems.append(f"{place}: {e}")
             else:
                 counts["chats" if ", chat " in place else shape_of(row) or "messages"] += 1
-    except dialogue.NobodyIsAssistant as e:
-        report.problems.append(str(e))
-        return counts
     except UserError as e:
         report.problems.append(str(e))
-    if not counts:
+        shaped = shaped or isinstance(e, dialogue.NobodyIsAssistant)
+    if not shaped:  # neither conversations nor attempts at them
         del report.problems[before:]
     return counts

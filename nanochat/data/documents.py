@@ -13,6 +13,7 @@ the place; of several files, it goes to the report, as rows that cannot be read 
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -113,11 +114,13 @@ def read_all(paths: Sequence[Path], field: str | None, report: Report) -> Iterat
 
 def text_bytes(path: Path) -> int:
     """Roughly how many bytes of text a file holds; a parquet file's footer states it."""
+    size = path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1)
     if kind_of(path) != ".parquet":
-        return path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1)
-    with reading(path), open_parquet(path) as file:
+        return size
+    with suppress(UserError), reading(path), open_parquet(path) as file:
         metadata = file.metadata
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    return size  # of a damaged file; reading it will say so
 
 
 def cut(pieces: Iterable[str | None], limit: int = MAX_CHARACTERS) -> Iterator[str]:
@@ -250,19 +253,24 @@ def text_of_row(row: Any, field: str | None) -> str:
 
 def _value(row: Any, path: str) -> Any:
     """The value at a path such as post.body, through lists too. UserError if there is none."""
-    if isinstance(row, dict) and path in row:
-        return row[path]
-    if isinstance(row, list):
-        return [_value(one, path) for one in row]
-    first, _, rest = path.partition(".")
-    if row is None:
-        return None
-    if not isinstance(row, dict) or first not in row or not rest:
+    try:
+        return _found(row, path)
+    except KeyError as e:
         raise UserError(
             f"it has no field {path}, only {shapes.fields_of(row)}: name the field that holds the "
             "text with PATH#FIELD"
-        )
-    return _value(row[first], rest)
+        ) from e
+
+
+def _found(value: Any, path: str) -> Any:
+    if value is None or (isinstance(value, dict) and path in value):
+        return value and value[path]
+    if isinstance(value, list):
+        return [_found(one, path) for one in value]
+    first, _, rest = path.partition(".")
+    if not isinstance(value, dict) or not rest:
+        raise KeyError(path)
+    return _found(value[first], rest)
 
 
 def _as_text(value: Any, name: str) -> str:

@@ -45,7 +45,8 @@ SHINGLE = 5  # words
 PERMUTATIONS, BANDS = 128, 16
 SAMPLES = 200  # documents whose language is guessed
 SHOWN = 10  # files of each reason
-MOST_LINES = 500_000
+MOST_LINES = 500_000  # whose frequency is counted
+MOST_PROBLEMS = 100_000  # rows that cannot be used, and are named
 EXTRAS = (
     "charset_normalizer",
     "selectolax",
@@ -126,16 +127,19 @@ class SourceInventory:
             f"{self.name}: {self.documents:,} documents, {human(self.characters)} characters, from "
             f"{read}" + (f" (only the first {human(LIMIT)} looked at)" * (not self.complete)),
             *self._skipped_lines(),
-            f"duplicates: {self.exact:,} equal, {near}"
-            + (f"; removed: {share:.1%} of the characters" * bool(lost)),
         ]
+        if self.documents:
+            removed = f"; removed: {share:.1%} of the characters" * bool(lost)
+            out.append(f"duplicates: {self.exact:,} equal, {near}{removed}")
         if self.notes:
             out.append("notes: " + "; ".join(f"{n:,} {what}" for what, n in _most(self.notes)))
         if self.bad_rows:
             out.append(f"rows that cannot be used: {len(self.bad_rows):,}: {self.bad_rows[0]}")
         if self.languages:
             total = sum(self.languages.values())
-            spoken = (f"{n / total:.0%} {code}" for code, n in _most(self.languages)[:6])
+            spoken = (
+                f"{n / total:.0%} {c}" for c, n in _most(self.languages)[:6] if n > total / 50
+            )
             out.append(f"languages: {', '.join(spoken)} (of {total:,} documents, guessed)")
         out += [f"in {n:,} documents: {line}" for n, line in self.repeated_lines[:3]]
         out += [f"longest: {human(n)} characters, {where}" for n, where in self.longest[:1]]
@@ -253,7 +257,7 @@ def _survey(
     name: str, found: Found, field: str | None, me: str | None, languages: bool
 ) -> SourceInventory:
     started = time.monotonic()
-    report, census = Report(limit=1 << 30), _Census()
+    report, census = Report(limit=MOST_PROBLEMS), _Census()
     size = sum(map(text_bytes, found.files))
     with progress(min(size, LIMIT), f"looking through {name}", "characters") as bar:
         try:
@@ -263,9 +267,10 @@ def _survey(
                 if census.result.characters >= LIMIT:
                     census.result.complete = False
                     break
-        except UserError as e:
-            if report.skipped == []:  # the only file; whoever reads it to train hears the reason
-                report.skip(found.files[0], e)
+        except UserError as e:  # of the only file; whoever reads it to train hears the reason
+            path = report.path or found.files[0]
+            if str(path) not in {name for _, name in report.skipped}:
+                report.skip(path, e)
     inventory = census.finish(name, languages)
     inventory.read = dict(report.read)
     inventory.skipped = [*found.listed, *report.skipped]
@@ -277,7 +282,7 @@ def _survey(
 
 def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str | None) -> None:
     """Count and check the conversations. What is plain text besides is read as text too."""
-    report = Report(limit=1 << 30)
+    report = Report(limit=MOST_PROBLEMS)
     for path in files:
         if kind_of(path) in CONVERSATIONS and (counts := conversations.survey(path, report, me)):
             inventory.conversations[str(path)] = dict(counts)

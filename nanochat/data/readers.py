@@ -11,6 +11,7 @@ cannot read, is a UserError, which whoever reads a whole folder turns into an en
 
 import email
 import email.policy
+import hashlib
 import importlib
 import io
 import json
@@ -28,7 +29,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import unquote
 
-from nanochat.base.common import UserError, human
+from nanochat.base.common import UserError, base_dir, human
+from nanochat.base.files import atomic_write
 from nanochat.data.folders import in_folder
 from nanochat.data.rows import Report, encoding_of_html, open_bytes, open_text
 
@@ -176,13 +178,29 @@ def epub(path: Path, report: Report) -> Iterator[str]:
 
 
 def pdf(path: Path, report: Report) -> Iterator[str]:
-    """The text layer of a PDF. Words that a line end divides are joined again."""
+    """
+    The text layer of a PDF. Words that a line end divides are joined again. It is kept in the base
+    folder, because a PDF takes long to read, and it is read for the inventory and for each split.
+    """
+    data = content(path)
+    kept = base_dir() / "documents" / f"{hashlib.sha256(data).hexdigest()}.txt"
+    if kept.exists():
+        text = kept.read_text(encoding="utf-8")
+    else:
+        text = _pdf_text(data)
+        atomic_write(kept, text)
+    if not text:
+        raise UserError("it has no text layer: it may be a scan, for a program such as ocrmypdf")
+    yield re.sub(r"([^\W\d_])[-\u00ad]\n([^\W\d_])", r"\1\2", text)
+
+
+def _pdf_text(data: bytes) -> str:
     library("pypdf")
     program = Path(__file__).with_name("pdf.py")
     try:
         done = subprocess.run(
             [sys.executable, *map(str, (program, SECONDS, MOST_MEMORY, MOST_BYTES))],
-            input=content(path),
+            input=data,
             capture_output=True,
             timeout=SECONDS + 10,
             check=False,
@@ -191,13 +209,9 @@ def pdf(path: Path, report: Report) -> Iterator[str]:
         raise UserError(f"it takes longer than {SECONDS} seconds to read") from e
     if done.returncode:
         errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise UserError(
-            f"it cannot be read as a PDF ({(errors or ['no memory or time'])[-1][:120]})"
-        )
-    text = tidy(done.stdout.decode("utf-8", "replace").replace("\0", ""))
-    if not text:
-        raise UserError("it has no text layer: it may be a scan, for a program such as ocrmypdf")
-    yield re.sub(r"([^\W\d_])[-\u00ad]\n([^\W\d_])", r"\1\2", text)
+        what = (errors or ["no memory or time"])[-1][:120]
+        raise UserError(f"it cannot be read as a PDF ({what})")
+    return tidy(done.stdout.decode("utf-8", "replace").replace("\0", ""))
 
 
 def rtf(path: Path, report: Report) -> Iterator[str]:

@@ -318,15 +318,28 @@ def _json_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
 def _one_object(path: Path) -> Any:
     """The value of a file that is one object over several lines, such as a chat; else None."""
     try:
-        return json.loads(b"".join(lines(path, Report())))
-    except (ValueError, RecursionError):
+        return json.loads(_whole(path, Report()))
+    except (ValueError, RecursionError, UserError):
         return None  # rows, or a fault that has a line
+
+
+def _whole(path: Path, report: Report) -> bytes:
+    """The bytes of a file in UTF-8, which are one value of JSON."""
+    whole = bytearray()
+    for line in lines(path, report):
+        whole += line
+        if len(whole) > LONGEST_ROW:
+            raise UserError(
+                f"{path} is one value of more than {LONGEST_ROW:,} bytes: write one row per line, "
+                "as .jsonl"
+            )
+    return bytes(whole)
 
 
 def _json_list(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
     """The rows of a file that is one list in JSON."""
     try:
-        rows = json.loads(b"".join(lines(path, report)))
+        rows = json.loads(_whole(path, report))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: invalid JSON ({e}); fix it, or leave it out") from e
     for number, row in enumerate(rows, 1):
