@@ -1,7 +1,11 @@
 """Attention against a float64 oracle, and the key-value cache against whole sequences."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.attention.varlen
 
 from nanochat.model import attention
 from nanochat.model.attention import attend
@@ -54,10 +58,51 @@ def test_attend_without_gradients_and_in_bfloat16(window):
     torch.testing.assert_close(low.double(), want, atol=0.05, rtol=0.05)
 
 
-def test_the_band_of_other_devices_is_the_oracle_too():
-    for T, window in ((5, 3), (128, 64), (200, 64), (300, 130)):
+@pytest.mark.parametrize("flash", [False, True])
+def test_what_gpus_run_is_the_oracle_too(flash, monkeypatch):
+    """With flash, what is asked of it, by its documentation: q, k, v (tokens, heads, D)."""
+
+    def documented(q, k, v, starts, starts_k, longest, _, *, scale, window_size, enable_gqa):
+        assert starts.tolist() == starts_k.tolist() and starts.dtype == torch.int32
+        assert scale == q.size(2) ** -0.5 and enable_gqa == (q.size(1) > k.size(1))
+        assert window_size[1] == 0 and longest == starts[1]
+        rows = itertools.pairwise(starts)
+        parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in rows]
+        return torch.cat([oracle(*part, window_size[0] + 1)[0].transpose(0, 1) for part in parts])
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", documented)
+    monkeypatch.setattr(attention, "has_flash", lambda *_: flash)
+    for T, window in ((5, 3), (128, 64), (200, 0), (300, 130), (64, 64)):
         q, k, v = draw(2, 4, 2, T)
         torch.testing.assert_close(attention.attend_fused(q, k, v, window), oracle(q, k, v, window))
+
+
+def test_a_window_on_a_gpu_is_traced_in_one_graph_with_its_gradients():
+    """On the meta device, where torch checks shapes and derivatives of the kernel it would call."""
+    shapes = 4, 2, 2
+    q, k, v = (
+        torch.empty(2, h, 64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for h in shapes
+    )
+    traced = torch.compile(attention.attend_fused, backend="eager", fullgraph=True)
+    for attend_window in (attention.attend_fused, traced):
+        y = attend_window(q, k, v, 16)
+        assert y.shape == q.shape and y.dtype == q.dtype
+        grads = torch.autograd.grad(y.sum(), (q, k, v))
+        assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]
+
+
+def test_flash_is_used_where_it_runs(monkeypatch):
+    card = SimpleNamespace(major=8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+    assert attention.has_flash(gpu, half, 64) and attention.has_flash(gpu, torch.float16, 256)
+    assert not attention.has_flash(gpu, torch.float32, 64)
+    assert not attention.has_flash(gpu, half, 257) and not attention.has_flash(gpu, half, 100)
+    card.major = 7  # Turing
+    assert not attention.has_flash(gpu, torch.float16, 64)
+    assert not attention.has_flash(torch.device("cpu"), half, 64)
+    assert attention.has_flash(torch.device("meta"), half, 64)
 
 
 def cached(cache, q, k, v, sizes, window=0, lengths=None):

@@ -163,14 +163,12 @@ def attend_at(
     """
     B, H, T, D = q.shape
     H_kv, end = K.size(1), first + K.size(2)
+    if mask is None:
+        mask = score_mask(visible(positions, first, end, window), H, H_kv, K.dtype)
     if bias is not None:
         scores = bias.scores(positions[:, :, None], first, end, H).to(K.dtype)
-        seen = visible(positions, first, end, window)
-        if seen is not None:
-            scores = scores.masked_fill(~seen[:, None], -torch.inf)
-        mask = scores.reshape(B, H_kv, -1, K.size(2))
-    elif mask is None:
-        mask = score_mask(visible(positions, first, end, window), H, H_kv, K.dtype)
+        scores = scores.reshape(B, H_kv, -1, K.size(2))
+        mask = scores if mask is None else scores + mask
     # The query heads of a group become more queries of their shared head: no kernel copies keys.
     q = q.to(K.dtype).reshape(B, H_kv, -1, D)
     return F.scaled_dot_product_attention(q, K, V, attn_mask=mask).reshape(B, H, T, D)
@@ -180,18 +178,58 @@ def attend_at(
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias | None = None) -> Tensor:
-    """Torch's fused kernel on the whole sequence, or on a band of it; a bias is more columns."""
+    """
+    Torch's fused kernels; a bias is more columns. Without flash, heads that share keys get copies
+    of them and a window is a mask: torch would otherwise hold all scores of grouped heads at once.
+    """
     T, D = q.shape[2:]
     if bias is not None:
         q, k, v = _with_columns(q, k, v, bias)
-    if 0 < window < T:
-        y = _attend_band(q, k, v, window, D**-0.5)
+    flash, group, mask = has_flash(q.device, q.dtype, q.size(3)), q.size(1) // k.size(1), None
+    if 0 < window < T and flash:
+        y = _attend_window(q, k, v, window, D**-0.5)
     else:
-        grouped = k.size(1) != q.size(1)
+        if group > 1 and not flash:
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        if 0 < window < T:
+            mask = visible(torch.arange(T, device=q.device)[None], 0, T, window)
         y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=D**-0.5, enable_gqa=grouped
+            q, k, v, mask, is_causal=mask is None, scale=D**-0.5, enable_gqa=k.size(1) < q.size(1)
         )
     return y if bias is None else y[..., :D]
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """
+    Whether torch's flash attention takes heads of this width: the only kernel that lets heads share
+    keys, and that skips the keys before a window.
+    """
+    half = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
+    if device.type == "cuda":
+        return half and torch.cuda.get_device_properties(device).major >= 8
+    return half and device.type == "meta"  # where the memory of a GPU is traced
+
+
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Windowed attention by flash, which reads the batch as sequences of T tokens in one row."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, _, T, _ = q.shape
+    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    y: Any = varlen_attn(
+        q,
+        k,
+        v,
+        starts,
+        starts,
+        T,
+        T,
+        scale=scale,
+        window_size=(window - 1, 0),
+        enable_gqa=k.size(1) < q.size(1),
+    )
+    return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
 def _with_columns(q: Tensor, k: Tensor, v: Tensor, bias: Bias) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,34 +244,6 @@ def _with_columns(q: Tensor, k: Tensor, v: Tensor, bias: Bias) -> tuple[Tensor, 
     q = torch.cat((q, F.pad(u, (0, pad)).to(q.dtype)), -1)
     k = torch.cat((k, F.pad(w, (0, pad)).to(k.dtype)), -1)
     return q, k, F.pad(v, (0, R + pad))
-
-
-def _attend_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Windowed attention: blocks of queries, each with the band of keys that it can see."""
-    B, H, T, D = q.shape
-    block = min(window, 128)
-    n = -(-T // block)  # blocks; the last may be padded
-    padding = n * block - T
-    q = F.pad(q, (0, 0, 0, padding)).view(B, H, n, block, D).transpose(1, 2)
-
-    def band(x: Tensor) -> Tensor:
-        """(B, H_kv, T, D) -> (B * n, H_kv, window + block, D), from position b * block - window."""
-        x = F.pad(x, (0, 0, window, padding)).unfold(2, window + block, block)
-        return x.permute(0, 2, 1, 4, 3).reshape(B * n, x.size(1), window + block, D)
-
-    i = torch.arange(block, device=q.device)[:, None] + window  # a query's slot in its band
-    j = torch.arange(window + block, device=q.device)
-    start = torch.arange(n, device=q.device)[:, None, None] * block - window
-    visible = (j <= i) & (i - j < window) & (j + start >= 0)  # (n, block, window + block)
-    y = F.scaled_dot_product_attention(
-        q.reshape(B * n, H, block, D),
-        band(k),
-        band(v),
-        attn_mask=visible.repeat(B, 1, 1)[:, None],
-        scale=scale,
-        enable_gqa=k.size(1) != H,
-    )
-    return y.view(B, n, H, block, D).transpose(1, 2).reshape(B, H, n * block, D)[:, :, :T]
 
 
 # ---- forms of a prior that look positions up
