@@ -11,7 +11,6 @@ calculator's output is forced into it; no row can sample the tokens that frame s
 Nothing here trains or changes the model.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -21,8 +20,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanochat.base.common import UserError
-from nanochat.chat.packed import packed_copy
+from nanochat.chat.graphs import Graphs, Step
+from nanochat.chat.packed import packed_copy, refresh
+from nanochat.chat.sampling import Sampling, choose
 from nanochat.chat.tools import ToolCalls
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.cache import KVCache
@@ -31,7 +31,6 @@ from nanochat.model.loss import capped
 
 PREFILL_TOKENS = 8192  # of all rows per pass over their prompts: bounds memory, changes no result
 PREFILL_CHUNK = 64  # tokens per row and pass, at least
-GREEDY, WHOLE = 0, -1  # how a row draws: the likeliest token; from all tokens, unsorted
 
 
 class Token(NamedTuple):
@@ -57,29 +56,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """
-    How a row draws its tokens. Temperature 0 takes the likeliest token; top_k keeps that many of
-    the likeliest (None or 0: all), top_p the fewest that hold that share of the probability.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    alternatives: int | None = None  # log probabilities of this many likely tokens are wanted
-
-    def __post_init__(self):
-        share = 1.0 if self.top_p is None else self.top_p
-        # `not >=` also catches NaN
-        if not self.temperature >= 0 or (self.top_k or 0) < 0 or not 0 < share <= 1:
-            raise UserError(
-                f"cannot sample with temperature={self.temperature}, top_k={self.top_k}, "
-                f"top_p={self.top_p}: temperature and top_k must be at least 0, "
-                "top_p above 0 and at most 1"
-            )
-
-
-@dataclass(frozen=True)
 class Continuation:
     """
     A prompt to continue: `samples` times, sample i with the random numbers of the seed "SEED/i".
@@ -88,7 +64,7 @@ class Continuation:
 
     prompt: Sequence[int]
     seed: str
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = 256
     samples: int = 1
 
@@ -99,9 +75,12 @@ class Engine:
     of a model without gradients are prepared once.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, graphs: bool = True):
+        """`graphs`: whether a CUDA device decodes with CUDA graphs; others never do."""
         self.model, self.tokenizer = model, tokenizer
+        self._use_graphs = graphs and model.head_weight.device.type == "cuda"
         self._packed: tuple[GPT, nn.Module] | None = None
+        self._graphs: Graphs | None = None
 
     def row_bytes(self) -> int:
         """The memory of one row's keys and values over the whole context, in bytes."""
@@ -113,9 +92,15 @@ class Engine:
 
     def packed(self) -> tuple[GPT, nn.Module]:
         """The model's body and head, laid out for decoding."""
-        if self._packed is None or any(p.requires_grad for p in self.model.parameters()):
-            self._packed = packed_copy(self.model)
+        if self._packed is None or not refresh(*self._packed, self.model):
+            self._packed, self._graphs = packed_copy(self.model), None
         return self._packed
+
+    def graphs(self) -> Graphs | None:
+        """What decodes with CUDA graphs; None without."""
+        if self._graphs is None and self._use_graphs:
+            self._graphs = Graphs(*self.packed(), self.model.config.softcap)
+        return self._graphs
 
     def generate(
         self,
@@ -192,6 +177,7 @@ class Batch:
         self._tokenizer, self._config = engine.tokenizer, engine.model.config
         self._forced_only = set(engine.tokenizer.never_sampled)
         self._body, self._head = engine.packed()
+        self._graphs = engine.graphs()
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._cache: Any = None  # a KVCache once rows have joined
         self._joined = 0  # rows so far, which numbers them
@@ -267,6 +253,12 @@ class Batch:
         Sample one token for every row, except for rows that are still reading a tool's output.
         Returns the new tokens, forced ones included; rows that finish leave the batch.
         """
+        rows, graphs = self._rows, self._graphs
+        if graphs is not None and rows and all(len(row.pending) == 1 for row in rows):
+            samplings = [row.sampling for row in rows]
+            self._cache, step = graphs.step(self, self._cache, samplings)
+            if step is not None:
+                return self._finish_step(rows, *self._run(step, samplings))
         if waiting := [len(row.pending) for row in self._rows if row.pending]:
             _feed(self._body, self._cache, self._rows, min(waiting))
         ready = [row for row in self._rows if not row.pending]
@@ -275,14 +267,28 @@ class Batch:
         logits = capped(
             self._head(torch.stack([row.hidden for row in ready])), self._config.softcap
         )
-        samplings, uniform = [row.sampling for row in ready], [row.random.random() for row in ready]
-        chosen = choose(logits, uniform, samplings)
+        uniform = [row.random.random() for row in ready]
+        return self._finish_step(
+            ready, logits, choose(logits, uniform, [row.sampling for row in ready])
+        )
+
+    def _run(self, step: Step, samplings: list[Sampling]) -> tuple[Tensor, list[int]]:
+        """Feed every row its token: the logits and the rows' next tokens."""
+        tokens, uniform = [], []
+        for row in self._rows:
+            tokens += row.pending
+            row.pending = []
+            uniform.append(row.random.random())
+        return step.run(self._cache, tokens, uniform, samplings)
+
+    def _finish_step(self, ready: list[_Row], logits: Tensor, chosen: list[int]) -> list[Token]:
+        """Take the chosen tokens of the rows that are ready, from logits (R, V)."""
         forged = [i for i, id in enumerate(chosen) if id in self._forced_only]
         if forged:  # drawn again without them: rare, and all other draws stay what they are
             again = logits[forged]
             again[:, list(self._forced_only)] = -torch.inf
             fresh = [ready[i].random.random() for i in forged]
-            ids = choose(again, fresh, [samplings[i] for i in forged])
+            ids = choose(again, fresh, [ready[i].sampling for i in forged])
             for i, id in zip(forged, ids, strict=True):
                 chosen[i] = id
         reports = _log_probabilities(logits, ready, chosen)
@@ -290,7 +296,7 @@ class Batch:
         for row, id in zip(ready, chosen, strict=True):
             first, *forced = self._take(row, id)
             tokens += [first._replace(**reports.get(row.number, {})), *forced]
-        for row in reversed(ready):
+        for row in ready[::-1]:
             if row.sample.finish:
                 self._remove(row)
         return tokens
@@ -379,65 +385,6 @@ def clip(tokens: Sequence[int], limit: int) -> list[int]:
     if len(tokens) <= limit:
         return list(tokens)
     return [tokens[0], *tokens[len(tokens) - limit + 1 :]][:limit]
-
-
-def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Sampling]) -> list[int]:
-    """
-    One token per row of logits (R, V), by inverting the cumulative distribution at the row's own
-    number in [0, 1). Ties at temperature 0 go to the lower id.
-    """
-    chosen, V = [0] * len(samplings), logits.size(-1)
-    groups: dict[int, list[int]] = {}  # rows by how many of the likeliest tokens are sorted
-    for i, sampling in enumerate(samplings):
-        top_k = min(sampling.top_k or V, V)
-        whole = top_k == V and (sampling.top_p or 1.0) == 1
-        width = GREEDY if sampling.temperature == 0 else WHOLE if whole else top_k
-        groups.setdefault(width, []).append(i)
-    for width, rows in groups.items():
-        own = logits if len(rows) == len(samplings) else logits[rows]
-        if width == GREEDY:
-            likeliest, picked = own.max(dim=-1)
-            ids = _checked(picked, likeliest)
-        else:
-            ids = _draw(own, [uniform[i] for i in rows], [samplings[i] for i in rows], width)
-        for i, id in zip(rows, ids, strict=True):
-            chosen[i] = id
-    return chosen
-
-
-def _draw(
-    logits: Tensor, uniform: Sequence[float], samplings: Sequence[Sampling], width: int
-) -> list[int]:
-    """choose() for rows that draw from the same number of likeliest tokens, or from all."""
-    ids = None
-    if width != WHOLE:
-        logits, ids = logits.topk(width, dim=-1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    settings = [(u, s.temperature, s.top_p or 1.0) for u, s in zip(uniform, samplings, strict=True)]
-    u, temperature, top_p = torch.tensor(settings, dtype=wide, device=logits.device).mT[..., None]
-    p = torch.softmax(logits.to(wide) / temperature, dim=-1)
-    if any(s.top_p for s in samplings):  # the token that crosses the threshold stays
-        p = p.masked_fill((p.cumsum(dim=-1) - p >= top_p) & (top_p < 1), 0)
-    cumulative = p.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Never beyond the last possible token
-    at = torch.minimum(u * total, torch.nextafter(total, -total))
-    # Clamped, because sums that are not numbers would find a place outside
-    picked = torch.searchsorted(cumulative, at, right=True).clamp(max=p.size(-1) - 1)
-    picked = picked if ids is None else ids.gather(1, picked)
-    return _checked(picked.squeeze(1), total.squeeze(1))
-
-
-def _checked(ids: Tensor, numbers: Tensor) -> list[int]:
-    """The ids (R,) as a list; UserError if the numbers (R,) they were found by are none."""
-    both = torch.stack((ids.float(), numbers.float()))  # one transfer; ids are below 2^24
-    chosen, found_by = both.tolist()
-    if not all(map(math.isfinite, found_by)):
-        raise UserError(
-            "the model's outputs are not numbers, so no token can be chosen: its weights are too "
-            "large for their precision; use --dtype=float32, or another checkpoint"
-        )
-    return [int(id) for id in chosen]
 
 
 def _log_probabilities(

@@ -22,6 +22,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         super().__init__()
         self.weight, self.packed = weight.detach().to(dtype), None
+        self.source = [weight.detach()]  # in a list, or it would be one more parameter
         if weight.device.type == "cpu":
             try:  # private operators, which compiled models use too; without them, F.linear
                 packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
@@ -45,3 +46,21 @@ def packed_copy(model: GPT) -> tuple[GPT, nn.Module]:
             if isinstance(child, Linear):
                 setattr(parent, name, PackedLinear(child.weight, model.compute_dtype))
     return body, PackedLinear(model.head_weight, model.compute_dtype)
+
+
+@torch.no_grad()
+def refresh(body: GPT, head: nn.Module, model: GPT) -> bool:
+    """
+    Bring a packed copy up to date with its model, in the same memory, which CUDA graphs need. False
+    if it must be made anew.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        return True
+    if body.cos is not model.cos:
+        return False
+    for layer in (*body.modules(), head):
+        if isinstance(layer, PackedLinear):
+            if layer.weight is None:  # laid out for a CPU
+                return False
+            layer.weight.copy_(layer.source[0])
+    return True

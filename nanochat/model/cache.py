@@ -103,10 +103,13 @@ class KVCache:
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else counts
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self._check(max(self.lengths))
-        end = torch.tensor(counts, device=self.k.device)[:, None]
+        self._keep_earlier(torch.tensor(counts, device=self.k.device)[:, None])
+
+    def _keep_earlier(self, counts: Tensor) -> None:
+        """Keep the last inputs of each row, which has `counts` (B, 1) more tokens."""
         for name, x in self._extended.items():
             kept = getattr(self, name)[0]
-            kept.copy_(x[self._rows(), end + torch.arange(kept.size(1), device=x.device)])
+            kept.copy_(x[self._rows(), counts + torch.arange(kept.size(1), device=x.device)])
 
     def _check(self, positions: int) -> None:
         if positions > self.capacity:
@@ -140,6 +143,11 @@ class KVCache:
 
     def _write(self, kept: Tensor, new: Tensor) -> None:
         kept[0, self._rows(), 0, self._slots] = new.to(kept.dtype)
+
+    def _write_by_row(self, layer: int, k: Tensor, v: Tensor) -> None:
+        rows = self._rows()
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            kept[rows, :, self._slots] = new.transpose(1, 2).to(kept.dtype)
 
     # ---- changing the batch, between passes
 
@@ -176,6 +184,29 @@ class KVCache:
         self.lengths, self.capacity = self.lengths + other.lengths, capacity
         for name, buffer in buffers.items():
             self.keep(name, buffer)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """The rows and positions for which there is memory."""
+        k = self._buffers["k"]
+        return k.size(1), k.size(3) - 1
+
+    @property
+    def address(self) -> int:
+        """Where the memory of the keys begins: it changes when rows move."""
+        return self._buffers["k"].data_ptr()
+
+    def moved(self, rows: int, positions: int) -> "KVCache":
+        """A copy with room for so many rows and positions."""
+        new = copy.copy(self)
+        new.capacity, new._buffers, new._extended = positions, {}, {}
+        for name, buffer in self._grown(rows, positions).items():
+            new.keep(name, buffer)
+        return new
+
+    def clear(self) -> None:
+        """Drop all rows."""
+        self.lengths = []
 
     def _grown(self, rows: int, positions: int) -> dict[str, Tensor]:
         """Copies of the buffers with room for so many rows and positions."""
@@ -225,9 +256,8 @@ class KVCache:
             if start == 0:
                 return attend(q, k, v, window, bias)
         else:
-            rows, end = self._rows(), min(max(self.lengths) + T, self.capacity)
-            K[rows, :, self._slots] = k.transpose(1, 2).to(K.dtype)
-            V[rows, :, self._slots] = v.transpose(1, 2).to(V.dtype)
+            self._write_by_row(layer, k, v)
+            end = min(max(self.lengths) + T, self.capacity)
         first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # no query sees older
         K, V = K[:, :, first:end], V[:, :, first:end]
         if bias is None:
@@ -242,6 +272,51 @@ class KVCache:
             block = bias._replace(u=bias.u[:, part])
             parts.append(attend_at(positions[:, part], q[:, :, part], K, V, first, window, block))
         return torch.cat(parts, dim=2).to(k.dtype)
+
+
+class OneToken(KVCache):
+    """
+    A view of the first `rows` rows of a cache, for passes of one token that always run the same
+    kernels on the same memory: the lengths are on the device, and each row attends to the first
+    `slots` slots, those beyond its length hidden. `place` says where a pass writes.
+    """
+
+    def __init__(self, cache: KVCache, rows: int, slots: int):
+        self.__dict__ |= vars(cache)
+        self.lengths, self.slots = [1] * rows, slots  # of these lengths, only the number counts
+        self._buffers, self._extended = {}, {}
+        for name, buffer in cache._buffers.items():
+            self.keep(name, buffer)
+
+    def place(self, lengths: Tensor, counts: Tensor) -> None:
+        """Set the rows' lengths (rows,), and for each whether it takes part: 1, or 0 if not."""
+        self._slots, self._counts = lengths[:, None], counts[:, None]
+
+    def begin(self, T: int) -> None:
+        assert T == 1
+        self.positions = self._slots.clamp(max=self.capacity - 1)
+        self._masks = {}
+
+    def advance(self, counts: int | list[int]) -> None:
+        self._keep_earlier(self._counts)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int = 0,
+        bias: Bias | None = None,
+    ) -> Tensor:
+        self._write_by_row(layer, k, v)
+        K, V = self.k[layer, :, :, : self.slots], self.v[layer, :, :, : self.slots]
+        if (0, window) not in self._masks:
+            i, j = self.positions[:, :, None], torch.arange(self.slots, device=q.device)
+            seen = (j <= i) & (i - j < window) if window > 0 else j <= i
+            self._masks[0, window] = score_mask(seen, q.size(1), K.size(1), K.dtype)
+        mask = self._masks[0, window]
+        return attend_at(self.positions, q, K, V, 0, window, bias, mask).to(k.dtype)
 
 
 def _used(name: str, kept: Tensor, positions: int) -> Tensor:

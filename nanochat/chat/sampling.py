@@ -1,0 +1,108 @@
+"""
+Sampling: how rows draw their next tokens from logits, each with its own settings and its own random
+number.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochat.base.common import UserError
+
+GREEDY, WHOLE = 0, -1  # how a row draws: the likeliest token; from all tokens, unsorted
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How a row draws its tokens. Temperature 0 takes the likeliest token; top_k keeps that many of
+    the likeliest (None or 0: all), top_p the fewest that hold that share of the probability.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    alternatives: int | None = None  # log probabilities of this many likely tokens are wanted
+
+    def __post_init__(self):
+        share = 1.0 if self.top_p is None else self.top_p
+        # `not >=` also catches NaN
+        if not self.temperature >= 0 or (self.top_k or 0) < 0 or not 0 < share <= 1:
+            raise UserError(
+                f"cannot sample with temperature={self.temperature}, top_k={self.top_k}, "
+                f"top_p={self.top_p}: temperature and top_k must be at least 0, "
+                "top_p above 0 and at most 1"
+            )
+
+
+def width(sampling: Sampling, V: int) -> int:
+    """From how many of the likeliest of V tokens a row draws; GREEDY or WHOLE."""
+    top_k = min(sampling.top_k or V, V)
+    if sampling.temperature == 0:
+        return GREEDY
+    return WHOLE if top_k == V and (sampling.top_p or 1.0) == 1 else top_k
+
+
+def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Sampling]) -> list[int]:
+    """
+    One token per row of logits (R, V), by inverting the cumulative distribution at the row's own
+    number in [0, 1). Ties at temperature 0 go to the lower id.
+    """
+    chosen = [0] * len(samplings)
+    groups: dict[int, list[int]] = {}  # rows by how many of the likeliest tokens are sorted
+    for i, sampling in enumerate(samplings):
+        groups.setdefault(width(sampling, logits.size(-1)), []).append(i)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    for tokens, rows in groups.items():
+        own = logits if len(rows) == len(samplings) else logits[rows]
+        values = [(uniform[i], *settings(samplings[i])) for i in rows]
+        given = torch.tensor(values, dtype=wide, device=logits.device).mT
+        nucleus = any(samplings[i].top_p for i in rows)
+        for i, id in zip(rows, checked(draw(own, given, tokens, nucleus)), strict=True):
+            chosen[i] = id
+    return chosen
+
+
+def settings(sampling: Sampling) -> tuple[float, float]:
+    """The temperature and top_p of a row, as draw() needs them."""
+    return sampling.temperature, sampling.top_p or 1.0
+
+
+def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool) -> Tensor:
+    """
+    The tokens of rows (R, V) that draw from the same number of likeliest tokens, or from all, and
+    below them the numbers that they were found by: (2, R). given (3, R): a number in [0, 1), the
+    temperature and top_p of each row; `nucleus`: whether any row has a top_p. It waits for nothing.
+    """
+    if width == GREEDY:
+        likeliest, picked = logits.max(dim=-1)
+        return torch.stack((picked.float(), likeliest.float()))
+    ids = None
+    if width != WHOLE:
+        logits, ids = logits.topk(width, dim=-1)
+    u, temperature, top_p = given[..., None]
+    p = torch.softmax(logits.to(given.dtype) / temperature, dim=-1)
+    if nucleus:  # the token that crosses the threshold stays
+        p = p.masked_fill((p.cumsum(dim=-1) - p >= top_p) & (top_p < 1), 0)
+    cumulative = p.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Never beyond the last possible token
+    at = torch.minimum(u * total, torch.nextafter(total, -total))
+    # Clamped, because sums that are not numbers would find a place outside
+    picked = torch.searchsorted(cumulative, at, right=True).clamp(max=p.size(-1) - 1)
+    picked = picked if ids is None else ids.gather(1, picked)
+    return torch.stack((picked.squeeze(1).float(), total.squeeze(1).float()))
+
+
+def checked(found: Tensor) -> list[int]:
+    """The tokens of draw() as a list; UserError if the numbers they were found by are none."""
+    chosen, found_by = found.tolist()  # one transfer; ids are below 2^24, exact in float32
+    if not all(map(math.isfinite, found_by)):
+        raise UserError(
+            "the model's outputs are not numbers, so no token can be chosen: its weights are too "
+            "large for their precision; use --dtype=float32, or another checkpoint"
+        )
+    return [int(id) for id in chosen]
