@@ -35,6 +35,7 @@ class DecodeKnobs(ArchitectureKnobs, Shape):
     batch: tuple[int, ...] = knob((1, 8, 32), "rows generated together", low=1)
     prompt: int = knob(64, "tokens in the prompt", low=1)
     tokens: int = knob(128, "tokens generated per row", low=2)
+    graphs: bool = knob(True, "decode with CUDA graphs on a CUDA device")
     repeats: int = knob(5, "runs per size; the median counts", low=1)
     device_type: str = knob("auto", "auto, cpu, cuda or mps")
     dtype: str = knob("auto", "auto, float32, bfloat16 or float16")
@@ -54,9 +55,9 @@ def main(argv=None) -> dict[str, Any]:
     model.init_weights()
     model.cast_for_inference()
     nothing: Any = SimpleNamespace(
-        specials=dict.fromkeys(SPECIAL_TOKENS, -1)
+        specials=dict.fromkeys(SPECIAL_TOKENS, -1), never_sampled=()
     )  # no token stops a row: all run their full length
-    engine = Engine(model, nothing)
+    engine = Engine(model, nothing, k.graphs)
 
     weights = model.counts()["matmul"] * rt.dtype.itemsize
     cache = model.new_cache(1, 1)

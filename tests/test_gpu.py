@@ -3,17 +3,28 @@ What only a GPU shows: its kernels against the float64 oracles of the CPU's test
 training, and runs that reach its limits. Without a GPU, everything here is skipped:
 
     python -m pytest -m gpu
+
+What bench/gpu_first.py does as well is shared with it, so that tests/test_gpu_first.py runs the same
+lines on a CPU.
 """
+
+import json
+import socket
+from types import SimpleNamespace
 
 import pytest
 import test_attention
+import test_generate
 import test_loss
 import test_prior
 import tiny
 import torch
+import torch.distributed as dist
 from priors import GPU, made, terms, tokens, whole, with_spans, write
 
+from bench import gpu_first
 from nanochat.base.runtime import Runtime, compiler_missing
+from nanochat.chat import graphs
 from nanochat.commands import base_train
 from nanochat.model import attention, loss
 from nanochat.model.gpt import GPT
@@ -138,6 +149,23 @@ def test_the_loss_and_its_gradients(compiled, dtype, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, torch.float16, BF16], ids=str)
+def test_no_kernel_holds_all_scores(heads, dtype):
+    """Torch falls back silently on products of whole score matrices; flash where it exists."""
+    shapes = heads[0], heads[1], heads[1]
+    q, k, v = (
+        torch.randn(2, h, 512, 64, device="cuda", dtype=dtype, requires_grad=True) for h in shapes
+    )
+    (used,) = gpu_first.chosen_backends(q, k, v)
+    if attention.has_flash(GPU, dtype, 64):
+        assert used in ("FLASH_ATTENTION", "CUDNN_ATTENTION")
+    else:
+        assert used == "EFFICIENT_ATTENTION"
+    expected = [] if attention.has_flash(GPU, dtype, 64) else ["EFFICIENT_ATTENTION"]
+    assert gpu_first.chosen_backends(q, k, v, window=100) == expected  # else not torch's choice
+
+
 # ---- the model
 
 
@@ -193,6 +221,76 @@ def test_cached_decoding_is_the_whole_sequence(dtype, window_pattern):
     torch.testing.assert_close(torch.cat(parts, 1), want, **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["grouped", "prior"])
+def test_golden_losses(kind, dtype, compiled):
+    name = str(dtype).removeprefix("torch.")
+    want = json.loads(gpu_first.GOLDEN.read_text())[f"{kind}, {name}"]
+    torch.set_float32_matmul_precision("highest")
+    got = gpu_first.golden_losses(kind, place(dtype).runtime, compiled)
+    torch.set_float32_matmul_precision("high")
+    assert got == pytest.approx(want, rel=gpu_first.TOLERANCE[name])
+
+
+def place(dtype: torch.dtype = BF16) -> gpu_first.Place:
+    return gpu_first.Place(Runtime(torch.device("cuda", 0), dtype, 0, 1, 42), tiny=False)
+
+
+@pytest.mark.parametrize("shape", test_generate.SHAPES.values(), ids=test_generate.SHAPES)
+@pytest.mark.parametrize("patience", [0, 1000])
+def test_the_engine_writes_what_it_writes_on_a_cpu(shape, patience, monkeypatch):
+    """With graphs and without: greedy in float32, and sampled rows that do not depend on others."""
+    monkeypatch.setattr(graphs, "PATIENCE", patience)
+    engines = []
+    for device in ("cpu", "cuda"):
+        m = test_generate.model(61, **shape).to(device)
+        m.set_context(m.config.sequence_len)
+        engines.append(test_generate.quiet(SimpleNamespace(encode=None, decode=None), m))
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
+    torch.set_float32_matmul_precision("highest")
+    cpu, gpu = (e.generate_batch(prompts, 2, 12, temperature=0) for e in engines)
+    assert [s.tokens for s in gpu] == [s.tokens for s in cpu]
+    together = engines[1].generate_batch(prompts, 2, 12, seed=[5, 5, 5])
+    alone = [engines[1].generate_batch([p], 2, 12, seed=5)[0] for p in prompts]
+    torch.set_float32_matmul_precision("high")
+    assert [s.tokens for s in together[::2]] == [s.tokens for s in alone]
+
+
+def test_nccl_with_one_rank_gives_back_what_it_gets():
+    """Every collective that training uses, on tensors of the GPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", address, world_size=1, rank=0, device_id=device)
+    try:
+        x = torch.randn(4, 8, device=device)
+        for collective in (dist.reduce_scatter_single, dist.all_gather_single):
+            y = torch.empty_like(x)
+            collective(y, x)
+            assert torch.equal(y, x)
+        for collective in (dist.all_reduce, lambda t: dist.broadcast(t, src=0)):
+            y = x.clone()
+            collective(y)
+            assert torch.equal(y, x)
+        objects = [None]
+        dist.all_gather_object(objects, ("host", 1))
+        assert objects == [("host", 1)]
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- speed
+
+
+def test_a_step_is_not_slower_than_a_floor():
+    """A fifth of the measured peak for 37.75 M parameters: below it, something is wrong."""
+    config, rows = gpu_first.shape(place(), "d4")
+    figures = gpu_first.speed_of_training(place(), config, rows, seconds=3.0)
+    assert figures["finite"] and figures["share_of_measured_peak"] >= 0.2, figures
+
+
 # ---- runs
 
 
@@ -217,7 +315,7 @@ def test_a_run_learns_is_resumed_and_switches_its_context(tmp_path, monkeypatch,
         "32@0.5",
     ]
     whole = base_train.main(words)
-    assert whole["val_bpb"] < 2.0 and whole["steps"] == 60
+    assert whole["eval"]["val_bpb"] < 2.0 and whole["steps"] == 60
     said = capsys.readouterr().out
     assert (
         "cuda x1, bfloat16" in said
@@ -235,8 +333,8 @@ def test_a_run_learns_is_resumed_and_switches_its_context(tmp_path, monkeypatch,
             "--new_horizon=stretch",
         ]
     )
-    assert again["tokens"] == whole["tokens"] and again["val_bpb"] == pytest.approx(
-        whole["val_bpb"], rel=0.1
+    assert again["tokens"] == whole["tokens"] and again["eval"]["val_bpb"] == pytest.approx(
+        whole["eval"]["val_bpb"], rel=0.1
     )
 
 
@@ -258,3 +356,17 @@ def test_memory_that_runs_out_halves_the_micro_batch(tmp_path, monkeypatch, caps
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert out["tokens"] == 4 * 131072
     assert "the total batch unchanged" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_in_the_backward_pass_halves_the_micro_batch(tmp_path):
+    rows, same = gpu_first.backward_out_of_memory(tmp_path, place(FP32).runtime)
+    assert rows[:3] == [8, 4, 2] and same
+
+
+@pytest.mark.parametrize("part", [gpu_first.finetuning, gpu_first.half_precision])
+def test_runs_of_other_kinds(part, tmp_path, monkeypatch):
+    """Finetuning, whose batches have many widths, and float16 with its loss scaler."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    report = part(place())
+    assert gpu_first.passed(report), report

@@ -19,6 +19,7 @@ from torch import Tensor
 from nanochat.model.attention import Bias, attend
 from nanochat.model.cache import KVCache
 from nanochat.model.config import GPTConfig
+from nanochat.model.int8 import int8_linear
 from nanochat.model.loss import capped, linear_cross_entropy, token_losses
 from nanochat.model.prior import Prior
 
@@ -97,12 +98,19 @@ class _HalfProduct(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A bias-free product in the input's dtype; the master weight stays in its own (float32)."""
+    """
+    A bias-free product in the input's dtype, or by 8-bit integers; the master weight stays in its
+    own dtype (float32).
+    """
+
+    int8 = False
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__(fan_in, fan_out, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.int8:
+            return int8_linear(input, self.weight)
         if input.device.type == "cuda" and input.dtype != self.weight.dtype:
             return _HalfProduct.apply(input, self.weight)  # pyright: ignore[reportReturnType]
         return F.linear(input, self.weight.to(input.dtype))
@@ -348,6 +356,12 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
         return self
+
+    def set_matmul(self, kind: str) -> None:
+        """Multiply the matrices of the blocks by 8-bit integers from now on, if kind is "int8"."""
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.int8 = kind == "int8"
 
     # ---- parameters
 

@@ -52,6 +52,11 @@ class TrainKnobs(MachineKnobs):
     compile: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay"
     )
+    matmul: Literal["float", "int8"] = knob(
+        "float",
+        "int8 = multiply the blocks' matrices by 8-bit integers in the forward pass and for the "
+        "gradients of inputs: for GeForce cards from the RTX 30 series on; slow on a CPU",
+    )
     run: str = knob(
         "dummy", "name of the run in the trackers of --sinks (dummy = log to metrics.jsonl only)"
     )

@@ -16,9 +16,10 @@ import torch
 from nanochat.base import hardware, logbook
 from nanochat.base.common import UserError, human, notice, print0, rank
 from nanochat.base.files import reserve
-from nanochat.base.runtime import Runtime, emulates_bfloat16, open_runtime
+from nanochat.base.runtime import Runtime, compiler_missing, emulates_bfloat16, open_runtime
 from nanochat.data.contexts import Contexts
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.model.attention import has_flash
 from nanochat.model.checkpoint import Checkpoint, locate, newest_to_resume
 from nanochat.model.gpt import GPT
 from nanochat.model.stages import STAGES, lock_file, run_directory
@@ -31,6 +32,7 @@ from nanochat.train.scaling import width_scale
 INHERITED = (  # knobs that a later stage takes from its parent
     "dtype",
     "compile",
+    "matmul",
     "device_batch_size",
     "embedding_lr",
     "unembedding_lr",
@@ -159,6 +161,8 @@ def open_run(
     model = build(runtime, tokenizer)
     if resume_from:
         resume.same_architecture(model.config, resume_from)
+    _check_kernels(model, k.matmul, runtime)
+    model.set_matmul(k.matmul)
     # the horizon depends on the peak: all ranks use the figure of rank 0
     peak = from_main(hardware.measured_peak(runtime.device, runtime.dtype), runtime)
     peak *= runtime.world_size if runtime.device.type == "cuda" else 1
@@ -173,6 +177,25 @@ def open_run(
     return OpenRun(
         stage, k, origins, runtime, tokenizer, model, directory, resume_from, peak, began, parent
     )
+
+
+def _check_kernels(model: GPT, matmul: str, runtime: Runtime) -> None:
+    """UserError if integers cannot be multiplied here; a notice where windows save no time."""
+    config, device = model.config, runtime.device
+    on_gpu = device.type == "cuda"
+    if matmul == "int8" and device.type != "cpu":
+        missing = compiler_missing(device)
+        if not missing and torch.cuda.get_device_properties(device).major < 8:
+            missing = "this GPU is older than the RTX 30 series"
+        if missing:
+            raise UserError(f"--matmul=int8 cannot run here ({missing}): leave it out")
+    windows = any(config.window(layer) for layer in range(config.n_layer))
+    if windows and on_gpu and not has_flash(device, runtime.dtype, config.head_dim):
+        notice(
+            f"--window_pattern={config.window_pattern} saves no time here: the kernel for windows "
+            f"does not take {runtime.dtype_name} heads of width {config.head_dim} on this GPU, so "
+            "all scores are computed"
+        )
 
 
 def open_from_parent(
