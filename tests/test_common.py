@@ -94,6 +94,16 @@ def test_a_console_of_any_encoding_shows_what_it_can(encoding, text):
     assert done.stdout.strip() == shown and shown in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting exists only there")
+def test_commands_ask_for_memory_in_pieces_that_grow_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    entry(lambda: None)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    entry(lambda: None)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
+
+
 def test_streams_without_an_encoding_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     entry(lambda: print("fine"))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from tiny import PLAIN, fit, rows
 
 from nanochat.commands import base_train
 from nanochat.data.feed import RowFeed, eval_batches, micro_batch_rows
-from nanochat.train import loop, spent
+from nanochat.train import loop, spent, stage
 from nanochat.train.evaluation import Evaluation, Size
 from nanochat.train.scaling import (
     EVALUATING,
@@ -210,6 +211,31 @@ def test_evaluation_runs_the_compiled_code_of_training(monkeypatch):
     assert not compiled.requires_grad
     torch.testing.assert_close(compiled, m.token_losses(b.inputs, b.targets))
     torch.compiler.reset()
+
+
+def test_an_evaluation_remembers_the_rows_that_fitted(monkeypatch):
+    """Memory ran out for the first source; neither the second nor later evaluations try again."""
+    asked = []
+
+    def measure(model, shards, token_bytes, runtime, rows, tokens, compiled, on_fewer):
+        asked.append(rows)
+        if rows > 2:
+            on_fewer(2)
+        return 1.0
+
+    monkeypatch.setattr(stage, "shard_bits_per_byte", measure)
+    knobs = SimpleNamespace(eval_tokens=64, eval_every=1, device_batch_size=8)
+    run = SimpleNamespace(
+        tokenizer=SimpleNamespace(token_bytes=lambda: None),
+        runtime=tiny.CPU,
+        knobs=knobs,
+        model=tiny.model(),
+    )
+    feed = SimpleNamespace(micro_batch=(8, 16))
+    sources = [(SimpleNamespace(name=name), None) for name in "ab"]
+    evaluation = stage.bits_per_byte_evaluation(run, sources, feed, None)
+    assert [evaluation.measure()["val_bpb"] for _ in range(2)] == [1.0, 1.0]
+    assert asked == [8, 2, 2, 2]
 
 
 def test_the_only_batch_of_an_evaluation_is_whole_where_that_is_asked(place):

@@ -107,11 +107,17 @@ def bits_per_byte_evaluation(
 
     def measure() -> dict[str, float]:
         rows, compiled = evaluation_rows(run, feed)
-        rows = min([rows, *fitting])
         tokens = size.now if size else run.knobs.eval_tokens
         numbers = {
             f"val_bpb/{shards.name}": shard_bits_per_byte(
-                run.model, shards, token_bytes, runtime, rows, tokens, compiled, fitting.append
+                run.model,
+                shards,
+                token_bytes,
+                runtime,
+                min([rows, *fitting]),
+                tokens,
+                compiled,
+                fitting.append,
             )
             for shards, _ in validation
         }
