@@ -74,8 +74,8 @@ def main() -> None:
     if parser.parse_args().differences:
         print("\n".join(sorted(differences())) or "no package differs from runs/constraints.txt")
         return
-    every = compile_pins(["serve", "test"])
-    training = {name_and_version(block)[0] for block in compile_pins(["serve"])}
+    every = compile_pins(["serve", "documents", "test"])
+    training = {name_and_version(block)[0] for block in compile_pins(["serve", "documents"])}
     first = [block for block in every if name_and_version(block)[0] in training]
     rest = [block for block in every if name_and_version(block)[0] not in training]
     FILE.write_text("\n".join([HEAD, *first, "", TESTS, *rest, ""]), encoding="utf-8")

@@ -19,11 +19,11 @@ if ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
     # no GPU; where it is missing or fails, pip installs.
     {
         uv pip install --quiet --require-hashes --no-deps -r "$pinned" &&
-            uv pip install --quiet --torch-backend=auto --no-build-isolation -e ".[serve]"
+            uv pip install --quiet --torch-backend=auto --no-build-isolation -e ".[serve,documents]"
     } 2>.venv/uv.log || {
         export PIP_DISABLE_PIP_VERSION_CHECK=1
         python -m pip install --quiet --require-hashes --no-deps -r "$pinned" &&
-            python -m pip install --quiet --no-build-isolation -e ".[serve]"
+            python -m pip install --quiet --no-build-isolation -e ".[serve,documents]"
     } 2>.venv/pip.log || {
         tail -5 .venv/pip.log >&2
         echo "error: the installation failed (see above): check the network, then run this script again" >&2

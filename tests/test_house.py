@@ -123,7 +123,7 @@ CEILINGS = {
     "model": 25_150,
     "chat": 8_150,
     "chat/serve": 11_280,
-    "eval": 18_550,
+    "eval": 18_600,
     "train": 18_550,
     "study": 13_510,
     "plan": 15_760,

@@ -235,3 +235,18 @@ def test_dialogs_of_real_people(tmp_path, monkeypatch):
     ):
         masks = [shards.mask(i) for i in range(40)]
         assert len(shards) == 40 and all(m is not None and m.any() for m in masks)
+
+
+def test_a_folder_of_chats_needs_a_person(tmp_path, tokenizer):
+    for name in ("one", "two"):
+        lines = (f"1/2/20, 9:{i:02d} - {'Ada' if i % 2 else 'Bob'}: {name} {i}" for i in range(40))
+        gap = ("1/3/20, 9:00 - Bob: Hi", "1/3/20, 9:01 - Ada: Yes", f"1/4/20, 9:00 - Bob: {name}")
+        (tmp_path / f"{name}.txt").write_text("\n".join((*lines, *gap, "1/4/20, 9:02 - Ada: No")))
+    (tmp_path / "README.md").write_text("Read me.")
+    spec = [f"chat={tmp_path}"]
+    with pytest.raises(
+        UserError, match=r"no conversations in 3 files; .*one\.txt: it is a chat of Ada, Bob"
+    ):
+        mixture.shards(spec, "train", tokenizer)
+    ((shards, _),) = mixture.shards(spec, "train", tokenizer, me="Ada")
+    assert len(shards) == 5 and shards.notes.total() == 1, "one of six is for validation"

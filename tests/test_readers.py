@@ -67,7 +67,7 @@ def odt(body, doctype=""):
     return zipped({"mimetype": mimetype, "content.xml": OPEN.format(doctype, body)})
 
 
-def epub(chapters, doctype="", spine=None):
+def epub(chapters, doctype="", spine=None, more=()):
     container = '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
     container += '<rootfile full-path="OPS/book.opf"/></rootfiles></container>'
     items = "".join(f'<item id="i{n}" href="c%20{n}.xhtml"/>' for n in range(len(chapters)))
@@ -75,9 +75,12 @@ def epub(chapters, doctype="", spine=None):
     refs = "".join(f'<itemref idref="i{n}"/>' for n in order)
     package = f'<?xml version="1.0"?>{doctype}<package xmlns="http://www.idpf.org/2007/opf">'
     package += f"<manifest>{items}</manifest><spine>{refs}</spine></package>"
-    files = {f"OPS/c {n}.xhtml": f"<html><p>{text}</p></html>" for n, text in enumerate(chapters)}
+    files = {
+        f"OPS/c {n}.xhtml": f"<html><title>T</title><p>{text}</p></html>"
+        for n, text in enumerate(chapters)
+    }
     start = {"mimetype": "application/epub+zip", "META-INF/container.xml": container}
-    return zipped({**start, "OPS/book.opf": package, **files})
+    return zipped({**start, "OPS/book.opf": package, **files, **dict(more)})
 
 
 def pdf(text, kids="[3 0 R]", stream=None, filters=""):
@@ -165,6 +168,11 @@ READABLE = {
     "paper.pdf": (pdf("A text in a PDF."), "A text in a PDF."),
     "rich.rtf": (rb"{\rtf1\ansi A \b bold\b0  word, \'e9.\par Two}", "A bold word, é.\nTwo"),
     "one.eml": (mail("Boats", "They are gone.\n"), "Boats\n\nThey are gone."),
+    "charset.eml": (mail("A", "b").replace(b"utf-8", b"nonsense"), "A\n\nb"),
+    "broken.mbox": (
+        b"From a Mon\nContent-Type: image/png\n\nxx\n\nFrom b Tue\n" + mail("Two", "2"),
+        "Two\n\n2",
+    ),
     "page.eml": (mail("Boats", "<p>Gone, <b>é</b>", "html", "latin-1"), "Boats\n\nGone, é"),
     "all.mbox": (
         b"From a@x.org Mon\n"
@@ -280,6 +288,10 @@ HOSTILE = {
     "deep.docx": (docx("<w:p>" * 20_000 + "</w:p>" * 20_000), "cannot be read|no text"),
     "notxml.docx": (docx("<w:p>"), "cannot be read"),
     "nobook.epub": (zipped({"mimetype": "application/epub+zip"}), "cannot be read"),
+    "locked.epub": (
+        epub(["x"], more={"META-INF/encryption.xml": '<r URI="OPS/c 0.xhtml"/>'}),
+        "encrypted",
+    ),
     "gone.epub": (epub([], spine=[7]), "no text"),
     "loop.pdf": (pdf("x", kids="[2 0 R]"), "cannot be read as a PDF|no text layer"),
     "cut.pdf": (pdf("x")[:150], "cannot be read as a PDF|no text layer"),
@@ -290,7 +302,6 @@ HOSTILE = {
     ),
     "broken.rtf": (b"{\\rtf1 " + b"{" * 50_000, "no text|cannot"),
     "nothing.eml": (b"Content-Type: image/png\n\nxx", "no text"),
-    "charset.eml": (mail("A", "b").replace(b"utf-8", b"nonsense"), "cannot be read|unknown"),
     "odd.ipynb": (b'{"cells": [1]}', "no notebook"),
     "deep.ipynb": (b"[" * 200_000, "no notebook"),
     "deep.json": (b"[" * 200_000, "invalid JSON|Recursion"),

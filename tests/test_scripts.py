@@ -175,6 +175,6 @@ def test_the_installation_takes_pinned_packages_and_their_hashes(checkout, tmp_p
         )
     pinned, project = [shlex.join(json.loads(line)) for line in record.read_text().splitlines()]
     assert "--require-hashes --no-deps -r .venv/pinned.txt" in pinned
-    assert project.endswith("-e '.[serve]'") and installed.read_text() == wanted
+    assert project.endswith("-e '.[serve,documents]'") and installed.read_text() == wanted
     names = (repo / ".venv/pinned.txt").read_text()
     assert "\nnumpy==" in names and "\npytest==" not in names and "\ntorch==" not in names

@@ -66,6 +66,32 @@ def test_turns_of_one_side_become_one():
     assert turns([system, assistant, user, assistant])[1] == ("user", "")
 
 
+def test_calls_of_a_calculator_as_openai_writes_them():
+    function = {"name": "calculator", "arguments": '{"expr": "0+1"}'}
+    row = [
+        {"role": "user", "content": Q},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": function}]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": A},
+    ]
+    parts = [("python", "0+1"), ("python_output", "1"), ("text", A)]
+    wanted = [("user", Q), ("assistant", [{"type": k, "text": t} for k, t in parts])]
+    assert turns(row) == turns({"messages": row}) == wanted
+    assert "0+1" in learned(row) and A in learned(row)
+    assert "1<|output_end|>" not in learned(row), "the calculator says its result"
+    function["name"] = "weather"
+    with pytest.raises(UserError, match=r"message 1 calls a tool \('weather'\)"):
+        conversation(row)
+
+
+def test_lists_of_texts():
+    row = [{"role": "user", "content": [Q, Q]}, {"role": "assistant", "content": [A, A]}]
+    assert turns(row) == [("user", f"{Q}\n{Q}"), ("assistant", f"{A}\n{A}")]
+    part = {"type": "text", "text": A}
+    row = [{"role": "user", "content": Q}, {"role": "assistant", "content": [part]}]
+    assert turns(row) == [("user", Q), ("assistant", [part])]
+
+
 @pytest.mark.parametrize(
     "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"train_on_turn": False}]
 )

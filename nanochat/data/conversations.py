@@ -17,6 +17,7 @@ from nanochat.data.rows import Report, TooManyBadRows, open_text, read_rows, rea
 from nanochat.data.shapes import as_conversation, shape_of
 
 LONGEST_CHAT = 1 << 28  # characters
+NONE = "holds no conversations"
 HEAD = 1 << 16  # characters that decide whether a text is a chat
 
 
@@ -60,7 +61,7 @@ def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
         if dialogue.chats_in_text(head, me):
             return dialogue.chats_in_text(head + file.read(LONGEST_CHAT), me)
     raise UserError(
-        f"{path} holds no conversations: lines must begin with User: and Assistant:, or with "
+        f"{path} {NONE}: lines must begin with User: and Assistant:, or with "
         "names, of which --me says who is the assistant"
     )
 

@@ -168,9 +168,9 @@ class SourceInventory:
             counted = ", ".join(f"{n:,} {shape}" for shape, n in shapes.most_common())
             yield f"conversations: {counted} in {len(self.conversations):,} files"
         problems = self.conversation_problems
-        yield from (f"not a conversation: {problem}" for problem in problems[:SHOWN])
+        yield from (f"not used as a conversation: {problem}" for problem in problems[:SHOWN])
         if len(problems) > SHOWN:
-            yield f"not a conversation: {len(problems) - SHOWN:,} more"
+            yield f"not used as a conversation: {len(problems) - SHOWN:,} more"
 
 
 def _most(counts: dict[str, int]) -> list[tuple[str, int]]:

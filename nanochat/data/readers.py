@@ -48,6 +48,7 @@ BLOCKS = (
 )
 # What a page has around its text
 AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, iframe, select"
+LOCKS = "META-INF/encryption.xml"  # of a book
 OFFICE = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 TIMES = re.compile(r"^\s*(?:\d+:)?\d+:\d+[.,]\d+\s+-->")
 CUE_TAGS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
@@ -78,13 +79,13 @@ def html(path: Path, report: Report) -> Iterator[str]:
     yield html_text(content(path), report)
 
 
-def html_text(data: bytes | str, report: Report) -> str:
-    """The text of a page of HTML."""
+def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
+    """The text of a page of HTML, without the elements that the CSS selector `left_out` names."""
     parser = library("selectolax.lexbor").LexborHTMLParser
     if isinstance(data, bytes):
         data = data.decode(encoding_of_html(data, report), "replace")
     tree = parser(data.replace("\0", ""))
-    for node in tree.css(AROUND):
+    for node in tree.css(left_out):
         node.decompose()
     if tree.root is None:
         return ""
@@ -168,11 +169,14 @@ def epub(path: Path, report: Report) -> Iterator[str]:
         package = parse(archive.read(str(package_path)))
         items = {item.get("id"): item.get("href") for item in package.iterfind(".//{*}item")}
         names = set(archive.namelist())
+        locked = archive.read(LOCKS).decode("utf-8", "replace") if LOCKS in names else ""
         for reference in package.iterfind(".//{*}itemref"):
             href = unquote((items.get(reference.get("idref")) or "").split("#")[0])
             name = str(package_path.parent / href)
+            if name in locked:
+                raise UserError("it is encrypted (DRM): nobody but its reading program can read it")
             if name in names:
-                yield html_text(archive.read(name), report)
+                yield html_text(archive.read(name), report, f"{AROUND}, title")
             else:
                 report.notes["chapters of books that are missing"] += 1
 
@@ -226,23 +230,27 @@ def eml(path: Path, report: Report) -> Iterator[str]:
 
 
 def mbox(path: Path, report: Report) -> Iterator[str]:
-    """The e-mails of a mailbox, each a text of its own."""
-    lines: list[bytes] = []
-    size, blank = 0, True
+    """The e-mails of a mailbox, each a text of its own; one that is broken stops no other."""
+    for mail in _mails(path):
+        try:
+            yield _mail_text(mail, report)
+        except Exception:  # the email package raises what it likes
+            report.notes["e-mails without a text that can be read"] += 1
+
+
+def _mails(path: Path) -> Iterator[bytes]:
+    """The e-mails of a mailbox, of which very long ones lose their end."""
+    mail, blank = bytearray(), True
     with open_bytes(path) as file:
         while line := file.readline(1 << 20):
-            if blank and line.startswith(b"From ") and size:
-                yield _mail_text(b"".join(lines), report)
-                lines, size = [], 0
-            elif size < MOST_BYTES and not (line.startswith(b"From ") and not size):
-                lines.append(line[1:] if line.startswith(b">From ") else line)
-                size += len(line)
-            elif size >= MOST_BYTES:
-                report.notes["e-mails cut, because they are too long"] += 1
-                size += len(line)
+            if blank and line.startswith(b"From "):
+                if mail:
+                    yield bytes(mail)
+                mail.clear()
+            elif len(mail) < MOST_BYTES:
+                mail += line.removeprefix(b">") if line.startswith(b">From ") else line
             blank = not line.strip()
-    if lines:
-        yield _mail_text(b"".join(lines), report)
+    yield bytes(mail)
 
 
 def _mail_text(data: bytes, report: Report) -> str:
@@ -251,7 +259,12 @@ def _mail_text(data: bytes, report: Report) -> str:
     body = message.get_body(("plain", "html"))
     if body is None:
         raise UserError("it has no text")
-    text = body.get_content()
+    try:
+        text = body.get_content()
+    except LookupError:  # an encoding that nobody knows
+        payload = body.get_payload(decode=True)
+        payload = payload if isinstance(payload, bytes) else b""
+        text = payload.decode(encoding_of_html(payload, report), "replace")
     if body.get_content_subtype() == "html":
         text = html_text(text, report)
     subject = str(message.get("subject", "")).strip()

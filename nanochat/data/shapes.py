@@ -9,10 +9,12 @@ The shapes in which people keep conversations, all turned into the one of render
 
 Messages of one side that follow each other become one, and a conversation that the assistant opens
 begins with an empty message of the user. An assistant message with "weight": 0 or "train": false is
-context: the model reads it and does not learn to say it. What has no place here (calls of tools
-other than the calculator, pictures) is a UserError.
+context: the model reads it and does not learn to say it. Calls of a calculator as OpenAI writes
+them, with their results, become parts of the reply. What has no place here (calls of other tools,
+pictures) is a UserError.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +36,7 @@ PAIRS = (  # the user's fields, of which those after the first may be missing, a
     (("input",), ("output",)),
     (("query",), ("response", "answer")),
 )
+CALCULATORS = "calculator", "calculate", "python"
 MASKS = "weight", "train", "train_on_turn", "trainable"  # of a message: 0 or false masks it
 
 
@@ -101,7 +104,38 @@ def as_conversation(row: Any) -> dict[str, Any]:
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         messages = [{"role": "system", "content": system}, *messages]
-    return {**rest, "messages": _joined([_message(i, m) for i, m in enumerate(messages)])}
+    turned: list[dict[str, Any]] = []
+    for i, message in enumerate(messages):
+        turned.append(_result(message, turned) or _message(i, message))
+    return {**rest, "messages": _joined(turned)}
+
+
+def _result(message: Any, before: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of the calculator's call that comes before, as a part of the reply."""
+    if not isinstance(message, dict) or message.get("role") not in ("tool", "function"):
+        return None
+    parts = before[-1]["content"] if before else None
+    if not isinstance(parts, list) or not any(part.get("type") == "python" for part in parts):
+        return None
+    return {**before[-1], "content": [{"type": "python_output", "text": message.get("content")}]}
+
+
+def _call(i: int, call: Any) -> dict[str, str]:
+    """A call of the calculator as a part of the reply; UserError for one of another tool."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    name = str(function.get("name"))
+    arguments: Any = function.get("arguments")
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        values = [*arguments.values()]
+    except (ValueError, AttributeError):
+        values = []
+    if name.lower() not in CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
+        raise UserError(
+            f"message {i} calls a tool ({brief(name)}): only calls of a {CALCULATORS[0]} with one "
+            "expression can be trained"
+        )
+    return {"type": "python", "text": values[0]}
 
 
 def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -131,13 +165,15 @@ def _message(i: int, message: Any) -> dict[str, Any]:
             f"message {i}: the role {brief(role)} is none of {', '.join(ROLE_OF)}; only the "
             "calculator's calls and results can be part of a reply"
         )
-    if message.get("tool_calls") or message.get("function_call"):
-        raise UserError(
-            f"message {i} calls a tool: only the calculator's calls can be trained, as parts of "
-            'the type "python"'
-        )
     content = next((message[key] for key in CONTENT_KEYS if key in message), None)
-    if isinstance(content, list) and known != "assistant":
+    single = message.get("function_call")
+    calls = message.get("tool_calls") or ([single] if single else [])
+    if calls:
+        said = [{"type": "text", "text": content}] if content else []
+        content = [*said, *(_call(i, call) for call in calls)]
+    elif isinstance(content, list) and (
+        known != "assistant" or all(isinstance(part, str) for part in content)
+    ):
         content = _text_of_parts(i, content)
     plain = {"role": known, "content": content}
     return plain if _is_learned(i, message) else {**plain, "weight": 0}
@@ -163,6 +199,15 @@ def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
     return True
 
 
+def _parts(contents: Iterable[Any]) -> list[Any]:
+    """Texts and lists of parts as one list of parts."""
+    lists = (
+        [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for content in contents
+    )
+    return [part for one in lists for part in one]
+
+
 def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of one side that follow each other as one; the user speaks first."""
     joined: list[dict[str, Any]] = []
@@ -172,9 +217,13 @@ def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if (
             message["role"] == before.get("role") != "system"
             and message.get("weight") == before.get("weight")
-            and all(isinstance(content, str) for content in both)
+            and all(isinstance(content, str | list) for content in both)
         ):
-            joined[-1] = {**before, "content": "\n\n".join(map(str, both))}
+            texts = all(isinstance(content, str) for content in both)
+            joined[-1] = {
+                **before,
+                "content": "\n\n".join(map(str, both)) if texts else _parts(both),
+            }
         else:
             joined.append(message)
     first = next((i for i, message in enumerate(joined) if message["role"] != "system"), None)

@@ -181,8 +181,16 @@ def shards(
 def _read(items: Callable[[], Iterator[Item]], report: Report) -> Iterator[Item]:
     """All conversations of a source; the report has what could not be read."""
     report.clear()
-    yield from items()
+    first = None
+    for item in items():
+        first = first or item
+        yield item
     report.finish()
+    if first is None and report.skipped:
+        reason, file = min(report.skipped, key=lambda skipped: own.NONE in skipped[0])
+        raise UserError(
+            f"there are no conversations in {len(report.skipped):,} files; {file}: {reason}"
+        )
     report.notes.update(f"files skipped: {reason}" for reason, _ in report.skipped)
 
 
