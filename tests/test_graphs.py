@@ -15,7 +15,6 @@ from test_generate import (  # noqa: F401
     requests,
     run_alone,
     test_a_cancelled_row_leaves_and_changes_no_other,
-    test_decoding_is_the_full_forward_up_to_the_last_position,
     test_every_step_brings_a_token_for_every_row,
     test_ids_in_the_padding_are_never_sampled,
     test_lengths_and_reasons,
@@ -61,8 +60,10 @@ def without(engine):
     return engine
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.8, 20), Sampling(1.1, top_p=0.7)])
-@pytest.mark.parametrize("shape", [*SHAPES, "prior"])
+DRAWS = itertools.cycle([Sampling(0), Sampling(0.8, 20), Sampling(1.1, top_p=0.7)])
+
+
+@pytest.mark.parametrize(("shape", "sampling"), [*zip([*SHAPES, "prior"], DRAWS, strict=False)])
 def test_tokens_do_not_depend_on_steps(tokenizer, tmp_path, shape, sampling, steps):  # noqa: F811
     if shape == "prior":
         path = priors.write(tmp_path / "prior.safetensors", priors.terms())

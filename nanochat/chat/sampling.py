@@ -58,10 +58,13 @@ def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Samplin
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     for tokens, rows in groups.items():
         own = logits if len(rows) == len(samplings) else logits[rows]
-        values = [(uniform[i], *settings(samplings[i])) for i in rows]
-        given = torch.tensor(values, dtype=wide, device=logits.device).mT
-        nucleus = any(samplings[i].top_p for i in rows)
-        for i, id in zip(rows, checked(draw(own, given, tokens, nucleus)), strict=True):
+        if tokens == GREEDY:
+            found = likeliest(own)
+        else:
+            values = [(uniform[i], *settings(samplings[i])) for i in rows]
+            given = torch.tensor(values, dtype=wide, device=logits.device).mT
+            found = draw(own, given, tokens, any(samplings[i].top_p for i in rows))
+        for i, id in zip(rows, checked(found), strict=True):
             chosen[i] = id
     return chosen
 
@@ -71,6 +74,12 @@ def settings(sampling: Sampling) -> tuple[float, float]:
     return sampling.temperature, sampling.top_p or 1.0
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest tokens of rows (R, V) and, below them, their logits: (2, R)."""
+    value, picked = logits.max(dim=-1)
+    return torch.stack((picked.float(), value.float()))
+
+
 def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool) -> Tensor:
     """
     The tokens of rows (R, V) that draw from the same number of likeliest tokens, or from all, and
@@ -78,8 +87,7 @@ def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool) -> Tensor:
     temperature and top_p of each row; `nucleus`: whether any row has a top_p. It waits for nothing.
     """
     if width == GREEDY:
-        likeliest, picked = logits.max(dim=-1)
-        return torch.stack((picked.float(), likeliest.float()))
+        return likeliest(logits)
     ids = None
     if width != WHOLE:
         logits, ids = logits.topk(width, dim=-1)
