@@ -4,7 +4,8 @@ Conversations in files that hold no rows of them: exports of WhatsApp (text), Te
 of OpenAssistant. A chat that a person of choice, `me`, takes part in becomes conversations in which
 that person is the assistant; as text, it keeps the names and loses the times.
 
-A chat is divided where nobody has written for SILENCE seconds, so that each has one topic.
+A chat is divided where nobody has written for SILENCE seconds, so that each has one topic, and its
+conversations with `me` after LONG characters, so that they fit into the context of a small model.
 """
 
 import re
@@ -16,6 +17,7 @@ from nanochat.base.common import UserError
 from nanochat.data.shapes import ROLE_OF
 
 SILENCE = 6 * 3600
+LONG = 4_000  # characters, after which a person's next question begins a new conversation
 ENOUGH = 3  # messages that a chat must have within its first LOOK lines to be seen as one
 LOOK = 40
 # 31.12.20, 21:41 - Ada: Hi    [31/12/2020, 9:41:05 PM] Ada: Hi
@@ -193,6 +195,7 @@ def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[
         named = ", ".join(people[:8]) + ", ..." * (len(people) > 8)
         who = f"{me} is not among them" if me else "say who is the assistant"
         raise NobodyIsAssistant(f'{place} is a chat of {named}: {who}, as in --me "{people[0]}"')
+    chats = [part for chat in chats for part in _short(chat, me)] if me else chats
     several = sum(role_of(person, me) != "assistant" for person in people) > 1 and me is not None
     for chat in chats:
         messages = []
@@ -205,6 +208,20 @@ def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[
             messages.pop()
         if messages:
             yield {"messages": messages}
+
+
+def _short(chat: Chat, me: str) -> Iterator[Chat]:
+    """A chat, divided after LONG characters where `me` has answered and another one writes."""
+    part: Chat = []
+    size = 0
+    for message in chat:
+        answered = part and role_of(part[-1].person, me) == "assistant"
+        if size > LONG and answered and role_of(message.person, me) == "user":
+            yield part
+            part, size = [], 0
+        part.append(message)
+        size += len(message.text)
+    yield part
 
 
 def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
