@@ -45,7 +45,7 @@ LESSONS = {
         500,
         STEP_TOKENS,
         "--data tinyworld@9 --depth=4 --model_dim=256 --head_dim=64 --sequence_len=256 "
-        f"--total_batch_size={STEP_TOKENS} --copy_heads=1 --convolutions --warmdown_ratio=1",
+        f"--total_batch_size={STEP_TOKENS} --lookback=on --warmdown_ratio=1",
     ),
     "mid": Lesson(
         "midtraining",
