@@ -675,7 +675,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Report]:
 def _context() -> Any:
     """Starts processes from one that has imported torch and the project, but not opened a card."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.gpu_first", "nanochat.commands.base_train"])
+    context.set_forkserver_preload(["nanochat.commands.base_train", "nanochat.train.stage"])
     return context
 
 
