@@ -1,18 +1,25 @@
 """
-Files of strangers, by kind: each must be refused in one sentence, or work. The attacks lie in tests/hostile_*.py; dev/attacks.py
-tries them in processes of their own, with limits of time and memory, and prints a table.
+Files of strangers, by kind: each must be refused in one sentence, or work. The attacks lie in tests/hostile_*.py.
 """
 
 import hostile_checkpoints as checkpoints
+import hostile_files as files
 import hostile_hub
 import hostile_logbooks as logbooks
 import hostile_programs as programs
+import priors
 import pytest
+from test_core import bundle
 
+from nanochat.base import knobs
 from nanochat.base.common import UserError, printable
 from nanochat.commands import models
+from nanochat.commands.base_train import PretrainKnobs
 from nanochat.data import hub
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import sandbox
+from nanochat.eval.core_bundle import load_bundle
+from nanochat.model import prior_artifact
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing())
 
@@ -29,6 +36,51 @@ def test_a_checkpoint_of_a_stranger(release, name, capsys):
         checkpoints.load()
     except UserError as e:
         assert len(str(e)) < 1500 and "\n" not in str(e)
+
+
+def one_sentence(read) -> None:
+    """It works, or it says in one line why not, and nothing in that line moves a terminal."""
+    try:
+        read()
+    except UserError as e:
+        assert len(str(e)) < 1500 and "\n" not in str(e), str(e)[:300]
+
+
+@pytest.mark.parametrize("name", files.BUNDLES)
+def test_a_bundle_of_a_stranger(tmp_path, name):
+    folder = bundle(tmp_path / "bundle")
+    (tmp_path / "secret.jsonl").write_text('{"context": "secret", "continuation": "x"}\n')
+    files.BUNDLES[name](folder)
+
+    def read() -> None:
+        tasks, _ = load_bundle(folder)
+        assert "secret" not in str([task.rows for task in tasks])
+
+    one_sentence(read)
+
+
+@pytest.mark.parametrize("name", files.PRIORS)
+def test_a_prior_of_a_stranger(tmp_path, name):
+    path = files.PRIORS[name](tmp_path)
+    with pytest.raises(UserError):  # none of them is a prior
+        prior_artifact.load(str(path), priors.V, priors.PRINT)
+    one_sentence(lambda: prior_artifact.load(str(path), priors.V, priors.PRINT))
+
+
+@pytest.mark.parametrize("name", files.TOKENIZERS)
+def test_a_tokenizer_of_a_stranger(release, name):
+    files.TOKENIZERS[name](release / "tokenizer")
+    with pytest.raises(UserError):
+        Tokenizer.load()
+    one_sentence(Tokenizer.load)
+
+
+@pytest.mark.parametrize("name", files.RECIPES)
+def test_a_recipe_of_a_stranger(tmp_path, name):
+    path = tmp_path / "recipe.toml"
+    files.RECIPES[name](path)
+    words = ["--recipe", str(path)]
+    one_sentence(lambda: knobs.parse(PretrainKnobs, words, command="base_train"))
 
 
 @pytest.fixture

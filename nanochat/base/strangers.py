@@ -77,8 +77,11 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
 
 def read_toml(path: Path | str) -> dict[str, Any]:
     """The tables of a TOML file. OSError, or ValueError for no TOML or one nested too deep."""
+    text = decoded(read_bytes(path, MOST_TOML))
+    if any(line.partition("=")[0].count(".") > MOST_DEPTH for line in text.splitlines()):
+        raise ValueError("it is nested too deep")  # keys of many parts take tomllib minutes
     try:
-        return tomllib.loads(decoded(read_bytes(path, MOST_TOML)))
+        return tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

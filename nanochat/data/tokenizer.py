@@ -26,6 +26,7 @@ import tiktoken
 
 from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write
+from nanochat.base.strangers import read_json
 from nanochat.data.documents import well_formed
 from nanochat.data.rendering import (
     SPECIAL_TOKENS,
@@ -34,6 +35,7 @@ from nanochat.data.rendering import (
     conversation_pieces,
 )
 
+MOST_BYTES = 2**30  # of tokenizer.json: the largest vocabulary, spelled out
 DIGITS = (1, 2, 3)  # the most digits that a token may hold; llama.cpp knows 1 and 3
 WINDOW = 1 << 16  # characters; the regular expression engines give up on runs of about a million
 FORMAT = 1  # of the definition above; part of the fingerprint
@@ -125,8 +127,8 @@ class Tokenizer:
         if not (directory / "tokenizer.json").is_file():
             raise UserError(f"there is no tokenizer in {directory}: {remedy}")
         try:
-            data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-            meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+            data = read_json(directory / "tokenizer.json", MOST_BYTES)
+            meta = read_json(directory / "meta.json")
             byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
             vocabulary = data["model"]["vocab"].items()
             ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary}
@@ -135,7 +137,7 @@ class Tokenizer:
             expected = {**tokenizer._json(), "model": data["model"]}
             if tokenizer.fingerprint != meta["fingerprint"] or data != expected:
                 raise ValueError("its files do not match, or another version wrote them")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
             raise UserError(
                 f"the tokenizer in {directory} is damaged ({type(e).__name__}: {brief(str(e))}): "
                 f"{remedy}"

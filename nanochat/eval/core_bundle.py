@@ -6,15 +6,18 @@ Malformed data stop the evaluation with their file and line; a task without data
 """
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, decoded
+from nanochat.base.strangers import mismatch, missing, read_bytes, shown
 from nanochat.eval.tasks.data import read
 
+MOST_LISTING = 2**22  # bytes of core.yaml and of eval_meta_data.csv
 FIELDS = {  # the fields of a row, by kind of task: texts, and the one that is a list of options
     "multiple_choice": (("query",), "choices"),
     "schema": (("continuation",), "context_options"),
@@ -60,10 +63,20 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
     for name, uri, shots, kind, delimiter in entries:
         if name not in chances:
             raise UserError(
-                f"{baselines} has no row for the task {name}: add its random baseline in percent"
+                f"{baselines} has no row for the task {name[:60]}: add its random baseline in "
+                "percent"
             )
-        path = root / "eval_data" / str(uri)
-        if path.is_file():
+        path = root / "eval_data" / uri
+        try:
+            found = path.is_file()
+            inside = path.resolve().is_relative_to((root / "eval_data").resolve())
+        except (OSError, ValueError):  # no name of a file
+            found = inside = False
+        if not inside:
+            raise UserError(
+                f"{listing}: dataset_uri {shown(uri)} of {shown(name)} is no file in eval_data"
+            )
+        if found:
             rows = _read_rows(path, kind)
             tasks.append(CoreTask(name, kind, shots, delimiter, chances[name], rows))
         else:
@@ -73,29 +86,53 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
     return tasks, absent
 
 
+LISTING = {
+    "icl_tasks": [
+        {
+            "label": str,
+            "dataset_uri": str,
+            "num_fewshot": (int, [int]),
+            "icl_task_type": str,
+            "continuation_delimiter": str,
+        }
+    ]
+}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a small file can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, as in *NAME: write the value itself")
+        return super().compose_node(parent, index)
+
+
 def _read_listing(path: Path) -> list[tuple[str, str, int, str, str]]:
     """(name, data file, shots, kind, delimiter) of each task in core.yaml."""
     entries: list[tuple[str, str, int, str, str]] = []
     try:
-        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]:
+        listing = _PlainLoader(decoded(read_bytes(path, MOST_LISTING))).get_single_data()
+        if fault := mismatch(listing, LISTING, "core.yaml") or missing(listing, ["icl_tasks"]):
+            raise ValueError(fault)
+        for entry in listing["icl_tasks"]:
             shots = entry["num_fewshot"]
             shots = shots[0] if isinstance(shots, list) else shots
             delimiter = entry.get("continuation_delimiter", " ")
             values = entry["dataset_uri"], shots, entry["icl_task_type"], delimiter
             entries.append((entry["label"], *values))
-    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as e:
+    except (yaml.YAMLError, OSError, ValueError, LookupError, RecursionError) as e:
+        why = shown(" ".join(str(e).split()), 200)
         raise UserError(
             f"{path} must have a list icl_tasks of label, dataset_uri, num_fewshot and "
-            f"icl_task_type ({type(e).__name__}: {e})"
+            f"icl_task_type ({type(e).__name__}: {why})"
         ) from e
-    for name, _, shots, kind, delimiter in entries:
-        if kind not in FIELDS or not isinstance(delimiter, str):
+    for name, _, _, kind, _ in entries:
+        if kind not in FIELDS:
             raise UserError(
-                f"{path}: {name} has icl_task_type {kind!r} and continuation_delimiter "
-                f"{delimiter!r}: use one of {', '.join(FIELDS)}, and a text"
+                f"{path}: {shown(name)} has icl_task_type {shown(kind)}: use one of "
+                f"{', '.join(FIELDS)}"
             )
-        if type(shots) is not int or shots < 0:
-            raise UserError(f"{path}: {name} has num_fewshot {shots!r}: use 0 or more")
     if len({name for name, *_ in entries}) < len(entries):
         raise UserError(f"{path} has two tasks with the same label: use different ones")
     return entries
@@ -104,21 +141,25 @@ def _read_listing(path: Path) -> list[tuple[str, str, int, str, str]]:
 def _read_chances(path: Path) -> dict[str, float]:
     """What guessing scores on each task, 0 to 1."""
     chances = {}
-    with open(path, encoding="utf-8", newline="") as f:
-        for row in (reader := csv.DictReader(f)):
-            try:
-                chance = float(row["Random baseline"]) / 100
-                chances[row["Eval Task"]] = chance
-            except (KeyError, TypeError, ValueError) as e:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: the columns Eval Task and Random baseline "
-                    "(in percent) are needed"
-                ) from e
+    try:
+        table = decoded(read_bytes(path, MOST_LISTING))
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path} ({e}): fetch the bundle again") from e
+    reader = csv.DictReader(io.StringIO(table, newline=""))
+    try:
+        for row in reader:
+            chance = float(row["Random baseline"]) / 100
+            chances[row["Eval Task"]] = chance
             if not 0 <= chance < 1:
                 raise UserError(
                     f"{path}, line {reader.line_num}: the random baseline is {chance:.0%}: it must "
                     "be at least 0 and below 100 %"
                 )
+    except (KeyError, TypeError, ValueError, csv.Error) as e:
+        raise UserError(
+            f"{path}, line {reader.line_num}: the columns Eval Task and Random baseline "
+            "(in percent) are needed"
+        ) from e
     return chances
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nanochat.base.common import UserError, notice
 from nanochat.base.files import sha256_file
+from nanochat.base.strangers import open_regular
 from nanochat.model.attention import attention_form
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 
@@ -77,6 +78,7 @@ def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor
 def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a .safetensors file, or the one tensor of a .pt file."""
     try:
+        open_regular(path).close()  # a pipe would never end
         if path.endswith(".pt"):
             with warnings.catch_warnings(action="ignore"):  # an error says what is wrong
                 return {"bias": torch.load(path, map_location="cpu", weights_only=True)}, {}
@@ -102,6 +104,14 @@ def _fault(tensors: dict[str, Tensor], vocab_size: int) -> str:
     return ""
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has each of its values in memory: others may stand for any number."""
+    strided = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    if not strided or tensor.device.type != "cpu":
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
 def _tensor_fault(
     name: str, tensor: Tensor, tensors: dict[str, Tensor], sizes: dict[str, int]
 ) -> str:
@@ -109,6 +119,8 @@ def _tensor_fault(
     group = next((g for g in GROUPS.values() if name in g), None)
     if not isinstance(tensor, Tensor) or not tensor.dim():
         return "holds no tensor where one should be"
+    if not _is_plain(tensor):
+        return "holds a sparse, quantised, expanded or meta tensor, not a plain one"
     if group is None:
         return f"holds {name}, which is no term of a prior"
     if missing := group.keys() - tensors.keys():
@@ -124,7 +136,7 @@ def _tensor_fault(
         valid = tensor.dtype == torch.int8 and bool((tensor.abs() == 1).all())
     else:
         kind = "finite float32"
-        valid = tensor.is_floating_point() and bool(tensor.isfinite().all())
+        valid = tensor.is_floating_point() and bool(tensor.float().isfinite().all())
     return "" if valid else f"has {name} as {tensor.dtype}, not {kind}"
 
 
