@@ -59,7 +59,7 @@ def place(tmp_path, monkeypatch):
         "SFT_STEPS": 1,
         "STAGE_SECONDS": 0.0,
         "CONVERSATIONS_PER_STEP": 2,
-        "QUESTIONS": 4,
+        "QUESTIONS": 3,
         "LEAST_SECONDS": 1.0,
         "LEAST_MINUTES": 1,
         "USEFUL_PASSES": 0.5,
@@ -75,8 +75,10 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
         m.setattr(mid_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             mine.main([str(place), "--minutes=3", *CPU])
+    began = capsys.readouterr().out
+    assert "ends after 0.5" in began and "the same command continues" in began
     diary = json.loads((tmp_path / "base/mine/mine.json").read_text())
-    assert diary["done"] == ["reading", "conversations", "tokenizer", "base"]
+    assert diary["done"] == ["reading", "conversations", "tokenizer", "base", "data of mid"]
     assert diary["notes"]["documents"] == 12 and diary["notes"]["conversations"] == 6
     (place / "chapter0.txt").write_text("changed")  # what was read is kept
     base = locate("base", "mine").path
@@ -85,7 +87,7 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
     assert locate("base", "mine").path == base and locate("sft", "mine").step >= 1
     shown = capsys.readouterr().out
     assert "12 documents" in shown and "conversations: 6" in shown
-    assert "ends after 0.5" in shown and "nanochat chat_cli -g mine" in shown
+    assert "nanochat chat_cli -g mine" in shown
     assert shown.count("copied: at most") == 3 and "Held-out questions" in shown
     assert "knobs" not in shown, "what the stages print belongs to the log file"
     assert set(found["bits_per_byte"]) == {"model", "n-gram", "xz", "gzip"}

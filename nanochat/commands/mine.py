@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SHARES = {"base": 0.55, "mid": 0.3, "sft": 0.15}  # of the time
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
-CLOSING_SECONDS = 40.0  # questions and samples at the end
+CLOSING_SECONDS = 45.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
 COMPILING_PEAK = 2e11  # FLOP/s of matrix products
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
@@ -50,7 +50,7 @@ LEAST = 20_000  # characters
 LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
 # Conversations and steps with which the quickstart's model learned to converse
 MADE, MID_STEPS, SFT_STEPS, CONVERSATIONS_PER_STEP = 12_000, 720, 150, 64
-QUESTIONS = 100  # of each kind made from the text; a quarter as many of the embedded corpus
+QUESTIONS = 60  # of each kind made from the text; a third as many of the embedded corpus
 
 
 @dataclass(kw_only=True)
@@ -225,14 +225,30 @@ def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
     return f"--max_minutes={seconds / 60:.2f}"
 
 
-def conversation_flags(stage: str, knobs: MineKnobs, folder: Path, own: int) -> list[str]:
-    """The data of a later stage: what was made, what was found, the embedded corpus, the name."""
+def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
+    """Tokenise the conversations of a later stage, whose own time is then left for training."""
+    from nanochat.eval.tasks import mixture
+    from nanochat.model.checkpoint import locate
+
+    tokenizer = locate("base", knobs.model_tag).tokenizer()
+    for split, seed in (("train", int(stage == "sft")), ("val", 0)):
+        mixture.shards(specs, split, tokenizer, seed=seed, name=knobs.name)
+
+
+def conversations_for(knobs: MineKnobs, folder: Path, own: int) -> list[str]:
+    """The data of the later stages: what was made, what was found, the embedded corpus, the name."""
     embedded = f"tinyworld@{min(16_000, round(1000 * minutes_of(knobs)))}"
     shares = {f"made={folder / 'made.jsonl'}": 0.4, embedded: 0.35, "identity@400": 0.05}
     if own > 1:
         shares[f"own={folder / 'own.jsonl'}"] = 0.4
-    flags = ["--data", *(f"{source}:{share}" for source, share in shares.items())]
-    flags += [f"--name={knobs.name}", "--warmdown_ratio=1"]
+    return [f"{source}:{share}" for source, share in shares.items()]
+
+
+def conversation_flags(
+    stage: str, knobs: MineKnobs, folder: Path, specs: Sequence[str]
+) -> list[str]:
+    """The flags of a later stage, except its length."""
+    flags = ["--data", *specs, f"--name={knobs.name}", "--warmdown_ratio=1"]
     if stage == "mid":
         replay = 1.6 if knobs.start else 0.4
         return [*flags, "--text", f"text={folder / 'text.jsonl'}:{replay}", "--lr_scale=0.5"]
@@ -285,7 +301,7 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     tasks = owntext.tasks([json.loads(line) for line in lines])
     chat = load_for_inference("sft", tag, **machine)
     found["own"] = own_text.answers(chat, tasks, QUESTIONS)
-    found["embedded"] = own_text.answers(chat, list(tinyworld.TASKS.values()), QUESTIONS // 4)
+    found["embedded"] = own_text.answers(chat, list(tinyworld.TASKS.values()), QUESTIONS // 3)
     atomic_write(folder / "summary.json", json.dumps(found, indent=1))
     return found
 
@@ -335,14 +351,15 @@ def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
     notes = diary.notes
     if stage == "base":
         flags = [f"--data=text={folder / 'text.jsonl'}"]
+        if stage not in diary.lengths:
+            diary.lengths[stage] = plan_base(knobs, diary, notes["tokens"], notes["vocab_size"])
     else:
-        flags = conversation_flags(stage, knobs, folder, notes["conversations"])
-    if stage not in diary.lengths:
-        diary.lengths[stage] = (
-            plan_base(knobs, diary, notes["tokens"], notes["vocab_size"])
-            if stage == "base"
-            else plan_later(stage, knobs, diary)
-        )
+        specs = conversations_for(knobs, folder, notes["conversations"])
+        flags = conversation_flags(stage, knobs, folder, specs)
+        rendering = lambda: render(stage, knobs, specs)  # noqa: E731
+        chain.step(f"data of {stage}", "conversations", rendering)
+        if stage not in diary.lengths:
+            diary.lengths[stage] = plan_later(stage, knobs, diary)
     command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
     chain.train(stage, TITLES[stage], command, knobs, knobs.model_tag, flags)
 

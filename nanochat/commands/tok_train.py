@@ -33,8 +33,8 @@ class TrainTokenizerKnobs(ReadingKnobs):
     )
     vocab_size: int = knob(
         0,
-        "tokens in the vocabulary, special ones included (0 = by the size of the text: 1,024 for "
-        "0.3 MB, 4,096 for 3 MB, 16,384 for 100 MB, 65,536 from 700 MB on)",
+        "tokens in the vocabulary, special ones included (0 = by the size of the text: 2,048 for "
+        "0.3 MB, 4,096 for 3 MB, 32,768 for 100 MB, 65,536 from 240 MB on)",
     )
     digits: int = knob(2, "maximum digits in one token; GGUF needs 3 or 1", low=1, high=3)
     max_chars: int = knob(2_000_000_000, "read at most this many characters", low=1)

@@ -129,6 +129,9 @@ class Chain:
             with self.display.working(title, directory):
                 result = work()
             self.diary.done.append(name)
+        except KeyboardInterrupt:
+            self.display.write("stopped: the same command continues here")
+            raise
         finally:
             self.diary.save()
         return result

@@ -125,10 +125,11 @@ SHAPES = (  # (layers, width) of models for own text, heads of 64
 
 def vocabulary_for(size: float) -> int:
     """
-    Tokens in the vocabulary of a text of `size` bytes: the power of two near twice its square root,
-    from 512 to 65,536. 0.3 MB get 1,024 tokens, 1 MB 2,048, 3 MB 4,096 and 100 MB 16,384.
+    Tokens in the vocabulary of a text of `size` bytes: the power of two near three times its square
+    root, from 512 to 65,536. With 0.3 MB, 2,048 was better than 512, 1,024 and 4,096 (one seed,
+    dev/LOG.md, own text); that the best grows with the square root is an assumption.
     """
-    return 1 << min(16, max(9, round(math.log2(2 * math.sqrt(max(size, 1))))))
+    return 1 << min(16, max(9, round(math.log2(3 * math.sqrt(max(size, 1))))))
 
 
 def shape_for(flops: float, tokens: float, vocab_size: int) -> tuple[int, int]:
