@@ -128,7 +128,7 @@ CEILINGS = {
     "study": 13_510,
     "plan": 15_760,
     "export": 7_620,
-    "commands": 21_530,
+    "commands": 21_700,
 }
 WHOLE = sum(CEILINGS.values())
 
