@@ -105,9 +105,9 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
     return stages.get(final, ((0.0, final),))
 
 
-# Small corpora. Passes over a text after which held-out loss stops falling: with 0.3 MB of one author
-# and 0.6 M parameters in the layers it turned after 3 at a constant rate, and a schedule of 4 passes
-# ended lower than that (dev/LOG.md, own text). Larger texts were not followed to their turn.
+# Small corpora. Passes over a text after which held-out loss stops falling: with 0.3 MB of one
+# author and 0.6 M parameters in the layers it turned after 3 at a constant rate, and a schedule of
+# 4 passes ended lower (dev/LOG.md, own text). Larger texts were not followed to their turn.
 USEFUL_PASSES = 4
 TOKENS_PER_PARAMETER = 2.0  # of the layers, at least: with fewer, a smaller model learns more
 SHAPES = (  # (layers, width) of models for own text, heads of 64
