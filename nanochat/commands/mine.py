@@ -236,7 +236,7 @@ def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
 
 
 def conversations_for(knobs: MineKnobs, folder: Path, own: int) -> list[str]:
-    """The data of the later stages: what was made, what was found, the embedded corpus, the name."""
+    """The data of the later stages: what was made, what was found, the embedded corpus, a name."""
     embedded = f"tinyworld@{min(16_000, round(1000 * minutes_of(knobs)))}"
     shares = {f"made={folder / 'made.jsonl'}": 0.4, embedded: 0.35, "identity@400": 0.05}
     if own > 1:
