@@ -2,13 +2,14 @@
 # A general English chat model: 45 % Wikipedia, 40 % books, 15 % Reddit, then conversations alone; with the architecture in english_chat.toml.
 #     bash runs/english_chat.sh DIR                     12 hours; DIR holds wikipedia/, books/, reddit/ and dialog/
 #     bash runs/english_chat.sh DIR --minutes 30        or --hours N, and any other flag of one_day.sh
+#     bash runs/english_chat.sh DIR --dry_run           only prints what the budget buys and takes, and stops
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 texts=${1:-}
 if [ -z "$texts" ] || [[ "$texts" == -* ]]; then
-    sed -n '2,5s/^# \{0,1\}//p' "$repo/runs/english_chat.sh"
+    sed -n '2,6s/^# \{0,1\}//p' "$repo/runs/english_chat.sh"
     [[ "$texts" == -h || "$texts" == --help ]] && exit 0
     echo "error: the first argument must be the folder of the texts: bash runs/english_chat.sh DIR" >&2
     exit 2

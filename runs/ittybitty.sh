@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # The 37.75 M parameter model on one GPU: 954 steps of 524,288 tokens (500 M tokens) of web text, then conversations.
-# About 4 GB of shards are downloaded first. If interrupted, start it again and it continues.
+# About 1.1 GB of shards are downloaded first. If interrupted, start it again and it continues.
 #     bash runs/ittybitty.sh                     WANDB_RUN=name bash runs/ittybitty.sh  logs to wandb as well
+#     bash runs/ittybitty.sh --dry_run           only prints what it takes here, and stops; for another card: --dry_run --gpu rtx3060
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export WANDB_RUN="${WANDB_RUN:-dummy}"
-source runs/environment.sh
+source runs/values.sh
+planned_run ittybitty.sh --depth=4 --model_dim=512 --head_dim=64 --vocab=24576 --tokens=500170752 --data fineweb-edu -- "$@"
 
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-python -m nanochat.dataset -n 15
-[ -e "$base/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size=24576 --max_chars=2000000000
+python -m nanochat.dataset -n "$shards"
+[ -e "$base/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size="$vocab" --max_chars=2000000000
 python -m scripts.tok_eval
 python -m scripts.base_train --depth=4 --model_dim=512 --head_dim=64 --num_iterations=954 --target_param_data_ratio=-1 --device_batch_size=48 --run="$WANDB_RUN" --model_tag=ittybitty --resume=auto
 python -m scripts.base_loss

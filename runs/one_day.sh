@@ -5,13 +5,14 @@
 #     bash runs/one_day.sh --hours 8 --data wiki=DIR:0.6 books=DIR:0.4 --conversations mine=FILE.jsonl:1 identity:1 --target 0.9
 #     bash runs/one_day.sh --hours 8 --recipe FILE.toml        with the architecture of a recipe
 #     bash runs/one_day.sh --hours 8 --task_dir DIR            with ARC, MMLU and GSM8K from a folder instead of the hub
+#     bash runs/one_day.sh --hours 24 --dry_run                only prints what the budget buys and takes, and stops
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$repo/runs/values.sh"
 
-minutes="" data=() conversations=() vocab="" target=0 open=() tasks=()
+minutes="" data=() conversations=() vocab="" target=0 open=() tasks=() dry=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --data | --conversations | --talks) # values up to the next flag; --talks is the former name
@@ -25,7 +26,8 @@ while [ $# -gt 0 ]; do
             done
             continue ;;
         --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$repo/runs/one_day.sh"; exit 0 ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$repo/runs/one_day.sh"; exit 0 ;;
+        --dry_run) dry=1; shift; continue ;;
         *) flag=$1 value=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
     esac
     case "$flag" in
@@ -43,7 +45,7 @@ while [ $# -gt 0 ]; do
         --target) target=$value ;;
         --task_dir) tasks=(--task_dir "$value") ;;
         --recipe) open=(--recipe "$value") ;;
-        *) echo "error: one_day.sh has no option $flag: use --hours, --minutes, --data, --conversations, --task_dir, --vocab, --recipe or --target" >&2; exit 2 ;;
+        *) echo "error: one_day.sh has no option $flag: use --hours, --minutes, --data, --conversations, --task_dir, --vocab, --recipe, --target or --dry_run" >&2; exit 2 ;;
     esac
 done
 minutes=${minutes:-1440}
@@ -51,15 +53,6 @@ if [ "$minutes" -lt 10 ]; then
     echo "error: $minutes minutes is too short for a probe and three stages: give at least 10, or run runs/quickstart.sh, which needs only 3" >&2
     exit 2
 fi
-if [ ${#data[@]} = 0 ]; then
-    data=(tinyworld)
-    [ "$minutes" -lt 60 ] || data=(fineweb-edu)
-fi
-if [ -z "$vocab" ]; then
-    vocab=2048 # the embedded corpus has few words
-    [ "${data[*]}" = tinyworld ] || vocab=$((minutes < 60 ? 8192 : minutes < 600 ? 32768 : 65536))
-fi
-
 cd "$repo"
 source runs/environment.sh
 cd "$here" # file names are relative to the folder where the script was started
@@ -67,31 +60,39 @@ cd "$here" # file names are relative to the folder where the script was started
 tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 out="$base/day/$minutes-minutes"
+asked=(${open[@]+"${open[@]}"} --minutes="$minutes")
+[ ${#data[@]} = 0 ] || asked+=(--data "${data[@]}")
+[ -z "$vocab" ] || asked+=(--vocab="$vocab")
+[ -z "$dry" ] || exec python -m scripts.plan day "${asked[@]}"
 resumable "$out"
+# What to fetch follows from the plan, which stops here if disk, memory or text do not suffice. It is fixed at the first start.
+[ -e "$out/settled" ] || {
+    say "plan"
+    settled=$(python -m scripts.plan day "${asked[@]}" --shell --check) || exit
+    printf '%s\n' "$settled" >"$out/settled"
+}
+source "$out/settled" # shards, vocab, web, text
+[ ${#data[@]} != 0 ] || data=("$text")
 text=(--data "${data[@]}")
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
 later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
 [ ${#conversations[@]} = 0 ] || later+=(--data "${conversations[@]}")
 
 # The clock starts when data and tokenizer are ready.
-[ "${data[*]}" != fineweb-edu ] || step "web text" python -m nanochat.dataset -n $((minutes / 60 + 4))
+from=(--set "$web")
+[ -z "$web" ] || step "web text" python -m nanochat.dataset -n "$shards" "${from[@]}"
 digits=3 # which GGUF needs; the embedded corpus was measured with 2
 [ "${data[*]}" != tinyworld ] || digits=2
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
+step tokens python -m scripts.tok_data "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
-step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --out="$out/probe.json"
-# The recipe gets the remaining time, less a twelfth for the pilot; below 25 minutes a pilot would be too short to be useful. The number
-# is fixed at the first start, so that an interrupted stage keeps its length.
-pilot=$((minutes >= 25))
-spent=$((before + SECONDS - $(cat "$out/begun")))
-if [ ! -e "$out/left" ]; then
-    hundredths=$(((minutes * 60 - spent) * (12 - pilot) * 100 / 720)) # of a minute
-    [ "$hundredths" -gt 0 ] || hundredths=1
-    printf '%d.%02d\n' $((hundredths / 100)) $((hundredths % 100)) >"$out/left"
-fi
-plan=(${open[@]+"${open[@]}"} --minutes="$(cat "$out/left")" --probe="$out/probe.json" --out="$out/recipe.toml" --model_tag="$tag")
-step recipe python -m scripts.plan recipe "${plan[@]}" "${text[@]}"
-[ "$pilot" = 0 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
+step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --vocab="$vocab"
+# The recipe leaves time for the pilot, and knows how much of the budget is used up: the number is fixed at the first start, so that an
+# interrupted stage keeps its length.
+[ -e "$out/used" ] || echo $((before + SECONDS - $(cat "$out/begun"))) >"$out/used"
+plan=(${open[@]+"${open[@]}"} --minutes="$minutes" --used="$(cat "$out/used")" --pilot --vocab="$vocab")
+step recipe python -m scripts.plan recipe "${plan[@]}" --out="$out/recipe.toml" --model_tag="$tag" "${text[@]}"
+[ "$minutes" -lt 25 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
     [ $? = 2 ] || exit # 2: the pilot was refused, with the reason; the recipe stays as it is
     touch "$out/pilot.done"
 }

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # The depth 20 model (561 M parameters, 11.2 G tokens of web text) on a rented node of 8 GPUs with 80 GB, trained from scratch to a chat model.
-# To estimate hours and memory: `python -m scripts.plan arch --depth 20 --gpu "H100 SXM" --gpus 8`. If interrupted, start it again and it continues.
+# If interrupted, start it again and it continues.
 #     bash runs/speedrun.sh                     WANDB_RUN=name bash runs/speedrun.sh  logs to wandb as well
 #     GPUS=4 bash runs/speedrun.sh              on four, with the same total batch
+#     bash runs/speedrun.sh --dry_run           only prints what it takes, and stops; also for other GPUs: --dry_run --gpu rtx4090 --gpus 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-depth="${DEPTH:-20}" rows="${ROWS:-32}" shards="${SHARDS:-240}" gpus="${GPUS:-8}" # 54 G characters at 250 M per shard, with some to spare
+depth="${DEPTH:-20}" rows="${ROWS:-32}" tokens="${TOKENS:-11.2e9}" gpus="${GPUS:-8}" script="${SCRIPT:-speedrun.sh}"
 common=(--model_tag="d$depth" --run="${WANDB_RUN:-dummy}" --resume=auto)
 export OMP_NUM_THREADS=1
-source runs/environment.sh
+source runs/values.sh
+planned_run "$script" --depth="$depth" --vocab=65536 --tokens="$tokens" --data fineweb-edu --gpu="H100 SXM" --gpus="$gpus" -- "$@"
 
-python -m scripts.plan arch --depth="$depth" --gpu="H100 SXM" --gpus="$gpus" --device_batch_size="$rows"
 python -m nanochat.dataset -n "$shards"
-[ -e "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size=65536 --max_chars=2000000000
+[ -e "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size="$vocab" --max_chars=2000000000
 python -m scripts.tok_eval
 
 train=(torchrun --standalone --nproc_per_node="$gpus")

@@ -27,3 +27,29 @@ quoted() {
     local word mark="'" escaped="'\\''"
     for word; do printf "'%s' " "${word//$mark/$escaped}"; done
 }
+
+# planned_run SCRIPT FLAGS... -- WORDS...: what the scripts of fixed length share. WORDS are their own: -h shows their first lines, and --dry_run
+# with further flags of `plan day` prints the page and stops. Else the page is printed, sets shards and vocab, and stops the script if disk,
+# memory or text do not suffice.
+planned_run() {
+    local script=$1 flags=() more=() settled word
+    shift
+    while [ "$1" != -- ]; do flags+=("$1"); shift; done
+    shift
+    case "${1:-}" in
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "runs/$script"; exit 0 ;;
+        "" | --dry_run) ;;
+        *) echo "error: $script has no option $1: use --dry_run or -h" >&2; exit 2 ;;
+    esac
+    source runs/environment.sh
+    if [ "${1:-}" = --dry_run ]; then
+        # A card that is named replaces the script's
+        for word in "${@:2}"; do
+            [[ "$word" != --gpu* ]] || for i in "${!flags[@]}"; do [[ "${flags[i]}" != --gpu* ]] || unset "flags[i]"; done
+        done
+        more=("${@:2}")
+        exec python -m scripts.plan day "${flags[@]}" --script="runs/$script" ${more[@]+"${more[@]}"}
+    fi
+    settled=$(python -m scripts.plan day "${flags[@]}" --script="runs/$script" --shell --check) || exit
+    eval "$settled"
+}

@@ -124,9 +124,9 @@ CEILINGS = {
     "chat": 8_150,
     "chat/serve": 11_280,
     "eval": 18_780,
-    "train": 18_550,
+    "train": 18_850,
     "study": 13_510,
-    "plan": 15_760,
+    "plan": 19_700,
     "export": 7_620,
     "commands": 21_700,
 }

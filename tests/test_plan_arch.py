@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.base import knobs
 from nanochat.base.common import UserError, columns
-from nanochat.base.hardware import lookup
 from nanochat.commands import plan
 from nanochat.plan import arch, shapes
 
@@ -138,12 +136,11 @@ def test_the_cache_of_a_token():
 
 
 def test_the_reference_run_takes_its_hours():
-    h100 = lookup("H100 SXM")
-    assert h100 is not None
-    assert arch.training_hours(4.33e19, 8 * h100.flops, arch.REFERENCE) == pytest.approx(2.76)
-    assert knobs.parse(arch.ArchKnobs, [], command="plan arch")[0].utilisation == pytest.approx(
-        arch.REFERENCE, abs=0.005
-    )
+    """GPT-2's grade: 4.33e19 FLOPs in 2.76 h on 8 H100."""
+    run = planned("--depth=24", "--gpu=H100 SXM", "--gpus=8", "--tokens_per_param=9.57")
+    assert run["flops"] == pytest.approx(4.33e19, rel=0.05)
+    least, most = run["run"]["hours_interval"]
+    assert least < 2.76 < most and most < 2.5 * least
 
 
 def test_a_run_is_priced_and_its_batch_halved_until_it_fits(capsys):
@@ -161,9 +158,8 @@ def test_a_run_is_priced_and_its_batch_halved_until_it_fits(capsys):
     )
     printed = capsys.readouterr()
     run = out["run"]
-    assert run["gpu"] == "RTX 3060" and run["hours"] == pytest.approx(
-        out["flops"] / (2 * 25.5e12 * run["utilisation"]) / 3600
-    )
+    assert run["gpu"] == "RTX 3060"
+    assert 0.35 < out["flops"] / (2 * 25.5e12 * run["hours"] * 3600) < 0.65, "of the peak"
     assert run["device_batch_size"] < 256 and run["memory_bytes"] <= 12 * 2**30
     assert "256 rows of 2048 need" in printed.err and "trying 128" in printed.err
 

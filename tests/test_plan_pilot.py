@@ -14,7 +14,7 @@ from nanochat.base.common import UserError
 from nanochat.commands import base_train
 from nanochat.model import checkpoint
 from nanochat.model.config import GPTConfig
-from nanochat.plan import extrapolate, law, memory, pilot, recipe
+from nanochat.plan import day, extrapolate, law, memory, pilot, recipe
 from nanochat.plan.choice import Candidate
 from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.shapes import layer_parameters
@@ -173,11 +173,14 @@ def test_a_recipe_is_tried_and_corrected(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         memory,
         "predict",
-        lambda config, rows, T, **more: {"total": 10**8 + 4 * rows * T, "allocated": 0},
+        lambda config, rows, T, **more: {
+            **dict.fromkeys(("weights", "gradients", "optimizer", "allocated"), 0),
+            "total": 10**8 + 4 * rows * T,
+        },
     )
     flags = tiny.workplace(tmp_path)
     mine = Machine("Toy", "cpu", "float32", 4 * GIB, 2e9, source="the test")
-    monkeypatch.setattr(recipe, "planned_machine", lambda knobs: mine)
+    monkeypatch.setattr(day, "planned_machine", lambda knobs: mine)
     words = [
         f
         for f in flags

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +15,7 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
-from nanochat.plan import machine, measure, probe, shapes, speed
+from nanochat.plan import machine, measure, memory, probe, shapes, speed
 from nanochat.plan.machine import Machine
 from nanochat.plan.speed import tokens_per_second
 
@@ -132,11 +132,61 @@ def test_without_points_a_share_of_the_peak():
     assert got.lo / got.tok_per_sec == pytest.approx(
         lo / share
     ) and got.hi / got.tok_per_sec == pytest.approx(hi / share)
-    narrow = tokens_per_second(
-        config(4), 8, 512, 1 << 14, Machine(**{**HERE, "device_type": "cuda"})
-    )
-    wide = tokens_per_second(config(8), 8, 512, 1 << 14, Machine(**{**HERE, "device_type": "cuda"}))
-    assert narrow.lo / narrow.tok_per_sec < 0.5 * wide.lo / wide.tok_per_sec
+
+
+# What owners report (card, model, rows x context, tokens per second); the vocabularies are guesses.
+PUBLIC = [
+    ("rtx3090", {"depth": 12, "vocab": 32_768}, 16, 40_000),
+    ("rtx4070", {"depth": 12, "vocab": 32_768}, 8, 55_700),
+    ("rtx4070", {"depth": 16, "vocab": 32_768}, 8, 19_000),
+    (
+        "rtx4090",
+        {"depth": 12, "vocab": 50_304, "tie_embeddings": True, "sequence_len": 1024},
+        16,
+        130_000,
+    ),
+    (
+        "rtx4090",
+        {"depth": 12, "vocab": 50_304, "tie_embeddings": True, "sequence_len": 1024},
+        16,
+        140_000,
+    ),
+]
+
+
+@pytest.mark.parametrize(("card", "size", "rows", "reported"), PUBLIC)
+def test_the_roofline_holds_what_owners_report(card, size, rows, reported):
+    c, target = shapes.SizeKnobs(**size).config(), machine.of_card(card)
+    T = c.sequence_len
+    rate = tokens_per_second(c, rows, T, 1 << 17, target)
+    assert rate.lo < reported < rate.hi, rate
+    assert rate.hi < 2.4 * rate.lo, "and the interval says something"
+    parts = speed.roofline(c, rows, T, 1 << 17, target)
+    assert set(parts) == set(speed.DOUBT) and min(parts.values()) > 0
+    assert max(parts, key=lambda name: parts[name]) == "products"
+
+
+def test_the_memory_that_an_owner_reports_is_enough():
+    """9.4 GB on an RTX 4070, with a block that keeps about twice as much as ours does."""
+    c = shapes.SizeKnobs(depth=12, vocab=32_768).config()
+    how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
+    assert 0.6 * 9.4e9 < memory.predict(c, 8, 2048, **how)["total"] < 9.4e9
+
+
+def test_launches_bound_a_narrow_model():
+    target = machine.of_card("H100 SXM")
+    narrow, wide = (shapes.SizeKnobs(depth=d, vocab=4096).config() for d in (2, 16))
+    parts = [speed.roofline(c, 1, 512, 4096, target) for c in (narrow, wide)]
+    assert speed.step_seconds(parts[0]) == parts[0]["launches"]
+    parts = speed.roofline(wide, 16, 2048, 1 << 19, target)
+    assert speed.step_seconds(parts) > 5 * parts["launches"]
+
+
+def test_cards_that_train_together_share_a_step():
+    c, card = shapes.SizeKnobs(depth=12).config(), machine.of_card("H100 SXM")
+    one = tokens_per_second(c, 32, 2048, 1 << 16, card)
+    eight = tokens_per_second(c, 32, 2048, 1 << 19, replace(card, gpus=8))
+    assert eight.tok_per_sec == pytest.approx(8 * one.tok_per_sec)
 
 
 def test_a_measured_point():

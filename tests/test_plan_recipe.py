@@ -19,7 +19,7 @@ from nanochat.base.common import UserError, base_dir
 from nanochat.commands import base_train, chat_sft, mid_train, plan
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.export.target import destinations
-from nanochat.plan import choice, law, memory, probe, recipe, shapes
+from nanochat.plan import choice, day, law, memory, probe, recipe, shapes
 from nanochat.plan import machine as machines
 from nanochat.plan.machine import GIB, Machine
 from nanochat.train.scaling import MIN_STEPS, batch_for, context_for, context_stages, embedding_rate
@@ -35,12 +35,13 @@ def fast(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "predict", predict)
 
 
-def predict(config, rows, sequence_len, *, dtype, device_type, micro_batches, compiled, margin):
+def predict(config, rows, sequence_len, *, margin=None, **how):
     tensors = (
         16 * shapes.counts(config)["total"]
         + 60 * rows * sequence_len * config.n_layer * config.n_embd
     )
     return {
+        **dict.fromkeys(("weights", "gradients", "optimizer"), tensors // 4),
         "allocated": tensors,
         "total": tensors
         + (margin.context + margin.fragmentation * tensors if margin else GIB // 2),
@@ -118,6 +119,18 @@ def test_more_tokens_leave_less_to_remove(n, d):
     assert 0 < fitted.share(n, d) < fitted.share(n, 2 * d) < 1
 
 
+def test_repeated_text_is_worth_less():
+    """The form and the number of Muennighoff et al. 2023: four passes nearly as good as fresh text."""
+    assert law.worth(3e9, ()) == 3e9 and law.worth(1e6, [(1.0, 2e6)]) == 1e6
+    for passes in (2, 4, 16, 64):
+        wanted = 1e6 * (1 + 15.39 * (1 - math.exp(-(passes - 1) / 15.39)))
+        assert law.worth(passes * 1e6, [(1.0, 1e6)]) == pytest.approx(wanted)
+    assert law.worth(4e6, [(1.0, 1e6)]) > 0.92 * 4e6
+    assert law.worth(1e9, [(1.0, 1e6)]) < 16.4e6, "and in the end nothing"
+    halves = [(0.5, 1e6), (0.5, 1e12)]
+    assert law.worth(8e6, halves) == pytest.approx(4e6 + law.worth(4e6, [(1.0, 1e6)]))
+
+
 # ---- rules of scale
 
 
@@ -146,7 +159,7 @@ def test_small_budgets_take_many_small_steps():
 
 def test_a_day_on_a_4090():
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
-    card = recipe.planned_machine(k)
+    card = day.planned_machine(k)
     assert (card.name, card.dtype, card.memory_bytes) == ("RTX 4090", "bfloat16", 24 * GIB)
     result = choice.choose(k, card, law.Law())
     first, second = result.primary, result.fallback
@@ -155,11 +168,9 @@ def test_a_day_on_a_4090():
     )
     assert [T for _, T in first.contexts] == [512, 1024, 2048]
     assert 0.75 < first.bpb[0] < 0.9 and first.memory_bytes < 24 * GIB
-    assert second.size < first.size and second.bpb[0] >= first.bpb[0]
-    assert (
-        all(c.why for c in result.candidates)
-        and sum(c.why == "chosen" for c in result.candidates) == 1
-    )
+    assert second is not None and second.size <= 2 / 3 * first.size
+    assert result.larger is not None and result.larger.size >= 1.5 * first.size
+    assert all(c.why for c in result.candidates if c.memory_bytes > 24 * GIB)
     base = recipe.tables(k, first)["base_train"]
     assert base["context_stages"] == ("512@0", "1024@0.6", "2048@0.9") and base[
         "max_minutes"
@@ -315,10 +326,10 @@ def test_a_probe_decides_the_rows(tmp_path):
     }
     (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points}))
     k = ask("--minutes=60", f"--probe={tmp_path / 'p.json'}", "--vocab=4096")
-    first = choice.choose(k, recipe.planned_machine(k), law.Law()).primary
+    first = choice.choose(k, day.planned_machine(k), law.Law()).primary
     assert first.device_batch_size == 8 and first.speed.hi / first.speed.lo < 1.5
     (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points[1::2]}))
-    assert choice.choose(k, recipe.planned_machine(k), law.Law()).primary.device_batch_size == 32, (
+    assert choice.choose(k, day.planned_machine(k), law.Law()).primary.device_batch_size == 32, (
         "one row is not as fast because nobody tried it"
     )
 
@@ -358,7 +369,7 @@ def test_the_budget_that_would_do_does():
 
 
 def test_a_missing_budget_is_refused_before_this_machine_is_measured(monkeypatch):
-    monkeypatch.setattr(recipe, "planned_machine", lambda knobs: pytest.fail("measured"))
+    monkeypatch.setattr(day, "planned_machine", lambda knobs: pytest.fail("measured"))
     with pytest.raises(UserError, match="needs a budget"):
         recipe.run(ask())
 
@@ -373,7 +384,7 @@ def test_a_missing_budget_is_refused_before_this_machine_is_measured(monkeypatch
 )
 def test_machines_that_are_not_known(words, says):
     with pytest.raises(UserError, match=says):
-        recipe.planned_machine(ask("--hours=1", *words))
+        day.planned_machine(ask("--hours=1", *words))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +396,7 @@ def test_machines_that_are_not_known(words, says):
     ],
 )
 def test_a_card_brings_its_dtype_and_its_compiler(card, dtype, compiled):
-    target = recipe.planned_machine(ask("--hours=24", f"--gpu={card}"))
+    target = day.planned_machine(ask("--hours=24", f"--gpu={card}"))
     assert (target.dtype, target.compiles(3600)) == (dtype, compiled)
     assert not target.compiles(3600, "off")
 
@@ -393,6 +404,7 @@ def test_a_card_brings_its_dtype_and_its_compiler(card, dtype, compiled):
 PLANS = {
     "arch": ["arch", "--depth=4", "--vocab=4096", "--gpu=rtx3060"],
     "memory": ["memory", "--depth=4", "--vocab=4096", "--gpu=T4", "--device_batch_sizes", "4"],
+    "day": ["day", "--hours=24", "--depth=12", "--gpu=rtx4090"],
     "recipe": ["recipe", "--hours=5", "--depth=8", "--vocab=4096", "--gpu=rtx4090"],
 }
 
@@ -428,6 +440,9 @@ def test_toml_values(value):
 
 
 def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "some folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text " * 100_000)
     card_fields = {
         "name": "Some CPU",
         "device_type": "cpu",
@@ -452,7 +467,7 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
             "--minutes=40",
             "--vocab=4096",
             "--data",
-            "own=some folder:1",
+            f"own={folder}:1",
             "--model_tag=day",
             "--mlp_ratio=3",
         )
@@ -460,7 +475,7 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert (
         "chosen" in output
-        and "fallback" in output
+        and "What you get" in output
         and result["recipe"] == str(tmp_path / "plan" / "recipe.toml")
     )
     for name in ("recipe.toml", "recipe-fallback.toml"):
@@ -487,12 +502,12 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
         first["total_batch_size"],
     )
     assert (
-        k.mlp_ratio == 3 and k.data == ("own=some folder:1",) and k.max_minutes == pytest.approx(34)
+        k.mlp_ratio == 3 and k.data == (f"own={folder}:1",) and k.max_minutes == pytest.approx(34)
     )
     assert json.loads((tmp_path / "plan" / "recipe.json").read_text())["primary"] == json.loads(
         json.dumps(first)
     )
-    assert recipe.planned_machine(ask("--minutes=40")).source.startswith("measured"), (
+    assert day.planned_machine(ask("--minutes=40")).source.startswith("measured"), (
         "and not a second time"
     )
 
@@ -515,8 +530,8 @@ def test_a_recipe_of_stages_parses(tmp_path):
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
     whole = recipe.write(
         k,
-        recipe.planned_machine(k),
-        choice.choose(k, recipe.planned_machine(k), law.Law()),
+        day.planned_machine(k),
+        choice.choose(k, day.planned_machine(k), law.Law()),
         law.Law(),
     )
     read, _ = knobs.parse(

@@ -18,8 +18,10 @@ RECORDER = f"""#!{sys.executable}
 import json, os, sys
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
-if "split" in sys.argv:
-    print("base=1.00\\nmid=1.00\\nsft=1.00\\nrl=1.00")
+if "--shell" in sys.argv:
+    web = "--data" not in sys.argv or "fineweb-edu" in sys.argv
+    print("shards=7\\nvocab=900\\nweb=" + web * "fineweb-edu" + "\\ntext=fineweb-edu")
+    sys.exit(2 if os.environ.get("REFUSE") else 0)
 """
 ODD = ["my texts", "First Last's", 'say "hi"', "two\nlines", "täxte", "a:b", "$HOME", "*", "a;b&c"]
 
@@ -46,8 +48,8 @@ def checkout(tmp_path):
     return make
 
 
-def run(script, *words, base, cwd=None, **environment):
-    """-> the command lines that a script gave, by the last word of their module."""
+def run(script, *words, base, cwd=None, status=0, **environment):
+    """-> the command lines that a script gave, by the last word of their module or their subcommand."""
     record = Path(base) / "record"
     record.parent.mkdir(parents=True, exist_ok=True)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
@@ -59,13 +61,14 @@ def run(script, *words, base, cwd=None, **environment):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     return {name_of(words): words for words in lines}
 
 
 def name_of(words):
-    return words[words.index("-m") + 1].split(".")[-1] if "-m" in words else words[0]
+    name = words[words.index("-m") + 1].split(".")[-1] if "-m" in words else words[0]
+    return words[words.index("-m") + 2] if name == "plan" else name
 
 
 def values(words, flag):
@@ -129,6 +132,56 @@ def test_the_name_of_a_run_arrives_whole(checkout, tmp_path, script, name):
         assert f"--run={name}" in made[command]
 
 
+LONG = ["one_day.sh", "english_chat.sh", "ittybitty.sh", "speedrun.sh", "run1000.sh"]
+
+
+@pytest.fixture
+def words_of(tmp_path):
+    """-> the first words that a script needs: english_chat.sh takes a folder of texts."""
+
+    def make(script):
+        for kind in ("wikipedia", "books", "reddit", "dialog"):
+            (tmp_path / "texts" / kind).mkdir(parents=True, exist_ok=True)
+        return [str(tmp_path / "texts")] if script == "english_chat.sh" else []
+
+    return make
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_a_dry_run_prints_the_page_and_stops(checkout, tmp_path, words_of, script):
+    file = checkout() / "runs" / script
+    made = run(file, *words_of(script), "--dry_run", base=tmp_path / "b")
+    assert list(made) == ["day"] and "--shell" not in made["day"]
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_a_plan_that_does_not_suffice_stops_before_anything_starts(
+    checkout, tmp_path, words_of, script
+):
+    file = checkout() / "runs" / script
+    made = run(file, *words_of(script), base=tmp_path / "b", status=2, REFUSE="1")
+    assert list(made) == ["day"] and "--check" in made["day"]
+    again = run(file, *words_of(script), base=tmp_path / "c")
+    if script != "english_chat.sh":
+        assert again["dataset"][again["dataset"].index("-n") + 1] == "7", "what the plan needs"
+    assert "--vocab_size=900" in again["tok_train"]
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_help_says_what_a_script_does(checkout, tmp_path, script):
+    done = subprocess.run(
+        ["bash", str(checkout() / "runs" / script), "-h"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--dry_run" in done.stdout and "set -euo" not in done.stdout
+
+
+def test_a_card_for_a_dry_run_replaces_the_one_of_the_script(checkout, tmp_path):
+    file = checkout() / "runs/speedrun.sh"
+    made = run(file, "--dry_run", "--gpu", "rtx4090", base=tmp_path / "b")["day"]
+    assert made[made.index("--gpu") + 1] == "rtx4090" and "--gpu=H100 SXM" not in made
+    assert "--gpu=H100 SXM" in run(file, "--dry_run", base=tmp_path / "c")["day"]
+
+
 @pytest.mark.parametrize("locale", ["de_DE.UTF-8", "fr_FR.UTF-8", "C", "POSIX", "ru_RU.KOI8-R", ""])
 @pytest.mark.parametrize("variable", ["LC_ALL", "LANG", "LC_NUMERIC"])
 def test_numbers_have_a_point_in_every_language(checkout, tmp_path, locale, variable):
@@ -145,7 +198,7 @@ def test_numbers_have_a_point_in_every_language(checkout, tmp_path, locale, vari
     made = run(
         repo / "runs/one_day.sh", "--minutes", "10", base=tmp_path / "b", **{variable: locale}
     )
-    minutes = next(w for w in made["plan"] if w.startswith("--minutes="))
+    minutes = next(w for w in made["recipe"] if w.startswith("--minutes="))
     assert float(minutes.removeprefix("--minutes=")) > 0
 
 

@@ -32,6 +32,7 @@ class GPU:
     fp16: float  # TFLOP/s
     memory_gb: float
     bandwidth: float  # GB/s
+    watts: float  # rated board power, 0 if not published
     source: str
     aliases: tuple[str, ...]
 
@@ -58,8 +59,8 @@ def gpus() -> tuple[GPU, ...]:
     text = Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8")
     table = tomllib.loads(text)
     return tuple(
-        GPU(name, bf16, fp16, memory, bandwidth, table["sources"][source], tuple(aliases))
-        for name, bf16, fp16, memory, bandwidth, source, *aliases in table["gpus"]
+        GPU(name, bf16, fp16, memory, bandwidth, watts, table["sources"][source], tuple(aliases))
+        for name, bf16, fp16, memory, bandwidth, watts, source, *aliases in table["gpus"]
     )
 
 

@@ -1,7 +1,8 @@
 """
-Plan a run: count parameters, predict memory, measure speed, choose a recipe for a budget of hours,
-and test it with a pilot.
+Plan a run: one page about a budget of hours, count parameters, predict memory, measure speed,
+choose a recipe, and test it with a pilot.
 
+    nanochat plan day --hours 24 --gpu rtx4090
     nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
     nanochat plan memory --depth 12 --gpu rtx3090
 
@@ -21,6 +22,7 @@ from nanochat.base.commands import near, summary
 from nanochat.base.common import UserError, base_dir, entry, print0
 
 SUBCOMMANDS = {  # name -> (its module, its class of knobs), in the order of use
+    "day": ("nanochat.plan.day", "PageKnobs"),
     "arch": ("nanochat.plan.arch", "ArchKnobs"),
     "memory": ("nanochat.plan.memory", "MemoryKnobs"),
     "probe": ("nanochat.plan.probe", "ProbeKnobs"),

@@ -27,10 +27,10 @@ from nanochat.plan.shapes import (
     flops_per_token,
     model_of,
 )
+from nanochat.plan.speed import tokens_per_second
+from nanochat.train.scaling import batch_for
 
 TOLERANCE = 0.1  # how far from the wanted number of parameters a shape may be
-# Share of the peak in the GPT-2-grade reference run: 4.33e19 FLOPs in 2.76 h on 8 H100.
-REFERENCE = 4.33e19 / (2.76 * 3600 * 8 * 989.4e12)
 PARTS = ("embedding", "transformer", "head", "total")
 
 
@@ -47,9 +47,6 @@ class ArchKnobs(SizeKnobs):
     tokens_per_param: float = knob(20.0, "training tokens per parameter", low=0.01)
     gpu: str = knob("", "estimate the time on this GPU, for example rtx4090")
     gpus: int = knob(1, "number of GPUs", low=1)
-    utilisation: float = knob(
-        round(REFERENCE, 2), "share of the GPUs' peak speed that training reaches", low=0.01, high=1
-    )
     device_batch_size: int = knob(
         32, "rows of a micro-batch on one GPU, to predict its memory", low=1
     )
@@ -153,11 +150,6 @@ def kv_bytes(config: GPTConfig) -> int:
     return (cache.k.nbytes + cache.v.nbytes) // cache.k.size(3)
 
 
-def training_hours(flops: float, peak: float, utilisation: float) -> float:
-    """Hours of training at this share of the peak of all cards (FLOP/s)."""
-    return flops / (peak * utilisation) / 3600
-
-
 def figures(config: GPTConfig, tokens_per_param: float = 20.0) -> dict[str, Any]:
     """What a model is and what its training takes: parameters, FLOPs, tokens, bytes of cache."""
     n, per_token = counts(config), flops_per_token(config)
@@ -171,23 +163,17 @@ def figures(config: GPTConfig, tokens_per_param: float = 20.0) -> dict[str, Any]
     }
 
 
-def price(knobs: ArchKnobs, config: GPTConfig, flops: float) -> dict[str, Any]:
+def price(knobs: ArchKnobs, config: GPTConfig, tokens: int) -> dict[str, Any]:
     """Hours and memory on the named cards; a device batch that does not fit is halved."""
-    card = of_card(knobs.gpu)
-    hours = training_hours(flops, knobs.gpus * card.peak_flops, knobs.utilisation)
-    print0(
-        f"  on {knobs.gpus} x {card.name}: {duration(hours * 3600)} of pretraining at "
-        f"{knobs.utilisation:.0%} of {card.peak_flops / 1e12:.4g} TFLOP/s each"
-    )
-
+    card = replace(of_card(knobs.gpu), gpus=knobs.gpus)
     how = {"dtype": card.dtype, "device_type": card.device_type, "compiled": card.compiler}
-    rows, available = knobs.device_batch_size, f"{card.memory_bytes / GIB:g} GB"
+    rows, available, T = knobs.device_batch_size, f"{card.memory_bytes / GIB:g} GB", 0
     while True:
-        predicted = memory.predict(config, rows, config.sequence_len, world_size=knobs.gpus, **how)
-        needed = predicted["total"]
+        T = config.sequence_len
+        needed = memory.predict(config, rows, T, world_size=knobs.gpus, **how)["total"]
         if needed <= card.memory_bytes:
             break
-        size = f"{rows} rows of {config.sequence_len} need {needed / GIB:.1f} of {available}"
+        size = f"{rows} rows of {T} need {needed / GIB:.1f} of {available}"
         if rows == 1:
             raise UserError(
                 f"this model does not fit the {card.name}: {size}; choose a smaller --depth, "
@@ -195,12 +181,16 @@ def price(knobs: ArchKnobs, config: GPTConfig, flops: float) -> dict[str, Any]:
             )
         notice(f"{size}: trying {rows // 2}")
         rows //= 2
+    batch = max(batch_for(tokens), knobs.gpus * rows * T)
+    rates = tokens_per_second(config, rows, T, batch, card)
+    hours, most, least = (tokens / rate / 3600 for rate in rates)
     print0(
-        f"  --device_batch_size={rows}, context {config.sequence_len}: "
-        f"{needed / GIB:.1f} of {available} per card"
+        f"  on {knobs.gpus} x {card.name}: {duration(hours * 3600)} of pretraining "
+        f"({duration(least * 3600)} to {duration(most * 3600)}) at {rates.tok_per_sec:,.0f} tok/s\n"
+        f"  --device_batch_size={rows}, context {T}: {needed / GIB:.1f} of {available} per card"
     )
-    priced = {"gpu": card.name, "gpus": knobs.gpus, "utilisation": knobs.utilisation}
-    return {**priced, "hours": hours, "device_batch_size": rows, "memory_bytes": needed}
+    priced = {"gpu": card.name, "gpus": knobs.gpus, "hours": hours, "hours_interval": (least, most)}
+    return {**priced, "device_batch_size": rows, "memory_bytes": needed}
 
 
 def _counted(n: dict[str, int]) -> Iterator[str]:
@@ -236,7 +226,7 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
         rows = [(_flags(other), *_counted(counts(other))) for other in others]
         print0("\n" + columns(("nearby", *PARTS), rows))
     if knobs.gpu:
-        report["run"] = price(knobs, config, report["flops"])
+        report["run"] = price(knobs, config, report["tokens"])
     return report
 
 

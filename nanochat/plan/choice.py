@@ -1,6 +1,6 @@
 """
 Which architecture a budget of time should train: candidates of all sizes, what the budget makes of
-each, and a choice among those that fit the memory. The others keep the reason why they lost.
+each, and a choice among those that fit the memory.
 """
 
 import math
@@ -11,21 +11,24 @@ from typing import NoReturn
 
 import numpy as np
 
-from nanochat.base.common import UserError, duration, print0
+from nanochat.base.common import UserError, duration
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, speed
-from nanochat.plan.law import Law
-from nanochat.plan.machine import GIB, BudgetKnobs, Machine, budget_seconds
+from nanochat.plan.law import Law, Text, worth
+from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
 from nanochat.plan.shapes import OpenSizeKnobs, counts, layer_parameters
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
+    PRETRAIN,
     batch_for,
     context_for,
     context_stages,
     evaluation_tokens,
     evaluations_within,
+    pilot_seconds,
+    stage_seconds,
 )
 
 ASPECTS = (48.0, 64.0, 96.0)  # widths per layer that are tried
@@ -38,22 +41,28 @@ TIE = 0.006  # the noise of seeds: of predictions this near, the usual shape, th
 
 
 @dataclass(kw_only=True)
-class ChoiceKnobs(MachineKnobs, BudgetKnobs, OpenSizeKnobs):
+class ChoiceKnobs(MachineKnobs, OpenSizeKnobs):
     """Run"""
 
-    pretrain: float = knob(
-        speed.PRETRAIN, "share of the budget that pretraining gets", low=0.1, high=1
-    )
+    pretrain: float = knob(PRETRAIN, "share of the budget that pretraining gets", low=0.1, high=1)
+    used: float = knob(0.0, "seconds of the budget that are used up already", low=0)
+    pilot: bool = knob(False, "leave a twelfth of the time for plan pilot, from 25 minutes on")
     total_batch_size: int = knob(0, "tokens per optimizer step; 0 = as for the horizon", low=0)
     device_batch_size: int = knob(0, "rows of a micro-batch; 0 = the fastest that fits", low=0)
     data: tuple[str, ...] = knob((), "text to train on, as for base_train; it goes into the recipe")
 
-    def pretraining_seconds(self) -> float:
-        """The share of the budget for pretraining. UserError if no budget is given."""
+    def stages(self) -> dict[str, float]:
+        """Seconds of every stage, a pilot first. UserError if no budget is given."""
         seconds = budget_seconds(self)
         if not seconds:
             raise UserError("the plan needs a budget for the whole run: give --hours or --minutes")
-        return self.pretrain * seconds
+        left = max(1.0, seconds - self.used)
+        pilot = pilot_seconds(left) if self.pilot else 0.0
+        return {"pilot": pilot, **stage_seconds(left - pilot, self.pretrain)}
+
+    def pretraining_seconds(self) -> float:
+        """The seconds of pretraining. UserError if no budget is given."""
+        return self.stages()["base_train"]
 
 
 @dataclass
@@ -68,8 +77,8 @@ class Candidate:
     tokens: float
     eval_tokens: int
     bpb: tuple[float, float, float]  # bits per byte with a 90 % interval
-    why: str = ""  # it lost
-    memory_bytes: float = 0.0  # of the device; 0 = not counted
+    why: str = ""  # it cannot train
+    memory_bytes: float = 0.0  # of the device
     peak_memory_bytes: float = 0.0  # that the run will report
 
     @property
@@ -102,10 +111,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of choose(): the best candidate, a smaller one in reserve, and all others."""
+    """What choose() found: the best candidate, a smaller and a larger one, and all of them."""
 
     primary: Candidate
     fallback: Candidate | None
+    larger: Candidate | None
     candidates: list[Candidate]
 
 
@@ -141,13 +151,19 @@ class MemoryModel:
             compiled=self.compiled,
             margin=self.margin,
             micro_batches=min(2, accumulation),
+            world_size=self.machine.gpus,
         )
         reported = parts["allocated" if self.machine.device_type == "cuda" else "total"]
         return parts["total"] + self.gap, reported + self.gap
 
 
 def assess(
-    knobs: ChoiceKnobs, config: GPTConfig, machine: Machine, law: Law, most_rows: int = 1 << 30
+    knobs: ChoiceKnobs,
+    config: GPTConfig,
+    machine: Machine,
+    law: Law,
+    text: Text = (),
+    most_rows: int = 1 << 30,
 ) -> Candidate:
     """What the budget makes of an architecture, including evaluations and opening."""
     seconds = knobs.pretraining_seconds()
@@ -172,11 +188,25 @@ def assess(
         tokens = max(0.0, training - evaluating) * rate.tok_per_sec
         if not knobs.total_batch_size:
             batch = max(longest, batch_for(tokens) // longest * longest)
-    bpb = law.interval(layer_parameters(config), max(tokens, 1.0))
+    bpb = _expected(law, layer_parameters(config), tokens, rate, text)
     candidate = Candidate(config, contexts, batch, rows, rate, tokens, eval_tokens, bpb)
     if candidate.steps < FEWEST_STEPS:
         candidate.why = f"{candidate.steps} steps are too few"
     return candidate
+
+
+def _expected(
+    law: Law, n: int, tokens: float, rate: speed.Speed, text: Text
+) -> tuple[float, float, float]:
+    """Bits per byte with the interval of the law, and of the speed that decides the tokens."""
+    middle, lo, hi = law.interval(n, max(1.0, worth(tokens, text)))
+    fast, slow = (
+        abs(math.log(law.bpb(n, max(1.0, worth(tokens * r / rate.tok_per_sec, text))) / middle))
+        for r in (rate.hi, rate.lo)
+    )
+    better = math.exp(math.hypot(math.log(middle / lo), fast))
+    worse = math.exp(math.hypot(math.log(hi / middle), slow))
+    return middle, middle / better, middle * worse
 
 
 def _fastest_rows(config: GPTConfig, options: Sequence[int], batch: int, machine: Machine) -> int:
@@ -210,10 +240,36 @@ def _mean_speed(
     return speed.Speed(*np.average(rates, axis=0, weights=np.diff([*begins, 1.0])).tolist())
 
 
-def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law) -> list[Candidate]:
+def fitted(
+    knobs: ChoiceKnobs,
+    config: GPTConfig,
+    machine: Machine,
+    law: Law,
+    text: Text,
+    memory: MemoryModel,
+) -> Candidate:
+    """As assess(), with its memory: with fewer rows until it fits, or with the reason why not."""
+    c = assess(knobs, config, machine, law, text)
+    usable, state = USABLE * machine.memory_bytes, 12 * c.parameters
+    while True:
+        rows = c.device_batch_size
+        needed, peak = memory.predict(config, rows, c.accumulation)
+        if needed <= usable or rows == 1 or knobs.device_batch_size:
+            break
+        # Weights and their state stay, and the rest follows the rows.
+        share = max(0.0, usable - state) / max(1.0, needed - state)
+        most_rows = max(1, min(rows // 2, int(rows * share)))
+        c = assess(knobs, config, machine, law, text, most_rows)
+    c.memory_bytes, c.peak_memory_bytes = needed, peak
+    if needed > usable:
+        c.why = f"needs {needed / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB"
+    return c
+
+
+def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law, text: Text = ()) -> list[Candidate]:
     """
-    All candidates, the best prediction first and those that cannot train in the budget last.
-    UserError if none can.
+    All candidates, the best prediction first and those that cannot train last. UserError if none
+    can in the budget.
     """
     seconds = knobs.pretraining_seconds()
     T = knobs.sequence_len or context_for(speed.usual_flops(machine, seconds))
@@ -223,9 +279,10 @@ def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law) -> list[Candidate
         aspects = (knobs.aspect_ratio,)
     every = [knobs.of_size(depth, aspect, T) for depth in depths for aspect in aspects]
     configs = {(c.n_layer, c.n_embd): c for c in every}
-    assessed = [assess(knobs, config, machine, law) for config in configs.values()]
+    memory = MemoryModel(machine, machine.compiles(seconds))
+    assessed = [fitted(knobs, c, machine, law, text, memory) for c in configs.values()]
     assessed.sort(key=lambda c: (bool(c.why), c.bpb[0], c.size))
-    if not assessed[0].why:
+    if any(c.steps >= FEWEST_STEPS for c in assessed):
         return assessed
     least = min(assessed, key=lambda c: c.size)
     depth, width = least.shape
@@ -240,94 +297,48 @@ def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law) -> list[Candidate
     )
 
 
-class _Fitting:
-    """Traces the memory of candidates, with fewer rows until they fit."""
-
-    def __init__(self, knobs: ChoiceKnobs, machine: Machine, law: Law):
-        self.knobs, self.machine, self.law = knobs, machine, law
-        self.memory = MemoryModel(machine, machine.compiles(knobs.pretraining_seconds()))
-        self.candidates = candidates(knobs, machine, law)
-        self.too_large = math.inf  # parameters of the smallest candidate that does not fit
-
-    def first(self, order: Sequence[Candidate]) -> Candidate | None:
-        """The first candidate that can train and fits."""
-        return next((c for c in order if not c.why and self._fits(c)), None)
-
-    def _fits(self, c: Candidate) -> bool:
-        """Whether a candidate fits, now with fewer rows if it must; if not, it gets the reason."""
-        if c.memory_bytes:
-            return True
-        if c.parameters >= self.too_large:
-            c.why = "needs more memory than a smaller one that does not fit"
-            return False
-        usable, state = USABLE * self.machine.memory_bytes, 12 * c.parameters
-        while True:
-            rows = c.device_batch_size
-            c.memory_bytes, c.peak_memory_bytes = self.memory.predict(
-                c.config, rows, c.accumulation
-            )
-            if c.memory_bytes <= usable:
-                return not c.why
-            if rows == 1 or self.knobs.device_batch_size:
-                break
-            # Weights and their state stay, and the rest follows the rows.
-            share = max(0.0, usable - state) / max(1.0, c.memory_bytes - state)
-            most_rows = max(1, min(rows // 2, int(rows * share)))
-            fewer = assess(self.knobs, c.config, self.machine, self.law, most_rows)
-            vars(c).update(vars(fewer))
-        c.why = f"needs {c.memory_bytes / GIB:.1f} of {self.machine.memory_bytes / GIB:.1f} GiB"
-        self.too_large = c.parameters
-        return False
-
-
 def choose(
-    knobs: ChoiceKnobs, machine: Machine, law: Law, kept: tuple[int, int] | None = None
+    knobs: ChoiceKnobs,
+    machine: Machine,
+    law: Law,
+    text: Text = (),
+    kept: tuple[int, int] | None = None,
 ) -> Choice:
     """
-    The best candidate for a budget and the alternatives: of predictions as good as the best one
-    that fits, the simplest, and in reserve the best of at most two thirds of its size. `kept`
-    (depth, width), which a pilot tried, stays the primary unless another is predicted to be 1 %
-    better. Where memory shuts better ones out, a shorter context, which leaves room for them, is
-    tried as well. UserError if the budget or the memory is too small.
+    The best candidate for a budget and a text, and beside it the best of at most two thirds of its
+    size and of at least one and a half times: of predictions as good as the best one that fits, the
+    simplest. `kept` (depth, width), which a pilot tried, stays the primary unless another is
+    predicted to be 1 % better. Where memory shuts better ones out, a shorter context, which leaves
+    room for them, is tried as well. UserError if the budget or the memory is too small.
     """
     compiled = machine.compiles(knobs.pretraining_seconds())
     # Eager and compiled steps differ like two machines.
     alike = tuple(p for p in machine.points if p["compiled"] == compiled)
     machine = replace(machine, points=alike or machine.points)
-    print0("  tracing the memory of the best candidates")
-    fitting = _Fitting(knobs, machine, law)
-    every = fitting.candidates
+    every = candidates(knobs, machine, law, text)
+    fitting = [c for c in every if not c.why] or _refuse_memory(every, machine)
     primary = _primary(fitting, kept)
-    fallback = fitting.first([c for c in every if c.size <= 2 / 3 * primary.size])
     T = primary.config.sequence_len
     shut_out = any(c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in every)
     if shut_out and not knobs.sequence_len and T > SHORTEST:
-        shorter = choose(replace(knobs, sequence_len=T // 2), machine, law, kept)
+        shorter = choose(replace(knobs, sequence_len=T // 2), machine, law, text, kept)
         if shorter.primary.bpb[0] < primary.bpb[0]:
             return shorter
-    for c in every:
-        c.why = c.why or _reason(c, primary, fallback)
-    return Choice(primary, fallback, every)
+    smaller = next((c for c in fitting if c.size <= 2 / 3 * primary.size), None)
+    larger = next((c for c in fitting if c.size >= 1.5 * primary.size), None)
+    return Choice(primary, smaller, larger, every)
 
 
-def _primary(fitting: _Fitting, kept: tuple[int, int] | None) -> Candidate:
+def _primary(fitting: Sequence[Candidate], kept: tuple[int, int] | None) -> Candidate:
     """The candidate to train, see choose()."""
-    every = fitting.candidates
-
-    def simplest(best: Candidate) -> Candidate | None:
-        equal = [c for c in every if c.bpb[0] <= best.bpb[0] * (1 + TIE)]
-        return fitting.first(sorted(equal, key=lambda c: c.simplicity))
-
-    primary = simplest(every[0])
-    if primary is None:  # nothing as good as the best prediction fits
-        best = fitting.first(every) or _refuse_memory(every, fitting.machine)
-        primary = simplest(best) or best
-    tried = fitting.first([c for c in every if c.shape == kept])
+    equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
+    primary = min(equal, key=lambda c: c.simplicity)
+    tried = next((c for c in fitting if c.shape == kept), None)
     return tried if tried and tried.bpb[0] <= primary.bpb[0] * 1.01 else primary
 
 
 def _refuse_memory(every: Sequence[Candidate], machine: Machine) -> NoReturn:
-    least = min((c for c in every if c.memory_bytes), key=lambda c: c.memory_bytes)
+    least = min(every, key=lambda c: c.memory_bytes)
     depth, width = least.shape
     raise UserError(
         f"{machine.name} has too little memory ({machine.memory_bytes / GIB:.2g} GiB): the "
@@ -335,16 +346,3 @@ def _refuse_memory(every: Sequence[Candidate], machine: Machine) -> NoReturn:
         f"{least.memory_bytes / GIB:.2g} GiB with {least.device_batch_size} rows at a time. "
         "Try --sequence_len=256, a smaller vocabulary, --tie_embeddings or a smaller --depth"
     )
-
-
-def _reason(c: Candidate, primary: Candidate, fallback: Candidate | None) -> str:
-    """Why a candidate that may fit was not chosen."""
-    if c is primary:
-        return "chosen"
-    larger, ratio = c.size > primary.size, c.tokens / c.parameters
-    if c.bpb[0] <= primary.bpb[0] * (1 + TIE):
-        verdict = "as good, " + ("and larger" if larger else "in another shape")
-    else:
-        verdict = f"too {'large' if larger else 'small'}, {ratio:.1f} tokens per parameter"
-    prefix = "fallback: " if c is fallback else ""
-    return f"{prefix}{c.bpb[0] - primary.bpb[0]:+.3f}: {verdict}"

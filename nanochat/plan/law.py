@@ -11,12 +11,33 @@ curve, which a pilot measures (`Law.moved`). A plan never shows its figure witho
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 Z90 = 1.645  # intervals here are 90 %
 # Logarithms of 6 N D: the ends of the ladder, the middle of the runs made here, and where their
 # text ceases to count in full.
 LOW, HIGH, HERE, NEAR = 17.80354, 18.89285, 14.0, 15.0
+
+# Muennighoff et al. 2023, "Scaling data-constrained language models": how many repetitions of a
+# text it takes until 63 % of what they can ever be worth is used up.
+REPEATS = 15.39
+
+
+Text = Sequence[tuple[float, float]]  # of each source: its share of the tokens, and its own tokens
+
+
+def worth(tokens: float, text: Text) -> float:
+    """
+    Tokens of fresh text that teach as much as `tokens` of a text that is read more than once
+    (Muennighoff et al. 2023, equation 5, the term of the data). Without a text all are fresh.
+    """
+
+    def of_source(read: float, fresh: float) -> float:
+        repeated = max(0.0, read / fresh - 1)
+        return min(read, fresh) - fresh * REPEATS * math.expm1(-repeated / REPEATS)
+
+    return sum(of_source(share * tokens, fresh) for share, fresh in text) if text else tokens
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class Machine:
     factor: float = 1.0  # measured over predicted speed, from a pilot
     memory_gap: float | None = None  # bytes measured above the count, from a pilot
     compiler: bool = True  # whether torch.compile works on it
+    bandwidth: float = 0.0  # bytes per second of the memory, 0 if not known
+    watts: float = 0.0  # rated board power, 0 if not known
+    gpus: int = 1  # that train together
 
     def compiles(self, seconds: float, asked: str = "auto") -> bool:
         """Whether base_train compiles on it in a run of `seconds`, given --compile=`asked`."""
@@ -89,8 +92,10 @@ def of_card(name: str) -> Machine:
         gpu.dtype,
         gpu.memory_gb * GIB,
         gpu.flops,
-        source=f"a share of its peak ({gpu.source})",
+        source=f"specification: {gpu.source}",
         compiler=gpu.device_type == "cuda",
+        bandwidth=1e9 * gpu.bandwidth,
+        watts=gpu.watts,
     )
 
 

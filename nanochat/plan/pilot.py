@@ -2,7 +2,7 @@
 Try a recipe for a short time, extrapolate to its whole budget with an interval, and correct the
 recipe with the measurements.
 
-    nanochat plan pilot                    the recipe in the base folder, for a tenth of its time
+    nanochat plan pilot                    the recipe in the base folder, for a twelfth of its time
     nanochat plan pilot recipe.toml --minutes 5 --target_bpb 0.9
 
 While the learning rate is high, a loss lies above what the same tokens give once the rate has
@@ -31,14 +31,15 @@ from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.config import GPTConfig
 from nanochat.model.stages import run_directory
-from nanochat.plan import machine, recipe
+from nanochat.plan import day, machine, recipe
 from nanochat.plan.choice import OPENING, Candidate, MemoryModel, choose
 from nanochat.plan.extrapolate import Curve, fit_curve
-from nanochat.plan.law import Law
+from nanochat.plan.law import Law, worth
 from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.speed import Speed, first_step
+from nanochat.train.scaling import PILOT
 
-SHARE, MOST_SECONDS = 0.1, 3600.0  # of the pretraining time, for all runs together
+MOST_SECONDS = 3600.0  # for all runs together
 FEWEST_STEPS = 16  # of the shortest run
 
 
@@ -54,7 +55,7 @@ class PilotKnobs:
     )
     minutes: float = knob(
         0.0,
-        "time for all runs together (0 = a tenth of the pretraining time, at most an hour)",
+        "time for all runs together (0 = a twelfth of the pretraining time, at most an hour)",
         low=0,
     )
     runs: int = knob(
@@ -226,7 +227,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
 
     stored = StoredPlan.read(knobs.plan)
     planned = stored.primary
-    seconds = knobs.minutes * 60 or min(SHARE * stored.knobs.pretraining_seconds(), MOST_SECONDS)
+    seconds = knobs.minutes * 60 or min(PILOT * stored.knobs.pretraining_seconds(), MOST_SECONDS)
     steps = lengths(planned, stored.seconds_beside_training(), seconds, knobs.runs)
     print0(
         f"pilot of {stored.file}: runs of {', '.join(f'{n:,}' for n in steps)} of "
@@ -244,9 +245,10 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
         )
     longest = runs[-1]
     ratio = longest["tok_per_sec"] / planned.speed.tok_per_sec
-    tokens = planned.tokens * ratio
+    text = day.fresh_text(stored.knobs.data, stored.knobs.vocab)
+    tokens = worth(planned.tokens * ratio, text)
     curve = fit_curve(
-        [r["tokens"] for r in runs],
+        [worth(r["tokens"], text) for r in runs],
         [r["final_bpb"] for r in runs],
         tokens,
         Law().share(planned.size, longest["tokens"]),
@@ -254,8 +256,9 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     )
     law = Law().moved(planned.size, tokens, (curve.bpb, curve.lo, curve.hi))
     target = _corrected_machine(stored, longest["peak_memory_bytes"], ratio)
-    choice = choose(stored.knobs, target, law, kept=planned.shape)
-    recipe.show(choice, target)
+    choice = choose(stored.knobs, target, law, text, kept=planned.shape)
+    heads, *rows = day.model_rows(choice)
+    print0(columns(heads, rows))
     written = recipe.write(stored.knobs, target, choice, law)
     report: dict[str, Any] = {
         "runs": runs,

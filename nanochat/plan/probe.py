@@ -24,10 +24,10 @@ from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import law, machine, speed
-from nanochat.plan.machine import GIB, BudgetKnobs, Machine
+from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.shapes import OpenSizeKnobs, flops_per_token, layer_parameters
 from nanochat.train.knobs import MachineKnobs
-from nanochat.train.scaling import batch_for
+from nanochat.train.scaling import PRETRAIN, batch_for
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 32)
 # What makes two points the same measurement.
@@ -36,7 +36,7 @@ MEMORY_ENDED = "out of memory"
 
 
 @dataclass(kw_only=True)
-class ProbeKnobs(MachineKnobs, BudgetKnobs, OpenSizeKnobs):
+class ProbeKnobs(MachineKnobs, OpenSizeKnobs):
     """Grid"""
 
     depths: tuple[int, ...] = knob(
@@ -181,7 +181,7 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     target = machine.here(knobs.device_type, knobs.dtype)
     usual_budget = 20 * 60 if target.device_type == "cpu" else 86400
     seconds = machine.budget_seconds(knobs) or usual_budget
-    training = speed.PRETRAIN * seconds
+    training = PRETRAIN * seconds
     if file.exists():
         machine.load(file)  # UserError if it is not a probe
     print0(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from nanochat.base.common import base_dir
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
-from nanochat.train.scaling import Shape
+from nanochat.plan.machine import BudgetKnobs, budget_seconds
+from nanochat.train.scaling import Shape, budget_vocabulary
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPT
@@ -43,11 +44,11 @@ class SizeKnobs(ArchitectureKnobs, Shape):
 
 
 @dataclass(kw_only=True)
-class OpenSizeKnobs(SizeKnobs):
+class OpenSizeKnobs(BudgetKnobs, SizeKnobs):
     """Size; 0 = left to the plan"""
 
     vocab: int = knob(
-        0, "tokens in the vocabulary; 0 = the tokenizer's, or 32,768 if there is none yet", low=0
+        0, "tokens in the vocabulary; 0 = the tokenizer's, or by the budget if there is none", low=0
     )
     depth: int = knob(0, "layers", low=0)
     aspect_ratio: float = knob(0.0, "model width per layer of depth", low=0)
@@ -73,14 +74,19 @@ class OpenSizeKnobs(SizeKnobs):
             vocab=self.vocabulary(),
         )
 
-    def vocabulary(self) -> int:
-        """Tokens in the vocabulary: as given, or the tokenizer's, or 32,768."""
+    def vocabulary(self, elsewhere: bool = False) -> int:
+        """
+        Tokens in the vocabulary: as given, or the tokenizer's (unless the run is `elsewhere`), or
+        by the budget and the text.
+        """
         from nanochat.data.tokenizer import Tokenizer
 
         if self.vocab:
             return self.vocab
-        trained = (base_dir() / "tokenizer" / "tokenizer.json").exists()
-        return Tokenizer.load().vocab_size if trained else 32_768
+        if not elsewhere and (base_dir() / "tokenizer" / "tokenizer.json").exists():
+            return Tokenizer.load().vocab_size
+        simple = tuple(getattr(self, "data", ())) == ("tinyworld",)
+        return budget_vocabulary(budget_seconds(self) or 86_400.0, simple)
 
 
 def model_of(config: GPTConfig) -> "GPT":
@@ -94,7 +100,8 @@ def _model(key: tuple) -> "GPT":
 
     from nanochat.model.gpt import GPT
 
-    return GPT.build(GPTConfig(**dict(key)), "meta", torch.bfloat16)
+    with torch.device("meta"):  # without GPT.build's rotary tables, for which torch imports much
+        return GPT(GPTConfig(**dict(key)), torch.bfloat16)
 
 
 def counts(config: GPTConfig) -> dict[str, int]:
@@ -114,7 +121,13 @@ def layer_parameters(config: GPTConfig) -> int:
 
 def flops_per_token(config: GPTConfig, T: int = 0) -> float:
     """Training FLOPs per token in rows of T tokens (0 = the whole context)."""
+    return _flops(tuple(vars(config).items()), T or config.sequence_len)
+
+
+@cache
+def _flops(key: tuple, T: int) -> float:
+    config = GPTConfig(**dict(key))
     if "S" in config.window_pattern:
-        return model_of(config).flops_per_token(T or None)
-    one, two = (model_of(replace(config, n_layer=n)).flops_per_token(T or None) for n in (1, 2))
+        return model_of(config).flops_per_token(T)
+    one, two = (model_of(replace(config, n_layer=n)).flops_per_token(T) for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one)  # all layers are alike

@@ -1,7 +1,7 @@
 """
-How fast a machine trains a model: from the points that `plan probe` measured on it, or else from
-its peak and a stated share of it. Between points the speed is interpolated; the interval says how
-well.
+How fast a machine trains a model: from the points that `plan probe` measured on it, or else, for a
+CUDA card, from a roofline by parts, which tests compare with the speeds that owners report. Between
+points the speed is interpolated; the interval says how well.
 """
 
 import math
@@ -16,13 +16,20 @@ from nanochat.plan import law
 from nanochat.plan.machine import Machine
 from nanochat.plan.shapes import counts, flops_per_token
 
-PRETRAIN = 0.85  # share of a budget that pretraining gets
-# Share of the peak that a training step reaches, with a 90 % interval. GPU: tokens per second that
-# users report for an RTX 3090 (depth 12), 4070 (depths 12 and 16) and 4090 (124 M parameters) over
-# the table's peaks, 43 to 75 %. CPU: a compiled step on two cores took 41 to 50 % of an AVX-512
-# peak (dev/LOG.md), and 11 % where matrix units lift the peak tenfold and little else: hence a
-# recipe for this machine always measures.
-SHARES = {"cuda": (0.5, 0.3, 0.75), "mps": (0.3, 0.1, 0.5), "cpu": (0.2, 0.08, 0.5)}
+TYPICAL = 0.5  # share of a card's peak, for what needs only the size of a budget
+# Share of the peak that a training step reaches, with a 90 % interval, where there is no roofline.
+# CPU: a compiled step on two cores took 41 to 50 % of an AVX-512 peak (dev/LOG.md), and 11 % where
+# matrix units lift the peak tenfold and little else: hence a plan for this machine always measures.
+SHARES = {"mps": (0.3, 0.1, 0.5), "cpu": (0.2, 0.08, 0.5)}
+# The parts of a step on a CUDA card, and by which factor the truth may differ from each.
+DOUBT = {
+    "products": 1.45,
+    "attention": 1.6,
+    "loss": 1.5,
+    "elementwise": 1.5,
+    "optimizer": 1.5,
+    "launches": 2.0,
+}
 
 
 class Speed(NamedTuple):
@@ -37,20 +44,64 @@ def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine:
     """
     Tokens per second of steps of `total` tokens in micro-batches of `rows` rows of T tokens. With
     points, the interval is 3 % wide at a point, and wider by how far the points lie beside the fit,
-    by how far they drifted, and away from all of them. Without, it is that of SHARES, and three
-    times as deep on a GPU below a width of 512, where launching kernels takes longer than running
-    them.
+    by how far they drifted, and away from all of them. Without, a CUDA card has its roofline, and
+    other devices a share of their peak (SHARES).
     """
     f, p = flops_per_token(config, T), counts(config)["total"]
-    if not machine.points:
-        peak = machine.factor * machine.peak_flops / f
-        share, lo, hi = SHARES[machine.device_type]
-        narrow = machine.device_type != "cpu" and config.n_embd < 512
-        return Speed(share * peak, lo * peak / (3 if narrow else 1), hi * peak)
-    micro_ms, update_ms, error = _fitted(machine.points, f, p, T, rows)
-    rate = machine.factor * 1e3 * total / (total * micro_ms + update_ms)
-    interval = math.exp(law.Z90 * error)
-    return Speed(rate, rate / interval, rate * interval)
+    if machine.points:
+        micro_ms, update_ms, error = _fitted(machine.points, f, p, T, rows)
+        rate = 1e3 * total / (total * micro_ms + update_ms)
+        interval = math.exp(law.Z90 * error)
+        rates = rate, rate / interval, rate * interval
+    elif machine.device_type == "cuda":
+        total = max(rows * T, total // machine.gpus)
+        parts = roofline(config, rows, T, total, machine)
+        rates = [
+            machine.gpus
+            * total
+            / step_seconds({n: s * DOUBT[n] ** power for n, s in parts.items()})
+            for power in (0, 1, -1)
+        ]
+    else:
+        rates = [share * machine.peak_flops / f for share in SHARES[machine.device_type]]
+    middle, lo, hi = (machine.factor * rate for rate in rates)
+    if machine.factor != 1:  # a pilot has measured it
+        lo, hi = max(lo, middle / 1.15), min(hi, middle * 1.15)
+    return Speed(middle, lo, hi)
+
+
+def step_seconds(parts: Mapping[str, float]) -> float:
+    """A step's time from its parts: launching overlaps with what runs."""
+    return max(parts["launches"], sum(parts.values()) - parts["launches"])
+
+
+def roofline(
+    config: GPTConfig, rows: int, T: int, total: int, machine: Machine
+) -> dict[str, float]:
+    """
+    Seconds of the parts of a step of `total` tokens on one CUDA card, by the keys of DOUBT:
+    products and attention at the share of the peak that kernels reach, the rest by its bytes.
+    """
+    n = counts(config)
+    C, L, V, matrices = config.n_embd, config.n_layer, config.vocab_size, n["transformer"]
+    micro = max(1, total // (rows * T))
+    peak = machine.peak_flops
+    bandwidth = 0.9 * (machine.bandwidth or peak / 100)
+    share = 0.78 if peak < 3e14 else 0.64  # large cards are harder to keep busy
+    fused = 0.48 if config.head_dim >= 128 else 0.41  # of the peak, forward and backward
+    products = 6 * n["matmul"] * total
+    attention = flops_per_token(config, T) * total - products
+    # Muon: five rounds of three products for each matrix, whose shorter side is C.
+    muon = 5 * (4 * matrices * C + 2 * C * matrices / 3)
+    tables = n["total"] - matrices
+    return {
+        "products": products / (share * peak),
+        "attention": attention / (fused * peak),
+        "loss": (10 * V * total + 12 * micro * V * C) / bandwidth,
+        "elementwise": (108 * L * C * total + 24 * micro * matrices) / bandwidth,
+        "optimizer": muon / (0.7 * share * peak) + (66 * matrices + 28 * tables) / bandwidth,
+        "launches": 7e-6 * (micro * (55 * L + 40) + 30 * L + 150),
+    }
 
 
 def _fitted(
@@ -93,7 +144,8 @@ def _fitted(
 def usual_flops(machine: Machine, seconds: float) -> float:
     """FLOPs of `seconds` of training: at the median of the points, or else a share of the peak."""
     reached = [p["tok_per_sec"] * p["flops_per_token"] for p in machine.points]
-    usual = median(reached) if reached else SHARES[machine.device_type][0] * machine.peak_flops
+    share = SHARES.get(machine.device_type, (TYPICAL,))[0]
+    usual = median(reached) if reached else share * machine.gpus * machine.peak_flops
     return machine.factor * usual * seconds
 
 

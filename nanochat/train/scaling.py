@@ -196,3 +196,42 @@ def split_budget(seconds: float, shares: Mapping[str, float]) -> dict[str, float
             "shares"
         )
     return {stage: seconds * share / sum(shares.values()) for stage, share in shares.items()}
+
+
+PRETRAIN = 0.85  # of the time for training
+# Shares of what pretraining leaves; the last is for evaluations and starting programs.
+LATER_STAGES = {"mid_train": 0.45, "chat_sft": 0.3, "evaluation": 0.25}
+PILOT = 1 / 12  # of a budget, for short trial runs
+LEAST_FOR_PILOT = 25 * 60.0  # seconds; in less a pilot would be too short to be useful
+
+
+def stage_seconds(seconds: float, pretrain: float = PRETRAIN) -> dict[str, float]:
+    """Seconds of base_train, mid_train, chat_sft and evaluation in a run of so many seconds."""
+    later = {stage: (1 - pretrain) * share for stage, share in LATER_STAGES.items()}
+    if pretrain == 1:
+        return {"base_train": seconds, **dict.fromkeys(LATER_STAGES, 0.0)}
+    return split_budget(seconds, {"base_train": pretrain, **later})
+
+
+def pilot_seconds(seconds: float) -> float:
+    """Seconds of a pilot in a budget, 0 where it is too short for one."""
+    return PILOT * seconds if seconds >= LEAST_FOR_PILOT else 0.0
+
+
+def budget_vocabulary(seconds: float, simple: bool = False) -> int:
+    """Tokens in the vocabulary for a budget; `simple`: of the embedded corpus."""
+    if simple:
+        return 2048
+    return 8192 if seconds < 3600 else 32_768 if seconds < 36_000 else 65_536
+
+
+def text_for(seconds: float) -> str:
+    """The text to train on where none is named: web text if there is an hour."""
+    return "fineweb-edu" if seconds >= 3600 else "tinyworld"
+
+
+# By vocabulary: 4.8 bytes of web text per token at 65,536; on prose a vocabulary of 8,192 had 0.83
+# times the bytes per token of one with 65,536 (dev/LOG.md).
+def bytes_per_token(vocabulary: int) -> float:
+    """Bytes of English text that a token spells."""
+    return 4.8 * (vocabulary / 65_536) ** 0.09

@@ -1,0 +1,141 @@
+"""plan day: one page with every figure and its source, as text, HTML and JSON; what does not suffice stops a run."""
+
+import html
+import json
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from nanochat.base import knobs
+from nanochat.base.common import UserError
+from nanochat.commands import plan
+from nanochat.plan import day, machine
+from nanochat.plan.shapes import SizeKnobs, counts
+from nanochat.train.scaling import (
+    LEAST_FOR_PILOT,
+    budget_vocabulary,
+    bytes_per_token,
+    pilot_seconds,
+    stage_seconds,
+    text_for,
+)
+
+CARD = ["--gpu=rtx4090", "--depth=8"]
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+def test_a_day_on_a_card(capsys, tmp_path):
+    made = plan.main(["day", "--hours=24", "--gpu=rtx4090", "--html", str(tmp_path / "day.html")])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 50, "one screen"
+    written = (tmp_path / "day.html").read_text(encoding="utf-8")
+    stored = json.loads(json.dumps(made))
+    for rows in stored["sections"].values():
+        for what, figure, source in rows:
+            assert source, f"{what} has no source"
+            for page in (text, written):
+                assert what in page and figure in html.unescape(page)
+    for name in ("smaller", "chosen", "larger"):
+        assert name in text and name in written
+    assert "bash runs/one_day.sh --hours 24" in text and "bash runs/one_day.sh" in written
+    need, chosen = stored["needs"], stored["chosen"]
+    assert need["shards"] * day.SHARD_TEXT >= chosen["tokens"] * bytes_per_token(65_536)
+    assert need["shards"] * day.SHARD_TEXT < 1.1 * chosen["tokens"] * bytes_per_token(65_536)
+    inside = [s for name, s, _ in stored["schedule"] if name in day.STAGES.values()]
+    assert sum(inside) == pytest.approx(24 * 3600) and len(inside) == 6
+    assert need["kwh"] == pytest.approx(0.55 * 24), "450 W as rated, and 100 W beside it"
+
+
+def test_the_disk_of_a_d16():
+    """The checkpoints of three stages took about 22 GB, and nobody said so."""
+    made = plan.main(["day", "--hours=24", "--gpu=rtx4090", "--depth=16", "--aspect_ratio=64"])
+    assert 20e9 < made["needs"]["disk_bytes"]["checkpoints"] < 24e9
+    n = counts(SizeKnobs(depth=16).config())
+    state = 4 * n["transformer"] + 8 * (n["total"] - n["transformer"])
+    assert made["needs"]["checkpoint_bytes"] == 4 * n["total"] + state
+
+
+def test_a_run_of_so_many_tokens():
+    size = ["--depth=4", "--model_dim=512", "--head_dim=64", "--vocab=24576", "--gpu=rtx3090"]
+    made = plan.main(["day", *size, "--tokens=500170752", "--script=runs/ittybitty.sh"])
+    assert made["chosen"]["tokens"] == pytest.approx(500_170_752, rel=0.01)
+    assert made["needs"]["shards"] == 10 and made["commands"] == ["bash runs/ittybitty.sh"]
+    assert 0.9e9 < made["needs"]["disk_bytes"]["shards"] < 1.7e9
+
+
+def test_what_a_shell_reads(capsys):
+    plan.main(["day", "--hours=24", *CARD, "--data", "tinyworld", "--shell"])
+    printed = capsys.readouterr()
+    code = f'{printed.out}echo "$shards/$vocab/$web/$text"'
+    read = subprocess.run(["bash", "-c", code], capture_output=True, text=True).stdout
+    assert read == "0/2048//tinyworld\n" and "What you get" in printed.err
+
+
+def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    words = ["day", "--hours=24", *CARD, "--check"]
+    with pytest.raises(UserError, match=r"needs \d.*GB of disk at its peak, and .* has 1GB free"):
+        plan.main(words)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
+    plan.main(words)
+    (tmp_path / "a.txt").write_text("a few words " * 1000)
+    with pytest.raises(UserError, match=r"would read your text \d+ times"):
+        plan.main([*words, "--data", str(tmp_path / "a.txt")])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--hours=1", "--tokens=1e9", "--depth=4"], "set two lengths"),
+        (["--tokens=1e9"], "--tokens=1e\\+09 needs a model: add --depth"),
+        ([], "give --hours or --minutes"),
+        (["--hours=1", "--gpu=rtx3060", "--depth=40"], "RTX 3060 has too little memory"),
+        (["--hours=1", "--data", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_is_refused(words, says):
+    with pytest.raises(UserError, match=says):
+        plan.main(["day", "--gpu=rtx4090", *words])
+
+
+def test_repeated_text_is_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("some words here " * 100_000)
+    words = ["--hours=1", *CARD, "--vocab=4096"]
+    values = knobs.parse(day.PageKnobs, [*words, "--data", str(tmp_path)], command="plan day")[0]
+    _, text = day.settled(values, machine.of_card("rtx4090"))
+    assert text == [(1.0, pytest.approx(1.6e6 / bytes_per_token(4096)))]
+    once = plan.main(["day", *words, "--data", "fineweb-edu"])["chosen"]
+    often = plan.main(["day", *words, "--data", str(tmp_path)])
+    assert often["needs"]["passes"] > 100 and often["chosen"]["bpb"][0] > 1.1 * once["bpb"][0]
+    mixture = [f"a={tmp_path}:0.25", "fineweb-edu:0.75"]
+    shares = [share for share, _ in day.fresh_text(mixture, 4096)]
+    assert shares == [0.25, 0.75]
+
+
+def test_better_models_get_better_words():
+    words = [day.in_words(bpb)[0] for bpb in (0.7, 0.8, 0.9, 1.2, 1.6, 2.0, 3.0)]
+    assert len(set(words)) == 7 and "GPT-2 124M" in day.in_words(0.95)[0]
+
+
+# ---- the rules that page, recipe and scripts share
+
+
+def test_a_budget_is_split_in_one_way():
+    stages = stage_seconds(1000)
+    assert sum(stages.values()) == pytest.approx(1000)
+    assert stages["base_train"] == pytest.approx(850) and stages["mid_train"] > stages["chat_sft"]
+    assert stage_seconds(1000, 1.0) == {
+        "base_train": 1000, "mid_train": 0.0, "chat_sft": 0.0, "evaluation": 0.0
+    }  # fmt: skip
+    assert pilot_seconds(LEAST_FOR_PILOT - 1) == 0 and pilot_seconds(3600) == 300
+    assert [budget_vocabulary(60 * m) for m in (20, 90, 1440)] == [8192, 32_768, 65_536]
+    assert budget_vocabulary(60, simple=True) == 2048
+    assert [text_for(60 * m) for m in (59, 60)] == ["tinyworld", "fineweb-edu"]
+    assert bytes_per_token(65_536) == 4.8 > bytes_per_token(8192)
