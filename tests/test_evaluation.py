@@ -165,7 +165,9 @@ def test_what_is_given_is_obeyed_and_the_rest_follows(place, monkeypatch, given,
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place[0]))
     seen = []
     monkeypatch.setattr(
-        loop.Run, "fit", lambda run: seen.append((run.meta["knobs"], run.evaluations)) or {}
+        loop.Run,
+        "fit",
+        lambda run: seen.append((run.meta["knobs"], run.evaluations)) or {"seconds": 0},
     )
     base_train.main([*place[1], *given])
     ((knobs, (evaluation, sample)),) = seen
