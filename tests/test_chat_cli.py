@@ -442,7 +442,7 @@ def test_help_lists_every_command_and_stats_tell_the_state(chat):
     for command in chat_cli.COMMANDS:
         assert command.name in shown and command.help[:20] in shown, command
     t.say("hello", "saw <[hello][>")
-    assert re.search(r"90m\[\d+ tokens, [\d.e+]+ tokens/s\]", t.wait("\033[0m\r\n"))
+    assert re.search(r"90m\[\d+ tokens, [\d.]+[kM]? tokens/s\]", t.wait("\033[0m\r\n"))
     shown = t.say("/stats", "temperature 0.6")
     assert "sft model d2" in shown and "1 questions and answers" in shown and "2,048" in shown
 

@@ -204,7 +204,7 @@ def test_watching_follows_a_run_until_ctrl_c(runs, tmp_path, monkeypatch, capsys
 
     def nap(seconds):
         text = page.read_text()
-        assert '<meta http-equiv="refresh" content="10">' in text
+        assert re.search(r'<meta http-equiv="refresh" content="\d{2,}">', text)  # by its cost
         seen.append(("tokens, later" in text, page.stat().st_mtime_ns))
         if len(seen) == 2:
             with Logbook(runs[0]) as book:
