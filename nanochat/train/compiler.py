@@ -8,6 +8,7 @@ before a run compiles, a failure removes all the others and compiles once more, 
 failure the run continues without compiled code.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -100,6 +101,8 @@ def prepare(model: GPT) -> None:
         os.environ.setdefault("TORCH_WARM_POOL", "0")
         threads = min(8, os.cpu_count() or 1)
         config.compile_threads = threads  # pyright: ignore[reportAttributeAccessIssue]
+        # It warns of a CUDA toolkit on a machine without a GPU, where nothing here needs one
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     model.compile()
     _watch.install()
 
