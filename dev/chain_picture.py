@@ -22,9 +22,9 @@ def draw_along_the_clock(axes: Axes, logs: Sequence[Log], what: Curve) -> None:
     unit, label = unit_of("seconds", sum(spans))
     start = 0.0
     for i, (log, span) in enumerate(zip(logs, spans, strict=True)):
-        xs, ys = log.curve(what.kind, what.name, "seconds")
+        xs, ys = log.curve(what.kind, what.field, "seconds")
         marker = "o" if what.kind == "eval" else None
-        times = [(start + x) / unit for x in xs]
+        times = [x / unit for x in xs]  # counted along the chain already
         axes.plot(times, ys, color=colour(i), linewidth=1.6, marker=marker, markersize=3.5)
         begin, end = start / unit, (start + span) / unit
         axes.axvspan(begin, end, color=colour(i), alpha=0.05, linewidth=0)
@@ -70,8 +70,8 @@ def main() -> None:
     logs = load(directories)
     has_accuracies = bool(accuracies(logs))
     widths = [4, 4, 3] if has_accuracies else [1, 1]
-    training = next(what for what in CURVES if what.name == "loss")
-    validation = next(what for what in CURVES if what.name == "val_bpb")
+    training = next(what for what in CURVES if what.field == "loss")
+    validation = next(what for what in CURVES if what.field == "val_bpb")
     with matplotlib.rc_context({**RC, "text.color": "#1d232b", "axes.labelcolor": "#1d232b"}):
         figure = Figure(figsize=(11 if has_accuracies else 8, 3.3), layout="constrained", dpi=150)
         panels = figure.subplots(1, len(widths), width_ratios=widths)
