@@ -10,6 +10,7 @@ import pytest
 
 from nanochat.base import files
 from nanochat.base.common import UserError
+from nanochat.data import inventory
 from nanochat.data.shards import Shards, prepare, prepare_conversations
 from nanochat.data.sources import Source, parse_sources
 
@@ -239,6 +240,7 @@ def test_an_interrupted_build_leaves_nothing_and_a_killed_one_is_swept(source, t
 
 def test_a_write_that_fails_is_an_error_and_leaves_nothing(source, tmp_path):
     """The limit on the size of a file stands for a full disk."""
+    inventory.take([source])  # kept, so that the tokens are what is written first
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
