@@ -166,7 +166,8 @@ class SourceInventory:
             shapes.update(counts)
         if self.conversations:
             counted = ", ".join(f"{n:,} {shape}" for shape, n in shapes.most_common())
-            yield f"conversations: {counted} in {len(self.conversations):,} files"
+            n = len(self.conversations)
+            yield f"conversations: {counted} in {n:,} file{'s' * (n != 1)}"
         problems = self.conversation_problems
         yield from (f"not used as a conversation: {problem}" for problem in problems[:SHOWN])
         if len(problems) > SHOWN:

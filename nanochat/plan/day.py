@@ -39,24 +39,21 @@ MERGING = 6e6  # the same of training a tokenizer, on at most 2 GB
 POINT = 25.0  # seconds that plan probe takes for each measurement, of at most a twelfth of the time
 REST = 100.0  # watts of a computer beside its GPU
 PASSES = 40.0  # over a text: more teach next to nothing (Muennighoff et al. 2023)
-# Bits per byte of web text up to which the words hold, and where they come from.
+# Bits per byte of web text up to which the words hold: a judgement of the authors, not measured.
 REFERENCES = (
-    (
-        0.76,
-        "like GPT-2 XL (1.6 B): coherent paragraphs, many true facts, no reasoning",
-        "published",
-    ),
-    (0.84, "between GPT-2 124M and GPT-2 XL: keeps to its subject, facts often wrong", "published"),
-    (1.00, "like GPT-2 124M: fluent sentences, wrong facts", "published"),
-    (1.30, "mostly grammatical sentences that drift from their subject", "between the two"),
-    (1.70, "phrases and short sentences with little sense", "measured here, dev/LOG.md"),
-    (2.10, "real words in an order that seldom makes a sentence", "measured here, dev/LOG.md"),
-    (math.inf, "letters and fragments of words", "measured here, dev/LOG.md"),
+    (0.76, "like GPT-2 XL (1.6 B): coherent paragraphs, many true facts, no reasoning"),
+    (0.84, "between GPT-2 124M and GPT-2 XL: keeps to its subject, facts often wrong"),
+    (1.00, "like GPT-2 124M: fluent sentences, wrong facts"),
+    (1.30, "mostly grammatical sentences that drift from their subject"),
+    (1.70, "phrases and short sentences with little sense"),
+    (2.10, "real words in an order that seldom makes a sentence"),
+    (math.inf, "letters and fragments of words"),
 )
 Row = tuple[str, str, str]  # what, figure, source
 SOURCES = (
     "[law] a scaling law fitted to many runs   [counted] from the model's shape   "
-    "[rule] decided in this project   [specification] the vendor's data"
+    "[rule] decided in this project   [specification] the vendor's data   "
+    "[judged] by the authors, not measured"
 )
 STAGES = {
     "probe": "measure the machine's speed",
@@ -258,7 +255,7 @@ def lacking(knobs: DayKnobs, need: dict[str, Any]) -> list[str]:
 
 def in_words(bpb: float) -> tuple[str, str]:
     """What bits per byte of web text mean, and where that is known from."""
-    return next((words, source) for most, words, source in REFERENCES if bpb <= most)
+    return next((words, "judged") for most, words in REFERENCES if bpb <= most)
 
 
 # the page
