@@ -423,13 +423,6 @@ def test_threads_end(data):
         time.sleep(0.01)
 
 
-def test_nothing_to_feed(data):
-    with pytest.raises(UserError, match="none"):
-        RowFeed([], rows=1, device_rows=1, sequence_len=8)
-    with pytest.raises(UserError, match="at least 1"):
-        feed(data, rows=0)
-
-
 def test_eval_reads_the_same_rows_always(data):
     def read(**changes):
         knobs = {"rows_per_batch": 8, "sequence_len": 32, "max_tokens": 3000}
@@ -453,11 +446,3 @@ def test_eval_reads_the_same_rows_always(data):
         )
         == []
     )
-
-
-@pytest.mark.parametrize("weights", [(1, None), (None, 0.4), (0.5, 0.5, None)])
-def test_weights_for_some_sources_are_refused(tmp_path, weights):
-    """Shares and token counts in one sum gave quotas of [1, 1, 152131]."""
-    shards = [make(tmp_path, [20] * 9, name) for name in "abc"]
-    with pytest.raises(UserError, match="give every data source a weight, or none"):
-        feed(*zip(shards, weights, strict=False))

@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_300,
     "base": 12_210,
     "tinyworld": 9_600,
-    "data": 34_600,
+    "data": 33_000,
     "model": 25_230,
     "chat": 8_150,
     "chat/serve": 11_280,

@@ -279,11 +279,11 @@ HOSTILE = {
     ),
     "cut.zip": (zipped({"a.txt": STORY * 99})[:60], "cannot"),
     "laughs.docx": (docx(paragraph("&a11;"), LAUGHS), "declares entities"),
-    "laughs.odt": (odt("<text:p>&a11;</text:p>", LAUGHS), "DTDForbidden|Entit"),
+    "laughs.odt": (odt("<text:p>&a11;</text:p>", LAUGHS), "declares entities"),
     "laughs.epub": (epub(["&a11;"], LAUGHS), "Entit"),
     "outside.odt": (
         odt("<text:p>&x;</text:p>", '<!DOCTYPE x [<!ENTITY x SYSTEM "file:///etc/passwd">]>'),
-        "DTDForbidden|Entit",
+        "declares entities",
     ),
     "deep.docx": (docx("<w:p>" * 20_000 + "</w:p>" * 20_000), "cannot be read|no text"),
     "notxml.docx": (docx("<w:p>"), "cannot be read"),
@@ -383,7 +383,7 @@ def test_without_a_library_the_message_names_the_extra(tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(readers.importlib, "import_module", missing)
+    monkeypatch.setattr("importlib.import_module", missing)
     report = Report()
     assert list(documents.read_all(find(tmp_path, "s", TEXT).files, None, report)) == ["text"]
     ((reason, name),) = report.skipped

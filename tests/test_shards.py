@@ -213,16 +213,6 @@ def test_old_files_are_hashed_once(source, tmp_path, monkeypatch):
     assert len(counted) > 3
 
 
-def test_shards_of_an_earlier_version_are_named_once(source, tmp_path, capsys):
-    old = tmp_path / "tokens" / "stuff-train-0123456789abcdef"
-    old.mkdir(parents=True)
-    (old / "meta.json").write_text('{"format": 1, "tokens": 5}')
-    for _ in range(2):
-        prepare(source, "train", Letters(), tmp_path / "tokens")
-    assert capsys.readouterr().err.count(f"{old.name} and the like may be deleted") == 1
-    assert old.exists()
-
-
 def test_an_interrupted_build_leaves_nothing_and_a_killed_one_is_swept(source, tmp_path):
     root = tmp_path / "tokens"
 

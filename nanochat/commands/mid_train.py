@@ -23,7 +23,7 @@ class MidtrainKnobs(LaterStageKnobs, ConversationKnobs):
     text: tuple[str, ...] = knob(
         (), "text to mix in, as for base_train; tinyworld@2 is two megabytes of tinyworld"
     )
-    total_batch_size: int = knob(0, "tokens per optimizer step (0 = as in pretraining)")
+    total_batch_size: int = knob(0, "tokens per optimizer step (0 = as in pretraining)", low=0)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         (folder / "text.jsonl").open("w", encoding="utf-8") as text_file,
         (folder / "own.jsonl").open("w", encoding="utf-8") as own_file,
     ):
-        for source, found in zip(named, taken.sources, strict=True):
+        for source, found in zip(named, taken, strict=True):
             texts = documents.read_all(sources.files(source), source.field, report)
             for text in found.kept(texts) if found.documents else ():
                 text_file.write(json.dumps({"text": text}) + "\n")
@@ -113,7 +113,7 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
             f"{' '.join(knobs.data)} holds only {counts['characters']:,} characters of text, too "
             f"few to learn a language from: give at least {LEAST:,}; a good start is 300,000"
         )
-    return {**counts, "inventory": taken.lines()}
+    return {**counts, "inventory": inventory.as_lines(taken)}
 
 
 def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:

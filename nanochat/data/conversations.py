@@ -55,8 +55,7 @@ def _read(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
 
 
 def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
-    file, _ = open_text(path, report)
-    with file:
+    with open_text(path, report) as file:
         head = file.read(HEAD)
         if dialogue.chats_in_text(head, me):
             return dialogue.chats_in_text(head + file.read(LONGEST_CHAT), me)

@@ -29,9 +29,8 @@ from nanochat.data.folders import (
     TEXT_FIELDS,
     kind_of,
 )
-from nanochat.data.readers import READERS, unpacked
+from nanochat.data.readers import READERS, Reader, unpacked
 from nanochat.data.rows import (
-    PARQUET_ROWS,
     Report,
     TooManyBadRows,
     open_parquet,
@@ -63,11 +62,16 @@ def read(path: Path, field: str | None, report: Report | None = None) -> Iterato
     into = report or Report()
     with reading(path):
         kind = kind_of(path)
-        reader = _read_document if kind in READERS else _read_rows
-        reader = _read_archive if kind in ARCHIVES else reader
-        reader = {**dict.fromkeys(PLAIN, _read_txt), ".parquet": _read_parquet}.get(kind, reader)
+        if kind in PLAIN:
+            texts = _read_txt(path, into)
+        elif kind in READERS:
+            texts = _read_document(path, READERS[kind], into)
+        elif kind in ARCHIVES:
+            texts = _read_archive(path, field, into)
+        else:
+            texts = _read_rows(path, field, into)
         try:
-            for text in reader(path, field, into):
+            for text in texts:
                 if text.strip():
                     yield text
                 elif kind not in PLAIN:
@@ -161,9 +165,8 @@ def well_formed(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_txt(path: Path, field: str | None, report: Report) -> Iterator[str]:
-    file, _ = open_text(path, report)
-    with file:
+def _read_txt(path: Path, report: Report) -> Iterator[str]:
+    with open_text(path, report) as file:
         head = file.read(LOOKED_AT) + file.readline(LOOKED_AT)
         if dialogue.STAMPED.match(head.split("\n", 1)[0]) and dialogue.chats_in_text(head):
             messages = [*dialogue.whatsapp(chain(head.splitlines(), file))]
@@ -199,10 +202,10 @@ def _at_separators(text: str, report: Report) -> Iterator[str | None]:
     yield text[start:]
 
 
-def _read_document(path: Path, field: str | None, report: Report) -> Iterator[str]:
+def _read_document(path: Path, reader: Reader, report: Report) -> Iterator[str]:
     """What a library reads of a file, in documents."""
     try:
-        for text in READERS[kind_of(path)](path, report):
+        for text in reader(path, report):
             yield from cut([well_formed(text)])
     except (UserError, OSError):
         raise
@@ -217,14 +220,16 @@ def _read_archive(path: Path, field: str | None, report: Report) -> Iterator[str
 
 
 def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
-    for place, row in read_rows(path, report):
+    named = NAMED.findall(field or "") or [field or ""]
+    fields = {*named, *(name.split(".")[0] for name in named)} if field else TEXT_FIELDS
+    for place, row in read_rows(path, report, fields):
         try:
             if (chats := dialogue.exported(row)) is not None:
                 for part in chain.from_iterable(map(dialogue.sessions, chats)):
                     yield from cut([dialogue.as_text(part)])
                 continue
             text = text_of_row(row, field)
-        except UserError as e:
+        except (UserError, UnicodeDecodeError) as e:
             if field is None and shapes.shape_of(row):
                 raise UserError(
                     f"{path} {HELD}: train on them with mid_train or chat_sft, or name a text "
@@ -247,8 +252,10 @@ def text_of_row(row: Any, field: str | None) -> str:
         return filled if any(part.strip() for part in parts.values()) else ""
     if field and field not in row and "." in field:
         return _as_text(_value(row, field), field)
-    name = text_field(row, field)
-    return _as_text(row[name], name)
+    for name in [field] if field else TEXT_FIELDS:
+        if name in row:
+            return _as_text(row[name], name)
+    raise _no_field(row, field or " or ".join(TEXT_FIELDS[:3]))
 
 
 def _value(row: Any, path: str) -> Any:
@@ -256,10 +263,14 @@ def _value(row: Any, path: str) -> Any:
     try:
         return _found(row, path)
     except KeyError as e:
-        raise UserError(
-            f"it has no field {path}, only {shapes.fields_of(row)}: name the field that holds the "
-            "text with PATH#FIELD"
-        ) from e
+        raise _no_field(row, path) from e
+
+
+def _no_field(row: dict[str, Any], wanted: str) -> UserError:
+    return UserError(
+        f"it has no field {wanted}, only {shapes.fields_of(row)}: name the field that holds the "
+        "text with PATH#FIELD"
+    )
 
 
 def _found(value: Any, path: str) -> Any:
@@ -286,63 +297,4 @@ def _as_text(value: Any, name: str) -> str:
     raise UserError(
         f"the field {name} holds a {type(value).__name__}, not text; name a text field with "
         "PATH#FIELD"
-    )
-
-
-def _read_parquet(path: Path, field: str | None, report: Report) -> Iterator[str]:
-    with open_parquet(path) as file:
-        names = file.schema_arrow.names
-        if field is None and shapes.shape_of_names(names) and set(names).isdisjoint(TEXT_FIELDS):
-            yield from _read_rows(path, field, report)
-            return
-        wanted = NAMED.findall(field) if field and "{" in field else [field]
-        columns = []
-        for name in wanted:
-            try:
-                top = name if name in names else (name or "").split(".")[0] or None
-                columns.append(text_field(names, top))
-            except UserError as e:
-                raise UserError(f"{path}: {e}") from e
-            kind = file.schema_arrow.field(columns[-1]).type
-            if name in (None, columns[-1]) and not _holds_text(kind):
-                raise UserError(
-                    f"{path}: the column {columns[-1]} holds {kind}, not text; name a text column "
-                    "with PATH#FIELD"
-                )
-        number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                try:
-                    text = text_of_row(row, field)
-                except (UserError, UnicodeDecodeError) as e:
-                    report.bad_row(f"{path}, row {number}", e)
-                    continue
-                yield text
-
-
-def _holds_text(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds text, in any of the ways that Arrow has for it."""
-    import pyarrow.types as types
-
-    if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind):
-        return _holds_text(kind.value_type)
-    if types.is_fixed_size_list(kind):
-        return _holds_text(kind.value_type)
-    views = types.is_string_view(kind) or types.is_binary_view(kind)
-    plain = types.is_string(kind) or types.is_large_string(kind)
-    return views or plain or types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def text_field(names: Iterable[str], field: str | None) -> str:
-    """The field that holds the text: `field`, or the first of TEXT_FIELDS. UserError if missing."""
-    names = list(names)
-    candidates = [field] if field else TEXT_FIELDS
-    for name in candidates:
-        if name in names:
-            return name
-    hint = "name the field that holds the text with PATH#FIELD"
-    shown = ", ".join(map(str, names[:12])) + ", ..." * (len(names) > 12)
-    raise UserError(
-        f"it has no field {' or '.join(candidates[:3])}, only {shown or 'none'}: {hint}"
     )

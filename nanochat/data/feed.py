@@ -103,17 +103,8 @@ class RowFeed:
         contexts: Contexts | None = None,
         few_widths: bool = False,
     ):
-        if min(rows, device_rows, sequence_len) < 1:
-            raise UserError(
-                f"rows ({rows}), device rows ({device_rows}) and sequence length ({sequence_len}) "
-                "must all be at least 1"
-            )
-        sources = tuple(s for s, _ in shards)
-        _check(sources)
-        given = [weight for _, weight in shards if weight is not None]
-        if 0 < len(given) < len(shards):
-            raise UserError("give every data source a weight, or none: some have one here")
-        weights = tuple(given or [s.total for s in sources])
+        sources = tuple(source for source, _ in shards)
+        weights = tuple(weight or source.total for source, weight in shards)
         self.rows, self.device_rows, self.total_steps = rows, device_rows, total_steps
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.few_widths = few_widths
@@ -284,7 +275,6 @@ def eval_batches(
     not depend on world_size or rows_per_batch. All batches of a rank have one shape: the last is
     filled up with ignored rows, and so is the only one if `whole`.
     """
-    _check([shards])
     order = np.random.default_rng(0).permutation(len(shards))
     if max_tokens is not None:
         order = order[: int(np.searchsorted(np.cumsum(shards.lengths[order]), max_tokens)) + 1]
@@ -294,11 +284,3 @@ def eval_batches(
     for i in range(0, len(rows), max(size, 1)):
         inputs, targets = _materialise(rows[i : i + size], sequence_len, shards.bos, at_least=size)
         yield Batch(inputs.to(device), targets.to(device))
-
-
-def _check(shards: Sequence[Shards]) -> None:
-    if not all(map(len, shards)) or len({s.fingerprint for s in shards}) != 1:
-        raise UserError(
-            "a feed needs sources with documents, all from one tokenizer; got "
-            f"{', '.join(s.name for s in shards) or 'none'}"
-        )

@@ -47,6 +47,13 @@ MAGIC = (  # the first bytes of a file, and what it is whatever its name says
     (b"\xd0\xcf\x11\xe0", ".doc"),
     (b"PAR1", ".parquet"),
 )
+ZIPPED = {  # a file in a zip archive, and what the archive is
+    "word/document.xml": ".docx",
+    "xl/workbook.xml": ".xlsx",
+    "ppt/presentation.xml": ".pptx",
+    "META-INF/container.xml": ".epub",
+    "content.xml": ".odt",
+}
 BEFORE_JSON = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # marks, blanks, and halves of UTF-16
 NOTEWORTHY = 10_000  # bytes of text in files that are not read
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -109,18 +116,12 @@ def _kind_of_zip(path: Path) -> str:
     """Office documents and books are zip archives too."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "word/document.xml" in names:
-                return ".docx"
-            if "mimetype" not in names:
-                office = {"xl/workbook.xml": ".xlsx", "ppt/presentation.xml": ".pptx"}
-                return next((kind for name, kind in office.items() if name in names), ".zip")
-            with archive.open("mimetype") as file:
-                mimetype = file.read(100).strip()
+            names = set(archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
         return format_of(path)  # reading it will say what is wrong
-    books = {b"application/epub+zip": ".epub", b"application/vnd.oasis.opendocument.text": ".odt"}
-    return books.get(mimetype, "")
+    named = format_of(path)
+    default = named if named in DOCUMENTS else ".zip"
+    return next((kind for name, kind in ZIPPED.items() if name in names), default)
 
 
 def find_all(paths: Sequence[Path], name: str, formats: tuple[str, ...]) -> Found:

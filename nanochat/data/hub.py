@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from nanochat.base.common import UserError, human
+from nanochat.base.common import UserError, disk_error, human
 from nanochat.base.files import atomic_write, sha256_file
 from nanochat.base.progress import progress
 from nanochat.base.strangers import mismatch, missing, parse_json, read_json, shown
@@ -70,21 +70,27 @@ def pin(
     lists what it must not.
     """
     path = folder / "manifest.json"
+    pinned = None
     if path.exists():
         try:
             manifest = read_json(path)
-            files = _listed(manifest["files"])
             if revision in (None, manifest["commit"], manifest["revision"]):
-                _check_known(repo, files, known or {})
-                return _commit(manifest["commit"], None), files
+                pinned = _commit(manifest["commit"], None), _listed(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{path} is damaged ({e}): delete it and run again; the files are then checked "
                 "against the newest commit"
             ) from e
     revision = revision or "main"
-    commit, files = _list(repo, revision)
-    _check_known(repo, files, known or {})
+    commit, files = pinned or _list(repo, revision)
+    for name, sha256 in (known or {}).items():
+        if name in files and files[name].sha256 != sha256:
+            raise UserError(
+                f"{name} of {repo} is listed with another SHA-256 than the one known here "
+                f"({sha256[:12]}): the hub or a mirror has changed it; unset HF_ENDPOINT"
+            )
+    if pinned:
+        return pinned
     listed = [vars(f) for f in files.values()]
     manifest = {"repo": repo, "revision": revision, "commit": commit, "files": listed}
     atomic_write(path, json.dumps(manifest, indent=1))
@@ -125,15 +131,6 @@ def _commit(found: Any, asked: str | None) -> str:
     if asked and re.fullmatch(r"[0-9a-f]{40}", asked) and asked != found:
         raise ValueError(f"the hub answers with commit {found}")
     return found
-
-
-def _check_known(repo: str, files: Mapping[str, Listed], known: Mapping[str, str]) -> None:
-    for path, sha256 in known.items():
-        if path in files and files[path].sha256 != sha256:
-            raise UserError(
-                f"{path} of {repo} is listed with another SHA-256 than the one known here "
-                f"({sha256[:12]}): the hub or a mirror has changed it; unset HF_ENDPOINT"
-            )
 
 
 def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
@@ -308,12 +305,14 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
     target.unlink(missing_ok=True)  # damaged, or from another commit
     target.parent.mkdir(parents=True, exist_ok=True)
     url = f"{_endpoint()}/datasets/{quote(repo)}/resolve/{commit}/{quote(file.path)}"
-    problem, refused = "", False
+    problem, passing = "", True
     for attempt in range(ATTEMPTS):
         try:
             _continue(url, commit, part, file.size, stop)
         except (OSError, HTTPException, ValueError) as e:
-            problem, refused = _reason(e), isinstance(e, _Status) and not _passing(e.status)
+            problem = _reason(e)
+            if isinstance(e, _Status):
+                passing = e.status >= 500 or e.status in (408, 429)
         if stop.is_set():
             raise InterruptedError
         if _size(part) >= file.size:
@@ -323,7 +322,7 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
                 return
         if not 0 < _size(part) < file.size:
             part.unlink(missing_ok=True)
-        if refused:
+        if not passing:
             break
         stop.wait(min(30 * BACKOFF, BACKOFF * 2**attempt))
     raise UserError(
@@ -342,38 +341,19 @@ def _continue(url: str, commit: str, part: Path, size: int, stop: threading.Even
         if reply.status not in (200, 206):
             raise _Status(reply.status)
         start = start if reply.status == 206 else 0
-        with _open_part(part, "ab" if start else "wb") as out:
-            while not stop.is_set() and (chunk := reply.read1(CHUNK)):
-                start += len(chunk)
-                if start > size:
-                    raise ValueError(f"the hub sends more than the {size:,} bytes that it lists")
-                _write(out, chunk)
+        while not stop.is_set() and (chunk := reply.read1(CHUNK)):
+            if start + len(chunk) > size:
+                raise ValueError(f"the hub sends more than the {size:,} bytes that it lists")
+            _append(part, chunk, anew=start == 0)
+            start += len(chunk)
 
 
-def _open_part(path: Path, mode: str) -> Any:
+def _append(part: Path, data: bytes, anew: bool) -> None:
     try:
-        return open(path, mode, buffering=0)
+        with open(part, "wb" if anew else "ab", buffering=0) as file:
+            file.write(data)
     except OSError as e:
-        raise _disk(path, e) from e
-
-
-def _write(out: Any, data: bytes) -> None:
-    try:
-        out.write(data)
-    except OSError as e:
-        raise _disk(out.name, e) from e
-
-
-def _disk(path: Any, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {path} ({error.strerror}): free some space and run again; the download "
-        "continues where it stopped"
-    )
-
-
-def _passing(status: int) -> bool:
-    """Whether a status may be another one soon."""
-    return status >= 500 or status in (408, 429)
+        raise disk_error(part, e) from e
 
 
 def _reason(error: Exception) -> str:

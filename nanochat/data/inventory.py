@@ -2,9 +2,8 @@
 What a folder holds, before anything is trained: files read by format, files skipped by reason,
 documents, duplicates, languages, what is long or odd, what is held out, and the conversations.
 
-    inventory = take(sources)        # reads each file once; the result is kept in the base folder
-    inventory.lines()                # for the screen
-    inventory.as_dict()              # as JSON, with everything that the screen leaves out
+    found = take(sources)            # reads each file once; the result is kept in the base folder
+    as_lines(found)                  # for the screen; the file has what the screen leaves out
 
 Duplicates are removed before training: of equal documents the first one stays, and so it does of
 documents whose 5-word sequences are the same to at least SIMILAR (MinHash; about 10 MB/s). Of a
@@ -16,11 +15,10 @@ import heapq
 import importlib
 import importlib.util
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +34,7 @@ from nanochat.data.split import LEAST, Division, division, place
 if TYPE_CHECKING:
     from nanochat.data.sources import Source
 
-VERSION = 1
+VERSION = 2
 VALIDATION_SHARE = 0.01
 LIMIT = 1 << 28  # characters of a source
 SIMILAR = 0.8  # estimated share of the 5-word sequences of two documents that they have in common
@@ -47,16 +45,7 @@ SAMPLES = 200  # documents whose language is guessed
 SHOWN = 10  # files of each reason
 MOST_LINES = 500_000  # whose frequency is counted
 MOST_PROBLEMS = 100_000  # rows that cannot be used, and are named
-EXTRAS = (
-    "charset_normalizer",
-    "selectolax",
-    "mammoth",
-    "defusedxml",
-    "pypdf",
-    "striprtf",
-    "rensa",
-    "py3langid",
-)
+EXTRAS = "charset_normalizer selectolax mammoth defusedxml pypdf striprtf rensa py3langid"
 
 
 @dataclass
@@ -64,7 +53,6 @@ class SourceInventory:
     """What one source holds. Counts of documents are as read, before duplicates are removed."""
 
     name: str
-    kind: str = "files"  # or "tinyworld" or "shards", which are not looked into
     read: dict[str, int] = field(default_factory=dict)  # format -> files
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (reason, file)
     notes: dict[str, int] = field(default_factory=dict)  # what the readers came upon -> count
@@ -75,7 +63,7 @@ class SourceInventory:
     near: int = 0  # documents that are nearly equal to an earlier one
     removed_characters: int = 0
     looked_for_near: bool = True
-    languages: dict[str, int] | None = None  # of up to SAMPLES documents; None: not looked at
+    languages: dict[str, int] = field(default_factory=dict)  # of up to SAMPLES documents
     repeated_lines: list[tuple[int, str]] = field(default_factory=list)  # (documents, line)
     longest: list[tuple[int, str]] = field(default_factory=list)  # (characters, place and start)
     oddest: list[tuple[float, str]] = field(default_factory=list)  # (share of letters, the same)
@@ -83,19 +71,12 @@ class SourceInventory:
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> shape -> count
     conversation_problems: list[str] = field(default_factory=list)  # "FILE, line N: reason"
     complete: bool = True  # False: only the first LIMIT characters were looked at
-    seconds: float = 0.0
     # How training and validation are divided, and which documents are not trained on: see split.py
     share: float | None = None
     piece: int | None = None
     repeated: list[float] = field(default_factory=list)  # places of which the first stays
     dropped: list[float] = field(default_factory=list)
-    file: str = ""  # that has all of this
-
-    def __post_init__(self) -> None:
-        """JSON has lists for tuples."""
-        for name in ("skipped", "repeated_lines", "longest", "oddest"):
-            setattr(self, name, [tuple(pair) for pair in getattr(self, name)])
-        self.held_out = (self.held_out[0], self.held_out[1])
+    file: str = ""  # that has all of this; "" for the embedded corpus and web text
 
     @property
     def division(self) -> Division | None:
@@ -104,20 +85,18 @@ class SourceInventory:
 
     def kept(self, documents: Iterator[str]) -> Iterator[str]:
         """The documents without duplicates."""
-        repeated, dropped, seen = set(self.repeated), set(self.dropped), set()
+        repeated, left_out = set(self.repeated), set(self.dropped)
         for text in documents:
-            where = place(text) if repeated or dropped else 0.0
-            if where in dropped or where in seen:
-                continue
+            where = place(text)
+            if where not in left_out:
+                yield text
             if where in repeated:
-                seen.add(where)
-            yield text
+                left_out.add(where)
 
     def lines(self) -> list[str]:
         """The inventory as a new user reads it."""
-        if self.kind != "files":
+        if not self.file:
             return []
-        lost = self.exact + self.near
         share = self.removed_characters / max(self.characters, 1)
         near = f"{self.near:,} nearly equal"
         if not self.looked_for_near:
@@ -129,7 +108,7 @@ class SourceInventory:
             *self._skipped_lines(),
         ]
         if self.documents:
-            removed = f"; removed: {share:.1%} of the characters" * bool(lost)
+            removed = f"; removed: {share:.1%} of the characters" * bool(share)
             out.append(f"duplicates: {self.exact:,} equal, {near}{removed}")
         if self.notes:
             out.append("notes: " + "; ".join(f"{n:,} {what}" for what, n in _most(self.notes)))
@@ -178,61 +157,38 @@ def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
     return Counter(counts).most_common()
 
 
-@dataclass(frozen=True)
-class Inventory:
-    """What `take` returns: the sources in their order."""
-
-    sources: tuple[SourceInventory, ...]
-
-    def lines(self) -> list[str]:
-        """The inventory as a new user reads it, and where all of it is."""
-        out = [f"  {line}" for source in self.sources for line in source.lines()]
-        kept = [source.file for source in self.sources if source.file]
-        return [*out, f"  all of this: {', '.join(kept)}"] if kept else out
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
-        return {"sources": [asdict(source) for source in self.sources]}
-
-    @property
-    def documents(self) -> int:
-        """Documents that remain without duplicates."""
-        return sum(s.documents - s.exact - s.near for s in self.sources)
-
-    @property
-    def characters(self) -> int:
-        """Characters that remain without duplicates."""
-        return sum(s.characters - s.removed_characters for s in self.sources)
+def as_lines(inventories: Sequence[SourceInventory]) -> list[str]:
+    """The inventories as a new user reads them, and where all of it is."""
+    out = [f"  {line}" for one in inventories for line in one.lines()]
+    kept = [one.file for one in inventories if one.file]
+    return [*out, f"  all of this: {', '.join(kept)}"] if kept else out
 
 
-def take(sources: Sequence["Source"], me: str | None = None) -> Inventory:
+def take(sources: Sequence["Source"], me: str | None = None) -> list[SourceInventory]:
     """
-    The inventory of some sources (see sources.parse_sources). `me` is the person of a chat who is
-    to be the assistant. Raises UserError if there is no file to read.
+    The inventory of each source (see sources.parse_sources). `me` is the person of a chat who is to
+    be the assistant. Raises UserError if there is no file to read.
     """
-    return Inventory(tuple(of(source, me, languages=True) for source in sources))
+    return [of(source, me) for source in sources]
 
 
-def show(sources: Sequence["Source"]) -> Inventory:
-    """`take`, and print what it says, in order that nobody trains on what they did not mean."""
-    inventory = take(sources)
-    for line in inventory.lines():
+def show(sources: Sequence["Source"]) -> None:
+    """Print what `take` finds, in order that nobody trains on what they did not mean."""
+    for line in as_lines(take(sources)):
         print0(line)
-    return inventory
 
 
-def of(source: "Source", me: str | None = None, languages: bool = False) -> SourceInventory:
+def of(source: "Source", me: str | None = None) -> SourceInventory:
     """The inventory of one source. It is taken once, and again when a file has changed."""
     if source.kind != "files":
-        return SourceInventory(source.name, source.kind)
+        return SourceInventory(source.name)
     found = find_all(source.paths, source.name, (*TEXT, *ROWS))
-    key = _key(found, source.field, me)
-    path = base_dir() / "inventory" / f"{source.name}-{key}.json"
-    inventory = _load(path)
-    if inventory is None or (languages and inventory.languages is None):
-        inventory = _survey(source.name, found, source.field, me, languages)
-        inventory.file = str(path)
-        atomic_write(path, json.dumps(asdict(inventory), indent=1))
+    path = base_dir() / "inventory" / f"{source.name}-{_key(found, source.field, me)}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return SourceInventory(**json.loads(path.read_bytes()))
+    inventory = _survey(source.name, found, source.field, me)
+    inventory.file = str(path)
+    atomic_write(path, json.dumps(asdict(inventory), indent=1))
     return inventory
 
 
@@ -241,23 +197,12 @@ def _key(found: Found, field: str | None, me: str | None) -> str:
     hashes = Hashes(root / ".hashes.json")
     files = [(str(path), hashes.of(path)) for path in found.files]
     hashes.save()
-    installed = [name for name in EXTRAS if importlib.util.find_spec(name)]
+    installed = [name for name in EXTRAS.split() if importlib.util.find_spec(name)]
     about = [VERSION, files, found.listed, field, me, installed]
     return hashlib.sha256(json.dumps(about).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _load(path: Path) -> SourceInventory | None:
-    with suppress(OSError, ValueError, TypeError):
-        stored = json.loads(path.read_bytes())
-        if stored.keys() == {f.name for f in fields(SourceInventory)}:
-            return SourceInventory(**stored)
-    return None
-
-
-def _survey(
-    name: str, found: Found, field: str | None, me: str | None, languages: bool
-) -> SourceInventory:
-    started = time.monotonic()
+def _survey(name: str, found: Found, field: str | None, me: str | None) -> SourceInventory:
     report, census = Report(limit=MOST_PROBLEMS), _Census()
     size = sum(map(text_bytes, found.files))
     with progress(min(size, LIMIT), f"looking through {name}", "characters") as bar:
@@ -272,12 +217,11 @@ def _survey(
             path = report.path or found.files[0]
             if str(path) not in {name for _, name in report.skipped}:
                 report.skip(path, e)
-    inventory = census.finish(name, languages)
+    inventory = census.finish(name)
     inventory.read = dict(report.read)
     inventory.skipped = [*found.listed, *report.skipped]
     inventory.notes, inventory.bad_rows = dict(report.notes), report.problems
     _survey_conversations(inventory, found.files, me)
-    inventory.seconds = time.monotonic() - started
     return inventory
 
 
@@ -318,22 +262,23 @@ class _Census:
         result.characters += len(text)
         if where in self.seen:
             result.exact += 1
-            result.removed_characters += len(text)
             result.repeated.append(where)
-            return
-        self.seen.add(where)
-        if self.similar and self.similar.to_an_earlier_one(text):
+        elif self.similar and self.similar.to_an_earlier_one(text):
             result.near += 1
-            result.removed_characters += len(text)
             result.dropped.append(where)
+            self.seen.add(where)
+        else:
+            self.seen.add(where)
+            self._keep(text, where, path)
             return
+        result.removed_characters += len(text)
+
+    def _keep(self, text: str, where: float, path: str) -> None:
+        """Note a document that is no duplicate."""
         self.sizes.append((where, len(text)))
         if self.held_out < LEAST:
             self.first.append(text)
             self.held_out += where <= VALIDATION_SHARE
-        self._look_at(text, where, path)
-
-    def _look_at(self, text: str, where: float, path: str) -> None:
         heapq.heappush(self.samples, (-where, text[:1000]))
         if len(self.samples) > SAMPLES:
             heapq.heappop(self.samples)
@@ -349,15 +294,14 @@ class _Census:
             letters = sum(map(str.isalpha, head)) / max(1, len(head) - head.count(" "))
             result.oddest = heapq.nsmallest(3, [*result.oddest, (round(letters, 3), named)])
 
-    def finish(self, name: str, languages: bool) -> SourceInventory:
+    def finish(self, name: str) -> SourceInventory:
         """What has been found."""
         result = self.result
         result.name, result.repeated = name, sorted(set(result.repeated))
         often = max(3, len(self.sizes) // 10)
         common = self.lines.most_common(10)
         result.repeated_lines = [(n, line) for line, n in common if n >= often]
-        if languages:
-            result.languages = dict(Counter(_languages(text for _, text in self.samples)))
+        result.languages = dict(Counter(_languages(text for _, text in self.samples)))
         if (divided := division(self.first, VALIDATION_SHARE)) is None:
             return result
         result.share, result.piece = divided.share, divided.piece

@@ -12,7 +12,6 @@ cannot read, is a UserError, which whoever reads a whole folder turns into an en
 import email
 import email.policy
 import hashlib
-import importlib
 import io
 import json
 import re
@@ -26,13 +25,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import EmailMessage
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 from urllib.parse import unquote
 
 from nanochat.base.common import UserError, base_dir, human
 from nanochat.base.files import atomic_write
 from nanochat.data.folders import in_folder
-from nanochat.data.rows import Report, encoding_of_html, open_bytes, open_text
+from nanochat.data.rows import Report, encoding_of_html, library, open_bytes, open_text
 
 MOST_BYTES = 1 << 26  # of one document
 MOST_UNPACKED = 1 << 32  # bytes of all members of an archive
@@ -43,26 +42,20 @@ MOST_LEVELS = 3  # of archives in archives
 SECONDS = 60  # for one PDF
 MOST_MEMORY = 1 << 31
 BLOCKS = (
-    "address article blockquote br center dd div dl dt fieldset figcaption figure form h1 h2 h3 h4 "
-    "h5 h6 hr legend li main ol p pre section summary table title tr ul"
+    "address article blockquote center div dl fieldset figcaption figure form h1 h2 h3 h4 h5 h6 hr "
+    "legend main ol p pre section summary table title ul text:p text:h"  # the last two of odt
 )
+BEFORE = {  # an element -> what separates it from the text before it
+    **dict.fromkeys(BLOCKS.split(), "\n\n"),
+    **dict.fromkeys(("br", "li", "tr", "dt", "dd", "text:line-break"), "\n"),
+    **dict.fromkeys(("td", "th", "text:tab"), "\t"),
+    "text:s": " ",
+}
 # What a page has around its text
 AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, iframe, select"
 LOCKS = "META-INF/encryption.xml"  # of a book
-OFFICE = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 TIMES = re.compile(r"^\s*(?:\d+:)?\d+:\d+[.,]\d+\s+-->")
 CUE_TAGS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
-
-
-def library(name: str) -> Any:
-    """A module of the extra `documents`. Raises UserError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(
-            f"reading this needs the package {name.split('.')[0]}: "
-            'pip install "nanochat[documents]"'
-        ) from e
 
 
 def content(path: Path) -> bytes:
@@ -90,19 +83,16 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
     if tree.root is None:
         return ""
     pieces: list[str] = []
-    blocks = frozenset(BLOCKS.split())
     for node in tree.root.traverse(include_text=True):
         if node.tag == "-text":
             text = node.text_content or ""
             before, parent = node.prev, node.parent
-            if before is not None and before.tag in blocks:
+            if before is not None and "\n" in BEFORE.get(before.tag, ""):
                 pieces.append("\n")
             in_pre = parent is not None and parent.tag in ("pre", "code", "textarea")
             pieces.append(text if in_pre else re.sub(r"\s+", " ", text))
-        elif node.tag in blocks:
-            pieces.append("\n" if node.tag in ("br", "li", "tr", "dt", "dd") else "\n\n")
-        elif node.tag in ("td", "th"):
-            pieces.append("\t")
+        else:
+            pieces.append(BEFORE.get(node.tag or "", ""))
     return tidy("".join(pieces))
 
 
@@ -121,42 +111,26 @@ def _opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
             info.file_size > MOST_BYTES for info in archive.infolist()
         ):
             raise UserError(f"it unpacks to {human(unpacked)} bytes: it is damaged or hostile")
+        for name in archive.namelist():
+            if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in archive.read(name):
+                raise UserError("it declares entities of XML, as no office program does")
         yield archive
 
 
 def docx(path: Path, report: Report) -> Iterator[str]:
     """The text of a Word document, with its tables and notes, by way of HTML."""
     mammoth = library("mammoth")
-    with _opened_zip(path) as archive:
-        for name in archive.namelist():
-            if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in archive.read(name):
-                raise UserError("it declares entities of XML, as no office program does")
-    converted = mammoth.convert_to_html(
-        io.BytesIO(content(path)), convert_image=mammoth.images.img_element(lambda image: {})
-    )
+    with _opened_zip(path):
+        converted = mammoth.convert_to_html(
+            io.BytesIO(content(path)), convert_image=mammoth.images.img_element(lambda image: {})
+        )
     yield html_text(converted.value, report)
 
 
 def odt(path: Path, report: Report) -> Iterator[str]:
-    """The paragraphs and headings of an OpenDocument text."""
-    parse = library("defusedxml.ElementTree").fromstring
+    """The paragraphs and headings of an OpenDocument text, which is read like a web page."""
     with _opened_zip(path) as archive:
-        root = parse(archive.read("content.xml"), forbid_dtd=True)
-    blocks = {f"{OFFICE}p", f"{OFFICE}h"}
-    signs = {f"{OFFICE}tab": "\t", f"{OFFICE}line-break": "\n", f"{OFFICE}s": " "}
-    hidden = {f"{OFFICE}tracked-changes", f"{OFFICE}sequence-decls"}
-    pieces: list[str] = []
-    stack = [(root, False)]
-    while stack:  # and no recursion, however deep the elements are nested
-        node, ended = stack.pop()
-        if ended:
-            pieces += ["\n\n"] * (node.tag in blocks) + [node.tail or ""]
-            continue
-        stack.append((node, True))
-        if node.tag not in hidden:
-            pieces += [signs.get(node.tag, ""), node.text or ""]
-            stack += [(child, False) for child in reversed(node)]
-    yield tidy("".join(pieces))
+        yield html_text(archive.read("content.xml"), report, r"text\:tracked-changes")
 
 
 def epub(path: Path, report: Report) -> Iterator[str]:
@@ -273,8 +247,7 @@ def _mail_text(data: bytes, report: Report) -> str:
 
 def subtitles(path: Path, report: Report) -> Iterator[str]:
     """What is said in .srt and .vtt files, a line per line, without numbers and times."""
-    file, _ = open_text(path, report)
-    with file:
+    with open_text(path, report) as file:
         lines = file.read(MOST_BYTES).splitlines()
     spoken: list[str] = []
     for i, line in enumerate(lines):
@@ -299,7 +272,8 @@ def notebook(path: Path, report: Report) -> Iterator[str]:
     yield "\n\n".join(fences)
 
 
-READERS: dict[str, Callable[[Path, Report], Iterator[str]]] = {
+Reader = Callable[[Path, Report], Iterator[str]]
+READERS: dict[str, Reader] = {
     ".html": html,
     ".htm": html,
     ".xhtml": html,

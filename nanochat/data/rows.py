@@ -12,20 +12,23 @@ import bz2
 import codecs
 import csv
 import gzip
+import importlib
 import io
 import json
 import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any
 
 from nanochat.base.common import UserError
-from nanochat.data.folders import BEFORE_JSON, format_of, kind_of
+from nanochat.data.folders import BEFORE_JSON, TABLES, format_of, kind_of
+
+Rows = Iterator[tuple[str, Any]]  # (place, value)
 
 LONGEST_ROW = 1 << 28  # bytes of a line; a longer one is no row of text
 SHOWN = 5  # bad rows that a message names
@@ -47,8 +50,17 @@ STRAY = 4  # letters beyond ASCII for each damaged byte of a text that is UTF-8 
 DECLARED = re.compile(
     rb"""<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?([\w.:-]{1,40})""", re.I
 )
-UTF16_MARKS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
-UTF32_MARKS = codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE
+
+
+def library(name: str) -> Any:
+    """A module of the extra `documents`. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(
+            f"reading this needs the package {name.split('.')[0]}: "
+            'pip install "nanochat[documents]"'
+        ) from e
 
 
 class TooManyBadRows(UserError):
@@ -95,16 +107,12 @@ class Report:
         """Call this at the end: UserError that names the bad rows if they exceed `limit`."""
         count = len(self.problems)
         if count > self.limit:
-            named = "; ".join(self.problems[:SHOWN])
-            if count == 1:
-                raise TooManyBadRows(
-                    f"{named}; fix or delete it, or skip it with --skip_bad_rows 1"
-                )
-            more = f" (the first {SHOWN})" if count > SHOWN else ""
+            rows = "1 row" if count == 1 else f"{count:,} rows"
             at_least = "at least " if count > self.limit + MOST_COLLECTED else ""
+            named = "; ".join([*self.problems[:SHOWN], *["..."] * (count > SHOWN)])
             raise TooManyBadRows(
-                f"{at_least}{count:,} rows cannot be used: {named}{more}; fix or delete them, or "
-                f"skip them with --skip_bad_rows {count}"
+                f"{at_least}{rows} cannot be used: {named}; fix or delete what is wrong, or skip it "
+                f"with --skip_bad_rows {count}"
             )
         if count:
             self.notes["bad rows skipped"] = count
@@ -125,28 +133,7 @@ def reading(path: Path) -> Iterator[None]:
         ) from e
 
 
-class _Zstandard(io.RawIOBase):
-    """A zstd file, decompressed by pyarrow."""
-
-    def __init__(self, path: Path):
-        import pyarrow as pa
-
-        self.stream = pa.input_stream(str(path), compression="zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
-
-
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedReader:
     """The bytes of a file, decompressed. Raises UserError for a pointer to a file elsewhere."""
     with open(path, "rb") as file:
         head = file.read(64)
@@ -160,17 +147,19 @@ def open_bytes(path: Path) -> BinaryIO:
     elif head.startswith(b"\xfd7zXZ\x00"):
         opened = lzma.LZMAFile(path)  # noqa: SIM115 (the caller closes it)
     elif head.startswith(b"\x28\xb5\x2f\xfd"):
-        opened = _Zstandard(path)
+        import pyarrow as pa
+
+        opened = pa.input_stream(str(path), compression="zstd")
     else:
         return open(path, "rb")
-    return cast(BinaryIO, io.BufferedReader(opened, 1 << 16))
+    return io.BufferedReader(opened, 1 << 16)
 
 
 def encoding_of(head: bytes) -> str:
     """The encoding of a text that begins with these bytes: UTF-8 unless they speak for another."""
-    if head.startswith(UTF32_MARKS):
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
-    if head.startswith(UTF16_MARKS):
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     pairs = len(head) // 2
     even, odd = head[0 : 2 * pairs : 2].count(0), head[1 : 2 * pairs : 2].count(0)
@@ -184,17 +173,11 @@ def guessed_encoding(sample: bytes) -> str | None:
     The encoding of bytes that are not UTF-8, as charset-normalizer guesses it; None if they look
     like no text in any of ENCODINGS.
     """
-    try:
-        from charset_normalizer import from_bytes
-    except ImportError as e:
-        raise UserError(
-            "it is not UTF-8, and finding its encoding needs the package charset-normalizer: "
-            'pip install "nanochat[documents]"'
-        ) from e
+    from_bytes = library("charset_normalizer").from_bytes
     # Plain ASCII says nothing of the encoding: lines are looked at from their first other byte on
     found = (re.search(rb"[\x80-\xff].*", line) for line in sample.split(b"\n"))
     telling = b"\n".join(match[0] for match in found if match)
-    best = from_bytes(telling[:SAMPLE], cp_isolation=[*map(str, ENCODINGS.split())]).best()
+    best = from_bytes(telling[:SAMPLE], cp_isolation=ENCODINGS.split()).best()
     if best is None:
         return None
     # Several often give the same text; the first of ENCODINGS is the most usual one
@@ -210,9 +193,8 @@ def encoding_of_file(path: Path) -> tuple[str, str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     before, position = b"", 0
     with open_bytes(path) as file:
-        if (
-            encoding := encoding_of(cast(io.BufferedReader, file).peek(4096)[:4096])
-        ) != "utf-8-sig":
+        encoding = encoding_of(file.peek(4096)[:4096])
+        if encoding != "utf-8-sig":
             return encoding, "strict"
         while chunk := file.read(1 << 20):
             if b"\0" in chunk:
@@ -229,9 +211,8 @@ def encoding_of_file(path: Path) -> tuple[str, str]:
                 break
             before, position = chunk, position + len(chunk)
         else:
-            if not decoder.getstate()[0]:
-                return encoding, "strict"
-            return encoding, "replace"  # it ends within a character
+            ends_within_a_character = bool(decoder.getstate()[0])
+            return encoding, "replace" if ends_within_a_character else "strict"
     good = sum(not c.isascii() for c in sample.decode("utf-8", "ignore"))
     bad = sample.decode("utf-8", "replace").count("\ufffd")
     if good > STRAY * bad:
@@ -254,23 +235,21 @@ def encoding_of_html(data: bytes, report: Report) -> str:
     return encoding
 
 
-def open_text(path: Path, report: Report) -> tuple[IO[str], BinaryIO]:
-    """A file as text, and the bytes behind it; an encoding that was guessed is noted."""
+def open_text(path: Path, report: Report, newline: str | None = None) -> IO[str]:
+    """A file as text; an encoding that is not UTF-8 is noted, with the remark that it is a guess."""
     encoding, errors = encoding_of_file(path)
-    raw = open_bytes(path)
     if errors == "replace" and encoding == "utf-8-sig":
         report.notes["files with damaged bytes, read as U+FFFD"] += 1
     elif encoding != "utf-8-sig":
         guess = ", which is a guess" if errors == "replace" else ""
         report.notes[f"files read as {encoding.upper()}{guess}"] += 1
-    return io.TextIOWrapper(raw, encoding=encoding, errors=errors), raw
+    return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors=errors, newline=newline)
 
 
 def lines(path: Path, report: Report) -> Iterator[bytes]:
     """The lines of a file in UTF-8."""
     with open_bytes(path) as file:
-        head = cast(io.BufferedReader, file).peek(4096)[:4096]
-        if (encoding := encoding_of(head)) != "utf-8-sig":
+        if (encoding := encoding_of(file.peek(4096)[:4096])) != "utf-8-sig":
             report.notes[f"files read as {encoding.upper()}"] += 1
             with io.TextIOWrapper(file, encoding=encoding, newline="\n") as text:
                 yield from (line.encode("utf-8", "surrogatepass") for line in text)
@@ -286,25 +265,31 @@ def lines(path: Path, report: Report) -> Iterator[bytes]:
             yield line
 
 
-def read_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path, report: Report, fields: Collection[str] = ()) -> Rows:
     """
-    ("FILE, line N", value) for each row of a file: an object, a list or a text. Rows that cannot
-    be read go to the report. Raises UserError for a file that cannot be read.
+    ("FILE, line N", value) for each row of a file: an object, a list or a text. Of a parquet file
+    with columns among `fields`, only these are read. Rows that cannot be read go to the report.
+    Raises UserError for a file that cannot be read.
     """
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
     with reading(path):
-        yield from readers.get(kind_of(path), _json_rows)(path, report)
+        kind = kind_of(path)
+        if kind == ".parquet":
+            yield from _parquet_rows(path, fields)
+        else:
+            yield from (_csv_rows if kind in TABLES else _json_rows)(path, report)
 
 
-def _json_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
-    if format_of(path) == ".json":
-        with open_bytes(path) as file:
-            head = cast(io.BufferedReader, file).peek(64)
-        if head.replace(b"\0", b"").lstrip(BEFORE_JSON).startswith(b"["):
-            yield from _json_list(path, report)
-            return
-        if (whole := _one_object(path)) is not None:
-            yield str(path), whole
+def _json_rows(path: Path, report: Report) -> Rows:
+    """The rows of a file that has one per line, or that is one list or object of many lines."""
+    if format_of(path) == ".json" and (whole := _whole(path, report)):
+        try:
+            value = json.loads(whole)
+        except (ValueError, RecursionError) as e:
+            if whole.lstrip(BEFORE_JSON).startswith(b"["):
+                raise UserError(f"{path}: invalid JSON ({e}); fix it, or leave it out") from e
+        else:
+            for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+                yield f"{path}, row {number}", row
             return
     for number, line in enumerate(lines(path, report), 1):
         if not line.strip():
@@ -315,43 +300,20 @@ def _json_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
             report.bad_row(f"{path}, line {number}", f"invalid JSON ({e})")
 
 
-def _one_object(path: Path) -> Any:
-    """The value of a file that is one object over several lines, such as a chat; else None."""
-    try:
-        return json.loads(_whole(path, Report()))
-    except (ValueError, RecursionError, UserError):
-        return None  # rows, or a fault that has a line
-
-
 def _whole(path: Path, report: Report) -> bytes:
-    """The bytes of a file in UTF-8, which are one value of JSON."""
+    """The bytes of a file in UTF-8; none of a file that is too long to be one value of JSON."""
     whole = bytearray()
     for line in lines(path, report):
         whole += line
         if len(whole) > LONGEST_ROW:
-            raise UserError(
-                f"{path} is one value of more than {LONGEST_ROW:,} bytes: write one row per line, "
-                "as .jsonl"
-            )
+            return b""
     return bytes(whole)
 
 
-def _json_list(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
-    """The rows of a file that is one list in JSON."""
-    try:
-        rows = json.loads(_whole(path, report))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: invalid JSON ({e}); fix it, or leave it out") from e
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
-
-
-def _csv_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
-    file, _ = open_text(path, report)
+def _csv_rows(path: Path, report: Report) -> Rows:
     csv.field_size_limit(LONGEST_ROW)
-    with file:
+    with open_text(path, report, newline="") as file:
         delimiter = "\t" if format_of(path) == ".tsv" else ","
-        file.reconfigure(newline="")  # pyright: ignore[reportAttributeAccessIssue]
         rows = csv.DictReader(file, strict=True, delimiter=delimiter)
         for row in rows:
             place = f"{path}, line {rows.line_num}"
@@ -370,8 +332,10 @@ def open_parquet(path: Path) -> Any:
     return ParquetFile(path)
 
 
-def _parquet_rows(path: Path, report: Report) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, fields: Collection[str]) -> Rows:
     with open_parquet(path) as file:
-        batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=PARQUET_ROWS))
-        for number, row in enumerate(chain.from_iterable(batches), 1):
+        columns = [name for name in file.schema_arrow.names if name in fields] or None
+        batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, 1):
             yield f"{path}, row {number}", row

@@ -12,7 +12,6 @@ opening a shard in which a bit has changed, or shards of two tokenizers together
 are hashed once and again only when they may have changed (see base/files.py).
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -103,10 +102,8 @@ class Shards:
             begin = np.asarray(offsets[:-1])
             ends = begin + lengths[first : first + len(begin)]
             bounds = np.stack([begin, ends], axis=1).ravel()
-            if mask is None or not len(mask):
-                continue
-            bounds = bounds[:-1] if bounds[-1] == len(mask) else bounds  # reduceat runs to the end
-            counts.append(np.add.reduceat(mask, bounds, dtype=np.int64)[::2])
+            one_more = np.append(mask, 0)  # reduceat takes no bound at the very end
+            counts.append(np.add.reduceat(one_more, bounds, dtype=np.int64)[::2])
         return np.concatenate(counts)
 
 
@@ -140,8 +137,6 @@ def prepare(
                         f"a file of the data source {source.name} changed while it was read: run "
                         "again when nothing writes to it any more"
                     )
-        if missing:
-            _count_outdated(root, f"{source.name}-{split}-")
         shards = Shards(source.name, [*all_parts], divided=source.kind == "files")
     _check_bad_rows(shards, source.skip_bad_rows)
     if not len(shards):
@@ -305,23 +300,6 @@ def _seal(meta: dict) -> str:
 
 def _hashes(root: Path) -> Hashes:
     return Hashes(root / ".hashes.json")
-
-
-def _count_outdated(root: Path, prefix: str) -> None:
-    """Say so if there are shards of a source that an earlier version made, and nobody will use."""
-    outdated = []
-    for folder in root.glob(f"{glob.escape(prefix)}*"):
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-        except (OSError, ValueError):
-            continue  # damaged, or of another process that is just replacing it
-        if isinstance(meta, dict) and meta.get("format") != FORMAT:
-            outdated.append(folder)
-    if outdated:
-        notice(
-            f"{len(outdated)} token shards of an earlier version in {root} are not used any more: "
-            f"{outdated[0].name} and the like may be deleted"
-        )
 
 
 @contextmanager

@@ -137,8 +137,7 @@ def training_sources(specs: Sequence[str], skip_bad_rows: int = 0) -> list[Sourc
     sources = parse_sources(specs or default_sources())
     sources = [replace(source, skip_bad_rows=skip_bad_rows) for source in sources]
     for source in sources:
-        if source.kind != "tinyworld":
-            files(source)
+        files(source)
     return sources
 
 
@@ -198,15 +197,15 @@ def _exists(path: str) -> bool:
         return False
 
 
-def files(source: Source, split: str | None = None) -> list[Path]:
-    """The files of a source, sorted by path; `split` matters for shards only (None means both)."""
+def files(source: Source, split: str = "train") -> list[Path]:
+    """The files of a source, sorted by path; `split` matters for shards only."""
     if source.kind == "shards":
         return _shard_files(source, split)
     paths = source.paths if source.kind == "files" else ()
     return find_all(paths, source.name, (*TEXT, *ROWS)).files
 
 
-def _shard_files(source: Source, split: str | None) -> list[Path]:
+def _shard_files(source: Source, split: str) -> list[Path]:
     folder = source.paths[0]
     shard_set = SHARD_SETS[folder.name]
     validation = folder / shard_set.file(shard_set.last)
@@ -215,15 +214,14 @@ def _shard_files(source: Source, split: str | None) -> list[Path]:
         "train": [p for p in shards if p != validation],
         "val": [p for p in shards if p == validation],
     }
-    wanted = [split] if split else list(by_split)
-    for part in wanted:
-        if not by_split[part]:
+    for part, shards in by_split.items():
+        if not shards:
             raise UserError(
                 f"the {part} split of {folder.name} has no shard in {folder} ({validation.name} is "
                 f"val, all others are train): run `python -m nanochat.dataset -n 15 --set "
                 f"{folder.name}`"
             )
-    return [p for part in wanted for p in by_split[part]]
+    return by_split[split]
 
 
 def parts(source: Source, split: str) -> list[Part]:
@@ -245,31 +243,30 @@ def parts(source: Source, split: str) -> list[Part]:
 def _part(
     source: Source, split: str, paths: list[Path], known: inventory.SourceInventory | None
 ) -> Part:
-    divided = known and known.division
+    division = known and known.division
     identity = {
         "formats": [p.suffix.lower() for p in paths],
         "field": source.field,
         "split": split,
-        "share": divided and divided.share,
+        "share": division and division.share,
         "cut": MAX_CHARACTERS,
     }
-    if known and divided:
-        identity["reader"] = READER
-        identity["piece"] = divided.piece
+    if known and division:
+        identity |= {"reader": READER, "piece": division.piece}
         identity["left out"] = [known.repeated, known.dropped]
     report = Report(source.skip_bad_rows)
 
     def texts() -> Iterator[str]:
         report.clear()
         read = read_all(paths, source.field, report)
-        if known is None or divided is None:
-            yield from read
-        else:
+        if known and division:
             for text in known.kept(read):
-                yield from divided.texts(text, split)
+                yield from division.texts(text, split)
+        else:
+            yield from read
         report.finish()
-        if divided and divided.piece:
-            report.notes["characters per piece held out of long documents"] = divided.piece
+        if division and division.piece:
+            report.notes["characters per piece held out of long documents"] = division.piece
 
     return Part(identity, sum(map(text_bytes, paths)), texts, tuple(paths), report)
 

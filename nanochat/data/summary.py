@@ -5,14 +5,14 @@ learn, a source that is never drawn, a validation split that is larger than its 
 too small to say anything.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
-from nanochat.base.common import UserError, human, notice
+from nanochat.base.common import UserError, columns, human, notice
 from nanochat.data.order import RowOrder
 from nanochat.data.shards import Shards
 
@@ -63,10 +63,10 @@ class DataSummary:
     def lines(self) -> list[str]:
         """The summary as a new user reads it."""
         learned = f"to learn: {self._learned()}; {self._cuts()}"
-        return [*self._table(), f"this run: {self._length()}", learned, *self._notes()]
+        return [*self._table().splitlines(), f"this run: {self._length()}", learned, *self._notes()]
 
-    def _table(self) -> Iterator[str]:
-        return table(
+    def _table(self) -> str:
+        return columns(
             ("data", "to train on", "tokens", "drawn", "passes", "validation"),
             [
                 (
@@ -172,17 +172,6 @@ def _count(n: int, kind: str) -> str:
 def _times(passes: float | None) -> str:
     """A number of passes in three digits."""
     return f"{passes or 0:.2f}" if (passes or 0) < 9.995 else f"{passes:,.0f}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of columns, the first flush left."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for first, *rest in (head, *rows):
-        cells = [
-            first.ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)),
-        ]
-        yield "   ".join(cells).rstrip()
 
 
 def survey(
