@@ -111,8 +111,8 @@ class Report:
             at_least = "at least " if count > self.limit + MOST_COLLECTED else ""
             named = "; ".join([*self.problems[:SHOWN], *["..."] * (count > SHOWN)])
             raise TooManyBadRows(
-                f"{at_least}{rows} cannot be used: {named}; fix or delete what is wrong, or skip it "
-                f"with --skip_bad_rows {count}"
+                f"{at_least}{rows} cannot be used: {named}; fix or delete what is wrong, or skip "
+                f"it with --skip_bad_rows {count}"
             )
         if count:
             self.notes["bad rows skipped"] = count
@@ -236,7 +236,7 @@ def encoding_of_html(data: bytes, report: Report) -> str:
 
 
 def open_text(path: Path, report: Report, newline: str | None = None) -> IO[str]:
-    """A file as text; an encoding that is not UTF-8 is noted, with the remark that it is a guess."""
+    """A file as text; an encoding other than UTF-8 is noted, and whether it is a guess."""
     encoding, errors = encoding_of_file(path)
     if errors == "replace" and encoding == "utf-8-sig":
         report.notes["files with damaged bytes, read as U+FFFD"] += 1
