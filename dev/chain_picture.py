@@ -12,8 +12,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nanochat.eval.scores import stage_results
 from nanochat.study.page import RC, colour, unit_of
-from nanochat.study.report import CURVES, Curve, Log, accuracies, load
+from nanochat.study.report import CURVES, Curve, Log, load
 
 
 def draw_along_the_clock(axes: Axes, logs: Sequence[Log], what: Curve) -> None:
@@ -46,7 +47,7 @@ def draw_along_the_clock(axes: Axes, logs: Sequence[Log], what: Curve) -> None:
 
 def draw_accuracies(axes: Axes, logs: Sequence[Log]) -> None:
     """One bar per stage, in the colour of its run."""
-    stages = accuracies(logs)
+    stages = stage_results({log.stage: log.rows for log in logs})
     trained = [log.stage for log in logs]
     for i, (stage, row) in enumerate(stages.items()):
         hue, percent = (
@@ -68,7 +69,7 @@ def main() -> None:
         sys.exit("error: give the file to write and the folders of the runs, in order of training")
     out, *directories = sys.argv[1:]
     logs = load(directories)
-    has_accuracies = bool(accuracies(logs))
+    has_accuracies = bool(stage_results({log.stage: log.rows for log in logs}))
     widths = [4, 4, 3] if has_accuracies else [1, 1]
     training = next(what for what in CURVES if what.field == "loss")
     validation = next(what for what in CURVES if what.field == "val_bpb")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanochat.base import logbook
 from nanochat.commands import summary
-from nanochat.export.card import accuracies
+from nanochat.eval.scores import stage_results, stage_table
 from nanochat.study.records import read_records, record
 from nanochat.study.report import write_report
 
@@ -136,7 +136,7 @@ def read_everything(run: Path, out: Path) -> None:
     figures = summary.stage_figures(run.name)
     if figures:
         summary.table(figures)
-    accuracies(rows)
+    stage_table(stage_results({"sft": rows}))
     if rows:
         write_report([run], out)
         page = out.read_text(encoding="utf-8")

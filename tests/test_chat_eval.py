@@ -15,9 +15,11 @@ from nanochat.commands import chat_eval as script
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import chat as chat_eval
 from nanochat.eval import sandbox as execution
+from nanochat.eval import scores
 from nanochat.eval.tasks.common import Task, choice, exchange, is_answer
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.model.stages import STAGES, run_directory
 from nanochat.tinyworld.conversations import KINDS
 
 
@@ -54,18 +56,16 @@ SAY = Task("say", "generative", 0.5, lambda *_: FREE, parity, max_tokens=12)
 
 
 def test_wilson_interval():
-    assert chat_eval.wilson(0, 0) == (0.0, 1.0)
-    assert chat_eval.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)  # published
-    assert chat_eval.wilson(100, 100)[1] == 1.0 and chat_eval.wilson(100, 100)[0] > 0.96
+    assert scores.wilson(0, 0) == (0.0, 1.0)
+    assert scores.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)  # published
+    assert scores.wilson(100, 100)[1] == 1.0 and scores.wilson(100, 100)[0] > 0.96
 
 
 def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_one():
     for n, right in itertools.product((1, 4, 6), range(7)):
         for k in range(1, n + 1) if right <= n else ():
             draws = list(itertools.combinations([i < right for i in range(n)], k))
-            assert chat_eval.pass_at_k(n, right, k) == pytest.approx(
-                sum(map(any, draws)) / len(draws)
-            )
+            assert scores.pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_results_of_several_samples():
@@ -90,13 +90,13 @@ def test_results_of_several_samples():
 
 
 def test_chatcore_is_the_mean_of_its_six_tasks_alone():
-    by_task = {name: chat_eval.accuracy([True, False], 0.25) for name in chat_eval.CHATCORE}
-    assert chat_eval.summarise(by_task)["chatcore"] == pytest.approx(1 / 3)
-    assert chat_eval.summarise({**by_task, "facts": chat_eval.accuracy([True], 0.0)})[
+    by_task = {name: scores.accuracy([True, False], 0.25) for name in scores.CHATCORE}
+    assert scores.summarise(by_task)["chatcore"] == pytest.approx(1 / 3)
+    assert scores.summarise({**by_task, "facts": scores.accuracy([True], 0.0)})[
         "chatcore"
     ] == pytest.approx(1 / 3)
     del by_task["MMLU"]
-    assert "chatcore" not in chat_eval.summarise(by_task) and chat_eval.summarise(by_task)[
+    assert "chatcore" not in scores.summarise(by_task) and scores.summarise(by_task)[
         "centred"
     ] == pytest.approx(1 / 3)
 
@@ -214,13 +214,17 @@ def test_tasks_by_name(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(script, "TASKS", without)
     monkeypatch.setattr(script, "CHATCORE", without[:6])
     assert tuple(t.name for t in script.named_tasks(["all"])) == tuple(
-        n for n in chat_eval.CHATCORE if n != "HumanEval"
+        n for n in scores.CHATCORE if n != "HumanEval"
     )
     assert "skipping HumanEval: get a sandbox" in capsys.readouterr().err
     with pytest.raises(UserError, match="HumanEval: get a sandbox"):
         script.named_tasks(["humaneval"])
     with pytest.raises(UserError, match="samples the same answer"):
         script.main(["--num_samples=2"])
+
+
+def logs(tag):
+    return {stage: logbook.read(run_directory(stage, tag)) for stage in STAGES}
 
 
 def test_the_table_shows_the_last_result_of_every_task_and_stage(monkeypatch, tmp_path):
@@ -233,10 +237,10 @@ def test_the_table_shows_the_last_result_of_every_task_and_stage(monkeypatch, tm
         ("sft", 9, "GSM8K", [3, 1]),
     ):
         samples = 4 if task == "GSM8K" else 1
-        summary = chat_eval.summarise({task: chat_eval.Verdicts(verdicts, samples, 0).result(0.25)})
+        summary = scores.summarise({task: chat_eval.Verdicts(verdicts, samples, 0).result(0.25)})
         with logbook.Logbook(tmp_path / "checkpoints" / stage / "t") as log:
             log.log(kind="chat_eval", step=step, stage=stage, task=task, **summary)
-    head, lines = script.stage_table(script.stage_results("t"))
+    head, lines = scores.stage_table(scores.stage_results(logs("t")))
     assert head == ["task", "questions", "chance", "mid", "sft"]
     rows = {name: [cell.split(" ")[0] for cell in cells] for name, *cells in lines}
     assert rows["MMLU"] == ["2", "25%", "100.0%", "0.0%"] and rows["GSM8K"] == [
@@ -247,4 +251,4 @@ def test_the_table_shows_the_last_result_of_every_task_and_stage(monkeypatch, tm
     ]
     best = (1 + (1 - math.comb(3, 2) / math.comb(4, 2))) / 2
     assert rows["GSM8K pass@2"][3] == f"{best:.1%}" and "old" not in rows and "all" not in rows
-    assert script.stage_results("nobody") == {}
+    assert scores.stage_results(logs("nobody")) == {}

@@ -18,10 +18,10 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError
 from nanochat.commands import base_eval, base_train
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.chat import accuracy
 from nanochat.eval.core import Score, Scorer, choose, evaluate, summarise
 from nanochat.eval.core_bundle import FIELDS, CoreTask, load_bundle
 from nanochat.eval.core_items import PROMPTS, prepare
+from nanochat.eval.scores import accuracy
 from nanochat.model import prior_artifact
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 from nanochat.model.gpt import GPT

@@ -116,19 +116,19 @@ def test_every_command_has_a_script():
 # a room within a room counts on its own. Lower a ceiling when you delete something; raise it in the
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
-    ".": 1_300,
-    "base": 12_210,
-    "tinyworld": 9_600,
-    "data": 33_000,
+    ".": 1_260,
+    "base": 12_190,
+    "tinyworld": 9_460,
+    "data": 32_990,
     "model": 25_230,
-    "chat": 8_150,
+    "chat": 8_140,
     "chat/serve": 11_280,
-    "eval": 18_780,
-    "train": 18_850,
-    "study": 13_510,
-    "plan": 19_700,
-    "export": 7_620,
-    "commands": 21_700,
+    "eval": 19_430,
+    "train": 18_860,
+    "study": 13_190,
+    "plan": 19_380,
+    "export": 7_460,
+    "commands": 20_760,
 }
 WHOLE = sum(CEILINGS.values())
 

@@ -17,7 +17,7 @@ from nanochat.commands import report
 from nanochat.model.stages import lock_file
 from nanochat.study.page import INK
 from nanochat.study.report import find_runs, load, write_report
-from nanochat.study.report import train as write_after
+from nanochat.study.report import train_and_report as write_after
 
 CONFIG = {
     "knobs": {"depth": 4, "data": ["<u>", "b"], "seed": 42, "deep": [[[]]]},
@@ -225,7 +225,7 @@ def test_watching_follows_a_run_until_ctrl_c(runs, tmp_path, monkeypatch, capsys
 
 @pytest.fixture
 def trained(runs, tmp_path, monkeypatch):
-    """A stage that stage.train has just finished: (what report.train is given, its page)."""
+    """A stage that stage.train has just finished: (what train_and_report is given, its page)."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr("nanochat.study.report.gallery", lambda plots: "")
     monkeypatch.setattr("nanochat.train.stage.train", lambda run, *parts: {"seconds": parts[0]})

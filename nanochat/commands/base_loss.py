@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
-from nanochat.train.knobs import MachineKnobs
+from nanochat.train.knobs import MachineKnobs, ModelKnobs
 
 if TYPE_CHECKING:
     from nanochat.model.checkpoint import Loaded
 
 
 @dataclass(kw_only=True)
-class BitsPerByteKnobs(MachineKnobs, ReadingKnobs):
+class BitsPerByteKnobs(ModelKnobs, MachineKnobs, ReadingKnobs):
     """Evaluation"""
 
     source: Literal["base", "mid", "sft", "rl"] = knob("base", "stage of the model", alias="-i")
@@ -23,8 +23,6 @@ class BitsPerByteKnobs(MachineKnobs, ReadingKnobs):
     splits: tuple[str, ...] = knob(("train", "val"), "splits to read")
     eval_tokens: int = knob(1 << 20, "tokens to read per split", low=1)
     device_batch_size: int = knob(32, "rows per forward pass", low=1)
-    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
-    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
 
 
 def measure(knobs: BitsPerByteKnobs) -> tuple["Loaded", dict[str, float]]:

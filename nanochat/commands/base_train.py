@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             stage.bits_per_byte_evaluation(run, val, feed, horizon),
             stage.sample_evaluation(run, PROMPTS),
         ]
-        return report.train(run, feed, horizon, evaluations)
+        return report.train_and_report(run, feed, horizon, evaluations)
 
 
 if __name__ == "__main__":

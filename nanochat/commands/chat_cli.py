@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanochat.base import knobs
 from nanochat.base.commands import near
@@ -29,6 +29,7 @@ from nanochat.chat.reply import Continuation, Reply, answer_room, fit_conversati
 from nanochat.chat.terminal import Prompt, Screen, in_terminal
 from nanochat.data.rendering import checked_messages
 from nanochat.model.stages import STAGES, split_name
+from nanochat.train.knobs import AnyModelKnobs, MachineKnobs, ModelKnobs
 
 if TYPE_CHECKING:
     from nanochat.chat.generate import Engine, Token
@@ -39,11 +40,9 @@ YOU, MODEL, TEXT = "You:", "Model:", "Text:"
 
 
 @dataclass(kw_only=True)
-class GenerationKnobs:
-    """Model and sampling"""
+class GenerationKnobs(ModelKnobs, MachineKnobs):
+    """Sampling"""
 
-    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
-    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
     temperature: float = knob(
         0.6, "sampling temperature (0 = always the likeliest token)", alias="-t", low=0
     )
@@ -57,11 +56,6 @@ class GenerationKnobs:
         high=1,
     )
     max_tokens: int = knob(256, "maximum length of a reply in tokens", alias="-m", low=1)
-    seed: int = knob(42, "seed for sampling", low=0, high=LARGEST_SEED)
-    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "device to compute on")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "precision of weights and computation"
-    )
 
     def load(self, stage: str) -> tuple["Engine", "Loaded"]:
         from nanochat.chat.generate import Engine
@@ -79,13 +73,10 @@ class GenerationKnobs:
 
 
 @dataclass(kw_only=True)
-class ChatKnobs(GenerationKnobs):
+class ChatKnobs(GenerationKnobs, AnyModelKnobs):
     """Chat"""
 
     prompt: str | None = knob(None, "ask this one question and exit", alias="-p")
-    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
-        "auto", "stage of the model; auto = the furthest one of the tag", alias="-i"
-    )
 
 
 class Speed:
@@ -208,7 +199,7 @@ class Chat:
     def obey(self, line: str) -> None:
         name, *rest = line.split(maxsplit=1)
         text = rest[0] if rest else ""
-        command = next((c for c in COMMANDS if name in (c.name, *c.others)), None)
+        command = next((c for c in COMMANDS if name == c.name), None)
         if command is None:
             names = [c.name for c in COMMANDS]
             raise UserError(
@@ -454,7 +445,6 @@ class Command(NamedTuple):
     help: str
     method: Callable[[Chat, str], object]
     chats: bool = False  # whether it needs a chat model
-    others: tuple[str, ...] = ()  # further names
 
 
 COMMANDS = (
@@ -477,7 +467,8 @@ COMMANDS = (
     ),
     Command("/model", "[STAGE[/TAG]]", "use another model, or show which one answers", model),
     Command("/stats", "", "show the context, the speed and the settings", stats),
-    Command("/quit", "", "exit", leave, others=("/exit",)),
+    Command("/quit", "", "exit", leave),
+    Command("/exit", "", "the same", leave),
 )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from nanochat.base import logbook
 from nanochat.base.commands import near
@@ -15,22 +15,16 @@ from nanochat.base.progress import progress
 from nanochat.eval.tasks import arc, gsm8k, humaneval, mmlu, spellingbee, tinyworld
 from nanochat.eval.tasks.common import Item, Task
 from nanochat.model.stages import STAGES, run_directory
-from nanochat.train.knobs import ExportedModelKnobs, MachineKnobs
-
-if TYPE_CHECKING:
-    from nanochat.model.checkpoint import Loaded
+from nanochat.train.knobs import AnyModelKnobs, ExportedModelKnobs, MachineKnobs
 
 CHATCORE = [arc.EASY, arc.CHALLENGE, mmlu.TASK, gsm8k.TASK, humaneval.TASK, spellingbee.TASK]
 TASKS = [*CHATCORE, *tinyworld.TASKS.values()]
 
 
 @dataclass(kw_only=True)
-class EvaluateChatKnobs(ExportedModelKnobs, MachineKnobs):
+class EvaluateChatKnobs(AnyModelKnobs, ExportedModelKnobs, MachineKnobs):
     """Evaluation"""
 
-    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
-        "auto", "stage of the model to ask; auto = the furthest one of the tag", alias="-i"
-    )
     tasks: tuple[str, ...] = knob(
         ("tinyworld",),
         "tasks to ask: ARC-Easy ARC-Challenge MMLU GSM8K HumanEval SpellingBee (all = these "
@@ -53,8 +47,6 @@ class EvaluateChatKnobs(ExportedModelKnobs, MachineKnobs):
     task_dir: str = knob(
         "", "folder with the tasks' data (default: fetched from the hub into the base folder)"
     )
-    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
-    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
     batch_size: int = knob(
         64, "answers generated together; does not change the results", alias="-b", low=1
     )
@@ -92,53 +84,6 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
     return [replace(t, items=partial(t.items, folder=folder)) for t in chosen.values()]
 
 
-def stage_results(tag: str) -> dict[str, dict[str, Any]]:
-    """The summary of each stage, from the last result of every task at its last evaluated step."""
-    from nanochat.eval.chat import summarise
-
-    stages = {}
-    for stage in STAGES:
-        rows = logbook.read(run_directory(stage, tag))
-        rows = [row for row in rows if row["kind"] == "chat_eval"]
-        tasks: dict[str, Any] = {}
-        for row in rows:
-            if row["step"] == rows[-1]["step"]:
-                tasks |= row["kinds"]
-        if tasks:
-            stages[stage] = summarise(tasks)
-    return stages
-
-
-def stage_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """
-    Head and rows of a table of task by stage, with pass@k where there are several samples. The row
-    "all" is shown only if all stages were asked the same questions.
-    """
-    lines: dict[str, dict[str, dict[str, Any]]] = {}  # name -> stage -> result
-    for stage, summary in stages.items():
-        for name, result in summary["kinds"].items():
-            lines.setdefault(name, {})[stage] = result
-            for k, best in result.get("pass", {}).items():
-                lines.setdefault(f"{name} pass@{k}", {})[stage] = best
-    asked = [{name: task["n"] for name, task in s["kinds"].items()} for s in stages.values()]
-    if all(questions == asked[0] for questions in asked):
-        lines["all"] = stages
-    rows = []
-    for name, by_stage in lines.items():
-        sizes = sorted({f"{result['n']:,}" for result in by_stage.values()})
-        chances = sorted({f"{result['chance']:.0%}" for result in by_stage.values()})
-        cells = [_accuracy(by_stage[stage]) if stage in by_stage else "" for stage in stages]
-        rows.append([name, " / ".join(sizes), " / ".join(chances), *cells])
-    chatcore = [f"{s['chatcore']:.4f}" if "chatcore" in s else "" for s in stages.values()]
-    if any(chatcore):
-        rows.append(["ChatCORE", "", "0", *chatcore])
-    return ["task", "questions", "chance", *stages], rows
-
-
-def _accuracy(result: dict[str, Any]) -> str:
-    return f"{result['accuracy']:.1%} ({result['lo']:.0%}-{result['hi']:.0%})"
-
-
 def questions_of(tasks: Sequence[Task], n: int, seed: int) -> list[tuple[Task, list[Item]]]:
     """Every task with its held-out questions: n per task; the kinds of tinyworld share n."""
     kinds = sum(task.name.startswith("tinyworld/") for task in tasks)
@@ -150,7 +95,8 @@ def ask(
     knobs: EvaluateChatKnobs, engine: Any, questions: Sequence[tuple[Task, list[Item]]]
 ) -> dict[str, Any]:
     """Ask an Engine or a ForeignEngine all questions; returns the summary."""
-    from nanochat.eval.chat import judge, summarise
+    from nanochat.eval.chat import judge
+    from nanochat.eval.scores import summarise
 
     results = {}
     for task, items in questions:
@@ -170,25 +116,6 @@ def ask(
     return summarise(results)
 
 
-def log_summary(
-    knobs: EvaluateChatKnobs, loaded: "Loaded", summary: dict[str, Any], seconds: float
-) -> None:
-    """Add the summary to the run's log book."""
-    checkpoint = loaded.checkpoint
-    with logbook.Logbook(checkpoint.path.parent) as log:
-        log.log(
-            kind="chat_eval",
-            step=checkpoint.step,
-            stage=loaded.stage,
-            seconds_taken=round(seconds, 2),
-            task=" ".join(knobs.tasks),
-            temperature=knobs.temperature,
-            seed=knobs.seed,
-            max_tokens=knobs.max_tokens,
-            **summary,
-        )
-
-
 def evaluate(
     knobs: EvaluateChatKnobs, questions: Sequence[tuple[Task, list[Item]]]
 ) -> dict[str, Any]:
@@ -197,6 +124,7 @@ def evaluate(
     logged. Returns the summary.
     """
     from nanochat.chat.generate import Engine
+    from nanochat.eval.scores import stage_results, stage_table
     from nanochat.model.checkpoint import Loaded, load_for_inference
 
     machine = knobs.device_type, knobs.dtype, knobs.seed
@@ -211,22 +139,27 @@ def evaluate(
     summary, seconds = ask(knobs, engine, questions), time.monotonic() - began
     name, stages = knobs.hf, {"exported": summary}
     if isinstance(loaded, Loaded):
-        log_summary(knobs, loaded, summary, seconds)
-        name = loaded.checkpoint.tag
-        stages = stage_results(name)
+        checkpoint = loaded.checkpoint
+        with logbook.Logbook(checkpoint.path.parent) as log:
+            log.log(
+                kind="chat_eval",
+                step=checkpoint.step,
+                stage=loaded.stage,
+                seconds_taken=round(seconds, 2),
+                task=" ".join(knobs.tasks),
+                temperature=knobs.temperature,
+                seed=knobs.seed,
+                max_tokens=knobs.max_tokens,
+                **summary,
+            )
+        name = checkpoint.tag
+        stages = stage_results({s: logbook.read(run_directory(s, name)) for s in STAGES})
     print0(f"\naccuracy of {name} with 95 % intervals\n{columns(*stage_table(stages))}")
     for task, result in summary["kinds"].items():
-        if result["clipped"]:
-            print0(
-                f"  {task}: {result['clipped']:,} of {result['n']:,} prompts were too long and "
-                "lost their beginnings"
-            )
-        if result["unfinished"]:
-            answers = result["n"] * knobs.num_samples
-            print0(
-                f"  {task}: {result['unfinished']:,} of {answers:,} answers were cut off at their "
-                "token limit"
-            )
+        if clipped := result["clipped"]:
+            print0(f"  {task}: {clipped:,} prompts were too long and lost their beginnings")
+        if unfinished := result["unfinished"]:
+            print0(f"  {task}: {unfinished:,} answers were cut off at their token limit")
     print0(
         f"{loaded.describe()}: {summary['accuracy']:.1%} of {summary['n']:,} questions "
         f"in {duration(seconds)}"

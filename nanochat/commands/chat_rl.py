@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             stage.sample_evaluation(run, [p["messages"][-1]["content"] for p in shown]),
         ]
         stage.compile_if_it_pays(run, horizon, one_shape=False)
-        return report.train(run, feed, horizon, evaluations, k.init_lr_frac)
+        return report.train_and_report(run, feed, horizon, evaluations, k.init_lr_frac)
 
 
 if __name__ == "__main__":

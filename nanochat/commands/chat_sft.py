@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             stage.sample_evaluation(run),
         ]
         rate_scale = run.knobs.init_lr_frac
-        return report.train(run, feed, horizon, evaluations, rate_scale)
+        return report.train_and_report(run, feed, horizon, evaluations, rate_scale)
 
 
 if __name__ == "__main__":

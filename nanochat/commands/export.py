@@ -14,6 +14,7 @@ from nanochat.base import knobs
 from nanochat.base.common import UserError, entry, notice, opening, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
+from nanochat.train.knobs import AnyModelKnobs
 
 if TYPE_CHECKING:
     from nanochat.export.target import Target
@@ -25,14 +26,9 @@ GREEDY_TOKENS = 64
 
 
 @dataclass(kw_only=True)
-class ExportKnobs:
+class ExportKnobs(AnyModelKnobs):
     """Export"""
 
-    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
-        "auto", "stage of the model; auto = the furthest one of the tag", alias="-i"
-    )
-    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
-    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
     to: Literal["hf", "gguf", "ollama"] = knob(
         "hf",
         "hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; "
@@ -106,10 +102,8 @@ def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) ->
     return checked
 
 
-def _greedy_agreement(loaded: "Loaded", file: Path) -> str:
-    """
-    Run the file in llama.cpp and compare greedy tokens with ours. UserError when float32 differs.
-    """
+def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
+    """How many greedy tokens of llama.cpp equal ours, and of how many."""
     from nanochat.chat.generate import Engine
     from nanochat.export.gguf_file import LlamaCpp
 
@@ -128,7 +122,7 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> str:
             theirs = llama.greedy(prompt, GREEDY_TOKENS, tokenizer.never_sampled)[:count]
             equal += sum(a == b for a, b in zip(ours.tokens[:count], theirs, strict=False))
             total += count
-    return f"{equal} of {total} greedy tokens equal in llama.cpp"
+    return equal, total
 
 
 def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, name: str) -> str:
@@ -147,8 +141,8 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
             "run pip install xllamacpp"
         )
         return "not compared: llama.cpp was not installed"
-    checked = _greedy_agreement(loaded, file)
-    equal, _, total = checked.split()[:3]
+    equal, total = _greedy_agreement(loaded, file)
+    checked = f"{equal} of {total} greedy tokens equal in llama.cpp"
     if dtype == "f32" and equal != total:
         raise UserError(
             f"the exported file differs from the original (only {checked}); this is a bug: "
@@ -160,13 +154,7 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
 
 
 def _describe(
-    loaded: "Loaded",
-    target: "Target",
-    folder: Path,
-    checked: str,
-    name: str,
-    licence: str,
-    to: str,
+    values: ExportKnobs, loaded: "Loaded", target: "Target", folder: Path, checked: str, name: str
 ) -> None:
     """nanochat.json, which tells where the export came from, and the model card."""
     from nanochat.base import logbook
@@ -186,7 +174,15 @@ def _describe(
     rows = logbook.read(checkpoint.path.parent)
     parameters = loaded.model.counts()["total"]
     card = model_card(
-        loaded.model.config, parameters, checkpoint.meta, rows, target, name, licence, checked, to
+        loaded.model.config,
+        parameters,
+        checkpoint.meta,
+        rows,
+        target,
+        name,
+        values.license,
+        checked,
+        values.to,
     )
     atomic_write(folder / "README.md", card)
     about["files"] = sorted(path.name for path in folder.iterdir())
@@ -236,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     f"{name}-{values.dtype}.gguf", loaded.model.config.sequence_len, SAMPLING
                 )
                 atomic_write(folder / "Modelfile", text)
-        _describe(loaded, target, folder, checked, name, values.license, values.to)
+        _describe(values, loaded, target, folder, checked, name)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # never leave a model that nobody has checked
         raise

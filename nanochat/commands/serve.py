@@ -5,23 +5,20 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from nanochat.base import knobs
 from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.hardware import total_memory
 from nanochat.base.knobs import knob
+from nanochat.train.knobs import AnyModelKnobs, DeviceKnobs
+
+EVERYWHERE = "0.0.0.0", "::"  # hosts that stand for every address of this machine
 
 
 @dataclass(kw_only=True)
-class ServeKnobs:
+class ServeKnobs(AnyModelKnobs, DeviceKnobs):
     """Server"""
 
-    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
-        "auto", "stage to load first; auto = the furthest one of the tag", alias="-i"
-    )
-    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
-    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
     host: str = knob(
         "127.0.0.1", "address to listen on; one that other machines can reach needs an API key"
     )
@@ -37,10 +34,6 @@ class ServeKnobs:
     kv_gb: float = knob(
         0.0, "memory for keys and values in GB (0 = a quarter of the memory)", low=0
     )
-    device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "device to compute on")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "precision of weights and computation"
-    )
 
 
 def allowed_hosts(values: ServeKnobs) -> list[str]:
@@ -50,11 +43,11 @@ def allowed_hosts(values: ServeKnobs) -> list[str]:
     """
     from nanochat.chat.serve.guard import LOOPBACK
 
-    named = [values.host] if values.host not in ("0.0.0.0", "::") else []
-    if values.host in ("0.0.0.0", "::"):
+    named = [values.host]
+    if values.host in EVERYWHERE:
         name = socket.gethostname()
-        named += [name, f"{name}.local"]
-        named += [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
+        addresses = (str(info[4][0]) for info in socket.getaddrinfo(name, None))
+        named = [name, f"{name}.local", *addresses]
     return [*LOOPBACK, *named, *values.allow_host]
 
 
@@ -89,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     app = build_app(models, {"stage": stage, "tag": checkpoint.tag, "step": checkpoint.step})
     guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)
     server = Server(guarded, models)
-    shown = "localhost" if values.host in (*LOOPBACK, "0.0.0.0", "::") else values.host
+    shown = "localhost" if values.host in (*LOOPBACK, *EVERYWHERE) else values.host
     port = listener.getsockname()[1]
     print0(
         f"http://{shown}:{port} for the page, http://{shown}:{port}/v1 for OpenAI clients; "

@@ -10,6 +10,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, columns, entry, human, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
+from nanochat.eval.scores import stage_results, stage_table
 from nanochat.eval.tasks import tinyworld
 from nanochat.eval.tasks.common import Item, Task
 from nanochat.model.stages import STAGES, run_directory
@@ -33,12 +34,14 @@ def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
     {stage: {tokens, minutes, val_bpb, accuracy, n, lo, hi, chance, kinds}} of every finished stage,
     from its logbook; what was not evaluated is None.
     """
+    logs = {stage: logbook.read(run_directory(stage, tag)) for stage in STAGES}
+    results = stage_results(logs)
     figures: dict[str, dict[str, Any]] = {}
-    for stage in STAGES:
-        last = {row["kind"]: row for row in logbook.read(run_directory(stage, tag))}
+    for stage, rows in logs.items():
+        last = {row["kind"]: row for row in rows}
         if not {"tokens", "seconds"} <= last.get("summary", {}).keys():
             continue
-        answers = last.get("chat_eval", {})
+        answers = results.get(stage, {})
         figures[stage] = {
             "tokens": last["summary"]["tokens"] or 0,
             "minutes": round((last["summary"]["seconds"] or 0) / 60, 2),
@@ -50,30 +53,13 @@ def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
 
 
 def table(stages: dict[str, dict[str, Any]]) -> str:
-    """One line per stage, and one with the accuracy of guessing."""
-    kinds = list(dict.fromkeys(kind for figures in stages.values() for kind in figures["kinds"]))
-
-    def by_kind(figures: dict[str, Any], name: str) -> list[str]:
-        numbers = [figures["kinds"].get(kind, {}).get(name) for kind in kinds]
-        return ["" if number is None else f"{number:.0%}" for number in numbers]
-
+    """One line per stage."""
     rows = []
     for stage, figures in stages.items():
-        bpb, accuracy = figures["val_bpb"], figures["accuracy"]
-        rows.append(
-            [
-                stage,
-                human(figures["tokens"]),
-                f"{figures['minutes']:.1f}",
-                "" if bpb is None else f"{bpb:.3f}",
-                "" if accuracy is None else f"{accuracy:.1%} of {figures['n']}",
-                *by_kind(figures, "accuracy"),
-            ]
-        )
-    first = next(iter(stages.values()))
-    if first["kinds"] and first["chance"] is not None:
-        rows.append(["(chance)", "", "", "", f"{first['chance']:.1%}", *by_kind(first, "chance")])
-    return columns(["stage", "tokens", "minutes", "val bpb", "accuracy", *kinds], rows)
+        bpb = figures["val_bpb"]
+        row = stage, human(figures["tokens"]), f"{figures['minutes']:.1f}"
+        rows.append([*row, "" if bpb is None else f"{bpb:.3f}"])
+    return columns(["stage", "tokens", "minutes", "val bpb"], rows)
 
 
 def exchanges(
@@ -121,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if reply != expected:
                 print0(f"(expected: {expected})")
     print0(f"\n{table(stages)}")
-    print0("val bpb: base on held-out text, later stages on held-out conversations")
+    print0("val bpb: base on held-out text, later stages on held-out conversations\n")
+    if answers := {stage: figures for stage, figures in stages.items() if figures["kinds"]}:
+        print0(columns(*stage_table(answers)))
     seconds = knobs.seconds or 60 * sum(figures["minutes"] for figures in stages.values())
     summary = {"tag": tag, "minutes": round(seconds / 60, 2), "stages": stages}
     path = Path(knobs.out or base_dir() / "quickstart") / "summary.json"

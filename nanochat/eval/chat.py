@@ -8,9 +8,8 @@ room for the answer keeps its first token and its end, and is counted as clipped
 token for a letter and the limit of a free answer, but at most a quarter of the context.
 """
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,50 +20,8 @@ from nanochat.base.common import notice
 from nanochat.base.runtime import halve_until_it_fits
 from nanochat.chat.generate import Engine, clip
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval.scores import accuracy, pass_at_k
 from nanochat.eval.tasks.common import Item, Task
-
-Z95 = 1.959964  # half the width of a 95 % interval, in standard deviations
-CHATCORE = "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"
-
-
-# ---- statistics
-
-
-def wilson(right: float, n: int) -> tuple[float, float]:
-    """
-    The 95 % Wilson interval of a share, which stays honest near 0 and 1. It also serves for a mean
-    of shares, where it is conservative: shares vary at most as much as verdicts with that mean.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    share, z = right / n, Z95
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def accuracy(right: Sequence[float], chance: float) -> dict[str, float]:
-    """{accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right samples."""
-    n = len(right)
-    lo, hi = wilson(sum(right), n)
-    return {"accuracy": sum(right) / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
-
-
-def centred(share: float, chance: float) -> float:
-    """An accuracy on the scale where guessing is 0 and perfection 1."""
-    return (share - chance) / (1 - chance)
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """
-    The probability that at least one of k samples is right, estimated without bias from n >= k
-    samples of which `right` are (Chen et al. 2021, arXiv 2107.03374).
-    """
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-# ---- asking
 
 
 @dataclass
@@ -201,21 +158,3 @@ def judge(
             done += len(chunk)
             progress(done)
     return verdicts
-
-
-def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """
-    One result for several tasks: accuracy() over all items, and "centred", the mean over the tasks
-    of the accuracy above chance, scaled so that 1 is perfect; the tasks are under "kinds".
-    "chatcore" is that mean over the six tasks of CHATCORE, and absent if any of them is missing.
-    """
-    n = sum(int(task["n"]) for task in by_task.values())
-    right = round(sum(task["accuracy"] * task["n"] for task in by_task.values()))
-    chance = sum(task["chance"] * task["n"] for task in by_task.values()) / max(1, n)
-    above = {name: centred(task["accuracy"], task["chance"]) for name, task in by_task.items()}
-    lo, hi = wilson(right, n)
-    summary = {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
-    summary["centred"] = sum(above.values()) / max(1, len(above))
-    if above.keys() >= set(CHATCORE):
-        summary["chatcore"] = sum(above[name] for name in CHATCORE) / len(CHATCORE)
-    return {**summary, "kinds": dict(by_task)}

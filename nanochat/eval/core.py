@@ -23,9 +23,9 @@ from torch import Tensor
 from nanochat.base.common import UserError
 from nanochat.base.runtime import Runtime, halve_until_it_fits
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.chat import accuracy, centred
 from nanochat.eval.core_bundle import CoreTask
 from nanochat.eval.core_items import CoreItem, prepare, unshared
+from nanochat.eval.scores import accuracy, centred
 from nanochat.model.attention import Bias
 from nanochat.model.cache import KVCache
 from nanochat.model.gpt import GPT

@@ -11,7 +11,8 @@ from nanochat.data.shards import prepare
 from nanochat.data.sources import Source, parts
 from nanochat.eval.baselines import compressors, ngram
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
-from nanochat.eval.chat import judge, summarise
+from nanochat.eval.chat import judge
+from nanochat.eval.scores import summarise
 from nanochat.eval.tasks.common import Task
 from nanochat.eval.tasks.owntext import ABOUT
 from nanochat.eval.verbatim import longest_overlap, normalised

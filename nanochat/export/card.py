@@ -5,6 +5,8 @@ The model card: the README.md of an exported folder, from what the checkpoint an
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanochat.base.common import columns
+from nanochat.eval.scores import stage_results, stage_table
 from nanochat.export.target import Target
 from nanochat.model.config import GPTConfig
 
@@ -69,32 +71,6 @@ def _usage(target: Target, chat: bool) -> list[str]:
     return lines
 
 
-def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """
-    A table of the newest accuracy of each task in a log book's rows of kind chat_eval; empty if
-    there is none.
-    """
-    newest: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        if row.get("kind") == "chat_eval":
-            for task, result in row.get("tasks", {}).items():
-                if isinstance(result, Mapping) and result.get("accuracy") is not None:
-                    newest[task] = result
-    if not newest:
-        return []
-    lines = ["| task | questions | accuracy | 95 % interval | guessing |", "|---|---|---|---|---|"]
-    for task, r in newest.items():
-        interval = (
-            f"{100 * r['lo']:.1f} to {100 * r['hi']:.1f} %"
-            if None not in (r.get("lo"), r.get("hi"))
-            else ""
-        )
-        chance = f"{100 * r['chance']:.1f} %" if r.get("chance") is not None else ""
-        count = f"{r['n']:,}" if r.get("n") is not None else ""
-        lines.append(f"| {task} | {count} | {100 * r['accuracy']:.1f} % | {interval} | {chance} |")
-    return lines
-
-
 def model_card(
     config: GPTConfig,
     parameters: int,
@@ -115,7 +91,8 @@ def model_card(
     sources = [str(source).partition("=")[0] for source in named]  # names, never paths
     losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and row.get("val_bpb")]
     loss = f", {losses[-1]:.4f} bits per byte on held-out data" if losses else ""
-    table = accuracies(rows)
+    results = stage_results({stage: rows})
+    accuracy = columns(*stage_table(results)) if results else "Not measured."
     return "\n".join(
         [
             "---",
@@ -141,7 +118,7 @@ def model_card(
             "",
             "## Accuracy",
             "",
-            *(table or ["Not measured."]),
+            accuracy,
             "",
             "## Usage",
             "",

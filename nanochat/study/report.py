@@ -23,6 +23,7 @@ from nanochat.base.files import reserved
 from nanochat.base.knobs import as_typed
 from nanochat.base.progress import StatusLine
 from nanochat.base.strangers import is_number
+from nanochat.eval.scores import stage_results, stage_table
 from nanochat.model.stages import STAGES, lock_file
 from nanochat.study.page import Cell, Line, draw_lines, gallery, table, write_page
 from nanochat.train.spent import WORDS, shares
@@ -280,33 +281,14 @@ def _costs_table(logs: Sequence[Log], watts: float) -> str:
     return table(heads, rows) + f'<p class="note">{html.escape(note)}</p>'
 
 
-def accuracies(logs: Sequence[Log]) -> dict[str, dict[str, Any]]:
-    """Stage -> its newest chat_eval row with an accuracy, in the order of the stages."""
-    newest = {
-        str(row.get("stage") or log.stage): row
-        for log in logs
-        for row in log.of("chat_eval")
-        if is_number(row.get("accuracy"))
-    }
-    return dict(sorted(newest.items(), key=lambda item: _stage_order(item[0])))
-
-
-def _accuracy_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = [{**(row.get("kinds") or {}), "all": row} for row in stages.values()]
-    kinds = dict.fromkeys(kind for column in columns for kind in column)
-    rows = []
-    for kind in sorted(kinds, key=lambda kind: kind == "all"):  # "all" is the last row
-        results = [column.get(kind) or {} for column in columns]
-        cells: list[Cell] = []
-        for result in results:
-            lo, hi = (_number(result.get(end), "{:.0%}".format) for end in ("lo", "hi"))
-            accuracy = _number(result.get("accuracy"), "{:.1%}".format)
-            cells.append((accuracy, f"{lo} to {hi}" if lo and hi else ""))
-        newest = next((result for result in reversed(results) if result), {})
-        cells.append(_number(newest.get("chance"), "{:.0%}".format))
-        cells.append(_number(newest.get("n"), "{:,d}".format))
-        rows.append((kind, cells))
-    return table(("kind of question", *stages, "chance", "questions"), rows)
+def _accuracy_table(logs: Sequence[Log]) -> str:
+    """The answers of each stage, or of each run where there are several tags."""
+    one_chain = len({log.tag for log in logs}) == 1
+    results = stage_results({log.stage if one_chain else log.name: log.rows for log in logs})
+    if not results:
+        return ""
+    head, rows = stage_table(results)
+    return table(head, [(name, cells) for name, *cells in rows])
 
 
 def _spread(rows: list[Any]) -> list[Any]:
@@ -405,11 +387,10 @@ def write_report(
     logs = load(directories)
     if not logs:
         raise UserError("there is no run to report: train one, or give the folder of a run")
-    stages = accuracies(logs)
     sections = {
         "Runs": _runs_table(logs),
         "Curves": f"{NOTE}{plots}" if (plots := gallery(_plots(logs))) else "",
-        "Accuracy": _accuracy_table(stages) if stages else "",
+        "Accuracy": _accuracy_table(logs),
         "Conversations": _samples(logs, chats=True),
         "Samples": _samples(logs, chats=False),
         "Time and energy": _costs_table(logs, watts),
@@ -447,7 +428,7 @@ def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
             return write_report(runs, out or default_page(runs), watts)
 
 
-def train(run: "OpenRun", *parts: Any) -> dict[str, Any]:
+def train_and_report(run: "OpenRun", *parts: Any) -> dict[str, Any]:
     """
     Train a stage, as stage.train with these `parts`, and write the page of its chain. The run is
     complete and saved before: a page that fails, or Ctrl+C meanwhile, costs nothing but the page.

@@ -15,13 +15,36 @@ K = TypeVar("K", bound="TrainKnobs")
 
 
 @dataclass(kw_only=True)
-class MachineKnobs:
+class ModelKnobs:
+    """Model"""
+
+    model_tag: str = knob("", "tag of the model (default: the one saved last)", alias="-g")
+    step: int | None = knob(None, "step of the checkpoint (default: the newest)", alias="-s")
+
+
+@dataclass(kw_only=True)
+class AnyModelKnobs(ModelKnobs):
+    """Model"""
+
+    source: Literal["auto", "base", "mid", "sft", "rl"] = knob(
+        "auto", "stage of the model; auto = the furthest one of the tag", alias="-i"
+    )
+
+
+@dataclass(kw_only=True)
+class DeviceKnobs:
     """Machine"""
 
     device_type: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "device to compute on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "precision of the computation; weights stay in float32"
+        "auto", "precision of the computation; in training, weights stay in float32"
     )
+
+
+@dataclass(kw_only=True)
+class MachineKnobs(DeviceKnobs):
+    """Machine"""
+
     seed: int = knob(42, "seed of weights, data order and samples", low=0, high=LARGEST_SEED)
 
 

@@ -1,0 +1,123 @@
+"""
+Scores with their intervals: of one task, of several, and of the stages of a model as a table.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanochat.base.strangers import is_number
+
+Z95 = 1.959964  # half the width of a 95 % interval, in standard deviations
+CHATCORE = "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """
+    The 95 % Wilson interval of a share, which stays honest near 0 and 1. It also serves for a mean
+    of shares, where it is conservative: shares vary at most as much as verdicts with that mean.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share, z = right / n, Z95
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def accuracy(right: Sequence[float], chance: float) -> dict[str, float]:
+    """{accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right samples."""
+    n = len(right)
+    lo, hi = wilson(sum(right), n)
+    return {"accuracy": sum(right) / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
+
+
+def centred(share: float, chance: float) -> float:
+    """An accuracy on the scale where guessing is 0 and perfection 1."""
+    return (share - chance) / (1 - chance)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """
+    The probability that at least one of k samples is right, estimated without bias from n >= k
+    samples of which `right` are (Chen et al. 2021, arXiv 2107.03374).
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    One result for several tasks: accuracy() over all items, and "centred", the mean over the tasks
+    of the accuracy above chance, scaled so that 1 is perfect; the tasks are under "kinds".
+    "chatcore" is that mean over the six tasks of CHATCORE, and absent if any of them is missing.
+    """
+    n = sum(int(task["n"]) for task in by_task.values())
+    right = round(sum(task["accuracy"] * task["n"] for task in by_task.values()))
+    chance = sum(task["chance"] * task["n"] for task in by_task.values()) / max(1, n)
+    above = {name: centred(task["accuracy"], task["chance"]) for name, task in by_task.items()}
+    lo, hi = wilson(right, n)
+    summary = {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
+    summary["centred"] = sum(above.values()) / max(1, len(above))
+    if above.keys() >= set(CHATCORE):
+        summary["chatcore"] = sum(above[name] for name in CHATCORE) / len(CHATCORE)
+    return {**summary, "kinds": dict(by_task)}
+
+
+def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """
+    The summary of each stage, from the last result of every task at its last evaluated step. `logs`
+    has the rows of each stage's log book, which a stranger may have written.
+    """
+    stages = {}
+    for stage, log in logs.items():
+        rows = [row for row in log if row.get("kind") == "chat_eval"]
+        tasks: dict[str, Any] = {}
+        for row in rows:
+            if row.get("step") == rows[-1].get("step"):
+                kinds = row.get("kinds") or {}
+                tasks |= {name: result for name, result in kinds.items() if _is_result(result)}
+        if tasks:
+            stages[stage] = summarise(tasks)
+    return stages
+
+
+def _is_result(result: Any, within: bool = False) -> bool:
+    """Whether this is a result as Verdicts gives it, with those of the best of several samples."""
+    if not isinstance(result, dict):
+        return False
+    numbers = [result.get(name) for name in ("accuracy", "lo", "hi", "chance", "n")]
+    if not all(map(is_number, numbers)) or not 0 <= numbers[0] <= 1 or not 0 <= numbers[3] < 1:
+        return False
+    best = result.get("pass", {})
+    return within or (isinstance(best, dict) and all(_is_result(r, True) for r in best.values()))
+
+
+def stage_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """
+    Head and rows of a table of task by stage, with pass@k where there are several samples. The row
+    "all" is shown only if all stages were asked the same questions.
+    """
+    lines: dict[str, dict[str, dict[str, Any]]] = {}  # name -> stage -> result
+    for stage, summary in stages.items():
+        for name, result in summary["kinds"].items():
+            lines.setdefault(name, {})[stage] = result
+            for k, best in result.get("pass", {}).items():
+                lines.setdefault(f"{name} pass@{k}", {})[stage] = best
+    asked = [{name: task["n"] for name, task in s["kinds"].items()} for s in stages.values()]
+    if all(questions == asked[0] for questions in asked):
+        lines["all"] = stages
+    rows = []
+    for name, by_stage in lines.items():
+        sizes = sorted({f"{result['n']:,}" for result in by_stage.values()})
+        chances = sorted({f"{result['chance']:.0%}" for result in by_stage.values()})
+        cells = [_accuracy(by_stage[stage]) if stage in by_stage else "" for stage in stages]
+        rows.append([name, " / ".join(sizes), " / ".join(chances), *cells])
+    chatcore = [f"{s['chatcore']:.4f}" if "chatcore" in s else "" for s in stages.values()]
+    if any(chatcore):
+        rows.append(["ChatCORE", "", "0", *chatcore])
+    return ["task", "questions", "chance", *stages], rows
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    return f"{result['accuracy']:.1%} ({result['lo']:.0%}-{result['hi']:.0%})"
