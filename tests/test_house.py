@@ -123,7 +123,7 @@ CEILINGS = {
     "model": 25_230,
     "chat": 8_140,
     "chat/serve": 11_280,
-    "eval": 19_430,
+    "eval": 19_450,
     "train": 18_860,
     "study": 13_190,
     "plan": 19_380,

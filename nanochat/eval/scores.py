@@ -86,7 +86,7 @@ def _is_result(result: Any, within: bool = False) -> bool:
     """Whether this is a result as Verdicts gives it, with those of the best of several samples."""
     if not isinstance(result, dict):
         return False
-    numbers = [result.get(name) for name in ("accuracy", "lo", "hi", "chance", "n")]
+    numbers: list[Any] = [result.get(name) for name in ("accuracy", "lo", "hi", "chance", "n")]
     if not all(map(is_number, numbers)) or not 0 <= numbers[0] <= 1 or not 0 <= numbers[3] < 1:
         return False
     best = result.get("pass", {})
