@@ -1,6 +1,7 @@
 """
 The runs behind the rules for small corpora in nanochat/train/scaling.py: one author's prose of 0.3,
-1 and 3 MB, of which a tenth is held out by document.
+1 and 3 MB, of which a tenth is held out by document. An Arm is pretraining alone; a Mix goes on to
+a model that converses, with some share of the embedded corpus in every stage.
 
     python dev/mine_experiments.py --texts BOOK [BOOK ...]              what is left to run
     python dev/mine_experiments.py --texts BOOK [BOOK ...] --only KEY   one of them
@@ -12,9 +13,11 @@ is not run again. dev/LOG.md has the tables.
 import argparse
 import json
 import os
+import re
+import shutil
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "mine.jsonl"
 BATCH = 4096
@@ -42,6 +45,36 @@ class Arm(NamedTuple):
         return " ".join(filter(None, parts))
 
 
+class Mix(NamedTuple):
+    """
+    A chain of three stages in steps of BATCH tokens, finetuning in steps of 32 conversations.
+    `everyday`: the share of the embedded corpus; `start`: tag and folder of a model that it goes on
+    from, as TAG=FOLDER.
+    """
+
+    megabytes: float
+    everyday: float
+    steps: tuple[int, int, int] = (100, 100, 30)
+    depth: int = 4
+    width: int = 256
+    vocabulary: int = 2048
+    start: str = ""
+    seed: int = 1
+
+    @property
+    def key(self) -> str:
+        parts = [f"chain {self.megabytes:g}MB everyday {self.everyday:g}"]
+        parts += [f"{self.depth}x{self.width} v{self.vocabulary}", "+".join(map(str, self.steps))]
+        parts += [f"from {self.start.partition('=')[0]}"] if self.start else []
+        return " ".join([*parts, f"s{self.seed}"])
+
+
+MIXES = [
+    *(Mix(1, everyday) for everyday in (0.5, 0.0, 0.7, 0.3)),
+    Mix(1, 0.5, (210, 210, 60), 3, 192),  # as many FLOPs
+    *(Mix(0.3, everyday) for everyday in (0.5, 0.0)),
+    *(Mix(1, everyday, seed=2) for everyday in (0.5, 0.0)),
+]
 ARMS = [
     # how many passes before held-out loss turns, and a schedule that is over by then
     Arm(0.3, 1024, 24),
@@ -130,6 +163,95 @@ def run(arm: Arm, books: list[str], base: Path) -> dict:
     }
 
 
+def run_mix(mix: Mix, books: list[str], base: Path) -> dict:
+    """Train the stages of a chain and measure it as `nanochat mine` does; its line of results."""
+    folder = base / f"chain-{mix.megabytes:g}-{mix.vocabulary}"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
+    from nanochat.base import logbook
+    from nanochat.commands import base_train, chat_sft, mid_train, mine, tok_train
+    from nanochat.data import inventory
+    from nanochat.eval import own_text
+    from nanochat.model.checkpoint import load_for_inference
+    from nanochat.model.stages import run_directory
+
+    inventory.VALIDATION_SHARE = SHARE
+    text = texts(books, folder, mix.megabytes)
+    if not (folder / "questions.jsonl").exists():
+        mine.write_conversations(folder, 6000, 1)
+    tag = re.sub(r"[ =+]", "-", mix.key)
+    e = mix.everyday
+    began = time.monotonic()
+    if not (folder / "tokenizer" / "tokenizer.json").exists():
+        words = f"--vocab_size={mix.vocabulary} --data text={text}:0.5 tinyworld@2:0.5"
+        tok_train.main(words.split())
+    own = [f"text={text}:{1 - e}"] if e < 1 else []
+    both = [*own, f"tinyworld@9:{e}"] if e else own
+    if mix.start:
+        _, _, origin = mix.start.partition("=")
+        shutil.copytree(origin, run_directory("base", tag), dirs_exist_ok=True)
+    shared = f"--model_tag={tag} --resume=auto --seed={mix.seed} --eval_tokens=32768 {MACHINE}"
+    shape = f"--depth={mix.depth} --model_dim={mix.width} --head_dim=64 --sequence_len=256"
+    base_steps, mid_steps, sft_steps = mix.steps
+    talk = [f"made={folder / 'made.jsonl'}:{0.45 * (1 - e) + 0.02}", "identity@400:0.05"]
+    talk += [f"tinyworld@6000:{0.75 * e + 0.02}"]
+    replay = [
+        own[0].replace(f":{1 - e}", f":{0.5 * (1 - e)}"),
+        *([f"tinyworld@9:{e / 4}"] if e else []),
+    ]
+    if not mix.start:
+        flags = (
+            f"{shape} --total_batch_size={BATCH} --lookback=on --warmdown_ratio=1 --eval_every=0.25"
+        )
+        base_train.main(
+            [*shared.split(), *flags.split(), f"--num_iterations={base_steps}", "--data", *both]
+        )
+    flags = f"--total_batch_size={BATCH} --lr_scale=0.5 --warmdown_ratio=1 --eval_every=0.5"
+    mid_steps += base_steps if mix.start else 0
+    mid_train.main(
+        [
+            *shared.split(),
+            *flags.split(),
+            f"--num_iterations={mid_steps}",
+            "--data",
+            *talk,
+            "--text",
+            *replay,
+        ]
+    )
+    flags = "--conversations_per_step=32 --init_lr_frac=0.5 --warmdown_ratio=1 --eval_every=0"
+    chat_sft.main(
+        [*shared.split(), *flags.split(), f"--num_iterations={sft_steps}", "--data", *talk]
+    )
+    found: dict = {}
+    for stage in ("base", "mid", "sft"):
+        rows = {row["kind"]: row for row in logbook.read(run_directory(stage, tag))}
+        numbers = {k: round(v, 4) for k, v in rows["eval"].items() if k.startswith("val_bpb")}
+        loaded = load_for_inference(stage, tag, device_type="cpu", dtype="bfloat16", seed=1)
+        source = mine.own_source(folder)
+        numbers["own"] = round(own_text.predictors(loaded, source)["model"], 4)
+        found[stage] = numbers
+        if stage == "sft":
+            found |= answers(loaded, folder)
+    return {"key": mix.key, **mix._asdict(), **found, "seconds": round(time.monotonic() - began)}
+
+
+def answers(loaded: Any, folder: Path) -> dict:
+    """Accuracies on held-out questions by kind."""
+    from nanochat.eval import own_text
+    from nanochat.eval.tasks import owntext, tinyworld
+
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    own = owntext.tasks([json.loads(line) for line in lines])
+    asked = {"own": own, "everyday": list(tinyworld.TASKS.values())}
+    found = {name: own_text.answers(loaded, tasks, 40) for name, tasks in asked.items()}
+    return {
+        name: {kind: round(r["accuracy"], 3) for kind, r in summary["kinds"].items()}
+        | {"all": round(summary["accuracy"], 3)}
+        for name, summary in found.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", nargs="+", required=True)
@@ -140,13 +262,14 @@ def main() -> None:
     done = set()
     if RESULTS.exists():
         done = {json.loads(line)["key"] for line in RESULTS.read_text().splitlines()}
-    for arm in ARMS:
+    for arm in [*MIXES, *ARMS]:
         if arm.key in done or options.only not in ("", arm.key):
             continue
         if options.list:
             print(arm.key)
             continue
-        result = run(arm, options.texts, Path(options.base))
+        measure = run_mix if isinstance(arm, Mix) else run
+        result = measure(arm, options.texts, Path(options.base).resolve())
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 
