@@ -48,8 +48,8 @@ class Arm(NamedTuple):
 class Mix(NamedTuple):
     """
     A chain of three stages in steps of BATCH tokens, finetuning in steps of 32 conversations.
-    `everyday`: the share of the embedded corpus; `start`: tag and folder of a model that it goes on
-    from, as TAG=FOLDER.
+    `everyday`: the share of the embedded corpus; `start`: tag of a model in the folder
+    --ready that it goes on from, with its tokenizer.
     """
 
     megabytes: float
@@ -65,14 +65,17 @@ class Mix(NamedTuple):
     def key(self) -> str:
         parts = [f"chain {self.megabytes:g}MB everyday {self.everyday:g}"]
         parts += [f"{self.depth}x{self.width} v{self.vocabulary}", "+".join(map(str, self.steps))]
-        parts += [f"from {self.start.partition('=')[0]}"] if self.start else []
+        parts += [f"from {self.start}"] if self.start else []
         return " ".join([*parts, f"s{self.seed}"])
 
 
 MIXES = [
-    *(Mix(1, everyday) for everyday in (0.5, 0.0, 0.7, 0.3)),
+    Mix(1, 0.5),
+    Mix(1, 0.5, start="quickstart"),
+    *(Mix(1, everyday) for everyday in (0.0, 0.7, 0.3)),
     Mix(1, 0.5, (210, 210, 60), 3, 192),  # as many FLOPs
-    *(Mix(0.3, everyday) for everyday in (0.5, 0.0)),
+    *(Mix(0.3, 0.5, start=start) for start in ("quickstart", "")),
+    Mix(0.3, 0.0),
     *(Mix(1, everyday, seed=2) for everyday in (0.5, 0.0)),
 ]
 ARMS = [
@@ -163,10 +166,12 @@ def run(arm: Arm, books: list[str], base: Path) -> dict:
     }
 
 
-def run_mix(mix: Mix, books: list[str], base: Path) -> dict:
+def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
     """Train the stages of a chain and measure it as `nanochat mine` does; its line of results."""
-    folder = base / f"chain-{mix.megabytes:g}-{mix.vocabulary}"
+    folder = base / f"chain-{mix.megabytes:g}-{mix.start or mix.vocabulary}"
     folder.mkdir(parents=True, exist_ok=True)
+    if mix.start:
+        shutil.copytree(ready / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)
     from nanochat.base import logbook
     from nanochat.commands import base_train, chat_sft, mid_train, mine, tok_train
@@ -188,8 +193,8 @@ def run_mix(mix: Mix, books: list[str], base: Path) -> dict:
     own = [f"text={text}:{1 - e}"] if e < 1 else []
     both = [*own, f"tinyworld@9:{e}"] if e else own
     if mix.start:
-        _, _, origin = mix.start.partition("=")
-        shutil.copytree(origin, run_directory("base", tag), dirs_exist_ok=True)
+        furthest = ready / "checkpoints" / "rl" / mix.start
+        shutil.copytree(furthest, run_directory("base", tag), dirs_exist_ok=True)
     shared = f"--model_tag={tag} --resume=auto --seed={mix.seed} --eval_tokens=32768 {MACHINE}"
     shape = f"--depth={mix.depth} --model_dim={mix.width} --head_dim=64 --sequence_len=256"
     base_steps, mid_steps, sft_steps = mix.steps
@@ -226,10 +231,12 @@ def run_mix(mix: Mix, books: list[str], base: Path) -> dict:
     found: dict = {}
     for stage in ("base", "mid", "sft"):
         rows = {row["kind"]: row for row in logbook.read(run_directory(stage, tag))}
-        numbers = {k: round(v, 4) for k, v in rows["eval"].items() if k.startswith("val_bpb")}
+        numbers = {
+            k: round(v, 4) for k, v in rows.get("eval", {}).items() if k.startswith("val_bpb")
+        }
         loaded = load_for_inference(stage, tag, device_type="cpu", dtype="bfloat16", seed=1)
         source = mine.own_source(folder)
-        numbers["own"] = round(own_text.predictors(loaded, source)["model"], 4)
+        numbers["own"] = round(own_text.bits_per_byte(loaded, source), 4)
         found[stage] = numbers
         if stage == "sft":
             found |= answers(loaded, folder)
@@ -257,6 +264,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--only", default="")
     parser.add_argument("--base", default="mine_experiments")
+    parser.add_argument("--ready", default="", help="base folder with a trained quickstart")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     done = set()
@@ -268,8 +276,11 @@ def main() -> None:
         if options.list:
             print(arm.key)
             continue
-        measure = run_mix if isinstance(arm, Mix) else run
-        result = measure(arm, options.texts, Path(options.base).resolve())
+        base = Path(options.base).resolve()
+        if isinstance(arm, Mix):
+            result = run_mix(arm, options.texts, base, Path(options.ready))
+        else:
+            result = run(arm, options.texts, base)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 

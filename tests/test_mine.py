@@ -63,10 +63,12 @@ def place(tmp_path, monkeypatch):
         "LEAST_SECONDS": 1.0,
         "LEAST_MINUTES": 1,
         "USEFUL_PASSES": 0.5,
+        "EVERYDAY_TOKENS": 2000,
         "expected_speed": lambda knobs, **shape: (1e6, 1e10),
     }.items():
         monkeypatch.setattr(mine, name, value)
     monkeypatch.setattr(scaling, "SHAPES", ((1, 64),))
+    monkeypatch.setattr(scaling, "EVERYDAY_TOKENS", 2000)
     return texts
 
 
@@ -76,7 +78,7 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             mine.main([str(place), "--minutes=3", *CPU])
     began = capsys.readouterr().out
-    assert "ends after 0.5" in began and "the same command continues" in began
+    assert "more than 0.5 passes" in began and "the same command continues" in began
     diary = json.loads((tmp_path / "base/mine/mine.json").read_text())
     assert diary["done"] == ["reading", "conversations", "tokenizer", "base", "data of mid"]
     assert diary["notes"]["documents"] == 12 and diary["notes"]["conversations"] == 6
@@ -90,10 +92,10 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
     assert "nanochat chat_cli -g mine" in shown
     assert shown.count("copied: at most") == 3 and "Held-out questions" in shown
     assert "knobs" not in shown, "what the stages print belongs to the log file"
-    assert set(found["bits_per_byte"]) == {"model", "n-gram", "xz", "gzip"}
+    assert set(found["bits_per_byte"]) == {"model", "after finetuning", "n-gram", "xz", "gzip"}
     assert found["own"]["kinds"] and found["embedded"]["n"] == 8
     mine.main([str(place), "--minutes=3", "--from=mine", "--model_tag=second", *CPU])
-    second, first = locate("base", "second"), locate("base", "mine")
+    second, first = locate("base", "second"), locate("sft", "mine")
     assert second.fingerprint == first.fingerprint and locate("sft", "second").step >= 1
     assert "taking over" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"was begun on .*texts: give the same text"):

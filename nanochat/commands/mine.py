@@ -5,19 +5,20 @@ Train a model on your own text, from nothing to a chat, offline and in one go.
     nanochat mine FOLDER NOTES.txt --hours 8   more text, more time
     nanochat mine FOLDER --dry_run             only says what was found and what would be trained
 
-The text is read, a tokenizer and a model of a size that suits text and time are trained on it, then
-on conversations: made from the text, of your own if there are some, and small talk, facts and sums
-from the embedded corpus. At the end it says what the model can do and what it copied. If
-interrupted, the same command continues.
+The text is read, and a tokenizer and a model of a size that suits text and time are trained on it
+and on the embedded corpus, which teaches what a small text cannot: small talk, facts, sums. Then
+they are trained on conversations, made from the text and of your own if there are some. At the end
+it says what the model can do and what it copied. If interrupted, the same command continues.
 """
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +31,19 @@ from nanochat.train.chain import USUAL, Chain, Diary, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
     COMPILE_PAYS_SECONDS,
+    EVERYDAY_TOKENS,
     USEFUL_PASSES,
     batch_for,
     context_for,
     shape_for,
+    text_tokens,
     vocabulary_for,
 )
 
 if TYPE_CHECKING:
     from nanochat.data.sources import Source
 
-SHARES = {"base": 0.55, "mid": 0.3, "sft": 0.15}  # of the time
+SHARES = {"base": 0.4, "mid": 0.42, "sft": 0.18}  # of the time
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
 CLOSING_SECONDS = 45.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
@@ -48,8 +51,15 @@ COMPILING_PEAK = 2e11  # FLOP/s of matrix products
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
 LEAST = 20_000  # characters
 LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
-# Conversations and steps with which the quickstart's model learned to converse
-MADE, MID_STEPS, SFT_STEPS, CONVERSATIONS_PER_STEP = 12_000, 720, 150, 64
+# Conversations and steps with which the quickstart's model learned to converse, and as much again
+# for the text
+MADE, MID_STEPS, SFT_STEPS, CONVERSATIONS_PER_STEP = 12_000, 1200, 200, 64
+CHARACTERS_PER_MADE = 100  # of the text, at least, per conversation made from it
+BYTES_PER_TOKEN = 4.0  # of a stored conversation, about
+EMBEDDED_TEXT = "everyday=tinyworld"
+LEAST_SPELLED = 2.2  # bytes of the text per token of the model to continue from
+READY_MADE = "quickstart"  # tag of a model to continue from where there is one
+TALK = "Hello!", "What is your name?", "How much is 7 plus 5?"
 QUESTIONS = 60  # of each kind made from the text; a third as many of the embedded corpus
 
 
@@ -65,9 +75,13 @@ class MineKnobs(MachineKnobs):
     name: str = knob("nanochat", "what the model calls itself")
     me: str = knob("", "the person of a chat export whom the model is to answer like")
     start: str = knob(
-        "",
-        "tag of a model to continue from, with its tokenizer, such as quickstart (default: none)",
+        "auto",
+        "tag of a model to continue from, with its tokenizer; none = start anew; auto = the "
+        "quickstart, where it is trained, spells the text well and is as large as time allows",
         alias="--from",
+    )
+    everyday: float = knob(
+        0.6, "share of the embedded corpus: small talk, facts, sums (0 = none)", low=0, high=0.95
     )
     vocab_size: int = knob(0, "tokens in the vocabulary (0 = by the size of the text)", low=0)
     model_tag: str = knob("mine", "name of the model's folders")
@@ -89,7 +103,9 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     named = sources.parse_sources(knobs.data)
     taken = inventory.take(named, knobs.me or None)
-    counts: Counter[str] = Counter(documents=0, characters=0, bytes=0, conversations=0)
+    counts: Counter[str] = Counter(
+        documents=0, characters=0, bytes=0, conversations=0, conversation_bytes=0
+    )
     report = rows.Report(limit=1 << 30)  # the inventory names what cannot be used
     with (
         (folder / "text.jsonl").open("w", encoding="utf-8") as text_file,
@@ -105,8 +121,8 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
             for path in map(Path, found.conversations):
                 for _, row in conversations.read(path, report, knobs.me or None, alone=False):
                     with suppress(UserError):  # the inventory names it
-                        talk = {"messages": conversation(row)["messages"]}
-                        own_file.write(json.dumps(talk) + "\n")
+                        line = json.dumps({"messages": conversation(row)["messages"]}) + "\n"
+                        counts["conversation_bytes"] += own_file.write(line)
                         counts["conversations"] += 1
     if counts["characters"] < LEAST:
         raise UserError(
@@ -129,7 +145,8 @@ def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
     for name, items in (("made", made), ("questions", asked)):
         lines = "".join(json.dumps(item) + "\n" for item in items)
         atomic_write(folder / f"{name}.jsonl", lines)
-    return {"made": len(made), "questions": len(asked)}
+    size = (folder / "made.jsonl").stat().st_size
+    return {"made": len(made), "made_bytes": size, "questions": len(asked)}
 
 
 def own_source(folder: Path) -> "Source":
@@ -167,13 +184,22 @@ def seconds_for(stage: str, knobs: MineKnobs, diary: Diary) -> float:
     return max(LEAST_SECONDS, left * SHARES[stage] / sum(SHARES[name] for name in later))
 
 
+def best_shape(
+    knobs: MineKnobs, diary: Diary, tokens: float, vocab_size: int
+) -> tuple[tuple[int, int], float]:
+    """(layers, width) that suit the time and a text of `tokens`, and the FLOP/s of this machine."""
+    seconds = 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
+    _, peak = expected_speed(knobs, vocab_size=vocab_size, sequence_len=256, n_head=4, n_kv_head=4)
+    worth = USEFUL_PASSES * tokens + 3 * EVERYDAY_TOKENS  # of the latter in all stages
+    return shape_for(USUAL * peak * seconds, worth, vocab_size), peak
+
+
 def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> str:
     """The flags of pretraining: a size, a batch and a length that suit time and text."""
     seconds = seconds_for("base", knobs, diary)
-    _, peak = expected_speed(knobs, vocab_size=vocab_size, sequence_len=256, n_head=4, n_kv_head=4)
+    useful = USEFUL_PASSES * tokens
+    (depth, width), peak = best_shape(knobs, diary, tokens, vocab_size)
     flops = USUAL * peak * seconds
-    worth = USEFUL_PASSES * tokens
-    depth, width = shape_for(flops, worth, vocab_size)
     speed, _ = expected_speed(
         knobs,
         vocab_size=vocab_size,
@@ -183,27 +209,30 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
         n_kv_head=width // 64,
         sequence_len=256,
     )
-    expected = min(worth, speed * seconds)
+    own, embedded = text_tokens(speed * seconds, useful, knobs.everyday)
+    diary.notes["text"] = {"own": round(own), "embedded": round(embedded)}
+    expected = own + embedded
     batch, context = batch_for(expected), 256 if flops < SHORT_FLOPS else context_for(flops)
     print0(
         f"{human(tokens)} tokens of text, {depth} layers of width {width}: about "
-        f"{human(speed)} tokens per second, {speed * seconds / tokens:.1f} passes in "
-        f"{seconds / 60:.1f} minutes"
+        f"{human(speed)} tokens per second; {own / tokens:.1f} passes over the text and "
+        f"{human(embedded)} tokens of the embedded corpus in {expected / speed / 60:.1f} minutes"
     )
-    if speed * seconds > worth:
+    if own >= useful:
         print0(
-            f"more than {USEFUL_PASSES} passes would only learn the text by heart, so pretraining "
-            f"ends after {USEFUL_PASSES}: more text would help, more time would not"
+            f"more than {USEFUL_PASSES} passes would only learn the text by heart: more text would "
+            "help, more time would not"
         )
     diary.notes["batch"] = batch
     # compiling takes 30 s on two idle cores with such a peak, and longer on slow or busy ones
     compiling = seconds >= COMPILE_PAYS_SECONDS * max(0.5, COMPILING_PEAK / peak)
     # a run of several passes looks after each of them whether held-out loss has turned
-    every = f" --eval_every={-(-tokens // batch)}" if expected > 2 * tokens else ""
+    pass_steps = -(-tokens * expected // (own * batch))
+    every = f" --eval_every={pass_steps:.0f}" if own > 2 * tokens else ""
     return (
         f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
-        f"--total_batch_size={batch} --num_iterations={max(1, round(worth / batch))} "
-        f"--max_minutes={seconds / 60:.2f} --patience=2"
+        f"--total_batch_size={batch} --num_iterations={max(1, round(expected / batch))} "
+        f"--max_minutes={seconds / 60:.2f} --patience=2 --lookback=on --warmdown_ratio=1"
         + every
         + ("" if compiling else " --compile=off")
     )
@@ -214,15 +243,19 @@ def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
     The length of a later stage: its share of the time, or the steps after which the quickstart's
     model had learned to converse, or as many as pretraining had, whichever comes first.
     """
-    seconds = seconds_for(stage, knobs, diary)
-    rows = {row["kind"]: row for row in logbook.read(run_directory("base", knobs.model_tag))}
-    speed, before = rows["summary"]["tok_per_sec"], rows["summary"]["step"]
-    steps, tokens = max(MID_STEPS, before), diary.notes.get("batch", 4096)
+    seconds, speed = seconds_for(stage, knobs, diary), diary.notes["speed"]
+    steps, tokens = most_steps(stage, diary), diary.notes["batch"]
     if stage == "sft":
-        steps, tokens = max(SFT_STEPS, before // 5), 2 * tokens
+        tokens *= 2
     if steps * tokens / speed + STAGE_SECONDS < seconds:
         return f"--num_iterations={steps}"
     return f"--max_minutes={seconds / 60:.2f}"
+
+
+def most_steps(stage: str, diary: Diary) -> int:
+    """Steps after which a later stage is over, even if there is time left."""
+    before = diary.notes["steps"]
+    return max(SFT_STEPS, before // 5) if stage == "sft" else max(MID_STEPS, before)
 
 
 def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
@@ -235,27 +268,98 @@ def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
         mixture.shards(specs, split, tokenizer, seed=seed, name=knobs.name)
 
 
-def conversations_for(knobs: MineKnobs, folder: Path, own: int) -> list[str]:
-    """The data of the later stages: what was made, what was found, the embedded corpus, a name."""
-    embedded = f"tinyworld@{min(16_000, round(1000 * minutes_of(knobs)))}"
-    shares = {f"made={folder / 'made.jsonl'}": 0.4, embedded: 0.35, "identity@400": 0.05}
-    if own > 1:
-        shares[f"own={folder / 'own.jsonl'}"] = 0.4
-    return [f"{source}:{share}" for source, share in shares.items()]
+def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, float]:
+    """
+    The data of a later stage with their shares: own text and the conversations made from it, your
+    own, those of the embedded corpus, and a name. Nothing that is yours is read more often than is
+    useful; the embedded corpus has the rest.
+    """
+    notes, pretrains = diary.notes, stage == "mid"
+    everyday = knobs.everyday / 2 if notes["start"] else knobs.everyday  # it converses already
+    expected = min(
+        most_steps(stage, diary) * notes["batch"],
+        seconds_for(stage, knobs, diary) * notes["speed"],
+    )
+
+    def most(share: float, tokens: float, passes: float = USEFUL_PASSES) -> float:
+        return min(share * (1 - everyday), passes * tokens / expected)
+
+    # pretraining has read the text already, unless a model was taken over
+    again = USEFUL_PASSES if notes["start"] else 1
+    replay = most(0.5, notes["tokens"], again) if pretrains else 0.0
+    found = 0.0
+    if notes["conversations"] > 1:
+        found = most(0.6, notes["conversation_bytes"] / BYTES_PER_TOKEN)
+    share = max(0.2, 1 - (replay + found) / (1 - everyday))
+    made = most(share, notes["made_bytes"] / BYTES_PER_TOKEN)
+    embedded = 1 - replay - found - made if everyday else 0.0
+    shares = {
+        f"made={folder / 'made.jsonl'}": made,
+        f"own={folder / 'own.jsonl'}": found,
+        "identity@400": 0.05,
+        f"tinyworld@{min(32_000, round(1600 * minutes_of(knobs)))}": embedded,
+    }
+    if pretrains:
+        shares[f"text={folder / 'text.jsonl'}"] = replay
+        shares[embedded_text(embedded * expected)] = embedded / 5
+    return {source: round(share, 4) for source, share in shares.items() if share >= 0.001}
 
 
-def conversation_flags(
-    stage: str, knobs: MineKnobs, folder: Path, specs: Sequence[str]
+def embedded_text(tokens: float) -> str:
+    """As much of the embedded corpus as a stage can use that reads so many tokens of it."""
+    return f"{EMBEDDED_TEXT}@{min(9, max(1, round(tokens * BYTES_PER_TOKEN / 1e6)))}"
+
+
+def conversation_specs(shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """The words of --data and of --text of a later stage."""
+    specs = [f"{source}:{share}" for source, share in shares.items()]
+    texts = [spec for spec in specs if spec.startswith(("text=", EMBEDDED_TEXT))]
+    return [spec for spec in specs if spec not in texts], texts
+
+
+def later_flags(
+    stage: str, knobs: MineKnobs, talks: Sequence[str], texts: Sequence[str]
 ) -> list[str]:
     """The flags of a later stage, except its length."""
-    flags = ["--data", *specs, f"--name={knobs.name}", "--warmdown_ratio=1"]
-    if stage == "mid":
-        replay = 1.6 if knobs.start else 0.4
-        return [*flags, "--text", f"text={folder / 'text.jsonl'}:{replay}", "--lr_scale=0.5"]
-    return [*flags, f"--conversations_per_step={CONVERSATIONS_PER_STEP}", "--init_lr_frac=0.5"]
+    flags = ["--data", *talks, f"--name={knobs.name}", "--warmdown_ratio=1"]
+    if stage == "sft":
+        return [*flags, f"--conversations_per_step={CONVERSATIONS_PER_STEP}", "--init_lr_frac=0.5"]
+    return [*flags, "--lr_scale=0.5", *(["--text", *texts] if texts else [])]
 
 
 # ---- the chain
+
+
+def start_of(knobs: MineKnobs, folder: Path, diary: Diary) -> str:
+    """The tag of the model to continue from; "" for none."""
+    from nanochat.model.checkpoint import choose
+
+    if knobs.start != "auto":
+        return "" if knobs.start == "none" else knobs.start
+    try:
+        stage, checkpoint = choose("auto", READY_MADE)
+    except UserError:
+        return ""
+    with (folder / "text.jsonl").open(encoding="utf-8") as file:
+        text = "".join(json.loads(line)["text"] for line in islice(file, 50))[:100_000]
+    spelled = len(text.encode()) / len(checkpoint.tokenizer().encode(text))
+    config = checkpoint.config
+    tokens = diary.notes["bytes"] / spelled
+    (depth, width), _ = best_shape(knobs, diary, tokens, config.vocab_size)
+    why = ""
+    if spelled < LEAST_SPELLED:
+        why = f"its tokens spell only {spelled:.1f} bytes of this text"
+    elif depth * width**2 > config.n_layer * config.n_embd**2:
+        why = f"text and time allow a larger one, {depth} layers of width {width}"
+    elif not STAGES[stage].chats:
+        why = "it does not converse yet"
+    if why:
+        print0(f"starts anew and not from the model {READY_MADE}, because {why}")
+        return ""
+    print0(
+        f"continues from the model {READY_MADE}, which converses already; --from none starts anew"
+    )
+    return READY_MADE
 
 
 def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, int]:
@@ -272,17 +376,27 @@ def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, int]
     return {"tokens": tokens, "vocab_size": tokenizer.vocab_size}
 
 
-def take_over(knobs: MineKnobs) -> None:
-    """Copy the pretrained model that --from names under the tag of this one."""
-    from nanochat.model.checkpoint import locate
+def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
+    """
+    Copy the furthest stage of the model that --from names, as if it were the pretrained model of
+    this one. What a later stage needs to know of pretraining.
+    """
+    from nanochat.data.shards import prepare
+    from nanochat.model.checkpoint import choose
 
-    checkpoint = locate("base", knobs.start)
+    _, checkpoint = choose("auto", diary.notes["start"])
+    config = checkpoint.config.to_dict()
     target = run_directory("base", knobs.model_tag)
     shutil.copytree(checkpoint.path, target / checkpoint.path.name, dirs_exist_ok=True)
-    shutil.copy(checkpoint.path.parent / logbook.FILE, target)
+    shape = {name: config[name] for name in ("vocab_size", "n_layer", "n_embd", "sequence_len")}
+    heads = {name: config[name] for name in ("n_head", "n_kv_head")}
+    speed, _ = expected_speed(knobs, **shape, **heads)
+    batch = batch_for(speed * seconds_for("mid", knobs, diary))
+    tokens = prepare(own_source(folder), "train", checkpoint.tokenizer()).total
+    return {"tokens": tokens, "speed": speed, "steps": 0, "batch": batch}
 
 
-def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
+def report(knobs: MineKnobs, start: str, folder: Path) -> dict[str, Any]:
     """Everything that is measured at the end; also kept in summary.json."""
     from nanochat.eval import own_text
     from nanochat.eval.tasks import owntext, tinyworld
@@ -291,22 +405,33 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
 
     machine = {name: getattr(knobs, name) for name in ("device_type", "dtype", "seed")}
     source, tag = own_source(folder), knobs.model_tag
-    base = load_for_inference("base", tag, **machine)
+    base = load_for_inference(text_stage(start), tag, **machine)
+    chat = load_for_inference("sft", tag, **machine)
     found = {
-        "bits_per_byte": own_text.predictors(base, source),
+        "bits_per_byte": {
+            "model": own_text.bits_per_byte(base, source),
+            "after finetuning": own_text.bits_per_byte(chat, source),
+            **own_text.other_predictors(source),
+        },
         "samples": own_text.samples(base, source, knobs.seed),
         "destinations": destinations(base.model.config, base.tokenizer.digits),
     }
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    tasks = owntext.tasks([json.loads(line) for line in lines])
-    chat = load_for_inference("sft", tag, **machine)
+    questions = [json.loads(line) for line in lines]
+    tasks = owntext.tasks(questions)
+    found["talk"] = own_text.replies(chat, [*TALK, *owntext.about_names(questions, 2)])
     found["own"] = own_text.answers(chat, tasks, QUESTIONS)
     found["embedded"] = own_text.answers(chat, list(tinyworld.TASKS.values()), QUESTIONS // 3)
     atomic_write(folder / "summary.json", json.dumps(found, indent=1))
     return found
 
 
-def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
+def text_stage(start: str) -> str:
+    """The stage that continues text best: the first that has learned the text."""
+    return "mid" if start else "base"
+
+
+def verdict(knobs: MineKnobs, start: str, found: dict[str, Any], minutes: float) -> str:
     """What was measured, for people, and how to go on."""
     from nanochat.eval import own_text
 
@@ -321,9 +446,12 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
             "",
             *own_text.answer_lines({"kinds": kinds}),
             "",
+            "What it replies, always taking the likeliest word:",
+            *(f"    {asked}\n    > {reply}" for asked, reply in found["talk"]),
+            "",
             f"{minutes:.1f} minutes in all",
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
-            f"to let it continue:   nanochat base_complete -g {tag}",
+            f"to let it continue:   nanochat base_complete -g {tag} -i {text_stage(start)}",
             f"to take it elsewhere: {found['destinations']}",
         ]
     )
@@ -334,12 +462,16 @@ def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
     notes = chain.diary.notes
     notes |= chain.step("reading", "reading", lambda: read_all(knobs, folder)) or {}
     print0("\n".join(notes["inventory"]))
-    count = min(MADE, round(MADE * minutes_of(knobs) / 20))
+    most = notes["characters"] // CHARACTERS_PER_MADE
+    count = min(MADE, round(MADE * minutes_of(knobs) / 20), max(400, most))
     making = lambda: write_conversations(folder, count, knobs.seed)  # noqa: E731
     notes |= chain.step("conversations", "conversations", making) or {}
     print0(f"made from the text: {notes['made']:,} conversations")
-    if knobs.start:
-        chain.step("base", "taking over", lambda: take_over(knobs))
+    if "start" not in notes:
+        notes["start"] = start_of(knobs, folder, chain.diary)
+    if notes["start"]:
+        taking = lambda: take_over(knobs, folder, chain.diary)  # noqa: E731
+        notes |= chain.step("base", "taking over", taking) or {}
     else:
         training = lambda: train_tokenizer(knobs, folder, notes["bytes"])  # noqa: E731
         notes |= chain.step("tokenizer", "tokenizer", training) or {}
@@ -350,14 +482,24 @@ def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
     diary = chain.diary
     notes = diary.notes
     if stage == "base":
-        flags = [f"--data=text={folder / 'text.jsonl'}"]
         if stage not in diary.lengths:
             diary.lengths[stage] = plan_base(knobs, diary, notes["tokens"], notes["vocab_size"])
+        own, embedded = notes["text"]["own"], notes["text"]["embedded"]
+        flags = ["--data", f"text={folder / 'text.jsonl'}:{own}"]
+        flags += [f"{embedded_text(embedded)}:{embedded}"] if embedded else []
     else:
-        specs = conversations_for(knobs, folder, notes["conversations"])
-        flags = conversation_flags(stage, knobs, folder, specs)
-        rendering = lambda: render(stage, knobs, specs)  # noqa: E731
-        chain.step(f"data of {stage}", "conversations", rendering)
+        if "speed" not in notes:
+            rows = {
+                row["kind"]: row for row in logbook.read(run_directory("base", knobs.model_tag))
+            }
+            notes |= {"speed": rows["summary"]["tok_per_sec"], "steps": rows["summary"]["step"]}
+        name = f"data of {stage}"
+        if name not in notes:  # decided once, because the shares follow from the time that is left
+            notes[name] = shares_of(stage, knobs, folder, diary)
+        talks, texts = conversation_specs(notes[name])
+        flags = later_flags(stage, knobs, talks, texts)
+        rendering = lambda: render(stage, knobs, talks)  # noqa: E731
+        chain.step(name, "conversations", rendering)
         if stage not in diary.lengths:
             diary.lengths[stage] = plan_later(stage, knobs, diary)
     command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
@@ -390,8 +532,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if stage not in diary.done:
             train(chain, stage, knobs, folder)
     with chain.display.working("questions"):
-        found = report(knobs, folder)
-    print0(verdict(knobs, found, diary.seconds / 60))
+        found = report(knobs, diary.notes["start"], folder)
+    print0(verdict(knobs, diary.notes["start"], found, diary.seconds / 60))
     return found
 
 

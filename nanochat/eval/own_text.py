@@ -11,7 +11,7 @@ from nanochat.data.shards import prepare
 from nanochat.data.sources import Source, parts
 from nanochat.eval.baselines import compressors, ngram
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
-from nanochat.eval.chat import judge
+from nanochat.eval.chat import judge, visible_text
 from nanochat.eval.scores import summarise
 from nanochat.eval.tasks.common import Task
 from nanochat.eval.tasks.owntext import ABOUT
@@ -40,14 +40,33 @@ def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> dict[str, Any]:
     return summarise(results)
 
 
-def predictors(loaded: Loaded, source: Source) -> dict[str, float]:
-    """Bits per byte of the held-out text: of the model, an n-gram model, xz and gzip."""
-    train, held_out = ("\n\n".join(documents(source, split)).encode() for split in ("train", "val"))
+def bits_per_byte(loaded: Loaded, source: Source) -> float:
+    """Of the held-out text, as the model predicts it."""
     shards = prepare(source, "val", loaded.tokenizer)
     rows = max(1, 4096 // loaded.model.config.sequence_len)
     token_bytes = loaded.tokenizer.token_bytes()
-    bpb = shard_bits_per_byte(loaded.model, shards, token_bytes, loaded.runtime, rows, MOST_TOKENS)
-    return {"model": bpb, "n-gram": ngram(train, held_out), **compressors(train, held_out)}
+    return shard_bits_per_byte(loaded.model, shards, token_bytes, loaded.runtime, rows, MOST_TOKENS)
+
+
+def other_predictors(source: Source) -> dict[str, float]:
+    """Bits per byte of the held-out text: of an n-gram model, xz and gzip."""
+    train, held_out = ("\n\n".join(documents(source, split)).encode() for split in ("train", "val"))
+    return {"n-gram": ngram(train, held_out), **compressors(train, held_out)}
+
+
+def replies(loaded: Loaded, questions: Sequence[str]) -> list[tuple[str, str]]:
+    """Each question with its greedy reply."""
+    engine, tokenizer = (
+        Engine(loaded.model.cast_for_inference(), loaded.tokenizer),
+        loaded.tokenizer,
+    )
+    prompts = [
+        tokenizer.render_prompt({"messages": [{"role": "user", "content": question}]})
+        for question in questions
+    ]
+    samples = engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS, temperature=0.0)
+    texts = [normalised(visible_text(tokenizer, sample.tokens)) for sample in samples]
+    return list(zip(questions, texts, strict=True))
 
 
 def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:

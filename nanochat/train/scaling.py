@@ -110,10 +110,11 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
 # 4 passes ended lower (dev/LOG.md, own text). Larger texts were not followed to their turn.
 USEFUL_PASSES = 4
 TOKENS_PER_PARAMETER = 2.0  # of the layers, at least: with fewer, a smaller model learns more
+CONVERSES, CONVERSES_FROM = (4, 256), 0.8  # the quickstart's shape, with fewer tokens than that
 SHAPES = (  # (layers, width) of models for own text, heads of 64
     (2, 128),
     (3, 192),
-    (4, 256),
+    CONVERSES,
     (5, 320),
     (6, 384),
     (8, 512),
@@ -121,6 +122,21 @@ SHAPES = (  # (layers, width) of models for own text, heads of 64
     (12, 768),
     (16, 1024),
 )
+# Of the embedded corpus, in pretraining: as many tokens as taught the quickstart's model to answer
+# 94 % of its questions. Own text needs the rest of the time, once there is so much.
+EVERYDAY_TOKENS = 500 * 4096
+
+
+def text_tokens(tokens: float, useful: float, everyday: float) -> tuple[float, float]:
+    """
+    (tokens of own text, tokens of the embedded corpus) for a pretraining that can read `tokens`.
+    No more than `useful` of own text are worth reading, and the embedded corpus has a share of
+    `everyday` until it has EVERYDAY_TOKENS.
+    """
+    embedded = min(everyday * tokens, EVERYDAY_TOKENS)
+    own = min(useful, tokens - embedded)
+    rest = min(tokens - own, EVERYDAY_TOKENS) if everyday else 0.0
+    return own, max(embedded, rest)
 
 
 def vocabulary_for(size: float) -> int:
@@ -135,14 +151,12 @@ def vocabulary_for(size: float) -> int:
 def shape_for(flops: float, tokens: float, vocab_size: int) -> tuple[int, int]:
     """
     (layers, width) of the largest model of SHAPES that `flops` train on TOKENS_PER_PARAMETER or
-    more, when the text holds no more than `tokens` worth reading.
+    more, in all stages together, when there are no more than `tokens` worth reading.
     """
     for depth, width in reversed(SHAPES[1:]):
         layers = 12 * depth * width**2
-        if (
-            min(tokens, flops / (6 * (layers + vocab_size * width)))
-            >= TOKENS_PER_PARAMETER * layers
-        ):
+        least = CONVERSES_FROM if (depth, width) == CONVERSES else TOKENS_PER_PARAMETER
+        if min(tokens, flops / (6 * (layers + vocab_size * width))) >= least * layers:
             return depth, width
     return SHAPES[0]
 

@@ -1,7 +1,8 @@
 """
 Conversations and questions about a person's own text, made from it by rule: continue a passage,
-complete a sentence, choose the missing word, look up a name or a word in a passage; and the turns
-of dialogue that the text itself holds, in quotation marks or as "NAME: words".
+tell of a person or a thing, complete a sentence, choose the missing word, look up a name or a word
+in a passage; and the turns of dialogue that the text itself holds, in quotation marks or as "NAME:
+words".
 
 The wordings are English; the text may be in any language that separates its words. The same texts
 and seed give the same conversations. What is asked of a trained model is made from held-out texts.
@@ -17,7 +18,7 @@ from nanochat.eval.tasks.common import Item, Task, exchange
 
 # kind -> chance level of the kinds that have one right answer; the others have none to judge
 JUDGED = {"missing": 1 / 3, "name": 0.05, "follows": 0.03, "complete": 0.0}
-KINDS = ("dialogue", "continue", "missing", "name", "follows", "complete")
+KINDS = ("dialogue", "continue", "tell", "missing", "name", "follows", "complete")
 ABOUT = {  # what a kind asks for, for people
     "missing": "choose the missing word of a sentence among three",
     "name": "find the name in a passage",
@@ -25,9 +26,11 @@ ABOUT = {  # what a kind asks for, for people
     "complete": "guess the next word of a sentence",
     "dialogue": "answer like the speakers in the text",
     "continue": "continue a passage",
+    "tell": "tell of a person or a thing as the text does",
 }
 ASK = {
     "continue": ("Continue: {x}", "Go on: {x}", "What comes next? {x}"),
+    "tell": ("Tell me about {x}.", "Write about {x}.", "What about {x}?"),
     "complete": ("Complete the sentence: {x}", "How does this end? {x}"),
     "missing": ("Which word is missing, {o}? {x}", "Fill in {o}: {x}"),
     "name": ("Which name is in this text? {x}", "Find the name: {x}"),
@@ -36,6 +39,7 @@ ASK = {
 PASSAGE = 240  # characters: with a question and a reply it fits a context of 256 tokens
 TURN = 160  # characters of one turn of dialogue
 SILENT = 6  # lines of prose between two turns of one dialogue
+COMMONEST = 100  # words that are about nothing
 TURNS = 4  # that a conversation takes from a dialogue
 # After a mark, but not after Mr., Mrs., Dr. or an initial: capitals of up to three letters
 SENTENCE_END = re.compile(
@@ -99,6 +103,15 @@ class TextQuestions:
         cut = rng.randrange(1, len(sentences))
         asked = rng.choice(ASK["continue"]).format(x=" ".join(sentences[:cut]))
         return exchange(asked, " ".join(sentences[cut:]))
+
+    def make_tell(self, rng: random.Random) -> Item | None:
+        passage = rng.choice(self.passages)
+        words = {m[0] for m in WORD.finditer(passage)}
+        subjects = [w for w in words if self.is_name(w)]
+        subjects = subjects or [w for w in words if self.ranks.get(w, 0) > COMMONEST]
+        if not subjects:
+            return None
+        return exchange(rng.choice(ASK["tell"]).format(x=rng.choice(sorted(subjects))), passage)
 
     def make_complete(self, rng: random.Random) -> Item | None:
         words = self._sentence(rng).split()
@@ -223,6 +236,12 @@ def _turns(text: str) -> Iterator[tuple[str, str | None, str]]:
             yield line, None, " ".join(" ".join(map(" ".join, quoted)).split())
         else:
             yield line, None, ""
+
+
+def about_names(questions: Sequence[Item], count: int) -> list[str]:
+    """Questions about the names that `questions` ask for most often."""
+    names = Counter(q["answer"] for q in questions if q["kind"] == "name")
+    return [ASK["tell"][0].format(x=name) for name, _ in names.most_common(count)]
 
 
 def is_right(item: Item, reply: str) -> bool:
