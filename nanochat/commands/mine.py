@@ -363,14 +363,16 @@ def start_of(knobs: MineKnobs, folder: Path, diary: Diary) -> str:
 
 
 def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, int]:
-    """Train a tokenizer on the text and a little of the embedded corpus; tokens of the text."""
+    """Train a tokenizer on the text and half as much of the embedded corpus; tokens of the text."""
     from nanochat.commands import tok_train
     from nanochat.data.shards import prepare
     from nanochat.data.tokenizer import Tokenizer
 
     vocab_size = knobs.vocab_size or vocabulary_for(size)
-    text = f"text={folder / 'text.jsonl'}"
-    tok_train.main(["--data", f"{text}:0.85", "tinyworld@2:0.15", f"--vocab_size={vocab_size}"])
+    data = [f"text={folder / 'text.jsonl'}:0.67"]
+    if knobs.everyday:
+        data.append(f"tinyworld@{min(2, max(0.05, size / 2e6)):.2f}:0.33")
+    tok_train.main(["--data", *data, f"--vocab_size={vocab_size}"])
     tokenizer = Tokenizer.load()
     tokens = prepare(own_source(folder), "train", tokenizer).total
     return {"tokens": tokens, "vocab_size": tokenizer.vocab_size}
