@@ -19,6 +19,7 @@ from nanochat.base.common import (
     UserError,
     base_dir,
     columns,
+    counted,
     duration,
     entry,
     human,
@@ -34,6 +35,11 @@ from nanochat.base.progress import StatusLine, progress
 )
 def test_human(n, text):
     assert human(n) == text
+
+
+def test_one_thing_and_several():
+    made = [counted(n, "documents") for n in (0, 1, 2, 3167)]
+    assert made == ["0 documents", "1 document", "2 documents", "3,167 documents"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import html
 import json
 import lzma
 import os
@@ -228,6 +229,8 @@ def test_every_arrow_type_of_text(tmp_path, kind):
         ("one\n</s>\ntwo\n </s> \nthree </s> is kept", ["one", "two", "three </s> is kept"]),
         ("one\n<eos>\n<bos>\ntwo", ["one", "two"]),
         ("<|begin_of_text|>one<|end_of_text|>two", ["one", "two"]),
+        ("<|bos|>one<|bos|>two", ["one", "two"]),
+        ("one\n<EOS>\n<BOS>\ntwo\n[BOS]\nthree", ["one", "two", "three"]),
         ("no separator < | endoftext | >", ["no separator < | endoftext | >"]),
     ],
 )
@@ -236,6 +239,32 @@ def test_separators_end_a_document(tmp_path, text, parts):
     report = Report()
     assert list(documents.read(tmp_path / "a.txt", None, report)) == parts
     assert bool(report.notes) == (len(parts) > 1)
+
+
+@pytest.mark.parametrize("form", ["rows.jsonl", "rows.csv", "rows.parquet", "page.html"])
+def test_separators_within_rows_and_pages_end_a_document(tmp_path, form):
+    texts = [
+        "one<|endoftext|>two<|endoftext|>",
+        "three\n</s>\nfour",
+        "five </s> is kept",
+        "<|bos|>six",
+    ]
+    path, report = tmp_path / form, Report()
+    if form.endswith("jsonl"):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif form.endswith("csv"):
+        path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    elif form.endswith("parquet"):
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_text(f"<p>{html.escape('one<|endoftext|>two')}</p><p>three</p>" * 50)
+    read = list(documents.read(path, None, report))
+    if form == "page.html":
+        assert len(read) == 51 and not any("<|" in text for text in read)
+    else:
+        assert read == ["one", "two", "three", "four", "five </s> is kept", "six"]
+        assert report.notes["documents ended at <|endoftext|>"] == 2
+    assert "documents without text skipped" not in report.notes
 
 
 @pytest.mark.parametrize("before", [(1 << 20) - k for k in (0, 1, 5, 12, 13, 14, 40)])

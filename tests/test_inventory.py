@@ -218,7 +218,7 @@ def test_bad_rows_and_guesses_are_said(folder):
     )
     lines = "\n".join(inventory.as_lines(take(folder)))
     assert "rows that cannot be used: 1: " in lines and "rows.jsonl, line 2" in lines
-    assert "1 files read as CP1252, which is a guess" in lines
+    assert "files read as CP1252, which is a guess: 1" in lines
     with pytest.raises(UserError, match="--skip_bad_rows 1"):
         texts(folder)
 

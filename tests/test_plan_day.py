@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -51,6 +52,17 @@ def test_a_day_on_a_card(capsys, tmp_path):
     inside = [s for name, s, _ in stored["schedule"] if name in day.STAGES.values()]
     assert sum(inside) == pytest.approx(24 * 3600) and len(inside) == 6
     assert need["kwh"] == pytest.approx(0.55 * 24), "450 W as rated, and 100 W beside it"
+
+
+@pytest.mark.parametrize("name", ["my texts", "it's", "a $(b) & c", 'the "best"'])
+def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
+    sources = [f"own={tmp_path / name}:0.5#{{title}} {{body}}", "tinyworld:0.5"]
+    knobs = day.DayKnobs(minutes=20, data=tuple(sources))
+    lines = day.commands(knobs, {"vocabulary": 4096, "web": ""}, "runs/one_day.sh")
+    typed = [shlex.split(line) for line in lines]
+    assert sum(words.count(sources[0]) for words in typed) == 3
+    assert str(tmp_path / name / "plan" / "recipe.toml") in typed[3]
 
 
 def test_the_disk_of_a_d16():

@@ -93,7 +93,17 @@ def test_lists_of_texts():
 
 
 @pytest.mark.parametrize(
-    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"train_on_turn": False}]
+    "mark",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"Weight": 0},
+        {"loss_weight": 0},
+        {"loss": False},
+        {"train": False},
+        {"train_on_turn": False},
+        {"trainable": False},
+    ],
 )
 def test_masked_turns_are_not_learned(mark):
     wrong = {"role": "assistant", "content": "WRONG", **mark}
@@ -102,6 +112,42 @@ def test_masked_turns_are_not_learned(mark):
     assert learned({"messages": row}) == learned({"conversations": row})
     assert "WRONG" in str(turns(row)), "it stays in the context"
     assert learned([messages()[0], {**wrong, next(iter(mark)): 1}]) == "WRONG<|assistant_end|>"
+
+
+@pytest.mark.parametrize("mark", [{"mask": True}, {"masked": 1}, {"weight": 1, "mask": True}])
+def test_masks_that_say_the_opposite(mark):
+    row = [messages()[0], {"role": "assistant", "content": "WRONG", **mark}, *messages()]
+    assert learned(row) == A + "<|assistant_end|>"
+    unmasked = {name: name == "weight" for name in mark}
+    assert learned([messages()[0], {"role": "assistant", "content": A, **unmasked}]).startswith(A)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": messages(), "weight": 0},
+        {"prompt": Q, "response": A, "train": False},
+        {"instruction": Q, "output": A, "loss_weight": 0.0},
+        {"conversations": messages("from", "value", "human", "gpt"), "weight": False},
+    ],
+)
+def test_a_mark_on_a_row_masks_all_of_it(row):
+    assert learned(row) == ""
+    mark = next(name for name in row if name in ("weight", "train", "loss_weight"))
+    assert learned({**row, mark: 1}) == A + "<|assistant_end|>"
+    assert learned({**row, mark: 0.5}) == A + "<|assistant_end|>", "a weight of something else"
+
+
+def test_one_of_two_replies_in_a_row_may_be_masked():
+    user, right = messages()
+    wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
+    assert learned([user, wrong, right]) == A + "<|assistant_end|>"
+    assert learned([user, right, wrong]) == A
+    call = {"function": {"name": "calculator", "arguments": '{"expr": "6*7"}'}}
+    call = {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0}
+    row = [user, call, {"role": "tool", "content": "42"}, right]
+    assert learned(row) == A + "<|assistant_end|>"
+    assert "6*7" in str(turns(row)) and "42" in str(turns(row)), "they stay in the context"
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,11 @@ def human(n: float) -> str:
     return f"{n:.3g}P"
 
 
+def counted(n: float, things: str) -> str:
+    """1, 'documents' -> '1 document'; 3167 -> '3,167 documents'."""
+    return f"{n:,.0f} {things if n != 1 else things[:-1]}"
+
+
 def duration(seconds: float) -> str:
     """5 -> '5s', 75 -> '1m15s', 7260 -> '2h01m'."""
     total = round(seconds)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.base.common import entry, print0
+from nanochat.base.common import counted, entry, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 
 
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         for split in ("train", "val"):
             shards = prepare(source, split, tokenizer)
             tokens[f"{source.name}-{split}"] = shards.total
-            print0(f"{source.name} ({split}): {len(shards):,} documents, {shards.total:,} tokens")
+            print0(
+                f"{source.name} ({split}): {counted(len(shards), 'documents')}, {shards.total:,} tokens"
+            )
     return tokens
 
 

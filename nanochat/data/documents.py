@@ -3,11 +3,11 @@ Text of files as documents: plain text, what readers.py reads, or the text field
 rows.py reads; and all of these in archives.
 
 A plain text is cut into documents of about 16,000 characters, after a paragraph where possible,
-else after a line, a sentence or a word; line breaks at a cut are dropped. Where it has separators
-such as <|endoftext|>, a document ends there, and the separator is dropped. The other formats hold
+else after a line, a sentence or a word; line breaks at a cut are dropped. The other formats hold
 one document per row, in the field that is named or in the first of TEXT_FIELDS that the row has. A
 field within another is written post.body, and several make up a template, {title}\\n\\n{body}.
-Documents of white space alone are skipped. A file that cannot be read raises a UserError that names
+Where a text of any format has separators such as <|endoftext|>, a document ends there, and the
+separator is dropped. Documents of white space alone are skipped. A file that cannot be read raises a UserError that names
 the place; of several files, it goes to the report, as rows that cannot be read do.
 """
 
@@ -43,12 +43,12 @@ MAX_CHARACTERS = 16_384  # per document cut from a .txt file
 CUT_AFTER = [re.compile(pattern) for pattern in (r"\n\n+", r"\n", r'[.!?]"? |。', r" ")]
 # What other programs write between documents: these anywhere, the short ones on a line of their own
 SEPARATOR = re.compile(
-    r"<\|(?:endoftext|end_of_text|startoftext|begin_of_text|end_of_document)\|>"
-    r"|^[ \t]*(?:</s>|<s>|<eos>|<bos>|<EOD>|\[EOS\]|\[SEP\])[ \t]*$",
+    r"<\|(?:endoftext|end_of_text|startoftext|begin_of_text|end_of_document|bos|eos)\|>"
+    r"|^[ \t]*(?:</s>|<s>|<(?i:eos|bos|eod)>|\[(?:EOS|BOS|SEP)\])[ \t]*$",
     re.MULTILINE,
 )
 LOOKED_AT = 1 << 14  # characters that decide whether a text is a chat
-MAYBE_SEPARATOR = "<|", "</s>", "<s>", "<eos>", "<bos>", "<EOD>", "[EOS]", "[SEP]"
+MAYBE_SEPARATOR = "<|", "s>", "S>", "S]", "SEP]", "eod>", "EOD>"  # one of these is in each
 HELD = "holds conversations"
 LONGEST_SEPARATOR = 32
 NAMED = re.compile(r"\{([^{}\n]{1,200})\}")  # a field of a template
@@ -72,9 +72,9 @@ def read(path: Path, field: str | None, report: Report | None = None) -> Iterato
             texts = _read_rows(path, field, into)
         try:
             for text in texts:
-                if text.strip():
-                    yield text
-                elif kind not in PLAIN:
+                parts = [text] if kind in PLAIN else _parted(text, into)
+                yield from filter(str.strip, parts)
+                if kind not in PLAIN and not text.strip():
                     into.notes["documents without text skipped"] += 1
         except UserError as e:
             if isinstance(e, TooManyBadRows) or str(path) in str(e):
@@ -200,6 +200,12 @@ def _at_separators(text: str, report: Report) -> Iterator[str | None]:
             yield None
             start = found.end()
     yield text[start:]
+
+
+def _parted(text: str, report: Report) -> list[str]:
+    """The documents of a text that is there as a whole."""
+    parts = [part for part in _at_separators(text, report) if part is not None]
+    return parts if len(parts) == 1 else [part.strip("\n") for part in parts]
 
 
 def _read_document(path: Path, reader: Reader, report: Report) -> Iterator[str]:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.base.common import UserError, base_dir, human, print0
+from nanochat.base.common import UserError, base_dir, counted, human, print0
 from nanochat.base.files import Hashes, atomic_write
 from nanochat.base.progress import progress
 from nanochat.data import conversations
@@ -103,7 +103,7 @@ class SourceInventory:
             near = 'nearly equal ones not looked for (pip install "nanochat[documents]")'
         read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
         out = [
-            f"{self.name}: {self.documents:,} documents, {human(self.characters)} characters, from "
+            f"{self.name}: {counted(self.documents, 'documents')}, {human(self.characters)} characters, from "
             f"{read}" + (f" (only the first {human(LIMIT)} looked at)" * (not self.complete)),
             *self._skipped_lines(),
         ]
@@ -111,7 +111,7 @@ class SourceInventory:
             removed = f"; removed: {share:.1%} of the characters" * bool(share)
             out.append(f"duplicates: {self.exact:,} equal, {near}{removed}")
         if self.notes:
-            out.append("notes: " + "; ".join(f"{n:,} {what}" for what, n in _most(self.notes)))
+            out.append("notes: " + "; ".join(f"{what}: {n:,}" for what, n in _most(self.notes)))
         if self.bad_rows:
             out.append(f"rows that cannot be used: {len(self.bad_rows):,}: {self.bad_rows[0]}")
         if self.languages:
@@ -119,15 +119,17 @@ class SourceInventory:
             spoken = (
                 f"{n / total:.0%} {c}" for c, n in _most(self.languages)[:6] if n > total / 50
             )
-            out.append(f"languages: {', '.join(spoken)} (of {total:,} documents, guessed)")
-        out += [f"in {n:,} documents: {line}" for n, line in self.repeated_lines[:3]]
+            out.append(
+                f"languages: {', '.join(spoken)} (of {counted(total, 'documents')}, guessed)"
+            )
+        out += [f"in {counted(n, 'documents')}: {line}" for n, line in self.repeated_lines[:3]]
         out += [f"longest: {human(n)} characters, {where}" for n, where in self.longest[:1]]
         out += [f"oddest: {s:.0%} letters, {where}" for s, where in self.oddest[:1] if s < 0.6]
         if self.held_out[0]:
             kept = self.characters - self.removed_characters
             what = "pieces" if self.piece else "documents"
             out.append(
-                f"held out: {self.held_out[0]:,} {what}, {self.held_out[1] / max(kept, 1):.1%}"
+                f"held out: {counted(self.held_out[0], what)}, {self.held_out[1] / max(kept, 1):.1%}"
             )
         return [*out, *self._conversation_lines()]
 
@@ -144,9 +146,9 @@ class SourceInventory:
         for counts in self.conversations.values():
             shapes.update(counts)
         if self.conversations:
-            counted = ", ".join(f"{n:,} {shape}" for shape, n in shapes.most_common())
+            shown = ", ".join(f"{n:,} {shape}" for shape, n in shapes.most_common())
             n = len(self.conversations)
-            yield f"conversations: {counted} in {n:,} file{'s' * (n != 1)}"
+            yield f"conversations: {shown} in {counted(n, 'files')}"
         problems = self.conversation_problems
         yield from (f"not used as a conversation: {problem}" for problem in problems[:SHOWN])
         if len(problems) > SHOWN:

@@ -7,7 +7,8 @@ Other shapes become this one in shapes.py.
 
 User and assistant take turns, after an optional system message. The content of an assistant message
 may also be a list of parts, {"type": "text", "python" or "python_output", "text": ...}: a call of
-the calculator and its result. An assistant message with "weight": 0 is not learned.
+the calculator and its result. An assistant message, or a part of one, with "weight": 0 is not
+learned.
 """
 
 from collections.abc import Iterator
@@ -96,11 +97,13 @@ def conversation_pieces(messages: list[dict]) -> Iterator[Piece]:
         role, content = message["role"], message["content"]
         learned = role == "assistant" and message.get("weight") != 0
         yield Piece(f"<|{role}_start|>", True, False)
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
             # The user and the calculator say the other parts, not the model
-            supervised = learned and part["type"] != "python_output"
+            supervised = learned and part["type"] != "python_output" and part.get("weight") != 0
             start, end = PART_TOKENS.get(part["type"], ("", ""))
             for text, special in ((start, True), (part["text"], False), (end, True)):
                 if text:
                     yield Piece(text, special, supervised)
+        learned = learned and not (parts and parts[-1].get("weight") == 0)
         yield Piece(f"<|{role}_end|>", True, learned)

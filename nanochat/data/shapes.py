@@ -8,8 +8,9 @@ The shapes in which people keep conversations, all turned into the one of render
     {"question": ..., "answer": ...}                     and "system" beside any of these
 
 Messages of one side that follow each other become one, and a conversation that the assistant opens
-begins with an empty message of the user. An assistant message with "weight": 0 or "train": false is
-context: the model reads it and does not learn to say it. Calls of a calculator as OpenAI writes
+begins with an empty message of the user. An assistant message with "weight": 0, "train": false or
+another of MASKS is context: the model reads it and does not learn to say it; on a row, such a mark
+goes for all of its messages. Calls of a calculator as OpenAI writes
 them, with their results, become parts of the reply. What has no place here (calls of other tools,
 pictures) is a UserError.
 """
@@ -37,7 +38,8 @@ PAIRS = (  # the user's fields, of which those after the first may be missing, a
     (("query",), ("response", "answer")),
 )
 CALCULATORS = "calculator", "calculate", "python"
-MASKS = "weight", "train", "train_on_turn", "trainable"  # of a message: 0 or false masks it
+MASKS = "weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"  # 0, false: masked
+MASKED = "mask", "masked"  # 1, true: masked
 
 
 def shape_of_names(names: Iterable[str]) -> str | None:
@@ -107,6 +109,8 @@ def as_conversation(row: Any) -> dict[str, Any]:
     turned: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         turned.append(_result(message, turned) or _message(i, message))
+    if any(isinstance(row.get(key), int | float) and not row[key] for key in MASKS):
+        turned = [{**message, "weight": 0} for message in turned]
     return {**rest, "messages": _joined(turned)}
 
 
@@ -188,24 +192,42 @@ def _text_of_parts(i: int, parts: list[Any]) -> str:
 
 
 def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
-    for key in MASKS:
-        value = message.get(key)
-        if value is not None and value not in (0, 1):  # which False and True equal
+    learned = True
+    for name, value in message.items():
+        key = name.lower() if isinstance(name, str) else name
+        if key not in (*MASKS, *MASKED) or value is None:
+            continue
+        if value not in (0, 1):  # which False and True equal
             raise UserError(
-                f'message {i}: "{key}" must be 0 or 1, false or true, not {brief(value)}'
+                f'message {i}: "{name}" must be 0 or 1, false or true, not {brief(value)}'
             )
-        if value is not None and not value:
-            return False
-    return True
+        learned = learned and bool(value) == (key in MASKS)
+    return learned
 
 
-def _parts(contents: Iterable[Any]) -> list[Any]:
-    """Texts and lists of parts as one list of parts."""
-    lists = (
-        [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for content in contents
-    )
-    return [part for one in lists for part in one]
+def _parts(content: str | list[Any]) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _masked_parts(message: Mapping[str, Any]) -> list[Any]:
+    """The parts of a message, of which those that are not learned say so themselves."""
+    parts = _parts(message["content"])
+    if message.get("weight") != 0 or not all(isinstance(part, dict) for part in parts):
+        return parts
+    return [{**part, "weight": 0} for part in parts]
+
+
+def _both(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Two messages of one side as one."""
+    a, b = first["content"], then["content"]
+    texts = isinstance(a, str) and isinstance(b, str)
+    if first.get("weight") == then.get("weight"):
+        return {**first, "content": f"{a}\n\n{b}" if texts else [*_parts(a), *_parts(b)]}
+    if texts:  # the line break is not learned either
+        masked = first.get("weight") == 0
+        first = {**first, "content": f"{a}\n\n" if masked else a}
+        then = {**then, "content": b if masked else f"\n\n{b}"}
+    return {"role": first["role"], "content": [*_masked_parts(first), *_masked_parts(then)]}
 
 
 def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -213,17 +235,9 @@ def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     joined: list[dict[str, Any]] = []
     for message in messages:
         before = joined[-1] if joined else {}
-        both = (before.get("content"), message["content"])
-        if (
-            message["role"] == before.get("role") != "system"
-            and message.get("weight") == before.get("weight")
-            and all(isinstance(content, str | list) for content in both)
-        ):
-            texts = all(isinstance(content, str) for content in both)
-            joined[-1] = {
-                **before,
-                "content": "\n\n".join(map(str, both)) if texts else _parts(both),
-            }
+        same = message["role"] == before.get("role") != "system"
+        if same and all(isinstance(m["content"], str | list) for m in (before, message)):
+            joined[-1] = _both(before, message)
         else:
             joined.append(message)
     first = next((i for i, message in enumerate(joined) if message["role"] != "system"), None)

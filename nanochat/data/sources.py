@@ -31,7 +31,7 @@ from nanochat.tinyworld import generator_files
 # Files are tokenised in groups of at least this size. Adding a file, or continuing after an
 # interruption, does not repeat the groups that are finished.
 PART_BYTES = 1 << 28
-READER = 3  # of the user's files; a newer one must lead to new token shards
+READER = 4  # of the user's files; a newer one must lead to new token shards
 
 
 # A field, post.body, or a template of several, {title}\\n\\n{body}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.base.common import UserError, columns, human, notice
+from nanochat.base.common import UserError, columns, counted, human, notice
 from nanochat.data.order import RowOrder
 from nanochat.data.shards import Shards
 
@@ -71,11 +71,11 @@ class DataSummary:
             [
                 (
                     s.name,
-                    _count(s.documents, s.kind),
+                    counted(s.documents, s.kind),
                     human(s.tokens),
                     f"{s.share:.1%}" if s.share >= 0.001 else f"{s.share:.2g}",
                     f"{s.steps_per_pass:,.0f} steps each" if s.passes is None else _times(s.passes),
-                    f"{_count(s.validation_documents, s.kind)}, {human(s.validation_tokens)} tokens"
+                    f"{counted(s.validation_documents, s.kind)}, {human(s.validation_tokens)} tokens"
                     if s.validation_documents
                     else "none",
                 )
@@ -93,7 +93,7 @@ class DataSummary:
         return text
 
     def _notes(self) -> list[str]:
-        notes = [f"{s.name}: {n:,} {what}" for s in self.sources for what, n in s.notes.items()]
+        notes = [f"{s.name}: {what}: {n:,}" for s in self.sources for what, n in s.notes.items()]
         return [f"notes: {'; '.join(notes)}"] if notes else []
 
     def _length(self) -> str:
@@ -104,7 +104,7 @@ class DataSummary:
         tokens = (
             "" if self.padded else f": {human(self.steps * self.step_rows * self.context)} tokens"
         )
-        return f"{self.steps:,.0f} steps of {step.removesuffix(' per step')}{tokens}"
+        return f"{counted(self.steps, 'steps')} of {step.removesuffix(' per step')}{tokens}"
 
     def _cuts(self) -> str:
         longest = max(s.longest for s in self.sources)
@@ -163,10 +163,6 @@ def _check_validation(s: SourceSummary) -> None:
             f"the validation split of {s.name} has only {s.validation_tokens:,} tokens, too few to "
             f"measure anything (at least {least}): add more {s.kind}"
         )
-
-
-def _count(n: int, kind: str) -> str:
-    return f"{n:,} {kind if n != 1 else kind[:-1]}"
 
 
 def _times(passes: float | None) -> str:

@@ -409,15 +409,15 @@ def when(made: dict[str, Any]) -> list[Row]:
 def commands(knobs: DayKnobs, need: dict[str, Any], script: str) -> list[str]:
     """The commands that do it."""
     length = f"--hours {knobs.hours:g}" if knobs.hours else f"--minutes {knobs.minutes:g}"
-    data = " ".join(["--data", *knobs.data])
+    data = shlex.join(["--data", *knobs.data])
     if knobs.tokens:
         return [f"bash {script}"]
     recipe = f"nanochat plan recipe {length} --pilot --vocab {need['vocabulary']} {data}"
     by_hand = [
         f"nanochat tok_train --vocab_size {need['vocabulary']} {data}",
         recipe,
-        "nanochat base_train --recipe ~/.cache/nanochat/plan/recipe.toml    (then mid_train and "
-        "chat_sft in the same way)",
+        f"nanochat base_train --recipe {shlex.quote(str(machine.folder() / 'recipe.toml'))}    "
+        "(then mid_train and chat_sft in the same way)",
         "nanochat chat_cli",
     ]
     if need["web"]:
