@@ -117,9 +117,9 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_190,
+    "base": 12_210,
     "tinyworld": 9_460,
-    "data": 32_990,
+    "data": 33_340,
     "model": 25_230,
     "chat": 8_140,
     "chat/serve": 11_280,
