@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         for split in ("train", "val"):
             shards = prepare(source, split, tokenizer)
             tokens[f"{source.name}-{split}"] = shards.total
-            print0(
-                f"{source.name} ({split}): {counted(len(shards), 'documents')}, {shards.total:,} tokens"
-            )
+            documents = counted(len(shards), "documents")
+            print0(f"{source.name} ({split}): {documents}, {shards.total:,} tokens")
     return tokens
 
 

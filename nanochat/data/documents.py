@@ -7,8 +7,9 @@ else after a line, a sentence or a word; line breaks at a cut are dropped. The o
 one document per row, in the field that is named or in the first of TEXT_FIELDS that the row has. A
 field within another is written post.body, and several make up a template, {title}\\n\\n{body}.
 Where a text of any format has separators such as <|endoftext|>, a document ends there, and the
-separator is dropped. Documents of white space alone are skipped. A file that cannot be read raises a UserError that names
-the place; of several files, it goes to the report, as rows that cannot be read do.
+separator is dropped. Documents of white space alone are skipped. A file that cannot be read raises
+a UserError that names the place; of several files, it goes to the report, as rows that cannot be
+read do.
 """
 
 import re

@@ -103,7 +103,8 @@ class SourceInventory:
             near = 'nearly equal ones not looked for (pip install "nanochat[documents]")'
         read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
         out = [
-            f"{self.name}: {counted(self.documents, 'documents')}, {human(self.characters)} characters, from "
+            f"{self.name}: {counted(self.documents, 'documents')}, "
+            f"{human(self.characters)} characters, from "
             f"{read}" + (f" (only the first {human(LIMIT)} looked at)" * (not self.complete)),
             *self._skipped_lines(),
         ]
@@ -128,9 +129,8 @@ class SourceInventory:
         if self.held_out[0]:
             kept = self.characters - self.removed_characters
             what = "pieces" if self.piece else "documents"
-            out.append(
-                f"held out: {counted(self.held_out[0], what)}, {self.held_out[1] / max(kept, 1):.1%}"
-            )
+            share = self.held_out[1] / max(kept, 1)
+            out.append(f"held out: {counted(self.held_out[0], what)}, {share:.1%}")
         return [*out, *self._conversation_lines()]
 
     def _skipped_lines(self) -> Iterator[str]:

@@ -75,7 +75,8 @@ class DataSummary:
                     human(s.tokens),
                     f"{s.share:.1%}" if s.share >= 0.001 else f"{s.share:.2g}",
                     f"{s.steps_per_pass:,.0f} steps each" if s.passes is None else _times(s.passes),
-                    f"{counted(s.validation_documents, s.kind)}, {human(s.validation_tokens)} tokens"
+                    f"{counted(s.validation_documents, s.kind)}, "
+                    f"{human(s.validation_tokens)} tokens"
                     if s.validation_documents
                     else "none",
                 )
