@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_260,
     "base": 12_210,
     "tinyworld": 9_460,
-    "data": 33_340,
+    "data": 33_350,
     "model": 25_230,
     "chat": 8_140,
     "chat/serve": 11_280,
