@@ -30,7 +30,7 @@ QUESTION = [{"role": "user", "content": "Tell me about Mia and Ruth, please."}]
 def prepare(folder: Path) -> None:
     """A tokenizer and an untrained chat model of 4 layers of width 256 in a base folder."""
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
-    size = ["--depth=4", "--model_dim=256", "--head_dim=64", "--sequence_len=512"]
+    size = ["--depth=4", "--model_dim=256", "--head_dim=64", "--sequence_len=512", "--lookback=on"]
     run = ["--num_iterations=1", "--eval_every=0", "--sample_every=0", "--compile=off"]
     for words in (
         ["tok_train", "--vocab_size=2048", "--max_chars=2000000", "--data", "tinyworld"],
@@ -104,7 +104,7 @@ async def many(server: Server, count: int, **body) -> tuple[float, float, list[d
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=200)) as client:
         cpu, began = server.cpu(), time.perf_counter()
         answers = await asyncio.gather(
-            *(stream(client, server.url, seed=i, **body) for i in range(count))
+            *(stream(client, server.url, seed=i, user=str(i), **body) for i in range(count))
         )
         seconds, used = time.perf_counter() - began, server.cpu() - cpu
     tokens = sum(answer["tokens"] for answer in answers)

@@ -5,6 +5,7 @@ the calculator's tool calls, and rows that join a running batch or leave it.
 
 import itertools
 import math
+import platform
 from types import SimpleNamespace
 
 import priors
@@ -18,6 +19,7 @@ from nanochat.chat.generate import Batch, Engine, Sampling, choose, clip
 from nanochat.chat.packed import packed_copy
 from nanochat.chat.reply import Reply, continue_text, fit_conversation
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.model.cache import KVCache
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
@@ -293,6 +295,37 @@ def test_requests_that_join_a_running_batch_get_what_they_get_alone(tokenizer, t
     assert numbers == list(range(16))
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have other kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_head": 1, "n_kv_head": 1},
+        {"n_head": 2, "n_kv_head": 1, "window_pattern": "SL"},
+        {"copy_heads": 1, "convolutions": True, "value_embeddings": True},
+    ],
+)
+def test_on_a_cpu_a_row_is_the_same_to_the_bit_in_any_company(tokenizer, dtype, shape):
+    m = model(320, dtype, n_embd=64, sequence_len=160, **shape)  # 320: whole vectors of numbers
+    m.cast_for_inference()
+    draw = torch.Generator().manual_seed(3)
+    lengths = (3, 90, 17, 40, 5, 64, 130, 33, 2)
+    prompts = [torch.randint(300, (n,), generator=draw).tolist() for n in lengths]
+    sampling = Sampling(1.3, alternatives=2)  # so that log probabilities are compared as well
+
+    def run(groups):
+        batch, got = Batch(Engine(m, tokenizer)), {}
+        for group in [*groups, []]:
+            batch.join([prompts[i] for i in group], [str(i) for i in group], sampling, 30)
+            for _ in range(4 if group else 40):
+                for token in batch.step():
+                    got.setdefault(token.row, []).append(token[1:])
+        return [got[row] for row in sorted(got)]
+
+    alone = [tokens for i in range(len(prompts)) for tokens in run([[i]])]
+    assert run([[0, 1, 2, 3], [4], [5, 6], [7, 8]]) == alone
+
+
 def test_every_step_brings_a_token_for_every_row(tokenizer):
     batch, counts = Batch(quiet(tokenizer, model(tokenizer.vocab_size))), {}
     for start in range(3):
@@ -432,42 +465,24 @@ def test_lengths_and_reasons(tokenizer):
 class Script(nn.Module):
     """A model that follows a script, which the first token of the prompt names."""
 
-    class Cache:
-        def __init__(self, rows):
-            self.rows, self.new, self.k = rows, [], torch.zeros(1)
-
-        def advance(self, counts):
-            self.rows = [
-                row + new[:n] for row, new, n in zip(self.rows, self.new, counts, strict=True)
-            ]
-
-        def expand(self, rows):
-            return Script.Cache([list(self.rows[r]) for r in rows])
-
-        def append(self, other):
-            self.rows += other.rows
-
-        def drop(self, row):
-            self.rows[row] = self.rows[-1]
-            self.rows.pop()
-
     def __init__(self, vocab_size, scripts, prompt_length, context=200):
         super().__init__()
-        self.config = SimpleNamespace(sequence_len=context, softcap=0.0)
+        self.config = SimpleNamespace(sequence_len=context, softcap=0.0, n_embd=vocab_size)
         self.scripts, self.start = scripts, prompt_length
         self.blocks, self.compute_dtype = nn.ModuleList(), torch.float32
         self.cos = self.sin = torch.zeros(0)
         self.head_weight = torch.eye(vocab_size)  # hidden states are logits
 
     def new_cache(self, batch, capacity):
-        return self.Cache([[] for _ in range(batch)])
+        return KVCache(1, batch, 1, capacity, 1, "cpu", torch.float32)
 
     def forward(self, idx, cache):
-        cache.new = idx.tolist()
+        cache.begin(idx.size(1))
+        cache.with_earlier_tokens(idx, 0, 0)
         out = torch.zeros(*idx.shape, len(self.head_weight))
-        for b, new in enumerate(cache.new):
-            for t in range(len(new)):
-                seen = cache.rows[b] + new[: t + 1]
+        for b, length in enumerate(cache.lengths):
+            for t in range(idx.size(1)):
+                seen = cache.tokens[0, b, 0, : length + t + 1, 0].tolist()
                 script = self.scripts.get(seen[0], [])
                 at = len(seen) - self.start
                 out[b, t, script[at] if 0 <= at < len(script) else 0] = 100.0

@@ -2,11 +2,12 @@
 Generation: a Batch decodes many rows together, each with its own prompt, sampling and seed; an
 Engine drives a Batch until all its rows have finished.
 
-A row's tokens depend on its own prompt, sampling and seed alone, not on the other rows (but for the
-last bits of products, which kernels round differently for other shapes). A row finishes with "stop"
-(it sampled <|assistant_end|> or <|bos|>), "length" (max_tokens), "context" (sequence_len positions
-are filled) or "cancelled". A prompt of sequence_len tokens or more keeps its first token (<|bos|>)
-and its end; the sample says how many tokens were dropped. When a row closes a tool call, the
+A row's tokens depend on its own prompt, sampling and seed alone, not on the other rows. On a CPU
+that holds to the bit (without a prior, for prompts that are read in one pass); on a GPU, products
+of other shapes are rounded differently, which can decide a near tie. A row finishes with "stop" (it
+sampled <|assistant_end|> or <|bos|>), "length" (max_tokens), "context" (sequence_len positions are
+filled) or "cancelled". A prompt of sequence_len tokens or more keeps its first token (<|bos|>) and
+its end; the sample says how many tokens were dropped. When a row closes a tool call, the
 calculator's output is forced into it; no row can sample the tokens that frame such an output.
 Nothing here trains or changes the model.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from nanochat.chat.graphs import Graphs, Step
 from nanochat.chat.packed import packed_copy, refresh
-from nanochat.chat.sampling import Sampling, choose
+from nanochat.chat.sampling import Sampling, choose, wide
 from nanochat.chat.tools import ToolCalls
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.cache import KVCache
@@ -160,7 +161,6 @@ class _Row:
     limit_reason: str  # the finish of a row that reaches its limit
     random: Random
     tool_calls: ToolCalls
-    hidden: Any = None  # (D,) the hidden state of the last token fed
     pending: list[int] = field(default_factory=list)  # tokens decided but not yet fed
 
 
@@ -261,12 +261,13 @@ class Batch:
                 return self._finish_step(rows, *self._run(step, samplings))
         if waiting := [len(row.pending) for row in self._rows if row.pending]:
             _feed(self._body, self._cache, self._rows, min(waiting))
-        ready = [row for row in self._rows if not row.pending]
-        if not ready:
+        places = [i for i, row in enumerate(self._rows) if not row.pending]
+        if not places:
             return []
-        logits = capped(
-            self._head(torch.stack([row.hidden for row in ready])), self._config.softcap
-        )
+        ready, hidden = [self._rows[i] for i in places], self._cache.hidden[0]
+        if len(ready) < len(self._rows):
+            hidden = hidden[places]
+        logits = capped(self._head(hidden), self._config.softcap)
         uniform = [row.random.random() for row in ready]
         return self._finish_step(
             ready, logits, choose(logits, uniform, [row.sampling for row in ready])
@@ -350,6 +351,8 @@ class Entry:
         if firsts:
             capacity = max(len(row.sample.prompt) + row.limit - 1 for row in self._firsts)
             self.cache = body.new_cache(len(self._firsts), min(capacity, context))
+            hidden = body.cos.new_zeros(1, len(self._firsts), body.config.n_embd)
+            self.cache.keep("hidden", hidden)  # of the last token fed
             for row in self._firsts:
                 row.pending = row.sample.prompt
 
@@ -371,8 +374,6 @@ class Entry:
     def expanded(self) -> tuple[list[_Row], Any]:
         """The rows that have something to generate, and the cache with a row for each of them."""
         if len(self._wanted) > len(self._firsts):
-            for row, place in self._wanted:
-                row.hidden = self._firsts[place].hidden
             self.cache = self.cache.expand([place for _, place in self._wanted])
         return [row for row, _ in self._wanted], self.cache
 
@@ -397,7 +398,7 @@ def _log_probabilities(
     wanted = [i for i, row in enumerate(rows) if row.sampling.alternatives is not None]
     if not wanted:
         return {}
-    log_p = torch.log_softmax(logits[wanted].float(), dim=-1)
+    log_p = torch.log_softmax(logits[wanted].to(wide(logits.device)), dim=-1).float()
     most = max(rows[i].sampling.alternatives or 0 for i in wanted)
     values, ids = (x.tolist() for x in log_p.topk(most, dim=-1))
     own = log_p.gather(1, torch.tensor([[chosen[i]] for i in wanted], device=log_p.device))
@@ -417,8 +418,9 @@ def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> None:
     longest = max(map(len, fed))
     padded = [tokens + [0] * (longest - len(tokens)) for tokens in fed]
     hidden = body(torch.tensor(padded, device=cache.k.device), cache)
-    cache.advance([len(tokens) for tokens in fed])
-    for row, tokens, states in zip(rows, fed, hidden, strict=True):
-        if tokens:
-            row.pending = row.pending[limit:]
-            row.hidden = states[len(tokens) - 1]
+    counts = [len(tokens) for tokens in fed]
+    cache.advance(counts)
+    read = [i for i, count in enumerate(counts) if count]
+    cache.hidden[0, read] = hidden[read, [counts[i] - 1 for i in read]]
+    for i in read:
+        rows[i].pending = rows[i].pending[limit:]

@@ -55,18 +55,22 @@ def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Samplin
     groups: dict[int, list[int]] = {}  # rows by how many of the likeliest tokens are sorted
     for i, sampling in enumerate(samplings):
         groups.setdefault(width(sampling, logits.size(-1)), []).append(i)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
     for tokens, rows in groups.items():
         own = logits if len(rows) == len(samplings) else logits[rows]
         if tokens == GREEDY:
             found = likeliest(own)
         else:
             values = [(uniform[i], *settings(samplings[i])) for i in rows]
-            given = torch.tensor(values, dtype=wide, device=logits.device).mT
+            given = torch.tensor(values, dtype=wide(logits.device), device=logits.device).mT
             found = draw(own, given, tokens, any(samplings[i].top_p for i in rows))
         for i, id in zip(rows, checked(found), strict=True):
             chosen[i] = id
     return chosen
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype of probabilities."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def settings(sampling: Sampling) -> tuple[float, float]:

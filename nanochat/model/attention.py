@@ -130,9 +130,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None =
 def visible(positions: Tensor, first: int, end: int, window: int) -> Tensor | None:
     """
     Which of the keys first..end-1 the queries at `positions` (1 or B, T) see: (1 or B, T, keys), or
-    None where one query sees them all.
+    None where one query sees them all, as in decoding on a GPU.
     """
-    if positions.numel() == 1:
+    if positions.numel() == 1 and positions.device.type != "cpu":
         return None
     i, j = positions[:, :, None], torch.arange(first, end, device=positions.device)
     mask = j <= i

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.model.attention import (
@@ -18,6 +19,10 @@ from nanochat.model.attention import (
 # Kept tensors of the shape (layer, row, head, slot, width), with a slot per position; others have
 # the shape (layer, row, ...) and are of one size, however long a row is
 BY_POSITION = ("k", "v", "w", "tokens")
+# On a CPU, a row attends to whole blocks of so many slots, those beyond its length hidden. Kernels
+# then sum its keys in the same order however long the other rows are, so that a row is the same to
+# the bit in any company.
+BLOCK = 16
 
 
 class KVCache:
@@ -43,6 +48,7 @@ class KVCache:
     v: Tensor
     w: Tensor
     tokens: Tensor
+    hidden: Tensor  # (1, row, n_embd), where generation keeps it
 
     def __init__(
         self,
@@ -65,12 +71,12 @@ class KVCache:
         self.lengths = [0] * batch  # on the host: planning a step never waits for the device
         self._buffers: dict[str, Tensor] = {}
         k = torch.zeros(
-            (n_layer, batch, n_kv_head, capacity + 1, head_dim), device=device, dtype=dtype
+            (n_layer, batch, n_kv_head, _slots(capacity), head_dim), device=device, dtype=dtype
         )
         self.keep("k", k)
         self.keep("v", torch.zeros_like(k))
-        self.keep("w", k.new_zeros(1, batch, 1, capacity + 1, 0))  # widened by the first pass
-        self.keep("tokens", k.new_zeros(1, batch, 1, capacity + 1, 1, dtype=torch.int64))
+        self.keep("w", k.new_zeros(1, batch, 1, k.size(3), 0))  # widened by the first pass
+        self.keep("tokens", k.new_zeros(1, batch, 1, k.size(3), 1, dtype=torch.int64))
         for name, buffer in inputs.items():
             self.keep(name, buffer)
         # Of the inputs with a name in `earlier`: those kept, and after them those of this pass
@@ -103,13 +109,19 @@ class KVCache:
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else counts
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self._check(max(self.lengths))
-        self._keep_earlier(torch.tensor(counts, device=self.k.device)[:, None])
+        padded = min(counts) < self.positions.size(1)
+        self._keep_earlier(torch.tensor(counts, device=self.k.device)[:, None] if padded else None)
 
-    def _keep_earlier(self, counts: Tensor) -> None:
-        """Keep the last inputs of each row, which has `counts` (B, 1) more tokens."""
+    def _keep_earlier(self, counts: Tensor | None) -> None:
+        """
+        Keep the last inputs of each row, which has `counts` (B, 1) more tokens; None: all of them.
+        """
         for name, x in self._extended.items():
             kept = getattr(self, name)[0]
-            kept.copy_(x[self._rows(), counts + torch.arange(kept.size(1), device=x.device)])
+            if counts is None:
+                kept.copy_(x[:, -kept.size(1) :])
+            else:
+                kept.copy_(x[self._rows(), counts + torch.arange(kept.size(1), device=x.device)])
 
     def _check(self, positions: int) -> None:
         if positions > self.capacity:
@@ -214,7 +226,7 @@ class KVCache:
         for name, old in self._buffers.items():
             shape = [old.size(0), rows, *old.shape[2:]]
             if name in BY_POSITION:
-                shape[3] = positions + 1
+                shape[3] = _slots(positions)
             grown[name] = old.new_zeros(shape)
             rows_in_use = grown[name][:, : len(self.lengths)]
             _used(name, rows_in_use, used).copy_(_used(name, getattr(self, name), used))
@@ -254,11 +266,15 @@ class KVCache:
             K[:, :, start:end] = k
             V[:, :, start:end] = v
             if start == 0:
-                return attend(q, k, v, window, bias)
+                if q.device.type == "cpu" and bias is None:
+                    q, k, v = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (q, k, v))
+                return attend(q, k, v, window, bias)[:, :, :T]
         else:
             self._write_by_row(layer, k, v)
             end = min(max(self.lengths) + T, self.capacity)
         first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # no query sees older
+        if K.device.type == "cpu":
+            first, end = first - first % BLOCK, end + -end % BLOCK
         K, V = K[:, :, first:end], V[:, :, first:end]
         if bias is None:
             if (first, window) not in self._masks:
@@ -317,6 +333,11 @@ class OneToken(KVCache):
             self._masks[0, window] = score_mask(seen, q.size(1), K.size(1), K.dtype)
         mask = self._masks[0, window]
         return attend_at(self.positions, q, K, V, 0, window, bias, mask).to(k.dtype)
+
+
+def _slots(positions: int) -> int:
+    """Whole blocks of slots for so many positions and the spare slot."""
+    return positions + 1 + -(positions + 1) % BLOCK
 
 
 def _used(name: str, kept: Tensor, positions: int) -> Tensor:

@@ -9,6 +9,7 @@ architecture knobs live in config.py. The model is built on the meta device and 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -131,6 +132,8 @@ class Convolution(nn.Module):
         """x (B, T, n_embd) -> the same shape."""
         T, n = x.size(1), self.weight.size(0) - 1
         weight, seen = self.weight.to(x.dtype), with_earlier(x, n, cache, self.name)
+        if cache is not None and T == 1:  # decoding: the same in fewer operations
+            return x + (seen * weight.flip(0)).sum(1, keepdim=True)
         y = x * (1 + weight[0])
         for distance in range(1, n + 1):
             y = y + seen[:, n - distance : n - distance + T] * weight[distance]
@@ -161,6 +164,14 @@ class Attention(nn.Module):
         self.value_gate = None
         if config.has_value_table(layer):
             self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head)
+        self.joint: nn.Module | None = None  # what computes all of `project` at once, for decoding
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """q, k, v of x and, in a layer with a value table, what its gate's sigmoid takes."""
+        if self.joint is not None:
+            return self.joint(x)
+        gate = [] if self.value_gate is None else [self.value_gate(x[..., :GATE_CHANNELS])]
+        return self.q(x), self.k(x), self.v(x), *gate
 
     def forward(
         self,
@@ -176,9 +187,9 @@ class Attention(nn.Module):
         value embeddings of the tokens, if the layer has a table.
         """
         B, T, C = x.shape
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if self.value_gate is not None and values is not None:
-            gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))
+        q, k, v, *gates = self.project(x)
+        if values is not None:
+            gate = 3 * torch.sigmoid(gates[0])
             v = v + (gate[..., None] * values.view(B, T, -1, self.head_dim)).flatten(2)
         if self.copy_heads:
             k, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
