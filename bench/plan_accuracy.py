@@ -7,8 +7,8 @@ lengths.
 
 Every point is trained for some seconds in a process of its own, as plan probe does. Its speed is
 predicted from the other points and, as without a probe, from the peak; the memory of its tensors
-from the count of plan memory alone; and on a GPU the memory of the whole card, with a margin
-measured at the smallest point. The last line is JSON.
+from the count of plan memory alone; and on a GPU the memory of the whole card, with what the
+smallest point took above the count. The last line is JSON.
 """
 
 import json
@@ -24,7 +24,6 @@ from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import machine as machines
 from nanochat.plan import memory, probe, speed
-from nanochat.plan.choice import MemoryModel
 from nanochat.plan.machine import Machine
 
 PREDICTED = ("speed_by_points", "speed_by_peak", "memory", "card")
@@ -53,22 +52,24 @@ def errors(
         basis = replace(machine, points=points)
         predicted = speed.tokens_per_second(config, rows, T, batch, basis).tok_per_sec
         result[name] = predicted / point["tok_per_sec"] - 1
-    model = MemoryModel(replace(machine, points=(), memory_gap=0.0), point["compiled"])
-    _, counted = model.predict(config, rows, point["accumulation"])
+    parts = memory.predict(config, rows, T, replace(machine, memory_gap=0.0), point["compiled"])
+    counted = parts["allocated" if machine.device_type == "cuda" else "total"]
     result["memory"] = counted / point["peak_memory_bytes"] - 1
-    return {**result, "counted": counted, "seconds": time.monotonic() - began}
+    return {**result, "seconds": time.monotonic() - began}
 
 
-def add_card_errors(points: Sequence[dict[str, Any]], results: Sequence[dict[str, float]]) -> None:
-    """On a GPU, the error for the whole card, with the margin measured at the smallest point."""
-    smallest = min(range(len(points)), key=lambda i: points[i]["peak_memory_bytes"])
-    if "card_bytes" not in points[smallest]:
+def add_card_errors(
+    points: Sequence[dict[str, Any]], results: Sequence[dict[str, float]], machine: Machine
+) -> None:
+    """On a GPU, the error for the whole card, with what the smallest point took above the count."""
+    smallest = min(points, key=lambda p: p["peak_memory_bytes"])
+    if "card_bytes" not in smallest:
         return
-    margin = memory.measured_margin([points[smallest]], [results[smallest]["counted"]])
-    for i, (point, result) in enumerate(zip(points, results, strict=True)):
-        if i != smallest:
-            predicted = result["counted"] * (1 + margin.fragmentation) + margin.context
-            result["card"] = predicted / point["card_bytes"] - 1
+    gap = memory.gap(smallest, replace(machine, memory_gap=0.0))
+    for point, result in zip(points, results, strict=True):
+        if point is not smallest:
+            error = memory.gap(point, replace(machine, memory_gap=gap))
+            result["card"] = -error / point["card_bytes"]
 
 
 def measure(knobs: AccuracyKnobs) -> tuple[Machine, list[dict[str, Any]]]:
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     values, _ = knobs.parse(AccuracyKnobs, argv, command="bench.plan_accuracy")
     machine, points = measure(values)
     results = [errors(p, machine, [q for q in points if q is not p]) for p in points]
-    add_card_errors(points, results)
+    add_card_errors(points, results, machine)
     rows, lines = [], []
     for point, result in zip(points, results, strict=True):
         c = point["config"]

@@ -1,183 +1,168 @@
 """
-Compare a plan with reality: `plan recipe` for a time budget on this machine, the run it asks for,
-and runs of the next-best candidates of its table with the same budget.
+Compare a plan's choice with reality: for budgets of minutes on this machine, the model that `plan
+recipe` chooses against three neighbours: the smaller and the larger model of its page, and the best
+other prediction.
 
-    python dev/plan_trial.py --texts DIR --minutes 20
+    python dev/plan_trial.py --texts DIR --minutes 3 10 30
+    python dev/plan_trial.py --minutes 3 --data tinyworld --plan_only
 
-DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). Run nothing else on the machine. The script
-resumes after an interruption. It writes dev/results/plan_trial.json and dev/plan_trial.png.
+DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). A budget becomes tokens for each model, at
+the speed that dev/results/plan_trial_probe.json says; if it is missing, this machine is probed first,
+while nothing else should run. Each run trains on its tokens with its own whole schedule, so that
+the result does not depend on how busy the machine is meanwhile; with --by minutes it takes its time
+instead. Each plan and each run is one row of dev/results/plan_trial.jsonl, and a row that is there
+is not made again, on whatever machine.
 """
 
 import json
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import trials
-from matplotlib.figure import Figure
 
-from nanochat.base import logbook
-from nanochat.base.common import columns, print0
-from nanochat.study.comparison_page import draw_curves
+from nanochat.base.common import columns, human, print0
+from nanochat.plan.choice import TIE
 from nanochat.study.records import record
 
-NEXT = 2  # candidates to try besides the chosen one
-SIZES = "depth", "model_dim", "total_batch_size", "device_batch_size"
-PREDICTED = (
-    *SIZES,
-    "tok_per_sec",
-    "tok_per_sec_lo",
-    "tok_per_sec_hi",
-    "tokens",
-    "peak_memory_bytes",
-    "bpb",
-    "bpb_lo",
-    "bpb_hi",
-)
+ROWS = trials.RESULTS / "plan_trial.jsonl"
+PROBE = trials.RESULTS / "plan_trial_probe.json"
+VOCABULARY = {"tinyworld": 2048, "prose": 8192}
+ROLES = "chosen", "smaller", "larger", "next"
+EVALUATION = ["--eval_every=0", "--eval_tokens=65536", "--sample_every=0", "--keep=1"]
+Row = dict[str, Any]
 
 
-def planned(base: Path, minutes: float, words: list[str], out: str) -> dict[str, Any]:
-    """The JSON that `plan recipe` writes beside plan/`out`.toml; made if it is missing."""
-    file = base / "plan" / f"{out}.json"
-    if not file.exists():
-        run = [
-            "-m",
-            "scripts.plan",
-            "recipe",
-            f"--minutes={minutes:g}",
-            f"--model_tag={out}",
-            f"--out=plan/{out}.toml",
-        ]
-        trials.run([*run, *words], base)
-    return json.loads(file.read_text(encoding="utf-8"))
+def stored(**wanted: Any) -> list[Row]:
+    """The rows that have these values."""
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if wanted.items() <= row.items()]
 
 
-def flat(candidate: dict[str, Any]) -> dict[str, Any]:
-    """A candidate of a plan with its size, speed, loss and their intervals as single figures."""
-    config = candidate["config"]
-    figures = {"depth": config["n_layer"], "model_dim": config["n_embd"]}
-    for name, field in (("tok_per_sec", "speed"), ("bpb", "bpb")):
-        names = (name, f"{name}_lo", f"{name}_hi")
-        figures |= dict(zip(names, candidate[field], strict=True))
-    return {**candidate, **figures}
+def add(row: Row) -> Row:
+    trials.RESULTS.mkdir(exist_ok=True)
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
 
 
-def trained(base: Path, out: str) -> dict[str, Any]:
-    """
-    The record of the run that a recipe asks for, with its tokens per second; trained if missing.
-    """
-    trials.run(
-        ["-m", "scripts.base_train", "--recipe", f"plan/{out}.toml", "--resume=auto", "--keep=1"],
-        base,
-    )
-    directory = base / "checkpoints" / "base" / out
-    run = record(directory)
-    rate = run["tokens"] / run["seconds"]
-    return run | {
-        "tok_per_sec": rate,
-        "processes": sum(r.get("kind") == "start" for r in logbook.read(directory)),
-    }
+def recipe(base: Path, minutes: float, words: list[str]) -> tuple[Row, Row]:
+    """The plan that `plan recipe` writes as JSON, and the flags of base_train in its recipe."""
+    file = base / "plan" / "trial.toml"
+    if not PROBE.exists():
+        sizes = ["--depths", "1", "2", "3", "4", "6", "--compile=on", "--limit_minutes=60"]
+        trials.run(["-m", "scripts.plan", "probe", *sizes, f"--out={PROBE}"], base)
+    length = [f"--minutes={minutes:g}", f"--out={file}", f"--probe={PROBE}"]
+    trials.run(["-m", "scripts.plan", "recipe", *length, *words], base)
+    flags = tomllib.loads(file.read_text(encoding="utf-8"))["base_train"]
+    return json.loads(file.with_suffix(".json").read_text(encoding="utf-8")), flags
 
 
-def report(trial: dict[str, Any]) -> None:
-    """Prediction and measurement side by side."""
-    rows = []
-    for r in trial["runs"]:
-        p, m = r["predicted"], r["measured"]
-        over = {n: m[n] / p[n] - 1 for n in ("tok_per_sec", "tokens", "peak_memory_bytes")}
-        late = m["wall_seconds"] / trial["pretraining_seconds"] - 1
-        rows.append(
-            [
-                r["name"],
-                r["shape"],
-                f"{p['tok_per_sec']:,.0f}",
-                f"{over['tok_per_sec']:+.1%}",
-                f"{p['tokens'] / 1e6:.2f}M",
-                f"{over['tokens']:+.1%}",
-                f"{p['peak_memory_bytes'] / 2**30:.2f} GiB",
-                f"{over['peak_memory_bytes']:+.1%}",
-                f"{p['bpb']:.3f} ({p['bpb_lo']:.3f}-{p['bpb_hi']:.3f})",
-                f"{m['final_bpb']:.4f}",
-                f"{late:+.2%}",
-            ]
-        )
-    heads = (
-        "",
-        "depth x width",
-        "tok/s",
-        "was",
-        "tokens",
-        "were",
-        "memory",
-        "was",
-        "bits per byte",
-        "were",
-        "overrun",
-    )
-    print0(columns(heads, rows))
+def neighbours(plan: Row) -> Iterator[tuple[str, Row]]:
+    """(role, candidate) of the four models of a plan, without those that it has not."""
+    taken: list[tuple[int, int]] = []
+    four = {"chosen": plan["primary"], "smaller": plan["smaller"], "larger": plan["larger"]}
+    able = [c for c in plan["candidates"] if not c["why"]]
+    for role in ROLES:
+        candidate = four.get(role) or next((c for c in able if shape(c) not in taken), None)
+        if candidate and shape(candidate) not in taken:
+            taken.append(shape(candidate))
+            yield role, candidate
 
 
-def picture(trial: dict[str, Any], out: Path) -> None:
-    """Draw the learning curves of the runs, and their predicted and measured results."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_curves(
-        left, {f"{r['name']}: {r['shape']}": [r["measured"]] for r in trial["runs"]}, x="seconds"
-    )
-    for y, r in enumerate(trial["runs"]):
-        p = r["predicted"]
-        right.errorbar(
-            p["bpb"],
-            y,
-            xerr=[[p["bpb"] - p["bpb_lo"]], [p["bpb_hi"] - p["bpb"]]],
-            fmt="o",
-            color="#888",
-            capsize=3,
-        )
-        right.plot(r["measured"]["final_bpb"], y, "D", color="#d9541e")
-    right.set_yticks(range(len(trial["runs"])), [r["shape"] for r in trial["runs"]])
-    right.invert_yaxis()
-    right.set_title("predicted, 90 %; measured (red)")
-    figure.savefig(out, dpi=100)
+def shape(candidate: Row) -> tuple[int, int]:
+    return candidate["config"]["n_layer"], candidate["config"]["n_embd"]
+
+
+def plan(base: Path, data: str, words: list[str], minutes: float) -> list[Row]:
+    """The rows of the plan of a budget, one for each model to be trained."""
+    rows = stored(kind="plan", data=data, minutes=minutes)
+    if rows:
+        return rows
+    whole, _ = recipe(base, minutes, words)
+    for role, c in neighbours(whole):
+        depth, width = shape(c)
+        size = [f"--depth={depth}", f"--model_dim={width}"]
+        single, flags = recipe(base, minutes, [*words, *size])
+        c = single["primary"]
+        predicted = {"bpb": c["bpb"], "speed": c["speed"], "tokens": round(c["tokens"])}
+        row = {"kind": "plan", "data": data, "minutes": minutes, "role": role, **predicted}
+        rows.append(add({**row, "machine": single["machine"]["name"], "flags": flags}))
+    return rows
+
+
+def train(base: Path, planned: Row, by: str, seed: int) -> None:
+    """Train what a row of a plan asks for, unless its run is stored."""
+    names = {name: planned[name] for name in ("data", "minutes", "role")} | {"by": by, "seed": seed}
+    if stored(kind="run", **names):
+        return
+    tag = "-".join(str(value) for value in names.values())
+    flags = dict(planned["flags"])
+    if by == "tokens":
+        flags["max_minutes"] = 0
+        flags["num_iterations"] = max(1, planned["tokens"] // flags["total_batch_size"])
+        flags["compile"] = "off" if planned["minutes"] < 3 else "on"
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words += [f"--{name}" if value else f"--no_{name}"]
+        elif isinstance(value, list):
+            words += [f"--{name}", *value]
+        else:
+            words += [f"--{name}={value}"]
+    run = ["-m", "scripts.base_train", *words, *EVALUATION]
+    trials.run([*run, f"--model_tag={tag}", f"--seed={seed}", "--resume=auto"], base)
+    made = record(base / "checkpoints" / "base" / tag)
+    add({"kind": "run", **names, **{n: made[n] for n in ("final_bpb", "steps", "tokens")}})
+
+
+def report() -> None:
+    """Predicted and measured, and whether each choice was best within the noise of seeds."""
+    lines, good, budgets = [], 0, 0
+    for first in stored(kind="plan", role="chosen"):
+        budget = {name: first[name] for name in ("data", "minutes")}
+        measured = {}
+        for planned in stored(kind="plan", **budget):
+            runs = stored(kind="run", role=planned["role"], **budget)
+            if not runs:
+                continue
+            ends = measured[planned["role"]] = [r["final_bpb"] for r in runs]
+            flags = planned["flags"]
+            size = f"{flags['depth']} x {flags['model_dim']}"
+            predicted = "{:.3f} ({:.3f} to {:.3f})".format(*planned["bpb"])
+            end = " ".join(f"{bpb:.4f}" for bpb in ends)
+            lines.append((*budget.values(), planned["role"], size, human(runs[0]["tokens"])))
+            lines[-1] += (predicted, end)
+        if len(measured) == len(stored(kind="plan", **budget)):
+            best = min(map(min, measured.values()))
+            budgets += 1
+            good += min(measured["chosen"]) <= best * (1 + TIE)
+    heads = ("data", "minutes", "", "depth x width", "tokens", "bits per byte", "were")
+    print0(columns(heads, lines))
+    print0(f"the choice is best, or within {TIE:.1%} of the best, in {good} of {budgets} budgets")
 
 
 def main() -> None:
-    parser = trials.command_line(__doc__ or "", "plan_trial", [])
-    parser.add_argument("--minutes", type=float, default=20, help="the whole budget")
-    parser.add_argument("--vocab", type=int, default=8192)
+    parser = trials.command_line(__doc__ or "", "plan_trial", [], needs_texts=False)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[3, 10, 30])
+    parser.add_argument("--data", nargs="+", choices=VOCABULARY, default=list(VOCABULARY))
+    parser.add_argument("--by", choices=("tokens", "minutes"), default="tokens")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--plan_only", action="store_true", help="make the plans, train nothing")
     options = parser.parse_args()
-    base = options.base.resolve()
-    data = ["--data", *trials.prepared("prose", options.texts.resolve(), base, options.vocab)]
-    plan = planned(base, options.minutes, data, "chosen")
-    first = flat(plan["primary"])
-    shape = first["depth"], first["model_dim"]
-    others = [c for c in map(flat, plan["candidates"]) if (c["depth"], c["model_dim"]) != shape]
-    others.sort(key=lambda c: c["bpb"])
-    trial: dict[str, Any] = {
-        "machine": plan["machine"]["name"],
-        "minutes": options.minutes,
-        "runs": [],
-    }
-    trial["pretraining_seconds"] = plan["pretraining_seconds"]
-    for i, c in enumerate((first, *others[:NEXT])):
-        name = f"next-{i}" if i else "chosen"
-        if i:
-            size = [f"--depth={c['depth']}", f"--model_dim={c['model_dim']}"]
-            words = [*data, *size, "--probe=plan/probe.json"]
-            c = flat(planned(base, options.minutes, words, name)["primary"])
-        predicted = {n: c[n] for n in PREDICTED}
-        run = {
-            "name": name,
-            "shape": f"{c['depth']} x {c['model_dim']}",
-            "predicted": predicted,
-            "measured": trained(base, name),
-        }
-        trial["runs"].append(run)
-        report(trial)
-        trials.RESULTS.mkdir(exist_ok=True)
-        (trials.RESULTS / "plan_trial.json").write_text(
-            json.dumps(trial, indent=1) + "\n", encoding="utf-8"
-        )
-        picture(trial, trials.REPO / "dev" / "plan_trial.png")
+    if "prose" in options.data and not options.texts:
+        parser.error("--data prose also needs --texts DIR")
+    for minutes in options.minutes:
+        for data in options.data:
+            base, vocabulary = (options.base / data).resolve(), VOCABULARY[data]
+            words = trials.prepared(data, options.texts, base, vocabulary)
+            planned = plan(base, data, ["--data", *words, f"--vocab={vocabulary}"], minutes)
+            for row in planned if not options.plan_only else ():
+                train(base, row, options.by, options.seed)
+                report()
+    report()
 
 
 if __name__ == "__main__":

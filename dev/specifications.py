@@ -10,7 +10,7 @@ from typing import Any
 from nanochat.base.common import columns, human
 from nanochat.plan import memory
 from nanochat.plan.arch import PARTS, figures
-from nanochat.plan.machine import GIB
+from nanochat.plan.machine import GIB, named
 from nanochat.plan.shapes import SizeKnobs
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "model_specifications.md"
@@ -28,8 +28,8 @@ def specifications() -> str:
         config = SizeKnobs(**given).config()
         f = figures(config)
         flags = " ".join(f"--{flag}={value}" for flag, value in given.items() if flag != "vocab")
-        how = {"dtype": "bfloat16", "device_type": "cuda", "compiled": True}
-        needed = memory.predict(config, ROWS, config.sequence_len, **how)["total"]
+
+        needed = memory.predict(config, ROWS, config.sequence_len, named("H100"), True)["total"]
         size = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
         training = human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}"
         counted = (f"{f[part]:,}" for part in PARTS)

@@ -18,14 +18,16 @@ RESULTS = REPO / "dev" / "results"
 RECORDS = "conditions.json", "runs.jsonl", "results.json"  # of a comparison
 
 
-def command_line(about: str, folder: str, names: Sequence[str]) -> argparse.ArgumentParser:
+def command_line(
+    about: str, folder: str, names: Sequence[str], needs_texts: bool = True
+) -> argparse.ArgumentParser:
     """The options that experiments share; with `names`, also those of comparisons."""
     parser = argparse.ArgumentParser(description=about.split("\n\n")[0], allow_abbrev=False)
     cache = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
     parser.add_argument(
         "--texts",
         type=Path,
-        required=True,
+        required=needs_texts,
         help="folder with wikipedia/, books/, reddit/ and dialog/",
     )
     parser.add_argument(
@@ -72,16 +74,18 @@ def run(words: Sequence[str], base: Path) -> None:
         sys.exit(done.returncode)
 
 
-def prepared(corpus: str, texts: Path, base: Path, vocab_size: int) -> list[str]:
+def prepared(corpus: str, texts: Path | None, base: Path, vocab_size: int) -> list[str]:
     """
     The words of --data for a corpus, with paths from the base folder on, so that no path of a
     machine gets into results; makes the tokenizer and the token shards. A corpus is prose, code,
-    tables (invented), dialogues (all of them) or slots (those that serve a task).
+    tables (invented), dialogues (all of them), slots (those that serve a task) or tinyworld.
     """
     base.mkdir(parents=True, exist_ok=True)
-    if corpus == "prose":
+    if corpus == "tinyworld" or texts is None:
+        data = [corpus]
+    elif corpus == "prose":
         if not (base / "texts").exists():
-            (base / "texts").symlink_to(texts, target_is_directory=True)
+            (base / "texts").symlink_to(texts.resolve(), target_is_directory=True)
         data = [
             f"{name}=texts/{name}:{weight}"
             for name, weight in (("wikipedia", 0.45), ("books", 0.40), ("reddit", 0.15))

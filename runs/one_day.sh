@@ -68,7 +68,7 @@ resumable "$out"
 # What to fetch follows from the plan, which stops here if disk, memory or text do not suffice. It is fixed at the first start.
 [ -e "$out/settled" ] || {
     say "plan"
-    settled=$(python -m scripts.plan day "${asked[@]}" --shell --check) || exit
+    settled=$(python -m scripts.plan day "${asked[@]}" --shell) || exit
     printf '%s\n' "$settled" >"$out/settled"
 }
 source "$out/settled" # shards, vocab, web, text

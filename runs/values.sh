@@ -50,6 +50,6 @@ planned_run() {
         more=("${@:2}")
         exec python -m scripts.plan day "${flags[@]}" --script="runs/$script" ${more[@]+"${more[@]}"}
     fi
-    settled=$(python -m scripts.plan day "${flags[@]}" --script="runs/$script" --shell --check) || exit
+    settled=$(python -m scripts.plan day "${flags[@]}" --script="runs/$script" --shell) || exit
     eval "$settled"
 }

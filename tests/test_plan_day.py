@@ -12,7 +12,7 @@ import pytest
 from nanochat.base import knobs
 from nanochat.base.common import UserError
 from nanochat.commands import plan
-from nanochat.plan import day, machine
+from nanochat.plan import day
 from nanochat.plan.shapes import SizeKnobs, counts
 from nanochat.train.scaling import (
     LEAST_FOR_PILOT,
@@ -58,8 +58,10 @@ def test_a_day_on_a_card(capsys, tmp_path):
 def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
     sources = [f"own={tmp_path / name}:0.5#{{title}} {{body}}", "tinyworld:0.5"]
-    knobs = day.DayKnobs(minutes=20, data=tuple(sources))
-    lines = day.commands(knobs, {"vocabulary": 4096, "web": ""}, "runs/one_day.sh")
+    knobs = day.DayKnobs(minutes=20, data=tuple(sources), vocab=4096)
+    chosen = SimpleNamespace(primary=None)
+    plan = SimpleNamespace(knobs=knobs, needs={"web": ""}, choice=chosen)
+    lines = day.commands(plan, "runs/one_day.sh")
     typed = [shlex.split(line) for line in lines]
     assert sum(words.count(sources[0]) for words in typed) == 3
     assert str(tmp_path / name / "plan" / "recipe.toml") in typed[3]
@@ -92,7 +94,7 @@ def test_what_a_shell_reads(capsys):
 
 def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    words = ["day", "--hours=24", *CARD, "--check"]
+    words = ["day", "--hours=24", *CARD, "--shell"]
     with pytest.raises(UserError, match=r"needs \d.*GB of disk at its peak, and .* has 1GB free"):
         plan.main(words)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
@@ -120,8 +122,8 @@ def test_what_is_refused(words, says):
 def test_repeated_text_is_counted(tmp_path):
     (tmp_path / "a.txt").write_text("some words here " * 100_000)
     words = ["--hours=1", *CARD, "--vocab=4096"]
-    values = knobs.parse(day.PageKnobs, [*words, "--data", str(tmp_path)], command="plan day")[0]
-    _, text = day.settled(values, machine.of_card("rtx4090"))
+    values = knobs.parse(day.DayKnobs, [*words, "--data", str(tmp_path)], command="plan day")[0]
+    text = day.planned(values).text
     assert text == [(1.0, pytest.approx(1.6e6 / bytes_per_token(4096)))]
     once = plan.main(["day", *words, "--data", "fineweb-edu"])["chosen"]
     often = plan.main(["day", *words, "--data", str(tmp_path)])
@@ -132,8 +134,8 @@ def test_repeated_text_is_counted(tmp_path):
 
 
 def test_better_models_get_better_words():
-    words = [day.in_words(bpb)[0] for bpb in (0.7, 0.8, 0.9, 1.2, 1.6, 2.0, 3.0)]
-    assert len(set(words)) == 7 and "GPT-2 124M" in day.in_words(0.95)[0]
+    words = [day.in_words(bpb) for bpb in (0.7, 0.8, 0.9, 1.2, 1.6, 2.0, 3.0)]
+    assert len(set(words)) == 7 and "GPT-2 124M" in day.in_words(0.95)
 
 
 # ---- the rules that page, recipe and scripts share

@@ -35,17 +35,11 @@ def fast(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "predict", predict)
 
 
-def predict(config, rows, sequence_len, *, margin=None, **how):
-    tensors = (
-        16 * shapes.counts(config)["total"]
-        + 60 * rows * sequence_len * config.n_layer * config.n_embd
-    )
-    return {
-        **dict.fromkeys(("weights", "gradients", "optimizer"), tensors // 4),
-        "allocated": tensors,
-        "total": tensors
-        + (margin.context + margin.fragmentation * tensors if margin else GIB // 2),
-    }
+def predict(config, rows, T, target, compiled):
+    tensors = 16 * shapes.counts(config)["total"] + 60 * rows * T * config.n_layer * config.n_embd
+    state = dict.fromkeys(("weights", "gradients", "optimizer"), tensors // 4)
+    total = tensors + GIB // 2 + (target.memory_gap or 0)
+    return {**state, "allocated": tensors, "total": total}
 
 
 def ask(*words: str) -> recipe.RecipeKnobs:
@@ -77,46 +71,52 @@ def test_the_law_gives_its_ladder_back():
     assert pytest.approx((ladder_flops[0], ladder_flops[-1]), abs=1e-4) == (law.LOW, law.HIGH)
     for n, d, bpb in fitting["LADDER"]:
         assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.005)
-        assert fitted.best(6 * n * d)[0] == pytest.approx(n, rel=0.3), f"the optimum at {n:g}"
+        around = (0.7, 1.0, 1.4)
+        ends = [fitted.bpb(n * x, d / x) for x in around]
+        assert min(ends) > 0.998 * fitted.bpb(n, d), f"the optimum at {n:g}"
     assert 0 < fitted.floor < 0.8 and 0.1 < fitted.a < 0.5 and 0.1 < fitted.b < 0.5
     for n, d, bpb in fitting["MEASURED"]:
         assert fitted.bpb(n, d) == pytest.approx(bpb, rel=0.03)
 
 
-@given(flops=st.floats(1e12, 1e22))
-def test_the_best_size_is_best(flops):
-    fitted = law.Law()
-    n, d = fitted.best(flops)
-    assert 6 * n * d == pytest.approx(flops)
-    assert fitted.bpb(n, d) <= min(fitted.bpb(n * x, d / x) for x in (0.7, 0.97, 1.03, 1.4))
-
-
 def test_the_law_is_surest_where_it_was_measured():
     fitted = law.Law()
-    widths = [
-        hi / lo
-        for _, lo, hi in (fitted.interval(*fitted.best(c)) for c in (3e18, 1e17, 1e16, 1e14, 1e12))
-    ]
-    assert (
-        widths == sorted(widths) and widths[0] < 1.06 and widths[3] < 1.15 and len(set(widths)) == 5
-    )
-    middle, lo, hi = fitted.interval(
-        3.1e6, 4.6e6
-    )  # depth 4, width 256: ten minutes of real text on two cores: 1.84 to 1.87 (dev/LOG.md)
-    assert lo < 1.84 < 1.87 < hi and 1.7 < middle < 1.9
-    moved = fitted.moved(1e8, 1e9, (0.5, 0.49, 0.52))
-    assert moved.interval(1e8, 1e9) == pytest.approx((0.5, 0.49, 0.52))
-    assert moved.bpb(1e7, 1e8) / fitted.bpb(1e7, 1e8) == pytest.approx(0.5 / fitted.bpb(1e8, 1e9))
-    assert moved.moved(1e8, 1e9, (0.6, 0.5, 0.7)).interval(1e8, 1e9) == pytest.approx(
-        (0.6, 0.5, 0.7)
-    ), "and once more"
+    sizes = [(2e8, 2.5e9), (5e7, 3e8), (1e7, 1e8), (2e6, 8e6), (2e5, 8e5)]
+    errors = [fitted.error(n, d) for n, d in sizes]
+    assert errors == sorted(errors) and errors[0] < 0.02 and errors[3] < 0.05
+    # depth 4, width 256: ten minutes of real text on two cores: 1.84 to 1.87 (dev/LOG.md)
+    middle, width = fitted.bpb(3.1e6, 4.6e6), math.exp(law.Z90 * fitted.error(3.1e6, 4.6e6))
+    assert middle / width < 1.84 < 1.87 < middle * width and 1.7 < middle < 1.9
+
+
+def test_a_pilot_moves_the_law_and_makes_it_surer():
+    fitted = law.Law()
+    moved = fitted.moved(1e6, 1e6, 2.5)
+    assert moved.bpb(1e6, 1e6) == pytest.approx(2.5)
+    ratios = [moved.bpb(n, d) / fitted.bpb(n, d) for n, d in ((1e6, 1e6), (1e6, 1e8), (3e6, 1e7))]
+    assert ratios == pytest.approx([ratios[0]] * 3)
+    errors = [moved.error(1e6, d) for d in (1e6, 1e7, 1e8)]
+    assert errors == sorted(errors) and errors[1] < fitted.error(1e6, 1e7)
+    assert moved.moved(1e6, 1e7, 1.9).bpb(1e6, 1e7) == pytest.approx(1.9), "and once more"
+
+
+def test_a_pilot_predicts_the_longer_runs_that_were_made():
+    """The runs of the law, in pairs of similar models: 90 % intervals from the shorter one."""
+    runs = runpy.run_path(str(FITTING))["MEASURED"]
+    hits = []
+    for n, d, bpb in runs:
+        for n2, d2, bpb2 in runs:
+            if abs(math.log(n / n2)) < 0.5 and d < d2:
+                moved = law.Law().moved(n, d, bpb)
+                error = abs(math.log(moved.bpb(n2, d2) / bpb2))
+                hits.append(error <= law.Z90 * moved.error(n2, d2))
+    assert len(hits) == 24 and sum(hits) >= 21
 
 
 @given(n=st.floats(1e6, 1e9), d=st.floats(1e6, 1e11))
 def test_more_tokens_leave_less_to_remove(n, d):
     fitted = law.Law()
     assert fitted.bpb(n, 2 * d) < fitted.bpb(n, d)
-    assert 0 < fitted.share(n, d) < fitted.share(n, 2 * d) < 1
 
 
 def test_repeated_text_is_worth_less():
@@ -162,15 +162,15 @@ def test_a_day_on_a_4090():
     card = day.planned_machine(k)
     assert (card.name, card.dtype, card.memory_bytes) == ("RTX 4090", "bfloat16", 24 * GIB)
     result = choice.choose(k, card, law.Law())
-    first, second = result.primary, result.fallback
+    first, second = result.primary, result.smaller
     assert 12 <= first.config.n_layer <= 20 and first.config.sequence_len == 2048, (
         "band B of what users report"
     )
     assert [T for _, T in first.contexts] == [512, 1024, 2048]
-    assert 0.75 < first.bpb[0] < 0.9 and first.memory_bytes < 24 * GIB
+    assert 0.75 < first.bpb[0] < 0.9 and first.memory["total"] < 24 * GIB
     assert second is not None and second.size <= 2 / 3 * first.size
     assert result.larger is not None and result.larger.size >= 1.5 * first.size
-    assert all(c.why for c in result.candidates if c.memory_bytes > 24 * GIB)
+    assert all(c.why for c in result.candidates if c.memory["total"] > 24 * GIB)
     base = recipe.tables(k, first)["base_train"]
     assert base["context_stages"] == ("512@0", "1024@0.6", "2048@0.9") and base[
         "max_minutes"
@@ -204,9 +204,9 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
         machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device),
     )
     result = choice.choose(k, m, law.Law())
-    for c in filter(None, (result.primary, result.fallback)):
+    for c in filter(None, (result.primary, result.smaller)):
         assert (
-            c.memory_bytes <= m.memory_bytes
+            c.memory["total"] <= m.memory_bytes
             and c.device_batch_size * c.config.sequence_len <= c.total_batch_size
             and c.total_batch_size % c.config.sequence_len == 0
         )
@@ -257,7 +257,7 @@ def test_what_is_given_is_kept():
         "data": ("a=x:1", "b=y:2"),
     }
     assert {n: base.get(n) for n in wanted} == wanted and "context_stages" not in base
-    assert result.fallback is None
+    assert result.smaller is None
 
 
 def test_rows_are_halved_until_they_fit():
@@ -268,7 +268,7 @@ def test_rows_are_halved_until_they_fit():
     assert (
         narrow.device_batch_size < roomy.device_batch_size
         and narrow.total_batch_size == roomy.total_batch_size
-        and narrow.memory_bytes <= 8 * GIB < roomy.memory_bytes
+        and narrow.memory["total"] <= 8 * GIB < roomy.memory["total"]
     )
 
 
@@ -279,38 +279,17 @@ def test_a_pilot_moves_the_plan():
     slow = choice.choose(
         k,
         machine(factor=0.3),
-        fitted.moved(before.size, before.tokens, (worse, 0.99 * worse, 1.01 * worse)),
+        fitted.moved(before.size, before.tokens, worse),
     ).primary
     assert (
         slow.speed.tok_per_sec < before.speed.tok_per_sec * 1.5
         and slow.size < before.size
         and slow.bpb[0] > 1.1 * before.bpb[0]
     )
-    others = [
-        c.shape
-        for c in choice.choose(k, machine(), fitted).candidates
-        if c.memory_bytes and c.why != "chosen"
-    ]
+    others = [c.shape for c in choice.choose(k, machine(), fitted).candidates if not c.why]
     kept = choice.choose(k, machine(), fitted, kept=others[0]).primary
     assert kept.shape == others[0], "what was tried stays where nothing is a hundredth better"
-    assert choice.choose(k, machine(memory_gap=5 * GIB), fitted).primary.memory_bytes > 5 * GIB
-
-
-def test_a_probe_says_what_the_card_holds_beside_tensors():
-    k = ask("--hours=24", "--depth=4", "--vocab=8192")
-    held = {
-        n: {"peak_memory_bytes": n, "pool_bytes": 1.1 * n, "card_bytes": 1.1 * n + 0.7e9}
-        for n in (1e9, 2e9)
-    }
-    points = [point(2, 8) | held[1e9], point(4, 8) | held[2e9]]
-    seen, gpu = (
-        choice.MemoryModel(machine(points=p, memory_gap=0.0), points[0]["compiled"])
-        for p in (tuple(points), ())
-    )
-    config = choice.choose(k, machine(), law.Law()).primary.config
-    _, tensors = seen.predict(config, 8, 1)
-    assert seen.predict(config, 8, 1)[0] == pytest.approx(1.1 * tensors + 0.7e9)
-    assert gpu.margin is None and gpu.predict(config, 8, 1)[0] == tensors + GIB // 2
+    assert choice.choose(k, machine(memory_gap=5 * GIB), fitted).primary.memory["total"] > 5 * GIB
 
 
 def test_a_probe_decides_the_rows(tmp_path):
@@ -350,9 +329,9 @@ def test_a_probe_decides_the_rows(tmp_path):
         (
             ("--hours=24",),
             {"memory_bytes": GIB / 8},
-            "Card has too little memory .* needs .* GiB with 1 rows at a time. Try",
+            "Card has too little memory: .* needs .* GiB with 1 rows at a time. Try",
         ),
-        (("--hours=24", "--depth=40"), {}, "Card has too little memory .* depth 40"),
+        (("--hours=24", "--depth=40"), {}, "Card has too little memory: .* depth 40"),
     ],
 )
 def test_budgets_that_do_not_work(words, more, says):
@@ -460,7 +439,7 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
             json.dumps({"machine": card_fields, "points": [point(d, 8) for d in (2, 4)]})
         )
 
-    monkeypatch.setattr(machines, "here", lambda *a: machine(**card_fields))
+    monkeypatch.setattr(machines, "in_process", lambda spec: card_fields)
     monkeypatch.setattr(probe, "run", probed)
     result = recipe.run(
         ask(
@@ -478,7 +457,7 @@ def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
         and "What you get" in output
         and result["recipe"] == str(tmp_path / "plan" / "recipe.toml")
     )
-    for name in ("recipe.toml", "recipe-fallback.toml"):
+    for name in ("recipe.toml",):
         for command, cls in {
             "base_train": base_train.PretrainKnobs,
             "mid_train": mid_train.MidtrainKnobs,
@@ -528,12 +507,8 @@ def test_what_is_planned_reaches_gguf_unless_the_user_says_otherwise(capsys):
 
 def test_a_recipe_of_stages_parses(tmp_path):
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
-    whole = recipe.write(
-        k,
-        day.planned_machine(k),
-        choice.choose(k, day.planned_machine(k), law.Law()),
-        law.Law(),
-    )
+    plan = day.planned(k)
+    whole = recipe.write(plan, plan.choice, law.Law())
     read, _ = knobs.parse(
         base_train.PretrainKnobs, ["--recipe", whole["recipe"]], command="base_train"
     )

@@ -160,7 +160,7 @@ def test_a_plan_that_does_not_suffice_stops_before_anything_starts(
 ):
     file = checkout() / "runs" / script
     made = run(file, *words_of(script), base=tmp_path / "b", status=2, REFUSE="1")
-    assert list(made) == ["day"] and "--check" in made["day"]
+    assert list(made) == ["day"] and "--shell" in made["day"]
     again = run(file, *words_of(script), base=tmp_path / "c")
     if script != "english_chat.sh":
         assert again["dataset"][again["dataset"].index("-n") + 1] == "7", "what the plan needs"

@@ -21,23 +21,14 @@ from nanochat.base import knobs
 from nanochat.base.commands import near, summary
 from nanochat.base.common import UserError, base_dir, entry, print0
 
-SUBCOMMANDS = {  # name -> (its module, its class of knobs), in the order of use
-    "day": ("nanochat.plan.day", "PageKnobs"),
-    "arch": ("nanochat.plan.arch", "ArchKnobs"),
-    "memory": ("nanochat.plan.memory", "MemoryKnobs"),
-    "probe": ("nanochat.plan.probe", "ProbeKnobs"),
-    "recipe": ("nanochat.plan.recipe", "RecipeKnobs"),
-    "pilot": ("nanochat.plan.pilot", "PilotKnobs"),
-}
+# In the order of use: plan NAME is nanochat/plan/NAME.py, whose knobs are NameKnobs.
+SUBCOMMANDS = ("day", "arch", "memory", "probe", "recipe", "pilot")
 
 
 def commands() -> dict[str, tuple[str, str]]:
     """Subcommand -> (its module, what it does in a sentence), read without importing it."""
-    folder = Path(__file__).parent.parent / "plan"
-    return {
-        name: (module, summary(folder / f"{module.rpartition('.')[2]}.py"))
-        for name, (module, _) in SUBCOMMANDS.items()
-    }
+    plan = Path(__file__).parent.parent / "plan"
+    return {name: (f"nanochat.plan.{name}", summary(plan / f"{name}.py")) for name in SUBCOMMANDS}
 
 
 def exports_to(config: dict[str, Any]) -> str:
@@ -67,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"plan has no subcommand {name!r}{near(name, SUBCOMMANDS)}: choose "
             f"{', '.join(SUBCOMMANDS)}"
         )
-    path, class_name = SUBCOMMANDS[name]
-    module = importlib.import_module(path)
-    values, _ = knobs.parse(getattr(module, class_name), flags, command=f"plan {name}")
+    module = importlib.import_module(f"nanochat.plan.{name}")
+    asked = getattr(module, f"{name.title()}Knobs")
+    values, _ = knobs.parse(asked, flags, command=f"plan {name}")
     # With --json nothing else may go to standard output.
     with redirect_stdout(sys.stderr) if values.json else nullcontext():
         report = module.run(values)

@@ -12,23 +12,14 @@ model comes within a tenth of is refused.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanochat.base.common import UserError, columns, duration, human, notice, print0
+from nanochat.base.common import UserError, columns, human, print0
 from nanochat.base.knobs import knob
 from nanochat.model.config import LARGEST, GPTConfig
-from nanochat.plan import memory
-from nanochat.plan.machine import GIB, of_card
-from nanochat.plan.shapes import (
-    FEWEST_HEADS,
-    SizeKnobs,
-    counts,
-    flops_per_token,
-    model_of,
-)
-from nanochat.plan.speed import tokens_per_second
-from nanochat.train.scaling import batch_for
+from nanochat.plan import day
+from nanochat.plan.shapes import SizeKnobs, counts, flops_per_token, model_of, usual_head
 
 TOLERANCE = 0.1  # how far from the wanted number of parameters a shape may be
 PARTS = ("embedding", "transformer", "head", "total")
@@ -45,11 +36,8 @@ class ArchKnobs(SizeKnobs):
         "default: the width follows aspect_ratio",
     )
     tokens_per_param: float = knob(20.0, "training tokens per parameter", low=0.01)
-    gpu: str = knob("", "estimate the time on this GPU, for example rtx4090")
+    gpu: str = knob("", "also show what plan day says of the run on this GPU, for example rtx4090")
     gpus: int = knob(1, "number of GPUs", low=1)
-    device_batch_size: int = knob(
-        32, "rows of a micro-batch on one GPU, to predict its memory", low=1
-    )
     json: bool = knob(False, "print only JSON")
 
 
@@ -66,12 +54,10 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
 
     def cost(config: GPTConfig) -> float:
         n = counts(config)
+        misplaced = abs(math.log2(config.n_embd / config.n_layer / knobs.aspect_ratio)) / 10
         if shares:
             pairs = zip(PARTS, shares, strict=False)
             misplaced = sum(abs(n[part] / n["total"] - share) for part, share in pairs) / 2
-        else:
-            aspect = config.n_embd / config.n_layer
-            misplaced = abs(math.log2(aspect / knobs.aspect_ratio)) / 10
         return abs(math.log(n["total"] / params)) + misplaced
 
     near = [
@@ -79,125 +65,67 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
         for config in _around(knobs, params)
         if abs(counts(config)["total"] / params - 1) <= TOLERANCE
     ]
-    if not near:
-        raise UserError(
-            f"no model with these flags has about {human(params)} parameters: {_smallest(knobs)}"
-        )
-    return sorted(near, key=cost)
-
-
-def _around(knobs: SizeKnobs, params: float) -> Iterator[GPTConfig]:
-    """The depths around `params` for every width whose single layer is not too large."""
-    unit = knobs.head_dim or 64
-    widths = [knobs.model_dim] if knobs.model_dim else range(unit, 1 << 20, unit)
-    for width in widths:
-        one_layer = _of_width(knobs, width, 1)
-        n = counts(one_layer)
-        if n["total"] > params * (1 + TOLERANCE):
-            return
-        exact = (params - n["total"]) / n["transformer"] + 1
-        depths = {max(1, math.floor(exact)), max(1, math.ceil(exact))}
-        for depth in [knobs.depth] if knobs.depth else depths:
-            if depth <= LARGEST["n_layer"]:
-                yield replace(one_layer, n_layer=depth)
-
-
-def _of_width(knobs: SizeKnobs, width: int, depth: int) -> GPTConfig:
-    wide = width % 128 == 0 and width // 128 >= FEWEST_HEADS
-    head_dim = knobs.head_dim or (128 if wide else 64)
-    return knobs.config(depth=depth, model_dim=width, head_dim=head_dim)
-
-
-def _smallest(knobs: SizeKnobs) -> str:
-    width = knobs.model_dim or knobs.head_dim or 64
-    n = counts(_of_width(knobs, width, knobs.depth or 1))
-    tables = human(n["embedding"] + n["head"])
+    if near:
+        return sorted(near, key=cost)
+    n = counts(_of_width(knobs, knobs.model_dim or knobs.head_dim or 64, knobs.depth or 1))
     tie = "" if knobs.tie_embeddings else ", or --tie_embeddings"
-    return (
-        f"the smallest has {human(n['total'])}, {tables} of them in tables for "
+    raise UserError(
+        f"no model with these flags has about {human(params)} parameters: the smallest has "
+        f"{human(n['total'])}, {human(n['embedding'] + n['head'])} of them in tables for "
         f"{knobs.vocab:,} tokens; try other --params, a smaller --vocab{tie}"
     )
 
 
+def _around(knobs: SizeKnobs, params: float) -> Iterator[GPTConfig]:
+    """The depths around `params` for every width whose single layer is not too large."""
+    widths = [
+        w for w in range(64, LARGEST["n_embd"], 64) if w % (knobs.head_dim or usual_head(w)) == 0
+    ]
+    for width in [knobs.model_dim] if knobs.model_dim else widths:
+        n = counts(_of_width(knobs, width, 1))
+        if n["total"] > params * (1 + TOLERANCE):
+            return
+        below = max(0, math.floor((params - n["total"]) / n["transformer"])) + 1
+        for depth in [knobs.depth] if knobs.depth else (below, below + 1):
+            if depth <= LARGEST["n_layer"]:
+                yield _of_width(knobs, width, depth)
+
+
+def _of_width(knobs: SizeKnobs, width: int, depth: int) -> GPTConfig:
+    return knobs.config(depth=depth, model_dim=width, head_dim=knobs.head_dim or usual_head(width))
+
+
 def parse_number(text: str) -> float:
     """'38M' -> 38e6; decimal units k, M, G (or B), T."""
-    digits = text.strip().replace(",", "").replace("_", "")
-    match = re.fullmatch(r"(\d*\.?\d+(?:e\d+)?)\s*([kmgbt]?)", digits, re.IGNORECASE)
+    match = re.fullmatch(r"(\d*\.?\d+(?:e\d+)?) ?([kmgbt]?)", re.sub("[,_]", "", text.lower()))
     if not match or not float(match[1]):
         raise UserError(f"--params takes a number such as 38M or 1.2G, not {text!r}")
-    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-    return float(match[1]) * units[match[2].lower()]
+    return float(match[1]) * 1000 ** " kmgt".index(match[2].replace("b", "g") or " ")
 
 
-def parse_shares(text: str, tied: bool) -> tuple[float, ...]:
-    """'1:1:1' -> (1/3, 1/3, 1/3), of embedding, layers and head; a tied model has no head."""
-    parts = text.split(":")
-    valid = all(re.fullmatch(r"\d*\.?\d+", p) and float(p) > 0 for p in parts)
-    if len(parts) != (2 if tied else 3) or not valid:
-        tied_form = "embedding:layers of a tied model, for example 1:1"
-        form = tied_form if tied else "embedding:layers:head, for example 1:1:1"
-        raise UserError(f"--split takes {form}, not {text!r}")
-    values = [float(p) for p in parts]
-    return tuple(value / sum(values) for value in values)
+def parse_shares(text: str, tied: bool) -> list[float]:
+    """'1:1:1' -> a third each, of embedding, layers and head; a tied model has no head."""
+    values = [float(p) for p in text.split(":") if re.fullmatch(r"\d*\.?\d+", p) and float(p)]
+    if not len(values) == text.count(":") + 1 == 3 - tied:
+        form = "embedding:layers of a tied model" if tied else "embedding:layers:head"
+        raise UserError(f"--split takes {form}, for example {'1:1:1'[2 * tied :]}, not {text!r}")
+    return [value / sum(values) for value in values]
 
 
 # figures and prices
 
 
-def kv_bytes(config: GPTConfig) -> int:
-    """Bytes of keys and values per token in the context, in bf16."""
-    cache = model_of(config).new_cache(1, 1)
-    return (cache.k.nbytes + cache.v.nbytes) // cache.k.size(3)
-
-
 def figures(config: GPTConfig, tokens_per_param: float = 20.0) -> dict[str, Any]:
     """What a model is and what its training takes: parameters, FLOPs, tokens, bytes of cache."""
     n, per_token = counts(config), flops_per_token(config)
-    tokens = round(tokens_per_param * n["total"])
+    tokens, cache = round(tokens_per_param * n["total"]), model_of(config).new_cache(1, 1)
     return {
         **n,
         "flops_per_token": per_token,
         "tokens": tokens,
         "flops": per_token * tokens,
-        "kv_bytes_per_token": kv_bytes(config),
+        "kv_bytes_per_token": (cache.k.nbytes + cache.v.nbytes) // cache.k.size(3),  # in bf16
     }
-
-
-def price(knobs: ArchKnobs, config: GPTConfig, tokens: int) -> dict[str, Any]:
-    """Hours and memory on the named cards; a device batch that does not fit is halved."""
-    card = replace(of_card(knobs.gpu), gpus=knobs.gpus)
-    how = {"dtype": card.dtype, "device_type": card.device_type, "compiled": card.compiler}
-    rows, available, T = knobs.device_batch_size, f"{card.memory_bytes / GIB:g} GB", 0
-    while True:
-        T = config.sequence_len
-        needed = memory.predict(config, rows, T, world_size=knobs.gpus, **how)["total"]
-        if needed <= card.memory_bytes:
-            break
-        size = f"{rows} rows of {T} need {needed / GIB:.1f} of {available}"
-        if rows == 1:
-            raise UserError(
-                f"this model does not fit the {card.name}: {size}; choose a smaller --depth, "
-                "--vocab or --sequence_len"
-            )
-        notice(f"{size}: trying {rows // 2}")
-        rows //= 2
-    batch = max(batch_for(tokens), knobs.gpus * rows * T)
-    rates = tokens_per_second(config, rows, T, batch, card)
-    hours, most, least = (tokens / rate / 3600 for rate in rates)
-    print0(
-        f"  on {knobs.gpus} x {card.name}: {duration(hours * 3600)} of pretraining "
-        f"({duration(least * 3600)} to {duration(most * 3600)}) at {rates.tok_per_sec:,.0f} tok/s\n"
-        f"  --device_batch_size={rows}, context {T}: {needed / GIB:.1f} of {available} per card"
-    )
-    priced = {"gpu": card.name, "gpus": knobs.gpus, "hours": hours, "hours_interval": (least, most)}
-    return {**priced, "device_batch_size": rows, "memory_bytes": needed}
-
-
-def _counted(n: dict[str, int]) -> Iterator[str]:
-    return (f"{n[part]:,}" for part in PARTS)
-
-
-# the command
 
 
 def run(knobs: ArchKnobs) -> dict[str, Any]:
@@ -210,12 +138,12 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
         )
     if knobs.gpus > 1 and not knobs.gpu:
         raise UserError(f"--gpus={knobs.gpus} also needs the name of the GPU: add --gpu NAME")
-    config, *others = _chosen(knobs)
+    config, others = knobs.config(), []
+    if knobs.params:
+        shares = parse_shares(knobs.split, knobs.tie_embeddings) if knobs.split else ()
+        config, *others = nearest(knobs, parse_number(knobs.params), shares)[:6]
     report = {"config": asdict(config), **figures(config, knobs.tokens_per_param)}
-    report["alternatives"] = [
-        {name: getattr(other, name) for name in ("n_layer", "n_embd", "head_dim")} | counts(other)
-        for other in others
-    ]
+    report["alternatives"] = [asdict(other) | counts(other) for other in others]
     print0(table_of_counts(model_of(config)))
     print0(
         f"  {human(report['tokens'])} tokens at {knobs.tokens_per_param:g} per parameter: "
@@ -223,23 +151,14 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
         f"per token\n  {_flags(config)}"
     )
     if others:
-        rows = [(_flags(other), *_counted(counts(other))) for other in others]
+        rows = [(_flags(c), *(f"{counts(c)[part]:,}" for part in PARTS)) for c in others]
         print0("\n" + columns(("nearby", *PARTS), rows))
     if knobs.gpu:
-        report["run"] = price(knobs, config, report["tokens"])
+        size = {name: getattr(knobs, name) for name in vars(SizeKnobs())}
+        size |= {"depth": config.n_layer, "model_dim": config.n_embd, "head_dim": config.head_dim}
+        cards = {"gpu": knobs.gpu, "gpus": knobs.gpus, "tokens": report["tokens"]}
+        report["run"] = day.run(day.DayKnobs(**size, **cards))
     return report
-
-
-def _chosen(knobs: ArchKnobs) -> list[GPTConfig]:
-    """The model that the flags ask for, and up to five others of its size."""
-    if knobs.params:
-        shares = parse_shares(knobs.split, knobs.tie_embeddings) if knobs.split else ()
-        return nearest(knobs, parse_number(knobs.params), shares)[:6]
-    config = knobs.config()
-    like = replace(knobs, depth=0, model_dim=0, aspect_ratio=config.n_embd / config.n_layer)
-    near = nearest(like, counts(config)["total"])
-    others = [c for c in near if (c.n_layer, c.n_embd) != (config.n_layer, config.n_embd)]
-    return [config, *others[:5]]
 
 
 def _flags(config: GPTConfig) -> str:

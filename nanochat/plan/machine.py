@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Machine:
     points: tuple[dict[str, Any], ...] = ()
     source: str = ""  # where its speed comes from, in words
     factor: float = 1.0  # measured over predicted speed, from a pilot
-    memory_gap: float | None = None  # bytes measured above the count, from a pilot
+    memory_gap: float | None = None  # bytes measured above the count (memory.with_gap), or None
     compiler: bool = True  # whether torch.compile works on it
     bandwidth: float = 0.0  # bytes per second of the memory, 0 if not known
     watts: float = 0.0  # rated board power, 0 if not known
@@ -127,11 +127,27 @@ def load(path: Path | str) -> Machine:
 
 
 def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
-    """This machine, its peak measured now. UserError if its device cannot be used."""
+    """
+    This machine: with the points of the probe in the base folder if it was measured here, else with
+    its peak, measured now. UserError if its device cannot be used.
+    """
     measured = in_process({"device_type": device_type, "dtype": dtype})
     if "error" in measured:
         raise UserError(f"the speed of this machine cannot be measured: {measured['error']}")
-    return Machine(**measured, source="a share of the peak measured here")
+    this = Machine(**measured, source="a share of the peak measured here")
+    if (file := folder() / "probe.json").exists():
+        probed = load(file)
+        if all(getattr(probed, n) == measured[n] for n in ("name", "device_type", "dtype")):
+            return replace(probed, memory_bytes=this.memory_bytes)
+    return this
+
+
+def named(gpu: str = "", gpus: int = 1, dtype: str = "auto", device_type: str = "auto") -> Machine:
+    """The card of that name, or this machine without one; in the dtype that is asked for."""
+    if not gpu:
+        return here(device_type, dtype)
+    card = replace(of_card(gpu), gpus=gpus)
+    return card if dtype == "auto" else replace(card, dtype=dtype)
 
 
 def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:

@@ -47,14 +47,15 @@ def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
     Speed and peak memory of training: spec has config, rows, accumulation, compiled, device_type,
     dtype, seconds. A step takes accumulation x micro_ms + update_ms, both medians. On a GPU also
-    the bytes of the allocator's pool and of the whole card, with contexts and other processes.
-    {"error"} if memory runs out.
+    the bytes of the whole card, with contexts and other processes. {"error"} if memory runs out.
     """
     runtime = open_runtime(spec["device_type"], spec["dtype"])
     config = GPTConfig(**spec["config"])
-    tokens_per_step = spec["accumulation"] * spec["rows"] * config.sequence_len
     try:
         model = GPT.build(config, runtime.device, runtime.dtype)
+        model.init_weights(runtime.seed)
+        if spec["compiled"]:
+            model.compile()
         step = _training_step(model, spec, runtime)
         began = time.perf_counter()
         steps = [step()]
@@ -67,57 +68,48 @@ def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
         if not out_of_memory(e):
             raise
         return {"error": "out of memory"}
-    micro, update, _ = np.median(steps[WARMUP_STEPS:], axis=0).tolist()
+    micro, update = np.median(steps[WARMUP_STEPS:], axis=0).tolist()
     seconds = spec["accumulation"] * micro + update
-    return {
-        **_card_memory(runtime.device),
+    tokens_per_step = spec["accumulation"] * spec["rows"] * config.sequence_len
+    measured = {
         "micro_ms": 1e3 * micro,
         "update_ms": 1e3 * update,
         "step_ms": 1e3 * seconds,
         "tok_per_sec": tokens_per_step / seconds,
         "first_step_s": first_step,
         "peak_memory_bytes": runtime.peak_memory(),
-        "finite": bool(np.isfinite(np.array(steps)[:, 2]).all()),
         "flops_per_token": model.flops_per_token(),
         "parameters": model.counts()["total"],
     }
+    if runtime.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(runtime.device)
+        measured["card_bytes"] = total - free
+    return measured
 
 
 def _training_step(
     model: GPT, spec: Mapping[str, Any], runtime: Runtime
-) -> Callable[[], tuple[float, float, float]]:
-    """A step on random tokens; it returns (seconds of a micro-batch, of the update, loss)."""
-    model.init_weights(runtime.seed)
-    if spec["compiled"]:
-        model.compile()
+) -> Callable[[], tuple[float, float]]:
+    """A step on random tokens; it returns (seconds of a micro-batch, of the update)."""
     optimizer = make_optimizer(model, TrainKnobs(), runtime)
     size = spec["rows"], model.config.sequence_len + 1
     tokens = torch.randint(0, model.config.vocab_size, size, device=runtime.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def step() -> tuple[float, float, float]:
+    def step() -> tuple[float, float]:
         optimizer.zero_grad()
-        micro, loss = 0.0, torch.zeros(())
+        times = [0.0]
         for _ in range(min(2, spec["accumulation"])):  # the second adds to existing gradients
             runtime.synchronize()
-            began = time.perf_counter()
-            loss = model.loss(x, y) / y.numel()
-            loss.backward()
+            times.append(time.perf_counter())
+            (model.loss(x, y) / y.numel()).backward()
             runtime.synchronize()
-            micro = time.perf_counter() - began
-        began = time.perf_counter()
+        times.append(time.perf_counter())
         optimizer.step()
         runtime.synchronize()
-        return micro, time.perf_counter() - began, float(loss.detach())
+        return times[-1] - times[-2], time.perf_counter() - times[-1]
 
     return step
-
-
-def _card_memory(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    return {"pool_bytes": torch.cuda.max_memory_reserved(device), "card_bytes": total - free}
 
 
 def main() -> None:

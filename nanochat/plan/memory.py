@@ -5,16 +5,15 @@ Predict the memory of training by part, and which device batches fit a GPU or th
     nanochat plan memory --depth 4 --device_batch_sizes 8 16 32 --sequence_lens 512 1024
 
 Tensors are counted from the shape of the model and from what a layer is declared to keep; tests
-compare the count with real steps. A margin on top stands for the context, the compiler and the
-allocator: measured where there is a GPU, else from the runs named beside the figures. A row that
+compare the count with real steps. What no tensor shows (context, compiler, allocator) is taken from
+plan probe where it was run on the machine, else from the runs named beside the figures. A row that
 does not fit is marked; if none fits, that is an error.
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from statistics import median
+from statistics import fmean
 from typing import Any, Literal
 
 from nanochat.base.common import UserError, columns, notice, print0
@@ -24,24 +23,16 @@ from nanochat.plan import machine
 from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.shapes import SizeKnobs, counts
 
-
-@dataclass(frozen=True)
-class Margin:
-    """Bytes that no tensor shows: process and context, compiler, and the allocator's share."""
-
-    context: float
-    compile: float
-    fragmentation: float  # of what is allocated
-
-
-MARGINS = {
+# By kind of device: bytes of the process and its context, bytes of the compiler, and the
+# allocator's share of what is allocated.
+BESIDE = {
     # An RTX 3090's owner saw a context of 1-1.5 GB, 0.8 GB for the compiler's cache and 0.3 GB lost
     # to fragmentation at 17-23 GB.
-    "cuda": Margin(1.25e9, 0.8e9, 0.015),
-    "mps": Margin(0.5e9, 0.0, 0.05),  # not measured
+    "cuda": (1.25e9, 0.8e9, 0.015),
+    "mps": (0.5e9, 0.0, 0.05),  # not measured
     # Resident sizes of eight runs, within 7 %: malloc keeps what is freed
     # (runtime.keep_freed_memory), in pieces that often cannot be used again.
-    "cpu": Margin(0.4e9, 0.05e9, 0.65),
+    "cpu": (0.4e9, 0.05e9, 0.65),
 }
 
 
@@ -64,10 +55,6 @@ class MemoryKnobs(SizeKnobs):
         "auto", "precision of the computation"
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU")
-    micro_batches: int = knob(
-        2, "micro-batches per step; with 1, there are no gradients yet when activations peak", low=1
-    )
-    calibrate: bool = knob(True, "on a GPU of this machine, measure the margin with a short run")
     json: bool = knob(False, "print only JSON")
 
 
@@ -105,38 +92,28 @@ def kept_by_layer(
 
 
 def predict(
-    config: GPTConfig,
-    rows: int,
-    sequence_len: int,
-    *,
-    dtype: str,
-    device_type: str,
-    compiled: bool,
-    margin: Margin | None = None,
-    world_size: int = 1,
-    micro_batches: int = 2,
+    config: GPTConfig, rows: int, T: int, target: Machine, compiled: bool
 ) -> dict[str, int]:
     """
     Bytes that training takes on one device, by part. Weights, gradients and optimizer (its state)
-    stay; activations, loss, update (what an optimizer step needs beside its state) and evaluation
-    are those of different moments, so `allocated`, the peak of all tensors, is less than their sum.
-    total = allocated + context + compile + fragmentation.
+    stay; activations, loss and update (what an optimizer step needs beside its state) are those of
+    different moments, so `allocated`, the peak of all tensors, is less than their sum. `total` adds
+    what is beside the tensors (BESIDE) and what was measured above the count on this machine.
     """
     from nanochat.model.attention import QUERY_BLOCK
     from nanochat.model.loss import BLOCK_CHUNKS, CHUNK_ELEMENTS, COMPILED_ELEMENTS
 
-    cpu, size = device_type == "cpu", 4 if dtype == "float32" else 2
-    n, C, V, T = counts(config), config.n_embd, config.vocab_size, sequence_len
-    tokens, matrices = rows * T, n["transformer"]
-    tables = n["total"] - matrices
+    device, size = target.device_type, 4 if target.dtype == "float32" else 2
+    n, C, V = counts(config), config.n_embd, config.vocab_size
+    cpu, tokens, matrices = device == "cpu", rows * T, n["transformer"]
     layer = kept_by_layer(config, tokens, T, size, cpu, compiled)
-    activations = config.n_layer * layer + 3 * size * tokens * C + 16 * micro_batches * tokens
+    activations = config.n_layer * layer + 3 * size * tokens * C + 32 * tokens
     # The loss: the head's weights, the gradients of both factors, and chunks of logits.
-    most = CHUNK_ELEMENTS.get(device_type, 1 << 25)
+    most = CHUNK_ELEMENTS.get(device, 1 << 25)
     if compiled:
-        most = COMPILED_ELEMENTS.get(device_type, most)
+        most = COMPILED_ELEMENTS.get(device, most)
     chunk = min(most, tokens * V)
-    block = size * min(BLOCK_CHUNKS.get(device_type, 1) * chunk, tokens * V)
+    block = size * min(BLOCK_CHUNKS.get(device, 1) * chunk, tokens * V)
     copies = 12 if compiled else 16 if config.softcap else 8  # bytes per logit
     copies = size if compiled and not cpu else copies
     both = size * tokens * C + 4 * V * C
@@ -145,79 +122,54 @@ def predict(
     work = size * tokens * 2 * config.hidden
     if cpu:
         work = max(work, tokens * config.n_head * min(T, QUERY_BLOCK) * (4 + size))
-    kept = 4 * n["total"] if micro_batches > 1 else 4 * V * C
     backward = both + size * tokens * C + 4 * V * C + work
     # Muon's largest pool of matrices of one shape: on a GPU all at once.
     hidden = config.hidden * (2 if config.activation == "swiglu" else 1)
     pool = config.n_layer * C * max(2 * C + 2 * config.n_kv_head * config.head_dim, hidden)
-    update = pool * (4 + size if cpu else 20)
-    logits = 8 if config.softcap else 4
-    evaluation = size * tokens * (4 * C + 2 * config.hidden) + logits * chunk
-    if compiled and not cpu:  # the code of training, which keeps what training keeps
-        evaluation = activations + 2 * size * chunk
     parts = {
         "weights": 4 * n["total"],
         "gradients": 4 * n["total"],
-        "optimizer": (4 * matrices + 8 * tables) / world_size,
+        "optimizer": (4 * matrices + 8 * (n["total"] - matrices)) / target.gpus,
         "activations": activations,
         "loss": loss,
-        "update": update,
-        "evaluation": evaluation,
+        "update": pool * (4 + size if cpu else 20),
     }
-    peak = max(kept + activations + max(loss, backward), 4 * n["total"] + max(update, evaluation))
-    allocated = parts["weights"] + parts["optimizer"] + peak
-    margin = margin or MARGINS[device_type]
-    beside = {
-        "allocated": allocated,
-        "context": margin.context,
-        "compile": margin.compile if compiled else 0,
-        "fragmentation": margin.fragmentation * allocated,
-    }
-    every = parts | beside | {"total": sum(beside.values())}
+    stays = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    allocated = stays + max(activations + max(loss, backward), parts["update"])
+    context, compiler, share = BESIDE[device]
+    beside = context + (compiler if compiled else 0) + share * allocated
+    total = allocated + beside + (target.memory_gap or 0)
+    every = parts | {"allocated": allocated, "total": total}
     return {name: round(value) for name, value in every.items()}
 
 
-def measured_margin(points: Sequence[Mapping[str, Any]], counted: Sequence[float]) -> Margin:
-    """
-    The margin of a GPU from points measured on it and the bytes that were counted for each: the
-    context is what the card holds beyond torch's pool, including other processes, and fragmentation
-    what the pool holds beyond the counted bytes. Medians.
-    """
-    context = median(p["card_bytes"] - p["pool_bytes"] for p in points)
-    pool = median(p["pool_bytes"] / n for p, n in zip(points, counted, strict=True))
-    return Margin(context, 0.0, pool - 1)
+def with_gap(target: Machine, compiled: bool) -> Machine:
+    """The machine with the bytes that its points took above the count, unless a pilot measured."""
+    points = [p for p in target.points if p["compiled"] == compiled]
+    if target.memory_gap is not None or not points:
+        return target
+    return replace(target, memory_gap=fmean(gap(p, target) for p in points))
 
 
-def calibrate(
-    config: GPTConfig, rows: int, sequence_len: int, dtype: str, compiled: bool
-) -> Margin | None:
-    """
-    The margin of this machine's GPU from a few real steps of a small device batch. None if even
-    that batch does not fit; UserError if it fails in another way.
-    """
-    how: dict[str, Any] = {"dtype": dtype, "device_type": "cuda", "compiled": compiled}
-    config = replace(config, sequence_len=sequence_len)
-    sizes = {"config": asdict(config), "rows": rows, "accumulation": 2, "seconds": 0.0}
-    point = machine.in_process({**sizes, **how})
-    if point.get("error") == "out of memory":
-        return None
-    if "error" in point:
-        raise UserError(
-            f"the margin cannot be measured ({point['error']}): use the usual one with "
-            "--no_calibrate"
-        )
-    counted = predict(config, rows, sequence_len, **how)["allocated"]
-    return measured_margin([point], [counted])
+def gap(point: Mapping[str, Any], target: Machine) -> float:
+    """Bytes of a measured point above the count: of the whole card, or of the process."""
+    config = GPTConfig(**point["config"])
+    counted = predict(config, point["rows"], config.sequence_len, target, point["compiled"])
+    return point.get("card_bytes", point["peak_memory_bytes"]) - counted["total"]
 
 
-def _planned_machine(knobs: MemoryKnobs) -> Machine:
-    if not knobs.gpu:
-        planned = machine.here("auto", knobs.dtype)
-    else:
-        planned = machine.of_card(knobs.gpu)
-        if knobs.dtype != "auto":
-            planned = replace(planned, dtype=knobs.dtype)
-    return replace(planned, memory_bytes=knobs.memory_gb * GIB or planned.memory_bytes)
+def fitting_rows(
+    config: GPTConfig, rows: int, target: Machine, compiled: bool, share: float = 1.0
+) -> tuple[int, dict[str, int]]:
+    """
+    The rows of a micro-batch, halved until they fit that share of the memory, and their bytes by
+    part. One row is returned whether it fits or not.
+    """
+    while True:
+        parts = predict(config, rows, config.sequence_len, target, compiled)
+        if rows == 1 or parts["total"] <= share * target.memory_bytes:
+            return rows, parts
+        rows //= 2
 
 
 def run(knobs: MemoryKnobs) -> dict[str, Any]:
@@ -232,64 +184,42 @@ def run(knobs: MemoryKnobs) -> dict[str, Any]:
         raise UserError(
             "--device_batch_sizes is empty: give some, as in --device_batch_sizes 8 16 32"
         )
-    config = knobs.config()
-    target = _planned_machine(knobs)
+    config, target = knobs.config(), machine.named(knobs.gpu, knobs.gpus, knobs.dtype)
+    target = replace(target, memory_bytes=knobs.memory_gb * GIB or target.memory_bytes)
     compiled = target.compiles(0.0, knobs.compile)
     if knobs.compile == "on" and not compiled:
         notice(f"predicted without torch.compile, which does not work on {target.name}")
-    margin = None
-    if target.device_type == "cuda" and not knobs.gpu and knobs.calibrate:
-        print0("calibrating with a few steps of the smallest device batch", file=sys.stderr)
-        smallest = min(knobs.device_batch_sizes), min(lengths)
-        margin = calibrate(config, *smallest, target.dtype, compiled)
-    predictions = []
+    target = with_gap(target, compiled)
+    grid, table = [], []
     for T, rows in product(sorted(set(lengths)), sorted(set(knobs.device_batch_sizes))):
-        parts = predict(
-            config,
-            rows,
-            T,
-            dtype=target.dtype,
-            device_type=target.device_type,
-            world_size=knobs.gpus,
-            micro_batches=knobs.micro_batches,
-            compiled=compiled,
-            margin=margin,
-        )
+        parts = predict(config, rows, T, target, compiled)
         fits = parts["total"] <= target.memory_bytes
-        predictions.append({"rows": rows, "sequence_len": T, **parts, "fits": fits})
-    _show(predictions, target, compiled)
+        grid.append({"rows": rows, "sequence_len": T, **parts, "fits": fits})
+        state = parts["weights"] + parts["gradients"] + parts["optimizer"]
+        beside = parts["total"] - parts["allocated"]
+        moments = (parts["activations"], parts["loss"], parts["update"])
+        sizes = [f"{size / GIB:.2f}" for size in (state, *moments, beside, parts["total"])]
+        table.append((rows, T, *sizes, "fits" if fits else "does not fit"))
+    available = target.memory_bytes / GIB
+    print0(
+        f"{target.name}, {available:.1f} GB; {target.dtype}, "
+        f"{'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes"
+    )
+    heads = "rows|T|state|activations|loss|update|beside|total|"
+    print0(columns(heads.split("|"), table))
+    least = grid[0]
+    if not any(cell["fits"] for cell in grid):
+        fewer = "" if least["rows"] == 1 else ", or fewer rows in --device_batch_sizes"
+        raise UserError(
+            f"nothing fits {target.name}: {least['rows']} rows of {least['sequence_len']} take "
+            f"{least['total'] / GIB:.1f} GB of {available:.1f}; choose a smaller --depth, --vocab "
+            f"or --sequence_len{fewer}"
+        )
     return {
         "device": target.name,
         "memory_bytes": round(target.memory_bytes),
         "dtype": target.dtype,
         "compiled": compiled,
         "config": asdict(config),
-        "grid": predictions,
+        "grid": grid,
     }
-
-
-def _show(predictions: Sequence[Mapping[str, Any]], target: Machine, compiled: bool) -> None:
-    """Print the table. UserError if nothing fits."""
-    available = target.memory_bytes / GIB
-    print0(
-        f"{target.name}, {available:.1f} GB; {target.dtype}, "
-        f"{'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes"
-    )
-    shown = ("state", "activations", "loss", "update", "evaluation", "margin", "total")
-    table = []
-    for parts in predictions:
-        state = parts["weights"] + parts["gradients"] + parts["optimizer"]
-        cells = {**parts, "state": state, "margin": parts["total"] - parts["allocated"]}
-        figures = [f"{cells[name] / GIB:.2f}" for name in shown]
-        verdict = "fits" if parts["fits"] else "does not fit"
-        table.append((parts["rows"], parts["sequence_len"], *figures, verdict))
-    print0(columns(("rows", "T", *shown, ""), table))
-    if any(parts["fits"] for parts in predictions):
-        return
-    least = predictions[0]
-    fewer = "" if least["rows"] == 1 else ", or fewer rows in --device_batch_sizes"
-    raise UserError(
-        f"nothing fits {target.name}: {least['rows']} rows of {least['sequence_len']} take "
-        f"{least['total'] / GIB:.1f} GB of {available:.1f}; choose a smaller --depth, --vocab or "
-        f"--sequence_len{fewer}"
-    )

@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanochat.base.common import duration, human, print0
+from nanochat.base.common import duration, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import day, machine
 from nanochat.plan.choice import Candidate, Choice
 from nanochat.plan.law import Law
-from nanochat.plan.machine import GIB, Machine, budget_seconds
+from nanochat.plan.machine import budget_seconds
 from nanochat.train.scaling import embedding_rate
 
 
 @dataclass(kw_only=True)
-class RecipeKnobs(day.DayKnobs):
+class RecipeKnobs(day.PlanKnobs):
     """Recipe"""
 
     model_tag: str = knob("", "name of the model's folder; it goes into the recipe")
@@ -87,19 +87,19 @@ def _pretraining(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, Any]:
     return flags
 
 
-def write(knobs: RecipeKnobs, target: Machine, choice: Choice, the_law: Law) -> dict[str, Any]:
-    """Write the recipe, the fallback's recipe beside it and the plan as JSON; return the plan."""
+def write(plan: day.Plan, choice: Choice, law: Law) -> dict[str, Any]:
+    """Write the recipe of a choice, and the plan as JSON beside it; return the plan."""
+    knobs, chosen = plan.knobs, choice.primary
     out = Path(knobs.out).expanduser() if knobs.out else machine.folder() / "recipe.toml"
-    spare = out.with_name(f"{out.stem}-fallback{out.suffix}")
-    _write_recipe(out, "primary", knobs, target, choice.primary)
-    if choice.fallback:
-        _write_recipe(spare, "fallback", knobs, target, choice.fallback)
-    else:
-        spare.unlink(missing_ok=True)
+    lines = [f"# {duration(budget_seconds(knobs))} on {plan.machine.name}"]
+    lines += [f"# {what}: {figure} ({source})" for what, figure, source in day.gains(plan)]
+    for command, flags in tables(knobs, chosen).items():
+        lines += ["", f"[{command}]", *(f"{n} = {toml_value(v)}" for n, v in flags.items())]
+    atomic_write(out, "\n".join(lines) + "\n")
     whole = {
         "knobs": asdict(knobs),
-        "machine": target.stored(),
-        "law": asdict(the_law),
+        "machine": plan.machine.stored(),
+        "law": asdict(law),
         "recipe": str(out),
         "pretraining_seconds": knobs.pretraining_seconds(),
         **asdict(choice),
@@ -108,28 +108,11 @@ def write(knobs: RecipeKnobs, target: Machine, choice: Choice, the_law: Law) -> 
     return whole
 
 
-def _write_recipe(
-    file: Path, role: str, knobs: RecipeKnobs, target: Machine, candidate: Candidate
-) -> None:
-    bpb, lo, hi = candidate.bpb
-    rate = candidate.speed
-    lines = [
-        f"# {duration(budget_seconds(knobs))} on {target.name}: {role} of plan recipe. "
-        f"Speed: {target.source}.",
-        f"# Predicted: {bpb:.3f} bits per byte ({lo:.3f} to {hi:.3f}) after "
-        f"{human(candidate.tokens)} tokens at {rate.tok_per_sec:,.0f} tok/s ({rate.lo:,.0f} to "
-        f"{rate.hi:,.0f}), {candidate.memory_bytes / GIB:.2f} GiB",
-    ]
-    for command, flags in tables(knobs, candidate).items():
-        lines += ["", f"[{command}]", *(f"{n} = {toml_value(v)}" for n, v in flags.items())]
-    atomic_write(file, "\n".join(lines) + "\n")
-
-
 def run(knobs: RecipeKnobs) -> dict[str, Any]:
     """Print the page of plan day and write recipe and plan; returns the plan."""
-    planned, target, choice, text = day.planned(knobs)
-    day.show(day.page(planned, target, choice, text, "runs/one_day.sh"))
-    whole = write(planned, target, choice, Law())
-    commands = ", ".join(tables(planned, choice.primary))
+    plan = day.planned(knobs)
+    day.show(day.page(plan))
+    whole = write(plan, plan.choice, Law())
+    commands = ", ".join(tables(plan.knobs, plan.choice.primary))
     print0(f"\n  {whole['recipe']}: pass it with --recipe to {commands}")
     return whole

@@ -16,7 +16,10 @@ from nanochat.train.scaling import Shape, budget_vocabulary
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPT
 
-FEWEST_HEADS = 6  # a search uses heads of 128 if there are at least so many, else heads of 64
+
+def usual_head(width: float) -> int:
+    """Width of a head where none is given: 64 in narrow models, so that there are several."""
+    return 64 if width <= 512 else 128
 
 
 @dataclass(kw_only=True)
@@ -26,10 +29,7 @@ class SizeKnobs(ArchitectureKnobs, Shape):
     vocab: int = knob(65_536, "tokens in the vocabulary", low=1)
     depth: int = knob(0, "layers; 0 = 4, or with --params what fits best", low=0)
     head_dim: int = knob(
-        0,
-        "width of a head; 0 = 128, with --params 64 where that leaves fewer than "
-        f"{FEWEST_HEADS} heads",
-        low=0,
+        0, "width of a head; 0 = 128, with --params 64 up to a width of 512", low=0
     )
 
     def config(self, **settled: Any) -> GPTConfig:
@@ -70,7 +70,7 @@ class OpenSizeKnobs(BudgetKnobs, SizeKnobs):
             depth=depth,
             aspect_ratio=aspect_ratio,
             sequence_len=sequence_len,
-            head_dim=self.head_dim or (64 if width <= 512 else 128),
+            head_dim=self.head_dim or usual_head(width),
             vocab=self.vocabulary(),
         )
 
@@ -121,12 +121,7 @@ def layer_parameters(config: GPTConfig) -> int:
 
 def flops_per_token(config: GPTConfig, T: int = 0) -> float:
     """Training FLOPs per token in rows of T tokens (0 = the whole context)."""
-    return _flops(tuple(vars(config).items()), T or config.sequence_len)
-
-
-@cache
-def _flops(key: tuple, T: int) -> float:
-    config = GPTConfig(**dict(key))
+    T = T or config.sequence_len
     if "S" in config.window_pattern:
         return model_of(config).flops_per_token(T)
     one, two = (model_of(replace(config, n_layer=n)).flops_per_token(T) for n in (1, 2))

@@ -21,15 +21,7 @@ TYPICAL = 0.5  # share of a card's peak, for what needs only the size of a budge
 # CPU: a compiled step on two cores took 41 to 50 % of an AVX-512 peak (dev/LOG.md), and 11 % where
 # matrix units lift the peak tenfold and little else: hence a plan for this machine always measures.
 SHARES = {"mps": (0.3, 0.1, 0.5), "cpu": (0.2, 0.08, 0.5)}
-# The parts of a step on a CUDA card, and by which factor the truth may differ from each.
-DOUBT = {
-    "products": 1.45,
-    "attention": 1.6,
-    "loss": 1.5,
-    "elementwise": 1.5,
-    "optimizer": 1.5,
-    "launches": 2.0,
-}
+DOUBT = 1.5  # by which factor the truth may lie beside the roofline
 
 
 class Speed(NamedTuple):
@@ -42,28 +34,20 @@ class Speed(NamedTuple):
 
 def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine: Machine) -> Speed:
     """
-    Tokens per second of steps of `total` tokens in micro-batches of `rows` rows of T tokens. With
-    points, the interval is 3 % wide at a point, and wider by how far the points lie beside the fit,
-    by how far they drifted, and away from all of them. Without, a CUDA card has its roofline, and
-    other devices a share of their peak (SHARES).
+    Tokens per second of steps of `total` tokens in micro-batches of `rows` rows of T tokens: from
+    the points of the machine, else for a CUDA card from its roofline, else as a share of the peak.
     """
-    f, p = flops_per_token(config, T), counts(config)["total"]
     if machine.points:
-        micro_ms, update_ms, error = _fitted(machine.points, f, p, T, rows)
-        rate = 1e3 * total / (total * micro_ms + update_ms)
-        interval = math.exp(law.Z90 * error)
+        micro_ms, update_ms, error = interpolated(machine.points, config, rows, T)
+        rate, interval = 1e3 * total / (total * micro_ms + update_ms), math.exp(law.Z90 * error)
         rates = rate, rate / interval, rate * interval
     elif machine.device_type == "cuda":
-        total = max(rows * T, total // machine.gpus)
-        parts = roofline(config, rows, T, total, machine)
-        rates = [
-            machine.gpus
-            * total
-            / step_seconds({n: s * DOUBT[n] ** power for n, s in parts.items()})
-            for power in (0, 1, -1)
-        ]
+        own = max(rows * T, total // machine.gpus)
+        rate = machine.gpus * own / step_seconds(roofline(config, rows, T, own, machine))
+        rates = rate, rate / DOUBT, rate * DOUBT
     else:
-        rates = [share * machine.peak_flops / f for share in SHARES[machine.device_type]]
+        shares = SHARES[machine.device_type]
+        rates = [share * machine.peak_flops / flops_per_token(config, T) for share in shares]
     middle, lo, hi = (machine.factor * rate for rate in rates)
     if machine.factor != 1:  # a pilot has measured it
         lo, hi = max(lo, middle / 1.15), min(hi, middle * 1.15)
@@ -79,8 +63,8 @@ def roofline(
     config: GPTConfig, rows: int, T: int, total: int, machine: Machine
 ) -> dict[str, float]:
     """
-    Seconds of the parts of a step of `total` tokens on one CUDA card, by the keys of DOUBT:
-    products and attention at the share of the peak that kernels reach, the rest by its bytes.
+    Seconds of the parts of a step of `total` tokens on one CUDA card: products and attention at the
+    share of the peak that kernels reach, the rest by its bytes.
     """
     n = counts(config)
     C, L, V, matrices = config.n_embd, config.n_layer, config.vocab_size, n["transformer"]
@@ -104,41 +88,36 @@ def roofline(
     }
 
 
-def _fitted(
-    points: Sequence[Mapping[str, Any]], f: float, p: float, T: int, rows: int
+def interpolated(
+    points: Sequence[Mapping[str, Any]], config: GPTConfig, rows: int, T: int
 ) -> tuple[float, float, float]:
     """
-    (milliseconds of a micro-batch per token, milliseconds of an update, relative error) of a model
-    of p parameters and f FLOPs per token. The first is a + b f and the second c + d p, with no
-    negative factor; the first also deviates like the nearest points do, by inverse squared distance
-    in the logarithms of FLOPs, context and tokens of a micro-batch.
+    (milliseconds of a micro-batch per token, milliseconds of an update, relative error) of a model.
+
+    A Gaussian process over the logarithms of FLOPs per token, context and tokens of a micro-batch:
+    time grows with the FLOPs to a power of about 0.8, and deviates from that smoothly, by about 15
+    %. An update takes a constant and a time per parameter. A speed is known to 3 % at best, and no
+    better than the points drifted.
     """
     from scipy.optimize import nnls
 
-    context = np.array([q["config"]["sequence_len"] for q in points])
-    tokens = context * [q["rows"] for q in points]
-    flops, parameters, micro_ms, update_ms, drift = (
-        np.array([q.get(name, 0.0) for q in points], dtype=float)
-        for name in ("flops_per_token", "parameters", "micro_ms", "update_ms", "drift")
-    )
-    micro_ms /= tokens
-    ones = np.ones_like(flops)
-    parts = np.stack([ones, flops / flops.mean()], 1) / micro_ms[:, None]
-    # Points of a single f do not tell a from b; this row then gives half to each.
-    alike = 0.03 / micro_ms.mean() * np.array([[1.0, -1.0]])
-    a, b = nnls(np.concatenate([parts, alike]), np.append(ones, 0.0))[0]
-    c, d = nnls(np.stack([ones, parameters], 1) / update_ms[:, None], ones)[0]
-    deviations = np.log(micro_ms / (a + b * flops / flops.mean()))
-    typical = np.sqrt((deviations**2).sum() / (len(points) - 2)) if len(points) > 2 else 0.15
-    squared = (
-        np.log(flops / f) ** 2 + (np.log(context / T) ** 2 + np.log(tokens / (rows * T)) ** 2) / 4
-    )
-    deviation = np.average(deviations, weights=1 / (squared + 0.003))
-    distance = math.sqrt(squared.min())
-    near = math.hypot(0.03, math.sqrt((drift**2).mean()), typical * min(1.0, 2 * distance))
-    error = near + 0.1 * max(0.0, distance - 0.7)
-    micro = (a + b * f / flops.mean()) * math.exp(deviation)
-    return float(micro), float(c + d * p), error
+    sizes = [(q["flops_per_token"], q["config"]["sequence_len"], q["rows"]) for q in points]
+    x = np.array([(f, L**0.5, (L * r) ** 0.5) for f, L, r in sizes])
+    at = np.array([flops_per_token(config, T), T**0.5, (rows * T) ** 0.5])
+    x = np.log(np.vstack([x, at]) / at)
+    per_token = [q["micro_ms"] / (q["rows"] * q["config"]["sequence_len"]) for q in points]
+    distance = ((x[:, None] - x[None]) ** 2).sum(-1)
+    flops = x[:, 0]
+    # The level is unknown, the power known to 0.15, and deviations are alike near one another.
+    K = 100 + 0.15**2 * np.outer(flops, flops) + 0.15**2 * np.exp(-distance / 2)
+    weights = np.linalg.solve(K[:-1, :-1] + 1e-4 * np.eye(len(points)), K[:-1, -1])
+    micro_ms = math.exp(weights @ (np.log(per_token) - 0.8 * flops[:-1]))
+    drift = np.mean([q.get("drift", 0.0) ** 2 for q in points])
+    error = math.sqrt(max(0.0, K[-1, -1] - weights @ K[:-1, -1]) + drift + 0.03**2)
+    size = np.array([[1.0, q["parameters"]] for q in points])
+    updates = np.array([[q["update_ms"]] for q in points])
+    fixed, each = nnls(size / updates, np.ones(len(points)))[0]
+    return micro_ms, float(fixed + each * counts(config)["total"]), error
 
 
 def usual_flops(machine: Machine, seconds: float) -> float:
@@ -155,6 +134,4 @@ def first_step(machine: Machine, compiled: bool) -> float:
     to compile (on two cores, dev/LOG.md).
     """
     measured = [p["first_step_s"] for p in machine.points if p["compiled"] == compiled]
-    if measured:
-        return median(measured)
-    return 30.0 if compiled else 0.0
+    return median(measured) if measured else 30.0 * compiled
