@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 19_780,
     "train": 18_950,
     "study": 13_190,
-    "plan": 19_380,
+    "plan": 15_500,
     "export": 7_460,
     "commands": 21_910,
 }

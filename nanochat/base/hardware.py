@@ -33,6 +33,7 @@ class GPU:
     memory_gb: float
     bandwidth: float  # GB/s
     watts: float  # rated board power, 0 if not published
+    watts_source: str
     source: str
     aliases: tuple[str, ...]
 
@@ -59,8 +60,18 @@ def gpus() -> tuple[GPU, ...]:
     text = Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8")
     table = tomllib.loads(text)
     return tuple(
-        GPU(name, bf16, fp16, memory, bandwidth, watts, table["sources"][source], tuple(aliases))
-        for name, bf16, fp16, memory, bandwidth, watts, source, *aliases in table["gpus"]
+        GPU(
+            name,
+            bf16,
+            fp16,
+            memory,
+            bandwidth,
+            watts,
+            table["power"][power],
+            table["sources"][source],
+            tuple(aliases),
+        )
+        for name, bf16, fp16, memory, bandwidth, watts, power, source, *aliases in table["gpus"]
     )
 
 
