@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_210,
+    "base": 12_220,
     "tinyworld": 9_460,
     "data": 33_350,
     "model": 25_540,
