@@ -324,7 +324,8 @@ def costs(plan: Plan) -> list[Row]:
     return rows_of(f"""\
 disk at its peak | {sum(disk.values()) / 1e9:.1f} GB: {by_part} | counted
 memory | {parts["total"] / GIB:.1f} of {plan.machine.memory_bytes / GIB:.1f} GiB: weights and \
-their state {state / GIB:.1f}, activations and loss {work / GIB:.1f}, rest {beside / GIB:.1f} | counted
+their state {state / GIB:.1f}, activations and loss {work / GIB:.1f}, rest {beside / GIB:.1f} | \
+counted
 electricity | {power} ({need["watts"]:.0f} W) | {rated}""")
 
 
