@@ -112,7 +112,7 @@ def test_a_summary_is_four_to_eight_lines_and_json(tmp_path):
         assert "7 steps of 8 rows of 32 tokens: 1.79k tokens" in "\n".join(found.lines())
         assert "8 documents, 320 tokens" in found.lines()[2]
     clock = "\n".join(summary(feed(shards[0]), val).lines())
-    assert "until the time is over" in clock and "6 steps each" in clock
+    assert "until the time is over" in clock and "1 in 6 steps" in clock
 
 
 @pytest.mark.parametrize(

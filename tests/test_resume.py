@@ -424,7 +424,7 @@ def test_nothing_to_resume_from_is_no_new_run(whole, place, file):
     for stored in checkpoint.list_checkpoints(run):
         os.truncate(stored.path / file, 10)
     before = sorted(run.parent.rglob("*.json"))
-    with pytest.raises(UserError, match=r"none of the \d checkpoints in .* is intact; restore"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is intact \(\d damaged\); restore"):
         base_train.main([*flags, *STEPS, "--resume=auto"])
     assert sorted(run.parent.rglob("*.json")) == before
     base_train.main([*flags, "--num_iterations=1", "--eval_every=0"])

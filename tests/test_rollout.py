@@ -3,6 +3,7 @@ Reinforcement: what a group of replies teaches, one update whatever the memory, 
 a policy that learns.
 """
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -22,7 +23,7 @@ from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import linear_cross_entropy
 from nanochat.train import rollout
-from nanochat.train.rollout import RolloutFeed, weighted_batches
+from nanochat.train.rollout import RolloutFeed, survey, weighted_batches
 from nanochat.train.schedule import Schedule
 
 
@@ -258,6 +259,34 @@ def test_other_questions_or_another_seed_are_refused(tok):
         feed(tok, questions=QUESTIONS[1:]).load_state_dict(state)
     with pytest.raises(UserError, match="no question leaves room"):
         feed(tok, questions=[])
+
+
+def test_the_summary_of_what_is_practised():
+    other = replace(EASY, name="other")
+    asked = [*((EASY, i) for i in range(30)), *((other, i) for i in range(10))]
+    kept = asked[:20] + asked[30:]
+    lines, record = survey(asked, kept, {EASY: [1, 2], other: [3]}, 4, 8, 60)
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]] == [
+        ["toy", "20", "10", "66.7%", "2.00", "2"],
+        ["other", "10", "0", "33.3%", "2.00", "1"],
+    ]
+    assert lines[-1] == "this run: 15 steps of 4 questions with 8 replies each"
+    assert json.loads(json.dumps(record))["tasks"][0]["too_long"] == 10
+    by_clock = "\n".join(survey(asked, kept, {EASY: [1]}, 4, 8, None)[0])
+    assert "1 in 8 steps" in by_clock and "4 questions with 8 replies each per step" in by_clock
+
+
+@pytest.mark.parametrize(
+    ("kept", "held_out", "says"),
+    [
+        ([], {EASY: [1]}, "toy has no training question that fits into the context"),
+        ([(EASY, 1)], {EASY: []}, "toy has no held-out question"),
+        ([(EASY, 1)], {EASY: [1], replace(EASY, name="other"): [1]}, "other has no training"),
+    ],
+)
+def test_nothing_to_practise_is_refused(kept, held_out, says):
+    with pytest.raises(UserError, match=says):
+        survey([(EASY, 1)], kept, held_out, 4, 8, 60)
 
 
 @pytest.fixture

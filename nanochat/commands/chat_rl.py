@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nanochat.base.common import entry, notice, opening, print0
+from nanochat.base.common import entry, opening
 from nanochat.base.knobs import knob, parse
 from nanochat.train.knobs import LaterStageKnobs
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.train import stage
     from nanochat.train.evaluation import Evaluation, Size
     from nanochat.train.horizon import conversation_horizon
-    from nanochat.train.rollout import RolloutFeed, Sampler
+    from nanochat.train.rollout import RolloutFeed, Sampler, survey
     from nanochat.train.run import open_from_parent
     from nanochat.train.scaling import evaluation_seconds
 
@@ -78,17 +78,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for task, item in asked
             if len(run.tokenizer.render_prompt(task.prompt(item))) < run.model.config.sequence_len
         ]
-        if len(questions) < len(asked):
-            notice(
-                f"{len(asked) - len(questions):,} of {len(asked):,} questions are longer than the "
-                "context and are left out"
-            )
         limit = k.max_tokens or max(task.max_tokens for task in tasks)
         engine = Engine(run.model, run.tokenizer)
         sampler = Sampler(engine, k.rollout_batch_size, limit, k.temperature, k.top_k)
         total = horizon.steps and horizon.steps * k.questions_per_step
         if horizon.epochs:
             total = horizon.epochs * len(questions)
+        run.data_lines, run.data_summary = survey(
+            asked, questions, held_out, k.questions_per_step, k.samples, total
+        )
         feed = RolloutFeed(
             sampler,
             questions,
@@ -127,10 +125,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         numbers[f"{prefix}pass@{count}{suffix}"] = one[key]
             return numbers
 
-        print0(
-            f"  {k.samples} replies to {k.questions_per_step} questions per step, "
-            f"from {len(questions):,} questions"
-        )
         shown = [task.prompt(item) for task, items in held_out.items() for item in items[:2]]
         evaluations = [
             Evaluation("eval", stage.evaluation_interval(run), measure, start=True, size=size),

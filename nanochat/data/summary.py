@@ -74,7 +74,9 @@ class DataSummary:
                     counted(s.documents, s.kind),
                     human(s.tokens),
                     f"{s.share:.1%}" if s.share >= 0.001 else f"{s.share:.2g}",
-                    f"{s.steps_per_pass:,.0f} steps each" if s.passes is None else _times(s.passes),
+                    f"1 in {counted(max(1.0, s.steps_per_pass), 'steps')}"
+                    if s.passes is None
+                    else _times(s.passes),
                     f"{counted(s.validation_documents, s.kind)}, "
                     f"{human(s.validation_tokens)} tokens"
                     if s.validation_documents
@@ -110,11 +112,12 @@ class DataSummary:
     def _cuts(self) -> str:
         longest = max(s.longest for s in self.sources)
         longer = sum(s.longer for s in self.sources)
-        text = f"the longest has {longest:,}, the context {self.context:,}: "
+        text = f"the longest has {longest:,} tokens, the context {self.context:,}: "
         if not longer:
             return text + "nothing is cut"
-        done = "are longer and lose their end" if self.padded else "continue in another row"
-        return text + f"{longer:,} of {sum(s.documents for s in self.sources):,} {done}"
+        done = "lose their end" if self.padded else "continue in another row"
+        documents = sum(s.documents for s in self.sources)
+        return text + f"{longer:,} of {documents:,} are longer and {done}"
 
     def check(self, useful: float, steps: float | None = None) -> None:
         """
@@ -168,6 +171,8 @@ def _check_validation(s: SourceSummary) -> None:
 
 def _times(passes: float | None) -> str:
     """A number of passes in three digits."""
+    if 0 < (passes or 0) < 0.005:
+        return "< 0.01"
     return f"{passes or 0:.2f}" if (passes or 0) < 9.995 else f"{passes:,.0f}"
 
 

@@ -435,7 +435,7 @@ def newest_to_resume(directory: Path) -> Checkpoint | None:
     checkpoint = newest(directory, optimizer=True)
     if checkpoint is None and (damaged := list_checkpoints(directory)):
         raise UserError(
-            f"cannot resume: none of the {len(damaged)} checkpoints in {directory} is intact; "
+            f"cannot resume: no checkpoint in {directory} is intact ({len(damaged)} damaged); "
             "restore one from a backup, or leave out --resume to start anew (these are kept under "
             "another name)"
         )

@@ -13,14 +13,14 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, columns
 from nanochat.base.runtime import Runtime, halve_until_it_fits
 from nanochat.chat.generate import Engine, Sample
 from nanochat.data.feed import IGNORED, Batch, row_width
@@ -30,6 +30,48 @@ from nanochat.eval.tasks.common import Item, Task
 from nanochat.train.loop import sum_over_ranks
 
 Question = tuple[Task, Item]
+
+
+def survey(
+    asked: Sequence[Question],
+    kept: Sequence[Question],
+    held_out: Mapping[Task, Sequence[Item]],
+    per_step: int,
+    samples: int,
+    total: float | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """
+    What a run practises, as a user reads it and as JSON: `kept` are the questions of `asked` that
+    fit into the context, `per_step` of them are drawn per step, with `samples` replies to each, and
+    `total` in the whole run (None: until the time is over). UserError if none of a task is left to
+    practise or to evaluate.
+    """
+    figures = []
+    for task, items in held_out.items():
+        all_of_it, used = (sum(t is task for t, _ in some) for some in (asked, kept))
+        if not used or not items:
+            what = "training question that fits into the context" if items else "held-out question"
+            raise UserError(f"{task.name} has no {what}: leave it out, or choose another task")
+        figures.append(
+            {
+                "name": task.name,
+                "questions": used,
+                "too_long": all_of_it - used,
+                "share": used / len(kept),
+                "passes": total and total / len(kept),
+                "held_out": len(items),
+            }
+        )
+    passes = f"{total / len(kept):.2f}" if total else f"1 in {len(kept) / per_step:,.0f} steps"
+    rows = [
+        (f["name"], f["questions"], f["too_long"], f"{f['share']:.1%}", passes, f["held_out"])
+        for f in figures
+    ]
+    head = "data", "questions", "too long", "drawn", "passes", "validation"
+    step = f"{per_step:,} questions with {samples:,} replies each"
+    length = f"{-(-total // per_step):,.0f} steps of {step}" if total else f"{step} per step"
+    lines = [*columns(head, rows).splitlines(), f"this run: {length}"]
+    return lines, {"tasks": figures, "step_questions": per_step, "questions": total}
 
 
 @dataclass
