@@ -15,7 +15,14 @@ from torch._dynamo.testing import CompileCounter
 
 from nanochat.base.common import UserError
 from nanochat.train import compiler
-from nanochat.train.compiler import Ahead, cache_folder, guarded, remove_all, remove_damaged
+from nanochat.train.compiler import (
+    Ahead,
+    cache_folder,
+    guarded,
+    remove_all,
+    remove_damaged,
+    writable_cache,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -206,6 +213,23 @@ def test_the_folder_of_compiled_code(tmp_path, monkeypatch, name):
     assert (cache_folder() == ours) == (name == "plain")
     monkeypatch.setenv(compiler.FOLDER, str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a broken link", "/proc"])
+def test_a_folder_that_cannot_be_written_costs_the_cache_alone(folder, kind, monkeypatch, capsys):
+    if kind == "/proc":
+        monkeypatch.setenv(compiler.FOLDER, "/proc/compiled")
+    elif kind == "a broken link":
+        folder.symlink_to("nowhere/at all")
+    else:
+        folder.write_text("")
+        name = folder / "inside" if kind == "below a file" else folder
+        monkeypatch.setenv(compiler.FOLDER, str(name))
+    other = writable_cache()
+    assert other.is_dir() and other != folder and cache_folder() == other
+    assert f"of this run goes to {other}" in capsys.readouterr().err
+    assert writable_cache() == other and not capsys.readouterr().err
+    other.rmdir()
 
 
 PROGRAM = """

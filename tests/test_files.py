@@ -1,5 +1,6 @@
 """files: atomic writes leave no partial file; a lock is held by one process at a time."""
 
+import importlib
 import os
 import signal
 import socket
@@ -10,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from nanochat.base.common import UserError
-from nanochat.base.files import atomic_write, locked, release, reserve, sha256_file
+from nanochat.base.files import (
+    atomic_write,
+    check_writable,
+    locked,
+    release,
+    reserve,
+    sha256_file,
+)
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.plan import probe
 
 HOLD = """
 import sys
@@ -41,6 +51,21 @@ def test_a_refused_write_keeps_the_old_file_and_says_what_to_do(tmp_path, monkey
     with pytest.raises(UserError, match=r"No space left.*NANOCHAT_BASE_DIR"):
         atomic_write(path, "new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no files")
+@pytest.mark.parametrize("where", ["/proc/self", "/proc/new", "a file", "below a file"])
+def test_a_folder_that_takes_no_files_is_refused_before_any_work(tmp_path, monkeypatch, where):
+    (tmp_path / "a file").write_text("")
+    known = {"a file": tmp_path / "a file", "below a file": tmp_path / "a file" / "b"}
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(known.get(where, where)))
+    monkeypatch.setattr(Tokenizer, "train", lambda *_: pytest.fail("it was trained"))
+    monkeypatch.setattr(probe, "grid", lambda *_: pytest.fail("it was measured"))
+    for command in (["tok_train", "--data=tinyworld@1"], ["plan", "probe", "--device_type=cpu"]):
+        with pytest.raises(UserError, match=r"NANOCHAT_BASE_DIR"):
+            importlib.import_module(f"nanochat.commands.{command[0]}").main(command[1:])
+    with pytest.raises(UserError, match="cannot write"):
+        check_writable(Path(known.get(where, where)))
 
 
 def test_a_lock_excludes_other_processes(tmp_path):

@@ -117,14 +117,14 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_220,
+    "base": 12_270,
     "tinyworld": 9_460,
     "data": 33_380,
     "model": 25_540,
     "chat": 8_560,
     "chat/serve": 11_280,
     "eval": 19_780,
-    "train": 19_220,
+    "train": 19_290,
     "study": 13_190,
     "plan": 15_500,
     "export": 7_460,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,16 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # also when Ctrl+C came
+
+
+def check_writable(folder: Path) -> None:
+    """UserError unless files can be written in a folder, which is created; before long work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as e:
+        raise disk_error(folder, e) from e
 
 
 def sha256_file(path: Path | str) -> str:

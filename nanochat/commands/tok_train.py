@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.base.common import UserError, base_dir, duration, entry, human, notice, print0
+from nanochat.base.files import check_writable
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.base.progress import progress
 from nanochat.data import inventory
@@ -90,6 +91,7 @@ def save(tokenizer: "Tokenizer", directory: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train and save the tokenizer; returns its size, fingerprint and compression."""
     knobs, _ = parse(TrainTokenizerKnobs, argv, command="tok_train")
+    check_writable(base_dir())
 
     from nanochat.data.tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.base.common import columns, duration, print0
-from nanochat.base.files import atomic_write
+from nanochat.base.files import atomic_write, check_writable
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
 from nanochat.plan import machine, speed
@@ -119,6 +119,7 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     """
     began = time.monotonic()
     file = Path(knobs.out).expanduser() if knobs.out else machine.folder() / "probe.json"
+    check_writable(file.parent)
     if file.exists():
         machine.load(file)  # UserError if it is not a probe
     stored = {identity(p): p for p in read_json(file)["points"]} if file.exists() else {}

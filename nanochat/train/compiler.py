@@ -15,6 +15,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanochat.base.common import base_dir, notice
+from nanochat.base.common import UserError, base_dir, notice
+from nanochat.base.files import check_writable
 from nanochat.base.runtime import out_of_memory
 from nanochat.model.gpt import GPT
 
@@ -89,7 +91,7 @@ def seconds() -> float:
 
 def prepare(model: GPT) -> None:
     """Let a model run compiled code from now on, out of a folder without damaged files."""
-    remove_damaged(cache_folder())
+    remove_damaged(writable_cache())
     if (
         model.embed.weight.device.type == "cpu"
         and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
@@ -126,6 +128,18 @@ def cache_folder() -> Path:
 
             return Path(default_cache_dir())
     return Path(os.environ[FOLDER])
+
+
+def writable_cache() -> Path:
+    """Where compiled code is kept; a temporary folder where the usual one cannot be written."""
+    folder = cache_folder()
+    try:
+        check_writable(folder)
+        return folder
+    except UserError as e:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="nanochat-compiled-")
+        notice(f"{e}; compiled code of this run goes to {os.environ[FOLDER]}")
+        return Path(os.environ[FOLDER])
 
 
 def remove_damaged(folder: Path) -> int:
