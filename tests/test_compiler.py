@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -202,6 +203,32 @@ def test_a_run_that_is_refused_does_not_wait_for_the_compiler(folder):
     Ahead.current.abandon()
     assert Ahead.current is None and len(begun) <= 1
     assert not [s for s in signal.pthread_sigmask(signal.SIG_BLOCK, []) if s == signal.SIGINT]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_ctrl_c_while_the_compiler_is_waited_for(folder, times):
+    """Python aborts if it ends while a thread is in the compiler."""
+    m, begun, go, ended = tiny.model(n_layer=1), threading.Event(), threading.Event(), []
+    here = threading.main_thread().ident
+
+    def backend(graph, inputs):
+        begun.set()
+        go.wait()
+        ended.append(1)
+        return graph.forward
+
+    m.blocks[0].compile(dynamic=False, backend=backend)
+    m.compiled = True
+    compiler._watch.install()
+    Ahead.current = ahead = Ahead(m, 8, 16)
+    begun.wait()
+    for _ in range(times):
+        threading.Timer(0.1, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            ahead.wait()
+    threading.Timer(0.1, go.set).start()
+    ahead.abandon()
+    assert ended and Ahead.current is None
 
 
 @pytest.mark.parametrize("name", ["plain", "with a space", "it's", "ünïcode"])

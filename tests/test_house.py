@@ -124,7 +124,7 @@ CEILINGS = {
     "chat": 8_560,
     "chat/serve": 11_280,
     "eval": 19_780,
-    "train": 19_290,
+    "train": 19_330,
     "study": 13_190,
     "plan": 15_500,
     "export": 7_460,

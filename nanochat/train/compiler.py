@@ -220,6 +220,7 @@ class Ahead:
 
     def __init__(self, model: GPT, rows: int, sequence_len: int):
         self.error: Exception | None = None
+        self.ended = threading.Event()
         device = model.embed.weight.device
         ids = torch.zeros(rows, sequence_len, dtype=torch.int64, device=device)
         _watch.abandoned = False
@@ -238,11 +239,18 @@ class Ahead:
             for p in model.parameters():
                 p.grad = None
             _watch.background.discard(threading.get_ident())
+            self.ended.set()
+
+    def _join(self) -> None:
+        self.ended.wait()  # Thread.join() believes after Ctrl+C that the thread has ended
+        self.thread.join()
 
     def abandon(self) -> None:
         """Stop as soon as that is possible: Python cannot end while a thread is in a compiler."""
         Ahead.current, _watch.abandoned = None, True
-        self.thread.join()
+        if not self.ended.wait(1):
+            notice("waiting for the compiler, which cannot stop halfway: this may take a minute")
+        self._join()
 
     def wait(self) -> float:
         """
@@ -250,7 +258,7 @@ class Ahead:
         suffice is left to the first step, which tries fewer rows.
         """
         began = time.monotonic()
-        self.thread.join()
+        self._join()
         Ahead.current = None
         if self.error is not None and not out_of_memory(self.error):
             raise self.error
