@@ -114,6 +114,22 @@ def collect(pids: Sequence[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
+def end_the_others(pids: Sequence[int], victim: int) -> bool:
+    """
+    Wait until the other ranks have noticed that one is gone. After 20 seconds they get SIGTERM, as
+    from torchrun: a rank that waits for one that never joined notices nothing. Returns whether.
+    """
+    until = time.monotonic() + 20
+    others = [pid for pid in pids if pid != victim]
+    while running := [pid for pid in others if not ended([pid])]:
+        if time.monotonic() > until:
+            for pid in running:
+                os.kill(pid, signal.SIGTERM)
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def facts(run: Path) -> dict[str, Any]:
     """What must be the same at the end of every run."""
     checkpoint = newest(run, optimizer=True)
@@ -222,6 +238,7 @@ class Campaign:
             victim = self.rng.choice(pids)  # of two ranks one; the other must end by itself
             os.kill(victim, signal.SIGKILL)
             killed = time.monotonic()
+            told = end_the_others(pids, victim)
             collect(pids)
             checkpoint = newest(run)
             kills.append(
@@ -231,6 +248,7 @@ class Campaign:
                     "rank": pids.index(victim),
                     "newest": checkpoint.step if checkpoint else None,
                     "others ended after": round(time.monotonic() - killed, 1),
+                    "told by the launcher": told,
                 }
             )
         statuses = collect(pids)

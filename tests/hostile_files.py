@@ -63,6 +63,18 @@ NO_TEXTS: dict[str, bytes | str] = {
 
 # ---- evaluation bundles
 
+
+def row(**fields: object) -> Attack:
+    """Change fields of the first row of data."""
+
+    def act(folder: Path) -> None:
+        path = folder / "eval_data/some/schema.jsonl"
+        first, *others = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps({**json.loads(first), **fields}), *others]))
+
+    return act
+
+
 YAML, CSV = "core.yaml", "eval_meta_data.csv"
 URI = "dataset_uri: some/schema.jsonl"
 BUNDLES: dict[str, Attack] = {
@@ -100,6 +112,34 @@ BUNDLES: dict[str, Attack] = {
     "chance of 100,000 digits": changed(CSV, "schema,25", "schema," + "9" * 100_000),
     "a field of a megabyte": changed(CSV, "schema,25", f"schema,25,{'x' * 2**20}"),
     "an open quotation": changed(CSV, "schema,25", 'schema,"25'),
+    "shots of 2^50": changed(YAML, "[3]", str(2**50)),
+    "shots of 101": changed(YAML, "[3]", "101"),
+    "shots in a list of lists": changed(YAML, "[3]", "[[3]]"),
+    "shots in base 60": changed(YAML, "[3]", "190:20:30"),
+    "shots negative": changed(YAML, "[3]", "-1"),
+    "a date that does not exist": changed(YAML, "label: schema", "label: 2026-13-45"),
+    "a label that says yes": changed(YAML, "label: schema", "label: yes"),
+    "a set": changed(YAML, "label: schema", "label: !!set {a, b}"),
+    "a key that is a list": raw(YAML, "? [a, b]\n: 1\nicl_tasks: []\n"),
+    "a merge": raw(YAML, "icl_tasks:\n- {<<: {label: x}, <<: {label: y}}\n"),
+    "a label twice": lambda folder: (folder / YAML).write_text((folder / YAML).read_text() + "\n" + (folder / YAML).read_text().removeprefix("icl_tasks:")),
+    "100,000 tasks": lambda folder: (folder / YAML).write_text("icl_tasks:\n" + "- {label: a, dataset_uri: b}\n" * 20_000),
+    "gold of a megabyte": row(gold="x" * 2**20),
+    "gold NaN": row(gold=float("nan")),
+    "gold true": row(gold=True),
+    "gold -1": row(gold=-1),
+    "gold of 5,000 digits": raw("eval_data/some/schema.jsonl", '{"context_options": ["a", "b"], "continuation": "x", "gold": ' + "9" * 5000 + "}"),
+    "100,000 answers": row(context_options=["a"] * 100_000),
+    "answers that are blank": row(context_options=["\u2003", "\n"], continuation=" "),
+    "answers that are lists": row(context_options=[["a"], ["b"]]),
+    "halves of surrogates": row(continuation="\ud800"),
+    "a field twice": raw("eval_data/some/schema.jsonl", '{"gold": 0, "gold": 1, "context_options": ["a", "b"], "continuation": "x"}'),
+    "a byte-order mark in the middle": raw("eval_data/some/schema.jsonl", b'{"gold": 0}\n\xef\xbb\xbf{"gold": 0}\n'),
+    "a chance of nothing": changed(CSV, "schema,25", "schema,"),
+    "a chance in Arabic digits": changed(CSV, "schema,25", "schema,\u0662\u0665"),
+    "a chance of -0.0": changed(CSV, "schema,25", "schema,-0.0"),
+    "NULs in the table": changed(CSV, "schema,25", "schema,25\0"),
+    "a column twice": changed(CSV, "Eval Task,Random baseline", "Eval Task,Random baseline,Eval Task"),
     "a row of 10,000 fields": changed(CSV, "schema,25", "schema," + "25," * 10_000),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError
 from nanochat.commands import base_eval, base_train
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval import core
 from nanochat.eval.core import Score, Scorer, choose, evaluate, summarise
 from nanochat.eval.core_bundle import FIELDS, CoreTask, load_bundle
 from nanochat.eval.core_items import PROMPTS, prepare
@@ -233,6 +234,20 @@ def test_scores_are_those_of_plain_passes_by_whatever_batches(
             for a, b in zip(chain(*got), chain(*want), strict=True):
                 assert a.nats == pytest.approx(b.nats, abs=2e-4) and a[1:] == b[1:]
     assert len(kinds) >= 3, "the items must not be all alike"
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_question_with_too_many_answers_is_scored_in_parts(tok, monkeypatch, kind):
+    m, task, longest = model(tok), TASKS[kind], []
+    items, prompts = prepare(task, tok, 64)
+    want = Scorer(m)(items, prompts)
+    monkeypatch.setattr(core, "ROW_BYTES", 0)
+    real = m.forward
+    monkeypatch.setattr(m, "forward", lambda x, *r: (longest.append(x.size(1)), real(x, *r))[1])
+    got = Scorer(m, 1)(items, prompts)
+    assert max(longest) <= 64 and [best(s) for s in got] == [best(s) for s in want]
+    for a, b in zip(chain(*got), chain(*want), strict=True):
+        assert a.nats == pytest.approx(b.nats, abs=2e-4) and a[1:] == b[1:]
 
 
 def test_what_greedy_decoding_says_is_right(tok):

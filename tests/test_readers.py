@@ -250,7 +250,19 @@ def test_formats_of_people(tmp_path, name):
         assert any("guess" in note for note in report.notes), "a guess is reported"
 
 
+def twins():
+    """A parquet file with two columns of one name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table([pa.array([STORY]), pa.array(["x"])], names=["text", "text"])
+    out = io.BytesIO()
+    pq.write_table(table, out)
+    return out.getvalue()
+
+
 HOSTILE = {
+    "twins.parquet": (twins(), "several columns called .text"),
     "empty.txt": (b"", "no text"),
     "blank.md": (b" \n\n ", "no text"),
     "empty.pdf": (b"", "cannot be read as a PDF|no text"),

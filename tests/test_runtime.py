@@ -1,16 +1,18 @@
 """runtime: refusals, memory that glibc keeps, and halving a batch until it fits."""
 
 import platform
+import socket
 import subprocess
 import sys
 import weakref
+from datetime import timedelta
 
 import pytest
 import tiny
 import torch
 
 from nanochat.base import runtime
-from nanochat.base.common import UserError
+from nanochat.base.common import RankLost, UserError
 from nanochat.base.runtime import halve_until_it_fits, open_runtime, out_of_memory
 
 
@@ -74,6 +76,20 @@ def test_what_the_machine_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="use --device_type=cpu"):
         open_runtime("cuda")
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_rank_whose_partner_never_comes_ends_with_a_sentence(monkeypatch, alone):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {"RANK": alone, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(runtime, "JOINING", timedelta(seconds=0.5))
+    with pytest.raises(RankLost, match="not all 2 ranks of the run joined") as e:
+        open_runtime("cpu")
+    assert e.value.aloud
 
 
 def test_a_compiler_that_fails_says_why(monkeypatch):

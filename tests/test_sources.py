@@ -18,6 +18,7 @@ from nanochat.data.sources import (
     parse_sources,
     parts,
 )
+from nanochat.data.split import Division, pieces, place
 
 
 def source(path, field=None, name="s"):
@@ -82,7 +83,11 @@ def test_paths_with_odd_signs(tmp_path, monkeypatch):
         (["a=.:0", "b=.:1"], "weight 0"),
         (["a=.:1", "b=."], "b has no weight"),
         (["a=.", "a=."], "two data sources are called a"),
-        (["tinyworld@0"], "has a size of 0"),
+        (["tinyworld@0"], "not a size above 0"),
+        (["tinyworld@1000001"], "not a size above 0"),
+        (["tinyworld@" + "9" * 400], "not a size above 0"),
+        (["a=.:" + "9" * 400], "weight inf"),
+        (["~nobodyatall/x"], "no home folder ~nobodyatall"),
         (["\0"], "does not exist"),
     ],
 )
@@ -168,6 +173,20 @@ def test_one_document_cannot_be_split(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "the same"}] * 50)
     with pytest.raises(UserError, match="fewer than two different documents"):
         splits(source(path))
+
+
+def test_a_long_document_is_divided_without_loss():
+    text = "x " * 3000 + " " * 2000 + "".join(f"line {i}\n" for i in range(400)) + "\n" * 900
+    parts = list(pieces(text, 500))
+    assert "".join(parts) == text and all(part.strip() or len(part) <= 500 for part in parts)
+    assert parts[-1].strip(), "what is blank at the end belongs to the last piece"
+    divided = Division(sorted(map(place, parts))[4], 500)
+    held = [part.strip("\n") for part in parts if place(part) <= divided.share and part.strip()]
+    assert list(divided.texts(text, "val")) == held and len(held) >= 3
+    train = "".join(divided.texts(text, "train"))
+    assert not any(part in train for part in held)
+    total = sum(map(len, held)) + len(train)
+    assert len(text) - total < 100 + 900, "only line breaks at the ends are lost"
 
 
 @pytest.fixture

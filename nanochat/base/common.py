@@ -38,9 +38,19 @@ def disk_error(path: Path | str, error: OSError) -> UserError:
     )
 
 
+def user_path(text: Path | str) -> Path:
+    """The path that a user wrote, with ~ as a home folder. UserError if nobody has that home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"there is no home folder {Path(text).parts[0]}: write the whole path"
+        ) from None
+
+
 def base_dir() -> Path:
     """The folder of everything that is made: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    path = user_path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -70,6 +80,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub("\ufffd", _INVISIBLE.sub("", text))
 
 
+def in_line(text: object) -> str:
+    """The text in one line: a name with line breaks must not look like messages of their own."""
+    return " ".join(str(text).splitlines())
+
+
 def print0(*args: object, prefix: str = "", suffix: str = "", **options: Any) -> None:
     """
     print() on rank 0 only, flushed, so that the log of a background run is up to date. What is
@@ -89,7 +104,7 @@ def print0(*args: object, prefix: str = "", suffix: str = "", **options: Any) ->
 
 def notice(message: str) -> None:
     """Print a line on standard error, on rank 0: something to know that stops nothing."""
-    print0(f"notice: {message}", file=sys.stderr)
+    print0(f"notice: {in_line(message)}", file=sys.stderr)
 
 
 def opening(command: str, log: bool = False) -> None:
@@ -129,7 +144,7 @@ def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table for a terminal that is also valid Markdown; columns of figures are flush right."""
     laid_out = []
     for column in zip(head, *rows, strict=True):
-        cells = [str(cell) for cell in column]
+        cells = [in_line(cell) for cell in column]
         width = max(map(len, cells))
         if all(re.match(r"[-+]?[\d.]|$", cell) for cell in cells[1:]):
             justify, rule = str.rjust, "-" * (width - 1) + ":"
@@ -248,7 +263,7 @@ def _print_error(error: UserError) -> None:
     own: if rank 0 has the same, the launcher ends both meanwhile.
     """
     if rank() == 0:
-        print0(f"error: {error}", file=sys.stderr)
+        print0(f"error: {in_line(error)}", file=sys.stderr)
     elif not isinstance(error, RankLost) or error.aloud:
         time.sleep(0 if isinstance(error, RankLost) else 1)
-        print(printable(f"error: rank {rank()}: {error}"), file=sys.stderr, flush=True)
+        print(printable(f"error: rank {rank()}: {in_line(error)}"), file=sys.stderr, flush=True)

@@ -15,12 +15,11 @@ import sys
 import typing
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar
 
 from nanochat.base.commands import command_names, first_sentence, near
-from nanochat.base.common import UserError, print0
+from nanochat.base.common import UserError, print0, user_path
 from nanochat.base.strangers import read_toml, shown
 
 T = TypeVar("T")
@@ -261,7 +260,7 @@ def _table(command: str) -> str:
 
 def _read_toml(file: str) -> dict[str, Any]:
     try:
-        return read_toml(Path(file).expanduser())
+        return read_toml(user_path(file))
     except FileNotFoundError:
         raise UserError(f"there is no recipe file {file}") from None
     except (OSError, UnicodeDecodeError) as e:

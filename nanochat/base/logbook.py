@@ -308,7 +308,7 @@ def newest(directory: Path, kind: str) -> dict[str, Any]:
     except OSError:
         return {}
     for line in reversed(lines):
-        with suppress(ValueError):  # the first of these lines may be half a line
+        with suppress(ValueError, RecursionError):  # the first may be half a line
             row = json.loads(line)
             if isinstance(row, dict) and row.get("kind") == kind:
                 return row
@@ -323,13 +323,13 @@ def read(directory: Path | str) -> list[dict[str, Any]]:
     """
     path = Path(directory)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in _rows(path if path.suffix == ".jsonl" else path / FILE):
-        restart = row.get("step") if row.get("kind") == "start" else None
-        if restart == 0:
-            rows = {}
-        elif restart is not None:
-            rows = {k: r for k, r in rows.items() if (r.get("step") or 0) <= restart}
-        key = tuple(row.get(name) for name in IDENTITY)
-        rows.pop(key, None)  # so that the later row is also later in the order
-        rows[key] = row
-    return list(rows.values())
+    limit = math.inf  # the earliest step that a later start went back to
+    for row in reversed([*_rows(path if path.suffix == ".jsonl" else path / FILE)]):
+        step = row.get("step") or 0
+        if step <= limit:
+            rows.setdefault(tuple(row.get(name) for name in IDENTITY), row)
+        if row["kind"] == "start" and row.get("step") is not None:
+            limit = min(limit, step)
+            if step == 0:
+                break
+    return [*reversed(rows.values())]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from nanochat.base.common import duration, human, notice, print0, printable, rank
+from nanochat.base.common import duration, human, in_line, notice, print0, printable, rank
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,7 +45,7 @@ class ProgressBar:
         if self.display is not None:
             task = self.display.task_ids[0]
             self.display.update(
-                task, completed=self.completed, total=self.total, figures=printable(str(self))
+                task, completed=self.completed, total=self.total, figures=printable(in_line(self))
             )
 
 
@@ -69,7 +69,7 @@ def _open_display(description: str) -> "Progress":
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # a file or pipe gets its lines as usual
     )
-    display.add_task(printable(description), total=None, figures="")
+    display.add_task(printable(in_line(description)), total=None, figures="")
     display.start()
     return display
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from nanochat.base.common import RankLost, UserError, notice, out_of_memory, ran
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+JOINING = timedelta(minutes=5)  # that a rank waits for the others when it starts
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     if world_size() > 1 and not dist.is_initialized():
         # numbers of the host go over gloo, so that they do not wait for a GPU
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, device_id=device if on_gpu else None)
+        _join(backend, device if on_gpu else None)
         _processes[:] = [("", 0)] * world_size()
         dist.all_gather_object(_processes, (platform.node(), os.getpid()))
     chosen = _fastest_dtype(device) if dtype == "auto" else DTYPES[dtype]
@@ -100,6 +102,27 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return Runtime(device, chosen, rank(), world_size(), seed)
+
+
+def _join(backend: str, device: torch.device | None) -> None:
+    """Join the other ranks. RankLost if one of them ends before, and so does not come."""
+    from torch.distributed.rendezvous import rendezvous
+
+    ranks = [f"joined/{i}" for i in range(world_size())]
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=JOINING))
+        store.set(ranks[rank()], "")
+        store.wait(ranks, JOINING)
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=world_size(), device_id=device
+        )
+    except dist.DistError as e:
+        lost = RankLost(
+            f"not all {world_size()} ranks of the run joined within {JOINING.seconds // 60} "
+            "minutes: see the messages of the others, and start again"
+        )
+        lost.aloud = True
+        raise lost from e
 
 
 def rank_lost(e: RuntimeError) -> RankLost | None:

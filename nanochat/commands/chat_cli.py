@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanochat.base import knobs
 from nanochat.base.commands import near
-from nanochat.base.common import UserError, decoded, entry, human, opening
+from nanochat.base.common import UserError, decoded, entry, human, opening, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import LARGEST_SEED, knob
 from nanochat.base.strangers import parse_json, read_bytes
@@ -342,7 +341,7 @@ def save(chat: Chat, text: str) -> None:
     """Write the conversation as a line of JSON, which finetuning reads."""
     word, _, rest = text.partition(" ")
     overwrite = word == "--overwrite" and bool(rest)
-    path = Path(rest if overwrite else text).expanduser()
+    path = user_path(rest if overwrite else text)
     chat.last_question()  # there is one
     line = json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n"
     data = line.encode("utf-8", "replace")  # a lone half of a surrogate pair becomes "?"
@@ -363,7 +362,7 @@ def save(chat: Chat, text: str) -> None:
 
 def load(chat: Chat, text: str) -> None:
     """Read what save() writes. A question at its end is answered."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     try:
         lines = [line for line in decoded(read_bytes(path)).split("\n") if line.strip()]
         conversation = parse_json(lines[0] if len(lines) == 1 else "\n".join(lines))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError, entry, notice, opening, print0
+from nanochat.base.common import UserError, entry, notice, opening, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.train.knobs import AnyModelKnobs
@@ -60,7 +60,7 @@ def _empty_folder(out: str, loaded: "Loaded", to: str) -> Path:
     from nanochat.base.common import base_dir
 
     name = f"{loaded.checkpoint.tag}-{loaded.stage}-{to}"
-    folder = Path(out).expanduser() if out else base_dir() / "exports" / name
+    folder = user_path(out) if out else base_dir() / "exports" / name
     if not folder.exists():
         return folder
     if not folder.is_dir():

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, entry, human, print0
+from nanochat.base.common import UserError, entry, human, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
 from nanochat.model.stages import STAGES, run_directory
@@ -515,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError("mine needs your text: nanochat mine FOLDER")
     diary = Diary("mine", knobs.model_tag, knobs.seconds_used)
     folder = diary.path.with_suffix("")
-    paths = [str(Path(word).expanduser().resolve()) for word in knobs.data]
+    paths = [str(user_path(word).resolve()) for word in knobs.data]
     if diary.notes.setdefault("data", paths) != paths:
         raise UserError(
             f"the model {knobs.model_tag} was begun on {' '.join(diary.notes['data'])}: "

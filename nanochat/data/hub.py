@@ -367,7 +367,10 @@ def _problem(path: Path, file: Listed) -> str:
     if file.sha256 and sha256_file(path) != file.sha256:
         return "its SHA-256 is not the one listed"
     if not file.sha256 and file.blob:
-        git = hashlib.sha1(b"blob %d\0" % file.size + path.read_bytes(), usedforsecurity=False)
+        git = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+        with open(path, "rb") as content:
+            while chunk := content.read(CHUNK):
+                git.update(chunk)
         if git.hexdigest() != file.blob:
             return "its git blob is not the one listed"
     return ""

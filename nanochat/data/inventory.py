@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.base.common import UserError, base_dir, counted, human, print0
+from nanochat.base.common import UserError, base_dir, counted, human, in_line, print0
 from nanochat.base.files import Hashes, atomic_write
 from nanochat.base.progress import progress
 from nanochat.data import conversations
@@ -161,7 +161,7 @@ def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
 
 def as_lines(inventories: Sequence[SourceInventory]) -> list[str]:
     """The inventories as a new user reads them, and where all of it is."""
-    out = [f"  {line}" for one in inventories for line in one.lines()]
+    out = [f"  {in_line(line)}" for one in inventories for line in one.lines()]
     kept = [one.file for one in inventories if one.file]
     return [*out, f"  all of this: {', '.join(kept)}"] if kept else out
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat.base.common import UserError
+from nanochat.base.strangers import shown
 from nanochat.data.folders import BEFORE_JSON, TABLES, format_of, kind_of
 
 Rows = Iterator[tuple[str, Any]]  # (place, value)
@@ -325,11 +326,18 @@ def _csv_rows(path: Path, report: Report) -> Rows:
 
 
 def open_parquet(path: Path) -> Any:
-    """A pyarrow ParquetFile; UserError for a pointer to a file elsewhere."""
+    """
+    A pyarrow ParquetFile. UserError for a pointer to a file elsewhere, and if two columns have one
+    name.
+    """
     from pyarrow.parquet import ParquetFile
 
     open_bytes(path).close()
-    return ParquetFile(path)
+    file = ParquetFile(path)
+    if twice := [name for name, n in Counter(file.schema_arrow.names).items() if n > 1]:
+        file.close()
+        raise UserError(f"{path} has several columns called {shown(twice[0])}: rename them")
+    return file
 
 
 def _parquet_rows(path: Path, fields: Collection[str]) -> Rows:

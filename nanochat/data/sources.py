@@ -13,6 +13,7 @@ validation split; a missing one is an error, and no training shard ever takes it
 """
 
 import hashlib
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanochat.base.common import UserError, base_dir
+from nanochat.base.common import UserError, base_dir, user_path
+from nanochat.base.strangers import shown
 from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
 from nanochat.data.folders import ROWS, TEXT, find_all
@@ -31,8 +33,8 @@ from nanochat.tinyworld import generator_files
 # Files are tokenised in groups of at least this size. Adding a file, or continuing after an
 # interruption, does not repeat the groups that are finished.
 PART_BYTES = 1 << 28
+MOST_MEGABYTES = 1_000_000  # of the embedded corpus
 READER = 4  # of the user's files; a newer one must lead to new token shards
-
 
 # A field, post.body, or a template of several, {title}\\n\\n{body}
 FIELD = re.compile(r"(.+?)#([^#/\\:]+|[^#{}]*\{[^{}]+\}.*)$", re.DOTALL)
@@ -124,6 +126,15 @@ def check_weights(sources: Sequence[Source]) -> None:
         )
 
 
+def check_weight(spec: str, weight: float) -> None:
+    """UserError if the weight of the source `spec` is 0, or more than a float can hold."""
+    if not 0 < weight < math.inf:
+        raise UserError(
+            f"data source {shown(spec)} has weight {weight:g}: give a weight above 0, or leave it "
+            "out"
+        )
+
+
 def default_sources() -> list[str]:
     """What to train on when no data is named: downloaded shards, else the embedded corpus."""
     for name in SHARD_SETS:
@@ -153,21 +164,19 @@ def _parse(spec: str) -> Source:
     # A reading whose path exists wins, the one without a name first, because a path itself may hold
     # these characters, as in C:\texts or a=b
     name, rest, weight, field = next((r for r in readings if _exists(r[1])), readings[-1])
-    if weight is not None and weight <= 0:
-        raise UserError(
-            f"data source {spec} has weight {weight:g}: give a weight above 0, or leave it out"
-        )
+    if weight is not None:
+        check_weight(spec, weight)
     if m := re.fullmatch(r"tinyworld(?:@(\d+\.?\d*|\.\d+))?", rest):
         megabytes = float(m[1] or Source.megabytes)
-        if megabytes <= 0:
+        if not 0 < megabytes <= MOST_MEGABYTES:
             raise UserError(
-                f"data source {spec} has a size of 0: give the megabytes you want, as in "
-                "tinyworld@20"
+                f"data source {spec} has not a size above 0 and up to {MOST_MEGABYTES:,}: give the "
+                "megabytes you want, as in tinyworld@20"
             )
         return Source(name or "tinyworld", (), weight, kind="tinyworld", megabytes=megabytes)
     if rest in SHARD_SETS:
         return Source(name or rest, (_shard_folder(rest),), weight, field, kind="shards")
-    path = Path(rest).expanduser()
+    path = user_path(rest)
     if not path.exists():
         raise UserError(
             f"data source {spec}: {path} does not exist; give an existing file or folder, "
@@ -192,8 +201,8 @@ def _split_suffixes(text: str) -> tuple[str, float | None, str | None]:
 
 def _exists(path: str) -> bool:
     try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
+        return user_path(path).exists()
+    except (OSError, UserError, ValueError):  # too long, no such user, a null character
         return False
 
 

@@ -60,18 +60,18 @@ class Division:
             if (place(document) <= self.share) == (split == "val"):
                 yield document
             return
-        between = ""
+        between: list[str] = []
         for piece in pieces(document, self.piece):
             if place(piece) > self.share:
-                between += piece
+                between.append(piece)
                 continue
             if split == "val":
                 yield from [piece.strip("\n")] * bool(piece.strip())
-            elif between.strip():
-                yield between.strip("\n")
-            between = ""
-        if split == "train" and between.strip():
-            yield between.strip("\n")
+            elif (text := "".join(between).strip("\n")).strip():
+                yield text
+            between = []
+        if split == "train" and (text := "".join(between).strip("\n")).strip():
+            yield text
 
 
 def division(documents: Iterable[str], share: float) -> Division | None:
@@ -101,10 +101,10 @@ def division(documents: Iterable[str], share: float) -> Division | None:
 
 def pieces(text: str, limit: int) -> Iterator[str]:
     """A text in pieces of at most `limit` characters, cut as documents.py cuts; none is blank."""
-    start = 0
+    start, visible = 0, len(text.rstrip())
     while len(text) - start > limit:
         end = cut_point(text, start + limit // 2, start + limit)
-        if text[end:].strip():
+        if end < visible:
             yield text[start:end]
             start = end
         else:

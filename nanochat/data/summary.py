@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.base.common import UserError, columns, counted, human, notice
+from nanochat.base.common import UserError, columns, counted, human, in_line, notice
 from nanochat.data.order import RowOrder
 from nanochat.data.shards import Shards
 
@@ -63,7 +63,8 @@ class DataSummary:
     def lines(self) -> list[str]:
         """The summary as a new user reads it."""
         learned = f"to learn: {self._learned()}; {self._cuts()}"
-        return [*self._table().splitlines(), f"this run: {self._length()}", learned, *self._notes()]
+        notes = [f"this run: {self._length()}", learned, *self._notes()]
+        return [*self._table().splitlines(), *map(in_line, notes)]
 
     def _table(self) -> str:
         return columns(

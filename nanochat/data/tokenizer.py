@@ -67,6 +67,8 @@ class Tokenizer:
         complete = all(bytes([b]) in ranks for b in range(256))
         if not complete or sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError("a vocabulary needs all 256 bytes and ids without gaps")
+        if max(map(len, ranks)) > 4 * WINDOW:
+            raise ValueError("it has a token that is longer than any text that is encoded at once")
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.bos = self.specials["<|bos|>"]
@@ -331,7 +333,7 @@ def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
     letters = _byte_letters()
     merges = []
     for token in ranks:
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
         pairs = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
         for pair in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
             merges.append(["".join(letters[b] for b in half) for half in pair])

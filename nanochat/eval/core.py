@@ -32,6 +32,7 @@ from nanochat.model.gpt import GPT
 from nanochat.model.loss import capped, chunk_rows
 
 PASS_BYTES = {"cpu": 2**25, "cuda": 2**31}  # on a CPU a pass should fit the caches
+ROW_BYTES = 2**31  # of a question with its answers; those of a task with a larger one share nothing
 TIE = 1e-5  # nats per token; float32 cannot tell answers apart that are closer
 
 
@@ -65,7 +66,8 @@ class Scorer:
         The scores of every item's sequences. Items of similar length share a pass, the longest
         first. `progress` receives the number of items that are done.
         """
-        if not self.shares:
+        largest = max((self._bytes(item.slots, item.past) for item in items), default=0.0)
+        if not self.shares or largest > ROW_BYTES:
             single = unshared(items, prompts)
             each = max(1, len(single) / max(1, len(items)))
             scores = iter(self._score(single, [[]], lambda done: progress(int(done / each))))

@@ -18,6 +18,8 @@ from nanochat.base.strangers import mismatch, missing, read_bytes, shown
 from nanochat.eval.tasks.data import read
 
 MOST_LISTING = 2**22  # bytes of core.yaml and of eval_meta_data.csv
+MOST_OPTIONS = 256  # of a question
+MOST_SHOTS = 100
 FIELDS = {  # the fields of a row, by kind of task: texts, and the one that is a list of options
     "multiple_choice": (("query",), "choices"),
     "schema": (("continuation",), "context_options"),
@@ -118,6 +120,8 @@ def _read_listing(path: Path) -> list[tuple[str, str, int, str, str]]:
         for entry in listing["icl_tasks"]:
             shots = entry["num_fewshot"]
             shots = shots[0] if isinstance(shots, list) else shots
+            if shots > MOST_SHOTS:
+                raise ValueError(f"num_fewshot is {shots:,}, more than {MOST_SHOTS}")
             delimiter = entry.get("continuation_delimiter", " ")
             values = entry["dataset_uri"], shots, entry["icl_task_type"], delimiter
             entries.append((entry["label"], *values))
@@ -179,8 +183,8 @@ def _problem(row: dict[str, Any], kind: str) -> str:
     texts, options_field = FIELDS[kind]
     options: Any = row.get(options_field) if options_field else []
     is_list = isinstance(options, list) and all(isinstance(option, str) for option in options)
-    if not is_list or (options_field and len(options) < 2):
-        return f"{options_field} must be a list of two or more texts"
+    if not is_list or (options_field and not 2 <= len(options) <= MOST_OPTIONS):
+        return f"{options_field} must be a list of 2 to {MOST_OPTIONS:,} texts"
     for name in texts:
         if not isinstance(row.get(name), str):
             return f"{name} must be a text"
@@ -189,5 +193,5 @@ def _problem(row: dict[str, Any], kind: str) -> str:
         return "an answer is empty"
     gold = row.get("gold")
     if options and (type(gold) is not int or not 0 <= gold < len(options)):
-        return f"gold is {gold!r}: it must be a number from 0 to {len(options) - 1}"
+        return f"gold is {shown(gold)}: it must be a number from 0 to {len(options) - 1}"
     return ""

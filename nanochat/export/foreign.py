@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, user_path
 from nanochat.base.files import sha256_file
 from nanochat.base.runtime import Runtime, open_runtime
 from nanochat.chat.generate import Sample, clip
@@ -220,7 +220,7 @@ def load_exported(
     Load a folder that `nanochat export --to hf` wrote. UserError when it is missing or incomplete,
     and when it ships code that `with_code` does not allow to run.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"there is no exported model in {folder}: write one with nanochat export --to hf"

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanochat.base import hardware
 from nanochat.base.commands import near
-from nanochat.base.common import UserError, base_dir, duration
+from nanochat.base.common import UserError, base_dir, duration, user_path
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
 from nanochat.train.scaling import compile_pays
@@ -107,7 +107,7 @@ def folder() -> Path:
 def load(path: Path | str) -> Machine:
     """The machine of a probe's file, with its points. UserError if there is no such file."""
     try:
-        file = read_json(Path(path).expanduser())
+        file = read_json(user_path(path))
         stored = file["machine"]
         own = stored["name"], stored["dtype"]
         points = tuple(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, columns, duration, human, print0
+from nanochat.base.common import UserError, columns, duration, human, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json, read_toml
@@ -67,7 +67,7 @@ def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
     The recipe file, its [base_train] table, and the knobs that plan the same again. UserError if a
     file is missing or of another version.
     """
-    file = Path(name).expanduser() if name else machine.folder() / "recipe.toml"
+    file = user_path(name) if name else machine.folder() / "recipe.toml"
     try:
         flags = read_toml(file)["base_train"]
         stored = read_json(file.with_suffix(".json"))["knobs"]

@@ -18,10 +18,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
-from nanochat.base.common import columns, duration, print0
+from nanochat.base.common import columns, duration, print0, user_path
 from nanochat.base.files import atomic_write, check_writable
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
@@ -118,7 +117,7 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     points, left_out and file.
     """
     began = time.monotonic()
-    file = Path(knobs.out).expanduser() if knobs.out else machine.folder() / "probe.json"
+    file = user_path(knobs.out) if knobs.out else machine.folder() / "probe.json"
     check_writable(file.parent)
     if file.exists():
         machine.load(file)  # UserError if it is not a probe

@@ -12,10 +12,9 @@ can use is refused, and a card that holds none.
 
 import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from nanochat.base.common import duration, print0
+from nanochat.base.common import duration, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs
@@ -90,7 +89,7 @@ def _pretraining(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, Any]:
 def write(plan: day.Plan, choice: Choice, law: Law) -> dict[str, Any]:
     """Write the recipe of a choice, and the plan as JSON beside it; return the plan."""
     knobs, chosen = plan.knobs, choice.primary
-    out = Path(knobs.out).expanduser() if knobs.out else machine.folder() / "recipe.toml"
+    out = user_path(knobs.out) if knobs.out else machine.folder() / "recipe.toml"
     lines = [f"# {duration(budget_seconds(knobs))} on {plan.machine.name}"]
     lines += [f"# {what}: {figure} ({source})" for what, figure, source in day.gains(plan)]
     for command, flags in tables(knobs, chosen).items():

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 POINTS = 250  # the most points of a curve that are drawn
 MOMENTS = 6  # the most evaluations of which samples are shown
 MOST_TEXT = 600  # characters of a sample or a setting
+MOST_NAMES = 32  # names that a run gives its lines in a plot, or its samples
 LEAST_SECONDS = 20  # a stage that took less writes no page: it would be a tenth of its time
 BUSY = 0.05  # of the time, `watch` works
 
@@ -200,7 +201,8 @@ def _lines(logs: Sequence[Log], what: Curve) -> list[Line]:
     for i, log in enumerate(logs):
         label = log.stage if one_chain else log.name
         names = dict.fromkeys(name for row in log.of(what.kind) for name in row)
-        for match in filter(None, (re.fullmatch(what.field, name) for name in names)):
+        matches = [m for name in names if (m := re.fullmatch(what.field, name[:MOST_TEXT]))]
+        for match in matches[:MOST_NAMES]:
             xs, ys = log.curve(what.kind, match[0], what.x)
             ends = [log.curve(what.kind, f"{match[0]}_{end}", what.x)[1] for end in ("lo", "hi")]
             band = tuple(map(np.array, ends)) if all(len(end) == len(xs) for end in ends) else ()
@@ -304,7 +306,8 @@ def _samples(logs: Sequence[Log], chats: bool) -> str:
         moments = _spread(log.of("sample"))
         if not moments or chats != (log.stage in STAGES and STAGES[log.stage].chats):
             continue
-        names = dict.fromkeys(n for row in moments for n in row if n.startswith("sample/"))
+        names = [n for row in moments for n in row if n.startswith("sample/")]
+        names = [*dict.fromkeys(names)][:MOST_NAMES]
         rows = [
             (
                 _number(row.get("step"), "step {:,d}".format),

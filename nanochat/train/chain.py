@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nanochat.base import logbook
-from nanochat.base.common import base_dir, duration, human
+from nanochat.base.common import base_dir, duration, human, printable
 from nanochat.base.files import atomic_write
 from nanochat.model.stages import run_directory
 from nanochat.train.knobs import MachineKnobs
@@ -105,7 +105,7 @@ class Display:
     def write(self, text: str, replaced: bool = False) -> None:
         """Write a line; the next one replaces it if `replaced`."""
         start, end = ("\r\033[K", "" if replaced else "\n") if self.live else ("", "\n")
-        self.terminal.write(start + text + end)
+        self.terminal.write(start + printable(text) + end)
         self.terminal.flush()
 
 

@@ -24,12 +24,13 @@ from functools import partial
 from pathlib import Path
 
 from nanochat.base.common import UserError
+from nanochat.base.strangers import shown
 from nanochat.data import conversations as own
 from nanochat.data import dialogue, shapes
 from nanochat.data.folders import CONVERSATIONS, find_all
 from nanochat.data.rows import Report, read_rows
 from nanochat.data.shards import Shards, prepare_conversations
-from nanochat.data.sources import Source, check_mixture, parse_sources
+from nanochat.data.sources import Source, check_mixture, check_weight, parse_sources
 from nanochat.data.split import MOST, cutoff, place
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import arc, customjson, gsm8k, identity, mmlu, smoltalk, spellingbee
@@ -96,8 +97,8 @@ def _parse(spec: str) -> ConversationSource:
     m = re.fullmatch(r"(?:([\w.-]+)=)?([\w-]+)(?:@([^:]*))?(?::(\d+\.?\d*|\.\d+))?", spec)
     if m and (kind := m[2].lower()) in {*DATA_SETS, *GENERATORS}:
         weight = float(m[4]) if m[4] else None
-        if weight == 0:
-            raise UserError(f"{spec} has weight 0: give a weight above 0, or leave {kind} out")
+        if weight is not None:
+            check_weight(spec, weight)
         return ConversationSource(m[1] or kind, weight=weight, kind=kind, count=_count(spec, m[3]))
     m = re.fullmatch(r"(.+)@(\w*)((?::[^/]*)?)", spec)
     try:
@@ -117,10 +118,10 @@ def _parse(spec: str) -> ConversationSource:
 def _count(spec: str, text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdigit() or int(text) == 0:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
         raise UserError(
-            f"{spec} has @{text}, which is not a number of conversations above 0: write for "
-            "example tinyworld@40000"
+            f"{shown(spec)} has @{shown(text)}, which is not a number of conversations above 0 and "
+            "below a billion: write for example tinyworld@40000"
         )
     return int(text)
 
