@@ -15,6 +15,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+from bench.bandwidth import read_bandwidth
 from nanochat.base import hardware, knobs
 from nanochat.base.common import entry, human, print0
 from nanochat.base.knobs import knob
@@ -81,7 +82,7 @@ def main(argv=None) -> dict[str, Any]:
     )
     rows: list[dict[str, float]] = []
     readings = [
-        hardware.read_bandwidth(rt.device)
+        read_bandwidth(rt.device)
     ]  # one between any two runs: a shared machine's memory is not equally fast all the time
     for batch in k.batch:
         typical = []
@@ -90,7 +91,7 @@ def main(argv=None) -> dict[str, Any]:
             next(steps)  # the prompt, and the weights' preparation
             times = [time.perf_counter(), *(time.perf_counter() for _ in steps)]
             typical.append(statistics.median(b - a for a, b in pairwise(times)))
-            readings.append(hardware.read_bandwidth(rt.device))
+            readings.append(read_bandwidth(rt.device))
         seconds, bandwidth = (
             statistics.median(typical),
             statistics.median(readings[-k.repeats - 1 :]),

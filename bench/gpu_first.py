@@ -39,6 +39,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 import priors  # noqa: E402
 import tiny  # noqa: E402
 
+from bench.bandwidth import read_bandwidth  # noqa: E402
 from nanochat.base import hardware, knobs  # noqa: E402
 from nanochat.base.common import UserError, base_dir, columns, print0  # noqa: E402
 from nanochat.base.knobs import knob  # noqa: E402
@@ -125,7 +126,7 @@ def card(place: Place) -> Report:
     if place.on_gpu:
         wanted |= {"float32 (TF32)": torch.float32, "float16": torch.float16}
     peaks = {n: float(f"{hardware.measured_peak(device, t) / 1e12:.3g}") for n, t in wanted.items()}
-    bandwidth = hardware.read_bandwidth(device) / 1e9
+    bandwidth = read_bandwidth(device) / 1e9
     table = hardware.lookup(hardware.device_name(device))
     backends = backend_cases(place)
     checks = {

@@ -20,7 +20,7 @@ STORY = "It was a day like any other, and the boat was gone. "
 
 
 def names(folder, formats=(*TEXT, *ROWS)):
-    found = find(folder, "s", formats)
+    found = find([folder], "s", formats)
     return [str(p.relative_to(folder)) for p in found.files], dict(found.skipped)
 
 
@@ -120,7 +120,7 @@ def test_names_that_are_odd_or_not_utf8(tmp_path, name, capsys):
     path = os.path.join(os.fsencode(tmp_path), name)
     with open(path, "wb") as file:
         file.write(STORY.encode() * 9)
-    (found,) = find(tmp_path, "s", TEXT).files
+    (found,) = find([tmp_path], "s", TEXT).files
     assert list(documents.read(found, None)) == [STORY * 9]
     with open(path, "wb") as file:
         file.write(b"\xff" + STORY.encode() + b"\0")

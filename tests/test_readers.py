@@ -241,7 +241,7 @@ def read(path, report=None):
 def test_formats_of_people(tmp_path, name):
     data, wanted = READABLE[name]
     (tmp_path / name).write_bytes(data)
-    (path,) = find(tmp_path, "s", (*TEXT, *ROWS)).files
+    (path,) = find([tmp_path], "s", (*TEXT, *ROWS)).files
     report = Report()
     wanted = data.decode(ENCODED[name.split(".")[0]]) if wanted is None else wanted
     assert read(path, report) == ([wanted] if isinstance(wanted, str) else wanted)
@@ -336,7 +336,7 @@ def test_hostile_files_are_listed_and_the_others_are_read(tmp_path, name):
     (tmp_path / "a good one.txt").write_text(STORY)
     (tmp_path / "z good one.txt").write_text(STORY[::-1])
     (tmp_path / name).write_bytes(data)
-    found = find(tmp_path, "s", (*TEXT, *ROWS))
+    found = find([tmp_path], "s", (*TEXT, *ROWS))
     report = Report(limit=10)
     texts = list(documents.read_all(found.files, None, report))
     assert texts[0] == STORY and texts[-1] == STORY[::-1]
@@ -397,7 +397,7 @@ def test_without_a_library_the_message_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr("importlib.import_module", missing)
     report = Report()
-    assert list(documents.read_all(find(tmp_path, "s", TEXT).files, None, report)) == ["text"]
+    assert list(documents.read_all(find([tmp_path], "s", TEXT).files, None, report)) == ["text"]
     ((reason, name),) = report.skipped
     assert 'pip install "nanochat[documents]"' in reason and name.endswith("a.html")
 

@@ -122,7 +122,7 @@ def describe_machine(device: "torch.device") -> dict[str, str]:
     return described
 
 
-def _best_seconds(
+def best_seconds(
     f: Callable[[], object], device: "torch.device", budget: float, repeats: int
 ) -> float:
     """
@@ -155,7 +155,7 @@ def _matmul_flops(
     w = torch.randn(columns, inner, device=device).to(dtype)
     with torch.no_grad():
         multiply = functools.partial(torch.nn.functional.linear, x, w)
-        return 2 * rows * inner * columns / _best_seconds(multiply, device, budget, 10)
+        return 2 * rows * inner * columns / best_seconds(multiply, device, budget, 10)
 
 
 def measured_peak(device: "torch.device", dtype: "torch.dtype") -> float:
@@ -235,21 +235,3 @@ def _figure(path: Path) -> int | None:
     """The number in a file of the kernel; None if there is none, as in "max"."""
     text = _text(path).strip()
     return int(text) if text.isdigit() else None
-
-
-def read_bandwidth(device: "torch.device") -> float:
-    """
-    Bytes per second at which all cores read main memory, or an accelerator its own: measured by
-    summing a buffer far larger than the caches.
-    """
-    import torch
-
-    size = 2**31
-    if device.type == "cpu":
-        caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-        kibibytes = [re.match(r"(\d+)K", path.read_text()) for path in caches]
-        last_level = max((int(m[1]) * 2**10 for m in kibibytes if m), default=2**25)
-        size = min(max(2**28, 6 * last_level), available_memory() // 4)
-    x = torch.ones(size // 4, device=device)
-    with torch.no_grad():
-        return x.numel() * 4 / _best_seconds(x.sum, device, 0.12, 5)

@@ -26,7 +26,7 @@ from nanochat.base.knobs import LARGEST_SEED, knob
 from nanochat.base.strangers import parse_json, read_bytes
 from nanochat.chat.reply import Continuation, Reply, answer_room, fit_conversation, fit_prompt
 from nanochat.chat.terminal import Prompt, Screen, in_terminal
-from nanochat.data.rendering import checked_messages
+from nanochat.data.rendering import checked_messages, visible_content
 from nanochat.model.stages import STAGES, split_name
 from nanochat.train.knobs import AnyModelKnobs, MachineKnobs, ModelKnobs
 
@@ -380,7 +380,7 @@ def load(chat: Chat, text: str) -> None:
     if chat.screen.styled:
         for message in messages[-2:]:
             chat.screen.label({"user": YOU, "assistant": MODEL}.get(message["role"], "System:"))
-            chat.screen.write(shown_text(message["content"]))
+            chat.screen.write(visible_content(message["content"]))
             chat.screen.end()
     if question:
         chat.answer(question)
@@ -475,13 +475,6 @@ def brief(text: str) -> str:
     """A text in one short line, in quotation marks."""
     line = " ".join(text.split())
     return f'"{line if len(line) <= 40 else line[:37] + "..."}"'
-
-
-def shown_text(content: str | list[dict[str, str]]) -> str:
-    """The text of a message, without the calculator's part."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

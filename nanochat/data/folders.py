@@ -124,37 +124,32 @@ def _kind_of_zip(path: Path) -> str:
     return next((kind for name, kind in ZIPPED.items() if name in names), default)
 
 
-def find_all(paths: Sequence[Path], name: str, formats: tuple[str, ...]) -> Found:
-    """`find` for each of several paths."""
+def find(paths: Sequence[Path], name: str, formats: tuple[str, ...]) -> Found:
+    """
+    The files among `paths`, and those of `formats` in the folders among them, for the source
+    `name`. Raises UserError if a path gives none, or if nearly all text in a folder is in files of
+    other formats.
+    """
     together = Found()
     for path in paths:
-        one = find(path, name, formats)
-        together.files += one.files
-        together.listed += one.listed
+        if path.is_dir():
+            found = in_folder(path, name, formats)
+        else:
+            try:
+                known = path.is_file() and kind_of(path) in formats
+            except OSError as e:
+                raise UserError(f"cannot read {path} ({e.strerror}): check its permissions") from e
+            found = Found([path] if known else [])
+        if not found.files:
+            others = found.passed_over()
+            raise UserError(
+                f"data source {name}: there is no file to read ({_brief(formats)}, or one of them "
+                f"compressed: {', '.join(COMPRESSED)}) at {path}{others and f', only {others}'}; "
+                "add one, or name another file or folder"
+            )
+        together.files += found.files
+        together.listed += found.listed
     return together
-
-
-def find(path: Path, name: str, formats: tuple[str, ...]) -> Found:
-    """
-    `path` itself, or the files of `formats` in the folder `path`, for the source `name`. Raises
-    UserError if there is none, or if nearly all text in the folder is in files of other formats.
-    """
-    if not path.is_dir():
-        try:
-            known = path.is_file() and kind_of(path) in formats
-        except OSError as e:
-            raise UserError(f"cannot read {path} ({e.strerror}): check its permissions") from e
-        found = Found([path] if known else [])
-    else:
-        found = in_folder(path, name, formats)
-    if not found.files:
-        others = found.passed_over()
-        raise UserError(
-            f"data source {name}: there is no file to read ({_brief(formats)}, or one of them "
-            f"compressed: {', '.join(COMPRESSED)}) at {path}{others and f', only {others}'}; add "
-            "one, or name another file or folder"
-        )
-    return found
 
 
 def _brief(formats: tuple[str, ...]) -> str:

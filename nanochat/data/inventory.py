@@ -27,7 +27,7 @@ from nanochat.base.files import Hashes, atomic_write
 from nanochat.base.progress import progress
 from nanochat.data import conversations
 from nanochat.data.documents import HELD, read_all, text_bytes
-from nanochat.data.folders import CONVERSATIONS, ROWS, TEXT, Found, find_all, kind_of
+from nanochat.data.folders import CONVERSATIONS, ROWS, TEXT, Found, find, kind_of
 from nanochat.data.rows import Report
 from nanochat.data.split import LEAST, Division, division, place
 
@@ -184,7 +184,7 @@ def of(source: "Source", me: str | None = None) -> SourceInventory:
     """The inventory of one source. It is taken once, and again when a file has changed."""
     if source.kind != "files":
         return SourceInventory(source.name)
-    found = find_all(source.paths, source.name, (*TEXT, *ROWS))
+    found = find(source.paths, source.name, (*TEXT, *ROWS))
     path = base_dir() / "inventory" / f"{source.name}-{_key(found, source.field, me)}.json"
     with suppress(OSError, ValueError, TypeError):
         return SourceInventory(**json.loads(path.read_bytes()))

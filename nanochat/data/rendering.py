@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nanochat.base.common import UserError
+from nanochat.base.strangers import shown
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document
@@ -73,21 +74,22 @@ def _check_content(i: int, role: object, content: object) -> None:
     if role != "assistant" or not isinstance(content, list):
         raise UserError(
             f"message {i}: the content of a message with role {role!r} must be text, not "
-            f"{brief(content)}"
+            f"{shown(content)}"
         )
     for part in content:
         known = isinstance(part, dict) and part.get("type") in ("text", *PART_TOKENS)
         if not known or not isinstance(part.get("text"), str):
             raise UserError(
                 f'message {i}: a part must be {{"type": one of text, {", ".join(PART_TOKENS)}; '
-                f'"text": ...}}, not {brief(part)}'
+                f'"text": ...}}, not {shown(part)}'
             )
 
 
-def brief(value: object) -> str:
-    """repr(value), shortened to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def visible_content(content: str | list[dict[str, str]]) -> str:
+    """The text of a message's content, without the calculator's calls and results."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def conversation_pieces(messages: list[dict]) -> Iterator[Piece]:

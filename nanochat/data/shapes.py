@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanochat.base.common import UserError
-from nanochat.data.rendering import brief
+from nanochat.base.strangers import shown
 
 ROLES = {
     "system": ("system", "developer"),
@@ -136,7 +136,7 @@ def _call(i: int, call: Any) -> dict[str, str]:
         values = []
     if name.lower() not in CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
         raise UserError(
-            f"message {i} calls a tool ({brief(name)}): only calls of a {CALCULATORS[0]} with one "
+            f"message {i} calls a tool ({shown(name)}): only calls of a {CALCULATORS[0]} with one "
             "expression can be trained"
         )
     return {"type": "python", "text": values[0]}
@@ -154,19 +154,19 @@ def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             ]
     raise UserError(
         'a conversation is a list of messages, an object with "messages", or one with a pair of '
-        f'texts such as "prompt" and "response"; this one has {brief(", ".join(map(str, row)))}'
+        f'texts such as "prompt" and "response"; this one has {shown(", ".join(map(str, row)))}'
     )
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
     """A message with "role" and "content", and "weight": 0 if it is masked."""
     if not isinstance(message, dict):
-        raise UserError(f"message {i}: expected an object with a role, got {brief(message)}")
+        raise UserError(f"message {i}: expected an object with a role, got {shown(message)}")
     role = next((message[key] for key in ROLE_KEYS if key in message), None)
     known = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         raise UserError(
-            f"message {i}: the role {brief(role)} is none of {', '.join(ROLE_OF)}; only the "
+            f"message {i}: the role {shown(role)} is none of {', '.join(ROLE_OF)}; only the "
             "calculator's calls and results can be part of a reply"
         )
     content = next((message[key] for key in CONTENT_KEYS if key in message), None)
@@ -187,7 +187,7 @@ def _text_of_parts(i: int, parts: list[Any]) -> str:
     """The text of OpenAI's list of parts."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"message {i}: only text can be trained on, not {brief(parts)}")
+        raise UserError(f"message {i}: only text can be trained on, not {shown(parts)}")
     return "\n".join(map(str, texts))
 
 
@@ -199,7 +199,7 @@ def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
             continue
         if value not in (0, 1):  # which False and True equal
             raise UserError(
-                f'message {i}: "{name}" must be 0 or 1, false or true, not {brief(value)}'
+                f'message {i}: "{name}" must be 0 or 1, false or true, not {shown(value)}'
             )
         learned = learned and bool(value) == (key in MASKS)
     return learned

@@ -26,7 +26,7 @@ from nanochat.base.common import UserError, base_dir, user_path
 from nanochat.base.strangers import shown
 from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
-from nanochat.data.folders import ROWS, TEXT, find_all
+from nanochat.data.folders import ROWS, TEXT, find
 from nanochat.data.rows import Report
 from nanochat.tinyworld import generator_files
 
@@ -211,7 +211,7 @@ def files(source: Source, split: str = "train") -> list[Path]:
     if source.kind == "shards":
         return _shard_files(source, split)
     paths = source.paths if source.kind == "files" else ()
-    return find_all(paths, source.name, (*TEXT, *ROWS)).files
+    return find(paths, source.name, (*TEXT, *ROWS)).files
 
 
 def _shard_files(source: Source, split: str) -> list[Path]:

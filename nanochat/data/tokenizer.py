@@ -26,11 +26,10 @@ import tiktoken
 
 from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write
-from nanochat.base.strangers import read_json
+from nanochat.base.strangers import read_json, shown
 from nanochat.data.documents import well_formed
 from nanochat.data.rendering import (
     SPECIAL_TOKENS,
-    brief,
     checked_messages,
     conversation_pieces,
 )
@@ -141,7 +140,7 @@ class Tokenizer:
                 raise ValueError("its files do not match, or another version wrote them")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
             raise UserError(
-                f"the tokenizer in {directory} is damaged ({type(e).__name__}: {brief(str(e))}): "
+                f"the tokenizer in {directory} is damaged ({type(e).__name__}: {shown(str(e))}): "
                 f"{remedy}"
             ) from e
         return tokenizer

@@ -23,9 +23,10 @@ from torch import Tensor
 from nanochat.base.common import UserError, user_path
 from nanochat.base.files import sha256_file
 from nanochat.base.runtime import Runtime, open_runtime
+from nanochat.base.strangers import shown
 from nanochat.chat.generate import Sample, clip
 from nanochat.chat.tools import ToolCalls
-from nanochat.data.rendering import SPECIAL_TOKENS, brief
+from nanochat.data.rendering import SPECIAL_TOKENS
 from nanochat.data.tokenizer import segments
 from nanochat.export.hf import require_transformers
 from nanochat.model.loss import capped
@@ -253,7 +254,7 @@ def load_exported(
         raise
     except Exception as e:
         raise UserError(
-            f"transformers cannot load {folder} ({type(e).__name__}: {brief(str(e))}): "
+            f"transformers cannot load {folder} ({type(e).__name__}: {shown(str(e))}): "
             "write it again with nanochat export --to hf"
         ) from e
     model = ForeignModel(network.to(runtime.device).eval())

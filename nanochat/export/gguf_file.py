@@ -9,7 +9,6 @@ here with the package `gguf`. `LlamaCpp` runs the file in llama.cpp, where the p
 
 import importlib
 import json
-import re
 import urllib.request
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,27 +25,6 @@ from nanochat.export.weights import NORM_EPS, XIELU, foreign_tensors
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
-WHOLE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "lm_head.weight": "output.weight",
-    "model.norm.weight": "output_norm.weight",
-}
-LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm",
-    "attention_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "feedforward_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def require_gguf() -> Any:
     try:
@@ -56,15 +34,6 @@ def require_gguf() -> Any:
             'the package gguf is not installed: install it with pip install -e ".[export]"'
         ) from None
     return gguf
-
-
-def gguf_name(name: str) -> str:
-    """The GGUF name of a tensor of Qwen3 or Apertus."""
-    if name in WHOLE:
-        return WHOLE[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
-    assert match, f"unknown tensor {name}"
-    return f"blk.{match[1]}.{LAYER[match[2]]}.weight"
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, gguf: Any) -> None:
@@ -134,10 +103,12 @@ def write_gguf(
         writer.add_xielu_beta([XIELU["beta"]] * layers)
         writer.add_xielu_eps([XIELU["eps"]] * layers)
     _add_tokenizer(writer, tokenizer, gguf)
-    for tensor_name, tensor in foreign_tensors(model, target).items():
-        if ".act_fn." not in tensor_name:
+    architecture = gguf.MODEL_ARCH[target.name.upper()]
+    names = gguf.get_tensor_name_map(architecture, model.config.n_layer)
+    for name, tensor in foreign_tensors(model, target).items():
+        if ".act_fn." not in name:
             array, kind = _stored(tensor, dtype, gguf)
-            writer.add_tensor(gguf_name(tensor_name), array, raw_dtype=kind)
+            writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -174,7 +145,7 @@ class LlamaCpp:
     A llama.cpp server on a GGUF file, through the package xllamacpp. Use it as a context manager.
     """
 
-    def __init__(self, file: Path, context: int, exact: bool = True):
+    def __init__(self, file: Path, context: int):
         xllamacpp: Any = importlib.import_module("xllamacpp")
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
@@ -184,11 +155,11 @@ class LlamaCpp:
         parameters.cpuparams_batch.n_threads = 1
         parameters.warmup = False
         parameters.verbosity = 0  # no log of its own
-        if exact:  # by default keys and values are float16, and flash attention rounds more
-            off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            parameters.flash_attn_type = off
-            parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-            parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        # By default keys and values are float16, and flash attention rounds more
+        off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.flash_attn_type = off
+        parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self._server: Any = xllamacpp.Server(parameters)
 
     def __enter__(self) -> "LlamaCpp":
@@ -219,7 +190,3 @@ class LlamaCpp:
             "logit_bias": [[id, False] for id in never],
         }
         return self.post("/completion", body)["tokens"]
-
-    def tokenize(self, text: str) -> list[int]:
-        body = {"content": text, "add_special": False, "parse_special": False}
-        return self.post("/tokenize", body)["tokens"]

@@ -259,35 +259,44 @@ class KVCache:
         Write k, v (B, H_kv, T, D) of the pass and attend from q (B, H, T, D) to all that a query
         may see.
         """
-        T, K, V, positions = q.size(2), self.k[layer], self.v[layer], self.positions
-        if positions.size(0) == 1:  # all rows have the same length: write a slice
-            start, end = self.lengths[0], self.lengths[0] + T
-            self._check(end)
-            K[:, :, start:end] = k
-            V[:, :, start:end] = v
-            if start == 0:
-                if q.device.type == "cpu" and bias is None:
-                    q, k, v = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (q, k, v))
-                return attend(q, k, v, window, bias)[:, :, :T]
-        else:
-            self._write_by_row(layer, k, v)
-            end = min(max(self.lengths) + T, self.capacity)
-        first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # no query sees older
-        if K.device.type == "cpu":
-            first, end = first - first % BLOCK, end + -end % BLOCK
-        K, V = K[:, :, first:end], V[:, :, first:end]
-        if bias is None:
+        T, positions = q.size(2), self.positions
+        first, end = self._store(layer, k, v, window)
+        if self.lengths[0] == 0 and positions.size(0) == 1:  # the pass is all there is
+            if q.device.type == "cpu" and bias is None:
+                q, k, v = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (q, k, v))
+            return attend(q, k, v, window, bias)[:, :, :T]
+        K, V = self.k[layer, :, :, first:end], self.v[layer, :, :, first:end]
+        if bias is None or T <= QUERY_BLOCK:
             if (first, window) not in self._masks:
-                seen = visible(positions, first, end, window)
+                seen = self._seen(first, end, window)
                 self._masks[first, window] = score_mask(seen, q.size(1), K.size(1), K.dtype)
             mask = self._masks[first, window]
-            return attend_at(positions, q, K, V, first, window, mask=mask).to(k.dtype)
+            return attend_at(positions, q, K, V, first, window, bias, mask).to(k.dtype)
         parts = []
         for s in range(0, T, QUERY_BLOCK):  # a bias has a score per head: too many for all queries
             part = slice(s, s + QUERY_BLOCK)
             block = bias._replace(u=bias.u[:, part])
             parts.append(attend_at(positions[:, part], q[:, :, part], K, V, first, window, block))
         return torch.cat(parts, dim=2).to(k.dtype)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor, window: int) -> tuple[int, int]:
+        """Write k, v of the pass; returns the slots (first, end) between which a query may see."""
+        if self.positions.size(0) == 1:  # all rows have the same length: write a slice
+            start, end = self.lengths[0], self.lengths[0] + k.size(2)
+            self._check(end)
+            self.k[layer, :, :, start:end] = k
+            self.v[layer, :, :, start:end] = v
+        else:
+            self._write_by_row(layer, k, v)
+            end = min(max(self.lengths) + k.size(2), self.capacity)
+        first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # no query sees older
+        if k.device.type == "cpu":
+            first, end = first - first % BLOCK, end + -end % BLOCK
+        return first, end
+
+    def _seen(self, first: int, end: int, window: int) -> Tensor | None:
+        """Which of these slots the queries of the pass see, as `visible`."""
+        return visible(self.positions, first, end, window)
 
 
 class OneToken(KVCache):
@@ -316,23 +325,13 @@ class OneToken(KVCache):
     def advance(self, counts: int | list[int]) -> None:
         self._keep_earlier(self._counts)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int = 0,
-        bias: Bias | None = None,
-    ) -> Tensor:
+    def _store(self, layer: int, k: Tensor, v: Tensor, window: int) -> tuple[int, int]:
         self._write_by_row(layer, k, v)
-        K, V = self.k[layer, :, :, : self.slots], self.v[layer, :, :, : self.slots]
-        if (0, window) not in self._masks:
-            i, j = self.positions[:, :, None], torch.arange(self.slots, device=q.device)
-            seen = (j <= i) & (i - j < window) if window > 0 else j <= i
-            self._masks[0, window] = score_mask(seen, q.size(1), K.size(1), K.dtype)
-        mask = self._masks[0, window]
-        return attend_at(self.positions, q, K, V, 0, window, bias, mask).to(k.dtype)
+        return 0, self.slots
+
+    def _seen(self, first: int, end: int, window: int) -> Tensor:
+        i, j = self.positions[:, :, None], torch.arange(end, device=self.positions.device)
+        return (j <= i) & (i - j < window) if window > 0 else j <= i
 
 
 def _slots(positions: int) -> int:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from nanochat.tinyworld.world import ATTRIBUTES, Draw, Slot, Slots, held_out, world
+from nanochat.tinyworld.world import ATTRIBUTES, Draw, Slot, Slots, Unfit, held_out, world
 
 # kind -> chance level: the score of guessing among answers of the right sort
 KINDS: dict[str, float] = {
@@ -41,6 +41,9 @@ CYCLE = [
     "choice",
     "counting",
 ] * 3 + ["twostep"]
+SECTIONS = (  # of tinyworld.toml, with wordings
+    "context facts choice sums spelling profile smalltalk room village roll memory diary dialogue"
+)
 # The share of two-step sums with two different signs: few in training, which leaves them to RL, and
 # most when the kind is asked for by its name.
 MIXED_IN_TRAINING, MIXED = 0.01, 0.75
@@ -78,22 +81,7 @@ class Options(NamedTuple):
 @functools.cache
 def phrases() -> dict[str, Any]:
     """The wordings of [context], [facts] and so on, as in tinyworld.toml but expanded."""
-    sections = [
-        "context",
-        "facts",
-        "choice",
-        "sums",
-        "spelling",
-        "profile",
-        "smalltalk",
-        "room",
-        "village",
-        "roll",
-        "memory",
-        "diary",
-        "dialogue",
-    ]
-    return {name: world().expanded(world().data[name]) for name in sections}
+    return {name: world().expanded(world().data[name]) for name in SECTIONS.split()}
 
 
 @functools.cache
@@ -114,7 +102,7 @@ def tool_call(code: str, output: str, text: str) -> list[dict[str, str]]:
 class ConversationMaker(Draw):
     """
     Makes conversations. The method named like a kind returns (turns, answer), or for choice
-    (turns, answer, letters), or None when it could not meet the split's rule.
+    (turns, answer, letters), and raises Unfit when it could not meet the split's rule.
     """
 
     def __init__(self, seed: int, split: str, stream: str = "talk"):
@@ -126,9 +114,14 @@ class ConversationMaker(Draw):
         """Whether a pairing belongs to this split."""
         return held_out(str(a), str(b)) == self.val
 
+    def need_pair(self, a: str, b: str) -> None:
+        """Raise Unfit unless the pairing belongs to this split."""
+        if not self.pair_is_ours(a, b):
+            raise Unfit
+
     # ---- short stories
 
-    def statement(self, kind: str, want: bool, used: set[str]) -> Statement | None:
+    def statement(self, kind: str, want: bool, used: set[str]) -> Statement:
         """
         A statement with values not in `used`, which it extends. With `want` the answer's pairing is
         held out; the others never are.
@@ -136,22 +129,19 @@ class ConversationMaker(Draw):
         slots, answer = Slots(), self.world.data["context"][kind]["answer"]
         for name, cls, partners, _ in statement_slots(kind):
             repeats = cls == "count"  # what is counted may come up again
-            value = self.paired(
+            slots[name] = value = self.matched(
                 self.world.classes[cls],
                 [slots[partner] for partner in partners],
                 want and name == answer,
                 () if repeats else used,
             )
-            if value is None:
-                return None
-            slots[name] = value
             if not repeats:
                 used.add(value)
         if kind == "many" and held_out(slots["n"], slots["x"]):
-            return None
+            raise Unfit
         return Statement(kind, self.pick(self.phrases["context"][kind]["told"]) % slots, slots)
 
-    def short_story(self) -> tuple[str, list[Statement]] | None:
+    def short_story(self) -> tuple[str, list[Statement]]:
         """
         Two to four statements as a text in random order, and as a list whose first one has the
         pairing that is held out in val.
@@ -161,14 +151,11 @@ class ConversationMaker(Draw):
         statements: list[Statement] = []
         for i in range(self.between(2, 3)):
             next_kind = self.pick(RELATED.get(kind, (kind,))) if i else kind
-            statement = self.statement(next_kind, self.val and i == 0, used)
-            if statement is None:
-                return None
-            statements.append(statement)
+            statements.append(self.statement(next_kind, self.val and i == 0, used))
         if kind != "place" and self.random() < 0.2:  # something else happens as well
-            statement = self.statement("place", False, used)
-            if statement:
-                statements.append(statement)
+            other = self.attempt(self.statement, "place", False, used)
+            if other:
+                statements.append(other)
         sentences = [s.text for s in self.sample(statements, len(statements))]
         filler = self.pick(self.phrases["context"]["filler"])
         if filler:
@@ -184,11 +171,8 @@ class ConversationMaker(Draw):
 
     # ---- the kinds
 
-    def context(self) -> tuple[Turns, str] | None:
-        story = self.short_story()
-        if story is None:
-            return None
-        text, (first, *others) = story
+    def context(self) -> tuple[Turns, str]:
+        text, (first, *others) = self.short_story()
         lead = self.pick(self.phrases["context"]["lead"])
         text = f"{lead} {text}" if lead else text
         turns, answer = [], ""
@@ -215,7 +199,7 @@ class ConversationMaker(Draw):
         _, (question, reply, answer) = self.known_fact(self.val)
         return [*turns, question, reply], answer
 
-    def smalltalk(self) -> tuple[Turns, str] | None:
+    def smalltalk(self) -> tuple[Turns, str]:
         data, wordings = self.world.data["smalltalk"], self.phrases["smalltalk"]
         topic, slot, values = self.pick(
             (
@@ -230,7 +214,7 @@ class ConversationMaker(Draw):
         value = self.paired(values, (user,), self.val)
         weather = self.paired(list(data["advice"]), (user,), self.val)
         if value is None or weather is None:
-            return None
+            raise Unfit
         slots = Slots({"U": user, slot: value, "W": weather, "K": data["advice"][weather]})
         if slot == "V":
             slots["X"] = self.world.data["villages"][value]
@@ -267,7 +251,7 @@ class ConversationMaker(Draw):
         text = "\n".join([question, *lines, *([end] if end else [])])
         return Options(text, f"The answer is {right}={letter}.", letters)
 
-    def options(self) -> Options | None:
+    def options(self) -> Options:
         """A multiple-choice question of any sort."""
         form = self.random()
         if form < 0.15:
@@ -282,22 +266,17 @@ class ConversationMaker(Draw):
         if form < 0.9:
             pairs = self.world.data["opposites"]
             word, opposite = self.pick(list(pairs.items()))
-            if not self.pair_is_ours(word, opposite):
-                return None
+            self.need_pair(word, opposite)
             others = [x for pair in pairs.items() for x in pair if x != word]
             question = self.pick(wordings["opposite"]) % {"w": word}
             return self.with_options(question, opposite, self.sample(others, 6))
         word = self.pick(self.world.words)
-        if not self.pair_is_ours(word, "first letter"):
-            return None
+        self.need_pair(word, "first letter")
         others = [x for x in self.sample(self.world.words, 24) if x[0] != word[0]]
         return self.with_options(self.pick(wordings["first"]) % {"l": word[0]}, word, others)
 
-    def options_about_story(self) -> Options | None:
-        story = self.short_story()
-        if story is None:
-            return None
-        text, (first, *others) = story
+    def options_about_story(self) -> Options:
+        text, (first, *others) = self.short_story()
         question, _, answer = self.ask(first)
         asked = self.world.data["context"][first.kind]["answer"]
         classes = {slot.name: slot.cls for slot in statement_slots(first.kind)}
@@ -305,23 +284,18 @@ class ConversationMaker(Draw):
         wrong += self.sample(self.world.classes[classes[asked]], 6)
         return self.with_options(f"{text}\n{question}", answer, wrong)
 
-    def options_of_kind(self) -> Options | None:
+    def options_of_kind(self) -> Options:
         """Which of several things is, for example, a fruit."""
         data = self.world.data
         kind = self.pick(list(data["kinds"]))
-        word = self.paired(list(data["kinds"][kind]), (kind,), self.val)
-        if word is None:
-            return None
+        word = self.matched(list(data["kinds"][kind]), (kind,), self.val)
         similar = (kind, *data["wider"].get(kind, ()))
         others = [word for word, of in self.world.kind_of.items() if of not in similar]
         question = self.pick(self.phrases["choice"]["member"]) % Slots(k=kind)
         return self.with_options(question, word, self.sample(others, 5))
 
-    def choice(self) -> tuple[Turns, str, list[str]] | None:
-        options = self.options()
-        if options is None:
-            return None
-        question, reply, letters = options
+    def choice(self) -> tuple[Turns, str, list[str]]:
+        question, reply, letters = self.options()
         return [question, reply], reply[-2], letters
 
     def operands(self) -> tuple[str, int, int, int]:
@@ -371,13 +345,14 @@ class ConversationMaker(Draw):
         question = self.pick(self.phrases["spelling"]["ask"]) % {"w": word}
         return [question, f"The word {word} is spelled {letters}."], letters
 
-    def counting(self) -> tuple[Turns, str] | None:
+    def counting(self) -> tuple[Turns, str]:
         goal = self.pick((0, 1, 1, 2, 2, 2, 3))
         word = self.pick(self.world.words)
         letter = self.pick(word if goal else "abcdefghilmnoprstu")
         n = word.count(letter)
-        if (n != goal and self.random() < 0.95) or not self.pair_is_ours(word, letter):
-            return None
+        if n != goal and self.random() < 0.95:
+            raise Unfit
+        self.need_pair(word, letter)
         text = f"It occurs {n} {'time' if n == 1 else 'times'}."
         question = self.pick(self.phrases["spelling"]["count"]) % {"w": word, "l": letter}
         return [question, tool_call(f"'{word}'.count('{letter}')", str(n), text)], str(n)
@@ -410,10 +385,10 @@ def conversations(
 def _next_new(maker: ConversationMaker, kind: str) -> dict[str, Any]:
     """The next conversation of a kind that the stream has not had yet."""
     while True:
-        conversation = getattr(maker, kind)()
-        if conversation is None:
+        made = maker.attempt(getattr(maker, kind))
+        if made is None:
             continue
-        turns, answer, *letters = conversation
+        turns, answer, *letters = made
         if kind != "smalltalk" and maker.random() < 0.15:
             turns = [*maker.courtesy(), *turns]
         if not maker.is_new(zlib.crc32(json.dumps(turns).encode())):

@@ -14,6 +14,7 @@ from nanochat.tinyworld.world import (
     NUMBERS,
     Plot,
     Slots,
+    Unfit,
     article,
     capitalised,
     held_out,
@@ -58,18 +59,17 @@ def listing(words: list[str] | Couple) -> str:
 
 class DocumentMaker(ConversationMaker):
     """
-    Makes documents. The method named like a kind returns a text, or None when it could not meet the
-    split's rule.
+    Makes documents. The method named like a kind returns a text, or raises Unfit when it could not
+    meet the split's rule.
     """
 
     def __init__(self, seed: int, split: str):
         super().__init__(seed, split, "tales")
 
-    def couple(self) -> Couple | None:
+    def couple(self) -> Couple:
         """Two people whose pairing belongs to the split."""
         first = self.pick(self.world.people)
-        second = self.paired(self.world.people, (first,), self.val, (first,))
-        return (first, second) if second else None
+        return first, self.matched(self.world.people, (first,), self.val, (first,))
 
     def add(self, slots: Slots, spec: str) -> None:
         """Fill slots, written "name:class name:class", with any words of their classes."""
@@ -78,12 +78,12 @@ class DocumentMaker(ConversationMaker):
 
     # ---- stories
 
-    def story(self) -> str | None:
+    def story(self) -> str:
         return self.plot(self.deal("plots", self.world.plots), {})
 
-    def stories(self) -> str | None:
+    def stories(self) -> str:
         """Two or three stories about the same two people."""
-        people = self.couple()
+        people = self.attempt(self.couple)
 
         def about_two(plot: Plot) -> bool:
             return [slot.cls for slot in plot.slots[:2]] == ["person", "person"]
@@ -91,30 +91,28 @@ class DocumentMaker(ConversationMaker):
         n = self.between(2, 3)
         plots = [self.deal("plots", self.world.plots, about_two) for _ in range(n)]
         if people is None:
-            return None
+            raise Unfit
         a, b = people
-        stories = [self.plot(plot, {"A": a, "B": b}) for plot in plots]
+        stories = [self.attempt(self.plot, plot, {"A": a, "B": b}) for plot in plots]
         if None in stories:
-            return None
+            raise Unfit
         opening = f"Here are some stories about {a} and {b}."
         return "\n\n".join([opening, *filter(None, stories)])
 
-    def plot(self, plot: Plot, people: dict[str, str]) -> str | None:
+    def plot(self, plot: Plot, people: dict[str, str]) -> str:
         """One story. Each time it is about other people and things, and consistent."""
         slots = self.fill(plot.slots, people)
-        if slots is None:
-            return None
         sentences = filter(None, [self.pick(beat) for beat in plot.beats])
         text = (" ".join(sentences) % slots).replace(" \n\n ", "\n\n")
-        return None if SAME_SPEAKER_NAMED_TWICE.search(text) else text
+        if SAME_SPEAKER_NAMED_TWICE.search(text):
+            raise Unfit
+        return text
 
     # ---- facts
 
-    def profile(self) -> str | None:
+    def profile(self) -> str:
         """Who two or three people are: the stable facts, in many wordings."""
         couple = self.couple()
-        if couple is None:
-            return None
         people, most = list(couple), 5
         if self.random() < 0.3:
             third = self.paired(self.world.people, couple, False, couple)
@@ -131,18 +129,15 @@ class DocumentMaker(ConversationMaker):
         openings = f"Let me tell you about {names}. ", f"Do you know {names}? ", *[""] * 4
         return self.pick(openings) + self.pick(("\n\n", " ")).join(parts)
 
-    def quiz(self) -> str | None:
+    def quiz(self) -> str:
         """Questions and their answers, as they are asked in conversations."""
         form = self.random()
         if form >= 0.75:
-            several = [self.options() for _ in range(self.between(1, 3))]
+            several = [self.attempt(self.options) for _ in range(self.between(1, 3))]
             return "\n\n".join(f"{x.question}\nAnswer: {x.reply}" for x in several if x)
         lines = []
         if form < 0.6:
-            story = self.short_story()
-            if story is None:
-                return None
-            text, statements = story
+            text, statements = self.short_story()
             lines.append(text)
             asked = statements if self.random() < 0.8 else statements[:1]
             questions = [self.ask(statement) for statement in asked]
@@ -152,21 +147,19 @@ class DocumentMaker(ConversationMaker):
         lines += [f"Question: {x.question}\nAnswer: {x.reply}" for x in questions]
         return "\n".join(lines)
 
-    def lesson(self) -> str | None:
+    def lesson(self) -> str:
         """What things are, or what the opposites of words are."""
         n = self.between(3, 7)
         if self.random() < 0.25:
             opposites = self.world.data["opposites"]
             words = self.sample(list(opposites), n + 3)
-            if not self.pair_is_ours(words[0], words[1]):
-                return None
+            self.need_pair(words[0], words[1])
             return " ".join(f"The opposite of {word} is {opposites[word]}." for word in words)
         kinds, kind_of = self.world.data["kinds"], self.world.kind_of
         alike = self.random() < 0.5
         kind = self.deal("kinds", list(kinds)) if alike else ""
         words = self.sample(list(kinds[kind] if alike else kind_of), n)
-        if not self.pair_is_ours(words[0], words[1]):
-            return None
+        self.need_pair(words[0], words[1])
         lines = []
         riddles = self.random() < 0.3
         for word in words:
@@ -185,17 +178,13 @@ class DocumentMaker(ConversationMaker):
 
     # ---- lists to remember
 
-    def memory(self) -> str | None:
+    def memory(self) -> str:
         """One person says a few things, another repeats them word for word in another order."""
         people = self.couple()
-        if people is None:
-            return None
         used, lines = set(people), []
         for i in range(self.between(3, 6)):
-            statement = self.statement(self.pick(STATEMENTS), self.val and i == 0, used)
-            if statement is None:
-                return None
-            lines.append(statement.text)
+            kind = self.pick(STATEMENTS)
+            lines.append(self.statement(kind, self.val and i == 0, used).text)
         repeated = self.sample(lines, len(lines))
         if repeated == lines:
             repeated = lines[::-1]
@@ -207,14 +196,12 @@ class DocumentMaker(ConversationMaker):
         text = f'{before} "{" ".join(lines)}" {between} "{" ".join(repeated)}" {after}'
         return text.strip()
 
-    def roll(self) -> str | None:
+    def roll(self) -> str:
         """
         A list that one person reads and another repeats: names, numbers, things, words or what to
         buy in the same order, or cards with letters in another order.
         """
         people = self.couple()
-        if people is None:
-            return None
         classes, words, wordings = self.world.classes, self.world.words, self.phrases["roll"]
         what = self.pick([*wordings, "labels", "labels"])
         if what == "labels":
@@ -227,8 +214,7 @@ class DocumentMaker(ConversationMaker):
             values = [value for value in values if value not in classes["colour"]]
         values = [value for value in values if value not in people]
         items = self.sample(values, min(self.between(8, 20), len(values)))
-        if not self.pair_is_ours(items[0], items[1]):
-            return None
+        self.need_pair(items[0], items[1])
         repeated = items
         if what == "labels":
             items = [f"{item}={self.pick('ABCD')}" for item in items]
@@ -240,11 +226,9 @@ class DocumentMaker(ConversationMaker):
 
     # ---- dialogues
 
-    def dialogue(self) -> str | None:
+    def dialogue(self) -> str:
         """Two people talk: a greeting, two to four topics and a farewell."""
         people = self.couple()
-        if people is None:
-            return None
         wordings = self.phrases["dialogue"]
         topics = self.topics()
         script = self.random() < 0.4
@@ -260,8 +244,6 @@ class DocumentMaker(ConversationMaker):
                     continue
                 topic = self.pick(wordings[topic])
             slots = self.topic_slots(people, met, days)
-            if slots is None:
-                return None
             slots |= {"A": first, "B": second}
             for i, readings in enumerate(topic):
                 lines.append(speech(self.pick(readings), "AB"[i % 2], script) % slots)
@@ -285,13 +267,13 @@ class DocumentMaker(ConversationMaker):
         home = self.world.attributes["home"]
         return attribute == "home" and home[asker] == home[person]
 
-    def topic_slots(self, people: Couple, met: list[str], days: list[str]) -> Slots | None:
+    def topic_slots(self, people: Couple, met: list[str], days: list[str]) -> Slots:
         """What a topic is about, apart from its speakers; extends `met` and takes one of `days`."""
         classes = self.world.classes
         third = self.paired(self.world.people, people, False, met)
         thing = self.paired(classes["thing"], (third or "",), False)
         if third is None or thing is None:
-            return None
+            raise Unfit
         met.append(third)
         n, (m, o) = self.between(2, 9), self.sample(classes["month"], 2)
         slots = Slots(C=third, t=thing, n=NUMBERS[n], k=NUMBERS[self.between(n + 1, 20)], m=m, o=o)
@@ -301,14 +283,15 @@ class DocumentMaker(ConversationMaker):
             "c:colour@t h:spot@t p:place@C r:outing@C"
         ):
             slots[name] = self.paired(classes[cls], (slots[partner],), False) or ""
-        return slots if all(slots.values()) else None
+        if not all(slots.values()):
+            raise Unfit
+        return slots
 
     # ---- lessons
 
-    def spelling_lesson(self) -> str | None:
+    def spelling_lesson(self) -> str:
         words = self.sample(self.world.words, self.between(3, 6))
-        if not self.pair_is_ours(words[0], words[1]):
-            return None
+        self.need_pair(words[0], words[1])
         wordings = self.phrases["spelling"]
         opening = self.pick(wordings["open"])
         p, q = self.sample(self.world.people, 2)
@@ -350,7 +333,7 @@ class DocumentMaker(ConversationMaker):
 
     # ---- places and days
 
-    def room(self) -> str | None:
+    def room(self) -> str:
         person, classes = self.deal("rooms", self.world.people), self.world.classes
         wordings = self.phrases["room"]
         self.random()  # decides nothing; without it the corpus would change
@@ -361,17 +344,17 @@ class DocumentMaker(ConversationMaker):
             spot = thing and self.paired(classes["spot"], (thing,), self.val, used)
             colour = thing and self.paired(classes["colour"], (thing,), False, used)
             if not (thing and spot and colour):
-                return None
+                raise Unfit
             used |= {thing, spot, colour}
             items.append(self.pick(wordings["item"]) % Slots(t=thing, c=colour, h=spot))
         slots = Slots(A=person)
         opening, close = (self.pick(wordings[name]) % slots for name in ("open", "close"))
         return " ".join(filter(None, [opening, *items, close]))
 
-    def diary(self) -> str | None:
+    def diary(self) -> str:
         people, home = self.couple(), self.world.attributes["home"]
-        if people is None or home[people[0]] == home[people[1]]:
-            return None
+        if home[people[0]] == home[people[1]]:
+            raise Unfit
         classes, wordings, pick = self.world.classes, self.phrases["diary"], self.pick
         season = pick(("winter", "summer"))
         entries = [line for group in wordings[season] for line in group]
@@ -388,13 +371,12 @@ class DocumentMaker(ConversationMaker):
         lines.append(pick(wordings["close"]))
         return "\n".join(filter(None, lines)) % slots
 
-    def village(self) -> str | None:
+    def village(self) -> str:
         home, wordings = self.world.attributes["home"], self.phrases["village"]
         name = self.pick(self.world.classes["village"])
         residents = [person for person in self.world.people if home[person] == name]
         people = self.sample(residents, self.between(2, 3))
-        if not self.pair_is_ours(people[0], people[1]):
-            return None
+        self.need_pair(people[0], people[1])
         slots = Slots(V=name, X=self.world.data["villages"][name])
         lines = [self.pick(wordings["open"]) % slots]
         lines += [line % slots for line in self.sample(wordings["life"], self.between(1, 3))]
@@ -411,6 +393,6 @@ def documents(seed: int = 0, split: str = "train") -> Iterator[str]:
     maker = DocumentMaker(seed, split)
     kinds = [kind for kind, weight in WEIGHTS.items() for _ in range(weight)]
     while True:
-        text = getattr(maker, maker.pick(kinds))()
+        text = maker.attempt(getattr(maker, maker.pick(kinds)))
         if text and len(text) >= 120 and maker.is_new(zlib.crc32(text.encode())):
             yield text

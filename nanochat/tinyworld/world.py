@@ -11,35 +11,22 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+T = TypeVar("T")
 ATTRIBUTES = "home", "job", "pet", "food", "colour"  # of a person: the facts that are asked for
 PERSON = ["sex", "home", "job", "pet", "petname", "food", "colour"]  # the columns of [people]
 PRONOUNS = "he", "his", "him", "himself"
-NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+NUMERALS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+)
+NUMBERS = tuple(NUMERALS.split())
 KEEPABLE = "cat", "dog", "rabbit", "tortoise", "hamster"  # pets that a story can put in a basket
+
+
+class Unfit(Exception):
+    """What was drawn does not meet the split's rule, so the maker draws again."""
 
 
 class Slot(NamedTuple):
@@ -264,8 +251,24 @@ class Draw:
                 return value
         return None
 
-    def fill(self, spec: Sequence[Slot], given: dict[str, str]) -> Slots | None:
-        """Values for the slots that are not given; None if the split's rule is not met."""
+    def matched(
+        self, values: Sequence[str], partners: Iterable[str], want: bool, used: Iterable[str] = ()
+    ) -> str:
+        """`paired`, but raises Unfit instead of returning None."""
+        value = self.paired(values, partners, want, used)
+        if value is None:
+            raise Unfit
+        return value
+
+    def attempt(self, make: Callable[..., T], *args: Any) -> T | None:
+        """What make(*args) returns, or None where it raises Unfit."""
+        try:
+            return make(*args)
+        except Unfit:
+            return None
+
+    def fill(self, spec: Sequence[Slot], given: dict[str, str]) -> Slots:
+        """Values for the slots that are not given. Raises Unfit."""
         classes, attributes = self.world.classes, self.world.attributes
         slots = Slots(given, feel=self.pick(classes["feel"]))
         for name, cls, pairs, differs in spec:
@@ -278,15 +281,13 @@ class Draw:
                 value = slots["n"] = NUMBERS[n]
                 slots["m"], slots["k"] = NUMBERS[m], NUMBERS[n - m]
                 if any(held_out(value, partner) != self.val for partner in partners):
-                    return None
+                    raise Unfit
             else:
                 values = classes.get(cls) or [cls]
-                value = self.paired(values, partners, self.val, slots.values())
-                if value is None:
-                    return None
+                value = self.matched(values, partners, self.val, slots.values())
             slots[name] = value
             if differs and attributes[differs][value] == attributes[differs][slots["A"]]:
-                return None
+                raise Unfit
         return slots
 
     def is_new(self, key: int) -> bool:

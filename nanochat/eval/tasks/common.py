@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nanochat.data.rendering import visible_content
+
 # A conversation whose last message is the gold reply, with what the task needs to judge replies
 Item = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -38,10 +40,7 @@ class Task:
     @staticmethod
     def gold(item: Item) -> str:
         """The visible text of the gold reply, without tool calls and their output."""
-        content = item["messages"][-1]["content"]
-        if isinstance(content, str):
-            return content
-        return "".join(part["text"] for part in content if part["type"] == "text")
+        return visible_content(item["messages"][-1]["content"])
 
 
 def generated(conversations: Callable[[int, str], Iterator[Item]]) -> Callable[..., list[Item]]:

@@ -27,7 +27,7 @@ from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
 from nanochat.data import conversations as own
 from nanochat.data import dialogue, shapes
-from nanochat.data.folders import CONVERSATIONS, find_all
+from nanochat.data.folders import CONVERSATIONS, find
 from nanochat.data.rows import Report, read_rows
 from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import Source, check_mixture, check_weight, parse_sources
@@ -156,7 +156,7 @@ def shards(
             report, skipped = Report(), Counter()
         else:
             report = Report(skip_bad_rows if source.kind == "files" else 0)
-            found = find_all(source.paths, source.name, CONVERSATIONS)
+            found = find(source.paths, source.name, CONVERSATIONS)
             make, paths, skipped = customjson.conversation, found.files, found.skipped
             rows = partial(own.read, me=me, alone=len(paths) == 1)
             if source.kind != "files":
