@@ -98,19 +98,25 @@ def test_a_step_without_targets_changes_nothing(tmp_path):
     )
 
 
+def stopping_after(step: int) -> type[tiny.ListFeed]:
+    """Feeds whose batch after so many steps comes with a SIGTERM."""
+
+    class Stopping(tiny.ListFeed):
+        def __next__(self):
+            if self.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    return Stopping
+
+
 def test_a_step_left_out_before_a_resume_is_not_counted_as_an_update(tmp_path):
     steps = [tiny.batch(seed=i) for i in range(6)]
     steps[1] = Batch(steps[1].inputs, torch.full_like(steps[1].targets, -1))
     _, _, whole = fit(tmp_path / "whole", None, tiny.ListFeed(steps))
 
-    class Stopping(tiny.ListFeed):
-        def __next__(self):
-            if self.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__next__()
-
     with pytest.raises(Interrupted):
-        fit(tmp_path / "parts", None, Stopping(steps))
+        fit(tmp_path / "parts", None, stopping_after(2)(steps))
     m = tiny.model()
     run = tiny.resumed(tmp_path / "parts", m, tiny.ListFeed(steps))
     assert (run.step, run.optimizer.steps) == (3, 2)
@@ -268,30 +274,29 @@ def test_when_a_probe_looks(tmp_path, every, expected):
 @pytest.mark.parametrize("every", [4, 0.5])
 @pytest.mark.parametrize("at", [3, 4, 5])
 def test_a_look_that_a_signal_came_before_is_made_up_for(tmp_path, every, at):
-    class Stopping(tiny.ListFeed):
-        def __next__(self):
-            if self.step == at - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__next__()
-
     probes = [Evaluation("x", every, lambda: {"n": 1})]
     with pytest.raises(Interrupted):
-        fit(tmp_path, None, Stopping.random(8), PLAIN, probes)
+        fit(tmp_path, None, stopping_after(at - 1).random(8), PLAIN, probes)
     assert [r["step"] for r in rows(tmp_path, "x")] == [4] * (at > 4)
     tiny.resumed(tmp_path, tiny.model(), evaluations=probes).fit()
     assert [r["step"] for r in rows(tmp_path, "x")] == [4, 8]
 
 
-def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
-    """Three stages within a limit of one compilation: earlier stages do not count against it."""
-    counters = layers, head = CompileCounter(), CompileCounter()
-    m = tiny.model(n_layer=2)
+def compiled(m: GPT, monkeypatch) -> tuple[CompileCounter, CompileCounter]:
+    """Compile a model's blocks and its loss; what is returned counts the compilations of each."""
+    layers, head = CompileCounter(), CompileCounter()
     for block in m.blocks:
         block.compile(dynamic=False, backend=layers)
     m.compiled = True
-    monkeypatch.setitem(
-        loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head)
-    )
+    both = torch.compile(loss._chunk_both, dynamic=False, backend=head)
+    monkeypatch.setitem(loss._compiled, "both", both)
+    return layers, head
+
+
+def test_every_context_stage_is_compiled_once(tmp_path, monkeypatch):
+    """Three stages within a limit of one compilation: earlier stages do not count against it."""
+    m = tiny.model(n_layer=2)
+    counters = compiled(m, monkeypatch)
 
     class Staged(tiny.ListFeed):
         T = 4
@@ -321,14 +326,8 @@ def test_a_short_batch_is_filled_up_and_not_compiled_again(tmp_path, monkeypatch
         micro_batch = 4, 16
 
     fit(tmp_path / "plain", None, Feed(steps, device_rows=4))
-    counters = layers, head = CompileCounter(), CompileCounter()
     m = tiny.model()
-    for block in m.blocks:
-        block.compile(dynamic=False, backend=layers)
-    m.compiled = True
-    monkeypatch.setitem(
-        loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head)
-    )
+    counters = compiled(m, monkeypatch)
     torch.compiler.reset()
     fit(tmp_path / "compiled", m, Feed(steps, device_rows=4))
     torch.compiler.reset()
@@ -344,11 +343,8 @@ def test_rows_of_various_widths_are_filled_up_where_shapes_are_compiled(tmp_path
         micro_batch = 4, 0
 
     fit(tmp_path / "plain", None, Feed(steps))
-    layers, m = CompileCounter(), tiny.model()
-    for block in m.blocks:
-        block.compile(dynamic=False, backend=layers)
-    m.compiled = True
-    monkeypatch.setitem(loss._compiled, "both", loss._chunk_both)
+    m = tiny.model()
+    layers, _ = compiled(m, monkeypatch)
     torch.compiler.reset()
     fit(tmp_path / "compiled", m, Feed(steps))
     torch.compiler.reset()
@@ -485,14 +481,8 @@ def test_memory_that_runs_out_in_a_backward_pass_frees_its_graph(tmp_path, monke
 
 def test_after_a_halving_the_shapes_of_before_do_not_count(tmp_path, monkeypatch):
     """Two halvings, within a limit of one compilation: of one row, which the attempts begin with."""
-    counters = layers, head = CompileCounter(), CompileCounter()
     m = limited(tiny.model(), 2)
-    for block in m.blocks:
-        block.compile(dynamic=False, backend=layers)
-    m.compiled = True
-    monkeypatch.setitem(
-        loss._compiled, "both", torch.compile(loss._chunk_both, dynamic=False, backend=head)
-    )
+    counters = compiled(m, monkeypatch)
     torch.compiler.reset()
     m.loss(*(t[:1] for t in (tiny.batch().inputs, tiny.batch().targets))).backward()
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
