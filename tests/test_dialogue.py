@@ -10,7 +10,7 @@ from nanochat.base.common import UserError
 from nanochat.data import conversations, dialogue
 from nanochat.data.documents import read as read_text
 from nanochat.data.rows import Report
-from nanochat.eval.tasks.customjson import conversation
+from nanochat.data.shapes import conversation
 from nanochat.eval.tasks.data import read_items
 
 CHAT = (

@@ -13,8 +13,9 @@ import tiny
 from nanochat.base import hardware
 from nanochat.base.common import UserError
 from nanochat.commands import base_train, chat_sft, mid_train
+from nanochat.data import shapes
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.tasks import customjson, data, mixture
+from nanochat.eval.tasks import data, mixture
 from nanochat.model import checkpoint
 
 
@@ -103,7 +104,7 @@ def test_a_stage_s_default_follows_what_the_base_was_trained_on():
 
 
 def test_own_conversations_are_divided_by_content(file):
-    read = lambda: data.read_items(customjson.conversation, [file])  # noqa: E731
+    read = lambda: data.read_items(shapes.conversation, [file])  # noqa: E731
     train, val = (list(mixture.split_of(read, split)) for split in ("train", "val"))
     assert len(train) + len(val) == 400 and 8 <= len(val) <= 30
     file.write_text(

@@ -4,7 +4,7 @@ import pytest
 
 from nanochat.base.common import UserError
 from nanochat.data.rendering import checked_messages, conversation_pieces
-from nanochat.eval.tasks.customjson import conversation
+from nanochat.data.shapes import conversation
 
 Q, A = "Is it?", "It is."
 WANTED = [("user", Q), ("assistant", A)]

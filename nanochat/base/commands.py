@@ -7,35 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "commands"
-ORDER = (  # as a first run uses them; a command that is not listed comes last
-    "quickstart",
-    "mine",
-    "dataset",
-    "tok_train",
-    "tok_eval",
-    "tok_data",
-    "base_train",
-    "base_loss",
-    "base_eval",
-    "base_complete",
-    "mid_train",
-    "chat_sft",
-    "chat_rl",
-    "chat_eval",
-    "chat_cli",
-    "serve",
-    "export",
-    "models",
-    "report",
-    "plan",
-    "compare",
+# As a first run uses them; a command that is not listed comes last
+ORDER = (
+    "quickstart mine dataset tok_train tok_eval tok_data base_train base_loss base_eval "
+    "base_complete mid_train chat_sft chat_rl chat_eval chat_cli serve export models report plan "
+    "compare"
 )
 
 
 def command_names() -> list[str]:
     """The name of every command, in the order in which a first run uses them."""
     names = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
-    return [n for n in ORDER if n in names] + [n for n in names if n not in ORDER]
+    order = ORDER.split()
+    return [n for n in order if n in names] + [n for n in names if n not in order]
 
 
 def summary(module_file: Path) -> str:

@@ -57,6 +57,11 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
         "minutes, without --rap",
     )
 
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The configuration of the model that these flags describe."""
+        architecture = {f.name: getattr(self, f.name) for f in fields(ArchitectureKnobs)}
+        return GPTConfig(vocab_size=vocab_size, **self.dimensions(), **architecture)
+
 
 def with_lookback(
     k: PretrainKnobs, origins: dict[str, str], on_cpu: bool
@@ -116,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     inventory.show(sources)
 
     def build(runtime, tokenizer) -> GPT:
-        architecture = {f.name: getattr(k, f.name) for f in fields(ArchitectureKnobs)}
-        config = GPTConfig(vocab_size=tokenizer.vocab_size, **k.dimensions(), **architecture)
+        config = k.model_config(tokenizer.vocab_size)
         spec, tables = None, {}
         if resume_from:  # the checkpoint holds the prior; its file may be gone
             config.rap = resume_from.config.rap

@@ -98,7 +98,7 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     finds the same even if your files have changed. Returns counts, and the inventory in lines.
     """
     from nanochat.data import conversations, documents, inventory, rows, sources
-    from nanochat.eval.tasks.customjson import conversation
+    from nanochat.data.shapes import conversation
 
     folder.mkdir(parents=True, exist_ok=True)
     named = sources.parse_sources(knobs.data)

@@ -12,9 +12,8 @@ from nanochat.base.common import UserError
 from nanochat.data import dialogue
 from nanochat.data.folders import ARCHIVES, CONVERSATIONS, PLAIN, TEXT_FIELDS, kind_of
 from nanochat.data.readers import unpacked
-from nanochat.data.rendering import checked_messages
 from nanochat.data.rows import Report, TooManyBadRows, open_text, read_rows, reading
-from nanochat.data.shapes import as_conversation, shape_of
+from nanochat.data.shapes import conversation, shape_of
 
 LONGEST_CHAT = 1 << 28  # characters
 NONE = "holds no conversations"
@@ -110,7 +109,7 @@ def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
         for place, row in read(path, report, me):
             shaped = shaped or shape_of(row) is not None
             try:
-                checked_messages(as_conversation(row))
+                conversation(row)
             except UserError as e:
                 report.problems.append(f"{place}: {e}")
             else:

@@ -21,6 +21,7 @@ from typing import Any
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
+from nanochat.data.rendering import checked_messages
 
 ROLES = {
     "system": ("system", "developer"),
@@ -112,6 +113,13 @@ def as_conversation(row: Any) -> dict[str, Any]:
     if any(isinstance(row.get(key), int | float) and not row[key] for key in MASKS):
         turned = [{**message, "weight": 0} for message in turned]
     return {**rest, "messages": _joined(turned)}
+
+
+def conversation(row: Any) -> dict[str, Any]:
+    """A row as a conversation whose turns are checked. Raises UserError if it is none."""
+    item = as_conversation(row)
+    checked_messages(item)
+    return item
 
 
 def _result(message: Any, before: list[dict[str, Any]]) -> dict[str, Any] | None:

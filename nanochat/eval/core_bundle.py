@@ -5,8 +5,6 @@ eval_meta_data.csv (the score of guessing, in percent) and eval_data/ (one .json
 Malformed data stop the evaluation with their file and line; a task without data is reported absent.
 """
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from nanochat.base.common import UserError, decoded
 from nanochat.base.strangers import mismatch, missing, read_bytes, shown
 from nanochat.eval.tasks.data import read
 
-MOST_LISTING = 2**22  # bytes of core.yaml and of eval_meta_data.csv
+MOST_LISTING = 2**22  # bytes of core.yaml
 MOST_OPTIONS = 256  # of a question
 MOST_SHOTS = 100
 FIELDS = {  # the fields of a row, by kind of task: texts, and the one that is a list of options
@@ -145,25 +143,19 @@ def _read_listing(path: Path) -> list[tuple[str, str, int, str, str]]:
 def _read_chances(path: Path) -> dict[str, float]:
     """What guessing scores on each task, 0 to 1."""
     chances = {}
-    try:
-        table = decoded(read_bytes(path, MOST_LISTING))
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path} ({e}): fetch the bundle again") from e
-    reader = csv.DictReader(io.StringIO(table, newline=""))
-    try:
-        for row in reader:
+    for place, row in read(path):
+        try:
             chance = float(row["Random baseline"]) / 100
             chances[row["Eval Task"]] = chance
-            if not 0 <= chance < 1:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: the random baseline is {chance:.0%}: it must "
-                    "be at least 0 and below 100 %"
-                )
-    except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise UserError(
-            f"{path}, line {reader.line_num}: the columns Eval Task and Random baseline "
-            "(in percent) are needed"
-        ) from e
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{place}: the columns Eval Task and Random baseline (in percent) are needed"
+            ) from e
+        if not 0 <= chance < 1:
+            raise UserError(
+                f"{place}: the random baseline is {chance:.0%}: it must be at least 0 and below "
+                "100 %"
+            )
     return chances
 
 

@@ -69,9 +69,7 @@ class Comparison:
 
     def _stored_flags(self) -> dict[str, list[str]]:
         """The flags of every condition in the folder; also reads the finished runs."""
-        former, file = self.folder / "plan.json", self.folder / "conditions.json"
-        if former.exists():
-            former.rename(file)
+        file = self.folder / "conditions.json"
         if not file.exists():
             return {}
         for run in read_records(self.folder / "runs.jsonl"):

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from nanochat.base.runtime import Runtime
 from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import prior_artifact
-from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.horizon import choose_horizon
 from nanochat.train.run import OpenRun, resume_knobs
@@ -133,9 +132,7 @@ def _steps(train: Any, origins: dict[str, str]) -> int | None:
     """
     tokenizer = Tokenizer.load()
     training_sources(train.data)
-    architecture = {f.name: getattr(train, f.name) for f in fields(ArchitectureKnobs)}
-    size = train.dimensions()
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, **size, **architecture)
+    config = train.model_config(tokenizer.vocab_size)
     if train.rap:
         prior_artifact.prepare(train, config, tokenizer.fingerprint, torch.device("cpu"))
     runtime = Runtime(torch.device("meta"), torch.float32, 0, 1, 0)

@@ -24,23 +24,10 @@ KINDS: dict[str, float] = {
     "counting": 0.5,
 }
 # The order of kinds in training. Choosing needs the most knowledge and comes most often.
-CYCLE = [
-    "smalltalk",
-    "choice",
-    "context",
-    "facts",
-    "choice",
-    "spelling",
-    "counting",
-    "choice",
-    "arithmetic",
-    "spelling",
-    "choice",
-    "context",
-    "facts",
-    "choice",
-    "counting",
-] * 3 + ["twostep"]
+CYCLE = (
+    "smalltalk choice context facts choice spelling counting choice arithmetic spelling choice "
+    "context facts choice counting "
+) * 3 + "twostep"
 SECTIONS = (  # of tinyworld.toml, with wordings
     "context facts choice sums spelling profile smalltalk room village roll memory diary dialogue"
 )
@@ -378,7 +365,7 @@ def conversations(
     maker = ConversationMaker(seed, split)
     maker.mixed = MIXED if kinds else MIXED_IN_TRAINING
     while True:
-        for kind in kinds or CYCLE:
+        for kind in kinds or CYCLE.split():
             yield _next_new(maker, kind)
 
 

@@ -33,7 +33,7 @@ from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import Source, check_mixture, check_weight, parse_sources
 from nanochat.data.split import MOST, cutoff, place
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.tasks import arc, customjson, gsm8k, identity, mmlu, smoltalk, spellingbee
+from nanochat.eval.tasks import arc, gsm8k, identity, mmlu, smoltalk, spellingbee
 from nanochat.eval.tasks.common import Item
 from nanochat.eval.tasks.data import DataSet, digest, read_items
 from nanochat.tinyworld import conversations as tinyworld
@@ -157,7 +157,7 @@ def shards(
         else:
             report = Report(skip_bad_rows if source.kind == "files" else 0)
             found = find(source.paths, source.name, CONVERSATIONS)
-            make, paths, skipped = customjson.conversation, found.files, found.skipped
+            make, paths, skipped = shapes.conversation, found.files, found.skipped
             rows = partial(own.read, me=me, alone=len(paths) == 1)
             if source.kind != "files":
                 data = DATA_SETS[source.kind]

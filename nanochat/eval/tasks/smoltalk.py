@@ -3,7 +3,7 @@ SmolTalk (Allal et al. 2025, arXiv 2502.02737) in its version for small models: 
 conversations to train on. Nothing is evaluated on it.
 """
 
-from nanochat.eval.tasks.customjson import conversation
+from nanochat.data.shapes import conversation
 from nanochat.eval.tasks.data import DataSet
 
 DATA = DataSet(
