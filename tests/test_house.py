@@ -117,18 +117,18 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_470,
-    "tinyworld": 9_460,
-    "data": 33_640,
-    "model": 25_540,
-    "chat": 8_560,
+    "base": 12_270,
+    "tinyworld": 9_330,
+    "data": 33_570,
+    "model": 25_530,
+    "chat": 8_480,
     "chat/serve": 11_280,
-    "eval": 19_850,
+    "eval": 19_720,
     "train": 19_340,
-    "study": 13_220,
-    "plan": 15_500,
-    "export": 7_460,
-    "commands": 21_910,
+    "study": 13_150,
+    "plan": 15_490,
+    "export": 7_340,
+    "commands": 21_830,
 }
 WHOLE = sum(CEILINGS.values())
 
