@@ -516,7 +516,7 @@ def test_a_bundle_is_read_as_it_stands(tmp_path):
     [
         ("schema", "{", "invalid JSON"),
         ("schema", "[]", "expected an object"),
-        ("schema", '{"context_options": ["a"], "continuation": "b", "gold": 0}', "two or more"),
+        ("schema", '{"context_options": ["a"], "continuation": "b", "gold": 0}', "2 to 256 texts"),
         (
             "schema",
             '{"context_options": ["a", "b"], "continuation": 3, "gold": 0}',
@@ -530,7 +530,7 @@ def test_a_bundle_is_read_as_it_stands(tmp_path):
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"]}', "gold is None"),
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "from 0 to 1"),
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"], "gold": true}', "gold is True"),
-        ("multiple_choice", '{"query": "q", "choices": ["a", 4], "gold": 0}', "two or more"),
+        ("multiple_choice", '{"query": "q", "choices": ["a", 4], "gold": 0}', "2 to 256 texts"),
         (
             "multiple_choice",
             '{"query": "q", "choices": ["a", ""], "gold": 0}',
