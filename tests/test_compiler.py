@@ -14,6 +14,7 @@ import tiny
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from nanochat.base import common
 from nanochat.base.common import UserError
 from nanochat.train import compiler
 from nanochat.train.compiler import (
@@ -206,8 +207,10 @@ def test_a_run_that_is_refused_does_not_wait_for_the_compiler(folder):
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_ctrl_c_while_the_compiler_is_waited_for(folder, times):
-    """Python aborts if it ends while a thread is in the compiler."""
+def test_ctrl_c_while_the_compiler_is_waited_for(folder, times, monkeypatch):
+    """Python aborts if it ends while a thread is in the compiler, so entry() ends the process."""
+    monkeypatch.setattr(common, "unstoppable", running := [])
+    monkeypatch.setattr(compiler, "unstoppable", running)
     m, begun, go, ended = tiny.model(n_layer=1), threading.Event(), threading.Event(), []
     here = threading.main_thread().ident
 
@@ -226,9 +229,19 @@ def test_ctrl_c_while_the_compiler_is_waited_for(folder, times):
         threading.Timer(0.1, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             ahead.wait()
-    threading.Timer(0.1, go.set).start()
     ahead.abandon()
-    assert ended and Ahead.current is None
+    assert Ahead.current is None and not ended and running[0]()
+    exits = []
+    monkeypatch.setattr("os._exit", exits.append)
+    for error, status in ((KeyboardInterrupt(), 130), (UserError("refused"), 2)):
+        with pytest.raises(SystemExit):
+            common.entry(lambda error=error: (_ for _ in ()).throw(error))
+        assert exits.pop() == status
+    common.entry(lambda: None)
+    assert not exits, "at the end of its work it waits"
+    go.set()
+    ahead.ended.wait()
+    assert ended and not running[0]()
 
 
 @pytest.mark.parametrize("name", ["plain", "with a space", "it's", "ünïcode"])

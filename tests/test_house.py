@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_270,
+    "base": 12_330,
     "tinyworld": 9_330,
     "data": 33_570,
     "model": 25_530,

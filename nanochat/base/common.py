@@ -230,6 +230,10 @@ def explained(e: BaseException) -> UserError | None:
     return None
 
 
+# Whether a thread still runs that nothing can stop. Python waits for it or aborts when it ends.
+unstoppable: list[Callable[[], bool]] = []
+
+
 def entry(main: Callable[[], object]) -> None:
     """
     Run a command's main(). A UserError becomes one line on standard error and exit status 2, as do
@@ -255,6 +259,9 @@ def entry(main: Callable[[], object]) -> None:
         sys.exit(2)
     finally:
         _flush()
+        leaving = sys.exc_info()[1]
+        if isinstance(leaving, SystemExit) and any(runs() for runs in unstoppable):
+            os._exit(leaving.code if isinstance(leaving.code, int) else 1)
 
 
 def _print_error(error: UserError) -> None:

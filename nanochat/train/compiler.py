@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanochat.base.common import UserError, base_dir, notice
+from nanochat.base.common import UserError, base_dir, notice, unstoppable
 from nanochat.base.files import check_writable
 from nanochat.base.runtime import out_of_memory
 from nanochat.model.gpt import GPT
@@ -241,16 +241,11 @@ class Ahead:
             _watch.background.discard(threading.get_ident())
             self.ended.set()
 
-    def _join(self) -> None:
-        self.ended.wait()  # Thread.join() believes after Ctrl+C that the thread has ended
-        self.thread.join()
-
     def abandon(self) -> None:
-        """Stop as soon as that is possible: Python cannot end while a thread is in a compiler."""
+        """Let nobody wait for it: it compiles nothing new, and the program may end meanwhile."""
         Ahead.current, _watch.abandoned = None, True
         if not self.ended.wait(1):
-            notice("waiting for the compiler, which cannot stop halfway: this may take a minute")
-        self._join()
+            unstoppable.append(lambda: not self.ended.is_set())
 
     def wait(self) -> float:
         """
@@ -258,7 +253,7 @@ class Ahead:
         suffice is left to the first step, which tries fewer rows.
         """
         began = time.monotonic()
-        self._join()
+        self.ended.wait()  # Thread.join() believes after Ctrl+C that the thread has ended
         Ahead.current = None
         if self.error is not None and not out_of_memory(self.error):
             raise self.error
