@@ -77,6 +77,15 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(pause)
 
+    def endless_raw(self, piece: bytes, head: bytes = b"") -> None:
+        """Bytes without an end, whatever HTTP says of them."""
+        self.wfile.write(head)
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            self.wfile.write(piece)
+            self.wfile.flush()
+            time.sleep(0.02)
+
     def endless_head(self) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\n")
         for i in range(40):
@@ -146,6 +155,32 @@ ATTACKS: dict[str, Attack] = {
     "a head without an end": replies("about", lambda h: h.endless_head()),
     "no HTTP at all": replies("about", lambda h: h.wfile.write(b"SSH-2.0-OpenSSH\r\n")),
     "another commit for the file": replies("file", lambda h: h.send(200, DATA, X_Repo_Commit="d" * 40)),
+    "a file and a folder of one name": listing(entry("a"), entry("a/b")),
+    "a folder, then a file of its name": listing(entry("a/b"), entry("a")),
+    "a file under its own manifest": listing(entry("manifest.json/a")),
+    "a file under its own lock": listing(entry(".lock/a")),
+    "names that differ in case": listing(entry("A/x"), entry("a/x", sha="0" * 64)),
+    "a name of spaces": listing(entry(" ")),
+    "a name that ends in a space and a dot": listing(entry("a. ")),
+    "a device of Windows": listing(entry("NUL"), entry("con.txt")),
+    "a stream of Windows": listing(entry("a:b")),
+    "more files than may be": listing(*[entry(f"{i}") for i in range(51)]),
+    "a small file of no hash": listing(entry(sha=None, oid=None)),
+    "a git blob of a petabyte": listing(entry(sha=None, oid="0" * 40, size=2**50)),
+    "lfs a list": listing(entry(lfs=[1])),
+    "lfs of another size": listing(entry(lfs={"oid": SHA, "size": 1})),
+    "100 Continue without an end": replies("file", lambda h: h.endless_raw(b"HTTP/1.1 100 Continue\r\n\r\n")),
+    "trailers without an end": replies("file", lambda h: h.endless_raw(b"x: y\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")),
+    "a chunk of 2^70 bytes": replies("file", lambda h: h.endless_raw(b"x", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 18 + b"\r\n")),
+    "a header of a megabyte": replies("file", lambda h: h.endless_raw(b"x" * 2**16, b"HTTP/1.1 200 OK\r\nX: ")),
+    "a status line of escapes": replies("about", lambda h: h.wfile.write(b"HTTP/1.1 500 " + ESCAPE.encode() + b"\r\n\r\n")),
+    "a redirect to a port that cannot be": redirect("http://127.0.0.1:99999/a"),
+    "a redirect with a line break": redirect("http://127.0.0.1/a\r\n\r\nHost: x"),
+    "a redirect to a name that is no name": redirect("http://" + "x" * 300 + ".hf.co/"),
+    "a redirect to data": redirect("data:text/plain,x"),
+    "a next page with a user": replies("tree", lambda h: h.json([entry()], Link='<https://huggingface.co@192.0.2.1/x>; rel="next"')),
+    "a next page of broken form": replies("tree", lambda h: h.json([entry()], Link='<http://[::1>; rel="next"')),
+    "a range of another file": replies("file", lambda h: h.send(206, bytes(SIZE), Content_Range=f"bytes 0-{SIZE - 1}/{SIZE}")),
     "a redirect elsewhere": redirect("http://192.0.2.1/a"),
     "a redirect to a file": redirect("file:///etc/passwd"),
     "a redirect to ftp": redirect("ftp://127.0.0.1/a"),

@@ -148,6 +148,7 @@ def test_a_hub_of_a_stranger(tmp_path, monkeypatch, name):
         "ATTEMPTS": 2,
         "MOST_PAGES": 5,
         "MOST_PAGE": 2**20,
+        "MOST_FILES": 50,
     }.items():
         monkeypatch.setattr(hub, setting, value)
     monkeypatch.setenv("HF_ENDPOINT", server.url)

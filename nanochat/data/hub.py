@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -38,6 +38,8 @@ SLOWEST = 20_000  # bytes per second, below which an attempt ends
 CHUNK = 2**20
 MOST_PAGE = 2**24  # bytes of one reply of the API
 MOST_PAGES = 1000  # of a list of files
+MOST_FILES = 200_000
+OWN = "manifest.json", ".lock"  # files of this program in a folder of downloads
 HOSTS = ".huggingface.co", ".hf.co"  # whose names end so, besides the endpoint's own
 FILE = {"path": str, "size": int, "sha256": (str, None), "blob": (str, None)}
 
@@ -110,6 +112,9 @@ def _listed(entries: Any) -> dict[str, Listed]:
             value if re.fullmatch(form, value or "") else None for value, form in hashes
         )
         files[entry["path"]] = Listed(entry["path"], entry["size"], sha256, blob)
+    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
+    if both := folders & {*files, *OWN}:
+        raise ValueError(f"{shown(min(both))} is a file and a folder")
     return files
 
 
@@ -145,6 +150,8 @@ def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
             if fault := mismatch(page, [{"type": str, "lfs": (None, {"oid": str})}], "the list"):
                 raise ValueError(fault)
             entries += page
+            if len(entries) > MOST_FILES:
+                raise ValueError(f"it lists more than {MOST_FILES:,} files")
             if not url:
                 break
         else:
@@ -298,12 +305,15 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
     target, part = folder / file.path, _part(file, folder)
     if _unsafe(file.path) or not target.parent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{shown(str(target))} leads out of {folder}: remove the link there")
-    if file.path in ("manifest.json", ".lock") or file.path.endswith(".part"):
+    if file.path in OWN or file.path.endswith(".part"):
         raise UserError(f"{file.path} of {repo} has the name of a file of this program: skip it")
     if not target.is_symlink() and not _problem(target, file):
         return
-    target.unlink(missing_ok=True)  # damaged, or from another commit
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.unlink(missing_ok=True)  # damaged, or from another commit
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:  # a folder of its name, or a file of the name of its folder
+        raise UserError(f"cannot write {target} ({e.strerror}): remove what is there") from e
     url = f"{_endpoint()}/datasets/{quote(repo)}/resolve/{commit}/{quote(file.path)}"
     problem, passing = "", True
     for attempt in range(ATTEMPTS):
@@ -384,7 +394,7 @@ def _part(file: Listed, folder: Path) -> Path:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
