@@ -10,13 +10,16 @@ exponents.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from nanochat.plan.law import Law
 
-# Parameters of the layers, tokens, bits per byte: depths of nanochat trained compute-optimally on
+Run = tuple[float, float, float]  # parameters of the layers, tokens, bits per byte
+
+# Depths of nanochat trained compute-optimally on
 # FineWeb-Edu with 1, 2, 5 and 10 x 1e18 FLOPs, as published by its author; 110.7, 167.8, 250.7 and
 # 381.8 M matmul parameters, less a head of 32,768 tokens at 64 per layer.
 LADDER = (
@@ -46,10 +49,10 @@ MEASURED = (
 EXPONENTS = (0.34, 0.28)
 
 
-def fit() -> Law:
-    """The law of LADDER and MEASURED."""
-    n, d, bpb = np.array(LADDER).T
-    own_n, own_d, own_bpb = np.array(MEASURED).T
+def fit(ladder: Sequence[Run] = LADDER, measured: Sequence[Run] = MEASURED) -> Law:
+    """The law of these runs."""
+    n, d, bpb = np.array(ladder).T
+    own_n, own_d, own_bpb = np.array(measured).T
     size, tokens = float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean()))
 
     def misses(p: np.ndarray) -> np.ndarray:

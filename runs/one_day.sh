@@ -96,13 +96,24 @@ step recipe python -m scripts.plan recipe "${plan[@]}" --out="$out/recipe.toml" 
     [ $? = 2 ] || exit # 2: the pilot was refused, with the reason; the recipe stays as it is
     touch "$out/pilot.done"
 }
-step pretraining python -m scripts.base_train "${recipe[@]}"
+# replan STAGE: where the machine was slower than planned, shares what is left of the time anew, so that the deadline holds. `again` are the
+# flags that replace those of the recipe, fixed at the first start of a stage.
+replan() {
+    [ -e "$out/$1.flags" ] || python -c "import sys; from nanochat.plan.recipe import replanned
+print(*replanned(sys.argv[1], sys.argv[2], float(sys.argv[3])))" "$out/recipe.toml" "$1" $((minutes * 60 + $(cat "$out/begun") - before - SECONDS)) >"$out/$1.flags"
+    again=($(cat "$out/$1.flags"))
+}
+replan base_train
+step pretraining python -m scripts.base_train "${recipe[@]}" ${again[@]+"${again[@]}"}
 step "evaluation of the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
-step midtraining python -m scripts.mid_train "${later[@]}"
-step finetuning python -m scripts.chat_sft "${later[@]}"
+replan mid_train
+step midtraining python -m scripts.mid_train "${later[@]}" ${again[@]+"${again[@]}"}
+replan chat_sft
+step finetuning python -m scripts.chat_sft "${later[@]}" ${again[@]+"${again[@]}"}
+replan evaluation
 asked=(-a ARC-Easy MMLU GSM8K -n 500 ${tasks[@]+"${tasks[@]}"})
 [ "${data[*]}" != tinyworld ] || asked=(-a tinyworld)
-step "evaluation of the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" || {
+step "evaluation of the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" ${again[@]+"${again[@]}"} || {
     [ $? = 2 ] || exit
     echo "notice: the finetuned model was not evaluated (see above); the report omits its scores"
 }

@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 19_720,
     "train": 19_340,
     "study": 13_150,
-    "plan": 15_490,
+    "plan": 15_300,
     "export": 7_340,
     "commands": 21_830,
 }

@@ -16,11 +16,11 @@ from nanochat.plan import day
 from nanochat.plan.shapes import SizeKnobs, counts
 from nanochat.train.scaling import (
     LEAST_FOR_PILOT,
-    budget_vocabulary,
     bytes_per_token,
     pilot_seconds,
     stage_seconds,
     text_for,
+    vocabulary_for,
 )
 
 CARD = ["--gpu=rtx4090", "--depth=8"]
@@ -149,7 +149,8 @@ def test_a_budget_is_split_in_one_way():
         "base_train": 1000, "mid_train": 0.0, "chat_sft": 0.0, "evaluation": 0.0
     }  # fmt: skip
     assert pilot_seconds(LEAST_FOR_PILOT - 1) == 0 and pilot_seconds(3600) == 300
-    assert [budget_vocabulary(60 * m) for m in (20, 90, 1440)] == [8192, 32_768, 65_536]
-    assert budget_vocabulary(60, simple=True) == 2048
+    web = [vocabulary_for(1e12, 60 * m) for m in (20, 90, 1440)]
+    assert web == [8192, 32_768, 65_536] and vocabulary_for(1e12, 60, simple=True) == 2048
+    assert vocabulary_for(3e5) == vocabulary_for(3e5, 86_400) == 2048, "however long it is read"
     assert [text_for(60 * m) for m in (59, 60)] == ["tinyworld", "fineweb-edu"]
     assert bytes_per_token(65_536) == 4.8 > bytes_per_token(8192)

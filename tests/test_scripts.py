@@ -18,6 +18,8 @@ RECORDER = f"""#!{sys.executable}
 import json, os, sys
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "-c":
+    print(os.environ.get("REPLAN", ""))
 if "--shell" in sys.argv:
     web = "--data" not in sys.argv or "fineweb-edu" in sys.argv
     print("shards=7\\nvocab=900\\nweb=" + web * "fineweb-edu" + "\\ntext=fineweb-edu")
@@ -165,6 +167,18 @@ def test_a_plan_that_does_not_suffice_stops_before_anything_starts(
     if script != "english_chat.sh":
         assert again["dataset"][again["dataset"].index("-n") + 1] == "7", "what the plan needs"
     assert "--vocab_size=900" in again["tok_train"]
+
+
+def test_a_slow_machine_gets_shorter_stages(checkout, tmp_path):
+    script = checkout() / "runs/one_day.sh"
+    flag = "--max_minutes=1.5"
+    made = run(script, "--minutes", "10", base=tmp_path / "b", REPLAN=flag)
+    for stage in ("base_train", "mid_train", "chat_sft"):
+        assert made[stage][-1] == flag
+    again = run(script, "--minutes", "10", base=tmp_path / "c")
+    assert not any(flag in words for words in again.values())
+    file, stage, left = again["-c"][-3:]
+    assert file.endswith("recipe.toml") and stage == "evaluation" and 500 < int(left) <= 600
 
 
 @pytest.mark.parametrize("script", LONG)

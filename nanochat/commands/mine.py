@@ -36,6 +36,7 @@ from nanochat.train.scaling import (
     batch_for,
     context_for,
     shape_for,
+    split_budget,
     text_tokens,
     vocabulary_for,
 )
@@ -180,8 +181,8 @@ def seconds_for(stage: str, knobs: MineKnobs, diary: Diary) -> float:
     is more, because a chain that runs over its time is worth more than one that breaks off.
     """
     left = 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
-    later = list(SHARES)[list(SHARES).index(stage) :]
-    return max(LEAST_SECONDS, left * SHARES[stage] / sum(SHARES[name] for name in later))
+    later = dict(list(SHARES.items())[list(SHARES).index(stage) :])
+    return max(LEAST_SECONDS, split_budget(max(1.0, left), later)[stage])
 
 
 def best_shape(

@@ -93,11 +93,6 @@ class Candidate:
         """(depth, width)"""
         return self.config.n_layer, self.config.n_embd
 
-    @property
-    def simplicity(self) -> tuple[bool, int]:
-        """Decides between equal predictions: the usual shape first, then the smaller model."""
-        return abs(self.config.n_embd / self.config.n_layer - 64) > 8, self.size
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -210,7 +205,8 @@ def choose(
     if not fitting:
         raise UserError(_nothing_fits(knobs, machine, every))
     equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
-    primary = min(equal, key=lambda c: c.simplicity)
+    # Of equal predictions the usual shape, then the smaller model.
+    primary = min(equal, key=lambda c: (abs(c.shape[1] / c.shape[0] - 64) > 8, c.size))
     tried = [c for c in fitting if c.shape == kept and c.bpb[0] <= primary.bpb[0] * 1.01]
     primary = tried[0] if tried else primary
     T = primary.config.sequence_len
@@ -227,18 +223,17 @@ def choose(
 def _nothing_fits(knobs: ChoiceKnobs, machine: Machine, every: Sequence[Candidate]) -> str:
     """Why no candidate can train, and what to change."""
     least = min(every, key=lambda c: (not c.why.endswith("few"), c.memory["total"]))
-    depth, width = least.shape
-    model = f"depth {depth} at width {width}"
+    model = f"depth {least.shape[0]} at width {least.shape[1]}"
     if least.why.startswith("needs"):
         return (
             f"{machine.name} has too little memory: the smallest candidate, {model}, {least.why} "
             f"with {least.device_batch_size} rows at a time. Try --sequence_len=256, a smaller "
             "vocabulary, --tie_embeddings or a smaller --depth"
         )
-    stepping = 1.3 * FEWEST_STEPS * (1 << 12) / least.speed.tok_per_sec
-    needed = (OPENING + speed.first_step(machine, False) + stepping) / knobs.pretrain
+    stepping = FEWEST_STEPS * (1 << 12) / least.speed.tok_per_sec
+    needed = (OPENING + 1.3 * stepping) / knobs.pretrain / 60
     return (
         f"{duration(knobs.pretraining_seconds())} of pretraining is too short for any model here: "
-        f"even {model} gets only {least.steps} steps. Give at least "
-        f"{max(1, round(needed / 60 + 0.5))} minutes, or a smaller vocabulary"
+        f"even {model} gets only {least.steps} steps. Give at least {needed + 1:.0f} minutes, or a "
+        "smaller vocabulary"
     )

@@ -29,6 +29,7 @@ from nanochat.plan import machine, probe
 from nanochat.plan.choice import Choice, ChoiceKnobs, assess, choose
 from nanochat.plan.law import Law, Text
 from nanochat.plan.machine import GIB, Machine, budget_seconds
+from nanochat.plan.memory import STATE
 from nanochat.plan.shapes import counts
 from nanochat.train.scaling import bytes_per_token, text_for
 
@@ -212,7 +213,8 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
         raise UserError(f"--tokens={knobs.tokens:g} needs a model: add --depth")
     target = planned_machine(knobs)
     knobs = replace(knobs, data=knobs.data or (text_for(budget_seconds(knobs) or 86_400.0),))
-    knobs = replace(knobs, vocab=knobs.vocabulary(elsewhere=bool(knobs.gpu)))
+    size = bytes_per_token(1) * sum(tokens for _, tokens in fresh_text(knobs.data, 1))
+    knobs = replace(knobs, vocab=knobs.vocabulary(bool(knobs.gpu), size))
     if knobs.tokens:
         aspect, T = knobs.aspect_ratio or 64.0, knobs.sequence_len or 2048
         knobs = replace(knobs, hours=1.0, aspect_ratio=aspect, sequence_len=T)
@@ -313,7 +315,7 @@ time | rule""")
 def costs(plan: Plan) -> list[Row]:
     """Disk, memory and electricity."""
     need, knobs, parts = plan.needs, plan.knobs, plan.choice.primary.memory
-    state = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    state = sum(parts[name] for name in STATE)
     work, beside = parts["allocated"] - state, parts["total"] - parts["allocated"]
     disk = need["disk_bytes"]
     by_part = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in disk.items() if size)

@@ -108,12 +108,10 @@ def load(path: Path | str) -> Machine:
     """The machine of a probe's file, with its points. UserError if there is no such file."""
     try:
         file = read_json(user_path(path))
-        stored = file["machine"]
-        own = stored["name"], stored["dtype"]
-        points = tuple(
-            p for p in file["points"] if (p["name"], p["dtype"]) == own and "error" not in p
-        )
-        return Machine(**{**stored, "points": points, "source": f"measured, {path}"})
+        found = Machine(**{**file["machine"], "source": f"measured, {path}"})
+        own = {"name": found.name, "dtype": found.dtype}.items()
+        good = (p for p in file["points"] if own <= p.items() and "error" not in p)
+        return replace(found, points=tuple(good))
     except OSError as e:
         raise UserError(
             f"cannot read the probe {path} ({e.strerror}): make one with "
@@ -137,7 +135,7 @@ def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
     this = Machine(**measured, source="a share of the peak measured here")
     if (file := folder() / "probe.json").exists():
         probed = load(file)
-        if all(getattr(probed, n) == measured[n] for n in ("name", "device_type", "dtype")):
+        if (probed.name, probed.dtype) == (this.name, this.dtype):
             return replace(probed, memory_bytes=this.memory_bytes)
     return this
 

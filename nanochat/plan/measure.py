@@ -7,15 +7,15 @@ JSON as its argument, and prints the result as JSON.
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanochat.base import hardware
 from nanochat.base.common import entry
-from nanochat.base.runtime import Runtime, compiler_missing, open_runtime, out_of_memory
+from nanochat.base.runtime import compiler_missing, open_runtime, out_of_memory
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.knobs import TrainKnobs
@@ -45,71 +45,50 @@ def measure_device(device_type: str, dtype: str) -> dict[str, Any]:
 
 def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Speed and peak memory of training: spec has config, rows, accumulation, compiled, device_type,
-    dtype, seconds. A step takes accumulation x micro_ms + update_ms, both medians. On a GPU also
-    the bytes of the whole card, with contexts and other processes. {"error"} if memory runs out.
+    Speed and peak memory of training steps on random tokens: spec has config, rows, accumulation
+    (of which up to four are made), compiled, device_type, dtype, seconds. The time of a step is the
+    median. On a GPU also the bytes of the whole card, with contexts and other processes. {"error"}
+    if memory runs out.
     """
     runtime = open_runtime(spec["device_type"], spec["dtype"])
-    config = GPTConfig(**spec["config"])
+    config, accumulation = GPTConfig(**spec["config"]), min(4, spec["accumulation"])
+    size = accumulation, spec["rows"], config.sequence_len + 1
+    times = []
     try:
         model = GPT.build(config, runtime.device, runtime.dtype)
         model.init_weights(runtime.seed)
         if spec["compiled"]:
             model.compile()
-        step = _training_step(model, spec, runtime)
-        began = time.perf_counter()
-        steps = [step()]
-        first_step, began = time.perf_counter() - began, time.perf_counter()
-        while len(steps) < 2 * WARMUP_STEPS or (
-            time.perf_counter() - began < spec["seconds"] and len(steps) < MOST_STEPS
+        optimizer = make_optimizer(model, TrainKnobs(), runtime)
+        tokens = torch.randint(0, config.vocab_size, size, device=runtime.device)
+        while len(times) < 2 * WARMUP_STEPS or (
+            sum(times[WARMUP_STEPS:]) < spec["seconds"] and len(times) < MOST_STEPS
         ):
-            steps.append(step())
+            runtime.synchronize()
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            for rows in tokens:
+                x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+                (model.loss(x, y) / y.numel()).backward()
+            optimizer.step()
+            runtime.synchronize()
+            times.append(time.perf_counter() - began)
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
         return {"error": "out of memory"}
-    micro, update = np.median(steps[WARMUP_STEPS:], axis=0).tolist()
-    seconds = spec["accumulation"] * micro + update
-    tokens_per_step = spec["accumulation"] * spec["rows"] * config.sequence_len
+    seconds = median(times[WARMUP_STEPS:])
     measured = {
-        "micro_ms": 1e3 * micro,
-        "update_ms": 1e3 * update,
         "step_ms": 1e3 * seconds,
-        "tok_per_sec": tokens_per_step / seconds,
-        "first_step_s": first_step,
+        "tok_per_sec": accumulation * spec["rows"] * config.sequence_len / seconds,
+        "first_step_s": times[0],
         "peak_memory_bytes": runtime.peak_memory(),
         "flops_per_token": model.flops_per_token(),
-        "parameters": model.counts()["total"],
     }
     if runtime.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runtime.device)
         measured["card_bytes"] = total - free
     return measured
-
-
-def _training_step(
-    model: GPT, spec: Mapping[str, Any], runtime: Runtime
-) -> Callable[[], tuple[float, float]]:
-    """A step on random tokens; it returns (seconds of a micro-batch, of the update)."""
-    optimizer = make_optimizer(model, TrainKnobs(), runtime)
-    size = spec["rows"], model.config.sequence_len + 1
-    tokens = torch.randint(0, model.config.vocab_size, size, device=runtime.device)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> tuple[float, float]:
-        optimizer.zero_grad()
-        times = [0.0]
-        for _ in range(min(2, spec["accumulation"])):  # the second adds to existing gradients
-            runtime.synchronize()
-            times.append(time.perf_counter())
-            (model.loss(x, y) / y.numel()).backward()
-            runtime.synchronize()
-        times.append(time.perf_counter())
-        optimizer.step()
-        runtime.synchronize()
-        return times[-1] - times[-2], time.perf_counter() - times[-1]
-
-    return step
 
 
 def main() -> None:

@@ -36,6 +36,9 @@ BESIDE = {
 }
 
 
+STATE = ("weights", "gradients", "optimizer")  # what stays from step to step
+
+
 @dataclass(kw_only=True)
 class MemoryKnobs(SizeKnobs):
     """Grid"""
@@ -65,9 +68,8 @@ def kept_by_layer(
     Bytes that one layer keeps for its backward pass, for `tokens` tokens in rows of T, `size` bytes
     each: eight vectors of the model's width (the layer's input, the normed inputs of both parts, q
     before and after its norm, the attention's output twice, the residual), three of the key-value
-    width (one more with value embeddings), the MLP's hidden vectors before and after the
-    activation, and in float32 the scales of four norms with the softmax's sum; also the weights in
-    the compute dtype. Of these, compiled code on a GPU keeps one of each kind and computes the
+    width (one more with value embeddings), and the MLP's hidden vectors before and after the
+    activation. Of these, compiled code on a GPU keeps one of each kind and computes the
     others again (gpt.ACTIVATION_BUDGET). What is not compiled keeps copies between operators, in
     half precision also in float32; compiled code on a CPU keeps the attention's probabilities,
     which fused kernels do not.
@@ -82,13 +84,9 @@ def kept_by_layer(
     elif not cpu:
         hidden, width, kv = hidden - 1, width // 2, kv - 1
     vectors = width * config.n_embd + kv * config.n_kv_head * config.head_dim
-    scales = 2 + 2 * config.n_head + config.n_kv_head
-    kept = tokens * (size * (vectors + hidden * config.hidden) + 4 * scales)
-    if size < 4:
-        kept += size * counts(config)["transformer"] / config.n_layer
     if cpu and compiled:
-        kept += size * tokens * config.n_head * (T + QUERY_BLOCK) / 2
-    return kept
+        vectors += config.n_head * (T + QUERY_BLOCK) / 2
+    return size * tokens * (vectors + hidden * config.hidden)
 
 
 def predict(
@@ -107,22 +105,20 @@ def predict(
     n, C, V = counts(config), config.n_embd, config.vocab_size
     cpu, tokens, matrices = device == "cpu", rows * T, n["transformer"]
     layer = kept_by_layer(config, tokens, T, size, cpu, compiled)
-    activations = config.n_layer * layer + 3 * size * tokens * C + 32 * tokens
+    activations = config.n_layer * layer + 3 * size * tokens * C
+    if size < 4:  # the matrices in the compute dtype
+        activations += size * matrices
     # The loss: the head's weights, the gradients of both factors, and chunks of logits.
-    most = CHUNK_ELEMENTS.get(device, 1 << 25)
-    if compiled:
-        most = COMPILED_ELEMENTS.get(device, most)
-    chunk = min(most, tokens * V)
+    elements = CHUNK_ELEMENTS | (COMPILED_ELEMENTS if compiled else {})
+    chunk = min(elements.get(device, 1 << 25), tokens * V)
     block = size * min(BLOCK_CHUNKS.get(device, 1) * chunk, tokens * V)
     copies = 12 if compiled else 16 if config.softcap else 8  # bytes per logit
     copies = size if compiled and not cpu else copies
     both = size * tokens * C + 4 * V * C
     loss = both + block + copies * chunk + (size * V * C if size < 4 else 0)
     # A layer's backward pass: gradients of its hidden vectors, or a block of scores.
-    work = size * tokens * 2 * config.hidden
-    if cpu:
-        work = max(work, tokens * config.n_head * min(T, QUERY_BLOCK) * (4 + size))
-    backward = both + size * tokens * C + 4 * V * C + work
+    scores = config.n_head * min(T, QUERY_BLOCK) * (4 + size) if cpu else 0
+    backward = 2 * both + tokens * max(size * 2 * config.hidden, scores)
     # Muon's largest pool of matrices of one shape: on a GPU all at once.
     hidden = config.hidden * (2 if config.activation == "swiglu" else 1)
     pool = config.n_layer * C * max(2 * C + 2 * config.n_kv_head * config.head_dim, hidden)
@@ -134,8 +130,9 @@ def predict(
         "loss": loss,
         "update": pool * (4 + size if cpu else 20),
     }
-    stays = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    allocated = stays + max(activations + max(loss, backward), parts["update"])
+    allocated = sum(parts[name] for name in STATE) + max(
+        activations + max(loss, backward), parts["update"]
+    )
     context, compiler, share = BESIDE[device]
     beside = context + (compiler if compiled else 0) + share * allocated
     total = allocated + beside + (target.memory_gap or 0)
@@ -195,7 +192,7 @@ def run(knobs: MemoryKnobs) -> dict[str, Any]:
         parts = predict(config, rows, T, target, compiled)
         fits = parts["total"] <= target.memory_bytes
         grid.append({"rows": rows, "sequence_len": T, **parts, "fits": fits})
-        state = parts["weights"] + parts["gradients"] + parts["optimizer"]
+        state = sum(parts[name] for name in STATE)
         beside = parts["total"] - parts["allocated"]
         moments = (parts["activations"], parts["loss"], parts["update"])
         sizes = [f"{size / GIB:.2f}" for size in (state, *moments, beside, parts["total"])]

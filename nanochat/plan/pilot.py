@@ -38,6 +38,7 @@ from nanochat.train.scaling import EVALUATING, PILOT
 
 MOST_SECONDS = 3600.0
 FEWEST_STEPS = 64
+SIZE = ("depth", "model_dim", "head_dim", "total_batch_size", "device_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -127,15 +128,15 @@ def verdict(target: float, bpb: tuple[float, float, float]) -> str:
     """Whether the budget reaches a target, in words."""
     _, lo, hi = bpb
     reach = "within reach" if target >= hi else "uncertain" if target >= lo else "out of reach"
-    expected = "{:.3f} ({:.3f} to {:.3f}) are expected".format(*bpb)
+    expected = f"{bpb[0]:.3f} ({lo:.3f} to {hi:.3f}) are expected"
     return f"{target:g} bits per byte are {reach}: {expected}"
 
 
 def run(knobs: PilotKnobs) -> dict[str, Any]:
     """Train the short run and write the corrected recipe; returns all figures."""
     file, flags, asked = read(knobs.plan)
-    names = ("depth", "model_dim", "head_dim", "total_batch_size", "device_batch_size")
-    plan = day.planned(replace(asked, **{name: flags[name] for name in names}))
+    same = {name: flags[name] for name in SIZE}
+    plan = day.planned(replace(asked, **same))
     planned, target, whole = plan.choice.primary, plan.machine, asked.pretraining_seconds()
     seconds, compiled = (
         knobs.minutes * 60 or min(PILOT * whole, MOST_SECONDS),

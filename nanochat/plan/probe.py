@@ -70,9 +70,8 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[Point]:
     """
     cpu, flops = target.device_type == "cpu", speed.usual_flops(target, seconds)
     aspect, depths = knobs.aspect_ratio or 64.0, knobs.depths or (knobs.depth,)
-    lengths = knobs.lengths or ((512,) if cpu else (512, 1024, 2048))
-    if knobs.sequence_len and not knobs.lengths:
-        lengths = (knobs.sequence_len,)
+    given = (knobs.sequence_len,) if knobs.sequence_len else ()
+    lengths = knobs.lengths or given or ((512,) if cpu else (512, 1024, 2048))
     if not depths[0]:
         wanted = (math.sqrt(flops / 6 / 20) / 12 / aspect**2) ** (1 / 3)
         i = min(range(1, len(DEPTHS) - 1), key=lambda i: abs(math.log(DEPTHS[i] / wanted)))
@@ -99,16 +98,16 @@ def identity(point: Point) -> str:
     return json.dumps([point[name] for name in IDENTITY], sort_keys=True)
 
 
+def size_of(point: Point) -> str:
+    c = point["config"]
+    return f"{c['n_layer']} x {c['n_embd']}|{c['sequence_len']}|{point['rows']}"
+
+
 def measure(point: Point, knobs: ProbeKnobs, target: Machine, prefix: str = "") -> Point:
     """What plan.measure says of a point."""
-    c = point["config"]
-    print0(
-        f"  {prefix}depth {c['n_layer']}, width {c['n_embd']}, T {c['sequence_len']}, "
-        f"{point['rows']} rows ..."
-    )
-    spec = {name: point[name] for name in IDENTITY}
+    print0("  {}{}, context {}, {} rows ...".format(prefix, *size_of(point).split("|")))
     where = {"device_type": target.device_type, "seconds": knobs.seconds}
-    return machine.in_process({**spec, **where})
+    return machine.in_process({name: point[name] for name in IDENTITY} | where)
 
 
 def run(knobs: ProbeKnobs) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def _show(points: Sequence[Point], target: Machine) -> None:
     heads = "depth x width|T|rows|accumulation|ms per step|later|tok/s|of peak|peak memory"
     rows = []
     for p in points:
-        c, measured = p["config"], p.get("error", "") + "||||"
+        measured = p.get("error", "") + "||||"
         if "error" not in p:
             rate = p["tok_per_sec"]
             reached = rate * p["flops_per_token"] / target.peak_flops
@@ -177,6 +176,5 @@ def _show(points: Sequence[Point], target: Machine) -> None:
                 f"{p['step_ms']:,.0f}|{p.get('drift', 0):+.0%}|{rate:,.0f}|{reached:.0%}|"
                 f"{p['peak_memory_bytes'] / GIB:.2f} GiB"
             )
-        size = f"{c['n_layer']} x {c['n_embd']}|{c['sequence_len']}|{p['rows']}|{p['accumulation']}"
-        rows.append(f"{size}|{measured}".split("|"))
+        rows.append(f"{size_of(p)}|{p['accumulation']}|{measured}".split("|"))
     print0(columns(heads.split("|"), rows))

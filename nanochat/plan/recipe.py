@@ -14,15 +14,18 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nanochat.base.common import duration, print0, user_path
+from nanochat.base.common import duration, notice, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
+from nanochat.base.strangers import read_toml
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import day, machine
 from nanochat.plan.choice import Candidate, Choice
 from nanochat.plan.law import Law
 from nanochat.plan.machine import budget_seconds
-from nanochat.train.scaling import embedding_rate
+from nanochat.train.scaling import LATER_STAGES, embedding_rate
+
+EVALUATION = LATER_STAGES["evaluation"] / LATER_STAGES["mid_train"]
 
 
 @dataclass(kw_only=True)
@@ -105,6 +108,24 @@ def write(plan: day.Plan, choice: Choice, law: Law) -> dict[str, Any]:
     }
     atomic_write(out.with_suffix(".json"), json.dumps(whole, indent=1))
     return whole
+
+
+def replanned(file: str, stage: str, seconds_left: float) -> list[str]:
+    """
+    The flags that let a stage of a recipe, and all that follow it, end in `seconds_left`: none if
+    that is as planned, else its share of what is left, which a notice says.
+    """
+    planned = {name: 60 * flags["max_minutes"] for name, flags in read_toml(user_path(file)).items()}
+    planned["evaluation"] = planned.get("mid_train", 0.0) * EVALUATION
+    needed = sum(list(planned.values())[list(planned).index(stage) :])
+    share = max(0.05, seconds_left / max(1.0, needed))
+    if share > 0.98:
+        return []
+    left = duration(max(0.0, seconds_left))
+    notice(f"{left} are left for {stage} and what follows, {duration(needed)} were planned")
+    if stage == "evaluation":
+        return ["-n", str(max(20, round(500 * share)))]
+    return [f"--max_minutes={planned[stage] / 60 * share:.3f}"]
 
 
 def run(knobs: RecipeKnobs) -> dict[str, Any]:

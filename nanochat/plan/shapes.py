@@ -11,7 +11,7 @@ from nanochat.base.common import base_dir
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.plan.machine import BudgetKnobs, budget_seconds
-from nanochat.train.scaling import Shape, budget_vocabulary
+from nanochat.train.scaling import Shape, vocabulary_for
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPT
@@ -74,10 +74,10 @@ class OpenSizeKnobs(BudgetKnobs, SizeKnobs):
             vocab=self.vocabulary(),
         )
 
-    def vocabulary(self, elsewhere: bool = False) -> int:
+    def vocabulary(self, elsewhere: bool = False, size: float = 1e12) -> int:
         """
         Tokens in the vocabulary: as given, or the tokenizer's (unless the run is `elsewhere`), or
-        by the budget and the text.
+        by the budget and a text of `size` bytes.
         """
         from nanochat.data.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ class OpenSizeKnobs(BudgetKnobs, SizeKnobs):
         if not elsewhere and (base_dir() / "tokenizer" / "tokenizer.json").exists():
             return Tokenizer.load().vocab_size
         simple = tuple(getattr(self, "data", ())) == ("tinyworld",)
-        return budget_vocabulary(budget_seconds(self) or 86_400.0, simple)
+        return vocabulary_for(size, budget_seconds(self) or 86_400.0, simple)
 
 
 def model_of(config: GPTConfig) -> "GPT":

@@ -38,8 +38,8 @@ def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine:
     the points of the machine, else for a CUDA card from its roofline, else as a share of the peak.
     """
     if machine.points:
-        micro_ms, update_ms, error = interpolated(machine.points, config, rows, T)
-        rate, interval = 1e3 * total / (total * micro_ms + update_ms), math.exp(law.Z90 * error)
+        rate, error = interpolated(machine.points, config, rows, T)
+        interval = math.exp(law.Z90 * error)
         rates = rate, rate / interval, rate * interval
     elif machine.device_type == "cuda":
         own = max(rows * T, total // machine.gpus)
@@ -90,34 +90,24 @@ def roofline(
 
 def interpolated(
     points: Sequence[Mapping[str, Any]], config: GPTConfig, rows: int, T: int
-) -> tuple[float, float, float]:
+) -> tuple[float, float]:
     """
-    (milliseconds of a micro-batch per token, milliseconds of an update, relative error) of a model.
-
-    A Gaussian process over the logarithms of FLOPs per token, context and tokens of a micro-batch:
-    time grows with the FLOPs to a power of about 0.8, and deviates from that smoothly, by about 15
-    %. An update takes a constant and a time per parameter. A speed is known to 3 % at best, and no
-    better than the points drifted.
+    (tokens per second, relative error) of a model: the mean over the points, by inverse squared
+    distance in the logarithms of FLOPs per token, context and tokens of a micro-batch. The time of
+    a token grows with its FLOPs to the power that the points show; 0.8 is the usual one. A speed is
+    known to 3 % at best, and no better than the points drifted; away from them the error is 12 % of
+    the distance.
     """
-    from scipy.optimize import nnls
-
     sizes = [(q["flops_per_token"], q["config"]["sequence_len"], q["rows"]) for q in points]
-    x = np.array([(f, L**0.5, (L * r) ** 0.5) for f, L, r in sizes])
-    at = np.array([flops_per_token(config, T), T**0.5, (rows * T) ** 0.5])
-    x = np.log(np.vstack([x, at]) / at)
-    per_token = [q["micro_ms"] / (q["rows"] * q["config"]["sequence_len"]) for q in points]
-    distance = ((x[:, None] - x[None]) ** 2).sum(-1)
-    flops = x[:, 0]
-    # The level is unknown, the power known to 0.15, and deviations are alike near one another.
-    K = 100 + 0.15**2 * np.outer(flops, flops) + 0.15**2 * np.exp(-distance / 2)
-    weights = np.linalg.solve(K[:-1, :-1] + 1e-4 * np.eye(len(points)), K[:-1, -1])
-    micro_ms = math.exp(weights @ (np.log(per_token) - 0.8 * flops[:-1]))
-    drift = np.mean([q.get("drift", 0.0) ** 2 for q in points])
-    error = math.sqrt(max(0.0, K[-1, -1] - weights @ K[:-1, -1]) + drift + 0.03**2)
-    size = np.array([[1.0, q["parameters"]] for q in points])
-    updates = np.array([[q["update_ms"]] for q in points])
-    fixed, each = nnls(size / updates, np.ones(len(points)))[0]
-    return micro_ms, float(fixed + each * counts(config)["total"]), error
+    x = np.log([(f, length**0.5, (length * r) ** 0.5) for f, length, r in sizes])
+    x -= np.log([flops_per_token(config, T), T**0.5, (rows * T) ** 0.5])
+    rates, drift = np.array([(q["tok_per_sec"], q.get("drift", 0.0)) for q in points]).T
+    flops = x[:, 0] - x[:, 0].mean()
+    power = (0.8 * 0.05 - flops @ np.log(rates)) / (0.05 + flops @ flops)
+    squared = (x**2).sum(1)
+    rate = np.average(np.log(rates) + power * x[:, 0], weights=1 / (squared + 0.003))
+    error = 0.03**2 + (drift**2).mean() + 0.12**2 * squared.min()
+    return math.exp(rate), math.sqrt(error)
 
 
 def usual_flops(machine: Machine, seconds: float) -> float:

@@ -139,13 +139,18 @@ def text_tokens(tokens: float, useful: float, everyday: float) -> tuple[float, f
     return own, max(embedded, rest)
 
 
-def vocabulary_for(size: float) -> int:
+def vocabulary_for(size: float, seconds: float = math.inf, simple: bool = False) -> int:
     """
     Tokens in the vocabulary of a text of `size` bytes: the power of two near three times its square
     root, from 512 to 65,536. With 0.3 MB, 2,048 was better than 512, 1,024 and 4,096 (one seed,
-    dev/LOG.md, own text); that the best grows with the square root is an assumption.
+    dev/LOG.md, own text); that the best grows with the square root is an assumption. A budget of
+    `seconds` takes no more than 8,192 up to an hour, and 32,768 up to ten; `simple` is the embedded
+    corpus.
     """
-    return 1 << min(16, max(9, round(math.log2(3 * math.sqrt(max(size, 1))))))
+    if simple:
+        return 2048
+    most = 13 if seconds < 3600 else 15 if seconds < 36_000 else 16
+    return 1 << min(most, max(9, round(math.log2(3 * math.sqrt(max(size, 1))))))
 
 
 def shape_for(flops: float, tokens: float, vocab_size: int) -> tuple[int, int]:
@@ -230,13 +235,6 @@ def stage_seconds(seconds: float, pretrain: float = PRETRAIN) -> dict[str, float
 def pilot_seconds(seconds: float) -> float:
     """Seconds of a pilot in a budget, 0 where it is too short for one."""
     return PILOT * seconds if seconds >= LEAST_FOR_PILOT else 0.0
-
-
-def budget_vocabulary(seconds: float, simple: bool = False) -> int:
-    """Tokens in the vocabulary for a budget; `simple`: of the embedded corpus."""
-    if simple:
-        return 2048
-    return 8192 if seconds < 3600 else 32_768 if seconds < 36_000 else 65_536
 
 
 def text_for(seconds: float) -> str:

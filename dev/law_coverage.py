@@ -1,0 +1,103 @@
+"""
+How often the 90 % intervals of the scaling law hold a run that it was not fitted to.
+
+    python dev/law_coverage.py
+
+The runs are those of dev/scaling_law.py, and of the comparisons in dev/results/ those on English
+prose with the default parts and at least a hundred steps. Runs whose size and tokens differ by less
+than a tenth are one: their mean counts. Each is left out once, the law is fitted to the others and
+predicts it. The table says the error over half of the interval's width: above 1 it was missed.
+"""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import scaling_law
+import trials
+
+from nanochat.base.common import columns, human, print0
+from nanochat.base.knobs import parse
+from nanochat.commands.base_train import PretrainKnobs
+from nanochat.model.config import GPTConfig
+from nanochat.plan.law import Z90
+from nanochat.plan.shapes import layer_parameters
+
+EXPERIMENTS = {  # in dev/results: conditions that a plan would have chosen, or all that differ in size
+    "budget_batch": ("4096", "8192"),
+    "budget_rates": ("4096", "8192"),
+    "budget_size": ("3x192", "1x128", "2x128", "2x256", "4x256"),
+    "budget_english-minutes": ("default", "nocap"),
+    "budget_english-tokens": ("default", "nocap", "mlp3", "gqa"),
+    "budget_softcap-minutes": ("default",),
+    "rap_prose-small": ("none",),
+    "rap_prose-large": ("none",),
+}
+STEPS = 100  # fewer are no plan's choice
+
+
+def layers_of(flags: list[str]) -> int:
+    """The parameters of the layers of a run with these flags."""
+    k, _ = parse(PretrainKnobs, flags, command="base_train")
+    size: dict[str, Any] = k.dimensions()
+    return layer_parameters(GPTConfig(vocab_size=4096, mlp_ratio=k.mlp_ratio, **size))
+
+
+def compared() -> list[scaling_law.Run]:
+    """The runs of the comparisons."""
+    runs = []
+    for name, conditions in EXPERIMENTS.items():
+        lines = (trials.RESULTS / f"{name}.runs.jsonl").read_text(encoding="utf-8").splitlines()
+        for row in map(json.loads, lines):
+            if row["condition"] in conditions and row["steps"] >= STEPS:
+                flags = [f for f in row["flags"] if not f.startswith("--keep")]
+                runs.append((float(layers_of(flags)), float(row["tokens"]), row["final_bpb"]))
+    return runs
+
+
+def alike(a: scaling_law.Run, b: scaling_law.Run) -> bool:
+    """Whether size and tokens of two runs differ by less than a tenth."""
+    return max(abs(math.log(a[0] / b[0])), abs(math.log(a[1] / b[1]))) < 0.1
+
+
+def merged(runs: list[scaling_law.Run]) -> list[scaling_law.Run]:
+    """Runs that are alike as one, with their geometric means."""
+    groups: list[list[scaling_law.Run]] = []
+    for run in sorted(runs):
+        for group in groups:
+            if alike(group[0], run):
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    return [tuple(np.exp(np.log(group).mean(0)).tolist()) for group in groups]
+
+
+def main() -> None:
+    own = merged([*scaling_law.MEASURED, *compared()])
+    everywhere = [(run, True) for run in scaling_law.LADDER] + [(run, False) for run in own]
+    rows, ratios, widths, misses = [], [], [], []
+    for run, of_ladder in everywhere:
+        n, d, bpb = run
+        ladder = [r for r in scaling_law.LADDER if r is not run]
+        law = scaling_law.fit(ladder, [r for r in own if r is not run])
+        predicted, width = law.bpb(n, d), Z90 * law.error(n, d)
+        miss = math.log(predicted / bpb)
+        ratios.append(abs(miss) / width)
+        widths.append(width)
+        misses.append(abs(miss))
+        figures = (f"{bpb:.3f}", f"{predicted:.3f}", f"{miss:+.1%}", f"{width:.1%}")
+        about = "ladder" if of_ladder else "here"
+        rows.append((about, human(n), human(d), *figures, f"{ratios[-1]:.2f}"))
+    print0(columns(("", "layers", "tokens", "was", "law", "error", "90 %", "error / width"), rows))
+    held = np.mean(np.array(ratios) <= 1)
+    needed = np.quantile(ratios, 0.85)
+    print0(
+        f"{len(rows)} runs: {held:.0%} held; intervals {1 / needed:.2f} times as wide as a coverage "
+        "of 85 % needs"
+    )
+
+
+if __name__ == "__main__":
+    main()
