@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         usage = (
             "usage: nanochat plan SUBCOMMAND [--flag VALUE ...]    (SUBCOMMAND -h lists its flags)"
         )
-        print0("\n".join([usage, "", *lines]))
+        print0(usage, *lines, sep="\n")
         return {}
     name, *flags = words
     if name not in SUBCOMMANDS:
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"{', '.join(SUBCOMMANDS)}"
         )
     module = importlib.import_module(f"nanochat.plan.{name}")
-    asked = getattr(module, f"{name.title()}Knobs")
-    values, _ = knobs.parse(asked, flags, command=f"plan {name}")
+    kind = getattr(module, f"{name.title()}Knobs")
+    values = knobs.parse(kind, flags, command=f"plan {name}")[0]
     # With --json nothing else may go to standard output.
     with redirect_stdout(sys.stderr) if values.json else nullcontext():
         report = module.run(values)
