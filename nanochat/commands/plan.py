@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         usage = (
             "usage: nanochat plan SUBCOMMAND [--flag VALUE ...]    (SUBCOMMAND -h lists its flags)"
         )
-        print0(usage, *lines, sep="\n")
+        print0(usage, "", *lines, sep="\n")
         return {}
     name, *flags = words
     if name not in SUBCOMMANDS:

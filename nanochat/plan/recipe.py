@@ -115,8 +115,8 @@ def replanned(file: str, stage: str, seconds_left: float) -> list[str]:
     The flags that let a stage of a recipe, and all that follow it, end in `seconds_left`: none if
     that is as planned, else its share of what is left, which a notice says.
     """
-    tables = read_toml(user_path(file))
-    planned = {name: 60 * flags["max_minutes"] for name, flags in tables.items()}
+    recipe = read_toml(user_path(file))
+    planned = {name: 60 * flags["max_minutes"] for name, flags in recipe.items()}
     planned["evaluation"] = planned.get("mid_train", 0.0) * EVALUATION
     needed = sum(list(planned.values())[list(planned).index(stage) :])
     share = max(0.05, seconds_left / max(1.0, needed))
