@@ -677,7 +677,7 @@ def test_outputs_are_only_ever_the_calculator_s(tokenizer, name):
         known = piece in names
         script += [special[f"<|{names[piece]}|>"]] if known else tokenizer.encode(piece)
     wished = iter([*script, special["<|assistant_end|>"]])
-    engine = scripted(tokenizer, {})
+    engine = scripted(tokenizer, {}, context=400)
     body, head = engine.packed()
 
     def wishful(hidden):
@@ -688,7 +688,7 @@ def test_outputs_are_only_ever_the_calculator_s(tokenizer, name):
         return logits
 
     engine._packed = body, wishful
-    (sample,) = engine.generate_batch([[1]], max_tokens=190, temperature=0)
+    (sample,) = engine.generate_batch([[1]], max_tokens=390, temperature=0)
     forced = [t for t, sampled in zip(sample.tokens, sample.mask, strict=True) if not sampled]
     assert forced == [t for result in results for t in output(tokenizer, result)]
     chosen = [t for t, sampled in zip(sample.tokens, sample.mask, strict=True) if sampled]
