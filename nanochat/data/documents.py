@@ -49,7 +49,8 @@ SEPARATOR = re.compile(
     re.MULTILINE,
 )
 LOOKED_AT = 1 << 14  # characters that decide whether a text is a chat
-MAYBE_SEPARATOR = "<|", "s>", "S>", "S]", "SEP]", "eod>", "EOD>"  # one of these is in each
+# A text that has none of these has no separator: soon seen, where the pattern takes its time
+OPENS_SEPARATOR, ENDS_SEPARATOR = "<[", ("|>", "s>", "S>", "S]", "SEP]", "eod>", "EOD>")
 HELD = "holds conversations"
 LONGEST_SEPARATOR = 32
 NAMED = re.compile(r"\{([^{}\n]{1,200})\}")  # a field of a template
@@ -194,7 +195,7 @@ def _separated(file: IO[str], report: Report, rest: str) -> Iterator[str | None]
 
 def _at_separators(text: str, report: Report) -> Iterator[str | None]:
     start = 0
-    if any(mark in text for mark in MAYBE_SEPARATOR):
+    if any(c in text for c in OPENS_SEPARATOR) and any(end in text for end in ENDS_SEPARATOR):
         for found in SEPARATOR.finditer(text):
             report.notes[f"documents ended at {found[0].strip()}"] += 1
             yield text[start : found.start()]
