@@ -93,7 +93,7 @@ ARMS = [
     *(Arm(1, v, 3) for v in (1024, 2048, 4096, 8192)),
     Arm(0.3, 1024, 8),
     # second seeds
-    *(Arm(0.3, v, 4, seed=2) for v in (512, 1024, 2048, 4096)),
+    *(Arm(0.3, v, 4, seed=seed) for seed in (2, 3) for v in (512, 1024, 2048, 4096)),
     *(Arm(3, v, 1) for v in (2048, 4096, 8192)),
 ]
 
