@@ -48,6 +48,7 @@ SENTENCE_END = re.compile(
 )
 QUOTED = re.compile(r"“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|\"([^\"]+)\"")
 SPEAKER = re.compile(r"^([^\W\d_][\w .'-]{0,24}):[ \t]+(\S.*)$")
+WITHIN = re.compile(r"(?:[\w,;]|\b[A-Z]\w{0,2}\.)\s$")  # before a word that begins no sentence
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
@@ -64,7 +65,7 @@ class TextQuestions:
         common = [
             w
             for w, n in self.words.most_common()
-            if len(w) > 3 and w.islower() and n > 1 and w[-1] != "."
+            if len(w) > 3 and w.islower() and n > 1 and w[0] != "," and w[-1] != "."
         ]
         self.ranks = {word: rank for rank, word in enumerate(common)}
         self.common = common
@@ -162,21 +163,30 @@ class TextQuestions:
         return exchange(asked, answer, answer=answer)
 
     def is_name(self, word: str) -> bool:
-        """Whether a word is written with a capital wherever the texts have it, and no "Mr."."""
-        often, abbreviated = self.words[word], self.words[f"{word}."]
-        return word[0].isupper() and often > 1 + 2 * abbreviated and not self.words[word.lower()]
+        """
+        Whether a word is written with a capital wherever the texts have it, also within a sentence,
+        and is no "I" and no "Mr.".
+        """
+        often, abbreviated, within = (self.words[key] for key in (word, f"{word}.", f", {word}"))
+        named = len(word) > 1 and word[0].isupper() and within > 0
+        return named and often > 1 + 2 * abbreviated and not self.words[word.lower()]
 
     def _sentence(self, rng: random.Random) -> str:
         return rng.choice(SENTENCE_END.split(rng.choice(self.passages)))
 
 
 def words_of(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs, as it is written, and how often with a full stop after it."""
+    """
+    How often each word occurs, as it is written, with a full stop after it ("Mr."), and within a
+    sentence (", Mira").
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         for m in WORD.finditer(text):
             counts[m[0]] += 1
             counts[f"{m[0]}."] += text[m.end() : m.end() + 1] == "."
+            before = text[max(0, m.start() - 6) : m.start()]
+            counts[f", {m[0]}"] += WITHIN.search(before) is not None
     return counts
 
 
