@@ -239,7 +239,7 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
         numbers["own"] = round(own_text.bits_per_byte(loaded, source), 4)
         found[stage] = numbers
         if stage == "sft":
-            found |= answers(loaded, folder)
+            found["asked"] = answers(loaded, folder)
     return {"key": mix.key, **mix._asdict(), **found, "seconds": round(time.monotonic() - began)}
 
 

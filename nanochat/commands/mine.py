@@ -50,6 +50,7 @@ CLOSING_SECONDS = 45.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
 COMPILING_PEAK = 2e11  # FLOP/s of matrix products
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
+LOOKBACK_MINUTES = 60  # of the chain, up to which a model learns faster and cannot be exported
 LEAST = 20_000  # characters
 LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
 # Conversations and steps with which the quickstart's model learned to converse, and as much again
@@ -233,8 +234,9 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
     return (
         f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
         f"--total_batch_size={batch} --num_iterations={max(1, round(expected / batch))} "
-        f"--max_minutes={seconds / 60:.2f} --patience=2 --lookback=on --warmdown_ratio=1"
+        f"--max_minutes={seconds / 60:.2f} --patience=2 --warmdown_ratio=1"
         + every
+        + (" --lookback=on" if minutes_of(knobs) <= LOOKBACK_MINUTES else "")
         + ("" if compiling else " --compile=off")
     )
 
