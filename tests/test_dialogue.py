@@ -277,7 +277,7 @@ def test_times_of_a_chat_divide_it():
 def test_a_long_chat_becomes_several_conversations(tmp_path):
     lines = [f"1/2/20, 9:{i:02d} - {'Ada' if i % 3 else 'Bob'}: {i} {'x' * 300}" for i in range(60)]
     got = turns(put(tmp_path / "a.txt", "\n".join(lines)), "Ada")
-    assert len(got) == 4, "18,000 characters"
+    assert len(got) == 20, "18,000 characters"
     assert all(chat[0][0] == "user" and chat[-1][0] == "assistant" for chat in got)
     assert [text for chat in got for _, said in chat for text in said.split("\n\n")] == [
         line.split(": ", 1)[1] for line in lines

@@ -17,7 +17,9 @@ from nanochat.base.common import UserError
 from nanochat.data.shapes import ROLE_OF
 
 SILENCE = 6 * 3600
-LONG = 4_000  # characters, after which a person's next question begins a new conversation
+# Characters after which a person's next question begins a new conversation: a context of 256 tokens
+# holds about so many, and finetuning loses what is beyond
+LONG = 500
 ENOUGH = 3  # messages that a chat must have within its first LOOK lines to be seen as one
 LOOK = 40
 # 31.12.20, 21:41 - Ada: Hi    [31/12/2020, 9:41:05 PM] Ada: Hi
