@@ -226,8 +226,6 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
             "help, more time would not"
         )
     diary.notes["batch"] = batch
-    # compiling takes 30 s on two idle cores with such a peak, and longer on slow or busy ones
-    compiling = seconds >= COMPILE_PAYS_SECONDS * max(0.5, COMPILING_PEAK / peak)
     # a run of several passes looks after each of them whether held-out loss has turned
     pass_steps = -(-tokens * expected // (own * batch))
     every = f" --eval_every={pass_steps:.0f}" if own > 2 * tokens else ""
@@ -237,8 +235,17 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
         f"--max_minutes={seconds / 60:.2f} --patience=2 --warmdown_ratio=1"
         + every
         + (" --lookback=on" if minutes_of(knobs) <= LOOKBACK_MINUTES else "")
-        + ("" if compiling else " --compile=off")
+        + compiling(seconds, peak)
     )
+
+
+def compiling(seconds: float, peak: float) -> str:
+    """
+    The flag that a stage of so many seconds needs, because compiling takes 30 s on two idle cores
+    with a peak of COMPILING_PEAK and longer on slow or busy ones. Later stages inherit it.
+    """
+    pays = seconds >= COMPILE_PAYS_SECONDS * max(0.5, COMPILING_PEAK / peak)
+    return "" if pays else " --compile=off"
 
 
 def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
@@ -251,8 +258,10 @@ def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
     if stage == "sft":
         tokens *= 2
     if steps * tokens / speed + STAGE_SECONDS < seconds:
-        return f"--num_iterations={steps}"
-    return f"--max_minutes={seconds / 60:.2f}"
+        length = f"--num_iterations={steps}"
+    else:
+        length = f"--max_minutes={seconds / 60:.2f}"
+    return length + (diary.notes.get("compiling", "") if stage == "mid" else "")
 
 
 def most_steps(stage: str, diary: Diary) -> int:
@@ -395,10 +404,12 @@ def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
     shutil.copytree(checkpoint.path, target / checkpoint.path.name, dirs_exist_ok=True)
     shape = {name: config[name] for name in ("vocab_size", "n_layer", "n_embd", "sequence_len")}
     heads = {name: config[name] for name in ("n_head", "n_kv_head")}
-    speed, _ = expected_speed(knobs, **shape, **heads)
-    batch = batch_for(speed * seconds_for("mid", knobs, diary))
+    speed, peak = expected_speed(knobs, **shape, **heads)
+    seconds = seconds_for("mid", knobs, diary)
+    batch = batch_for(speed * seconds)
     tokens = prepare(own_source(folder), "train", checkpoint.tokenizer()).total
-    return {"tokens": tokens, "speed": speed, "steps": 0, "batch": batch}
+    flag = compiling(seconds, peak)
+    return {"tokens": tokens, "speed": speed, "steps": 0, "batch": batch, "compiling": flag}
 
 
 def report(knobs: MineKnobs, start: str, folder: Path) -> dict[str, Any]:
