@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +58,7 @@ MADE, MID_STEPS, SFT_STEPS, CONVERSATIONS_PER_STEP = 12_000, 1200, 200, 64
 CHARACTERS_PER_MADE = 100  # of the text, at least, per conversation made from it
 BYTES_PER_TOKEN = 4.0  # of a stored conversation, about
 EMBEDDED_TEXT = "everyday=tinyworld"
-LEAST_SPELLED = 2.2  # bytes of the text per token of the model to continue from
-READY_MADE = "quickstart"  # tag of a model to continue from where there is one
+READY_MADE = "quickstart"  # tag of a model that one can continue from
 TALK = "Hello!", "What is your name?", "How much is 7 plus 5?"
 QUESTIONS = 60  # of each kind made from the text; a third as many of the embedded corpus
 
@@ -77,9 +75,8 @@ class MineKnobs(MachineKnobs):
     name: str = knob("nanochat", "what the model calls itself")
     me: str = knob("", "the person of a chat export whom the model is to answer like")
     start: str = knob(
-        "auto",
-        "tag of a model to continue from, with its tokenizer; none = start anew; auto = the "
-        "quickstart, where it is trained, spells the text well and is as large as time allows",
+        "",
+        "tag of a model to continue from, with its tokenizer, such as quickstart (default: none)",
         alias="--from",
     )
     everyday: float = knob(
@@ -261,7 +258,9 @@ def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
         length = f"--num_iterations={steps}"
     else:
         length = f"--max_minutes={seconds / 60:.2f}"
-    return length + (diary.notes.get("compiling", "") if stage == "mid" else "")
+    if stage == "mid":  # a model that was taken over had another batch
+        length += f" --total_batch_size={tokens}" + diary.notes.get("compiling", "")
+    return length
 
 
 def most_steps(stage: str, diary: Diary) -> int:
@@ -287,7 +286,7 @@ def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[
     useful; the embedded corpus has the rest.
     """
     notes, pretrains = diary.notes, stage == "mid"
-    everyday = knobs.everyday / 2 if notes["start"] else knobs.everyday  # it converses already
+    everyday = knobs.everyday / 2 if knobs.start else knobs.everyday  # it converses already
     expected = min(
         most_steps(stage, diary) * notes["batch"],
         seconds_for(stage, knobs, diary) * notes["speed"],
@@ -297,7 +296,7 @@ def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[
         return min(share * (1 - everyday), passes * tokens / expected)
 
     # pretraining has read the text already, unless a model was taken over
-    again = USEFUL_PASSES if notes["start"] else 1
+    again = USEFUL_PASSES if knobs.start else 1
     replay = most(0.5, notes["tokens"], again) if pretrains else 0.0
     found = 0.0
     if notes["conversations"] > 1:
@@ -342,38 +341,6 @@ def later_flags(
 # ---- the chain
 
 
-def start_of(knobs: MineKnobs, folder: Path, diary: Diary) -> str:
-    """The tag of the model to continue from; "" for none."""
-    from nanochat.model.checkpoint import choose
-
-    if knobs.start != "auto":
-        return "" if knobs.start == "none" else knobs.start
-    try:
-        stage, checkpoint = choose("auto", READY_MADE)
-    except UserError:
-        return ""
-    with (folder / "text.jsonl").open(encoding="utf-8") as file:
-        text = "".join(json.loads(line)["text"] for line in islice(file, 50))[:100_000]
-    spelled = len(text.encode()) / len(checkpoint.tokenizer().encode(text))
-    config = checkpoint.config
-    tokens = diary.notes["bytes"] / spelled
-    (depth, width), _ = best_shape(knobs, diary, tokens, config.vocab_size)
-    why = ""
-    if spelled < LEAST_SPELLED:
-        why = f"its tokens spell only {spelled:.1f} bytes of this text"
-    elif depth * width**2 > config.n_layer * config.n_embd**2:
-        why = f"text and time allow a larger one, {depth} layers of width {width}"
-    elif not STAGES[stage].chats:
-        why = "it does not converse yet"
-    if why:
-        print0(f"starts anew and not from the model {READY_MADE}, because {why}")
-        return ""
-    print0(
-        f"continues from the model {READY_MADE}, which converses already; --from none starts anew"
-    )
-    return READY_MADE
-
-
 def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, int]:
     """Train a tokenizer on the text and half as much of the embedded corpus; tokens of the text."""
     from nanochat.commands import tok_train
@@ -398,7 +365,7 @@ def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
     from nanochat.data.shards import prepare
     from nanochat.model.checkpoint import choose
 
-    _, checkpoint = choose("auto", diary.notes["start"])
+    _, checkpoint = choose("auto", knobs.start)
     config = checkpoint.config.to_dict()
     target = run_directory("base", knobs.model_tag)
     shutil.copytree(checkpoint.path, target / checkpoint.path.name, dirs_exist_ok=True)
@@ -412,7 +379,7 @@ def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
     return {"tokens": tokens, "speed": speed, "steps": 0, "batch": batch, "compiling": flag}
 
 
-def report(knobs: MineKnobs, start: str, folder: Path) -> dict[str, Any]:
+def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     """Everything that is measured at the end; also kept in summary.json."""
     from nanochat.eval import own_text
     from nanochat.eval.tasks import owntext, tinyworld
@@ -421,7 +388,7 @@ def report(knobs: MineKnobs, start: str, folder: Path) -> dict[str, Any]:
 
     machine = {name: getattr(knobs, name) for name in ("device_type", "dtype", "seed")}
     source, tag = own_source(folder), knobs.model_tag
-    base = load_for_inference(text_stage(start), tag, **machine)
+    base = load_for_inference(text_stage(knobs), tag, **machine)
     chat = load_for_inference("sft", tag, **machine)
     found = {
         "bits_per_byte": {
@@ -442,12 +409,12 @@ def report(knobs: MineKnobs, start: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def text_stage(start: str) -> str:
+def text_stage(knobs: MineKnobs) -> str:
     """The stage that continues text best: the first that has learned the text."""
-    return "mid" if start else "base"
+    return "mid" if knobs.start else "base"
 
 
-def verdict(knobs: MineKnobs, start: str, found: dict[str, Any], minutes: float) -> str:
+def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
     """What was measured, for people, and how to go on."""
     from nanochat.eval import own_text
 
@@ -467,7 +434,7 @@ def verdict(knobs: MineKnobs, start: str, found: dict[str, Any], minutes: float)
             "",
             f"{minutes:.1f} minutes in all",
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
-            f"to let it continue:   nanochat base_complete -g {tag} -i {text_stage(start)}",
+            f"to let it continue:   nanochat base_complete -g {tag} -i {text_stage(knobs)}",
             f"to take it elsewhere: {found['destinations']}",
         ]
     )
@@ -483,12 +450,18 @@ def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
     making = lambda: write_conversations(folder, count, knobs.seed)  # noqa: E731
     notes |= chain.step("conversations", "conversations", making) or {}
     print0(f"made from the text: {notes['made']:,} conversations")
-    if "start" not in notes:
-        notes["start"] = start_of(knobs, folder, chain.diary)
-    if notes["start"]:
+    if knobs.start:
         taking = lambda: take_over(knobs, folder, chain.diary)  # noqa: E731
         notes |= chain.step("base", "taking over", taking) or {}
     else:
+        if (
+            any(run_directory("rl", READY_MADE).glob("step_*"))
+            and "tokenizer" not in chain.diary.done
+        ):
+            print0(
+                f"a model {READY_MADE} is trained here: --from {READY_MADE} --model_tag NAME keeps "
+                "its answers to everyday questions and learns less of your text"
+            )
         training = lambda: train_tokenizer(knobs, folder, notes["bytes"])  # noqa: E731
         notes |= chain.step("tokenizer", "tokenizer", training) or {}
 
@@ -548,8 +521,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if stage not in diary.done:
             train(chain, stage, knobs, folder)
     with chain.display.working("questions"):
-        found = report(knobs, diary.notes["start"], folder)
-    print0(verdict(knobs, diary.notes["start"], found, diary.seconds / 60))
+        found = report(knobs, folder)
+    print0(verdict(knobs, found, diary.seconds / 60))
     return found
 
 
