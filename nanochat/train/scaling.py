@@ -109,9 +109,10 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
 # author and 0.6 M parameters in the layers it turned after 3 at a constant rate, and a schedule of
 # 4 passes ended lower (dev/LOG.md, own text). Larger texts were not followed to their turn.
 USEFUL_PASSES = 4
-# Tokens per parameter of the layers, in all stages, at least: with fewer, a smaller model learns more.
-# After 3.2 M tokens, 2 x 128 answered 75 % of everyday questions, and 4 x 256, the quickstart's shape,
-# 78 % with five times the FLOPs (one run each; dev/LOG.md, own text beside the embedded corpus).
+# Tokens per parameter of the layers, in all stages, at least: with fewer, a smaller model learns
+# more. After 3.2 M tokens, 2 x 128 answered 75 % of everyday questions, and 4 x 256, the shape of
+# the quickstart, 78 % with five times the FLOPs (one run each; dev/LOG.md, own text beside the
+# embedded corpus).
 TOKENS_PER_PARAMETER = 2.0
 SHAPES = (  # (layers, width) of models for own text, heads of 64
     (2, 128),
