@@ -170,7 +170,7 @@ class Campaign:
                 "equal": sum(s["equal"] for s in done),
                 "during": Counter(k["during"] for k in kills if k["stage"] == stage),
             }
-        atomic_write(RESULTS, json.dumps({"table": table, **self.results}, indent=1))
+        atomic_write(RESULTS, json.dumps({**self.results, "table": table}, indent=1))
 
     @property
     def total(self) -> int:
