@@ -25,7 +25,12 @@ def seal(step: Path) -> None:
     """Write the manifest of the files as they are now; a file that cannot be hashed keeps its entry."""
     if not (step / "manifest.json").is_file():
         return
-    manifest = json.loads((step / "manifest.json").read_text())
+    try:
+        manifest = json.loads((step / "manifest.json").read_text())
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(manifest, dict):
+        return
     for name in manifest:
         if (step / name).is_file() and (step / name).stat().st_size < 2**30:
             manifest[name] = [hashlib.sha256((step / name).read_bytes()).hexdigest()]
@@ -269,6 +274,29 @@ CHECKPOINTS: dict[str, Attack] = {
     "metadata a list": header(lambda entries: entries.update({"__metadata__": []})),
     "name with escapes": header(lambda entries: entries.update({ESCAPE: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})),
     "a pickle": raw(b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR.", MODEL),
+    "header in which a name comes twice": header(lambda entries: json.dumps(entries)[:-1].encode() + b', "head.weight": ' + json.dumps(entries["head.weight"]).encode() + b"}"),
+    "header with a byte-order mark": header(lambda entries: b"\xef\xbb\xbf" + json.dumps(entries).encode()),
+    "shape of floats": entry("embed.weight", shape=[384.0, 16.0]),
+    "shape of true": entry("embed.weight", shape=[True, 6144]),
+    "shape of 2^31 by 0": entry("embed.weight", shape=[2**31, 0]),
+    "dtype in small letters": entry("embed.weight", dtype="f32"),
+    "dtype of four bits": entry("embed.weight", dtype="F4"),
+    "dtype I32 of the same size": entry("embed.weight", dtype="I32"),
+    "offsets of floats": entry("embed.weight", data_offsets=[0.0, 24576.0]),
+    "an entry of 1,000 fields": entry("embed.weight", **{f"k{i}": i for i in range(1000)}),
+    "a name that is a path": header(lambda entries: entries.update({"../../evil": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})),
+    "bytes behind the tensors": lambda step: (step / MODEL).write_bytes((step / MODEL).read_bytes() + b"x"),
+    # --- the manifest and the folder
+    **{f"manifest {kind}": raw(text, "manifest.json") for kind, text in (("empty", ""), ("null", "null"), ("of nulls", '{"model.safetensors": null, "meta.json": null}'), ("of texts", '{"model.safetensors": "x", "meta.json": "y"}'), ("of numbers", '{"model.safetensors": [1], "meta.json": [2]}'), ("deep", "[" * 100_000), ("of 2 MB", '{"a": "' + "x" * 2_000_000 + '"}'))},
+    "metadata in UTF-16": lambda step: (step / META).write_bytes((step / META).read_text().encode("utf-16")),
+    "metadata with a byte-order mark": lambda step: (step / META).write_bytes(b"\xef\xbb\xbf" + (step / META).read_bytes()),
+    "a newer step that links to itself": lambda step: (step.parent / "step_000009").symlink_to("step_000009"),
+    "a newer step that links to the run": lambda step: (step.parent / "step_000009").symlink_to(step.parent),
+    "a newer step that is a file": lambda step: (step.parent / "step_000009").write_text("x"),
+    "a step of 5,000 digits": lambda step: (step.parent / ("step_" + "9" * 200)).mkdir(),
+    "a step in Arabic digits": lambda step: (step.parent / "step_\u0660\u0660\u0660\u0660\u0660\u0669").mkdir(),
+    "a step that is a power": lambda step: (step.parent / "step_\u00b2").mkdir(),
+    "a step below zero": lambda step: (step.parent / "step_-00001").mkdir(),
     # --- the weights
     "one NaN": tensors(lambda stored: stored["blocks.0.mlp.up.weight"].view(-1).__setitem__(0, float("nan"))),
     "one infinity": tensors(lambda stored: stored["head.weight"].view(-1).__setitem__(5, float("inf"))),

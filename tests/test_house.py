@@ -123,7 +123,7 @@ CEILINGS = {
     "model": 25_530,
     "chat": 8_480,
     "chat/serve": 11_280,
-    "eval": 19_790,
+    "eval": 19_800,
     "train": 19_340,
     "study": 13_150,
     "plan": 15_300,

@@ -252,6 +252,15 @@ def test_choice_refuses_what_is_no_question():
             lines([*ARC, {**ARC[0], "answerKey": "F"}]),
             "train.jsonl, line 5: 'F' is not in list",
         ),
+        *(
+            (arc.EASY, "train", "arc_easy/train.jsonl", lines([*ARC, row]), "line 5: ")
+            for row in (
+                {**ARC[0], "answerKey": "99"},
+                {**ARC[0], "answerKey": "²"},
+                {**ARC[0], "answerKey": 7},
+                {**ARC[0], "choices": {"label": [1, 2], "text": ["a", "b"]}},
+            )
+        ),
         (
             arc.EASY,
             "val",

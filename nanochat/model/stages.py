@@ -64,7 +64,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def step_folders(run: Path) -> list[Path]:
     """The folders of the checkpoints in a run's folder, oldest first, including damaged ones."""
-    folders = (p for p in run.glob("step_*") if p.is_dir() and p.name[5:].isdigit())
+    folders = (p for p in run.glob("step_*") if p.is_dir() and re.fullmatch("step_[0-9]+", p.name))
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 

@@ -10,6 +10,7 @@ keep the page to itself. It logs nothing.
 import asyncio
 import ipaddress
 import json
+import re
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -94,7 +95,7 @@ class Guard:
             if kind != "application/json":
                 raise ApiError(415, "send the body with Content-Type: application/json")
             length = headers.get("content-length", "0")
-            if not length.isdigit() or int(length) > MOST_BODY_BYTES:
+            if not re.fullmatch("[0-9]{1,15}", length) or int(length) > MOST_BODY_BYTES:
                 raise self._too_large()
         if self.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")

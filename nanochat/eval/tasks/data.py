@@ -104,7 +104,7 @@ def read_items(
         for place, row in rows(path, into):
             try:
                 yield item(row)
-            except (UserError, KeyError, TypeError, ValueError) as e:
+            except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
                 reason = f"it has no {e}" if isinstance(e, KeyError) else e
                 if not isinstance(row, dict) and not isinstance(e, UserError):
                     reason = f"expected an object, got a {type(row).__name__}"
