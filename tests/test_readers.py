@@ -13,6 +13,8 @@ import tarfile
 import zipfile
 import zlib
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat.base.common import UserError
@@ -143,6 +145,12 @@ def tar_of(files):
 
 def notebook(*cells):
     return json.dumps({"cells": [{"cell_type": k, "source": [s]} for k, s in cells]}).encode()
+
+
+def parquet(columns):
+    data = io.BytesIO()
+    pq.write_table(pa.table(columns), data)
+    return data.getvalue()
 
 
 def nested(levels, name="a.txt", content=STORY):
@@ -321,6 +329,8 @@ HOSTILE = {
     "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
     "sheet.txt": (zipped({"xl/workbook.xml": "x"}), ".xlsx files not read"),
     "word97.txt": (b"\xd0\xcf\x11\xe0" + bytes(600), ".doc files not read"),
+    "numbers.parquet": (parquet({"score": [1, 2]}), "has no field text"),
+    "years.parquet": (parquet({"text": [1984, 1999]}), "holds a int"),
     "talk.jsonl": (b'{"messages": [{"role": "user", "content": "x"}]}', "holds conversations"),
     "huge.csv": (
         b'text\n"' + b"x" * (1 << 20) + b'"\n"' + b"unfinished",

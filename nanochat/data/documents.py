@@ -230,7 +230,8 @@ def _read_archive(path: Path, field: str | None, report: Report) -> Iterator[str
 def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
     named = NAMED.findall(field or "") or [field or ""]
     fields = {*named, *(name.split(".")[0] for name in named)} if field else TEXT_FIELDS
-    for place, row in read_rows(path, report, fields):
+    same_fields = kind_of(path) == ".parquet"
+    for number, (place, row) in enumerate(read_rows(path, report, fields)):
         try:
             if (chats := dialogue.exported(row)) is not None:
                 for part in chain.from_iterable(map(dialogue.sessions, chats)):
@@ -243,6 +244,8 @@ def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
                     f"{path} {HELD}: train on them with mid_train or chat_sft, or name a text "
                     "field with PATH#FIELD"
                 ) from e
+            if number == 0 and same_fields and isinstance(e, UserError):
+                raise  # what the first row lacks, all rows lack
             report.bad_row(place, e)
             continue
         yield text
