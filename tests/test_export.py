@@ -237,6 +237,16 @@ def test_a_card_explains_the_program_that_reads_the_export():
     assert "ollama create toy -f Modelfile" in card and "transformers import" not in card
 
 
+def test_a_card_has_the_accuracies_that_chat_eval_has_measured():
+    meta = {"stage": "sft", "step": 3, "knobs": {}}
+    target = choose_target(tiny.config(), 2, "hf")
+    result = {"accuracy": 0.25, "n": 8, "chance": 0.09, "lo": 0.1, "hi": 0.5}
+    row = {"kind": "chat_eval", "step": 3, "kinds": {"facts": result}}
+    for rows, line in (([], "Not measured."), ([row], "| facts | ")):
+        card = model_card(tiny.config(), 9, meta, rows, target, "toy", "mit", "equal")
+        assert line in card.partition("## Accuracy")[2].partition("## Usage")[0]
+
+
 def test_uncapped_is_chosen_only_when_asked():
     assert choose_target(tiny.config(), 3, "gguf", uncapped=True).uncapped
     swiglu = tiny.config(activation="swiglu")
