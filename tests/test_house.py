@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_260,
     "base": 12_330,
     "tinyworld": 9_330,
-    "data": 33_660,
+    "data": 33_700,
     "model": 25_530,
     "chat": 8_480,
     "chat/serve": 11_280,
