@@ -11,6 +11,7 @@ if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 fi
 source .venv/bin/activate
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # `python -m scripts.NAME` also works where the user's files are
 if ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
     echo "installing (a minute or two)"
     pinned=.venv/pinned.txt

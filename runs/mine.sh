@@ -13,5 +13,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source runs/environment.sh
 code=$PWD
 cd "$here" # your paths are relative to where you are
-PYTHONPATH="$code" python -m scripts.mine "$@" --seconds_used="$SECONDS"
+python -m scripts.mine "$@" --seconds_used="$SECONDS"
 echo "(first: source $code/.venv/bin/activate)"

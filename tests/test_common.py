@@ -233,6 +233,8 @@ def test_every_print_goes_through_the_filter():
         (MemoryError(), "out of memory: choose a smaller model"),
         (OSError(12, "Cannot allocate memory"), "out of memory: choose"),
         (RuntimeError("[enforce fail] can't allocate memory: you tried"), "out of memory: choose"),
+        (RuntimeError("could not create a primitive"), "out of memory: choose"),
+        (RuntimeError("could not create a memory object"), "out of memory: choose"),
     ],
 )
 def test_what_a_machine_refuses_is_one_line_in_every_command(error, says, capsys):

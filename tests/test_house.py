@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_330,
+    "base": 12_340,
     "tinyworld": 9_330,
     "data": 33_700,
     "model": 25_530,
@@ -152,7 +152,18 @@ def tokens_of(path: Path) -> int:
         for node in ast.walk(ast.parse(text))
         if isinstance(node, documented)
     )
-    return sum(token.type not in uncounted for token in read) - docstrings
+    return sum(token.type not in uncounted for token in _strings_as_one(read)) - docstrings
+
+
+def _strings_as_one(read):
+    """The tokens of Python 3.11, to which an f-string is one: later ones count its parts."""
+    depth = 0
+    for token in read:
+        name = tokenize.tok_name[token.type]
+        depth -= name.endswith("STRING_END")
+        if not depth and not name.endswith("STRING_END"):
+            yield token
+        depth += name.endswith("STRING_START")
 
 
 def room_of(path: Path) -> str:

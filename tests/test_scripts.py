@@ -18,6 +18,11 @@ RECORDER = f"""#!{sys.executable}
 import json, os, sys
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[2].startswith(("scripts", "nanochat")):  # as Python finds it: here, or on the path
+    module = sys.argv[2].replace(".", "/") + ".py"
+    folders = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(":")]
+    if not any(os.path.exists(os.path.join(folder, module)) for folder in folders if folder):
+        sys.exit(f"No module named {{sys.argv[2]}}")
 if sys.argv[1] == "-c":
     print(os.environ.get("REPLAN", ""))
 if "--shell" in sys.argv:
@@ -34,7 +39,11 @@ def checkout(tmp_path):
 
     def make(name="some code"):
         repo = tmp_path / name
-        shutil.copytree(ROOT / "runs", repo / "runs")
+        for folder in ("runs", "scripts"):
+            shutil.copytree(ROOT / folder, repo / folder)
+        (repo / "nanochat").mkdir()
+        for name in ("dataset", "report"):
+            shutil.copy(ROOT / f"nanochat/{name}.py", repo / "nanochat")
         shutil.copy(ROOT / "pyproject.toml", repo)
         (repo / ".venv/bin").mkdir(parents=True)
         described = [ROOT / "pyproject.toml", ROOT / "runs/constraints.txt"]
@@ -54,7 +63,8 @@ def run(script, *words, base, cwd=None, status=0, **environment):
     """-> the command lines that a script gave, by the last word of their module or their subcommand."""
     record = Path(base) / "record"
     record.parent.mkdir(parents=True, exist_ok=True)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
+    others = "LC_", "LANG", "PYTHONPATH"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     variables = {"NANOCHAT_BASE_DIR": str(base), "RECORD": str(record), **environment}
     done = subprocess.run(
         ["bash", str(script), *words],
@@ -95,6 +105,23 @@ def test_paths_arrive_whole(checkout, tmp_path, name):
     assert values(made["mid_train"], "--data") == [f"dialog={texts}/dialog:1", "identity:0.02"]
     recipe = made["base_train"][made["base_train"].index("--recipe") + 1]
     assert recipe == f"{tmp_path}/b/{name}/day/30-minutes/recipe.toml"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("english_chat.sh", ["My Texts"]),
+        ("one_day.sh", ["--minutes", "30", "--data", "own=My Texts:1"]),
+        ("rap.sh", ["--data", "own=My Texts:1"]),
+        ("mine.sh", ["My Texts"]),
+    ],
+)
+def test_scripts_start_in_the_folder_of_the_texts(checkout, tmp_path, script, words):
+    repo, here = checkout("a checkout"), tmp_path / "home of the texts"
+    for kind in ("wikipedia", "books", "reddit", "dialog"):
+        (here / "My Texts" / kind).mkdir(parents=True)
+    made = run(repo / "runs" / script, *words, base=tmp_path / "base", cwd=here)
+    assert {"mine"} & made.keys() or {"tok_train", "tok_data"} <= made.keys()
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,8 @@ def forgiving_streams() -> None:
 OUT_OF_MEMORY = (  # what messages of RuntimeErrors say
     "can't allocate memory",  # the CPU
     "not enough memory",  # Windows
+    "could not create a primitive",  # oneDNN, of buffers that it cannot have
+    "could not create a memory",
     "out of memory",  # a GPU, MPS
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
