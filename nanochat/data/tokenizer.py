@@ -71,6 +71,8 @@ class Tokenizer:
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.bos = self.specials["<|bos|>"]
+        # What decode_bytes gives, by id; as it is no call of tiktoken, no thread waits for another
+        self.pieces = [*self.ranks, *(name.encode() for name in self.specials)]
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.digits, self.pattern = digits, split_pattern(digits)
         digest = hashlib.sha256(json.dumps([FORMAT, self.pattern, WINDOW, self.specials]).encode())
@@ -289,12 +291,12 @@ class StreamDecoder:
     """Decodes ids one by one and never gives half a character; the pieces add up to decode()."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+        self._pieces = tokenizer.pieces
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The characters that this token completes: none, one or many."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        return self._utf8.decode(self._pieces[token])
 
     def flush(self) -> str:
         """The rest: U+FFFD for half a character. The decoder can then be used again."""

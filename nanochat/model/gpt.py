@@ -314,6 +314,10 @@ class GPT(nn.Module):
         the compute dtype.
         """
         device, D = self.embed.weight.device, self.config.head_dim
+        if device.type == "meta":  # which needs a second of torch's compiler for arange
+            table = torch.empty(positions, D // 2, dtype=self.compute_dtype, device=device)
+            self.cos, self.sin = table, table.clone()
+            return
         channel = torch.arange(0, D, 2, dtype=torch.float32, device=device)
         position = torch.arange(positions, dtype=torch.float32, device=device)
         angle = torch.outer(position, self.config.rope_base ** (-channel / D))

@@ -132,7 +132,8 @@ class Call:
                     raise ApiError(503, f"the answer took longer than {MOST_SECONDS:.0f} s")
                 if not self.news:
                     try:
-                        await asyncio.wait_for(self.arrived.wait(), KEEP_ALIVE_SECONDS)
+                        async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                            await self.arrived.wait()
                     except TimeoutError:
                         yield None
                         continue
@@ -165,11 +166,13 @@ class Call:
 class Mailbox:
     """
     What the decoding threads have for the event loop. It is handed over at most once per
-    COALESCE_SECONDS and to all calls at once, so that a step of many rows wakes the loop once.
+    COALESCE_SECONDS and to all calls at once, by a timer that runs as long as there is news: the
+    threads wake the loop for the first token alone.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop, self._planned, self._last = loop, False, -COALESCE_SECONDS
+        self._loop, self._planned = loop, False
+        self._timer: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[Call, int, Delivery]] = deque()
 
     def put(self, call: Call, prompt: int, news: Delivery) -> None:
@@ -178,17 +181,16 @@ class Mailbox:
         if not self._planned:
             self._planned = True
             with suppress(RuntimeError):  # the loop is closed: nobody waits for news any more
-                self._loop.call_soon_threadsafe(self._plan)
-
-    def _plan(self) -> None:
-        wait = self._last + COALESCE_SECONDS - self._loop.time()
-        if wait > 0:
-            self._loop.call_later(wait, self._hand_over)
-        else:
-            self._hand_over()
+                self._loop.call_soon_threadsafe(self._hand_over)
 
     def _hand_over(self) -> None:
-        self._planned, self._last = False, self._loop.time()  # before the first look
+        if self._timer is not None:
+            self._timer.cancel()
+        self._planned = False  # before the look, so that no news waits for ever
+        if not self._waiting:
+            return
+        self._planned = True
+        self._timer = self._loop.call_later(COALESCE_SECONDS, self._hand_over)
         while self._waiting:
             call, prompt, news = self._waiting.popleft()
             call.news.append((prompt, news))
