@@ -176,6 +176,8 @@ class Batch:
         self._room = (most_rows, engine.model.config.sequence_len)
         self._tokenizer, self._config = engine.tokenizer, engine.model.config
         self._forced_only = set(engine.tokenizer.never_sampled)
+        specials = engine.tokenizer.specials
+        self._stops = specials["<|assistant_end|>"], specials["<|bos|>"]
         self._body, self._head = engine.packed()
         self._graphs = engine.graphs()
         self._rows: list[_Row] = []  # in the order of the cache's rows
@@ -295,8 +297,10 @@ class Batch:
         reports = _log_probabilities(logits, ready, chosen)
         tokens = []
         for row, id in zip(ready, chosen, strict=True):
-            first, *forced = self._take(row, id)
-            tokens += [first._replace(**reports.get(row.number, {})), *forced]
+            new = self._take(row, id)
+            if row.number in reports:
+                new[0] = new[0]._replace(**reports[row.number])
+            tokens += new
         for row in ready[::-1]:
             if row.sample.finish:
                 self._remove(row)
@@ -320,8 +324,8 @@ class Batch:
 
     def _take(self, row: _Row, id: int) -> list[Token]:
         """Add a sampled token to a row, and the calculator's output if it ends a tool call."""
-        sample, specials = row.sample, self._tokenizer.specials
-        if id in (specials["<|assistant_end|>"], specials["<|bos|>"]):
+        sample = row.sample
+        if id in self._stops:
             sample.finish, sample.stop = "stop", id
             return [Token(row.number, id, "stop")]
         new = [id, *row.tool_calls.answer(id)][: row.limit - len(sample.tokens)]
