@@ -17,7 +17,9 @@ from nanochat.chat.serve.models import Models
 
 GRACE_SECONDS = 5  # that running answers have to end after Ctrl+C or SIGTERM
 HEADER_SECONDS = 10  # from the connection, or the first byte of a further request, to its headers
-KEEP_ALIVE_SECONDS = 5  # between an answer and the next request
+# Between an answer and the next request. Clients in Python (httpx) keep connections for 5 seconds: a
+# server that closes at the same moment meets their next request.
+KEEP_ALIVE_SECONDS = 10
 MOST_CONNECTIONS = 512  # of all clients; further ones get status 503
 CLIENT_CONNECTIONS = 64  # of one client on another machine; further ones are closed
 

@@ -333,7 +333,7 @@ function meter(usage) {
   const context = model()?.nanochat?.context;
   if (!context) $("meter").textContent = "";
   else if (!usage) $("meter").textContent = `context: ${context.toLocaleString()} tokens`;
-  else $("meter").textContent = `${Math.min(usage.total_tokens, context).toLocaleString()} of ${context.toLocaleString()} tokens`;
+  else $("meter").replaceChildren(`${Math.min(usage.total_tokens, context).toLocaleString()} of ${context.toLocaleString()}`, node("span", { class: "wide-only" }, " tokens"));
 }
 
 function take(message, event) {
