@@ -17,8 +17,8 @@ from nanochat.chat.serve.models import Models
 
 GRACE_SECONDS = 5  # that running answers have to end after Ctrl+C or SIGTERM
 HEADER_SECONDS = 10  # from the connection, or the first byte of a further request, to its headers
-# Between an answer and the next request. Clients in Python (httpx) keep connections for 5 seconds: a
-# server that closes at the same moment meets their next request.
+# Between an answer and the next request. Python's clients (httpx) keep connections for 5 seconds: a
+# server that closes them at the same moment meets a request.
 KEEP_ALIVE_SECONDS = 10
 MOST_CONNECTIONS = 512  # of all clients; further ones get status 503
 CLIENT_CONNECTIONS = 64  # of one client on another machine; further ones are closed
