@@ -11,11 +11,12 @@ one JSON object: the kernels of each part, and what a block saves for its backwa
 
 import ctypes
 import json
+import math
 import re
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -105,9 +106,20 @@ class Lowered(Exception):
     """Carries the code of a graph, which nobody will build."""
 
 
-def lowered(graph: torch.fx.GraphModule, inputs: list[Any], backward: bool) -> str:
-    """The code that Inductor writes for a graph when its tensors are on the card."""
+def lowered(
+    graph: torch.fx.GraphModule, inputs: list[Any], backward: bool, kept: Collection[str] = ()
+) -> str:
+    """
+    The code that Inductor writes for a graph when its tensors are on the card. `kept`: inputs that
+    nothing else holds, whose memory a backward pass may use again.
+    """
     mode = torch._guards.detect_fake_mode(inputs)
+    context = torch._guards.TracingContext(mode)
+    given = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    if backward:
+        idxs = [i for i, name in enumerate(given) if name in kept]
+        metadata: Any = types.SimpleNamespace(bw_donated_idxs=idxs, static_input_indices=[])
+        context.fw_metadata = metadata
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": CUDA}
@@ -128,7 +140,7 @@ def lowered(graph: torch.fx.GraphModule, inputs: list[Any], backward: bool) -> s
         ]
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*moved)
     with (
-        torch._guards.tracing(torch._guards.TracingContext(mode)),
+        torch._guards.tracing(context),
         mock.patch.object(GraphLowering, "_compile_to_module", stop),
         mock.patch.object(compile_fx, "_check_triton_bf16_support", lambda graph: None),
     ):
@@ -166,7 +178,7 @@ def parts(f: Callable, arguments: Callable[[], list], backward: bool) -> dict[st
             outputs = [
                 n.meta["val"] if n is not None else None for n in graph.graph.output_node().args[0]
             ]
-            found[name] = lowered(graph, inputs, name == "backward")
+            found[name] = lowered(graph, inputs, name == "backward", found["saved"])
             like = [None if t is None else (t.shape, t.stride(), t.dtype) for t in outputs]
 
             def pretend(*_: Any) -> list:
@@ -191,7 +203,7 @@ def parts(f: Callable, arguments: Callable[[], list], backward: bool) -> dict[st
     return found
 
 
-def flash(q: Any, k: Any, v: Any, window: int, bias: Any = None) -> Any:
+def flash(q: Any, k: Any, v: Any, *_: Any) -> Any:
     """The operator that scaled_dot_product_attention calls on the card."""
     scale = q.size(-1) ** -0.5
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]
@@ -223,10 +235,16 @@ def block(fields: dict[str, Any], rows: int = 32) -> dict[str, Any]:
         x = torch.empty(rows, T, C, dtype=torch.bfloat16).requires_grad_()
         return [x, *half, *(torch.empty(s).requires_grad_() for s in shapes)]
 
-    product = lambda linear, x: gpt._HalfProduct.apply(x, linear.weight)  # noqa: E731
-    with mock.patch.object(gpt, "attend", flash), mock.patch.object(gpt.Linear, "forward", product):
+    on_gpu = mock.patch.object(gpt, "half_on_gpu", lambda x: True)
+    with mock.patch.object(gpt, "attend", flash), on_gpu:
         found = parts(run, arguments, True)
-    return {**found, "units": sum(found["saved"].values()) / (rows * T * C * 2)}
+    unit = rows * T * C * 2
+    return {
+        **found,
+        "units": sum(found["saved"].values()) / unit,
+        "peak": Memory(found["backward"], found["saved"]).peak / unit,
+        "moved": [Memory(found[name]).moved / unit for name in ("forward", "backward")],
+    }
 
 
 def chunk(R: int = 8192, D: int = 768, V: int = 32768) -> dict[str, Any]:
@@ -240,12 +258,59 @@ def chunk(R: int = 8192, D: int = 768, V: int = 32768) -> dict[str, Any]:
         ]
 
     with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
-        return parts(lambda x, w, y: loss._chunk_both(x, w, y, 15.0), arguments, False)
+        found = parts(lambda x, w, y: loss._chunk_both(x, w, y, 15.0), arguments, False)
+    return {**found, "peak": Memory(found["forward"]).peak / (R * V)}
 
 
 def calls(code: str) -> str:
     """The part of the code that launches kernels."""
     return code[code.index("def call(") :]
+
+
+TENSOR = r"\((\([\d, ]*\)), \([\d, ]*\), (?:device='cuda:0', dtype=)?torch\.(\w+)\)"
+
+
+class Memory:
+    """What the code does with memory: follows its allocations and launches line by line."""
+
+    def __init__(self, code: str, kept: Collection[str] = ()):
+        """`kept`: what the code is given and nothing else holds, so that it frees it."""
+        given = re.findall(rf"(\w+) = rand_strided{TENSOR}", code)
+        self.bytes_of = {name: self._size(*how) for name, *how in given}
+        definitions = re.findall(r"def (triton_\w+)\((.*)\):", code)
+        self.roles = {name: roles.split(", ") for name, roles in definitions}
+        self.owned, self.now = set(kept), 0
+        self.peak = 0  # bytes, beyond what the code is given
+        self.moved = 0  # bytes that its own kernels read and write
+        for line in calls(code).split("def get_args")[0].splitlines():
+            self._follow(line)
+
+    @staticmethod
+    def _size(shape: str, dtype: str) -> int:
+        return math.prod(map(int, re.findall(r"\d+", shape))) * getattr(torch, dtype).itemsize
+
+    def _follow(self, line: str) -> None:
+        sizes, returned = self.bytes_of, r"assert_size_stride\((buf\d+), (\([\d, ]*\)).*aten"
+        if new := re.search(rf"(\w+) = empty_strided_cuda{TENSOR}", line):
+            self._own(new[1], self._size(new[2], new[3]))
+        elif new := re.search(returned, line):  # by attention
+            self._own(new[1], self._size(new[2], "bfloat16"))
+        elif new := re.search(r"(\w+) = (?:reinterpret_tensor\()?(\w+).*# reuse", line):
+            sizes[new[1]] = sizes[new[2]]
+            self.owned.add(new[1])
+        elif new := re.search(r"(\w+) = reinterpret_tensor\((\w+), (\([\d, ]*\)).*# alias", line):
+            sizes[new[1]] = sizes[new[2]] // 2  # halves of heads
+        elif gone := re.match(r" *del (\w+)$", line):
+            self.now -= sizes[gone[1]] if gone[1] in self.owned else 0
+        elif launch := re.search(r"(triton_\w+)\.run\((.*), stream=", line):
+            for name, role in zip(launch[2].split(", "), self.roles[launch[1]], strict=False):
+                self.moved += sizes.get(name, 0) * (2 if role.startswith("in_out") else 1)
+
+    def _own(self, name: str, size: int) -> None:
+        self.bytes_of[name] = size
+        self.owned.add(name)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def figures(code: str) -> dict[str, Any]:
@@ -264,7 +329,8 @@ def main(folder: str, what: str, fields: str = "{}") -> None:
     if what == "loss":  # 2 bytes for each time that all logits or their gradients are met
         met = re.findall(r"tl\.(?:load|store)\(\w+ \+ \(r0_1 \+ 32768\*x0\)", found["forward"])
         codes["forward"]["bytes_per_logit"] = 2 * len(met)
-    print(json.dumps({**codes, "units": found.get("units"), "saved": found["saved"]}))
+    shown = {name: found.get(name) for name in ("units", "peak", "moved", "saved")}
+    print(json.dumps({**codes, **shown}))
 
 
 if __name__ == "__main__":

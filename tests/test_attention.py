@@ -60,9 +60,18 @@ def test_attend_without_gradients_and_in_bfloat16(window):
 
 @pytest.mark.parametrize("flash", [False, True])
 def test_what_gpus_run_is_the_oracle_too(flash, monkeypatch):
-    """With flash, what is asked of it, by its documentation: q, k, v (tokens, heads, D)."""
+    """
+    With flash, what is asked of it, by its documentation: q, k, v (tokens, heads, D). It gets every
+    window; without it, torch gets copies of shared heads, as it would else hold all scores.
+    """
+    windowed, grouped, real = [], [], attention.F.scaled_dot_product_attention
+
+    def watched(q, k, v, *given, **options):
+        grouped.append(k.size(1) < q.size(1))
+        return real(q, k, v, *given, **options)
 
     def documented(q, k, v, starts, starts_k, longest, _, *, scale, window_size, enable_gqa):
+        windowed.append(window_size[0] + 1)
         assert starts.tolist() == starts_k.tolist() and starts.dtype == torch.int32
         assert scale == q.size(2) ** -0.5 and enable_gqa == (q.size(1) > k.size(1))
         assert window_size[1] == 0 and longest == starts[1]
@@ -71,22 +80,94 @@ def test_what_gpus_run_is_the_oracle_too(flash, monkeypatch):
         return torch.cat([oracle(*part, window_size[0] + 1)[0].transpose(0, 1) for part in parts])
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", documented)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
     monkeypatch.setattr(attention, "has_flash", lambda *_: flash)
     for T, window in ((5, 3), (128, 64), (200, 0), (300, 130), (64, 64)):
         q, k, v = draw(2, 4, 2, T)
         torch.testing.assert_close(attention.attend_fused(q, k, v, window), oracle(q, k, v, window))
+    assert windowed == ([3, 64, 130] if flash else [])
+    assert grouped == ([True] * 2 if flash else [False] * 5)
+
+
+T_DOCUMENTS, BEGINS = 150, ([0, 20, 37, 130], [0, 16, 128, 149])  # of two rows
+
+
+def by_document(q, k, v, window):
+    """The oracle on every document alone."""
+    rows = []
+    for b, begins in enumerate(BEGINS):
+        ends = [*begins[1:], T_DOCUMENTS]
+        parts = [
+            oracle(*(x[b : b + 1, :, i:j] for x in (q, k, v)), window)
+            for i, j in zip(begins, ends, strict=True)
+        ]
+        rows.append(torch.cat(parts, 2))
+    return torch.cat(rows)
+
+
+def starts_of_documents():
+    idx = torch.ones(2, T_DOCUMENTS, dtype=torch.int64)
+    for row, begins in zip(idx, BEGINS, strict=True):
+        row[begins] = 0
+    return attention.document_starts(idx, 0)
+
+
+@pytest.mark.parametrize("window", [0, 12])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_documents_do_not_see_each_other(window, heads):
+    want_in = [x.requires_grad_() for x in draw(2, *heads, T_DOCUMENTS)]
+    got_in = [x.detach().clone().requires_grad_() for x in want_in]
+    want = by_document(*want_in, window)
+    got = attend(*got_in, window, starts=starts_of_documents())
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).double()
+    (want * weights).sum().backward(), (got * weights).sum().backward()
+    torch.testing.assert_close(got, want)
+    for a, b in zip(got_in, want_in, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("window", [0, 12])
+def test_documents_on_a_gpu(flash, window, monkeypatch):
+    """Flash is asked for sequences of any length, empty ones at the end, by its documentation."""
+
+    def documented(q, k, v, bounds, bounds_k, most, _, *, scale, window_size, enable_gqa):
+        assert bounds.dtype == torch.int32 and bounds.tolist() == bounds_k.tolist()
+        assert window_size == (window - 1, 0) and most == T_DOCUMENTS
+        assert bounds[0] == 0 and bounds[-1] == len(q)
+        parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in pairs(bounds)]
+        return torch.cat([oracle(*part, window)[0].transpose(0, 1) for part in parts])
+
+    def pairs(bounds):
+        return [(a, b) for a, b in itertools.pairwise(bounds.tolist()) if a < b]
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", documented)
+    monkeypatch.setattr(attention, "has_flash", lambda *_: flash)
+    q, k, v = draw(2, 4, 2, T_DOCUMENTS)
+    got = attention.attend_fused(q, k, v, window, None, starts_of_documents())
+    torch.testing.assert_close(got, by_document(q, k, v, window))
+
+
+def test_the_number_of_documents_is_bounded():
+    """Where more begin than kernels are told of, neighbours count as one."""
+    starts = attention.document_starts(torch.zeros(3, 100, dtype=torch.int64), 0)
+    assert starts.unique().tolist() == list(range(0, 100, attention.CELL))
+    begins = starts == torch.arange(100)
+    assert begins.sum() <= 3 * (100 // attention.CELL + 2)
+    assert not attention.document_starts(torch.ones(2, 9, dtype=torch.int64), 0).any()
 
 
 def test_a_window_on_a_gpu_is_traced_in_one_graph_with_its_gradients():
     """On the meta device, where torch checks shapes and derivatives of the kernel it would call."""
     shapes = 4, 2, 2
+    starts = torch.empty(2, 64, device="meta", dtype=torch.int64)
     q, k, v = (
         torch.empty(2, h, 64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
         for h in shapes
     )
     traced = torch.compile(attention.attend_fused, backend="eager", fullgraph=True)
     for attend_window in (attention.attend_fused, traced):
-        y = attend_window(q, k, v, 16)
+        y = attend_window(q, k, v, 16) + attend_window(q, k, v, 0, None, starts)
         assert y.shape == q.shape and y.dtype == q.dtype
         grads = torch.autograd.grad(y.sum(), (q, k, v))
         assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]

@@ -131,6 +131,16 @@ def test_a_failure_costs_speed_and_no_step(folder, failures, error, capsys, tmp_
     assert ("running without torch.compile" in err) == (failures > 1)
 
 
+def test_more_shapes_than_the_limit_are_an_error_in_tests(folder):
+    """Torch alone would run what comes then without the compiler and say nothing."""
+    double = torch.compile(lambda x: x + x, dynamic=False, backend=CompileCounter())
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in (2, 3):
+            double(torch.ones(n))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            double(torch.ones(4))
+
+
 def test_errors_of_others_are_not_the_compilers(folder):
     m = tiny.model(n_layer=1)
     m.compiled = True

@@ -240,6 +240,26 @@ def test_an_evaluation_remembers_the_rows_that_fitted(monkeypatch):
     assert asked == [8, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("device", "micro_batch", "expected"),
+    [
+        ("cuda", (4, 16), (4, True)),  # micro-batches as training has them
+        ("cuda", (16, 4), (8, True)),  # training is at a shorter context
+        ("cuda", (8, 0), (8, True)),  # conversations of various widths
+        ("cpu", (4, 16), (4, True)),
+        ("cpu", (16, 4), (8, False)),
+    ],
+)
+def test_a_gpu_evaluates_with_compiled_code(device, micro_batch, expected):
+    m = tiny.model()
+    m.compiled = True
+    knobs = SimpleNamespace(device_batch_size=8)
+    run = SimpleNamespace(
+        model=m, knobs=knobs, runtime=SimpleNamespace(device=torch.device(device))
+    )
+    assert stage.evaluation_rows(run, SimpleNamespace(micro_batch=micro_batch)) == expected
+
+
 def test_the_only_batch_of_an_evaluation_is_whole_where_that_is_asked(place):
     from nanochat.data.shards import prepare
     from nanochat.data.sources import parse_sources

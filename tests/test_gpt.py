@@ -302,6 +302,34 @@ def test_half_precision_sums_the_gradients_of_weights_in_float32(monkeypatch):
     assert errors[0] < 1e-6 < 1e-4 < errors[1]
 
 
+def test_a_square_gives_the_gradient_of_its_root():
+    """As on a GPU: as near to float64 as what keeps its input."""
+    g = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(64, 64, generator=g).bfloat16() for _ in range(2))
+    exact = dy.double() * 2 * x.double().clamp(min=0)
+    errors = []
+    for f in (gpt._SquaredReLU.apply, lambda x: torch.relu(x).square()):
+        given = x.clone().requires_grad_()
+        f(given).backward(dy)
+        assert not given.grad[x <= 0].any()
+        errors.append(float((given.grad.double() - exact).norm() / exact.norm()))
+    assert errors[0] < 1.5 * errors[1] < 0.01
+
+
+def test_a_document_is_read_as_if_it_were_alone(tmp_path):
+    """Behind another one in a row; the checkpoint knows it, and without the knob nothing changes."""
+    m = tiny.randomise(tiny.model(sequence_len=48, document_start=60))
+    idx = tiny.batch(rows=2, T=48, vocab=60).inputs
+    idx[:, [0, 20]] = 60
+    whole, alone = m(idx)[:, 20:], m(idx[:, 20:])
+    torch.testing.assert_close(whole, alone, atol=1e-4, rtol=1e-4)
+    again = GPTConfig.from_dict(m.config.to_dict())
+    assert again.document_start == 60
+    m.config.document_start = -1
+    assert (m(idx)[:, 20:] - alone).abs().max() > 0.1
+    assert "document_start" not in m.config.to_dict()
+
+
 def test_an_uncovered_parameter_is_an_error():
     m = tiny.model()
     m.gain = torch.nn.Parameter(torch.zeros(1))
@@ -451,6 +479,18 @@ def test_impossible_shapes(knobs, says):
 
 
 # ---- compilation
+
+
+def test_the_compiler_has_room_for_the_shapes_of_a_run():
+    """Two windows, five widths and three numbers of rows; conftest makes the limit an error."""
+    m = tiny.model(window_pattern="SL", sequence_len=40)
+    torch.compiler.reset()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        m.compile()
+        for rows, T in [(2, 8), (2, 12), (2, 16), (2, 24), (2, 40), (1, 40), (3, 40)]:
+            b = tiny.batch(rows=rows, T=T)
+            m(b.inputs).sum().backward()
+    torch.compiler.reset()
 
 
 def test_keys_are_clean(tmp_path):

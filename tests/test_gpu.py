@@ -75,6 +75,23 @@ def test_attention_and_its_gradients(heads, T, window, dtype):
     assert all(relative(a.grad, b.grad) < most for a, b in zip(given, exact, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("window", [0, 12])
+def test_documents_and_their_gradients(window, dtype):
+    shape = 2, 4, 2, test_attention.T_DOCUMENTS, 64
+    exact = [x.to(dtype).double().requires_grad_() for x in test_attention.draw(*shape)]
+    given = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
+    starts = test_attention.starts_of_documents()
+    want = test_attention.by_document(*exact, window)
+    got = attention.attend(*given, window, starts=starts.cuda())
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+    (want * weights).sum().backward()
+    (got * weights.to("cuda", dtype)).sum().backward()
+    most = 2e-3 if dtype is FP32 else 1e-2
+    assert relative(got, want.detach()) < most
+    assert all(relative(a.grad, b.grad) < most for a, b in zip(given, exact, strict=True))
+
+
 @pytest.mark.parametrize("backend", ["dense", "factored", "flex"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize(("kind", "window"), [("terms", 0), ("terms", 100), ("spans", 0)])

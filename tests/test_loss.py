@@ -69,7 +69,9 @@ def test_the_form_that_is_compiled(softcap, monkeypatch):
 def test_a_gpu_gets_larger_chunks_when_compiled():
     """Eager code has five temporaries of float32 per logit, compiled code two of bfloat16."""
     x, head = torch.empty(98304, 8, device="meta"), torch.empty(24576, 8, device="meta")
-    assert chunk_rows(x, head) == 1024 and chunk_rows(x, head, compiled=True) == 8192
+    assert chunk_rows(x, head) == 1024 and chunk_rows(x, head, compiled=True) == 4096
+    for elements in (loss.CHUNK_ELEMENTS, loss.COMPILED_ELEMENTS):
+        assert elements["cuda"] == elements["meta"]
 
 
 def test_a_negative_weight_pushes_the_other_way():

@@ -1,9 +1,14 @@
 """Muon and AdamW against torch.optim; orthogonalisation against the SVD; state that comes back."""
 
+from collections import Counter
+
 import pytest
+import tiny
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat.model.gpt import GPT
 from nanochat.train import optim
 from nanochat.train.optim import Group, MuonAdamW, orthogonalize
 
@@ -158,3 +163,37 @@ def test_missing_state_is_an_error():
     o = ours("muon", parameters(), lr=0.1)
     with pytest.raises(KeyError):
         o.load_state_tensors({}, 3)
+
+
+IDLE = (
+    *("alias", "as_strided", "detach", "expand", "select", "slice", "t", "transpose", "unbind"),
+    *("view", "_unsafe_view", "empty_like", "empty", "new_empty"),
+)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that would launch a kernel: not views, and nothing but memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket).removeprefix("aten.")
+        self.seen[name] += name not in IDLE
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_on_a_gpu_launches_as_much_for_any_depth():
+    """On the meta device, which takes the way of GPUs: matrices of one shape at once."""
+    counts = {}
+    for depth in (2, 12):
+        m = GPT.build(tiny.config(n_layer=depth, n_kv_head=4), "meta")
+        o = tiny.optimizer(m)
+        for p in m.parameters():
+            p.grad = torch.empty_like(p)
+        o.step()  # makes the state
+        with Launches() as launches:
+            o.step()
+        counts[depth] = sum(launches.seen.values())
+    assert counts[2] == counts[12] <= 90, launches.seen

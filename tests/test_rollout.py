@@ -171,6 +171,7 @@ def test_rows_of_like_width_share_a_batch(tok):
     made = weighted_batches(rows, 3, tok.bos, 101)
     assert [tuple(b.inputs.shape) for b in made] == [(3, 64), (1, 64), (2, 101)]
     assert sum(int((b.targets >= 0).sum()) for b in made) == 12
+    assert all(b.valid == (b.targets >= 0).sum() for b in made), "counted before they are sent"
     (nothing,) = weighted_batches([], 3, tok.bos, 100)
     assert nothing.inputs.shape == (1, 1) and (nothing.targets == -1).all()
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,14 +14,16 @@ from nanochat.base import hardware
 from nanochat.base.common import UserError, entry
 from nanochat.base.files import release
 from nanochat.base.knobs import parse
+from nanochat.base.runtime import Runtime
 from nanochat.commands import base_train
 from nanochat.commands.base_train import PretrainKnobs
 from nanochat.commands.mid_train import MidtrainKnobs
+from nanochat.data.contexts import Contexts
 from nanochat.model.checkpoint import Checkpoint
 from nanochat.train import stage
 from nanochat.train.horizon import Horizon, choose_horizon, conversation_horizon
 from nanochat.train.resume import HORIZONS
-from nanochat.train.run import OpenRun, table_of_counts
+from nanochat.train.run import OpenRun, _check_kernels, table_of_counts
 from nanochat.train.scaling import batch_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -235,6 +238,45 @@ def test_rates_follow_width_and_part(tied):
     if not tied:
         assert groups["head.weight"].lr == pytest.approx(0.004)
     assert sum(len(g.names) for g in groups.values()) == len(list(m.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "said"),
+    [(8, torch.bfloat16, False), (8, torch.float32, True), (7, torch.float16, True)],
+)
+def test_windows_that_save_no_time_are_said(monkeypatch, capsys, capability, dtype, said):
+    """Flash takes them in half precision from Ampere on."""
+    card = SimpleNamespace(major=capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    runtime = Runtime(torch.device("cuda", 0), dtype, 0, 1, 42)
+    _check_kernels(tiny.model(window_pattern="SL"), "float", runtime)
+    assert ("--window_pattern=SL saves no time here" in capsys.readouterr().err) == said
+    _check_kernels(tiny.model(), "float", runtime)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "one_shape", "seconds", "compiles"),
+    [("cuda", False, 1, True), ("cuda", True, 1, True), ("cpu", False, 9000, False)],
+)
+def test_what_is_compiled_unasked(monkeypatch, device, one_shape, seconds, compiles):
+    """On a GPU also finetuning and reinforcement, whose batches have several widths."""
+    prepared, m = [], tiny.model()
+    monkeypatch.setattr(stage, "compiler_missing", lambda device: "")
+    monkeypatch.setattr(stage.compiler, "prepare", prepared.append)
+    monkeypatch.setattr(stage.compiler, "Ahead", lambda *given: None)
+    run = SimpleNamespace(
+        knobs=SimpleNamespace(compile="auto", device_batch_size=8),
+        stored=lambda name: None,
+        contexts=Contexts.parse((), 16),
+        model=m,
+        budget_seconds=seconds,
+        peak_flops=1e12,
+        stored_progress=0.0,
+        runtime=Runtime(torch.device(device), torch.float32, 0, 1, 42),
+    )
+    stage.compile_if_it_pays(run, Horizon(8, 10, None), one_shape)
+    assert prepared == [m] * compiles
 
 
 def test_the_table_of_counts():

@@ -50,6 +50,9 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
         "(0 = never); for text that a run reads many times",
         low=0,
     )
+    document_attention: bool = knob(
+        False, "attend within documents only, also where several share a row"
+    )
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
         "on = --copy_heads=1 --convolutions --value_embeddings, with which a short run learns "
@@ -122,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     def build(runtime, tokenizer) -> GPT:
         config = k.model_config(tokenizer.vocab_size)
+        if k.document_attention:
+            config.document_start = tokenizer.bos
         spec, tables = None, {}
         if resume_from:  # the checkpoint holds the prior; its file may be gone
             config.rap = resume_from.config.rap

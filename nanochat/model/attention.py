@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.base.common import notice
+from nanochat.base.common import UserError, notice
 from nanochat.base.runtime import compiler_missing
 
 
@@ -108,23 +108,51 @@ def _pad_heads(x: Tensor, heads: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, heads - x.size(-3)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, bias: Bias | None = None) -> Tensor:
+CELL = 16  # positions of which at most one begins a document, so that their number is bounded
+
+
+def document_starts(idx: Tensor, bos: int) -> Tensor:
+    """
+    The position at which the document of each token in idx (B, T) begins: (B, T). Documents begin
+    at `bos`; of those that begin in the same CELL positions, only the first counts.
+    """
+    B, T = idx.shape
+    begins = F.pad(idx == bos, (0, -T % CELL)).view(B, -1, CELL)
+    begins = (begins & (begins.cumsum(2) == 1)).view(B, -1)[:, :T]
+    return torch.where(begins, torch.arange(T, device=idx.device), 0).cummax(1).values
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int = 0,
+    bias: Bias | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
     """
     Causal attention over a whole sequence: softmax(q k^T / sqrt(D) + bias) v.
 
     q (B, H, T, D); k, v (B, H_kv, T, D) with H a multiple of H_kv; window: keys that a query sees,
-    including its own (0 = all). Returns (B, H, T, D).
+    including its own (0 = all); starts (B, T): the first key that a query may see, from
+    document_starts; not with a bias of the dense or flex form. Returns (B, H, T, D).
     """
     T = q.size(2)
+    if starts is not None and bias is not None and bias.form != "factored":
+        raise UserError(
+            f"--document_attention cannot be combined with a prior in the {bias.form} form: leave "
+            "one of them out"
+        )
     if bias is not None and bias.form == "flex":
         return attend_flex(q, k, v, window, bias)
     if bias is not None and bias.form == "dense":
         return attend_at(torch.arange(T, device=q.device)[None], q, k, v, 0, window, bias)
     if q.device.type == "cpu":
         window = window if 0 < window < T else T
-        y: Any = _BlockAttention.apply(q, k, v, window, *(bias[:7] if bias is not None else ()))
+        fields = bias[:7] if bias is not None else ()
+        y: Any = _BlockAttention.apply(q, k, v, window, starts, *fields)
         return y
-    return attend_fused(q, k, v, window, bias)
+    return attend_fused(q, k, v, window, bias, starts)
 
 
 def visible(positions: Tensor, first: int, end: int, window: int) -> Tensor | None:
@@ -177,22 +205,35 @@ def attend_at(
 # ---- GPUs: torch's fused kernels
 
 
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias | None = None) -> Tensor:
+def attend_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    bias: Bias | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
     """
     Torch's fused kernels; a bias is more columns. Without flash, heads that share keys get copies
-    of them and a window is a mask: torch would otherwise hold all scores of grouped heads at once.
+    of them, and windows and documents are a mask: torch would otherwise hold all scores of grouped
+    heads at once.
     """
     T, D = q.shape[2:]
     if bias is not None:
         q, k, v = _with_columns(q, k, v, bias)
     flash, group, mask = has_flash(q.device, q.dtype, q.size(3)), q.size(1) // k.size(1), None
-    if 0 < window < T and flash:
-        y = _attend_window(q, k, v, window, D**-0.5)
+    window = window if 0 < window < T else 0
+    if (window or starts is not None) and flash:
+        y = _attend_varlen(q, k, v, window, D**-0.5, starts)
     else:
         if group > 1 and not flash:
             k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        if 0 < window < T:
-            mask = visible(torch.arange(T, device=q.device)[None], 0, T, window)
+        positions = torch.arange(T, device=q.device)
+        if window or starts is not None:
+            mask = visible(positions[None], 0, T, window)
+        if starts is not None:
+            seen = positions >= starts[:, :, None]
+            mask = (seen if mask is None else mask & seen)[:, None]
         y = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=D**-0.5, enable_gqa=k.size(1) < q.size(1)
         )
@@ -210,19 +251,30 @@ def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     return half and device.type == "meta"  # where the memory of a GPU is traced
 
 
-def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Windowed attention by flash, which reads the batch as sequences of T tokens in one row."""
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, starts: Tensor | None
+) -> Tensor:
+    """
+    Attention with a window (0 = none) or within documents by flash, which reads the batch as
+    sequences in one row: those of T tokens, or documents. Their number is not known to the host;
+    missing ones are empty sequences at the end.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     B, _, T, _ = q.shape
-    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    if starts is None:
+        bounds = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    else:
+        begins = (starts == torch.arange(T, device=q.device)).flatten()
+        most = B * (T // CELL + 2)
+        bounds = torch.nonzero_static(begins, size=most + 1, fill_value=B * T).flatten().int()
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     y: Any = varlen_attn(
         q,
         k,
         v,
-        starts,
-        starts,
+        bounds,
+        bounds,
         T,
         T,
         scale=scale,
@@ -343,37 +395,45 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int, *fields: Any) -> Tensor:
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int,
+        starts: Tensor | None,
+        *fields: Any,
+    ) -> Tensor:
         shape, bias = q.shape, Bias(*fields) if fields else None
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         q = q.reshape(k.size(0), -1, *q.shape[2:])  # (B * H_kv, G, T, D)
         y = torch.empty_like(q)
-        for rows, keys, hidden in _blocks(q, window):
+        for rows, keys, hidden in _blocks(q, window, starts):
             added = None if bias is None else bias.block(rows, keys)
             p = _probabilities(q, k, rows, keys, hidden, bias, added)
             y[:, :, rows] = torch.bmm(p.flatten(1, 2), v[:, keys]).view(y[:, :, rows].shape)
-        ctx.save_for_backward(q, k, v, y, *fields[:5])
+        ctx.save_for_backward(q, k, v, y, starts, *fields[:5])
         ctx.shape, ctx.window, ctx.fields = shape, window, fields[5:]
         return y.view(shape)
 
     @staticmethod
     def backward(ctx, *grads):
-        (q, k, v, y, *bias_tensors), (B, H, T, D) = ctx.saved_tensors, ctx.shape
+        (q, k, v, y, starts, *bias_tensors), (B, H, T, D) = ctx.saved_tensors, ctx.shape
         bias = Bias(*bias_tensors, *ctx.fields) if bias_tensors else None
-        learned = any(ctx.needs_input_grad[4:])  # whether the gates of the bias are parameters
+        learned = any(ctx.needs_input_grad[5:])  # whether the gates of the bias are parameters
         d_gate = d_place_gate = None
         wide = _wide(q)
         dy, dq = grads[0].reshape(q.shape), torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         delta = (dy.to(wide) * y).sum(-1, keepdim=True)  # (B * H_kv, G, T, 1)
-        for rows, keys, hidden in _blocks(q, ctx.window):
+        for rows, keys, hidden in _blocks(q, ctx.window, starts):
             added = None if bias is None else bias.block(rows, keys)
             p = _probabilities(q, k, rows, keys, hidden, bias, added)
             dy_rows, q_rows = dy[:, :, rows].flatten(1, 2), q[:, :, rows].flatten(1, 2)
             dp = torch.bmm(dy_rows, v[:, keys].mT).view(p.shape)
             ds = (dp - delta[:, :, rows]) * p
             if bias is not None and added is not None and learned:
-                part = bias.gate_gradients(ds.view(B, H, *hidden.shape), added)
+                part = bias.gate_gradients(ds.view(B, H, *hidden.shape[-2:]), added)
                 d_gate = part[0] if d_gate is None else d_gate + part[0]
                 d_place_gate = part[1] if d_place_gate is None else d_place_gate + part[1]
             ds = ds.mul_(D**-0.5).to(q.dtype).flatten(1, 2)
@@ -383,17 +443,18 @@ class _BlockAttention(torch.autograd.Function):
         dk, dv = dk.to(k.dtype).view(B, -1, T, D), dv.to(v.dtype).view(B, -1, T, D)
         d_bias = zip((None, None, d_gate, None, d_place_gate), bias_tensors, strict=False)
         d_bias = [None if d is None else d.to(x.dtype) for d, x in d_bias]
-        return dq.view(B, H, T, D), dk, dv, None, *d_bias, *(None for _ in ctx.fields)
+        return dq.view(B, H, T, D), dk, dv, None, None, *d_bias, *(None for _ in ctx.fields)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _blocks(q: Tensor, window: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(q: Tensor, window: int, starts: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """
     For each block of queries q (B * H_kv, G, T, D): its rows, the keys that any of them sees, and
-    what hides keys when it is added to scores: (rows, keys) of 0 and -inf, in float32 or wider.
+    what hides keys when it is added to scores: (rows, keys), or (B, 1, rows, keys) with starts, of
+    0 and -inf, in float32 or wider.
     """
     T = q.size(2)
     for start in range(0, T, QUERY_BLOCK):
@@ -403,6 +464,9 @@ def _blocks(q: Tensor, window: int) -> Iterator[tuple[slice, slice, Tensor]]:
         j = torch.arange(first, stop, device=q.device)
         hidden = torch.zeros(stop - start, stop - first, dtype=_wide(q), device=q.device)
         hidden.masked_fill_((j > i) | (i - j >= window), -torch.inf)
+        if starts is not None:
+            earlier = j < starts[:, None, start:stop, None]
+            hidden = hidden.expand_as(earlier).masked_fill(earlier, -torch.inf)
         yield slice(start, stop), slice(first, stop), hidden
 
 
@@ -419,11 +483,15 @@ def _probabilities(
     softmax(q k^T / sqrt(D) + bias + hidden) of one block: (B * H_kv, G, rows, keys) in q's dtype.
     added: what the bias adds there, by Bias.block.
     """
-    n, G, _, D = q.shape
+    (n, G, _, D), block = q.shape, hidden.shape[-2:]
     scores = torch.bmm(q[:, :, rows].flatten(1, 2), k[:, keys].mT)
-    scores = scores.view(n, G, *hidden.shape).to(_wide(q))
+    scores = scores.view(n, G, *block).to(_wide(q))
     if bias is not None and added is not None:
-        bias.add_to_scores(scores.view(bias.u.size(0), -1, *hidden.shape), added, D)
+        bias.add_to_scores(scores.view(bias.u.size(0), -1, *block), added, D)
     else:
         scores.mul_(D**-0.5)
-    return torch.softmax(scores.add_(hidden), dim=-1).to(q.dtype)
+    if hidden.dim() > 2:
+        scores.view(hidden.size(0), -1, *block).add_(hidden)
+    else:
+        scores.add_(hidden)
+    return torch.softmax(scores, dim=-1).to(q.dtype)

@@ -66,6 +66,9 @@ class GPTConfig(ArchitectureKnobs):
     n_head: int = knob(2, "query heads")
     n_kv_head: int = knob(2, "key and value heads")
     n_embd: int = knob(256, "width of the model")
+    document_start: int = knob(
+        -1, "token that begins a document; attention does not look beyond it (-1 = it does)"
+    )
     rap: dict[str, Any] | None = None  # the attention prior's spec, from prior_artifact.prepare
 
     def __post_init__(self):
@@ -148,7 +151,8 @@ class GPTConfig(ArchitectureKnobs):
         older versions can load it.
         """
         optional = "rap", "copy_heads", "convolutions", "value_embeddings"
-        return {n: value for n, value in asdict(self).items() if n not in optional or value}
+        absent = dict.fromkeys(optional, False) | {"rap": None, "document_start": -1}
+        return {n: value for n, value in asdict(self).items() if value != absent.get(n)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "GPTConfig":

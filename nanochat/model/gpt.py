@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.model.attention import Bias, attend
+from nanochat.model.attention import Bias, attend, document_starts
 from nanochat.model.cache import KVCache
 from nanochat.model.config import GPTConfig
 from nanochat.model.int8 import int8_linear
@@ -98,6 +98,30 @@ class _HalfProduct(torch.autograd.Function):
         return g @ weight, torch.mm(*product, out_dtype=torch.float32)
 
 
+class _SquaredReLU(torch.autograd.Function):
+    """
+    relu(x)^2 in half precision, as on a GPU, with a gradient that follows from the result, whose
+    root is relu(x): compiled code can then overwrite what it kept, and its backward pass holds one
+    tensor of this size less.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grads[0] * (2 * y.sqrt())
+
+
+def half_on_gpu(x: Tensor) -> bool:
+    """Whether x is in half precision on a GPU, where products and relu2 have forms of their own."""
+    return x.device.type == "cuda" and x.dtype != torch.float32
+
+
 class Linear(nn.Linear):
     """
     A bias-free product in the input's dtype, or by 8-bit integers; the master weight stays in its
@@ -112,7 +136,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.int8:
             return int8_linear(input, self.weight)
-        if input.device.type == "cuda" and input.dtype != self.weight.dtype:
+        if half_on_gpu(input) and self.weight.dtype == torch.float32:
             return _HalfProduct.apply(input, self.weight)  # pyright: ignore[reportReturnType]
         return F.linear(input, self.weight.to(input.dtype))
 
@@ -181,10 +205,11 @@ class Attention(nn.Module):
         cache: KVCache | None,
         bias: Bias | None,
         values: Tensor | None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """
         x (B, T, n_embd) -> the same shape. cos, sin as for rotate; values (B, T, kv width) are the
-        value embeddings of the tokens, if the layer has a table.
+        value embeddings of the tokens, if the layer has a table; starts (B, T) as for attend.
         """
         B, T, C = x.shape
         q, k, v, *gates = self.project(x)
@@ -200,7 +225,7 @@ class Attention(nn.Module):
         # last, so that compiled code keeps q and k once for the backward pass
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is None:
-            y = attend(q, k, v, self.window, bias)
+            y = attend(q, k, v, self.window, bias, starts)
         else:
             y = cache.attend(self.layer, q, k, v, self.window, bias)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
@@ -220,7 +245,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
         if self.activation == "relu2":
-            h = F.relu(h).square()
+            h: Any = _SquaredReLU.apply(h) if half_on_gpu(h) else F.relu(h).square()
         elif self.activation == "gelu":
             h = F.gelu(h, approximate="tanh")
         elif self.activation == "silu":
@@ -252,12 +277,13 @@ class Block(nn.Module):
         cache: KVCache | None,
         bias: Bias | None,
         values: Tensor | None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """As Attention.forward."""
         h = norm(x)
         if self.attn_conv is not None:
             h = self.attn_conv(h, cache)
-        x = x + self.attn(h, cos, sin, cache, bias, values)
+        x = x + self.attn(h, cos, sin, cache, bias, values, starts)
         h = norm(x)
         if self.mlp_conv is not None:
             h = self.mlp_conv(h, cache)
@@ -445,13 +471,16 @@ class GPT(nn.Module):
         biases: list[Bias | None] = [None] * len(self.blocks)
         if self.prior is not None:
             biases = self.prior(idx, self.compute_dtype, cache)
+        starts = None
+        if cache is None and self.config.document_start >= 0:
+            starts = document_starts(idx, self.config.document_start)
         x = norm(self.embed(idx).to(self.compute_dtype))
         compiled = self.compiled and torch.is_grad_enabled()
         for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             run, values = block if compiled else block.forward, None
             if self.config.has_value_table(i):
                 values = self.value_tables[str(i)](idx).to(x.dtype)
-            x = run(x, cos, sin, cache, bias, values)
+            x = run(x, cos, sin, cache, bias, values, starts)
         return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

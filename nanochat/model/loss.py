@@ -15,7 +15,7 @@ from torch import Tensor
 # Logits per chunk. On a CPU, the few temporaries of this size should fit its cache. On a GPU,
 # compiled code holds two of them in the compute dtype; eager code holds five in float32.
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25, "meta": 1 << 25}
-COMPILED_ELEMENTS = {"cuda": 1 << 28, "meta": 1 << 28}
+COMPILED_ELEMENTS = {"cuda": 1 << 27, "meta": 1 << 27}
 # On a CPU, the d(loss)/d(logits) of so many chunks are kept for one product with the inputs.
 BLOCK_CHUNKS = {"cpu": 8}
 

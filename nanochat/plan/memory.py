@@ -113,12 +113,18 @@ def predict(
     chunk = min(elements.get(device, 1 << 25), tokens * V)
     block = size * min(BLOCK_CHUNKS.get(device, 1) * chunk, tokens * V)
     copies = 12 if compiled else 16 if config.softcap else 8  # bytes per logit
-    copies = size if compiled and not cpu else copies
     both = size * tokens * C + 4 * V * C
     loss = both + block + copies * chunk + (size * V * C if size < 4 else 0)
     # A layer's backward pass: gradients of its hidden vectors, or a block of scores.
     scores = config.n_head * min(T, QUERY_BLOCK) * (4 + size) if cpu else 0
     backward = 2 * both + tokens * max(size * 2 * config.hidden, scores)
+    if compiled and not cpu:
+        # As in the code that tests/cuda_code.py reads. The head's gradient is summed before the
+        # last block's backward pass begins, and of what is kept beside the blocks, one vector is
+        # left and one, the gradient, has come.
+        vectors = {"relu2": 1, "swiglu": 4}.get(config.activation, 2)
+        loss = both + size * (2 * chunk + V * C)
+        backward = size * tokens * (vectors * config.hidden - C)
     # Muon's largest pool of matrices of one shape: on a GPU all at once.
     hidden = config.hidden * (2 if config.activation == "swiglu" else 1)
     pool = config.n_layer * C * max(2 * C + 2 * config.n_kv_head * config.head_dim, hidden)
