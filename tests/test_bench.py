@@ -8,6 +8,7 @@ import pytest
 
 BENCHES = sorted(p.stem for p in (Path(__file__).parent.parent / "bench").glob("*.py"))
 BENCHES.remove("race_head")  # race.py runs it, in the opponent's environment
+BENCHES.remove("bandwidth")  # decode.py and gpu_first.py measure with it
 
 
 @pytest.mark.parametrize("name", BENCHES)
