@@ -157,6 +157,7 @@ class Campaign:
         self.results: dict[str, Any] = {"machine": platform.platform(), "kills": [], "series": []}
         if RESULTS.exists():
             self.results = json.loads(RESULTS.read_text(encoding="utf-8"))
+            self.results.pop("table", None)
 
     def write(self) -> None:
         """Write the results, with their sums first."""

@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_340,
+    "base": 12_390,
     "tinyworld": 9_330,
     "data": 33_720,
     "model": 26_180,

@@ -271,8 +271,10 @@ def _print_error(error: UserError) -> None:
     One line on standard error, from rank 0. Another rank waits before it prints an error of its
     own: if rank 0 has the same, the launcher ends both meanwhile.
     """
+    if isinstance(error, RankLost) and not error.aloud:
+        return  # another rank says it
     if rank() == 0:
         print0(f"error: {in_line(error)}", file=sys.stderr)
-    elif not isinstance(error, RankLost) or error.aloud:
+    else:
         time.sleep(0 if isinstance(error, RankLost) else 1)
         print(printable(f"error: rank {rank()}: {in_line(error)}"), file=sys.stderr, flush=True)

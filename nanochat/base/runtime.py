@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -111,6 +111,7 @@ def _join(backend: str, device: torch.device | None) -> None:
     ranks = [f"joined/{i}" for i in range(world_size())]
     try:
         store, _, _ = next(rendezvous("env://", timeout=JOINING))
+        _stores[:] = [store]
         store.set(ranks[rank()], "")
         store.wait(ranks, JOINING)
         dist.init_process_group(
@@ -134,11 +135,15 @@ def rank_lost(e: RuntimeError) -> RankLost | None:
         "another rank has ended, so this run ends too: see its message, if it could print one; "
         "continue with --resume=auto"
     )
-    time.sleep(0.05)  # a process that is killed closes its connections just before it is gone
-    lost.aloud = all(map(_has_ended, _processes[: rank()]))
+    try:  # the first to notice speaks; torchrun's own store outlives every rank
+        lost.aloud = _stores[0].add("lost", 1) == 1
+    except (dist.DistError, RuntimeError, IndexError):  # the store has gone with rank 0
+        time.sleep(0.05)  # a process that is killed closes its connections just before it is gone
+        lost.aloud = all(map(_has_ended, _processes[: rank()]))
     return lost
 
 
+_stores: list[Any] = []  # where the ranks have met
 _processes: list[tuple[str, int]] = []  # host and process id of every rank
 
 
