@@ -46,7 +46,7 @@ def test_a_chunk_of_the_loss_is_one_kernel(written):
 # config fields; Triton kernels forward and backward, products forward; units that are saved, that
 # the backward pass needs besides them, and that kernels move
 BLOCKS = {
-    "dense": ({}, (11, 8), 6, (9.5, 4.2, 56)),
+    "dense": ({}, (11, 8), 6, (9.5, 4.2, 67)),
     "grouped, swiglu": ({"activation": "swiglu", "n_kv_head": 2}, (13, 9), 7, (12, 16.2, 74)),
     "looks back": ({"copy_heads": 1, "convolutions": True}, (21, 17), 6, (11.5, 6, 114)),
 }
