@@ -12,7 +12,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 source .venv/bin/activate
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # `python -m scripts.NAME` also works where the user's files are
-if ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
+if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
     echo "installing (a minute or two)"
     pinned=.venv/pinned.txt
     sed '/^# for the tests/q' runs/constraints.txt >"$pinned"
