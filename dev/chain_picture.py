@@ -1,6 +1,6 @@
 """
 Draw the stages of one chain along the clock, as in dev/quickstart.png: training loss, validation
-bits per byte, and the accuracy of each stage where it was measured.
+bits per byte, and what the last stage answered, by kind of question.
 
     python dev/chain_picture.py OUT.png RUN_FOLDER ...      (in the order of training)
 """
@@ -46,22 +46,22 @@ def draw_along_the_clock(axes: Axes, logs: Sequence[Log], what: Curve) -> None:
 
 
 def draw_accuracies(axes: Axes, logs: Sequence[Log]) -> None:
-    """One bar per stage, in the colour of its run."""
-    stages = stage_results({log.stage: log.rows for log in logs})
+    """A bar per kind of question after the last stage that was asked; a dark line is guessing."""
+    *_, (stage, summary) = stage_results({log.stage: log.rows for log in logs}).items()
     trained = [log.stage for log in logs]
-    for i, (stage, row) in enumerate(stages.items()):
-        hue, percent = (
-            colour(trained.index(stage) if stage in trained else i),
-            100 * row["accuracy"],
-        )
-        axes.bar(i, percent, color=hue, width=0.62)
-        label = f"{row['accuracy']:.0%}"
-        axes.text(i, percent + 1.5, label, ha="center", va="bottom", weight="bold", color=hue)
-    axes.set_xticks(range(len(stages)), list(stages))
-    axes.set_ylim(0, 110)
-    axes.set_yticks(range(0, 101, 20))
-    axes.grid(axis="x", visible=False)
-    axes.set_title("Held-out questions answered, %")
+    hue = colour(trained.index(stage))
+    kinds = sorted(summary["kinds"].items(), key=lambda kind: kind[1]["accuracy"])
+    for i, (_, result) in enumerate(kinds):
+        percent, guessing = 100 * result["accuracy"], 100 * result["chance"]
+        axes.barh(i, percent, color=hue, height=0.62, alpha=0.8)
+        axes.vlines(guessing, i - 0.31, i + 0.31, color="#1d232b", linewidth=1.6)
+        axes.text(102, i, f"{percent:.0f}", ha="left", va="center", color=hue)
+    axes.set_yticks(range(len(kinds)), [name for name, _ in kinds])
+    axes.set_xlim(0, 115)
+    axes.set_xticks(range(0, 101, 25))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("%; the dark line is guessing")
+    axes.set_title(f"{summary['accuracy']:.0%} of {summary['n']} held-out questions")
 
 
 def main() -> None:
