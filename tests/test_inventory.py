@@ -1,5 +1,6 @@
 """The inventory: counts that are right, duplicates that are removed, and nothing that is lost silently."""
 
+import errno
 import json
 import os
 import random
@@ -208,6 +209,22 @@ def test_languages(tmp_path):
     for code, text in said.items():
         (tmp_path / f"{code}.txt").write_text(text * 3)
     assert take(tmp_path)[0].languages == dict.fromkeys(said, 1)
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EFBIG, errno.EACCES])
+def test_without_temporary_files_no_language_is_guessed(folder, monkeypatch, capsys, fault):
+    """The library unpacks its model into one; a full disk must not end a training for it."""
+    library = pytest.importorskip("py3langid", reason="needs the extra documents")
+
+    def classify(text):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(library, "classify", classify)
+    assert take(folder)[0].languages == {}
+    assert (
+        f"languages are not guessed, because temporary files cannot be written ([Errno {fault}]"
+        in (capsys.readouterr().err)
+    )
 
 
 def test_bad_rows_and_guesses_are_said(folder):

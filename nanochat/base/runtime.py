@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -141,6 +142,16 @@ def rank_lost(e: RuntimeError) -> RankLost | None:
         time.sleep(0.05)  # a process that is killed closes its connections just before it is gone
         lost.aloud = all(map(_has_ended, _processes[: rank()]))
     return lost
+
+
+def tell_of_error() -> None:
+    """
+    Tell the others that rank 0 is about to end with an error that it prints itself; called before
+    it leaves the process group, so that those who lose it are silent.
+    """
+    if rank() == 0 and _stores:
+        with suppress(dist.DistError, RuntimeError):  # the store has gone
+            _stores[0].add("lost", 1)
 
 
 _stores: list[Any] = []  # where the ranks have met

@@ -69,7 +69,8 @@ LESSONS = {
     ),
 }
 # (share of the steps above, accuracy on held-out questions), as measured (dev/LOG.md)
-LEARNED = (0.67, 0.77), (1.0, 0.94)
+LEARNED = (0.67, 0.92), (1.0, 0.94)
+SPREAD = 0.03  # another seed may answer so much less
 TOKENIZER = "--data tinyworld@4 --vocab_size=2048"
 QUESTIONS = 800
 MOST_MINUTES = 30.0
@@ -114,7 +115,7 @@ def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
     speed, peak = speed_here(knobs)
     seconds = sum(lesson.work for lesson in LESSONS.values()) / speed + OPENING_SECONDS
     fixed = diary.seconds + CLOSING_SECONDS
-    share = next((s for s, accuracy in LEARNED if accuracy >= knobs.target), 1.0)
+    share = next((s for s, accuracy in LEARNED if accuracy - SPREAD >= knobs.target), 1.0)
     minutes = knobs.minutes or (fixed + share * seconds) / 60
     print0(
         f"this machine: {peak / 1e12:.2g} TFLOP/s of matrix products, about {human(speed)} tokens "

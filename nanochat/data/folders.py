@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.base.common import UserError, human
+from nanochat.base.strangers import open_regular
 
 # Text to be taken as it stands: prose, markup that a model may well learn to write, and programs
 ENDINGS = (
@@ -102,7 +103,7 @@ def kind_of(path: Path) -> str:
     named = format_of(path)
     if named and named not in (*TEXT, *ROWS):
         return named
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(HEAD)
     kind = next((kind for start, kind in MAGIC if head.startswith(start)), named)
     if kind == ".zip":

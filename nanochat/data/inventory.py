@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.base.common import UserError, base_dir, counted, human, in_line, print0
+from nanochat.base.common import UserError, base_dir, counted, human, in_line, notice, print0
 from nanochat.base.files import Hashes, atomic_write
 from nanochat.base.progress import progress
 from nanochat.data import conversations
@@ -316,12 +316,16 @@ class _Census:
 
 
 def _languages(texts: Iterator[str]) -> list[str]:
-    """The code of the language of each text; none if the library is not there."""
+    """The code of the language of each text; none if the library is missing or cannot work."""
     try:
         from py3langid import classify
+
+        return [classify(text)[0] for text in texts]
     except ImportError:
         return []
-    return [classify(text)[0] for text in texts]
+    except OSError as e:  # it unpacks its model into a temporary file
+        notice(f"languages are not guessed, because temporary files cannot be written ({e})")
+        return []
 
 
 class _Similar:

@@ -16,7 +16,13 @@ from nanochat.base.common import UserError, human, notice, print0
 from nanochat.base.files import release
 from nanochat.base.hardware import describe_machine
 from nanochat.base.logbook import Logbook
-from nanochat.base.runtime import close_runtime, compiler_missing, out_of_memory, rank_lost
+from nanochat.base.runtime import (
+    close_runtime,
+    compiler_missing,
+    out_of_memory,
+    rank_lost,
+    tell_of_error,
+)
 from nanochat.chat.generate import Engine
 from nanochat.data.feed import RowFeed, micro_batch_rows
 from nanochat.data.shards import Shards
@@ -356,14 +362,15 @@ def session() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError, OSError) as e:
+    except (RuntimeError, MemoryError, OSError, UserError) as e:
+        if isinstance(e, RuntimeError) and not out_of_memory(e) and (lost := rank_lost(e)):
+            raise lost from e
+        tell_of_error()
         if out_of_memory(e):
             raise UserError(
                 "out of memory: choose a smaller --depth, --model_dim or --sequence_len, or a "
                 "smaller --device_batch_size"
             ) from e
-        if isinstance(e, RuntimeError) and (lost := rank_lost(e)):
-            raise lost from e
         raise
     finally:
         if compiler.Ahead.current:
