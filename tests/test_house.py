@@ -117,9 +117,9 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_390,
+    "base": 12_430,
     "tinyworld": 9_330,
-    "data": 33_720,
+    "data": 33_740,
     "model": 26_180,
     "chat": 8_500,
     "chat/serve": 11_280,
