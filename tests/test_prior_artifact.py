@@ -108,8 +108,8 @@ def test_warm_start(tmp_path, path, monkeypatch):
     prior.warm_start(m, config.rap, tensors, 3.0)
     seen = {}
 
-    def watch(q, k, v, window, bias):
-        assert bias is None
+    def watch(q, k, v, window, bias, starts):
+        assert bias is None and starts is None
         seen.setdefault("scores", []).append(q @ k.repeat_interleave(2, 1).mT / q.size(3) ** 0.5)
         return attention.attend(q, k, v, window)
 

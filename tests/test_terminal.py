@@ -17,9 +17,10 @@ from nanochat.base.common import UserError, columns, entry, notice, print0
 from nanochat.base.progress import StatusLine
 from nanochat.base.strangers import shown
 from nanochat.chat.terminal import Screen
-from nanochat.commands import base_eval, chat_cli, models, summary
+from nanochat.commands import base_eval, models, summary
 from nanochat.commands.base_train import PretrainKnobs
 from nanochat.data import hub, inventory
+from nanochat.data.rendering import visible_content
 from nanochat.data.sources import parse_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import core_bundle
@@ -134,7 +135,7 @@ def conversation(base: Path) -> None:
     screen = Screen(True)
     for turn in json.loads((base / "talk.json").read_text())["messages"]:
         screen.label(turn["role"] + EVIL)
-        screen.write(chat_cli.shown_text(turn["content"]))
+        screen.write(visible_content(turn["content"]))
         screen.end()
         screen.remark(turn["content"])
 
