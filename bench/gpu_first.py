@@ -661,15 +661,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Report]:
         )
     out = Path(k.out or base_dir() / "gpu_first")
     out.mkdir(parents=True, exist_ok=True)
+    for name in k.parts or PARTS:  # those of an earlier run
+        (out / f"{name}.json").unlink(missing_ok=True)
     context = _context()
     reports: dict[str, Report] = {}
     deadline = time.monotonic() + 60 * k.minutes
-    for name in k.parts or PARTS:
-        limit = PARTS[name][1] * (10 if k.tiny else 1)  # other work may keep a CPU busy
-        limit = min(limit, deadline - time.monotonic())
-        reports[name] = _attempt(context, name, k, out, limit)
-        print0(f"{name}: {'passed' if passed(reports[name]) else 'FAILED'}")
-    print0(table(reports))
+    try:
+        for name in k.parts or PARTS:
+            limit = PARTS[name][1] * (10 if k.tiny else 1)  # other work may keep a CPU busy
+            limit = min(limit, deadline - time.monotonic())
+            reports[name] = _attempt(context, name, k, out, limit)
+            print0(f"{name}: {'passed' if passed(reports[name]) else 'FAILED'}")
+    finally:  # also after Ctrl+C
+        print0(table(reports))
     return reports
 
 
@@ -682,10 +686,11 @@ def _context() -> Any:
 
 def _attempt(context: Any, name: str, k: FirstKnobs, out: Path, limit: float) -> Report:
     """Run a part in a process and return its report, or one that says how it failed."""
-    if limit <= 0:
-        return {"checks": {"was started": False}}
     path = out / f"{name}.json"
-    path.unlink(missing_ok=True)
+    if limit <= 0:
+        report = {"checks": {"was started": False}}
+        _write(path, report)
+        return report
     print0(f"{name}: at most {limit:.0f} s")
     process = context.Process(target=run_part, args=(name, k.device, k.tiny, str(out)))
     process.start()

@@ -86,7 +86,24 @@ def test_a_part_that_is_late_or_breaks_fails_and_the_others_run(tmp_path, monkey
         monkeypatch.setattr("sys.argv", ["x", "--device=cpu", "--tiny", f"--out={tmp_path}"])
         gpu_first.command()
     assert e.value.code == 1
-    assert next(iter(first(tmp_path, "--minutes=0").values()))["checks"] == {"was started": False}
+    reports = first(tmp_path, "--minutes=0")
+    assert reports["late"]["checks"] == {"was started": False}
+    for name, report in reports.items():  # not what an earlier run left
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == report
+
+
+def test_an_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
+    def interrupted(context, name, *rest):
+        if name == "golden":
+            raise KeyboardInterrupt
+        return {"checks": {"it works": True}}
+
+    monkeypatch.setattr(gpu_first, "_attempt", interrupted)
+    (tmp_path / "train.json").write_text("of an earlier run")
+    with pytest.raises(KeyboardInterrupt):
+        first(tmp_path)
+    assert "2 checks passed, 0 failed" in capsys.readouterr().out
+    assert not (tmp_path / "train.json").exists()
 
 
 def test_mistakes_are_told(tmp_path):
