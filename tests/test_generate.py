@@ -16,7 +16,7 @@ from torch import nn
 from nanochat.base.common import UserError
 from nanochat.chat import generate
 from nanochat.chat.generate import Batch, Engine, Sampling, choose, clip
-from nanochat.chat.packed import packed_copy
+from nanochat.chat.packed import packed_copy, quick_norm
 from nanochat.chat.reply import Reply, continue_text, fit_conversation
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.model.cache import KVCache
@@ -144,8 +144,11 @@ def test_every_logit_of_cached_passes_is_that_of_the_whole(tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_packed_copy_computes_the_same_and_leaves_the_model_alone(tokenizer, dtype, frozen):
-    m = model(tokenizer.vocab_size, dtype, n_kv_head=2)
+@pytest.mark.parametrize("copy_heads", [0, 1])
+def test_the_packed_copy_computes_the_same_and_leaves_the_model_alone(
+    tokenizer, dtype, frozen, copy_heads
+):
+    m = model(tokenizer.vocab_size, dtype, n_kv_head=2, copy_heads=copy_heads)
     if frozen:
         m.cast_for_inference()
     names = [name for name, _ in m.named_parameters()]
@@ -161,6 +164,13 @@ def test_the_packed_copy_computes_the_same_and_leaves_the_model_alone(tokenizer,
     engine = Engine(m, tokenizer)
     # a model in training is read anew, one without gradients is packed once
     assert (engine.packed() is engine.packed()) == frozen
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_the_quick_norm_is_rms_norm(size):
+    x = size * torch.randn(3, 2, 48, generator=torch.Generator().manual_seed(1))
+    want = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    torch.testing.assert_close(quick_norm(x).double(), want, atol=1e-6, rtol=1e-5)
 
 
 def test_training_between_two_calls_is_seen(tokenizer):
@@ -467,10 +477,17 @@ class Script(nn.Module):
 
     def __init__(self, vocab_size, scripts, prompt_length, context=200):
         super().__init__()
-        self.config = SimpleNamespace(sequence_len=context, softcap=0.0, n_embd=vocab_size)
+        self.config = SimpleNamespace(
+            sequence_len=context,
+            softcap=0.0,
+            n_embd=vocab_size,
+            copy_heads=0,
+            n_head=1,
+            n_kv_head=1,
+        )
         self.scripts, self.start = scripts, prompt_length
         self.blocks, self.compute_dtype = nn.ModuleList(), torch.float32
-        self.cos = self.sin = torch.zeros(0)
+        self.cos = self.sin = torch.zeros(0, 0)
         self.head_weight = torch.eye(vocab_size)  # hidden states are logits
 
     def new_cache(self, batch, capacity):

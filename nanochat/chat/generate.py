@@ -269,11 +269,11 @@ class Batch:
         ready, hidden = [self._rows[i] for i in places], self._cache.hidden[0]
         if len(ready) < len(self._rows):
             hidden = hidden[places]
-        logits = capped(self._head(hidden), self._config.softcap)
-        uniform = [row.random.random() for row in ready]
-        return self._finish_step(
-            ready, logits, choose(logits, uniform, [row.sampling for row in ready])
-        )
+        logits, uniform = self._head(hidden).float(), [row.random.random() for row in ready]
+        return self._finish_step(ready, logits, self._choose(logits, uniform, ready))
+
+    def _choose(self, logits: Tensor, uniform: list[float], rows: list[_Row]) -> list[int]:
+        return choose(logits, uniform, [row.sampling for row in rows], self._config.softcap)
 
     def _run(self, step: Step, samplings: list[Sampling]) -> tuple[Tensor, list[int]]:
         """Feed every row its token: the logits and the rows' next tokens."""
@@ -285,16 +285,16 @@ class Batch:
         return step.run(self._cache, tokens, uniform, samplings)
 
     def _finish_step(self, ready: list[_Row], logits: Tensor, chosen: list[int]) -> list[Token]:
-        """Take the chosen tokens of the rows that are ready, from logits (R, V)."""
+        """Take the chosen tokens of the rows that are ready; logits (R, V) are not capped."""
         forged = [i for i, id in enumerate(chosen) if id in self._forced_only]
         if forged:  # drawn again without them: rare, and all other draws stay what they are
             again = logits[forged]
             again[:, list(self._forced_only)] = -torch.inf
             fresh = [ready[i].random.random() for i in forged]
-            ids = choose(again, fresh, [ready[i].sampling for i in forged])
+            ids = self._choose(again, fresh, [ready[i] for i in forged])
             for i, id in zip(forged, ids, strict=True):
                 chosen[i] = id
-        reports = _log_probabilities(logits, ready, chosen)
+        reports = _log_probabilities(logits, self._config.softcap, ready, chosen)
         tokens = []
         for row, id in zip(ready, chosen, strict=True):
             new = self._take(row, id)
@@ -393,7 +393,7 @@ def clip(tokens: Sequence[int], limit: int) -> list[int]:
 
 
 def _log_probabilities(
-    logits: Tensor, rows: list[_Row], chosen: list[int]
+    logits: Tensor, softcap: float, rows: list[_Row], chosen: list[int]
 ) -> dict[int, dict[str, Any]]:
     """
     {row number: the logprob and top of its Token} for rows whose sampling asks for them, at
@@ -402,7 +402,8 @@ def _log_probabilities(
     wanted = [i for i, row in enumerate(rows) if row.sampling.alternatives is not None]
     if not wanted:
         return {}
-    log_p = torch.log_softmax(logits[wanted].to(wide(logits.device)), dim=-1).float()
+    logits = capped(logits[wanted], softcap).to(wide(logits.device))
+    log_p = torch.log_softmax(logits, dim=-1).float()
     most = max(rows[i].sampling.alternatives or 0 for i in wanted)
     values, ids = (x.tolist() for x in log_p.topk(most, dim=-1))
     own = log_p.gather(1, torch.tensor([[chosen[i]] for i in wanted], device=log_p.device))

@@ -22,7 +22,6 @@ from nanochat.base.runtime import out_of_memory, release_memory
 from nanochat.chat.sampling import Sampling, checked, draw, settings, width
 from nanochat.model.cache import KVCache, OneToken
 from nanochat.model.gpt import GPT
-from nanochat.model.loss import capped
 
 MOST_ROWS = 32
 LEAST_SLOTS = 128
@@ -56,8 +55,8 @@ class Step:
         self.view.place(length, count)
         hidden = self.body(token[:, None], self.view)
         self.view.advance(1)
-        self.logits = capped(self.head(hidden[:, 0]), self.softcap)
-        self.found = draw(self.logits, self.given[3:], self.drawn, self.nucleus)
+        self.logits = self.head(hidden[:, 0]).float()
+        self.found = draw(self.logits, self.given[3:], self.drawn, self.nucleus, self.softcap)
 
     def _capture(self, graphs: "Graphs") -> None:
         stream = torch.cuda.Stream()
@@ -79,8 +78,8 @@ class Step:
         samplings: Sequence[Sampling],
     ) -> tuple[Tensor, list[int]]:
         """
-        Feed one token to every row of the cache: the logits (R, V), valid until the next step, and
-        a token for every row.
+        Feed a token to every row of the cache: the logits (R, V) before their cap, valid until the
+        next step, and a token for every row.
         """
         rows = zip(tokens, cache.lengths, uniform, samplings, strict=True)
         self._give([[token, n, 1.0, u, *settings(s)] for token, n, u, s in rows])

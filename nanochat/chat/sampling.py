@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat.base.common import UserError
+from nanochat.model.loss import capped
 
 GREEDY, WHOLE = 0, -1  # how a row draws: the likeliest token; from all tokens, unsorted
 
@@ -46,10 +47,12 @@ def width(sampling: Sampling, V: int) -> int:
     return WHOLE if top_k == V and (sampling.top_p or 1.0) == 1 else top_k
 
 
-def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Sampling]) -> list[int]:
+def choose(
+    logits: Tensor, uniform: Sequence[float], samplings: Sequence[Sampling], softcap: float = 0.0
+) -> list[int]:
     """
-    One token per row of logits (R, V), by inverting the cumulative distribution at the row's own
-    number in [0, 1). Ties at temperature 0 go to the lower id.
+    One token per row of logits (R, V) before their cap, by inverting the cumulative distribution at
+    the row's own number in [0, 1). Ties at temperature 0 go to the lower id.
     """
     chosen = [0] * len(samplings)
     groups: dict[int, list[int]] = {}  # rows by how many of the likeliest tokens are sorted
@@ -62,7 +65,7 @@ def choose(logits: Tensor, uniform: Sequence[float], samplings: Sequence[Samplin
         else:
             values = [(uniform[i], *settings(samplings[i])) for i in rows]
             given = torch.tensor(values, dtype=wide(logits.device), device=logits.device).mT
-            found = draw(own, given, tokens, any(samplings[i].top_p for i in rows))
+            found = draw(own, given, tokens, any(samplings[i].top_p for i in rows), softcap)
         for i, id in zip(rows, checked(found), strict=True):
             chosen[i] = id
     return chosen
@@ -84,11 +87,12 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.stack((picked.float(), value.float()))
 
 
-def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool) -> Tensor:
+def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool, softcap: float) -> Tensor:
     """
     The tokens of rows (R, V) that draw from the same number of likeliest tokens, or from all, and
     below them the numbers that they were found by: (2, R). given (3, R): a number in [0, 1), the
     temperature and top_p of each row; `nucleus`: whether any row has a top_p. It waits for nothing.
+    The cap changes no order, so only the likeliest logits need it.
     """
     if width == GREEDY:
         return likeliest(logits)
@@ -96,7 +100,7 @@ def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool) -> Tensor:
     if width != WHOLE:
         logits, ids = logits.topk(width, dim=-1)
     u, temperature, top_p = given[..., None]
-    p = torch.softmax(logits.to(given.dtype) / temperature, dim=-1)
+    p = torch.softmax(capped(logits, softcap).to(given.dtype) / temperature, dim=-1)
     if nucleus:  # the token that crosses the threshold stays
         p = p.masked_fill((p.cumsum(dim=-1) - p >= top_p) & (top_p < 1), 0)
     cumulative = p.cumsum(dim=-1)

@@ -9,7 +9,7 @@ architecture knobs live in config.py. The model is built on the meta device and 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -188,7 +188,7 @@ class Attention(nn.Module):
         self.value_gate = None
         if config.has_value_table(layer):
             self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head)
-        self.joint: nn.Module | None = None  # what computes all of `project` at once, for decoding
+        self.joint: Any = None  # for decoding: what does `project` and `placed` in fewer operations
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """q, k, v of x and, in a layer with a value table, what its gate's sigmoid takes."""
@@ -196,6 +196,14 @@ class Attention(nn.Module):
             return self.joint(x)
         gate = [] if self.value_gate is None else [self.value_gate(x[..., :GATE_CHANNELS])]
         return self.q(x), self.k(x), self.v(x), *gate
+
+    def placed(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+        """q and k (B, T, width) rotated and normalised by head: (B, T, heads, head_dim) each."""
+        if self.joint is not None:
+            return self.joint.placed(q, k, cos, sin)
+        q, k = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k))
+        q = norm(rotate(q, cos, sin, self.copy_heads * self.group))
+        return q, norm(rotate(k, cos, sin, self.copy_heads))
 
     def forward(
         self,
@@ -219,9 +227,8 @@ class Attention(nn.Module):
         if self.copy_heads:
             k, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
             k = torch.cat((with_earlier(k, 1, cache, f"{self.layer}.k")[:, :-1], others), dim=-1)
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))
-        q = norm(rotate(q, cos, sin, self.copy_heads * self.group))
-        k = norm(rotate(k, cos, sin, self.copy_heads))
+        q, k = self.placed(q, k, cos, sin)
+        v = v.view(B, T, -1, self.head_dim)
         # last, so that compiled code keeps q and k once for the backward pass
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is None:
@@ -261,6 +268,8 @@ class Block(nn.Module):
     residual connection.
     """
 
+    norm: Callable[[Tensor], Tensor] = staticmethod(norm)
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
@@ -280,11 +289,11 @@ class Block(nn.Module):
         starts: Tensor | None = None,
     ) -> Tensor:
         """As Attention.forward."""
-        h = norm(x)
+        h = self.norm(x)
         if self.attn_conv is not None:
             h = self.attn_conv(h, cache)
         x = x + self.attn(h, cos, sin, cache, bias, values, starts)
-        h = norm(x)
+        h = self.norm(x)
         if self.mlp_conv is not None:
             h = self.mlp_conv(h, cache)
         return x + self.mlp(h)
@@ -295,6 +304,8 @@ class GPT(nn.Module):
     The model of `config`. Activations are in `compute_dtype`; parameters are float32 until
     `cast_for_inference`.
     """
+
+    norm: Callable[[Tensor], Tensor] = staticmethod(norm)
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -474,14 +485,14 @@ class GPT(nn.Module):
         starts = None
         if cache is None and self.config.document_start >= 0:
             starts = document_starts(idx, self.config.document_start)
-        x = norm(self.embed(idx).to(self.compute_dtype))
+        x = self.norm(self.embed(idx).to(self.compute_dtype))
         compiled = self.compiled and torch.is_grad_enabled()
         for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             run, values = block if compiled else block.forward, None
             if self.config.has_value_table(i):
                 values = self.value_tables[str(i)](idx).to(x.dtype)
             x = run(x, cos, sin, cache, bias, values, starts)
-        return norm(x)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., n_embd) -> capped logits (..., vocab_size) in float32."""
