@@ -94,7 +94,6 @@ def test_counts_and_what_is_held_out(folder, monkeypatch):
 
 
 def test_equal_and_nearly_equal_documents_are_removed(folder):
-    pytest.importorskip("rensa", reason="needs the extra documents")
     original = prose(0)
     near = changed(original, [50])
     other = changed(original, range(0, 200, 8))
@@ -114,21 +113,6 @@ def test_short_documents_are_removed_only_if_they_are_equal(tmp_path):
     (source,) = take(path)
     assert (source.documents, source.exact, source.near) == (200, 100, 0)
     assert sorted([*chain(*texts(path))]) == sorted(rows[:100])
-
-
-def test_without_the_library_near_duplicates_stay_and_this_is_said(folder, monkeypatch):
-    (folder / "x.md").write_text(changed(prose(0), [50]))
-    find_spec = inventory.importlib.util.find_spec
-    monkeypatch.setattr(
-        inventory.importlib.util,
-        "find_spec",
-        lambda name: None if name == "rensa" else find_spec(name),
-    )
-    lines = "\n".join(inventory.as_lines(take(folder)))
-    assert (
-        "nearly equal ones not looked for" in lines and 'pip install "nanochat[documents]"' in lines
-    )
-    assert len([*chain(*texts(folder))]) == 31
 
 
 def test_a_new_file_is_noticed(folder):

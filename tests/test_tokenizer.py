@@ -10,12 +10,21 @@ import time
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.base.common import UserError
 from nanochat.data.rendering import SPECIAL_TOKENS
-from nanochat.data.tokenizer import WINDOW, StreamDecoder, Tokenizer, segments
+from nanochat.data.tokenizer import (
+    DIGITS,
+    WINDOW,
+    StreamDecoder,
+    Tokenizer,
+    fast_pattern,
+    segments,
+    split_pattern,
+)
 
 WORDS = (
     "the cat sat on a warm stone while rain fell and Anna's dog didn't see 12 or 345 birds; naïve café — 東京の猫 😀 déjà vu\n\n"
@@ -92,6 +101,20 @@ def test_lossless_and_the_same_through_tokenizers(tok, hf, text):
     assert tok.encode(text, bos=True) == [tok.bos, *ids]
     assert hf.encode(text).ids == ids and hf.decode(ids) == text
     assert tok.token_bytes()[ids].sum() == len(text.encode())  # trap 15
+
+
+@given(
+    st.text(
+        alphabet=st.one_of(
+            st.sampled_from("aéß東'sLl 1٣²\n\r\t\u00a0\u3000.!-–\u0301"), st.characters()
+        )
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_the_fast_pattern_splits_as_the_definition_does(text):
+    for digits in DIGITS:
+        expected = regex.findall(split_pattern(digits), text)
+        assert regex.findall(fast_pattern(digits), text) == expected
 
 
 @given(st.text(alphabet=st.characters(categories=["Cs", "Lu", "Zs"]), max_size=50))

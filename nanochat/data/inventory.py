@@ -6,21 +6,21 @@ documents, duplicates, languages, what is long or odd, what is held out, and the
     as_lines(found)                  # for the screen; the file has what the screen leaves out
 
 Duplicates are removed before training: of equal documents the first one stays, and so it does of
-documents whose 5-word sequences are the same to at least SIMILAR (MinHash; about 10 MB/s). Of a
-source of more than LIMIT characters, only the first LIMIT are looked at; this is said.
+nearly equal ones (see similar.py). Of a source of more than LIMIT characters, only the first LIMIT
+are looked at; this is said.
 """
 
 import hashlib
 import heapq
-import importlib
 import importlib.util
 import json
+import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanochat.base.common import UserError, base_dir, counted, human, in_line, notice, print0
 from nanochat.base.files import Hashes, atomic_write
@@ -32,20 +32,18 @@ from nanochat.data.rows import Report
 from nanochat.data.split import LEAST, Division, division, place
 
 if TYPE_CHECKING:
+    from nanochat.data.similar import Sketch
     from nanochat.data.sources import Source
 
-VERSION = 2
+VERSION = 3
 VALIDATION_SHARE = 0.01
 LIMIT = 1 << 28  # characters of a source
-SIMILAR = 0.8  # estimated share of the 5-word sequences of two documents that they have in common
-SHORTEST = 50  # words of a document that is compared with others
-SHINGLE = 5  # words
-PERMUTATIONS, BANDS = 128, 16
 SAMPLES = 200  # documents whose language is guessed
 SHOWN = 10  # files of each reason
 MOST_LINES = 500_000  # whose frequency is counted
 MOST_PROBLEMS = 100_000  # rows that cannot be used, and are named
-EXTRAS = "charset_normalizer selectolax mammoth defusedxml pypdf striprtf rensa py3langid"
+ASCII = bytes(range(128))
+EXTRAS = "charset_normalizer selectolax mammoth defusedxml pypdf striprtf py3langid"
 
 
 @dataclass
@@ -62,7 +60,6 @@ class SourceInventory:
     exact: int = 0  # documents that are equal to an earlier one
     near: int = 0  # documents that are nearly equal to an earlier one
     removed_characters: int = 0
-    looked_for_near: bool = True
     languages: dict[str, int] = field(default_factory=dict)  # of up to SAMPLES documents
     repeated_lines: list[tuple[int, str]] = field(default_factory=list)  # (documents, line)
     longest: list[tuple[int, str]] = field(default_factory=list)  # (characters, place and start)
@@ -98,9 +95,6 @@ class SourceInventory:
         if not self.file:
             return []
         share = self.removed_characters / max(self.characters, 1)
-        near = f"{self.near:,} nearly equal"
-        if not self.looked_for_near:
-            near = 'nearly equal ones not looked for (pip install "nanochat[documents]")'
         read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
         out = [
             f"{self.name}: {counted(self.documents, 'documents')}, "
@@ -110,7 +104,7 @@ class SourceInventory:
         ]
         if self.documents:
             removed = f"; removed: {share:.1%} of the characters" * bool(share)
-            out.append(f"duplicates: {self.exact:,} equal, {near}{removed}")
+            out.append(f"duplicates: {self.exact:,} equal, {self.near:,} nearly equal{removed}")
         if self.notes:
             out.append("notes: " + "; ".join(f"{what}: {n:,}" for what, n in _most(self.notes)))
         if self.bad_rows:
@@ -205,26 +199,34 @@ def _key(found: Found, field: str | None, me: str | None) -> str:
 
 
 def _survey(name: str, found: Found, field: str | None, me: str | None) -> SourceInventory:
+    from nanochat.data.similar import sketched
+
     report, census = Report(limit=MOST_PROBLEMS), _Census()
     size = sum(map(text_bytes, found.files))
     with progress(min(size, LIMIT), f"looking through {name}", "characters") as bar:
-        try:
-            for text in read_all(found.files, field, report):
-                census.add(text, str(report.path))
-                bar.advance(len(text))
-                if census.result.characters >= LIMIT:
-                    census.result.complete = False
-                    break
-        except UserError as e:  # of the only file; whoever reads it to train hears the reason
-            path = report.path or found.files[0]
-            if str(path) not in {name for _, name in report.skipped}:
-                report.skip(path, e)
+        for text, path, sketch in sketched(_documents(found.files, field, report)):
+            census.add(text, path, sketch)
+            bar.advance(len(text))
+            if census.result.characters >= LIMIT:
+                census.result.complete = False
+                break
     inventory = census.finish(name)
     inventory.read = dict(report.read)
     inventory.skipped = [*found.listed, *report.skipped]
     inventory.notes, inventory.bad_rows = dict(report.notes), report.problems
     _survey_conversations(inventory, found.files, me)
     return inventory
+
+
+def _documents(files: list[Path], field: str | None, report: Report) -> Iterator[tuple[str, str]]:
+    """Each document and the file that holds it."""
+    try:
+        for text in read_all(files, field, report):
+            yield text, str(report.path)
+    except UserError as e:  # of the only file; whoever reads it to train hears the reason
+        path = report.path or files[0]
+        if str(path) not in {name for _, name in report.skipped}:
+            report.skip(path, e)
 
 
 def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str | None) -> None:
@@ -246,26 +248,26 @@ class _Census:
     """Counts documents one after the other; what it says of them is in `result`."""
 
     def __init__(self) -> None:
-        self.result = SourceInventory(
-            "", looked_for_near=importlib.util.find_spec("rensa") is not None
-        )
+        from nanochat.data.similar import Similar
+
+        self.result = SourceInventory("")
         self.seen: set[float] = set()
         self.sizes: list[tuple[float, int]] = []
         self.first: list[str] = []  # as many as decide how the source is divided
         self.held_out = 0
         self.lines: Counter[str] = Counter()
         self.samples: list[tuple[float, str]] = []
-        self.similar = _Similar() if self.result.looked_for_near else None
+        self.similar = Similar()
 
-    def add(self, text: str, path: str) -> None:
-        """Count a document of a file."""
+    def add(self, text: str, path: str, sketch: "Sketch | None") -> None:
+        """Count a document of a file; see similar.py for its sketch."""
         result, where = self.result, place(text)
         result.documents += 1
         result.characters += len(text)
         if where in self.seen:
             result.exact += 1
             result.repeated.append(where)
-        elif self.similar and self.similar.to_an_earlier_one(text):
+        elif self.similar.to_an_earlier_one(sketch):
             result.near += 1
             result.dropped.append(where)
             self.seen.add(where)
@@ -293,7 +295,7 @@ class _Census:
         result.longest = heapq.nlargest(3, [*result.longest, (len(text), named)])
         if len(text) >= 200:
             head = text[:2000]
-            letters = sum(map(str.isalpha, head)) / max(1, len(head) - head.count(" "))
+            letters = _letters(head) / max(1, len(head) - head.count(" "))
             result.oddest = heapq.nsmallest(3, [*result.oddest, (round(letters, 3), named)])
 
     def finish(self, name: str) -> SourceInventory:
@@ -315,6 +317,13 @@ class _Census:
         return result
 
 
+def _letters(text: str) -> int:
+    """How many characters are letters; those that are no ASCII are looked at one by one."""
+    data = text.encode()
+    ascii_letters = len(data) - len(data.translate(None, string.ascii_letters.encode()))
+    return ascii_letters + sum(map(str.isalpha, data.translate(None, ASCII).decode()))
+
+
 def _languages(texts: Iterator[str]) -> list[str]:
     """The code of the language of each text; none if the library is missing or cannot work."""
     try:
@@ -326,26 +335,3 @@ def _languages(texts: Iterator[str]) -> list[str]:
     except OSError as e:  # it unpacks its model into a temporary file
         notice(f"languages are not guessed, because temporary files cannot be written ({e})")
         return []
-
-
-class _Similar:
-    """Finds documents that are nearly equal to an earlier one, by MinHash."""
-
-    def __init__(self) -> None:
-        self.rensa: Any = importlib.import_module("rensa")
-        self.index = self.rensa.RMinHashLSH(SIMILAR, PERMUTATIONS, BANDS)
-        self.hashes: list[Any] = []
-
-    def to_an_earlier_one(self, text: str) -> bool:
-        """Whether this document is similar to an earlier one; if not, it is remembered."""
-        words = text.split()
-        if len(words) < SHORTEST:
-            return False
-        shingles = [" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)]
-        minhash = self.rensa.RMinHash(PERMUTATIONS, 1)
-        minhash.update(shingles)
-        if any(self.hashes[i].jaccard(minhash) >= SIMILAR for i in self.index.query(minhash)):
-            return True
-        self.index.insert(len(self.hashes), minhash)
-        self.hashes.append(minhash)
-        return False
