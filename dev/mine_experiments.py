@@ -49,7 +49,8 @@ class Mix(NamedTuple):
     """
     A chain of three stages in steps of BATCH tokens, finetuning in steps of 32 conversations.
     `everyday`: the share of the embedded corpus; `start`: tag of a model in the folder
-    --ready that it goes on from, with its tokenizer.
+    --ready that it goes on from, with its tokenizer; `talk`: the generated conversations.
+    Chains that differ only in what follows pretraining share it.
     """
 
     megabytes: float
@@ -60,16 +61,26 @@ class Mix(NamedTuple):
     vocabulary: int = 2048
     start: str = ""
     seed: int = 1
+    talk: str = "tinyworld"
 
     @property
     def key(self) -> str:
         parts = [f"chain {self.megabytes:g}MB everyday {self.everyday:g}"]
         parts += [f"{self.depth}x{self.width} v{self.vocabulary}", "+".join(map(str, self.steps))]
         parts += [f"from {self.start}"] if self.start else []
+        parts += [self.talk] if self.talk != "tinyworld" else []
         return " ".join([*parts, f"s{self.seed}"])
 
 
+SHORT = (250, 135, 50)  # 1.8 M tokens
 MIXES = [
+    # which embedded conversations, and how much of the embedded corpus, beside 3 MB
+    *(
+        Mix(3, share, SHORT, 2, 128, 4096, seed=seed, talk=talk)
+        for seed in (1, 2)
+        for share, talk in ((0.6, "everyday"), (0.6, "tinyworld"), (0.3, "everyday"))
+    ),
+    Mix(3, 0.8, SHORT, 2, 128, 4096, talk="everyday"),
     Mix(1, 0.5),
     Mix(1, 0.3, start="quickstart"),  # reads as much of the text as the one above
     *(Mix(1, everyday) for everyday in (0.0, 0.7, 0.3)),
@@ -182,9 +193,13 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
 
     inventory.VALIDATION_SHARE = SHARE
     text = texts(books, folder, mix.megabytes)
-    if not (folder / "questions.jsonl").exists():
-        mine.write_conversations(folder, 6000, 1)
+    made = folder / "made"
+    if not (made / "questions.jsonl").exists():
+        made.mkdir(exist_ok=True)
+        shutil.copy(text, made)
+        mine.write_conversations(made, 6000, 1)
     tag = re.sub(r"[ =+]", "-", mix.key)
+    base_tag = re.sub(r"[ =+]", "-", mix._replace(talk="tinyworld", steps=mix.steps[:1]).key)
     e = mix.everyday
     began = time.monotonic()
     if not (folder / "tokenizer" / "tokenizer.json").exists():
@@ -195,11 +210,11 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
     if mix.start:
         furthest = ready / "checkpoints" / "rl" / mix.start
         shutil.copytree(furthest, run_directory("base", tag), dirs_exist_ok=True)
-    shared = f"--model_tag={tag} --resume=auto --seed={mix.seed} --eval_tokens=32768 {MACHINE}"
+    shared = f"--resume=auto --seed={mix.seed} --eval_tokens=32768 {MACHINE}"
     shape = f"--depth={mix.depth} --model_dim={mix.width} --head_dim=64 --sequence_len=256"
     base_steps, mid_steps, sft_steps = mix.steps
-    talk = [f"made={folder / 'made.jsonl'}:{0.45 * (1 - e) + 0.02}", "identity@400:0.05"]
-    talk += [f"tinyworld@6000:{0.75 * e + 0.02}"]
+    talk = [f"made={made / 'made.jsonl'}:{0.45 * (1 - e) + 0.02}", "identity@400:0.05"]
+    talk += [f"{mix.talk}@6000:{0.75 * e + 0.02}"]
     replay = [
         own[0].replace(f":{1 - e}", f":{0.5 * (1 - e)}"),
         *([f"tinyworld@9:{e / 4}"] if e else []),
@@ -208,11 +223,14 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
         flags = (
             f"{shape} --total_batch_size={BATCH} --lookback=on --warmdown_ratio=1 --eval_every=0.25"
         )
-        base_train.main(
-            [*shared.split(), *flags.split(), f"--num_iterations={base_steps}", "--data", *both]
+        words = [*shared.split(), *flags.split(), f"--num_iterations={base_steps}"]
+        base_train.main([*words, f"--model_tag={base_tag}", "--data", *both])
+        shutil.copytree(
+            run_directory("base", base_tag), run_directory("base", tag), dirs_exist_ok=True
         )
     flags = f"--total_batch_size={BATCH} --lr_scale=0.5 --warmdown_ratio=1 --eval_every=0.5"
     mid_steps += base_steps if mix.start else 0
+    shared += f" --model_tag={tag}"
     mid_train.main(
         [
             *shared.split(),
@@ -239,7 +257,7 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
         numbers["own"] = round(own_text.bits_per_byte(loaded, source), 4)
         found[stage] = numbers
         if stage == "sft":
-            found["asked"] = answers(loaded, folder)
+            found["asked"] = answers(loaded, made)
     return {"key": mix.key, **mix._asdict(), **found, "seconds": round(time.monotonic() - began)}
 
 

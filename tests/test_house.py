@@ -123,7 +123,7 @@ CEILINGS = {
     "model": 26_300,
     "chat": 9_000,
     "chat/serve": 11_280,
-    "eval": 19_800,
+    "eval": 20_560,
     "train": 19_340,
     "study": 13_150,
     "plan": 15_330,

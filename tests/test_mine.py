@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -93,7 +94,7 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
     assert shown.count("copied: at most") == 3 and "Held-out questions" in shown
     assert "knobs" not in shown, "what the stages print belongs to the log file"
     assert set(found["bits_per_byte"]) == {"model", "after finetuning", "n-gram", "xz", "gzip"}
-    assert found["own"]["kinds"] and found["embedded"]["n"] == 8
+    assert found["own"]["kinds"] and found["embedded"]["n"] == 3
     mine.main([str(place), "--minutes=3", "--from=mine", "--model_tag=second", *CPU])
     second, first = locate("base", "second"), locate("sft", "mine")
     assert second.fingerprint == first.fingerprint and locate("sft", "second").step >= 1
@@ -129,21 +130,64 @@ def test_conversations_are_reproducible_and_different():
     assert {item["kind"] for item in first} == set(owntext.KINDS)
 
 
+ASKED = r'(?:[^"]+?[?.]|[^"]+"[^"]+"\?) (.+)'  # a question about a passage, and the passage
+
+
 @pytest.mark.parametrize("kind", owntext.JUDGED)
 def test_gold_is_right_and_what_it_is_about_is_in_the_text(kind):
     text = normalised(story(9, 200))
-    for item in made([kind]):
+    items = made([kind])
+    assert items
+    for item in items:
         asked, gold = (message["content"] for message in item["messages"])
-        assert owntext.is_right(item, gold) and not owntext.is_right(item, f"no{gold}")
-        assert not owntext.is_right(item, "")
+        answer = item["answer"]
+        assert owntext.is_right(item, gold) and owntext.is_right(item, answer)
+        assert not owntext.is_right(item, f"no{answer}") and not owntext.is_right(item, "")
         assert kind == "complete" or not owntext.is_right(item, f"{gold} or not")
-        quoted = asked.split("? ", 1)[-1].split(": ", 1)[-1].split("here? ", 1)[-1]
-        whole = quoted.replace("___", gold) if kind == "missing" else quoted
+        assert gold in text if kind == "complete" else answer in gold
+        quoted = asked.partition(": ")[2]
+        if kind == "complete":
+            quoted = re.split(r"How does this end\? |sentence: ", asked, maxsplit=1)[1]
+        elif kind != "missing":
+            quoted = re.fullmatch(ASKED, asked, re.S)[1]
+        elif asked.startswith("Which"):
+            quoted = asked.partition("? ")[2]
+        whole = quoted.replace("___", answer) if kind == "missing" else quoted
         assert whole in text
-        if kind in ("name", "follows"):
-            assert item["answer"] in whole
+        if kind in ("name", "follows", "speaker"):
+            assert answer in whole
+        if kind == "follows":
+            assert gold.removeprefix('It says "').removesuffix('".') in whole.replace('"', "")
+        if kind == "speaker":
+            assert re.search(rf'" asked {answer}', whole)
         if kind == "complete":
             assert f"{quoted} {gold}" in text
+
+
+def test_a_passage_is_asked_about_several_times():
+    several = 0
+    for item in made(["passage"], 40):
+        contents = [message["content"] for message in item["messages"]]
+        passage = re.fullmatch(ASKED, contents[0], re.S)[1]
+        asked = contents[0].removesuffix(passage).strip()
+        assert passage in normalised(story(9, 200))
+        for reply in contents[1::2]:
+            (answer,) = re.fullmatch(r'(?:It \w+ "|The name is |It is )(.+?)"?\.', reply).groups()
+            assert answer in passage.replace('"', "")
+        assert len({asked, *contents[2::2]}) == len(contents) // 2 <= 4
+        several += len(contents) > 4
+    assert several > 20
+
+
+def test_tell_begins_with_its_subject_and_who_said_it_is_said():
+    for item in made(["tell"], 20):
+        asked, reply = (message["content"] for message in item["messages"])
+        (subject,) = re.search(r"(Mira|Tobin|Odo|[Tt]he \w+)[.?]$", asked).groups()
+        assert subject.lower() in re.split(r"(?<=[.?!])[ \"]", reply)[0].lower()
+    for item in made(["said"], 20):
+        asked, reply = (message["content"] for message in item["messages"])
+        words, name = asked.split('"')[1], reply.removesuffix(" said that.")
+        assert f'"{words}" asked {name}' in normalised(story(9, 200))
 
 
 def test_dialogues_are_turns_of_the_text():
@@ -157,14 +201,17 @@ def test_dialogues_are_turns_of_the_text():
 
 
 def test_abbreviations_end_no_sentence_and_are_no_names():
-    text = "Mr. Tobin met Mrs. Odo at noon. " * 3 + "They and I spoke to J. Mira of it. " * 3
+    text = (
+        "Mr. Tobin met Mrs. Odo at noon. " * 3
+        + "They and I spoke to J. Mira of it; I'll ask Mira's. " * 3
+    )
     assert owntext.SENTENCE_END.split(text)[:2] == [
         "Mr. Tobin met Mrs. Odo at noon.",
         "Mr. Tobin met Mrs. Odo at noon.",
     ]
     names = {
         w
-        for w in ("Mr", "Mrs", "Tobin", "Mira", "They", "I", "noon")
+        for w in ("Mr", "Mrs", "Tobin", "Mira", "They", "I", "I'll", "Mira's", "noon")
         if TextQuestions([text]).is_name(w)
     }
     assert names == {"Tobin", "Mira"}

@@ -6,9 +6,9 @@ Train a model on your own text, from nothing to a chat, offline and in one go.
     nanochat mine FOLDER --dry_run             only says what was found and what would be trained
 
 The text is read, and a tokenizer and a model of a size that suits text and time are trained on it
-and on the embedded corpus, which teaches what a small text cannot: small talk, facts, sums. Then
-they are trained on conversations, made from the text and of your own if there are some. At the end
-it says what the model can do and what it copied. If interrupted, the same command continues.
+and on the embedded corpus, which teaches what a small text cannot: to answer, small talk, sums.
+Then it is trained on conversations, made from the text and of your own if there are some. At the
+end it says what the model can do and what it copied. If interrupted, the same command continues.
 """
 
 import json
@@ -42,6 +42,7 @@ from nanochat.train.scaling import (
 
 if TYPE_CHECKING:
     from nanochat.data.sources import Source
+    from nanochat.model.config import GPTConfig
 
 SHARES = {"base": 0.4, "mid": 0.42, "sft": 0.18}  # of the time
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
@@ -59,7 +60,7 @@ CHARACTERS_PER_MADE = 100  # of the text, at least, per conversation made from i
 BYTES_PER_TOKEN = 4.0  # of a stored conversation, about
 EMBEDDED_TEXT = "everyday=tinyworld"
 READY_MADE = "quickstart"  # tag of a model that one can continue from
-TALK = "Hello!", "What is your name?", "How much is 7 plus 5?"
+TALK = "Hello!", "What is your name?", "My name is Mia. I like apples.", "How much is 7 plus 5?"
 QUESTIONS = 60  # of each kind made from the text; a third as many of the embedded corpus
 
 
@@ -80,7 +81,7 @@ class MineKnobs(MachineKnobs):
         alias="--from",
     )
     everyday: float = knob(
-        0.6, "share of the embedded corpus: small talk, facts, sums (0 = none)", low=0, high=0.95
+        0.6, "share of the embedded corpus: small talk, stories, sums (0 = none)", low=0, high=0.95
     )
     vocab_size: int = knob(0, "tokens in the vocabulary (0 = by the size of the text)", low=0)
     model_tag: str = knob("mine", "name of the model's folders")
@@ -308,7 +309,7 @@ def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[
         f"made={folder / 'made.jsonl'}": made,
         f"own={folder / 'own.jsonl'}": found,
         "identity@400": 0.05,
-        f"tinyworld@{min(32_000, round(1600 * minutes_of(knobs)))}": embedded,
+        f"everyday@{min(32_000, round(1600 * minutes_of(knobs)))}": embedded,
     }
     if pretrains:
         shares[f"text={folder / 'text.jsonl'}"] = replay
@@ -383,35 +384,49 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     """Everything that is measured at the end; also kept in summary.json."""
     from nanochat.eval import own_text
     from nanochat.eval.tasks import owntext, tinyworld
-    from nanochat.export.target import destinations
     from nanochat.model.checkpoint import load_for_inference
+    from nanochat.tinyworld.conversations import EVERYDAY
 
     machine = {name: getattr(knobs, name) for name in ("device_type", "dtype", "seed")}
     source, tag = own_source(folder), knobs.model_tag
-    base = load_for_inference(text_stage(knobs), tag, **machine)
     chat = load_for_inference("sft", tag, **machine)
+    writers = {
+        stage: load_for_inference(stage, tag, **machine)
+        for stage in ("base", "mid")
+        if stage == "mid" or not knobs.start
+    }
+    bits = {stage: own_text.bits_per_byte(loaded, source) for stage, loaded in writers.items()}
+    writer = min(bits, key=bits.__getitem__)  # the stage that predicts the text best
     found = {
+        "writer": writer,
         "bits_per_byte": {
-            "model": own_text.bits_per_byte(base, source),
+            "model": bits[writer],
             "after finetuning": own_text.bits_per_byte(chat, source),
             **own_text.other_predictors(source),
         },
-        "samples": own_text.samples(base, source, knobs.seed),
-        "destinations": destinations(base.model.config, base.tokenizer.digits),
+        "samples": own_text.samples(writers[writer], source, knobs.seed),
+        "exports": exports(chat.model.config, chat.tokenizer.digits),
     }
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
     tasks = owntext.tasks(questions)
     found["talk"] = own_text.replies(chat, [*TALK, *owntext.about_names(questions, 2)])
     found["own"] = own_text.answers(chat, tasks, QUESTIONS)
-    found["embedded"] = own_text.answers(chat, list(tinyworld.TASKS.values()), QUESTIONS // 3)
+    everyday = [tinyworld.TASKS[kind] for kind in dict.fromkeys(EVERYDAY)]
+    found["embedded"] = own_text.answers(chat, everyday, QUESTIONS // 3)
     atomic_write(folder / "summary.json", json.dumps(found, indent=1))
     return found
 
 
-def text_stage(knobs: MineKnobs) -> str:
-    """The stage that continues text best: the first that has learned the text."""
-    return "mid" if knobs.start else "base"
+def exports(config: "GPTConfig", digits: int) -> bool:
+    """Whether transformers can run the model."""
+    from nanochat.export.target import choose_target
+
+    try:
+        choose_target(config, digits, "hf")
+    except UserError:
+        return False
+    return True
 
 
 def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
@@ -429,13 +444,19 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
             "",
             *own_text.answer_lines({"kinds": kinds}),
             "",
-            "What it replies, always taking the likeliest word:",
+            "What it replies in a chat:",
             *(f"    {asked}\n    > {reply}" for asked, reply in found["talk"]),
             "",
             f"{minutes:.1f} minutes in all",
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
-            f"to let it continue:   nanochat base_complete -g {tag} -i {text_stage(knobs)}",
-            f"to take it elsewhere: {found['destinations']}",
+            f"to let it continue:   nanochat base_complete -g {tag} -i {found['writer']}",
+            "to take it elsewhere: "
+            + (
+                f"nanochat export -g {tag}"
+                if found["exports"]
+                else f"not possible, because models of up to {LOOKBACK_MINUTES} minutes learn "
+                "faster with parts that other programs lack"
+            ),
         ]
     )
 

@@ -14,12 +14,13 @@ from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.chat import judge, visible_text
 from nanochat.eval.scores import summarise
 from nanochat.eval.tasks.common import Task
-from nanochat.eval.tasks.owntext import ABOUT
+from nanochat.eval.tasks.owntext import ABOUT, passages
 from nanochat.eval.verbatim import longest_overlap, normalised
 from nanochat.model.checkpoint import Loaded
 
 TEMPERATURES = 0.3, 0.7, 1.0
 SAMPLE_TOKENS = 80
+CHAT: dict[str, Any] = {"temperature": 0.6, "top_k": 50}  # as chat_cli samples
 PROMPT_WORDS = 6
 MOST_TOKENS = 1 << 18  # of held-out text that the model reads
 MOST_CHARACTERS = 50_000_000  # of training text that samples are compared with
@@ -55,7 +56,7 @@ def other_predictors(source: Source) -> dict[str, float]:
 
 
 def replies(loaded: Loaded, questions: Sequence[str]) -> list[tuple[str, str]]:
-    """Each question with its greedy reply."""
+    """Each question with its reply, sampled as chat_cli does."""
     engine, tokenizer = (
         Engine(loaded.model.cast_for_inference(), loaded.tokenizer),
         loaded.tokenizer,
@@ -64,18 +65,27 @@ def replies(loaded: Loaded, questions: Sequence[str]) -> list[tuple[str, str]]:
         tokenizer.render_prompt({"messages": [{"role": "user", "content": question}]})
         for question in questions
     ]
-    samples = engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS, temperature=0.0)
-    texts = [normalised(visible_text(tokenizer, sample.tokens)) for sample in samples]
+    samples = engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS, **CHAT)
+    texts = [
+        normalised(visible_text(tokenizer, s.tokens)) + " ..." * (s.finish == "length")
+        for s in samples
+    ]
     return list(zip(questions, texts, strict=True))
+
+
+def sample_prompt(texts: Sequence[str]) -> str:
+    """The beginning of a passage in the middle of the longest text."""
+    found = list(passages(max(texts, key=len)))
+    return " ".join(found[len(found) // 2].split()[:PROMPT_WORDS])
 
 
 def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
     """
-    A continuation of the beginning of a held-out document at each temperature, with its longest
-    overlap with the training text.
+    A continuation of words of a held-out document at each temperature, with its longest overlap
+    with the training text.
     """
     corpus = normalised(" ".join(documents(source, "train")))[:MOST_CHARACTERS]
-    prompt = " ".join(documents(source, "val")[0].split()[:PROMPT_WORDS])
+    prompt = sample_prompt(documents(source, "val"))
     engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     out = []
     for temperature in TEMPERATURES:

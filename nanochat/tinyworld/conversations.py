@@ -28,6 +28,8 @@ CYCLE = (
     "smalltalk choice context facts choice spelling counting choice arithmetic spelling choice "
     "context facts choice counting "
 ) * 3 + "twostep"
+# The kinds in turn that a model of other text needs: it answers, and knows no people of this world.
+EVERYDAY = "smalltalk", "context", "smalltalk", "arithmetic"
 SECTIONS = (  # of tinyworld.toml, with wordings
     "context facts choice sums spelling profile smalltalk room village roll memory diary dialogue"
 )

@@ -3,7 +3,7 @@ Conversations to train on: named on the command line, rendered once with their s
 mixed by weight.
 
     NAME[@N][:WEIGHT]                smoltalk, mmlu, gsm8k, arc-easy, arc-challenge: data sets
-                                     tinyworld, spellingbee, identity: generated, N of them
+                                     tinyworld, everyday, spellingbee, identity: generated, N
     NAME=PATH[@N][:WEIGHT]           your own (see data/shapes.py and data/dialogue.py)
 
 For a data set or a file, @N draws N conversations at random, and repeats them (epochs) if there are
@@ -47,11 +47,13 @@ DATA_SETS: dict[str, DataSet] = {
 }
 GENERATORS = {  # (seed, split, the model's name) -> endless conversations
     "tinyworld": lambda seed, split, name: tinyworld.conversations(seed, split),
+    "everyday": lambda seed, split, name: tinyworld.conversations(seed, split, tinyworld.EVERYDAY),
     "spellingbee": lambda seed, split, name: spellingbee.conversations(seed, split),
     "identity": identity.conversations,
 }
 COUNTS = {  # how many are generated: by default for training, and for validation
     "tinyworld": (40_000, 2_000),
+    "everyday": (20_000, 1_000),
     "spellingbee": (20_000, 1_000),
     "identity": (1_000, 50),
 }

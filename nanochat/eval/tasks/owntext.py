@@ -1,8 +1,8 @@
 """
 Conversations and questions about a person's own text, made from it by rule: continue a passage,
-tell of a person or a thing, complete a sentence, choose the missing word, look up a name or a word
-in a passage; and the turns of dialogue that the text itself holds, in quotation marks or as "NAME:
-words".
+tell of a person or a thing, complete a sentence, choose the missing word, say who said something,
+answer several questions about one passage; and the turns of dialogue that the text itself holds, in
+quotation marks or as "NAME: words".
 
 The wordings are English; the text may be in any language that separates its words. The same texts
 and seed give the same conversations. What is asked of a trained model is made from held-out texts.
@@ -12,35 +12,52 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import partial, partialmethod
 
 from nanochat.eval.tasks.common import Item, Task, exchange
 
 # kind -> chance level of the kinds that have one right answer; the others have none to judge
-JUDGED = {"missing": 1 / 3, "name": 0.05, "follows": 0.03, "complete": 0.0}
-KINDS = ("dialogue", "continue", "tell", "missing", "name", "follows", "complete")
+JUDGED = {"missing": 1 / 3, "name": 0.05, "speaker": 0.4, "follows": 0.03, "complete": 0.0}
+# In training, in turn. A passage is asked about several times in a row, so that more of what is
+# read is an answer.
+KINDS = ("dialogue", "continue", "tell", "passage", "said", "missing", "passage", "complete")
 ABOUT = {  # what a kind asks for, for people
     "missing": "choose the missing word of a sentence among three",
     "name": "find the name in a passage",
+    "speaker": "say who speaks in a passage",
     "follows": "find the word that follows two others in a passage",
     "complete": "guess the next word of a sentence",
-    "dialogue": "answer like the speakers in the text",
-    "continue": "continue a passage",
-    "tell": "tell of a person or a thing as the text does",
+    "smalltalk": "greet, remember a name, give advice on the weather",
+    "context": "answer from a short story",
+    "arithmetic": "do a sum with the calculator",
 }
-ASK = {
+ASK = {  # {x}: of the text
     "continue": ("Continue: {x}", "Go on: {x}", "What comes next? {x}"),
     "tell": ("Tell me about {x}.", "Write about {x}.", "What about {x}?"),
+    "name": ("Who is {x}?", "What do you know of {x}?", "Tell me about {x}.", "What of {x}?"),
+    "said": ('Who said "{x}"?', 'Who says "{x}"?'),
     "complete": ("Complete the sentence: {x}", "How does this end? {x}"),
     "missing": ("Which word is missing, {o}? {x}", "Fill in {o}: {x}"),
-    "name": ("Which name is in this text? {x}", "Find the name: {x}"),
-    "follows": ('Which word follows "{w}"? {x}', 'What comes after "{w}" here? {x}'),
+}
+# Questions about a passage, and the form of the reply: the words before an answer are those that
+# precede it in the passage, which makes it easier to find.
+ASK_PASSAGE = {
+    "name": (("Which name is in this text?", "Find the name."), "The name is {a}."),
+    "speaker": (("Who speaks here?", "Who is speaking?"), "It is {a}."),
+    "follows": (
+        ('Which word follows "{w}"?', 'What comes after "{w}"?'),
+        'It says "{w} {a}".',
+    ),
+    "begins": (("How does it begin?", "What are the first words?"), 'It begins "{a}".'),
+    "ends": (("How does it end?", "What are the last words?"), 'It ends "{a}".'),
 }
 PASSAGE = 240  # characters: with a question and a reply it fits a context of 256 tokens
 TURN = 160  # characters of one turn of dialogue
 SILENT = 6  # lines of prose between two turns of one dialogue
 COMMONEST = 100  # words that are about nothing
+NEAR = 40  # characters from the beginning of a sentence that is about something
 TURNS = 4  # that a conversation takes from a dialogue
+QUOTES = 5  # words at the beginning or the end of a passage
 # After a mark, but not after Mr., Mrs., Dr. or an initial: capitals of up to three letters
 SENTENCE_END = re.compile(
     r"(?<=[.!?…。！？])(?<!\b[A-Z]\.)(?<!\b[A-Z]\w\.)(?<!\b[A-Z]\w\w\.)\s+"
@@ -48,6 +65,13 @@ SENTENCE_END = re.compile(
 )
 QUOTED = re.compile(r"“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|\"([^\"]+)\"")
 SPEAKER = re.compile(r"^([^\W\d_][\w .'-]{0,24}):[ \t]+(\S.*)$")
+SAID = re.compile(  # after what is said
+    r"[\"”»]\s+(?:said|says|asked|cried|answered|replied|exclaimed|whispered)\s+"
+    r"((?:(?:Mr|Mrs|Dr|Miss|Sir|Lady)\.? )?[A-Z][\w’'-]+)"
+)
+NO_NAME = re.compile(r"I['’]|.*['’]s$")
+OPENING = re.compile(r"[\"“„«]")
+THING = re.compile(r"\b[Tt]he ([a-z]{3,})[.,;!?]")
 WITHIN = re.compile(r"(?:[\w,;]|\b[A-Z]\w{0,2}\.)\s$")  # before a word that begins no sentence
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -60,6 +84,7 @@ class TextQuestions:
 
     def __init__(self, texts: Sequence[str], vocabulary: Counter[str] | None = None):
         self.passages = [p for text in texts for p in passages(text)]
+        self.spoken = [p for p in self.passages if len(SAID.findall(p)) == 1]
         self.dialogues = [d for text in texts for d in dialogues(text)]
         self.words = words_of(texts) if vocabulary is None else vocabulary
         common = [
@@ -106,13 +131,25 @@ class TextQuestions:
         return exchange(asked, " ".join(sentences[cut:]))
 
     def make_tell(self, rng: random.Random) -> Item | None:
-        passage = rng.choice(self.passages)
-        words = {m[0] for m in WORD.finditer(passage)}
-        subjects = [w for w in words if self.is_name(w)]
-        subjects = subjects or [w for w in words if self.ranks.get(w, 0) > COMMONEST]
-        if not subjects:
+        """The first sentence that names a person, or a thing, and those after it."""
+        at = rng.randrange(len(self.passages))
+        sentences = SENTENCE_END.split(" ".join(self.passages[at : at + 2]))
+        for i, sentence in enumerate(sentences):
+            names = [w for w in WORD.findall(sentence, 0, NEAR) if self.is_name(w)]
+            things = [f"the {thing}" for thing in THING.findall(sentence, 0, NEAR)]
+            if names or things:
+                kind, subject = ("name", names[0]) if names else ("tell", things[0])
+                reply = next(passages(" ".join(sentences[i:])))
+                return exchange(rng.choice(ASK[kind]).format(x=subject), reply)
+        return None
+
+    def make_said(self, rng: random.Random) -> Item | None:
+        if not self.spoken:
             return None
-        return exchange(rng.choice(ASK["tell"]).format(x=rng.choice(sorted(subjects))), passage)
+        passage = rng.choice(self.spoken)
+        (found,) = SAID.finditer(passage)
+        words = OPENING.split(passage[: found.start()])[-1].strip(" ,")
+        return exchange(rng.choice(ASK["said"]).format(x=words), f"{found[1]} said that.")
 
     def make_complete(self, rng: random.Random) -> Item | None:
         words = self._sentence(rng).split()
@@ -139,36 +176,68 @@ class TextQuestions:
             o=f"{options[0]}, {options[1]} or {options[2]}",
             x=f"{sentence[: gap.start()]}___{sentence[gap.end() :]}",
         )
-        return exchange(asked, gap[0], answer=gap[0])
+        return exchange(asked, f"The word is {gap[0]}.", answer=gap[0])
 
-    def make_name(self, rng: random.Random) -> Item | None:
+    def make_passage(self, rng: random.Random) -> Item | None:
+        """Several questions about a passage, which comes with the first."""
         passage = rng.choice(self.passages)
-        names = {m[0] for m in WORD.finditer(passage) if self.is_name(m[0])}
-        if len(names) != 1:
+        kinds = rng.sample(("name", "speaker", "begins", "ends", *("follows",) * 3), 5)
+        found = [self.ask(kind, passage, rng) for kind in kinds]
+        asked = dict(exchanged for exchanged in found if exchanged)  # each question once
+        if not asked:
             return None
-        (name,) = names
-        return exchange(rng.choice(ASK["name"]).format(x=passage), name, answer=name)
+        contents = [text for question in list(asked)[:4] for text in (question, asked[question][0])]
+        contents[0] += f" {passage}"
+        roles = ("user", "assistant") * len(contents)
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        return {"messages": messages}
 
-    def make_follows(self, rng: random.Random) -> Item | None:
-        passage = rng.choice(self.passages)
-        words = passage.split()
-        if len(words) < 8:
+    def single(self, kind: str, rng: random.Random) -> Item | None:
+        """One question about a passage."""
+        passage = rng.choice((kind == "speaker" and self.spoken) or self.passages)
+        asked = self.ask(kind, passage, rng)
+        if asked is None:
             return None
-        i = rng.randrange(len(words) - 2)
-        pair = " ".join(words[i : i + 2])
-        answer = bare(words[i + 2])
-        if f"{passage} ".count(f"{pair} ") > 1 or not answer or '"' in pair:
+        question, (reply, answer) = asked
+        return exchange(f"{question} {passage}", reply, answer=answer)
+
+    make_name = partialmethod(single, "name")
+    make_speaker = partialmethod(single, "speaker")
+    make_follows = partialmethod(single, "follows")
+
+    def ask(
+        self, kind: str, passage: str, rng: random.Random
+    ) -> tuple[str, tuple[str, str]] | None:
+        """(question, (reply, answer)) of a kind of ASK_PASSAGE, or None if there is none."""
+        words, pair = passage.replace('"', "").split(), ""
+        if len(words) < 2 * QUOTES:
             return None
-        asked = rng.choice(ASK["follows"]).format(w=pair, x=passage)
-        return exchange(asked, answer, answer=answer)
+        answers = []
+        if kind == "name":
+            answers = sorted({m[0] for m in WORD.finditer(passage) if self.is_name(m[0])})
+        elif kind == "speaker":
+            answers = sorted(set(SAID.findall(passage)))
+        elif kind == "follows":
+            i = rng.randrange(len(words) - 2)
+            pair = " ".join(words[i : i + 2])
+            if f" {passage} ".count(f" {pair} ") == 1:
+                answers = [words[i + 2]]
+        else:
+            answers = [" ".join(words[:QUOTES] if kind == "begins" else words[-QUOTES:])]
+        answers = [bare(answer) for answer in answers]
+        if len(answers) != 1 or not answers[0]:
+            return None
+        questions, reply = ASK_PASSAGE[kind]
+        (answer,) = answers
+        return rng.choice(questions).format(w=pair), (reply.format(w=pair, a=answer), answer)
 
     def is_name(self, word: str) -> bool:
         """
         Whether a word is written with a capital wherever the texts have it, also within a sentence,
-        and is no "I" and no "Mr.".
+        and is no "I", "I'll", "Mira's" or "Mr.".
         """
         often, abbreviated, within = (self.words[key] for key in (word, f"{word}.", f", {word}"))
-        named = len(word) > 1 and word[0].isupper() and within > 0
+        named = len(word) > 1 and word[0].isupper() and within > 0 and not NO_NAME.match(word)
         return named and often > 1 + 2 * abbreviated and not self.words[word.lower()]
 
     def _sentence(self, rng: random.Random) -> str:
@@ -192,7 +261,7 @@ def words_of(texts: Iterable[str]) -> Counter[str]:
 
 def bare(word: str) -> str:
     """A word without the marks around it."""
-    return word.strip("\"'“”„‘’«»().,;:!?…-—_*")
+    return word.strip(" \"'“”„‘’«»().,;:!?…-—_*")
 
 
 def passages(text: str) -> Iterator[str]:
@@ -255,10 +324,15 @@ def about_names(questions: Sequence[Item], count: int) -> list[str]:
 
 
 def is_right(item: Item, reply: str) -> bool:
-    """Whether a reply is the answer; of a completed sentence, whether its first word is."""
-    words = [bare(word).casefold() for word in reply.split()]
-    said = words[:1] if item["kind"] == "complete" else words
-    return said == [item["answer"].casefold()]
+    """
+    Whether a reply is the answer, alone or in the sentence that training teaches; of a completed
+    sentence, whether its first word is.
+    """
+    said, answer, gold = (
+        [bare(word).casefold() for word in text.split()]
+        for text in (reply, item["answer"], item["messages"][-1]["content"])
+    )
+    return said[:1] == answer if item["kind"] == "complete" else said in (answer, gold)
 
 
 def tasks(questions: Sequence[Item]) -> list[Task]:
