@@ -3,9 +3,11 @@ Documents as people have them, and as somebody makes them to break a reader: eve
 listed with its reason, and the files beside it are read all the same.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import struct
@@ -133,13 +135,18 @@ def gzip_of_zeros(megabytes=1024):
     return b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + zeros(megabytes) + bytes(8)
 
 
-def tar_of(files):
+def tar_of(files, *others):
+    """An archive of files, and of a link, a device and the like."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+        for kind in others:
+            info = tarfile.TarInfo(f"{kind!r}.txt")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
     return data.getvalue()
 
 
@@ -225,7 +232,19 @@ READABLE = {
     "stray.txt": ("Größe für Straße, schön".encode() + b"\xff", "Größe für Straße, schön\ufffd"),
     "new\nline.txt": (b"named oddly", "named oddly"),
     "surrogate.jsonl": (b'{"text": "a \\ud800"}', "a \ufffd"),
-}
+    "excel.csv": (b'\xef\xbb\xbftext;n\r\n"One; two";1\r\n', "One; two"),
+    "saved.txt": (b"<!DOCTYPE html>\n<p>A page all the same.", "A page all the same."),
+    "wide.txt": (STORY.encode("utf-32"), STORY),
+    "old mac.txt": (b"one\rtwo", "one\ntwo"),
+    "joined.txt.gz": (gzip.compress(b"one ") + gzip.compress(b"two"), "one two"),
+    "unpacker.zip": (b"MZ" + bytes(500) + zipped({"a.txt": "one"}), "one"),
+    "elsewhere.zip": (zipped({"../../a.txt": "one", "/etc/b.txt": "two", "C:\\c.txt": "three"}), ["three", "one", "two"]),
+    "names.zip": (zipped({"a\nb.txt": "one", "A.TXT": "two"}), ["two", "one"]),
+    "devices.tar": (tar_of({"a.txt": b"one"}, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE), "one"),
+    "lists.jsonl": (b'\xef\xbb\xbf{"text": ["one", "two"]}\r\n\r\n{"text": "three"}\r\n', ["one\ntwo", "three"]),
+    "x" * 251 + ".txt": (b"a long name", "a long name"),
+    "$(touch x);%s.txt": (b"an odd name", "an odd name"),
+}  # fmt: skip
 ENCODED = {
     "koi8": "koi8-r",
     "cp1251": "cp1251",
@@ -237,7 +256,17 @@ ENCODED = {
 
 # Files of text in the archives of READABLE, innermost archives included
 MEMBERS = sum(
-    {"all.zip": 2, "all.tar.gz": 2, "deep.zip": 3, "rows.zip": 1, "twice.zip": 2}.values()
+    {
+        "all.zip": 2,
+        "all.tar.gz": 2,
+        "deep.zip": 3,
+        "rows.zip": 1,
+        "twice.zip": 2,
+        "unpacker.zip": 1,
+        "elsewhere.zip": 3,
+        "names.zip": 2,
+        "devices.tar": 1,
+    }.values()
 )
 
 
@@ -337,6 +366,33 @@ HOSTILE = {
         "cannot read|unexpected end",
     ),
     "nul.csv": (b'text\n"a\0b"\n', "cannot read|zero"),
+    "mark.txt": (b"\xef\xbb\xbf", "no text"),
+    "odd16.txt": ("one".encode("utf-16")[:-1], "cannot read"),
+    "deep.html": (b"<div>" * 100_000 + b"x", "4,000 deep"),
+    "scripts.html": (b"<script>var x</script><!-- x", "no text"),
+    "parts.eml": (
+        b'Content-Type: multipart/mixed; boundary="x"\n\n'
+        + b"--x\nContent-Type: text/plain\n\nh\n" * 20_000,
+        "5,000 parts",
+    ),
+    "forwarded.eml": (b"Content-Type: message/rfc822\n\n" * 2000, "cannot be read|no text"),
+    "base64.eml": (b"Content-Transfer-Encoding: base64\n\n!!!!", "no text"),
+    "links.tar": (tar_of({}, tarfile.SYMTYPE), "no text"),
+    "wrong.zip": (
+        zipped({"a.txt": STORY}, zipfile.ZIP_STORED).replace(b"boat", b"bOat", 1),
+        "Bad CRC",
+    ),
+    "folders.zip": (zipped({"a/": "", "a/b/": ""}), "no text"),
+    "trailing.txt.gz": (gzip.compress(b"x") + b"garbage", "cannot read"),
+    "cut.txt.xz": (lzma.compress(STORY.encode() * 99)[:70], "cannot read"),
+    "zeros.txt.bz2": (bz2.compress(bytes(50 << 20), 1), "zero bytes"),
+    "plain.docx": (STORY.encode(), "not a zip file"),
+    "null.ipynb": (b'{"cells": null}', "no notebook"),
+    "null.jsonl": (b"null\n", "no text"),
+    "digits.jsonl": (b'{"text": "x", "n": ' + b"9" * 10_000 + b"}\n", "no text"),
+    "header.csv": (b"text\n", "no text"),
+    "times.srt": (b"1\n00:00:01,000 --> 00:00:02,000\n", "no text"),
+    "program": (b"\x7fELF" + bytes(200), "other files not read"),
 }
 
 
@@ -372,7 +428,8 @@ def test_all_of_them_in_one_folder(tmp_path, monkeypatch):
     folder = tmp_path / "all of it"
     folder.mkdir()
     both = {**HOSTILE, **READABLE}
-    names = [name for name in both if not name.endswith("pdf") and name != "wrong.txt"]
+    slow, stopping = ["wrong.txt"], ["null.jsonl", "digits.jsonl"]
+    names = [n for n in both if not n.endswith("pdf") and n not in (*slow, *stopping)]
     for name in names:
         (folder / name).write_bytes(both[name][0])
     (folder / "rows.jsonl").write_text('{"text": "' + STORY * 40 + '"}\n{"text": "short"}\n')

@@ -48,6 +48,7 @@ MAGIC = (  # the first bytes of a file, and what it is whatever its name says
     (b"\xd0\xcf\x11\xe0", ".doc"),
     (b"PAR1", ".parquet"),
 )
+PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html)\b", re.IGNORECASE)
 ZIPPED = {  # a file in a zip archive, and what the archive is
     "word/document.xml": ".docx",
     "xl/workbook.xml": ".xlsx",
@@ -109,8 +110,8 @@ def kind_of(path: Path) -> str:
     if kind == ".zip":
         return _kind_of_zip(path)
     if kind == named == "" and head.strip() and b"\0" not in head:
-        return ".txt"
-    return kind
+        kind = ".txt"
+    return ".html" if kind == ".txt" and PAGE.match(head) else kind
 
 
 def _kind_of_zip(path: Path) -> str:
@@ -201,6 +202,11 @@ def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
     return found
 
 
+def delimiter_of(kind: str, header: str) -> str:
+    """What separates the fields of a table: Excel writes semicolons in much of Europe."""
+    return "\t" if kind == ".tsv" else max(",;", key=header.count)
+
+
 def _hidden(name: str) -> bool:
     """Names that begin with a dot, among them what a Mac puts beside each file, ._NAME."""
     return name.startswith(".") or name == "__MACOSX"
@@ -215,7 +221,7 @@ def _is_data(file: Path, formats: tuple[str, ...]) -> bool:
         if kind in TABLES:
             with open(file, "rb") as opened:
                 line = opened.readline(HEAD).decode("utf-8-sig", "replace").lower()
-            columns = next(csv.reader([line], delimiter=",\t"[kind == ".tsv"]), [])
+            columns = next(csv.reader([line], delimiter=delimiter_of(kind, line)), [])
             return not {*TEXT_FIELDS, *QUESTIONS}.isdisjoint(name.strip() for name in columns)
         if kind != ".json":
             return True

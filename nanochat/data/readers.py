@@ -39,6 +39,8 @@ MOST_RATIO = 300  # bytes unpacked per byte packed, from SMALL bytes on; text re
 SMALL = 1 << 24
 MOST_MEMBERS = 100_000
 MOST_LEVELS = 3  # of archives in archives
+MOST_NESTED = 4000  # elements within each other in a page: its parser takes their square
+MOST_PARTS = 5000  # of an e-mail
 SECONDS = 60  # for one PDF
 MOST_MEMORY = 1 << 31
 BLOCKS = (
@@ -53,6 +55,11 @@ BEFORE = {  # an element -> what separates it from the text before it
 }
 # What a page has around its text
 AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, iframe, select"
+TAG = re.compile(r"<(/?)([a-zA-Z][\w:-]*)[^<>]*?(/?)>")
+# Elements that need no end; of all others, those that are open nest
+UNCLOSED = (
+    "area base br col dd dt embed hr img input li link meta option p param source td th tr wbr"
+)
 LOCKS = "META-INF/encryption.xml"  # of a book
 TIMES = re.compile(r"^\s*(?:\d+:)?\d+:\d+[.,]\d+\s+-->")
 CUE_TAGS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
@@ -77,6 +84,8 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
     parser = library("selectolax.lexbor").LexborHTMLParser
     if isinstance(data, bytes):
         data = data.decode(encoding_of_html(data, report), "replace")
+    if _nested(data) > MOST_NESTED:
+        raise UserError(f"its elements lie more than {MOST_NESTED:,} deep within each other")
     tree = parser(data.replace("\0", ""))
     for node in tree.css(left_out):
         node.decompose()
@@ -94,6 +103,17 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
         else:
             pieces.append(BEFORE.get(node.tag or "", ""))
     return tidy("".join(pieces))
+
+
+def _nested(page: str) -> int:
+    """How many elements of a page are open at once, at most, if no end is implied."""
+    depth = deepest = 0
+    unclosed = set(UNCLOSED.split())
+    for end, name, alone in TAG.findall(page):
+        if not alone and name.lower() not in unclosed:
+            depth = max(0, depth + (-1 if end else 1))
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def tidy(text: str) -> str:
@@ -228,6 +248,8 @@ def _mails(path: Path) -> Iterator[bytes]:
 
 
 def _mail_text(data: bytes, report: Report) -> str:
+    if data.count(b"\n--") > MOST_PARTS:
+        raise UserError(f"it has more than {MOST_PARTS:,} parts")
     message = email.message_from_bytes(data, policy=email.policy.default)
     assert isinstance(message, EmailMessage)
     body = message.get_body(("plain", "html"))

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
-from nanochat.data.folders import BEFORE_JSON, TABLES, format_of, kind_of
+from nanochat.data.folders import BEFORE_JSON, TABLES, delimiter_of, format_of, kind_of
 
 Rows = Iterator[tuple[str, Any]]  # (place, value)
 
@@ -314,8 +314,9 @@ def _whole(path: Path, report: Report) -> bytes:
 def _csv_rows(path: Path, report: Report) -> Rows:
     csv.field_size_limit(LONGEST_ROW)
     with open_text(path, report, newline="") as file:
-        delimiter = "\t" if format_of(path) == ".tsv" else ","
-        rows = csv.DictReader(file, strict=True, delimiter=delimiter)
+        header = file.readline()
+        delimiter = delimiter_of(format_of(path), header)
+        rows = csv.DictReader(chain([header], file), strict=True, delimiter=delimiter)
         for row in rows:
             place = f"{path}, line {rows.line_num}"
             if None in row or None in row.values():

@@ -87,7 +87,9 @@ class Display:
 
     def state(self, title: str, seconds: float, directory: Path | None) -> str:
         """The line of a step at work: a bar, its speed and what is left."""
-        row = logbook.newest(directory, "train") if directory else {}
+        if directory is None:
+            return f"{title:<14} working, {duration(seconds)}"
+        row = logbook.newest(directory, "train")
         if not row:
             return f"{title:<14} starting, {duration(seconds)}"
         # The first row's time is left out, because compiling is part of it
