@@ -402,7 +402,7 @@ def test_chat_in_a_terminal(tokenizer, tmp_path):
 def chat(tokenizer, monkeypatch):
     """
     Opens chats in pseudo-terminals. Their model replies "seed N saw <PROMPT>", with [ and ] around
-    turns and | for a line break; a question with "forever" gets a reply without an end.
+    turns and | for a line break; "forever" gets a reply without an end, and "how?" how it is sampled.
     """
     opened = []
     turns = {"<|bos|>": "", "<|user_start|>": "[", "<|assistant_start|>": "["}
@@ -414,6 +414,8 @@ def chat(tokenizer, monkeypatch):
             shown = shown.replace(name, mark)
         shown = shown.replace("\n", "|")
         text = f"seed {sampling['seed']} at {sampling['temperature']} saw <{shown}>"
+        if shown.endswith("[how?]["):
+            text = ", ".join(f"{name} {value}" for name, value in sampling.items())
         for id in tokenizer.encode(text):
             yield [Token(0, id, "")]
         while shown.endswith("[forever]["):
@@ -552,9 +554,21 @@ def test_settings_are_shown_changed_and_bounded(chat):
         "/max_tokens 5": "[max_tokens 5]",
         "/seed 7": "[seed 7]",
         "/seed x": "/seed must be a whole number",
-        "hi": "seed 7 at 1.5 saw",
+        "how?": "temperature 1.5, top_k 0, top_p 0.9, max_tokens 5, seed 7",
+        "/stats": "temperature 1.5, top_k 0, top_p 0.9, max_tokens 5, seed 7",
     }.items():
         t.say(line, answer)
+
+
+@pytest.mark.parametrize("line", ["/quit", "/exit"])
+def test_quit_and_exit(chat, line):
+    t = chat()
+    t.say(f"{line} now", f"{line} takes no argument (got 'now')")
+    t.say("hi", "saw <[hi][>")
+    t.wait(READY)
+    t.type(line + "\r")
+    assert t.end() == 0 and "Traceback" not in t.shown
+    chat.opened.remove(t)
 
 
 def test_another_model_answers(chat, tokenizer):

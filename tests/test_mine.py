@@ -275,6 +275,9 @@ def test_the_summary_is_honest():
     cannot = next(i for i, line in enumerate(lines) if "cannot" in line)
     assert any("find the name" in line for line in lines[:cannot])
     assert any("missing word" in line for line in lines[cannot:])
+    slow = {"speed": 400.0, "expected_speed": 8000}
+    assert "400 tokens per second" in mine.slow_lines(slow)[0]
+    assert not mine.slow_lines({"speed": 5000.0, "expected_speed": 8000})
     bits = {"model": 2.0, "n-gram": 1.8, "xz": 3.0, "gzip": 3.5}
     text = "\n".join(predictor_lines(bits))
     assert "better than xz (a compressor) by a factor of 1.50" in text

@@ -211,6 +211,7 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
     )
     own, embedded = text_tokens(speed * seconds, useful, knobs.everyday)
     diary.notes["text"] = {"own": round(own), "embedded": round(embedded)}
+    diary.notes["expected_speed"] = round(speed)
     expected = own + embedded
     batch, context = batch_for(expected), 256 if flops < SHORT_FLOPS else context_for(flops)
     print0(
@@ -429,7 +430,19 @@ def exports(config: "GPTConfig", digits: int) -> bool:
     return True
 
 
-def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
+def slow_lines(notes: Mapping[str, Any]) -> list[str]:
+    """What to know of a model whose machine was much slower than the plan took it to be."""
+    expected = notes.get("expected_speed", 0)
+    if notes["speed"] * 2 > expected:
+        return []
+    return [
+        f"the machine trained at {human(notes['speed'])} tokens per second, and the plan had "
+        f"counted on {human(expected)}: if it was busy, the same on a quiet one, with "
+        "--model_tag=NAME, or with more minutes, gives a better model"
+    ]
+
+
+def verdict(knobs: MineKnobs, found: dict[str, Any], diary: Diary) -> str:
     """What was measured, for people, and how to go on."""
     from nanochat.eval import own_text
 
@@ -447,7 +460,8 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], minutes: float) -> str:
             "What it replies in a chat:",
             *(f"    {asked}\n    > {reply}" for asked, reply in found["talk"]),
             "",
-            f"{minutes:.1f} minutes in all",
+            f"{diary.seconds / 60:.1f} minutes in all",
+            *slow_lines(diary.notes),
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
             f"to let it continue:   nanochat base_complete -g {tag} -i {found['writer']}",
             "to take it elsewhere: "
@@ -543,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             train(chain, stage, knobs, folder)
     with chain.display.working("questions"):
         found = report(knobs, folder)
-    print0(verdict(knobs, found, diary.seconds / 60))
+    print0(verdict(knobs, found, diary))
     return found
 
 
