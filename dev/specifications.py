@@ -10,7 +10,7 @@ from typing import Any
 from nanochat.base.common import columns, human
 from nanochat.plan import memory
 from nanochat.plan.arch import PARTS, figures
-from nanochat.plan.machine import GIB, named
+from nanochat.plan.machine import GIB, of_card
 from nanochat.plan.shapes import SizeKnobs
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "model_specifications.md"
@@ -29,7 +29,7 @@ def specifications() -> str:
         f = figures(config)
         flags = " ".join(f"--{flag}={value}" for flag, value in given.items() if flag != "vocab")
 
-        needed = memory.predict(config, ROWS, config.sequence_len, named("H100"), True)["total"]
+        needed = memory.predict(config, ROWS, config.sequence_len, of_card("H100"), True)["total"]
         size = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
         training = human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}"
         counted = (f"{f[part]:,}" for part in PARTS)

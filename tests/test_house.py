@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_560,
     "train": 19_340,
     "study": 13_150,
-    "plan": 15_330,
+    "plan": 14_970,
     "export": 7_340,
     "commands": 21_870,
 }

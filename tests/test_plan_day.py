@@ -62,9 +62,13 @@ def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
     chosen = SimpleNamespace(primary=None)
     plan = SimpleNamespace(knobs=knobs, needs={"web": ""}, choice=chosen)
     lines = day.commands(plan, "runs/one_day.sh")
-    typed = [shlex.split(line) for line in lines]
+    typed = [shlex.split(line, comments=True) for line in lines]
     assert sum(words.count(sources[0]) for words in typed) == 3
-    assert str(tmp_path / name / "plan" / "recipe.toml") in typed[3]
+    recipe = str(tmp_path / name / "plan" / "recipe.toml")
+    assert [words for words in typed if "--recipe" in words] == [
+        ["nanochat", command, "--recipe", recipe]
+        for command in ("base_train", "mid_train", "chat_sft")
+    ]
 
 
 def test_the_disk_of_a_d16():
@@ -81,10 +85,11 @@ def test_a_run_of_so_many_tokens():
     made = plan.main(["day", *size, "--tokens=500170752", "--script=runs/ittybitty.sh"])
     assert made["chosen"]["tokens"] == pytest.approx(500_170_752, rel=0.01)
     assert made["needs"]["shards"] == 10 and made["commands"] == ["bash runs/ittybitty.sh"]
-    assert 0.9e9 < made["needs"]["disk_bytes"]["shards"] < 1.7e9
+    assert 0.9e9 < made["needs"]["disk_bytes"]["text"] < 1.7e9
 
 
-def test_what_a_shell_reads(capsys):
+def test_what_a_shell_reads(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     plan.main(["day", "--hours=24", *CARD, "--data", "tinyworld", "--shell"])
     printed = capsys.readouterr()
     code = f'{printed.out}echo "$shards/$vocab/$web/$text"'
@@ -95,6 +100,7 @@ def test_what_a_shell_reads(capsys):
 def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     words = ["day", "--hours=24", *CARD, "--shell"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match=r"needs \d.*GB of disk at its peak, and .* has 1GB free"):
         plan.main(words)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
@@ -102,6 +108,14 @@ def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_text("a few words " * 1000)
     with pytest.raises(UserError, match=r"would read your text \d+ times"):
         plan.main([*words, "--data", str(tmp_path / "a.txt")])
+
+
+def test_a_script_for_eight_cards_stops_where_there_are_fewer(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    words = ["day", "--depth=12", "--vocab=4096", "--tokens=4e9", "--gpu=rtx4090", "--gpus=8"]
+    plan.main(words)
+    with pytest.raises(UserError, match=r"for 8 GPUs, and this machine has 2: set GPUS"):
+        plan.main([*words, "--shell"])
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def test_a_machine_of_this_kind_is_found_again(a, b, c, d, depth):
     target = Machine(
         **HERE, points=tuple(point(n, rows, **law) for n in (2, 4, 8) for rows in (8, 32))
     )
-    true = point(depth, 16, **law, n=8)
-    got = tokens_per_second(config(depth), 16, 512, 8 * 16 * 512, target)
+    true = point(depth, 16, **law)
+    got = tokens_per_second(config(depth), 16, 512, 4 * 16 * 512, target)
     assert got.tok_per_sec == pytest.approx(true["tok_per_sec"], rel=0.15)
     assert got.lo < true["tok_per_sec"] < got.hi
 
@@ -106,6 +106,17 @@ def test_an_odd_point_is_believed_where_it_is_and_doubted_elsewhere():
     assert at.tok_per_sec == pytest.approx(points[1]["tok_per_sec"], rel=0.02)
     away = tokens_per_second(config(6), 8, 512, 4 * 8 * 512, target)
     assert away.hi / away.lo > 1.15 * at.hi / at.lo
+
+
+def test_points_of_a_busy_machine_do_not_promise_that_large_models_are_fast():
+    """Measured beside other programs: the largest of three sizes seemed the fastest per FLOP."""
+    rates = {2: 900, 3: 1350, 4: 1340}
+    points = tuple({**point(n, 8), "tok_per_sec": rate} for n, rate in rates.items())
+    target = Machine(**HERE, points=points)
+    c = shapes.SizeKnobs(depth=24, vocab=32_768, sequence_len=512).config()
+    reached = max(p["tok_per_sec"] * p["flops_per_token"] for p in points)
+    rate = tokens_per_second(c, 1, 512, 1 << 14, target)
+    assert rate.tok_per_sec * shapes.flops_per_token(c, 512) < 2.01 * reached
 
 
 def test_a_machine_that_drifts_is_trusted_less():
@@ -165,7 +176,7 @@ def test_the_roofline_holds_what_owners_report(card, size, rows, reported):
 def test_the_memory_that_an_owner_reports_is_enough():
     """9.4 GB on an RTX 4070, with a block that keeps about twice as much as ours does."""
     c = shapes.SizeKnobs(depth=12, vocab=32_768).config()
-    needed = memory.predict(c, 8, 2048, machine.named("rtx4070"), True)["total"]
+    needed = memory.predict(c, 8, 2048, machine.of_card("rtx4070"), True)["total"]
     assert 0.6 * 9.4e9 < needed < 9.4e9
 
 
@@ -280,7 +291,8 @@ def lab(tmp_path, monkeypatch):
             n=spec["accumulation"],
             **slow,
         )
-        return {n: made[n] for n in made if n not in spec}
+        same = ("name", "dtype", "compiled", "config", "rows", "accumulation")
+        return {n: made[n] for n in made if n not in same}
 
     monkeypatch.setattr(machine, "in_process", measured)
     return asked
@@ -364,11 +376,11 @@ def test_two_budgets_contradict(lab):
     ("text", "says"),
     [
         (None, "make one with nanochat plan probe"),
-        ("{}", "not written by plan probe"),
-        ("[1", "not written by plan probe"),
+        ("{}", "is no file of plan probe"),
+        ("[1", "is no file of plan probe"),
         (
             json.dumps({"machine": {"name": "x", "dtype": "y"}, "points": []}),
-            "not written by plan probe",
+            "is no file of plan probe",
         ),
     ],
 )

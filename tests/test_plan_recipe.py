@@ -37,9 +37,9 @@ def fast(tmp_path, monkeypatch):
 
 def predict(config, rows, T, target, compiled):
     tensors = 16 * shapes.counts(config)["total"] + 60 * rows * T * config.n_layer * config.n_embd
-    state = dict.fromkeys(("weights", "gradients", "optimizer"), tensors // 4)
-    total = tensors + GIB // 2 + (target.memory_gap or 0)
-    return {**state, "allocated": tensors, "total": total}
+    beside = GIB // 2 + (target.memory_gap or 0)
+    parts = {"state": tensors // 2, "allocated": tensors, "beside": beside}
+    return {**parts, "total": tensors + beside}
 
 
 def ask(*words: str) -> recipe.RecipeKnobs:
@@ -543,7 +543,7 @@ def test_what_is_planned_reaches_gguf_unless_the_user_says_otherwise(capsys):
 def test_a_recipe_of_stages_parses(tmp_path):
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
     plan = day.planned(k)
-    whole = recipe.write(plan, plan.choice, law.Law())
+    whole = recipe.write(plan)
     read, _ = knobs.parse(
         base_train.PretrainKnobs, ["--recipe", whole["recipe"]], command="base_train"
     )

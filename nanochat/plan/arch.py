@@ -11,7 +11,7 @@ model comes within a tenth of is refused.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
     tenth of the octaves between width / depth and aspect_ratio. UserError if there is none.
     """
 
+    def of_width(width: int, depth: int) -> GPTConfig:
+        head = knobs.head_dim or usual_head(width)
+        return knobs.config(depth=depth, model_dim=width, head_dim=head)
+
     def cost(config: GPTConfig) -> float:
         n = counts(config)
         misplaced = abs(math.log2(config.n_embd / config.n_layer / knobs.aspect_ratio)) / 10
@@ -60,39 +64,27 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
             misplaced = sum(abs(n[part] / n["total"] - share) for part, share in pairs) / 2
         return abs(math.log(n["total"] / params)) + misplaced
 
-    near = [
-        config
-        for config in _around(knobs, params)
-        if abs(counts(config)["total"] / params - 1) <= TOLERANCE
-    ]
+    near = []
+    for width in [knobs.model_dim] if knobs.model_dim else range(64, LARGEST["n_embd"], 64):
+        if width % (knobs.head_dim or usual_head(width)) and not knobs.model_dim:
+            continue
+        n = counts(of_width(width, 1))
+        depth = knobs.depth or max(1, 1 + round((params - n["total"]) / n["transformer"]))
+        if n["total"] > params * (1 + TOLERANCE):
+            break
+        if depth <= LARGEST["n_layer"]:
+            config = of_width(width, depth)
+            if abs(counts(config)["total"] / params - 1) <= TOLERANCE:
+                near.append(config)
     if near:
         return sorted(near, key=cost)
-    n = counts(_of_width(knobs, knobs.model_dim or knobs.head_dim or 64, knobs.depth or 1))
+    n = counts(of_width(knobs.model_dim or knobs.head_dim or 64, knobs.depth or 1))
     tie = "" if knobs.tie_embeddings else ", or --tie_embeddings"
     raise UserError(
         f"no model with these flags has about {human(params)} parameters: the smallest has "
         f"{human(n['total'])}, {human(n['embedding'] + n['head'])} of them in tables for "
         f"{knobs.vocab:,} tokens; try other --params, a smaller --vocab{tie}"
     )
-
-
-def _around(knobs: SizeKnobs, params: float) -> Iterator[GPTConfig]:
-    """The depths around `params` for every width whose single layer is not too large."""
-    widths = [
-        w for w in range(64, LARGEST["n_embd"], 64) if w % (knobs.head_dim or usual_head(w)) == 0
-    ]
-    for width in [knobs.model_dim] if knobs.model_dim else widths:
-        n = counts(_of_width(knobs, width, 1))
-        if n["total"] > params * (1 + TOLERANCE):
-            return
-        below = max(0, math.floor((params - n["total"]) / n["transformer"])) + 1
-        for depth in [knobs.depth] if knobs.depth else (below, below + 1):
-            if depth <= LARGEST["n_layer"]:
-                yield _of_width(knobs, width, depth)
-
-
-def _of_width(knobs: SizeKnobs, width: int, depth: int) -> GPTConfig:
-    return knobs.config(depth=depth, model_dim=width, head_dim=knobs.head_dim or usual_head(width))
 
 
 def parse_number(text: str) -> float:
@@ -105,10 +97,13 @@ def parse_number(text: str) -> float:
 
 def parse_shares(text: str, tied: bool) -> list[float]:
     """'1:1:1' -> a third each, of embedding, layers and head; a tied model has no head."""
-    values = [float(p) for p in text.split(":") if re.fullmatch(r"\d*\.?\d+", p) and float(p)]
-    if not len(values) == text.count(":") + 1 == 3 - tied:
-        form = "embedding:layers of a tied model" if tied else "embedding:layers:head"
-        raise UserError(f"--split takes {form}, for example {'1:1:1'[2 * tied :]}, not {text!r}")
+    form, parts = "embedding:layers" + ":head" * (not tied), text.split(":")
+    values = [float(p) for p in parts if re.fullmatch(r"\d*\.?\d+", p) and float(p)]
+    if not len(values) == len(parts) == 3 - tied:
+        of = " of a tied model" * tied
+        raise UserError(
+            f"--split takes {form}{of}, for example {'1:1:1'[2 * tied :]}, not {text!r}"
+        )
     return [value / sum(values) for value in values]
 
 

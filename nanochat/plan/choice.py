@@ -17,7 +17,6 @@ from nanochat.plan.law import Z90, Law, Text, worth
 from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
 from nanochat.plan.shapes import OpenSizeKnobs, layer_parameters
-from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
     EVALUATING,
     MOST_EVAL_TOKENS,
@@ -41,7 +40,7 @@ TIE = 0.006  # the noise of seeds: of predictions this near, the usual shape, th
 
 
 @dataclass(kw_only=True)
-class ChoiceKnobs(MachineKnobs, OpenSizeKnobs):
+class ChoiceKnobs(OpenSizeKnobs):
     """Run"""
 
     pretrain: float = knob(PRETRAIN, "share of the budget that pretraining gets", low=0.1, high=1)
@@ -160,12 +159,10 @@ def _fastest_rows(config: GPTConfig, batch: int, machine: Machine) -> int:
     """
     T = config.sequence_len
     probed = [p["rows"] * p["config"]["sequence_len"] for p in machine.points]
-    least, most = 0.0, min(batch, MICRO_TOKENS[machine.device_type])
-    if probed:
-        least, most = 0.7 * min(probed), min(batch, 1.5 * max(probed))
-    options = [1 << i for i in range(11) if least <= (1 << i) * T <= most] or [1]
     if not probed:
-        return options[-1]
+        return 1 << max(1, min(batch, MICRO_TOKENS[machine.device_type]) // T).bit_length() - 1
+    least, most = 0.7 * min(probed), min(batch, 1.5 * max(probed))
+    options = [1 << i for i in range(11) if least <= (1 << i) * T <= most] or [1]
     rates = [speed.tokens_per_second(config, r, T, batch, machine).tok_per_sec for r in options]
     return next(r for r, rate in zip(options, rates, strict=True) if rate >= 0.98 * max(rates))
 
@@ -173,10 +170,7 @@ def _fastest_rows(config: GPTConfig, batch: int, machine: Machine) -> int:
 def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law, text: Text) -> list[Candidate]:
     """All candidates, the best prediction first and those that cannot train last."""
     seconds = knobs.pretraining_seconds()
-    compiled = machine.compiles(seconds)
-    # Eager and compiled steps differ like two machines.
-    alike = tuple(p for p in machine.points if p["compiled"] == compiled)
-    machine = memory.with_gap(replace(machine, points=alike or machine.points), compiled)
+    machine = memory.with_gap(machine.when(machine.compiles(seconds)))
     T = knobs.sequence_len or context_for(speed.usual_flops(machine, seconds))
     depths = (knobs.depth,) if knobs.depth else DEPTHS
     aspects = (knobs.aspect_ratio or 64.0,) if knobs.model_dim or knobs.aspect_ratio else ASPECTS
@@ -207,8 +201,8 @@ def choose(
     equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
     # Of equal predictions the usual shape, then the smaller model.
     primary = min(equal, key=lambda c: (abs(c.shape[1] / c.shape[0] - 64) > 8, c.size))
-    tried = [c for c in fitting if c.shape == kept and c.bpb[0] <= primary.bpb[0] * 1.01]
-    primary = tried[0] if tried else primary
+    most = primary.bpb[0] * 1.01
+    primary = next((c for c in fitting if c.shape == kept and c.bpb[0] <= most), primary)
     T = primary.config.sequence_len
     shut_out = any(c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in every)
     if shut_out and not knobs.sequence_len and T > SHORTEST:

@@ -17,19 +17,18 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from nanochat.base.common import UserError, base_dir, columns, duration, human, print0
+from nanochat.base.common import UserError, base_dir, columns, counted, duration, human, print0
 from nanochat.base.knobs import knob
 from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.plan import machine, probe
-from nanochat.plan.choice import Choice, ChoiceKnobs, assess, choose
+from nanochat.plan.choice import TIE, Choice, ChoiceKnobs, assess, choose
 from nanochat.plan.law import Law, Text
-from nanochat.plan.machine import GIB, Machine, budget_seconds
-from nanochat.plan.memory import STATE
+from nanochat.plan.machine import GIB, CardKnobs, Machine, budget_seconds
 from nanochat.plan.shapes import counts
 from nanochat.train.scaling import bytes_per_token, text_for
 
@@ -56,9 +55,9 @@ REFERENCES = (
 )
 Row = tuple[str, str, str]  # what, figure, source
 SOURCES = (
-    "[law] a scaling law fitted to many runs   [counted] from the model's shape   "
-    "[rule] decided in this project   [specification] the vendor's data   "
-    "[judged] by the authors, not measured   [nanochat, llm.c] scores that these projects published"
+    "[law] a scaling law fitted to many runs   [counted] from the model's shape   [rule] decided "
+    "in this project   [specification] computed from the vendor's data, not measured   [judged] by "
+    "the authors, not measured   [nanochat, llm.c] scores that these projects published"
 )
 STAGES = {
     "probe": "measure the machine's speed",
@@ -71,27 +70,23 @@ STAGES = {
 
 
 @dataclass(kw_only=True)
-class PlanKnobs(ChoiceKnobs):
+class PlanKnobs(CardKnobs, ChoiceKnobs):
     """Day"""
 
-    gpu: str = knob("", "plan for this GPU, for example rtx4090 (default: this machine)")
-    gpus: int = knob(1, "number of these GPUs", low=1)
     probe: str = knob(
         "",
         "use this file from plan probe (default: the one in the base folder, if it was "
         "measured on this machine)",
-    )
-    memory_gb: float = knob(
-        0.0, "memory of the device (default: the GPU's, or what is free here)", low=0
     )
     tokens: float = knob(
         0.0, "tokens of pretraining, in place of a budget of time; also give --depth", low=0
     )
     cores: int = knob(0, "cores that tokenise; 0 = those of this machine, 8 beside a --gpu", low=0)
     mbit: float = knob(100.0, "speed of the network in Mbit per second", low=0.1)
-    watts: float = knob(0.0, "power of the machine; 0 = the card's rated power and 100 W", low=0)
+    watts: float = knob(
+        0.0, "power of the machine; 0 = 100 W and the card's rated power, if it has one", low=0
+    )
     price: float = knob(0.3, "price of a kWh", low=0)
-    json: bool = knob(False, "print only JSON")
 
 
 @dataclass(kw_only=True)
@@ -122,15 +117,15 @@ def planned_machine(knobs: PlanKnobs) -> Machine:
         )
     if knobs.probe:
         target = machine.load(knobs.probe)
-    else:
-        target = machine.named(knobs.gpu, knobs.gpus, knobs.dtype, knobs.device_type)
-    if not target.points and not knobs.gpu:
-        print0("this machine has no probe yet: measuring a few points", file=sys.stderr)
-        shared = {f.name for f in fields(probe.ProbeKnobs)} & set(vars(knobs)) - {"out", "json"}
-        given = {name: getattr(knobs, name) for name in shared}
-        probe.run(probe.ProbeKnobs(**given, device_batches=(8,)))
-        target = machine.load(machine.folder() / "probe.json")
-    return replace(target, memory_bytes=knobs.memory_gb * GIB or target.memory_bytes)
+        return replace(target, memory_bytes=knobs.memory_gb * GIB or target.memory_bytes)
+    target = machine.named(knobs)
+    if target.points or knobs.gpu:
+        return target
+    print0("this machine has no probe yet: measuring a few points", file=sys.stderr)
+    shared = vars(probe.ProbeKnobs()).keys() & vars(knobs).keys() - {"out"}
+    given = {name: getattr(knobs, name) for name in shared}
+    probe.run(probe.ProbeKnobs(**given, device_batches=(8,)))
+    return machine.named(knobs)
 
 
 def fresh_text(data: Sequence[str], vocabulary: int) -> Text:
@@ -138,16 +133,16 @@ def fresh_text(data: Sequence[str], vocabulary: int) -> Text:
     (share of the tokens, tokens that it holds) of each source; a data set on the hub counts with
     all its shards, because they can be downloaded.
     """
-    sources, sizes = parse_sources(data), []
-    for source in sources:
+    sizes = []
+    for source in parse_sources(data):
         size = 1e6 * source.megabytes
         if source.kind == "shards":
             size = SHARD_TEXT * SHARD_SETS[source.paths[0].name].last
         elif source.kind == "files":
             size = sum(p.stat().st_size * PACKED.get(p.suffix, 1.0) for p in files(source))
-        sizes.append(size / bytes_per_token(vocabulary))
-    weights = [source.weight or size for source, size in zip(sources, sizes, strict=True)]
-    return [(w / sum(weights), size) for w, size in zip(weights, sizes, strict=True)]
+        sizes.append((source.weight or size, size / bytes_per_token(vocabulary)))
+    whole = sum(weight for weight, _ in sizes)
+    return [(weight / whole, tokens) for weight, tokens in sizes]
 
 
 @dataclass(frozen=True)
@@ -157,28 +152,28 @@ class Plan:
     knobs: Any  # PlanKnobs, or of a class that extends them
     machine: Machine
     text: Text
+    law: Law
+    kept: tuple[int, int] | None = None  # depth and width that a pilot tried
 
     @cached_property
     def choice(self) -> Choice:
-        return choose(self.knobs, self.machine, Law(), self.text)
+        return choose(self.knobs, self.machine, self.law, self.text, self.kept)
 
     @cached_property
     def needs(self) -> dict[str, Any]:
         """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
         knobs, chosen, sources = self.knobs, self.choice.primary, parse_sources(self.knobs.data)
         web = [s.paths[0].name for s in sources if s.kind == "shards"]
-        tasks = 0.0 if knobs.data == ("tinyworld",) else TASKS
+        tasks = TASKS * (knobs.data != ("tinyworld",))
         cores = knobs.cores or (8 if knobs.gpu else os.cpu_count() or 1)
         read = chosen.tokens if web else sum(fresh for _, fresh in self.text)
-        spelled, shards = read * bytes_per_token(knobs.vocab), 0
-        if web:
-            wanted = math.ceil(1.03 * spelled / SHARD_TEXT)
-            shards = min(wanted, *(SHARD_SETS[name].last for name in web))
+        spelled = read * bytes_per_token(knobs.vocab)
+        wanted = [math.ceil(1.03 * spelled / SHARD_TEXT), *(SHARD_SETS[name].last for name in web)]
+        shards = min(wanted) if web else 0
         downloaded = SHARD_FILE * (shards + len(web))
         n = counts(chosen.config)
-        checkpoint = 8 * n["transformer"] + 12 * (n["total"] - n["transformer"])
-        rated = self.machine.watts
-        watts = knobs.watts or (self.machine.gpus * rated + REST if rated else 0.0)
+        checkpoint = 12 * n["total"] - 4 * n["transformer"]
+        watts = knobs.watts or self.machine.gpus * self.machine.watts + REST
         return {
             "shards": shards,
             "web": web[0] if web else "",
@@ -188,8 +183,8 @@ class Plan:
             "tokenizer_seconds": min(2e9, spelled) / (MERGING * cores) + 10,
             "tokenising_seconds": spelled / (TOKENISING * cores) + 5,
             "disk_bytes": {
-                "shards": downloaded,
-                "tasks": tasks,
+                "text": downloaded,
+                "questions": tasks,
                 "tokens": read * (2 if knobs.vocab <= 1 << 16 else 4),
                 # Two of each of three stages, and one that is being written.
                 "checkpoints": 7 * checkpoint,
@@ -226,19 +221,28 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
         probing = POINT * (12 if target.device_type == "cpu" else 72)
         used = knobs.used or min(budget_seconds(knobs) / 12, probing)
         knobs = replace(knobs, pilot=True, used=used)
-    return Plan(knobs, target, fresh_text(knobs.data, knobs.vocab))
+    return Plan(knobs, target, fresh_text(knobs.data, knobs.vocab), Law())
 
 
 def lacking(plan: Plan) -> list[str]:
     """What does not suffice on this machine, with the figures."""
-    disk, passes = sum(plan.needs["disk_bytes"].values()), plan.needs["passes"]
+    disk, knobs = sum(plan.needs["disk_bytes"].values()), plan.knobs
     faults, free = [], shutil.disk_usage(base_dir()).free
     if free < disk:
         faults.append(
             f"the run needs {human(disk)}B of disk at its peak, and {base_dir()} has "
             f"{human(free)}B free: free some space or set NANOCHAT_BASE_DIR to another disk"
         )
-    if passes > PASSES and any(s.kind == "files" for s in parse_sources(plan.knobs.data)):
+    if knobs.gpu:
+        import torch
+
+        if (cards := torch.cuda.device_count()) < knobs.gpus:
+            faults.append(
+                f"the run is for {counted(knobs.gpus, 'GPUs')}, and this machine has {cards}: set "
+                "GPUS to their number, or see with --dry_run --gpu NAME what another card does"
+            )
+    passes, own = plan.needs["passes"], any(s.kind == "files" for s in parse_sources(knobs.data))
+    if own and passes > PASSES:
         faults.append(
             f"the run would read your text {passes:.0f} times, and more than {PASSES:.0f} "
             "times teach next to nothing: add text to --data, or give less time"
@@ -270,19 +274,17 @@ def schedule(plan: Plan) -> list[tuple[str, float, str]]:
 
 def model_rows(choice: Choice) -> list[list[str]]:
     """The three models of a choice: heads, and a row for each."""
-    heads = "|layers x width|parameters|tokens|tok/s|bits per byte (90 %)|memory|like"
-    rows: list[list[str]] = [[*heads.split("|")]]
+    rows = ["|bits per byte (90 %)|layers x width|parameters|tokens|tok/s|memory|like"]
     three = {"smaller": choice.smaller, "chosen": choice.primary, "larger": choice.larger}
     for name, c in three.items():
         if c:
             words = in_words(c.bpb[0])[0].split(":")[0].removeprefix("like ")
-            row = (
-                f"{name}|{c.shape[0]} x {c.shape[1]}|{human(counts(c.config)['total'])}|"
-                f"{human(c.tokens)}|{c.speed.tok_per_sec:,.0f}|{c.bpb[0]:.3f} ({c.bpb[1]:.3f} to "
-                f"{c.bpb[2]:.3f})|{c.memory['total'] / GIB:.1f} GiB|{words}"
+            rows.append(
+                f"{name}|{c.bpb[0]:.3f} ({c.bpb[1]:.3f} to {c.bpb[2]:.3f})|{c.shape[0]} x "
+                f"{c.shape[1]}|{human(counts(c.config)['total'])}|{human(c.tokens)}|"
+                f"{c.speed.tok_per_sec:,.0f}|{c.memory['total'] / GIB:.1f} GiB|{words}"
             )
-            rows.append(row.split("|"))
-    return rows
+    return [row.split("|") for row in rows]
 
 
 def rows_of(text: str) -> list[Row]:
@@ -300,53 +302,56 @@ def gains(plan: Plan) -> list[Row]:
     often = "each token once" if passes <= 1 else f"each token {passes:.1f} times"
     timed = "measured here" if plan.machine.points else "specification"
     timed = "measured on such a machine" if knobs.probe else timed
-    contexts = " -> ".join(str(T) for _, T in c.contexts)
+    contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
+    size, fresh = counts(c.config)["total"], sum(fresh for _, fresh in plan.text)
     return rows_of(f"""\
-quality | {c.bpb[0]:.2f} bits per byte of unseen text, less is better ({c.bpb[1]:.2f} to \
-{c.bpb[2]:.2f} in nine cases of ten) | law
+model | {human(size)} parameters in {c.shape[0]} layers of width {c.shape[1]}; predictions \
+within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken | rule
+quality | {c.bpb[0]:.2f} bits per byte (about a letter) of text that it has not seen; less is \
+better ({c.bpb[1]:.2f} to {c.bpb[2]:.2f} in nine cases of ten) | law
 in words | {words} | {known}
-text | {", ".join(knobs.data)}: {human(c.tokens)} tokens, {often} | rule
-speed | {c.speed.tok_per_sec:,.0f} tokens per second ({c.speed.lo:,.0f} to {c.speed.hi:,.0f}) | \
-{timed}
-a step | {human(c.total_batch_size)} tokens, context {contexts}, {c.device_batch_size} rows at a \
-time | rule""")
+compare | GPT-2 XL (1.6 B parameters) has about 0.75 on web text, GPT-2 124M about 1.03 | \
+nanochat, llm.c
+text | {human(c.tokens)} tokens (pieces of words) of {", ".join(knobs.data)}, which has \
+{human(fresh)}: {often} | rule
+speed | {c.speed.tok_per_sec:,.0f} tokens per second ({c.speed.lo:,.0f} to {c.speed.hi:,.0f}), in \
+steps of {human(c.total_batch_size)}; {c.device_batch_size} rows of {contexts} at a time | \
+{timed}""")
 
 
 def costs(plan: Plan) -> list[Row]:
     """Disk, memory and electricity."""
     need, knobs, parts = plan.needs, plan.knobs, plan.choice.primary.memory
-    state = sum(parts[name] for name in STATE)
-    work, beside = parts["allocated"] - state, parts["total"] - parts["allocated"]
+    state, beside, total = (parts[name] / GIB for name in ("state", "beside", "total"))
     disk = need["disk_bytes"]
     by_part = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in disk.items() if size)
-    power, rated = "give --watts to see it", "rule"
-    if need["watts"]:
-        power = f"{need['kwh']:.1f} kWh, {need['kwh'] * knobs.price:.2f} at {knobs.price:g} per kWh"
-        rated = "your figure" if knobs.watts else "specification"
+    rated = "specification" if plan.machine.watts else "judged"
     return rows_of(f"""\
 disk at its peak | {sum(disk.values()) / 1e9:.1f} GB: {by_part} | counted
-memory | {parts["total"] / GIB:.1f} of {plan.machine.memory_bytes / GIB:.1f} GiB: weights and \
-their state {state / GIB:.1f}, activations and loss {work / GIB:.1f}, rest {beside / GIB:.1f} | \
+memory | {total:.1f} of {plan.machine.memory_bytes / GIB:.1f} GiB: weights and what belongs to \
+them {state:.1f}, working values {total - state - beside:.1f}, torch itself {beside:.1f} | \
 counted
-electricity | {power} ({need["watts"]:.0f} W) | {rated}""")
+electricity | {need["kwh"]:.1f} kWh at {need["watts"]:.0f} W: {need["kwh"] * knobs.price:.2f} at \
+{knobs.price:g} per kWh (--price) | {"your figure" if knobs.watts else rated}""")
 
 
 def changes(plan: Plan) -> list[Row]:
     """What would change the choice: more time, more memory, more text."""
     knobs, target, chosen = plan.knobs, plan.machine, plan.choice.primary
-    double = replace(knobs, hours=2 * knobs.hours, minutes=2 * knobs.minutes)
-    asked = {
-        "time": replace(plan, knobs=double),
-        "memory": replace(plan, machine=replace(target, memory_bytes=2 * target.memory_bytes)),
-        "text": replace(plan, text=[(share, 2 * fresh) for share, fresh in plan.text]),
+    more = {
+        "time": {"knobs": replace(knobs, hours=2 * knobs.hours, minutes=2 * knobs.minutes)},
+        "memory": {"machine": replace(target, memory_bytes=2 * target.memory_bytes)},
+        "text": {"text": [(share, 2 * fresh) for share, fresh in plan.text]},
     }
     rows = []
-    for name, changed in asked.items():
-        other = changed.choice.primary
+    for name, changed in more.items():
+        other = replace(plan, **changed).choice.primary
         same = "the same model" if other.shape == chosen.shape else "{} x {}".format(*other.shape)
-        gain = other.bpb[0] - chosen.bpb[0]
-        figure = f"{same}, {other.bpb[0]:.3f} bits per byte ({gain:+.3f})"
-        rows.append((f"twice the {name}", figure, "law"))
+        gain = f"{other.bpb[0] - chosen.bpb[0]:+.3f}"
+        better = (
+            ", no better" if gain[1:] == "0.000" else f", {other.bpb[0]:.3f} bits per byte ({gain})"
+        )
+        rows.append((f"twice the {name}", same + better, "law"))
     return rows
 
 
@@ -363,12 +368,15 @@ def commands(plan: Plan, script: str) -> list[str]:
         steps = f"--total_batch_size {c.total_batch_size} --num_iterations {c.steps}"
         size = f"--depth {c.shape[0]} --model_dim {c.shape[1]} --head_dim {c.config.head_dim}"
         return f"{tokenizer}nanochat base_train {size} {steps} {data}".splitlines()
+    file, pilot = shlex.quote(str(recipe)), " --pilot" if knobs.stages()["pilot"] else ""
     return f"""\
-bash {script or "runs/one_day.sh"} {length} {data}    (all of it), or:
-{tokenizer}nanochat plan recipe {length} --pilot --vocab {knobs.vocab} {data}
-nanochat base_train --recipe {shlex.quote(str(recipe))}    (then mid_train and chat_sft in the \
-same way)
-nanochat chat_cli""".splitlines()
+bash {script or "runs/one_day.sh"} {length} {data}    # all of it; or step by step:
+{tokenizer}nanochat plan recipe {length}{pilot} --vocab {knobs.vocab} {data}
+{"nanochat plan pilot" if pilot else ""}
+nanochat base_train --recipe {file}
+nanochat mid_train --recipe {file}
+nanochat chat_sft --recipe {file}
+nanochat chat_cli""".replace("\n\n", "\n").splitlines()
 
 
 def page(plan: Plan, script: str = "") -> dict[str, Any]:
@@ -393,13 +401,15 @@ def page(plan: Plan, script: str = "") -> dict[str, Any]:
 
 def with_clock(made: dict[str, Any]) -> dict[str, list[Row]]:
     """The sections of a page, with the schedule of a run that begins now."""
-    rows, clock = [], datetime.now()
+    rows, begins = [], datetime.now()
+    clock = begins
     for name, seconds, source in made["schedule"]:
-        begins, clock = clock, clock + timedelta(seconds=seconds)
-        span = f"{begins:%a %H:%M} to {clock:%a %H:%M}"
-        rows.append((name, f"{duration(seconds):>7}, {span}", source))
+        span, clock = f"{clock:%a %H:%M}", clock + timedelta(seconds=seconds)
+        rows.append((name, f"{duration(seconds):>7}, {span} to {clock:%a %H:%M}", source))
+    all_of_it = duration((clock - begins).total_seconds())
+    rows.append(("all", f"{all_of_it:>7}, and ready on {clock:%A at %H:%M}", "sum"))
     first, *others = made["sections"].items()
-    return dict([first, ("When", rows), *others])
+    return dict([first, ("When, if you start now", rows), *others])
 
 
 def show(made: dict[str, Any]) -> None:
@@ -429,11 +439,12 @@ def write_html(made: dict[str, Any], file: str) -> None:
             f"<dt>{escape(what)}</dt><dd>{escape(figure)}<small>{escape(source)}</small></dd>"
             for what, figure, source in rows
         )
-        blocks[head] = f"<dl>{''.join(lines)}</dl>"
-    heads, *rows = made["models"]
-    blocks["What you get"] += table(heads, [(name, cells) for name, *cells in rows])
-    lines = escape("\n".join(made["commands"]))
-    blocks["Commands"] = f'<pre class="wide">{lines}</pre><p><small>{escape(SOURCES)}</small></p>'
+        blocks[head] = f'<dl class="text">{"".join(lines)}</dl>'
+    (*heads, _), *rows = made["models"]
+    cells = [(name, [(bpb, words), *others]) for name, bpb, *others, words in rows]
+    blocks["What you get"] += table(heads, cells)
+    lines = "".join(f"<pre>{escape(line)}</pre>" for line in made["commands"])
+    blocks["Commands"] = f"{lines}<p><small>{escape(SOURCES)}</small></p>"
     write_page(made["title"], blocks, file)
 
 

@@ -18,6 +18,7 @@ from nanochat.base.commands import near
 from nanochat.base.common import UserError, base_dir, duration, user_path
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
+from nanochat.train.knobs import DeviceKnobs
 from nanochat.train.scaling import compile_pays
 
 GIB = 1 << 30
@@ -30,6 +31,18 @@ class BudgetKnobs:
 
     hours: float = knob(0.0, "time for the whole run, from pretraining to evaluation", low=0)
     minutes: float = knob(0.0, "the same in minutes", low=0)
+
+
+@dataclass(kw_only=True)
+class CardKnobs(DeviceKnobs):
+    """Machine"""
+
+    gpu: str = knob("", "plan for this GPU, for example rtx4090 (default: this machine)")
+    gpus: int = knob(1, "number of these GPUs", low=1)
+    memory_gb: float = knob(
+        0.0, "memory of the device (default: the GPU's, or what is free here)", low=0
+    )
+    json: bool = knob(False, "print only JSON")
 
 
 def budget_seconds(knobs: BudgetKnobs) -> float:
@@ -67,6 +80,11 @@ class Machine:
         """Whether base_train compiles on it in a run of `seconds`, given --compile=`asked`."""
         wanted = compile_pays(self.device_type, seconds) if asked == "auto" else asked == "on"
         return wanted and self.compiler
+
+    def when(self, compiled: bool) -> "Machine":
+        """With the points of such steps alone, if there are any: others are as of another one."""
+        alike = tuple(p for p in self.points if p["compiled"] == compiled)
+        return replace(self, points=alike or self.points)
 
     def stored(self) -> dict[str, Any]:
         """What files keep of it, with the number of its points instead of them."""
@@ -112,15 +130,10 @@ def load(path: Path | str) -> Machine:
         own = {"name": found.name, "dtype": found.dtype}.items()
         good = (p for p in file["points"] if own <= p.items() and "error" not in p)
         return replace(found, points=tuple(good))
-    except OSError as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
-            f"cannot read the probe {path} ({e.strerror}): make one with "
-            f"nanochat plan probe --out {path}"
-        ) from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{path} was not written by plan probe ({type(e).__name__}: {e}): delete it and run "
-            "plan probe again, or name another file"
+            f"{path} is no file of plan probe ({type(e).__name__}: {e}): name another, or delete "
+            f"it and make one with nanochat plan probe --out {path}"
         ) from None
 
 
@@ -140,12 +153,14 @@ def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
     return this
 
 
-def named(gpu: str = "", gpus: int = 1, dtype: str = "auto", device_type: str = "auto") -> Machine:
-    """The card of that name, or this machine without one; in the dtype that is asked for."""
-    if not gpu:
-        return here(device_type, dtype)
-    card = replace(of_card(gpu), gpus=gpus)
-    return card if dtype == "auto" else replace(card, dtype=dtype)
+def named(knobs: CardKnobs) -> Machine:
+    """The card that the knobs name, or this machine; in the dtype and with the memory they give."""
+    if knobs.gpu:
+        found = replace(of_card(knobs.gpu), gpus=knobs.gpus)
+    else:
+        found = here(knobs.device_type, knobs.dtype)
+    dtype = found.dtype if knobs.dtype == "auto" else knobs.dtype
+    return replace(found, dtype=dtype, memory_bytes=knobs.memory_gb * GIB or found.memory_bytes)
 
 
 def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:

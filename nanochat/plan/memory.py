@@ -16,11 +16,11 @@ from itertools import product
 from statistics import fmean
 from typing import Any, Literal
 
-from nanochat.base.common import UserError, columns, notice, print0
+from nanochat.base.common import UserError, columns, print0
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import machine
-from nanochat.plan.machine import GIB, Machine
+from nanochat.plan.machine import GIB, CardKnobs, Machine
 from nanochat.plan.shapes import SizeKnobs, counts
 
 # By kind of device: bytes of the process and its context, bytes of the compiler, and the
@@ -34,31 +34,20 @@ BESIDE = {
     # (runtime.keep_freed_memory), in pieces that often cannot be used again.
     "cpu": (0.4e9, 0.05e9, 0.65),
 }
-
-
-STATE = ("weights", "gradients", "optimizer")  # what stays from step to step
+SHOWN = ("state", "activations", "loss", "update", "beside", "total")  # parts, as predict says
 
 
 @dataclass(kw_only=True)
-class MemoryKnobs(SizeKnobs):
+class MemoryKnobs(CardKnobs, SizeKnobs):
     """Grid"""
 
-    gpu: str = knob("", "GPU to plan for, for example rtx3090 (default: this machine)")
-    gpus: int = knob(1, "GPUs that share the optimizer's state", low=1)
-    memory_gb: float = knob(
-        0.0, "memory available per GPU (default: the GPU's, or what is free here)", low=0
-    )
     device_batch_sizes: tuple[int, ...] = knob(
         (1, 2, 4, 8, 16, 32, 64), "rows of a micro-batch, one line of the table each", low=1
     )
     sequence_lens: tuple[int, ...] = knob(
         (), "context lengths of the training rows (default: sequence_len)", low=1
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "precision of the computation"
-    )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU")
-    json: bool = knob(False, "print only JSON")
 
 
 def kept_by_layer(
@@ -93,10 +82,10 @@ def predict(
     config: GPTConfig, rows: int, T: int, target: Machine, compiled: bool
 ) -> dict[str, int]:
     """
-    Bytes that training takes on one device, by part. Weights, gradients and optimizer (its state)
-    stay; activations, loss and update (what an optimizer step needs beside its state) are those of
+    Bytes that training takes on one device, by part. `state` (weights, gradients, optimizer) stays;
+    activations, loss and update (what an optimizer step needs beside its state) are those of
     different moments, so `allocated`, the peak of all tensors, is less than their sum. `total` adds
-    what is beside the tensors (BESIDE) and what was measured above the count on this machine.
+    what is `beside` the tensors (BESIDE) and what was measured above the count on this machine.
     """
     from nanochat.model.attention import QUERY_BLOCK
     from nanochat.model.loss import BLOCK_CHUNKS, CHUNK_ELEMENTS, COMPILED_ELEMENTS
@@ -128,30 +117,28 @@ def predict(
     # Muon's largest pool of matrices of one shape: on a GPU all at once.
     hidden = config.hidden * (2 if config.activation == "swiglu" else 1)
     pool = config.n_layer * C * max(2 * C + 2 * config.n_kv_head * config.head_dim, hidden)
+    update = pool * (4 + size if cpu else 20)
+    state = 8 * n["total"] + (4 * matrices + 8 * (n["total"] - matrices)) / target.gpus
+    allocated = state + max(activations + max(loss, backward), update)
+    context, compiler, share = BESIDE[device]
+    beside = context + compiler * compiled + share * allocated + (target.memory_gap or 0)
     parts = {
-        "weights": 4 * n["total"],
-        "gradients": 4 * n["total"],
-        "optimizer": (4 * matrices + 8 * (n["total"] - matrices)) / target.gpus,
+        "state": state,
         "activations": activations,
         "loss": loss,
-        "update": pool * (4 + size if cpu else 20),
+        "update": update,
+        "beside": beside,
+        "allocated": allocated,
+        "total": allocated + beside,
     }
-    allocated = sum(parts[name] for name in STATE) + max(
-        activations + max(loss, backward), parts["update"]
-    )
-    context, compiler, share = BESIDE[device]
-    beside = context + (compiler if compiled else 0) + share * allocated
-    total = allocated + beside + (target.memory_gap or 0)
-    every = parts | {"allocated": allocated, "total": total}
-    return {name: round(value) for name, value in every.items()}
+    return {name: round(value) for name, value in parts.items()}
 
 
-def with_gap(target: Machine, compiled: bool) -> Machine:
+def with_gap(target: Machine) -> Machine:
     """The machine with the bytes that its points took above the count, unless a pilot measured."""
-    points = [p for p in target.points if p["compiled"] == compiled]
-    if target.memory_gap is not None or not points:
+    if target.memory_gap is not None or not target.points:
         return target
-    return replace(target, memory_gap=fmean(gap(p, target) for p in points))
+    return replace(target, memory_gap=fmean(gap(p, target) for p in target.points))
 
 
 def gap(point: Mapping[str, Any], target: Machine) -> float:
@@ -183,45 +170,31 @@ def run(knobs: MemoryKnobs) -> dict[str, Any]:
             f"rows of {max(lengths)} tokens do not fit a context of {knobs.sequence_len}: "
             "raise --sequence_len as well"
         )
-    if not knobs.device_batch_sizes:
-        raise UserError(
-            "--device_batch_sizes is empty: give some, as in --device_batch_sizes 8 16 32"
-        )
-    config, target = knobs.config(), machine.named(knobs.gpu, knobs.gpus, knobs.dtype)
-    target = replace(target, memory_bytes=knobs.memory_gb * GIB or target.memory_bytes)
+    config, target = knobs.config(), machine.named(knobs)
     compiled = target.compiles(0.0, knobs.compile)
-    if knobs.compile == "on" and not compiled:
-        notice(f"predicted without torch.compile, which does not work on {target.name}")
-    target = with_gap(target, compiled)
+    target = with_gap(target.when(compiled))
     grid, table = [], []
     for T, rows in product(sorted(set(lengths)), sorted(set(knobs.device_batch_sizes))):
         parts = predict(config, rows, T, target, compiled)
         fits = parts["total"] <= target.memory_bytes
         grid.append({"rows": rows, "sequence_len": T, **parts, "fits": fits})
-        state = sum(parts[name] for name in STATE)
-        beside = parts["total"] - parts["allocated"]
-        moments = (parts["activations"], parts["loss"], parts["update"])
-        sizes = [f"{size / GIB:.2f}" for size in (state, *moments, beside, parts["total"])]
+        sizes = (f"{parts[name] / GIB:.2f}" for name in SHOWN)
         table.append((rows, T, *sizes, "fits" if fits else "does not fit"))
     available = target.memory_bytes / GIB
     print0(
         f"{target.name}, {available:.1f} GB; {target.dtype}, "
         f"{'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes"
     )
-    heads = "rows|T|state|activations|loss|update|beside|total|"
-    print0(columns(heads.split("|"), table))
+    print0(columns(("rows", "T", *SHOWN, ""), table))
     least = grid[0]
     if not any(cell["fits"] for cell in grid):
-        fewer = "" if least["rows"] == 1 else ", or fewer rows in --device_batch_sizes"
         raise UserError(
             f"nothing fits {target.name}: {least['rows']} rows of {least['sequence_len']} take "
             f"{least['total'] / GIB:.1f} GB of {available:.1f}; choose a smaller --depth, --vocab "
-            f"or --sequence_len{fewer}"
+            "or --sequence_len, or fewer rows in --device_batch_sizes"
         )
     return {
-        "device": target.name,
-        "memory_bytes": round(target.memory_bytes),
-        "dtype": target.dtype,
+        "machine": target.stored(),
         "compiled": compiled,
         "config": asdict(config),
         "grid": grid,

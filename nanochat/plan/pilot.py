@@ -30,7 +30,7 @@ from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.stages import run_directory
 from nanochat.plan import day, machine, recipe
-from nanochat.plan.choice import OPENING, choose
+from nanochat.plan.choice import OPENING
 from nanochat.plan.law import Law, worth
 from nanochat.plan.machine import GIB
 from nanochat.plan.speed import first_step
@@ -74,15 +74,10 @@ def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
         stored = read_json(file.with_suffix(".json"))["knobs"]
         given = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
         return file, flags, recipe.RecipeKnobs(**{**given, "out": str(file)})
-    except OSError as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
-            f"cannot read {e.filename} ({e.strerror}): make a recipe with "
-            "nanochat plan recipe --hours N"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{file} and its .json were not written by plan recipe ({type(e).__name__}: "
-            f"{e}): run plan recipe again"
+            f"{file} and its .json are no recipe of this version ({type(e).__name__}: {e}): make "
+            "one with nanochat plan recipe --hours N"
         ) from None
 
 
@@ -135,13 +130,10 @@ def verdict(target: float, bpb: tuple[float, float, float]) -> str:
 def run(knobs: PilotKnobs) -> dict[str, Any]:
     """Train the short run and write the corrected recipe; returns all figures."""
     file, flags, asked = read(knobs.plan)
-    same = {name: flags[name] for name in SIZE}
-    plan = day.planned(replace(asked, **same))
+    plan = day.planned(replace(asked, **{name: flags[name] for name in SIZE}))
     planned, target, whole = plan.choice.primary, plan.machine, asked.pretraining_seconds()
-    seconds, compiled = (
-        knobs.minutes * 60 or min(PILOT * whole, MOST_SECONDS),
-        target.compiles(whole),
-    )
+    seconds = knobs.minutes * 60 or min(PILOT * whole, MOST_SECONDS)
+    compiled = target.compiles(whole)
     beside = OPENING + first_step(target, compiled)
     step = planned.total_batch_size / planned.speed.tok_per_sec
     steps = (seconds * (1 - EVALUATING) - beside) / step
@@ -155,32 +147,30 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     print0(f"pilot of {file}: about {steps:,.0f} of {planned.steps:,} steps, {duration(seconds)}")
     words = [f"--max_minutes={seconds / 60:g}", f"--compile={'on' if compiled else 'off'}"]
     made = short_run(file, words, knobs)
-    end, peak = made["final_bpb"], made["peak_memory_bytes"]
+    end, peak, speed = made["final_bpb"], made["peak_memory_bytes"], made["tok_per_sec"]
     if end is None:
         raise UserError(
             "the pilot has no bits per byte, because its validation text is empty: give more text "
             "with --data"
         )
-    ratio = made["tok_per_sec"] / planned.speed.tok_per_sec
-    law = Law().moved(planned.size, worth(made["tokens"], plan.text), end)
+    ratio = speed / planned.speed.tok_per_sec
     counted = planned.memory["allocated" if target.device_type == "cuda" else "total"]
     gap = (target.memory_gap or 0) + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
-    corrected = replace(plan, knobs=asked, machine=target)
-    choice = choose(asked, target, law, plan.text, kept=planned.shape)
-    heads, *rows = day.model_rows(choice)
+    law = Law().moved(planned.size, worth(made["tokens"], plan.text), end)
+    plan = replace(plan, knobs=asked, machine=target, law=law, kept=planned.shape)
+    chosen, written = plan.choice.primary, recipe.write(plan)
+    heads, *rows = day.model_rows(plan.choice)
     print0(columns(heads, rows))
-    written, chosen = recipe.write(corrected, choice, law), choice.primary
-    kept = "it keeps its model"
-    if chosen.shape != planned.shape:
-        kept = "another model is better now, but has not been tried"
+    same = chosen.shape == planned.shape
     print0(
         f"  the pilot: {end:.4f} bits per byte after {human(made['tokens'])} tokens; the whole "
         f"budget: {chosen.bpb[0]:.3f} ({chosen.bpb[1]:.3f} to {chosen.bpb[2]:.3f}), where the law "
         f"said {planned.bpb[0]:.3f}\n"
         f"  speed: {ratio:.2f} times the prediction; peak memory: {peak / GIB:.2f} GiB, predicted "
         f"{counted / GIB:.2f}\n"
-        f"  {written['recipe']} is corrected: {kept}, {chosen.shape[0]} x {chosen.shape[1]}"
+        f"  {written['recipe']} is corrected: {chosen.shape[0]} x {chosen.shape[1]}, "
+        f"{'which was tried' if same else 'which is better now, but has not been tried'}"
     )
     report: dict[str, Any] = {
         "run": made,

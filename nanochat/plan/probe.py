@@ -20,25 +20,23 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from nanochat.base.common import columns, duration, print0, user_path
+from nanochat.base.common import columns, duration, notice, print0, user_path
 from nanochat.base.files import atomic_write, check_writable
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
 from nanochat.plan import machine, speed
 from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.shapes import OpenSizeKnobs, flops_per_token
-from nanochat.train.knobs import MachineKnobs
+from nanochat.train.knobs import DeviceKnobs
 from nanochat.train.scaling import PRETRAIN, batch_for
 
-DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 32)
-# What makes two points the same measurement.
-IDENTITY = ("name", "dtype", "compiled", "config", "rows", "accumulation")
+DEPTHS = (*range(1, 6), *range(6, 28, 2), 28, 32)
 MEMORY_ENDED = "out of memory"
 Point = dict[str, Any]
 
 
 @dataclass(kw_only=True)
-class ProbeKnobs(MachineKnobs, OpenSizeKnobs):
+class ProbeKnobs(DeviceKnobs, OpenSizeKnobs):
     """Grid"""
 
     depths: tuple[int, ...] = knob(
@@ -94,20 +92,9 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[Point]:
     return points
 
 
-def identity(point: Point) -> str:
-    return json.dumps([point[name] for name in IDENTITY], sort_keys=True)
-
-
 def size_of(point: Point) -> str:
     c = point["config"]
     return f"{c['n_layer']} x {c['n_embd']}|{c['sequence_len']}|{point['rows']}"
-
-
-def measure(point: Point, knobs: ProbeKnobs, target: Machine, prefix: str = "") -> Point:
-    """What plan.measure says of a point."""
-    print0("  {}{}, context {}, {} rows ...".format(prefix, *size_of(point).split("|")))
-    where = {"device_type": target.device_type, "seconds": knobs.seconds}
-    return machine.in_process({name: point[name] for name in IDENTITY} | where)
 
 
 def run(knobs: ProbeKnobs) -> dict[str, Any]:
@@ -118,9 +105,10 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     began = time.monotonic()
     file = user_path(knobs.out) if knobs.out else machine.folder() / "probe.json"
     check_writable(file.parent)
+    stored: list[Point] = []
     if file.exists():
         machine.load(file)  # UserError if it is not a probe
-    stored = {identity(p): p for p in read_json(file)["points"]} if file.exists() else {}
+        stored = read_json(file)["points"]
     target = replace(machine.here(knobs.device_type, knobs.dtype), points=())
     seconds = machine.budget_seconds(knobs) or (1200 if target.device_type == "cpu" else 86_400)
     training, limit = PRETRAIN * seconds, knobs.limit_minutes * 60 or seconds / 12
@@ -128,39 +116,47 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
         f"{target.name}, {target.dtype}, measured peak {target.peak_flops / 1e12:.3g} TFLOP/s; "
         f"{duration(training)} of pretraining"
     )
-    points: dict[str, Point] = {}
+    points: list[Point] = []
     left_out = 0
 
-    def keep(key: str, point: Point) -> None:
-        points[key] = stored[key] = point
-        whole = {"machine": target.stored(), "points": list(stored.values())}
+    def measure(point: Point, prefix: str = "") -> Point:
+        print0("  {}{}, context {}, {} rows ...".format(prefix, *size_of(point).split("|")))
+        where = {"device_type": target.device_type, "seconds": knobs.seconds}
+        return machine.in_process(point | where)
+
+    def save() -> None:
+        whole = {"machine": target.stored(), "points": stored}
         atomic_write(file, json.dumps(whole, indent=1))
 
-    for point in grid(knobs, target, training):
-        key, config = identity(point), point["config"]
-        known = stored.get(key, {"error": "not measured"})
-        if known.get("error", MEMORY_ENDED) == MEMORY_ENDED:
-            points[key] = known
-        elif any(p["config"] == config and "error" in p for p in points.values()):
-            keep(key, {**point, "error": MEMORY_ENDED})  # with fewer rows already
-        elif points and time.monotonic() > began + limit:
-            left_out += 1
-        else:
-            keep(key, {**point, **measure(point, knobs, target)})
-    for key, point in points.items():
+    for wanted in grid(knobs, target, training):
+        point = next((p for p in stored if wanted.items() <= p.items()), {"error": "not measured"})
+        if point.get("error", MEMORY_ENDED) != MEMORY_ENDED:
+            failed = [p["config"] for p in points if "error" in p]
+            if wanted["config"] in failed:
+                point = {**wanted, "error": MEMORY_ENDED}  # with fewer rows already
+            elif points and time.monotonic() > began + limit:
+                left_out += 1
+                continue
+            else:
+                point = wanted | measure(wanted)
+            stored.insert(0, point)
+            save()
+        points.append(point)
+    for point in points:
         if not {"error", "drift"} & set(point):
-            again = measure(point, knobs, target, "again, on a warm machine: ")
+            again = measure(point, "again, on a warm machine: ")
             if "error" not in again:
                 drift = again["step_ms"] / point["step_ms"] - 1
-                keep(key, {**point, **again, "drift": drift, "first_step_s": point["first_step_s"]})
+                point |= {**again, "drift": drift, "first_step_s": point["first_step_s"]}
+                save()
     if left_out:
         print0(
             f"  points not measured for lack of time: {left_out}; run the same command again to "
             "measure them, or raise --limit_minutes"
         )
-    _show(list(points.values()), target)
+    _show(points, target)
     print0(f"  {file}")
-    made = {"machine": target.stored(), "points": list(points.values())}
+    made = {"machine": target.stored(), "points": points}
     return {**made, "left_out": left_out, "file": str(file)}
 
 
@@ -178,3 +174,8 @@ def _show(points: Sequence[Point], target: Machine) -> None:
             )
         rows.append(f"{size_of(p)}|{p['accumulation']}|{measured}".split("|"))
     print0(columns(heads.split("|"), rows))
+    if any(abs(p.get("drift", 0)) > 0.3 for p in points):
+        notice(
+            "the speed changed by more than 30 % between two measurements, so other programs were "
+            "probably busy: end them, delete the file and measure again"
+        )

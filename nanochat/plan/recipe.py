@@ -20,8 +20,7 @@ from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_toml
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import day, machine
-from nanochat.plan.choice import Candidate, Choice
-from nanochat.plan.law import Law
+from nanochat.plan.choice import Candidate
 from nanochat.plan.machine import budget_seconds
 from nanochat.train.scaling import LATER_STAGES, embedding_rate
 
@@ -54,57 +53,51 @@ def toml_value(value: Any) -> str:
 
 def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]]:
     """The recipe of a candidate: flags by command."""
-    seconds = knobs.stages()
-    stages = {"base_train": _pretraining(knobs, candidate)}
+    seconds, config, batch = knobs.stages(), candidate.config, candidate.total_batch_size
+    stages: dict[str, dict[str, Any]] = {
+        "base_train": {
+            "depth": config.n_layer,
+            "model_dim": config.n_embd,
+            "head_dim": config.head_dim,
+            "kv_ratio": knobs.kv_ratio,
+            "total_batch_size": batch,
+            "device_batch_size": candidate.device_batch_size,
+            "embedding_lr": embedding_rate(batch),
+            **{f.name: getattr(config, f.name) for f in fields(ArchitectureKnobs)},
+        }
+    }
+    if len(candidate.contexts) > 1:
+        contexts = tuple(f"{T}@{begin:g}" for begin, T in candidate.contexts)
+        stages["base_train"]["context_stages"] = contexts
+    if knobs.data:
+        stages["base_train"]["data"] = knobs.data
     if seconds["mid_train"] > 13:
-        for command in ("mid_train", "chat_sft"):
-            minutes = round(seconds[command] / 60, 3)
-            stages[command] = {"max_minutes": minutes, "warmdown_ratio": 1.0}
         # Rates as in the quickstart, whose chain was measured (dev/LOG.md).
-        stages["mid_train"]["lr_scale"] = 0.5
-        stages["chat_sft"]["init_lr_frac"] = 0.5
-    if knobs.model_tag:
-        for flags in stages.values():
+        for command, rate in (("mid_train", "lr_scale"), ("chat_sft", "init_lr_frac")):
+            stages[command] = {"warmdown_ratio": 1.0, rate: 0.5}
+    for command, flags in stages.items():
+        flags["max_minutes"] = round(seconds[command] / 60, 3)
+        if knobs.model_tag:
             flags["model_tag"] = knobs.model_tag
     return stages
 
 
-def _pretraining(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, Any]:
-    config = candidate.config
-    flags: dict[str, Any] = {
-        "depth": config.n_layer,
-        "model_dim": config.n_embd,
-        "head_dim": config.head_dim,
-        "kv_ratio": knobs.kv_ratio,
-        "max_minutes": round(knobs.pretraining_seconds() / 60, 3),
-        "total_batch_size": candidate.total_batch_size,
-        "device_batch_size": candidate.device_batch_size,
-        "embedding_lr": embedding_rate(candidate.total_batch_size),
-    }
-    flags |= {f.name: getattr(config, f.name) for f in fields(ArchitectureKnobs)}
-    if len(candidate.contexts) > 1:
-        flags["context_stages"] = tuple(f"{T}@{begin:g}" for begin, T in candidate.contexts)
-    if knobs.data:
-        flags["data"] = knobs.data
-    return flags
-
-
-def write(plan: day.Plan, choice: Choice, law: Law) -> dict[str, Any]:
-    """Write the recipe of a choice, and the plan as JSON beside it; return the plan."""
-    knobs, chosen = plan.knobs, choice.primary
+def write(plan: day.Plan) -> dict[str, Any]:
+    """Write the recipe of a plan, and the plan as JSON beside it; return the plan."""
+    knobs = plan.knobs
     out = user_path(knobs.out) if knobs.out else machine.folder() / "recipe.toml"
     lines = [f"# {duration(budget_seconds(knobs))} on {plan.machine.name}"]
     lines += [f"# {what}: {figure} ({source})" for what, figure, source in day.gains(plan)]
-    for command, flags in tables(knobs, chosen).items():
+    for command, flags in tables(knobs, plan.choice.primary).items():
         lines += ["", f"[{command}]", *(f"{n} = {toml_value(v)}" for n, v in flags.items())]
     atomic_write(out, "\n".join(lines) + "\n")
     whole = {
         "knobs": asdict(knobs),
         "machine": plan.machine.stored(),
-        "law": asdict(law),
+        "law": asdict(plan.law),
         "recipe": str(out),
         "pretraining_seconds": knobs.pretraining_seconds(),
-        **asdict(choice),
+        **asdict(plan.choice),
     }
     atomic_write(out.with_suffix(".json"), json.dumps(whole, indent=1))
     return whole
@@ -133,7 +126,7 @@ def run(knobs: RecipeKnobs) -> dict[str, Any]:
     """Print the page of plan day and write recipe and plan; returns the plan."""
     plan = day.planned(knobs)
     day.show(day.page(plan))
-    whole = write(plan, plan.choice, Law())
+    whole = write(plan)
     commands = ", ".join(tables(plan.knobs, plan.choice.primary))
     print0(f"\n  {whole['recipe']}: pass it with --recipe to {commands}")
     return whole

@@ -94,20 +94,22 @@ def interpolated(
     """
     (tokens per second, relative error) of a model: the mean over the points, by inverse squared
     distance in the logarithms of FLOPs per token, context and tokens of a micro-batch. The time of
-    a token grows with its FLOPs to the power that the points show; 0.8 is the usual one. A speed is
-    known to 3 % at best, and no better than the points drifted; away from them the error is 12 % of
-    the distance.
+    a token grows with its FLOPs to the power that the points show, if that is from 0 to 1; 0.8 is
+    the usual one. Points of a busy machine can show anything, so twice the FLOPs per second of the
+    best one is the most that is believed. A speed is known to 3 % at best, and no better than the
+    points drifted; away from them the error is 12 % of the distance.
     """
     sizes = [(q["flops_per_token"], q["config"]["sequence_len"], q["rows"]) for q in points]
     x = np.log([(f, length**0.5, (length * r) ** 0.5) for f, length, r in sizes])
     x -= np.log([flops_per_token(config, T), T**0.5, (rows * T) ** 0.5])
-    rates, drift = np.array([(q["tok_per_sec"], q.get("drift", 0.0)) for q in points]).T
+    rates, drift = np.log([(q["tok_per_sec"], math.exp(q.get("drift", 0.0))) for q in points]).T
     flops = x[:, 0] - x[:, 0].mean()
-    power = (0.8 * 0.05 - flops @ np.log(rates)) / (0.05 + flops @ flops)
+    power = np.clip((0.8 * 0.05 - flops @ rates) / (0.05 + flops @ flops), 0, 1)
     squared = (x**2).sum(1)
-    rate = np.average(np.log(rates) + power * x[:, 0], weights=1 / (squared + 0.003))
+    rate = np.average(rates + power * x[:, 0], weights=1 / (squared + 0.003))
     error = 0.03**2 + (drift**2).mean() + 0.12**2 * squared.min()
-    return math.exp(rate), math.sqrt(error)
+    most = math.log(2) + (rates + x[:, 0]).max()
+    return math.exp(min(rate, most)), math.sqrt(error)
 
 
 def usual_flops(machine: Machine, seconds: float) -> float:
@@ -124,4 +126,4 @@ def first_step(machine: Machine, compiled: bool) -> float:
     to compile (on two cores, dev/LOG.md).
     """
     measured = [p["first_step_s"] for p in machine.points if p["compiled"] == compiled]
-    return median(measured) if measured else 30.0 * compiled
+    return median(measured or [30.0 * compiled])

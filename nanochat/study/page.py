@@ -84,7 +84,8 @@ th i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; mar
          gap: 1.5rem 2rem }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .35rem 1.5rem;
      margin: 0 0 1rem } dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
-pre { font-size: .85em; margin: 0 }
+pre { font-size: .85em; margin: 0 0 .3em; white-space: pre-wrap; overflow-wrap: anywhere;
+      padding-left: 2ch; text-indent: -2ch }
 @media (max-width: 34rem) { dl { display: block } dd { margin: 0 0 .6rem } }
 figure { margin: 0 } svg { width: 100%; height: auto }
 svg text { font-family: system-ui, sans-serif !important } p b { margin-right: .1em }
