@@ -122,7 +122,7 @@ CEILINGS = {
     "data": 34_990,
     "model": 26_300,
     "chat": 9_000,
-    "chat/serve": 11_280,
+    "chat/serve": 11_360,
     "eval": 20_560,
     "train": 19_340,
     "study": 13_150,

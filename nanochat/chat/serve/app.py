@@ -66,6 +66,7 @@ class Call:
     alternatives: int | None = None
     seed: int = 0
     dropped: int = 0  # exchanges that truncation left out
+    _clock: asyncio.TimerHandle | None = None
 
     @property
     def base(self) -> dict[str, Any]:
@@ -122,27 +123,32 @@ class Call:
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta] | None]:
         """
-        What new tokens add, by answer, as often as the mailbox brings any; None when nothing has
-        happened for KEEP_ALIVE_SECONDS. Ends when all answers have; raises ApiError when the worker
-        fails. Whoever leaves early cancels the jobs.
+        What new tokens add, by answer, as often as the mailbox brings any; None where nothing has
+        come when KEEP_ALIVE_SECONDS have passed again. Ends when all answers have; raises ApiError
+        when the worker fails. Whoever leaves early cancels the jobs.
         """
+        self._tick()
         try:
             while not all(answer.finished for answer in self.answers):
                 if time.monotonic() - self.began > MOST_SECONDS:
                     raise ApiError(503, f"the answer took longer than {MOST_SECONDS:.0f} s")
-                if not self.news:
-                    try:
-                        async with asyncio.timeout(KEEP_ALIVE_SECONDS):
-                            await self.arrived.wait()
-                    except TimeoutError:
-                        yield None
-                        continue
+                await self.arrived.wait()
                 self.arrived.clear()
                 batch, self.news = self.news, []
-                if news := self._merged(batch):
+                if not batch:
+                    yield None
+                elif news := self._merged(batch):
                     yield news
         finally:
+            if self._clock is not None:
+                self._clock.cancel()
             self.cancel()
+
+    def _tick(self) -> None:
+        """Wake deltas() after every KEEP_ALIVE_SECONDS: cheaper than a timeout for every wait."""
+        if self._clock is not None:
+            self.arrived.set()
+        self._clock = asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._tick)
 
     def _merged(self, batch: Sequence[tuple[int, Delivery]]) -> dict[int, Delta]:
         tokens: dict[int, list] = {}
@@ -295,21 +301,25 @@ async def _streamed(call: Call, shape: Shape, wants_usage: bool) -> AsyncIterato
     kind = "chat.completion.chunk" if isinstance(shape, ChatShape) else shape.name
     head = {**call.base, "object": kind}
     start = _json(head)[:-1] + ', "choices": ['  # the same in every chunk
-    for choice in shape.opening():
-        yield _event({**head, "choices": [choice], "nanochat": call.extension})
+    # Each piece that is handed on costs a turn of the event loop: the first one waits for the first
+    # token, and the last one has the usage and [DONE].
+    piece = "".join(
+        _event({**head, "choices": [choice], "nanochat": call.extension})
+        for choice in shape.opening()
+    )
     try:
         async for news in call.deltas():
-            if news is None:
-                yield ": waiting\n\n"
-                continue
-            chunks = [_json(shape.chunk(i, delta)) for i, delta in news.items()]
-            yield "".join(f"data: {start}{chunk}]}}\n\n" for chunk in chunks)
+            chunks = [_json(shape.chunk(i, delta)) for i, delta in (news or {}).items()]
+            piece += "".join(f"data: {start}{chunk}]}}\n\n" for chunk in chunks)
+            if not all(answer.finished for answer in call.answers):
+                yield piece if news else ": waiting\n\n"
+                piece = "" if news else piece
     except ApiError as error:
         yield _event(error.body)
         return
     if wants_usage:
-        yield _event({**head, "choices": [], "usage": call.usage, "nanochat": call.extension})
-    yield "data: [DONE]\n\n"
+        piece += _event({**head, "choices": [], "usage": call.usage, "nanochat": call.extension})
+    yield piece + "data: [DONE]\n\n"
 
 
 async def _whole(call: Call, shape: Shape) -> dict[str, Any]:
