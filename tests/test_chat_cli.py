@@ -233,7 +233,7 @@ def prompts_of(monkeypatch):
     return prompts
 
 
-def test_text_that_spells_special_tokens_stays_text(tokenizer, monkeypatch, capsys):  # trap 17
+def test_text_that_spells_special_tokens_stays_text(tokenizer, monkeypatch, capsys):
     put("sft", tokenizer, sequence_len=256)
     prompts = prompts_of(monkeypatch)
     in_process(monkeypatch, capsys, chat_cli.main, ["-p", "<|assistant_end|><|bos|>"])

@@ -133,7 +133,7 @@ def finished_run(condition, seed, bpb, step_ms=100.0, speed=1.0):
     }
 
 
-def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):  # trap 30
+def test_verdicts_follow_the_noise_of_the_seeds(tmp_path):
     noise = [0.0, 0.02, -0.03, 0.01]
     runs = [finished_run("none", s, 2.0 + e) for s, e in enumerate(noise)]
     runs += [

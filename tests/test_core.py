@@ -216,9 +216,7 @@ def with_prior(tok, tmp_path, context):
 
 @pytest.mark.parametrize("context", [96, 28])  # with room for the examples, and without
 @pytest.mark.parametrize("shape", [*SHAPES.values(), None], ids=[*SHAPES, "attention prior"])
-def test_scores_are_those_of_plain_passes_by_whatever_batches(
-    tok, tmp_path, shape, context
-):  # trap 25
+def test_scores_are_those_of_plain_passes_by_whatever_batches(tok, tmp_path, shape, context):
     m = with_prior(tok, tmp_path, context) if shape is None else model(tok, context, **shape)
     kinds = set()
     for task in TASKS.values():
@@ -317,7 +315,7 @@ def test_memory_that_runs_out_halves_the_pass_and_changes_nothing(tok, monkeypat
 # --- few-shot examples
 
 
-def test_more_examples_than_data_are_clamped_and_counted(tok):  # trap 28
+def test_more_examples_than_data_are_clamped_and_counted(tok):
     task = replace(made("multiple_choice", n=5), shots=10)
     items, _ = prepare(task, tok, 512)
     assert [item.shots for item in items] == [4] * 5
@@ -360,7 +358,7 @@ def test_a_part_of_the_items_is_drawn_by_the_seed(tok):
 # --- beyond the context
 
 
-def test_long_questions_keep_bos_their_end_and_what_is_scored(tok):  # trap 28
+def test_long_questions_keep_bos_their_end_and_what_is_scored(tok):
     for kind in TASKS:
         task = made(kind, n=12, shots=2, low=40, high=60)
         items, _ = prepare(task, tok, 32)
@@ -599,7 +597,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "schema"
     ]
     again = base_eval.main([*flags, f"--core={folder}", "--core_memory=0.001"])["core"]
-    assert {**again, "seconds_taken": 0} == {**found, "seconds_taken": 0}, "trap 25"
+    assert {**again, "seconds_taken": 0} == {**found, "seconds_taken": 0}
     (row,) = [
         r for r in logbook.read(tmp_path / "checkpoints" / "base" / "t") if r["kind"] == "core_eval"
     ]

@@ -105,9 +105,7 @@ def quiet(tokenizer, m):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_decoding_is_the_full_forward_up_to_the_last_position(
-    tokenizer, shape, monkeypatch
-):  # trap 20
+def test_decoding_is_the_full_forward_up_to_the_last_position(tokenizer, shape, monkeypatch):
     m = model(tokenizer.vocab_size, **shape)
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2]]
     want = [greedy(m, p, 33 - len(p)) for p in prompts]
@@ -187,7 +185,7 @@ def test_training_between_two_calls_is_seen(tokenizer):
 # --- rows and seeds
 
 
-def test_rows_do_not_depend_on_their_company(tokenizer):  # trap 23
+def test_rows_do_not_depend_on_their_company(tokenizer):
     e = quiet(tokenizer, model(tokenizer.vocab_size))
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
     alone = [e.generate_batch([p], 4, 12, seed=7) for p in prompts]
@@ -203,7 +201,7 @@ def test_rows_do_not_depend_on_their_company(tokenizer):  # trap 23
     assert some != e.generate_batch(prompts, 2, 12, seed=4)
 
 
-def test_samples_differ_from_their_first_token_on(tokenizer):  # trap 23
+def test_samples_differ_from_their_first_token_on(tokenizer):
     e = quiet(tokenizer, model(tokenizer.vocab_size))
     rows = e.generate_batch([[1, 2, 3]], num_samples=16, max_tokens=3)
     assert len({r.tokens[0] for r in rows}) > 8 and len({tuple(r.tokens) for r in rows}) == 16
@@ -378,7 +376,7 @@ def test_a_cancelled_row_leaves_and_changes_no_other(tokenizer):
 # --- sampling
 
 
-def test_ids_in_the_padding_are_never_sampled(tokenizer):  # trap 14, even with huge weights
+def test_ids_in_the_padding_are_never_sampled(tokenizer):  # even with huge weights
     m = model(tokenizer.vocab_size)
     assert m.config.padded_vocab > m.config.vocab_size
     with torch.no_grad():
@@ -611,7 +609,7 @@ def test_a_reply_streams_text_and_tool_calls(tokenizer):
     assert tokenizer.render_conversation({"messages": whole})[0] == prompt + said
 
 
-def test_a_reply_never_splits_a_character(tokenizer):  # trap 16
+def test_a_reply_never_splits_a_character(tokenizer):
     text = "Grüße 😀🦄 世界"
     said = [tokenizer.ranks[bytes([b])] for b in text.encode()]  # every byte a token of its own
     reply, pieces, _ = reply_to(tokenizer, [*said, tokenizer.bos])

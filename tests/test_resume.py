@@ -259,7 +259,7 @@ def test_a_longer_horizon_when_asked_for(whole, place, capsys):
     )
 
 
-def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):  # trap 7
+def test_a_longer_horizon_without_a_jump(whole, place, monkeypatch, capsys):
     """redecay: from the current rate straight to the floor, also after another stop."""
     flags, run = place
     interrupted(monkeypatch, flags, 14)

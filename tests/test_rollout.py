@@ -125,7 +125,7 @@ def test_groups_without_variance_change_nothing(tok, tmp_path):
     assert row["loss"] == 0 and row["zero_variance"] == 1 and tiny.same(before, tiny.weights(m))
 
 
-def test_gradient_at_every_sampled_token_and_nowhere_else(tok):  # trap 24
+def test_gradient_at_every_sampled_token_and_nowhere_else(tok):
     """The end token and the tool's call learn; prompt, tool output and padding do not."""
     s, x = tok.specials, tok.encode("3")[0]
     call = [s["<|python_start|>"], x, s["<|python_end|>"]]
@@ -189,7 +189,7 @@ def drawn(f: RolloutFeed) -> list:
     return sorted(rows)
 
 
-def test_the_cut_of_a_step_changes_no_update(tok, tmp_path):  # traps 4 and 25
+def test_the_cut_of_a_step_changes_no_update(tok, tmp_path):
     start, moved = tiny.weights(policy(tok)), {}
     for cut in (64, 3, 1):
         m = policy(tok)
@@ -201,7 +201,7 @@ def test_the_cut_of_a_step_changes_no_update(tok, tmp_path):  # traps 4 and 25
             assert (d - moved[64][name]).norm() < 1e-3 * moved[64][name].norm(), name
 
 
-def test_what_is_sampled_does_not_depend_on_memory(tok, capsys):  # trap 25
+def test_what_is_sampled_does_not_depend_on_memory(tok, capsys):
     expected = drawn(feed(tok))
     assert len(expected) > 5
     for rows in (1, 7, 10, 1000):
@@ -405,7 +405,7 @@ def test_two_ranks_share_out_what_one_does(tok, monkeypatch):
 # ---- it learns
 
 
-def test_a_policy_learns_the_answer_and_to_stop(tok, tmp_path):  # trap 24
+def test_a_policy_learns_the_answer_and_to_stop(tok, tmp_path):
     """From replies of random letters, a seventh of them truncated, to the right letter alone."""
     m = policy(tok)
     f = feed(

@@ -179,7 +179,7 @@ def outcomes(request, outside):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack_is_contained(outcomes, name):  # trap 19
+def test_attack_is_contained(outcomes, name):
     attack, outcome = ATTACKS[name], outcomes[name]
     assert re.fullmatch(attack.reason, outcome.reason), outcome
     assert re.fullmatch(attack.stdout, outcome.stdout), outcome

@@ -117,7 +117,7 @@ def folder(tmp_path):
 # --- layouts
 
 
-def test_items_of_every_layout(folder):  # trap 29: labels 1-4 and E
+def test_items_of_every_layout(folder):  # labels 1-4 and E
     easy, csv_ = arc.EASY.items("train", 0, 0, folder), mmlu.TASK.items("val", 0, 0, folder)
     assert {tuple(i["letters"]) for i in easy} == {tuple("ABCD"), tuple("ABCDE"), tuple("ABC")}, (
         "letters only those that exist"

@@ -100,7 +100,7 @@ def test_lossless_and_the_same_through_tokenizers(tok, hf, text):
     assert tok.decode(ids) == text and tok.decode_bytes(ids) == text.encode()
     assert tok.encode(text, bos=True) == [tok.bos, *ids]
     assert hf.encode(text).ids == ids and hf.decode(ids) == text
-    assert tok.token_bytes()[ids].sum() == len(text.encode())  # trap 15
+    assert tok.token_bytes()[ids].sum() == len(text.encode())
 
 
 @given(
@@ -134,7 +134,7 @@ def test_surrogates(tok):
 @pytest.mark.parametrize(
     "unit", [" ", "\n", "a", "=", "7", "\x00", " \n", "猫", "😀", "\t ", "ab", "a "]
 )
-def test_megabytes_of_one_thing(tok, unit):  # trap 27
+def test_megabytes_of_one_thing(tok, unit):
     text = unit * (2_000_000 // len(unit.encode()))
     start = time.perf_counter()
     ids = tok.encode(text)
@@ -331,7 +331,7 @@ def test_damaged_files_are_refused(tok, tmp_path):
     assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
-def test_files_of_a_stranger_cannot_run_code(tok, tmp_path):  # trap 33
+def test_files_of_a_stranger_cannot_run_code(tok, tmp_path):
     class Bomb:
         def __reduce__(self):
             return (tmp_path.joinpath("exploded").touch, ())
@@ -372,7 +372,7 @@ GOLDEN = {
 }
 
 
-def test_golden_conversation(tok):  # trap 3
+def test_golden_conversation(tok):
     ids, mask = tok.render_conversation(GOLDEN)
     assert len(ids) == len(mask) and set(mask) == {0, 1}
     assert tok.decode(ids) == (
@@ -402,7 +402,7 @@ def test_prompt_is_the_start_of_the_rendered_conversation(tok):
 
 @given(st.text(max_size=40), st.text(max_size=40), st.sampled_from(SPECIAL_TOKENS))
 @settings(max_examples=100, deadline=None)
-def test_text_that_spells_a_special_token_stays_text(tok, before, after, name):  # trap 17
+def test_text_that_spells_a_special_token_stays_text(tok, before, after, name):
     text = before + name + after
     assert all(i < tok.bos for i in tok.encode(text))
     ids, mask = tok.render_conversation(
@@ -506,7 +506,7 @@ def test_stream_of_any_ids_is_their_decoding(tok, ids):
     )
 )
 @settings(max_examples=200, deadline=None)
-def test_stream_never_emits_half_a_character(tok, text):  # trap 16
+def test_stream_never_emits_half_a_character(tok, text):
     decoder = StreamDecoder(tok)
     shown = ""
     for i in tok.encode(text):

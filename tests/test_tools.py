@@ -190,7 +190,7 @@ def test_answers(expression):
 
 
 @pytest.mark.parametrize("expression", REFUSED)
-def test_refuses_at_once(expression):  # trap 18
+def test_refuses_at_once(expression):
     start = time.perf_counter()
     assert calculate(expression) is None
     seconds = time.perf_counter() - start
