@@ -29,7 +29,7 @@ quoted() {
 }
 
 # planned_run SCRIPT FLAGS... -- WORDS...: what the scripts of fixed length share. WORDS are their own: -h shows their first lines, and --dry_run
-# with further flags of `plan day` prints the page and stops. Else the page is printed, sets shards and vocab, and stops the script if disk,
+# with further flags of `plan day` prints the page and stops. Else the page is printed, sets shards, vocab and rows, and stops the script if disk,
 # memory or text do not suffice.
 planned_run() {
     local script=$1 flags=() more=() settled word

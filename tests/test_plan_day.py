@@ -92,9 +92,9 @@ def test_what_a_shell_reads(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     plan.main(["day", "--hours=24", *CARD, "--data", "tinyworld", "--shell"])
     printed = capsys.readouterr()
-    code = f'{printed.out}echo "$shards/$vocab/$web/$text"'
+    code = f'{printed.out}echo "$shards/$vocab/$web/$text/$rows"'
     read = subprocess.run(["bash", "-c", code], capture_output=True, text=True).stdout
-    assert read == "0/2048//tinyworld\n" and "What you get" in printed.err
+    assert read == "0/2048//tinyworld/32\n" and "What you get" in printed.err
 
 
 def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):

@@ -27,7 +27,7 @@ if sys.argv[1] == "-c":
     print(os.environ.get("REPLAN", ""))
 if "--shell" in sys.argv:
     web = "--data" not in sys.argv or "fineweb-edu" in sys.argv
-    print("shards=7\\nvocab=900\\nweb=" + web * "fineweb-edu" + "\\ntext=fineweb-edu")
+    print("shards=7\\nvocab=900\\nrows=5\\nweb=" + web * "fineweb-edu" + "\\ntext=fineweb-edu")
     sys.exit(2 if os.environ.get("REFUSE") else 0)
 """
 ODD = ["my texts", "First Last's", 'say "hi"', "two\nlines", "täxte", "a:b", "$HOME", "*", "a;b&c"]
@@ -194,6 +194,8 @@ def test_a_plan_that_does_not_suffice_stops_before_anything_starts(
     if script != "english_chat.sh":
         assert again["dataset"][again["dataset"].index("-n") + 1] == "7", "what the plan needs"
     assert "--vocab_size=900" in again["tok_train"]
+    if script == "ittybitty.sh":
+        assert "--device_batch_size=5" in again["base_train"], "what the plan found to fit"
 
 
 def test_a_slow_machine_gets_shorter_stages(checkout, tmp_path):

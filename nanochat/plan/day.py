@@ -460,6 +460,9 @@ def run(knobs: DayKnobs) -> dict[str, Any]:
     if knobs.shell:
         if faults := lacking(plan):
             raise UserError("; ".join(faults))
-        need, text = plan.needs, shlex.quote(plan.knobs.data[0])
-        print0(f"shards={need['shards']}\nvocab={plan.knobs.vocab}\nweb={need['web']}\ntext={text}")
+        rows, text = plan.choice.primary.device_batch_size, shlex.quote(plan.knobs.data[0])
+        print0(
+            f"shards={plan.needs['shards']}\nvocab={plan.knobs.vocab}\nrows={rows}\n"
+            f"web={plan.needs['web']}\ntext={text}"
+        )
     return made
