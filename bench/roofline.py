@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from nanochat.base import knobs
 from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
+from nanochat.train.polynomials import chosen_polynomials
 
 # TFLOP/s in bf16, GB/s, and what is usually reached: of the peak by products, of the bandwidth, of
 # the peak by flash attention forward and backward (causal, heads of 128; those of 64 reach 0.85)
@@ -60,7 +61,8 @@ def step_seconds(
     )
     chunks = tokens / 2 ** int(math.log2(chunk // V))  # of an even number of rows
     heads = 1.0 if D >= 128 else 0.85
-    muon = 5 * L * (4 * 6 * C**3 + 2 * (16 + 2) * C**3)  # five rounds of three products each
+    step = L * (4 * 6 * C**3 + 2 * (16 + 2) * C**3)  # three products
+    muon = step * len(chosen_polynomials("jordan" if work == "before" else "auto", C))
     parts = {
         "blocks' products": 6 * matrices * tokens / (P * product * (1 if C > 768 else 0.95)),
         "attention": 2 * T * C * L * tokens * (1 / forward + 2.5 / backward) / (P * heads),

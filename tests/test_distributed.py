@@ -157,6 +157,7 @@ def worker(rank: int, port: int, base: Path) -> None:
         RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    toy.policy_weights()  # trained before there are other ranks, whose gradients would be added
     dist.init_process_group("gloo")
     odd_updates(base, rank, 2)
     for tied in (False, True):

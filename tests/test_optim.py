@@ -1,16 +1,20 @@
 """Muon and AdamW against torch.optim; orthogonalisation against the SVD; state that comes back."""
 
+import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from scipy.optimize import linprog
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.model.gpt import GPT
 from nanochat.train import optim
 from nanochat.train.optim import Group, MuonAdamW, orthogonalize
+from nanochat.train.polynomials import POLYNOMIALS
 
 SHAPES = [(64, 32), (32, 64), (64, 32), (48, 48), (8, 64), (1, 16)]
 
@@ -64,10 +68,11 @@ def test_muon_is_torchs(decay, shared, monkeypatch):
         monkeypatch.setattr(
             optim,
             "orthogonalize",
-            lambda g, dtype: _zeropower_via_newtonschulz(g, optim.NS_COEFFICIENTS, 5, 1e-7),
+            lambda g, dtype, steps: _zeropower_via_newtonschulz(g, steps[0], len(steps), 1e-7),
         )
     a, b = parameters(), parameters()
     mine = ours("muon", a, lr=0.02, weight_decay=decay, momentum=0.9)
+    mine.polynomials = POLYNOMIALS["jordan"]
     theirs = torch.optim.Muon(
         b, lr=0.02, weight_decay=decay, momentum=0.9, nesterov=True, adjust_lr_fn="original"
     )
@@ -82,18 +87,73 @@ def test_muon_is_torchs(decay, shared, monkeypatch):
         )  # our products of bfloat16 are grouped otherwise
 
 
+def after(x, name: str):
+    """What singular values become, as float64."""
+    for a, b, c in POLYNOMIALS[name]:
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+def minimax(low: float, high: float) -> tuple[list[float], float]:
+    """The odd quintic with the least largest distance from 1 on [low, high], and that distance."""
+    x = np.union1d(np.linspace(low, high, 2000), np.geomspace(low, high, 2000))
+    powers, ones = np.stack([x, x**3, x**5], 1), np.ones((len(x), 1))
+    solved = linprog(  # the least t with -t <= polynomial - 1 <= t at every x
+        [0, 0, 0, 1],
+        np.block([[powers, -ones], [-powers, -ones]]),
+        np.concatenate([ones, -ones])[:, 0],
+        bounds=[(None, None)] * 3 + [(0, None)],
+    )
+    return list(solved.x[:3]), solved.x[3]
+
+
+def test_the_polynomials_are_minimax():
+    low, high = 0.01, 1.0
+    for step in POLYNOMIALS["minimax"]:
+        best, error = minimax(low, 1.02 * high)  # a margin for rounding
+        assert step == pytest.approx(best, rel=2e-4)
+        low, high = 1 - error, 1 + error
+    assert error == pytest.approx(0.288, abs=1e-3)
+
+
+def test_singular_values_end_in_a_band():
+    x = torch.logspace(-2, 0, 10_000, dtype=torch.float64)
+    assert (after(x, "minimax") - 1).abs().max() < 0.29
+    small = torch.logspace(-8, -2, 1000, dtype=torch.float64)
+    assert (after(small, "minimax") / small).min() > 70  # they grow by 76 or a little less
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+@pytest.mark.parametrize("least", [None, 1e-2, 1e-8])  # singular values of a random matrix, or down
 @pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64), (3, 40, 24)])
-def test_orthogonalisation_keeps_the_directions_and_evens_the_lengths(shape):
-    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, _, vh = torch.linalg.svd(g.double(), full_matrices=False)
-    got = orthogonalize(g, torch.float32)
-    assert got.shape == g.shape
-    aligned = u.mT @ got.double() @ vh.mT  # diagonal, for an odd polynomial of the singular values
-    lengths = aligned.diagonal(dim1=-2, dim2=-1)
-    assert (aligned - torch.diag_embed(lengths)).abs().max() < 1e-4
-    assert lengths.min() > 0.5 and lengths.max() < 1.3
-    assert (orthogonalize(g, torch.bfloat16).double() - got.double()).norm() < 0.05 * got.norm()
-    torch.testing.assert_close(orthogonalize(g * 1e-4, torch.float32), got, rtol=0.02, atol=0.01)
+def test_orthogonalisation_keeps_the_directions_and_evens_the_lengths(shape, least, name):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    if least:
+        s = torch.logspace(0, math.log10(least), s.size(-1), dtype=torch.float64).expand_as(s)
+        g = u @ torch.diag_embed(s) @ vh
+    s = s / s.norm(dim=-1, keepdim=True)
+    got = orthogonalize(g, torch.float64, POLYNOMIALS[name])
+    aligned = u.mT @ got @ vh.mT  # diagonal, for odd polynomials of the singular values
+    torch.testing.assert_close(aligned, torch.diag_embed(after(s, name)), rtol=0, atol=1e-5)
+    assert (aligned.diagonal(dim1=-2, dim2=-1) - 1)[s > 0.01].abs().max() < 0.32
+    for dtype, error in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+        rough = orthogonalize(g.float(), dtype, POLYNOMIALS[name])
+        if least == 1e-8:  # what the dtype cannot hold grows as well
+            error = 0.5
+        assert rough.dtype == dtype and (rough.double() - got).norm() < error * got.norm()
+    tiny_gradient = orthogonalize(g.float() * 1e-4, torch.float32, POLYNOMIALS[name])
+    assert (tiny_gradient.double() - got).norm() < 0.02 * got.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (6, 12), (48, 192), (192, 48)])
+def test_rounding_does_not_lengthen_a_gradient_of_rank_one(shape):
+    """Its singular value is 1 after scaling, where rounding up would leave the interval."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        column, row = torch.randn(shape[0], 1, generator=g), torch.randn(1, shape[1], generator=g)
+        got = orthogonalize(column @ row + 1e-4 * torch.randn(shape, generator=g), torch.bfloat16)
+        assert 0.7 < torch.linalg.matrix_norm(got.float(), 2) < 1.3
 
 
 def test_orthogonalising_nothing_gives_nothing():

@@ -20,6 +20,7 @@ from nanochat.commands.base_train import PretrainKnobs
 from nanochat.commands.mid_train import MidtrainKnobs
 from nanochat.data.contexts import Contexts
 from nanochat.model.checkpoint import Checkpoint
+from nanochat.model.gpt import GPT
 from nanochat.train import stage
 from nanochat.train.horizon import Horizon, choose_horizon, conversation_horizon
 from nanochat.train.resume import HORIZONS
@@ -235,9 +236,18 @@ def test_rates_follow_width_and_part(tied):
     assert table.lr == pytest.approx((0.004 if tied else 0.2) * 2 * 0.5)  # (192 / 768)^-0.5 = 2
     assert (table.optimizer, table.weight_decay) == ("adamw", 0.0)
     assert (matrices.optimizer, matrices.lr, matrices.weight_decay) == ("muon", 0.01, 0.1)
+    assert table.betas == (0.8, 0.96 if tied else 0.995)
     if not tied:
         assert groups["head.weight"].lr == pytest.approx(0.004)
+        assert groups["head.weight"].betas == (0.8, 0.96)
     assert sum(len(g.names) for g in groups.values()) == len(list(m.parameters()))
+
+
+@pytest.mark.parametrize(("width", "steps"), [(512, 3), (576, 5)])
+def test_wide_models_take_five_polynomials(width, steps):
+    m = GPT.build(tiny.config(n_embd=width, n_head=8, n_kv_head=8), "meta")
+    assert len(tiny.optimizer(m).polynomials) == steps
+    assert len(tiny.optimizer(m, polynomials="jordan").polynomials) == 5
 
 
 @pytest.mark.parametrize(

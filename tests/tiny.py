@@ -31,6 +31,9 @@ RATES = {
     "unembedding_lr": 0.004,
     "matrix_lr": 0.02,
     "gate_lr": 0.05,
+    "embedding_beta2": 0.995,
+    "unembedding_beta2": 0.96,
+    "polynomials": "auto",
     "lr_scale": 1.0,
     "weight_decay": 0.0,
 }
@@ -66,7 +69,7 @@ def randomise(m: GPT, seed: int = 2) -> GPT:
     return m
 
 
-def optimizer(m: GPT, rt: Runtime = CPU, **rates: float) -> MuonAdamW:
+def optimizer(m: GPT, rt: Runtime = CPU, **rates: Any) -> MuonAdamW:
     return make_optimizer(m, SimpleNamespace(**{**RATES, **rates}), rt)
 
 

@@ -15,6 +15,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.plan import law
 from nanochat.plan.machine import Machine
 from nanochat.plan.shapes import counts, flops_per_token
+from nanochat.train.polynomials import chosen_polynomials
 
 TYPICAL = 0.5  # share of a card's peak, for what needs only the size of a budget
 # Share of the peak that a training step reaches, with a 90 % interval, where there is no roofline.
@@ -75,8 +76,8 @@ def roofline(
     fused = 0.48 if config.head_dim >= 128 else 0.41  # of the peak, forward and backward
     products = 6 * n["matmul"] * total
     attention = flops_per_token(config, T) * total - products
-    # Muon: five rounds of three products for each matrix, whose shorter side is C.
-    muon = 5 * (4 * matrices * C + 2 * C * matrices / 3)
+    # Muon: steps of three products for each matrix, whose shorter side is C.
+    muon = len(chosen_polynomials("auto", C)) * (4 * matrices * C + 2 * C * matrices / 3)
     tables = n["total"] - matrices
     return {
         "products": products / (share * peak),

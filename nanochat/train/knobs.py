@@ -148,6 +148,17 @@ class TrainKnobs(MachineKnobs):
     )
     matrix_lr: float = knob(0.02, "Muon's rate for the matrices", low=0)
     gate_lr: float = knob(0.05, "AdamW's rate for the gates of an attention prior", low=0)
+    embedding_beta2: float = knob(
+        0.995, "AdamW's beta2 for the token embedding and value embeddings", low=0, high=0.99999
+    )
+    unembedding_beta2: float = knob(
+        0.96, "AdamW's beta2 for the head (and a tied table)", low=0, high=0.99999
+    )
+    polynomials: Literal["auto", "minimax", "jordan"] = knob(
+        "auto",
+        "Muon's polynomials: three minimax ones, or Jordan's five as in version 0.1; auto = "
+        "minimax up to width 512",
+    )
     lr_scale: float = knob(1.0, "factor for all learning rates", low=0)
     weight_decay: float = knob(0.0, "decoupled weight decay of the matrices", low=0)
     warmup_ratio: float = knob(

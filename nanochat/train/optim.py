@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# the quintic of Jordan et al., "Muon: an optimizer for hidden layers" (2024)
-NS_COEFFICIENTS = 3.4445, -4.7750, 2.0315
+from nanochat.train.polynomials import POLYNOMIALS, Polynomials
+
 listwise: Any = torch  # pyright does not know its operators on lists of tensors
 MOMENTS = {"muon": ("momentum",), "adamw": ("first", "second")}
 
@@ -41,19 +41,22 @@ class Group:
     counts: list[Tensor] = field(default_factory=list)  # AdamW's steps, for each parameter
 
 
-def orthogonalize(g: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
+def orthogonalize(
+    g: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    polynomials: Polynomials = POLYNOMIALS["minimax"],
+) -> Tensor:
     """
-    Newton-Schulz iteration towards the nearest semi-orthogonal matrix, batched: g (..., R, C) ->
-    the same shape in `dtype`.
+    Newton-Schulz steps towards the nearest semi-orthogonal matrix, batched: g (..., R, C) -> the
+    same shape in `dtype`. Singular vectors stay; only the singular values change.
     """
-    a, b, c = NS_COEFFICIENTS
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
-    for _ in range(steps):  # x <- a x + (b G + c G^2) x with G = x x^T
+    for a, b, c in polynomials:  # x <- a x + (b G + c G^2) x with G = x x^T
         gram = x @ x.mT
         x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -140,10 +143,16 @@ class MuonAdamW:
     `step(lr_mult, momentum)` after the backward passes of a step; `zero_grad()` before the next.
 
     ns_dtype: the precision of the Newton-Schulz products (bfloat16 where it is fast, else float32).
+    polynomials: Muon's steps, of POLYNOMIALS.
     """
 
-    def __init__(self, groups: Iterable[Group], ns_dtype: torch.dtype = torch.bfloat16):
-        self.groups, self.ns_dtype = list(groups), ns_dtype
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        ns_dtype: torch.dtype = torch.bfloat16,
+        polynomials: Polynomials = POLYNOMIALS["minimax"],
+    ):
+        self.groups, self.ns_dtype, self.polynomials = list(groups), ns_dtype, polynomials
         self.steps = 0
         self._pools = [(group, _pools(group)) for group in self.groups]
 
@@ -183,9 +192,9 @@ class MuonAdamW:
             listwise._foreach_lerp_(momenta, grads, 1 - momentum)
             updates = listwise._foreach_lerp(grads, momenta, momentum)  # Nesterov
             if updates[0].device.type == "cpu":  # as fast one by one, and with less memory
-                updates = [orthogonalize(u, self.ns_dtype) for u in updates]
+                updates = [orthogonalize(u, self.ns_dtype, self.polynomials) for u in updates]
             else:
-                stacked = orthogonalize(torch.stack(updates), self.ns_dtype)
+                stacked = orthogonalize(torch.stack(updates), self.ns_dtype, self.polynomials)
                 updates = stacked.to(updates[0].dtype).unbind()
             rows, columns = owned[0].shape
             if group.weight_decay:

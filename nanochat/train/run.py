@@ -27,6 +27,7 @@ from nanochat.train import resume
 from nanochat.train.knobs import K, LaterStageKnobs, inherit
 from nanochat.train.loop import from_main
 from nanochat.train.optim import Group, MuonAdamW
+from nanochat.train.polynomials import chosen_polynomials
 from nanochat.train.scaling import width_scale
 
 INHERITED = (  # knobs that a later stage takes from its parent
@@ -38,6 +39,9 @@ INHERITED = (  # knobs that a later stage takes from its parent
     "unembedding_lr",
     "matrix_lr",
     "gate_lr",
+    "embedding_beta2",
+    "unembedding_beta2",
+    "polynomials",
     "lr_scale",
     "run",
     "sinks",
@@ -45,6 +49,8 @@ INHERITED = (  # knobs that a later stage takes from its parent
     "name",
     "task_dir",
 )
+# What runs of earlier versions, whose checkpoints lack these knobs, were trained with.
+EARLIER = {"embedding_beta2": 0.95, "unembedding_beta2": 0.95, "polynomials": "jordan"}
 
 
 @dataclass
@@ -119,7 +125,7 @@ def resume_knobs(
     checkpoint = newest_to_resume(directory) if k.resume == "auto" else None
     if checkpoint is None:
         return k, origins, None
-    stored = checkpoint.meta["knobs"]
+    stored = EARLIER | checkpoint.meta["knobs"]
     dropped = {"resume", "new_horizon"}
     if k.max_minutes or k.max_hours:  # a new budget replaces one in the other unit
         dropped |= {"max_minutes", "max_hours"}
@@ -244,7 +250,8 @@ def table_of_counts(model: GPT) -> str:
 def make_optimizer(model: GPT, k: Any, runtime: Runtime, rate_scale: float = 1.0) -> MuonAdamW:
     """
     One group per (optimizer, rate) of the roster. AdamW's rates follow the width of the model; all
-    rates follow lr_scale and rate_scale.
+    rates follow lr_scale and rate_scale. Tables, of which a step meets few rows, average squared
+    gradients over more steps.
     """
     wide = width_scale(model.config.n_embd)
     rates = {
@@ -254,15 +261,23 @@ def make_optimizer(model: GPT, k: Any, runtime: Runtime, rate_scale: float = 1.0
         "matrix": k.matrix_lr,
         "gate": k.gate_lr,
     }
+    beta2 = {
+        "embedding": k.embedding_beta2,
+        "value": k.embedding_beta2,
+        "head": k.unembedding_beta2,
+    }
     groups: dict[tuple[str, str], Group] = {}
     for name, p, spec in model.roster():
         key = spec.optimizer, spec.rate
         if key not in groups:
             decay = k.weight_decay if spec.optimizer == "muon" else 0.0
             rate = rates[spec.rate] * k.lr_scale * rate_scale
-            groups[key] = Group(spec.optimizer, [], [], rate, decay)
+            betas = 0.8, beta2.get(spec.rate, 0.95)
+            groups[key] = Group(spec.optimizer, [], [], rate, decay, betas)
         groups[key].names.append(name)
         groups[key].params.append(p)
     exact = runtime.dtype is torch.float32 and runtime.device.type == "cpu"
     exact = exact or emulates_bfloat16(runtime.device)
-    return MuonAdamW(groups.values(), torch.float32 if exact else torch.bfloat16)
+    ns_dtype = torch.float32 if exact else torch.bfloat16
+    steps = chosen_polynomials(k.polynomials, model.config.n_embd)
+    return MuonAdamW(groups.values(), ns_dtype, steps)
