@@ -112,6 +112,11 @@ def test_too_little_text_and_two_budgets(tmp_path, monkeypatch):
         mine.main([str(tmp_path / "a.txt"), "--minutes=3", "--hours=1"])
     with pytest.raises(UserError, match=r"2 minutes are too few .* --minutes=5 or more"):
         mine.main([str(tmp_path / "a.txt"), "--minutes=2"])
+    with pytest.raises(UserError, match="--me=Bob writes in no chat of this text; there is none"):
+        mine.main([str(tmp_path / "a.txt"), "--me=Bob"])
+    (tmp_path / "a.txt").write_text("1/2/20, 9:00 - Ada: Hi\n1/2/20, 9:01 - Jo: Yes\n" * 9)
+    with pytest.raises(UserError, match=r"--me=Bob .* a chat of Ada, Jo: Bob is not among them"):
+        mine.main([str(tmp_path / "a.txt"), "--me=Bob", "--model_tag=chat"])
     with pytest.raises(UserError, match="needs your text"):
         mine.main([])
 

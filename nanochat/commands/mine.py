@@ -103,6 +103,11 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     named = sources.parse_sources(knobs.data)
     taken = inventory.take(named, knobs.me or None)
+    if knobs.me and not any("chats" in n for found in taken for n in found.conversations.values()):
+        problems = [problem for found in taken for problem in found.conversation_problems]
+        raise UserError(
+            f"--me={knobs.me} writes in no chat of this text; {(problems or ['there is none'])[0]}"
+        )
     counts: Counter[str] = Counter(
         documents=0, characters=0, bytes=0, conversations=0, conversation_bytes=0
     )

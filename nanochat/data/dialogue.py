@@ -195,7 +195,7 @@ def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[
     people = sorted({m.person for chat in chats for m in chat})
     if not any(role_of(person, me) == "assistant" for person in people):
         named = ", ".join(people[:8]) + ", ..." * (len(people) > 8)
-        who = f"{me} is not among them" if me else "say who is the assistant"
+        who = f"{me} is not among them; name one of them" if me else "say who is the assistant"
         raise NobodyIsAssistant(f'{place} is a chat of {named}: {who}, as in --me "{people[0]}"')
     chats = [part for chat in chats for part in _short(chat, me)] if me else chats
     several = sum(role_of(person, me) != "assistant" for person in people) > 1 and me is not None
