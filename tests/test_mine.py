@@ -150,14 +150,10 @@ def test_gold_is_right_and_what_it_is_about_is_in_the_text(kind):
         assert not owntext.is_right(item, f"no{answer}") and not owntext.is_right(item, "")
         assert kind == "complete" or not owntext.is_right(item, f"{gold} or not")
         assert gold in text if kind == "complete" else answer in gold
-        quoted = asked.partition(": ")[2]
         if kind == "complete":
-            quoted = re.split(r"How does this end\? |sentence: ", asked, maxsplit=1)[1]
-        elif kind != "missing":
-            quoted = re.fullmatch(ASKED, asked, re.S)[1]
-        elif asked.startswith("Which"):
-            quoted = asked.partition("? ")[2]
-        whole = quoted.replace("___", answer) if kind == "missing" else quoted
+            whole = re.split(r"How does this end\? |sentence: ", asked, maxsplit=1)[1]
+        else:
+            whole = re.fullmatch(ASKED, asked, re.S)[1]
         assert whole in text
         if kind in ("name", "follows", "speaker"):
             assert answer in whole
@@ -166,7 +162,7 @@ def test_gold_is_right_and_what_it_is_about_is_in_the_text(kind):
         if kind == "speaker":
             assert re.search(rf'" asked {answer}', whole)
         if kind == "complete":
-            assert f"{quoted} {gold}" in text
+            assert f"{whole} {gold}" in text
 
 
 def test_a_passage_is_asked_about_several_times():
@@ -181,7 +177,7 @@ def test_a_passage_is_asked_about_several_times():
             assert answer in passage.replace('"', "")
         assert len({asked, *contents[2::2]}) == len(contents) // 2 <= 4
         several += len(contents) > 4
-    assert several > 20
+    assert several > 10
 
 
 def test_tell_begins_with_its_subject_and_who_said_it_is_said():
@@ -274,12 +270,12 @@ def test_compressors_are_charged_what_the_text_adds():
 def test_the_summary_is_honest():
     kinds = {
         "own/name": {"accuracy": 0.9, "n": 100, "lo": 0.82, "chance": 0.05},
-        "own/missing": {"accuracy": 0.4, "n": 100, "lo": 0.31, "chance": 1 / 3},
+        "own/speaker": {"accuracy": 0.45, "n": 100, "lo": 0.36, "chance": 0.4},
     }
     lines = answer_lines({"kinds": kinds})
     cannot = next(i for i, line in enumerate(lines) if "cannot" in line)
     assert any("find the name" in line for line in lines[:cannot])
-    assert any("missing word" in line for line in lines[cannot:])
+    assert any("who speaks" in line for line in lines[cannot:])
     slow = {"speed": 400.0, "expected_speed": 8000}
     assert "400 tokens per second" in mine.slow_lines(slow)[0]
     assert not mine.slow_lines({"speed": 5000.0, "expected_speed": 8000})

@@ -1,8 +1,8 @@
 """
 Conversations and questions about a person's own text, made from it by rule: continue a passage,
-tell of a person or a thing, complete a sentence, choose the missing word, say who said something,
-answer several questions about one passage; and the turns of dialogue that the text itself holds, in
-quotation marks or as "NAME: words".
+tell of a person or a thing, complete a sentence, say who said something, answer several questions
+about one passage; and the turns of dialogue that the text itself holds, in quotation marks or as
+"NAME: words".
 
 The wordings are English; the text may be in any language that separates its words. The same texts
 and seed give the same conversations. What is asked of a trained model is made from held-out texts.
@@ -17,12 +17,11 @@ from functools import partial, partialmethod
 from nanochat.eval.tasks.common import Item, Task, exchange
 
 # kind -> chance level of the kinds that have one right answer; the others have none to judge
-JUDGED = {"missing": 1 / 3, "name": 0.05, "speaker": 0.4, "follows": 0.03, "complete": 0.0}
+JUDGED = {"name": 0.05, "speaker": 0.4, "follows": 0.03, "complete": 0.0}
 # In training, in turn. A passage is asked about several times in a row, so that more of what is
 # read is an answer.
-KINDS = ("dialogue", "continue", "tell", "passage", "said", "missing", "passage", "complete")
+KINDS = ("dialogue", "continue", "tell", "passage", "said", "passage", "complete")
 ABOUT = {  # what a kind asks for, for people
-    "missing": "choose the missing word of a sentence among three",
     "name": "find the name in a passage",
     "speaker": "say who speaks in a passage",
     "follows": "find the word that follows two others in a passage",
@@ -37,7 +36,6 @@ ASK = {  # {x}: of the text
     "name": ("Who is {x}?", "What do you know of {x}?", "Tell me about {x}.", "What of {x}?"),
     "said": ('Who said "{x}"?', 'Who says "{x}"?'),
     "complete": ("Complete the sentence: {x}", "How does this end? {x}"),
-    "missing": ("Which word is missing, {o}? {x}", "Fill in {o}: {x}"),
 }
 # Questions about a passage, and the form of the reply: the words before an answer are those that
 # precede it in the passage, which makes it easier to find.
@@ -48,16 +46,12 @@ ASK_PASSAGE = {
         ('Which word follows "{w}"?', 'What comes after "{w}"?'),
         'It says "{w} {a}".',
     ),
-    "begins": (("How does it begin?", "What are the first words?"), 'It begins "{a}".'),
-    "ends": (("How does it end?", "What are the last words?"), 'It ends "{a}".'),
 }
 PASSAGE = 240  # characters: with a question and a reply it fits a context of 256 tokens
 TURN = 160  # characters of one turn of dialogue
 SILENT = 6  # lines of prose between two turns of one dialogue
-COMMONEST = 100  # words that are about nothing
 NEAR = 40  # characters from the beginning of a sentence that is about something
 TURNS = 4  # that a conversation takes from a dialogue
-QUOTES = 5  # words at the beginning or the end of a passage
 # After a mark, but not after Mr., Mrs., Dr. or an initial: capitals of up to three letters
 SENTENCE_END = re.compile(
     r"(?<=[.!?…。！？])(?<!\b[A-Z]\.)(?<!\b[A-Z]\w\.)(?<!\b[A-Z]\w\w\.)\s+"
@@ -79,7 +73,7 @@ WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 class TextQuestions:
     """
     Makes conversations from texts. `vocabulary`, the counts of the words of all texts (by default
-    of these), decides which words are names and which can stand in each other's place.
+    of these), decides which words are names.
     """
 
     def __init__(self, texts: Sequence[str], vocabulary: Counter[str] | None = None):
@@ -87,13 +81,6 @@ class TextQuestions:
         self.spoken = [p for p in self.passages if len(SAID.findall(p)) == 1]
         self.dialogues = [d for text in texts for d in dialogues(text)]
         self.words = words_of(texts) if vocabulary is None else vocabulary
-        common = [
-            w
-            for w, n in self.words.most_common()
-            if len(w) > 3 and w.islower() and n > 1 and w[0] != "," and w[-1] != "."
-        ]
-        self.ranks = {word: rank for rank, word in enumerate(common)}
-        self.common = common
 
     def conversations(self, seed: int, kinds: Sequence[str], count: int) -> Iterator[Item]:
         """At most `count` different ones, the kinds in turn; a kind that finds none is left out."""
@@ -159,29 +146,10 @@ class TextQuestions:
         asked = rng.choice(ASK["complete"]).format(x=" ".join(words[:cut]))
         return exchange(asked, " ".join(words[cut:]), answer=bare(words[cut]))
 
-    def make_missing(self, rng: random.Random) -> Item | None:
-        sentence = self._sentence(rng)
-        found = [m for m in WORD.finditer(sentence) if m[0] in self.ranks]
-        if len(sentence.split()) < 6 or not found:
-            return None
-        gap = rng.choice(found)
-        rank = self.ranks[gap[0]]
-        near = self.common[max(0, rank - 20 - rank // 2) : rank + 20 + rank // 2]
-        others = [word for word in near if word not in sentence]
-        if len(others) < 2:
-            return None
-        options = [gap[0], *rng.sample(others, 2)]
-        rng.shuffle(options)
-        asked = rng.choice(ASK["missing"]).format(
-            o=f"{options[0]}, {options[1]} or {options[2]}",
-            x=f"{sentence[: gap.start()]}___{sentence[gap.end() :]}",
-        )
-        return exchange(asked, f"The word is {gap[0]}.", answer=gap[0])
-
     def make_passage(self, rng: random.Random) -> Item | None:
         """Several questions about a passage, which comes with the first."""
         passage = rng.choice(self.passages)
-        kinds = rng.sample(("name", "speaker", "begins", "ends", *("follows",) * 3), 5)
+        kinds = rng.sample(("name", "speaker", *("follows",) * 3), 5)
         found = [self.ask(kind, passage, rng) for kind in kinds]
         asked = dict(exchanged for exchanged in found if exchanged)  # each question once
         if not asked:
@@ -210,20 +178,16 @@ class TextQuestions:
     ) -> tuple[str, tuple[str, str]] | None:
         """(question, (reply, answer)) of a kind of ASK_PASSAGE, or None if there is none."""
         words, pair = passage.replace('"', "").split(), ""
-        if len(words) < 2 * QUOTES:
-            return None
         answers = []
         if kind == "name":
             answers = sorted({m[0] for m in WORD.finditer(passage) if self.is_name(m[0])})
         elif kind == "speaker":
             answers = sorted(set(SAID.findall(passage)))
-        elif kind == "follows":
+        elif len(words) > 8:
             i = rng.randrange(len(words) - 2)
             pair = " ".join(words[i : i + 2])
             if f" {passage} ".count(f" {pair} ") == 1:
                 answers = [words[i + 2]]
-        else:
-            answers = [" ".join(words[:QUOTES] if kind == "begins" else words[-QUOTES:])]
         answers = [bare(answer) for answer in answers]
         if len(answers) != 1 or not answers[0]:
             return None
