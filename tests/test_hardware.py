@@ -214,3 +214,37 @@ def test_systems_without_cgroups(tmp_path, monkeypatch):
 
 def test_the_memory_of_this_machine():
     assert 0 < hardware.available_memory() <= hardware.total_memory()
+
+
+ALLOCATE = """
+import os, sys, torch
+from pathlib import Path
+from nanochat.base import hardware
+from nanochat.base.runtime import halve_until_it_fits
+
+torch.set_num_threads(1)
+for folder, ranks in zip(sys.argv[1::2], sys.argv[2::2]):
+    if (child := os.fork()) == 0:
+        assert hardware.in_container(Path(folder))
+        hardware.limit_memory(int(ranks), Path(folder))
+        _, rows = halve_until_it_fits(lambda n: torch.ones(n << 20, dtype=torch.uint8), 4096)
+        print(rows, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process by its data")
+def test_what_a_container_does_not_have_is_an_error_and_halves_a_batch(tmp_path):
+    v1 = {"memory/a/memory.limit_in_bytes": GB, "memory/a/memory.usage_in_bytes": GB // 4}
+    v2 = {"memory.max": GB, "memory.current": GB // 4}
+    nested = {"a/memory.max": GB, "a/memory.current": GB // 4, "a/b/memory.max": "max"}
+    cases = [("4:memory:/a", v1, 1), ("0::/", v2, 1), ("0::/a/b", nested, 1), ("0::/", v2, 3)]
+    words = []
+    for i, (cgroup, files, ranks) in enumerate(cases):
+        words += [str(machine(tmp_path / str(i), cgroup, **files)), str(ranks)]
+    run = subprocess.run(
+        [sys.executable, "-c", ALLOCATE, *words], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["512", "512", "512", "128"], run.stderr
+    assert run.stderr.count("out of memory with a batch of 4096 rows: continuing with 2048") == 4

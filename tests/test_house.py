@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_260,
-    "base": 12_430,
+    "base": 12_650,
     "tinyworld": 9_330,
     "data": 34_990,
     "model": 26_300,

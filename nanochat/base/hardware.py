@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -197,6 +198,32 @@ def total_memory(root: Path = Path("/")) -> int:
     import psutil
 
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits(root))])
+
+
+def in_container(root: Path = Path("/")) -> bool:
+    """Whether a container or a service may use less memory than the machine has."""
+    import psutil
+
+    return total_memory(root) < psutil.virtual_memory().total
+
+
+def limit_memory(ranks: int = 1, root: Path = Path("/")) -> None:
+    """
+    Let this process, one of `ranks` alike, fail to allocate what is not there, on Linux: an error
+    can halve a batch or be explained, where the kernel would kill a process without a word.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    import psutil
+    import torch
+
+    stacks = torch.get_num_threads() * (8 << 20)  # of threads to come: reserved, seldom touched
+    most = psutil.Process().memory_info().data + stacks + int(0.95 * available_memory(root) / ranks)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:

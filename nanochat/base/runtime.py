@@ -91,7 +91,11 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     device = choose_device(device_type)
     on_gpu = device.type == "cuda"
     if device.type == "cpu":
-        keep_freed_memory()
+        # Kept memory counts against the limit, so training keeps it when it knows what fits
+        if hardware.in_container():
+            hardware.limit_memory(world_size())
+        else:
+            keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
         # numbers of the host go over gloo, so that they do not wait for a GPU
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -179,6 +183,7 @@ def close_runtime() -> None:
         dist.destroy_process_group()
 
 
+@functools.cache
 def keep_freed_memory() -> bool:
     """
     Make glibc reuse freed blocks instead of returning large ones to the system: faulting their
@@ -258,8 +263,10 @@ def compiler_missing(device: torch.device) -> str:
 
 
 def release_memory() -> None:
-    """Return the blocks that the accelerator's allocator holds but does not use."""
+    """Return the blocks that an allocator, of an accelerator or glibc, holds but does not use."""
     gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():

@@ -37,7 +37,8 @@ def open_regular(path: Path | str) -> BinaryIO:
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file. OSError if it is none, ValueError if it exceeds `most`."""
     with open_regular(path) as file:
-        data = file.read(most + 1)
+        size = max(os.fstat(file.fileno()).st_size, 2**20)  # room for `most` may not exist
+        data = file.read(min(most, size) + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes")
     return data

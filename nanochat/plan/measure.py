@@ -93,12 +93,8 @@ def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    if sys.platform == "linux" and spec["device_type"] == "cpu":
-        # If memory ends, an error in this process is better than the end of another one.
-        import resource
-
-        most = int(0.95 * hardware.available_memory())
-        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+    if spec["device_type"] == "cpu":
+        hardware.limit_memory()
     print(json.dumps(measure_training(spec) if "config" in spec else measure_device(**spec)))
 
 

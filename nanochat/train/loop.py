@@ -27,7 +27,13 @@ from torch.nn.functional import pad
 from nanochat.base.common import UserError, duration, human, notice, print0, world_size
 from nanochat.base.logbook import Logbook
 from nanochat.base.progress import StatusLine
-from nanochat.base.runtime import Runtime, halve_until_it_fits, out_of_memory, release_memory
+from nanochat.base.runtime import (
+    Runtime,
+    halve_until_it_fits,
+    keep_freed_memory,
+    out_of_memory,
+    release_memory,
+)
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint
 from nanochat.model.checkpoint import Checkpoint
@@ -329,6 +335,8 @@ class Run:
         total, fitting_rows = compiler.guarded(
             self.model, lambda: halve_until_it_fits(backward, most, "a micro-batch")
         )
+        if runtime.device.type == "cpu":
+            keep_freed_memory()
         if fitting_rows < most:
             self.feed.device_rows = fitting_rows
         sums = torch.stack([total, self._unscale(valid)] if half else [total])

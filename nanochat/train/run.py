@@ -176,6 +176,9 @@ def open_run(
         f"{STAGES[stage].command}: {tag} on {runtime.device.type} x{runtime.world_size}, "
         f"{runtime.dtype_name}, measured peak {peak / 1e12:.3g} TFLOP/s"
     )
+    if hardware.in_container():
+        memory = human(hardware.total_memory())
+        print0(f"  memory: {memory}B, the limit of this container or service")
     if parent:
         print0(f"  from {parent}")
     print0(table_of_counts(model))
