@@ -124,7 +124,7 @@ CEILINGS = {
     "chat": 9_000,
     "chat/serve": 11_360,
     "eval": 20_180,
-    "train": 19_610,
+    "train": 19_640,
     "study": 13_150,
     "plan": 14_970,
     "export": 7_340,
