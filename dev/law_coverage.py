@@ -22,7 +22,7 @@ from nanochat.base.knobs import parse
 from nanochat.commands.base_train import PretrainKnobs
 from nanochat.model.config import GPTConfig
 from nanochat.plan.law import Z90
-from nanochat.plan.shapes import layer_parameters
+from nanochat.plan.shapes import counts
 
 EXPERIMENTS = {  # in dev/results: conditions that a plan would have chosen, or all that differ in size
     "budget_batch": ("4096", "8192"),
@@ -41,7 +41,8 @@ def layers_of(flags: list[str]) -> int:
     """The parameters of the layers of a run with these flags."""
     k, _ = parse(PretrainKnobs, flags, command="base_train")
     size: dict[str, Any] = k.dimensions()
-    return layer_parameters(GPTConfig(vocab_size=4096, mlp_ratio=k.mlp_ratio, **size))
+    config = GPTConfig(vocab_size=4096, mlp_ratio=k.mlp_ratio, **size)
+    return counts(config)["transformer"]
 
 
 def compared() -> list[scaling_law.Run]:

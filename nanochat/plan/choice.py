@@ -16,7 +16,7 @@ from nanochat.plan import memory, speed
 from nanochat.plan.law import Z90, Law, Text, worth
 from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
-from nanochat.plan.shapes import OpenSizeKnobs, layer_parameters
+from nanochat.plan.shapes import OpenSizeKnobs, counts
 from nanochat.train.scaling import (
     EVALUATING,
     MOST_EVAL_TOKENS,
@@ -81,7 +81,7 @@ class Candidate:
     @property
     def size(self) -> int:
         """Parameters of the layers."""
-        return layer_parameters(self.config)
+        return counts(self.config)["transformer"]
 
     @property
     def steps(self) -> int:
@@ -130,7 +130,7 @@ def assess(
         reading = min(EVALUATING * seconds, most_read / rate.tok_per_sec)
         tokens = max(1.0, ((1 - SAMPLING) * seconds - opening - reading) * rate.tok_per_sec)
         batch = knobs.total_batch_size or max(T, batch_for(tokens) // T * T)
-    bpb = _expected(law, layer_parameters(config), tokens, rate, text)
+    bpb = _expected(law, counts(config)["transformer"], tokens, rate, text)
     candidate = Candidate(config, contexts, batch, rows, rate, tokens, bpb, parts)
     if parts["total"] > USABLE * machine.memory_bytes:
         needed, available = parts["total"] / GIB, machine.memory_bytes / GIB

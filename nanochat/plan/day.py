@@ -73,11 +73,6 @@ STAGES = {
 class PlanKnobs(CardKnobs, ChoiceKnobs):
     """Day"""
 
-    probe: str = knob(
-        "",
-        "use this file from plan probe (default: the one in the base folder, if it was "
-        "measured on this machine)",
-    )
     tokens: float = knob(
         0.0, "tokens of pretraining, in place of a budget of time; also give --depth", low=0
     )
@@ -106,20 +101,9 @@ class DayKnobs(PlanKnobs):
 
 
 def planned_machine(knobs: PlanKnobs) -> Machine:
-    """
-    The machine that is planned for: a card by name, the machine of a probe, or this one, which is
-    probed now unless it was before. UserError for two of them and for an unknown card.
-    """
-    if knobs.gpu and knobs.probe:
-        raise UserError(
-            f"--gpu={knobs.gpu} and --probe={knobs.probe} describe two machines: give only one "
-            "of them"
-        )
-    if knobs.probe:
-        target = machine.load(knobs.probe)
-        return replace(target, memory_bytes=knobs.memory_gb * GIB or target.memory_bytes)
+    """The machine that the knobs name; this one is probed now unless it was before."""
     target = machine.named(knobs)
-    if target.points or knobs.gpu:
+    if target.points or knobs.gpu or knobs.probe:
         return target
     print0("this machine has no probe yet: measuring a few points", file=sys.stderr)
     shared = vars(probe.ProbeKnobs()).keys() & vars(knobs).keys() - {"out"}
@@ -179,7 +163,6 @@ class Plan:
             "web": web[0] if web else "",
             "cores": cores,
             "download_bytes": downloaded + tasks,
-            "checkpoint_bytes": checkpoint,
             "tokenizer_seconds": min(2e9, spelled) / (MERGING * cores) + 10,
             "tokenising_seconds": spelled / (TOKENISING * cores) + 5,
             "disk_bytes": {
@@ -401,13 +384,12 @@ def page(plan: Plan, script: str = "") -> dict[str, Any]:
 
 def with_clock(made: dict[str, Any]) -> dict[str, list[Row]]:
     """The sections of a page, with the schedule of a run that begins now."""
-    rows, begins = [], datetime.now()
-    clock = begins
+    rows, clock, whole = [], datetime.now(), 0.0
     for name, seconds, source in made["schedule"]:
-        span, clock = f"{clock:%a %H:%M}", clock + timedelta(seconds=seconds)
-        rows.append((name, f"{duration(seconds):>7}, {span} to {clock:%a %H:%M}", source))
-    all_of_it = duration((clock - begins).total_seconds())
-    rows.append(("all", f"{all_of_it:>7}, and ready on {clock:%A at %H:%M}", "sum"))
+        begins, clock, whole = clock, clock + timedelta(seconds=seconds), whole + seconds
+        span = f"{begins:%a %H:%M} to {clock:%a %H:%M}"
+        rows.append((name, f"{duration(seconds):>7}, {span}", source))
+    rows.append(("all", f"{duration(whole):>7}, and ready on {clock:%A at %H:%M}", "sum"))
     first, *others = made["sections"].items()
     return dict([first, ("When, if you start now", rows), *others])
 

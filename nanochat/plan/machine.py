@@ -39,6 +39,11 @@ class CardKnobs(DeviceKnobs):
 
     gpu: str = knob("", "plan for this GPU, for example rtx4090 (default: this machine)")
     gpus: int = knob(1, "number of these GPUs", low=1)
+    probe: str = knob(
+        "",
+        "use this file from plan probe (default: the one in the base folder, if it was "
+        "measured on this machine)",
+    )
     memory_gb: float = knob(
         0.0, "memory of the device (default: the GPU's, or what is free here)", low=0
     )
@@ -154,11 +159,19 @@ def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
 
 
 def named(knobs: CardKnobs) -> Machine:
-    """The card that the knobs name, or this machine; in the dtype and with the memory they give."""
+    """
+    A card by name, the machine of a probe, or this one; in the dtype and with the memory that the
+    knobs give. UserError for two machines and for an unknown card.
+    """
+    if knobs.gpu and knobs.probe:
+        raise UserError(
+            f"--gpu={knobs.gpu} and --probe={knobs.probe} describe two machines: give only one "
+            "of them"
+        )
     if knobs.gpu:
         found = replace(of_card(knobs.gpu), gpus=knobs.gpus)
     else:
-        found = here(knobs.device_type, knobs.dtype)
+        found = load(knobs.probe) if knobs.probe else here(knobs.device_type, knobs.dtype)
     dtype = found.dtype if knobs.dtype == "auto" else knobs.dtype
     return replace(found, dtype=dtype, memory_bytes=knobs.memory_gb * GIB or found.memory_bytes)
 

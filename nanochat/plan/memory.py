@@ -2,7 +2,7 @@
 Predict the memory of training by part, and which device batches fit a GPU or this machine.
 
     nanochat plan memory --depth 12 --gpu rtx3090
-    nanochat plan memory --depth 4 --device_batch_sizes 8 16 32 --sequence_lens 512 1024
+    nanochat plan memory --depth 4 --device_batch_sizes 8 16 32 --sequence_len 1024
 
 Tensors are counted from the shape of the model and from what a layer is declared to keep; tests
 compare the count with real steps. What no tensor shows (context, compiler, allocator) is taken from
@@ -12,7 +12,6 @@ does not fit is marked; if none fits, that is an error.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from statistics import fmean
 from typing import Any, Literal
 
@@ -43,9 +42,6 @@ class MemoryKnobs(CardKnobs, SizeKnobs):
 
     device_batch_sizes: tuple[int, ...] = knob(
         (1, 2, 4, 8, 16, 32, 64), "rows of a micro-batch, one line of the table each", low=1
-    )
-    sequence_lens: tuple[int, ...] = knob(
-        (), "context lengths of the training rows (default: sequence_len)", low=1
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU")
 
@@ -94,25 +90,23 @@ def predict(
     n, C, V = counts(config), config.n_embd, config.vocab_size
     cpu, tokens, matrices = device == "cpu", rows * T, n["transformer"]
     layer = kept_by_layer(config, tokens, T, size, cpu, compiled)
-    activations = config.n_layer * layer + 3 * size * tokens * C
-    if size < 4:  # the matrices in the compute dtype
-        activations += size * matrices
+    cast = size * (size < 4)  # bytes of a weight in the compute dtype, beside the float32 one
+    activations = config.n_layer * layer + 3 * size * tokens * C + cast * matrices
     # The loss: the head's weights, the gradients of both factors, and chunks of logits.
     elements = CHUNK_ELEMENTS | (COMPILED_ELEMENTS if compiled else {})
     chunk = min(elements.get(device, 1 << 25), tokens * V)
     block = size * min(BLOCK_CHUNKS.get(device, 1) * chunk, tokens * V)
-    copies = 12 if compiled else 16 if config.softcap else 8  # bytes per logit
+    # Bytes per logit beside its gradient. Code for a GPU (tests/cuda_code.py reads it) needs least.
+    copies = (12 if cpu else size) if compiled else 16 if config.softcap else 8
     both = size * tokens * C + 4 * V * C
-    loss = both + block + copies * chunk + (size * V * C if size < 4 else 0)
+    loss = both + block + copies * chunk + cast * V * C
     # A layer's backward pass: gradients of its hidden vectors, or a block of scores.
     scores = config.n_head * min(T, QUERY_BLOCK) * (4 + size) if cpu else 0
     backward = 2 * both + tokens * max(size * 2 * config.hidden, scores)
     if compiled and not cpu:
-        # As in the code that tests/cuda_code.py reads. The head's gradient is summed before the
-        # last block's backward pass begins, and of what is kept beside the blocks, one vector is
-        # left and one, the gradient, has come.
+        # The head's gradient is summed before the last block's backward pass begins, and of what
+        # is kept beside the blocks, one vector is left and one, the gradient, has come.
         vectors = {"relu2": 1, "swiglu": 4}.get(config.activation, 2)
-        loss = both + size * (2 * chunk + V * C)
         backward = size * tokens * (vectors * config.hidden - C)
     # Muon's largest pool of matrices of one shape: on a GPU all at once.
     hidden = config.hidden * (2 if config.activation == "swiglu" else 1)
@@ -164,32 +158,26 @@ def fitting_rows(
 
 def run(knobs: MemoryKnobs) -> dict[str, Any]:
     """Print the grid and return it. UserError if nothing fits."""
-    lengths = knobs.sequence_lens or (knobs.sequence_len,)
-    if max(lengths) > knobs.sequence_len:
-        raise UserError(
-            f"rows of {max(lengths)} tokens do not fit a context of {knobs.sequence_len}: "
-            "raise --sequence_len as well"
-        )
-    config, target = knobs.config(), machine.named(knobs)
+    config, target, T = knobs.config(), machine.named(knobs), knobs.sequence_len
     compiled = target.compiles(0.0, knobs.compile)
     target = with_gap(target.when(compiled))
     grid, table = [], []
-    for T, rows in product(sorted(set(lengths)), sorted(set(knobs.device_batch_sizes))):
+    for rows in sorted(set(knobs.device_batch_sizes)):
         parts = predict(config, rows, T, target, compiled)
         fits = parts["total"] <= target.memory_bytes
-        grid.append({"rows": rows, "sequence_len": T, **parts, "fits": fits})
+        grid.append({"rows": rows, **parts, "fits": fits})
         sizes = (f"{parts[name] / GIB:.2f}" for name in SHOWN)
-        table.append((rows, T, *sizes, "fits" if fits else "does not fit"))
+        table.append((rows, *sizes, "fits" if fits else "does not fit"))
     available = target.memory_bytes / GIB
     print0(
         f"{target.name}, {available:.1f} GB; {target.dtype}, "
-        f"{'compiled' if compiled else 'not compiled'}; in GB of 2^30 bytes"
+        f"{'compiled' if compiled else 'not compiled'}; rows of {T:,} tokens; in GB of 2^30 bytes"
     )
-    print0(columns(("rows", "T", *SHOWN, ""), table))
+    print0(columns(("rows", *SHOWN, ""), table))
     least = grid[0]
     if not any(cell["fits"] for cell in grid):
         raise UserError(
-            f"nothing fits {target.name}: {least['rows']} rows of {least['sequence_len']} take "
+            f"nothing fits {target.name}: {least['rows']} rows of {T} take "
             f"{least['total'] / GIB:.1f} GB of {available:.1f}; choose a smaller --depth, --vocab "
             "or --sequence_len, or fewer rows in --device_batch_sizes"
         )

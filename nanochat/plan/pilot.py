@@ -59,7 +59,6 @@ class PilotKnobs:
     target_bpb: float = knob(
         0.0, "target bits per byte; the pilot predicts whether the budget reaches it", low=0
     )
-    keep: bool = knob(False, "keep the weights of the short run")
     json: bool = knob(False, "print only JSON")
 
 
@@ -112,7 +111,7 @@ def short_run(file: Path, words: Sequence[str], knobs: PilotKnobs) -> dict[str, 
     if not logbook.newest(directory, "summary"):
         run = [f"--model_tag={tag}", "--resume=auto", "--keep=1", "--run=dummy"]
         train(["--recipe", str(file), *run, "--sample_every=0", *words], knobs.json)
-    for checkpoint in directory.glob("step_*") if not knobs.keep else ():
+    for checkpoint in directory.glob("step_*"):
         shutil.rmtree(checkpoint)
     rows = [r for r in logbook.read(directory) if r.get("kind") == "train"]
     seconds, tokens = (rows[-1][name] - rows[0][name] for name in ("seconds", "tokens"))

@@ -27,9 +27,9 @@ class SizeKnobs(ArchitectureKnobs, Shape):
     """Model"""
 
     vocab: int = knob(65_536, "tokens in the vocabulary", low=1)
-    depth: int = knob(0, "layers; 0 = 4, or with --params what fits best", low=0)
+    depth: int = knob(0, "layers; 0 = 4, or what fits best where the plan finds the size", low=0)
     head_dim: int = knob(
-        0, "width of a head; 0 = 128, with --params 64 up to a width of 512", low=0
+        0, "width of a head; 0 = 128, or 64 up to a width of 512 where the plan finds it", low=0
     )
 
     def config(self, **settled: Any) -> GPTConfig:
@@ -50,11 +50,7 @@ class OpenSizeKnobs(BudgetKnobs, SizeKnobs):
     vocab: int = knob(
         0, "tokens in the vocabulary; 0 = the tokenizer's, or by the budget if there is none", low=0
     )
-    depth: int = knob(0, "layers", low=0)
     aspect_ratio: float = knob(0.0, "model width per layer of depth", low=0)
-    head_dim: int = knob(
-        0, "width of an attention head; 0 = 64 up to a width of 512, then 128", low=0
-    )
     sequence_len: int = knob(0, "context length in tokens", low=0)
     softcap: float = knob(
         0.0,
@@ -112,11 +108,6 @@ def counts(config: GPTConfig) -> dict[str, int]:
     one = model_of(replace(config, n_layer=1)).counts()
     further = (config.n_layer - 1) * one["transformer"]
     return one | {part: one[part] + further for part in ("transformer", "total", "matmul")}
-
-
-def layer_parameters(config: GPTConfig) -> int:
-    """Parameters of the layers, without embedding and head: the N of the scaling law."""
-    return counts(config)["transformer"]
 
 
 def flops_per_token(config: GPTConfig, T: int = 0) -> float:

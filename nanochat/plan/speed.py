@@ -6,7 +6,7 @@ points the speed is interpolated; the interval says how well.
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,14 +103,15 @@ def interpolated(
     sizes = [(q["flops_per_token"], q["config"]["sequence_len"], q["rows"]) for q in points]
     x = np.log([(f, length**0.5, (length * r) ** 0.5) for f, length, r in sizes])
     x -= np.log([flops_per_token(config, T), T**0.5, (rows * T) ** 0.5])
-    rates, drift = np.log([(q["tok_per_sec"], math.exp(q.get("drift", 0.0))) for q in points]).T
+    rates = np.log([q["tok_per_sec"] for q in points])
     flops = x[:, 0] - x[:, 0].mean()
     power = np.clip((0.8 * 0.05 - flops @ rates) / (0.05 + flops @ flops), 0, 1)
     squared = (x**2).sum(1)
     rate = np.average(rates + power * x[:, 0], weights=1 / (squared + 0.003))
-    error = 0.03**2 + (drift**2).mean() + 0.12**2 * squared.min()
+    drift = fmean(q.get("drift", 0.0) ** 2 for q in points)
+    error = math.sqrt(0.03**2 + drift + 0.12**2 * squared.min())
     most = math.log(2) + (rates + x[:, 0]).max()
-    return math.exp(min(rate, most)), math.sqrt(error)
+    return math.exp(min(rate, most)), error
 
 
 def usual_flops(machine: Machine, seconds: float) -> float:
