@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_260,
     "base": 12_650,
     "tinyworld": 9_330,
-    "data": 34_990,
+    "data": 36_090,
     "model": 26_300,
     "chat": 9_000,
     "chat/serve": 11_360,

@@ -1,10 +1,15 @@
 """Conversations in the shapes that people have, turns that are masked, and clear refusals."""
 
+import json
+
 import pytest
 
 from nanochat.base.common import UserError
+from nanochat.data.conversations import read
 from nanochat.data.rendering import checked_messages, conversation_pieces
-from nanochat.data.shapes import conversation
+from nanochat.data.rows import Report
+from nanochat.data.shapes import conversation, left_out, shape_of
+from nanochat.eval.tasks.common import choice
 
 Q, A = "Is it?", "It is."
 WANTED = [("user", Q), ("assistant", A)]
@@ -44,6 +49,56 @@ def messages(role="role", content="content", user="user", assistant="assistant")
 def test_usual_shapes(row):
     assert turns(row) == WANTED
     assert learned(row) == A + "<|assistant_end|>"
+
+
+OPTIONS = ["red", "green", "dark blue", "none"]
+BY_LETTER = dict(zip("ABCD", OPTIONS, strict=True))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": Q, **{f"choice{i}": t for i, t in enumerate(OPTIONS)}, "answer": "2"},  # MMLU
+        {"question": Q, "choices": OPTIONS, "answer": 2, "subject": "hues"},  # MMLU of the hub
+        {"question": Q, "choices": {"label": [*"ABCD"], "text": OPTIONS}, "answerKey": "C"},  # ARC
+        {"question": Q, "choices": {"label": [*"1234"], "text": OPTIONS}, "answerKey": "3"},
+        {"Prompt": Q, **BY_LETTER, "E": "", "Answer": "c"},
+        {"question": Q, "options": BY_LETTER, "answer": "dark blue", "answer_idx": "C"},  # MedQA
+        {"question": Q, **{f"op{c.lower()}": t for c, t in BY_LETTER.items()}, "correct": "C"},
+        {"question": Q, **{f"Option {i}": t for i, t in enumerate(OPTIONS, 1)}, "label": "3"},
+    ],
+)
+def test_multiple_choice_keeps_its_options(row):
+    asked = choice(Q, OPTIONS, 2)["messages"]
+    assert turns(row) == [(m["role"], m["content"]) for m in asked]
+    assert "- dark blue=C" in turns(row)[0][1] and learned(row) == "C<|assistant_end|>"
+    assert shape_of(row) == "multiple choice"
+    assert left_out(row) == [name for name in row if name in ("subject", "answer_idx")]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question": Q, "choices": OPTIONS, "answer": 4}, "the answer 4 is none of the options 0"),
+        ({"question": Q, **BY_LETTER, "answer": "1"}, "none of the options a, b, c, d"),
+        ({"question": Q, "choices": ["x", "x"], "answer": "x"}, "give the label of one"),
+    ],
+)
+def test_an_answer_that_is_none_of_the_options_is_refused(row, says):
+    with pytest.raises(UserError, match=says):
+        conversation(row)
+
+
+def test_columns_that_are_not_used_are_named(tmp_path):
+    row = {"question": Q, "answer": A, "Source": "a book", "weight": 1, "empty": None, "b": "x"}
+    assert turns(row) == WANTED
+    assert left_out(row) == ["source", "b"]
+    assert left_out({"messages": messages(), "id": 5}) == left_out("text") == []
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([json.dumps(row)] * 3))
+    report = Report()
+    assert len(list(read(path, report))) == 3
+    assert report.notes == {"rows whose columns source, b are not used": 3}
 
 
 def test_what_belongs_to_the_question():

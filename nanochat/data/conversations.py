@@ -13,10 +13,11 @@ from nanochat.data import dialogue
 from nanochat.data.folders import ARCHIVES, CONVERSATIONS, PLAIN, TEXT_FIELDS, kind_of
 from nanochat.data.readers import unpacked
 from nanochat.data.rows import Report, TooManyBadRows, open_text, read_rows, reading
-from nanochat.data.shapes import conversation, shape_of
+from nanochat.data.shapes import conversation, left_out, shape_of
 
 LONGEST_CHAT = 1 << 28  # characters
 NONE = "holds no conversations"
+MOST_NOTES = 50  # kinds
 HEAD = 1 << 16  # characters that decide whether a text is a chat
 
 
@@ -80,6 +81,8 @@ def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
             for i, one in enumerate(dialogue.as_rows(parts, me, place), 1):
                 yield f"{place}, chat {i}", one
         else:
+            if (unused := left_out(row)) and len(report.notes) < MOST_NOTES:
+                report.notes[f"rows whose columns {', '.join(unused)[:200]} are not used"] += 1
             yield place, row
     for tree in dialogue.trees(flat.values()):
         yield from _tree(f"{path}, message {tree['message_id']}", tree, report)

@@ -236,6 +236,7 @@ def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str
         if kind_of(path) in CONVERSATIONS and (counts := conversations.survey(path, report, me)):
             inventory.conversations[str(path)] = dict(counts)
     inventory.conversation_problems = report.problems
+    inventory.notes = {**report.notes, **inventory.notes}
     # As text they were skipped, and now they are found
     inventory.skipped = [
         (reason, name)

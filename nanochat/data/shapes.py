@@ -6,6 +6,7 @@ The shapes in which people keep conversations, all turned into the one of render
     {"prompt": ..., "response": ...}                     also completion, output or answer
     {"instruction": ..., "input": ..., "output": ...}    Alpaca; Dolly with context and response
     {"question": ..., "answer": ...}                     and "system" beside any of these
+    {"question": ..., "choices": [...], "answer": "B"}   or a column per option: choice0, A, opa
 
 Messages of one side that follow each other become one, and a conversation that the assistant opens
 begins with an empty message of the user. An assistant message with "weight": 0, "train": false or
@@ -16,7 +17,10 @@ pictures) is a UserError.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from string import ascii_uppercase as LETTERS
+from string import digits as DIGITS
 from typing import Any
 
 from nanochat.base.common import UserError
@@ -38,6 +42,19 @@ PAIRS = (  # the user's fields, of which those after the first may be missing, a
     (("input",), ("output",)),
     (("query",), ("response", "answer")),
 )
+# Multiple choice: a list of options, or columns such as choice0, option_1, opa or A
+ASKED, OPTION_LISTS = ("question", "prompt", "query", "input", "problem"), ("choices", "options")
+OPTION = re.compile(r"(?:(choices?|options?|opt?|ending)[ _-]?)?([a-z]|\d)")
+ANSWERS = [
+    "answer",
+    "answerkey",
+    "answer_key",
+    "correct",
+    "correct_answer",
+    "correct_option",
+    "label",
+    "target",
+]
 CALCULATORS = "calculator", "calculate", "python"
 MASKS = "weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"  # 0, false: masked
 MASKED = "mask", "masked"  # 1, true: masked
@@ -52,6 +69,9 @@ def shape_of_names(names: Iterable[str]) -> str | None:
         return "OpenAssistant messages"
     if lists := [name for name in LISTS if name in names]:
         return lists[0]
+    options = bool(_option_columns(names)) or not names.isdisjoint(OPTION_LISTS)
+    if options and not names.isdisjoint(ASKED) and not names.isdisjoint(ANSWERS):
+        return "multiple choice"
     for asked, replied in PAIRS:
         if asked[0] in names and (reply := [name for name in replied if name in names]):
             return f"{asked[0]} and {reply[0]}"
@@ -151,19 +171,107 @@ def _call(i: int, call: Any) -> dict[str, str]:
 
 
 def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    row = {str(name).strip().lower(): value for name, value in row.items()}
+    if (found := _pair_of(_lowered(row))) is None:
+        raise UserError(
+            'a conversation is a list of messages, an object with "messages", or one with a pair '
+            'of texts such as "prompt" and "response"; this one has '
+            f"{shown(', '.join(map(str, row)))}"
+        )
+    question, reply, _ = found
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+
+
+def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(name).strip().lower(): value for name, value in row.items()}
+
+
+def _pair_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
+    """The question and the reply of a row, and the fields that hold them; None for no pair."""
+    if chosen := _choice_of(row):
+        return chosen
     for asked, replied in PAIRS:
-        reply = next((row[name] for name in replied if isinstance(row.get(name), str)), None)
+        reply = next((name for name in replied if isinstance(row.get(name), str)), None)
         if isinstance(row.get(asked[0]), str) and reply is not None:
-            question = [row[name] for name in asked if isinstance(row.get(name), str)]
-            return [
-                {"role": "user", "content": "\n\n".join(text for text in question if text)},
-                {"role": "assistant", "content": reply},
-            ]
+            parts = [name for name in asked if isinstance(row.get(name), str)]
+            question = "\n\n".join(row[name] for name in parts if row[name])
+            return question, row[reply], {*parts, reply}
+    return None
+
+
+def left_out(row: Any) -> list[str]:
+    """The fields that hold something of a row without messages, of which nothing is learned."""
+    if not isinstance(row, dict) or any(isinstance(row.get(name), list) for name in LISTS):
+        return []
+    try:
+        found = _pair_of(row := _lowered(row))
+    except UserError:
+        return []
+    used = {"system", *MASKS, *MASKED, *(found[2] if found else row)}
+    return [name for name, value in row.items() if value not in (None, "", []) and name not in used]
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """A multiple-choice question: one option per line, followed directly by its letter."""
+    lines = [f"- {' '.join(text.split())}={c}" for text, c in zip(options, LETTERS, strict=False)]
+    return "\n".join([question, *lines, "Answer with the letter alone."])
+
+
+def _choice_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
+    """What _pair_of gives, for multiple choice. UserError if the answer is none of the options."""
+    asked = next((name for name in ASKED if isinstance(row.get(name), str)), None)
+    options, used = _options(row)
+    answers = [name for name in ANSWERS if row.get(name) is not None]
+    if asked is None or not 1 < len(options) <= len(LETTERS) or not answers:
+        return None
+    for name in answers:
+        if (right := _option(options, str(row[name]).strip())) is not None:
+            question = with_options(row[asked], [*options.values()])
+            return question, LETTERS[right], {asked, name, *used}
+    if len(str(row[answers[0]])) > 2:
+        return None  # a reply in words
     raise UserError(
-        'a conversation is a list of messages, an object with "messages", or one with a pair of '
-        f'texts such as "prompt" and "response"; this one has {shown(", ".join(map(str, row)))}'
+        f"the {answers[0]} {shown(row[answers[0]])} is none of the options "
+        f"{', '.join(options)}: give the label of one, or its text"
     )
+
+
+def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """The options of a row by label, and the fields that hold them; empty if it has none."""
+    for name in OPTION_LISTS:
+        value = row.get(name)
+        if isinstance(value, dict) and {"label", "text"} <= value.keys():  # ARC
+            value = dict(zip(value["label"], value["text"], strict=False))
+        elif isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+            return {str(label).lower(): text for label, text in value.items()}, {name}
+    columns = _option_columns(row)
+    filled = {label: row[name] for label, name in columns.items() if row[name] not in (None, "")}
+    return {label: str(text) for label, text in filled.items()}, set(columns.values())
+
+
+def _option_columns(names: Iterable[str]) -> dict[str, str]:
+    """Label -> column, of columns of one name that are labelled from a, 0 or 1 on; else empty."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        if found := OPTION.fullmatch(name):
+            groups.setdefault(found[1] or "", {})[found[2]] = name
+    for group in groups.values():
+        labels = "".join(sorted(group))
+        if len(labels) > 1 and (LETTERS.lower() + " " + DIGITS).find(labels) in (0, 27, 28):
+            return dict(sorted(group.items()))
+    return {}
+
+
+def _option(options: Mapping[str, str], answer: str) -> int | None:
+    """Which option an answer names by its label, its letter or its text."""
+    names = [*options]
+    if answer.lower() in names:
+        return names.index(answer.lower())
+    if names[0] in ("0", "1") and len(answer) == 1 and answer.upper() in LETTERS[: len(names)]:
+        return LETTERS.index(answer.upper())
+    texts = [text.strip().lower() for text in options.values()]
+    return texts.index(answer.lower()) if texts.count(answer.lower()) == 1 else None
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanochat.data.rendering import visible_content
+from nanochat.data.shapes import with_options
 
 # A conversation whose last message is the gold reply, with what the task needs to judge replies
 Item = dict[str, Any]
@@ -74,11 +75,8 @@ def choice(question: str, options: Sequence[str], right: int) -> Item:
     if not 0 <= right < len(options):
         raise ValueError(f"the answer is option {right} of {len(options)}, counted from 0")
     letters = list(LETTERS[: len(options)])
-    lines = [question]
-    for option, letter in zip(options, letters, strict=True):
-        lines.append(f"- {' '.join(option.split())}={letter}")
-    lines.append("Answer with the letter alone.")
-    return exchange("\n".join(lines), letters[right], letters=letters, answer=letters[right])
+    text = with_options(question, options)
+    return exchange(text, letters[right], letters=letters, answer=letters[right])
 
 
 def is_answer(item: Item, reply: str) -> bool:
