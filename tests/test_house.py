@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_180,
     "train": 19_640,
     "study": 13_150,
-    "plan": 14_800,
+    "plan": 14_700,
     "export": 7_340,
     "commands": 21_930,
 }

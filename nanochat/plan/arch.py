@@ -5,8 +5,9 @@ number of parameters.
     nanochat plan arch --params 38M --vocab 24576 --split 1:1:1
     nanochat plan arch --depth 20 --gpu "H100 SXM" --gpus 8
 
-Every figure is counted on the real model, built without memory. A number of parameters that no
-model comes within a tenth of is refused.
+With --gpu or --probe, the page of plan day for the run follows. Every figure is counted on the real
+model, built without memory. A number of parameters that no model comes within a tenth of is
+refused.
 """
 
 import math
@@ -19,6 +20,7 @@ from nanochat.base.common import UserError, columns, human, print0
 from nanochat.base.knobs import knob
 from nanochat.model.config import LARGEST, GPTConfig
 from nanochat.plan import day
+from nanochat.plan.machine import CardKnobs
 from nanochat.plan.shapes import SizeKnobs, counts, flops_per_token, model_of, usual_head
 
 TOLERANCE = 0.1  # how far from the wanted number of parameters a shape may be
@@ -26,7 +28,7 @@ PARTS = ("embedding", "transformer", "head", "total")
 
 
 @dataclass(kw_only=True)
-class ArchKnobs(SizeKnobs):
+class ArchKnobs(CardKnobs, SizeKnobs):
     """Plan"""
 
     params: str = knob("", "find a shape with this many parameters, for example 38M or 1.2G")
@@ -36,9 +38,6 @@ class ArchKnobs(SizeKnobs):
         "default: the width follows aspect_ratio",
     )
     tokens_per_param: float = knob(20.0, "training tokens per parameter", low=0.01)
-    gpu: str = knob("", "also show what plan day says of the run on this GPU, for example rtx4090")
-    gpus: int = knob(1, "number of GPUs", low=1)
-    json: bool = knob(False, "print only JSON")
 
 
 # finding a shape
@@ -131,8 +130,6 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
         raise UserError(
             f"--split={knobs.split} also needs the number of parameters: add it, as in --params 38M"
         )
-    if knobs.gpus > 1 and not knobs.gpu:
-        raise UserError(f"--gpus={knobs.gpus} also needs the name of the GPU: add --gpu NAME")
     config, others = knobs.config(), []
     if knobs.params:
         shares = parse_shares(knobs.split, knobs.tie_embeddings) if knobs.split else ()
@@ -148,11 +145,10 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
     if others:
         rows = [(_flags(c), *(f"{counts(c)[part]:,}" for part in PARTS)) for c in others]
         print0("\n" + columns(("nearby", *PARTS), rows))
-    if knobs.gpu:
-        size = {name: getattr(knobs, name) for name in vars(SizeKnobs())}
-        size |= {"depth": config.n_layer, "model_dim": config.n_embd, "head_dim": config.head_dim}
-        cards = {"gpu": knobs.gpu, "gpus": knobs.gpus, "tokens": report["tokens"]}
-        report["run"] = day.run(day.DayKnobs(**size, **cards))
+    if knobs.gpu or knobs.gpus > 1 or knobs.probe:
+        given = {n: v for n, v in vars(knobs).items() if n in vars(day.DayKnobs())}
+        given |= {"depth": config.n_layer, "model_dim": config.n_embd, "head_dim": config.head_dim}
+        report["run"] = day.run(day.DayKnobs(**{**given, "tokens": report["tokens"]}))
     return report
 
 

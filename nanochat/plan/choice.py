@@ -36,6 +36,7 @@ MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # per micro-ba
 USABLE = 0.95  # of a card's memory: the driver and the screen take some
 SHORTEST = 512  # context that is tried where memory is short
 OPENING = 6.0  # seconds in which a run opens its data and model
+KEPT = 0.01  # by so much another prediction must be better to replace what a pilot tried
 TIE = 0.006  # the noise of seeds: of predictions this near, the usual shape, then the smaller wins
 
 
@@ -154,15 +155,14 @@ def _expected(
 
 def _fastest_rows(config: GPTConfig, batch: int, machine: Machine) -> int:
     """
-    Rows of a micro-batch: the fastest of those within the range of a probe (fewer where that costs
-    under 2 %), else as many as are usual.
+    Rows of a micro-batch: with as many tokens as the fastest that was probed (fewer where that
+    costs under 2 %), else as are usual.
     """
     T = config.sequence_len
-    probed = [p["rows"] * p["config"]["sequence_len"] for p in machine.points]
-    if not probed:
+    if not machine.points:
         return 1 << max(1, min(batch, MICRO_TOKENS[machine.device_type]) // T).bit_length() - 1
-    least, most = 0.7 * min(probed), min(batch, 1.5 * max(probed))
-    options = [1 << i for i in range(11) if least <= (1 << i) * T <= most] or [1]
+    probed = {p["rows"] * p["config"]["sequence_len"] // T for p in machine.points}
+    options = sorted(rows for rows in probed if 0 < rows * T <= batch) or [1]
     rates = [speed.tokens_per_second(config, r, T, batch, machine).tok_per_sec for r in options]
     return next(r for r, rate in zip(options, rates, strict=True) if rate >= 0.98 * max(rates))
 
@@ -198,11 +198,12 @@ def choose(
     fitting = [c for c in every if not c.why]
     if not fitting:
         raise UserError(_nothing_fits(knobs, machine, every))
-    equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
-    # Of equal predictions the usual shape, then the smaller model.
-    primary = min(equal, key=lambda c: (abs(c.shape[1] / c.shape[0] - 64) > 8, c.size))
-    most = primary.bpb[0] * 1.01
-    primary = next((c for c in fitting if c.shape == kept and c.bpb[0] <= most), primary)
+    tie = fitting[0].bpb[0] * (1 + (KEPT if kept else TIE))
+    equal = [c for c in fitting if c.bpb[0] <= tie]
+    # Of equal predictions what was tried, then the usual shape, then the smaller model.
+    primary = min(
+        equal, key=lambda c: (c.shape != kept, abs(c.shape[1] / c.shape[0] - 64) > 8, c.size)
+    )
     T = primary.config.sequence_len
     shut_out = any(c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in every)
     if shut_out and not knobs.sequence_len and T > SHORTEST:

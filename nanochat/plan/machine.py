@@ -161,13 +161,15 @@ def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
 def named(knobs: CardKnobs) -> Machine:
     """
     A card by name, the machine of a probe, or this one; in the dtype and with the memory that the
-    knobs give. UserError for two machines and for an unknown card.
+    knobs give. UserError for two machines, an unknown card, and several of no card.
     """
     if knobs.gpu and knobs.probe:
         raise UserError(
             f"--gpu={knobs.gpu} and --probe={knobs.probe} describe two machines: give only one "
             "of them"
         )
+    if knobs.gpus > 1 and not knobs.gpu:
+        raise UserError(f"--gpus={knobs.gpus} also needs the name of the GPU: add --gpu NAME")
     if knobs.gpu:
         found = replace(of_card(knobs.gpu), gpus=knobs.gpus)
     else:
