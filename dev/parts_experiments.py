@@ -50,6 +50,11 @@ TRIES = (
     "--rope_base=100000",
     "--tie_embeddings",
 )
+OPTIMIZERS = (
+    "--polynomials=jordan --embedding_beta2=0.95 --unembedding_beta2=0.95",  # of version 0.1
+    "--polynomials=jordan",
+    "--polynomials=minimax",
+)
 
 
 class Run(NamedTuple):
@@ -84,6 +89,11 @@ def planned() -> Iterator[Run]:
     for seed in (1, 2):
         for condition in ("none", BEST, "both"):
             yield small("prose", condition, seed, 500, batch=4096)
+    for seed in (1, 2, 3):
+        for extra in OPTIMIZERS:
+            yield small("prose", BEST, seed, extra=extra)
+    for extra in OPTIMIZERS:
+        yield small("prose", BEST, 1, 500, extra=extra, batch=4096)
     for extra in TRIES:
         for condition in ("none", BEST):
             yield small("prose", condition, 1, extra=extra)
