@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, entry, human, print0, user_path
+from nanochat.base.common import UserError, base_dir, entry, human, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
 from nanochat.model.stages import STAGES, run_directory
@@ -469,6 +469,7 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], diary: Diary) -> str:
             *slow_lines(diary.notes),
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
             f"to let it continue:   nanochat base_complete -g {tag} -i {found['writer']}",
+            f"its curves:           {base_dir() / 'report' / tag}.html",
             "to take it elsewhere: "
             + (
                 f"nanochat export -g {tag}"

@@ -186,12 +186,15 @@ def _stage_order(stage: str) -> tuple[int, str]:
 # ---- curves
 
 
+OF_TALKS = "-conversations-val"  # behind the name of a source of conversations
+
+
 def _plot(axes: "Axes", lines: Sequence[Line], what: Curve) -> None:
     draw_lines(axes, lines, what.x, what.title)
     if what.field in FROM_ZERO:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
-        axes.legend()
+        axes.legend(ncols=1 + (len(lines) > 5))
 
 
 def _lines(logs: Sequence[Log], what: Curve) -> list[Line]:
@@ -206,7 +209,7 @@ def _lines(logs: Sequence[Log], what: Curve) -> list[Line]:
             xs, ys = log.curve(what.kind, match[0], what.x)
             ends = [log.curve(what.kind, f"{match[0]}_{end}", what.x)[1] for end in ("lo", "hi")]
             band = tuple(map(np.array, ends)) if all(len(end) == len(xs) for end in ends) else ()
-            parts = [label, *match.groups()]
+            parts = [label, *(part.removesuffix(OF_TALKS) for part in match.groups())]
             number = i if len(parts) == 1 else len(lines)
             if xs:
                 lines.append(Line(number, ", ".join(parts), np.array(xs), np.array(ys), band))

@@ -206,7 +206,8 @@ def sample_evaluation(run: OpenRun, prompts: Sequence[str] = QUESTIONS) -> Evalu
         texts = {}
         for prompt, sample in zip(rows, samples, strict=True):
             visible = visible_text(tokenizer, sample.tokens) if chats else ""
-            texts[f"sample/{prompt}"] = visible.strip() or tokenizer.decode(sample.tokens)
+            text = visible.strip() or tokenizer.decode(sample.tokens)
+            texts[f"sample/{prompt}"] = text + " ..." * (sample.finish == "length")
         return texts
 
     return Evaluation("sample", run.knobs.sample_every, measure, size=size)
