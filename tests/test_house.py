@@ -124,11 +124,11 @@ CEILINGS = {
     "chat": 9_000,
     "chat/serve": 11_360,
     "eval": 20_180,
-    "train": 19_640,
-    "study": 13_150,
+    "train": 19_660,
+    "study": 13_180,
     "plan": 14_700,
     "export": 7_340,
-    "commands": 21_930,
+    "commands": 21_950,
 }
 WHOLE = sum(CEILINGS.values())
 
