@@ -71,6 +71,20 @@ def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
     ]
 
 
+def test_sizes_that_are_given_are_in_the_commands():
+    lines = plan.main(["day", "--hours=24", *CARD, "--tie_embeddings"])["commands"]
+    (recipe,) = (line for line in lines if "plan recipe" in line)
+    assert "--depth=8 --tie_embeddings=true" in recipe
+    assert not any("one_day.sh" in line for line in lines), "it would choose its own sizes"
+
+
+def test_more_of_something_is_never_told_to_be_worse():
+    """Of predictions that count as equal, another may be taken, which is not news."""
+    made = plan.main(["day", "--hours=24", *CARD, "--data", "tinyworld"])
+    for what, figure, _ in made["sections"]["What would change the choice"]:
+        assert "(+" not in figure and ("no better" in figure or "(-" in figure), what
+
+
 def test_the_disk_of_a_d16():
     """The checkpoints of three stages took about 22 GB, and nobody said so."""
     made = plan.main(["day", "--hours=24", "--gpu=rtx4090", "--depth=16", "--aspect_ratio=64"])

@@ -23,13 +23,13 @@ from functools import cached_property
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir, columns, counted, duration, human, print0
-from nanochat.base.knobs import knob
+from nanochat.base.knobs import as_typed, knob
 from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.plan import machine, probe
 from nanochat.plan.choice import TIE, Choice, ChoiceKnobs, assess, choose
 from nanochat.plan.law import Law, Text
 from nanochat.plan.machine import GIB, CardKnobs, Machine, budget_seconds
-from nanochat.plan.shapes import counts
+from nanochat.plan.shapes import SizeKnobs, counts
 from nanochat.train.scaling import bytes_per_token, text_for
 
 SHARD_TEXT, SHARD_FILE = 250e6, 100e6  # bytes of text in a shard of web text, and of its file
@@ -281,7 +281,7 @@ def gains(plan: Plan) -> list[Row]:
     c, knobs, passes = plan.choice.primary, plan.knobs, plan.needs["passes"]
     words, known = in_words(c.bpb[0])
     if knobs.data == ("tinyworld",):
-        words, known = "the embedded corpus is far simpler: expect 0.2 to 0.4", "measured here"
+        words, known = "that is of web text; this far simpler text: 0.2 to 0.4", "measured here"
     often = "each token once" if passes <= 1 else f"each token {passes:.1f} times"
     timed = "measured here" if plan.machine.points else "specification"
     timed = "measured on such a machine" if knobs.probe else timed
@@ -330,10 +330,9 @@ def changes(plan: Plan) -> list[Row]:
     for name, changed in more.items():
         other = replace(plan, **changed).choice.primary
         same = "the same model" if other.shape == chosen.shape else "{} x {}".format(*other.shape)
-        gain = f"{other.bpb[0] - chosen.bpb[0]:+.3f}"
-        better = (
-            ", no better" if gain[1:] == "0.000" else f", {other.bpb[0]:.3f} bits per byte ({gain})"
-        )
+        gain, better = other.bpb[0] - chosen.bpb[0], ", no better"
+        if gain < -0.0005:
+            better = f", {other.bpb[0]:.3f} bits per byte ({gain:+.3f})"
         rows.append((f"twice the {name}", same + better, "law"))
     return rows
 
@@ -352,9 +351,14 @@ def commands(plan: Plan, script: str) -> list[str]:
         size = f"--depth {c.shape[0]} --model_dim {c.shape[1]} --head_dim {c.config.head_dim}"
         return f"{tokenizer}nanochat base_train {size} {steps} {data}".splitlines()
     file, pilot = shlex.quote(str(recipe)), " --pilot" if knobs.stages()["pilot"] else ""
+    default = vars(type(knobs)())
+    sizes = (n for n in vars(SizeKnobs()) if n != "vocab" and getattr(knobs, n) != default[n])
+    given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in sizes)
+    # The script would choose sizes that are given here.
+    whole = f"bash {script or 'runs/one_day.sh'} {length} {data}    # all of it; or step by step:\n"
     return f"""\
-bash {script or "runs/one_day.sh"} {length} {data}    # all of it; or step by step:
-{tokenizer}nanochat plan recipe {length}{pilot} --vocab {knobs.vocab} {data}
+{"" if given else whole}\
+{tokenizer}nanochat plan recipe {length}{pilot} --vocab {knobs.vocab}{given} {data}
 {"nanochat plan pilot" if pilot else ""}
 nanochat base_train --recipe {file}
 nanochat mid_train --recipe {file}
