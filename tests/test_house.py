@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_180,
     "train": 19_660,
     "study": 13_180,
-    "plan": 14_770,
+    "plan": 14_775,
     "export": 7_340,
     "commands": 21_950,
 }

@@ -162,8 +162,13 @@ def test_repeated_text_is_counted(tmp_path):
 
 
 def test_better_models_get_better_words():
-    words = [day.in_words(bpb)[0] for bpb in (0.7, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0)]
-    assert len(set(words)) == 7 and "GPT-2 124M" in day.in_words(0.95)[0]
+    def words(bpb, data="fineweb-edu"):
+        plan = SimpleNamespace(knobs=day.DayKnobs(data=(data,)))
+        return day.in_words(plan, SimpleNamespace(bpb=(bpb,)))[0]
+
+    assert len({words(bpb) for bpb in (0.7, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0)}) == 7
+    assert "GPT-2 124M" in words(0.95)
+    assert "GPT-2" not in words(0.8, "tinyworld"), "the embedded corpus is no web text"
 
 
 # ---- the rules that page, recipe and scripts share

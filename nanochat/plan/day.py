@@ -26,7 +26,7 @@ from nanochat.base.common import UserError, base_dir, columns, counted, duration
 from nanochat.base.knobs import as_typed, knob
 from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.plan import machine, probe
-from nanochat.plan.choice import TIE, Choice, ChoiceKnobs, assess, choose
+from nanochat.plan.choice import TIE, Candidate, Choice, ChoiceKnobs, assess, choose
 from nanochat.plan.law import Law, Text
 from nanochat.plan.machine import GIB, CardKnobs, Machine, budget_seconds
 from nanochat.plan.shapes import SizeKnobs, counts
@@ -233,9 +233,11 @@ def lacking(plan: Plan) -> list[str]:
     return faults
 
 
-def in_words(bpb: float) -> tuple[str, str]:
-    """What bits per byte of web text mean, and where that is known from."""
-    return next((words, source) for most, words, source in REFERENCES if bpb <= most)
+def in_words(plan: Plan, candidate: Candidate) -> tuple[str, str]:
+    """What the bits per byte of a candidate mean, and where that is known from."""
+    if plan.knobs.data == ("tinyworld",):
+        return "its text is far simpler than web text: expect 0.2 to 0.4", "measured here"
+    return next((words, source) for most, words, source in REFERENCES if candidate.bpb[0] <= most)
 
 
 # the page
@@ -255,13 +257,14 @@ def schedule(plan: Plan) -> list[tuple[str, float, str]]:
     return [row for row in rows if row[1]]
 
 
-def model_rows(choice: Choice) -> list[list[str]]:
-    """The three models of a choice: heads, and a row for each."""
+def model_rows(plan: Plan) -> list[list[str]]:
+    """The three models of a plan: heads, and a row for each."""
+    choice = plan.choice
     rows = ["|bits per byte (90 %)|layers x width|parameters|tokens|tok/s|memory|like"]
     three = {"smaller": choice.smaller, "chosen": choice.primary, "larger": choice.larger}
     for name, c in three.items():
         if c:
-            words = in_words(c.bpb[0])[0].split(":")[0].removeprefix("like ")
+            words = in_words(plan, c)[0].split(":")[0].removeprefix("like ")
             rows.append(
                 f"{name}|{c.bpb[0]:.3f} ({c.bpb[1]:.3f} to {c.bpb[2]:.3f})|{c.shape[0]} x "
                 f"{c.shape[1]}|{human(counts(c.config)['total'])}|{human(c.tokens)}|"
@@ -279,9 +282,7 @@ def rows_of(text: str) -> list[Row]:
 def gains(plan: Plan) -> list[Row]:
     """What the page says of a plan: model, quality, text, speed."""
     c, knobs, passes = plan.choice.primary, plan.knobs, plan.needs["passes"]
-    words, known = in_words(c.bpb[0])
-    if knobs.data == ("tinyworld",):
-        words, known = "that is of web text; this far simpler text: 0.2 to 0.4", "measured here"
+    words, known = in_words(plan, c)
     often = "each token once" if passes <= 1 else f"each token {passes:.1f} times"
     timed = "measured here" if plan.machine.points else "specification"
     timed = "measured on such a machine" if knobs.probe else timed
@@ -372,7 +373,7 @@ def page(plan: Plan, script: str = "") -> dict[str, Any]:
     many = f"{target.gpus} x " if target.gpus > 1 else ""
     return {
         "title": f"{duration(budget_seconds(plan.knobs))} on {many}{target.name}",
-        "models": model_rows(plan.choice),
+        "models": model_rows(plan),
         "sections": {
             "What you get": gains(plan),
             "What it takes": costs(plan),

@@ -159,7 +159,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     law = Law().moved(planned.size, worth(made["tokens"], plan.text), end)
     plan = replace(plan, knobs=asked, machine=target, law=law, kept=planned.shape)
     chosen, written = plan.choice.primary, recipe.write(plan)
-    heads, *rows = day.model_rows(plan.choice)
+    heads, *rows = day.model_rows(plan)
     print0(columns(heads, rows))
     same = chosen.shape == planned.shape
     print0(
