@@ -14,7 +14,7 @@ import pytest
 
 from nanochat.eval.tasks import tinyworld as task
 from nanochat.eval.tasks.common import Task
-from nanochat.tinyworld.conversations import KINDS, conversations, phrases
+from nanochat.tinyworld.conversations import EVERYDAY, KINDS, conversations, phrases
 from nanochat.tinyworld.documents import documents
 from nanochat.tinyworld.world import ATTRIBUTES, article, choices, held_out, world
 
@@ -352,3 +352,13 @@ def test_the_world_is_consistent():
     assert len(w.people) == 40 and len(set(w.attributes["petname"].values())) == 40
     assert set(w.attributes["home"].values()) == set(w.data["villages"])
     assert sum(held_out(p, a) for p in w.people for a in ATTRIBUTES) in range(12, 45)
+
+
+def test_everyday_conversations_claim_nothing_of_the_world():
+    made = list(itertools.islice(conversations(0, "train", EVERYDAY), 3000))
+    assert {item["kind"] for item in made} == set(EVERYDAY)
+    said = [
+        m["content"] for item in made for m in item["messages"] if isinstance(m["content"], str)
+    ]
+    assert not [text for text in said if re.search("little world|ten villages|tell stories", text)]
+    assert "You are welcome." in said and "I am well, thank you." in said

@@ -98,6 +98,7 @@ class ConversationMaker(Draw):
         super().__init__(seed, split, stream)
         self.phrases = phrases()
         self.mixed = MIXED
+        self.courtesies: Sequence[int] = (0, 4, 6)  # lines of [smalltalk] chat, without thanks
 
     def pair_is_ours(self, a: object, b: object) -> bool:
         """Whether a pairing belongs to this split."""
@@ -348,7 +349,7 @@ class ConversationMaker(Draw):
 
     def courtesy(self) -> list[str]:
         """A courtesy and its reply, to come before a question."""
-        lines, i = self.phrases["smalltalk"]["chat"], self.pick((0, 4, 6))
+        lines, i = self.phrases["smalltalk"]["chat"], self.pick(self.courtesies)
         return [self.pick(lines[i]), self.pick(lines[i + 1])]
 
 
@@ -366,6 +367,8 @@ def conversations(
             raise ValueError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
     maker = ConversationMaker(seed, split)
     maker.mixed = MIXED if kinds else MIXED_IN_TRAINING
+    if kinds == EVERYDAY:  # thanks instead of what only a model of this world can do
+        maker.courtesies = 0, 2, 6
     while True:
         for kind in kinds or CYCLE.split():
             yield _next_new(maker, kind)
