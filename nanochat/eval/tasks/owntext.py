@@ -20,7 +20,8 @@ from nanochat.eval.tasks.common import Item, Task, exchange
 JUDGED = {"name": 0.05, "speaker": 0.4, "follows": 0.03, "complete": 0.0}
 # In training, in turn. A passage is asked about several times in a row, so that more of what is
 # read is an answer.
-KINDS = ("dialogue", "continue", "tell", "passage", "said", "passage", "complete")
+KINDS = "dialogue", "continue", "tell", "passage", "said", "tell", "continue", "complete"
+TRIES = 10  # at a conversation of a kind, before its turn is over
 ABOUT = {  # what a kind asks for, for people
     "name": "find the name in a passage",
     "speaker": "say who speaks in a passage",
@@ -88,7 +89,8 @@ class TextQuestions:
         kinds = [k for k in kinds if (self.dialogues if k == "dialogue" else self.passages)]
         while count > 0 and kinds:
             for kind in list(kinds):
-                item = getattr(self, f"make_{kind}")(rng)
+                make = getattr(self, f"make_{kind}")
+                item = next(filter(None, (make(rng) for _ in range(TRIES))), None)
                 if item is None or (key := str(item["messages"])) in seen:
                     failures[kind] += 1
                     if failures[kind] > 200:  # in a row: the texts have no more of this kind
