@@ -126,8 +126,8 @@ SHAPES = (  # (layers, width) of models for own text, heads of 64
     (16, 1024),
 )
 # Of the embedded corpus, in pretraining: after 0.6 M tokens of it, two seeds of 2 x 128 answered
-# 98 % of small talk, 80 % of questions on stories and 90 % of sums; after 0.3 M, one answered 63,
-# 53 and 10 %, and its text had 0.10 bits per byte less (dev/LOG.md, own text, what the
+# 98 % of small talk, 80 % of questions on stories and 90 % of sums; after 0.3 M,
+# 69, 51 and 26 %, and their text had 0.10 bits per byte less (dev/LOG.md, own text, what the
 # conversations are about). Own text needs the rest of the time, once there is so much.
 EVERYDAY_TOKENS = 250 * 4096
 
