@@ -425,7 +425,10 @@ def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> None:
     hidden = body(torch.tensor(padded, device=cache.k.device), cache)
     counts = [len(tokens) for tokens in fed]
     cache.advance(counts)
-    read = [i for i, count in enumerate(counts) if count]
-    cache.hidden[0, read] = hidden[read, [counts[i] - 1 for i in read]]
-    for i in read:
-        rows[i].pending = rows[i].pending[limit:]
+    if longest == min(counts):
+        cache.hidden[0] = hidden[:, -1]
+    else:
+        read = [i for i, count in enumerate(counts) if count]
+        cache.hidden[0, read] = hidden[read, [counts[i] - 1 for i in read]]
+    for row in rows:
+        row.pending = row.pending[limit:]

@@ -98,7 +98,7 @@ class Bias(NamedTuple):
 def _look_up(place: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """place at queries i (..., T, 1) and keys j (keys,): (..., 1 or n, T, keys)."""
     if place.dim() == 2:
-        return place[i, j].unsqueeze(-3)
+        return place[i, j.clamp(max=place.size(1) - 1)].unsqueeze(-3)
     distance = (i - j).clamp(0, place.size(-1) - 1)
     return place.view(-1, place.size(-1))[:, distance].movedim(0, -3)
 
@@ -199,7 +199,12 @@ def attend_at(
         mask = scores if mask is None else scores + mask
     # The query heads of a group become more queries of their shared head: no kernel copies keys.
     q = q.to(K.dtype).reshape(B, H_kv, -1, D)
-    return F.scaled_dot_product_attention(q, K, V, attn_mask=mask).reshape(B, H, T, D)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, K, V, attn_mask=mask).reshape(B, H, T, D)
+    # On a CPU of several threads, the fused kernel rounds a row differently in other batches.
+    scores = torch.bmm(q.flatten(0, 1) * D**-0.5, K.flatten(0, 1).mT).view(B, H_kv, -1, K.size(2))
+    p = torch.softmax(scores if mask is None else scores.add_(mask), -1)
+    return torch.bmm(p.flatten(0, 1), V.flatten(0, 1)).view(B, H, T, D)
 
 
 # ---- GPUs: torch's fused kernels

@@ -23,6 +23,7 @@ BY_POSITION = ("k", "v", "w", "tokens")
 # then sum its keys in the same order however long the other rows are, so that a row is the same to
 # the bit in any company.
 BLOCK = 16
+LEAST_SLOTS = 64  # likewise: torch multiplies matrices of fewer than 400 products differently
 
 
 class KVCache:
@@ -291,7 +292,8 @@ class KVCache:
             end = min(max(self.lengths) + k.size(2), self.capacity)
         first = max(0, min(self.lengths) + 1 - window) if window > 0 else 0  # no query sees older
         if k.device.type == "cpu":
-            first, end = first - first % BLOCK, end + -end % BLOCK
+            end = max(end + -end % BLOCK, LEAST_SLOTS)
+            first = max(0, min(first - first % BLOCK, end - LEAST_SLOTS))
         return first, end
 
     def _seen(self, first: int, end: int, window: int) -> Tensor | None:
@@ -336,7 +338,7 @@ class OneToken(KVCache):
 
 def _slots(positions: int) -> int:
     """Whole blocks of slots for so many positions and the spare slot."""
-    return positions + 1 + -(positions + 1) % BLOCK
+    return max(positions + 1 + -(positions + 1) % BLOCK, LEAST_SLOTS)
 
 
 def _used(name: str, kept: Tensor, positions: int) -> Tensor:
