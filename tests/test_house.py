@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_260,
     "base": 12_650,
     "tinyworld": 9_360,
-    "data": 36_090,
+    "data": 36_190,
     "model": 26_450,
     "chat": 9_010,
     "chat/serve": 11_380,

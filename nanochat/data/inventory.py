@@ -16,7 +16,8 @@ import importlib.util
 import json
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -259,6 +260,9 @@ class _Census:
         self.lines: Counter[str] = Counter()
         self.samples: list[tuple[float, str]] = []
         self.similar = Similar()
+        pool = ThreadPoolExecutor(1)  # its model takes half a second to load
+        self.classifier = pool.submit(_classifier)
+        pool.shutdown(wait=False)
 
     def add(self, text: str, path: str, sketch: "Sketch | None") -> None:
         """Count a document of a file; see similar.py for its sketch."""
@@ -287,17 +291,19 @@ class _Census:
         heapq.heappush(self.samples, (-where, text[:1000]))
         if len(self.samples) > SAMPLES:
             heapq.heappop(self.samples)
-        lines = text.splitlines()
         if len(self.lines) < MOST_LINES:
-            ends = {line.strip() for line in (*lines[:3], *lines[-3:])}
+            first, last = text[:1000].splitlines()[:3], text[-1000:].splitlines()[-3:]
+            ends = {line.strip() for line in (*first, *last)}
             self.lines.update(line for line in ends if 12 <= len(line) <= 200)
         named = f"{path}: {' '.join(text[:60].split())}"
         result = self.result
-        result.longest = heapq.nlargest(3, [*result.longest, (len(text), named)])
+        if len(result.longest) < 3 or len(text) > result.longest[-1][0]:
+            result.longest = heapq.nlargest(3, [*result.longest, (len(text), named)])
         if len(text) >= 200:
             head = text[:2000]
-            letters = _letters(head) / max(1, len(head) - head.count(" "))
-            result.oddest = heapq.nsmallest(3, [*result.oddest, (round(letters, 3), named)])
+            letters = round(_letters(head) / max(1, len(head) - head.count(" ")), 3)
+            if len(result.oddest) < 3 or letters < result.oddest[-1][0]:
+                result.oddest = heapq.nsmallest(3, [*result.oddest, (letters, named)])
 
     def finish(self, name: str) -> SourceInventory:
         """What has been found."""
@@ -306,7 +312,8 @@ class _Census:
         often = max(3, len(self.sizes) // 10)
         common = self.lines.most_common(10)
         result.repeated_lines = [(n, line) for line, n in common if n >= often]
-        result.languages = dict(Counter(_languages(text for _, text in self.samples)))
+        if classify := self.classifier.result():
+            result.languages = dict(Counter(classify(text)[0] for _, text in self.samples))
         if (divided := division(self.first, VALIDATION_SHARE)) is None:
             return result
         result.share, result.piece = divided.share, divided.piece
@@ -325,14 +332,15 @@ def _letters(text: str) -> int:
     return ascii_letters + sum(map(str.isalpha, data.translate(None, ASCII).decode()))
 
 
-def _languages(texts: Iterator[str]) -> list[str]:
-    """The code of the language of each text; none if the library is missing or cannot work."""
+def _classifier() -> Callable[[str], tuple[str, float]] | None:
+    """What guesses a text's language, loaded; None where the library is missing or cannot work."""
     try:
         from py3langid import classify
 
-        return [classify(text)[0] for text in texts]
+        classify("")
+        return classify
     except ImportError:
-        return []
+        return None
     except OSError as e:  # it unpacks its model into a temporary file
         notice(f"languages are not guessed, because temporary files cannot be written ({e})")
-        return []
+        return None
