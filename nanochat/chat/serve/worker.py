@@ -2,10 +2,9 @@
 One thread that decodes for all requests of one model.
 
 A job is queued, reads its prompt in pieces between the steps of the others, runs, and is done,
-cancelled or failed. Each turn of the loop gives every running row one token; before every second
-one, or at once where nothing runs, it reads at most PROMPT_TOKENS of prompts. Clients take turns:
-the next job is the oldest one of the next client. Jobs are admitted by rows and by the memory of
-their keys and values.
+cancelled or failed. Each turn of the loop reads at most PROMPT_TOKENS of prompts, then gives every
+running row one token. Clients take turns: the next job is the oldest one of the next client. Jobs
+are admitted by rows and by the memory of their keys and values.
 """
 
 import threading
@@ -19,7 +18,6 @@ from nanochat.chat.generate import Batch, Continuation, Engine, Entry, Token
 from nanochat.chat.serve.requests import ApiError
 
 PROMPT_TOKENS = 512  # read per turn, so that a long prompt delays running rows by little
-STEPS_PER_READ = 2  # while rows run, so that prompts that come at about the same time share a pass
 QUEUE_LENGTH = 64
 
 Delivery = list[tuple[int, list[Token]]] | Exception  # (sample index, its new tokens), or a failure
@@ -154,8 +152,7 @@ class Worker(threading.Thread):
                 self._remove_cancelled(batch)
                 self._admit()
             try:
-                if not len(batch) or self.counters.steps % STEPS_PER_READ == 0:
-                    self._read_prompts(batch)
+                self._read_prompts(batch)
                 if len(batch):
                     self._step(batch)
             except Exception as error:  # a fault of ours must not leave clients waiting for ever
