@@ -37,8 +37,8 @@ def nanochat(tmp_path_factory):
     # of the project visible here has no effect there.
     (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     (wheel,) = folder.glob("nanochat-*.whl")
-    install = [*pip, "--python", home / "bin" / "python", "install", "--no-deps", "--no-index"]
-    subprocess.run([*install, wheel], check=True)
+    install = [*pip, "--python", home / "bin" / "python", "install", "--ignore-installed"]
+    subprocess.run([*install, "--no-deps", "--no-index", wheel], check=True)
     (folder / "elsewhere").mkdir()
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "RANK", "WORLD"))}
     env |= {"NANOCHAT_BASE_DIR": str(folder / "base"), "OMP_NUM_THREADS": "1"}

@@ -280,7 +280,7 @@ HONEST = {
 FAILING = {
     "assert 1 == 2, 'no'": "AssertionError: no",
     "import os\nassert os": "",
-    "os.getcwd()": "NameError: name 'os' is not defined",
+    "os.getcwd()": "NameError: name 'os' is not defined.*",
     "import numpy": "ModuleNotFoundError: No module named 'numpy'",
     "import pip": "ModuleNotFoundError: No module named 'pip'",
     "def f(:": "SyntaxError: invalid syntax",
