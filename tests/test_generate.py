@@ -303,6 +303,16 @@ def test_requests_that_join_a_running_batch_get_what_they_get_alone(tokenizer, t
     assert numbers == list(range(16))
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """Torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have other kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ class KVCache:
     tokens writes slots lengths[b]..lengths[b]+T-1. `advance` then increases the lengths, by less
     than T where a row was padded: what padding wrote lies beyond the row's length, where nothing
     reads it, and is overwritten by the row's next tokens. Padding beyond the capacity goes to one
-    spare slot. On a CPU, keys and values are float32: its kernels for a single bfloat16 query are
-    ten times slower. With an attention prior, the tokens and the prior's columns of every key are
+    spare slot. On a CPU, keys and values are float32: its products of a single query with bfloat16
+    keys take twice as long. With an attention prior, the tokens and the prior's columns of every key are
     kept as well, once for all layers and heads. What looks back a few positions (copy heads,
     convolutions) keeps its last inputs: `earlier` has their number and width by name.
 
