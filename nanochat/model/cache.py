@@ -35,9 +35,9 @@ class KVCache:
     than T where a row was padded: what padding wrote lies beyond the row's length, where nothing
     reads it, and is overwritten by the row's next tokens. Padding beyond the capacity goes to one
     spare slot. On a CPU, keys and values are float32: its products of a single query with bfloat16
-    keys take twice as long. With an attention prior, the tokens and the prior's columns of every key are
-    kept as well, once for all layers and heads. What looks back a few positions (copy heads,
-    convolutions) keeps its last inputs: `earlier` has their number and width by name.
+    keys take twice as long. With an attention prior, the tokens and the prior's columns of every
+    key are kept as well, once for all layers and heads. What looks back a few positions (copy
+    heads, convolutions) keeps its last inputs: `earlier` has their number and width by name.
 
     Rows come (`append`) and go (`drop`) between passes. The buffers behind `k`, `v` and the others
     have room for more rows and positions than are in use, so that rows that come are copied alone,
