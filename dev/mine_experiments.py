@@ -1,6 +1,6 @@
 """
-The runs behind the rules for small corpora in nanochat/train/scaling.py: one author's prose of 0.3,
-1 and 3 MB, of which a tenth is held out by document. An Arm is pretraining alone; a Mix goes on to
+The runs behind the rules for small corpora in nanochat/train/scaling.py: one author's prose of 0.3
+to 10 MB, and source code, of which a tenth is held out by document. An Arm is pretraining alone; a Mix goes on to
 a model that converses, with some share of the embedded corpus in every stage.
 
     python dev/mine_experiments.py --texts BOOK [BOOK ...]              what is left to run
@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "mine.jsonl"
 BATCH = 4096
 DOCUMENT = 2000  # characters
 SHARE = 0.1  # held out
+SIZES = (2, 64), (3, 256)
 MACHINE = "--device_type=cpu --dtype=bfloat16 --compile=off --keep=1 --sample_every=0"
 FLAGS = f"--head_dim=64 --sequence_len=256 --total_batch_size={BATCH} --lookback=on {MACHINE}"
 
@@ -37,10 +38,12 @@ class Arm(NamedTuple):
     width: int = 128
     flags: str = ""
     seed: int = 1
+    kind: str = "prose"  # or code
 
     @property
     def key(self) -> str:
-        parts = [f"{self.megabytes:g}MB v{self.vocabulary} p{self.passes:g}"]
+        parts = [self.kind] if self.kind != "prose" else []
+        parts += [f"{self.megabytes:g}MB v{self.vocabulary} p{self.passes:g}"]
         parts += [f"{self.depth}x{self.width}", self.flags.replace("--", ""), f"s{self.seed}"]
         return " ".join(filter(None, parts))
 
@@ -90,22 +93,23 @@ MIXES = [
     *(Mix(1, everyday, seed=2) for everyday in (0.5, 0.0)),
 ]
 ARMS = [
-    # how many passes before held-out loss turns, and a schedule that is over by then
-    Arm(0.3, 1024, 24),
-    Arm(0.3, 1024, 4),
-    # the vocabulary, at equal passes
-    *(Arm(0.3, v, 4) for v in (512, 2048, 4096)),
-    Arm(1, 2048, 5),
+    # how many passes, each with its own schedule, and the vocabulary, by the amount of text
+    *(Arm(0.3, 2048, p, seed=seed) for seed in (1, 2, 3) for p in (2, 4, 8)),
+    *(Arm(0.3, v, 4, seed=seed) for seed in (1, 2, 3) for v in (1024, 4096)),
+    *(Arm(1, 4096, p, seed=seed) for seed in (1, 2) for p in (2, 4, 8)),
+    *(Arm(1, v, 4, seed=seed) for seed in (1, 2) for v in (2048, 8192)),
+    *(Arm(3, 4096, p, seed=seed) for seed in (1, 2) for p in (1, 2, 4)),
+    *(Arm(3, 8192, 2, seed=seed) for seed in (1, 2)),
     # size, and weight decay, where the text is used up
-    Arm(0.3, 1024, 4, width=256),
-    Arm(0.3, 1024, 4, depth=2, width=64),
-    Arm(0.3, 1024, 4, flags="--weight_decay=0.3"),
-    Arm(0.3, 1024, 8, flags="--weight_decay=0.3"),
-    *(Arm(1, v, 3) for v in (1024, 2048, 4096, 8192)),
-    Arm(0.3, 1024, 8),
-    # second seeds
-    *(Arm(0.3, v, 4, seed=seed) for seed in (2, 3) for v in (512, 1024, 2048, 4096)),
-    *(Arm(3, v, 1) for v in (2048, 4096, 8192)),
+    *(Arm(0.3, 2048, 4, depth, width, seed=seed) for seed in (1, 2) for depth, width in SIZES),
+    *(Arm(0.3, 2048, 8, flags="--weight_decay=0.3", seed=seed) for seed in (1, 2)),
+    # another kind of text
+    *(Arm(0.3, 2048, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 4, 8)),
+    *(Arm(1, 4096, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 4, 8)),
+    Arm(10, 8192, 1),
+    Arm(10, 8192, 2),
+    # a schedule that is far too long
+    Arm(0.3, 2048, 24),
 ]
 
 
@@ -123,7 +127,7 @@ def texts(books: list[str], folder: Path, megabytes: float) -> Path:
 
 def run(arm: Arm, books: list[str], base: Path) -> dict:
     """Train one arm in a folder of its own; its line of results."""
-    folder = base / f"{arm.megabytes:g}-{arm.vocabulary}"
+    folder = base / f"{arm.kind}-{arm.megabytes:g}-{arm.vocabulary}"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)
     from nanochat.base import logbook
@@ -280,6 +284,7 @@ def answers(loaded: Any, folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--code", nargs="+", default=[], help="source files, for kind code")
     parser.add_argument("--only", default="")
     parser.add_argument("--base", default="mine_experiments")
     parser.add_argument("--ready", default="", help="base folder with a trained quickstart")
@@ -298,7 +303,7 @@ def main() -> None:
         if isinstance(arm, Mix):
             result = run_mix(arm, options.texts, base, Path(options.ready))
         else:
-            result = run(arm, options.texts, base)
+            result = run(arm, options.code if arm.kind == "code" else options.texts, base)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 
