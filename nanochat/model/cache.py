@@ -28,7 +28,7 @@ LEAST_SLOTS = 64  # likewise: torch multiplies matrices of fewer than 400 produc
 
 class KVCache:
     """
-    Preallocated keys and values of every layer for a batch of sequences of different lengths.
+    Keys and values of every layer for a batch of sequences of different lengths.
 
     Row b holds its positions 0..lengths[b]-1 in slots of the same numbers. A forward pass over T
     tokens writes slots lengths[b]..lengths[b]+T-1. `advance` then increases the lengths, by less
@@ -40,9 +40,12 @@ class KVCache:
     heads, convolutions) keeps its last inputs: `earlier` has their number and width by name.
 
     Rows come (`append`) and go (`drop`) between passes. The buffers behind `k`, `v` and the others
-    have room for more rows and positions than are in use, so that rows that come are copied alone,
-    but for a few times when the room must grow. Another tensor that belongs to the rows needs one
-    more `keep`.
+    have room for more rows than are in use, so that rows that come are copied alone, but for a few
+    times when the room must grow. On a GPU they have a slot for every position from the beginning.
+    On a CPU they have the slots that the longest row needs, and move whenever it enters a new
+    block: reading one contiguous piece of memory takes half the time of reading parts of a larger
+    one, which is worth far more than a copy every BLOCK tokens. Another tensor that belongs to the
+    rows needs one more `keep`.
     """
 
     k: Tensor
@@ -66,14 +69,14 @@ class KVCache:
             name: torch.zeros((1, batch, *shape), device=device, dtype=dtype)
             for name, shape in (earlier or {}).items()
         }
-        if torch.device(device).type == "cpu":
+        self._grows = torch.device(device).type == "cpu"
+        if self._grows:
             dtype = torch.promote_types(dtype, torch.float32)
         self.capacity = capacity  # positions per row
         self.lengths = [0] * batch  # on the host: planning a step never waits for the device
         self._buffers: dict[str, Tensor] = {}
-        k = torch.zeros(
-            (n_layer, batch, n_kv_head, _slots(capacity), head_dim), device=device, dtype=dtype
-        )
+        shape = (n_layer, batch, n_kv_head, self._slots_for(0, capacity), head_dim)
+        k = torch.zeros(shape, device=device, dtype=dtype)
         self.keep("k", k)
         self.keep("v", torch.zeros_like(k))
         self.keep("w", k.new_zeros(1, batch, 1, k.size(3), 0))  # widened by the first pass
@@ -98,12 +101,19 @@ class KVCache:
         Begin a pass over the next T tokens. Their positions are (1, T) when all rows have the same
         length, else (B, T); those of padding stay below the capacity.
         """
+        slots_needed = self._slots_for(max(self.lengths, default=0) + T, self.capacity)
+        if slots_needed > self._buffers["k"].size(3):
+            self._replace(self._grown(self._buffers["k"].size(1), slots_needed))
         rows = self.lengths[:1] if len(set(self.lengths)) == 1 else self.lengths
         start = torch.tensor(rows, device=self.k.device)[:, None]
         slots = start + torch.arange(T, device=self.k.device)
         self._slots = slots.clamp(max=self.capacity)
         self.positions = slots.clamp_(max=self.capacity - 1)
         self._masks = {}  # the layers share them
+
+    def _slots_for(self, positions: int, capacity: int) -> int:
+        """How many slots rows of so many positions need; padding beyond the capacity takes one."""
+        return _blocks(min(positions, capacity + 1) if self._grows else capacity + 1)
 
     def advance(self, counts: int | list[int]) -> None:
         """End a pass: each row has `counts` more tokens. Raises ValueError beyond the capacity."""
@@ -181,20 +191,26 @@ class KVCache:
     def append(self, other: "KVCache", room: tuple[int, int] = (0, 0)) -> None:
         """
         Add the rows of another cache of the same model after this one's. The capacity becomes the
-        larger of the two. Where there is no room, this cache's rows move once to buffers with twice
-        the rows, but not more than room[0] where those suffice, and at least room[1] positions.
+        larger of the two. Where there is no room, this cache's rows move to buffers with twice the
+        rows, but not more than room[0] where those suffice, and at least room[1] positions on a
+        GPU.
         """
         count, total = len(self.lengths), len(self.lengths) + len(other.lengths)
-        capacity = max(self.capacity, other.capacity)
+        capacity, used = max(self.capacity, other.capacity), max(other.lengths, default=0)
         buffers = self._buffers
-        if total > buffers["k"].size(1) or capacity >= buffers["k"].size(3):
-            buffers = self._grown(max(total, min(2 * count, room[0])), max(capacity, room[1]))
-        used = max(other.lengths, default=0)
+        slots, rows = self._slots_for(used, capacity), buffers["k"].size(1)
+        if total > rows or slots > buffers["k"].size(3):
+            slots = max(slots, self._slots_for(0, max(capacity, room[1])), buffers["k"].size(3))
+            rows = rows if total <= rows else max(total, min(2 * count, room[0]))
+            buffers = self._grown(rows, slots)
         for name, buffer in buffers.items():
             new = _used(name, getattr(other, name), used)
             _used(name, buffer[:, count:total], used).copy_(new)
         # Last, so that a lack of memory leaves this cache as it was
         self.lengths, self.capacity = self.lengths + other.lengths, capacity
+        self._replace(buffers)
+
+    def _replace(self, buffers: dict[str, Tensor]) -> None:
         for name, buffer in buffers.items():
             self.keep(name, buffer)
 
@@ -213,21 +229,20 @@ class KVCache:
         """A copy with room for so many rows and positions."""
         new = copy.copy(self)
         new.capacity, new._buffers, new._extended = positions, {}, {}
-        for name, buffer in self._grown(rows, positions).items():
-            new.keep(name, buffer)
+        new._replace(self._grown(rows, _blocks(positions + 1)))
         return new
 
     def clear(self) -> None:
         """Drop all rows."""
         self.lengths = []
 
-    def _grown(self, rows: int, positions: int) -> dict[str, Tensor]:
-        """Copies of the buffers with room for so many rows and positions."""
+    def _grown(self, rows: int, slots: int) -> dict[str, Tensor]:
+        """Copies of the buffers with so many rows and slots."""
         used, grown = max(self.lengths, default=0), {}
         for name, old in self._buffers.items():
             shape = [old.size(0), rows, *old.shape[2:]]
             if name in BY_POSITION:
-                shape[3] = _slots(positions)
+                shape[3] = slots
             grown[name] = old.new_zeros(shape)
             rows_in_use = grown[name][:, : len(self.lengths)]
             _used(name, rows_in_use, used).copy_(_used(name, getattr(self, name), used))
@@ -336,9 +351,9 @@ class OneToken(KVCache):
         return (j <= i) & (i - j < window) if window > 0 else j <= i
 
 
-def _slots(positions: int) -> int:
-    """Whole blocks of slots for so many positions and the spare slot."""
-    return max(positions + 1 + -(positions + 1) % BLOCK, LEAST_SLOTS)
+def _blocks(slots: int) -> int:
+    """So many slots, rounded up to whole blocks."""
+    return max(slots + -slots % BLOCK, LEAST_SLOTS)
 
 
 def _used(name: str, kept: Tensor, positions: int) -> Tensor:
