@@ -238,6 +238,20 @@ def test_ragged_rows_in_the_cache(heads, window):
             torch.testing.assert_close(got[b, :, :n], want[b, :, :n])
 
 
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("sizes", [[70] + [1] * 80, [1] * 66 + [70, 14], [50] * 3, [149, 1]])
+def test_a_cache_that_grows_keeps_what_it_holds(window, sizes):
+    """On a CPU it has the slots that its longest row needs, in whole blocks."""
+    q, k, v = draw(2, 4, 2, 150)
+    cache = KVCache(2, 2, 2, 200, 8, "cpu", torch.float64)
+    assert cache.k.size(3) == 64
+    want = oracle(q, k, v, window)
+    got = cached(cache, q, k, v, sizes, window, [150, 97] if len(sizes) == 3 else None)
+    assert cache.k.size(3) == 160
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1, :, :97], want[1, :, :97])
+
+
 def test_padding_at_the_end_of_the_capacity_spoils_nothing():
     """
     Row 0 gets 3 tokens; row 1 gets the one that fills its last slot and two of padding, which must
