@@ -4,6 +4,7 @@ text, each with a schedule of its own length, beside the attention priors.
 
     python dev/parts_experiments.py --texts DIR                     everything that is missing
     python dev/parts_experiments.py --texts DIR --only prose-240    one experiment
+    python dev/parts_experiments.py --texts DIR --share 0/2         every other run, for two processes
 
 DIR is as for rap_experiments.py. Every run adds a line to dev/results/parts.jsonl; runs that stand
 there are not repeated, so the experiments resume where they stopped, also on another machine. The
@@ -41,11 +42,10 @@ PARTS = {
     "rules": "--rap=rules",
     "copy heads": "--copy_heads=1",
     "convolutions": "--convolutions",
+    "values": "--value_embeddings",
 }
+RATES = "--matrix_lr=0.01", "--matrix_lr=0.03", "--embedding_lr=0.05", "--embedding_lr=0.2"
 TRIES = (
-    "--matrix_lr=0.01",
-    "--matrix_lr=0.03",
-    "--embedding_lr=0.05",
     "--warmdown_ratio=0.65 --final_lr_frac=0.05",
     "--rope_base=100000",
     "--tie_embeddings",
@@ -82,23 +82,32 @@ def small(
 
 def planned() -> Iterator[Run]:
     """All runs, the most telling first."""
-    for corpus in ("prose", "code"):
-        for seed in (1, 2, 3):
-            for condition in ("none", "both", BEST, "hand", "rules"):
+    seeds = 1, 2, 3
+    for seed in seeds:
+        for corpus in ("prose", "code"):
+            for condition in ("none", BEST, "both", "hand", "rules"):
                 yield small(corpus, condition, seed)
-    for seed in (1, 2):
-        for condition in ("none", BEST, "both"):
-            yield small("prose", condition, seed, 500, batch=4096)
-    for seed in (1, 2, 3):
+    for seed in seeds:
+        for condition in ("copy heads", "convolutions", "values"):
+            yield small("prose", condition, seed)
+    for seed in seeds[:2]:  # the best rates of both sides
+        for extra in RATES:
+            for condition in ("none", BEST):
+                yield small("prose", condition, seed, extra=extra)
+    for seed in seeds[:2]:
+        for extra in TRIES:
+            yield small("prose", BEST, seed, extra=extra)
+    for steps in (160, 400):
+        for seed in seeds:
+            for condition in ("none", BEST, "rules"):
+                yield small("prose", condition, seed, steps)
+    for steps in (500, 1000):
+        for seed in seeds[:2]:
+            for condition in ("none", BEST, "rules"):
+                yield small("prose", condition, seed, steps, batch=4096)
+    for seed in seeds:
         for extra in OPTIMIZERS:
             yield small("prose", BEST, seed, extra=extra)
-    for extra in OPTIMIZERS:
-        yield small("prose", BEST, 1, 500, extra=extra, batch=4096)
-    for extra in TRIES:
-        for condition in ("none", BEST):
-            yield small("prose", condition, 1, extra=extra)
-    for condition in ("copy heads", "convolutions"):
-        yield small("prose", condition, 1)
 
 
 def finished() -> list[dict[str, Any]]:
@@ -164,9 +173,12 @@ def report(records: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     names = list(dict.fromkeys(run.experiment for run in planned()))
-    options = trials.command_line(__doc__ or "", "parts", names).parse_args()
-    done = {(r["experiment"], r["condition"], r["seed"]) for r in finished()}
-    for run in planned():
+    parser = trials.command_line(__doc__ or "", "parts", names)
+    parser.add_argument("--share", default="0/1", help="I/N: every N-th run, from number I on")
+    options = parser.parse_args()
+    first, step = map(int, options.share.split("/"))
+    for run in list(planned())[first::step]:
+        done = {(r["experiment"], r["condition"], r["seed"]) for r in finished()}
         if run.experiment not in options.only or run.key in done:
             continue
         if result := train(run, options.texts.resolve(), options.base.resolve()):
