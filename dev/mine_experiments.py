@@ -24,6 +24,7 @@ BATCH = 4096
 DOCUMENT = 2000  # characters
 SHARE = 0.1  # held out
 SIZES = (2, 64), (3, 256)
+FALLING = "--warmdown_ratio=1"
 MACHINE = "--device_type=cpu --dtype=bfloat16 --compile=off --keep=1 --sample_every=0"
 FLAGS = f"--head_dim=64 --sequence_len=256 --total_batch_size={BATCH} --lookback=on {MACHINE}"
 
@@ -100,6 +101,10 @@ ARMS = [
     *(Arm(1, v, 4, seed=seed) for seed in (1, 2) for v in (2048, 8192)),
     *(Arm(3, 4096, p, seed=seed) for seed in (1, 2) for p in (1, 2, 4)),
     *(Arm(3, 8192, 2, seed=seed) for seed in (1, 2)),
+    # three passes, and with a rate that falls from the beginning, as in `nanochat mine`
+    *(Arm(0.3, 2048, 3, flags=f, seed=s) for s in (1, 2) for f in ("", FALLING)),
+    *(Arm(1, 4096, 3, flags=f, seed=s) for s in (1, 2) for f in ("", FALLING)),
+    *(Arm(1, 8192, 2, seed=seed) for seed in (1, 2)),
     # size, and weight decay, where the text is used up
     *(Arm(0.3, 2048, 4, depth, width, seed=seed) for seed in (1, 2) for depth, width in SIZES),
     *(Arm(0.3, 2048, 8, flags="--weight_decay=0.3", seed=seed) for seed in (1, 2)),

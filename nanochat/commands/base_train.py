@@ -9,7 +9,7 @@ from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.train.knobs import TrainKnobs
-from nanochat.train.scaling import LOOKBACK_MINUTES, Shape
+from nanochat.train.scaling import LOOKBACK_MINUTES, USEFUL_PASSES, Shape
 
 PROMPTS = (
     "The",
@@ -44,10 +44,16 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
         "share of the run, as in 512@0 1024@0.6 2048@0.9; tokens per step stay the same, and "
         "the last length is sequence_len, which all evaluations use",
     )
+    max_passes: float = knob(
+        0.0,
+        f"end when all text was read so often (0 = {USEFUL_PASSES:g} times where the text is in "
+        "files and the length is not given in steps or FLOPs)",
+        low=0,
+    )
     patience: int = knob(
         0,
         "end after this many evaluations without lower bits per byte, with the best checkpoint "
-        "(0 = never); for text that a run reads many times",
+        "(0 = never)",
         low=0,
     )
     document_attention: bool = knob(
@@ -121,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)
     k = replace(k, sequence_len=contexts.longest)
     sources = training_sources(k.data, k.skip_bad_rows)
-    inventory.show(sources)
+    characters = inventory.show(sources)
 
     def build(runtime, tokenizer) -> GPT:
         config = k.model_config(tokenizer.vocab_size)
@@ -148,14 +154,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with stage.session():
         run = open_run("base", tag, k, origins, build, resume_from, began=began)
-        horizon = choose_horizon(run)
+        horizon = choose_horizon(run, characters)
         stage.compile_if_it_pays(run, horizon)
         train, val = (
             [(prepare(source, split, run.tokenizer), source.weight) for source in sources]
             for split in ("train", "val")
         )
         print0(f"  {destinations(run.model.config, run.tokenizer.digits)}")
-        feed = stage.row_feed(run, train, horizon)
+        horizon, feed = stage.limited_feed(run, train, horizon, characters)
         stage.summarise_data(run, feed, val, horizon)
         evaluations = [
             stage.bits_per_byte_evaluation(run, val, feed, horizon),

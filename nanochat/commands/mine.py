@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from nanochat.data.sources import Source
     from nanochat.model.config import GPTConfig
 
-SHARES = {"base": 0.4, "mid": 0.42, "sft": 0.18}  # of the time
+SHARES = {"base": 0.5, "mid": 0.34, "sft": 0.16}  # of the time
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
 CLOSING_SECONDS = 45.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
@@ -233,10 +233,12 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
     # a run of several passes looks after each of them whether held-out loss has turned
     pass_steps = -(-tokens * expected // (own * batch))
     every = f" --eval_every={pass_steps:.0f}" if own > 2 * tokens else ""
+    # a faster machine than expected reads more, if there is more to read
+    end = f" --num_iterations={max(1, round(expected / batch))}" if own >= useful else ""
     return (
         f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
-        f"--total_batch_size={batch} --num_iterations={max(1, round(expected / batch))} "
-        f"--max_minutes={seconds / 60:.2f} --patience=2 --warmdown_ratio=1"
+        f"--total_batch_size={batch} --max_minutes={seconds / 60:.2f} --patience=2 "
+        f"--warmdown_ratio=1{end}"
         + every
         + (" --lookback=on" if minutes_of(knobs) <= LOOKBACK_MINUTES else "")
         + compiling(seconds, peak)

@@ -14,6 +14,7 @@ import hashlib
 import heapq
 import importlib.util
 import json
+import math
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -169,10 +170,17 @@ def take(sources: Sequence["Source"], me: str | None = None) -> list[SourceInven
     return [of(source, me) for source in sources]
 
 
-def show(sources: Sequence["Source"]) -> None:
-    """Print what `take` finds, in order that nobody trains on what they did not mean."""
-    for line in as_lines(take(sources)):
+def show(sources: Sequence["Source"]) -> float:
+    """
+    Print what `take` finds, in order that nobody trains on what they did not mean. Returns the
+    characters of all sources; infinity with one that is not in files, or too large to count.
+    """
+    taken = take(sources)
+    for line in as_lines(taken):
         print0(line)
+    if not all(found.file and found.complete for found in taken):
+        return math.inf
+    return sum(found.characters - found.removed_characters for found in taken)
 
 
 def of(source: "Source", me: str | None = None) -> SourceInventory:

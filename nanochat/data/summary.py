@@ -151,8 +151,8 @@ class DataSummary:
             if passes > useful:
                 notice(
                     f"this run goes over {s.name} about {_times(passes)} times, and beyond about "
-                    f"{useful:g} it learns it by heart rather than more: add text, shorten the "
-                    "run, or let --patience=3 of base_train end it"
+                    f"{useful:g} it learns it by heart rather than more: add text, or shorten "
+                    "the run"
                 )
 
 

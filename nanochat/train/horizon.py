@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from nanochat.base.common import UserError, duration, human, notice, print0
 from nanochat.train.run import OpenRun
-from nanochat.train.scaling import batch_for, context_for
+from nanochat.train.scaling import USEFUL_PASSES, batch_for, context_for
 
+CHARACTERS_PER_TOKEN = 4.0  # about
 LENGTHS = "num_iterations", "target_flops", "target_param_data_ratio"
 
 
@@ -35,11 +36,12 @@ def whole_rows(total_batch_size: int, *lengths: int) -> int:
     return total_batch_size // lengths[-1]
 
 
-def choose_horizon(run: OpenRun) -> Horizon:
+def choose_horizon(run: OpenRun, characters: float = math.inf) -> Horizon:
     """
     The horizon of a pretraining run, from total_batch_size (filled in by rule if it is 0) and one
     of num_iterations, target_flops, target_param_data_ratio, max_minutes and max_hours. UserError
-    if two lengths contradict each other, if there is none, or if it does not hold one step.
+    if two lengths contradict each other, if there is none, or if it does not hold one step. How
+    much text there is has a say in the batch; `within_passes` then limits the length.
     """
     if (rows := run.stored("rows")) is not None:
         return Horizon(rows, run.stored("steps"))
@@ -47,7 +49,8 @@ def choose_horizon(run: OpenRun) -> Horizon:
     flops_per_token = contexts.mean(run.model.flops_per_token)
     length = _given_length(run)
     tokens = _expected_tokens(run, length, flops_per_token)
-    batch = run.knobs.total_batch_size or _batch_by_rule(run, tokens)
+    worth = most_passes(run) * characters / CHARACTERS_PER_TOKEN
+    batch = run.knobs.total_batch_size or _batch_by_rule(run, min(tokens, worth))
     rows = whole_rows(batch, *contexts.lengths)
     steps = None
     if length == "num_iterations":
@@ -77,6 +80,30 @@ def choose_horizon(run: OpenRun) -> Horizon:
     end = f"{steps:,} steps, {human(steps * batch)} tokens" if steps else duration(budget)
     print0(f"  {batch:,} tokens per step ({shapes}); {end}")
     return Horizon(rows, steps)
+
+
+def most_passes(run: OpenRun) -> float:
+    """How often a run may read its text; infinity if its steps or FLOPs are given."""
+    by_rule = all(run.origins[name] == "default" for name in LENGTHS)
+    return run.knobs.max_passes or (USEFUL_PASSES if by_rule else math.inf)
+
+
+def within_passes(run: OpenRun, horizon: Horizon, steps_per_pass: float) -> Horizon:
+    """
+    A horizon that ends at most_passes, where a pass over all sources takes `steps_per_pass`;
+    a resumed run keeps its own.
+    """
+    most = most_passes(run) * steps_per_pass
+    if run.resume_from or most == math.inf:
+        return horizon
+    steps = max(1, int(most))
+    if horizon.steps and horizon.steps <= steps:
+        return horizon
+    print0(
+        f"  at most {steps:,} steps: {most_passes(run):g} passes over the text, beyond which it "
+        "would be learned by heart (--max_passes=N allows more)"
+    )
+    return Horizon(horizon.rows, steps)
 
 
 def _given_length(run: OpenRun) -> str:

@@ -108,12 +108,12 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
 # Small corpora. Passes over a text after which held-out loss stops falling: with 0.3 MB of one
 # author and 0.6 M parameters in the layers it turned after 3 at a constant rate, and a schedule of
 # 4 passes ended lower (dev/LOG.md, own text). Larger texts were not followed to their turn.
-USEFUL_PASSES = 4
+USEFUL_PASSES = 3
 # Tokens per parameter of the layers, in all stages, at least: with fewer, a smaller model learns
 # more. After 3.2 M tokens, 2 x 128 answered 75 % of everyday questions, and 4 x 256, the shape of
 # the quickstart, 78 % with five times the FLOPs (one run each; dev/LOG.md, own text beside the
 # embedded corpus).
-TOKENS_PER_PARAMETER = 2.0
+TOKENS_PER_PARAMETER = 1.2
 SHAPES = (  # (layers, width) of models for own text, heads of 64
     (2, 128),
     (3, 192),
@@ -129,7 +129,7 @@ SHAPES = (  # (layers, width) of models for own text, heads of 64
 # 98 % of small talk, 80 % of questions on stories and 90 % of sums; after 0.3 M,
 # 69, 51 and 26 %, and their text had 0.10 bits per byte less (dev/LOG.md, own text, what the
 # conversations are about). Own text needs the rest of the time, once there is so much.
-EVERYDAY_TOKENS = 250 * 4096
+EVERYDAY_TOKENS = 150 * 4096
 
 
 def text_tokens(tokens: float, useful: float, everyday: float) -> tuple[float, float]:

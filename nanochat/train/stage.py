@@ -3,6 +3,7 @@ What a stage is made of: feed, data, evaluations and compilation; and `train`, w
 end.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ from nanochat.model.checkpoint import new_run, newest, put_aside_after, require_
 from nanochat.model.stages import STAGES, run_directory
 from nanochat.train import compiler, resume
 from nanochat.train.evaluation import Evaluation, Size
-from nanochat.train.horizon import Horizon
+from nanochat.train.horizon import Horizon, within_passes
 from nanochat.train.loop import Feed, Run
 from nanochat.train.run import OpenRun, make_optimizer
 from nanochat.train.scaling import (
@@ -75,6 +76,21 @@ def row_feed(run: OpenRun, shards: WeightedShards, horizon: Horizon, **options: 
         few_widths=run.model.compiled,
         **options,
     )
+
+
+def limited_feed(
+    run: OpenRun, shards: WeightedShards, horizon: Horizon, characters: float
+) -> tuple[Horizon, RowFeed]:
+    """
+    The feed, and its horizon: shorter if it would read the text too often, where that is known
+    from `characters` (see inventory.show) or a number of passes is given.
+    """
+    feed = row_feed(run, shards, horizon)
+    if characters == math.inf and not run.knobs.max_passes:
+        return horizon, feed
+    sources = survey(feed.order, [], feed.rows, horizon.steps).sources
+    limited = within_passes(run, horizon, max(s.steps_per_pass for s in sources))
+    return limited, feed if limited == horizon else row_feed(run, shards, limited)
 
 
 def summarise_data(
