@@ -139,7 +139,7 @@ def whole_command(base: Path, rank: int) -> None:
     """base_train on two ranks that measure very different peaks, with a batch by rule."""
     real, chosen = horizon.choose_horizon, []
     hardware.measured_peak = lambda *_: 1e9 * 1e5**rank
-    horizon.choose_horizon = lambda run: chosen.append(real(run)) or chosen[-1]
+    horizon.choose_horizon = lambda *given: chosen.append(real(*given)) or chosen[-1]
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     base_train.main(
         [

@@ -19,10 +19,15 @@ from nanochat.commands import base_train
 from nanochat.commands.base_train import PretrainKnobs
 from nanochat.commands.mid_train import MidtrainKnobs
 from nanochat.data.contexts import Contexts
-from nanochat.model.checkpoint import Checkpoint
+from nanochat.model.checkpoint import Checkpoint, locate
 from nanochat.model.gpt import GPT
 from nanochat.train import stage
-from nanochat.train.horizon import Horizon, choose_horizon, conversation_horizon
+from nanochat.train.horizon import (
+    Horizon,
+    choose_horizon,
+    conversation_horizon,
+    within_passes,
+)
 from nanochat.train.resume import HORIZONS
 from nanochat.train.run import OpenRun, _check_kernels, table_of_counts
 from nanochat.train.scaling import batch_for
@@ -167,6 +172,33 @@ def test_time(tmp_path):
 def test_tokens_per_parameter_with_a_time_limit(tmp_path):
     run = opened(tmp_path, max_minutes=2.0, target_param_data_ratio=10.0, total_batch_size=160)
     assert choose_horizon(run) == Horizon(10, round(10 * run.model.counts()["total"] / 160))
+
+
+def test_text_is_read_three_times_at_most(tmp_path, capsys):
+    timed, steps = opened(tmp_path, max_minutes=2.0), opened(tmp_path, num_iterations=100)
+    assert within_passes(timed, Horizon(2), 7.5) == Horizon(2, 22)
+    assert "at most 22 steps: 3 passes over the text" in capsys.readouterr().out
+    assert within_passes(timed, Horizon(2, 9), 7.5) == Horizon(2, 9), "it is shorter"
+    assert within_passes(steps, Horizon(2, 100), 7.5) == Horizon(2, 100), "that was asked for"
+    more = opened(tmp_path, num_iterations=100, max_passes=5.0)
+    assert within_passes(more, Horizon(2, 100), 7.5) == Horizon(2, 37)
+    assert within_passes(timed, Horizon(2), 0.1) == Horizon(2, 1), "at least one step"
+
+
+def test_little_text_has_small_batches(tmp_path):
+    """A batch for the tokens that are worth reading, not for those that the time would allow."""
+    unlimited, limited = (opened(tmp_path, max_hours=100.0) for _ in range(2))
+    large, small = choose_horizon(unlimited).rows, choose_horizon(limited, 1e6).rows
+    assert large > 8 * small and small * 16 == batch_for(3 * 1e6 / 4)
+
+
+def test_the_whole_command_stops_after_three_passes(flags, capsys):
+    base_train.main([*flags, "--max_minutes=60", "--model_tag=passes"])
+    out = capsys.readouterr().out
+    assert "3 passes over the text, beyond which" in out and "learns it by heart" not in out
+    meta = locate("base", "passes").meta
+    (source,) = meta["data_summary"]["sources"]
+    assert meta["done"] and 2.5 < source["passes"] <= 3 and meta["step"] > 3
 
 
 def test_the_batch_by_rule_is_stored_as_such(tmp_path):

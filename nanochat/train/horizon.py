@@ -94,7 +94,7 @@ def within_passes(run: OpenRun, horizon: Horizon, steps_per_pass: float) -> Hori
     a resumed run keeps its own.
     """
     most = most_passes(run) * steps_per_pass
-    if run.resume_from or most == math.inf:
+    if run.stored("rows") is not None or most == math.inf:
         return horizon
     steps = max(1, int(most))
     if horizon.steps and horizon.steps <= steps:

@@ -18,6 +18,7 @@ HORIZONS = (
     "num_iterations",
     "target_flops",
     "target_param_data_ratio",
+    "max_passes",
     "max_minutes",
     "max_hours",
     "epochs",
