@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from nanochat.data.sources import Source
     from nanochat.model.config import GPTConfig
 
-SHARES = {"base": 0.5, "mid": 0.34, "sft": 0.16}  # of the time
+SHARES = {"base": 0.42, "mid": 0.41, "sft": 0.17}  # of the time
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
 CLOSING_SECONDS = 45.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
