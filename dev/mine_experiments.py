@@ -109,8 +109,8 @@ ARMS = [
     *(Arm(0.3, 2048, 4, depth, width, seed=seed) for seed in (1, 2) for depth, width in SIZES),
     *(Arm(0.3, 2048, 8, flags="--weight_decay=0.3", seed=seed) for seed in (1, 2)),
     # another kind of text
-    *(Arm(0.3, 2048, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 4, 8)),
-    *(Arm(1, 4096, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 4, 8)),
+    *(Arm(0.3, 2048, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 3, 4, 8)),
+    *(Arm(1, 4096, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 3, 4, 8)),
     Arm(10, 8192, 1),
     Arm(10, 8192, 2),
     # a schedule that is far too long
