@@ -193,7 +193,7 @@ def test_little_text_has_small_batches(tmp_path):
 
 
 def test_the_whole_command_stops_after_three_passes(flags, capsys):
-    base_train.main([*flags, "--max_minutes=60", "--model_tag=passes"])
+    base_train.main([*flags, "--max_minutes=60", "--model_tag=passes", "--compile=off"])
     out = capsys.readouterr().out
     assert "3 passes over the text, beyond which" in out and "learns it by heart" not in out
     meta = locate("base", "passes").meta
