@@ -46,7 +46,7 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
     )
     max_passes: float = knob(
         0.0,
-        f"end when all text was read so often (0 = {USEFUL_PASSES:g} times where the text is in "
+        f"end after this many passes over all text (0 = {USEFUL_PASSES:g} where the text is in "
         "files and the length is not given in steps or FLOPs)",
         low=0,
     )

@@ -111,9 +111,9 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
 # 1 MB (two or three seeds; dev/LOG.md, own text, passes).
 USEFUL_PASSES = 3
 # Tokens per parameter of the layers, in all stages, at least: with fewer, a smaller model learns
-# more. In 20 minutes on one core, 4 x 256 (1.6 tokens per parameter) answered as much as 3 x 192
-# (7), and its text had 0.03 to 0.07 bits per byte less after the later stages (one run each;
-# dev/LOG.md, own text, passes).
+# more. In 20 minutes on one core, 4 x 256 (1.6 tokens per parameter) answered as many everyday
+# questions as 3 x 192 (7) and fewer about passages, and its text had 0.03 to 0.07 bits per byte
+# less after the later stages (one run each; dev/LOG.md, own text, passes).
 TOKENS_PER_PARAMETER = 1.2
 SHAPES = (  # (layers, width) of models for own text, heads of 64
     (2, 128),
