@@ -1,7 +1,8 @@
 """
-The runs behind the rules for small corpora in nanochat/train/scaling.py: one author's prose of 0.3
-to 10 MB, and source code, of which a tenth is held out by document. An Arm is pretraining alone; a Mix goes on to
-a model that converses, with some share of the embedded corpus in every stage.
+The runs behind the rules for small corpora in nanochat/train/scaling.py: prose of one author (0.3
+to 3 MB) or of several (10 and 30 MB), and source code, of which a tenth is held out by document. An
+Arm is pretraining alone; a Mix goes on to a model that converses, with some share of the embedded
+corpus in every stage.
 
     python dev/mine_experiments.py --texts BOOK [BOOK ...]              what is left to run
     python dev/mine_experiments.py --texts BOOK [BOOK ...] --only KEY   one of them
@@ -19,12 +20,17 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rap_experiments import prior
+
 RESULTS = Path(__file__).parent / "results" / "mine.jsonl"
 BATCH = 4096
 DOCUMENT = 2000  # characters
 SHARE = 0.1  # held out
 SIZES = (2, 64), (3, 256)
 FALLING = "--warmdown_ratio=1"
+PLAIN = "--lookback=off"
+HAND = "--lookback=off --rap=hand"  # the attention prior that needs no text
+TEXTS = (1, 4096), (3, 4096)  # megabytes, vocabulary
 MACHINE = "--device_type=cpu --dtype=bfloat16 --compile=off --keep=1 --sample_every=0"
 FLAGS = f"--head_dim=64 --sequence_len=256 --total_batch_size={BATCH} --lookback=on {MACHINE}"
 
@@ -78,20 +84,18 @@ class Mix(NamedTuple):
 
 SHORT = (250, 135, 50)  # 1.8 M tokens
 MIXES = [
-    # which embedded conversations, and how much of the embedded corpus, beside 3 MB
+    # how much of the embedded corpus beside 3 MB
     *(
-        Mix(3, share, SHORT, 2, 128, 4096, seed=seed, talk=talk)
+        Mix(3, share, SHORT, 2, 128, 4096, seed=seed, talk="everyday")
         for seed in (1, 2)
-        for share, talk in ((0.6, "everyday"), (0.6, "tinyworld"), (0.3, "everyday"))
+        for share in (0.6, 0.3, 0.0, 0.8)
     ),
-    Mix(3, 0.8, SHORT, 2, 128, 4096, talk="everyday"),
-    Mix(1, 0.5),
-    Mix(1, 0.3, start="quickstart"),  # reads as much of the text as the one above
-    *(Mix(1, everyday) for everyday in (0.0, 0.7, 0.3)),
-    Mix(1, 0.5, (210, 210, 60), 3, 192),  # as many FLOPs
-    Mix(0.3, 0.3, start="quickstart"),
-    *(Mix(0.3, everyday) for everyday in (0.5, 0.0)),
-    *(Mix(1, everyday, seed=2) for everyday in (0.5, 0.0)),
+    # a model of its own, or one that goes on from the quickstart and reads as much of the text
+    *(
+        Mix(megabytes, everyday, start=start, talk="everyday")
+        for megabytes in (1, 0.3)
+        for everyday, start in ((0.5, ""), (0.3, "quickstart"))
+    ),
 ]
 ARMS = [
     # how many passes, each with its own schedule, and the vocabulary, by the amount of text
@@ -99,7 +103,7 @@ ARMS = [
     *(Arm(0.3, v, 4, seed=seed) for seed in (1, 2, 3) for v in (1024, 4096)),
     *(Arm(1, 4096, p, seed=seed) for seed in (1, 2) for p in (2, 4, 8)),
     *(Arm(1, v, 4, seed=seed) for seed in (1, 2) for v in (2048, 8192)),
-    *(Arm(3, 4096, p, seed=seed) for seed in (1, 2) for p in (1, 2, 4)),
+    *(Arm(3, 4096, p, seed=seed) for seed in (1, 2) for p in (1, 2, 3, 4, 8)),
     *(Arm(3, 8192, 2, seed=seed) for seed in (1, 2)),
     # three passes, and with a rate that falls from the beginning, as in `nanochat mine`
     *(Arm(0.3, 2048, 3, flags=f, seed=s) for s in (1, 2) for f in ("", FALLING)),
@@ -111,8 +115,11 @@ ARMS = [
     # another kind of text
     *(Arm(0.3, 2048, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 3, 4, 8)),
     *(Arm(1, 4096, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 3, 4, 8)),
-    Arm(10, 8192, 1),
-    Arm(10, 8192, 2),
+    # what looking back is worth: copy heads, convolutions and value embeddings, or a prior
+    *(Arm(mb, v, 2, flags=f, seed=s) for s in (1, 2) for mb, v in TEXTS for f in (PLAIN, HAND)),
+    *(Arm(10, 8192, p, seed=seed) for seed in (1, 2) for p in (1, 2, 3, 4)),
+    *(Arm(10, 8192, 1, flags=flags) for flags in (PLAIN, HAND)),
+    *(Arm(30, 8192, p) for p in (1, 2)),
     # a schedule that is far too long
     Arm(0.3, 2048, 24),
 ]
@@ -151,6 +158,9 @@ def run(arm: Arm, books: list[str], base: Path) -> dict:
     tokens = prepare(source, "train", tokenizer).total
     steps = round(arm.passes * tokens / BATCH)
     tag = arm.key.replace(" ", "_").replace("=", "-")
+    flags = arm.flags
+    if "--rap=hand" in flags:
+        flags = flags.replace("hand", prior("--generator hand", folder, [], folder))
     began = time.monotonic()
     base_train.main(
         [
@@ -164,7 +174,7 @@ def run(arm: Arm, books: list[str], base: Path) -> dict:
             f"--model_tag={tag}",
             "--resume=auto",
             *FLAGS.split(),
-            *arm.flags.split(),
+            *flags.split(),
         ]
     )
     rows = logbook.read(run_directory("base", tag))
