@@ -18,6 +18,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25, "meta": 1 << 25}
 COMPILED_ELEMENTS = {"cuda": 1 << 27, "meta": 1 << 27}
 # On a CPU, the d(loss)/d(logits) of so many chunks are kept for one product with the inputs.
 BLOCK_CHUNKS = {"cpu": 8}
+MOST_EXPONENT = 60.0  # exp() of it, summed over any vocabulary, fits float32
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
@@ -35,13 +36,17 @@ def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[
     in x's dtype. x (R, D), w (V, D), targets (R).
     """
     z, s = (x @ w.t()).float(), None
-    if softcap > 0:  # the cap is softcap * (2 s - 1); a softmax ignores the constant
+    if softcap > 0:
         s = z.mul_(2 / softcap).sigmoid_()
-        z = s * (2 * softcap)
-    d = torch.log_softmax(z, dim=-1)
+        z = s * (2 * softcap) - softcap
+    if not 0 < softcap <= MOST_EXPONENT:  # else the cap itself keeps exp() finite
+        z = z - z.amax(-1, keepdim=True)
     index = targets.clamp(min=0)[:, None]
-    nll = -d.gather(1, index).squeeze(1) * (targets >= 0)
-    d = d.exp_()
+    of_target = z.gather(1, index)
+    e = z.exp_()
+    total = e.sum(-1, keepdim=True)
+    nll = (total.log() - of_target).squeeze(1) * (targets >= 0)
+    d = e.mul_(1 / total)
     if torch.compiler.is_compiling():  # a scatter would split what is otherwise one kernel
         d = d - (torch.arange(d.size(1), device=d.device) == index).float()
     else:
