@@ -96,8 +96,10 @@ def prepare(model: GPT) -> None:
         model.embed.weight.device.type == "cpu"
         and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
     ):
-        from torch._inductor import config
+        from torch._inductor import config, cpu_vec_isa
 
+        # Which vector instructions work is tried with a C++ compiler, while the model is traced.
+        threading.Thread(target=cpu_vec_isa.valid_vec_isa_list, daemon=True).start()
         # A block and the head are about 25 small files: threads start a C++ compiler for several
         # at once. The processes that Triton wants would cost more than they save.
         os.environ.setdefault("TORCH_WARM_POOL", "0")
