@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
@@ -207,9 +208,7 @@ def test_no_held_out_question_is_ever_asked_in_train():
             assert line not in forbidden, text
         for a, op, b in re.findall(r"\b(\d+) (plus|minus|times|divided by|[-+*/]) (\d+)", text):
             assert not held_out(a, b), (a, op, b, text)
-        asked_and_answered = (
-            r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*[.?]\n)?(?:Answer: )?The answer is .*=([A-D])\."
-        )
+        asked_and_answered = r"(.*)\n((?:- .*=[A-D]\n)+)(?:[A-Z].*[.?]\n)?(?:Answer: )?(?:.*\. )?The answer is .*=([A-D])\."
         if "The answer is" not in text:
             continue
         for question, options, answer in re.findall(asked_and_answered, text):
@@ -221,6 +220,24 @@ def test_no_held_out_question_is_ever_asked_in_train():
     val = [x for x in conversation_list("val") if x["kind"] in ("facts", "spelling")]
     # And in val nothing else is asked.
     assert all(x["messages"][-2]["content"] in forbidden for x in val)
+
+
+def test_no_option_in_train_is_one_that_is_never_right_there():
+    """What is never the right option would be learned to be wrong, and val asks for just that."""
+    w, wordings, seen = world(), phrases()["choice"], Counter()
+    never = {
+        "opposite": {x for pair in w.data["opposites"].items() if held_out(*pair) for x in pair},
+        "first": {x for x in w.words if held_out(x, "first letter")},
+        "member": {x for x, kind in w.kind_of.items() if held_out(x, kind)},
+    }
+    beginnings = {sort: tuple(x.partition("%")[0] for x in wordings[sort]) for sort in never}
+    for item in conversation_list():
+        question, *options = item["messages"][-2]["content"].split("\n- ")
+        sort = next((sort for sort in never if question.startswith(beginnings[sort])), None)
+        if item["kind"] == "choice" and sort:
+            seen[sort] += 1
+            assert not {x.partition("=")[0] for x in options} & never[sort], item
+    assert len(seen) == 3 and min(seen.values()) > 300, seen
 
 
 def test_every_key_is_accepted_and_every_corruption_is_not():
@@ -252,11 +269,15 @@ def test_every_key_is_accepted_and_every_corruption_is_not():
                 f"The answer is something={answer}.",
                 f"={answer}",
             ]  # the right letter of another option
-            assert (
-                task.evaluate(item, answer)
-                and f"{reply[len('The answer is ') : -1]}\n"
-                in item["messages"][-2]["content"] + "\n"
-            )
+            _, said, option = reply.rpartition("The answer is ")
+            asked = item["messages"][-2]["content"] + "\n"
+            assert task.evaluate(item, answer) and f"- {option[:-1]}\n" in asked
+            assert task.evaluate(item, f"It is easy to see. {said}{option}")
+            wrong += [  # two answers, or letters that are no reason
+                f"The answer is another. {said}{option}",
+                f"{option} {said}{option}",
+                f"A. B. {answer}",
+            ]
             assert (
                 item["letters"] == list("ABCD")[: len(item["letters"])]
                 and answer in item["letters"]

@@ -6,11 +6,22 @@ It judges no replies (eval/tasks/tinyworld.py does) and knows no tokens.
 
 import functools
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from nanochat.tinyworld.world import ATTRIBUTES, Draw, Slot, Slots, Unfit, held_out, world
+from nanochat.tinyworld.world import (
+    ATTRIBUTES,
+    Draw,
+    Slot,
+    Slots,
+    Unfit,
+    article,
+    capitalised,
+    held_out,
+    world,
+)
 
 # kind -> chance level: the score of guessing among answers of the right sort
 KINDS: dict[str, float] = {
@@ -228,8 +239,13 @@ class ConversationMaker(Draw):
             turns = [hello, greeting, statement, response]
         return [*turns, say(question, 0), say(question, 1)], answer
 
-    def with_options(self, question: str, right: str, wrong: Sequence[str]) -> Options:
-        """The question with lettered options; the letter directly follows its option."""
+    def with_options(
+        self, question: str, right: str, wrong: Sequence[str], reason: str = ""
+    ) -> Options:
+        """
+        The question with lettered options; the letter directly follows its option. The reply may
+        begin with a reason.
+        """
         n = self.between(2, 4)
         others = list(dict.fromkeys(option for option in wrong if option != right))[: n - 1]
         options = self.sample(others, n - 1)
@@ -239,12 +255,12 @@ class ConversationMaker(Draw):
         end = self.pick(self.phrases["choice"]["end"])
         lines = [f"- {option}={x}" for option, x in zip(options, letters, strict=True)]
         text = "\n".join([question, *lines, *([end] if end else [])])
-        return Options(text, f"The answer is {right}={letter}.", letters)
+        return Options(text, f"{reason} The answer is {right}={letter}.".lstrip(), letters)
 
     def options(self) -> Options:
         """A multiple-choice question of any sort."""
         form = self.random()
-        if form < 0.15:
+        if form < (0.15 if self.val else 0.3):  # in train, more stories and fewer facts
             return self.options_about_story()
         if form < 0.5:
             attribute, (question, _, answer) = self.known_fact(self.val)
@@ -257,32 +273,48 @@ class ConversationMaker(Draw):
             pairs = self.world.data["opposites"]
             word, opposite = self.pick(list(pairs.items()))
             self.need_pair(word, opposite)
-            others = [x for pair in pairs.items() for x in pair if x != word]
+            others = [x for p in pairs.items() if self.can_be_wrong(*p) for x in p if x != word]
             question = self.pick(wordings["opposite"]) % {"w": word}
-            return self.with_options(question, opposite, self.sample(others, 6))
+            reason = f"The opposite of {word} is {opposite}."
+            return self.with_options(question, opposite, self.sample(others, 6), reason)
         word = self.pick(self.world.words)
         self.need_pair(word, "first letter")
         others = [x for x in self.sample(self.world.words, 24) if x[0] != word[0]]
+        others = [x for x in others if self.can_be_wrong(x, "first letter")]
         return self.with_options(self.pick(wordings["first"]) % {"l": word[0]}, word, others)
+
+    def can_be_wrong(self, a: str, b: str) -> bool:
+        """
+        Whether the members of a pairing can be wrong options. In train, those of a held-out pairing
+        cannot: a model learns that what is never the right option is always wrong.
+        """
+        return self.val or not held_out(a, b)
 
     def options_about_story(self) -> Options:
         text, (first, *others) = self.short_story()
-        question, _, answer = self.ask(first)
+        question, reply, answer = self.ask(first)
         asked = self.world.data["context"][first.kind]["answer"]
         classes = {slot.name: slot.cls for slot in statement_slots(first.kind)}
         wrong = [other.slots[asked] for other in others if asked in other.slots]
         wrong += self.sample(self.world.classes[classes[asked]], 6)
-        return self.with_options(f"{text}\n{question}", answer, wrong)
+        return self.with_options(f"{text}\n{question}", answer, wrong, reply)
 
     def options_of_kind(self) -> Options:
-        """Which of several things is, for example, a fruit."""
-        data = self.world.data
+        """
+        Which of several things is, for example, a fruit. The reason says what they are, one after
+        another as far as the right one.
+        """
+        data, kind_of = self.world.data, self.world.kind_of
         kind = self.pick(list(data["kinds"]))
         word = self.matched(list(data["kinds"][kind]), (kind,), self.val)
         similar = (kind, *data["wider"].get(kind, ()))
-        others = [word for word, of in self.world.kind_of.items() if of not in similar]
+        others = [x for x, of in kind_of.items() if of not in similar and self.can_be_wrong(x, of)]
         question = self.pick(self.phrases["choice"]["member"]) % Slots(k=kind)
-        return self.with_options(question, word, self.sample(others, 5))
+        asked = self.with_options(question, word, self.sample(others, 5))
+        options = re.findall(r"^- (.+)=", asked.question, re.MULTILINE)
+        read = options[: options.index(word) + 1]
+        told = [f"{capitalised(article(x))} is {article(kind_of[x])}." for x in read]
+        return asked._replace(reply=" ".join([*told, asked.reply]))
 
     def choice(self) -> tuple[Turns, str, list[str]]:
         question, reply, letters = self.options()
