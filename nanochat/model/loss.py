@@ -38,7 +38,7 @@ def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[
     z, s = (x @ w.t()).float(), None
     if softcap > 0:
         s = z.mul_(2 / softcap).sigmoid_()
-        z = s * (2 * softcap) - softcap
+        z = (s * (2 * softcap)).sub_(softcap)
     if not 0 < softcap <= MOST_EXPONENT:  # else the cap itself keeps exp() finite
         z = z - z.amax(-1, keepdim=True)
     index = targets.clamp(min=0)[:, None]

@@ -97,7 +97,7 @@ def predict(
     chunk = min(elements.get(device, 1 << 25), tokens * V)
     block = size * min(BLOCK_CHUNKS.get(device, 1) * chunk, tokens * V)
     # Bytes per logit beside its gradient. Code for a GPU (tests/cuda_code.py reads it) needs least.
-    copies = (12 if cpu else size) if compiled else 16 if config.softcap else 8
+    copies = (12 if cpu else size) if compiled else 12 if config.softcap else 8
     both = size * tokens * C + 4 * V * C
     loss = both + block + copies * chunk + cast * V * C
     # A layer's backward pass: gradients of its hidden vectors, or a block of scores.
