@@ -120,7 +120,7 @@ CEILINGS = {
     "base": 12_650,
     "tinyworld": 9_520,
     "data": 36_230,
-    "model": 26_660,
+    "model": 26_665,
     "chat": 9_010,
     "chat/serve": 11_360,
     "eval": 20_215,
