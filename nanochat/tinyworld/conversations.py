@@ -346,8 +346,11 @@ class ConversationMaker(Draw):
         return [self.pick(question) % slots, call], str(result)
 
     def arithmetic(self) -> tuple[Turns, str]:
-        op, a, b, result = self.operands()
-        return self.calculation(op, (a, b), result)
+        op, *numbers, result = self.operands()
+        turns, answer = self.calculation(op, numbers, result)
+        if not self.val and self.random() < 0.3:  # the numbers are those of the last question
+            turns = [*self.arithmetic()[0], *turns]
+        return turns, answer
 
     def twostep(self) -> tuple[Turns, str]:
         ops = self.pick(("+-", "-+") if self.random() < self.mixed else ("++", "--"))

@@ -107,8 +107,8 @@ def context_stages(final: int) -> tuple[tuple[float, int], ...]:
 
 # Small corpora. Passes over a text after which held-out loss no longer falls. With one author's
 # prose and 3 layers of width 128, each run with a schedule of its own, bits per byte after 2, 3, 4
-# and 8 passes were 2.162, 2.116, 2.154 and 2.68 for 0.3 MB, and 1.809, 1.812, 1.882 and 2.37 for
-# 1 MB (two or three seeds; dev/LOG.md, own text, passes).
+# and 8 passes were 2.162, 2.116, 2.154 and 2.68 for 0.3 MB, 1.809, 1.812, 1.882 and 2.37 for 1 MB,
+# and 1.621, 1.614, 1.641 and 1.88 for 3 MB (two or three seeds; dev/LOG.md, own text, passes).
 USEFUL_PASSES = 3
 # Tokens per parameter of the layers, in all stages, at least: with fewer, a smaller model learns
 # more. In 20 minutes on one core, 4 x 256 (1.6 tokens per parameter) answered as many everyday
