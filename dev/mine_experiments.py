@@ -160,7 +160,7 @@ def run(arm: Arm, books: list[str], base: Path) -> dict:
     tag = arm.key.replace(" ", "_").replace("=", "-")
     flags = arm.flags
     if "--rap=hand" in flags:
-        flags = flags.replace("hand", prior("--generator hand", folder, [], folder))
+        flags = flags.replace("hand", str(folder / prior("--generator hand", folder, [], folder)))
     began = time.monotonic()
     base_train.main(
         [
