@@ -50,6 +50,21 @@ def test_value_and_gradients(softcap, weighted, chunk, monkeypatch):
     assert not x.grad[0, :5].any(), "an ignored position learns nothing"
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("softcap", [0.0, 15.0, 59.0, 61.0, 200.0, 1000.0])
+def test_logits_in_the_hundreds_are_exact(softcap, sign):
+    """Capped logits have no maximum subtracted before exp(), except under a very high cap."""
+    x, w, targets, _ = problem()
+    with torch.no_grad():  # all of a row near the cap, or all near its negative
+        x[..., 0], w[:, 0] = 40 * sign, 20 + torch.arange(V) / V
+    total = linear_cross_entropy(x, w, targets, None, softcap)
+    total.backward()
+    want, dx, dw, _ = reference(x, w, targets, None, softcap)
+    torch.testing.assert_close(total.double(), want, rtol=2e-5, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), dx, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(w.grad.double(), dw, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 def test_the_form_that_is_compiled(softcap, monkeypatch):
     """Without a scatter: the same values and gradients, to the last digits."""
