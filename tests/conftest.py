@@ -1,16 +1,27 @@
 """
 What holds for all tests: they have a base folder of their own, so that none writes to that of the
-user, and too many shapes for the compiler are an error, where torch would only stop compiling. Fixtures
-of several files stand here too.
+user, too many shapes for the compiler are an error, where torch would only stop compiling, and
+signals work in a background job too. Fixtures of several files stand here too.
 """
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_not_ignored():
+    """A shell's background jobs ignore Ctrl+C, and nohup ignores SIGHUP, in all that they start."""
+    handlers = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    for name, handler in handlers.items():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
