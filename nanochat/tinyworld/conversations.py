@@ -348,7 +348,7 @@ class ConversationMaker(Draw):
     def arithmetic(self) -> tuple[Turns, str]:
         op, *numbers, result = self.operands()
         turns, answer = self.calculation(op, numbers, result)
-        if not self.val and self.random() < 0.3:  # the numbers are those of the last question
+        if not self.val and self.random() < 0.3:  # else a model repeats the earlier numbers
             turns = [*self.arithmetic()[0], *turns]
         return turns, answer
 

@@ -98,7 +98,7 @@ def prepare(model: GPT) -> None:
     ):
         from torch._inductor import config, cpu_vec_isa
 
-        # Which vector instructions work is tried with a C++ compiler, while the model is traced.
+        # Torch tries with a C++ compiler which vector instructions work; meanwhile it can trace.
         threading.Thread(target=cpu_vec_isa.valid_vec_isa_list, daemon=True).start()
         # A block and the head are about 25 small files: threads start a C++ compiler for several
         # at once. The processes that Triton wants would cost more than they save.

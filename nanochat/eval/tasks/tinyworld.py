@@ -49,7 +49,7 @@ def _is_chosen(answer: str, reply: str, question: str) -> bool:
     """The letter, alone or after the option that it stands for; whole sentences may come before."""
     *reasons, last = reply.split(". ")
     if any("=" in text or "answer" in text or len(text.split()) < 3 for text in reasons):
-        return False  # they name a letter, or another answer
+        return False  # it names a letter, or a second answer
     m = re.fullmatch(rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", last)
     return bool(m) and (m[1] is None or f"- {m[1]}={answer}" in question.split("\n"))
 
