@@ -20,14 +20,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 import trials
 from rap_experiments import prior
 
 from nanochat.base import logbook
 from nanochat.commands import base_train
+from nanochat.data.feed import RowFeed, State
 from nanochat.study.statistics import interval
 
 RESULTS = trials.RESULTS / "parts.jsonl"
+VOCABULARY = 4096
 SMALL = (
     "--depth=3 --model_dim=192 --head_dim=32 --sequence_len=256 --eval_every=0 "
     "--eval_tokens=16384 --sample_every=0 --compile=on --dtype=bfloat16 --lookback=off"
@@ -43,7 +47,10 @@ PARTS = {
     "copy heads": "--copy_heads=1",
     "convolutions": "--convolutions",
     "values": "--value_embeddings",
+    "repeats first": "",
 }
+WARM_UP = 0.05  # of the steps of "repeats first": they read random tokens, repeated
+LONG = (500, 4096), (1000, 4096), (1465, 8192), (1648, 16384)  # 2, 4, 12, 27 M tokens
 RATES = "--matrix_lr=0.01", "--matrix_lr=0.03", "--embedding_lr=0.05", "--embedding_lr=0.2"
 TRIES = (
     "--warmdown_ratio=0.65 --final_lr_frac=0.05",
@@ -101,10 +108,10 @@ def planned() -> Iterator[Run]:
         for seed in seeds:
             for condition in ("none", BEST, "rules"):
                 yield small("prose", condition, seed, steps)
-    for steps in (500, 1000):
-        for seed in seeds[:2]:
-            for condition in ("none", BEST, "rules"):
-                yield small("prose", condition, seed, steps, batch=4096)
+    for seed in seeds[:2]:
+        for steps, batch in LONG:
+            for condition in ("none", BEST, "rules", "repeats first"):
+                yield small("prose", condition, seed, steps, batch=batch)
     for seed in seeds:
         for extra in OPTIMIZERS:
             yield small("prose", BEST, seed, extra=extra)
@@ -117,8 +124,36 @@ def finished() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
-def command(words: list[str], base: Path) -> None:
+def repeated(rows: int, width: int, vocab_size: int, seed: int) -> torch.Tensor:
+    """(rows, width) random token ids; each row repeats its first 8 to width / 2 tokens."""
+    generator = np.random.default_rng(seed)
+    period = generator.integers(8, width // 2, size=(rows, 1))
+    once = generator.integers(vocab_size, size=(rows, width))
+    return torch.from_numpy(np.take_along_axis(once, np.arange(width) % period, axis=1))
+
+
+def begin_with_repeats(share: float, vocab_size: int) -> None:
+    """
+    Let training in this process read `repeated` rows in the first `share` of its steps, from which
+    a model of the usual architecture learns to copy.
+    """
+    original = RowFeed._steps
+
+    def steps(self: RowFeed, state: State) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
+        for inputs, targets, after in original(self, state):
+            if self.total_steps and after["step"] <= share * self.total_steps:
+                rows, width = inputs.shape
+                ids = repeated(rows, width + 1, vocab_size, after["step"])
+                inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+            yield inputs, targets, after
+
+    RowFeed._steps = steps
+
+
+def command(words: list[str], base: Path, condition: str) -> None:
     """Run base_train in this process, which was forked for it: torch is imported only once."""
+    if condition.startswith("repeats first"):
+        begin_with_repeats(WARM_UP, VOCABULARY)
     with (base / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -131,7 +166,7 @@ def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
     """Train and return {val_bpb, tokens, seconds, cpu_seconds}; None if the run failed."""
     corpus = run.experiment.partition("-")[0]
     base = root / corpus
-    data = trials.prepared(corpus, texts, base, 4096)
+    data = trials.prepared(corpus, texts, base, VOCABULARY)
     flags = run.flags
     for generator in ("hand", "rules"):
         if f"--rap={generator}" in flags:
@@ -141,7 +176,9 @@ def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
     shutil.rmtree(folder, ignore_errors=True)
     words = ["--model_tag=parts", "--keep=1", f"--seed={run.seed}", *flags.split(), "--data", *data]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    child = multiprocessing.get_context("fork").Process(target=command, args=(words, base))
+    child = multiprocessing.get_context("fork").Process(
+        target=command, args=(words, base, run.condition)
+    )
     child.start()
     child.join()
     if child.exitcode:

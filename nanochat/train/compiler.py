@@ -65,11 +65,7 @@ class _Watch:
         if self.abandoned and thread in self.background:
             raise _Abandoned
         self.began[thread] = time.monotonic()
-        # The C++ compiler inherits the mask. Without it, Ctrl+C in a terminal kills the compiler
-        # too, which then leaves half a file behind.
-        if hasattr(signal, "pthread_sigmask"):
-            held = {getattr(signal, name) for name in HELD_BACK if hasattr(signal, name)}
-            self.masks[thread] = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        self.masks[thread] = hold_back_signals()
 
     def end(self, *_: Any) -> None:
         thread = threading.get_ident()
@@ -77,8 +73,21 @@ class _Watch:
         if thread not in self.background:
             self.seconds += seconds
         self.failed = self.failed or sys.exc_info()[1] is not None
-        if thread in self.masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self.masks.pop(thread))
+        mask = self.masks.pop(thread, None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def hold_back_signals() -> Any:
+    """
+    Block the signals that stop a program, in this thread and in the C++ compilers that it starts:
+    Ctrl+C in a terminal would kill those too, and leave half a file behind. Returns the mask that
+    was in force; None where there are no masks.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return None
+    held = {getattr(signal, name) for name in HELD_BACK if hasattr(signal, name)}
+    return signal.pthread_sigmask(signal.SIG_BLOCK, held)
 
 
 _watch = _Watch()
@@ -89,6 +98,14 @@ def seconds() -> float:
     return _watch.seconds
 
 
+def _try_vector_instructions() -> None:
+    """Let torch try with a C++ compiler which vector instructions work, while a model is traced."""
+    from torch._inductor import cpu_vec_isa
+
+    hold_back_signals()
+    cpu_vec_isa.valid_vec_isa_list()
+
+
 def prepare(model: GPT) -> None:
     """Let a model run compiled code from now on, out of a folder without damaged files."""
     remove_damaged(writable_cache())
@@ -96,10 +113,9 @@ def prepare(model: GPT) -> None:
         model.embed.weight.device.type == "cpu"
         and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
     ):
-        from torch._inductor import config, cpu_vec_isa
+        from torch._inductor import config
 
-        # Torch tries with a C++ compiler which vector instructions work; meanwhile it can trace.
-        threading.Thread(target=cpu_vec_isa.valid_vec_isa_list, daemon=True).start()
+        threading.Thread(target=_try_vector_instructions, daemon=True).start()
         # A block and the head are about 25 small files: threads start a C++ compiler for several
         # at once. The processes that Triton wants would cost more than they save.
         os.environ.setdefault("TORCH_WARM_POOL", "0")
