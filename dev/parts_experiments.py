@@ -20,14 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 import trials
+import tries
 from rap_experiments import prior
 
 from nanochat.base import logbook
 from nanochat.commands import base_train
-from nanochat.data.feed import RowFeed, State
 from nanochat.study.statistics import interval
 
 RESULTS = trials.RESULTS / "parts.jsonl"
@@ -49,13 +47,17 @@ PARTS = {
     "values": "--value_embeddings",
     "repeats first": "",
 }
-WARM_UP = 0.05  # of the steps of "repeats first": they read random tokens, repeated
 LONG = (500, 4096), (1000, 4096), (1465, 8192), (1648, 16384)  # 2, 4, 12, 27 M tokens
 RATES = "--matrix_lr=0.01", "--matrix_lr=0.03", "--embedding_lr=0.05", "--embedding_lr=0.2"
-TRIES = (
-    "--warmdown_ratio=0.65 --final_lr_frac=0.05",
-    "--rope_base=100000",
-    "--tie_embeddings",
+TRIES = (  # flags, and names of tries.py
+    ("--warmdown_ratio=0.65 --final_lr_frac=0.05", ""),
+    ("--rope_base=100000", ""),
+    ("--tie_embeddings", ""),
+    ("--softcap=0", ""),
+    ("--warmup_ratio=0.167", ""),  # 40 steps
+    ("--weight_decay=0.1", ""),
+    ("--weight_decay=0.1", "cautious"),
+    *(("", name) for name in ("momentum 0.97", "MLP input 0.4", "backout", "pairs")),
 )
 OPTIMIZERS = (
     "--polynomials=jordan --embedding_beta2=0.95 --unembedding_beta2=0.95",  # of version 0.1
@@ -78,11 +80,20 @@ class Run(NamedTuple):
 
 
 def small(
-    corpus: str, condition: str, seed: int, steps: int = 240, extra: str = "", batch: int = 2048
+    corpus: str,
+    condition: str,
+    seed: int,
+    steps: int = 240,
+    extra: str = "",
+    tried: str = "",
+    batch: int = 2048,
 ) -> Run:
-    """A run of so many steps of `batch` tokens; `extra` are flags beside those of the condition."""
+    """
+    A run of so many steps of `batch` tokens; `extra` are flags beside those of the condition, and
+    `tried` is a name of tries.py.
+    """
     rate = "" if "embedding_lr=" in extra else "--embedding_lr=0.1 "
-    name = f"{condition}, {extra}" if extra else condition
+    name = ", ".join(part for part in (condition, extra, tried) if part)
     length = f"--total_batch_size={batch} --num_iterations={steps} {rate}"
     return Run(f"{corpus}-{steps}", name, seed, f"{SMALL} {length}{PARTS[condition]} {extra}")
 
@@ -102,8 +113,8 @@ def planned() -> Iterator[Run]:
             for condition in ("none", BEST):
                 yield small("prose", condition, seed, extra=extra)
     for seed in seeds[:2]:
-        for extra in TRIES:
-            yield small("prose", BEST, seed, extra=extra)
+        for extra, name in TRIES:
+            yield small("prose", BEST, seed, extra=extra, tried=name)
     for steps in (160, 400):
         for seed in seeds:
             for condition in ("none", BEST, "rules"):
@@ -124,36 +135,11 @@ def finished() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
-def repeated(rows: int, width: int, vocab_size: int, seed: int) -> torch.Tensor:
-    """(rows, width) random token ids; each row repeats its first 8 to width / 2 tokens."""
-    generator = np.random.default_rng(seed)
-    period = generator.integers(8, width // 2, size=(rows, 1))
-    once = generator.integers(vocab_size, size=(rows, width))
-    return torch.from_numpy(np.take_along_axis(once, np.arange(width) % period, axis=1))
-
-
-def begin_with_repeats(share: float, vocab_size: int) -> None:
-    """
-    Let training in this process read `repeated` rows in the first `share` of its steps, from which
-    a model of the usual architecture learns to copy.
-    """
-    original = RowFeed._steps
-
-    def steps(self: RowFeed, state: State) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
-        for inputs, targets, after in original(self, state):
-            if self.total_steps and after["step"] <= share * self.total_steps:
-                rows, width = inputs.shape
-                ids = repeated(rows, width + 1, vocab_size, after["step"])
-                inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-            yield inputs, targets, after
-
-    RowFeed._steps = steps
-
-
 def command(words: list[str], base: Path, condition: str) -> None:
     """Run base_train in this process, which was forked for it: torch is imported only once."""
-    if condition.startswith("repeats first"):
-        begin_with_repeats(WARM_UP, VOCABULARY)
+    for name, change in tries.TRIES.items():
+        if name in condition:
+            change()
     with (base / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
