@@ -119,10 +119,11 @@ def planned() -> Iterator[Run]:
         for seed in seeds:
             for condition in ("none", BEST, "rules"):
                 yield small("prose", condition, seed, steps)
-    for seed in seeds[:2]:
-        for steps, batch in LONG:
-            for condition in ("none", BEST, "rules", "repeats first"):
-                yield small("prose", condition, seed, steps, batch=batch)
+    for conditions in (("none", BEST), ("rules", "repeats first")):
+        for seed in seeds[:2]:
+            for steps, batch in LONG:
+                for condition in conditions:
+                    yield small("prose", condition, seed, steps, batch=batch)
     for seed in seeds:
         for extra in OPTIMIZERS:
             yield small("prose", BEST, seed, extra=extra)
@@ -203,6 +204,8 @@ def main() -> None:
     for run in list(planned())[first::step]:
         done = {(r["experiment"], r["condition"], r["seed"]) for r in finished()}
         if run.experiment not in options.only or run.key in done:
+            continue
+        if options.conditions and run.condition not in options.conditions:
             continue
         if result := train(run, options.texts.resolve(), options.base.resolve()):
             record = dict(zip(("experiment", "condition", "seed"), run.key, strict=True))

@@ -119,6 +119,19 @@ def test_points_of_a_busy_machine_do_not_promise_that_large_models_are_fast():
     assert rate.tok_per_sec * shapes.flops_per_token(c, 512) < 2.01 * reached
 
 
+def test_points_without_the_parts_that_look_back_count_for_models_with_them():
+    parts = {"copy_heads": 1, "convolutions": True, "value_embeddings": True}
+    plain, looking = config(4), replace(config(4), **parts)
+    without = tuple(point(n, 8) for n in (2, 4, 8))
+    target = Machine(**HERE, points=without)
+    slower, usual = (tokens_per_second(c, 8, 512, 1 << 14, target) for c in (looking, plain))
+    assert slower.tok_per_sec / usual.tok_per_sec == pytest.approx(speed.LOOKBACK, rel=0.02)
+    with_them = tuple({**p, "config": {**p["config"], **parts}} for p in without)
+    target = Machine(**HERE, points=with_them)
+    faster = tokens_per_second(plain, 8, 512, 1 << 14, target)
+    assert faster.tok_per_sec / usual.tok_per_sec == pytest.approx(1 / speed.LOOKBACK, rel=0.02)
+
+
 def test_a_machine_that_drifts_is_trusted_less():
     points = tuple(point(n, 8) for n in (2, 4, 8))
     calm, warm = (

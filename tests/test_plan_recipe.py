@@ -203,6 +203,31 @@ def test_minutes_on_a_processor():
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "device", "parts"),
+    [
+        (["--minutes=20"], "cpu", (1, True, True)),  # 17 of them for pretraining
+        (["--minutes=20", "--copy_heads=2"], "cpu", (2, True, True)),
+        (["--minutes=20", "--lookback=off"], "cpu", (0, False, False)),
+        (["--minutes=20"], "cuda", (0, False, False)),
+        (["--hours=8"], "cpu", (0, False, False)),
+        (["--hours=8", "--lookback=on"], "cpu", (1, True, True)),
+    ],
+    ids=str,
+)
+def test_a_plan_looks_back_where_base_train_does(words, device, parts):
+    words = [*words, "--vocab=8192", "--depth=4"]
+    target = machine(device_type=device, peak_flops=1e12)
+    k, law_here = ask(*words), law.Law()
+    first = choice.choose(k, target, law_here).primary
+    flags = recipe.tables(k, first)["base_train"]
+    names = "copy_heads", "convolutions", "value_embeddings"
+    assert tuple(flags[name] for name in names) == parts
+    plain = choice.choose(ask(*words, "--lookback=off", "--copy_heads=0"), target, law_here).primary
+    expected = 0.95 if parts[1] else 1.0
+    assert first.bpb[0] / plain.bpb[0] == pytest.approx(expected, abs=0.003)
+
+
 @settings(max_examples=8, deadline=None)
 @example(
     hours=8.0, peak=4.08e14, gib=1.0, device="cpu"
@@ -215,7 +240,7 @@ def test_minutes_on_a_processor():
 )
 def test_a_plan_keeps_its_promises(hours, peak, gib, device):
     k, m = (
-        ask(f"--hours={hours}", "--vocab=8192"),
+        ask(f"--hours={hours}", "--vocab=8192", "--lookback=off"),
         machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device),
     )
     result = choice.choose(k, m, law.Law())
@@ -233,7 +258,8 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
         assert c.tokens <= c.speed.tok_per_sec * k.pretraining_seconds()
         tables = recipe.tables(k, c)
         assert sum(t["max_minutes"] for t in tables.values()) <= hours * 60 + 0.01
-    more = choice.choose(ask(f"--hours={1.5 * hours}", "--vocab=8192"), m, law.Law())
+    longer = ask(f"--hours={1.5 * hours}", "--vocab=8192", "--lookback=off")
+    more = choice.choose(longer, m, law.Law())
     assert more.primary.bpb[0] <= result.primary.bpb[0] * (1 + choice.TIE)
 
 
@@ -537,7 +563,10 @@ def test_what_is_planned_reaches_gguf_unless_the_user_says_otherwise(capsys):
     english = knobs.parse(
         recipe.RecipeKnobs, ["--recipe", str(ENGLISH), "--vocab=9000"], command="plan recipe"
     )[0]
-    assert destinations(english.of_size(4, 64, 512), 3) == "exports to: transformers, GGUF"
+    assert (
+        destinations(english.of_size(4, 64, 512, 3600, "cpu"), 3)
+        == "exports to: transformers, GGUF"
+    )
 
 
 def test_a_recipe_of_stages_parses(tmp_path):

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.train.knobs import TrainKnobs
-from nanochat.train.scaling import LOOKBACK_MINUTES, USEFUL_PASSES, Shape
+from nanochat.train.scaling import USEFUL_PASSES, LookbackKnobs, Shape
 
 PROMPTS = (
     "The",
@@ -21,7 +21,9 @@ PROMPTS = (
 
 
 @dataclass(kw_only=True)
-class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, ReadingKnobs):
+class PretrainKnobs(
+    TrainKnobs, AttentionPriorKnobs, LookbackKnobs, ArchitectureKnobs, Shape, ReadingKnobs
+):
     """Length and data"""
 
     data: tuple[str, ...] = knob(
@@ -59,12 +61,6 @@ class PretrainKnobs(TrainKnobs, AttentionPriorKnobs, ArchitectureKnobs, Shape, R
     document_attention: bool = knob(
         False, "attend within documents only, also where several share a row"
     )
-    lookback: Literal["auto", "on", "off"] = knob(
-        "auto",
-        "on = --copy_heads=1 --convolutions --value_embeddings, with which a short run learns "
-        "faster, but which cannot be exported; auto = on a CPU with a budget of at most 20 "
-        "minutes, without --rap",
-    )
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The configuration of the model that these flags describe."""
@@ -76,13 +72,9 @@ def with_lookback(
     k: PretrainKnobs, origins: dict[str, str], on_cpu: bool
 ) -> tuple[PretrainKnobs, dict[str, str]]:
     """(knobs, origins) with the parts that --lookback adds, unless they are set themselves."""
-    minutes = k.max_minutes or 60 * k.max_hours
-    short = on_cpu and 0 < minutes <= LOOKBACK_MINUTES and not k.rap
-    if k.lookback == "off" or (k.lookback == "auto" and not short):
-        return k, origins
-    heads = 1 if k.dimensions()["n_kv_head"] > 1 else 0  # one head must know positions
-    added = {"copy_heads": heads, "convolutions": True, "value_embeddings": True}
-    added = {name: value for name, value in added.items() if origins[name] == "default"}
+    minutes = 0.0 if k.rap else k.max_minutes or 60 * k.max_hours
+    parts = k.lookback_parts(minutes, on_cpu, k.dimensions()["n_kv_head"])
+    added = {name: value for name, value in parts.items() if origins[name] == "default"}
     return replace(k, **added), {**origins, **dict.fromkeys(added, "rule")}
 
 

@@ -13,7 +13,7 @@ from nanochat.base.common import UserError, duration
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, speed
-from nanochat.plan.law import Z90, Law, Text, worth
+from nanochat.plan.law import LOOKBACK, Z90, Law, Text, worth
 from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
 from nanochat.plan.shapes import OpenSizeKnobs, counts
@@ -131,7 +131,7 @@ def assess(
         reading = min(EVALUATING * seconds, most_read / rate.tok_per_sec)
         tokens = max(1.0, ((1 - SAMPLING) * seconds - opening - reading) * rate.tok_per_sec)
         batch = knobs.total_batch_size or max(T, batch_for(tokens) // T * T)
-    bpb = _expected(law, counts(config)["transformer"], tokens, rate, text)
+    bpb = _expected(law, config, tokens, rate, text)
     candidate = Candidate(config, contexts, batch, rows, rate, tokens, bpb, parts)
     if parts["total"] > USABLE * machine.memory_bytes:
         needed, available = parts["total"] / GIB, machine.memory_bytes / GIB
@@ -141,12 +141,19 @@ def assess(
     return candidate
 
 
+def lookback_factor(config: GPTConfig) -> float:
+    """What the parts of --lookback multiply bits per byte by."""
+    return LOOKBACK if config.convolutions else 1.0
+
+
 def _expected(
-    law: Law, n: int, tokens: float, rate: speed.Speed, text: Text
+    law: Law, config: GPTConfig, tokens: float, rate: speed.Speed, text: Text
 ) -> tuple[float, float, float]:
     """Bits per byte with the interval of the law, and of the speed that decides the tokens."""
+    n, factor = counts(config)["transformer"], lookback_factor(config)
     middle, slow = (
-        law.bpb(n, max(1.0, worth(t, text))) for t in (tokens, tokens * rate.lo / rate.tok_per_sec)
+        factor * law.bpb(n, max(1.0, worth(t, text)))
+        for t in (tokens, tokens * rate.lo / rate.tok_per_sec)
     )
     error = law.error(n, max(1.0, tokens))
     width = math.exp(math.hypot(Z90 * error, math.log(slow / middle)))
@@ -174,7 +181,11 @@ def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law, text: Text) -> li
     T = knobs.sequence_len or context_for(speed.usual_flops(machine, seconds))
     depths = (knobs.depth,) if knobs.depth else DEPTHS
     aspects = (knobs.aspect_ratio or 64.0,) if knobs.model_dim or knobs.aspect_ratio else ASPECTS
-    sizes = [knobs.of_size(depth, aspect, T) for depth in depths for aspect in aspects]
+    sizes = [
+        knobs.of_size(depth, aspect, T, seconds, machine.device_type)
+        for depth in depths
+        for aspect in aspects
+    ]
     configs = {(c.n_layer, c.n_embd): c for c in sizes}
     every = [assess(knobs, config, machine, law, text) for config in configs.values()]
     return sorted(every, key=lambda c: (bool(c.why), c.bpb[0], c.size))

@@ -196,8 +196,9 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     if knobs.tokens:
         aspect, T = knobs.aspect_ratio or 64.0, knobs.sequence_len or 2048
         knobs = replace(knobs, hours=1.0, aspect_ratio=aspect, sequence_len=T)
-        config = knobs.of_size(knobs.depth, aspect, T)
         for _ in range(9):  # the time follows from the tokens, and they a little from the time
+            seconds = knobs.pretraining_seconds()
+            config = knobs.of_size(knobs.depth, aspect, T, seconds, target.device_type)
             tokens = assess(knobs, config, target, Law()).tokens
             knobs = replace(knobs, hours=knobs.hours * knobs.tokens / tokens)
     elif whole:
@@ -288,9 +289,11 @@ def gains(plan: Plan) -> list[Row]:
     timed = "measured on such a machine" if knobs.probe else timed
     contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
     size, fresh = counts(c.config)["total"], sum(fresh for _, fresh in plan.text)
+    parts = "; a short run on a CPU looks back with parts that cannot be exported (--lookback)"
     return rows_of(f"""\
 model | {human(size)} parameters in {c.shape[0]} layers of width {c.shape[1]}; predictions \
-within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken | rule
+within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken\
+{parts if c.config.convolutions else ""} | rule
 quality | {c.bpb[0]:.2f} bits per byte (about a letter) of text that it has not seen; less is \
 better ({c.bpb[1]:.2f} to {c.bpb[2]:.2f} in nine cases of ten) | law
 in words | {words} | {known}
@@ -331,6 +334,8 @@ def changes(plan: Plan) -> list[Row]:
     for name, changed in more.items():
         other = replace(plan, **changed).choice.primary
         same = "the same model" if other.shape == chosen.shape else "{} x {}".format(*other.shape)
+        if other.config.convolutions != chosen.config.convolutions:
+            same += ", which looks back no more and can be exported"
         gain, better = other.bpb[0] - chosen.bpb[0], ", no better"
         if gain < -0.0005:
             better = f", {other.bpb[0]:.3f} bits per byte ({gain:+.3f})"
@@ -353,7 +358,8 @@ def commands(plan: Plan, script: str) -> list[str]:
         return f"{tokenizer}nanochat base_train {size} {steps} {data}".splitlines()
     file, pilot = shlex.quote(str(recipe)), " --pilot" if knobs.stages()["pilot"] else ""
     default = vars(type(knobs)())
-    sizes = (n for n in vars(SizeKnobs()) if n != "vocab" and getattr(knobs, n) != default[n])
+    named = {*vars(SizeKnobs()), "lookback"} - {"vocab"}
+    sizes = (n for n in default if n in named and getattr(knobs, n) != default[n])
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in sizes)
     # The script would choose sizes that are given here.
     whole = f"bash {script or 'runs/one_day.sh'} {length} {data}    # all of it; or step by step:\n"

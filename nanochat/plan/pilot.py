@@ -30,7 +30,7 @@ from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.stages import run_directory
 from nanochat.plan import day, machine, recipe
-from nanochat.plan.choice import OPENING
+from nanochat.plan.choice import OPENING, lookback_factor
 from nanochat.plan.law import Law, worth
 from nanochat.plan.machine import GIB
 from nanochat.plan.speed import first_step
@@ -156,7 +156,8 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     counted = planned.memory["allocated" if target.device_type == "cuda" else "total"]
     gap = (target.memory_gap or 0) + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
-    law = Law().moved(planned.size, worth(made["tokens"], plan.text), end)
+    plain = end / lookback_factor(planned.config)
+    law = Law().moved(planned.size, worth(made["tokens"], plan.text), plain)
     plan = replace(plan, knobs=asked, machine=target, law=law, kept=planned.shape)
     chosen, written = plan.choice.primary, recipe.write(plan)
     heads, *rows = day.model_rows(plan)

@@ -77,7 +77,7 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[Point]:
     batches = sorted(knobs.device_batches or ((8, 32) if cpu else (8, 16, 32, 64)))
     points = []
     for rows, depth, T in product(batches, depths, lengths):
-        config = knobs.of_size(depth, aspect, T)
+        config = knobs.of_size(depth, aspect, T, seconds, target.device_type)
         batch = knobs.total_batch_size or batch_for(flops / flops_per_token(config))
         points.append(
             {

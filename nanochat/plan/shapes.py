@@ -11,7 +11,7 @@ from nanochat.base.common import base_dir
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.plan.machine import BudgetKnobs, budget_seconds
-from nanochat.train.scaling import Shape, vocabulary_for
+from nanochat.train.scaling import LookbackKnobs, Shape, vocabulary_for
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPT
@@ -44,7 +44,7 @@ class SizeKnobs(ArchitectureKnobs, Shape):
 
 
 @dataclass(kw_only=True)
-class OpenSizeKnobs(BudgetKnobs, SizeKnobs):
+class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
     """Size; 0 = left to the plan"""
 
     vocab: int = knob(
@@ -59,16 +59,23 @@ class OpenSizeKnobs(BudgetKnobs, SizeKnobs):
         low=0,
     )
 
-    def of_size(self, depth: int, aspect_ratio: float, sequence_len: int) -> GPTConfig:
-        """The configuration whose open sizes are these."""
+    def of_size(
+        self, depth: int, aspect_ratio: float, sequence_len: int, seconds: float, device_type: str
+    ) -> GPTConfig:
+        """
+        The configuration whose open sizes are these, as base_train builds it for `seconds` of
+        pretraining on such a device.
+        """
         width = self.model_dim or depth * aspect_ratio
-        return self.config(
+        config = self.config(
             depth=depth,
             aspect_ratio=aspect_ratio,
             sequence_len=sequence_len,
             head_dim=self.head_dim or usual_head(width),
             vocab=self.vocabulary(),
         )
+        parts = self.lookback_parts(seconds / 60, device_type == "cpu", config.n_kv_head)
+        return replace(config, **{n: part for n, part in parts.items() if not getattr(self, n)})
 
     def vocabulary(self, elsewhere: bool = False, size: float = 1e12) -> int:
         """

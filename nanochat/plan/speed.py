@@ -22,6 +22,7 @@ TYPICAL = 0.5  # share of a card's peak, for what needs only the size of a budge
 # CPU: a compiled step on two cores took 41 to 50 % of an AVX-512 peak (dev/LOG.md), and 11 % where
 # matrix units lift the peak tenfold and little else: hence a plan for this machine always measures.
 SHARES = {"mps": (0.3, 0.1, 0.5), "cpu": (0.2, 0.08, 0.5)}
+LOOKBACK = 0.94  # speed with the parts of --lookback, as a share of that without (two cores)
 DOUBT = 1.5  # by which factor the truth may lie beside the roofline
 
 
@@ -98,12 +99,14 @@ def interpolated(
     a token grows with its FLOPs to the power that the points show, if that is from 0 to 1; 0.8 is
     the usual one. Points of a busy machine can show anything, so twice the FLOPs per second of the
     best one is the most that is believed. A speed is known to 3 % at best, and no better than the
-    points drifted; away from them the error is 12 % of the distance.
+    points drifted; away from them the error is 12 % of the distance. A point without the parts of
+    --lookback counts for a model with them as LOOKBACK says, and the other way round.
     """
     sizes = [(q["flops_per_token"], q["config"]["sequence_len"], q["rows"]) for q in points]
     x = np.log([(f, length**0.5, (length * r) ** 0.5) for f, length, r in sizes])
     x -= np.log([flops_per_token(config, T), T**0.5, (rows * T) ** 0.5])
-    rates = np.log([q["tok_per_sec"] for q in points])
+    parts = [config.convolutions - bool(q["config"].get("convolutions")) for q in points]
+    rates = np.log([q["tok_per_sec"] * LOOKBACK**n for q, n in zip(points, parts, strict=True)])
     flops = x[:, 0] - x[:, 0].mean()
     power = np.clip((0.8 * 0.05 - flops @ rates) / (0.05 + flops @ flops), 0, 1)
     squared = (x**2).sum(1)

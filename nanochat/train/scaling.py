@@ -8,6 +8,7 @@ needs no torch.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from nanochat.base.common import UserError
 from nanochat.base.knobs import knob
@@ -94,6 +95,29 @@ def context_for(flops: float) -> int:
 # Copy heads, convolutions and value embeddings are the default on a CPU up to this budget. What was
 # measured, and up to how many tokens, is in dev/LOG.md.
 LOOKBACK_MINUTES = 20
+
+
+@dataclass(kw_only=True)
+class LookbackKnobs:
+    """Short runs"""
+
+    lookback: Literal["auto", "on", "off"] = knob(
+        "auto",
+        "on = --copy_heads=1 --convolutions --value_embeddings, with which a short run learns "
+        "faster, but which cannot be exported; auto = on a CPU with a budget of at most "
+        f"{LOOKBACK_MINUTES} minutes, without --rap",
+    )
+
+    def lookback_parts(self, minutes: float, on_cpu: bool, kv_heads: int) -> dict[str, Any]:
+        """
+        The architecture knobs that `lookback` sets in a run of so many minutes (0 = no budget) on
+        such a device.
+        """
+        short = on_cpu and 0 < minutes <= LOOKBACK_MINUTES
+        if self.lookback == "off" or (self.lookback == "auto" and not short):
+            return {}
+        copy_heads = 1 if kv_heads > 1 else 0  # one head must know positions
+        return {"copy_heads": copy_heads, "convolutions": True, "value_embeddings": True}
 
 
 def context_stages(final: int) -> tuple[tuple[float, int], ...]:
