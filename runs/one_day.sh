@@ -37,8 +37,8 @@ while [ $# -gt 0 ]; do
                 echo "error: $flag must be a whole number of at least 1 (got '$value')" >&2
                 exit 2
             fi
-            minutes=$value
-            [ "$flag" = --minutes ] || minutes=$((value * 60)) ;;
+            minutes=$((10#$value)) # 08 is no octal number
+            [ "$flag" = --minutes ] || minutes=$((minutes * 60)) ;;
         --data) sources "$value"; data+=("${found[@]}") ;;
         --conversations | --talks) sources "$value"; conversations+=("${found[@]}") ;;
         --vocab) vocab=$value ;;
@@ -71,7 +71,7 @@ resumable "$out"
     settled=$(python -m scripts.plan day "${asked[@]}" --shell) || exit
     printf '%s\n' "$settled" >"$out/settled"
 }
-source "$out/settled" # shards, vocab, web, text
+source "$out/settled" # vocab, digits, web, text
 [ ${#data[@]} != 0 ] || data=("$text")
 text=(--data "${data[@]}")
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
@@ -79,10 +79,7 @@ later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
 [ ${#conversations[@]} = 0 ] || later+=(--data "${conversations[@]}")
 
 # The clock starts when data and tokenizer are ready.
-from=(--set "$web")
-[ -z "$web" ] || step "web text" python -m nanochat.dataset -n "$shards" "${from[@]}"
-digits=3 # which GGUF needs; the embedded corpus was measured with 2
-[ "${data[*]}" != tinyworld ] || digits=2
+for set in $web; do step "web text of ${set%:*}" python -m nanochat.dataset -n "${set#*:}" --set "${set%:*}"; done
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
 step tokens python -m scripts.tok_data "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
@@ -100,7 +97,8 @@ step recipe python -m scripts.plan recipe "${plan[@]}" --out="$out/recipe.toml" 
 # flags that replace those of the recipe, fixed at the first start of a stage.
 replan() {
     [ -e "$out/$1.flags" ] || python -c "import sys; from nanochat.plan.recipe import replanned
-print(*replanned(sys.argv[1], sys.argv[2], float(sys.argv[3])))" "$out/recipe.toml" "$1" $((minutes * 60 + $(cat "$out/begun") - before - SECONDS)) >"$out/$1.flags"
+print(*replanned(sys.argv[1], sys.argv[2], float(sys.argv[3])))" "$out/recipe.toml" "$1" $((minutes * 60 + $(cat "$out/begun") - before - SECONDS)) >"$out/$1.new"
+    [ -e "$out/$1.flags" ] || mv "$out/$1.new" "$out/$1.flags"
     again=($(cat "$out/$1.flags"))
 }
 replan base_train

@@ -30,7 +30,7 @@ quoted() {
 
 # planned_run SCRIPT FLAGS... -- WORDS...: what the scripts of fixed length share. WORDS are their own: -h shows their first lines, and --dry_run
 # with further flags of `plan day` prints the page and stops. Else the page is printed, sets shards, vocab and rows, and stops the script if disk,
-# memory or text do not suffice.
+# memory or text do not suffice; that is done once, at the first start.
 planned_run() {
     local script=$1 flags=() more=() settled word
     shift
@@ -43,13 +43,24 @@ planned_run() {
     esac
     source runs/environment.sh
     if [ "${1:-}" = --dry_run ]; then
-        # A card that is named replaces the script's
+        # A card that is named replaces the script's, with their number; a number alone replaces the number
         for word in "${@:2}"; do
-            [[ "$word" != --gpu* ]] || for i in "${!flags[@]}"; do [[ "${flags[i]}" != --gpu* ]] || unset "flags[i]"; done
+            case "$word" in
+                --gpu | --gpu=*) word="--gpu*" ;;
+                --gpus | --gpus=*) word="--gpus=*" ;;
+                *) continue ;;
+            esac
+            for i in "${!flags[@]}"; do case "${flags[i]}" in $word) unset "flags[i]" ;; esac; done
         done
         more=("${@:2}")
         exec python -m scripts.plan day "${flags[@]}" --script="runs/$script" ${more[@]+"${more[@]}"}
     fi
-    settled=$(python -m scripts.plan day "${flags[@]}" --script="runs/$script" --shell) || exit
-    eval "$settled"
+    # It is fixed at the first start: later ones find a part of what it needs on the disk already
+    local file="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/plan/$script.settled"
+    [ -e "$file" ] || {
+        settled=$(python -m scripts.plan day "${flags[@]}" --script="runs/$script" --shell) || exit
+        mkdir -p "$(dirname "$file")"
+        printf '%s\n' "$settled" >"$file"
+    }
+    source "$file"
 }

@@ -60,7 +60,7 @@ def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
     sources = [f"own={tmp_path / name}:0.5#{{title}} {{body}}", "tinyworld:0.5"]
     knobs = day.DayKnobs(minutes=20, data=tuple(sources), vocab=4096)
     chosen = SimpleNamespace(primary=None)
-    plan = SimpleNamespace(knobs=knobs, needs={"web": ""}, choice=chosen)
+    plan = SimpleNamespace(knobs=knobs, needs={"web": {}, "digits": 3}, choice=chosen)
     lines = day.commands(plan, "runs/one_day.sh")
     typed = [shlex.split(line, comments=True) for line in lines]
     assert sum(words.count(sources[0]) for words in typed) == 3
@@ -98,7 +98,9 @@ def test_a_run_of_so_many_tokens():
     size = ["--depth=4", "--model_dim=512", "--head_dim=64", "--vocab=24576", "--gpu=rtx3090"]
     made = plan.main(["day", *size, "--tokens=500170752", "--script=runs/ittybitty.sh"])
     assert made["chosen"]["tokens"] == pytest.approx(500_170_752, rel=0.01)
-    assert made["needs"]["shards"] == 10 and made["commands"] == ["bash runs/ittybitty.sh"]
+    assert made["needs"]["web"] == {"fineweb-edu": 10} and made["commands"] == [
+        "bash runs/ittybitty.sh"
+    ]
     assert 0.9e9 < made["needs"]["disk_bytes"]["text"] < 1.7e9
 
 
@@ -106,9 +108,9 @@ def test_what_a_shell_reads(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     plan.main(["day", "--hours=24", *CARD, "--data", "tinyworld", "--shell"])
     printed = capsys.readouterr()
-    code = f'{printed.out}echo "$shards/$vocab/$web/$text/$rows"'
+    code = f'{printed.out}echo "$shards/$vocab/$web/$text/$rows/$digits"'
     read = subprocess.run(["bash", "-c", code], capture_output=True, text=True).stdout
-    assert read == "0/2048//tinyworld/32\n" and "What you get" in printed.err
+    assert read == "0/2048//tinyworld/32/2\n" and "What you get" in printed.err
 
 
 def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):
@@ -120,7 +122,7 @@ def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**13))
     plan.main(words)
     (tmp_path / "a.txt").write_text("a few words " * 1000)
-    with pytest.raises(UserError, match=r"would read your text \d+ times"):
+    with pytest.raises(UserError, match=r"read 3 times, it makes only \d+ steps. Add text"):
         plan.main([*words, "--data", str(tmp_path / "a.txt")])
 
 
@@ -148,14 +150,17 @@ def test_what_is_refused(words, says):
 
 
 def test_repeated_text_is_counted(tmp_path):
-    (tmp_path / "a.txt").write_text("some words here " * 100_000)
+    (tmp_path / "a.txt").write_text("some words here " * 500_000)
     words = ["--hours=1", *CARD, "--vocab=4096"]
     values = knobs.parse(day.DayKnobs, [*words, "--data", str(tmp_path)], command="plan day")[0]
     text = day.planned(values).text
-    assert text == [(1.0, pytest.approx(1.6e6 / bytes_per_token(4096)))]
+    assert text == [(1.0, pytest.approx(8e6 / bytes_per_token(4096)))]
     once = plan.main(["day", *words, "--data", "fineweb-edu"])["chosen"]
     often = plan.main(["day", *words, "--data", str(tmp_path)])
-    assert often["needs"]["passes"] > 100 and often["chosen"]["bpb"][0] > 1.1 * once["bpb"][0]
+    assert often["needs"]["passes"] == pytest.approx(3), "as often as base_train reads it"
+    assert often["chosen"]["bpb"][0] > 1.1 * once["bpb"][0]
+    (took,) = (s for name, s, _ in often["schedule"] if name == day.STAGES["base_train"])
+    assert took < 60 and "less than its time" in str(often["sections"])
     mixture = [f"a={tmp_path}:0.25", "fineweb-edu:0.75"]
     shares = [share for share, _ in day.fresh_text(mixture, 4096)]
     assert shares == [0.25, 0.75]

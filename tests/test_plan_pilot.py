@@ -52,7 +52,7 @@ def planned(tmp_path, monkeypatch):
     monkeypatch.setattr(day, "planned_machine", lambda knobs: mine)
     kept = ("--data", "--depth", "--model_dim", "--head_dim", "--kv_ratio", "--sequence_len")
     words = [f for f in tiny.workplace(tmp_path) if f.startswith(kept)]
-    ask = [*words, "--minutes=5", "--total_batch_size=1024", "--device_batch_size=16"]
+    ask = [*words, "--minutes=5", "--total_batch_size=512", "--device_batch_size=16"]
     recipe.run(knobs.parse(recipe.RecipeKnobs, [*ask, "--model_tag=t"], command="plan recipe")[0])
     return tmp_path / "plan" / "recipe.toml"
 

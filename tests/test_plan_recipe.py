@@ -462,7 +462,7 @@ def test_toml_values(value):
 def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "some folder"
     folder.mkdir()
-    (folder / "a.txt").write_text("text " * 100_000)
+    (folder / "a.txt").write_text("text " * 300_000)
     card_fields = {
         "name": "Some CPU",
         "device_type": "cpu",

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, base_dir, columns, entry, human, print0
+from nanochat.base.common import UserError, base_dir, columns, entry, human, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
 from nanochat.eval.scores import stage_results, stage_table
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print0(columns(*stage_table(answers)))
     seconds = knobs.seconds or 60 * sum(figures["minutes"] for figures in stages.values())
     summary = {"tag": tag, "minutes": round(seconds / 60, 2), "stages": stages}
-    path = Path(knobs.out or base_dir() / "quickstart") / "summary.json"
+    path = user_path(knobs.out or base_dir() / "quickstart") / "summary.json"
     atomic_write(path, json.dumps(summary, indent=1))
     print0(f"{summary['minutes']:.1f} minutes in all; the figures are in {path}")
     return summary

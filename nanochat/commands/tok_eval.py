@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanochat.base.common import UserError, columns, entry, notice, print0
-from nanochat.base.knobs import knob, parse
+from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.data.sources import mixed, training_sources
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ Good morning ☀️🥐! On the boat ⛴️ now, wind 💨💨 but happy 😄�
 
 
 @dataclass(kw_only=True)
-class EvaluateTokenizerKnobs:
+class EvaluateTokenizerKnobs(ReadingKnobs):
     """Tokenizer evaluation"""
 
     data: tuple[str, ...] = knob(
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     from nanochat.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load()
-    sources = training_sources(knobs.data)
+    sources = training_sources(knobs.data, knobs.skip_bad_rows)
     published = published_encodings(knobs.wait)
     texts = {
         source.name: list(mixed([source], "val", max_chars=knobs.max_chars)) for source in sources

@@ -65,9 +65,12 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
 
     near = []
     for width in [knobs.model_dim] if knobs.model_dim else range(64, LARGEST["n_embd"], 64):
-        if width % (knobs.head_dim or usual_head(width)) and not knobs.model_dim:
+        try:
+            n = counts(of_width(width, 1))
+        except UserError:  # width, heads and copy heads do not go together
+            if knobs.model_dim:
+                raise
             continue
-        n = counts(of_width(width, 1))
         depth = knobs.depth or max(1, 1 + round((params - n["total"]) / n["transformer"]))
         if n["total"] > params * (1 + TOLERANCE):
             break

@@ -6,28 +6,34 @@ each, and a choice among those that fit the memory.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
 from nanochat.base.common import UserError, duration
 from nanochat.base.knobs import knob
+from nanochat.data.inventory import LIMIT
+from nanochat.data.sources import parse_sources
 from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, speed
 from nanochat.plan.law import LOOKBACK, Z90, Law, Text, worth
 from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
-from nanochat.plan.shapes import OpenSizeKnobs, counts
+from nanochat.plan.shapes import OpenSizeKnobs, counts, possible
 from nanochat.train.scaling import (
     EVALUATING,
     MOST_EVAL_TOKENS,
     PRETRAIN,
     SAMPLING,
+    USEFUL_PASSES,
     batch_for,
+    bytes_per_token,
     context_for,
     context_stages,
     evaluations_within,
     pilot_seconds,
     stage_seconds,
+    whole_rows,
 )
 
 ASPECTS = (48.0, 64.0, 96.0)  # widths per layer that are tried
@@ -77,6 +83,7 @@ class Candidate:
     tokens: float
     bpb: tuple[float, float, float]  # bits per byte with a 90 % interval
     memory: dict[str, int]  # bytes of the device by part, see memory.predict
+    seconds: float  # of pretraining: all that it gets, or less where text is short
     why: str = ""  # it cannot train
 
     @property
@@ -117,8 +124,14 @@ def assess(
     usable = math.inf if knobs.device_batch_size else USABLE
     # Evaluations take a share of the time, or read so many tokens, at twice the speed of training.
     most_read = (1 + evaluations_within(seconds)) * sources * MOST_EVAL_TOKENS / 2
-    tokens, rows, rate, parts = 0.0, 1, speed.Speed(1.0, 1.0, 1.0), {}
-    batch = knobs.total_batch_size or 1 << 14
+    tokens = wanted = 1.0
+    rows, rate, parts = 1, speed.Speed(1.0, 1.0, 1.0), {}
+    batch, most = (
+        knobs.total_batch_size or 1 << 14,
+        most_tokens(knobs.data, text, config.vocab_size),
+    )
+    if knobs.total_batch_size:
+        whole_rows(batch, *lengths)
     for _ in range(3):  # the batch follows from the tokens, and they follow a little from the batch
         rows = knobs.device_batch_size or _fastest_rows(config, batch, machine)
         rows, parts = memory.fitting_rows(config, rows, machine, compiled, usable)
@@ -130,15 +143,29 @@ def assess(
         rate = speed.Speed(*mean.tolist())
         reading = min(EVALUATING * seconds, most_read / rate.tok_per_sec)
         tokens = max(1.0, ((1 - SAMPLING) * seconds - opening - reading) * rate.tok_per_sec)
+        tokens, wanted = min(tokens, most), tokens
         batch = knobs.total_batch_size or max(T, batch_for(tokens) // T * T)
     bpb = _expected(law, config, tokens, rate, text)
-    candidate = Candidate(config, contexts, batch, rows, rate, tokens, bpb, parts)
+    took = seconds * min(1.0, tokens / wanted)
+    candidate = Candidate(config, contexts, batch, rows, rate, tokens, bpb, parts, took)
     if parts["total"] > USABLE * machine.memory_bytes:
         needed, available = parts["total"] / GIB, machine.memory_bytes / GIB
         candidate.why = f"needs {needed:.1f} of {available:.1f} GiB"
     elif candidate.steps < FEWEST_STEPS:
         candidate.why = f"{candidate.steps} steps are too few"
     return candidate
+
+
+def most_tokens(data: Sequence[str], text: Text, vocabulary: int) -> float:
+    """
+    Tokens that base_train reads of this text at most: USEFUL_PASSES, if all of it is in files that
+    are small enough to be counted (train/stage.py: limited_feed).
+    """
+    if not text or any(source.kind != "files" for source in parse_sources(data)):
+        return math.inf
+    if max(fresh for _, fresh in text) * bytes_per_token(vocabulary) > LIMIT:
+        return math.inf
+    return USEFUL_PASSES * max(fresh / share for share, fresh in text)
 
 
 def lookback_factor(config: GPTConfig) -> float:
@@ -181,11 +208,10 @@ def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law, text: Text) -> li
     T = knobs.sequence_len or context_for(speed.usual_flops(machine, seconds))
     depths = (knobs.depth,) if knobs.depth else DEPTHS
     aspects = (knobs.aspect_ratio or 64.0,) if knobs.model_dim or knobs.aspect_ratio else ASPECTS
-    sizes = [
-        knobs.of_size(depth, aspect, T, seconds, machine.device_type)
-        for depth in depths
-        for aspect in aspects
-    ]
+    sizes = possible(
+        lambda depth, aspect: knobs.of_size(depth, aspect, T, seconds, machine.device_type),
+        product(depths, aspects),
+    )
     configs = {(c.n_layer, c.n_embd): c for c in sizes}
     every = [assess(knobs, config, machine, law, text) for config in configs.values()]
     return sorted(every, key=lambda c: (bool(c.why), c.bpb[0], c.size))
@@ -235,6 +261,12 @@ def _nothing_fits(knobs: ChoiceKnobs, machine: Machine, every: Sequence[Candidat
             f"{machine.name} has too little memory: the smallest candidate, {model}, {least.why} "
             f"with {least.device_batch_size} rows at a time. Try --sequence_len=256, a smaller "
             "vocabulary, --tie_embeddings or a smaller --depth"
+        )
+    if least.seconds < knobs.pretraining_seconds():
+        return (
+            f"the text is too short for a plan: read {USEFUL_PASSES} times, it makes only "
+            f"{least.steps} steps. Add text to --data, or use nanochat mine, which is for small "
+            "collections"
         )
     stepping = FEWEST_STEPS * (1 << 12) / least.speed.tok_per_sec
     needed = (OPENING + 1.3 * stepping) / knobs.pretrain / 60

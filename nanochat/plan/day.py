@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from nanochat.base.common import UserError, base_dir, columns, counted, duration, human, print0
 from nanochat.base.knobs import as_typed, knob
 from nanochat.data.sources import SHARD_SETS, files, parse_sources
+from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import machine, probe
 from nanochat.plan.choice import TIE, Candidate, Choice, ChoiceKnobs, assess, choose
 from nanochat.plan.law import Law, Text
@@ -34,12 +35,10 @@ from nanochat.train.scaling import bytes_per_token, text_for
 
 SHARD_TEXT, SHARD_FILE = 250e6, 100e6  # bytes of text in a shard of web text, and of its file
 TASKS = 1e9  # bytes of the conversations and questions of the later stages, about
-PACKED = {".parquet": 2.5, ".gz": 3.0, ".zst": 3.0}  # bytes of text per byte of a file
 TOKENISING = 3.2e6  # bytes per second and core (bench/data.py, two cores of an EPYC Zen 4)
 MERGING = 6e6  # the same of training a tokenizer, on at most 2 GB
 POINT = 25.0  # seconds that plan probe takes for each measurement, of at most a twelfth of the time
 REST = 100.0  # watts of a computer beside its GPU
-PASSES = 40.0  # over a text: more teach next to nothing (Muennighoff et al. 2023)
 # Bits per byte of web text up to which words hold, the words, and where they are from. Four runs of
 # nanochat at 0.745 to 0.750 scored as GPT-2 XL does in CORE (its dev/LEADERBOARD.md, 2026). llm.c
 # measured 3.29 nats per token for GPT-2 124M on FineWeb, which is 1.03 at 4.6 bytes per token. The
@@ -103,6 +102,13 @@ class DayKnobs(PlanKnobs):
 def planned_machine(knobs: PlanKnobs) -> Machine:
     """The machine that the knobs name; this one is probed now unless it was before."""
     target = machine.named(knobs)
+    if knobs.gpu or knobs.probe:
+        own = machine.named(replace(knobs, dtype="auto")).dtype
+        if target.dtype != own:
+            raise UserError(
+                f"the speed of {target.name} is known in {own}, not in {target.dtype}: leave "
+                "--dtype out"
+            )
     if target.points or knobs.gpu or knobs.probe:
         return target
     print0("this machine has no probe yet: measuring a few points", file=sys.stderr)
@@ -115,15 +121,19 @@ def planned_machine(knobs: PlanKnobs) -> Machine:
 def fresh_text(data: Sequence[str], vocabulary: int) -> Text:
     """
     (share of the tokens, tokens that it holds) of each source; a data set on the hub counts with
-    all its shards, because they can be downloaded.
+    all its shards, because they can be downloaded. UserError for a source without text.
     """
+    from nanochat.data.documents import text_bytes
+
     sizes = []
     for source in parse_sources(data):
         size = 1e6 * source.megabytes
         if source.kind == "shards":
             size = SHARD_TEXT * SHARD_SETS[source.paths[0].name].last
         elif source.kind == "files":
-            size = sum(p.stat().st_size * PACKED.get(p.suffix, 1.0) for p in files(source))
+            size = sum(map(text_bytes, files(source)))
+            if not size:
+                raise UserError(f"the data source {source.name} holds no text: name another")
         sizes.append((source.weight or size, size / bytes_per_token(vocabulary)))
     whole = sum(weight for weight, _ in sizes)
     return [(weight / whole, tokens) for weight, tokens in sizes]
@@ -147,20 +157,25 @@ class Plan:
     def needs(self) -> dict[str, Any]:
         """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
         knobs, chosen, sources = self.knobs, self.choice.primary, parse_sources(self.knobs.data)
-        web = [s.paths[0].name for s in sources if s.kind == "shards"]
+        web: dict[str, int] = {}  # shards of each data set of the hub
+        read = 0.0
+        for source, (share, fresh) in zip(sources, self.text, strict=True):
+            if source.kind == "shards":
+                name, fresh = source.paths[0].name, min(fresh, share * chosen.tokens)
+                shards = math.ceil(1.03 * fresh * bytes_per_token(knobs.vocab) / SHARD_TEXT)
+                web[name] = min(shards, SHARD_SETS[name].last)
+            read += fresh
         tasks = TASKS * (knobs.data != ("tinyworld",))
         cores = knobs.cores or (8 if knobs.gpu else os.cpu_count() or 1)
-        read = chosen.tokens if web else sum(fresh for _, fresh in self.text)
         spelled = read * bytes_per_token(knobs.vocab)
-        wanted = [math.ceil(1.03 * spelled / SHARD_TEXT), *(SHARD_SETS[name].last for name in web)]
-        shards = min(wanted) if web else 0
-        downloaded = SHARD_FILE * (shards + len(web))
+        downloaded = SHARD_FILE * (sum(web.values()) + len(web))
         n = counts(chosen.config)
         checkpoint = 12 * n["total"] - 4 * n["transformer"]
         watts = knobs.watts or self.machine.gpus * self.machine.watts + REST
         return {
-            "shards": shards,
-            "web": web[0] if web else "",
+            "shards": sum(web.values()),
+            "web": web,
+            "digits": 2 if knobs.data == ("tinyworld",) else 3,  # 3 for GGUF; 2 was measured
             "cores": cores,
             "download_bytes": downloaded + tasks,
             "tokenizer_seconds": min(2e9, spelled) / (MERGING * cores) + 10,
@@ -194,6 +209,8 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     size = bytes_per_token(1) * sum(tokens for _, tokens in fresh_text(knobs.data, 1))
     knobs = replace(knobs, vocab=knobs.vocabulary(bool(knobs.gpu), size))
     if knobs.tokens:
+        if knobs.lookback == "auto":  # base_train adds its parts by the budget, and here is none
+            knobs = replace(knobs, lookback="off")
         aspect, T = knobs.aspect_ratio or 64.0, knobs.sequence_len or 2048
         knobs = replace(knobs, hours=1.0, aspect_ratio=aspect, sequence_len=T)
         for _ in range(9):  # the time follows from the tokens, and they a little from the time
@@ -225,12 +242,6 @@ def lacking(plan: Plan) -> list[str]:
                 f"the run is for {counted(knobs.gpus, 'GPUs')}, and this machine has {cards}: set "
                 "GPUS to their number, or see with --dry_run --gpu NAME what another card does"
             )
-    passes, own = plan.needs["passes"], any(s.kind == "files" for s in parse_sources(knobs.data))
-    if own and passes > PASSES:
-        faults.append(
-            f"the run would read your text {passes:.0f} times, and more than {PASSES:.0f} "
-            "times teach next to nothing: add text to --data, or give less time"
-        )
     return faults
 
 
@@ -254,6 +265,7 @@ def schedule(plan: Plan) -> list[tuple[str, float, str]]:
         (f"tokenise on {cores} cores", need["tokenising_seconds"], "measured on two cores"),
     ]
     stages = {"probe": plan.knobs.used, **plan.knobs.stages()}
+    stages["base_train"] = plan.choice.primary.seconds
     rows += [(STAGES[name], seconds, "rule") for name, seconds in stages.items()]
     return [row for row in rows if row[1]]
 
@@ -285,6 +297,8 @@ def gains(plan: Plan) -> list[Row]:
     c, knobs, passes = plan.choice.primary, plan.knobs, plan.needs["passes"]
     words, known = in_words(plan, c)
     often = "each token once" if passes <= 1 else f"each token {passes:.1f} times"
+    if c.seconds < knobs.pretraining_seconds():
+        often += "; more would only be learned by heart, so this takes less than its time"
     timed = "measured here" if plan.machine.points else "specification"
     timed = "measured on such a machine" if knobs.probe else timed
     contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
@@ -349,22 +363,40 @@ def commands(plan: Plan, script: str) -> list[str]:
     if knobs.tokens and script:
         return [f"bash {script}"]
     length = f"--hours {knobs.hours:g}" if knobs.hours else f"--minutes {knobs.minutes:g}"
+    minutes = round(budget_seconds(knobs) / 60)
     data, recipe = shlex.join(["--data", *knobs.data]), machine.folder() / "recipe.toml"
-    download = f"nanochat dataset -n {need['shards']} --set {need['web']}\n" if need["web"] else ""
-    tokenizer = f"{download}nanochat tok_train --vocab_size {knobs.vocab} {data}\n"
+    download = "".join(f"nanochat dataset -n {n} --set {name}\n" for name, n in need["web"].items())
+    vocabulary = f"--vocab_size {knobs.vocab} --digits {need['digits']}"
+    tokenizer = f"{download}nanochat tok_train {vocabulary} {data}\n"
     if knobs.tokens:
-        steps = f"--total_batch_size {c.total_batch_size} --num_iterations {c.steps}"
-        size = f"--depth {c.shape[0]} --model_dim {c.shape[1]} --head_dim {c.config.head_dim}"
-        return f"{tokenizer}nanochat base_train {size} {steps} {data}".splitlines()
+        flags = {
+            "depth": c.shape[0],
+            "model_dim": c.shape[1],
+            "head_dim": c.config.head_dim,
+            "kv_ratio": knobs.kv_ratio,
+            "total_batch_size": c.total_batch_size,
+            "device_batch_size": c.device_batch_size,
+            "num_iterations": c.steps,
+        }
+        for f in fields(ArchitectureKnobs):
+            if (value := getattr(c.config, f.name)) != f.default:
+                flags[f.name] = value
+        words = " ".join(f"--{name}={as_typed(value)}" for name, value in flags.items())
+        return f"{tokenizer}nanochat base_train {words} {data}".splitlines()
     file, pilot = shlex.quote(str(recipe)), " --pilot" if knobs.stages()["pilot"] else ""
     default = vars(type(knobs)())
-    named = {*vars(SizeKnobs()), "lookback"} - {"vocab"}
+    run = {"lookback", "pretrain", "total_batch_size", "device_batch_size"}
+    named = vars(SizeKnobs()).keys() - {"vocab"} | run
     sizes = (n for n in default if n in named and getattr(knobs, n) != default[n])
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in sizes)
-    # The script would choose sizes that are given here.
-    whole = f"bash {script or 'runs/one_day.sh'} {length} {data}    # all of it; or step by step:\n"
+    whole = ""
+    if not given and minutes >= 10:  # the script would choose what is given, and refuses less
+        rounded = length if knobs.hours == int(knobs.hours) else f"--minutes {minutes}"
+        whole = (
+            f"bash {script or 'runs/one_day.sh'} {rounded} {data}    # all of it, or by steps:\n"
+        )
     return f"""\
-{"" if given else whole}\
+{whole}\
 {tokenizer}nanochat plan recipe {length}{pilot} --vocab {knobs.vocab}{given} {data}
 {"nanochat plan pilot" if pilot else ""}
 nanochat base_train --recipe {file}
@@ -443,9 +475,9 @@ def write_html(made: dict[str, Any], file: str) -> None:
 
 def run(knobs: DayKnobs) -> dict[str, Any]:
     """Print the page and return it. UserError if nothing can be trained, or with --shell."""
-    plan = planned(knobs, whole=True)
-    made = page(plan, knobs.script)
-    with redirect_stdout(sys.stderr) if knobs.shell else nullcontext():
+    with redirect_stdout(sys.stderr) if knobs.shell else nullcontext():  # a probe prints, too
+        plan = planned(knobs, whole=True)
+        made = page(plan, knobs.script)
         show(made)
     if knobs.html:
         write_html(made, knobs.html)
@@ -454,8 +486,9 @@ def run(knobs: DayKnobs) -> dict[str, Any]:
         if faults := lacking(plan):
             raise UserError("; ".join(faults))
         rows, text = plan.choice.primary.device_batch_size, shlex.quote(plan.knobs.data[0])
+        web = " ".join(f"{name}:{n}" for name, n in plan.needs["web"].items())
         print0(
             f"shards={plan.needs['shards']}\nvocab={plan.knobs.vocab}\nrows={rows}\n"
-            f"web={plan.needs['web']}\ntext={text}"
+            f"web='{web}'\ntext={text}\ndigits={plan.needs['digits']}"
         )
     return made

@@ -29,7 +29,7 @@ from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.stages import run_directory
-from nanochat.plan import day, machine, recipe
+from nanochat.plan import day, machine, memory, recipe
 from nanochat.plan.choice import OPENING, lookback_factor
 from nanochat.plan.law import Law, worth
 from nanochat.plan.machine import GIB
@@ -129,7 +129,9 @@ def verdict(target: float, bpb: tuple[float, float, float]) -> str:
 def run(knobs: PilotKnobs) -> dict[str, Any]:
     """Train the short run and write the corrected recipe; returns all figures."""
     file, flags, asked = read(knobs.plan)
-    plan = day.planned(replace(asked, **{name: flags[name] for name in SIZE}))
+    # The context is the plan's own where the run does not grow it: memory may have shortened it
+    size = SIZE if "context_stages" in flags else (*SIZE, "sequence_len")
+    plan = day.planned(replace(asked, **{name: flags[name] for name in size}))
     planned, target, whole = plan.choice.primary, plan.machine, asked.pretraining_seconds()
     seconds = knobs.minutes * 60 or min(PILOT * whole, MOST_SECONDS)
     compiled = target.compiles(whole)
@@ -154,7 +156,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
         )
     ratio = speed / planned.speed.tok_per_sec
     counted = planned.memory["allocated" if target.device_type == "cuda" else "total"]
-    gap = (target.memory_gap or 0) + peak - counted
+    gap = (memory.with_gap(target.when(compiled)).memory_gap or 0) + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
     plain = end / lookback_factor(planned.config)
     law = Law().moved(planned.size, worth(made["tokens"], plan.text), plain)

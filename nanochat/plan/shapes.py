@@ -3,11 +3,12 @@ The sizes that plans are about: from flags to a configuration, and from a config
 parameters and FLOPs. Every figure is counted on the real model, built without memory.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from nanochat.base.common import base_dir
+from nanochat.base.common import UserError, base_dir
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.plan.machine import BudgetKnobs, budget_seconds
@@ -92,6 +93,19 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
         return vocabulary_for(size, budget_seconds(self) or 86_400.0, simple)
 
 
+def possible(make: Callable[..., GPTConfig], options: Iterable[tuple]) -> list[GPTConfig]:
+    """make(*option) for each option that makes a model; the last UserError if none does."""
+    made, refused = [], UserError("there is no size to try")
+    for option in options:
+        try:
+            made.append(make(*option))
+        except UserError as e:
+            refused = e
+    if not made:
+        raise refused
+    return made
+
+
 def model_of(config: GPTConfig) -> "GPT":
     """The real model on the meta device, where it takes no memory. Remembered."""
     return _model(tuple(vars(config).items()))
@@ -109,18 +123,20 @@ def _model(key: tuple) -> "GPT":
 
 def counts(config: GPTConfig) -> dict[str, int]:
     """
-    Parameters by part: embedding, transformer, head, total, matmul; counted on a model of one
-    layer, because all layers are alike.
+    Parameters by part: embedding, transformer, head, total, matmul; counted on models of up to
+    three layers, because a layer is like the last but one (GPTConfig.has_value_table).
     """
-    one = model_of(replace(config, n_layer=1)).counts()
-    further = (config.n_layer - 1) * one["transformer"]
-    return one | {part: one[part] + further for part in ("transformer", "total", "matmul")}
+    first = 2 - config.n_layer % 2
+    sizes = (1, first, 3)
+    one, start, three = (model_of(replace(config, n_layer=n)).counts() for n in sizes)
+    pairs = (config.n_layer - first) // 2
+    return {part: n + pairs * (three[part] - one[part]) for part, n in start.items()}
 
 
 def flops_per_token(config: GPTConfig, T: int = 0) -> float:
     """Training FLOPs per token in rows of T tokens (0 = the whole context)."""
     T = T or config.sequence_len
-    if "S" in config.window_pattern:
+    if "S" in config.window_pattern or config.value_embeddings:
         return model_of(config).flops_per_token(T)
     one, two = (model_of(replace(config, n_layer=n)).flops_per_token(T) for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one)  # all layers are alike

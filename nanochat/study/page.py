@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nanochat.base.common import printable
+from nanochat.base.common import printable, user_path
 from nanochat.base.files import atomic_write
 
 if TYPE_CHECKING:
@@ -209,5 +209,5 @@ def write_page(
         *(f"<h2>{html.escape(head)}</h2>{text}" for head, text in sections.items() if text),
         "</body></html>\n",
     ]
-    atomic_write(out, printable("".join(parts)))
-    return Path(out)
+    atomic_write(user_path(out), printable("".join(parts)))
+    return user_path(out)

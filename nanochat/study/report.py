@@ -418,8 +418,8 @@ def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
     line, written, pause = StatusLine(), (), 1.0
     while True:
         runs = find_runs(names)
-        if not runs:
-            line.show("waiting for a run")
+        if not any((run / logbook.FILE).exists() for run in runs):
+            line.show(f"waiting for {', '.join(names) or 'a run'}")
         try:
             files = [run / logbook.FILE for run in runs]
             grown = tuple((file, file.stat().st_size) for file in files if file.exists())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from nanochat.base.common import UserError, duration, human, notice, print0
 from nanochat.train.run import OpenRun
-from nanochat.train.scaling import USEFUL_PASSES, batch_for, context_for
+from nanochat.train.scaling import USEFUL_PASSES, batch_for, context_for, whole_rows
 
 CHARACTERS_PER_TOKEN = 4.0  # about
 LENGTHS = "num_iterations", "target_flops", "target_param_data_ratio"
@@ -18,22 +18,6 @@ class Horizon:
     rows: int  # at the longest context
     steps: int | None = None
     epochs: int | None = None
-
-
-def whole_rows(total_batch_size: int, *lengths: int) -> int:
-    """
-    A batch of tokens in rows of the last of these lengths. UserError unless it is a whole number of
-    rows at each length.
-    """
-    unit = math.lcm(*lengths)
-    if total_batch_size % unit:
-        near = max(1, round(total_batch_size / unit)) * unit
-        rows = " and ".join(f"of {T}" for T in lengths)
-        raise UserError(
-            f"--total_batch_size={total_batch_size} is not a whole number of rows {rows} "
-            f"tokens: try --total_batch_size={near}"
-        )
-    return total_batch_size // lengths[-1]
 
 
 def choose_horizon(run: OpenRun, characters: float = math.inf) -> Horizon:
