@@ -79,7 +79,10 @@ later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
 [ ${#conversations[@]} = 0 ] || later+=(--data "${conversations[@]}")
 
 # The clock starts when data and tokenizer are ready.
-for set in $web; do step "web text of ${set%:*}" python -m nanochat.dataset -n "${set#*:}" --set "${set%:*}"; done
+for set in $web; do
+    from=(-n "${set#*:}" --set "${set%:*}")
+    step "web text of ${set%:*}" python -m nanochat.dataset "${from[@]}"
+done
 step tokenizer python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
 step tokens python -m scripts.tok_data "${text[@]}"
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"

@@ -187,8 +187,9 @@ REFUSED = [
         {"copy_heads": 1, "convolutions": True, "value_embeddings": True},
         2,
         {},
-        "--copy_heads and --convolutions and --value_embeddings: train with --lookback=off",
+        "--copy_heads and --convolutions and --value_embeddings: add --with_code",
     ),
+    ("hf", {"convolutions": True, "rap": {"about": "rules"}}, 2, {"with_code": True}, "a prior"),
     ("ollama", {"activation": "swiglu"}, 3, {}, "--uncapped"),
     ("hf", {"activation": "swiglu"}, 2, {}, "--softcap=0"),
     ("hf", {"window_pattern": "SL"}, 2, {}, "--window_pattern=L"),
@@ -398,6 +399,46 @@ def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
 
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=target.custom_code
+    )
+    prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]
+    longest = max(map(len, prompts))
+    pad = tokenizer.specials["<|assistant_end|>"]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    theirs = loaded.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    for i, prompt in enumerate(prompts):
+        ours = Engine(model, tokenizer).generate_batch([prompt], max_tokens=20, temperature=0.0)[0]
+        count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
+        assert theirs[i, longest:].tolist()[:count] == ours.tokens[:count]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"copy_heads": 1, "convolutions": True, "value_embeddings": True},
+        {"copy_heads": 1, "n_layer": 3, "window_pattern": "SL", "tie_embeddings": True},
+        {"value_embeddings": True, "n_layer": 3, "activation": "swiglu", "softcap": 0.0},
+        {"convolutions": True, "activation": "gelu"},
+        {"convolutions": True, "activation": "silu", "rope_base": 500.0},
+    ],
+    ids=str,
+)
+def test_what_looks_back_travels_with_code(tmp_path, tokenizers, shape):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import AutoModelForCausalLM
+
+    from nanochat.chat.generate import Engine
+
+    tokenizer = tokenizers[3]
+    model = build(tokenizer.vocab_size, n_kv_head=2, **shape)
+    target = choose_target(model.config, 3, "hf", with_code=True)
+    folder = tmp_path / "exported"
+    write_folder(model, tokenizer, target, folder, "f32", {})
+    difference, largest = compare_logits(model, folder, custom_code=True)
+    assert difference <= TOLERANCE and largest > 1
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=True
     )
     prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]
     longest = max(map(len, prompts))

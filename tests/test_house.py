@@ -42,7 +42,7 @@ SOURCES = [
 ]
 SHELL = sorted((ROOT / "runs").glob("*.sh"))
 ALIASES = {"chat_web": "serve"}  # scripts under a second name: nanochat's users know chat_web
-SHIPPED = ROOT / "nanochat/export/modeling_nanochat_prior.py"  # copied into exports, never imported
+SHIPPED = sorted(ROOT.glob("nanochat/export/modeling_*.py"))  # copied into exports, never imported
 README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 MUST_WORK = """
@@ -125,10 +125,10 @@ CEILINGS = {
     "chat/serve": 11_360,
     "eval": 20_215,
     "train": 20_095,
-    "study": 13_180,
-    "plan": 14_980,
-    "export": 7_340,
-    "commands": 21_880,
+    "study": 13_195,
+    "plan": 15_595,
+    "export": 9_420,
+    "commands": 21_890,
 }
 WHOLE = sum(CEILINGS.values())
 
@@ -245,7 +245,7 @@ def test_importing_has_no_side_effects(tmp_path):
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    modules = [module_of(p) for p in [*PACKAGE, *SCRIPTS] if p != SHIPPED]
+    modules = [module_of(p) for p in [*PACKAGE, *SCRIPTS] if p not in SHIPPED]
     command = [sys.executable, "-c", WATCH, ",".join(extras()), *modules]
     done = subprocess.run(command, cwd=tmp_path / "work", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

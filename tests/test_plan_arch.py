@@ -220,3 +220,21 @@ def test_json_is_alone_on_standard_output(capsys):
 def test_columns_align_figures_to_the_right():
     lines = columns(("name", "n"), [("a", 1), ("long", 1234)]).splitlines()
     assert lines == ["| name |    n |", "| ---- | ---: |", "| a    |    1 |", "| long | 1234 |"]
+
+
+@pytest.mark.parametrize("layers", range(1, 8))
+@pytest.mark.parametrize("values", [False, True])
+def test_layers_are_counted_as_the_whole_model_counts_them(layers, values):
+    config = shapes.SizeKnobs(
+        depth=layers, model_dim=192, head_dim=64, vocab=512, value_embeddings=values, copy_heads=1
+    ).config()
+    whole = shapes.model_of(config)
+    assert shapes.counts(config) == whole.counts()
+    assert shapes.flops_per_token(config, 256) == pytest.approx(whole.flops_per_token(256))
+
+
+def test_sizes_without_room_for_a_copy_head_are_passed_over():
+    made = plan.main(["arch", "--params=38M", "--copy_heads=1", "--vocab=24576"])
+    assert made["config"]["n_kv_head"] > 1
+    day = plan.main(["day", "--hours=24", "--gpu=rtx4090", "--copy_heads=1"])
+    assert day["chosen"]["config"]["copy_heads"] == 1

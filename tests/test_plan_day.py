@@ -2,17 +2,20 @@
 
 import html
 import json
+import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from nanochat.base import knobs
 from nanochat.base.common import UserError
-from nanochat.commands import plan
-from nanochat.plan import day
+from nanochat.commands import base_train, plan
+from nanochat.plan import day, machine, probe
+from nanochat.plan.machine import Machine
 from nanochat.plan.shapes import SizeKnobs, counts
 from nanochat.train.scaling import (
     LEAST_FOR_PILOT,
@@ -76,6 +79,51 @@ def test_sizes_that_are_given_are_in_the_commands():
     (recipe,) = (line for line in lines if "plan recipe" in line)
     assert "--depth=8 --tie_embeddings=true" in recipe
     assert not any("one_day.sh" in line for line in lines), "it would choose its own sizes"
+
+
+@pytest.mark.parametrize("words", [["--tie_embeddings", "--sequence_len=1024"], ["--lookback=on"]])
+def test_the_command_for_so_many_tokens_trains_the_model_of_the_page(words):
+    words = ["--depth=4", "--head_dim=64", "--kv_ratio=0.5", "--tokens=1e8", *words]
+    made = plan.main(["day", "--gpu=rtx4090", *words])
+    (line,) = (line for line in made["commands"] if "base_train" in line)
+    typed = shlex.split(line)[2:]
+    k, origins = knobs.parse(base_train.PretrainKnobs, typed, command="base_train")
+    k, _ = base_train.with_lookback(k, origins, on_cpu=False)
+    assert asdict(k.model_config(65_536)) == made["chosen"]["config"]
+    assert k.total_batch_size * k.num_iterations == pytest.approx(1e8, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("budget", "line"),
+    [("--hours=24", "--hours 24"), ("--hours=1.5", "--minutes 90"), ("--minutes=8", "")],
+)
+def test_the_script_takes_what_the_page_says(budget, line):
+    lines = plan.main(["day", budget, "--gpu=rtx4090", "--data", "tinyworld"])["commands"]
+    script = [words.split("    #")[0] for words in lines if "one_day.sh" in words]
+    assert script == [f"bash runs/one_day.sh {line} --data tinyworld"] * bool(line)
+
+
+def test_web_text_is_fetched_by_its_share(tmp_path):
+    (tmp_path / "a.txt").write_text("some words here " * 1_000_000)
+    words = ["day", "--hours=24", *CARD]
+    whole = plan.main([*words, "--data", "fineweb-edu"])["needs"]
+    tenth = plan.main([*words, "--data", f"own={tmp_path}:0.9", "fineweb-edu:0.1"])["needs"]
+    assert tenth["web"]["fineweb-edu"] == pytest.approx(whole["shards"] / 10, abs=1)
+    made = plan.main([*words, "--data", "fineweb-edu:0.5", "climbmix:0.5"])
+    assert list(made["needs"]["web"]) == ["fineweb-edu", "climbmix"]
+    fetched = [line.split("--set ")[1] for line in made["commands"] if " dataset " in line]
+    assert fetched == ["fineweb-edu", "climbmix"]
+
+
+def test_only_what_a_shell_reads_goes_to_standard_output(capsys, monkeypatch):
+    """A machine without a probe is measured first, which prints a table."""
+    cpu = Machine("Some CPU", "cpu", "float32", 2**33, 1e12)
+    monkeypatch.setattr(machine, "named", lambda knobs: cpu)
+    monkeypatch.setattr(probe, "run", lambda knobs: print("measuring"))
+    plan.main(["day", "--hours=1", "--data", "tinyworld", "--shell"])
+    printed = capsys.readouterr()
+    assert all(re.fullmatch(r"\w+=\S*", line) for line in printed.out.splitlines())
+    assert "measuring" in printed.err
 
 
 def test_more_of_something_is_never_told_to_be_worse():
@@ -142,11 +190,20 @@ def test_a_script_for_eight_cards_stops_where_there_are_fewer(monkeypatch):
         ([], "give --hours or --minutes"),
         (["--hours=1", "--gpu=rtx3060", "--depth=40"], "RTX 3060 has too little memory"),
         (["--hours=1", "--data", "nowhere"], "nowhere does not exist"),
+        (["--hours=1", "--dtype=float32"], "known in bfloat16, not in float32: leave --dtype out"),
+        (["--hours=1", "--device_type=cpu"], "--device_type=cpu has no effect beside --gpu"),
+        (["--hours=1", "--total_batch_size=500000"], "not a whole number of rows"),
     ],
 )
 def test_what_is_refused(words, says):
     with pytest.raises(UserError, match=says):
         plan.main(["day", "--gpu=rtx4090", *words])
+
+
+def test_a_source_without_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="holds no text"):
+        plan.main(["day", "--hours=1", *CARD, "--data", f"notes={tmp_path}/empty.txt"])
 
 
 def test_repeated_text_is_counted(tmp_path):

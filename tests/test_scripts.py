@@ -223,6 +223,23 @@ def test_a_card_for_a_dry_run_replaces_the_one_of_the_script(checkout, tmp_path)
     made = run(file, "--dry_run", "--gpu", "rtx4090", base=tmp_path / "b")["day"]
     assert made[made.index("--gpu") + 1] == "rtx4090" and "--gpu=H100 SXM" not in made
     assert "--gpu=H100 SXM" in run(file, "--dry_run", base=tmp_path / "c")["day"]
+    four = run(file, "--dry_run", "--gpus", "4", base=tmp_path / "d")["day"]
+    assert "--gpu=H100 SXM" in four and "--gpus=8" not in four and four[-1] == "4"
+
+
+@pytest.mark.parametrize("script", ["ittybitty.sh", "speedrun.sh", "one_day.sh"])
+def test_a_script_plans_once(checkout, tmp_path, words_of, script):
+    """Started again, it would find a part of what it needs on the disk, and too little room."""
+    file = checkout() / "runs" / script
+    first = run(file, *words_of(script), base=tmp_path / "b")
+    (tmp_path / "b" / "record").unlink()
+    again = run(file, *words_of(script), base=tmp_path / "b", REFUSE="1")
+    assert "--shell" in first["day"] and "day" not in again
+
+
+def test_a_number_may_begin_with_0(checkout, tmp_path):
+    made = run(checkout() / "runs/one_day.sh", "--hours", "08", "--dry_run", base=tmp_path / "b")
+    assert "--minutes=480" in made["day"]
 
 
 @pytest.mark.parametrize("locale", ["de_DE.UTF-8", "fr_FR.UTF-8", "C", "POSIX", "ru_RU.KOI8-R", ""])

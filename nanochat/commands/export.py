@@ -42,7 +42,9 @@ class ExportKnobs(AnyModelKnobs):
         "", "class of the exported model (default: chosen for the model)", alias="--class"
     )
     with_code: bool = knob(
-        False, "hf: ship the code for an attention prior, which loads with trust_remote_code=True"
+        False,
+        "hf: ship the code for an attention prior, or for the parts of --lookback, which loads "
+        "with trust_remote_code=True",
     )
     uncapped: bool = knob(
         False,

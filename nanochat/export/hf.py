@@ -28,7 +28,6 @@ ARCHITECTURES = {
 }
 ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-CODE = Path(__file__).parent / "modeling_nanochat_prior.py"
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4  # largest difference of a logit in float32
 
@@ -47,6 +46,12 @@ def require_transformers() -> Any:
             'install a newer one with pip install -e ".[export]"'
         )
     return transformers
+
+
+def shipped_code(config: GPTConfig) -> Path:
+    """The file with a class for a model that transformers has none for."""
+    part = "prior" if config.rap else "lookback"
+    return Path(__file__).parent / f"modeling_nanochat_{part}.py"
 
 
 def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: str) -> dict:
@@ -73,15 +78,29 @@ def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: 
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
     if target.custom_code:
-        values["rap"] = config.rap
-        values["model_type"] = "nanochat_prior"
-        values["architectures"] = ["NanoChatPriorForCausalLM"]
+        code = shipped_code(config).stem
+        values["model_type"] = code.removeprefix("modeling_")
+        name = "NanoChatPrior" if config.rap else "NanoChatLookback"
+        values["architectures"] = [f"{name}ForCausalLM"]
         values["auto_map"] = {
-            "AutoConfig": f"{CODE.stem}.NanoChatPriorConfig",
-            "AutoModelForCausalLM": f"{CODE.stem}.NanoChatPriorForCausalLM",
+            "AutoConfig": f"{code}.{name}Config",
+            "AutoModelForCausalLM": f"{code}.{name}ForCausalLM",
         }
+        layers = range(config.n_layer)
+        values |= (
+            {"rap": config.rap}
+            if config.rap
+            else {
+                "copy_heads": config.copy_heads,
+                "convolutions": config.convolutions,
+                "value_layers": [layer for layer in layers if config.has_value_table(layer)],
+                "windows": [config.window(layer) for layer in layers],
+                "activation": config.activation,
+                "use_cache": False,
+            }
+        )
     if target.name == "nanochat":
-        values["hidden_act"] = ACTIVATIONS[config.activation]
+        values["hidden_act"] = ACTIVATIONS.get(config.activation, "silu")
         values["final_logit_softcapping"] = config.softcap or None
     elif target.name == "apertus":
         values["hidden_act"] = "xielu"
@@ -142,13 +161,14 @@ def write_folder(
         # The calculator's output is never the model's to write
         "suppress_tokens": list(tokenizer.never_sampled),
         "do_sample": True,
+        **({"use_cache": False} if values.get("use_cache") is False else {}),
         **sampling,
     }
     for name, content in (("config.json", values), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, folder)
     if target.custom_code:
-        shutil.copy(CODE, folder)
+        shutil.copy(shipped_code(model.config), folder)
     kept_whole = tuple(f"act_fn.{name}" for name in XIELU)
     tensors = {
         name: t.to(DTYPES[dtype]) if t.is_floating_point() and not name.endswith(kept_whole) else t

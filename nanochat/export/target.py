@@ -27,7 +27,7 @@ class Target:
 
     name: ClassName
     reason: str
-    custom_code: bool = False  # ships Python code for the attention prior
+    custom_code: bool = False  # ships Python code for what no class has
     uncapped: bool = False  # the softcap of the logits is left out
 
 
@@ -91,7 +91,14 @@ def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
 
     windows = has_windows(config)
     if flags := _parts_without_a_class(config):
-        raise refuse(f"none has {flags}: train with --lookback=off")
+        if config.rap:
+            raise refuse(f"none has {flags} and a prior: train without --rap, or --lookback=off")
+        if not with_code:
+            raise refuse(
+                f"none has {flags}: add --with_code to ship the code for them (it loads with "
+                "trust_remote_code=True), or train with --lookback=off"
+            )
+        return Target("nanochat", f"NanoChat with shipped code for {flags}", True)
     if config.rap and (config.activation == "swiglu" or windows):
         raise refuse(
             "the code shipped for an attention prior supports neither swiglu nor windows: "

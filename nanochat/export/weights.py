@@ -53,6 +53,16 @@ def _nanochat(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
+def _with_lookback(model: GPT) -> dict[str, Tensor]:
+    """Our own names, below those of the shipped class."""
+    names = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+    rows = model.config.vocab_size
+    return {
+        names.get(name, f"model.{name}"): p if name.startswith("blocks.") else p[:rows]
+        for name, p in model.named_parameters()
+    }
+
+
 def _folded(model: GPT, name: str) -> dict[str, Tensor]:
     """Qwen3 and Apertus: the same block under two sets of names."""
     config = model.config
@@ -94,7 +104,12 @@ def _folded(model: GPT, name: str) -> dict[str, Tensor]:
 
 def foreign_tensors(model: GPT, target: Target) -> dict[str, Tensor]:
     """Name in the target class -> float32 tensor on the CPU, contiguous and sharing no storage."""
-    tensors = _nanochat(model) if target.name == "nanochat" else _folded(model, target.name)
+    if target.name != "nanochat":
+        tensors = _folded(model, target.name)
+    elif target.custom_code and model.prior is None:
+        tensors = _with_lookback(model)
+    else:
+        tensors = _nanochat(model)
     if target.custom_code and model.prior is not None:
         tensors |= {f"prior.{name}": t for name, t in model.prior.state_dict().items()}
     return {

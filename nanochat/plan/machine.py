@@ -170,7 +170,8 @@ def named(knobs: CardKnobs) -> Machine:
         )
     if knobs.gpu and knobs.device_type != "auto":
         raise UserError(
-            f"--device_type={knobs.device_type} has no effect beside --gpu={knobs.gpu}: leave it out"
+            f"--device_type={knobs.device_type} has no effect beside --gpu={knobs.gpu}: leave it "
+            "out"
         )
     if knobs.gpus > 1 and not knobs.gpu:
         raise UserError(f"--gpus={knobs.gpus} also needs the name of the GPU: add --gpu NAME")

@@ -108,9 +108,9 @@ def context_for(flops: float) -> int:
     return 512 if flops < 1e16 else 1024 if flops < 3e18 else 2048
 
 
-# Copy heads, convolutions and value embeddings are the default on a CPU up to this budget: after 0.5,
-# 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.078 bits per byte less with them (three,
-# one and one seeds; dev/LOG.md, parts of the architecture).
+# Copy heads, convolutions and value embeddings are the default on a CPU up to this budget: after
+# 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.078 bits per byte less with them
+# (three, one and one seeds; dev/LOG.md, parts of the architecture).
 LOOKBACK_MINUTES = 60
 
 
