@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -229,6 +230,101 @@ def test_the_model_list(live):
         client.models.retrieve("gpt-5")
 
 
+# ---- more than one model
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Models without threads, of a base folder of their own with a run that was set aside."""
+    shutil.copytree(RELEASE, tmp_path / "base")
+    runs = tmp_path / "base/checkpoints/sft"
+    shutil.copytree(runs / "old", runs / "old.old2")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    made = Models(8, float("inf"), device_type="cpu", dtype="float32")
+    yield made
+    made.close(0)
+
+
+def later_step(run: Path) -> None:
+    """Adds a checkpoint with a later step to a run."""
+    later = shutil.copytree(next(run.glob("step_*")), run / "step_000009")
+    meta = json.loads((later / "meta.json").read_text())
+    (later / "meta.json").write_text(json.dumps(meta | {"step": 9}))
+    manifest = json.loads((later / "manifest.json").read_text())
+    digest = hashlib.sha256((later / "meta.json").read_bytes()).hexdigest()
+    (later / "manifest.json").write_text(json.dumps(manifest | {"meta.json": [digest]}))
+
+
+def test_the_step_that_was_asked_for_comes_back_after_another_model(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.chat.serve.models.MOST_LOADED", 1)
+    later_step(tmp_path / "base/checkpoints/sft/old")
+    later_step(tmp_path / "base/checkpoints/base/old")
+    loads, real = [], models.load
+    monkeypatch.setattr(models, "load", lambda *given: loads.append(given) or real(*given))
+    real("sft", "old", 3)
+    assert models.describe()[0]["nanochat"]["step"] == 3
+    for id in ("old/base", ""):
+        models.get(id)
+    assert loads == [("base", "old", None), ("sft", "old", 3)]
+
+
+def test_a_run_that_was_set_aside_is_listed_if_it_is_served(models):
+    assert "old.old2/sft" not in models.available()
+    models.load("sft", "old.old2")
+    assert models.describe()[0]["id"] == "old.old2/sft"
+    assert models.get("old.old2/sft") is models.get("")
+
+
+def test_a_loaded_model_answers_while_another_is_loading(base, monkeypatch):
+    server, begun, go = Live(), threading.Event(), threading.Event()
+    real = server.models.load
+
+    def load(*given):
+        begun.set()
+        assert go.wait(30)
+        return real(*given)
+
+    monkeypatch.setattr(server.models, "load", load)
+    try:
+        with ThreadPoolExecutor() as pool:
+            asked = {"model": "old/base", "prompt": "a", "max_tokens": 2}
+            other = pool.submit(server.post, "/v1/completions", asked)
+            assert begun.wait(20)
+            try:
+                body = {"messages": HI, "max_tokens": 2}
+                answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=10)
+            finally:
+                go.set()
+            assert answer.status_code == 200 and other.result(30).status_code == 200
+    finally:
+        server.close()
+
+
+def test_memory_that_does_not_suffice_for_a_second_model_is_explained(models, monkeypatch):
+    from nanochat.chat.serve.requests import ApiError
+
+    models.load("sft", "old")
+
+    def load(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(models, "load", load)
+    with pytest.raises(ApiError, match="does not suffice for old/base") as refused:
+        models.get("old/base")
+    assert refused.value.status == 503 and models.get("").id == "old/sft"
+
+
+@pytest.mark.parametrize(("device", "gigabytes"), [("cuda", 2.0), ("cpu", 10.0)])
+def test_keys_and_values_take_a_quarter_of_the_memory_of_the_device(monkeypatch, device, gigabytes):
+    import torch
+
+    place = torch.device(device)
+    monkeypatch.setattr("nanochat.base.runtime.choose_device", lambda _: place)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 * 10**9, 12 * 10**9))
+    monkeypatch.setattr(serve, "total_memory", lambda: 40 * 10**9)
+    assert serve.default_kv_bytes("auto") == gigabytes * 1e9
+
+
 # ---- what is refused, and what is accepted
 
 REFUSED = [
@@ -329,6 +425,46 @@ def test_the_context_is_named_with_both_numbers_or_truncated(live):
     assert body["nanochat"]["dropped"] > 0
 
 
+def test_a_long_text_keeps_its_end_where_truncation_is_asked_for(live):
+    ids = Tokenizer.load().encode("Mia has a red hat and a dog. " * 20)
+    asked = {"model": "old/base", "max_tokens": 8, "temperature": 0}
+    refused = live.post("/v1/completions", {"prompt": ids, "truncation": "disabled", **asked})
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    clipped = live.post("/v1/completions", {"prompt": ids, "truncation": "auto", **asked}).json()
+    end = live.post("/v1/completions", {"prompt": ids[-47:], **asked}).json()
+    assert clipped["choices"] == end["choices"]
+    assert clipped["usage"]["prompt_tokens"] == 48  # three quarters of 64
+    assert clipped["nanochat"]["dropped"] == len(ids) - 47
+
+
+def test_a_temperature_that_divides_to_infinity_is_greedy(live):
+    assert (
+        live.chat(temperature=1e-310, max_tokens=9)["choices"]
+        == (live.chat(temperature=0, max_tokens=9)["choices"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (UserError("use --dtype=float32"), 503, "use --dtype=float32"),
+        (ValueError("a fault"), 500, "its log says why"),
+    ],
+)
+def test_a_failure_in_decoding_is_explained_and_logged(
+    live, monkeypatch, capfd, error, status, says
+):
+    from nanochat.chat.generate import Batch
+
+    def step(batch):
+        raise error
+
+    monkeypatch.setattr(Batch, "step", step)
+    answer = live.post("/v1/chat/completions", {"messages": HI, "max_tokens": 4})
+    assert answer.status_code == status and says in answer.json()["error"]["message"]
+    assert f"{type(error).__name__}: {error}" in capfd.readouterr().err
+
+
 # What Open WebUI sends: a chat, a chat with parts and everything that its settings can add, and the
 # request for a title.
 OPEN_WEB_UI = [
@@ -407,6 +543,30 @@ def test_another_host_or_origin_may_not_ask(live):
     assert status_of(live, host="127.0.0.1.evil.example") == 403
     assert status_of(live, origin="http://evil.example") == 403
     assert status_of(live, origin="null") == 403
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_server_of_every_address_answers_to_all_of_them_and_to_no_other_name(monkeypatch, host):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    def unknown(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(socket, "gethostname", lambda: "kitchen")
+    everywhere = Guard(app, serve.allowed_hosts(serve.ServeKnobs(host=host)))
+    here = Guard(app, serve.allowed_hosts(serve.ServeKnobs()))
+
+    def status(guard: Guard, host: bytes) -> int:
+        headers = [(b"host", host), (b"origin", b"http://" + host)]
+        return guarded(guard, "127.0.0.1", headers=headers)[0]["status"]
+
+    for address in (b"192.168.1.5:8000", b"[fd00::5]:8000", b"kitchen.local:8000", b"localhost"):
+        assert status(everywhere, address) == 200
+    assert status(everywhere, b"evil.example:8000") == 403
+    assert status(everywhere, b"192.168.1.5.evil.example") == 403
+    assert status(here, b"192.168.1.5:8000") == 403
 
 
 @pytest.mark.parametrize(
@@ -502,7 +662,7 @@ def guarded(app, client: str, sends=None, headers=()) -> list[dict]:
         return {"type": "http.request"}
 
     async def one() -> None:
-        given = [(b"host", b"localhost"), *headers]
+        given = [*headers] or [(b"host", b"localhost")]
         scope = {"type": "http", "method": "GET", "path": "/", "headers": given}
         await asyncio.wait_for(app({**scope, "client": (client, 1)}, receive, sends or send), 5)
 
@@ -593,6 +753,11 @@ def test_a_key(base):
         headers = {"Origin": "http://page.example"}
         allowed = httpx.options(f"{server.url}/v1/models", headers=headers)
         assert allowed.headers["access-control-allow-origin"] == "http://page.example"
+        wanted = {"Access-Control-Request-Headers": "authorization,x-stainless-os"}
+        preflight = httpx.options(f"{server.url}/v1/models", headers=headers | wanted)
+        assert preflight.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+        other = httpx.options(f"{server.url}/v1/models", headers={"Origin": "http://x"} | wanted)
+        assert "access-control-allow-headers" not in other.headers
     finally:
         server.close()
 

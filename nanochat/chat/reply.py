@@ -6,7 +6,7 @@ text. Needs no torch.
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from nanochat.data.rendering import PART_TOKENS
+from nanochat.data.rendering import PART_TOKENS, checked_messages, conversation_pieces
 from nanochat.data.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -125,12 +125,25 @@ def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tu
     The conversation without its oldest exchanges, as few as needed for a prompt of at most `limit`
     tokens, and how many were dropped. The system message and the last question always stay.
     """
-    messages = list(conversation["messages"])
+    messages = conversation["messages"]
     first = 1 if messages and messages[0]["role"] == "system" else 0
-    dropped = 0
-    while (
-        len(messages) - first > 2 and len(tokenizer.render_prompt({"messages": messages})) > limit
-    ):
-        del messages[first : first + 2]
-        dropped += 1
-    return {**conversation, "messages": messages}, dropped
+    if len(messages) - first <= 2:
+        return conversation, 0
+    checked_messages(conversation)
+    sizes = [_size(tokenizer, message) for message in messages]
+    start, rest = first, sum(sizes[first:])
+    while len(messages) - start > 2:
+        rest -= sizes[start]  # now of what follows the first question
+        head = {"messages": [*messages[:first], messages[start]]}
+        if rest <= limit and rest + len(tokenizer.render_prompt(head)) <= limit:
+            break
+        rest -= sizes[start + 1]
+        start += 2
+    kept = [*messages[:first], *messages[start:]]
+    return {**conversation, "messages": kept}, (start - first) // 2
+
+
+def _size(tokenizer: Tokenizer, message: dict) -> int:
+    """The tokens that a message takes in a conversation."""
+    _, *pieces = conversation_pieces([message])  # without <|bos|>
+    return sum(1 if piece.special else len(tokenizer.encode(piece.text)) for piece in pieces)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nanochat.base.common import UserError
 from nanochat.model.loss import capped
 
+LEAST_TEMPERATURE = 1e-6  # a lower one takes the likeliest token: logits divided by it overflow
 GREEDY, WHOLE = 0, -1  # how a row draws: the likeliest token; from all tokens, unsorted
 
 
@@ -42,7 +43,7 @@ class Sampling:
 def width(sampling: Sampling, V: int) -> int:
     """From how many of the likeliest of V tokens a row draws; GREEDY or WHOLE."""
     top_k = min(sampling.top_k or V, V)
-    if sampling.temperature == 0:
+    if sampling.temperature < LEAST_TEMPERATURE:
         return GREEDY
     return WHOLE if top_k == V and (sampling.top_p or 1.0) == 1 else top_k
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import logbook
 from nanochat.base.common import columns, duration, entry, opening, print0
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class EvaluateBaseKnobs(ExportedModelKnobs, BitsPerByteKnobs):
     """Evaluation"""
 
-    splits: tuple[str, ...] = knob(("val",), "splits to read")
+    splits: tuple[Literal["train", "val"], ...] = knob(("val",), "splits to read")
     prompts: tuple[str, ...] = knob(PROMPTS, "prompts to continue", alias="-p")
     max_tokens: int = knob(48, "maximum length of a continuation in tokens", alias="-m", low=1)
     temperature: float = knob(

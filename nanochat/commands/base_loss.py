@@ -20,7 +20,7 @@ class BitsPerByteKnobs(ModelKnobs, MachineKnobs, ReadingKnobs):
     data: tuple[str, ...] = knob(
         (), "text to read, as for base_train (default: what the model was trained on)"
     )
-    splits: tuple[str, ...] = knob(("train", "val"), "splits to read")
+    splits: tuple[Literal["train", "val"], ...] = knob(("train", "val"), "splits to read")
     eval_tokens: int = knob(1 << 20, "tokens to read per split", low=1)
     device_batch_size: int = knob(32, "rows per forward pass", low=1)
 
@@ -29,14 +29,26 @@ def measure(knobs: BitsPerByteKnobs) -> tuple["Loaded", dict[str, float]]:
     """Load the model that the knobs name; returns it and its bits per byte by source/split."""
     from nanochat.model.checkpoint import load_for_inference
 
-    if unknown := [split for split in knobs.splits if split not in ("train", "val")]:
-        raise UserError(f"there is no split {unknown[0]!r}: choose train, val or both")
     loaded = load_for_inference(
         knobs.source, knobs.model_tag, knobs.step, knobs.device_type, knobs.dtype, knobs.seed
     )
-    meta = loaded.checkpoint.meta
-    trained_on = meta["knobs"].get("data", ()) if meta["stage"] == "base" else ()
-    return loaded, measure_splits(knobs, loaded, knobs.data or trained_on)
+    return loaded, measure_splits(knobs, loaded, knobs.data or pretraining_text(loaded))
+
+
+def pretraining_text(loaded: "Loaded") -> Sequence[str]:
+    """The --data of base_train for a model of whatever stage; UserError if that run is gone."""
+    from nanochat.model.checkpoint import newest
+    from nanochat.model.stages import run_directory
+
+    base = loaded.checkpoint
+    if loaded.stage != "base":
+        base = newest(run_directory("base", base.tag))
+    if base is None:
+        raise UserError(
+            f"there is no base model tagged {loaded.checkpoint.tag!r} to say which text it was "
+            "trained on: name the text with --data"
+        )
+    return base.meta["knobs"].get("data", ())
 
 
 def measure_splits(knobs: BitsPerByteKnobs, loaded: Any, data: Sequence[str]) -> dict[str, float]:

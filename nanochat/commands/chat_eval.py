@@ -4,12 +4,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from nanochat.base import logbook
 from nanochat.base.commands import near
-from nanochat.base.common import UserError, columns, duration, entry, notice, opening, print0
+from nanochat.base.common import (
+    UserError,
+    columns,
+    duration,
+    entry,
+    notice,
+    opening,
+    print0,
+    user_path,
+)
 from nanochat.base.knobs import knob, parse
 from nanochat.base.progress import progress
 from nanochat.eval.tasks import arc, gsm8k, humaneval, mmlu, spellingbee, tinyworld
@@ -80,7 +88,7 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
                 chosen[task.name] = task
     if not task_dir:
         return list(chosen.values())
-    folder = Path(task_dir)
+    folder = user_path(task_dir)
     return [replace(t, items=partial(t.items, folder=folder)) for t in chosen.values()]
 
 

@@ -5,7 +5,8 @@ result with the original.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,12 +58,12 @@ class ExportKnobs(AnyModelKnobs):
     )
 
 
-def _empty_folder(out: str, loaded: "Loaded", to: str) -> Path:
+def _folder_to_write(out: str, loaded: "Loaded", to: str) -> Path:
     """The folder to write; UserError when it holds something that export did not write."""
     from nanochat.base.common import base_dir
 
     name = f"{loaded.checkpoint.tag}-{loaded.stage}-{to}"
-    folder = user_path(out) if out else base_dir() / "exports" / name
+    folder = user_path(out).resolve() if out else base_dir() / "exports" / name
     if not folder.exists():
         return folder
     if not folder.is_dir():
@@ -75,8 +76,26 @@ def _empty_folder(out: str, loaded: "Loaded", to: str) -> Path:
             f"{folder} holds {foreign[0]}, which export did not write: "
             "choose another folder with --out"
         )
-    shutil.rmtree(folder)
     return folder
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """
+    A new folder beside `folder`, which takes its place when the block ends; if the block fails,
+    `folder` stays as it was. What a killed export has left there is deleted.
+    """
+    new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "replaced"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:  # never leave a model that nobody has checked
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) -> str:
@@ -222,22 +241,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if target.uncapped:
         loaded.model.config.softcap = 0.0
         notice("the softcap is left out: greedy answers stay the same, sampling becomes sharper")
-    folder = _empty_folder(values.out, loaded, values.to)
+    folder = _folder_to_write(values.out, loaded, values.to)
     name = values.name or loaded.checkpoint.tag
-    try:
+    with _replacing(folder) as new:
         if kind == "hf":
-            checked = _checked_hf(loaded, target, folder, values.dtype)
+            checked = _checked_hf(loaded, target, new, values.dtype)
         else:
-            checked = _checked_gguf(loaded, target, folder, values.dtype, name)
+            checked = _checked_gguf(loaded, target, new, values.dtype, name)
             if values.to == "ollama":
                 text = modelfile(
                     f"{name}-{values.dtype}.gguf", loaded.model.config.sequence_len, SAMPLING
                 )
-                atomic_write(folder / "Modelfile", text)
-        _describe(values, loaded, target, folder, checked, name)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # never leave a model that nobody has checked
-        raise
+                atomic_write(new / "Modelfile", text)
+        _describe(values, loaded, target, new, checked, name)
     print0(f"compared with the original: {checked}")
     print0(f"wrote {folder}; README.md there shows how to use it")
     return {"folder": str(folder), "class": target.name, "compared": checked}

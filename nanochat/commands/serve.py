@@ -12,8 +12,6 @@ from nanochat.base.hardware import total_memory
 from nanochat.base.knobs import knob
 from nanochat.train.knobs import AnyModelKnobs, DeviceKnobs
 
-EVERYWHERE = "0.0.0.0", "::"  # hosts that stand for every address of this machine
-
 
 @dataclass(kw_only=True)
 class ServeKnobs(AnyModelKnobs, DeviceKnobs):
@@ -32,7 +30,10 @@ class ServeKnobs(AnyModelKnobs, DeviceKnobs):
     )
     max_rows: int = knob(32, "maximum answers decoded together", low=1, high=512)
     kv_gb: float = knob(
-        0.0, "memory for keys and values in GB (0 = a quarter of the memory)", low=0
+        0.0,
+        "memory for keys and values in GB (0 = a quarter of main memory, or of what is free on "
+        "the GPU), for each of up to two models",
+        low=0,
     )
 
 
@@ -41,14 +42,24 @@ def allowed_hosts(values: ServeKnobs) -> list[str]:
     The names under which the server answers: this machine's, its own address, and those that were
     named.
     """
-    from nanochat.chat.serve.guard import LOOPBACK
+    from nanochat.chat.serve.guard import EVERYWHERE, LOOPBACK
 
-    named = [values.host]
-    if values.host in EVERYWHERE:
-        name = socket.gethostname()
-        addresses = (str(info[4][0]) for info in socket.getaddrinfo(name, None))
-        named = [name, f"{name}.local", *addresses]
-    return [*LOOPBACK, *named, *values.allow_host]
+    name = socket.gethostname()
+    own = [name, f"{name}.local"] if values.host in EVERYWHERE else []
+    return [*LOOPBACK, values.host, *own, *values.allow_host]
+
+
+def default_kv_bytes(device_type: str) -> float:
+    """The memory for keys and values of one model where --kv_gb names none."""
+    import torch
+
+    from nanochat.base.runtime import choose_device
+    from nanochat.chat.serve.models import MOST_LOADED
+
+    device = choose_device(device_type)
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.mem_get_info(device)[0] if on_gpu else total_memory()
+    return 0.5 * memory / MOST_LOADED
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opening("serve")
     try:
         from nanochat.chat.serve.app import build_app
-        from nanochat.chat.serve.guard import LOOPBACK, Guard
+        from nanochat.chat.serve.guard import EVERYWHERE, LOOPBACK, Guard
         from nanochat.chat.serve.server import Server, listen
     except ModuleNotFoundError as e:
         package = (e.name or "").partition(".")[0]
@@ -77,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if values.host not in LOOPBACK and not key:
         key = secrets.token_urlsafe(24)
         print0(f"API key (other machines can reach this address): {key}")
-    kv_bytes = values.kv_gb * 1e9 or 0.25 * total_memory()
+    kv_bytes = values.kv_gb * 1e9 or default_kv_bytes(values.device_type)
     models = Models(values.max_rows, kv_bytes, device_type=values.device_type, dtype=values.dtype)
     app = build_app(models, {"stage": stage, "tag": checkpoint.tag, "step": checkpoint.step})
     guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)

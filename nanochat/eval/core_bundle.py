@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from nanochat.base.common import UserError, decoded
+from nanochat.base.common import UserError, decoded, user_path
 from nanochat.base.strangers import mismatch, missing, read_bytes, shown
 from nanochat.eval.tasks.data import read
 
@@ -49,7 +49,7 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
     The tasks of a bundle, and the names of those without data. Raises UserError, with the place,
     for anything missing or malformed.
     """
-    root = Path(directory)
+    root = user_path(directory)
     listing, baselines = root / "core.yaml", root / "eval_meta_data.csv"
     for path in (listing, baselines, root / "eval_data"):
         if not path.exists():

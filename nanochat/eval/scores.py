@@ -53,7 +53,7 @@ def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     "chatcore" is that mean over the six tasks of CHATCORE, and absent if any of them is missing.
     """
     n = sum(int(task["n"]) for task in by_task.values())
-    right = round(sum(task["accuracy"] * task["n"] for task in by_task.values()))
+    right = sum(task["accuracy"] * task["n"] for task in by_task.values())
     chance = sum(task["chance"] * task["n"] for task in by_task.values()) / max(1, n)
     above = {name: centred(task["accuracy"], task["chance"]) for name, task in by_task.items()}
     lo, hi = wilson(right, n)

@@ -89,6 +89,8 @@ def model_card(
     stage = meta["stage"]
     named = meta["knobs"].get("data") or ["the default mixture"]
     sources = [str(source).partition("=")[0] for source in named]  # names, never paths
+    rows = [row for row in rows if (row.get("step") or 0) <= meta["step"]]
+    rows.sort(key=lambda row: row.get("step") or 0)  # the exported step has the last word
     losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and row.get("val_bpb")]
     loss = f", {losses[-1]:.4f} bits per byte on held-out data" if losses else ""
     results = stage_results({stage: rows})

@@ -247,7 +247,9 @@ def load_exported(
         )
         if absent := sorted(report["missing_keys"]):
             raise ValueError(f"the weights lack {absent[0]}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=with_code
+        )
         fingerprint = sha256_file(folder / "tokenizer.json")
         foreign_tokenizer = ForeignTokenizer(tokenizer, fingerprint)
     except UserError:

@@ -131,6 +131,8 @@ def modelfile(file: str, context: int, sampling: dict) -> str:
             'PARAMETER stop "<|assistant_end|>"',
             'PARAMETER stop "<|bos|>"',
             f"PARAMETER num_ctx {context}",
+            "PARAMETER repeat_penalty 1",  # Ollama's defaults are 1.1 and 0.9
+            "PARAMETER top_p 1",
             *(f"PARAMETER {name} {value:g}" for name, value in sampling.items()),
             "",
         ]

@@ -9,11 +9,10 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from nanochat.base import knobs
-from nanochat.base.common import UserError, human, notice, print0
+from nanochat.base.common import UserError, human, notice, print0, user_path
 from nanochat.base.files import release
 from nanochat.base.hardware import describe_machine
 from nanochat.base.logbook import Logbook
@@ -240,7 +239,7 @@ def choose_conversations(run: OpenRun) -> None:
 
 def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShards:
     """A split ("train", "val") of every conversation source in --data, with its weight."""
-    folder = Path(run.knobs.task_dir) if run.knobs.task_dir else None
+    folder = user_path(run.knobs.task_dir) if run.knobs.task_dir else None
     return mixture.shards(
         run.knobs.data,
         split,

@@ -65,7 +65,7 @@ class Call:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     alternatives: int | None = None
     seed: int = 0
-    dropped: int = 0  # exchanges that truncation left out
+    dropped: int = 0  # exchanges of a chat, or tokens of prompts, that truncation left out
     _clock: asyncio.TimerHandle | None = None
 
     @property
@@ -155,6 +155,8 @@ class Call:
         for p, delivery in batch:
             if isinstance(delivery, ApiError):
                 raise delivery
+            if isinstance(delivery, UserError):
+                raise ApiError(503, str(delivery))
             if isinstance(delivery, Exception):
                 raise ApiError(500, "the server failed to answer; its log says why") from delivery
             for sample, new in delivery:
@@ -397,10 +399,9 @@ def _chat_prompt(served: Served, body: ChatRequest) -> tuple[list[int], int]:
     """The prompt's tokens and how many exchanges were left out to make room."""
     talk, dropped = conversation(body.messages), 0
     try:
+        if body.truncation == "auto":
+            talk, dropped = fit_conversation(served.tokenizer, talk, served.prompt_room)
         prompt = served.tokenizer.render_prompt(talk)
-        if body.truncation == "auto":  # a quarter of the context stays for the answer
-            talk, dropped = fit_conversation(served.tokenizer, talk, served.context * 3 // 4)
-            prompt = served.tokenizer.render_prompt(talk)
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
     if len(prompt) >= served.context:
@@ -408,25 +409,31 @@ def _chat_prompt(served: Served, body: ChatRequest) -> tuple[list[int], int]:
     return prompt, dropped
 
 
-def _completion_prompts(served: Served, body: CompletionRequest) -> list[list[int]]:
-    """The prompts' tokens, each with <|bos|> before it."""
+def _completion_prompts(served: Served, body: CompletionRequest) -> tuple[list[list[int]], int]:
+    """
+    The prompts' tokens, each with <|bos|> before it, and how many first tokens were left out to
+    make room.
+    """
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not 1 <= len(given) <= 8:
         raise ApiError(400, f"prompt takes 1 to 8 prompts (got {len(given)})", "prompt")
     tokenizer = served.tokenizer
-    prompts = []
+    prompts, dropped = [], 0
     for one in given:
         ids = tokenizer.encode(one) if isinstance(one, str) else list(one)
         if any(not 0 <= id < tokenizer.vocab_size for id in ids):
             raise ApiError(400, f"token ids are 0 to {tokenizer.vocab_size - 1}", "prompt")
         if ids[:1] != [tokenizer.bos]:
             ids = [tokenizer.bos, *ids]
+        if body.truncation == "auto" and len(ids) > served.prompt_room:
+            dropped += len(ids) - served.prompt_room
+            ids = [tokenizer.bos, *ids[1 - served.prompt_room :]]
         if len(ids) >= served.context:
             raise _too_long(len(ids), served.context, "prompt")
         prompts.append(ids)
-    return prompts
+    return prompts, dropped
 
 
 # ---- the app
@@ -504,9 +511,7 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
 
     async def served_model(id: str) -> Served:
         ready()
-        if models.is_loaded(id):
-            return models.get(id)
-        return await asyncio.to_thread(models.get, id)
+        return models.loaded(id) or await asyncio.to_thread(models.get, id)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -548,8 +553,9 @@ def build_app(models: Models, load: dict[str, Any]) -> FastAPI:
     async def complete(request: Request) -> Response:
         body = parse(CompletionRequest, await request.body())
         served = await served_model(body.model)
-        prompts = _completion_prompts(served, body)
+        prompts, dropped = _completion_prompts(served, body)
         call = _open_call(served, "cmpl", prompts, body)
+        call.dropped = dropped
         call.start(request, _sampling(body), body.limit or 16, body.n or 1, body.user)
         texts = [served.tokenizer.decode(ids[1:]) for ids in prompts for _ in range(body.n or 1)]
         shape = CompletionShape(call, texts if body.echo else ())

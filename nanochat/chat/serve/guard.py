@@ -29,6 +29,7 @@ UNREAD_SECONDS = 30.0  # that a client may leave an answer unread
 TOTAL_SECONDS = 660.0  # of a request and its answer
 CLIENT_REQUESTS = 32  # at once, of one client on another machine
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::")  # hosts that stand for every address of this machine
 OPEN_PATHS = ("/", "/health", "/ui.js", "/ui.css", "/api.js", "/store.js", "/markdown.js")
 HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -50,12 +51,19 @@ def host_name(host: str) -> str:
     return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine; "" (a socket without an address) counts as such."""
+def is_address(host: str) -> bool:
+    """Whether a host is an address, not a name."""
     try:
-        return not host or ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine; "" (a socket without an address) counts as such."""
+    address = host.partition("%")[0]
+    return not host or (is_address(host) and ipaddress.ip_address(address).is_loopback)
 
 
 async def send_error(send: Send, error: ApiError) -> None:
@@ -67,7 +75,10 @@ async def send_error(send: Send, error: ApiError) -> None:
 
 
 class Guard:
-    """Wraps an ASGI app. `hosts` are the names under which the server may be addressed."""
+    """
+    Wraps an ASGI app. `hosts` are the names under which the server may be addressed; with one of
+    EVERYWHERE among them, every address is right, because DNS rebinding needs a name.
+    """
 
     def __init__(
         self,
@@ -78,13 +89,15 @@ class Guard:
     ):
         self.app, self.api_key = app, api_key
         self.hosts = {host.lower() for host in hosts}
+        self.any_address = not self.hosts.isdisjoint(EVERYWHERE)
         self.asking: Counter[str] = Counter()  # requests under way, by address
         self.allowed_origins = {origin.rstrip("/").lower() for origin in allowed_origins}
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """ApiError for a request that may not pass."""
         host = headers.get("host", "")
-        if host_name(host) not in self.hosts:
+        name = host_name(host)
+        if name not in self.hosts and not (self.any_address and is_address(name)):
             raise ApiError(403, f"this server does not answer to the host {host[:80]!r}")
         origin = headers.get("origin", "").rstrip("/").lower()
         own = origin.partition("://")[2] == host.lower()
@@ -116,9 +129,10 @@ class Guard:
         origin = headers.get("origin", "")
         if origin.rstrip("/").lower() not in self.allowed_origins:
             return []
+        wanted = headers.get("access-control-request-headers", "authorization, content-type")
         return [
             (b"access-control-allow-origin", origin.encode()),
-            (b"access-control-allow-headers", b"authorization, content-type"),
+            (b"access-control-allow-headers", wanted.encode("latin-1")),
             (b"access-control-allow-methods", b"GET, POST"),
             (b"vary", b"Origin"),
         ]

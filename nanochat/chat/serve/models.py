@@ -9,7 +9,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, out_of_memory
+from nanochat.base.runtime import release_memory
 from nanochat.chat.generate import Engine
 from nanochat.chat.serve.requests import ApiError
 from nanochat.chat.serve.worker import Worker
@@ -36,6 +37,11 @@ class Served:
     def context(self) -> int:
         return self.engine.model.config.sequence_len
 
+    @property
+    def prompt_room(self) -> int:
+        """Tokens of a truncated prompt: a quarter of the context stays for the answer."""
+        return self.context * 3 // 4
+
 
 class Models:
     """Finds, loads and unloads models. `options` go to load_for_inference (device_type, dtype)."""
@@ -44,11 +50,15 @@ class Models:
         self.max_rows, self.kv_bytes, self.options = max_rows, kv_bytes, options
         self.tokenizer = Tokenizer.load()
         self.default = ""  # id of the model that is loaded at the start
+        self._first: dict[str, tuple[str, Checkpoint]] = {}  # the default, whose step is kept to
         self._loaded: dict[str, Served] = {}
         self._lock = threading.Lock()
 
     def available(self) -> dict[str, tuple[str, Checkpoint]]:
-        """id ("tag/stage") -> (stage, newest checkpoint), the furthest stages first."""
+        """
+        id ("tag/stage") -> (stage, newest checkpoint), the furthest stages first; for the default,
+        the checkpoint that was loaded at the start.
+        """
         found = {}
         for stage in reversed(STAGES):
             for run in sorted(stage_directory(stage).glob("*")):
@@ -62,7 +72,8 @@ class Models:
                     fits = False  # a damaged checkpoint is not offered
                 if fits:
                     found[f"{run.name}/{stage}"] = stage, checkpoints[-1]
-        return found
+        kept = {id: first for id, first in self._first.items() if first[1].path.is_dir()}
+        return found | kept
 
     def describe(self) -> list[dict[str, Any]]:
         """The entries of GET /v1/models, the default model first."""
@@ -94,7 +105,8 @@ class Models:
         served = Served(id, loaded.stage, loaded.tokenizer, engine, worker, fingerprint)
         worker.start()
         self._loaded[id] = served
-        self.default = self.default or id
+        if not self.default:
+            self.default, self._first = id, {id: (loaded.stage, loaded.checkpoint)}
         return served
 
     def get(self, id: str) -> Served:
@@ -102,29 +114,39 @@ class Models:
         The model of this id ("" for the default), loaded if need be. ApiError 404 for an unknown
         one. May take seconds: call it in a thread.
         """
-        id = id or self.default
         with self._lock:
-            served = self._loaded.get(id)
-            if served is None:
-                known = self.available()
-                if id not in known:
-                    names = ", ".join(known)
-                    raise ApiError(
-                        404,
-                        f"there is no model {id!r}; this server has {names}",
-                        "model",
-                        "model_not_found",
-                    )
-                self._make_room()
-                try:
-                    served = self.load(known[id][0], id.rpartition("/")[0])
-                except UserError as error:
-                    raise ApiError(503, str(error), "model") from None
-            served.used = time.monotonic()
-            return served
+            return self.loaded(id) or self._load_another(id)
 
-    def is_loaded(self, id: str) -> bool:
-        return (id or self.default) in self._loaded
+    def loaded(self, id: str) -> Served | None:
+        """The model of this id ("" for the default) if it is in memory. Waits for nothing."""
+        served = self._loaded.get(id or self.default)
+        if served is not None:
+            served.used = time.monotonic()
+        return served
+
+    def _load_another(self, id: str) -> Served:
+        id = id or self.default
+        known = self.available()
+        if id not in known:
+            raise ApiError(
+                404,
+                f"there is no model {id!r}; this server has {', '.join(known)}",
+                "model",
+                "model_not_found",
+            )
+        self._make_room()
+        stage, checkpoint = known[id]
+        try:
+            step = checkpoint.step if id in self._first else None
+            return self.load(stage, checkpoint.tag, step)
+        except UserError as error:
+            why = str(error)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            why = f"the memory does not suffice for {id}: choose another model"
+        release_memory()  # here the traceback that kept tensors alive is gone
+        raise ApiError(503, why, "model")
 
     def _make_room(self) -> None:
         """Unload the idle model that was used least recently, when there are too many."""

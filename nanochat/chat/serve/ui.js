@@ -2,7 +2,7 @@
 
 import { models, stream } from "./api.js";
 import { markdown } from "./markdown.js";
-import { Store, add, choose, path, siblings } from "./store.js";
+import { Store, add, choose, onChange, path, siblings } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
 const SLIDERS = ["temperature", "top_k", "top_p", "max_tokens"];
@@ -14,7 +14,7 @@ let known = []; // the server's models
 let current = null; // the conversation on the screen
 let running = null; // {controller, node} while an answer streams
 let inside = new Set(); // ids of answers whose tokens are shown
-let editing = null; // id of the question under the pen
+let editing = null; // {id, box}: the question under the pen, and its editor
 
 const model = () => known.find((m) => m.id === store.settings.model) ?? known[0];
 const completes = () => model()?.nanochat?.stage === "base";
@@ -59,10 +59,7 @@ function rename(conversation) {
 
 function remove(conversation) {
   if (!confirm(`Delete "${conversation.title}"?`)) return;
-  if (conversation === current) {
-    stop();
-    current = null;
-  }
+  if (conversation === current) leave();
   store.remove(conversation.id);
   draw();
 }
@@ -90,10 +87,15 @@ function drawList() {
   $("conversations").replaceChildren(...items);
 }
 
-function open(conversation) {
+function leave(conversation = null) {
   stop();
   current = conversation;
   editing = null;
+  complain("");
+}
+
+function open(conversation) {
+  leave(conversation);
   document.body.classList.remove("sidebar-open");
   meter(null);
   draw();
@@ -195,11 +197,12 @@ function editor(message) {
   const area = node("textarea", { "aria-label": "Edit the message" });
   area.value = message.content;
   const send = () => {
+    if (!area.value.trim() || !ready()) return;
     editing = null;
-    if (area.value.trim()) ask(area.value.trim(), message.parent);
+    ask(area.value.trim(), message.parent);
   };
   area.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey) {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
       send();
     } else if (event.key === "Escape") {
@@ -208,20 +211,30 @@ function editor(message) {
       draw();
     }
   });
-  queueMicrotask(() => area.focus());
   return node("div", { class: "editor" }, area, node("div", { class: "bar" }, node("button", { class: "primary", type: "button", onclick: send }, "Send"), node("button", { type: "button", onclick: () => { editing = null; draw(); } }, "Cancel")));
+}
+
+function lost(dropped) {
+  if (dropped === "tokens") return "beginning of this text";
+  return `${dropped === 1 ? "oldest exchange" : `${dropped} oldest exchanges`} of this conversation`;
+}
+
+function edit(message) {
+  editing = { id: message.id, box: editor(message) };
+  draw();
+  editing.box.querySelector("textarea").focus();
 }
 
 function messageNode(message) {
   const user = message.role === "user";
   const busy = running?.node === message;
   const body = node("div", { class: busy ? "body cursor" : "body" });
-  if (user && editing === message.id) body.append(editor(message));
+  if (user && editing?.id === message.id) body.append(editing.box);
   else body.append(...(user ? [message.content] : answerBody(message)));
   const tools = node("div", { class: "tools" }, ...branchButtons(message));
   if (!busy) {
     tools.append(small("Copy", () => copy(message.content)));
-    if (user) tools.append(small("Edit", () => { editing = message.id; draw(); }));
+    if (user) tools.append(small("Edit", () => edit(message)));
     else {
       tools.append(small("Regenerate", () => { if (!running) answer(message.parent); }));
       if (message.tokens?.length) {
@@ -232,7 +245,7 @@ function messageNode(message) {
   }
   if (message.note) tools.append(node("span", { class: "quiet" }, message.note));
   const who = node("div", { class: "who" }, user ? (completes() ? "Beginning" : "You") : (completes() ? "Continuation" : "Assistant"));
-  const cut = message.dropped ? node("div", { class: "cut" }, `The model no longer sees the ${message.dropped === 1 ? "oldest exchange" : `${message.dropped} oldest exchanges`} of this conversation: its context is full.`) : null;
+  const cut = message.dropped ? node("div", { class: "cut" }, `The model no longer sees the ${lost(message.dropped)}: its context is full.`) : null;
   return node("article", { class: `message ${message.role}`, "data-id": message.id }, who, cut, body, tools);
 }
 
@@ -251,7 +264,9 @@ function draw() {
   hideDistribution();
   drawList();
   const messages = current ? path(current) : [];
+  const focused = document.activeElement;
   $("messages").replaceChildren(...(messages.length ? messages.map(messageNode) : [emptyNode()]));
+  if (editing?.box.contains(focused)) focused.focus(); // moving it took the focus
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
   $("input").placeholder = completes() ? "Begin a text" : "Write a message";
@@ -280,12 +295,13 @@ function stop() {
   running?.controller.abort();
 }
 
+function ready() {
+  if (!running && !model()) complain("No model is loaded yet.", connect);
+  return !running && Boolean(model());
+}
+
 function ask(text, parent) {
-  if (running) return;
-  if (!model()) {
-    complain("No model is loaded yet.", connect);
-    return;
-  }
+  if (!ready()) return;
   current ??= store.create();
   if (parent === undefined) {
     const last = current.nodes[current.leaf];
@@ -302,7 +318,7 @@ function requestBody(messages) {
   const body = { model: model().id, user: store.settings.user, temperature, top_k, top_p, stream: true, stream_options: { include_usage: true } };
   if (max_tokens > 0) body.max_tokens = max_tokens;
   if (seed !== "") body.seed = Number(seed);
-  if (completes()) return { ...body, prompt: messages.map((m) => m.content).join(""), logprobs: 5, max_tokens: max_tokens || 128 };
+  if (completes()) return { ...body, prompt: messages.map((m) => m.content).join(""), logprobs: 5, max_tokens: max_tokens || 128, truncation: "auto" };
   const turns = messages.map((m) => ({ role: m.role, content: m.parts?.some((p) => p.type !== "text") ? m.parts : m.content }));
   if (system.trim()) turns.unshift({ role: "system", content: system.trim() });
   return { ...body, messages: turns, logprobs: true, top_logprobs: 5, truncation: "auto" };
@@ -338,7 +354,8 @@ function meter(usage) {
 
 function take(message, event) {
   const choice = event.choices[0];
-  if (event.nanochat?.dropped) message.dropped = event.nanochat.dropped;
+  const dropped = event.nanochat?.dropped; // exchanges, or the first tokens of a text
+  if (dropped) message.dropped = event.object === "text_completion" ? "tokens" : dropped;
   if (choice) {
     const text = choice.text ?? choice.delta?.content;
     takeParts(message, choice.delta?.nanochat?.parts ?? (text ? [{ type: "text", text }] : []));
@@ -380,7 +397,7 @@ async function answer(parent) {
         delete asked.nodes[message.id];
         asked.leaf = parent;
       } else message.note = "interrupted";
-      complain(error.name === "ApiError" ? error.message : UNREACHABLE, () => answer(parent));
+      complain(error.name === "ApiError" ? error.message : UNREACHABLE, () => { if (asked === current) answer(parent); });
     }
   } finally {
     running = null;
@@ -409,7 +426,7 @@ function connectSettings() {
   for (const name of [...SLIDERS, "seed", "system", "key"]) {
     $(name).addEventListener("input", () => {
       store.settings[name] = SLIDERS.includes(name) ? Number($(name).value) : $(name).value;
-      store.save();
+      store.saveSettings();
       drawSettings();
     });
   }
@@ -417,7 +434,7 @@ function connectSettings() {
   $("settings").addEventListener("submit", (event) => event.preventDefault());
   $("model").addEventListener("change", () => {
     store.settings.model = $("model").value;
-    store.save();
+    store.saveSettings();
     meter(null);
     draw();
   });
@@ -443,7 +460,9 @@ function download(text, name) {
 
 async function importFile(file) {
   try {
-    say(`Imported ${store.imported(await file.text())} conversations`);
+    const { added, damaged } = store.imported(await file.text());
+    say(`Imported ${added} conversations`);
+    if (damaged) complain(`${damaged} of the conversations in ${file.name} are damaged and were left out.`);
     drawList();
   } catch (error) {
     complain(`Could not import ${file.name}: ${error.message}`);
@@ -475,7 +494,7 @@ function grow() {
 function submit(event) {
   event?.preventDefault();
   const text = $("input").value.trim();
-  if (!text || running) return;
+  if (!text || !ready()) return;
   $("input").value = "";
   grow();
   ask(text);
@@ -493,8 +512,7 @@ document.addEventListener("keydown", (event) => {
   else document.body.classList.remove("sidebar-open");
 });
 $("new").addEventListener("click", () => {
-  stop();
-  current = null;
+  leave();
   document.body.classList.remove("sidebar-open");
   meter(null);
   draw();
@@ -512,6 +530,12 @@ $("open-sidebar").addEventListener("click", () => {
   $("new").focus();
 });
 $("close-sidebar").addEventListener("click", () => document.body.classList.remove("sidebar-open"));
+
+onChange(() => {
+  store.merge();
+  if (current && !store.conversations.includes(current)) leave();
+  draw();
+});
 
 connectSettings();
 current = store.conversations[0] ?? null;

@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nanochat.base.common import notice
 from nanochat.base.runtime import out_of_memory, release_memory
 from nanochat.chat.generate import Batch, Continuation, Engine, Entry, Token
 from nanochat.chat.serve.requests import ApiError
@@ -156,6 +157,7 @@ class Worker(threading.Thread):
                 if len(batch):
                     self._step(batch)
             except Exception as error:  # a fault of ours must not leave clients waiting for ever
+                notice(f"the answers under way failed: {type(error).__name__}: {error}")
                 for job in self._active:
                     self._end(job, "failed")
                     self._fail(job, error)
