@@ -903,6 +903,175 @@ def test_a_question_without_an_answer_is_replaced_by_the_next(page):
     assert page.locator("#notice").inner_text() == ""
 
 
+def test_trying_again_is_offered_in_the_chat_that_failed_alone(page):
+    ask(page, "an older chat")
+    for leave in ("#new", "#conversations .title >> text=an older chat"):
+        page.evaluate("document.body.classList.add('sidebar-open')")
+        page.click("#new")
+        page.route("**/v1/chat/completions", broken(""))
+        page.fill("#input", "fails")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#notice >> text=Try again")
+        page.unroute("**/v1/chat/completions")
+        page.evaluate("window.retry = document.querySelector('#notice button')")
+        page.evaluate("document.body.classList.add('sidebar-open')")
+        page.click(leave)
+        assert page.locator("#notice").inner_text() == ""
+        before = page.locator("#messages").inner_text()
+        page.evaluate("retry.click()")
+        page.wait_for_timeout(200)
+        assert page.locator("#messages").inner_text() == before
+
+
+def held(page) -> list:
+    """Answers of the model are held back; each waits in the list until it is continued."""
+    waiting: list = []
+    page.route("**/v1/chat/completions", lambda route: waiting.append(route))
+    return waiting
+
+
+def test_a_question_under_the_pen_survives_the_answer(page):
+    ask(page, "one")
+    waiting = held(page)
+    page.fill("#input", "two")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#stop:not([hidden])")
+    page.click(".message.user >> nth=0 >> text=Edit")
+    page.fill(".editor textarea", "one, in other words")
+    page.keyboard.press("Enter")  # too early
+    assert page.locator(".editor textarea").input_value() == "one, in other words"
+    page.wait_for_timeout(100)
+    waiting[0].continue_()
+    page.wait_for_selector("#send:not([hidden])", timeout=20000)
+    assert page.locator(".editor textarea").input_value() == "one, in other words"
+    page.unroute("**/v1/chat/completions")
+    compose = {"key": "Enter", "isComposing": True, "bubbles": True}
+    page.dispatch_event(".editor textarea", "keydown", compose)
+    assert page.locator(".editor textarea").count() == 1
+    assert page.evaluate("document.activeElement.ariaLabel") == "Edit the message"
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".message.user >> text=one, in other words", timeout=20000)
+    page.wait_for_selector("#send:not([hidden])", timeout=20000)
+
+
+def test_a_message_is_kept_while_no_model_is_there(page):
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": []}))
+    page.reload()
+    page.fill("#input", "a long message")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#notice >> text=No model is loaded yet")
+    assert page.locator("#input").input_value() == "a long message"
+
+
+DAMAGED = [
+    {"id": "1", "parent": "1", "role": "user", "content": "its own parent"},
+    {"id": "1", "parent": "constructor", "role": "user", "content": "no message is above it"},
+    {"id": "1", "parent": None, "role": "assistant", "content": "", "parts": 5},
+    {"id": "1", "parent": None, "role": "assistant", "content": "", "parts": [{"type": "x"}]},
+    {"id": "1", "parent": None, "role": "assistant", "content": "", "tokens": [{"text": "a"}]},
+    {"id": "2", "parent": None, "role": "user", "content": "another id"},
+]
+
+
+def test_damaged_conversations_are_left_out(page, tmp_path):
+    good = {"id": "1", "parent": None, "role": "user", "content": "a good one"}
+    ring = {"1": {**good, "parent": "2"}, "2": {**good, "id": "2", "parent": "1"}}
+    nodes = [*({"1": node} for node in (*DAMAGED, good)), ring, {"null": {**good, "id": "null"}}]
+    talks = [
+        {"id": "c", "title": f"talk {i}", "leaf": next(iter(n)), "nodes": n}
+        for i, n in enumerate(nodes)
+    ]
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps({"conversations": talks}))
+    page.set_input_files("#import-file", file)
+    page.wait_for_selector(f"#notice >> text={len(DAMAGED) + 2} of the conversations")
+    assert page.locator("#conversations .title").all_inner_texts() == [f"talk {len(DAMAGED)}"]
+    stored = json.dumps(talks)
+    page.evaluate("text => localStorage.setItem('nanochat.conversations', text)", stored)
+    page.reload()
+    page.wait_for_selector("#model option", state="attached")
+    assert page.locator(".message.user .body").inner_text() == "a good one"
+
+
+def titles(page) -> list[str]:
+    return page.locator("#conversations .title").all_inner_texts()
+
+
+def test_two_tabs_keep_each_others_conversations(page):
+    ask(page, "first")
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("#model option", state="attached")
+    ask(other, "second, in the same chat")
+    page.wait_for_selector(".message.user >> text=first")
+    other.evaluate("document.body.classList.add('sidebar-open')")
+    other.click("#new")
+    ask(other, "another chat")
+    page.wait_for_selector("#conversations >> text=another chat", state="attached")
+    page.evaluate("document.body.classList.add('sidebar-open')")
+    page.click("#new")
+    ask(page, "a third chat")
+    other.wait_for_selector("#conversations >> text=a third chat", state="attached")
+    other.on("dialog", lambda dialog: dialog.accept())
+    other.evaluate("document.querySelector('[aria-label=\"Delete a third chat\"]').click()")
+    page.wait_for_selector("#conversations >> text=a third chat", state="detached")
+    assert page.locator(".message").count() == 0  # it was open here
+    ask(page, "a fourth chat")
+    wanted = ["a fourth chat", "another chat", "first"]
+    other.wait_for_selector("#conversations >> text=a fourth chat", state="attached")
+    assert sorted(titles(page)) == sorted(titles(other)) == wanted
+    stored = json.loads(page.evaluate("localStorage.getItem('nanochat.conversations')"))
+    first = next(c for c in stored if c["title"] == "first")
+    texts = [n["content"] for n in first["nodes"].values() if n["role"] == "user"]
+    assert texts == ["first", "second, in the same chat"]
+
+
+def test_tabs_do_not_need_to_hear_of_each_other(page):
+    """A tab that sleeps gets no events."""
+    found = page.evaluate(
+        """async () => {
+            const { Store, add } = await import("/store.js");
+            const [one, two] = [new Store(), new Store()];
+            add(one.create(), null, "user", "of one"); one.save();
+            add(two.create(), null, "user", "of two"); two.save();
+            one.remove(one.conversations[0].id);
+            two.save();
+            const third = new Store();
+            add(third.conversations[0], null, "user", "more"); third.save();
+            two.save();
+            return new Store().conversations.map((c) => Object.values(c.nodes).map((n) => n.content));
+        }"""
+    )
+    assert found == [["of two", "more"]]
+
+
+def test_old_answers_lose_their_tokens_before_new_ones_are_lost(page):
+    found = page.evaluate(
+        """async () => {
+            const { Store, add } = await import("/store.js");
+            const store = new Store();
+            const top = Array.from({ length: 5 }, (_, i) => [`token ${i}`, -1.2345678901234567]);
+            for (let i = 0; i < 150; i++) {
+                const answer = add(store.create(), null, "assistant", `answer ${i}`);
+                answer.tokens = Array.from({ length: 256 }, () => ({ text: "a word", logprob: -0.123456789, top }));
+                store.save();
+            }
+            const answers = new Store().conversations.map((c) => Object.values(c.nodes)[0]);
+            return [store.full, answers.length, Boolean(answers[0].tokens), Boolean(answers.at(-1).tokens)];
+        }"""
+    )
+    assert found == [False, 150, True, False]
+
+
+def test_a_base_model_goes_on_when_the_text_has_filled_its_context(page):
+    page.select_option("#model", "old/base")
+    page.fill("#input", "Mia has a red hat and a dog. " * 20)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=no longer sees the beginning of this text", timeout=20000)
+    page.wait_for_selector("#send:not([hidden])", timeout=20000)
+    assert page.locator("#notice").inner_text() == ""
+
+
 def test_a_long_conversation_opens_at_its_end(page):
     nodes = {
         str(i): {"id": str(i), "parent": str(i - 1), "role": role, "content": f"line\n{i}"}
