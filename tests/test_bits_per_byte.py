@@ -1,7 +1,9 @@
 """Bits per byte: by hand, over any cut, with memory running out."""
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import tiny
 import torch
 
 from nanochat.base.common import UserError
-from nanochat.commands import base_loss
+from nanochat.commands import base_eval, base_loss
 from nanochat.data.feed import Batch
 from nanochat.eval.bits_per_byte import bits_per_byte
 from nanochat.train.loop import recut
 
+RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 BYTES = np.arange(61, dtype=np.int32) % 5  # every fifth token spells nothing
 
 
@@ -107,6 +110,23 @@ def test_ranks_are_summed_not_averaged(monkeypatch):
     ) == pytest.approx(by_hand(m, b), rel=1e-6)
 
 
-def test_a_misspelt_split_is_refused():
-    with pytest.raises(UserError, match="there is no split 'valid': choose train, val or both"):
-        base_loss.measure(base_loss.BitsPerByteKnobs(splits=("val", "valid")))
+@pytest.mark.parametrize(
+    ("command", "flags"), [(base_loss, []), (base_eval, []), (base_eval, ["--hf", "folder"])]
+)
+def test_a_misspelt_split_is_refused(command, flags):
+    with pytest.raises(UserError, match=r"one of train, val \(got 'valid'\)"):
+        command.main([*flags, "--splits", "val", "valid"])
+
+
+def test_a_later_stage_reads_the_text_of_its_base_model(tmp_path, monkeypatch):
+    folder = shutil.copytree(RELEASE, tmp_path / "base")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    monkeypatch.chdir(folder)  # where text.jsonl is
+    flags = ["-i", "sft", "--eval_tokens=500", "--device_type=cpu", "--dtype=float32"]
+    assert list(base_loss.main(flags)) == ["own/train", "own/val"]
+    shutil.rmtree(folder / "checkpoints/base")
+    with pytest.raises(UserError, match=r"no base model tagged 'old'.*--data"):
+        base_loss.main(flags)
+    assert list(base_loss.main([*flags, "--data", "new=text.jsonl", "--splits", "val"])) == [
+        "new/val"
+    ]

@@ -89,6 +89,14 @@ def test_results_of_several_samples():
     assert "pass" not in chat_eval.Verdicts([1, 0], 1, 0).result(0.25)
 
 
+def test_shares_of_right_samples_are_not_rounded_together():
+    ten = scores.accuracy([0.25] * 10, 0.0)
+    summary = scores.summarise({"a": ten, "b": scores.accuracy([0.5, 1.0], 0.0)})
+    assert summary["accuracy"] == pytest.approx(4 / 12)
+    assert scores.summarise({"a": ten})["accuracy"] == 0.25
+    assert (summary["lo"], summary["hi"]) == pytest.approx(scores.wilson(4, 12))
+
+
 def test_chatcore_is_the_mean_of_its_six_tasks_alone():
     by_task = {name: scores.accuracy([True, False], 0.25) for name in scores.CHATCORE}
     assert scores.summarise(by_task)["chatcore"] == pytest.approx(1 / 3)
@@ -207,6 +215,9 @@ def test_tasks_by_name(monkeypatch, capsys, tmp_path):
         script.named_tasks(["gsm9k"])
     with pytest.raises(UserError, match="is not a folder"):
         script.named_tasks(["gsm8k"], str(tmp_path / "x"))[0].items("val", 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}/x is not a folder"):
+        script.named_tasks(["gsm8k"], "~/x")[0].items("val", 1)
     without = [
         replace(t, missing=lambda: "get a sandbox") if t.name == "HumanEval" else t
         for t in script.TASKS

@@ -504,9 +504,12 @@ def bundle(folder, missing=()):
     return folder
 
 
-def test_a_bundle_is_read_as_it_stands(tmp_path):
-    tasks, absent = load_bundle(bundle(tmp_path, missing=("schema",)))
-    assert tasks == [TASKS["multiple_choice"], TASKS["language_modeling"]] and absent == ["schema"]
+def test_a_bundle_is_read_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (bundle(tmp_path, missing=("schema",)), "~"):
+        tasks, absent = load_bundle(folder)
+        assert tasks == [TASKS["multiple_choice"], TASKS["language_modeling"]]
+        assert absent == ["schema"]
 
 
 @pytest.mark.parametrize(

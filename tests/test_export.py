@@ -14,7 +14,7 @@ from nanochat.base.common import UserError
 from nanochat.commands import export
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.export.card import model_card
-from nanochat.export.gguf_file import LlamaCpp, write_gguf
+from nanochat.export.gguf_file import LlamaCpp, modelfile, write_gguf
 from nanochat.export.hf import TOLERANCE, compare_logits, write_folder
 from nanochat.export.target import choose_target, destinations
 from nanochat.model.config import GPTConfig
@@ -216,6 +216,10 @@ def test_every_obstacle_is_named_at_once():
         choose_target(tiny.config(), 2, "gguf")
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_an_export_replaces_itself_but_nothing_else(tmp_path, monkeypatch):
     release = Path(__file__).resolve().parent / "golden" / "release_0.1"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(release, tmp_path / "base")))
@@ -223,6 +227,14 @@ def test_an_export_replaces_itself_but_nothing_else(tmp_path, monkeypatch):
     for _ in range(2):
         export.main(["-i", "sft", "--out", str(folder)])
     assert "AutoModelForCausalLM" in (folder / "README.md").read_text()
+    monkeypatch.setattr("nanochat.export.card.model_card", interrupted)
+    (tmp_path / "out.unfinished").mkdir()  # of an export that was killed
+    (tmp_path / "out.unfinished/model.safetensors").write_text("half")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        export.main(["-i", "sft", "--out", str(folder)])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds mine\.txt"):
         export.main(["-i", "sft", "--out", str(folder)])
@@ -246,6 +258,35 @@ def test_a_card_has_the_accuracies_that_chat_eval_has_measured():
     for rows, line in (([], "Not measured."), ([row], "| facts | ")):
         card = model_card(tiny.config(), 9, meta, rows, target, "toy", "mit", "equal")
         assert line in card.partition("## Accuracy")[2].partition("## Usage")[0]
+
+
+def test_a_card_has_the_figures_of_the_exported_step():
+    target = choose_target(tiny.config(), 2, "hf")
+    rows = []
+    for step, share in ((100, 0.1), (200, 0.25), (300, 0.5)):
+        result = {"accuracy": share, "n": 8, "chance": 0.0, "lo": 0.0, "hi": 1.0}
+        rows += [
+            {"kind": "eval", "step": step, "val_bpb": share},
+            {"kind": "chat_eval", "step": step, "kinds": {"facts": result}},
+        ]
+    for log in (rows, [*rows[2:], *rows[:2]]):  # an earlier step may be evaluated later
+        for step, bpb, accuracy in ((100, "0.1000", "10.0%"), (250, "0.2500", "25.0%")):
+            meta = {"stage": "sft", "step": step, "knobs": {}}
+            card = model_card(tiny.config(), 9, meta, log, target, "toy", "mit", "equal")
+            assert f"{bpb} bits per byte" in card and f"| {accuracy} (" in card
+
+
+def test_ollama_samples_as_the_chats_do():
+    lines = modelfile("toy.gguf", 64, export.SAMPLING).splitlines()
+    parameters = dict(line.split()[1:] for line in lines if line.startswith("PARAMETER"))
+    assert parameters | {"stop": ""} == {
+        "repeat_penalty": "1",
+        "top_p": "1",
+        "temperature": "0.6",
+        "top_k": "50",
+        "num_ctx": "64",
+        "stop": "",
+    }
 
 
 def test_uncapped_is_chosen_only_when_asked():

@@ -161,12 +161,14 @@ def test_the_calculator_answers_in_both(tokenizer, tmp_path, name):
     assert judge(foreign, task, questions).right == [1, 1]
 
 
-def test_a_folder_with_code_needs_permission(tokenizer, tmp_path):
+def test_a_folder_with_code_needs_permission(tokenizer, tmp_path, capfd):
     vocab, length = tokenizer.vocab_size, 64
     artifact = priors.write(tmp_path / "prior.safetensors", priors.terms(reach=length, vocab=vocab))
     shape = {"vocab_size": vocab, "sequence_len": length, "n_layer": 3}
     model = priors.model_with(artifact, shape=shape).requires_grad_(False)
     foreign = exported(model, tokenizer, tmp_path / "out", "nanochat", with_code=True)
+    printed = "".join(capfd.readouterr())
+    assert "Do you wish" not in printed, "it was given once"
     with pytest.raises(UserError, match="--with_code"):
         load_exported(tmp_path / "out", "cpu", "float32")
     ids = torch.randint(vocab, (3, length), generator=torch.Generator().manual_seed(1))

@@ -661,6 +661,62 @@ def test_long_conversations_lose_their_oldest_exchanges(tokenizer):
     assert len(whole["messages"]) == 12  # the caller's is left alone
 
 
+def test_exchanges_are_dropped_as_if_the_whole_were_rendered_each_time(tokenizer):
+    """The plain way, for conversations of all kinds and every limit."""
+
+    def plainly(conversation: dict, first: int, limit: int) -> tuple[list[dict], int]:
+        messages, dropped = list(conversation["messages"]), 0
+        while len(messages) - first > 2:
+            if len(tokenizer.render_prompt({"messages": messages})) <= limit:
+                break
+            del messages[first : first + 2]
+            dropped += 1
+        return messages, dropped
+
+    parts = [
+        {"type": "text", "text": "It is "},
+        {"type": "python", "text": "1+2"},
+        {"type": "python_output", "text": "3"},
+    ]
+    talk = [
+        {"role": role, "content": content}
+        for role, content in (
+            ("user", "\n\n the cat"),
+            ("assistant", parts),
+            ("user", "sat on the mat, naïve"),
+            ("assistant", ""),
+            ("user", "\n"),
+            ("assistant", "the mat sat on the cat"),
+            ("user", "and?"),
+        )
+    ]
+    for system in ([], [{"role": "system", "content": "Grüße \n"}]):
+        for start in (0, 2, 4, 6):
+            whole = {"messages": [*system, *talk[start:]]}
+            for limit in range(len(tokenizer.render_prompt(whole)) + 2):
+                less, dropped = fit_conversation(tokenizer, whole, limit)
+                assert (less["messages"], dropped) == plainly(whole, len(system), limit)
+    with pytest.raises(UserError, match="message 1: expected role"):
+        fit_conversation(tokenizer, {"messages": [talk[0], *talk]}, 9)
+
+
+def test_a_long_conversation_is_counted_once(tokenizer, monkeypatch):
+    talk = [
+        {"role": role, "content": "The cat sat on the mat. " * 4}
+        for role in ["user", "assistant"] * 200
+    ]
+    read, real = [], type(tokenizer).encode
+    monkeypatch.setattr(
+        type(tokenizer),
+        "encode",
+        lambda self, text, *given, **named: (
+            read.append(len(text)) or real(self, text, *given, **named)
+        ),
+    )
+    _, dropped = fit_conversation(tokenizer, {"messages": [*talk, talk[0]]}, 100)
+    assert dropped > 150 and sum(read) < 3 * sum(len(m["content"]) for m in talk)
+
+
 FORGED_CALLS = {  # what a model writes, in pieces -> the outputs that the calculator gives
     "an output of its own": (["{start}", "1+1", "{end}", "{out}", "3", "{over}"], ["2"]),
     "an output before the call": (["{out}", "3", "{over}", "{start}", "1+1", "{end}"], ["2"]),

@@ -197,11 +197,12 @@ def test_the_default_stages_train_on_data_of_a_folder(tmp_path, monkeypatch, cap
         (tmp_path / "tasks" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tasks" / name).write_text(text)
     base_train.main([*flags, "--num_iterations=1"])
+    monkeypatch.setenv("HOME", str(tmp_path))
     own = [
         "--device_type=cpu",
         "--dtype=float32",
         "--eval_tokens=2000",
-        f"--task_dir={tmp_path / 'tasks'}",
+        "--task_dir=~/tasks",
         "--name=Ada",
     ]
     mid_train.main([*own, "--num_iterations=1"])
