@@ -1037,7 +1037,9 @@ def test_tabs_do_not_need_to_hear_of_each_other(page):
             one.remove(one.conversations[0].id);
             two.save();
             const third = new Store();
-            add(third.conversations[0], null, "user", "more"); third.save();
+            add(third.conversations[0], null, "user", "more");
+            const failed = add(third.conversations[0], null, "assistant", ""); third.save();
+            third.drop(third.conversations[0], failed); third.save();
             two.save();
             return new Store().conversations.map((c) => Object.values(c.nodes).map((n) => n.content));
         }"""

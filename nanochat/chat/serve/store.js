@@ -56,7 +56,7 @@ export class Store {
     this.settings = { ...DEFAULTS, user: newId(), ...read(SETTINGS, {}) };
     this.full = false;
     this.seen = new Set(this.conversations.map((c) => c.id)); // ids that were stored once
-    this.removed = new Set();
+    this.removed = new Set(); // ids of conversations and messages
     this.saveSettings(); // the user's id stays the same
   }
 
@@ -70,6 +70,7 @@ export class Store {
       const mine = own.get(c.id);
       if (!mine) return c;
       mine.nodes = { ...c.nodes, ...mine.nodes };
+      for (const id of this.removed) delete mine.nodes[id];
       if (titles) mine.title = c.title;
       return mine;
     });
@@ -121,6 +122,12 @@ export class Store {
     this.removed.add(id);
     this.conversations = this.conversations.filter((c) => c.id !== id);
     this.save();
+  }
+
+  // Takes an answer that never began out of its conversation.
+  drop(conversation, message) {
+    this.removed.add(message.id);
+    delete conversation.nodes[message.id];
   }
 
   exported() {

@@ -394,7 +394,7 @@ async function answer(parent) {
       say("Stopped");
     } else {
       if (!message.content) {
-        delete asked.nodes[message.id];
+        store.drop(asked, message);
         asked.leaf = parent;
       } else message.note = "interrupted";
       complain(error.name === "ApiError" ? error.message : UNREACHABLE, () => { if (asked === current) answer(parent); });
