@@ -82,8 +82,8 @@ def save(tokenizer: "Tokenizer", directory: Path) -> None:
         if not aside.exists():
             directory.rename(aside)
         notice(
-            f"{directory} held a different tokenizer, which is now in {aside}; checkpoints made "
-            "with it do not load with the new one"
+            f"{directory} held a different tokenizer, which is now in {aside}, where models that "
+            "were trained with it find it"
         )
     tokenizer.save(directory)
 

@@ -1,6 +1,6 @@
 """
-The models that the server can answer with: every stage of every tag that the present tokenizer
-fits. One is loaded at the start, others when they are asked for; at most MOST_LOADED stay in
+The models that the server can answer with: every stage of every tag whose tokenizer is still there.
+One is loaded at the start, others when they are asked for; at most MOST_LOADED stay in
 memory.
 """
 
