@@ -282,3 +282,37 @@ def test_a_long_chat_becomes_several_conversations(tmp_path):
     assert [text for chat in got for _, said in chat for text in said.split("\n\n")] == [
         line.split(": ", 1)[1] for line in lines
     ], "nothing is lost"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"type": "chat", "messages": [{"role": "user", "content": "Q"}, {"role": "x"}]},
+        {"guild": {}, "channel": {}, "messages": []},
+        {"type": "personal_chat", "messages": [{"type": "service", "action": "joined"}]},
+        {"question": "q", "choices": {"label": None, "text": None}, "answerKey": "A"},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": "calculator"}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": 3}]},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "weight": []}]},
+        {"message_id": ["a"], "parent_id": None, "role": "prompter", "text": "Q"},
+        {"message_id": "a", "parent_id": ["b"], "role": "prompter", "text": "Q"},
+        {"message_id": None, "parent_id": None, "role": "prompter", "text": "Q"},
+        {"messages": [{"role": "user", "content": "Q", "mask": {}}]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("me", [None, "Ada"])
+def test_a_row_that_nobody_meant_is_a_problem_and_no_crash(tmp_path, row, me):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, [ROWS["messages"], row])))
+    surveyed, read = Report(limit=99), Report(limit=99)
+    assert conversations.survey(path, surveyed, me) == {"messages": 1}
+    assert len(surveyed.problems) == 1 and "a.jsonl, line 2: " in surveyed.problems[0]
+    assert len(turns(path, me, read)) == 1 and len(read.problems) == 1
+
+
+def test_a_lone_surrogate_in_an_export(tmp_path):
+    chat = json.dumps(TELEGRAM).replace("Happy new", "Happy \\ud83d new")
+    (tmp_path / "a.json").write_text(chat)
+    texts = list(read_text(tmp_path / "a.json", None))
+    assert "Bob: Happy \ufffd new year" in texts[1] and "\n".join(texts).encode()

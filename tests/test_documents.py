@@ -164,3 +164,13 @@ def test_a_book_gives_many_documents(tmp_path):
     assert "\n\n".join(docs) == path.read_text() and len(docs) == pytest.approx(
         len(path.read_text()) / 16_000, rel=0.1
     )
+
+
+@pytest.mark.parametrize("length", [32, 100])
+def test_lines_on_both_sides_of_a_megabyte_are_kept(tmp_path, length):
+    """A piece of a mebibyte that ends with a line takes nothing from the next one."""
+    lines = [f"{i:07d} {'word ' * 40}"[: length - 1] for i in range((3 << 20) // length)]
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(lines) + "\n")
+    assert len(path.read_bytes()) > 2 << 20
+    assert "\n".join(read(path)).split("\n") == lines

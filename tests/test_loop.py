@@ -238,6 +238,20 @@ def test_losing_patience_survives_an_interruption(tmp_path, monkeypatch, step):
     assert tiny.same(tiny.weights(whole), tiny.weights(parts))
 
 
+def test_speed_counts_every_token_of_this_session(tmp_path):
+    """Those too of steps that are dropped at the end, and none of an earlier session."""
+    r = losing_patience(tmp_path, tiny.model())
+    summary = r.fit()
+    r.logbook.close()
+    assert r.tokens == 4 * 128 and r.step == 4  # of eight steps
+    seconds = r._training_seconds
+    assert summary["tok_per_sec"] == pytest.approx(8 * 128 / seconds, abs=0.1)
+    r = losing_patience(tmp_path / "b", tiny.model(), steps=6)
+    r.patience, r.tokens = 0, 10**6
+    summary = r.fit()
+    assert summary["tok_per_sec"] == pytest.approx(6 * 128 / r._training_seconds, abs=0.1)
+
+
 def test_without_patience_the_last_checkpoint_counts(tmp_path):
     r = losing_patience(tmp_path, tiny.model(), steps=8)
     r.patience = 0
@@ -611,6 +625,28 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
         fit(tmp_path, None, Stopping(tiny.ListFeed.random(8).steps))
     assert checkpoint.newest(tmp_path).meta["step"] == 4
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+@pytest.mark.parametrize("when", ["last step", "last evaluation"])
+def test_a_signal_at_the_end_is_told(tmp_path, when):
+    """The run is complete; whoever would start another one learns of it."""
+
+    class Stopping(tiny.ListFeed):
+        def __next__(self):
+            if when == "last step" and self.step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    def measure():
+        if when == "last evaluation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val_bpb": 1.0}
+
+    feed = Stopping(tiny.ListFeed.random(8).steps)
+    summary, run, _ = fit(tmp_path, None, feed, PLAIN, [Evaluation("eval", 0, measure)])
+    assert summary["signal"] == signal.SIGTERM and run.done
+    assert checkpoint.newest(tmp_path).meta["done"]
+    assert "signal" not in fit(tmp_path / "b")[0]
 
 
 def test_a_second_signal_acts_at_once(tmp_path):

@@ -1,24 +1,28 @@
 """The command mine: its whole chain at toy size, and what it makes of a text and says of a model."""
 
 import gzip
+import itertools
 import json
 import lzma
 import math
 import random
 import re
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
 from nanochat.base.common import UserError
+from nanochat.base.logbook import Logbook
 from nanochat.commands import mid_train, mine
 from nanochat.eval import baselines
-from nanochat.eval.own_text import answer_lines, predictor_lines
+from nanochat.eval.own_text import answer_lines, predictor_lines, sample_prompt
 from nanochat.eval.tasks import owntext
 from nanochat.eval.tasks.owntext import TextQuestions
 from nanochat.eval.verbatim import longest_overlap, normalised
 from nanochat.model.checkpoint import locate
-from nanochat.train import scaling
+from nanochat.model.stages import run_directory
+from nanochat.train import chain, scaling
 
 CPU = ["--device_type=cpu", "--dtype=float32"]
 
@@ -101,6 +105,94 @@ def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, mon
     assert "taking over" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"was begun on .*texts: give the same text"):
         mine.main([str(tmp_path), *CPU])
+
+
+def test_a_chain_that_is_killed_anywhere_continues(place, tmp_path, monkeypatch):
+    """Before and after each time that the diary is written, at which nothing else is written."""
+
+    class Killed(BaseException):
+        pass
+
+    save = chain.Diary.save
+    moments = itertools.cycle([(2, True), (3, False), (3, True), (2, False), (4, False), (4, True)])
+    for _ in range(40):
+        calls, (moment, after) = itertools.count(1), next(moments)
+        dead = []
+
+        def dying(diary, calls=calls, moment=moment, after=after, dead=dead):
+            last = next(calls) == moment
+            if not dead and (after or not last):
+                save(diary)
+            if last:
+                dead.append(True)
+                raise Killed
+
+        with monkeypatch.context() as m:
+            m.setattr(chain.Diary, "save", dying)
+            m.setattr(mine, "report", lambda knobs, folder: {})
+            m.setattr(mine, "verdict", lambda *_: "")
+            with suppress(Killed):
+                mine.main([str(place), "--minutes=3", *CPU])
+                break
+    diary = json.loads((tmp_path / "base/mine/mine.json").read_text())
+    assert diary["done"][-1] == "sft" and len({*diary["done"]}) == len(diary["done"]) == 8
+    for stage, most in (("base", None), ("mid", 2), ("sft", 1)):
+        found = locate(stage, "mine")
+        assert found.meta["done"] and found.step == (most or found.step)
+        assert not found.path.parent.with_name("mine.old").exists(), "no stage was begun twice"
+
+
+def test_another_budget_plans_what_has_not_begun(place, tmp_path, monkeypatch, capsys):
+    knobs = lambda **given: mine.MineKnobs(data=(str(place),), **given)  # noqa: E731
+    diary = chain.Diary("mine", "mine")
+    assert mine.minutes_of(mine.budget(knobs(minutes=20.0), diary)) == 20
+    (tmp_path / "base/checkpoints/base/mine/step_000007").mkdir(parents=True)
+    (tmp_path / "base/checkpoints/mid/mine/step_000000").mkdir(parents=True)
+    diary.lengths = {"base": "--max_minutes=8", "mid": "--max_minutes=5"}
+    diary.notes |= {"data of mid": {}}
+    diary.done = ["tokenizer", "data of mid"]
+    diary.save()
+    diary = chain.Diary("mine", "mine")
+    assert mine.minutes_of(mine.budget(knobs(), diary)) == 20, "as it was begun"
+    assert len(diary.lengths) == 2 and "keeps" not in capsys.readouterr().err
+    assert mine.minutes_of(mine.budget(knobs(hours=1.0), diary)) == 60
+    assert diary.lengths == {"base": "--max_minutes=8"} and diary.done == ["tokenizer"]
+    assert "data of mid" not in diary.notes and diary.notes["minutes"] == 60
+    said = capsys.readouterr().err
+    assert "base_train is under way and keeps the length" in said and "(--max_minutes=8)" in said
+    assert not (tmp_path / "base/checkpoints/mid/mine").exists(), "a run without a step is aside"
+
+
+def test_a_dry_run_keeps_the_text_of_a_model(place, tmp_path, capsys):
+    kept = tmp_path / "base/mine/mine/text.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept")
+    mine.main([str(place), "--dry_run"])
+    assert kept.read_text() == "kept" and "12 documents" in capsys.readouterr().out
+    assert [*kept.parent.iterdir()] == [kept]
+
+
+def test_what_cannot_become_a_model_is_refused_at_once(place, tmp_path):
+    for tag in ("my book", "../x"):
+        with pytest.raises(UserError, match="cannot be a folder name"):
+            mine.main([str(place), f"--model_tag={tag}"])
+    assert not (tmp_path / "base").exists()
+    with pytest.raises(UserError, match=r"chapter1.txt|chapter1 has a weight of 0.9.*leave"):
+        mine.main([f"{place / 'chapter1.txt'}:0.9", f"{place / 'chapter2.txt'}:0.1", "--dry_run"])
+    (tmp_path / "base/checkpoints/mid/quickstart/step_000007").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"mid/quickstart holds a model that nanochat mine has not"):
+        mine.main([str(place), "--model_tag=quickstart"])
+
+
+def test_speed_of_pretraining_where_the_last_start_trained_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with Logbook(run_directory("base", "t"), config={}, step=0) as book:
+        book.log(7, kind="train", tok_per_sec=500.0)
+        assert mine.pretrained("t") == {"speed": 500.0, "steps": 7}  # killed before its summary
+        book.log(7, kind="summary", tok_per_sec=0.0)
+        assert mine.pretrained("t") == {"speed": 500.0, "steps": 7}
+        book.log(7, kind="summary", tok_per_sec=600.0)
+        assert mine.pretrained("t") == {"speed": 600.0, "steps": 7}
 
 
 def test_too_little_text_and_two_budgets(tmp_path, monkeypatch):
@@ -216,6 +308,25 @@ def test_abbreviations_end_no_sentence_and_are_no_names():
         if TextQuestions([text]).is_name(w)
     }
     assert names == {"Tobin", "Mira"}
+
+
+def test_text_without_spaces():
+    text = "他走进了花园。“你是谁？”她问。今天天气很好！" * 50
+    found = list(owntext.passages(text))
+    assert len(found) > 3 and all(0 < len(p) <= owntext.PASSAGE for p in found)
+    assert "".join(found) == text, "whole sentences, and nothing between them"
+    assert {*owntext.SENTENCE_END.split(text)} == {
+        "他走进了花园。",
+        "“你是谁？”",
+        "她问。",
+        "今天天气很好！",
+    }
+    endless = "无" * 1000
+    assert list(owntext.passages(endless)) == [endless[: owntext.PASSAGE]]
+    assert made(["continue"], 5, texts=[text])
+    for one in (text, endless, "短"):
+        assert sample_prompt([one]) in one and 0 < len(sample_prompt([one])) <= 60
+    assert sample_prompt([story(1, 40)]) in normalised(story(1, 40))
 
 
 def test_texts_without_questions_make_none():

@@ -50,6 +50,15 @@ def test_importing_is_instant_and_leaves_both_meanings_of_train():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_is_refused_leaves_no_run_locked():
+    from nanochat.base.files import reserved
+    from nanochat.model.stages import lock_file, run_directory
+
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        nanochat.train("base", data=("nowhere",), model_tag="none", **TINY)
+    assert not reserved(lock_file(run_directory("base", "none")))
+
+
 def test_a_loaded_model_says_what_it_is_and_chats():
     chat = nanochat.load("sft", device_type="cpu")
     assert re.fullmatch(r"<nanochat sft model toy, step 1, \d+\.\d M parameters>", repr(chat)), (

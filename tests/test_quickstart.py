@@ -1,13 +1,18 @@
 """The quickstart command: its plan, its whole chain at toy size, continuing and training further."""
 
+import errno
+import io
 import json
 import re
+import shutil
+import time
 
 import pytest
 
 from nanochat.base.common import UserError
-from nanochat.commands import mid_train, quickstart
+from nanochat.commands import base_train, mid_train, quickstart, tok_train
 from nanochat.commands.quickstart import LESSONS, QuickstartKnobs
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.checkpoint import locate
 from nanochat.train import chain
 
@@ -73,6 +78,110 @@ def test_the_whole_chain_is_continued_after_an_interruption(toy, monkeypatch, ca
     assert (toy / "checkpoints" / "sft" / "quickstart.old").exists()
 
 
+def test_a_budget_that_was_too_small_is_corrected(toy, monkeypatch, capsys):
+    untrained = toy / "checkpoints/base/quickstart/step_000000"
+
+    def too_short(argv):
+        untrained.mkdir(parents=True)
+        raise UserError("too short for one step")
+
+    with monkeypatch.context() as m, pytest.raises(UserError, match="too short for one step"):
+        m.setattr(base_train, "main", too_short)
+        quickstart.main([*CPU, "--minutes=0.43"])
+    assert not untrained.exists()
+    diary = json.loads((toy / "quickstart" / "quickstart.json").read_text())
+    assert "base" not in diary["lengths"] and diary["notes"]["budget"]["minutes"] == 0.43
+    with monkeypatch.context() as m:
+        m.setattr(mid_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.main([*CPU, "--target=0.6"])
+    diary = json.loads((toy / "quickstart" / "quickstart.json").read_text())
+    assert {*diary["lengths"].values()} == {"--num_iterations=2"} and locate("base").step == 2
+    with monkeypatch.context() as m:  # another target, when midtraining is under way
+        (toy / "checkpoints/mid/quickstart/step_000001").mkdir(parents=True)
+        m.setattr(mid_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.main([*CPU, "--target=0.95"])
+    diary = json.loads((toy / "quickstart" / "quickstart.json").read_text())
+    steps = {stage: int(flag.split("=")[1]) for stage, flag in diary["lengths"].items()}
+    assert steps == {"base": 2, "mid": 2, "sft": 3, "rl": 3}
+    said = capsys.readouterr().err
+    assert "mid_train is under way and keeps the length" in said and ".old" not in said
+    with pytest.raises(UserError, match=r"--minutes=8 and --target=0.9 set two budgets"):
+        quickstart.main(["--minutes=8", "--target=0.9"])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_each_chain_has_its_own_tokenizer(toy, monkeypatch, kept):
+    """Also if another chain has trained one before pretraining began."""
+    with monkeypatch.context() as m:
+        m.setattr(base_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.main(CPU)
+    own = Tokenizer.load().fingerprint
+    tok_train.main(["--data", "tinyworld@0.1", "--vocab_size=300"])
+    assert Tokenizer.load().fingerprint != own
+    if not kept:
+        shutil.rmtree(toy / f"tokenizer_{own[:8]}")
+    with monkeypatch.context() as m:
+        m.setattr(mid_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.main(CPU)
+    assert locate("base").meta["tokenizer"] == own == Tokenizer.load().fingerprint
+
+
+def test_the_way_on_names_the_tag(toy):
+    summary = {"accuracy": 0.5, "n": 8, "kinds": {}}
+    said = quickstart.verdict(summary, QuickstartKnobs(model_tag="x"), 10.0)
+    assert "quickstart --minutes 15 --model_tag x" in said
+    assert "chat_cli -g x " in said and "serve -g x)" in said
+    assert "model_tag" not in quickstart.verdict(summary, QuickstartKnobs(), 10.0)
+
+
+# ---- steps
+
+
+def test_a_signal_at_the_end_of_a_stage_ends_the_chain(toy):
+    steps = chain.Chain(chain.Diary("quickstart", "x"))
+    with pytest.raises(KeyboardInterrupt):
+        steps.step("base", "pretraining", lambda: {"signal": 15})
+    again = chain.Chain(chain.Diary("quickstart", "x"))
+    assert again.step("base", "pretraining", lambda: 1 / 0) is None, "it is done"
+
+
+def test_a_lost_terminal_ends_no_chain(toy, monkeypatch):
+    class Lost(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("sys.stdout", Lost())
+    steps = chain.Chain(chain.Diary("quickstart", "x"))
+    steps.display.interval = 0.01
+    assert steps.step("a", "a", lambda: time.sleep(0.1) or 7) == 7
+    steps.display.terminal.close()
+    assert steps.step("b", "b", lambda: 8) == 8
+
+
+def test_the_time_of_a_step_is_noted_while_it_works(toy, monkeypatch):
+    monkeypatch.setattr(chain, "SAVE_SECONDS", 0.05)
+    steps = chain.Chain(chain.Diary("quickstart", "x", seconds_used=5.0))
+    steps.display.interval = 0.01
+    path = toy / "quickstart" / "x.json"
+
+    def work():
+        path.unlink()
+        deadline = time.monotonic() + 20
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return json.loads(path.read_text())
+
+    stored = steps.step("a", "a", work)
+    assert stored["seconds"] >= 5 and stored["done"] == []
+
+
+# ---- plans
+
+
 def lengths(knobs, speed, monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(quickstart, "speed_here", lambda _: (speed, 4e11))
@@ -98,6 +207,10 @@ def test_a_fast_machine_gets_steps_and_a_slow_one_minutes(monkeypatch, tmp_path,
     assert total == pytest.approx(8 - 1.5 - quickstart.CLOSING_SECONDS / 60, abs=0.1)
     with pytest.raises(UserError, match=r"2 minutes are too few, because 2\.4 are used"):
         lengths(QuickstartKnobs(minutes=2, seconds_used=120), 10_000, monkeypatch, tmp_path)
+
+
+def test_no_stage_of_a_short_budget_is_without_a_limit():
+    assert {*quickstart.by_time(1.0).values()} == {"--max_minutes=0.01"}
 
 
 def test_what_is_promised_was_measured():

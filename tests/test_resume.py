@@ -178,6 +178,25 @@ def test_later_stages_go_on_too(whole, place, monkeypatch, script, flags):
         assert sha256_file(checkpoint.newest(run).path / file) == sha256_file(kept / file)
 
 
+def test_a_later_stage_keeps_its_own_settings(whole, place, monkeypatch):
+    """Those that differ from the parent's, without the flags."""
+    shutil.copytree(whole[2], place[1])
+    monkeypatch.setitem(mixture.COUNTS, "tinyworld", (400, 40))
+    own = ["--data=tinyworld@400", "--num_iterations=6", "--eval_every=0"]
+    given = ["--lr_scale=0.5", "--device_batch_size=4", "--name=Otto", "--seed=7"]
+    run = place[1].parents[1] / "mid" / "t"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        tiny.act_in_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        mid_train.main([*own, *given])
+    before = checkpoint.newest(run).meta
+    mid_train.main(["--resume=auto"])
+    after = checkpoint.newest(run).meta
+    assert after["step"] == 6 and {**after["knobs"], "resume": ""} == before["knobs"]
+    assert {**after["origins"], "resume": "default"} == before["origins"]
+    chosen = [after["knobs"][n] for n in ("lr_scale", "device_batch_size", "name", "seed")]
+    assert chosen == [0.5, 4, "Otto", 7]
+
+
 # ---- what may and may not change
 
 

@@ -12,11 +12,12 @@ import torch
 
 from nanochat.base import hardware
 from nanochat.base.common import UserError, entry
-from nanochat.base.files import release
 from nanochat.base.knobs import parse
 from nanochat.base.runtime import Runtime
 from nanochat.commands import base_train
 from nanochat.commands.base_train import PretrainKnobs
+from nanochat.commands.chat_rl import ReinforceKnobs
+from nanochat.commands.chat_sft import FinetuneKnobs
 from nanochat.commands.mid_train import MidtrainKnobs
 from nanochat.data.contexts import Contexts
 from nanochat.model.checkpoint import Checkpoint, locate
@@ -28,7 +29,7 @@ from nanochat.train.horizon import (
     conversation_horizon,
     within_passes,
 )
-from nanochat.train.resume import HORIZONS
+from nanochat.train.resume import HORIZONS, same_horizons
 from nanochat.train.run import OpenRun, _check_kernels, table_of_counts
 from nanochat.train.scaling import batch_for
 
@@ -85,7 +86,6 @@ def test_bad_input_is_one_line_and_status_2(flags, wrong, says, capsys):
     err = capsys.readouterr().err
     assert e.value.code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
-    release()  # as at the end of the process
     assert not (Path(os.environ["NANOCHAT_BASE_DIR"]) / "checkpoints").exists()
 
 
@@ -249,12 +249,20 @@ def test_lengths_of_a_conversation_stage(tmp_path):
             horizon(**given)
 
 
-def test_every_horizon_is_known_to_the_resume():
-    assert {
-        n
-        for n in vars(PretrainKnobs())
-        if n.startswith(("num_iter", "target_", "max_", "total_batch", "context"))
-    } <= set(HORIZONS)
+@pytest.mark.parametrize("knobs", [PretrainKnobs, MidtrainKnobs, FinetuneKnobs, ReinforceKnobs])
+def test_every_horizon_is_known_to_the_resume(knobs):
+    lengths = "num_iter", "target_", "max_", "total_batch", "context", "epochs", "samples"
+    names = [n for n in vars(knobs()) if n.startswith(lengths) or n.endswith("_per_step")]
+    assert {*names} - {"max_tokens"} <= set(HORIZONS)
+
+
+def test_a_change_of_replies_per_question_is_refused():
+    stored = {**vars(ReinforceKnobs()), "samples": 8}
+    with pytest.raises(UserError, match="started with samples=8, not 4"):
+        same_horizons(stored, {**stored, "samples": 4})
+    stored = {**vars(FinetuneKnobs()), "conversations_per_step": 8}
+    with pytest.raises(UserError, match="started with conversations_per_step=8, not 4"):
+        same_horizons(stored, {**stored, "conversations_per_step": 4})
 
 
 # ---- rates, counts

@@ -110,16 +110,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.train.run import open_run, reserve_run, resume_knobs
 
     tag = k.model_tag or f"d{k.depth}"
-    reserve_run("base", tag)
-    k, origins, resume_from = resume_knobs("base", tag, k, origins)
-    if not resume_from:
-        k, origins = with_lookback(k, origins, choose_device(k.device_type).type == "cpu")
-    check_prior_knobs(k, resume_from.meta["knobs"] if resume_from else None)
-    fixed = origins["sequence_len"] != "default"
-    contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)
-    k = replace(k, sequence_len=contexts.longest)
-    sources = training_sources(k.data, k.skip_bad_rows)
-    characters = inventory.show(sources)
 
     def build(runtime, tokenizer) -> GPT:
         config = k.model_config(tokenizer.vocab_size)
@@ -145,6 +135,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return model
 
     with stage.session():
+        reserve_run("base", tag)
+        k, origins, resume_from = resume_knobs("base", tag, k, origins)
+        if not resume_from:
+            k, origins = with_lookback(k, origins, choose_device(k.device_type).type == "cpu")
+        check_prior_knobs(k, resume_from.meta["knobs"] if resume_from else None)
+        fixed = origins["sequence_len"] != "default"
+        contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)
+        k = replace(k, sequence_len=contexts.longest)
+        sources = training_sources(k.data, k.skip_bad_rows)
+        characters = inventory.show(sources)
         run = open_run("base", tag, k, origins, build, resume_from, began=began)
         horizon = choose_horizon(run, characters)
         stage.compile_if_it_pays(run, horizon)

@@ -3,7 +3,7 @@ Train a model on your own text, from nothing to a chat, offline and in one go.
 
     nanochat mine FOLDER                       half an hour
     nanochat mine FOLDER NOTES.txt --hours 8   more text, more time
-    nanochat mine FOLDER --dry_run             only says what was found and what would be trained
+    nanochat mine FOLDER --dry_run             only says what was found
 
 The text is read, and a tokenizer and a model of a size that suits text and time are trained on it
 and on the embedded corpus, which teaches what a small text cannot: to answer, small talk, sums.
@@ -15,10 +15,10 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nanochat.base import logbook
@@ -26,7 +26,7 @@ from nanochat.base.common import UserError, base_dir, entry, human, print0, user
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
 from nanochat.model.stages import STAGES, run_directory
-from nanochat.train.chain import USUAL, Chain, Diary, expected_speed
+from nanochat.train.chain import USUAL, Chain, Diary, begun, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
     COMPILE_PAYS_SECONDS,
@@ -52,6 +52,7 @@ COMPILING_PEAK = 2e11  # FLOP/s of matrix products
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
 LOOKBACK_MINUTES = 60  # of the chain, up to which a model learns faster and cannot be exported
 LEAST = 20_000  # characters
+MINUTES = 30.0  # of the chain, unless they are given
 LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
 # Conversations and steps with which the quickstart's model learned to converse, and as much again
 # for the text
@@ -85,7 +86,7 @@ class MineKnobs(MachineKnobs):
     )
     vocab_size: int = knob(0, "tokens in the vocabulary (0 = by the size of the text)", low=0)
     model_tag: str = knob("mine", "name of the model's folders")
-    dry_run: bool = knob(False, "only say what was found and what would be trained")
+    dry_run: bool = knob(False, "only say what was found")
     seconds_used: float = knob(0.0, "seconds spent before this command started", low=0)
 
 
@@ -98,10 +99,14 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     finds the same even if your files have changed. Returns counts, and the inventory in lines.
     """
     from nanochat.data import conversations, documents, inventory, rows, sources
-    from nanochat.data.shapes import conversation
 
     folder.mkdir(parents=True, exist_ok=True)
     named = sources.parse_sources(knobs.data)
+    if weights := [source for source in named if source.weight is not None]:
+        raise UserError(
+            f"{weights[0].name} has a weight of {weights[0].weight:g}, and mine learns from all of "
+            "your text alike: leave the weights out"
+        )
     taken = inventory.take(named, knobs.me or None)
     if knobs.me and not any("chats" in n for found in taken for n in found.conversations.values()):
         problems = [problem for found in taken for problem in found.conversation_problems]
@@ -125,8 +130,8 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
                 counts["bytes"] += len(text.encode())
             for path in map(Path, found.conversations):
                 for _, row in conversations.read(path, report, knobs.me or None, alone=False):
-                    with suppress(UserError):  # the inventory names it
-                        line = json.dumps({"messages": conversation(row)["messages"]}) + "\n"
+                    if isinstance(item := conversations.checked(row), dict):  # else it is named
+                        line = json.dumps({"messages": item["messages"]}) + "\n"
                         counts["conversation_bytes"] += own_file.write(line)
                         counts["conversations"] += 1
     if counts["characters"] < LEAST:
@@ -170,7 +175,7 @@ def minutes_of(knobs: MineKnobs) -> float:
         raise UserError(
             f"--minutes={knobs.minutes:g} and --hours={knobs.hours:g} set two budgets: give one"
         )
-    minutes = knobs.minutes or 60 * knobs.hours or 30.0
+    minutes = knobs.minutes or 60 * knobs.hours or MINUTES
     if minutes < LEAST_MINUTES:
         raise UserError(
             f"{minutes:g} minutes are too few for a tokenizer, three stages and questions: give "
@@ -350,8 +355,11 @@ def later_flags(
 # ---- the chain
 
 
-def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, int]:
-    """Train a tokenizer on the text and half as much of the embedded corpus; tokens of the text."""
+def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, Any]:
+    """
+    Train a tokenizer on the text and half as much of the embedded corpus; what it is, and how many
+    tokens the text has.
+    """
     from nanochat.commands import tok_train
     from nanochat.data.shards import prepare
     from nanochat.data.tokenizer import Tokenizer
@@ -363,7 +371,11 @@ def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, int]
     tok_train.main(["--data", *data, f"--vocab_size={vocab_size}"])
     tokenizer = Tokenizer.load()
     tokens = prepare(own_source(folder), "train", tokenizer).total
-    return {"tokens": tokens, "vocab_size": tokenizer.vocab_size}
+    return {
+        "tokens": tokens,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+    }
 
 
 def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
@@ -485,17 +497,19 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], diary: Diary) -> str:
 
 def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
     """Read the text, make conversations from it, and train or take over a tokenizer."""
+    from nanochat.commands import tok_train
+
     notes = chain.diary.notes
-    notes |= chain.step("reading", "reading", lambda: read_all(knobs, folder)) or {}
+    chain.step("reading", "reading", lambda: read_all(knobs, folder), noted=dict)
     print0("\n".join(notes["inventory"]))
     most = notes["characters"] // CHARACTERS_PER_MADE
     count = min(MADE, round(MADE * minutes_of(knobs) / 20), max(400, most))
     making = lambda: write_conversations(folder, count, knobs.seed)  # noqa: E731
-    notes |= chain.step("conversations", "conversations", making) or {}
+    chain.step("conversations", "conversations", making, noted=dict)
     print0(f"made from the text: {notes['made']:,} conversations")
     if knobs.start:
         taking = lambda: take_over(knobs, folder, chain.diary)  # noqa: E731
-        notes |= chain.step("base", "taking over", taking) or {}
+        chain.step("base", "taking over", taking, noted=dict)
     else:
         if (
             any(run_directory("rl", READY_MADE).glob("step_*"))
@@ -505,8 +519,17 @@ def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
                 f"a model {READY_MADE} is trained here: --from {READY_MADE} --model_tag NAME keeps "
                 "its answers to everyday questions and learns less of your text"
             )
-        training = lambda: train_tokenizer(knobs, folder, notes["bytes"])  # noqa: E731
-        notes |= chain.step("tokenizer", "tokenizer", training) or {}
+        tok_train.in_chain(chain, lambda: train_tokenizer(knobs, folder, notes["bytes"]))
+
+
+def pretrained(tag: str) -> dict[str, Any]:
+    """Steps and tokens per second of pretraining. Its last start may have had no step to train."""
+    rows = {row["kind"]: row for row in logbook.read(run_directory("base", tag))}
+    speeds = [rows.get(kind, {}).get("tok_per_sec", 0.0) for kind in ("summary", "train")]
+    return {
+        "speed": next(speed for speed in speeds if speed > 0),
+        "steps": rows.get("summary", rows["train"])["step"],
+    }
 
 
 def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
@@ -520,11 +543,8 @@ def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
         flags = ["--data", f"text={folder / 'text.jsonl'}:{own}"]
         flags += [f"{embedded_text(embedded)}:{embedded}"] if embedded else []
     else:
-        if "speed" not in notes:
-            rows = {
-                row["kind"]: row for row in logbook.read(run_directory("base", knobs.model_tag))
-            }
-            notes |= {"speed": rows["summary"]["tok_per_sec"], "steps": rows["summary"]["step"]}
+        if not notes.get("speed"):
+            notes |= pretrained(knobs.model_tag)
         name = f"data of {stage}"
         if name not in notes:  # decided once, because the shares follow from the time that is left
             notes[name] = shares_of(stage, knobs, folder, diary)
@@ -534,8 +554,27 @@ def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
         chain.step(name, "conversations", rendering)
         if stage not in diary.lengths:
             diary.lengths[stage] = plan_later(stage, knobs, diary)
+    diary.save()  # a stage that is killed is continued with this length
     command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
     chain.train(stage, TITLES[stage], command, knobs, knobs.model_tag, flags)
+
+
+def budget(knobs: MineKnobs, diary: Diary) -> MineKnobs:
+    """
+    The knobs with the minutes with which the chain was begun, unless they are given now; if others
+    are given, the stages that have not begun are planned anew.
+    """
+    before = diary.notes.get("minutes", minutes_of(knobs))
+    if not (knobs.minutes or knobs.hours):
+        knobs = replace(knobs, minutes=before)
+    diary.notes["minutes"] = minutes_of(knobs)
+    if minutes_of(knobs) != before:
+        diary.replan()
+        for stage in SHARES:
+            if (name := f"data of {stage}") in diary.notes and not begun(stage, knobs.model_tag):
+                del diary.notes[name]
+                diary.done = [step for step in diary.done if step != name]
+    return knobs
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -551,10 +590,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"the model {knobs.model_tag} was begun on {' '.join(diary.notes['data'])}: "
             "give the same text to continue, or --model_tag=NAME for another model"
         )
-    if knobs.dry_run:
-        print0("\n".join(read_all(knobs, folder)["inventory"]))
+    if knobs.dry_run:  # not over the text of a model that was begun
+        with TemporaryDirectory() as elsewhere:
+            print0("\n".join(read_all(knobs, Path(elsewhere))["inventory"]))
         return {}
     print0("loading torch")
+    knobs = budget(knobs, diary)
     chain = Chain(diary)
     print0(f"(details: {diary.log})\n")
     prepare(chain, knobs, folder)

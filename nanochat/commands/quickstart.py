@@ -11,7 +11,7 @@ time: nanochat chat_cli
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -73,6 +73,7 @@ LEARNED = (0.5, 0.90), (1.0, 0.95)
 SPREAD = 0.03  # another seed may answer this much less
 TOKENIZER = "--data tinyworld@4 --vocab_size=2048"
 QUESTIONS = 800
+BUDGET = "minutes", "target"
 MOST_MINUTES = 30.0
 OPENING_SECONDS = 75.0  # of all stages together: imports, data, compiling
 CLOSING_SECONDS = 25.0  # questions at the end
@@ -107,14 +108,45 @@ def expectation(share: float) -> str:
     return f"{share:.0%} of the planned steps; right answers when it was measured: {known}"
 
 
-def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
+def budget(
+    knobs: QuickstartKnobs, origins: dict[str, str], diary: Diary
+) -> tuple[QuickstartKnobs, bool]:
     """
-    The length of every stage, as a flag: minutes with --minutes or on a slow machine, else steps.
-    Says what to expect.
+    The knobs with --minutes and --target as they were given when the chain was begun, unless they
+    are given now; whether that changes the budget, of which the diary takes note.
+    """
+    given = {name: getattr(knobs, name) for name in BUDGET if origins[name] != "default"}
+    if len(given) > 1 and knobs.minutes:
+        raise UserError(
+            f"--minutes={knobs.minutes:g} and --target={knobs.target:g} set two budgets: give one"
+        )
+    if not given:
+        knobs = replace(knobs, **diary.notes.get("budget", {}))
+    asked = {name: value for name, value in asdict(knobs).items() if name in BUDGET}
+    changed = diary.notes.get("budget", asked) != asked
+    diary.notes["budget"] = asked
+    return knobs, changed
+
+
+def seconds_left(stage: str, tag: str) -> float:
+    """What a stage that is under way still takes, at its pace so far."""
+    row = logbook.newest(run_directory(stage, tag), "train")
+    return row["seconds"] * (1 / row["progress"] - 1) if row.get("progress") else 0.0
+
+
+def plan(
+    knobs: QuickstartKnobs, diary: Diary, stages: Sequence[str] = tuple(LESSONS)
+) -> dict[str, str]:
+    """
+    The length of each of the stages, as a flag: minutes with --minutes or on a slow machine, else
+    steps. Says what to expect.
     """
     speed, peak = speed_here(knobs)
-    seconds = sum(lesson.work for lesson in LESSONS.values()) / speed + OPENING_SECONDS
+    lessons = {stage: LESSONS[stage] for stage in stages}
+    seconds = sum(lesson.work for lesson in lessons.values()) / speed
+    seconds += OPENING_SECONDS * len(lessons) / len(LESSONS)
     fixed = diary.seconds + CLOSING_SECONDS
+    fixed += sum(seconds_left(s, diary.tag) for s in LESSONS if s not in (*stages, *diary.done))
     share = next((s for s, accuracy in LEARNED if accuracy - SPREAD >= knobs.target), 1.0)
     minutes = knobs.minutes or (fixed + share * seconds) / 60
     print0(
@@ -125,7 +157,7 @@ def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
         print0(f"about {minutes:.0f} minutes for {expectation(share)}")
         return {
             stage: f"--num_iterations={max(1, round(share * lesson.steps))}"
-            for stage, lesson in LESSONS.items()
+            for stage, lesson in lessons.items()
         }
     minutes = min(minutes, knobs.minutes or MOST_MINUTES)
     share = (60 * minutes - fixed) / seconds
@@ -135,13 +167,14 @@ def plan(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
             "for the questions at the end: give --minutes more"
         )
     print0(f"{minutes:g} minutes are enough for {expectation(share)}")
-    return by_time(60 * minutes - fixed)
+    return by_time(60 * minutes - fixed, stages)
 
 
-def by_time(seconds: float) -> dict[str, str]:
-    """The lengths of the stages in a budget of time."""
-    shares = {stage: lesson.work for stage, lesson in LESSONS.items()}
-    return {s: f"--max_minutes={t / 60:.2f}" for s, t in split_budget(seconds, shares).items()}
+def by_time(seconds: float, stages: Sequence[str] = tuple(LESSONS)) -> dict[str, str]:
+    """The lengths of the stages in a budget of time; none is 0, which would be no limit."""
+    shares = {stage: LESSONS[stage].work for stage in stages}
+    split = split_budget(seconds, shares)
+    return {stage: f"--max_minutes={max(0.01, t / 60):.2f}" for stage, t in split.items()}
 
 
 def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
@@ -163,7 +196,8 @@ def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
         longer = f"{before + more / 60:.2f}"
     else:
         rows = {row["kind"]: row for row in logbook.read(run_directory("mid", knobs.model_tag))}
-        speed = rows["summary"]["step"] / rows["summary"]["seconds"]
+        row = rows.get("summary", rows["train"])  # none if killed just before it
+        speed = row["step"] / row["seconds"]
         longer = f"{before + more * speed:.0f}"
     for stage in ("sft", "rl"):
         with new_run(run_directory(stage, knobs.model_tag)):
@@ -194,13 +228,16 @@ def verdict(summary: dict[str, Any], knobs: QuickstartKnobs, minutes: float) -> 
         f"    {name:<11} {result['accuracy']:4.0%}   (guessing: {result['chance']:.0%})"
         for name, result in kinds
     ]
+    tag = "" if knobs.model_tag == QuickstartKnobs.model_tag else knobs.model_tag
     if not knobs.minutes and summary["accuracy"] < knobs.target:
         weak = ", ".join(name for name, r in kinds if r["accuracy"] < knobs.target)
         lines.append(f"That is below the target of {knobs.target:.0%}: it is weak in {weak}.")
     lines += [
         "",
-        f"to train it further:  nanochat quickstart --minutes {1.5 * minutes:.0f}",
-        "to talk to it:        nanochat chat_cli     (in a browser: nanochat serve)",
+        f"to train it further:  nanochat quickstart --minutes {1.5 * minutes:.0f}"
+        + f" --model_tag {tag}" * bool(tag),
+        f"to talk to it:        nanochat chat_cli{f' -g {tag}' * bool(tag)}     (in a browser: "
+        f"nanochat serve{f' -g {tag}' * bool(tag)})",
     ]
     return "\n".join(lines)
 
@@ -209,19 +246,22 @@ def verdict(summary: dict[str, Any], knobs: QuickstartKnobs, minutes: float) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    knobs, _ = parse(QuickstartKnobs, argv, command="quickstart")
+    knobs, origins = parse(QuickstartKnobs, argv, command="quickstart")
     print0("loading torch")
     tag = knobs.model_tag
     diary = Diary("quickstart", tag, knobs.seconds_used)
-    if "questions" in diary.done and knobs.minutes:
+    knobs, changed = budget(knobs, origins, diary)
+    if "questions" in diary.done and origins["minutes"] != "default":
         diary.lengths, diary.done = plan_further(knobs, diary), ["tokenizer", "base"]
-    elif not diary.lengths:
-        diary.lengths = plan(knobs, diary)
+    elif changed or len(diary.lengths) < len(LESSONS):
+        diary.replan()
+    if missing := [stage for stage in LESSONS if stage not in diary.lengths]:
+        diary.lengths |= plan(knobs, diary, missing)
     chain = Chain(diary)
     print0(f"(details: {diary.log})\n")
     from nanochat.commands import chat_eval, tok_train
 
-    chain.step("tokenizer", "tokenizer", lambda: tok_train.main(TOKENIZER.split()))
+    tok_train.in_chain(chain, lambda: tok_train.main(TOKENIZER.split()))
     for stage, lesson in LESSONS.items():
         command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
         trained = chain.train(stage, lesson.title, command, knobs, tag, lesson.flags)

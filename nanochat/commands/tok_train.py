@@ -5,10 +5,11 @@ it still need it.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat.base.common import UserError, base_dir, duration, entry, human, notice, print0
 from nanochat.base.files import check_writable
@@ -17,6 +18,7 @@ from nanochat.base.progress import progress
 from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS
 from nanochat.data.sources import mixed, parts, training_sources
+from nanochat.train.chain import Chain, begun
 from nanochat.train.scaling import vocabulary_for
 
 if TYPE_CHECKING:
@@ -88,7 +90,32 @@ def save(tokenizer: "Tokenizer", directory: Path) -> None:
     tokenizer.save(directory)
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
+def restore(fingerprint: str) -> bool:
+    """Put the tokenizer with this fingerprint back where stages look; False if it is gone."""
+    from nanochat.data.tokenizer import Tokenizer
+
+    directory = base_dir() / "tokenizer"
+    for folder in (directory, directory.with_name(f"tokenizer_{fingerprint[:8]}")):
+        with suppress(UserError):
+            if (tokenizer := Tokenizer.load(folder)).fingerprint == fingerprint:
+                save(tokenizer, directory)
+                return True
+    return False
+
+
+def in_chain(chain: Chain, train: Callable[[], dict[str, Any]]) -> None:
+    """
+    The step of a chain that trains the tokenizer, whose results the diary keeps. Until pretraining
+    has begun, what another chain has put in its place is moved aside again.
+    """
+    diary = chain.diary
+    fingerprint = diary.notes.get("fingerprint")
+    if fingerprint and not begun("base", diary.tag) and not restore(fingerprint):
+        diary.done.remove("tokenizer")
+    chain.step("tokenizer", "tokenizer", train, noted=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and save the tokenizer; returns its size, fingerprint and compression."""
     knobs, _ = parse(TrainTokenizerKnobs, argv, command="tok_train")
     check_writable(base_dir())

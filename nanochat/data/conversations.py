@@ -73,7 +73,11 @@ def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
         if number == 0 and not shape and not chats and _is_text(row):
             raise UserError(f"{path} holds text, not conversations")
         if shape == "OpenAssistant messages":
-            flat[place] = row
+            names = row.get("message_id"), row.get("parent_id")
+            if names[0] is None or not all(isinstance(n, str | int | None) for n in names):
+                report.bad_row(place, "its message_id or parent_id is no text and no number")
+            else:
+                flat[place] = row
         elif shape == "OpenAssistant trees":
             yield from _tree(place, row.get("prompt"), report)
         elif chats:
@@ -97,8 +101,16 @@ def _is_text(row: Any) -> bool:
 def _tree(place: str, tree: Any, report: Report) -> Iterator[tuple[str, Any]]:
     try:
         yield from ((place, row) for row in dialogue.tree_conversations(tree))
-    except (UserError, KeyError, TypeError) as e:
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
         report.bad_row(place, e)
+
+
+def checked(row: Any) -> dict[str, Any] | Exception:
+    """A row as a conversation whose turns are checked, or why it is none."""
+    try:
+        return conversation(row)
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+        return e
 
 
 def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
@@ -111,10 +123,8 @@ def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
     try:
         for place, row in read(path, report, me):
             shaped = shaped or shape_of(row) is not None
-            try:
-                conversation(row)
-            except UserError as e:
-                report.problems.append(f"{place}: {e}")
+            if isinstance(found := checked(row), Exception):
+                report.problems.append(f"{place}: {found}")
             else:
                 counts["chats" if ", chat " in place else shape_of(row) or "messages"] += 1
     except UserError as e:

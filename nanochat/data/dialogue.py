@@ -99,7 +99,8 @@ def exported(value: Any) -> list[Chat] | None:
     messages = value.get("messages")
     if not isinstance(messages, list) or not ({"type", "guild", "channel"} & value.keys()):
         return None
-    return [[m for m in map(_exported_message, messages) if m]]
+    chat = [m for m in map(_exported_message, messages) if m]
+    return [chat] if chat else None if messages else []
 
 
 def _exported_message(message: Any) -> Message | None:

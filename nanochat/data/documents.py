@@ -186,7 +186,9 @@ def _separated(file: IO[str], report: Report, rest: str) -> Iterator[str | None]
     """
     while chunk := file.read(1 << 20):
         # To the end of the line, so that no separator is torn; a line without end keeps its tail
-        chunk = rest + chunk + (chunk[-1:] != "\n") * file.readline(1 << 20)
+        chunk = rest + chunk
+        if chunk[-1] != "\n":
+            chunk += file.readline(1 << 20)
         torn = re.search(r"[ \t]*[<\[]", tail := chunk[-LONGEST_SEPARATOR:])
         rest = tail[torn.start() :] if torn and chunk[-1] != "\n" else ""
         yield from _at_separators(chunk[: len(chunk) - len(rest)], report)
@@ -235,7 +237,7 @@ def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
         try:
             if (chats := dialogue.exported(row)) is not None:
                 for part in chain.from_iterable(map(dialogue.sessions, chats)):
-                    yield from cut([dialogue.as_text(part)])
+                    yield from cut([well_formed(dialogue.as_text(part))])
                 continue
             text = text_of_row(row, field)
         except (UserError, UnicodeDecodeError) as e:

@@ -155,6 +155,7 @@ def _result(message: Any, before: list[dict[str, Any]]) -> dict[str, Any] | None
 def _call(i: int, call: Any) -> dict[str, str]:
     """A call of the calculator as a part of the reply; UserError for one of another tool."""
     function = call.get("function", call) if isinstance(call, dict) else {}
+    function = function if isinstance(function, dict) else {"name": function}
     name = str(function.get("name"))
     arguments: Any = function.get("arguments")
     try:
@@ -240,7 +241,9 @@ def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
     for name in OPTION_LISTS:
         value = row.get(name)
         if isinstance(value, dict) and {"label", "text"} <= value.keys():  # ARC
-            value = dict(zip(value["label"], value["text"], strict=False))
+            lists = value["label"], value["text"]
+            listed = all(isinstance(one, list) for one in lists)
+            value = dict(zip(*lists, strict=False)) if listed else None
         elif isinstance(value, list):
             value = dict(enumerate(value))
         if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
@@ -288,6 +291,7 @@ def _message(i: int, message: Any) -> dict[str, Any]:
     content = next((message[key] for key in CONTENT_KEYS if key in message), None)
     single = message.get("function_call")
     calls = message.get("tool_calls") or ([single] if single else [])
+    calls = calls if isinstance(calls, list) else [calls]
     if calls:
         said = [{"type": "text", "text": content}] if content else []
         content = [*said, *(_call(i, call) for call in calls)]

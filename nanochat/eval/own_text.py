@@ -21,7 +21,7 @@ from nanochat.model.checkpoint import Loaded
 TEMPERATURES = 0.3, 0.7, 1.0
 SAMPLE_TOKENS = 80
 CHAT: dict[str, Any] = {"temperature": 0.6, "top_k": 50}  # as chat_cli samples
-PROMPT_WORDS = 6
+PROMPT_WORDS, PROMPT_CHARACTERS = 6, 60
 MOST_TOKENS = 1 << 18  # of held-out text that the model reads
 MOST_CHARACTERS = 50_000_000  # of training text that samples are compared with
 
@@ -75,8 +75,9 @@ def replies(loaded: Loaded, questions: Sequence[str]) -> list[tuple[str, str]]:
 
 def sample_prompt(texts: Sequence[str]) -> str:
     """The beginning of a passage in the middle of the longest text."""
-    found = list(passages(max(texts, key=len)))
-    return " ".join(found[len(found) // 2].split()[:PROMPT_WORDS])
+    longest = max(texts, key=len)
+    found = list(passages(longest)) or [longest]
+    return " ".join(found[len(found) // 2].split()[:PROMPT_WORDS])[:PROMPT_CHARACTERS]
 
 
 def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:

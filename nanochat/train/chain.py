@@ -14,20 +14,36 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nanochat.base import logbook
-from nanochat.base.common import base_dir, duration, human, printable
-from nanochat.base.files import atomic_write
-from nanochat.model.stages import run_directory
+from nanochat.base.common import UserError, base_dir, duration, human, notice, printable
+from nanochat.base.files import atomic_write, reserved
+from nanochat.model.stages import STAGES, lock_file, run_directory, step_folders
 from nanochat.train.knobs import MachineKnobs
 
 T = TypeVar("T")
 USUAL = 0.45  # of the peak of matrix products is what training reaches
+SAVE_SECONDS = 60.0  # between two notes of the time that a step has taken
+
+
+def begun(stage: str, tag: str) -> bool:
+    """Whether a stage has a step that a later start continues from, or is being trained now."""
+    run = run_directory(stage, tag)
+    return reserved(lock_file(run)) or any(int(folder.name[5:]) for folder in step_folders(run))
 
 
 class Diary:
-    """What is planned and which steps are done, in a file: the same command continues."""
+    """
+    What is planned and which steps are done, in a file: the same command continues. UserError for
+    a tag that cannot be a folder's name, or that has models of which there is no diary.
+    """
 
     def __init__(self, folder: str, tag: str, seconds_used: float = 0.0):
-        self.path = base_dir() / folder / f"{tag}.json"
+        runs = [run_directory(stage, tag) for stage in STAGES]
+        self.tag, self.path = tag, base_dir() / folder / f"{tag}.json"
+        if not self.path.exists() and (other := next(filter(step_folders, runs), None)):
+            raise UserError(
+                f"{other} holds a model that nanochat {folder} has not trained: choose another "
+                "--model_tag=NAME"
+            )
         self.log = self.path.with_suffix(".log")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
@@ -47,12 +63,40 @@ class Diary:
         content = {"seconds": round(self.seconds, 1)} | {n: getattr(self, n) for n in names}
         atomic_write(self.path, json.dumps(content, indent=1))
 
+    def replan(self) -> None:
+        """
+        Forget the lengths of the stages that have not begun, because the budget has changed; says
+        of the one under way that it keeps its own.
+        """
+        for stage in [stage for stage in self.lengths if stage not in self.done]:
+            if begun(stage, self.tag):
+                notice(
+                    f"{STAGES[stage].command} is under way and keeps the length with which it was "
+                    f"begun ({self.lengths[stage]}): the new budget counts for what comes after it"
+                )
+            else:
+                self.forget(stage)
+
+    def forget(self, stage: str) -> None:
+        """Forget the length of a stage that has not begun; a run without a step is set aside."""
+        from nanochat.model.checkpoint import new_run
+
+        del self.lengths[stage]
+        if step_folders(directory := run_directory(stage, self.tag)):
+            with (
+                self.log.open("a", encoding="utf-8") as log,
+                contextlib.redirect_stderr(log),
+                new_run(directory),
+            ):
+                pass  # the stage itself opens it
+
 
 class Display:
     """One line per step on the terminal; everything else is printed to the log file."""
 
-    def __init__(self, log: Path):
+    def __init__(self, log: Path, keep: Callable[[], None] = lambda: None):
         self.terminal, self.log = sys.stdout, log
+        self.keep = keep  # called now and then during a step
         self.live = self.terminal.isatty()
         self.interval = 0.5 if self.live else 30.0  # seconds between two states of a line
         self.first: dict[str, Any] = {}  # row of the log that the current step showed first
@@ -67,8 +111,13 @@ class Display:
         self.first = {}
 
         def watch() -> None:
+            kept = began
             while not over.wait(self.interval):
                 self.write(self.state(title, time.monotonic() - began, directory), self.live)
+                if time.monotonic() > kept + SAVE_SECONDS:
+                    kept = time.monotonic()
+                    with contextlib.suppress(UserError):  # the step itself meets a full disk
+                        self.keep()
 
         watcher = threading.Thread(target=watch, daemon=True)
         self.write(f"{title:<14} starting", self.live)
@@ -105,32 +154,42 @@ class Display:
         return f"{line}, {duration(left)} left"
 
     def write(self, text: str, replaced: bool = False) -> None:
-        """Write a line; the next one replaces it if `replaced`."""
+        """Write a line; the next one replaces it if `replaced`. A lost terminal ends no chain."""
         start, end = ("\r\033[K", "" if replaced else "\n") if self.live else ("", "\n")
-        self.terminal.write(start + printable(text) + end)
-        self.terminal.flush()
+        with contextlib.suppress(OSError, ValueError):
+            self.terminal.write(start + printable(text) + end)
+            self.terminal.flush()
 
 
 class Chain:
     """The steps of a command that trains several stages; those in its diary are not repeated."""
 
     def __init__(self, diary: Diary):
-        self.diary, self.display = diary, Display(diary.log)
+        self.diary, self.display = diary, Display(diary.log, diary.save)
         diary.save()
 
     def step(
-        self, name: str, title: str, work: Callable[[], T], directory: Path | None = None
+        self,
+        name: str,
+        title: str,
+        work: Callable[[], T],
+        directory: Path | None = None,
+        noted: Callable[[T], dict[str, Any]] = lambda result: {},
     ) -> T | None:
         """
-        Do the work of a step unless it is done, and note it; the result of the work, or None if it
-        was done before. `directory`: of the run that it trains.
+        Do the work of a step unless it is done, and note it with what is to be `noted` of its
+        result; the result, or None if it was done before. `directory`: of the run that it trains.
+        KeyboardInterrupt if a signal came when a stage was at its end: the next one does not begin.
         """
         if name in self.diary.done:
             return None
         try:
             with self.display.working(title, directory):
                 result = work()
+            self.diary.notes |= noted(result)
             self.diary.done.append(name)
+            if isinstance(result, dict) and result.get("signal"):
+                raise KeyboardInterrupt
         except KeyboardInterrupt:
             self.display.write("stopped: the same command continues here")
             raise
@@ -156,7 +215,13 @@ class Chain:
         argv += [f"--{name}={getattr(knobs, name)}" for name in ("device_type", "dtype", "seed")]
         work = lambda: command([*argv, *flags])  # noqa: E731
         done = stage in self.diary.done
-        self.step(stage, title, work, run_directory(stage, tag))
+        try:
+            self.step(stage, title, work, run_directory(stage, tag))
+        except UserError:
+            if not begun(stage, tag):  # the length may be the reason
+                self.diary.forget(stage)
+                self.diary.save()
+            raise
         return not done
 
 

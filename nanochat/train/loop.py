@@ -203,7 +203,7 @@ class Run:
         """
         self._line, self._average = StatusLine(), None
         self._began, self._seconds_before = self.clock(), self.seconds
-        self._tokens_before, self._flops, self._training_seconds = self.tokens, 0.0, 1e-9
+        self._trained, self._flops, self._training_seconds = 0, 0.0, 1e-9  # in this session
         self._flops_per_token = cache(self.model.flops_per_token)
         with _Signals() as signals, _collector_at_rest() as rest:
             self._evaluate_at_start()
@@ -234,7 +234,8 @@ class Run:
                 self._return_to_best()
             self.done = True
             self._amend()
-        return self._summarize()
+        # a signal of the last moments stops what would follow, not the run
+        return self._summarize() | ({"signal": signals.caught} if signals.caught else {})
 
     # time -----------------------------------------------------------------------------------------
 
@@ -284,6 +285,7 @@ class Run:
         )
         self.step += 1
         self.tokens += int(tokens)
+        self._trained += int(tokens)
         self._flops += flops
         after = self._tick()
         self.model.set_progress(after)
@@ -562,7 +564,7 @@ class Run:
     # reports --------------------------------------------------------------------------------------
 
     def _tokens_per_second(self) -> float:
-        return round((self.tokens - self._tokens_before) / self._training_seconds, 1)
+        return round(self._trained / self._training_seconds, 1)
 
     def _log(self, kind: str, numbers: dict[str, Any]) -> None:
         seconds = round(self._elapsed(), 3)

@@ -23,7 +23,9 @@ HORIZONS = (
     "max_hours",
     "epochs",
     "total_batch_size",
+    "conversations_per_step",
     "questions_per_step",
+    "samples",
     "context_stages",
 )
 

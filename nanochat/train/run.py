@@ -216,13 +216,14 @@ def open_from_parent(
 ) -> OpenRun:
     """
     Open a run that starts from the checkpoint of an earlier stage, with its model and tag and the
-    knobs named in INHERITED.
+    knobs named in INHERITED; one that resumes has its own.
     """
     parent = locate(parent_stage, k.model_tag, k.step)
-    inherited = {n: value for n, value in parent.meta["knobs"].items() if n in INHERITED}
-    k, origins = inherit(k, origins, inherited)
     reserve_run(stage, parent.tag)
     k, origins, resume_from = resume_knobs(stage, parent.tag, k, origins)
+    if not resume_from:
+        inherited = {n: value for n, value in parent.meta["knobs"].items() if n in INHERITED}
+        k, origins = inherit(k, origins, inherited)
 
     def build(runtime: Runtime, tokenizer: Tokenizer) -> GPT:
         return parent.model(runtime.device, runtime.dtype)

@@ -57,6 +57,7 @@ TURNS = 4  # that a conversation takes from a dialogue
 SENTENCE_END = re.compile(
     r"(?<=[.!?…。！？])(?<!\b[A-Z]\.)(?<!\b[A-Z]\w\.)(?<!\b[A-Z]\w\w\.)\s+"
     r"|(?<=[.!?…。！？][\"'”’»)])\s+"
+    r"|(?<=[。！？])(?=[^\s\"'”’»)」』])|(?<=[。！？][”’」』])(?=\S)"  # which no space follows
 )
 QUOTED = re.compile(r"“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|\"([^\"]+)\"")
 SPEAKER = re.compile(r"^([^\W\d_][\w .'-]{0,24}):[ \t]+(\S.*)$")
@@ -116,19 +117,19 @@ class TextQuestions:
         if len(sentences) < 2:
             return None
         cut = rng.randrange(1, len(sentences))
-        asked = rng.choice(ASK["continue"]).format(x=" ".join(sentences[:cut]))
-        return exchange(asked, " ".join(sentences[cut:]))
+        asked = rng.choice(ASK["continue"]).format(x=together(sentences[:cut]))
+        return exchange(asked, together(sentences[cut:]))
 
     def make_tell(self, rng: random.Random) -> Item | None:
         """The first sentence that names a person, or a thing, and those after it."""
         at = rng.randrange(len(self.passages))
-        sentences = SENTENCE_END.split(" ".join(self.passages[at : at + 2]))
+        sentences = SENTENCE_END.split(together(self.passages[at : at + 2]))
         for i, sentence in enumerate(sentences):
             names = [w for w in WORD.findall(sentence, 0, NEAR) if self.is_name(w)]
             things = [f"the {thing}" for thing in THING.findall(sentence, 0, NEAR)]
             if names or things:
                 kind, subject = ("name", names[0]) if names else ("tell", things[0])
-                reply = next(passages(" ".join(sentences[i:])))
+                reply = next(passages(together(sentences[i:])))
                 return exchange(rng.choice(ASK[kind]).format(x=subject), reply)
         return None
 
@@ -237,11 +238,21 @@ def passages(text: str) -> Iterator[str]:
         if held and len(held) + 1 + len(sentence) > PASSAGE:
             yield held
             held = ""
-        if len(sentence) > PASSAGE:  # cut at a word; what is left is dropped
-            sentence = sentence[:PASSAGE].rpartition(" ")[0]
-        held = f"{held} {sentence}".strip()
+        if len(sentence) > PASSAGE:  # cut at a word if there are any; what is left is dropped
+            sentence = sentence[:PASSAGE]
+            sentence = sentence.rpartition(" ")[0] or sentence
+        held = together([held, sentence])
     if held:
         yield held
+
+
+def together(sentences: Sequence[str]) -> str:
+    """Sentences as they stand in a text: with spaces between them, but for Chinese and Japanese."""
+    text = ""
+    for sentence in sentences:
+        spaced = text and not text.rstrip("”’」』").endswith(("。", "！", "？"))
+        text += f" {sentence}" if spaced else sentence
+    return text.strip()
 
 
 def dialogues(text: str) -> Iterator[list[str]]:
