@@ -209,6 +209,9 @@ def test_too_little_text_and_two_budgets(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("1/2/20, 9:00 - Ada: Hi\n1/2/20, 9:01 - Jo: Yes\n" * 9)
     with pytest.raises(UserError, match=r"--me=Bob .* a chat of Ada, Jo: Bob is not among them"):
         mine.main([str(tmp_path / "a.txt"), "--me=Bob", "--model_tag=chat"])
+    (tmp_path / "b.txt").write_text(story(1, 90))
+    with pytest.raises(UserError, match="--me=Bob writes in no chat"):  # not: begun on a.txt
+        mine.main([str(tmp_path / "b.txt"), "--me=Bob"])
     with pytest.raises(UserError, match="needs your text"):
         mine.main([])
 

@@ -10,10 +10,12 @@ import time
 import pytest
 
 from nanochat.base.common import UserError
+from nanochat.base.logbook import Logbook
 from nanochat.commands import base_train, mid_train, quickstart, tok_train
 from nanochat.commands.quickstart import LESSONS, QuickstartKnobs
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.checkpoint import locate
+from nanochat.model.stages import run_directory
 from nanochat.train import chain
 
 TOY = {
@@ -207,6 +209,20 @@ def test_a_fast_machine_gets_steps_and_a_slow_one_minutes(monkeypatch, tmp_path,
     assert total == pytest.approx(8 - 1.5 - quickstart.CLOSING_SECONDS / 60, abs=0.1)
     with pytest.raises(UserError, match=r"2 minutes are too few, because 2\.4 are used"):
         lengths(QuickstartKnobs(minutes=2, seconds_used=120), 10_000, monkeypatch, tmp_path)
+
+
+def test_a_new_budget_counts_what_the_stage_under_way_still_takes(toy):
+    with Logbook(run_directory("base", "x"), config={}, step=0) as book:
+        book.log(7, kind="train", seconds=60.0, progress=0.25)
+    diary = chain.Diary("quickstart", "x")
+    planned = quickstart.plan(QuickstartKnobs(minutes=10), diary, ["mid", "sft", "rl"])
+    total = sum(float(flag.split("=")[1]) for flag in planned.values())
+    assert {*planned} == {"mid", "sft", "rl"}
+    assert total == pytest.approx(10 - 3 - quickstart.CLOSING_SECONDS / 60, abs=0.1)
+    diary.done = ["base"]
+    planned = quickstart.plan(QuickstartKnobs(minutes=10), diary, ["mid", "sft", "rl"])
+    total = sum(float(flag.split("=")[1]) for flag in planned.values())
+    assert total == pytest.approx(10 - quickstart.CLOSING_SECONDS / 60, abs=0.1)
 
 
 def test_no_stage_of_a_short_budget_is_without_a_limit():

@@ -585,7 +585,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     diary = Diary("mine", knobs.model_tag, knobs.seconds_used)
     folder = diary.path.with_suffix("")
     paths = [str(user_path(word).resolve()) for word in knobs.data]
-    if diary.notes.setdefault("data", paths) != paths:
+    if "reading" not in diary.done:
+        diary.notes["data"] = paths
+    if diary.notes["data"] != paths:
         raise UserError(
             f"the model {knobs.model_tag} was begun on {' '.join(diary.notes['data'])}: "
             "give the same text to continue, or --model_tag=NAME for another model"

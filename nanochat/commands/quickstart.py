@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tag = knobs.model_tag
     diary = Diary("quickstart", tag, knobs.seconds_used)
     knobs, changed = budget(knobs, origins, diary)
-    if "questions" in diary.done and origins["minutes"] != "default":
+    if "questions" in diary.done and origins["minutes"] != "default" and knobs.minutes:
         diary.lengths, diary.done = plan_further(knobs, diary), ["tokenizer", "base"]
     elif changed or len(diary.lengths) < len(LESSONS):
         diary.replan()

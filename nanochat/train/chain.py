@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, base_dir, duration, human, notice, printable
+from nanochat.base.common import UserError, base_dir, duration, human, notice, print0
 from nanochat.base.files import atomic_write, reserved
 from nanochat.model.stages import STAGES, lock_file, run_directory, step_folders
 from nanochat.train.knobs import MachineKnobs
@@ -156,9 +156,7 @@ class Display:
     def write(self, text: str, replaced: bool = False) -> None:
         """Write a line; the next one replaces it if `replaced`. A lost terminal ends no chain."""
         start, end = ("\r\033[K", "" if replaced else "\n") if self.live else ("", "\n")
-        with contextlib.suppress(OSError, ValueError):
-            self.terminal.write(start + printable(text) + end)
-            self.terminal.flush()
+        print0(text, prefix=start, end=end, file=self.terminal)
 
 
 class Chain:
