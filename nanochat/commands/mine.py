@@ -30,6 +30,7 @@ from nanochat.train.chain import USUAL, Chain, Diary, begun, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
     COMPILE_PAYS_SECONDS,
+    LOOKBACK_MINUTES,
     EVERYDAY_TOKENS,
     USEFUL_PASSES,
     batch_for,
@@ -50,7 +51,6 @@ CLOSING_SECONDS = 45.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
 COMPILING_PEAK = 2e11  # FLOP/s of matrix products
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
-LOOKBACK_MINUTES = 60  # of the chain, up to which a model learns faster and cannot be exported
 LEAST = 20_000  # characters
 MINUTES = 30.0  # of the chain, unless they are given
 LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
@@ -484,13 +484,7 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], diary: Diary) -> str:
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
             f"to let it continue:   nanochat base_complete -g {tag} -i {found['writer']}",
             f"its curves:           {base_dir() / 'report' / tag}.html",
-            "to take it elsewhere: "
-            + (
-                f"nanochat export -g {tag}"
-                if found["exports"]
-                else f"not possible, because models of up to {LOOKBACK_MINUTES} minutes learn "
-                "faster with parts that other programs lack"
-            ),
+            f"to take it elsewhere: nanochat export -g {tag}{' --with_code' * (not found['exports'])}",
         ]
     )
 
