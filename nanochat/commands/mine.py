@@ -30,8 +30,8 @@ from nanochat.train.chain import USUAL, Chain, Diary, begun, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
     COMPILE_PAYS_SECONDS,
-    LOOKBACK_MINUTES,
     EVERYDAY_TOKENS,
+    LOOKBACK_MINUTES,
     USEFUL_PASSES,
     batch_for,
     context_for,
