@@ -484,7 +484,8 @@ def verdict(knobs: MineKnobs, found: dict[str, Any], diary: Diary) -> str:
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
             f"to let it continue:   nanochat base_complete -g {tag} -i {found['writer']}",
             f"its curves:           {base_dir() / 'report' / tag}.html",
-            f"to take it elsewhere: nanochat export -g {tag}{' --with_code' * (not found['exports'])}",
+            f"to take it elsewhere: nanochat export -g {tag}"
+            + " --with_code" * (not found["exports"]),
         ]
     )
 
