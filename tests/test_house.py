@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_290,
     "train": 20_495,
     "study": 13_195,
-    "plan": 15_595,
+    "plan": 15_625,
     "export": 9_470,
     "commands": 22_860,
 }

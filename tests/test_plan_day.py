@@ -14,6 +14,7 @@ import pytest
 from nanochat.base import knobs
 from nanochat.base.common import UserError
 from nanochat.commands import base_train, plan
+from nanochat.model.config import GPTConfig
 from nanochat.plan import day, machine, probe
 from nanochat.plan.machine import Machine
 from nanochat.plan.shapes import SizeKnobs, counts
@@ -218,6 +219,10 @@ def test_repeated_text_is_counted(tmp_path):
     assert often["chosen"]["bpb"][0] > 1.1 * once["bpb"][0]
     (took,) = (s for name, s, _ in often["schedule"] if name == day.STAGES["base_train"])
     assert took < 60 and "less than its time" in str(often["sections"])
+    freely = ["day", "--hours=8", "--gpu=rtx4090", "--vocab=4096", "--data", str(tmp_path)]
+    chosen = plan.main(freely)["chosen"]
+    n = counts(GPTConfig(**chosen["config"]))["transformer"]
+    assert n <= chosen["tokens"] / 1.2, "a model that this text can teach"
     mixture = [f"a={tmp_path}:0.25", "fineweb-edu:0.75"]
     shares = [share for share, _ in day.fresh_text(mixture, 4096)]
     assert shares == [0.25, 0.75]

@@ -10,7 +10,7 @@ from itertools import product
 
 import numpy as np
 
-from nanochat.base.common import UserError, duration
+from nanochat.base.common import UserError, duration, human
 from nanochat.base.knobs import knob
 from nanochat.data.inventory import LIMIT
 from nanochat.data.sources import parse_sources
@@ -25,6 +25,7 @@ from nanochat.train.scaling import (
     MOST_EVAL_TOKENS,
     PRETRAIN,
     SAMPLING,
+    TOKENS_PER_PARAMETER,
     USEFUL_PASSES,
     batch_for,
     bytes_per_token,
@@ -153,6 +154,9 @@ def assess(
         candidate.why = f"needs {needed:.1f} of {available:.1f} GiB"
     elif candidate.steps < FEWEST_STEPS:
         candidate.why = f"{candidate.steps} steps are too few"
+    elif not knobs.depth and tokens < min(wanted, TOKENS_PER_PARAMETER * candidate.size):
+        # The text is short, and the law was fitted to no such models
+        candidate.why = f"{human(tokens)} tokens are too few"
     return candidate
 
 

@@ -298,7 +298,10 @@ def gains(plan: Plan) -> list[Row]:
     words, known = in_words(plan, c)
     often = "each token once" if passes <= 1 else f"each token {passes:.1f} times"
     if c.seconds < knobs.pretraining_seconds():
-        often += "; more would only be learned by heart, so this takes less than its time"
+        often += (
+            "; more would only be learned by heart, so this takes less than its time (nanochat "
+            "mine suits small collections)"
+        )
     timed = "measured here" if plan.machine.points else "specification"
     timed = "measured on such a machine" if knobs.probe else timed
     contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
