@@ -59,6 +59,14 @@ TRIES = (  # flags, and names of tries.py
     ("--weight_decay=0.1", "cautious"),
     *(("", name) for name in ("momentum 0.97", "MLP input 0.4", "backout", "pairs")),
 )
+GOOD = (  # of these, what helped, on more seeds and together
+    ("--warmdown_ratio=0.65 --final_lr_frac=0.05", ""),
+    ("", "pairs"),
+    ("--warmdown_ratio=1", ""),
+    ("--warmdown_ratio=1 --final_lr_frac=0.05", ""),
+    ("--warmdown_ratio=0.65 --final_lr_frac=0.05", "pairs"),
+    ("--weight_decay=0.1", ""),
+)
 OPTIMIZERS = (
     "--polynomials=jordan --embedding_beta2=0.95 --unembedding_beta2=0.95",  # of version 0.1
     "--polynomials=jordan",
@@ -114,6 +122,9 @@ def planned() -> Iterator[Run]:
                 yield small("prose", condition, seed, extra=extra)
     for seed in seeds[:2]:
         for extra, name in TRIES:
+            yield small("prose", BEST, seed, extra=extra, tried=name)
+    for seed in seeds:
+        for extra, name in GOOD:
             yield small("prose", BEST, seed, extra=extra, tried=name)
     for steps in (160, 400):
         for seed in seeds:
