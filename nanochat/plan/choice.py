@@ -127,10 +127,8 @@ def assess(
     most_read = (1 + evaluations_within(seconds)) * sources * MOST_EVAL_TOKENS / 2
     tokens = wanted = 1.0
     rows, rate, parts = 1, speed.Speed(1.0, 1.0, 1.0), {}
-    batch, most = (
-        knobs.total_batch_size or 1 << 14,
-        most_tokens(knobs.data, text, config.vocab_size),
-    )
+    batch = knobs.total_batch_size or 1 << 14
+    most = most_tokens(knobs.data, text, config.vocab_size)
     if knobs.total_batch_size:
         whole_rows(batch, *lengths)
     for _ in range(3):  # the batch follows from the tokens, and they follow a little from the batch

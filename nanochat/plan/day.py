@@ -306,7 +306,7 @@ def gains(plan: Plan) -> list[Row]:
     timed = "measured on such a machine" if knobs.probe else timed
     contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
     size, fresh = counts(c.config)["total"], sum(fresh for _, fresh in plan.text)
-    parts = "; a short run on a CPU looks back with parts that cannot be exported (--lookback)"
+    parts = "; a short run on a CPU looks back, with parts that llama.cpp lacks (--lookback)"
     return rows_of(f"""\
 model | {human(size)} parameters in {c.shape[0]} layers of width {c.shape[1]}; predictions \
 within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken\
@@ -352,7 +352,7 @@ def changes(plan: Plan) -> list[Row]:
         other = replace(plan, **changed).choice.primary
         same = "the same model" if other.shape == chosen.shape else "{} x {}".format(*other.shape)
         if other.config.convolutions != chosen.config.convolutions:
-            same += ", which looks back no more and can be exported"
+            same += ", which looks back no more and llama.cpp can run"
         gain, better = other.bpb[0] - chosen.bpb[0], ", no better"
         if gain < -0.0005:
             better = f", {other.bpb[0]:.3f} bits per byte ({gain:+.3f})"

@@ -121,8 +121,8 @@ class LookbackKnobs:
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
         "on = --copy_heads=1 --convolutions --value_embeddings, with which a short run learns "
-        "faster, but which cannot be exported; auto = on a CPU with a budget of at most "
-        f"{LOOKBACK_MINUTES} minutes, without --rap",
+        "faster, but which only transformers can run elsewhere; auto = on a CPU with a budget "
+        f"of at most {LOOKBACK_MINUTES} minutes, without --rap",
     )
 
     def lookback_parts(self, minutes: float, on_cpu: bool, kv_heads: int) -> dict[str, Any]:
