@@ -419,12 +419,26 @@ def test_cached_generation_equals_ours(folder, tokenizers):
     assert theirs[0, len(prompt) :].tolist()[:count] == ours.tokens[:count] and count > 5
 
 
+def generates_as_ours(loaded, model: GPT, tokenizer) -> None:
+    """Two prompts of different lengths, padded on the left, are continued as our engine does."""
+    from nanochat.chat.generate import Engine
+
+    prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]
+    longest = max(map(len, prompts))
+    pad = tokenizer.specials["<|assistant_end|>"]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    theirs = loaded.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    for i, prompt in enumerate(prompts):
+        ours = Engine(model, tokenizer).generate_batch([prompt], max_tokens=20, temperature=0.0)[0]
+        count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
+        assert theirs[i, longest:].tolist()[:count] == ours.tokens[:count]
+
+
 @pytest.mark.parametrize("spans", [False, True], ids=["curve", "spans"])
 def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from transformers import AutoModelForCausalLM
-
-    from nanochat.chat.generate import Engine
 
     tokenizer = tokenizers[3]
     vocab, length = tokenizer.vocab_size, 64
@@ -441,16 +455,7 @@ def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=target.custom_code
     )
-    prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]
-    longest = max(map(len, prompts))
-    pad = tokenizer.specials["<|assistant_end|>"]
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    theirs = loaded.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
-    for i, prompt in enumerate(prompts):
-        ours = Engine(model, tokenizer).generate_batch([prompt], max_tokens=20, temperature=0.0)[0]
-        count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
-        assert theirs[i, longest:].tolist()[:count] == ours.tokens[:count]
+    generates_as_ours(loaded, model, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -468,8 +473,6 @@ def test_what_looks_back_travels_with_code(tmp_path, tokenizers, shape):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from transformers import AutoModelForCausalLM
 
-    from nanochat.chat.generate import Engine
-
     tokenizer = tokenizers[3]
     model = build(tokenizer.vocab_size, n_kv_head=2, **shape)
     target = choose_target(model.config, 3, "hf", with_code=True)
@@ -481,16 +484,7 @@ def test_what_looks_back_travels_with_code(tmp_path, tokenizers, shape):
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=True
     )
-    prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]
-    longest = max(map(len, prompts))
-    pad = tokenizer.specials["<|assistant_end|>"]
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    theirs = loaded.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
-    for i, prompt in enumerate(prompts):
-        ours = Engine(model, tokenizer).generate_batch([prompt], max_tokens=20, temperature=0.0)[0]
-        count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
-        assert theirs[i, longest:].tolist()[:count] == ours.tokens[:count]
+    generates_as_ours(loaded, model, tokenizer)
 
 
 def test_a_matrix_as_prior_is_refused():
