@@ -1,6 +1,6 @@
 """
-Parts of karpathy/nanochat that were tried and are not in the package: each function changes the
-training of this process. parts_experiments.py runs them; dev/LOG.md says what they gained.
+Parts of karpathy/nanochat and of other recipes that were tried and are not in the package: each
+function changes the training of this process. parts_experiments.py runs them; dev/LOG.md says what they gained.
 """
 
 from collections.abc import Callable, Iterator

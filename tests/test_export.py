@@ -419,10 +419,23 @@ def test_cached_generation_equals_ours(folder, tokenizers):
     assert theirs[0, len(prompt) :].tolist()[:count] == ours.tokens[:count] and count > 5
 
 
-def generates_as_ours(loaded, model: GPT, tokenizer) -> None:
-    """Two prompts of different lengths, padded on the left, are continued as our engine does."""
+def travels_with_code(model: GPT, tokenizer, folder) -> None:
+    """
+    The exported folder has the model's logits, and continues two prompts of different lengths,
+    padded on the left, as our engine does.
+    """
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import AutoModelForCausalLM
+
     from nanochat.chat.generate import Engine
 
+    target = choose_target(model.config, 3, "hf", with_code=True)
+    write_folder(model, tokenizer, target, folder, "f32", {})
+    difference, largest = compare_logits(model, folder, custom_code=True)
+    assert difference <= TOLERANCE and largest > 1
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=target.custom_code
+    )
     prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]
     longest = max(map(len, prompts))
     pad = tokenizer.specials["<|assistant_end|>"]
@@ -437,25 +450,13 @@ def generates_as_ours(loaded, model: GPT, tokenizer) -> None:
 
 @pytest.mark.parametrize("spans", [False, True], ids=["curve", "spans"])
 def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers import AutoModelForCausalLM
-
     tokenizer = tokenizers[3]
     vocab, length = tokenizer.vocab_size, 64
     make = priors.with_spans if spans else priors.terms
     artifact = priors.write(tmp_path / "prior.safetensors", make(reach=length, vocab=vocab))
     shape = {"vocab_size": vocab, "sequence_len": length, "n_layer": 3}
     model = priors.model_with(artifact, shape=shape).requires_grad_(False)
-    target = choose_target(model.config, 3, "hf", with_code=True)
-    folder = tmp_path / "exported"
-    write_folder(model, tokenizer, target, folder, "f32", {})
-    difference, largest = compare_logits(model, folder, custom_code=True)
-    assert difference <= TOLERANCE and largest > 1
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=target.custom_code
-    )
-    generates_as_ours(loaded, model, tokenizer)
+    travels_with_code(model, tokenizer, tmp_path / "exported")
 
 
 @pytest.mark.parametrize(
@@ -470,21 +471,9 @@ def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
     ids=str,
 )
 def test_what_looks_back_travels_with_code(tmp_path, tokenizers, shape):
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers import AutoModelForCausalLM
-
     tokenizer = tokenizers[3]
     model = build(tokenizer.vocab_size, n_kv_head=2, **shape)
-    target = choose_target(model.config, 3, "hf", with_code=True)
-    folder = tmp_path / "exported"
-    write_folder(model, tokenizer, target, folder, "f32", {})
-    difference, largest = compare_logits(model, folder, custom_code=True)
-    assert difference <= TOLERANCE and largest > 1
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=True
-    )
-    generates_as_ours(loaded, model, tokenizer)
+    travels_with_code(model, tokenizer, tmp_path / "exported")
 
 
 def test_a_matrix_as_prior_is_refused():

@@ -235,6 +235,9 @@ def test_a_script_plans_once(checkout, tmp_path, words_of, script):
     (tmp_path / "b" / "record").unlink()
     again = run(file, *words_of(script), base=tmp_path / "b", REFUSE="1")
     assert "--shell" in first["day"] and "day" not in again
+    if script == "speedrun.sh":  # another run is another plan
+        other = run(file, *words_of(script), base=tmp_path / "b", DEPTH="12")
+        assert "--depth=12" in other["day"]
 
 
 def test_a_number_may_begin_with_0(checkout, tmp_path):
