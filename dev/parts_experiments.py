@@ -1,5 +1,5 @@
 """
-The experiments on copy heads, convolutions and value embeddings in dev/LOG.md: small models on real
+The experiments on copy heads, convolutions, value and pair embeddings in dev/LOG.md: small models on real
 text, each with a schedule of its own length, beside the attention priors.
 
     python dev/parts_experiments.py --texts DIR                     everything that is missing
@@ -49,24 +49,25 @@ PARTS = {
 }
 LONG = (500, 4096), (1000, 4096), (1465, 8192), (1648, 16384)  # 2, 4, 12, 27 M tokens
 RATES = "--matrix_lr=0.01", "--matrix_lr=0.03", "--embedding_lr=0.05", "--embedding_lr=0.2"
+LONGER_FALL = "--warmdown_ratio=0.65 --final_lr_frac=0.05"
 TRIES = (  # flags, and names of tries.py
-    ("--warmdown_ratio=0.65 --final_lr_frac=0.05", ""),
+    (LONGER_FALL, ""),
     ("--rope_base=100000", ""),
     ("--tie_embeddings", ""),
     ("--softcap=0", ""),
     ("--warmup_ratio=0.167", ""),  # 40 steps
     ("--weight_decay=0.1", ""),
     ("--weight_decay=0.1", "cautious"),
-    *(("", name) for name in ("momentum 0.97", "MLP input 0.4", "backout", "pairs")),
+    *(("", name) for name in ("momentum 0.97", "MLP input 0.4", "backout")),
 )
 GOOD = (  # of these, what helped, on more seeds and together
-    ("--warmdown_ratio=0.65 --final_lr_frac=0.05", ""),
-    ("", "pairs"),
+    (LONGER_FALL, ""),
     ("--warmdown_ratio=1", ""),
     ("--warmdown_ratio=1 --final_lr_frac=0.05", ""),
-    ("--warmdown_ratio=0.65 --final_lr_frac=0.05", "pairs"),
     ("--weight_decay=0.1", ""),
 )
+PAIRS = (1, 2, 5)  # rows of the table of pairs, per token of the vocabulary
+WIDER = "--depth=4 --model_dim=256 --head_dim=64"
 OPTIMIZERS = (
     "--polynomials=jordan --embedding_beta2=0.95 --unembedding_beta2=0.95",  # of version 0.1
     "--polynomials=jordan",
@@ -126,6 +127,12 @@ def planned() -> Iterator[Run]:
     for seed in seeds:
         for extra, name in GOOD:
             yield small("prose", BEST, seed, extra=extra, tried=name)
+    for seed in seeds:
+        for rows in PAIRS:
+            yield small("prose", BEST, seed, extra=f"--pair_embeddings={rows}")
+    for seed in seeds[:2]:
+        for extra in ("", "--pair_embeddings=2", f"--pair_embeddings=2 {LONGER_FALL}"):
+            yield small("prose", BEST, seed, 500, f"{WIDER} {extra}".strip(), batch=4096)
     for steps in (160, 400):
         for seed in seeds:
             for condition in ("none", BEST, "rules"):

@@ -18,7 +18,6 @@ from nanochat.train import optim
 from nanochat.train.schedule import Schedule
 
 WARM_UP = 0.05  # share of the steps that read random tokens, repeated
-PAIRS = 5  # rows of the table of token pairs, per token of the vocabulary
 
 
 def repeated(rows: int, width: int, vocab_size: int, seed: int) -> torch.Tensor:
@@ -91,19 +90,14 @@ def _added(name: str, make: Callable[[Any], nn.Module | nn.Parameter], rate: Any
     gpt.ROSTER = (*gpt.ROSTER, row)
 
 
-def _new_forward(backout: bool, pairs: bool) -> None:
+def _with_backout() -> None:
     original = GPT.forward
 
     def forward(self: Any, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         if cache is not None:  # samples, which nobody reads here
             return original(self, idx, cache)
-        T, embedded = idx.size(1), self.embed(idx)
-        if pairs:
-            before = torch.nn.functional.pad(idx, (1, 0))[:, :-1]
-            embedded = embedded + self.pairs(
-                (before * 36313 + idx * 27191) % self.pairs.weight.size(0)
-            )
-        x = middle = self.norm(embedded.to(self.compute_dtype))
+        T = idx.size(1)
+        x = middle = self.norm(self.embedded(idx, None).to(self.compute_dtype))
         for i, block in enumerate(self.blocks):
             run = block if self.compiled and torch.is_grad_enabled() else block.forward
             values = None
@@ -112,7 +106,7 @@ def _new_forward(backout: bool, pairs: bool) -> None:
             x = run(x, self.cos[:T], self.sin[:T], None, None, values, None)
             if i == len(self.blocks) // 2:
                 middle = x
-        return self.norm(x - self.backout.to(x.dtype) * middle if backout else x)
+        return self.norm(x - self.backout.to(x.dtype) * middle)
 
     GPT.forward = forward
 
@@ -121,18 +115,7 @@ def backout() -> None:
     """Subtract a learned share, 0.2 at first, of the middle layer's output at the end."""
     _added("backout", lambda config: nn.Parameter(torch.empty(1)), "gate")
     _after_init(lambda model: nn.init.constant_(model.get_parameter("backout"), 0.2))
-    _new_forward(backout=True, pairs=False)
-
-
-def pairs() -> None:
-    """Add to each token's embedding one of the pair that it makes with the token before it."""
-
-    def table(config: Any) -> nn.Embedding:
-        rows = torch.empty(PAIRS * config.vocab_size, config.n_embd)
-        return nn.Embedding.from_pretrained(rows, freeze=False)
-
-    _added("pairs", table, "value")
-    _new_forward(backout=False, pairs=True)
+    _with_backout()
 
 
 class _Cautious:
@@ -164,6 +147,5 @@ TRIES: dict[str, Callable[[], None]] = {
     "momentum 0.97": momentum_97,
     "MLP input 0.4": small_mlp_input,
     "backout": backout,
-    "pairs": pairs,
     "cautious": cautious_decay,
 }

@@ -184,10 +184,11 @@ REFUSED = [
     ),
     (
         "hf",
-        {"copy_heads": 1, "convolutions": True, "value_embeddings": True},
+        {"copy_heads": 1, "convolutions": True, "value_embeddings": True, "pair_embeddings": 2},
         2,
         {},
-        "--copy_heads and --convolutions and --value_embeddings: add --with_code",
+        "--copy_heads and --convolutions and --value_embeddings and --pair_embeddings: add "
+        "--with_code",
     ),
     ("hf", {"convolutions": True, "rap": {"about": "rules"}}, 2, {"with_code": True}, "a prior"),
     ("ollama", {"activation": "swiglu"}, 3, {}, "--uncapped"),
@@ -462,7 +463,8 @@ def test_a_prior_travels_with_code(tmp_path, tokenizers, spans):
 @pytest.mark.parametrize(
     "shape",
     [
-        {"copy_heads": 1, "convolutions": True, "value_embeddings": True},
+        {"copy_heads": 1, "convolutions": True, "value_embeddings": True, "pair_embeddings": 2},
+        {"pair_embeddings": 1, "tie_embeddings": True},
         {"copy_heads": 1, "n_layer": 3, "window_pattern": "SL", "tie_embeddings": True},
         {"value_embeddings": True, "n_layer": 3, "activation": "swiglu", "softcap": 0.0},
         {"convolutions": True, "activation": "gelu"},

@@ -34,10 +34,11 @@ SHAPES = {
         "activation": "silu",
         "mlp_ratio": 2.5,
     },
-    "copy heads, convolutions, value embeddings": {
+    "looks back": {
         "copy_heads": 1,
         "convolutions": True,
         "value_embeddings": True,
+        "pair_embeddings": 2,
         "window_pattern": "SL",
     },
     "gelu, another rotation": {
@@ -320,7 +321,7 @@ def threads(request):
     [
         {"n_head": 1, "n_kv_head": 1},
         {"n_head": 2, "n_kv_head": 1, "window_pattern": "SL"},
-        {"copy_heads": 1, "convolutions": True, "value_embeddings": True},
+        {"copy_heads": 1, "convolutions": True, "value_embeddings": True, "pair_embeddings": 2},
     ],
 )
 def test_on_a_cpu_a_row_is_the_same_to_the_bit_in_any_company(tokenizer, dtype, shape):

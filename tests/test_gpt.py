@@ -121,7 +121,12 @@ def oracle(m: GPT, idx: torch.Tensor) -> np.ndarray:
             return rotated(rows @ h[t], t)
         return rms(rows @ h[t - before]) if t >= before else np.zeros(D)
 
-    x = rms(w["embed.weight"][idx.numpy()])
+    x = w["embed.weight"][idx.numpy()]
+    if c.pair_embeddings:
+        before, rows = [0, *idx.tolist()[:-1]], c.pair_embeddings * c.vocab_size
+        pairs = [(2654435761 * a + b) % rows for a, b in zip(before, idx.tolist(), strict=True)]
+        x = x + w["pair_table.weight"][pairs]
+    x = rms(x)
     copies = c.copy_heads
     for layer in range(c.n_layer):
         a = f"blocks.{layer}.attn."
@@ -185,6 +190,8 @@ KNOBS = [
     {"value_embeddings": True, "n_layer": 3},
     {"value_embeddings": True, "copy_heads": 1, "tie_embeddings": True},
     {"copy_heads": 2, "n_kv_head": 4, "convolutions": True, "window_pattern": "S"},
+    {"pair_embeddings": 1},
+    {"pair_embeddings": 3, "tie_embeddings": True, "value_embeddings": True},
     {
         "tie_embeddings": True,
         "activation": "swiglu",
@@ -463,6 +470,8 @@ def test_padding_ids_take_no_part(tied):
         ({"n_kv_head": 3}, "4 query heads cannot share 3"),
         ({"copy_heads": 2}, "copy_heads 2 must be below the 2 key-value heads"),
         ({"copy_heads": -1}, "copy_heads -1 must be"),
+        ({"pair_embeddings": -1}, "pair_embeddings must be 0"),
+        ({"pair_embeddings": 65}, "pair_embeddings must be at most 64"),
         ({"n_layer": 0}, r"n_layer must be .* \(got 0\)"),
         ({"mlp_ratio": -1.0}, r"mlp_ratio must be .* \(got -1.0\)"),
         ({"softcap": -1.0}, r"softcap must be .* \(got -1.0\)"),
@@ -511,7 +520,12 @@ def test_keys_are_clean(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "knobs", [{}, {"copy_heads": 1, "convolutions": True, "value_embeddings": True}], ids=str
+    "knobs",
+    [
+        {},
+        {"copy_heads": 1, "convolutions": True, "value_embeddings": True, "pair_embeddings": 2},
+    ],
+    ids=str,
 )
 def test_compiled_equals_eager(knobs):
     plain = tiny.randomise(tiny.model(**knobs))

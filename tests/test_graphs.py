@@ -142,7 +142,8 @@ def test_too_many_rows_and_too_little_memory_take_the_other_path(tokenizer, step
 
 
 def test_requests_of_one_kind_that_join_get_what_they_get_alone(tokenizer, steps):  # noqa: F811
-    m = model(tokenizer.vocab_size, copy_heads=1, convolutions=True, n_kv_head=2)
+    parts = {"copy_heads": 1, "convolutions": True, "pair_embeddings": 2}
+    m = model(tokenizer.vocab_size, n_kv_head=2, **parts)
     engine, plain = quiet(tokenizer, m), without(quiet(tokenizer, m))
     asked = [
         {**r, "sampling": Sampling(0.9, 7), "max_tokens": 12}

@@ -223,10 +223,10 @@ def test_columns_align_figures_to_the_right():
 
 
 @pytest.mark.parametrize("layers", range(1, 8))
-@pytest.mark.parametrize("values", [False, True])
-def test_layers_are_counted_as_the_whole_model_counts_them(layers, values):
+@pytest.mark.parametrize("tables", [{}, {"value_embeddings": True, "pair_embeddings": 2}], ids=str)
+def test_layers_are_counted_as_the_whole_model_counts_them(layers, tables):
     config = shapes.SizeKnobs(
-        depth=layers, model_dim=192, head_dim=64, vocab=512, value_embeddings=values, copy_heads=1
+        depth=layers, model_dim=192, head_dim=64, vocab=512, copy_heads=1, **tables
     ).config()
     whole = shapes.model_of(config)
     assert shapes.counts(config) == whole.counts()

@@ -206,12 +206,12 @@ def test_minutes_on_a_processor():
 @pytest.mark.parametrize(
     ("words", "device", "parts"),
     [
-        (["--minutes=20"], "cpu", (1, True, True)),  # 17 of them for pretraining
-        (["--minutes=20", "--copy_heads=2"], "cpu", (2, True, True)),
-        (["--minutes=20", "--lookback=off"], "cpu", (0, False, False)),
-        (["--minutes=20"], "cuda", (0, False, False)),
-        (["--hours=8"], "cpu", (0, False, False)),
-        (["--hours=8", "--lookback=on"], "cpu", (1, True, True)),
+        (["--minutes=20"], "cpu", (1, True, True, 2)),  # 17 of them for pretraining
+        (["--minutes=20", "--copy_heads=2"], "cpu", (2, True, True, 2)),
+        (["--minutes=20", "--lookback=off"], "cpu", (0, False, False, 0)),
+        (["--minutes=20"], "cuda", (0, False, False, 0)),
+        (["--hours=8"], "cpu", (0, False, False, 0)),
+        (["--hours=8", "--lookback=on"], "cpu", (1, True, True, 2)),
     ],
     ids=str,
 )
@@ -221,7 +221,7 @@ def test_a_plan_looks_back_where_base_train_does(words, device, parts):
     k, law_here = ask(*words), law.Law()
     first = choice.choose(k, target, law_here).primary
     flags = recipe.tables(k, first)["base_train"]
-    names = "copy_heads", "convolutions", "value_embeddings"
+    names = "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
     assert tuple(flags[name] for name in names) == parts
     plain = choice.choose(ask(*words, "--lookback=off", "--copy_heads=0"), target, law_here).primary
     expected = 0.95 if parts[1] else 1.0

@@ -347,24 +347,25 @@ def test_the_table_of_counts():
 @pytest.mark.parametrize(
     ("argv", "on_cpu", "expected"),
     [
-        (["--max_minutes=4"], True, (1, True, True)),
-        (["--max_hours=0.2"], True, (1, True, True)),
-        (["--max_minutes=4", "--depth=2"], True, (0, True, True)),  # one head knows positions
-        (["--max_minutes=4", "--copy_heads=0"], True, (0, True, True)),
-        (["--max_minutes=4", "--no-convolutions"], True, (1, False, True)),
-        (["--max_minutes=4", "--no-value_embeddings"], True, (1, True, False)),
-        (["--max_minutes=4", "--lookback=off"], True, (0, False, False)),
-        (["--max_minutes=4", "--rap=prior.safetensors"], True, (0, False, False)),
-        (["--max_minutes=4"], False, (0, False, False)),
-        (["--max_hours=8"], True, (0, False, False)),
-        (["--num_iterations=50"], True, (0, False, False)),
-        (["--num_iterations=50", "--lookback=on"], False, (1, True, True)),
+        (["--max_minutes=4"], True, (1, True, True, 2)),
+        (["--max_hours=0.2"], True, (1, True, True, 2)),
+        (["--max_minutes=4", "--depth=2"], True, (0, True, True, 2)),  # one head knows positions
+        (["--max_minutes=4", "--copy_heads=0"], True, (0, True, True, 2)),
+        (["--max_minutes=4", "--no-convolutions"], True, (1, False, True, 2)),
+        (["--max_minutes=4", "--no-value_embeddings"], True, (1, True, False, 2)),
+        (["--max_minutes=4", "--pair_embeddings=5"], True, (1, True, True, 5)),
+        (["--max_minutes=4", "--lookback=off"], True, (0, False, False, 0)),
+        (["--max_minutes=4", "--rap=prior.safetensors"], True, (0, False, False, 0)),
+        (["--max_minutes=4"], False, (0, False, False, 0)),
+        (["--max_hours=8"], True, (0, False, False, 0)),
+        (["--num_iterations=50"], True, (0, False, False, 0)),
+        (["--num_iterations=50", "--lookback=on"], False, (1, True, True, 2)),
     ],
     ids=str,
 )
 def test_lookback_by_rule(argv, on_cpu, expected):
     k, origins = base_train.with_lookback(*parse(PretrainKnobs, argv, command="base_train"), on_cpu)
-    assert (k.copy_heads, k.convolutions, k.value_embeddings) == expected
-    parts = "copy_heads", "convolutions", "value_embeddings"
+    parts = "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
+    assert tuple(getattr(k, name) for name in parts) == expected
     given = [flag for flag in parts if flag in " ".join(argv)]
     assert all(origins[flag] == "command line" for flag in given)

@@ -94,6 +94,7 @@ def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: 
                 "copy_heads": config.copy_heads,
                 "convolutions": config.convolutions,
                 "value_layers": [layer for layer in layers if config.has_value_table(layer)],
+                "pair_rows": config.pair_rows,
                 "windows": [config.window(layer) for layer in layers],
                 "activation": config.activation,
                 "use_cache": False,

@@ -1,6 +1,6 @@
 """
-NanoChat with copy heads, convolutions and value embeddings, for transformers. This file is shipped
-with an exported model and loaded with trust_remote_code=True.
+NanoChat with copy heads, convolutions, value embeddings and pair embeddings, for transformers. This
+file is shipped with an exported model and loaded with trust_remote_code=True.
 
 There is no cache: each new token is computed from the whole text before it.
 """
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 TAPS = 4  # tokens that a convolution mixes
 GATE_CHANNELS = 12  # of a token, which decide how much of its value embedding is added
+PAIR_FACTOR = 2654435761  # spreads pairs of tokens over the rows of their table
 
 
 class NanoChatLookbackConfig(NanoChatConfig):
@@ -23,6 +24,7 @@ class NanoChatLookbackConfig(NanoChatConfig):
     copy_heads: int = 0
     convolutions: bool = False
     value_layers: list | None = None  # layers that have a table of value embeddings
+    pair_rows: int = 0  # of the table of pair embeddings; 0 = there is none
     windows: list | None = None  # keys that a query of each layer sees; 0 = all
     activation: str = "relu2"
 
@@ -152,14 +154,24 @@ class NanoChatLookbackModel(NanoChatLookbackPreTrainedModel):
         self.value_tables = nn.ModuleDict(
             {str(i): nn.Embedding(config.vocab_size, width) for i in with_values}
         )
+        if config.pair_rows:
+            self.pair_table = nn.Embedding(config.pair_rows, config.hidden_size)
         self.post_init()
+
+    def embedded(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        """(B, T, width), with the vector of each token and the one before it, 0 if there is none"""
+        x, rows = self.embed_tokens(input_ids), self.config.pair_rows
+        if rows:
+            before = F.pad((input_ids * real)[:, :-1], (1, 0))
+            x = x + self.pair_table((PAIR_FACTOR * before + input_ids) % rows)
+        return x
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_
     ) -> BaseModelOutput:
         config, T = self.config, input_ids.size(1)
-        x = norm(self.embed_tokens(input_ids))
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        x = norm(self.embedded(input_ids, real))
         at = torch.arange(T, device=x.device)
         half = config.hidden_size // config.num_attention_heads // 2
         base = config.rope_parameters["rope_theta"]

@@ -54,7 +54,7 @@ def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None
 
 def _parts_without_a_class(config: GPTConfig) -> str:
     """The flags of parts that no foreign class has, or ""."""
-    parts = "copy_heads", "convolutions", "value_embeddings"
+    parts = "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
     return " and ".join(f"--{name}" for name in parts if getattr(config, name))
 
 

@@ -56,9 +56,9 @@ def _nanochat(model: GPT) -> dict[str, Tensor]:
 def _with_lookback(model: GPT) -> dict[str, Tensor]:
     """Our own names, below those of the shipped class."""
     names = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
-    rows = model.config.vocab_size
+    rows, whole = model.config.vocab_size, ("blocks.", "pair_table.")
     return {
-        names.get(name, f"model.{name}"): p if name.startswith("blocks.") else p[:rows]
+        names.get(name, f"model.{name}"): p if name.startswith(whole) else p[:rows]
         for name, p in model.named_parameters()
     }
 

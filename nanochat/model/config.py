@@ -21,6 +21,7 @@ LARGEST = {  # so that a file of a stranger cannot ask for all memory
     "mlp_ratio": 2**10,
     "softcap": 1e6,
     "rope_base": 1e12,
+    "pair_embeddings": 64,
 }
 MOST_ANGLES = 2**27  # of the rotary tables: positions times the width of a head
 
@@ -54,6 +55,12 @@ class ArchitectureKnobs:
     )
     value_embeddings: bool = knob(
         False, "tables that add a vector of the token itself to the values of every other layer"
+    )
+    pair_embeddings: int = knob(
+        0,
+        "add to each token's embedding a vector of the token with the one before it, from a hashed "
+        "table of so many rows per token of the vocabulary; 0 = none",
+        low=0,
     )
 
 
@@ -106,6 +113,10 @@ class GPTConfig(ArchitectureKnobs):
                 "because one head at least must know positions: lower it, or choose a smaller "
                 "head_dim or a larger kv_ratio"
             )
+        if self.pair_embeddings < 0:
+            raise UserError(
+                f"pair_embeddings must be 0 (none) or above (got {self.pair_embeddings})"
+            )
         if not 0 <= self.softcap < math.inf:
             raise UserError(f"softcap must be 0 (no cap) or above (got {self.softcap})")
         if self.activation not in ("relu2", "gelu", "silu", "swiglu"):
@@ -134,6 +145,11 @@ class GPTConfig(ArchitectureKnobs):
         Padding ids are never targets and never sampled."""
         return -(-self.vocab_size // 64) * 64
 
+    @property
+    def pair_rows(self) -> int:
+        """Rows of the table of pair embeddings; 0 = there is none."""
+        return self.pair_embeddings * self.vocab_size
+
     def has_value_table(self, layer: int) -> bool:
         """Whether the layer has a value embedding: every other one, counted from the last."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
@@ -150,7 +166,7 @@ class GPTConfig(ArchitectureKnobs):
         The form stored in checkpoints and logbooks. What a model does not have is left out, so that
         older versions can load it.
         """
-        optional = "rap", "copy_heads", "convolutions", "value_embeddings"
+        optional = "rap", "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
         absent = dict.fromkeys(optional, False) | {"rap": None, "document_start": -1}
         return {n: value for n, value in asdict(self).items() if value != absent.get(n)}
 

@@ -44,6 +44,7 @@ ROSTER = (
     ParameterSpec(r".+\.(out|down)\.weight", "transformer", "matrix", "muon", "zero", True),
     ParameterSpec(r".+_conv\.weight", "transformer", "gate", "adamw", "zero", True),
     ParameterSpec(r"value_tables\.\d+\.weight", "embedding", "value", "adamw", "fan_in", False),
+    ParameterSpec(r"pair_table\.weight", "embedding", "value", "adamw", "zero", False),
     ParameterSpec(r".+\.value_gate\.weight", "transformer", "matrix", "muon", "zero", True),
     # A prior's tensors are filled later, from an artifact or a checkpoint.
     ParameterSpec(r"prior\.gates", "transformer", "gate", "adamw", "zero", False),
@@ -56,6 +57,7 @@ TIED = ParameterSpec(r"embed\.weight", "embedding", "head", "adamw", "small", Tr
 # none of them by a product (tests/test_cuda_code.py).
 ACTIVATION_BUDGET = 0.8
 GATE_CHANNELS = 12  # of a token, which decide how much of its value embedding is added
+PAIR_FACTOR = 2654435761  # a prime larger than any table of pair embeddings
 
 
 def norm(x: Tensor) -> Tensor:
@@ -321,6 +323,10 @@ class GPT(nn.Module):
             if config.has_value_table(layer):
                 table = torch.empty(config.padded_vocab, config.n_kv_head * config.head_dim)
                 self.value_tables[str(layer)] = nn.Embedding.from_pretrained(table, freeze=False)
+        self.pair_table = None
+        if config.pair_rows:
+            table = torch.empty(config.pair_rows, config.n_embd)
+            self.pair_table = nn.Embedding.from_pretrained(table, freeze=False)
         windows = [config.window(i) for i in range(config.n_layer)]
         self.prior = Prior(config.rap, windows, config.head_dim) if config.rap else None
         self.compiled = False
@@ -485,7 +491,7 @@ class GPT(nn.Module):
         starts = None
         if cache is None and self.config.document_start >= 0:
             starts = document_starts(idx, self.config.document_start)
-        x = self.norm(self.embed(idx).to(self.compute_dtype))
+        x = self.norm(self.embedded(idx, cache).to(self.compute_dtype))
         compiled = self.compiled and torch.is_grad_enabled()
         for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             run, values = block if compiled else block.forward, None
@@ -493,6 +499,21 @@ class GPT(nn.Module):
                 values = self.value_tables[str(i)](idx).to(x.dtype)
             x = run(x, cos, sin, cache, bias, values, starts)
         return self.norm(x)
+
+    def embedded(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        """
+        The embeddings (B, T, n_embd) of the tokens idx (B, T), those of pairs added: token b after
+        token a has the row (PAIR_FACTOR a + b) mod rows, so that two pairs share a row only if they
+        differ in both tokens. The token before the first one counts as token 0.
+        """
+        x = self.embed(idx)
+        if self.pair_table is None:
+            return x
+        if cache is None:
+            before = F.pad(idx[:, :-1], (1, 0))
+        else:
+            before = cache.with_earlier_tokens(idx, 1, no_token=0)[:, :-1]
+        return x + self.pair_table((PAIR_FACTOR * before + idx) % self.pair_table.num_embeddings)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., n_embd) -> capped logits (..., vocab_size) in float32."""

@@ -140,7 +140,7 @@ class TrainKnobs(MachineKnobs):
     embedding_lr: float = knob(
         0.0,
         "AdamW's rate for the token embedding, at width 768; 0 = set by the batch: 0.05 for "
-        "4,096 tokens, growing with its square root up to 0.2",
+        "4,096 tokens, growing with its square root up to 0.2; value and pair embeddings have half",
         low=0,
     )
     unembedding_lr: float = knob(
@@ -149,7 +149,7 @@ class TrainKnobs(MachineKnobs):
     matrix_lr: float = knob(0.02, "Muon's rate for the matrices", low=0)
     gate_lr: float = knob(0.05, "AdamW's rate for the gates of an attention prior", low=0)
     embedding_beta2: float = knob(
-        0.995, "AdamW's beta2 for the token embedding and value embeddings", low=0, high=0.99999
+        0.995, "AdamW's beta2 for all embeddings: token, value and pair", low=0, high=0.99999
     )
     unembedding_beta2: float = knob(
         0.96, "AdamW's beta2 for the head (and a tied table)", low=0, high=0.99999

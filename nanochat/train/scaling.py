@@ -108,10 +108,11 @@ def context_for(flops: float) -> int:
     return 512 if flops < 1e16 else 1024 if flops < 3e18 else 2048
 
 
-# Copy heads, convolutions and value embeddings are the default on a CPU up to this budget: after
-# 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.078 bits per byte less with them
-# (three, one and one seeds; dev/LOG.md, parts of the architecture).
+# Copy heads, convolutions, value and pair embeddings are the default on a CPU up to this budget:
+# after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.078 bits per byte less with
+# the first three (three, one and one seeds; dev/LOG.md, parts of the architecture).
 LOOKBACK_MINUTES = 60
+PAIR_EMBEDDINGS = 2
 
 
 @dataclass(kw_only=True)
@@ -120,9 +121,10 @@ class LookbackKnobs:
 
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
-        "on = --copy_heads=1 --convolutions --value_embeddings, with which a short run learns "
-        "faster, but which only transformers can run elsewhere; auto = on a CPU with a budget "
-        f"of at most {LOOKBACK_MINUTES} minutes, without --rap",
+        "on = --copy_heads=1 --convolutions --value_embeddings "
+        f"--pair_embeddings={PAIR_EMBEDDINGS}, with which a short run learns faster, but which "
+        "only transformers can run elsewhere; auto = on a CPU with a budget of at most "
+        f"{LOOKBACK_MINUTES} minutes, without --rap",
     )
 
     def lookback_parts(self, minutes: float, on_cpu: bool, kv_heads: int) -> dict[str, Any]:
@@ -134,7 +136,8 @@ class LookbackKnobs:
         if self.lookback == "off" or (self.lookback == "auto" and not short):
             return {}
         copy_heads = 1 if kv_heads > 1 else 0  # one head must know positions
-        return {"copy_heads": copy_heads, "convolutions": True, "value_embeddings": True}
+        parts = {"convolutions": True, "value_embeddings": True}
+        return {"copy_heads": copy_heads, **parts, "pair_embeddings": PAIR_EMBEDDINGS}
 
 
 def context_stages(final: int) -> tuple[tuple[float, int], ...]:
