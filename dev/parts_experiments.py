@@ -66,7 +66,7 @@ GOOD = (  # of these, what helped, on more seeds and together
     ("--warmdown_ratio=1 --final_lr_frac=0.05", ""),
     ("--weight_decay=0.1", ""),
 )
-PAIRS = (1, 2, 5)  # rows of the table of pairs, per token of the vocabulary
+PAIRS = (1, 2, 5, 10, 20)  # rows of the table of pairs, per token of the vocabulary
 WIDER = "--depth=4 --model_dim=256 --head_dim=64"
 OPTIMIZERS = (
     "--polynomials=jordan --embedding_beta2=0.95 --unembedding_beta2=0.95",  # of version 0.1
@@ -131,7 +131,7 @@ def planned() -> Iterator[Run]:
         for rows in PAIRS:
             yield small("prose", BEST, seed, extra=f"--pair_embeddings={rows}")
     for seed in seeds[:2]:
-        for extra in ("", "--pair_embeddings=2", f"--pair_embeddings=2 {LONGER_FALL}"):
+        for extra in ("", "--pair_embeddings=5", f"--pair_embeddings=5 {LONGER_FALL}"):
             yield small("prose", BEST, seed, 500, f"{WIDER} {extra}".strip(), batch=4096)
     for steps in (160, 400):
         for seed in seeds:

@@ -206,12 +206,12 @@ def test_minutes_on_a_processor():
 @pytest.mark.parametrize(
     ("words", "device", "parts"),
     [
-        (["--minutes=20"], "cpu", (1, True, True, 2)),  # 17 of them for pretraining
-        (["--minutes=20", "--copy_heads=2"], "cpu", (2, True, True, 2)),
+        (["--minutes=20"], "cpu", (1, True, True, 5)),  # 17 of them for pretraining
+        (["--minutes=20", "--copy_heads=2"], "cpu", (2, True, True, 5)),
         (["--minutes=20", "--lookback=off"], "cpu", (0, False, False, 0)),
         (["--minutes=20"], "cuda", (0, False, False, 0)),
         (["--hours=8"], "cpu", (0, False, False, 0)),
-        (["--hours=8", "--lookback=on"], "cpu", (1, True, True, 2)),
+        (["--hours=8", "--lookback=on"], "cpu", (1, True, True, 5)),
     ],
     ids=str,
 )

@@ -347,19 +347,19 @@ def test_the_table_of_counts():
 @pytest.mark.parametrize(
     ("argv", "on_cpu", "expected"),
     [
-        (["--max_minutes=4"], True, (1, True, True, 2)),
-        (["--max_hours=0.2"], True, (1, True, True, 2)),
-        (["--max_minutes=4", "--depth=2"], True, (0, True, True, 2)),  # one head knows positions
-        (["--max_minutes=4", "--copy_heads=0"], True, (0, True, True, 2)),
-        (["--max_minutes=4", "--no-convolutions"], True, (1, False, True, 2)),
-        (["--max_minutes=4", "--no-value_embeddings"], True, (1, True, False, 2)),
-        (["--max_minutes=4", "--pair_embeddings=5"], True, (1, True, True, 5)),
+        (["--max_minutes=4"], True, (1, True, True, 5)),
+        (["--max_hours=0.2"], True, (1, True, True, 5)),
+        (["--max_minutes=4", "--depth=2"], True, (0, True, True, 5)),  # one head knows positions
+        (["--max_minutes=4", "--copy_heads=0"], True, (0, True, True, 5)),
+        (["--max_minutes=4", "--no-convolutions"], True, (1, False, True, 5)),
+        (["--max_minutes=4", "--no-value_embeddings"], True, (1, True, False, 5)),
+        (["--max_minutes=4", "--pair_embeddings=3"], True, (1, True, True, 3)),
         (["--max_minutes=4", "--lookback=off"], True, (0, False, False, 0)),
         (["--max_minutes=4", "--rap=prior.safetensors"], True, (0, False, False, 0)),
         (["--max_minutes=4"], False, (0, False, False, 0)),
         (["--max_hours=8"], True, (0, False, False, 0)),
         (["--num_iterations=50"], True, (0, False, False, 0)),
-        (["--num_iterations=50", "--lookback=on"], False, (1, True, True, 2)),
+        (["--num_iterations=50", "--lookback=on"], False, (1, True, True, 5)),
     ],
     ids=str,
 )

@@ -112,7 +112,7 @@ def context_for(flops: float) -> int:
 # after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.078 bits per byte less with
 # the first three (three, one and one seeds; dev/LOG.md, parts of the architecture).
 LOOKBACK_MINUTES = 60
-PAIR_EMBEDDINGS = 2
+PAIR_EMBEDDINGS = 5
 
 
 @dataclass(kw_only=True)
