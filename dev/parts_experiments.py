@@ -1,6 +1,6 @@
 """
-The experiments on copy heads, convolutions, value and pair embeddings in dev/LOG.md: small models on real
-text, each with a schedule of its own length, beside the attention priors.
+The experiments on copy heads, convolutions, value and pair embeddings in dev/LOG.md: small models
+on real text, each with a schedule of its own length, beside the attention priors.
 
     python dev/parts_experiments.py --texts DIR                     everything that is missing
     python dev/parts_experiments.py --texts DIR --only prose-240    one experiment
@@ -29,7 +29,7 @@ from nanochat.commands import base_train
 from nanochat.study.statistics import interval
 
 RESULTS = trials.RESULTS / "parts.jsonl"
-VOCABULARY = 4096
+VOCABULARIES = {"prose16k": 16384}  # tokens, where not 4,096
 SMALL = (
     "--depth=3 --model_dim=192 --head_dim=32 --sequence_len=256 --eval_every=0 "
     "--eval_tokens=16384 --sample_every=0 --compile=on --dtype=bfloat16 --lookback=off"
@@ -67,7 +67,7 @@ GOOD = (  # of these, what helped, on more seeds and together
     ("--weight_decay=0.1", ""),
 )
 PAIRS = (1, 2, 5, 10, 20)  # rows of the table of pairs, per token of the vocabulary
-WIDER = "--depth=4 --model_dim=256 --head_dim=64"
+WIDER = "--depth=4 --model_dim=256 --head_dim=128 --sequence_len=512"  # as --depth=4 alone
 OPTIMIZERS = (
     "--polynomials=jordan --embedding_beta2=0.95 --unembedding_beta2=0.95",  # of version 0.1
     "--polynomials=jordan",
@@ -131,8 +131,9 @@ def planned() -> Iterator[Run]:
         for rows in PAIRS:
             yield small("prose", BEST, seed, extra=f"--pair_embeddings={rows}")
     for seed in seeds[:2]:
-        for extra in ("", "--pair_embeddings=5", f"--pair_embeddings=5 {LONGER_FALL}"):
-            yield small("prose", BEST, seed, 500, f"{WIDER} {extra}".strip(), batch=4096)
+        for rows in (0, 5, 2, 10):
+            extra = f"{WIDER} --pair_embeddings={rows}"
+            yield small("prose16k", BEST, seed, 300, extra, batch=4096)
     for steps in (160, 400):
         for seed in seeds:
             for condition in ("none", BEST, "rules"):
@@ -171,7 +172,8 @@ def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
     """Train and return {val_bpb, tokens, seconds, cpu_seconds}; None if the run failed."""
     corpus = run.experiment.partition("-")[0]
     base = root / corpus
-    data = trials.prepared(corpus, texts, base, VOCABULARY)
+    vocabulary = VOCABULARIES.get(corpus, 4096)
+    data = trials.prepared(corpus.removesuffix("16k"), texts, base, vocabulary)
     flags = run.flags
     for generator in ("hand", "rules"):
         if f"--rap={generator}" in flags:
