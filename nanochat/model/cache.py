@@ -35,9 +35,10 @@ class KVCache:
     than T where a row was padded: what padding wrote lies beyond the row's length, where nothing
     reads it, and is overwritten by the row's next tokens. Padding beyond the capacity goes to one
     spare slot. On a CPU, keys and values are float32: its products of a single query with bfloat16
-    keys take twice as long. With an attention prior or pair embeddings, the tokens are kept as well,
-    and with a prior its columns of every key, once for all layers and heads. What looks back a few positions (copy
-    heads, convolutions) keeps its last inputs: `earlier` has their number and width by name.
+    keys take twice as long. With an attention prior, the tokens and the prior's columns of every
+    key are kept as well, once for all layers and heads. What looks back a few positions (copy
+    heads, convolutions, pair embeddings) keeps its last inputs: `earlier` has their number, width
+    and type by name.
 
     Rows come (`append`) and go (`drop`) between passes. The buffers behind `k`, `v` and the others
     have room for more rows than are in use, so that rows that come are copied alone, but for a few
@@ -63,11 +64,11 @@ class KVCache:
         head_dim: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        earlier: Mapping[str, tuple[int, int]] | None = None,
+        earlier: Mapping[str, tuple[int, int, torch.dtype]] | None = None,
     ):
         inputs = {
-            name: torch.zeros((1, batch, *shape), device=device, dtype=dtype)
-            for name, shape in (earlier or {}).items()
+            name: torch.zeros((1, batch, n, width), device=device, dtype=kind)
+            for name, (n, width, kind) in (earlier or {}).items()
         }
         self._grows = torch.device(device).type == "cpu"
         if self._grows:
@@ -145,7 +146,7 @@ class KVCache:
         self._extended[name] = torch.cat((getattr(self, name)[0].to(x.dtype), x), 1)
         return self._extended[name]
 
-    # ---- for pair embeddings and an attention prior
+    # ---- for an attention prior
 
     def with_earlier_tokens(self, idx: Tensor, memory: int, no_token: int) -> Tensor:
         """Keep the tokens of this pass; returns them after the `memory` tokens before it."""

@@ -509,10 +509,7 @@ class GPT(nn.Module):
         x = self.embed(idx)
         if self.pair_table is None:
             return x
-        if cache is None:
-            before = F.pad(idx[:, :-1], (1, 0))
-        else:
-            before = cache.with_earlier_tokens(idx, 1, no_token=0)[:, :-1]
+        before = with_earlier(idx[..., None], 1, cache, "token")[:, :-1, 0]
         return x + self.pair_table((PAIR_FACTOR * before + idx) % self.pair_table.num_embeddings)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -542,13 +539,15 @@ class GPT(nn.Module):
 
     def new_cache(self, batch: int, capacity: int = 0) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens (0 = the context)."""
-        c, device = self.config, self.embed.weight.device
-        earlier = {}
+        c, device, dtype = self.config, self.embed.weight.device, self.compute_dtype
+        earlier: dict[str, tuple[int, int, torch.dtype]] = {}
+        if c.pair_rows:
+            earlier["token"] = 1, 1, torch.int64
         for layer in range(c.n_layer):
             if c.copy_heads:
-                earlier[f"{layer}.k"] = 1, c.copy_heads * c.head_dim
+                earlier[f"{layer}.k"] = 1, c.copy_heads * c.head_dim, dtype
             if c.convolutions:
-                earlier |= dict.fromkeys((f"{layer}.attn", f"{layer}.mlp"), (3, c.n_embd))
+                earlier |= dict.fromkeys((f"{layer}.attn", f"{layer}.mlp"), (3, c.n_embd, dtype))
         length = capacity or c.sequence_len
         return KVCache(
             c.n_layer, batch, c.n_kv_head, length, c.head_dim, device, self.compute_dtype, earlier
