@@ -89,7 +89,7 @@ def test_the_command_for_so_many_tokens_trains_the_model_of_the_page(words):
     (line,) = (line for line in made["commands"] if "base_train" in line)
     typed = shlex.split(line)[2:]
     k, origins = knobs.parse(base_train.PretrainKnobs, typed, command="base_train")
-    k, _ = base_train.with_lookback(k, origins, on_cpu=False)
+    k, _ = base_train.with_lookback(k, origins, on_cpu=False, vocab_size=65_536)
     assert asdict(k.model_config(65_536)) == made["chosen"]["config"]
     assert k.total_batch_size * k.num_iterations == pytest.approx(1e8, rel=0.02)
 

@@ -364,8 +364,12 @@ def test_the_table_of_counts():
     ids=str,
 )
 def test_lookback_by_rule(argv, on_cpu, expected):
-    k, origins = base_train.with_lookback(*parse(PretrainKnobs, argv, command="base_train"), on_cpu)
+    typed = parse(PretrainKnobs, argv, command="base_train")
+    k, origins = base_train.with_lookback(*typed, on_cpu, vocab_size=8192)
     parts = "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
     assert tuple(getattr(k, name) for name in parts) == expected
     given = [flag for flag in parts if flag in " ".join(argv)]
     assert all(origins[flag] == "command line" for flag in given)
+    large, _ = base_train.with_lookback(*typed, on_cpu, vocab_size=8193)  # no table by rule
+    assert large.pair_embeddings == (expected[3] if "pair_embeddings" in given else 0)
+    assert large.value_embeddings == k.value_embeddings

@@ -69,11 +69,11 @@ class PretrainKnobs(
 
 
 def with_lookback(
-    k: PretrainKnobs, origins: dict[str, str], on_cpu: bool
+    k: PretrainKnobs, origins: dict[str, str], on_cpu: bool, vocab_size: int
 ) -> tuple[PretrainKnobs, dict[str, str]]:
     """(knobs, origins) with the parts that --lookback adds, unless they are set themselves."""
     minutes = 0.0 if k.rap else k.max_minutes or 60 * k.max_hours
-    parts = k.lookback_parts(minutes, on_cpu, k.dimensions()["n_kv_head"])
+    parts = k.lookback_parts(minutes, on_cpu, k.dimensions()["n_kv_head"], vocab_size)
     added = {name: value for name, value in parts.items() if origins[name] == "default"}
     return replace(k, **added), {**origins, **dict.fromkeys(added, "rule")}
 
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare
     from nanochat.data.sources import training_sources
+    from nanochat.data.tokenizer import Tokenizer
     from nanochat.export.target import destinations
     from nanochat.model import prior, prior_artifact
     from nanochat.model.gpt import GPT
@@ -138,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         reserve_run("base", tag)
         k, origins, resume_from = resume_knobs("base", tag, k, origins)
         if not resume_from:
-            k, origins = with_lookback(k, origins, choose_device(k.device_type).type == "cpu")
+            on_cpu = choose_device(k.device_type).type == "cpu"
+            k, origins = with_lookback(k, origins, on_cpu, Tokenizer.load().vocab_size)
         check_prior_knobs(k, resume_from.meta["knobs"] if resume_from else None)
         fixed = origins["sequence_len"] != "default"
         contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)

@@ -75,7 +75,9 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
             head_dim=self.head_dim or usual_head(width),
             vocab=self.vocabulary(),
         )
-        parts = self.lookback_parts(seconds / 60, device_type == "cpu", config.n_kv_head)
+        parts = self.lookback_parts(
+            seconds / 60, device_type == "cpu", config.n_kv_head, config.vocab_size
+        )
         return replace(config, **{n: part for n, part in parts.items() if not getattr(self, n)})
 
     def vocabulary(self, elsewhere: bool = False, size: float = 1e12) -> int:

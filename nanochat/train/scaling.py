@@ -109,9 +109,13 @@ def context_for(flops: float) -> int:
 
 
 # Copy heads, convolutions, value and pair embeddings are the default on a CPU up to this budget:
-# after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.078 bits per byte less with
-# the first three (three, one and one seeds; dev/LOG.md, parts of the architecture).
+# after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.087 bits per byte less with
+# the first three (three, one and two seeds; dev/LOG.md, parts of the architecture).
 LOOKBACK_MINUTES = 60
+# Pair embeddings come with them up to this vocabulary: after 0.5 M tokens with 4,096 tokens in the
+# vocabulary they gained 0.032 more (three seeds), but 0.006 after 1.2 M with 16,384 (one seed),
+# where their table is larger than the rest of the model (dev/LOG.md, pair embeddings).
+PAIR_VOCABULARY = 8192
 PAIR_EMBEDDINGS = 5
 
 
@@ -121,13 +125,15 @@ class LookbackKnobs:
 
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
-        "on = --copy_heads=1 --convolutions --value_embeddings "
-        f"--pair_embeddings={PAIR_EMBEDDINGS}, with which a short run learns faster, but which "
-        "only transformers can run elsewhere; auto = on a CPU with a budget of at most "
-        f"{LOOKBACK_MINUTES} minutes, without --rap",
+        "on = --copy_heads=1 --convolutions --value_embeddings and, with at most "
+        f"{PAIR_VOCABULARY:,} tokens in the vocabulary, --pair_embeddings={PAIR_EMBEDDINGS}: with "
+        "these a short run learns faster, but only transformers can run the model elsewhere; auto "
+        f"= on a CPU with a budget of at most {LOOKBACK_MINUTES} minutes, without --rap",
     )
 
-    def lookback_parts(self, minutes: float, on_cpu: bool, kv_heads: int) -> dict[str, Any]:
+    def lookback_parts(
+        self, minutes: float, on_cpu: bool, kv_heads: int, vocab_size: int
+    ) -> dict[str, Any]:
         """
         The architecture knobs that `lookback` sets in a run of so many minutes (0 = no budget) on
         such a device.
@@ -136,8 +142,9 @@ class LookbackKnobs:
         if self.lookback == "off" or (self.lookback == "auto" and not short):
             return {}
         copy_heads = 1 if kv_heads > 1 else 0  # one head must know positions
-        parts = {"convolutions": True, "value_embeddings": True}
-        return {"copy_heads": copy_heads, **parts, "pair_embeddings": PAIR_EMBEDDINGS}
+        pairs = PAIR_EMBEDDINGS if vocab_size <= PAIR_VOCABULARY else 0
+        tables = {"value_embeddings": True, "pair_embeddings": pairs}
+        return {"copy_heads": copy_heads, "convolutions": True, **tables}
 
 
 def context_stages(final: int) -> tuple[tuple[float, int], ...]:
