@@ -224,7 +224,7 @@ def test_a_plan_looks_back_where_base_train_does(words, device, parts):
     names = "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
     assert tuple(flags[name] for name in names) == parts
     plain = choice.choose(ask(*words, "--lookback=off", "--copy_heads=0"), target, law_here).primary
-    expected = law.LOOKBACK if parts[1] else 1.0
+    expected = law.LOOKBACK * law.PAIRS if parts[1] else 1.0
     assert first.bpb[0] / plain.bpb[0] == pytest.approx(expected, abs=0.003)
 
 

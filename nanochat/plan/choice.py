@@ -16,7 +16,7 @@ from nanochat.data.inventory import LIMIT
 from nanochat.data.sources import parse_sources
 from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, speed
-from nanochat.plan.law import LOOKBACK, Z90, Law, Text, worth
+from nanochat.plan.law import LOOKBACK, PAIRS, Z90, Law, Text, worth
 from nanochat.plan.machine import GIB, Machine, budget_seconds
 from nanochat.plan.probe import DEPTHS
 from nanochat.plan.shapes import OpenSizeKnobs, counts, possible
@@ -172,7 +172,7 @@ def most_tokens(data: Sequence[str], text: Text, vocabulary: int) -> float:
 
 def lookback_factor(config: GPTConfig) -> float:
     """What the parts of --lookback multiply bits per byte by."""
-    return LOOKBACK if config.convolutions else 1.0
+    return (LOOKBACK if config.convolutions else 1.0) * (PAIRS if config.pair_rows else 1.0)
 
 
 def _expected(

@@ -24,8 +24,10 @@ LOW, HIGH, HERE, NEAR = 17.80354, 18.89285, 14.0, 15.0
 REPEATS = 15.39
 
 # What copy heads, convolutions and value embeddings multiply bits per byte by: 0.945 to 0.948 on
-# prose after 0.5 and 2 M tokens (dev/LOG.md, parts of the architecture).
+# prose after 0.5 and 2 M tokens (dev/LOG.md, parts of the architecture). Pair embeddings beside
+# them: 0.985 after 0.5 M tokens (dev/LOG.md, pair embeddings).
 LOOKBACK = 0.95
+PAIRS = 0.985
 
 Text = Sequence[tuple[float, float]]  # of each source: its share of the tokens, and its own tokens
 
