@@ -414,6 +414,8 @@ def chat(tokenizer, monkeypatch):
             shown = shown.replace(name, mark)
         shown = shown.replace("\n", "|")
         text = f"seed {sampling['seed']} at {sampling['temperature']} saw <{shown}>"
+        while shown.endswith("wait]["):  # reads its prompt for ever
+            time.sleep(0.02)
         if shown.endswith("[how?]["):
             text = ", ".join(f"{name} {value}" for name, value in sampling.items())
         for id in tokenizer.encode(text):
@@ -481,6 +483,32 @@ def test_retry_undo_and_edit(chat):
     t.say("/edit", "three and four")
     t.type("\x03five\r")  # the edit is given up
     t.wait("seed 48 at 0.0 saw <[three and four][seed 47")
+    t.say("/edit", "five")
+    t.type("\x03\x03")  # also by a second one, on the line that is empty now
+    t.wait("once more exits")
+    t.say("six", "seed 49 at 0.0 saw <[three and four][seed 47")
+    t.say("/undo", 'took back "six"')
+    t.say("/undo", 'took back "five"')
+
+
+def test_what_is_stopped_before_it_begins_loses_nothing(chat):
+    t = chat()
+
+    def stop(line):
+        t.wait(READY)
+        t.type(line + "\r")
+        time.sleep(0.5)
+        t.type("\x03")
+        t.wait("[stopped]")
+
+    t.say("one", "seed 42 at 0.6 saw <[one][>")
+    stop("/edit wait")  # the exchange stays
+    t.say("two", "saw <[one][seed 42 at 0.6 saw <[one][>][two][>")
+    stop("please wait")
+    stop("/retry")  # asks that again, not "two"
+    t.say("/undo", 'took back "please wait"')
+    t.say("/undo", 'took back "two"')
+    t.say("three", "saw <[one][seed 42 at 0.6 saw <[one][>][three][>")
 
 
 def test_save_and_load(chat, tokenizer, tmp_path, capsys):

@@ -208,6 +208,13 @@ def test_completions_of_text_and_of_ids(live, base):
     ).json()
     logprobs = with_probabilities["choices"][0]["logprobs"]
     assert "".join(logprobs["tokens"]) == text and logprobs["text_offset"][0] == 0
+    hot = {"prompt": ids, "logprobs": 1, **asked, "temperature": 2, "seed": -5}
+    drawn = live.post("/v1/completions", hot).json()["choices"][0]["logprobs"]
+    for token, logprob, top in zip(
+        *(drawn[name] for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        assert top[token] == logprob and len(top) <= 2
+    assert max(map(len, drawn["top_logprobs"])) == 2  # something unlikely was drawn
     refused = live.post("/v1/chat/completions", {"model": "old/base", "messages": HI})
     assert refused.status_code == 400 and "/v1/completions" in refused.json()["error"]["message"]
 
@@ -360,7 +367,7 @@ REFUSED = [
     ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
     ({"top_logprobs": 3}, 400, "top_logprobs"),
     ({"top_k": -1}, 400, "top_k"),
-    ({"seed": -1}, 400, "seed"),
+    ({"seed": -(2**63) - 1}, 400, "seed"),
     ({"stream": "yes"}, 400, "stream"),
     ({"stream_options": 3}, 400, "stream_options"),
     ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
@@ -865,6 +872,54 @@ def test_markup_in_an_answer_stays_text(page):
         }"""
     )
     assert nodes == [0, "b", "d", "<e>"]
+
+
+def test_numbered_lines_keep_their_numbers(page):
+    texts = ["1. Mix.\n\n2. Bake.\n\n3. Eat.", "42. That is it.", "7. a\n8. b"]
+    shown = page.evaluate(
+        """async (texts) => {
+            const { markdown } = await import("/markdown.js");
+            return texts.map((text) => {
+                const box = document.createElement("div");
+                box.append(...markdown(text));
+                return [...box.querySelectorAll("ol")].map((list) => list.start);
+            });
+        }""",
+        texts,
+    )
+    assert shown == [[1, 2, 3], [42], [7]]
+
+
+def test_a_base_model_continues_what_was_typed_with_its_spaces(page, base):
+    sent = []
+    page.on(
+        "request", lambda r: r.url.endswith("/v1/completions") and sent.append(r.post_data_json)
+    )
+    page.select_option("#model", "old/base")
+    for text in ("Mia has a", " red hat"):
+        ask(page, text)
+    first, second = (body["prompt"] for body in sent)
+    assert first == "Mia has a" and second.startswith(first) and second.endswith(" red hat")
+
+
+def test_copying_where_the_browser_has_no_clipboard_is_explained(page):
+    ask(page, "one")
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.locator("text=Copy").last.click()
+    page.wait_for_selector("#notice >> text=does not allow copying")
+
+
+def test_the_focus_stays_at_the_button_that_was_pressed(page):
+    for text in ("one", "two"):
+        ask(page, text)
+    page.locator("text=Look inside").last.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".token")
+    focused = (
+        "[document.activeElement.textContent, document.activeElement.closest('[data-id]') === "
+    )
+    focused += "[...document.querySelectorAll('#messages [data-id]')].at(-1)]"
+    assert page.evaluate(focused) == ["Text", True]
 
 
 def test_conversations_stay_after_a_reload(page):

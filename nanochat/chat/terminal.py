@@ -80,7 +80,8 @@ class Prompt:
         self.label, self.history, self.style, self.words = label, history, style or {}, words
         self.continued = continued
         self.prefilled = ""  # stands on the next line from the start
-        self.cleared = False  # whether Ctrl+C cleared the line that was typed last
+        self.cleared = False  # whether Ctrl+C cleared something since the last text
+        self._typed = False  # the same of the present line alone
 
     def __iter__(self) -> Iterator[str]:
         from prompt_toolkit import PromptSession
@@ -89,31 +90,33 @@ class Prompt:
         from prompt_toolkit.styles import Style
 
         session: PromptSession[str] = PromptSession(
-            [("class:label", self.label)],
             multiline=True,
             history=self._open_history(),
             style=Style.from_dict({"label": "bold", **self.style}),
             key_bindings=self._keys(),
-            prompt_continuation=" " * len(self.label),
             completer=WordCompleter([*self.words], sentence=True),
             complete_style=CompleteStyle.READLINE_LIKE,
             complete_while_typing=False,
         )
         left = False  # whether Ctrl+C was the last key, on an empty line
         while True:
-            self.cleared, prefilled, self.prefilled = False, self.prefilled, ""
+            prefilled, self.prefilled = self.prefilled, ""
+            label, self._typed = [("class:label", self.label)], False
             try:
-                text = session.prompt(default=prefilled)
+                text = session.prompt(
+                    label, default=prefilled, prompt_continuation=" " * len(self.label)
+                )
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if left and not self.cleared:
+                if left and not self._typed:
                     return
                 left = True
                 Screen(True).remark("Ctrl+C once more exits")
             else:
                 left = False
                 yield text
+                self.cleared = False
 
     def _keys(self) -> "KeyBindings":
         from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -144,7 +147,7 @@ class Prompt:
         def _(event: "KeyPressEvent") -> None:
             if event.current_buffer.text:
                 event.current_buffer.reset()
-                self.cleared = True
+                self.cleared = self._typed = True
             else:
                 event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 

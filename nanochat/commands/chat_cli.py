@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("temperature", "top_k", "top_p", "max_tokens", "seed")  # knobs that commands change
 YOU, MODEL, TEXT = "You:", "Model:", "Text:"
+NO_QUESTION = "there is no question yet: type one first"
 
 
 @dataclass(kw_only=True)
@@ -142,6 +143,7 @@ class Chat:
         self.options, self.screen, self.prompt = options, screen, prompt
         self.messages: list[dict[str, Any]] = []
         self.text = ""  # what a base model continued last
+        self.unanswered = ""  # a question whose answer was stopped before it began
         self.turn = 0  # answers so far, which the seed follows
         self.dropped = 0  # exchanges that the context no longer holds
         self.editing = self.leaving = False
@@ -190,9 +192,9 @@ class Chat:
             text = text[1:]
         replaces = self.editing and not (self.prompt and self.prompt.cleared)
         self.editing = False
-        if text:
-            if replaces:
-                self.drop_exchange()
+        if text and replaces:
+            self.replace_exchange(text)
+        elif text:
             self.answer(text)
 
     def obey(self, line: str) -> None:
@@ -253,13 +255,14 @@ class Chat:
         if cut:
             self.screen.remark(cut_remark(cut, len(prompt), self.context))
         self.screen.label(MODEL)
-        reply = Reply(tokenizer)
+        reply, self.unanswered = Reply(tokenizer), question
         try:
             steps = self.engine.generate(prompt, **sampling)
             self._show(reply.stream(self.speed.watch(steps)))
         finally:  # also when it was stopped
             if reply.finish or reply.content:
                 self.messages = [*messages, {"role": "assistant", "content": reply.content}]
+                self.unanswered = ""
         return reply.finish
 
     def _show(self, pieces: Iterable[tuple[str, str]]) -> None:
@@ -281,21 +284,34 @@ class Chat:
         return [m for m in self.messages[:1] if m["role"] == "system"]
 
     def last_question(self) -> str:
-        """The text that was answered last. UserError if there is none."""
-        if not self.chats and self.text:
-            return self.text
+        """The text that was asked last. UserError if there is none."""
+        if text := self.unanswered if self.chats else self.text:
+            return text
         if not self.chats or len(self.messages) == len(self._system):
-            raise UserError("there is no question yet: type one first")
+            raise UserError(NO_QUESTION)
         return self.messages[-2]["content"]
 
     def drop_exchange(self) -> None:
         """Take back the last question and its answer, if there are some."""
-        if self.chats and len(self.messages) > len(self._system):
-            del self.messages[-2:]
+        if self.unanswered:
+            self.unanswered = ""
+        elif self.chats and len(self.messages) > len(self._system):
+            self.messages = self.messages[:-2]
+
+    def replace_exchange(self, question: str) -> None:
+        """Answer a question in place of the last one, which stays if no answer begins."""
+        before = self.messages
+        self.drop_exchange()
+        kept = self.messages
+        try:
+            self.answer(question)
+        finally:
+            if self.messages is kept and kept is not before:
+                self.messages, self.unanswered = before, ""
 
     def begin(self, messages: list[dict[str, Any]], remark: str) -> None:
         """Begin another conversation."""
-        self.messages, self.text, self.dropped = messages, "", 0
+        self.messages, self.text, self.unanswered, self.dropped = messages, "", "", 0
         self.screen.remark(f"[{remark}]")
 
 
@@ -316,8 +332,7 @@ def retry(chat: Chat, _: str) -> None:
     question = chat.last_question()
     if chat.options.temperature == 0:
         chat.screen.remark("[at temperature 0 the answer stays the same: see /temperature]")
-    chat.drop_exchange()
-    chat.answer(question)
+    chat.replace_exchange(question)
 
 
 def undo(chat: Chat, _: str) -> None:
@@ -329,8 +344,7 @@ def undo(chat: Chat, _: str) -> None:
 def edit(chat: Chat, text: str) -> None:
     question = chat.last_question()
     if text:
-        chat.drop_exchange()
-        chat.answer(text)
+        chat.replace_exchange(text)
     elif chat.prompt is None:
         raise UserError("/edit needs the new question here: /edit TEXT")
     else:
@@ -342,7 +356,8 @@ def save(chat: Chat, text: str) -> None:
     word, _, rest = text.partition(" ")
     overwrite = word == "--overwrite" and bool(rest)
     path = user_path(rest if overwrite else text)
-    chat.last_question()  # there is one
+    if len(chat.messages) == len(chat._system):
+        raise UserError(NO_QUESTION)
     line = json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n"
     data = line.encode("utf-8", "replace")  # a lone half of a surrogate pair becomes "?"
     try:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir, user_path
@@ -36,6 +36,7 @@ PART_BYTES = 1 << 28
 MOST_MEGABYTES = 1_000_000  # of the embedded corpus
 READER = 4  # of the user's files; a newer one must lead to new token shards
 
+NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)$")
 # A field, post.body, or a template of several, {title}\\n\\n{body}
 FIELD = re.compile(r"(.+?)#([^#/\\:]+|[^#{}]*\{[^{}]+\}.*)$", re.DOTALL)
 
@@ -156,10 +157,17 @@ def _shard_folder(name: str) -> Path:
     return base_dir() / "shards" / name
 
 
+def name_of(spec: str) -> str:
+    """The name in a specification, or a short one of its own; it need not exist any more."""
+    if m := NAMED.match(spec):
+        return m[1]
+    return PurePath(_split_suffixes(spec)[0]).stem or "data"
+
+
 def _parse(spec: str) -> Source:
     readings: list[tuple[str | None, str, float | None, str | None]]
     readings = [(None, *_split_suffixes(spec))]
-    if m := re.match(r"([A-Za-z0-9][\w.-]*)=(.+)$", spec):
+    if m := NAMED.match(spec):
         readings.append((m[1], *_split_suffixes(m[2])))
     # A reading whose path exists wins, the one without a name first, because a path itself may hold
     # these characters, as in C:\texts or a=b

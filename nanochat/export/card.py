@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanochat.base.common import columns
+from nanochat.data.sources import name_of
 from nanochat.eval.scores import stage_results, stage_table
 from nanochat.export.target import Target
 from nanochat.model.config import GPTConfig
@@ -88,7 +89,7 @@ def model_card(
     """
     stage = meta["stage"]
     named = meta["knobs"].get("data") or ["the default mixture"]
-    sources = [str(source).partition("=")[0] for source in named]  # names, never paths
+    sources = [name_of(str(source)) for source in named]  # never a path
     rows = [row for row in rows if (row.get("step") or 0) <= meta["step"]]
     rows.sort(key=lambda row: row.get("step") or 0)  # the exported step has the last word
     losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and row.get("val_bpb")]

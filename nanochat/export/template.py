@@ -11,24 +11,29 @@ CHAT_TEMPLATE = """
   {%- if content is string -%}
     {{- content | replace('<|', '< |') -}}
   {%- else -%}
+    {%- set all = namespace(text='') -%}
     {%- for part in content if part.type == 'text' -%}
-      {{- part.text | replace('<|', '< |') -}}
+      {%- set all.text = all.text + part.text -%}
     {%- endfor -%}
+    {{- all.text | replace('<|', '< |') -}}
   {%- endif -%}
 {%- endmacro -%}
 {%- macro spoken(content) -%}
   {%- if content is string -%}
     {{- plain(content) -}}
   {%- else -%}
+    {%- set all = namespace(text='') -%}
     {%- for part in content -%}
-      {%- if part.type == 'python' -%}
-        {{- '<|python_start|>' + plain(part.text) + '<|python_end|>' -}}
-      {%- elif part.type == 'python_output' -%}
-        {{- '<|output_start|>' + plain(part.text) + '<|output_end|>' -}}
+      {%- if part.type in ('python', 'python_output') -%}
+        {{- plain(all.text) -}}
+        {%- set all.text = '' -%}
+        {%- set name = 'python' if part.type == 'python' else 'output' -%}
+        {{- '<|' + name + '_start|>' + plain(part.text) + '<|' + name + '_end|>' -}}
       {%- else -%}
-        {{- plain(part.text) -}}
+        {%- set all.text = all.text + part.text -%}
       {%- endif -%}
     {%- endfor -%}
+    {{- plain(all.text) -}}
   {%- endif -%}
 {%- endmacro -%}
 {%- set state = namespace(system='', turns=0) -%}

@@ -128,7 +128,12 @@ def completion_logprobs(
     """The logprobs of a completion's choice; `start` is the offset of the first token's text."""
     texts = [spelled(tokenizer, t.id)[0] for t in tokens]
     offsets = [start + sum(map(len, texts[:i])) for i in range(len(texts))]
-    tops = [{spelled(tokenizer, id)[0]: value for id, value in t.top} for t in tokens]
+    # The likeliest and, as in OpenAI's API, the one that was drawn
+    drawn = [[] if t.logprob is None else [(t.id, t.logprob)] for t in tokens]
+    tops = [
+        {spelled(tokenizer, id)[0]: value for id, value in [*t.top, *own]}
+        for t, own in zip(tokens, drawn, strict=True)
+    ]
     return {
         "tokens": texts,
         "token_logprobs": [t.logprob for t in tokens],

@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from nanochat.chat.serve.requests import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -192,6 +194,8 @@ class Guard:
                 await self.app(scope, receive_bounded, send_guarded)
         except ApiError as error:
             await send_error(send_guarded, error)
+        except ClientDisconnect:  # while it sent its body
+            return
         except TimeoutError:
             if not started:  # else returning here makes uvicorn close the connection
                 await send_error(send_guarded, ApiError(503, "the answer took too long"))

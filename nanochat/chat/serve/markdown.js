@@ -64,7 +64,7 @@ function block(all, i) {
     for (; end < all.length && BULLET.test(all[end]); end++) {
       items.push(element("li", inline(BULLET.exec(all[end])[2])));
     }
-    return [element(ordered ? "ol" : "ul", items), end];
+    return [element(ordered ? "ol" : "ul", items, ordered ? { start: String(parseInt(line, 10)) } : {}), end];
   }
   if (line.includes("|") && /^\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$/.test(all[i + 1] ?? "")) {
     const rows = [row(line, "th")];

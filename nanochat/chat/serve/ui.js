@@ -189,8 +189,18 @@ function branchButtons(message) {
   ];
 }
 
-function copy(text) {
-  navigator.clipboard.writeText(text).then(() => say("Copied"), () => complain("The browser does not allow copying here."));
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text); // there is no clipboard on a page that came over plain HTTP from another machine
+    say("Copied");
+  } catch {
+    complain("The browser does not allow copying here.");
+  }
+}
+
+// A base model continues a text with every space in it.
+function typed(box) {
+  return completes() ? box.value : box.value.trim();
 }
 
 function editor(message) {
@@ -199,7 +209,7 @@ function editor(message) {
   const send = () => {
     if (!area.value.trim() || !ready()) return;
     editing = null;
-    ask(area.value.trim(), message.parent);
+    ask(typed(area), message.parent);
   };
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -265,12 +275,20 @@ function draw() {
   drawList();
   const messages = current ? path(current) : [];
   const focused = document.activeElement;
+  const home = focused?.closest("#messages [data-id]");
+  const at = home ? tools(home.dataset.id).indexOf(focused) : -1;
   $("messages").replaceChildren(...(messages.length ? messages.map(messageNode) : [emptyNode()]));
   if (editing?.box.contains(focused)) focused.focus(); // moving it took the focus
+  else if (at >= 0) (tools(home.dataset.id)[at] ?? tools(home.dataset.id).at(-1))?.focus();
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
   $("input").placeholder = completes() ? "Begin a text" : "Write a message";
   if (store.full) complain("The browser's storage is full: export and delete old conversations, or new ones will be lost.");
+}
+
+// The buttons below a message.
+function tools(id) {
+  return [...$("messages").querySelectorAll(`[data-id="${id}"] .tools button`)];
 }
 
 function atEnd() {
@@ -341,7 +359,7 @@ function takeTokens(message, choice) {
   }
   const old = choice.logprobs?.tokens ? choice.logprobs : null; // the shape of /v1/completions
   old?.tokens.forEach((text, i) => {
-    message.tokens.push({ text, logprob: old.token_logprobs[i], top: Object.entries(old.top_logprobs[i] ?? {}) });
+    message.tokens.push({ text, logprob: old.token_logprobs[i], top: Object.entries(old.top_logprobs[i] ?? {}).sort((a, b) => b[1] - a[1]) });
   });
 }
 
@@ -462,8 +480,8 @@ async function importFile(file) {
   try {
     const { added, damaged } = store.imported(await file.text());
     say(`Imported ${added} conversations`);
+    draw();
     if (damaged) complain(`${damaged} of the conversations in ${file.name} are damaged and were left out.`);
-    drawList();
   } catch (error) {
     complain(`Could not import ${file.name}: ${error.message}`);
   }
@@ -493,8 +511,8 @@ function grow() {
 
 function submit(event) {
   event?.preventDefault();
-  const text = $("input").value.trim();
-  if (!text || !ready()) return;
+  const text = typed($("input"));
+  if (!text.trim() || !ready()) return;
   $("input").value = "";
   grow();
   ask(text);
