@@ -316,3 +316,39 @@ def test_a_lone_surrogate_in_an_export(tmp_path):
     (tmp_path / "a.json").write_text(chat)
     texts = list(read_text(tmp_path / "a.json", None))
     assert "Bob: Happy \ufffd new year" in texts[1] and "\n".join(texts).encode()
+
+
+DIARY = """[2021-03-05 18:30] Went for a walk along the river and saw a heron.
+[2021-03-06 19:10] Dinner at 19:30 with everybody from the house.
+It rained all evening, so we stayed in.
+[2021-03-07 08:15] Slept badly. The heron was there again.
+[2021-03-08 21:00] Nothing happened today.
+"""
+LOG = """[2021-03-01 18:04:05] <bob> is anybody here: no
+[2021-03-01 18:04:09] <ann> yes
+[2021-03-01 18:05:00] * ann waves
+[2021-03-01 18:06:00] <bob> see https://example.org
+[2021-03-01 18:07:00] <ann> thanks
+"""
+
+
+@pytest.mark.parametrize("text", [DIARY, LOG], ids=["diary", "log"])
+def test_what_has_times_and_no_speakers_stays_as_it_is(tmp_path, text):
+    assert dialogue.chats_in_text(text) == [] == dialogue.chats_in_text(text, "Dinner at 19")
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(read_text(tmp_path / "a.txt", None)).strip() == text.strip()
+
+
+def test_a_group_that_many_join_is_a_chat():
+    joined = [f"01.03.21, 18:{i:02} - P{i} joined using this group's link" for i in range(35)]
+    said = [f"02.03.21, 18:{i % 60:02} - Ada: message {i}" for i in range(50)]
+    (chat,) = dialogue.chats_in_text("\n".join([*joined, *said]))
+    assert len(chat) == 50
+
+
+def test_a_dialogue_of_user_and_assistant_needs_nobody_of_that_name(tmp_path):
+    path = tmp_path / "qa.txt"
+    path.write_text("User: Hi\nAssistant: Hello!\n\n\nUser: Bye\nAssistant: See you.\n")
+    for me in (None, "Ada"):
+        rows = [row for _, row in conversations.read(path, Report(), me)]
+        assert len(rows) == 2 and rows[0]["messages"][1]["content"] == "Hello!"

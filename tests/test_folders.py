@@ -309,3 +309,13 @@ def test_a_file_of_bad_rows_alone_is_not_read_to_its_end(tmp_path):
     path.write_text("{\n" * 100_000)
     with pytest.raises(UserError, match=r"at least 1,001 rows cannot be used"):
         list(documents.read(path, None))
+
+
+def test_the_base_folder_within_the_texts_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nano"))
+    (tmp_path / "nano" / "mine").mkdir(parents=True)
+    (tmp_path / "nano" / "mine" / "text.jsonl").write_text('{"text": "our own"}\n')
+    (tmp_path / "a.txt").write_text("theirs")
+    found = find([tmp_path], "s", (*TEXT, *ROWS))
+    assert [file.name for file in found.files] == ["a.txt"]
+    assert found.skipped["the base folder"] == 1

@@ -210,6 +210,10 @@ def test_the_commit_is_pinned(server, tmp_path):
     server.files["shard_00000.parquet"] = b"newer"
     with pytest.raises(UserError, match=r"cannot fetch .*404"):
         get("-n", "1")  # this hub has forgotten the old commit: nothing of the new one sneaks in
+    with pytest.raises(UserError, match=r"holds files of commit .* move the folder away"):
+        get("-n", "1", "--revision", server.commit)  # those that are not replaced would stay
+    for shard in (tmp_path / "shards/climbmix").glob("*.parquet"):
+        shard.unlink()
     get("-n", "1", "--revision", server.commit)
     assert have(tmp_path) == shards(server, 0, 5)
     assert (
@@ -287,3 +291,22 @@ def test_three_downloads_at_once_into_one_folder_end_well(server, tmp_path, monk
     assert len(list(folder.glob("*.parquet"))) == 4 and not list(folder.glob("*.part"))
     fetched = [path for path, _ in server.requests if path.startswith("/cdn/")]
     assert len(fetched) == 4, "the second and the third found what the first had fetched"
+
+
+@pytest.mark.parametrize(
+    ("proxy", "entry"),
+    [
+        ("http://ada:p%40ss@box:3128", "Basic YWRhOnBAc3M="),
+        ("ada:p%40ss@box:3128", "Basic YWRhOnBAc3M="),
+        ("box:3128", None),
+    ],
+)
+def test_proxies_with_a_password_and_without_a_scheme(monkeypatch, proxy, entry):
+    monkeypatch.setattr(hub, "proxy_bypass", lambda host: False)
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": proxy, "http": proxy})
+    connection, path, headers = hub._connect("http://example.org/file", None)
+    assert (connection.host, connection.port, path) == ("box", 3128, "http://example.org/file")
+    assert headers.get("Proxy-Authorization") == entry
+    tunnel, path, headers = hub._connect("https://example.org/file", None)
+    assert (tunnel.host, tunnel.port, path, headers) == ("box", 3128, "/file", {})
+    assert tunnel._tunnel_headers.get("Proxy-Authorization") == entry

@@ -4,6 +4,7 @@ listed with its reason, and the files beside it are read all the same.
 """
 
 import bz2
+import errno
 import gzip
 import io
 import json
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.base.common import UserError
-from nanochat.data import documents, inventory, readers
+from nanochat.data import documents, inventory, readers, rows
 from nanochat.data.folders import DOCUMENTS, ROWS, TEXT, find
 from nanochat.data.rows import Report
 from nanochat.data.shards import prepare
@@ -388,8 +389,8 @@ HOSTILE = {
     "zeros.txt.bz2": (bz2.compress(bytes(50 << 20), 1), "zero bytes"),
     "plain.docx": (STORY.encode(), "not a zip file"),
     "null.ipynb": (b'{"cells": null}', "no notebook"),
-    "null.jsonl": (b"null\n", "no text"),
-    "digits.jsonl": (b'{"text": "x", "n": ' + b"9" * 10_000 + b"}\n", "no text"),
+    "null.jsonl": (b"null\n", "line 1: expected an object with a text field"),
+    "digits.jsonl": (b'{"text": "x", "n": ' + b"9" * 10_000 + b"}\n", "line 1: invalid JSON"),
     "header.csv": (b"text\n", "no text"),
     "times.srt": (b"1\n00:00:01,000 --> 00:00:02,000\n", "no text"),
     "program": (b"\x7fELF" + bytes(200), "other files not read"),
@@ -428,8 +429,8 @@ def test_all_of_them_in_one_folder(tmp_path, monkeypatch):
     folder = tmp_path / "all of it"
     folder.mkdir()
     both = {**HOSTILE, **READABLE}
-    slow, stopping = ["wrong.txt"], ["null.jsonl", "digits.jsonl"]
-    names = [n for n in both if not n.endswith("pdf") and n not in (*slow, *stopping)]
+    slow = ["wrong.txt"]
+    names = [n for n in both if not n.endswith("pdf") and n not in slow]
     for name in names:
         (folder / name).write_bytes(both[name][0])
     (folder / "rows.jsonl").write_text('{"text": "' + STORY * 40 + '"}\n{"text": "short"}\n')
@@ -518,3 +519,61 @@ def test_fields_that_are_not_there(tmp_path, field):
     (tmp_path / "a.jsonl").write_text(json.dumps(FIELDS[0]))
     with pytest.raises(UserError, match=r"no field .*only id, title, post\.body|holds a dict"):
         list(documents.read(tmp_path / "a.jsonl", field))
+
+
+def test_a_part_that_is_one_bad_file_stops_no_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 100)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i:02}.txt").write_text(f"{i} " + STORY)
+    (folder / "z.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    (folder / "z.txt.gz").write_bytes(gzip.compress(STORY.encode() * 100)[:-40])
+    (source,) = parse_sources([str(folder)])
+    shards = [prepare(source, split, Letters()) for split in ("train", "val")]
+    assert sum(map(len, shards)) == 12
+    assert sum("skipped" in note for note in shards[0].notes) == 2
+
+
+def test_a_file_of_rows_without_text_is_one_skipped_file(tmp_path):
+    people = [{"name": "Ada", "born": 1815}] * 5000
+    (tmp_path / "people.json").write_text(json.dumps(people))
+    (tmp_path / "words.json").write_text('{"messages": {"hello": "Hallo"}}')
+    (tmp_path / "a.txt").write_text(STORY)
+    report = Report()
+    assert [*documents.read_all(sorted(tmp_path.iterdir()), None, report)] == [STORY]
+    report.finish()  # no row is bad
+    assert len(report.skipped) == 2 and "only name, born" in report.skipped[0][0]
+    with pytest.raises(UserError, match="no field text"):
+        [*documents.read_all([tmp_path / "people.json"], None, Report())]
+
+
+def test_no_space_on_the_disk_is_no_fault_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space"), rows.reading(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_numbers_in_a_template(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "Emma", "year": 1815, "score": 4.5}\n')
+    read = [*documents.read(tmp_path / "a.jsonl", "{title} ({year}): {score}")]
+    assert read == ["Emma (1815): 4.5"]
+
+
+@pytest.mark.parametrize("where", [100, 999])
+def test_a_quotation_mark_in_a_table_loses_one_row(tmp_path, where):
+    table = [f"{i}\tLine {i} of the table." for i in range(1000)]
+    table[where] = f'{where}\t"Hello", she said.'
+    (tmp_path / "a.tsv").write_text("\n".join(["id\ttext", *table]) + "\n")
+    report = Report(limit=1)
+    assert len([*documents.read_all([tmp_path / "a.tsv"], None, report)]) == 999
+    assert len(report.problems) == 1 and f"line {where + 2}:" in report.problems[0]
+
+
+def test_a_quotation_mark_that_ends_elsewhere_melts_no_rows(tmp_path):
+    table = [f"{i}\tLine {i} of the table." for i in range(100)]
+    table[20], table[60] = '20\t"Hello', '60\tshe said"'
+    (tmp_path / "a.tsv").write_text("\n".join(["id\ttext", *table]) + "\n")
+    report = Report(limit=1)
+    texts = [*documents.read_all([tmp_path / "a.tsv"], None, report)]
+    assert max(map(len, texts)) < 40 and len(report.problems) == 1

@@ -912,6 +912,7 @@ def test_copying_where_the_browser_has_no_clipboard_is_explained(page):
 def test_the_focus_stays_at_the_button_that_was_pressed(page):
     for text in ("one", "two"):
         ask(page, text)
+    page.locator("text=Look inside").nth(1).wait_for()
     page.locator("text=Look inside").last.focus()
     page.keyboard.press("Enter")
     page.wait_for_selector(".token")

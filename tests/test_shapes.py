@@ -229,3 +229,19 @@ def test_one_of_two_replies_in_a_row_may_be_masked():
 def test_what_is_no_conversation_is_refused(row, says):
     with pytest.raises(UserError, match=says):
         conversation(row)
+
+
+@pytest.mark.parametrize("mark", [{"mask": True}, {"masked": 1}, {"Weight": 0}, {"weight": "0"}])
+def test_marks_of_every_form_on_a_row(mark):
+    made = conversation({"prompt": "Hi", "response": "Hello", **mark})
+    assert [m.get("weight") for m in made["messages"] if m["role"] == "assistant"] == [0]
+    plain = conversation({"prompt": "Hi", "response": "Hello", "mask": False, "weight": 1})
+    assert all("weight" not in m for m in plain["messages"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"), [("3", "C"), (3, "D"), ("C", "C"), (" 4 ", "D"), ("0", "A")]
+)
+def test_the_text_of_an_option_comes_before_its_number(answer, letter):
+    row = {"question": "2+1?", "choices": ["1", "2", "3", "4"], "answer": answer}
+    assert conversation(row)["messages"][-1]["content"] == letter

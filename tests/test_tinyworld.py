@@ -17,7 +17,7 @@ from nanochat.eval.tasks import tinyworld as task
 from nanochat.eval.tasks.common import Task
 from nanochat.tinyworld.conversations import EVERYDAY, KINDS, conversations, phrases
 from nanochat.tinyworld.documents import documents
-from nanochat.tinyworld.world import ATTRIBUTES, article, choices, held_out, world
+from nanochat.tinyworld.world import ATTRIBUTES, Draw, article, choices, held_out, world
 
 # Enough to show every wording; more conversations of val would take long, since it has few facts.
 DOCUMENTS, CONVERSATIONS = {"train": 20_000, "val": 3000}, {"train": 20_000, "val": 1500}
@@ -383,3 +383,13 @@ def test_everyday_conversations_claim_nothing_of_the_world():
     ]
     assert not [text for text in said if re.search("little world|ten villages|tell stories", text)]
     assert "You are welcome." in said and "I am well, thank you." in said
+
+
+def test_a_pack_keeps_nothing_that_never_fits():
+    def dealt(draw, always):
+        rule = lambda n: n % 50 == 0  # noqa: E731
+        return [draw.deal("some", range(100), rule, always) for _ in range(60)]
+
+    slow, quick = (Draw(0, "val", "here") for _ in range(2))
+    assert dealt(slow, False) == dealt(quick, True)
+    assert len(quick.packs["some"]) < 100 < len(slow.packs["some"])

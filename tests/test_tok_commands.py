@@ -118,3 +118,20 @@ def test_tok_data_makes_what_training_would(corpus, tmp_path, capsys):
         }
         == folders
     )
+
+
+def test_the_vocabulary_follows_the_text_and_not_the_size_of_files(tmp_path, monkeypatch, capsys):
+    from nanochat.commands import tok_train
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    words = [f"Story {i} of the cat and the dog. " * 5 for i in range(40)]
+    for form, filler in (("plain", 0), ("pages", 40_000)):
+        folder = tmp_path / form
+        folder.mkdir()
+        for i, text in enumerate(words):
+            page = f"<html><head><style>{'.a{}' * filler}</style></head><p>{text}</p></html>"
+            name = f"{i}.html" if filler else f"{i}.txt"
+            (folder / name).write_text(page if filler else text)
+        tok_train.main([f"--data={folder}"])
+    chosen = [line for line in capsys.readouterr().out.splitlines() if "training a tok" in line]
+    assert len(chosen) == 2 and chosen[0].split(" on ")[0] == chosen[1].split(" on ")[0]

@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     names = ", ".join(source.name for source in sources)
     size = sum(part.size for source in sources for part in parts(source, "train"))
-    vocab_size = knobs.vocab_size or vocabulary_for(min(size, knobs.max_chars))
+    text = min(size, inventory.text_bytes_of(sources))  # a PDF has less of it than bytes
+    vocab_size = knobs.vocab_size or vocabulary_for(min(text, knobs.max_chars))
     print0(f"training a tokenizer with {vocab_size:,} tokens on {names}")
     started = time.monotonic()
     texts = CappedTexts(mixed(sources, "train"), knobs, size)

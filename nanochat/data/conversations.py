@@ -43,7 +43,15 @@ def _read(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
     with reading(path):
         kind = kind_of(path)
         if kind in PLAIN:
-            rows = dialogue.as_rows(_chats(path, report, me), me, str(path))
+            chats = _chats(path, report, me)
+            if me and not chats:  # a dialogue of User and Assistant, where nobody is called so
+                me, chats = None, _chats(path, Report(), None)
+            if not chats:
+                raise UserError(
+                    f"{path} {NONE}: lines must begin with User: and Assistant:, or with "
+                    "names, of which --me says who is the assistant"
+                )
+            rows = dialogue.as_rows(chats, me, str(path))
             yield from ((f"{path}, chat {i}", row) for i, row in enumerate(rows, 1))
         elif kind in ARCHIVES:
             with unpacked(path, CONVERSATIONS, report) as files:
@@ -59,10 +67,7 @@ def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
         head = file.read(HEAD)
         if dialogue.chats_in_text(head, me):
             return dialogue.chats_in_text(head + file.read(LONGEST_CHAT), me)
-    raise UserError(
-        f"{path} {NONE}: lines must begin with User: and Assistant:, or with "
-        "names, of which --me says who is the assistant"
-    )
+    return []
 
 
 def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any]]:

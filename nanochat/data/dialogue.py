@@ -130,9 +130,12 @@ def chats_in_text(text: str, me: str | None = None) -> list[Chat]:
     (User, Assistant, Q, A ...) or, given `me`, with any name. Empty if it is neither.
     """
     lines = text.splitlines()
-    stamped = sum(bool(STAMPED.match(line)) for line in lines[:LOOK])
-    if stamped and stamped >= min(ENOUGH, len(lines)):
-        return sessions(list(whatsapp(lines)))
+    if STAMPED.match(next(iter(lines), "")):
+        stamped = [found for line in lines if (found := STAMPED.match(line))]
+        enough = sum(map(bool, map(STAMPED.match, lines[:LOOK]))) >= min(ENOUGH, len(lines))
+        # Diaries and logs have times as well, but seldom a name and a colon behind them
+        spoken = sum(bool(SPOKEN.match(found[8])) for found in stamped)
+        return sessions(list(whatsapp(lines))) if enough and 2 * spoken > len(stamped) else []
     chats = [
         [m._replace(text=m.text.strip()) for m in chat]
         for chat in _spoken(lines, me)

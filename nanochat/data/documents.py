@@ -52,6 +52,7 @@ LOOKED_AT = 1 << 14  # characters that decide whether a text is a chat
 # A text that has none of these has no separator: soon seen, where the pattern takes its time
 OPENS_SEPARATOR, ENDS_SEPARATOR = "<[", ("|>", "s>", "S>", "S]", "SEP]", "eod>", "EOD>")
 HELD = "holds conversations"
+NO_TEXT = 100  # rows without text, after which a file is taken to have none
 LONGEST_SEPARATOR = 32
 NAMED = re.compile(r"\{([^{}\n]{1,200})\}")  # a field of a template
 
@@ -86,12 +87,14 @@ def read(path: Path, field: str | None, report: Report | None = None) -> Iterato
         into.finish()
 
 
-def read_all(paths: Sequence[Path], field: str | None, report: Report) -> Iterator[str]:
+def read_all(
+    paths: Sequence[Path], field: str | None, report: Report, of: int = 0
+) -> Iterator[str]:
     """
-    The documents of several files. The report has those that cannot be read, unless there is no
-    other file: then it is a UserError.
+    The documents of several files, which may be a part `of` so many. The report has those that
+    cannot be read, unless there is no other file: then it is a UserError.
     """
-    failed = False
+    failed, of = False, max(of, len(paths))
     for path in paths:
         report.path, has_text, listed = path, False, len(report.skipped)
         try:
@@ -101,7 +104,7 @@ def read_all(paths: Sequence[Path], field: str | None, report: Report) -> Iterat
         except TooManyBadRows:
             raise
         except UserError as e:
-            if len(paths) == 1 and not report.level:
+            if of == 1 and not report.level:
                 raise
             failed = True
             report.skip(path, e)
@@ -110,7 +113,7 @@ def read_all(paths: Sequence[Path], field: str | None, report: Report) -> Iterat
             report.read[kind_of(path)] += 1
         elif len(report.skipped) == listed:  # of an archive, that of its files is said already
             report.skip(path, UserError("it has no text"))
-    if failed and not report.read and not report.level:
+    if failed and not report.read and not report.level and of == len(paths):
         reason, name = report.skipped[0]
         raise UserError(
             f"none of {len(paths):,} files can be read; {name}: {reason}, and so on: convert them, "
@@ -233,6 +236,7 @@ def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
     named = NAMED.findall(field or "") or [field or ""]
     fields = {*named, *(name.split(".")[0] for name in named)} if field else TEXT_FIELDS
     same_fields = kind_of(path) == ".parquet"
+    good, before = False, len(report.problems)
     for number, (place, row) in enumerate(read_rows(path, report, fields)):
         try:
             if (chats := dialogue.exported(row)) is not None:
@@ -249,8 +253,15 @@ def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
             if number == 0 and same_fields and isinstance(e, UserError):
                 raise  # what the first row lacks, all rows lack
             report.bad_row(place, e)
+            if not good and len(report.problems) >= before + NO_TEXT:
+                break
             continue
+        good = True
         yield text
+    if not good and not field and (problems := report.problems[before:]):
+        # It is data of another kind: one reason for the file, not one for every row
+        del report.problems[before:]
+        raise UserError(problems[0])
 
 
 def text_of_row(row: Any, field: str | None) -> str:
@@ -260,7 +271,10 @@ def text_of_row(row: Any, field: str | None) -> str:
     if not isinstance(row, dict):
         raise UserError(f"expected an object with a text field, got a {type(row).__name__}")
     if field and "{" in field:
-        parts = {m: _as_text(_value(row, m), m) for m in NAMED.findall(field)}
+        values = {m: _value(row, m) for m in NAMED.findall(field)}
+        parts = {
+            m: str(v) if isinstance(v, int | float) else _as_text(v, m) for m, v in values.items()
+        }
         filled = NAMED.sub(lambda m: parts[m[1]], field.replace("\\n", "\n").replace("\\t", "\t"))
         return filled if any(part.strip() for part in parts.values()) else ""
     if field and field not in row and "." in field:
@@ -298,7 +312,7 @@ def _found(value: Any, path: str) -> Any:
 
 
 def _as_text(value: Any, name: str) -> str:
-    """Text, a number, bytes in UTF-8, or a list of these, as one text of lines."""
+    """Text, bytes in UTF-8, or a list of these, as one text of lines."""
     if value is None:
         return ""
     if isinstance(value, str):

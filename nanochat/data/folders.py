@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.base.common import UserError, human
+from nanochat.base.common import UserError, base_dir, human
 from nanochat.base.strangers import open_regular
 
 # Text to be taken as it stands: prose, markup that a model may well learn to write, and programs
@@ -232,6 +232,14 @@ def _is_data(file: Path, formats: tuple[str, ...]) -> bool:
         return True  # reading it will say why
 
 
+def _is_base(folder: Path) -> bool:
+    """Whether it is where this program keeps its own files, and no text of the user."""
+    try:
+        return folder.samefile(base_dir())
+    except OSError:
+        return False
+
+
 def _walk(path: Path, found: Found) -> Iterator[Path]:
     """Every file below a folder, through links to folders too, but into no folder twice."""
 
@@ -247,4 +255,7 @@ def _walk(path: Path, found: Found) -> Iterator[Path]:
             continue
         entered.add((info.st_dev, info.st_ino))
         folders[:] = sorted(f for f in folders if not _hidden(f))
+        for own in [f for f in folders if _is_base(Path(folder, f))]:
+            found.skip("the base folder", Path(folder, own))
+            folders.remove(own)
         yield from (Path(folder, file) for file in files)

@@ -16,6 +16,7 @@ import shutil
 import socket
 import ssl
 import threading
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from nanochat.base.common import UserError, disk_error, human
@@ -78,6 +79,11 @@ def pin(
             manifest = read_json(path)
             if revision in (None, manifest["commit"], manifest["revision"]):
                 pinned = _commit(manifest["commit"], None), _listed(manifest["files"])
+            elif any(folder.glob("*.parquet")):
+                raise UserError(
+                    f"{folder} holds files of commit {shown(manifest['commit'])[:14]}, and "
+                    f"{revision} is another: leave --revision out, or move the folder away"
+                )
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{path} is damaged ({e}): delete it and run again; the files are then checked "
@@ -200,20 +206,29 @@ def _belongs(url: str) -> bool:
     return host == ours.hostname or (theirs.scheme == "https" and host.endswith(HOSTS))
 
 
-def _connect(url: str, context: ssl.SSLContext | None) -> tuple[HTTPConnection, str]:
-    """A connection to the host of an address, through the proxy of the environment if there is one,
-    and what to ask for on it."""
+def _connect(
+    url: str, context: ssl.SSLContext | None
+) -> tuple[HTTPConnection, str, dict[str, str]]:
+    """
+    A connection to the host of an address, through the proxy of the environment if there is one;
+    what to ask for on it, and with which headers for the proxy.
+    """
     parts = urlsplit(url)
     host, path = parts.hostname or "", url[url.index(parts.netloc) + len(parts.netloc) :] or "/"
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    proxy = urlsplit("" if proxy_bypass(host) else getproxies().get(parts.scheme, ""))
+    named = "" if proxy_bypass(host) else getproxies().get(parts.scheme, "")
+    proxy = urlsplit(named if "://" in named or not named else f"http://{named}")
     at = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
+    entry = {}
+    if proxy.username:
+        name = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        entry["Proxy-Authorization"] = f"Basic {b64encode(name.encode()).decode()}"
     if parts.scheme == "https":
         connection = HTTPSConnection(*at, timeout=STALL, context=context)
         if proxy.hostname:
-            connection.set_tunnel(host, port)
-        return connection, path
-    return HTTPConnection(*at, timeout=STALL), url if proxy.hostname else path
+            connection.set_tunnel(host, port, entry)
+        return connection, path, {}
+    return HTTPConnection(*at, timeout=STALL), url if proxy.hostname else path, entry
 
 
 @contextmanager
@@ -233,14 +248,14 @@ def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator
     for _ in range(6):
         if not _belongs(url):
             raise OSError(f"the hub refers to {shown(url)}, which is not one of its hosts")
-        connection, path = _connect(url, context)
+        connection, path, entry = _connect(url, context)
         try:
             connection.connect()
             cut = threading.Timer(seconds, _cut, [connection.sock])
             cut.daemon = True
             cut.start()
             try:
-                connection.request("GET", path, headers=headers)
+                connection.request("GET", path, headers=headers | entry)
                 reply = connection.getresponse()
                 answered = reply.getheader("X-Repo-Commit") or commit
                 if commit and answered != commit:

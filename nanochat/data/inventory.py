@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nanochat.data.similar import Sketch
     from nanochat.data.sources import Source
 
-VERSION = 3
+VERSION = 4
 VALIDATION_SHARE = 0.01
 LIMIT = 1 << 28  # characters of a source
 SAMPLES = 200  # documents whose language is guessed
@@ -59,6 +59,7 @@ class SourceInventory:
     bad_rows: list[str] = field(default_factory=list)  # "FILE, line N: reason"
     documents: int = 0
     characters: int = 0
+    bytes: int = 0  # of these characters in UTF-8
     exact: int = 0  # documents that are equal to an earlier one
     near: int = 0  # documents that are nearly equal to an earlier one
     removed_characters: int = 0
@@ -183,6 +184,13 @@ def show(sources: Sequence["Source"]) -> float:
     return sum(found.characters - found.removed_characters for found in taken)
 
 
+def text_bytes_of(sources: Sequence["Source"]) -> float:
+    """Bytes in UTF-8 of the text of all sources; infinity where they are not counted."""
+    taken = take(sources)
+    counted_all = all(found.file and found.complete for found in taken)
+    return sum(found.bytes for found in taken) if counted_all else math.inf
+
+
 def of(source: "Source", me: str | None = None) -> SourceInventory:
     """The inventory of one source. It is taken once, and again when a file has changed."""
     if source.kind != "files":
@@ -197,13 +205,17 @@ def of(source: "Source", me: str | None = None) -> SourceInventory:
     return inventory
 
 
+def installed() -> list[str]:
+    """The optional packages that are there to read files with."""
+    return [name for name in EXTRAS.split() if importlib.util.find_spec(name)]
+
+
 def _key(found: Found, field: str | None, me: str | None) -> str:
     root = base_dir() / "tokens"
     hashes = Hashes(root / ".hashes.json")
     files = [(str(path), hashes.of(path)) for path in found.files]
     hashes.save()
-    installed = [name for name in EXTRAS.split() if importlib.util.find_spec(name)]
-    about = [VERSION, files, found.listed, field, me, installed]
+    about = [VERSION, files, found.listed, field, me, installed()]
     return hashlib.sha256(json.dumps(about).encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -277,6 +289,7 @@ class _Census:
         result, where = self.result, place(text)
         result.documents += 1
         result.characters += len(text)
+        result.bytes += len(text.encode())
         if where in self.seen:
             result.exact += 1
             result.repeated.append(where)

@@ -11,6 +11,7 @@ named as what it is. Bad rows are collected in a Report, so that all are named a
 import bz2
 import codecs
 import csv
+import errno
 import gzip
 import importlib
 import io
@@ -128,6 +129,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (*faults, pa.ArrowException) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # nothing is wrong with the file
         what = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise UserError(
             f"cannot read {path} ({what}): download or write it again, or leave it out"
@@ -317,9 +320,22 @@ def _csv_rows(path: Path, report: Report) -> Rows:
         header = file.readline()
         delimiter = delimiter_of(format_of(path), header)
         rows = csv.DictReader(chain([header], file), strict=True, delimiter=delimiter)
-        for row in rows:
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as e:
+                if str(e) == "unexpected end of data":
+                    raise  # the file was cut off
+                report.bad_row(f"{path}, line {rows.line_num + 1}", e)
+                continue
             place = f"{path}, line {rows.line_num}"
-            if None in row or None in row.values():
+            # A quotation mark that is no quoting takes all fields to the next one as one
+            melted = delimiter == "\t" and any(
+                "\n" in str(v) and "\t" in str(v) for v in row.values()
+            )
+            if melted or None in row or None in row.values():
                 width = len(rows.fieldnames or [])
                 report.bad_row(place, f"expected {width} fields, as in the header")
             else:

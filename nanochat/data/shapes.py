@@ -58,6 +58,7 @@ ANSWERS = [
 CALCULATORS = "calculator", "calculate", "python"
 MASKS = "weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"  # 0, false: masked
 MASKED = "mask", "masked"  # 1, true: masked
+NO, YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # of a mark on a row, in lower case
 
 
 def shape_of_names(names: Iterable[str]) -> str | None:
@@ -130,7 +131,9 @@ def as_conversation(row: Any) -> dict[str, Any]:
     turned: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         turned.append(_result(message, turned) or _message(i, message))
-    if any(isinstance(row.get(key), int | float) and not row[key] for key in MASKS):
+    marks = {str(name).lower(): str(value).lower() for name, value in row.items()}
+    masked = any(marks.get(key) in NO for key in MASKS)
+    if masked or any(marks.get(key) in YES for key in MASKED):
         turned = [{**message, "weight": 0} for message in turned]
     return {**rest, "messages": _joined(turned)}
 
@@ -225,7 +228,12 @@ def _choice_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
     if asked is None or not 1 < len(options) <= len(LETTERS) or not answers:
         return None
     for name in answers:
-        if (right := _option(options, str(row[name]).strip())) is not None:
+        value = row[name]
+        # Of a list of options, a text is first of all one of them: "3" of ["1", "2", "3"]
+        texts = [*options.values()] if _listed(row, used) and isinstance(value, str) else []
+        same = [i for i, text in enumerate(texts) if text.strip() == value.strip()]
+        right = same[0] if len(same) == 1 else _option(options, str(value).strip())
+        if right is not None:
             question = with_options(row[asked], [*options.values()])
             return question, LETTERS[right], {asked, name, *used}
     if len(str(row[answers[0]])) > 2:
@@ -234,6 +242,10 @@ def _choice_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
         f"the {answers[0]} {shown(row[answers[0]])} is none of the options "
         f"{', '.join(options)}: give the label of one, or its text"
     )
+
+
+def _listed(row: Mapping[str, Any], names: set[str]) -> bool:
+    return any(isinstance(row.get(name), list) for name in names)
 
 
 def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:

@@ -247,19 +247,25 @@ def parts(source: Source, split: str) -> list[Part]:
         return [_tinyworld_part(source, split)]
     known = _inventory(source) if source.kind == "files" else None
     groups: list[list[Path]] = [[]]
-    size = 0
-    for path in files(source, split):
+    size, paths = 0, files(source, split)
+    for path in paths:
         if size >= PART_BYTES or (groups[-1] and source.kind == "shards"):
             groups.append([])
             size = 0
         groups[-1].append(path)
         size += path.stat().st_size
-    return [_part(source, split, group, known) for group in groups]
+    count = len(paths) if source.kind == "files" else 1
+    return [_part(source, split, group, count, known) for group in groups]
 
 
 def _part(
-    source: Source, split: str, paths: list[Path], known: inventory.SourceInventory | None
+    source: Source,
+    split: str,
+    paths: list[Path],
+    count: int,
+    known: inventory.SourceInventory | None,
 ) -> Part:
+    """A part of a source of `count` files."""
     division = known and known.division
     identity = {
         "formats": [p.suffix.lower() for p in paths],
@@ -271,17 +277,20 @@ def _part(
     if known and division:
         identity |= {"reader": READER, "piece": division.piece}
         identity["left out"] = [known.repeated, known.dropped]
+        if known.skipped:  # a reason may go, as when a missing package is installed
+            identity["skipped"] = sorted({reason for reason, _ in known.skipped})
     report = Report(source.skip_bad_rows)
 
     def texts() -> Iterator[str]:
         report.clear()
-        read = read_all(paths, source.field, report)
+        read = read_all(paths, source.field, report, count)
         if known and division:
             for text in known.kept(read):
                 yield from division.texts(text, split)
         else:
             yield from read
         report.finish()
+        report.notes.update(f"skipped: {reason}" for reason, _ in report.skipped)
         if division and division.piece:
             report.notes["characters per piece held out of long documents"] = division.piece
 

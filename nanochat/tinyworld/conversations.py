@@ -187,7 +187,9 @@ class ConversationMaker(Draw):
     def known_fact(self, want: bool) -> tuple[str, Question]:
         """(attribute, question) about a stable fact of a person; `want`: a held-out one."""
         facts = [(person, attribute) for person in self.world.people for attribute in ATTRIBUTES]
-        person, attribute = self.deal(f"facts {want}", facts, lambda pair: held_out(*pair) == want)
+        person, attribute = self.deal(
+            f"facts {want}", facts, lambda pair: held_out(*pair) == want, always=True
+        )
         slots = Slots(P=person)
         ask, reply = self.phrases["facts"][attribute]
         answer = self.world.attributes[attribute][person]
@@ -364,7 +366,10 @@ class ConversationMaker(Draw):
 
     def spelling(self) -> tuple[Turns, str]:
         word = self.deal(
-            "spelling", self.world.words, lambda word: self.pair_is_ours(word, "spelling")
+            "spelling",
+            self.world.words,
+            lambda word: self.pair_is_ours(word, "spelling"),
+            always=True,
         )
         letters = "-".join(word)
         question = self.pick(self.phrases["spelling"]["ask"]) % {"w": word}

@@ -218,18 +218,23 @@ class Draw:
         return self.rng.sample(values, n)
 
     def deal(
-        self, name: str, values: Sequence[Any], fits: Callable[[Any], bool] = lambda _: True
+        self,
+        name: str,
+        values: Sequence[Any],
+        fits: Callable[[Any], bool] = lambda _: True,
+        always: bool = False,
     ) -> Any:
         """
         The next fitting value from the shuffled pack of this name. No value comes again before all
-        others have had their turn.
+        others have had their turn. `always`: what does not fit now never will.
         """
         pack = self.packs.setdefault(name, [])
         while True:
             for i, value in enumerate(pack):
                 if fits(value):
                     return pack.pop(i)
-            pack += self.sample(values, len(values))
+            new = self.sample(values, len(values))
+            pack += filter(fits, new) if always else new
 
     def between(self, low: int, high: int) -> int:
         """A whole number from low to high, both included."""

@@ -28,6 +28,7 @@ from nanochat.base.strangers import shown
 from nanochat.data import conversations as own
 from nanochat.data import dialogue, shapes
 from nanochat.data.folders import CONVERSATIONS, find
+from nanochat.data.inventory import installed
 from nanochat.data.rows import Report, read_rows
 from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import Source, check_mixture, check_weight, parse_sources
@@ -165,7 +166,8 @@ def shards(
                 data = DATA_SETS[source.kind]
                 make, paths, rows = data.item, data.files("train", folder), read_rows
             drawn = f"{seed} {source.count}" if split == "train" and source.count else ""
-            key = f"{digest(paths)} {drawn}{me or ''}"
+            able = installed() if source.kind == "files" else ""  # to read documents in archives
+            key = f"{digest(paths)} {drawn}{me or ''}{able}"
             read = partial(_read, partial(read_items, make, paths, report, rows), report)
             conversations = _selected(read, split, source.count, seed)
         shards = prepare_conversations(
