@@ -323,8 +323,9 @@ def read_text(
             first += 1
         rest = order[first:]
         lengths = np.cumsum([len(documents[i]) for i in rest])
-        repeats, remainder = divmod(wanted - held_tokens, int(lengths[-1]))
-        for n in [len(rest)] * int(repeats) + [int(np.searchsorted(lengths, remainder))]:
+        repeats, remainder = divmod(max(0.0, wanted - held_tokens), int(lengths[-1]))
+        last = int(np.searchsorted(lengths, remainder))
+        for n in [len(rest)] * int(repeats) + [last or int(not repeats)]:
             fitted += [documents[i] for i in rest[:n]]
     return joined(fitted, rng), joined(held, rng)
 
@@ -710,9 +711,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_by_hand(options)
         elif options.env:
             at = next(n for n, x in enumerate(words) if x.partition("=")[0] == "--env")
-            taken = (
-                2 if words[at] == "--env" and words[at + 1 : at + 2] == [str(options.env)] else 1
-            )
+            named = words[at] == "--env" and [*map(Path, words[at + 1 : at + 2])] == [options.env]
+            taken = 2 if named else 1
             return run_in(options.env, words[:at] + words[at + taken :])
         else:
             generate(options)

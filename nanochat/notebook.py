@@ -11,7 +11,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, human
 from nanochat.chat.generate import Engine
 from nanochat.chat.reply import Reply, continue_text
-from nanochat.model.checkpoint import Loaded, load_for_inference, locate
+from nanochat.model.checkpoint import Loaded, load_for_inference
 from nanochat.model.stages import STAGES, stage_directory
 
 if TYPE_CHECKING:
@@ -61,7 +61,18 @@ class Chat:
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """The logits (T, vocab_size) of the token after each of T tokens, in float32."""
+        """
+        The logits (T, vocab_size) of the token after each of T tokens, in float32. UserError unless
+        the context holds them.
+        """
+        context = self.model.config.sequence_len
+        if not 0 < len(tokens) <= context:
+            raise UserError(
+                f"the model reads 1 to {context:,} tokens at a time (got {len(tokens):,}): give "
+                "fewer, for example the last ones"
+                if tokens
+                else "there are no tokens: give at least one, for example tokenizer.bos"
+            )
         row = torch.tensor([list(tokens)], device=self.loaded.runtime.device)
         return self.model.logits(self.model(row))[0]
 
@@ -109,5 +120,4 @@ def train(stage: str, **knobs: Any) -> Run:
         values = value if isinstance(value, list | tuple) else [value]
         argv += [f"--{name}={v}" for v in values or [""]]
     summary = importlib.import_module(f"nanochat.commands.{STAGES[stage].command}").main(argv)
-    tag = locate(stage, knobs.get("model_tag", "")).tag  # without a tag, the run saved last
-    return Run(stage, tag, summary)
+    return Run(stage, summary["tag"], summary)

@@ -6,11 +6,13 @@ unset LC_ALL
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 say "environment"
-if [ ! -x .venv/bin/python ]; then
+[ ! -e .venv/home ] || [ "$(cat .venv/home)" = "$(pwd -P)" ] || rm -rf .venv # its paths are those of the place where it was made
+if [ ! -x .venv/bin/python ] || [ ! -e .venv/bin/activate ]; then
     source runs/python.sh
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 fi
 source .venv/bin/activate
+[ "$(command -v python)" != "$PWD/.venv/bin/python" ] || pwd -P >.venv/home
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # `python -m scripts.NAME` also works where the user's files are
 if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
     echo "installing (a minute or two)"
@@ -44,4 +46,14 @@ step() { # step NAME COMMAND...: runs the command unless it has succeeded before
     say "$1"
     "${@:2}" || return
     touch "$notes/$1.done"
+    echo $((before + SECONDS)) >"$notes/seconds"
+}
+tokenizer_of() { # tokenizer_of FILE TAG COMMAND...: trains a tokenizer with the command, unless the one whose fingerprint FILE holds is there, or
+    # was moved aside, or the run TAG has begun, which keeps its own
+    local steps=("${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/checkpoints/base/$2"/step_*)
+    [ ! -e "${steps[0]}" ] || return 0
+    [ ! -e "$1" ] || ! python -c "import sys; from nanochat.commands.tok_train import restore; sys.exit(not restore(sys.argv[1]))" "$(cat "$1")" || return 0
+    say tokenizer
+    "${@:3}" || return
+    python -c "from nanochat.data.tokenizer import Tokenizer; print(Tokenizer.load().fingerprint)" >"$1"
 }

@@ -9,9 +9,8 @@ export WANDB_RUN="${WANDB_RUN:-dummy}"
 source runs/values.sh
 planned_run ittybitty.sh --depth=4 --model_dim=512 --head_dim=64 --vocab=24576 --tokens=500170752 --total_batch_size=524288 --data fineweb-edu -- "$@"
 
-base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 python -m nanochat.dataset -n "$shards"
-[ -e "$base/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size="$vocab" --max_chars=2000000000
+tokenizer_of "$own" ittybitty python -m scripts.tok_train --vocab_size="$vocab" --max_chars=2000000000
 python -m scripts.tok_eval
 python -m scripts.base_train --depth=4 --model_dim=512 --head_dim=64 --num_iterations=954 --total_batch_size=524288 --target_param_data_ratio=-1 --device_batch_size="$rows" --run="$WANDB_RUN" --model_tag=ittybitty --resume=auto
 python -m scripts.base_loss

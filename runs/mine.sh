@@ -13,5 +13,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source runs/environment.sh
 code=$PWD
 cd "$here" # your paths are relative to where you are
+export PYTHONSAFEPATH=1 # and this folder may hold a statistics.py
 python -m scripts.mine "$@" --seconds_used="$SECONDS"
 echo "(first: source $code/.venv/bin/activate)"

@@ -56,6 +56,7 @@ fi
 cd "$repo"
 source runs/environment.sh
 cd "$here" # file names are relative to the folder where the script was started
+export PYTHONSAFEPATH=1 # which may hold a statistics.py
 
 tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
@@ -65,6 +66,12 @@ asked=(${open[@]+"${open[@]}"} --minutes="$minutes")
 [ -z "$vocab" ] || asked+=(--vocab="$vocab")
 [ -z "$dry" ] || exec python -m scripts.plan day "${asked[@]}"
 resumable "$out"
+given=$(quoted "${asked[@]}" ${conversations[@]+--conversations "${conversations[@]}"} ${tasks[@]+"${tasks[@]}"})
+[ -e "$out/asked" ] || printf '%s\n' "$given" >"$out/asked"
+[ "$given" = "$(cat "$out/asked")" ] || {
+    echo "error: the run of $minutes minutes in $out was begun with other flags: $(cat "$out/asked"). Give the same ones, or another length, or move that folder and the models $tag away" >&2
+    exit 2
+}
 # What to fetch follows from the plan, which stops here if disk, memory or text do not suffice. It is fixed at the first start.
 [ -e "$out/settled" ] || {
     say "plan"
@@ -83,13 +90,18 @@ for set in $web; do
     from=(-n "${set#*:}" --set "${set%:*}")
     step "web text of ${set%:*}" python -m nanochat.dataset "${from[@]}"
 done
-step tokenizer python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
-step tokens python -m scripts.tok_data "${text[@]}"
+tokenizer_of "$out/tokenizer" "$tag" python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
+talks=(${conversations[@]+"${conversations[@]}"})
+[ ${#talks[@]} != 0 ] || talks=(default)
+step tokens python -m scripts.tok_data "${text[@]}" --conversations "${talks[@]}" ${tasks[@]+"${tasks[@]}"}
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --vocab="$vocab"
 # The recipe leaves time for the pilot, and knows how much of the budget is used up: the number is fixed at the first start, so that an
 # interrupted stage keeps its length.
-[ -e "$out/used" ] || echo $((before + SECONDS - $(cat "$out/begun"))) >"$out/used"
+[ -e "$out/used" ] || {
+    used=$((before + SECONDS - $(cat "$out/begun")))
+    echo $((used > 0 ? used : 0)) >"$out/used"
+}
 plan=(${open[@]+"${open[@]}"} --minutes="$minutes" --used="$(cat "$out/used")" --pilot --vocab="$vocab")
 step recipe python -m scripts.plan recipe "${plan[@]}" --out="$out/recipe.toml" --model_tag="$tag" "${text[@]}"
 [ "$minutes" -lt 25 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {

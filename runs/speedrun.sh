@@ -13,7 +13,7 @@ source runs/values.sh
 planned_run "$script" --depth="$depth" --vocab=65536 --tokens="$tokens" --data fineweb-edu --gpu="H100 SXM" --gpus="$gpus" -- "$@"
 
 python -m nanochat.dataset -n "$shards"
-[ -e "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --vocab_size="$vocab" --max_chars=2000000000
+tokenizer_of "$own" "d$depth" python -m scripts.tok_train --vocab_size="$vocab" --max_chars=2000000000
 python -m scripts.tok_eval
 
 train=(torchrun --standalone --nproc_per_node="$gpus")

@@ -30,7 +30,7 @@ quoted() {
 
 # planned_run SCRIPT FLAGS... -- WORDS...: what the scripts of fixed length share. WORDS are their own: -h shows their first lines, and --dry_run
 # with further flags of `plan day` prints the page and stops. Else the page is printed, sets shards, vocab and rows, and stops the script if disk,
-# memory or text do not suffice; that is done once, at the first start with these flags.
+# memory or text do not suffice; that is done once, at the first start with these flags. $own names the tokenizer of the script, for tokenizer_of.
 planned_run() {
     local script=$1 flags=() more=() settled word
     shift
@@ -56,13 +56,14 @@ planned_run() {
         exec python -m scripts.plan day "${flags[@]}" --script="runs/$script" ${more[@]+"${more[@]}"}
     fi
     # It is fixed at the first start with these flags: later ones find a part of what it needs on the disk already
-    local key file
+    local key
     key=$(printf '%s\n' "${flags[@]}" | cksum)
-    file="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/plan/$script-${key%% *}.settled"
-    [ -e "$file" ] || {
+    own="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/plan/$script-${key%% *}"
+    [ -e "$own.settled" ] || {
         settled=$(python -m scripts.plan day "${flags[@]}" --script="runs/$script" --shell) || exit
-        mkdir -p "$(dirname "$file")"
-        printf '%s\n' "$settled" >"$file"
+        mkdir -p "$(dirname "$own")"
+        printf '%s\n' "$settled" >"$own.settled"
     }
-    source "$file"
+    source "$own.settled"
+    own="$own.tokenizer"
 }

@@ -201,6 +201,11 @@ class Logbook(AbstractContextManager["Logbook"]):
                     f"{e}); {FILE} is still written"
                 )
 
+    def back_to(self, step: int) -> None:
+        """Rows of later steps no longer count, because training returns to an earlier one."""
+        if rank() == 0 and self._start:
+            self._write({**json.loads(self._start), "step": step})
+
     def _write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             raise ValueError("this logbook is closed")

@@ -9,7 +9,7 @@ from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.train.knobs import TrainKnobs
-from nanochat.train.scaling import USEFUL_PASSES, LookbackKnobs, Shape
+from nanochat.train.scaling import USEFUL_PASSES, LookbackKnobs, Shape, with_lookback
 
 PROMPTS = (
     "The",
@@ -68,16 +68,6 @@ class PretrainKnobs(
         return GPTConfig(vocab_size=vocab_size, **self.dimensions(), **architecture)
 
 
-def with_lookback(
-    k: PretrainKnobs, origins: dict[str, str], on_cpu: bool, vocab_size: int
-) -> tuple[PretrainKnobs, dict[str, str]]:
-    """(knobs, origins) with the parts that --lookback adds, unless they are set themselves."""
-    minutes = 0.0 if k.rap else k.max_minutes or 60 * k.max_hours
-    parts = k.lookback_parts(minutes, on_cpu, k.dimensions()["n_kv_head"], vocab_size)
-    added = {name: value for name, value in parts.items() if origins[name] == "default"}
-    return replace(k, **added), {**origins, **dict.fromkeys(added, "rule")}
-
-
 def check_prior_knobs(k: PretrainKnobs, stored: dict[str, Any] | None) -> None:
     """UserError if the flags of the attention prior have no effect or differ from a resumed run."""
     for f in fields(AttentionPriorKnobs):
@@ -100,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.data import inventory
     from nanochat.data.contexts import Contexts
     from nanochat.data.shards import prepare
-    from nanochat.data.sources import training_sources
+    from nanochat.data.sources import default_sources, training_sources
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.export.target import destinations
     from nanochat.model import prior, prior_artifact
@@ -141,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not resume_from:
             on_cpu = choose_device(k.device_type).type == "cpu"
             k, origins = with_lookback(k, origins, on_cpu, Tokenizer.load().vocab_size)
+            if not k.data:  # what is the default may be another when a later command asks
+                k, origins = replace(k, data=tuple(default_sources())), {**origins, "data": "rule"}
         check_prior_knobs(k, resume_from.meta["knobs"] if resume_from else None)
         fixed = origins["sequence_len"] != "default"
         contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)

@@ -245,7 +245,7 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
         f"--total_batch_size={batch} --max_minutes={seconds / 60:.2f} --patience=2 "
         f"--warmdown_ratio=1{end}"
         + every
-        + (" --lookback=on" if minutes_of(knobs) <= LOOKBACK_MINUTES else "")
+        + f" --lookback={'on' if minutes_of(knobs) <= LOOKBACK_MINUTES else 'off'}"
         + compiling(seconds, peak)
     )
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from nanochat.base import logbook
 from nanochat.base.common import UserError, entry, human, print0
 from nanochat.base.knobs import knob, parse
-from nanochat.model.stages import STAGES, run_directory
+from nanochat.model.stages import STAGES, run_directory, step_folders
 from nanochat.train.chain import Chain, Diary, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import split_budget
@@ -187,6 +187,11 @@ def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
             f"the model {knobs.model_tag} has trained for {diary.seconds / 60:.1f} minutes: to "
             f"train it further, give --minutes of at least {diary.seconds / 60 + 3:.0f}, which "
             "counts these"
+        )
+    if not step_folders(base := run_directory("base", knobs.model_tag)):
+        raise UserError(
+            f"the pretrained model, from which it would be trained further, is not in {base} any "
+            "more: begin another with --model_tag=NAME"
         )
     lengths = by_time(seconds)
     flag, _, before = diary.lengths["mid"].partition("=")

@@ -1,19 +1,31 @@
-"""Tokenise text in advance: make the token shards that base_train would otherwise make first."""
+"""
+Tokenise text and conversations in advance: make the token shards that base_train, mid_train and
+chat_sft would otherwise make first.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nanochat.base.common import counted, entry, print0
-from nanochat.base.knobs import ReadingKnobs, knob, parse
+from nanochat.base.common import counted, entry, print0, user_path
+from nanochat.base.knobs import ConversationKnobs, knob, parse
+
+if TYPE_CHECKING:
+    from nanochat.data.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
-class TokenizeKnobs(ReadingKnobs):
+class TokenizeKnobs(ConversationKnobs):
     """Data"""
 
     data: tuple[str, ...] = knob(
         (), "text, as for base_train (default: downloaded shards, else tinyworld)"
     )
+    conversations: tuple[str, ...] = knob(
+        (),
+        "also these, as --data of mid_train and chat_sft; default = those that suit the text",
+    )
+    task_dir: str = knob("", "folder with the data sets, as for mid_train")
     dry_run: bool = knob(False, "say what the data holds, and stop")
 
 
@@ -38,6 +50,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
             tokens[f"{source.name}-{split}"] = shards.total
             documents = counted(len(shards), "documents")
             print0(f"{source.name} ({split}): {documents}, {shards.total:,} tokens")
+    if knobs.conversations:
+        tokens |= conversations(knobs, tokenizer)
+    return tokens
+
+
+def conversations(knobs: TokenizeKnobs, tokenizer: "Tokenizer") -> dict[str, int]:
+    """Tokenise the conversations of the later stages; returns their tokens."""
+    from nanochat.data.sources import default_sources
+    from nanochat.eval.tasks import mixture
+
+    folder = user_path(knobs.task_dir) if knobs.task_dir else None
+    tokens = {}
+    for stage, first_seed in (("mid", 0), ("sft", 1)):
+        specs = knobs.conversations
+        if specs == ("default",):
+            specs = mixture.default(stage, knobs.data or default_sources())
+        for split, seed in (("train", first_seed), ("val", 0)):
+            made = mixture.shards(
+                specs,
+                split,
+                tokenizer,
+                seed=seed,
+                folder=folder,
+                name=knobs.name,
+                skip_bad_rows=knobs.skip_bad_rows,
+                me=knobs.me,
+            )
+            count = sum(shards.total for shards, _ in made)
+            tokens[f"conversations-{stage}-{split}"] = count
+            print0(f"conversations of {stage} ({split}): {count:,} tokens")
     return tokens
 
 

@@ -179,6 +179,11 @@ def show(sources: Sequence["Source"]) -> float:
     taken = take(sources)
     for line in as_lines(taken):
         print0(line)
+    return characters_of(taken)
+
+
+def characters_of(taken: Sequence[SourceInventory]) -> float:
+    """The characters of inventories without duplicates; infinity where they are not counted."""
     if not all(found.file and found.complete for found in taken):
         return math.inf
     return sum(found.characters - found.removed_characters for found in taken)

@@ -77,7 +77,11 @@ def bits_per_byte(
         for batch in batches(rows):
             nll = model.token_losses(batch.inputs, batch.targets, **options)
             n_bytes = bytes_of[batch.targets.clamp(min=0)] * (batch.targets >= 0)
-            sums += torch.stack([(nll * (n_bytes > 0)).sum(), n_bytes.sum()]).to(sums)
+            sums += (
+                torch.stack([(nll * (n_bytes > 0)).sum(), n_bytes.sum()])
+                .to(sums.device)
+                .to(sums.dtype)
+            )
         return sums
 
     training = model.training

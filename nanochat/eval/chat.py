@@ -32,6 +32,7 @@ class Verdicts:
     samples: int  # per item
     clipped: int  # prompts that were shortened
     unfinished: int = 0  # answers that reached their token limit
+    different: int = 0  # questions; 0 = all of them
 
     def result(self, chance: float) -> dict[str, Any]:
         """
@@ -41,9 +42,10 @@ class Verdicts:
 
         def best_of(k: int) -> dict[str, float]:
             shares = [pass_at_k(self.samples, right, k) for right in self.right]
-            return accuracy(shares, 1 - (1 - chance) ** k)
+            return accuracy(shares, 1 - (1 - chance) ** k, self.different)
 
-        result = accuracy([pass_at_k(self.samples, right, 1) for right in self.right], chance)
+        shares = [pass_at_k(self.samples, right, 1) for right in self.right]
+        result = accuracy(shares, chance, self.different)
         result |= {"clipped": self.clipped, "unfinished": self.unfinished}
         if self.samples == 1:
             return result
@@ -131,7 +133,8 @@ def judge(
     context = engine.model.config.sequence_len
     room = context - min(limit, max(1, context // 4))
     prompts, clipped = _clipped_prompts(engine.tokenizer, task, items, room)
-    verdicts = Verdicts([0] * len(items), samples, clipped)
+    different = len({task.about(item) for item in items})
+    verdicts = Verdicts([0] * len(items), samples, clipped, different=different)
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     done = 0
 

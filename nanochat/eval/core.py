@@ -42,16 +42,22 @@ class Score(NamedTuple):
     greedy: bool  # whether each of them was the most likely one
 
 
+def looks_back(model: GPT) -> bool:
+    """Whether a token's vectors depend on the tokens before it other than by attention."""
+    config = model.config
+    return bool(config.copy_heads or config.convolutions or config.pair_rows)
+
+
 class Scorer:
     """
     Scores items with a model, in passes of about `memory` bytes (0 = what suits the device); fewer
-    when memory runs out. Where a model has an attention prior or is no GPT, nothing is shared
-    between sequences, which is several times slower.
+    when memory runs out. Where a model has an attention prior or parts that look back, or is no
+    GPT, nothing is shared between sequences, which is several times slower.
     """
 
     def __init__(self, model: Any, memory: float = 0):
         self.model = model
-        self.shares = isinstance(model, GPT) and model.prior is None
+        self.shares = isinstance(model, GPT) and model.prior is None and not looks_back(model)
         self.device = model.embed.weight.device
         self.memory = memory or PASS_BYTES.get(self.device.type, 2**28)
 

@@ -12,7 +12,7 @@ Z95 = 1.959964  # half the width of a 95 % interval, in standard deviations
 CHATCORE = "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"
 
 
-def wilson(right: float, n: int) -> tuple[float, float]:
+def wilson(right: float, n: float) -> tuple[float, float]:
     """
     The 95 % Wilson interval of a share, which stays honest near 0 and 1. It also serves for a mean
     of shares, where it is conservative: shares vary at most as much as verdicts with that mean.
@@ -26,11 +26,16 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def accuracy(right: Sequence[float], chance: float) -> dict[str, float]:
-    """{accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right samples."""
-    n = len(right)
-    lo, hi = wilson(sum(right), n)
-    return {"accuracy": sum(right) / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
+def accuracy(right: Sequence[float], chance: float, different: int = 0) -> dict[str, float]:
+    """
+    {accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right samples. Where only
+    so many questions are `different`, the others repeating them, the interval is that of so many,
+    and the result has their number.
+    """
+    n, share = len(right), sum(right) / max(1, len(right))
+    lo, hi = wilson(share * (different or n), different or n)
+    result = {"accuracy": share, "n": n, "chance": chance, "lo": lo, "hi": hi}
+    return result | ({"different": different} if 0 < different < n else {})
 
 
 def centred(share: float, chance: float) -> float:
@@ -56,7 +61,10 @@ def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     right = sum(task["accuracy"] * task["n"] for task in by_task.values())
     chance = sum(task["chance"] * task["n"] for task in by_task.values()) / max(1, n)
     above = {name: centred(task["accuracy"], task["chance"]) for name, task in by_task.items()}
-    lo, hi = wilson(right, n)
+    # Of as many independent questions as would leave the mean this uncertain
+    doubt = sum(task["n"] ** 2 / (task.get("different") or task["n"]) for task in by_task.values())
+    independent = n * n / max(1, doubt)
+    lo, hi = wilson(right / max(1, n) * independent, independent)
     summary = {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
     summary["centred"] = sum(above.values()) / max(1, len(above))
     if above.keys() >= set(CHATCORE):
@@ -87,7 +95,12 @@ def _is_result(result: Any, within: bool = False) -> bool:
     if not isinstance(result, dict):
         return False
     numbers: list[Any] = [result.get(name) for name in ("accuracy", "lo", "hi", "chance", "n")]
-    if not all(map(is_number, numbers)) or not 0 <= numbers[0] <= 1 or not 0 <= numbers[3] < 1:
+    if not all(map(is_number, numbers)) or not 0 <= numbers[0] <= 1 or not 0 <= numbers[3] <= 1:
+        return False
+    if numbers[3] == 1 and not within:  # guessing is right only with many samples
+        return False
+    different = result.get("different", 0)
+    if not is_number(different) or not 0 <= different <= numbers[4]:
         return False
     best = result.get("pass", {})
     return within or (isinstance(best, dict) and all(_is_result(r, True) for r in best.values()))

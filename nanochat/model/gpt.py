@@ -181,6 +181,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.window(layer), config.head_dim
+        self.k_name = f"{layer}.k"  # made here, because compiled code is one for all layers
         kv_width = config.n_kv_head * config.head_dim
         self.q = Linear(config.n_embd, config.n_embd)
         self.k = Linear(config.n_embd, kv_width)
@@ -228,7 +229,7 @@ class Attention(nn.Module):
             v = v + (gate[..., None] * values.view(B, T, -1, self.head_dim)).flatten(2)
         if self.copy_heads:
             k, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
-            k = torch.cat((with_earlier(k, 1, cache, f"{self.layer}.k")[:, :-1], others), dim=-1)
+            k = torch.cat((with_earlier(k, 1, cache, self.k_name)[:, :-1], others), dim=-1)
         q, k = self.placed(q, k, cos, sin)
         v = v.view(B, T, -1, self.head_dim)
         # last, so that compiled code keeps q and k once for the backward pass

@@ -170,7 +170,8 @@ def warm_start(model: Any, spec: dict[str, Any], tensors: dict[str, Tensor], alp
     x = F.rms_norm(model.embed.weight[: config.vocab_size].float(), (config.n_embd,))
     targets = torch.cat((codes @ query, codes @ key), 1)
     D = config.head_dim
-    rows = torch.linalg.lstsq(x, targets).solution.mT.view(2, -1, config.n_embd)[:, :D]
+    solved = torch.linalg.lstsq(x.cpu(), targets.cpu()).solution.to(device)  # not on every device
+    rows = solved.mT.view(2, -1, config.n_embd)[:, :D]
     r = rows.size(1)
     slow = [D - 1 - n // 2 - (n % 2) * (D // 2) for n in range(r)]
     share = min(1.0, alpha / D**0.5) if r < D else 1.0

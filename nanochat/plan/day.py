@@ -207,7 +207,8 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     target = planned_machine(knobs)
     knobs = replace(knobs, data=knobs.data or (text_for(budget_seconds(knobs) or 86_400.0),))
     size = bytes_per_token(1) * sum(tokens for _, tokens in fresh_text(knobs.data, 1))
-    knobs = replace(knobs, vocab=knobs.vocabulary(bool(knobs.gpu), size))
+    # A run from the start makes its own tokenizer, whatever is there
+    knobs = replace(knobs, vocab=knobs.vocabulary(whole or bool(knobs.gpu), size))
     if knobs.tokens:
         if knobs.lookback == "auto":  # base_train adds its parts by the budget, and here is none
             knobs = replace(knobs, lookback="off")
@@ -394,9 +395,11 @@ def commands(plan: Plan, script: str) -> list[str]:
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in sizes)
     whole = ""
     if not given and minutes >= 10:  # the script would choose what is given, and refuses less
-        rounded = length if knobs.hours == int(knobs.hours) else f"--minutes {minutes}"
+        hours = knobs.hours if knobs.hours == int(knobs.hours) else 0
+        rounded = f"--hours {hours:g}" if hours else f"--minutes {minutes}"
         whole = (
-            f"bash {script or 'runs/one_day.sh'} {rounded} {data}    # all of it, or by steps:\n"
+            f"bash {script or 'runs/one_day.sh'} {rounded} --vocab {knobs.vocab} {data}    "
+            "# all of it, or by steps:\n"
         )
     return f"""\
 {whole}\

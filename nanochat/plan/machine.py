@@ -207,10 +207,12 @@ def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:
 
 
 def python(module: str, *words: str) -> dict[str, Any]:
-    """Arguments of subprocess.run for a module of this project, whatever the current folder."""
+    """
+    Arguments of subprocess.run for a module of this project, whatever the current folder holds.
+    """
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     return {
         "args": [sys.executable, "-u", "-m", module, *words],
-        "env": {**os.environ, "PYTHONPATH": path},
+        "env": {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         "stdin": subprocess.DEVNULL,
     }

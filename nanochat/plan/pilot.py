@@ -38,6 +38,7 @@ from nanochat.train.scaling import EVALUATING, PILOT
 
 MOST_SECONDS = 3600.0
 FEWEST_STEPS = 64
+ENDS = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGHUP", None)])]
 SIZE = ("depth", "model_dim", "head_dim", "total_batch_size", "device_batch_size")
 
 
@@ -82,11 +83,14 @@ def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
 
 def train(words: Sequence[str], quiet: bool) -> None:
     """
-    Run base_train in its own process. UserError if it fails; if interrupted, it saves itself first,
-    and the same command continues it.
+    Run base_train in its own process. UserError if it fails; if interrupted, or if the terminal is
+    closed, it saves itself first, and the same command continues it.
     """
     process = machine.python("nanochat.commands.base_train", *words)
     out = sys.stderr if quiet else sys.stdout
+    before = {s: signal.getsignal(s) for s in ENDS}
+    for number in (s for s in ENDS if before[s] is signal.SIG_DFL):
+        signal.signal(number, signal.default_int_handler)
     with subprocess.Popen(**process, stdout=out, start_new_session=True) as p:
         try:
             status = p.wait()
@@ -94,6 +98,9 @@ def train(words: Sequence[str], quiet: bool) -> None:
             p.send_signal(signal.SIGINT)
             p.wait()
             raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     if status:
         raise UserError(f"the pilot failed with exit status {status}: see its messages above")
 

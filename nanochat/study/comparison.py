@@ -27,8 +27,10 @@ from nanochat.study.comparison_page import write_comparison
 from nanochat.study.conditions import Condition
 from nanochat.study.records import at_speed, read_records, record
 from nanochat.study.statistics import analyse
+from nanochat.train import compiler
 
 SHARED = ("tokenizer", "tokens", "shards")  # folders of the user's base folder that runs read
+LONGEST_NAME = 200  # characters of a folder
 ESTIMATE_STEPS, RETIME_STEPS = 6, 30  # first steps that are run to time a condition
 
 
@@ -47,6 +49,11 @@ class Comparison:
         self.conditions, self.keep = conditions, knobs.keep
         self.target = None if knobs.target == "auto" else float(knobs.target)
         self.name = knobs.name or "-vs-".join(condition.name for condition in conditions)
+        if len(self.name) > LONGEST_NAME:
+            raise UserError(
+                f"the names of {len(conditions)} conditions are too long for a folder together: "
+                "give it one with --name"
+            )
         self.folder = (base_dir() / "compare" / self.name).resolve()
         n = len(conditions)
         # Another condition goes first with each seed, so that drift of the machine affects all.
@@ -185,6 +192,7 @@ class Comparison:
         log_file = self.folder / "logs" / f"{directory.name}.log"
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with open(log_file, "ab") as log:
+            began = log.tell()
             process = self._start(self.folder, condition, seed, log)
             try:
                 while process.poll() is None:
@@ -203,11 +211,13 @@ class Comparison:
             if run["final_bpb"] is None:
                 run["error"] = "its bits per byte are not a number"
             return run
-        error = _failure(log_file, process.returncode)
+        error = _failure(log_file, process.returncode, began)
         if not train_rows(directory):
             raise UserError(f"{directory.name} did not start: {error} (its output: {log_file})")
-        # Status 2 is the run's own mistake; after anything else it is worth another attempt.
-        return {**labels, "error": error, "again": process.returncode != 2}
+        # Status 2 is the run's own mistake; after anything else it is worth another attempt, and
+        # so it is when the machine lacked something.
+        lacked = "free some space" in error or "out of memory" in error
+        return {**labels, "error": error, "again": process.returncode != 2 or lacked}
 
     def _progress(
         self, run: str, row: Mapping[str, Any], later: Sequence[tuple[Condition, int]]
@@ -231,6 +241,7 @@ class Comparison:
             if not link.exists():
                 link.unlink(missing_ok=True)  # one that points nowhere
                 link.symlink_to(os.path.relpath(target.resolve(), base))
+        compiler.cache_folder()  # that of the user, also for folders that are deleted
         repository = str(Path(__file__).resolve().parents[2])
         paths = [repository, os.environ.get("PYTHONPATH", "")]
         command = [
@@ -250,6 +261,7 @@ class Comparison:
                 **os.environ,
                 "NANOCHAT_BASE_DIR": str(base),
                 "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+                "PYTHONSAFEPATH": "1",  # the current folder may hold a statistics.py
             },
             pass_fds=(self.lock.fileno(),),
             start_new_session=True,
@@ -358,9 +370,9 @@ def train_rows(directory: Path) -> list[dict[str, Any]]:
     return [row for row in logbook.read(directory) if row["kind"] == "train"]
 
 
-def _failure(log_file: Path, status: int) -> str:
-    """Why a run ended, from its output and its exit status."""
-    lines = log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+def _failure(log_file: Path, status: int, began: int = 0) -> str:
+    """Why a run ended, from its exit status and its output, which begins at a byte of the log."""
+    lines = log_file.read_bytes()[began:].decode("utf-8", "replace").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ import torch
 
 from nanochat.base.common import UserError, print0
 from nanochat.base.knobs import parse
-from nanochat.base.runtime import Runtime
-from nanochat.data.sources import training_sources
+from nanochat.base.runtime import Runtime, choose_device
+from nanochat.data import inventory
+from nanochat.data.contexts import Contexts
+from nanochat.data.sources import default_sources, training_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import prior_artifact
 from nanochat.model.gpt import GPT
-from nanochat.train.horizon import choose_horizon
+from nanochat.train.horizon import CHARACTERS_PER_TOKEN, choose_horizon, most_passes
 from nanochat.train.run import OpenRun, resume_knobs
+from nanochat.train.scaling import with_lookback
 
 LETTERS = "abcdefgh"  # the flags of compare that describe a condition
 RESERVED = {  # flags of base_train that the comparison sets, and what to use instead
@@ -98,7 +101,7 @@ def _checked(name: str, flags: list[str], knobs: Any, pretrain_knobs: type) -> C
     """A condition whose flags base_train accepts; prints its name, flags and horizon."""
     if {"-h", "--help"} & set(flags):
         raise UserError("--help is not a flag of a condition: run python -m scripts.base_train -h")
-    _, origins = parse(pretrain_knobs, flags, command="base_train")
+    asked, origins = parse(pretrain_knobs, flags, command="base_train")
     for flag, instead in RESERVED.items():
         if origins[flag] != "default":
             raise UserError(f"--{flag} is set by the comparison: use {instead}")
@@ -108,7 +111,11 @@ def _checked(name: str, flags: list[str], knobs: Any, pretrain_knobs: type) -> C
         "sample_every": 0,
         "keep": 1,
     }
+    if asked.max_minutes or asked.max_hours:
+        ours["lookback"] = "off"  # nothing may differ but the flags that are compared
     flags = flags + [f"--{flag}={v}" for flag, v in ours.items() if origins[flag] == "default"]
+    if not asked.data:
+        flags += ["--data", *default_sources()]  # which may be others when it is continued
     train, origins = parse(pretrain_knobs, flags, command="base_train")
     resume_knobs("base", name, train, origins)
     print0(f"{name}: {shlex.join(flags)}")
@@ -131,7 +138,12 @@ def _steps(train: Any, origins: dict[str, str]) -> int | None:
     Checks data, model, prior and horizon as base_train does.
     """
     tokenizer = Tokenizer.load()
-    training_sources(train.data)
+    characters = inventory.characters_of(inventory.take(training_sources(train.data)))
+    fixed = origins["sequence_len"] != "default"
+    contexts = Contexts.parse(train.context_stages, train.sequence_len, fixed)
+    train = replace(train, sequence_len=contexts.longest)
+    on_cpu = choose_device(train.device_type).type == "cpu"
+    train, origins = with_lookback(train, origins, on_cpu, tokenizer.vocab_size)
     config = train.model_config(tokenizer.vocab_size)
     if train.rap:
         prior_artifact.prepare(train, config, tokenizer.fingerprint, torch.device("cpu"))
@@ -142,7 +154,12 @@ def _steps(train: Any, origins: dict[str, str]) -> int | None:
         "base", train, origins, runtime, tokenizer, model, Path(), None, unknown_peak, began=0.0
     )
     with redirect_stdout(io.StringIO()) as output:
-        steps = choose_horizon(run).steps
+        horizon = choose_horizon(run, characters)
+        steps = horizon.steps
+    passes = most_passes(run) * characters / CHARACTERS_PER_TOKEN
+    if steps and passes < steps * horizon.rows * contexts.longest:
+        steps = max(1, int(passes / (horizon.rows * contexts.longest)))
+        print0(f"  its text is read for about {steps:,} steps")
     if steps or train.total_batch_size:  # otherwise the batch depends on the peak
         print0(output.getvalue(), end="")
     return steps

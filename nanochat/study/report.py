@@ -24,7 +24,7 @@ from nanochat.base.knobs import as_typed
 from nanochat.base.progress import StatusLine
 from nanochat.base.strangers import is_number
 from nanochat.eval.scores import stage_results, stage_table
-from nanochat.model.stages import STAGES, lock_file
+from nanochat.model.stages import STAGES, lock_file, saved_last
 from nanochat.study.page import Cell, Line, draw_lines, gallery, table, write_page
 from nanochat.train.spent import WORDS, shares
 
@@ -158,7 +158,7 @@ def chain(tag: str = "") -> list[Path]:
     """
     files = list(base_dir().glob(f"checkpoints/*/{tag or '*'}/{logbook.FILE}"))
     if files and not tag:
-        tag = max(files, key=lambda file: file.stat().st_mtime).parent.name
+        tag = max(files, key=lambda f: (saved_last(f.parent), f.stat().st_mtime)).parent.name
     runs = [file.parent for file in files if file.parent.name == tag]
     return sorted(runs, key=lambda run: _stage_order(run.parent.name))
 
@@ -431,6 +431,8 @@ def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
                 line.show(f"wrote {page} at {datetime.now():%H:%M:%S}; Ctrl+C ends")
             time.sleep(pause)
         except KeyboardInterrupt:
+            if not written:
+                raise  # there is nothing to write yet
             return write_report(runs, out or default_page(runs), watts)
 
 

@@ -50,8 +50,20 @@ class Diary:
         self.lengths: dict[str, str] = stored.get("lengths", {})  # flags by stage
         self.notes: dict[str, Any] = stored.get("notes", {})  # what else a command decided
         self.done: list[str] = stored.get("done", [])
+        self._forget_what_is_gone()
         self.earlier: float = stored.get("seconds", 0.0) + seconds_used
         self.began = time.monotonic()
+
+    def _forget_what_is_gone(self) -> None:
+        """Stages whose models were deleted, and all that followed, are no longer done."""
+        there = [bool(step_folders(run_directory(s, self.tag))) for s in self.done if s in STAGES]
+        if not there or there[-1]:
+            return
+        last = max((i for i, found in enumerate(there) if found), default=-1)
+        gone = [s for s in self.done if s in STAGES][last + 1]
+        notice(f"the model of {STAGES[gone].command} was deleted: training goes on from there")
+        self.done = self.done[: self.done.index(gone)]
+        self.lengths = {stage: self.lengths[stage] for stage in self.lengths if stage in self.done}
 
     @property
     def seconds(self) -> float:
@@ -119,7 +131,7 @@ class Display:
                     with contextlib.suppress(UserError):  # the step itself meets a full disk
                         self.keep()
 
-        watcher = threading.Thread(target=watch, daemon=True)
+        watcher, outcome = threading.Thread(target=watch, daemon=True), "stopped after"
         self.write(f"{title:<14} starting", self.live)
         watcher.start()
         try:
@@ -129,10 +141,12 @@ class Display:
                 contextlib.redirect_stderr(log),
             ):
                 yield
+            outcome = "done in"
         finally:
             over.set()
             watcher.join()
-        self.write(f"{title:<14} done in {duration(time.monotonic() - began)}")
+            if not isinstance(sys.exception(), KeyboardInterrupt):  # of which the chain tells
+                self.write(f"{title:<14} {outcome} {duration(time.monotonic() - began)}")
 
     def state(self, title: str, seconds: float, directory: Path | None) -> str:
         """The line of a step at work: a bar, its speed and what is left."""

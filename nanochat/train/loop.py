@@ -537,7 +537,10 @@ class Run:
             f"val_bpb has not improved for {self.stale} evaluations: ending with the best "
             f"checkpoint, that of step {self.best['step']:,}"
         )
+        spent = self.spent  # the time has passed all the same
         self.restore(checkpoint.at_step(self.directory, self.best["step"]))
+        self.spent = spent
+        self.logbook.back_to(self.step)
         self._tick()
         if self.runtime.is_main:
             checkpoint.drop_after(self.directory, self.step, self.meta.get("run_id"))

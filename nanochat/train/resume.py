@@ -6,6 +6,7 @@ rate that jumps is printed.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from nanochat.base.common import UserError, duration, print0
@@ -32,8 +33,10 @@ HORIZONS = (
 
 def same_architecture(config: GPTConfig, checkpoint: Checkpoint) -> None:
     """UserError if the flags ask for another model than the stored one, even if its weights fit."""
-    for name, stored in checkpoint.meta["config"].items():
-        if (value := getattr(config, name)) != stored:
+    before = checkpoint.config
+    for f in fields(before):
+        name, stored, value = f.name, getattr(before, f.name), getattr(config, f.name)
+        if value != stored:
             raise UserError(
                 f"{checkpoint} has {name}={stored}, not {value}: leave the flag out to continue, "
                 "or start another run with --model_tag"

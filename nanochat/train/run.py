@@ -129,6 +129,9 @@ def resume_knobs(
     dropped = {"resume", "new_horizon"}
     if k.max_minutes or k.max_hours:  # a new budget replaces one in the other unit
         dropped |= {"max_minutes", "max_hours"}
+    lengths = {"num_iterations", "epochs", "max_minutes", "max_hours"}
+    if isinstance(k, LaterStageKnobs) and any(origins.get(n) != "default" for n in lengths):
+        dropped |= lengths  # one length replaces another
     kept = {name: value for name, value in stored.items() if name not in dropped}
     k, origins = inherit(k, origins, kept)
     for name in kept:
@@ -197,7 +200,7 @@ def _check_kernels(model: GPT, matmul: str, runtime: Runtime) -> None:
         if not missing and torch.cuda.get_device_properties(device).major < 8:
             missing = "this GPU is older than the RTX 30 series"
         if missing:
-            raise UserError(f"--matmul=int8 cannot run here ({missing}): leave it out")
+            raise UserError(f"--matmul=int8 cannot run here ({missing}): choose --matmul=float")
     windows = any(config.window(layer) for layer in range(config.n_layer))
     if windows and on_gpu and not has_flash(device, runtime.dtype, config.head_dim):
         notice(
@@ -218,6 +221,9 @@ def open_from_parent(
     Open a run that starts from the checkpoint of an earlier stage, with its model and tag and the
     knobs named in INHERITED; one that resumes has its own.
     """
+    open_source = k.resume == "auto" and k.model_tag and origins.get("source") == "default"
+    if open_source and (own := newest_to_resume(run_directory(stage, k.model_tag))):
+        parent_stage = own.meta["knobs"].get("source", parent_stage)
     parent = locate(parent_stage, k.model_tag, k.step)
     reserve_run(stage, parent.tag)
     k, origins, resume_from = resume_knobs(stage, parent.tag, k, origins)

@@ -7,7 +7,7 @@ needs no torch.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from nanochat.base.common import UserError
@@ -145,6 +145,19 @@ class LookbackKnobs:
         pairs = PAIR_EMBEDDINGS if vocab_size <= PAIR_VOCABULARY else 0
         tables = {"value_embeddings": True, "pair_embeddings": pairs}
         return {"copy_heads": copy_heads, "convolutions": True, **tables}
+
+
+def with_lookback(
+    k: Any, origins: dict[str, str], on_cpu: bool, vocab_size: int
+) -> tuple[Any, dict[str, str]]:
+    """
+    (knobs of base_train, origins) with the parts that --lookback adds, unless they are set
+    themselves.
+    """
+    minutes = 0.0 if k.rap else k.max_minutes or 60 * k.max_hours
+    parts = k.lookback_parts(minutes, on_cpu, k.dimensions()["n_kv_head"], vocab_size)
+    added = {name: value for name, value in parts.items() if origins[name] == "default"}
+    return replace(k, **added), {**origins, **dict.fromkeys(added, "rule")}
 
 
 def context_stages(final: int) -> tuple[tuple[float, int], ...]:

@@ -126,7 +126,7 @@ def bits_per_byte_evaluation(
     size = evaluation_size(run, validation, feed, horizon)
     fitting: list[int] = []  # rows, in evaluations for which memory ran out
 
-    def measure() -> dict[str, float]:
+    def measured() -> dict[str, float]:
         rows, compiled = evaluation_rows(run, feed)
         tokens = size.now if size else run.knobs.eval_tokens
         numbers = {
@@ -146,6 +146,9 @@ def bits_per_byte_evaluation(
         total = sum(w * bpb for w, bpb in zip(weights, numbers.values(), strict=True))
         read = {"eval_tokens": tokens} if size else {}
         return {"val_bpb": total / sum(weights), **(numbers if len(numbers) > 1 else {}), **read}
+
+    def measure() -> dict[str, float]:
+        return compiler.guarded(run.model, measured)
 
     return Evaluation("eval", evaluation_interval(run), measure, start=True, size=size)
 
@@ -348,16 +351,19 @@ def train(
         peak_flops=run.peak_flops,
     )
     try:
+        ahead, waited = compiler.Ahead.current, 0.0
+        if ahead and not (checkpoint and checkpoint.meta["done"] and not k.new_horizon):
+            waited = ahead.wait()  # before weights change, which its backward pass may still need
         if checkpoint:
             training.restore(checkpoint)
             if checkpoint.meta["done"] and (not k.new_horizon or training.progress >= 1):
                 print0(f"  {checkpoint} is the end of this run: nothing to do")
-                return {"tokens": training.tokens, "seconds": training.seconds, **training.last}
+                done = {"tokens": training.tokens, "seconds": training.seconds, **training.last}
+                return done | {"tag": run.directory.name}
             print0(
                 f"  resuming from {checkpoint} (step {training.step:,}, "
                 f"{human(training.tokens)} tokens)"
             )
-        waited = compiler.Ahead.current.wait() if compiler.Ahead.current else 0.0
         opening = time.monotonic() - run.began  # counts as training time
         training.seconds += opening
         for name, seconds in (("opening", opening - waited), ("compiling", waited)):
@@ -365,7 +371,7 @@ def train(
         training.schedule = resume.schedule_from(checkpoint, training)
         if checkpoint and runtime.is_main:
             put_aside_after(run.directory, checkpoint.step)
-        return training.fit()
+        return training.fit() | {"tag": run.directory.name}
     finally:
         logbook.close()
 

@@ -4,7 +4,7 @@ model or a tokenizer; eval/chat.py runs it.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class Task:
     evaluate: Callable[[Item, str], bool]  # whether a reply's visible text is right
     max_tokens: int = 64  # default limit of a reply
     missing: Callable[[], str] = str  # why this machine cannot judge replies; "" if it can
+    # What an item asks about: those that agree on it are one question in several wordings
+    about: Callable[[Item], Hashable] = id
 
     @staticmethod
     def prompt(item: Item) -> Item:
