@@ -97,6 +97,28 @@ def test_shares_of_right_samples_are_not_rounded_together():
     assert (summary["lo"], summary["hi"]) == pytest.approx(scores.wilson(4, 12))
 
 
+def test_a_question_in_several_wordings_counts_once_in_the_interval():
+    plain = scores.accuracy([1.0] * 82 + [0.0] * 18, 0.0)
+    few = scores.accuracy([1.0] * 82 + [0.0] * 18, 0.0, different=22)
+    assert few["accuracy"] == plain["accuracy"] == 0.82 and few["n"] == 100
+    assert few["different"] == 22 and "different" not in plain
+    assert (few["lo"], few["hi"]) == pytest.approx(scores.wilson(0.82 * 22, 22))
+    assert few["lo"] < plain["lo"] < plain["hi"] < few["hi"]
+    both = scores.summarise({"facts": few, "others": plain})
+    same = scores.summarise({"facts": plain, "others": plain})
+    assert both["accuracy"] == same["accuracy"] and both["hi"] - both["lo"] > 1.3 * (
+        same["hi"] - same["lo"]
+    )
+
+
+def test_guessing_with_many_samples_hides_no_task():
+    verdicts = chat_eval.Verdicts([3, 5], samples=64, clipped=0)
+    result = verdicts.result(0.5)
+    assert result["pass"]["64"]["chance"] == 1.0
+    rows = [{"kind": "chat_eval", "step": 1, "kinds": {"counting": result}}]
+    assert scores.stage_results({"sft": rows})["sft"]["kinds"] == {"counting": result}
+
+
 def test_chatcore_is_the_mean_of_its_six_tasks_alone():
     by_task = {name: scores.accuracy([True, False], 0.25) for name in scores.CHATCORE}
     assert scores.summarise(by_task)["chatcore"] == pytest.approx(1 / 3)

@@ -367,6 +367,52 @@ def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(
     assert results["pairs"][0]["final_bpb_delta"]["verdict"] == "1 of its pairs of runs failed"
 
 
+@pytest.mark.parametrize("fault", ["free some space; nothing is lost", "out of memory: choose"])
+def test_what_the_machine_lacked_is_tried_again(here, tmp_path, monkeypatch, fault):
+    inside, failing = subprocess.Popen, [True]
+
+    def starting(words, env, stdout, **_):
+        if not failing or "--model_tag=silu-s43" not in words:
+            return inside(words, env)
+        failing.clear()
+        stdout.write(f"error: {fault}\n".encode())
+        rows = Path(env["NANOCHAT_BASE_DIR"]) / "checkpoints" / "base" / "silu-s43"
+        Logbook(rows).log(step=3, loss=1.0)
+        return SimpleNamespace(returncode=2, poll=lambda: 2)
+
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    first = compare.main(words(here))
+    assert fault.split(":")[0] in first["conditions"][1]["failed"]["43"]
+    again = compare.main(words(here))
+    assert not again["conditions"][1].get("failed")
+
+
+def test_a_failure_is_that_of_the_last_start(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("error: the disk is full\n")
+    began = log.stat().st_size
+    assert comparison._failure(log, 2) == "the disk is full"
+    assert comparison._failure(log, -9, began) == "ended by signal 9 (out of memory?)"
+
+
+def test_conditions_with_a_budget_of_time_differ_in_their_flags_alone(here, tmp_path, capsys):
+    common = f"{here.replace('--num_iterations=8', '')} --max_minutes=5"
+    told = ["--seeds=1", "--dry_run"]
+    monkeyed = [f"--common={common}", "--a", "", "--b=--convolutions", *told]
+    compare.main(monkeyed)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "--lookback=off" in line]
+    assert len(shown) == 2 and "--convolutions" in shown[1] and "--data" in shown[0]
+
+
+def test_a_name_that_no_folder_can_have_is_refused(here):
+    flags = [
+        f"--{c}=--mlp_ratio={i + 2} --softcap={i + 3} --rope_base={i + 500}"
+        for i, c in enumerate("abcdefgh")
+    ]
+    with pytest.raises(UserError, match="too long for a folder together: give it one with --name"):
+        compare.main([f"--common={here}", *flags])
+
+
 def test_only_one_process_compares(here, tmp_path):
     with (
         files.locked(tmp_path / "compare" / "x" / "lock"),

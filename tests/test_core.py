@@ -57,6 +57,9 @@ SHAPES = {
     "default": {},
     "grouped, tied, no cap": {"n_kv_head": 1, "tie_embeddings": True, "softcap": 0.0},
     "windows, swiglu": {"window_pattern": "S", "activation": "swiglu", "n_kv_head": 2},
+    "copy heads": {"copy_heads": 1, "value_embeddings": True},
+    "convolutions": {"convolutions": True},
+    "pair embeddings": {"pair_embeddings": 2},
 }
 CPU = tiny.CPU
 

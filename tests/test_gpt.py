@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from nanochat.base.common import UserError
 from nanochat.model import checkpoint, gpt
@@ -516,6 +517,26 @@ def test_keys_are_clean(tmp_path):
     stored.load_weights(plain)
     stored = checkpoint.save(tmp_path, 1, dict(plain.named_parameters()), {}, tiny.meta(plain))
     stored.load_weights(compiled)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "graphs"),
+    [
+        ({}, 1),
+        ({"copy_heads": 1, "convolutions": True, "pair_embeddings": 2}, 1),
+        ({"copy_heads": 1, "value_embeddings": True}, 2),  # every other layer has a table
+    ],
+    ids=str,
+)
+def test_all_layers_share_their_compiled_code(knobs, graphs):
+    torch._dynamo.reset()
+    m, counter = tiny.randomise(tiny.model(n_layer=5, **knobs)), CompileCounter()
+    for block in m.blocks:
+        block.compile(backend=counter, dynamic=False)
+    m.compiled, b = True, tiny.batch()
+    m.loss(b.inputs, b.targets)
+    torch._dynamo.reset()
+    assert counter.frame_count == graphs
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from nanochat.base.common import UserError
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint, loss
 from nanochat.model.gpt import GPT
+from nanochat.study import report
 from nanochat.train.loop import Evaluation, Interrupted, recut
 from nanochat.train.schedule import Schedule
 
@@ -206,12 +207,20 @@ def losing_patience(folder, m, steps=12, **fields):
 
 
 def test_a_run_that_loses_patience_ends_with_its_best_checkpoint(tmp_path):
-    m = tiny.model()
+    m, spent = tiny.model(), []
     r = losing_patience(tmp_path / "a", m)
+    (evaluation,) = r.evaluations
+    noting = lambda: spent.append(r.spent.get("steps", 0.0)) or evaluation.measure()  # noqa: E731
+    r.evaluations = [replace(evaluation, measure=noting)]
     r.fit()
     assert r.step == 4 and r.done and r.best == {"step": 4, "val_bpb": 2.0}
     (kept,) = checkpoint.list_checkpoints(tmp_path / "a")
     assert kept.step == 4 and kept.meta["done"]
+    r.logbook.close()
+    (log,) = report.load([tmp_path / "a"])  # it tells of what is kept
+    assert log.state() == "finished" and log.last("val_bpb", "eval") == 2.0
+    assert log.last("step", "train") == 4
+    assert kept.meta["spent"]["steps"] >= spent[-1] > spent[2]  # also of the steps that are dropped
     expected = tiny.model()
     tiny.fit(
         tmp_path / "b", expected, tiny.ListFeed.random(12), evaluations=[], save_every=4, keep=9

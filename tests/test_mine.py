@@ -195,6 +195,15 @@ def test_speed_of_pretraining_where_the_last_start_trained_nothing(tmp_path, mon
         assert mine.pretrained("t") == {"speed": 600.0, "steps": 7}
 
 
+@pytest.mark.parametrize(("minutes", "flag"), [(60, "on"), (90, "off"), (142, "off")])
+def test_an_hour_and_more_goes_without_what_looks_back(minutes, flag, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(mine, "expected_speed", lambda *_, **__: (1e4, 1e12))
+    knobs = mine.MineKnobs(data=("x",), minutes=minutes)
+    words = mine.plan_base(knobs, mine.Diary("mine", "m"), 10**6, 4096).split()
+    assert f"--lookback={flag}" in words
+
+
 def test_too_little_text_and_two_budgets(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     (tmp_path / "a.txt").write_text("Hello.")

@@ -1,6 +1,8 @@
 """nanochat.load and nanochat.train, and the notebook page of the documentation, executed."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +91,25 @@ def test_a_run_has_its_metrics_its_plot_and_its_model(models):
     loss, bpb = figure.axes
     assert list(loss.lines[0].get_xdata()) == [1, 2] and len(bpb.lines[0].get_xdata()) > 0
     assert "base model toy, step 2" in repr(base.load())
+
+
+def test_a_run_with_nothing_to_do_is_the_one_that_was_asked_for(models):
+    base, _ = models
+    newer = shutil.copytree(base.directory, base.directory.with_name("newer"))
+    later = base.directory.stat().st_mtime + 1000
+    for folder in newer.glob("step_*"):
+        os.utime(folder, (later, later))
+    again = nanochat.train("base", model_tag=base.tag, resume="auto")
+    shutil.rmtree(newer)
+    assert (again.stage, again.tag) == ("base", base.tag)
+
+
+def test_more_tokens_than_the_context_holds_are_refused(models):
+    chat = models[0].load()
+    with pytest.raises(UserError, match=r"reads 1 to [\d,]+ tokens at a time \(got 5,000\)"):
+        chat.logits([1] * 5000)
+    with pytest.raises(UserError, match="there are no tokens"):
+        chat.logits([])
 
 
 @pytest.mark.parametrize(

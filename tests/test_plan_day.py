@@ -14,6 +14,7 @@ import pytest
 from nanochat.base import knobs
 from nanochat.base.common import UserError
 from nanochat.commands import base_train, plan
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.config import GPTConfig
 from nanochat.plan import day, machine, probe
 from nanochat.plan.machine import Machine
@@ -101,7 +102,20 @@ def test_the_command_for_so_many_tokens_trains_the_model_of_the_page(words):
 def test_the_script_takes_what_the_page_says(budget, line):
     lines = plan.main(["day", budget, "--gpu=rtx4090", "--data", "tinyworld"])["commands"]
     script = [words.split("    #")[0] for words in lines if "one_day.sh" in words]
-    assert script == [f"bash runs/one_day.sh {line} --data tinyworld"] * bool(line)
+    assert script == [f"bash runs/one_day.sh {line} --vocab 2048 --data tinyworld"] * bool(line)
+
+
+def test_a_run_from_the_start_makes_its_own_tokenizer(tmp_path, monkeypatch):
+    """What the quickstart has left in the base folder decides nothing."""
+    words = ["day", "--hours=12.5", "--data", "tinyworld"]
+    here = Machine("Some CPU", "cpu", "float32", 2**33, 1e12)
+    monkeypatch.setattr(machine, "named", lambda knobs: here)
+    monkeypatch.setattr(probe, "run", lambda knobs: None)
+    before = plan.main(words)
+    Tokenizer.train(["some words here"] * 9, 300).save(tmp_path / "base" / "tokenizer")
+    after = plan.main(words)
+    assert after["commands"] == before["commands"] and after["chosen"] == before["chosen"]
+    assert "one_day.sh --minutes 750 --vocab" in after["commands"][0]
 
 
 def test_web_text_is_fetched_by_its_share(tmp_path):

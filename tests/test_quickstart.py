@@ -147,6 +147,7 @@ def test_a_signal_at_the_end_of_a_stage_ends_the_chain(toy):
     steps = chain.Chain(chain.Diary("quickstart", "x"))
     with pytest.raises(KeyboardInterrupt):
         steps.step("base", "pretraining", lambda: {"signal": 15})
+    (run_directory("base", "x") / "step_000001").mkdir(parents=True)
     again = chain.Chain(chain.Diary("quickstart", "x"))
     assert again.step("base", "pretraining", lambda: 1 / 0) is None, "it is done"
 
@@ -252,3 +253,27 @@ def test_the_time_left_does_not_count_the_time_of_compiling(tmp_path):
         states.append(display.state("pretraining", 100.0, tmp_path))
     assert "left" not in states[0] and "1%  5k tokens per second" in states[0]
     assert states[1].endswith("1m29s left") and states[2].endswith("49s left")
+
+
+def test_models_that_were_deleted_are_trained_again(toy, capsys):
+    quickstart.main(CPU)
+    shutil.rmtree(run_directory("rl", "quickstart"))
+    shutil.rmtree(run_directory("sft", "quickstart"))
+    shutil.rmtree(run_directory("base", "quickstart"))  # nothing later needs it
+    mid = locate("mid").path
+    quickstart.main(CPU)
+    assert "the model of chat_sft was deleted" in capsys.readouterr().err
+    assert locate("mid").path == mid and locate("rl").step == 3
+    with pytest.raises(UserError, match="from which it would be trained further, is not in"):
+        quickstart.main([*CPU, "--minutes=90"])
+    for stage in ("mid", "sft", "rl"):
+        shutil.rmtree(run_directory(stage, "quickstart"))
+    quickstart.main(CPU)
+    assert locate("base").step == 3 == locate("rl").step
+
+
+def test_a_step_that_fails_ends_its_line(tmp_path, capsys):
+    shown = chain.Display(tmp_path / "log")
+    with pytest.raises(UserError), shown.working("pretraining"):
+        raise UserError("no text")
+    assert re.search(r"pretraining\s+stopped after \d+s?\n", capsys.readouterr().out)

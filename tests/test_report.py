@@ -133,7 +133,10 @@ def test_the_command_finds_runs_or_takes_folders(runs, tmp_path, monkeypatch, ca
     other = runs[0].with_name("d6")
     shutil.copytree(runs[0], other)
     os.utime(other / "metrics.jsonl", (1, 1))
-    assert find_runs([]) == runs and find_runs(["d6"]) == [other]  # the tag trained last
+    assert find_runs([]) == runs and find_runs(["d6"]) == [other]  # the newest
+    (other / "step_000001").mkdir()
+    assert find_runs([]) == [other]  # the tag that was saved last, whatever was evaluated since
+    (other / "step_000001").rmdir()
     report.main(["d4", "d6"])
     assert "nanochat: 3 runs" in (tmp_path / "report.html").read_text()
     report.main([str(runs[0]), "-o", str(tmp_path / "one.html")])
@@ -218,6 +221,13 @@ def test_watching_follows_a_run_until_ctrl_c(runs, tmp_path, monkeypatch, capsys
     assert changed == [False, False, True, True]
     assert len({when for _, when in seen}) == 2  # nothing is written while nothing grows
     assert 'http-equiv="refresh"' not in page.read_text()
+
+
+def test_ctrl_c_before_there_is_a_run_to_watch(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        report.main(["--watch"])
 
 
 # ---- at the end of a stage

@@ -294,3 +294,51 @@ def test_the_installation_takes_pinned_packages_and_their_hashes(checkout, tmp_p
     assert project.endswith("-e '.[serve,documents]'") and installed.read_text() == wanted
     names = (repo / ".venv/pinned.txt").read_text()
     assert "\nnumpy==" in names and "\npytest==" not in names and "\ntorch==" not in names
+
+
+def test_a_run_of_a_day_refuses_other_flags(checkout, tmp_path):
+    script, base = checkout() / "runs/one_day.sh", tmp_path / "b"
+    run(script, "--minutes", "10", "--data", "a=x:1", base=base)
+    again = run(script, "--minutes", "10", "--data", "a=x:1", base=base)
+    assert "base_train" in again  # of the first start; nothing more is recorded
+    done = subprocess.run(
+        ["bash", str(script), "--minutes", "10", "--data", "b=y:1"],
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "HOME": str(base)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "was begun with other flags" in done.stderr
+    assert "a=x:1" in done.stderr
+
+
+def test_conversations_are_looked_at_before_the_clock_starts(checkout, tmp_path):
+    script = checkout() / "runs/one_day.sh"
+    made = run(script, "--minutes", "10", "--conversations", "c=z:1", base=tmp_path / "b")
+    assert values(made["tok_data"], "--conversations") == ["c=z:1"]
+    made = run(script, "--minutes", "10", "--task_dir", "T", base=tmp_path / "c")
+    assert values(made["tok_data"], "--conversations") == ["default"]
+    assert values(made["tok_data"], "--task_dir") == ["T"]
+
+
+@pytest.mark.parametrize("script", ["ittybitty.sh", "one_day.sh"])
+def test_a_script_trains_its_own_tokenizer_whatever_is_there(checkout, tmp_path, words_of, script):
+    base = tmp_path / "b"
+    (base / "tokenizer").mkdir(parents=True)
+    (base / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert "tok_train" in run(checkout() / "runs" / script, *words_of(script), base=base)
+
+
+def test_a_checkout_that_was_moved_gets_a_new_environment(checkout, tmp_path):
+    repo = checkout()
+    run(repo / "runs/one_day.sh", "--minutes", "10", "--dry_run", base=tmp_path / "b")
+    (repo / ".venv" / "mark").touch()
+    run(repo / "runs/one_day.sh", "--minutes", "10", "--dry_run", base=tmp_path / "b")
+    assert (repo / ".venv" / "mark").exists()
+    (repo / ".venv" / "home").write_text("/somewhere/else\n")
+    tools = tmp_path / "tools"  # without a Python that could make a new one
+    tools.mkdir()
+    for tool in ("bash", "cat", "rm", "dirname", "sed"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    script, there = repo / "runs/one_day.sh", {"base": tmp_path / "b", "PATH": str(tools)}
+    run(script, "--minutes", "10", "--dry_run", status=2, **there)
+    assert not (repo / ".venv").exists()

@@ -393,3 +393,11 @@ def test_a_pack_keeps_nothing_that_never_fits():
     slow, quick = (Draw(0, "val", "here") for _ in range(2))
     assert dealt(slow, False) == dealt(quick, True)
     assert len(quick.packs["some"]) < 100 < len(slow.packs["some"])
+
+
+def test_a_kind_ends_when_it_has_no_new_questions(monkeypatch):
+    monkeypatch.setattr("nanochat.tinyworld.conversations.FRUITLESS", 2000)
+    items = list(conversations(0, "val", kinds=("spelling",)))
+    assert 2000 < len(items) <= 2604 and len({item["answer"] for item in items}) == 14
+    mixed = list(itertools.islice(conversations(0, "val", kinds=("spelling", "arithmetic")), 6000))
+    assert len(mixed) == 6000 and mixed[-1]["kind"] == mixed[-2]["kind"] == "arithmetic"

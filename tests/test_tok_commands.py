@@ -135,3 +135,27 @@ def test_the_vocabulary_follows_the_text_and_not_the_size_of_files(tmp_path, mon
         tok_train.main([f"--data={folder}"])
     chosen = [line for line in capsys.readouterr().out.splitlines() if "training a tok" in line]
     assert len(chosen) == 2 and chosen[0].split(" on ")[0] == chosen[1].split(" on ")[0]
+
+
+def test_conversations_are_tokenised_for_both_stages(corpus, tmp_path, monkeypatch, capsys):
+    from nanochat.commands import tok_data, tok_train
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    tok_train.main(["--vocab_size=400", f"--data=mine={corpus}"])
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {i}."},
+                {"role": "assistant", "content": f"It is {i}."},
+            ]
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = f"talk={tmp_path / 'talk.jsonl'}"
+    made = tok_data.main([f"--data=mine={corpus}", "--conversations", spec])
+    stages = {name for name in made if name.startswith("conversations")}
+    assert stages == {f"conversations-{s}-{w}" for s in ("mid", "sft") for w in ("train", "val")}
+    assert all(made[name] for name in stages)
+    with pytest.raises(UserError, match="nope"):
+        tok_data.main([f"--data=mine={corpus}", "--conversations", "x=nope.jsonl"])
