@@ -91,9 +91,9 @@ for set in $web; do
     step "web text of ${set%:*}" python -m nanochat.dataset "${from[@]}"
 done
 tokenizer_of "$out/tokenizer" "$tag" python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
-talks=(${conversations[@]+"${conversations[@]}"})
-[ ${#talks[@]} != 0 ] || talks=(default)
-step tokens python -m scripts.tok_data "${text[@]}" --conversations "${talks[@]}" ${tasks[@]+"${tasks[@]}"}
+talks=(--conversations ${conversations[@]+"${conversations[@]}"})
+[ ${#conversations[@]} != 0 ] || talks+=(default)
+step tokens python -m scripts.tok_data "${text[@]}" "${talks[@]}" ${tasks[@]+"${tasks[@]}"}
 [ -e "$out/begun" ] || echo $((before + SECONDS)) >"$out/begun"
 step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minutes" --vocab="$vocab"
 # The recipe leaves time for the pilot, and knows how much of the budget is used up: the number is fixed at the first start, so that an

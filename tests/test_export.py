@@ -274,9 +274,9 @@ def test_a_card_has_the_accuracies_that_chat_eval_has_measured():
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        ("/home/me/private/diary", "diary"),
+        ("/texts/private/diary", "diary"),
         ("../letters.txt:0.3", "letters"),
-        ("books=/home/me/books:0.4#body", "books"),
+        ("books=/texts/old/books:0.4#body", "books"),
         ("dump.jsonl#{title}", "dump"),
         ("tinyworld", "tinyworld"),
     ],

@@ -116,19 +116,19 @@ def test_every_command_has_a_script():
 # a room within a room counts on its own. Lower a ceiling when you delete something; raise it in the
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
-    ".": 1_260,
-    "base": 12_650,
-    "tinyworld": 9_550,
-    "data": 36_395,
-    "model": 26_665,
-    "chat": 9_155,
-    "chat/serve": 11_660,
-    "eval": 20_290,
-    "train": 20_495,
-    "study": 13_195,
-    "plan": 15_625,
-    "export": 9_470,
-    "commands": 22_860,
+    ".": 1_270,
+    "base": 12_690,
+    "tinyworld": 9_630,
+    "data": 37_225,
+    "model": 26_940,
+    "chat": 9_170,
+    "chat/serve": 11_715,
+    "eval": 20_555,
+    "train": 21_010,
+    "study": 13_470,
+    "plan": 15_750,
+    "export": 9_615,
+    "commands": 23_175,
 }
 WHOLE = sum(CEILINGS.values())
 
