@@ -266,6 +266,7 @@ def our_leg(race: Race, tag: str, minutes: float, seed: int) -> dict[str, Any]:
         f"--sequence_len={k.sequence_len}",
         f"--max_minutes={minutes:g}",
         f"--seed={seed}",
+        "--device_type=cpu",  # as the opponent's
         *shlex.split(k.flags),
     ]
     began = time.monotonic()

@@ -125,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "flex" in conditions and (device.type != "cuda" or compiler_missing(device)):
         print0(f"flex: left out, {compiler_missing(device) or 'it cannot train on ' + device.type}")
         conditions.remove("flex")
+    if "factored" in conditions and device.type != "cpu":
+        print0(f"factored: left out, it cannot add the spans of a prior on {device.type}")
+        conditions.remove("factored")
     given = list(sys.argv[1:] if argv is None else argv)
     over_base = f"over {conditions[0]}"
     title = f"depth {k.depth}, width {k.model_dim}, heads of {k.head_dim}"

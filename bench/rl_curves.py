@@ -55,9 +55,10 @@ class Knobs:
     png: str = knob("", "the picture to write (default: beside the JSON)")
 
 
-def place(start: Path, source: str, flags: Sequence[str], seed: int) -> Path:
+def place(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> Path:
     """The base folder of one run, with links to the tokenizer and the checkpoint to start from."""
-    digest = hashlib.sha256(json.dumps([str(start), *flags]).encode()).hexdigest()[:8]
+    what = json.dumps([str(start), *flags, k.ask, k.num_items])
+    digest, source = hashlib.sha256(what.encode()).hexdigest()[:8], k.source
     base = base_dir() / "rl_curves" / f"{digest}-seed-{seed}"
     links = {
         base / "tokenizer": base_dir() / "tokenizer",
@@ -96,7 +97,7 @@ def record(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> dict[str, 
     Train and ask whatever has not been trained and asked yet. Returns {seed, before, after:
     accuracy by kind, train, eval: rows of the logbook}.
     """
-    base, tag = place(start, k.source, flags, seed), start.parent.name
+    base, tag = place(k, start, flags, seed), start.parent.name
     asked: dict[str, dict[str, Any]] = {}
     for stage in (k.source, "rl"):
         print0(f"seed {seed}: {'reinforcing' if stage == 'rl' else 'asking'}")

@@ -44,6 +44,7 @@ VERSION = "1"
 SHARD_FORMAT = 2  # of nanochat/data/shards.py
 CUTLASS = "0.9.0"
 MIN_TOKENS = 20_000  # fewer show no rule
+MOST_DOUBLING = 17  # spans, each twice as long as the one before
 GENERATORS = "rules", "rectified", "correlation", "hand"
 # the options that `hand` obeys
 BY_HAND = [
@@ -639,6 +640,11 @@ def write_by_hand(options: argparse.Namespace) -> None:
                 "nothing: leave it out, or choose another generator"
             )
     check(options)
+    if options.spans > MOST_DOUBLING:
+        raise UserError(
+            f"--spans {options.spans} is out of range with --generator hand, whose spans double: "
+            f"give at most {MOST_DOUBLING}"
+        )
     import numpy as np
     import rap_terms
     from safetensors.numpy import save

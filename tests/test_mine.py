@@ -15,9 +15,10 @@ import pytest
 from nanochat.base.common import UserError
 from nanochat.base.logbook import Logbook
 from nanochat.commands import mid_train, mine
-from nanochat.eval import baselines
+from nanochat.eval import baselines, own_text
 from nanochat.eval.own_text import answer_lines, predictor_lines, sample_prompt
 from nanochat.eval.tasks import owntext
+from nanochat.eval.tasks.common import Task
 from nanochat.eval.tasks.owntext import TextQuestions
 from nanochat.eval.verbatim import longest_overlap, normalised
 from nanochat.model.checkpoint import locate
@@ -193,6 +194,32 @@ def test_speed_of_pretraining_where_the_last_start_trained_nothing(tmp_path, mon
         assert mine.pretrained("t") == {"speed": 500.0, "steps": 7}
         book.log(7, kind="summary", tok_per_sec=600.0)
         assert mine.pretrained("t") == {"speed": 600.0, "steps": 7}
+
+
+def test_what_is_held_out_of_a_chat_is_in_no_conversation(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    rng = random.Random(1)
+    nouns = ["sun", "moon", "tree", "river", "stone", "bird", "cloud"]
+
+    def words():
+        return " ".join(rng.choices(nouns, k=9))
+
+    days = [
+        f"{1 + i % 28:02}.{1 + i // 28:02}.21, 1{i % 9}:00 - Ada: {words()} {i}\n"
+        f"{1 + i % 28:02}.{1 + i // 28:02}.21, 1{i % 9}:01 - Ben: {words()} {i}\n"
+        for i in range(250)
+    ]
+    for name in ("chat.txt", "chat (1).txt"):  # a copy, as a phone makes them
+        (tmp_path / name).write_text("".join(days))
+    knobs = mine.MineKnobs(data=tuple(map(str, sorted(tmp_path.glob("*.txt")))), me="Ben")
+    notes = mine.read_all(knobs, tmp_path / "out")
+    own = (tmp_path / "out" / "own.jsonl").read_text()
+    held_out = "\n".join(own_text.documents(mine.own_source(tmp_path / "out"), "val"))
+    lines = [line.partition(": ")[2] for line in held_out.splitlines()]
+    assert len(lines) > 4 and not any(line in own for line in lines)
+    rows = own.splitlines()
+    assert len(rows) == len(set(rows)) == notes["conversations"] > 150
+    assert notes["conversation_bytes"] == len(own)
 
 
 @pytest.mark.parametrize(("minutes", "flag"), [(60, "on"), (90, "off"), (142, "off")])
@@ -418,3 +445,15 @@ def test_rules_for_small_corpora():
     assert scaling.shape_for(1e14, 1e5, 1024) == scaling.SHAPES[0], "the text limits it"
     assert scaling.shape_for(1e11, 1e9, 1024) == scaling.SHAPES[0], "the time limits it"
     assert scaling.shape_for(1e20, 1e11, 65_536) == scaling.SHAPES[-1]
+
+
+def test_a_dash_is_no_word_to_complete():
+    text = " ".join(
+        f"He went — as it were — to the house number {i} — and came back." for i in range(80)
+    )
+    questions = TextQuestions([text])
+    made = [questions.make_complete(random.Random(i)) for i in range(200)]
+    items = [{**item, "kind": "complete"} for item in made if item]
+    assert len(items) > 50
+    for item in items:
+        assert owntext.is_right(item, Task.gold(item)) and not owntext.is_right(item, "")

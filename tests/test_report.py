@@ -16,7 +16,7 @@ from nanochat.base.logbook import Logbook
 from nanochat.commands import report
 from nanochat.model.stages import lock_file
 from nanochat.study.page import INK
-from nanochat.study.report import find_runs, load, write_report
+from nanochat.study.report import find_runs, labels, load, write_report
 from nanochat.study.report import train_and_report as write_after
 
 CONFIG = {
@@ -221,6 +221,23 @@ def test_watching_follows_a_run_until_ctrl_c(runs, tmp_path, monkeypatch, capsys
     assert changed == [False, False, True, True]
     assert len({when for _, when in seen}) == 2  # nothing is written while nothing grows
     assert 'http-equiv="refresh"' not in page.read_text()
+
+
+def test_runs_of_one_tag_in_two_base_folders_are_two_chains(runs, tmp_path):
+    other = tmp_path / "other" / "checkpoints" / "sft" / "d4"
+    shutil.copytree(runs[1], other)
+    logs = load([runs[1], other])
+    assert [log.before["tokens"] for log in logs] == [0.0, 0.0]
+    assert labels(logs) == [str(log.directory) for log in logs]
+    assert labels(load(runs)) == ["base", "sft"]
+
+
+def test_a_log_book_without_rows_is_no_run_yet(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    empty = runs[0].parent.parent / "mid" / "d4"
+    empty.mkdir(parents=True)
+    (empty / "metrics.jsonl").touch()
+    assert find_runs([]) == find_runs(["d4"]) == runs
 
 
 def test_ctrl_c_before_there_is_a_run_to_watch(tmp_path, monkeypatch):

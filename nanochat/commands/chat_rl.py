@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     max_tokens=limit,
                     num_samples=k.samples,
                     temperature=k.temperature,
+                    top_k=k.top_k,
+                    must_end=True,
                     seed=k.seed,
                 )
                 result = verdicts.result(task.chance)

@@ -52,6 +52,7 @@ STAGE_SECONDS = 20.0  # opening and compiling a stage
 COMPILING_PEAK = 2e11  # FLOP/s of matrix products
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
 LEAST = 20_000  # characters
+TELLING = 20  # characters of a line that is not said twice by chance
 MINUTES = 30.0  # of the chain, unless they are given
 LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
 # Conversations and steps with which the quickstart's model learned to converse, and as much again
@@ -113,9 +114,7 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         raise UserError(
             f"--me={knobs.me} writes in no chat of this text; {(problems or ['there is none'])[0]}"
         )
-    counts: Counter[str] = Counter(
-        documents=0, characters=0, bytes=0, conversations=0, conversation_bytes=0
-    )
+    counts: Counter[str] = Counter(documents=0, characters=0, bytes=0)
     report = rows.Report(limit=1 << 30)  # the inventory names what cannot be used
     with (
         (folder / "text.jsonl").open("w", encoding="utf-8") as text_file,
@@ -131,15 +130,39 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
             for path in map(Path, found.conversations):
                 for _, row in conversations.read(path, report, knobs.me or None, alone=False):
                     if isinstance(item := conversations.checked(row), dict):  # else it is named
-                        line = json.dumps({"messages": item["messages"]}) + "\n"
-                        counts["conversation_bytes"] += own_file.write(line)
-                        counts["conversations"] += 1
+                        own_file.write(json.dumps({"messages": item["messages"]}) + "\n")
     if counts["characters"] < LEAST:
         raise UserError(
             f"{' '.join(knobs.data)} holds only {counts['characters']:,} characters of text, too "
             f"few to learn a language from: give at least {LEAST:,}; a good start is 300,000"
         )
-    return {**counts, "inventory": inventory.as_lines(taken)}
+    kept = unseen_conversations(folder)
+    return {**counts, **kept, "inventory": inventory.as_lines(taken)}
+
+
+def unseen_conversations(folder: Path) -> dict[str, int]:
+    """
+    Leave out of own.jsonl what it has twice, and what the held-out text says too: a chat is in
+    both, and each is divided by itself. Returns how many conversations stay, and their bytes.
+    """
+    from nanochat.eval.own_text import documents
+
+    if not (folder / "own.jsonl").stat().st_size:
+        return {"conversations": 0, "conversation_bytes": 0}
+
+    def without_name(line: str) -> str:
+        return line.partition(": ")[2].strip() or line.strip()
+
+    lines = (line for text in documents(own_source(folder), "val") for line in text.splitlines())
+    held_out = {said for line in lines if len(said := without_name(line)) >= TELLING}
+    path, kept = folder / "own.jsonl", []
+    for row in dict.fromkeys(path.read_text(encoding="utf-8").splitlines()):
+        contents = (str(message["content"]) for message in json.loads(row)["messages"])
+        said = (without_name(line) for content in contents for line in content.splitlines())
+        if held_out.isdisjoint(said):
+            kept.append(row + "\n")
+    atomic_write(path, "".join(kept))
+    return {"conversations": len(kept), "conversation_bytes": sum(map(len, kept))}
 
 
 def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:

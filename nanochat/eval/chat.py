@@ -120,6 +120,8 @@ def judge(
     max_tokens: int = 0,
     num_samples: int = 1,
     temperature: float = 0.0,
+    top_k: int = 0,
+    must_end: bool = False,
     seed: int = 42,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Verdicts:
@@ -127,6 +129,7 @@ def judge(
     Ask every item and judge the answers: `num_samples` of each, of at most `max_tokens` tokens (0 =
     the task's own limit), generated `rows` at a time with prompts of similar length together, and
     fewer when memory runs out. A letter is chosen once, whatever the number of samples.
+    `must_end`: a reply that does not end itself is wrong, as in reinforcement.
     """
     free = task.kind == "generative"
     samples, limit = (num_samples, max_tokens or task.max_tokens) if free else (1, 1)
@@ -145,9 +148,13 @@ def judge(
         if not free:
             return choose_letters(engine, asked, [items[i]["letters"] for i in chunk])
         seeds = [seed << 32 | i for i in chunk]
-        generated = engine.generate_batch(asked, samples, limit, temperature, seed=seeds)
+        generated = engine.generate_batch(asked, samples, limit, temperature, top_k, seed=seeds)
         verdicts.unfinished += sum(row.finish != "stop" for row in generated)
-        return [visible_text(engine.tokenizer, row.tokens) for row in generated]
+        end = engine.tokenizer.specials["<|assistant_end|>"]
+        return [
+            "" if must_end and row.stop != end else visible_text(engine.tokenizer, row.tokens)
+            for row in generated
+        ]
 
     count = max(1, rows // samples)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a task may judge a program by running it

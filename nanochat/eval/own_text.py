@@ -23,7 +23,8 @@ SAMPLE_TOKENS = 80
 CHAT: dict[str, Any] = {"temperature": 0.6, "top_k": 50}  # as chat_cli samples
 PROMPT_WORDS, PROMPT_CHARACTERS = 6, 60
 MOST_TOKENS = 1 << 18  # of held-out text that the model reads
-MOST_CHARACTERS = 50_000_000  # of training text that samples are compared with
+MOST_CHARACTERS = 50_000_000  # of training text in which a sample is searched at a time
+LONGEST_RUN = 1000  # characters that these pieces overlap
 
 
 def documents(source: Source, split: str) -> list[str]:
@@ -85,7 +86,10 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
     A continuation of words of a held-out document at each temperature, with its longest overlap
     with the training text.
     """
-    corpus = normalised(" ".join(documents(source, "train")))[:MOST_CHARACTERS]
+    corpus = normalised(" ".join(documents(source, "train")))
+    # In pieces that overlap, because each character of a sample searches all of one
+    starts = range(0, max(1, len(corpus)), MOST_CHARACTERS)
+    pieces = [corpus[start : start + MOST_CHARACTERS + LONGEST_RUN] for start in starts]
     prompt = sample_prompt(documents(source, "val"))
     engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     out = []
@@ -97,7 +101,7 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
             seed=seed,
         )
         text = normalised(loaded.tokenizer.decode(sample.tokens))
-        overlap = longest_overlap(text, corpus)
+        overlap = max((longest_overlap(text, p) for p in pieces), key=lambda o: len(o.overlap))
         out.append({"temperature": temperature, "prompt": prompt, "text": text} | overlap._asdict())
     return out
 

@@ -278,7 +278,9 @@ class KVCache:
         """
         T, positions = q.size(2), self.positions
         first, end = self._store(layer, k, v, window)
-        if self.lengths[0] == 0 and positions.size(0) == 1:  # the pass is all there is
+        # The pass is all there is; flexible code would be compiled for every length of a prompt
+        alone = self.lengths[0] == 0 and positions.size(0) == 1
+        if alone and (bias is None or bias.form != "flex"):
             if q.device.type == "cpu" and bias is None:
                 q, k, v = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (q, k, v))
             return attend(q, k, v, window, bias)[:, :, :T]

@@ -135,7 +135,7 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
     folder without rows.
     """
     logs: list[Log] = []
-    totals: dict[str, dict[str, float]] = {}
+    totals: dict[tuple[Path, str], dict[str, float]] = {}
     for directory in sorted(map(Path, directories), key=lambda run: _stage_order(run.parent.name)):
         rows = logbook.read(directory)
         if not rows:
@@ -143,7 +143,8 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
                 f"there is no {logbook.FILE} with data in {directory}: give the folder of a "
                 "run, <base>/checkpoints/<stage>/<tag>"
             )
-        total = totals.setdefault(directory.name, {"seconds": 0.0, "tokens": 0.0})
+        chained = directory.resolve().parent.parent, directory.name
+        total = totals.setdefault(chained, {"seconds": 0.0, "tokens": 0.0})
         log = Log(directory.resolve(), rows, dict(total))
         for x in total:
             total[x] += max((row[x] for row in rows if is_number(row.get(x))), default=0)
@@ -156,7 +157,8 @@ def chain(tag: str = "") -> list[Path]:
     The folders of all stages with this tag that have a log book, in the order of the stages; by
     default of the tag that was trained last.
     """
-    files = list(base_dir().glob(f"checkpoints/*/{tag or '*'}/{logbook.FILE}"))
+    files = base_dir().glob(f"checkpoints/*/{tag or '*'}/{logbook.FILE}")
+    files = [file for file in files if file.stat().st_size]  # else it has just been opened
     if files and not tag:
         tag = max(files, key=lambda f: (saved_last(f.parent), f.stat().st_mtime)).parent.name
     runs = [file.parent for file in files if file.parent.name == tag]
@@ -197,12 +199,21 @@ def _plot(axes: "Axes", lines: Sequence[Line], what: Curve) -> None:
         axes.legend(ncols=1 + (len(lines) > 5))
 
 
+def labels(logs: Sequence[Log]) -> list[str]:
+    """What tells the runs apart: their stages, or also their tags, or their folders."""
+    one_chain = len({(log.directory.parent.parent, log.tag) for log in logs}) == 1
+    names = [log.stage if one_chain else log.name for log in logs]
+    folders = [str(log.directory) for log in logs]
+    return [
+        name if names.count(name) == 1 else folder
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
 def _lines(logs: Sequence[Log], what: Curve) -> list[Line]:
     """The lines of a plot, with the bands that the rows give."""
     lines: list[Line] = []
-    one_chain = len({log.tag for log in logs}) == 1
-    for i, log in enumerate(logs):
-        label = log.stage if one_chain else log.name
+    for i, (log, label) in enumerate(zip(logs, labels(logs), strict=True)):
         names = dict.fromkeys(name for row in log.of(what.kind) for name in row)
         matches = [m for name in names if (m := re.fullmatch(what.field, name[:MOST_TEXT]))]
         for match in matches[:MOST_NAMES]:
@@ -288,8 +299,8 @@ def _costs_table(logs: Sequence[Log], watts: float) -> str:
 
 def _accuracy_table(logs: Sequence[Log]) -> str:
     """The answers of each stage, or of each run where there are several tags."""
-    one_chain = len({log.tag for log in logs}) == 1
-    results = stage_results({log.stage if one_chain else log.name: log.rows for log in logs})
+    named = zip(labels(logs), logs, strict=True)
+    results = stage_results({label: log.rows for label, log in named})
     if not results:
         return ""
     head, rows = stage_table(results)

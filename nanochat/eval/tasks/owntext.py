@@ -146,6 +146,8 @@ class TextQuestions:
         if len(words) < 6:
             return None
         cut = rng.randrange(4, len(words) - 1)
+        if not bare(words[cut]):  # a dash: there is no word to tell by
+            return None
         asked = rng.choice(ASK["complete"]).format(x=" ".join(words[:cut]))
         return exchange(asked, " ".join(words[cut:]), answer=bare(words[cut]))
 
