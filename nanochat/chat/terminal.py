@@ -101,10 +101,12 @@ class Prompt:
         left = False  # whether Ctrl+C was the last key, on an empty line
         while True:
             prefilled, self.prefilled = self.prefilled, ""
-            label, self._typed = [("class:label", self.label)], False
+            self._typed = False
             try:
                 text = session.prompt(
-                    label, default=prefilled, prompt_continuation=" " * len(self.label)
+                    [("class:label", self.label)],
+                    default=prefilled,
+                    prompt_continuation=" " * len(self.label),
                 )
             except EOFError:
                 return

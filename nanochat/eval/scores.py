@@ -35,7 +35,9 @@ def accuracy(right: Sequence[float], chance: float, different: int = 0) -> dict[
     n, share = len(right), sum(right) / max(1, len(right))
     lo, hi = wilson(share * (different or n), different or n)
     result = {"accuracy": share, "n": n, "chance": chance, "lo": lo, "hi": hi}
-    return result | ({"different": different} if 0 < different < n else {})
+    if 0 < different < n:
+        result["different"] = different
+    return result
 
 
 def centred(share: float, chance: float) -> float:
