@@ -28,6 +28,9 @@ def signals_are_not_ignored():
 def base_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
+        # What commands set for their process would else stay for all later tests
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         yield
 
 

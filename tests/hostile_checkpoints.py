@@ -171,7 +171,6 @@ PRIOR = {
     "about": "x",
 }
 
-BOMBS = {"a million tensors", "500,000 fields", "8 MB of white space"}  # seconds to write
 CHECKPOINTS: dict[str, Attack] = {
     # --- the architecture
     **{f"{name} huge": field("config", name, value=HUGE[name]) for name in SIZES},

@@ -376,8 +376,8 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(monkeypatch):
 def test_the_cache_refuses_more_than_it_holds():
     q, k, v = draw(1, 2, 2, 5)
     cache = KVCache(1, 1, 2, 4, 8, "cpu", torch.float64)
+    cache.begin(5)
     with pytest.raises(ValueError, match="holds 4 positions, but 5"):
-        cache.begin(5)
         cache.attend(0, q, k, v)
     with pytest.raises(ValueError, match="holds 4 positions, but 5"):
         cache.advance(5)

@@ -12,7 +12,7 @@ BENCHES.remove("bandwidth")  # decode.py and gpu_first.py measure with it
 
 
 @pytest.mark.parametrize("name", BENCHES)
-def test_a_measurement_starts(name, capsys, monkeypatch):
+def test_the_help_of_a_measurement(name, capsys, monkeypatch):
     """Its knobs are read and its help is printed."""
     monkeypatch.setattr(sys, "argv", [name, "-h"])
     with pytest.raises(SystemExit) as e:

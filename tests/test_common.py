@@ -61,7 +61,10 @@ def test_columns_is_a_markdown_table_with_figures_flush_right():
 
 @pytest.mark.parametrize(
     ("error", "status", "printed"),
-    [(UserError("wrong: fix it"), 2, "error: wrong: fix it\n"), (KeyboardInterrupt(), 130, "")],
+    [
+        (UserError("wrong: fix it"), 2, "error: wrong: fix it\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+    ],
 )
 def test_a_command_ends_with_one_line_and_a_status(error, status, printed, capsys):
     def main():
@@ -70,7 +73,7 @@ def test_a_command_ends_with_one_line_and_a_status(error, status, printed, capsy
     with pytest.raises(SystemExit) as e:
         entry(main)
     assert e.value.code == status
-    assert printed in capsys.readouterr().err
+    assert capsys.readouterr().err == printed
 
 
 def test_a_bug_keeps_its_stack_trace():

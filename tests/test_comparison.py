@@ -239,7 +239,8 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", inside)
     monkeypatch.setattr(hardware, "measured_peak", lambda *_: 1e11)
-    monkeypatch.setattr(comparison, "write_comparison", lambda *_: None)
+    written = lambda name, *rest: rest[-1].write_text(name)  # noqa: E731
+    monkeypatch.setattr(comparison, "write_comparison", written)
     monkeypatch.setattr(stage, "sample_evaluation", lambda *_: Evaluation("sample", 0, dict))
     return shlex.join([*flags, "--num_iterations=8", "--total_batch_size=256", "--compile=off"])
 
@@ -282,6 +283,7 @@ def test_an_interrupted_comparison_resumes_to_the_same_results(here, tmp_path, m
     assert "silu against relu2, 2 paired seeds:" in out and str(folder / "report.html") in out
     results = json.loads((folder / "results.json").read_text())
     assert results["runs_finished"] == 4 and results["pairs"][0]["saved_tokens_pct"]["n"] == 2
+    assert (folder / "report.html").read_text() == "x"
     assert not list(folder.rglob("*.safetensors")) and len(list(folder.rglob("metrics.jsonl"))) == 4
     assert not (tmp_path / "checkpoints").exists(), "the models of the user are left alone"
     folder.rename(tmp_path / "whole")

@@ -199,20 +199,26 @@ def test_compiling_ahead_leaves_nothing_to_compile_and_no_trace(folder):
 
 
 def test_a_run_that_is_refused_does_not_wait_for_the_compiler(folder):
-    m = tiny.model(n_layer=1)
-    begun = []
+    m, begun = tiny.model(n_layer=2), []
+    started, go = threading.Event(), threading.Event()
 
     def backend(graph, inputs):
         begun.append(1)
-        time.sleep(0.05)
+        started.set()
+        go.wait(60)
         return graph.forward
 
-    m.blocks[0].compile(dynamic=False, backend=backend)
+    for block in m.blocks:  # two compilations
+        block.compile(dynamic=block is m.blocks[1], backend=backend)
     m.compiled = True
     compiler._watch.install()
-    Ahead.current = Ahead(m, 8, 16)
-    Ahead.current.abandon()
-    assert Ahead.current is None and len(begun) <= 1
+    ahead = Ahead.current = Ahead(m, 8, 16)
+    assert started.wait(60)
+    before = time.monotonic()
+    ahead.abandon()
+    assert time.monotonic() - before < 30 and Ahead.current is None and not ahead.ended.is_set()
+    go.set()
+    assert ahead.ended.wait(60) and begun == [1]
     assert not [s for s in signal.pthread_sigmask(signal.SIG_BLOCK, []) if s == signal.SIGINT]
 
 

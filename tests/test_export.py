@@ -13,6 +13,7 @@ import torch
 from nanochat.base.common import UserError
 from nanochat.commands import export
 from nanochat.data.tokenizer import Tokenizer
+from nanochat.export import hf
 from nanochat.export.card import model_card
 from nanochat.export.gguf_file import LlamaCpp, modelfile, write_gguf
 from nanochat.export.hf import TOLERANCE, compare_logits, probe_tokens, write_folder
@@ -250,6 +251,23 @@ def test_an_export_replaces_itself_but_nothing_else(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds mine\.txt"):
         export.main(["-i", "sft", "--out", str(folder)])
     assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_an_export_that_differs_is_deleted(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    release = Path(__file__).resolve().parent / "golden" / "release_0.1"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(release, tmp_path / "base")))
+    faithful = hf.foreign_tensors
+
+    def spoiled(*args):
+        tensors = faithful(*args)
+        name = next(name for name in tensors if name.endswith("q_proj.weight"))
+        return {**tensors, name: 1.5 * tensors[name].roll(1, 0)}
+
+    monkeypatch.setattr(hf, "foreign_tensors", spoiled)
+    with pytest.raises(UserError, match="differs from the original by"):
+        export.main(["-i", "sft", "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_card_explains_the_program_that_reads_the_export():

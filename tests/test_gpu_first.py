@@ -21,24 +21,6 @@ def first(folder, *words):
     return gpu_first.main(["--device=cpu", "--tiny", f"--out={folder}", *words])
 
 
-def test_what_only_a_card_shows_is_tested():
-    """What tests/test_gpu.py lacked at first: each has a test there that asks for a GPU."""
-    import test_gpu
-
-    assert test_gpu.pytestmark[0].name == "gpu"
-    for wanted in (
-        test_gpu.test_a_prior_and_the_gradients_of_its_gates,
-        test_gpu.test_golden_losses,  # a compiled block with a prior
-        test_gpu.test_no_kernel_holds_all_scores,
-        test_gpu.test_the_engine_writes_what_it_writes_on_a_cpu,
-        test_gpu.test_nccl_with_one_rank_gives_back_what_it_gets,
-        test_gpu.test_a_step_is_not_slower_than_a_floor,
-        test_gpu.test_memory_that_runs_out_in_the_backward_pass_halves_the_micro_batch,
-        test_gpu.test_runs_of_other_kinds,  # float16, and the widths of finetuning
-    ):
-        assert callable(wanted)
-
-
 # Parts that train whole runs, or collect tests: seconds each
 SLOW = {"tests", "finetuning", "float16"}
 

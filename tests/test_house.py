@@ -130,7 +130,6 @@ CEILINGS = {
     "export": 9_615,
     "commands": 23_440,
 }
-WHOLE = sum(CEILINGS.values())
 
 
 def tokens_of(path: Path) -> int:
@@ -169,7 +168,7 @@ def _strings_as_one(read):
 def room_of(path: Path) -> str:
     """The longest key of CEILINGS that contains the file."""
     folder = path.relative_to(ROOT / "nanochat").parent
-    rooms = [room for room in CEILINGS if folder.is_relative_to(room)]
+    rooms = [room for room in CEILINGS if room != "." and folder.is_relative_to(room)]
     return max(rooms, key=len, default=str(folder))
 
 
@@ -185,11 +184,6 @@ def test_a_room_stays_below_its_ceiling(room):
         f"{room} has {total:,} tokens: delete something, or raise its ceiling and say why "
         f"({', '.join(f'{name} {n:,}' for name, n in sizes.items())})"
     )
-
-
-def test_the_package_stays_below_its_ceiling():
-    total = sum(map(tokens_of, PACKAGE))
-    assert total <= WHOLE, f"the package has {total:,} tokens"
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)

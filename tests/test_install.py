@@ -91,7 +91,9 @@ def test_every_pinned_package_has_hashes_and_names_no_host():
             )
 
 
-@pytest.mark.parametrize(("extra", "part"), [("serve", 0), ("test", 1)])
+@pytest.mark.parametrize(
+    ("extra", "part"), [("serve", 0), ("test", 1), ("export", 1), ("documents", 1)]
+)
 def test_pins_agree_with_what_the_project_asks_for(extra, part):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]

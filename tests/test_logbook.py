@@ -103,10 +103,11 @@ def test_a_torn_last_line_is_ignored_and_removed_on_reopening(tmp_path):
     whole = file.read_bytes()
     for cut in range(len(whole)):
         file.write_bytes(whole[:cut])
-        assert [r["step"] for r in read(tmp_path)] in ([], [1], [1, 2])
+        want = [1, 2][: whole[:cut].count(b"\n")]  # a row that lacks its newline is still read
+        assert [r["step"] for r in read(tmp_path)] in (want, [1, 2][: len(want) + 1])
         with Logbook(tmp_path) as book:
             book.log(step=9, loss=9.0)
-        assert read(tmp_path)[-1] == {"kind": "train", "step": 9, "loss": 9.0}
+        assert [r["step"] for r in read(tmp_path)] == [*want, 9], cut
         assert all(json.loads(line) for line in file.read_text().splitlines())
 
 

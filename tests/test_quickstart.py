@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -237,6 +238,14 @@ def test_what_is_promised_was_measured():
     assert answered == sorted(answered) and all(0 < accuracy < 1 for accuracy in answered)
     for share, accuracy in quickstart.LEARNED:
         assert f"{accuracy:.0%} with {share:.0%}" in quickstart.expectation(1.0)
+    file = Path(__file__).parents[1] / "dev/results/quickstart_chains.jsonl"
+    records = map(json.loads, file.read_text().splitlines())
+    shipped = [r for r in records if r["condition"] == "pair embeddings (shipped), one core"]
+    for share, accuracy in quickstart.LEARNED:
+        steps = round(share * quickstart.LESSONS["base"].steps)
+        right = [r["rl"]["all"] / 100 for r in shipped if r["steps"][0] == steps]
+        assert len(right) >= 3 and min(right) >= accuracy - quickstart.SPREAD
+        assert abs(sum(right) / len(right) - accuracy) <= quickstart.SPREAD
 
 
 def test_the_time_left_does_not_count_the_time_of_compiling(tmp_path):

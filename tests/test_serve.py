@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -177,12 +178,17 @@ def test_without_a_seed_one_is_chosen_and_returned(live):
     assert again["choices"] == first["choices"]
 
 
-def test_log_probabilities(live):
+def test_log_probabilities(live, engine):
     content = live.chat(max_tokens=5, temperature=0, logprobs=True, top_logprobs=3)["choices"][0][
         "logprobs"
     ]["content"]
     assert len(content) == 5
+    ids = [*engine.tokenizer.render_prompt({"messages": HI})]
     for entry in content:
+        log_p = engine.model.logits(engine.model(torch.tensor([ids])))[0, -1].log_softmax(-1)
+        top = [t["logprob"] for t in entry["top_logprobs"]]
+        assert top == pytest.approx(log_p.topk(3).values.tolist(), abs=1e-4)
+        ids.append(int(log_p.argmax()))
         assert len(entry["top_logprobs"]) == 3
         assert entry["logprob"] == pytest.approx(entry["top_logprobs"][0]["logprob"])
         assert bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"]
@@ -785,9 +791,15 @@ def test_a_client_that_hangs_up_leaves_no_row(live):
 
 
 def test_metrics(live):
-    lines = httpx.get(f"{live.url}/metrics").text.splitlines()
-    values = dict(line.split() for line in lines if not line.startswith("#"))
-    assert float(values["nanochat_requests_total"]) > 0 and values["nanochat_rows"] == "0"
+    def values():
+        lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+        return {k: float(v) for k, v in (s.split() for s in lines if not s.startswith("#"))}
+
+    before = values()["nanochat_requests_total"]
+    live.chat(max_tokens=2)
+    assert live.idle()
+    after = values()
+    assert after["nanochat_requests_total"] == before + 1 and after["nanochat_rows"] == 0
 
 
 # ---- the page in a browser
@@ -1232,6 +1244,42 @@ def collect(worker: Worker, prompt, count: int, client: str, log: list, **sampli
     job = Job(wanted, client, lambda news: log.append(news))
     worker.submit(job)
     return job
+
+
+def test_rows_wait_while_the_memory_for_them_is_full(engine):
+    worker, rows = Worker(engine, kv_bytes=2 * engine.row_bytes()), []
+    wanted = Continuation(engine.tokenizer.render_prompt({"messages": HI}), "1/0", max_tokens=9)
+    jobs = [Job(wanted, client, lambda news: rows.append(worker.rows)) for client in "abcde"]
+    for job in jobs:
+        worker.submit(job)
+    worker.start()
+    wait_for(jobs)
+    worker.close(1)
+    assert max(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], ""),
+        (["--api_key=abc"], "abc"),
+        (["--host=0.0.0.0"], None),
+        (["--host=0.0.0.0", "--api_key=abc"], "abc"),
+    ],
+)
+def test_another_address_needs_a_key(words, wanted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(RELEASE, tmp_path / "base")))
+    seen = []
+    monkeypatch.setattr("nanochat.chat.serve.guard.Guard", lambda app, *rest: seen.append(rest))
+    closing = SimpleNamespace(run=lambda sockets: [s.close() for s in sockets])
+    monkeypatch.setattr("nanochat.chat.serve.server.Server", lambda *_: closing)
+    serve.main([*words, "-i", "sft", "--port=0", "--device_type=cpu"])
+    ((_, key, _),) = seen
+    out = capsys.readouterr().out
+    if wanted is None:
+        assert len(key) >= 32 and key in out
+    else:
+        assert key == wanted and "API key" not in out
 
 
 def test_clients_take_turns(engine):

@@ -26,7 +26,7 @@ from nanochat.model import prior_artifact
 needs_sandbox = pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing())
 
 
-@pytest.mark.parametrize("name", sorted(checkpoints.CHECKPOINTS.keys() - checkpoints.BOMBS))
+@pytest.mark.parametrize("name", sorted(checkpoints.CHECKPOINTS))
 def test_a_checkpoint_of_a_stranger(release, name, capsys):
     step = release / "checkpoints/sft/old/step_000003"
     checkpoints.CHECKPOINTS[name](step)
@@ -178,6 +178,8 @@ def test_a_hub_of_a_stranger(tmp_path, monkeypatch, name):
     try:
         files = hostile_hub.fetch(folder)
         assert all(file.resolve().is_relative_to(folder) and file.is_file() for file in files)
+        assert name != "a wrong git blob"
+        assert all(file.read_bytes() == hostile_hub.DATA for file in files)
     except UserError as e:
         assert "\x1b" not in printable(str(e)) and "\n" not in str(e)
     finally:
