@@ -112,9 +112,10 @@ def context_for(flops: float) -> int:
 # after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.087 bits per byte less with
 # the first three (three, one and two seeds; dev/LOG.md, parts of the architecture).
 LOOKBACK_MINUTES = 60
-# Pair embeddings come with them up to this vocabulary: after 0.5 M tokens with 4,096 tokens in the
-# vocabulary they gained 0.032 more (three seeds), but 0.006 after 1.2 M with 16,384 (one seed),
-# where their table is larger than the rest of the model (dev/LOG.md, pair embeddings).
+# Pair embeddings come with them up to this vocabulary: with 4,096 tokens in the vocabulary they
+# gained 0.032 more after 0.5 M tokens and 0.028 after 12 M (three and two seeds), but with 16,384
+# tokens 0.006 after 1.2 M (one seed), where their table is as large as the rest of the model
+# (dev/LOG.md, pair embeddings).
 PAIR_VOCABULARY = 8192
 PAIR_EMBEDDINGS = 5
 
