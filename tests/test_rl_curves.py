@@ -107,7 +107,9 @@ def test_a_run_is_made_once_and_every_seed_and_flag_has_a_folder(tmp_path, monke
     )
     assert said[1][1] == ("--source=sft", "--seed=1", "--resume=auto", "--num_iterations=1")
     places = {
-        rl_curves.place(start, "sft", flags, seed) for flags in ([], ["--x"]) for seed in (1, 2)
+        rl_curves.place(rl_curves.Knobs(source="sft"), start, flags, seed)
+        for flags in ([], ["--x"])
+        for seed in (1, 2)
     }
     assert len(places) == 4 and all(
         checkpoint.newest(p / "checkpoints" / "sft" / "t").path.resolve() == start.resolve()

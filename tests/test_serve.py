@@ -1270,9 +1270,10 @@ def test_rows_wait_while_the_memory_for_them_is_full(engine):
 def test_another_address_needs_a_key(words, wanted, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(RELEASE, tmp_path / "base")))
     seen = []
-    monkeypatch.setattr("nanochat.chat.serve.guard.Guard", lambda app, *rest: seen.append(rest))
+    guard, server = (sys.modules[one.__module__] for one in (Guard, Protocol))
+    monkeypatch.setattr(guard, "Guard", lambda app, *rest: seen.append(rest))
     closing = SimpleNamespace(run=lambda sockets: [s.close() for s in sockets])
-    monkeypatch.setattr("nanochat.chat.serve.server.Server", lambda *_: closing)
+    monkeypatch.setattr(server, "Server", lambda *_: closing)
     serve.main([*words, "-i", "sft", "--port=0", "--device_type=cpu"])
     ((_, key, _),) = seen
     out = capsys.readouterr().out

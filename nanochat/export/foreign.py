@@ -166,11 +166,12 @@ class ForeignEngine:
         num_samples: int = 1,
         max_tokens: int = 256,
         temperature: float = 0.0,
+        top_k: int = 0,
         seed: int | Sequence[int] = 42,
     ) -> list[Sample]:
         """
         The greedy continuation of each prompt, as Engine.generate_batch gives it. UserError for
-        another temperature or more samples; the seed changes nothing.
+        another temperature or more samples; top_k and the seed change nothing.
         """
         if temperature != 0 or num_samples != 1:
             raise UserError(
