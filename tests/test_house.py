@@ -127,7 +127,7 @@ CEILINGS = {
     "train": 21_010,
     "study": 13_590,
     "plan": 15_750,
-    "export": 9_615,
+    "export": 9_625,
     "commands": 23_440,
 }
 
