@@ -119,16 +119,16 @@ CEILINGS = {
     ".": 1_270,
     "base": 12_690,
     "tinyworld": 9_630,
-    "data": 37_225,
+    "data": 37_235,
     "model": 26_955,
     "chat": 9_170,
     "chat/serve": 11_715,
-    "eval": 20_660,
+    "eval": 20_745,
     "train": 21_010,
     "study": 13_590,
     "plan": 15_750,
     "export": 9_625,
-    "commands": 23_440,
+    "commands": 23_375,
 }
 
 

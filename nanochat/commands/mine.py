@@ -312,8 +312,7 @@ def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
     from nanochat.model.checkpoint import locate
 
     tokenizer = locate("base", knobs.model_tag).tokenizer()
-    for split, seed in (("train", int(stage == "sft")), ("val", 0)):
-        mixture.shards(specs, split, tokenizer, seed=seed, name=knobs.name)
+    mixture.of_stage(stage, specs, tokenizer, name=knobs.name)
 
 
 def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, float]:

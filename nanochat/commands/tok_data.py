@@ -23,7 +23,8 @@ class TokenizeKnobs(ConversationKnobs):
     )
     conversations: tuple[str, ...] = knob(
         (),
-        "also these, as --data of mid_train and chat_sft; default = those that suit the text",
+        "also tokenise these conversations, named as in --data of mid_train and chat_sft; "
+        "default = those that the two choose after this text",
     )
     task_dir: str = knob("", "folder with the data sets, as for mid_train")
     dry_run: bool = knob(False, "say what the data holds, and stop")
@@ -61,23 +62,15 @@ def conversations(knobs: TokenizeKnobs, tokenizer: "Tokenizer") -> dict[str, int
     from nanochat.eval.tasks import mixture
 
     folder = user_path(knobs.task_dir) if knobs.task_dir else None
+    options = {"name": knobs.name, "skip_bad_rows": knobs.skip_bad_rows, "me": knobs.me}
     tokens = {}
-    for stage, first_seed in (("mid", 0), ("sft", 1)):
+    for stage in ("mid", "sft"):
         specs = knobs.conversations
         if specs == ("default",):
             specs = mixture.default(stage, knobs.data or default_sources())
-        for split, seed in (("train", first_seed), ("val", 0)):
-            made = mixture.shards(
-                specs,
-                split,
-                tokenizer,
-                seed=seed,
-                folder=folder,
-                name=knobs.name,
-                skip_bad_rows=knobs.skip_bad_rows,
-                me=knobs.me,
-            )
-            count = sum(shards.total for shards, _ in made)
+        made = mixture.of_stage(stage, specs, tokenizer, folder=folder, **options)
+        for split, shards in made.items():
+            count = sum(part.total for part, _ in shards)
             tokens[f"conversations-{stage}-{split}"] = count
             print0(f"conversations of {stage} ({split}): {count:,} tokens")
     return tokens

@@ -184,16 +184,17 @@ def show(sources: Sequence["Source"]) -> float:
 
 def characters_of(taken: Sequence[SourceInventory]) -> float:
     """The characters of inventories without duplicates; infinity where they are not counted."""
-    if not all(found.file and found.complete for found in taken):
-        return math.inf
-    return sum(found.characters - found.removed_characters for found in taken)
+    return _sum(taken, lambda found: found.characters - found.removed_characters)
 
 
 def text_bytes_of(sources: Sequence["Source"]) -> float:
     """Bytes in UTF-8 of the text of all sources; infinity where they are not counted."""
-    taken = take(sources)
+    return _sum(take(sources), lambda found: found.bytes)
+
+
+def _sum(taken: Sequence[SourceInventory], count: Callable[[SourceInventory], int]) -> float:
     counted_all = all(found.file and found.complete for found in taken)
-    return sum(found.bytes for found in taken) if counted_all else math.inf
+    return sum(map(count, taken)) if counted_all else math.inf
 
 
 def of(source: "Source", me: str | None = None) -> SourceInventory:

@@ -77,6 +77,7 @@ def bits_per_byte(
         for batch in batches(rows):
             nll = model.token_losses(batch.inputs, batch.targets, **options)
             n_bytes = bytes_of[batch.targets.clamp(min=0)] * (batch.targets >= 0)
+            # In two steps, because MPS has no float64
             sums += (
                 torch.stack([(nll * (n_bytes > 0)).sum(), n_bytes.sum()])
                 .to(sums.device)

@@ -159,7 +159,7 @@ def _steps(train: Any, origins: dict[str, str]) -> int | None:
     passes = most_passes(run) * characters / CHARACTERS_PER_TOKEN
     if steps and passes < steps * horizon.rows * contexts.longest:
         steps = max(1, int(passes / (horizon.rows * contexts.longest)))
-        print0(f"  its text is read for about {steps:,} steps")
+        print0(f"  it ends after about {steps:,} steps, when it has read its text often enough")
     if steps or train.total_batch_size:  # otherwise the batch depends on the peak
         print0(output.getvalue(), end="")
     return steps

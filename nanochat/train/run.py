@@ -221,8 +221,9 @@ def open_from_parent(
     Open a run that starts from the checkpoint of an earlier stage, with its model and tag and the
     knobs named in INHERITED; one that resumes has its own.
     """
-    open_source = k.resume == "auto" and k.model_tag and origins.get("source") == "default"
-    if open_source and (own := newest_to_resume(run_directory(stage, k.model_tag))):
+    # A run that resumes has the parent with which it was started
+    inherits = k.resume == "auto" and k.model_tag and origins.get("source") == "default"
+    if inherits and (own := newest_to_resume(run_directory(stage, k.model_tag))):
         parent_stage = own.meta["knobs"].get("source", parent_stage)
     parent = locate(parent_stage, k.model_tag, k.step)
     reserve_run(stage, parent.tag)

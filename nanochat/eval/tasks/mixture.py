@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
@@ -181,6 +182,17 @@ def shards(
         shards.notes += skipped
         out.append((shards, source.weight))
     return out
+
+
+def of_stage(
+    stage: str, specs: Sequence[str], tokenizer: Tokenizer, **options: Any
+) -> dict[str, list[tuple[Shards, float | None]]]:
+    """Both splits as "mid" or "sft" reads them; `options` are those of shards()."""
+    seeds = {"train": int(stage == "sft"), "val": 0}
+    return {
+        split: shards(specs, split, tokenizer, seed=seed, **options)
+        for split, seed in seeds.items()
+    }
 
 
 def _read(items: Callable[[], Iterator[Item]], report: Report) -> Iterator[Item]:
