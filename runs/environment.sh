@@ -1,12 +1,12 @@
 # Sourced by the other scripts: creates the virtual environment .venv with all dependencies if needed, and activates it. Defines `say`,
 # and `resumable FOLDER` and `step` for scripts that continue where they were interrupted.
-# Numbers have a decimal point and names one order in every language; the characters stay those of the terminal.
+# In every language, numbers have a decimal point and names are sorted alike; the character set stays that of the terminal.
 export LC_CTYPE="${LC_ALL:-${LC_CTYPE:-${LANG:-C}}}" LC_NUMERIC=C LC_COLLATE=C LC_MESSAGES=C
 unset LC_ALL
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 say "environment"
-[ ! -e .venv/home ] || [ "$(cat .venv/home)" = "$(pwd -P)" ] || rm -rf .venv # its paths are those of the place where it was made
+[ ! -e .venv/home ] || [ "$(cat .venv/home)" = "$(pwd -P)" ] || rm -rf .venv # it was made in another folder, and holds paths of that one
 if [ ! -x .venv/bin/python ] || [ ! -e .venv/bin/activate ]; then
     source runs/python.sh
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
@@ -48,8 +48,8 @@ step() { # step NAME COMMAND...: runs the command unless it has succeeded before
     touch "$notes/$1.done"
     echo $((before + SECONDS)) >"$notes/seconds"
 }
-tokenizer_of() { # tokenizer_of FILE TAG COMMAND...: trains a tokenizer with the command, unless the one whose fingerprint FILE holds is there, or
-    # was moved aside, or the run TAG has begun, which keeps its own
+tokenizer_of() { # tokenizer_of FILE TAG COMMAND...: trains a tokenizer with the command and writes its fingerprint to FILE. Does nothing if that
+    # tokenizer is still there or was moved aside, or if the run TAG has begun, which keeps its own
     local steps=("${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/checkpoints/base/$2"/step_*)
     [ ! -e "${steps[0]}" ] || return 0
     [ ! -e "$1" ] || ! python -c "import sys; from nanochat.commands.tok_train import restore; sys.exit(not restore(sys.argv[1]))" "$(cat "$1")" || return 0

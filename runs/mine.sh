@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes an environment, then trains a model on your own text, offline and in one go: `nanochat mine`.
-#     bash runs/mine.sh FOLDER                       half an hour
-#     bash runs/mine.sh FOLDER --minutes 60          any flag of nanochat mine; installation counts too
+# Installs what is needed into .venv, then trains a model on your own text, offline and in one go: `nanochat mine`.
+#     bash runs/mine.sh FOLDER                       half an hour, installation included
+#     bash runs/mine.sh FOLDER --minutes 60          an hour; takes all flags of nanochat mine
 #     bash runs/mine.sh FOLDER NOTES.txt --hours 8 --name Ada
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
@@ -13,6 +13,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source runs/environment.sh
 code=$PWD
 cd "$here" # your paths are relative to where you are
-export PYTHONSAFEPATH=1 # and this folder may hold a statistics.py
+export PYTHONSAFEPATH=1 # this folder may hold a statistics.py, which must not be imported
 python -m scripts.mine "$@" --seconds_used="$SECONDS"
 echo "(first: source $code/.venv/bin/activate)"

@@ -37,7 +37,7 @@ while [ $# -gt 0 ]; do
                 echo "error: $flag must be a whole number of at least 1 (got '$value')" >&2
                 exit 2
             fi
-            minutes=$((10#$value)) # 08 is no octal number
+            minutes=$((10#$value)) # read 08 as a decimal number
             [ "$flag" = --minutes ] || minutes=$((minutes * 60)) ;;
         --data) sources "$value"; data+=("${found[@]}") ;;
         --conversations | --talks) sources "$value"; conversations+=("${found[@]}") ;;
@@ -56,7 +56,7 @@ fi
 cd "$repo"
 source runs/environment.sh
 cd "$here" # file names are relative to the folder where the script was started
-export PYTHONSAFEPATH=1 # which may hold a statistics.py
+export PYTHONSAFEPATH=1 # that folder may hold a statistics.py, which must not be imported
 
 tag="day-$minutes"
 base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"

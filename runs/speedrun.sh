@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The depth 20 model (561 M parameters, 11.2 G tokens of web text) on a rented node of 8 GPUs with 80 GB, trained from scratch to a chat model.
 # If interrupted, start it again and it continues.
-#     bash runs/speedrun.sh                     WANDB_RUN=name bash runs/speedrun.sh  logs to wandb as well
-#     GPUS=4 bash runs/speedrun.sh              on four, with the same total batch
-#     bash runs/speedrun.sh --dry_run           only prints what it takes, and stops; also for other GPUs: --dry_run --gpu rtx4090 --gpus 1
+#     bash runs/speedrun.sh                                        the whole run on eight GPUs
+#     GPUS=4 bash runs/speedrun.sh                                 on four, with the same total batch
+#     bash runs/speedrun.sh --dry_run                              only prints what it takes, and stops
+#     bash runs/speedrun.sh --dry_run --gpu rtx4090 --gpus 1       the same for other GPUs
+#     WANDB_RUN=name bash runs/speedrun.sh                         also sends curves and settings to Weights & Biases
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 depth="${DEPTH:-20}" rows="${ROWS:-32}" tokens="${TOKENS:-11.2e9}" gpus="${GPUS:-8}" script="${SCRIPT:-speedrun.sh}"

@@ -5,6 +5,9 @@
 #     bash runs/test.sh --newest        with the newest packages instead of those in runs/constraints.txt; names the ones that differ
 # Works from any folder. The last line is pytest's summary; the exit status is 0 only if every part passed.
 set -uo pipefail
+case "${1:-}" in
+    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 export LC_CTYPE="${LC_ALL:-${LC_CTYPE:-${LANG:-C}}}" LC_NUMERIC=C LC_COLLATE=C LC_MESSAGES=C # as in runs/environment.sh

@@ -28,9 +28,10 @@ quoted() {
     for word; do printf "'%s' " "${word//$mark/$escaped}"; done
 }
 
-# planned_run SCRIPT FLAGS... -- WORDS...: what the scripts of fixed length share. WORDS are their own: -h shows their first lines, and --dry_run
-# with further flags of `plan day` prints the page and stops. Else the page is printed, sets shards, vocab and rows, and stops the script if disk,
-# memory or text do not suffice; that is done once, at the first start with these flags. $own names the tokenizer of the script, for tokenizer_of.
+# planned_run SCRIPT FLAGS... -- WORDS...: the beginning of every script of fixed length. FLAGS go to `plan day`; WORDS are those of the user.
+# -h shows the first lines of the script. --dry_run, with further flags of `plan day`, prints the page and stops. Otherwise the page is printed and
+# sets shards, vocab and rows; the script stops if disk, memory or text do not suffice. This happens once, at the first start with these flags.
+# $own names the tokenizer of the script, for tokenizer_of.
 planned_run() {
     local script=$1 flags=() more=() settled word
     shift
@@ -55,7 +56,7 @@ planned_run() {
         more=("${@:2}")
         exec python -m scripts.plan day "${flags[@]}" --script="runs/$script" ${more[@]+"${more[@]}"}
     fi
-    # It is fixed at the first start with these flags: later ones find a part of what it needs on the disk already
+    # The plan is fixed at the first start with these flags, because later starts find a part of what it needs on the disk already
     local key
     key=$(printf '%s\n' "${flags[@]}" | cksum)
     own="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/plan/$script-${key%% *}"

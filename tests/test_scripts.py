@@ -218,6 +218,18 @@ def test_help_says_what_a_script_does(checkout, tmp_path, script):
     assert done.returncode == 0 and "--dry_run" in done.stdout and "set -euo" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "script",
+    ["quickstart", "mine", "one_day", "english_chat", "rap", "ittybitty", "run1000", "test"],
+)
+def test_help_comes_at_once(script):
+    """Nothing is installed first; the help is the comment at the top of the script, and no code."""
+    command = ["bash", f"runs/{script}.sh", "-h"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and f"bash runs/{script}.sh" in done.stdout
+    assert "#" not in done.stdout and "set -" not in done.stdout and not done.stderr
+
+
 def test_a_card_for_a_dry_run_replaces_the_one_of_the_script(checkout, tmp_path):
     file = checkout() / "runs/speedrun.sh"
     made = run(file, "--dry_run", "--gpu", "rtx4090", base=tmp_path / "b")["day"]
