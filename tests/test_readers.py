@@ -410,7 +410,7 @@ def test_hostile_files_are_listed_and_the_others_are_read(tmp_path, name):
     assert all("\0" not in text for text in texts)
     listed = {
         os.path.relpath(where, tmp_path).split("/")[0]: why
-        for why, where in (*found.listed, *report.skipped)
+        for why, where in (*found.skipped, *report.skipped)
     }
     assert list(listed) == [name]
     assert re.search(reason, listed[name]), listed[name]

@@ -329,7 +329,7 @@ def unpacked(path: Path, formats: tuple[str, ...], report: Report) -> Iterator[l
         except Exception as e:  # damaged in any way that zipfile and tarfile do not foresee
             raise UserError(f"{path} cannot be unpacked ({type(e).__name__}: {e})") from e
         found = in_folder(folder, path.name, formats)
-        report.skipped += found.listed
+        report.skipped += found.skipped
         report.level += 1
         try:
             yield found.files
