@@ -21,7 +21,7 @@ STORY = "It was a day like any other, and the boat was gone. "
 
 def names(folder, formats=(*TEXT, *ROWS)):
     found = find([folder], "s", formats)
-    return [str(p.relative_to(folder)) for p in found.files], dict(found.skipped)
+    return [str(p.relative_to(folder)) for p in found.files], dict(found.reasons())
 
 
 def put(folder, *files, text=STORY * 20):
@@ -318,4 +318,4 @@ def test_the_base_folder_within_the_texts_is_left_out(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("theirs")
     found = find([tmp_path], "s", (*TEXT, *ROWS))
     assert [file.name for file in found.files] == ["a.txt"]
-    assert found.skipped["the base folder"] == 1
+    assert found.reasons()["the base folder"] == 1

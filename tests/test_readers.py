@@ -288,6 +288,11 @@ def test_formats_of_people(tmp_path, name):
         assert any("guess" in note for note in report.notes), "a guess is reported"
 
 
+def test_files_of_an_archive_whose_names_lead_nowhere_are_all_read(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped({"..": "one", "./..": "two"}))
+    assert sorted(read(tmp_path / "a.zip")) == ["one", "two"]
+
+
 def twins():
     """A parquet file with two columns of one name."""
     import pyarrow as pa
@@ -320,7 +325,7 @@ HOSTILE = {
         gzip.compress(tarfile.TarInfo("a").tobuf()[:124] + b"20000000000\0" + bytes(376)),
         "cannot|hostile",
     ),
-    "nested.zip": (nested(6), "archive within 3 others"),
+    "nested.zip": (nested(6), "inside 3 other archives"),
     "locked.zip": (
         zipped({"a.txt": STORY}).replace(
             b"PK\x01\x02\x14\x03\x14\0\0", b"PK\x01\x02\x14\x03\x14\0\1"
@@ -328,12 +333,12 @@ HOSTILE = {
         "encrypted",
     ),
     "cut.zip": (zipped({"a.txt": STORY * 99})[:60], "cannot"),
-    "laughs.docx": (docx(paragraph("&a11;"), LAUGHS), "declares entities"),
-    "laughs.odt": (odt("<text:p>&a11;</text:p>", LAUGHS), "declares entities"),
+    "laughs.docx": (docx(paragraph("&a11;"), LAUGHS), "declares XML entities"),
+    "laughs.odt": (odt("<text:p>&a11;</text:p>", LAUGHS), "declares XML entities"),
     "laughs.epub": (epub(["&a11;"], LAUGHS), "Entit"),
     "outside.odt": (
         odt("<text:p>&x;</text:p>", '<!DOCTYPE x [<!ENTITY x SYSTEM "file:///etc/passwd">]>'),
-        "declares entities",
+        "declares XML entities",
     ),
     "deep.docx": (docx("<w:p>" * 20_000 + "</w:p>" * 20_000), "cannot be read|no text"),
     "notxml.docx": (docx("<w:p>"), "cannot be read"),
@@ -352,8 +357,8 @@ HOSTILE = {
     ),
     "broken.rtf": (b"{\\rtf1 " + b"{" * 50_000, "no text|cannot"),
     "nothing.eml": (b"Content-Type: image/png\n\nxx", "no text"),
-    "odd.ipynb": (b'{"cells": [1]}', "no notebook"),
-    "deep.ipynb": (b"[" * 200_000, "no notebook"),
+    "odd.ipynb": (b'{"cells": [1]}', "not a notebook"),
+    "deep.ipynb": (b"[" * 200_000, "not a notebook"),
     "deep.json": (b"[" * 200_000, "invalid JSON|Recursion"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "x"}\n' * 9999)[:40], "cannot read"),
     "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
@@ -388,7 +393,7 @@ HOSTILE = {
     "cut.txt.xz": (lzma.compress(STORY.encode() * 99)[:70], "cannot read"),
     "zeros.txt.bz2": (bz2.compress(bytes(50 << 20), 1), "zero bytes"),
     "plain.docx": (STORY.encode(), "not a zip file"),
-    "null.ipynb": (b'{"cells": null}', "no notebook"),
+    "null.ipynb": (b'{"cells": null}', "not a notebook"),
     "null.jsonl": (b"null\n", "line 1: expected an object with a text field"),
     "digits.jsonl": (b'{"text": "x", "n": ' + b"9" * 10_000 + b"}\n", "line 1: invalid JSON"),
     "header.csv": (b"text\n", "no text"),
@@ -410,7 +415,7 @@ def test_hostile_files_are_listed_and_the_others_are_read(tmp_path, name):
     assert all("\0" not in text for text in texts)
     listed = {
         os.path.relpath(where, tmp_path).split("/")[0]: why
-        for why, where in (*found.listed, *report.skipped)
+        for why, where in (*found.skipped, *report.skipped)
     }
     assert list(listed) == [name]
     assert re.search(reason, listed[name]), listed[name]

@@ -322,7 +322,7 @@ def test_memory_that_does_not_suffice_for_a_second_model_is_explained(models, mo
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
 
     monkeypatch.setattr(models, "load", load)
-    with pytest.raises(ApiError, match="does not suffice for old/base") as refused:
+    with pytest.raises(ApiError, match="not enough memory for old/base") as refused:
         models.get("old/base")
     assert refused.value.status == 503 and models.get("").id == "old/sft"
 
@@ -661,7 +661,7 @@ def test_a_body_that_does_not_come_is_refused(live, monkeypatch, length):
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(head + b"Content-Type: application/json\r\n\r\n")
         answer = closed_within(connection, 8)
-    assert answer.startswith(b"HTTP/1.1 408") and b"did not come" in answer
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive" in answer
 
 
 def guarded(app, client: str, sends=None, headers=()) -> list[dict]:

@@ -7,9 +7,9 @@ that holds to the bit (without a prior, for prompts that are read in one pass); 
 of other shapes are rounded differently, which can decide a near tie. A row finishes with "stop" (it
 sampled <|assistant_end|> or <|bos|>), "length" (max_tokens), "context" (sequence_len positions are
 filled) or "cancelled". A prompt of sequence_len tokens or more keeps its first token (<|bos|>) and
-its end; the sample says how many tokens were dropped. When a row closes a tool call, the
-calculator's output is forced into it; no row can sample the tokens that frame such an output.
-Nothing here trains or changes the model.
+its end; the sample says how many tokens were dropped. When a row closes a tool call, the tokens of
+the calculator's output follow; no row can sample the tokens that frame such an output. Nothing here
+trains or changes the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,8 +40,8 @@ class Token(NamedTuple):
     row: int
     id: int
     finish: str  # "" while the row continues, else why it ended; with "stop", id is the stop token
-    logprob: float | None = None  # where the row's sampling asks for it; None for forced tokens
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens at this place: (id, logprob)
+    logprob: float | None = None  # if the row's sampling asks for it; None for forced tokens
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens in its place: (id, logprob)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Sample:
 @dataclass(frozen=True)
 class Continuation:
     """
-    A prompt to continue: `samples` times, sample i with the random numbers of the seed "SEED/i".
+    A prompt to continue `samples` times; sample i draws its random numbers from the seed "SEED/i".
     With max_tokens None, a continuation goes on to the end of the context.
     """
 
@@ -72,8 +72,8 @@ class Continuation:
 
 class Engine:
     """
-    Generates with a model. The weights of a model in training are read anew for every Batch; those
-    of a model without gradients are prepared once.
+    Generates with a model. The weights of a model in training are copied again for every Batch;
+    those of a model without gradients are copied once.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, graphs: bool = True):
@@ -85,10 +85,8 @@ class Engine:
 
     def row_bytes(self) -> int:
         """The memory of one row's keys and values over the whole context, in bytes."""
-        config = self.model.config
-        size = (
-            4 if self.model.embed.weight.device.type == "cpu" else self.model.compute_dtype.itemsize
-        )
+        config, on_cpu = self.model.config, self.model.embed.weight.device.type == "cpu"
+        size = 4 if on_cpu else self.model.compute_dtype.itemsize
         return 2 * config.n_layer * config.n_kv_head * config.head_dim * config.sequence_len * size
 
     def packed(self) -> tuple[GPT, nn.Module]:
@@ -98,7 +96,7 @@ class Engine:
         return self._packed
 
     def graphs(self) -> Graphs | None:
-        """What decodes with CUDA graphs; None without."""
+        """The CUDA graphs for decoding; None if the engine does not use any."""
         if self._graphs is None and self._use_graphs:
             self._graphs = Graphs(*self.packed(), self.model.config.softcap)
         return self._graphs
@@ -115,7 +113,8 @@ class Engine:
     ) -> Iterator[list[Token]]:
         """
         Stream num_samples continuations of one prompt: each item holds the tokens of one step,
-        those of a row in order. With max_tokens None, they go on to the end of the context.
+        those of a row in order. See Continuation for max_tokens and Sampling for the rest. Raises
+        ValueError for an empty prompt and UserError for impossible settings.
         """
         batch = Batch(self)
         sampling = Sampling(temperature, top_k, top_p)
@@ -136,7 +135,7 @@ class Engine:
         """
         num_samples samples of each prompt, prompt by prompt. With one seed per prompt, a prompt
         gives the same samples at any position in the list; with one seed for all, prompt number i
-        always draws the same random numbers.
+        always draws the same random numbers. Arguments and errors as for generate().
         """
         if isinstance(seed, int):
             seeds = [f"{seed}/{i}" for i in range(len(prompts))]
@@ -152,7 +151,7 @@ class Engine:
 
 @dataclass(eq=False)
 class _Row:
-    """A sample under way."""
+    """A sample that is being generated."""
 
     number: int
     sample: Sample
@@ -168,12 +167,12 @@ class Batch:
     """
     Rows that are decoded together. Prompts join at any time, each step gives every row its next
     token, and rows leave when they finish or are cancelled. len() counts the rows in the batch.
-    Do not train the model while a batch is in use. `most_rows` says how many rows are to be
-    expected at once where prompts join all the time: memory grows to it in few steps.
+    Do not train the model while a batch is in use. `most_rows` is the largest number of rows to
+    expect at once, if prompts join all the time: the cache grows to it in few steps.
     """
 
     def __init__(self, engine: Engine, most_rows: int = 0):
-        self._room = (most_rows, engine.model.config.sequence_len)
+        self._most = (most_rows, engine.model.config.sequence_len)  # rows, tokens per row
         self._tokenizer, self._config = engine.tokenizer, engine.model.config
         self._forced_only = set(engine.tokenizer.never_sampled)
         specials = engine.tokenizer.specials
@@ -182,7 +181,7 @@ class Batch:
         self._graphs = engine.graphs()
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._cache: Any = None  # a KVCache once rows have joined
-        self._joined = 0  # rows so far, which numbers them
+        self._joined = 0  # rows so far; the number of the next row
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -210,42 +209,47 @@ class Batch:
             entry.read(max(PREFILL_CHUNK * len(prompts), PREFILL_TOKENS))
         return self.admit(entry)
 
-    def open(self, wanted: Sequence[Continuation]) -> "Entry":
-        """The first half of join: rows whose prompts can be read in pieces between steps."""
-        if not all(one.prompt and one.samples > 0 for one in wanted):
+    def open(self, continuations: Sequence[Continuation]) -> "Entry":
+        """
+        The first half of join(): rows whose prompts can be read in pieces between steps. Raises
+        ValueError as join() does.
+        """
+        if not all(one.prompt and one.samples > 0 for one in continuations):
             raise ValueError(
                 "generation needs at least one sample, and a prompt of at least one token: "
                 "begin with <|bos|>"
             )
         context = self._config.sequence_len
         rows: list[_Row] = []
-        for one in wanted:
-            kept, most = clip(one.prompt, max(1, context - 1)), one.max_tokens
-            room = context + 1 - len(kept)  # the last new token need not be fed
-            limit = room if most is None else min(most, room)
-            reason = "length" if limit == most else "context"
+        prompts: list[int] = []  # of each row, the number of its continuation
+        for n, one in enumerate(continuations):
+            kept = clip(one.prompt, max(1, context - 1))
+            limit, reason = context + 1 - len(kept), "context"  # the last token need not be fed
+            if one.max_tokens is not None and one.max_tokens <= limit:
+                limit, reason = one.max_tokens, "length"
             dropped = len(one.prompt) - len(kept)
             for i in range(one.samples):
                 sample = Sample(kept, dropped, finish="" if limit > 0 else reason)
                 number, random = self._joined + len(rows), Random(f"{one.seed}/{i}")
                 calls = ToolCalls(self._tokenizer)
                 rows.append(_Row(number, sample, one.sampling, limit, reason, random, calls))
+                prompts.append(n)
         self._joined += len(rows)
-        firsts = [n for n, one in enumerate(wanted) for _ in range(one.samples)]
-        return Entry(self._body, rows, firsts, context)
+        return Entry(self._body, rows, prompts, context)
 
     @torch.inference_mode()
     def admit(self, entry: "Entry") -> dict[int, Sample]:
         """
-        The second half of join: the rows of an entry whose prompts are read take part from now on.
+        The second half of join(): add the rows of an entry whose prompts have been read. Returns
+        what join() does.
         """
         assert entry.done, "the prompts have not been read to their end"
-        rows, cache = entry.expanded()
+        rows, cache = entry.rows_to_decode()
         if cache is not None:
             if self._cache is None:
                 self._cache = cache
             else:
-                self._cache.append(cache, self._room)
+                self._cache.append(cache, self._most)
             self._rows += rows
         return {row.number: row.sample for row in entry.rows}
 
@@ -261,22 +265,24 @@ class Batch:
             self._cache, step = graphs.step(self, self._cache, samplings)
             if step is not None:
                 return self._finish_step(rows, *self._run(step, samplings))
-        if waiting := [len(row.pending) for row in self._rows if row.pending]:
-            _feed(self._body, self._cache, self._rows, min(waiting))
-        places = [i for i, row in enumerate(self._rows) if not row.pending]
+        if waiting := [len(row.pending) for row in rows if row.pending]:
+            _feed(self._body, self._cache, rows, min(waiting))
+        places = [i for i, row in enumerate(rows) if not row.pending]
         if not places:
             return []
-        ready, hidden = [self._rows[i] for i in places], self._cache.hidden[0]
-        if len(ready) < len(self._rows):
+        ready, hidden = [rows[i] for i in places], self._cache.hidden[0]
+        if len(ready) < len(rows):
             hidden = hidden[places]
-        logits, uniform = self._head(hidden).float(), [row.random.random() for row in ready]
-        return self._finish_step(ready, logits, self._choose(logits, uniform, ready))
+        logits = self._head(hidden).float()
+        return self._finish_step(ready, logits, self._choose(logits, ready))
 
-    def _choose(self, logits: Tensor, uniform: list[float], rows: list[_Row]) -> list[int]:
+    def _choose(self, logits: Tensor, rows: list[_Row]) -> list[int]:
+        """The next token of each row, drawn from its logits (R, V) with its random numbers."""
+        uniform = [row.random.random() for row in rows]
         return choose(logits, uniform, [row.sampling for row in rows], self._config.softcap)
 
     def _run(self, step: Step, samplings: list[Sampling]) -> tuple[Tensor, list[int]]:
-        """Feed every row its token: the logits and the rows' next tokens."""
+        """Feed every row its token. Returns the logits (R, V) and the rows' next tokens."""
         tokens, uniform = [], []
         for row in self._rows:
             tokens += row.pending
@@ -285,14 +291,15 @@ class Batch:
         return step.run(self._cache, tokens, uniform, samplings)
 
     def _finish_step(self, ready: list[_Row], logits: Tensor, chosen: list[int]) -> list[Token]:
-        """Take the chosen tokens of the rows that are ready; logits (R, V) are not capped."""
-        forged = [i for i, id in enumerate(chosen) if id in self._forced_only]
-        if forged:  # drawn again without them: rare, and all other draws stay what they are
-            again = logits[forged]
-            again[:, list(self._forced_only)] = -torch.inf
-            fresh = [ready[i].random.random() for i in forged]
-            ids = self._choose(again, fresh, [ready[i] for i in forged])
-            for i, id in zip(forged, ids, strict=True):
+        """Add the chosen tokens to the rows that are ready; logits (R, V) are not capped."""
+        forbidden = [i for i, id in enumerate(chosen) if id in self._forced_only]
+        if (
+            forbidden
+        ):  # rare: drawing again for these rows leaves the draws of all others as they are
+            allowed = logits[forbidden]
+            allowed[:, list(self._forced_only)] = -torch.inf
+            redrawn = self._choose(allowed, [ready[i] for i in forbidden])
+            for i, id in zip(forbidden, redrawn, strict=True):
                 chosen[i] = id
         reports = _log_probabilities(logits, self._config.softcap, ready, chosen)
         tokens = []
@@ -316,14 +323,17 @@ class Batch:
                 return
 
     def _remove(self, row: _Row) -> None:
-        """Forget a row; the last one takes its place, as in the cache."""
+        """Drop a row; the last one moves to its place, as in the cache."""
         index = self._rows.index(row)
         self._cache.drop(index)
         self._rows[index] = self._rows[-1]
         self._rows.pop()
 
     def _take(self, row: _Row, id: int) -> list[Token]:
-        """Add a sampled token to a row, and the calculator's output if it ends a tool call."""
+        """
+        Add a sampled token to a row, and the calculator's output if the token ends a tool call.
+        Returns the new tokens.
+        """
         sample = row.sample
         if id in self._stops:
             sample.finish, sample.stop = "stop", id
@@ -342,17 +352,23 @@ class Entry:
     """Rows whose prompts are being read, each prompt once, before they join a batch."""
 
     def __init__(self, body: GPT, rows: list[_Row], prompts: list[int], context: int):
-        """`prompts` says which prompt a row continues: rows of one prompt follow each other."""
+        """`prompts` has the number of each row's prompt; rows of one prompt follow each other."""
         self.rows = rows
         self._body = body
-        firsts: dict[int, _Row] = {}
-        wanted = [(row, n) for row, n in zip(rows, prompts, strict=True) if not row.sample.finish]
-        for row, n in wanted:
-            firsts.setdefault(n, row)
-        self._firsts, place = list(firsts.values()), {n: i for i, n in enumerate(firsts)}
-        self._wanted = [(row, place[n]) for row, n in wanted]  # others have nothing to generate
+        self._firsts: list[_Row] = []  # the first row of each prompt, which reads it for all
+        self._unfinished: list[_Row] = []  # rows with something to generate
+        self._places: list[int] = []  # of the prompt of each unfinished row among `_firsts`
+        last_prompt = None
+        for row, prompt in zip(rows, prompts, strict=True):
+            if row.sample.finish:
+                continue
+            if prompt != last_prompt:
+                self._firsts.append(row)
+                last_prompt = prompt
+            self._unfinished.append(row)
+            self._places.append(len(self._firsts) - 1)
         self.cache: Any = None
-        if firsts:
+        if self._firsts:
             capacity = max(len(row.sample.prompt) + row.limit - 1 for row in self._firsts)
             self.cache = body.new_cache(len(self._firsts), min(capacity, context))
             hidden = body.cos.new_zeros(1, len(self._firsts), body.config.n_embd)
@@ -367,19 +383,19 @@ class Entry:
     @torch.inference_mode()
     def read(self, tokens: int) -> int:
         """
-        Read at most about `tokens` tokens of the prompts, one per prompt at least; returns how
-        many.
+        Read about `tokens` tokens of the prompts at most, at least one of each; returns how many
+        were read.
         """
         before = sum(len(row.pending) for row in self._firsts)
         _feed(self._body, self.cache, self._firsts, max(1, tokens // len(self._firsts)))
         return before - sum(len(row.pending) for row in self._firsts)
 
     @torch.inference_mode()
-    def expanded(self) -> tuple[list[_Row], Any]:
+    def rows_to_decode(self) -> tuple[list[_Row], Any]:
         """The rows that have something to generate, and the cache with a row for each of them."""
-        if len(self._wanted) > len(self._firsts):
-            self.cache = self.cache.expand([place for _, place in self._wanted])
-        return [row for row, _ in self._wanted], self.cache
+        if len(self._unfinished) > len(self._firsts):
+            self.cache = self.cache.expand(self._places)
+        return self._unfinished, self.cache
 
 
 # ---- the parts of a step
@@ -396,19 +412,19 @@ def _log_probabilities(
     logits: Tensor, softcap: float, rows: list[_Row], chosen: list[int]
 ) -> dict[int, dict[str, Any]]:
     """
-    {row number: the logprob and top of its Token} for rows whose sampling asks for them, at
+    {row number: {"logprob", "top"} of its Token} for rows whose sampling asks for them, at
     temperature 1.
     """
-    wanted = [i for i, row in enumerate(rows) if row.sampling.alternatives is not None]
-    if not wanted:
+    asking = [i for i, row in enumerate(rows) if row.sampling.alternatives is not None]
+    if not asking:
         return {}
-    logits = capped(logits[wanted], softcap).to(wide(logits.device))
+    logits = capped(logits[asking], softcap).to(wide(logits.device))
     log_p = torch.log_softmax(logits, dim=-1).float()
-    most = max(rows[i].sampling.alternatives or 0 for i in wanted)
+    most = max(rows[i].sampling.alternatives or 0 for i in asking)
     values, ids = (x.tolist() for x in log_p.topk(most, dim=-1))
-    own = log_p.gather(1, torch.tensor([[chosen[i]] for i in wanted], device=log_p.device))
+    own = log_p.gather(1, torch.tensor([[chosen[i]] for i in asking], device=log_p.device))
     reports = {}
-    for n, i in enumerate(wanted):
+    for n, i in enumerate(asking):
         top = tuple(zip(ids[n], values[n], strict=True))[: rows[i].sampling.alternatives]
         reports[rows[i].number] = {"logprob": float(own[n, 0]), "top": top}
     return reports
@@ -416,8 +432,8 @@ def _log_probabilities(
 
 def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> None:
     """
-    One pass over at most `limit` pending tokens of each row, padded on the right to the longest;
-    a row that has none stays as it is.
+    Feed at most `limit` pending tokens of each row in one pass, padded on the right to the longest.
+    The cache keeps the last hidden state of each row; a row without pending tokens does not change.
     """
     fed = [row.pending[:limit] for row in rows]
     longest = max(map(len, fed))

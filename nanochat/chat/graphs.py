@@ -1,12 +1,12 @@
 """
-Decoding with CUDA graphs, which launch a whole step at once: a small model's step takes longer to
-launch, kernel by kernel, than to run.
+Decoding with CUDA graphs, which launch a whole step at once: launching the step of a small model
+kernel by kernel takes longer than running it.
 
 A graph always reads the same memory. So the rows of a batch move to a cache with room for 1, 2, 4,
 8, 16 or 32 rows of the whole context; the tokens, lengths and settings of a step are written to the
 device in one transfer, and its tokens come back in another. A step attends to as many slots as its
-longest row needs, rounded up to a power of two. Rows that read a tool's output, or that draw in
-different ways, take the other path (generate.py), which gives the same tokens.
+longest row needs, rounded up to a power of two. When rows read a tool's output, or draw in
+different ways, the batch decodes without a graph (generate.py), which gives the same tokens.
 """
 
 import weakref
@@ -37,7 +37,7 @@ class Step:
         self.body, self.head, self.softcap = graphs.body, graphs.head, graphs.softcap
         self.drawn, self.nucleus = drawn, nucleus
         self.view = OneToken(cache, rows, slots)
-        # A row that is not in use writes to the slot that nothing reads
+        # A row that is not in use writes to a slot that nothing reads
         self.idle = [0.0, float(cache.capacity), 0.0, 0.0, 1.0, 1.0]
         self.given = torch.zeros(6, rows, dtype=torch.float64, device=cache.k.device)
         self._give([])
@@ -108,8 +108,8 @@ class Graphs:
         self, batch: Any, cache: KVCache, samplings: Sequence[Sampling]
     ) -> tuple[KVCache, Step | None]:
         """
-        The step of a batch whose rows all have one token to be fed, None if it must take the other
-        path; and the cache where its rows are from now on.
+        The cache that holds the rows of the batch from now on, and the step for them; None if the
+        batch must decode without a graph. Each row has one token to feed.
         """
         count, context = len(samplings), self.body.config.sequence_len
         draws = {width(sampling, self.body.config.vocab_size) for sampling in samplings}
@@ -128,7 +128,7 @@ class Graphs:
         except RuntimeError as e:
             if not out_of_memory(e):
                 raise
-            notice("out of memory for CUDA graphs: decoding without them")
+            notice("out of memory for CUDA graphs: decoding goes on, slower, without them")
             self._patience, self._cache = PATIENCE**4, None
             self._steps.clear()
             release_memory()
@@ -136,17 +136,17 @@ class Graphs:
         return cache, self._steps[key]
 
     def _moved(self, batch: Any, cache: KVCache, rows: int) -> KVCache:
-        """The cache with room for so many rows, in memory of which graphs may be captured."""
+        """The rows of a cache in one that has room for `rows` rows of the whole context."""
         context = self.body.config.sequence_len
         owner = self._owner()
         if cache is not self._cache or cache.room[0] < rows or cache.room[1] < context:
-            ours = self._cache if not owner or not len(owner) else None
-            if ours is None or ours is cache or ours.room[0] < rows:
-                ours = cache.moved(rows, context)
+            reusable = self._cache if not owner or not len(owner) else None
+            if reusable is None or reusable is cache or reusable.room[0] < rows:
+                cache = cache.moved(rows, context)
             else:
-                ours.clear()
-                ours.append(cache)
-            cache = ours
+                reusable.clear()
+                reusable.append(cache)
+                cache = reusable
         if cache.address != self._memory:
             self._steps.clear()
         self._cache, self._owner, self._memory = cache, weakref.ref(batch), cache.address

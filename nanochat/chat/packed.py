@@ -18,13 +18,13 @@ from nanochat.model.gpt import GPT, Attention, Block, Linear, norm
 class PackedLinear(nn.Module):
     """
     x W^T with W cast once, where W may be several matrices, one below the other. On a CPU, W is
-    also laid out once as the matrix library prefers it, which makes products of few rows two to
-    three times faster.
+    also stored once in the layout of the matrix library, which makes products of few rows two to
+    three times as fast.
     """
 
     def __init__(self, *weights: Tensor, dtype: torch.dtype):
         super().__init__()
-        self.source = [weight.detach() for weight in weights]  # in a list: it is no parameter
+        self.source = [weight.detach() for weight in weights]  # in a list: not a parameter
         self.weight, self.packed = self.current().to(dtype), None
         if self.weight.device.type == "cpu":
             try:  # private operators, which compiled models use too; without them, F.linear
@@ -113,8 +113,8 @@ def packed_copy(model: GPT) -> tuple[GPT, nn.Module]:
 @torch.no_grad()
 def refresh(body: GPT, head: nn.Module, model: GPT) -> bool:
     """
-    Bring a packed copy up to date with its model, in the same memory, which CUDA graphs need. False
-    if it must be made anew.
+    Update a packed copy from its model, in the same memory, which CUDA graphs need. Returns False
+    if a new copy is needed instead.
     """
     if not any(p.requires_grad for p in model.parameters()):
         return True

@@ -39,7 +39,7 @@ class Reply:
         return self.parts
 
     def stream(self, steps: Iterable[list["Token"]]) -> Iterator[tuple[str, str]]:
-        """The pieces of a reply whose tokens Engine.generate brings."""
+        """The pieces of a reply, from the steps of Engine.generate."""
         for step in steps:
             for token in step:
                 if piece := self.push(token):
@@ -79,7 +79,7 @@ class Continuation:
         self._decoder = StreamDecoder(tokenizer)
 
     def stream(self, steps: Iterable[list["Token"]]) -> Iterator[str]:
-        """The pieces of text whose tokens Engine.generate brings."""
+        """The pieces of the text, from the steps of Engine.generate."""
         for step in steps:
             for token in step:
                 self.tokens += 1
@@ -90,14 +90,14 @@ class Continuation:
 
 
 def continue_text(engine: "Engine", text: str, **sampling: Any) -> Iterator[str]:
-    """The pieces of the text that a model writes after `text`."""
+    """The pieces of the text that a model writes after `text`; `sampling`: see Engine.generate."""
     steps = engine.generate(engine.tokenizer.encode(text, bos=True), **sampling)
     return Continuation(engine.tokenizer).stream(steps)
 
 
 def answer_room(context: int, max_tokens: int) -> int:
     """
-    The tokens of a context that a prompt leaves for the answer: `max_tokens`, but at least a
+    How many tokens of a context a prompt must leave for the answer: `max_tokens`, but at least a
     quarter and at most half of the context.
     """
     return max(context // 4, min(max_tokens, context // 2))
@@ -105,8 +105,9 @@ def answer_room(context: int, max_tokens: int) -> int:
 
 def fit_prompt(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple[list[int], int]:
     """
-    The prompt of a conversation in at most `limit` tokens, and how many were cut: the first ones of
-    the last question. What stands before it stays, unless that takes more than half of the room.
+    The prompt of a conversation in at most `limit` tokens, and how many tokens were cut: the first
+    ones of the last question. What comes before it is kept, unless that takes more than half of the
+    limit.
     """
     prompt = tokenizer.render_prompt({"messages": messages})
     if len(prompt) <= limit:
@@ -122,8 +123,9 @@ def fit_prompt(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple[
 
 def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tuple[dict, int]:
     """
-    The conversation without its oldest exchanges, as few as needed for a prompt of at most `limit`
-    tokens, and how many were dropped. The system message and the last question always stay.
+    The conversation without its oldest exchanges, and how many were dropped: as few as needed for a
+    prompt of at most `limit` tokens. The system message and the last question are always kept.
+    Raises UserError if messages have no right shape.
     """
     messages = conversation["messages"]
     first = 1 if messages and messages[0]["role"] == "system" else 0
@@ -133,7 +135,7 @@ def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tu
     sizes = [_size(tokenizer, message) for message in messages]
     start, rest = first, sum(sizes[first:])
     while len(messages) - start > 2:
-        rest -= sizes[start]  # now of what follows the first question
+        rest -= sizes[start]  # the tokens of what follows the question `start`
         head = {"messages": [*messages[:first], messages[start]]}
         if rest <= limit and rest + len(tokenizer.render_prompt(head)) <= limit:
             break
@@ -144,6 +146,6 @@ def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tu
 
 
 def _size(tokenizer: Tokenizer, message: dict) -> int:
-    """The tokens that a message takes in a conversation."""
+    """How many tokens a message takes in a conversation."""
     _, *pieces = conversation_pieces([message])  # without <|bos|>
     return sum(1 if piece.special else len(tokenizer.encode(piece.text)) for piece in pieces)

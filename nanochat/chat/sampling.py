@@ -13,8 +13,8 @@ from torch import Tensor
 from nanochat.base.common import UserError
 from nanochat.model.loss import capped
 
-LEAST_TEMPERATURE = 1e-6  # a lower one takes the likeliest token: logits divided by it overflow
-GREEDY, WHOLE = 0, -1  # how a row draws: the likeliest token; from all tokens, unsorted
+LEAST_TEMPERATURE = 1e-6  # a lower one counts as 0: logits divided by it would overflow
+GREEDY, WHOLE = 0, -1  # values of width(): take the likeliest token; draw from all, unsorted
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    alternatives: int | None = None  # log probabilities of this many likely tokens are wanted
+    alternatives: int | None = None  # report the log probabilities of this many likely tokens
 
     def __post_init__(self):
         share = 1.0 if self.top_p is None else self.top_p
@@ -41,7 +41,7 @@ class Sampling:
 
 
 def width(sampling: Sampling, V: int) -> int:
-    """From how many of the likeliest of V tokens a row draws; GREEDY or WHOLE."""
+    """How many of the likeliest of V tokens a row draws from, or GREEDY or WHOLE."""
     top_k = min(sampling.top_k or V, V)
     if sampling.temperature < LEAST_TEMPERATURE:
         return GREEDY
@@ -53,27 +53,28 @@ def choose(
 ) -> list[int]:
     """
     One token per row of logits (R, V) before their cap, by inverting the cumulative distribution at
-    the row's own number in [0, 1). Ties at temperature 0 go to the lower id.
+    the row's own number in [0, 1). Ties at temperature 0 go to the lower id. Raises UserError for
+    logits that are not finite.
     """
     chosen = [0] * len(samplings)
-    groups: dict[int, list[int]] = {}  # rows by how many of the likeliest tokens are sorted
+    groups: dict[int, list[int]] = {}  # width -> rows
     for i, sampling in enumerate(samplings):
         groups.setdefault(width(sampling, logits.size(-1)), []).append(i)
-    for tokens, rows in groups.items():
+    for group_width, rows in groups.items():
         own = logits if len(rows) == len(samplings) else logits[rows]
-        if tokens == GREEDY:
-            found = likeliest(own)
+        if group_width == GREEDY:
+            drawn = likeliest(own)
         else:
             values = [(uniform[i], *settings(samplings[i])) for i in rows]
             given = torch.tensor(values, dtype=wide(logits.device), device=logits.device).mT
-            found = draw(own, given, tokens, any(samplings[i].top_p for i in rows), softcap)
-        for i, id in zip(rows, checked(found), strict=True):
+            drawn = draw(own, given, group_width, any(samplings[i].top_p for i in rows), softcap)
+        for i, id in zip(rows, checked(drawn), strict=True):
             chosen[i] = id
     return chosen
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The dtype of probabilities."""
+    """The dtype of probabilities: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -83,17 +84,17 @@ def settings(sampling: Sampling) -> tuple[float, float]:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest tokens of rows (R, V) and, below them, their logits: (2, R)."""
+    """(2, R): the likeliest tokens of rows (R, V), and their logits."""
     value, picked = logits.max(dim=-1)
     return torch.stack((picked.float(), value.float()))
 
 
 def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool, softcap: float) -> Tensor:
     """
-    The tokens of rows (R, V) that draw from the same number of likeliest tokens, or from all, and
-    below them the numbers that they were found by: (2, R). given (3, R): a number in [0, 1), the
-    temperature and top_p of each row; `nucleus`: whether any row has a top_p. It waits for nothing.
-    The cap changes no order, so only the likeliest logits need it.
+    (2, R): a token for each row of logits (R, V) of the same `width`, and the sum of the weights it
+    was drawn from, which checked() tests. given (3, R): a number in [0, 1), the temperature and
+    top_p of each row; `nucleus`: whether any row has a top_p. Never waits for the device. The
+    softcap does not change the order of logits, so only the likeliest ones are capped.
     """
     if width == GREEDY:
         return likeliest(logits)
@@ -106,18 +107,19 @@ def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool, softcap: floa
         p = p.masked_fill((p.cumsum(dim=-1) - p >= top_p) & (top_p < 1), 0)
     cumulative = p.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # Never beyond the last possible token
+    # Below the total, so that a token without probability is never drawn
     at = torch.minimum(u * total, torch.nextafter(total, -total))
-    # Clamped, because sums that are not numbers would find a place outside
+    # Clamped, because a sum that is not a number gives an index outside
     picked = torch.searchsorted(cumulative, at, right=True).clamp(max=p.size(-1) - 1)
-    picked = picked if ids is None else ids.gather(1, picked)
+    if ids is not None:
+        picked = ids.gather(1, picked)
     return torch.stack((picked.squeeze(1).float(), total.squeeze(1).float()))
 
 
-def checked(found: Tensor) -> list[int]:
-    """The tokens of draw() as a list; UserError if the numbers they were found by are none."""
-    chosen, found_by = found.tolist()  # one transfer; ids are below 2^24, exact in float32
-    if not all(map(math.isfinite, found_by)):
+def checked(drawn: Tensor) -> list[int]:
+    """The tokens of draw() or likeliest() (2, R) as a list. UserError if a sum is not finite."""
+    chosen, sums = drawn.tolist()  # one transfer; ids are below 2^24, exact in float32
+    if not all(map(math.isfinite, sums)):
         raise UserError(
             "the model's outputs are not numbers, so no token can be chosen: its weights are too "
             "large for their precision; use --dtype=float32, or another checkpoint"

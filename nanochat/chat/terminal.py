@@ -34,11 +34,13 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Show a piece of text; nothing in it can change the terminal's state."""
-        print(text := printable(text), end="", flush=True)
-        self._line_open = not text.endswith("\n") if text else self._line_open
+        text = printable(text)
+        print(text, end="", flush=True)
+        if text:
+            self._line_open = not text.endswith("\n")
 
     def end(self) -> None:
-        """End a text: its line, and in a pipe always one line more."""
+        """End a text with a line break; in a terminal, only if the cursor stands behind text."""
         if self._line_open or not self.styled:
             print(flush=True)
         self._line_open = False
@@ -52,7 +54,7 @@ class Screen:
             print(printable(text), file=sys.stderr, flush=True)
 
     def label(self, name: str) -> None:
-        """Say in a terminal who speaks."""
+        """In a terminal, show who speaks next."""
         if self.styled:
             print(self._in_colour(BOLD, printable(name)), end=" ", flush=True)
             self._line_open = True
@@ -79,9 +81,9 @@ class Prompt:
     ):
         self.label, self.history, self.style, self.words = label, history, style or {}, words
         self.continued = continued
-        self.prefilled = ""  # stands on the next line from the start
-        self.cleared = False  # whether Ctrl+C cleared something since the last text
-        self._typed = False  # the same of the present line alone
+        self.prefilled = ""  # the next line begins with this text, to be edited
+        self.cleared = False  # whether Ctrl+C cleared a line since the last text
+        self._typed = False  # whether Ctrl+C cleared the current line
 
     def __iter__(self) -> Iterator[str]:
         from prompt_toolkit import PromptSession
@@ -98,7 +100,7 @@ class Prompt:
             complete_style=CompleteStyle.READLINE_LIKE,
             complete_while_typing=False,
         )
-        left = False  # whether Ctrl+C was the last key, on an empty line
+        warned = False  # whether the last key was Ctrl+C on an empty line
         while True:
             prefilled, self.prefilled = self.prefilled, ""
             self._typed = False
@@ -111,12 +113,12 @@ class Prompt:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if left and not self._typed:
+                if warned and not self._typed:
                     return
-                left = True
+                warned = True
                 Screen(True).remark("Ctrl+C once more exits")
             else:
-                left = False
+                warned = False
                 yield text
                 self.cleared = False
 
@@ -131,11 +133,8 @@ class Prompt:
         def _(event: "KeyPressEvent") -> None:
             buffer = event.current_buffer
             document = buffer.document
-            if (
-                self.continued
-                and document.is_cursor_at_the_end
-                and document.current_line.endswith("\\")
-            ):
+            at_backslash = document.is_cursor_at_the_end and document.current_line.endswith("\\")
+            if self.continued and at_backslash:
                 buffer.delete_before_cursor()
                 buffer.insert_text("\n")
             else:

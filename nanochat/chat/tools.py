@@ -3,9 +3,10 @@ The calculator that the model may call: arithmetic and counting in words, as in 
 'strawberry'.count('r') or len('tree').
 
 An expression must match a small alphabet; then it is parsed to a syntax tree, and this file, not
-Python's eval, computes the few kinds of nodes named here. The calculator refuses all else: names,
-attributes, indexing, comparisons, formatted strings, backslashes, integers beyond MAX_DIGITS digits
-(before it computes them), and anything long or deep. Nothing is slow, so there is no timeout.
+Python's eval, computes the few kinds of nodes named here. The calculator refuses everything else:
+names, attributes, indexing, comparisons, formatted strings, backslashes, integers beyond MAX_DIGITS
+digits (before it computes them), and anything long or deep. No operation is slow, so there is no
+timeout.
 """
 
 import ast
@@ -56,8 +57,8 @@ class ToolCalls:
 
 def calculate(expression: str) -> str | None:
     """
-    The result as the model reads it, or None when the calculator refuses; never an exception.
-    Integers come in full, other numbers with the 15 digits of which a double is sure.
+    The result as the model reads it, or None if the calculator refuses; never raises. Integers are
+    written in full, other numbers with 15 digits, which a double holds exactly.
     """
     if len(expression) > MAX_LENGTH:
         return None

@@ -10,8 +10,9 @@ T = TypeVar("T")
 
 def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:
     """
-    The items, none of which is None, of which a thread prepares up to `depth` in advance. What
-    preparing raises is raised here. close() ends the thread after the item it is preparing.
+    Yield `items`, of which a thread prepares up to `depth` in advance. None of them may be None.
+    An exception of `items` is raised here. close() ends the thread after the item that it is
+    preparing.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
     try:

@@ -23,25 +23,26 @@ class Contexts:
     @classmethod
     def parse(cls, texts: Sequence[str], longest: int, fixed: bool = True) -> "Contexts":
         """
-        The stages that texts such as "512@0" "1024@0.6" spell; without any, one stage of `longest`
-        tokens. If `fixed`, the last stage must have `longest` tokens. Raises UserError for anything
-        that is not a list of stages.
+        The stages written as texts such as "512@0" "1024@0.6"; without texts, one stage of
+        `longest` tokens. If `fixed`, the last stage must have `longest` tokens. Raises UserError
+        for invalid stages.
         """
         words = " ".join(texts).split()
         matches = [re.fullmatch(r"(\d+)@(\d*\.?\d+|\d+\.)", word) for word in words]
         stages = [(float(m[2]), int(m[1])) for m in matches if m] or [(0.0, longest)]
-        (first, shortest), (last, end) = stages[0], stages[-1]
+        first_share, shortest = stages[0]
+        last_share, last_length = stages[-1]
         rising = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(stages))
-        if not (all(matches) and rising and first == 0 and last < 1 and shortest > 0):
+        if not (all(matches) and rising and first_share == 0 and last_share < 1 and shortest > 0):
             raise UserError(
                 f"the context stages {' '.join(words)} are invalid: write TOKENS@SHARE for "
                 "each, with rising tokens and shares, the first share 0 and the last below 1, "
                 "as in 512@0 1024@0.6 2048@0.9"
             )
-        if fixed and end != longest:
+        if fixed and last_length != longest:
             raise UserError(
-                f"the last context stage has {end} tokens, but --sequence_len is {longest}: "
-                "make them equal, or leave one flag out"
+                f"the last context stage has {last_length} tokens, but --sequence_len is "
+                f"{longest}: make them equal, or leave one flag out"
             )
         return cls(tuple(stages))
 
@@ -57,7 +58,8 @@ class Contexts:
         """Tokens per row at this progress."""
         return [T for begin, T in self.stages if progress >= begin][-1]
 
-    def mean(self, of: Callable[[int], float]) -> float:
-        """The mean over the run of a function of T, weighted by the progress of each stage."""
+    def mean(self, value: Callable[[int], float]) -> float:
+        """The mean over the run of value(T), each stage weighted by its share of the progress."""
         ends = [begin for begin, _ in self.stages[1:]] + [1.0]
-        return sum((end - begin) * of(T) for end, (begin, T) in zip(ends, self.stages, strict=True))
+        stages = zip(self.stages, ends, strict=True)
+        return sum((end - begin) * value(T) for (begin, T), end in stages)

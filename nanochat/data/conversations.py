@@ -1,5 +1,5 @@
 """
-Rows of conversations from the user's files, in all the forms that people keep them in: rows (see
+Conversations from the user's files, in all the forms that people keep them in: rows (see
 shapes.py), chats and dialogues in text or exports, trees (see dialogue.py), and archives of these.
 """
 
@@ -12,21 +12,21 @@ from nanochat.base.common import UserError
 from nanochat.data import dialogue
 from nanochat.data.folders import ARCHIVES, CONVERSATIONS, PLAIN, TEXT_FIELDS, kind_of
 from nanochat.data.readers import unpacked
-from nanochat.data.rows import Report, TooManyBadRows, open_text, read_rows, reading
+from nanochat.data.rows import BAD_ROW, Report, TooManyBadRows, open_text, read_rows, reading
 from nanochat.data.shapes import conversation, left_out, shape_of
 
 LONGEST_CHAT = 1 << 28  # characters
-NONE = "holds no conversations"
-MOST_NOTES = 50  # kinds
-HEAD = 1 << 16  # characters that decide whether a text is a chat
+NO_CONVERSATIONS = "holds no conversations"
+MOST_NOTES = 50  # different ones
 
 
 def read(
     path: Path, report: Report, me: str | None = None, alone: bool = True
 ) -> Iterator[tuple[str, Any]]:
     """
-    ("FILE, line N", row) for each conversation of a file. Given `me`, that person of a chat is the
-    assistant. Raises UserError for a file that holds none; if it is not `alone`, the report has it.
+    Yield ("FILE, line N", row) for each conversation of a file. Given `me`, the person of that name
+    is the assistant of a chat. If the file is `alone`, the only one to read, it raises UserError
+    where it holds no conversations; else the report lists it as skipped.
     """
     try:
         yield from _read(path, report, me)
@@ -44,12 +44,12 @@ def _read(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
         kind = kind_of(path)
         if kind in PLAIN:
             chats = _chats(path, report, me)
-            if me and not chats:  # a dialogue of User and Assistant, where nobody is called so
+            if me and not chats:  # `me` writes in other files; this may be User and Assistant
                 me, chats = None, _chats(path, Report(), None)
             if not chats:
                 raise UserError(
-                    f"{path} {NONE}: lines must begin with User: and Assistant:, or with "
-                    "names, of which --me says who is the assistant"
+                    f"{path} {NO_CONVERSATIONS}: lines must begin with User: and Assistant:, or "
+                    "with names, of which --me says who is the assistant"
                 )
             rows = dialogue.as_rows(chats, me, str(path))
             yield from ((f"{path}, chat {i}", row) for i, row in enumerate(rows, 1))
@@ -64,36 +64,38 @@ def _read(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
 
 def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
     with open_text(path, report) as file:
-        head = file.read(HEAD)
+        head = file.read(dialogue.HEAD)
         if dialogue.chats_in_text(head, me):
             return dialogue.chats_in_text(head + file.read(LONGEST_CHAT), me)
     return []
 
 
 def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any]]:
-    flat: dict[str, Any] = {}
+    messages: dict[str, Any] = {}  # of OpenAssistant, to be joined to trees
     for number, (place, row) in enumerate(read_rows(path, report)):
         shape = shape_of(row)
         chats = dialogue.exported(row) if shape != "OpenAssistant trees" else None
         if number == 0 and not shape and not chats and _is_text(row):
             raise UserError(f"{path} holds text, not conversations")
         if shape == "OpenAssistant messages":
-            names = row.get("message_id"), row.get("parent_id")
-            if names[0] is None or not all(isinstance(n, str | int | None) for n in names):
-                report.bad_row(place, "its message_id or parent_id is no text and no number")
+            parent = row.get("parent_id")
+            if isinstance(row.get("message_id"), str | int) and isinstance(
+                parent, str | int | None
+            ):
+                messages[place] = row
             else:
-                flat[place] = row
+                report.bad_row(place, "its message_id or parent_id is neither text nor a number")
         elif shape == "OpenAssistant trees":
             yield from _tree(place, row.get("prompt"), report)
         elif chats:
-            parts = [part for chat in chats for part in dialogue.sessions(chat)]
-            for i, one in enumerate(dialogue.as_rows(parts, me, place), 1):
-                yield f"{place}, chat {i}", one
+            for i, conversation_row in enumerate(dialogue.as_rows(chats, me, place), 1):
+                yield f"{place}, chat {i}", conversation_row
         else:
-            if (unused := left_out(row)) and len(report.notes) < MOST_NOTES:
+            unused = left_out(row)
+            if unused and len(report.notes) < MOST_NOTES:
                 report.notes[f"rows whose columns {', '.join(unused)[:200]} are not used"] += 1
             yield place, row
-    for tree in dialogue.trees(flat.values()):
+    for tree in dialogue.trees(messages.values()):
         yield from _tree(f"{path}, message {tree['message_id']}", tree, report)
 
 
@@ -106,35 +108,37 @@ def _is_text(row: Any) -> bool:
 def _tree(place: str, tree: Any, report: Report) -> Iterator[tuple[str, Any]]:
     try:
         yield from ((place, row) for row in dialogue.tree_conversations(tree))
-    except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except BAD_ROW as e:
         report.bad_row(place, e)
 
 
 def checked(row: Any) -> dict[str, Any] | Exception:
-    """A row as a conversation whose turns are checked, or why it is none."""
+    """A row as a conversation whose turns are checked, or the exception that says what is wrong."""
     try:
         return conversation(row)
-    except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except BAD_ROW as e:
         return e
 
 
 def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
     """
-    Read a file to its end: how many conversations of each shape it has. The report has the rows
-    that are none, with their reasons. Empty for a file that holds no conversations.
+    Read a file to its end and count its conversations by shape. The report gets the problem of
+    each row that is not a valid conversation. Empty for a file that holds no conversations.
     """
     counts: Counter[str] = Counter()
-    before, shaped = len(report.problems), False
+    earlier_problems = len(report.problems)
+    meant = False  # whether anything in the file is meant as a conversation
     try:
         for place, row in read(path, report, me):
-            shaped = shaped or shape_of(row) is not None
-            if isinstance(found := checked(row), Exception):
-                report.problems.append(f"{place}: {found}")
+            shape, outcome = shape_of(row), checked(row)
+            meant = meant or shape is not None
+            if isinstance(outcome, Exception):
+                report.problems.append(f"{place}: {outcome}")
             else:
-                counts["chats" if ", chat " in place else shape_of(row) or "messages"] += 1
+                counts["chats" if ", chat " in place else shape or "messages"] += 1
     except UserError as e:
         report.problems.append(str(e))
-        shaped = shaped or isinstance(e, dialogue.NobodyIsAssistant)
-    if not shaped:  # neither conversations nor attempts at them
-        del report.problems[before:]
+        meant = meant or isinstance(e, dialogue.NobodyIsAssistant)
+    if not meant:
+        del report.problems[earlier_problems:]
     return counts

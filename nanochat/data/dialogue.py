@@ -1,11 +1,11 @@
 """
 Conversations in files that hold no rows of them: exports of WhatsApp (text), Telegram and Discord
 (JSON), plain text in which lines begin with the speaker ("User: ...", "Assistant: ..."), and trees
-of OpenAssistant. A chat that a person of choice, `me`, takes part in becomes conversations in which
-that person is the assistant; as text, it keeps the names and loses the times.
+of OpenAssistant. Given `me`, the name of a person in a chat, the chat becomes conversations in
+which that person is the assistant. Read as text, a chat keeps its names and loses its times.
 
-A chat is divided where nobody has written for SILENCE seconds, so that each has one topic, and its
-conversations with `me` after LONG characters, so that they fit into the context of a small model.
+A chat is divided where nobody wrote for SILENCE seconds, so that each part has one topic. Given
+`me`, a part is divided again after LONG characters, so that it fits the context of a small model.
 """
 
 import re
@@ -18,10 +18,12 @@ from nanochat.data.shapes import ROLE_OF
 
 SILENCE = 6 * 3600
 # Characters after which a person's next question begins a new conversation: a context of 256 tokens
-# holds about so many, and finetuning loses what is beyond
+# holds about this many, and finetuning cuts off the rest
 LONG = 500
-ENOUGH = 3  # messages that a chat must have within its first LOOK lines to be seen as one
-LOOK = 40
+HEAD = 1 << 16  # characters at the beginning of a file that decide whether it is a chat
+# An export of WhatsApp has at least this many messages within its first FIRST_LINES lines
+FEWEST_MESSAGES = 3
+FIRST_LINES = 40
 # 31.12.20, 21:41 - Ada: Hi    [31/12/2020, 9:41:05 PM] Ada: Hi
 STAMPED = re.compile(
     r"^[\u200e\u200f\ufeff]*\[?(\d{1,4})[./-](\d{1,2})[./-](\d{2,4}),? +"
@@ -39,7 +41,7 @@ class NobodyIsAssistant(UserError):
 
 
 class Message(NamedTuple):
-    """What a person wrote, and when, in seconds since an epoch of its own."""
+    """What a person wrote, and when: `time` in seconds, or None if unknown."""
 
     person: str
     text: str
@@ -50,38 +52,36 @@ Chat = list[Message]
 
 
 def whatsapp(lines: Iterable[str]) -> Iterator[Message]:
-    """The messages of a chat that WhatsApp exported; what the program itself says is left out."""
-    open_message: Message | None = None
+    """The messages of a chat that WhatsApp exported, without those of WhatsApp itself."""
+    message: Message | None = None
     for line in lines:
-        if not (stamped := STAMPED.match(line)):
-            if open_message:  # a message of several lines
-                text = f"{open_message.text}\n{line.rstrip()}"
-                open_message = open_message._replace(text=text)
+        stamped = STAMPED.match(line)
+        if stamped is None:
+            if message:  # a message of several lines
+                message = message._replace(text=f"{message.text}\n{line.rstrip()}")
             continue
-        if open_message:
-            yield open_message
+        if message:
+            yield message
+        message = None
         spoken = SPOKEN.match(stamped[8])
-        omitted = spoken is None or OMITTED.fullmatch(spoken[2].strip())
-        open_message = None
-        if spoken and not omitted:
-            open_message = Message(
-                spoken[1].strip("\u200e~ "), spoken[2].rstrip(), _seconds(stamped)
-            )
-    if open_message:
-        yield open_message
+        if spoken and not OMITTED.fullmatch(spoken[2].strip()):
+            person, text = spoken[1].strip("\u200e~ "), spoken[2].rstrip()
+            message = Message(person, text, _seconds(stamped))
+    if message:
+        yield message
 
 
 def _seconds(stamped: re.Match[str]) -> float | None:
     """
-    The time of a message. Day and month may be the other way round, which moves days and leaves
-    the silences within a day as they are.
+    The time of a message; None if there is no such date. Where day and month cannot be told apart,
+    they may be swapped: the pauses within a day stay right.
     """
     first, second, third, hour, minute = (int(stamped[i]) for i in range(1, 6))
     year, month, day = (first, second, third) if first > 31 else (third, second, first)
     if month > 12:
         month, day = day, month
     if stamped[7]:
-        hour = hour % 12 + 12 * (stamped[7][0] in "Pp")
+        hour = hour % 12 + (12 if stamped[7][0] in "Pp" else 0)
     try:
         return datetime(year % 100 + 2000, month, day, hour, minute).timestamp()
     except ValueError:
@@ -89,7 +89,10 @@ def _seconds(stamped: re.Match[str]) -> float | None:
 
 
 def exported(value: Any) -> list[Chat] | None:
-    """The chats of an export of Telegram or Discord in JSON; None if `value` is none."""
+    """
+    The chats of an export of Telegram or Discord, as JSON was parsed, divided by sessions(). None
+    if `value` is no such export.
+    """
     if not isinstance(value, dict):
         return None
     chats = value.get("chats")
@@ -99,8 +102,10 @@ def exported(value: Any) -> list[Chat] | None:
     messages = value.get("messages")
     if not isinstance(messages, list) or not ({"type", "guild", "channel"} & value.keys()):
         return None
-    chat = [m for m in map(_exported_message, messages) if m]
-    return [chat] if chat else None if messages else []
+    chat = [message for message in map(_exported_message, messages) if message]
+    if messages and not chat:
+        return None
+    return sessions(chat)
 
 
 def _exported_message(message: Any) -> Message | None:
@@ -126,16 +131,13 @@ def _exported_message(message: Any) -> Message | None:
 
 def chats_in_text(text: str, me: str | None = None) -> list[Chat]:
     """
-    The chats of a plain text: an export of WhatsApp, or dialogues whose lines begin with a role
-    (User, Assistant, Q, A ...) or, given `me`, with any name. Empty if it is neither.
+    The chats of a plain text: an export of WhatsApp, divided by sessions(), or dialogues whose
+    lines begin with a role (User, Assistant, Q, A ...) or, given `me`, with any name. Empty if it
+    is neither.
     """
     lines = text.splitlines()
-    if STAMPED.match(next(iter(lines), "")):
-        stamped = [found for line in lines if (found := STAMPED.match(line))]
-        enough = sum(map(bool, map(STAMPED.match, lines[:LOOK]))) >= min(ENOUGH, len(lines))
-        # Diaries and logs have times as well, but seldom a name and a colon behind them
-        spoken = sum(bool(SPOKEN.match(found[8])) for found in stamped)
-        return sessions(list(whatsapp(lines))) if enough and 2 * spoken > len(stamped) else []
+    if lines and STAMPED.match(lines[0]):
+        return sessions(list(whatsapp(lines))) if _is_export(lines) else []
     chats = [
         [m._replace(text=m.text.strip()) for m in chat]
         for chat in _spoken(lines, me)
@@ -145,28 +147,46 @@ def chats_in_text(text: str, me: str | None = None) -> list[Chat]:
     return chats if {"user", "assistant"} <= roles else []
 
 
+def _is_export(lines: Sequence[str]) -> bool:
+    """
+    Whether lines that begin with a time are an export of WhatsApp. Diaries and logs have times as
+    well, but seldom a name and a colon after them.
+    """
+    stamped = [STAMPED.match(line) for line in lines]
+    messages = [match for match in stamped if match]
+    early = [match for match in stamped[:FIRST_LINES] if match]
+    spoken = [match for match in messages if SPOKEN.match(match[8])]
+    return len(early) >= min(FEWEST_MESSAGES, len(lines)) and 2 * len(spoken) > len(messages)
+
+
 def _spoken(lines: Sequence[str], me: str | None) -> list[Chat]:
-    """The dialogues of lines that begin with a speaker; none if the first line does not."""
+    """The dialogues in lines that begin with a speaker; none if the first line does not."""
     chats: list[Chat] = []
-    begins, blank = True, 0
+    begins, blank = True, 0  # whether the next message begins a dialogue; empty lines in a row
     for line in lines:
-        spoken = SPOKEN.match(line)
-        begins = begins or bool(BREAK.match(line)) or blank > 1
+        spoken, is_break = SPOKEN.match(line), BREAK.match(line)
+        begins = begins or is_break is not None or blank > 1
         blank = 0 if line.strip() else blank + 1
+        if is_break:
+            continue
         if spoken and (me or role_of(spoken[1])):
-            chats += [[]] * begins
+            if begins:
+                chats.append([])
             chats[-1].append(Message(spoken[1].strip(), spoken[2]))
             begins = False
-        elif chats and not BREAK.match(line):
+        elif chats:
             last = chats[-1].pop()
             chats[-1].append(last._replace(text=f"{last.text}\n{line}"))
-        elif line.strip() and not BREAK.match(line):
+        elif line.strip():
             return []
     return chats
 
 
 def role_of(person: str, me: str | None = None) -> str | None:
-    """The role of a speaker: given `me`, that person is the assistant, and the others users."""
+    """
+    The role of a speaker: given `me`, "assistant" for that person and "user" for all others; else
+    the role that the name stands for, or None.
+    """
     name = person.strip().lower()
     if me is not None:
         return "assistant" if name == me.strip().lower() else "user"
@@ -178,8 +198,10 @@ def sessions(chat: Chat) -> list[Chat]:
     divided: list[Chat] = []
     last: float | None = None
     for message in chat:
-        silent = None not in (last, message.time) and abs((message.time or 0) - (last or 0))
-        if not divided or (silent and silent > SILENCE):
+        pause = 0.0
+        if last is not None and message.time is not None:
+            pause = abs(message.time - last)
+        if not divided or pause > SILENCE:
             divided.append([])
         divided[-1].append(message)
         last = message.time
@@ -193,22 +215,25 @@ def as_text(chat: Chat) -> str:
 
 def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[str, Any]]:
     """
-    Chats as conversations of {"messages": [...]}. Those that end with a user lose that end, because
-    it has no reply. Raises UserError if nobody in them is the assistant.
+    Chats as conversations {"messages": [...]}, without the user's messages at the end, which have
+    no reply. `place` names the chats in an error. Raises NobodyIsAssistant if nobody in them is
+    the assistant.
     """
-    people = sorted({m.person for chat in chats for m in chat})
-    if not any(role_of(person, me) == "assistant" for person in people):
-        named = ", ".join(people[:8]) + ", ..." * (len(people) > 8)
+    people = sorted({message.person for chat in chats for message in chat})
+    roles = {person: role_of(person, me) for person in people}
+    if "assistant" not in roles.values():
+        names = ", ".join([*people[:8], "..."] if len(people) > 8 else people)
         who = f"{me} is not among them; name one of them" if me else "say who is the assistant"
-        raise NobodyIsAssistant(f'{place} is a chat of {named}: {who}, as in --me "{people[0]}"')
-    chats = [part for chat in chats for part in _short(chat, me)] if me else chats
-    several = sum(role_of(person, me) != "assistant" for person in people) > 1 and me is not None
+        raise NobodyIsAssistant(f'{place} is a chat of {names}: {who}, as in --me "{people[0]}"')
+    if me:
+        chats = [part for chat in chats for part in _short(chat, me)]
+    users_need_names = me is not None and list(roles.values()).count("user") > 1
     for chat in chats:
         messages = []
-        for message in chat:
-            role = role_of(message.person, me) or "user"
-            named = several and role == "user"
-            text = f"{message.person}: {message.text}" if named else message.text
+        for person, text, _ in chat:
+            role = roles[person] or "user"
+            if users_need_names and role == "user":
+                text = f"{person}: {text}"
             messages.append({"role": role, "content": text})
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
@@ -217,7 +242,7 @@ def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[
 
 
 def _short(chat: Chat, me: str) -> Iterator[Chat]:
-    """A chat, divided after LONG characters where `me` has answered and another one writes."""
+    """A chat, divided after LONG characters where `me` has answered and somebody else writes."""
     part: Chat = []
     size = 0
     for message in chat:
@@ -232,11 +257,12 @@ def _short(chat: Chat, me: str) -> Iterator[Chat]:
 
 def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
     """
-    Every path of an OpenAssistant tree, {"prompt": {"role", "text", "replies": [...]}}, that ends
-    with the assistant. What an earlier path teaches is context in the later ones.
+    Every path of an OpenAssistant tree, {"role", "text", "replies": [...]}, that ends with the
+    assistant. A reply that is trained on in one path has weight 0 in the later ones. Raises
+    UserError if a message has no text.
     """
     stack: list[tuple[Any, list[dict[str, Any]]]] = [(tree, [])]
-    taught: set[int] = set()
+    trained: set[int] = set()
     while stack:
         node, before = stack.pop()
         if not isinstance(node, dict) or not isinstance(node.get("text"), str):
@@ -244,24 +270,27 @@ def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
         path = [*before, {**node, "replies": None}]
         replies = node.get("replies") or []
         stack += [(reply, path) for reply in reversed(replies)]
-        if ROLE_OF.get(str(node.get("role")).lower()) == "assistant" and not any(
-            isinstance(r, dict) and r.get("replies") for r in replies
-        ):
-            messages = []
-            for message in path:
-                plain = {"role": message["role"], "content": message["text"]}
-                key = hash((message.get("message_id"), message["text"]))
-                messages.append({**plain, "weight": 0} if key in taught else plain)
-                if ROLE_OF.get(str(message["role"]).lower()) == "assistant":
-                    taught.add(key)
-            yield {"messages": messages}
+        goes_on = any(isinstance(reply, dict) and reply.get("replies") for reply in replies)
+        if role_of(str(node.get("role"))) != "assistant" or goes_on:
+            continue
+        messages = []
+        for source in path:
+            message = {"role": source["role"], "content": source["text"]}
+            key = hash((source.get("message_id"), source["text"]))
+            if key in trained:
+                message["weight"] = 0
+            if role_of(str(source["role"])) == "assistant":
+                trained.add(key)
+            messages.append(message)
+        yield {"messages": messages}
 
 
 def trees(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trees that flat messages with "message_id" and "parent_id" make up."""
+    """The trees that messages with a "message_id" and a "parent_id" make up."""
     messages = {row["message_id"]: {**row, "replies": []} for row in rows}
     roots = []
     for message in messages.values():
         parent = messages.get(message.get("parent_id"))
-        (parent["replies"] if parent else roots).append(message)
+        siblings = parent["replies"] if parent else roots
+        siblings.append(message)
     return roots

@@ -1,19 +1,18 @@
 """
-Text of files as documents: plain text, what readers.py reads, or the text field of the rows that
-rows.py reads; and all of these in archives.
+Reads the text of files as documents: plain text, the formats of readers.py, a text field of the
+rows of rows.py, and archives of all these.
 
 A plain text is cut into documents of about 16,000 characters, after a paragraph where possible,
-else after a line, a sentence or a word; line breaks at a cut are dropped. The other formats hold
-one document per row, in the field that is named or in the first of TEXT_FIELDS that the row has. A
-field within another is written post.body, and several make up a template, {title}\\n\\n{body}.
-Where a text of any format has separators such as <|endoftext|>, a document ends there, and the
-separator is dropped. Documents of white space alone are skipped. A file that cannot be read raises
-a UserError that names the place; of several files, it goes to the report, as rows that cannot be
-read do.
+else after a line, a sentence or a word; line breaks at a cut are dropped. A file of rows holds one
+document per row: in the field that the user names, or in the first of TEXT_FIELDS that the row
+has. A field within another is written post.body; a template such as {title}\\n\\n{body} joins
+several. A separator such as <|endoftext|> ends a document in any format and is dropped. Documents
+of white space alone are skipped. A file that cannot be read raises a UserError that names the
+place, or is listed in the report if it is one of several; bad rows are listed in the report.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -25,8 +24,7 @@ from nanochat.data.folders import (
     ARCHIVES,
     COMPRESSED,
     PLAIN,
-    ROWS,
-    TEXT,
+    READABLE,
     TEXT_FIELDS,
     kind_of,
 )
@@ -48,55 +46,58 @@ SEPARATOR = re.compile(
     r"|^[ \t]*(?:</s>|<s>|<(?i:eos|bos|eod)>|\[(?:EOS|BOS|SEP)\])[ \t]*$",
     re.MULTILINE,
 )
-LOOKED_AT = 1 << 14  # characters that decide whether a text is a chat
-# A text that has none of these has no separator: soon seen, where the pattern takes its time
+# A quick test before the slow pattern: a text without any of these holds no separator
 OPENS_SEPARATOR, ENDS_SEPARATOR = "<[", ("|>", "s>", "S>", "S]", "SEP]", "eod>", "EOD>")
-HELD = "holds conversations"
-NO_TEXT = 100  # rows without text, after which a file is taken to have none
 LONGEST_SEPARATOR = 32
+HOLDS_CONVERSATIONS = "holds conversations"
+ROWS_WITHOUT_TEXT = 100  # at the beginning of a file, after which it is taken to have no text
 NAMED = re.compile(r"\{([^{}\n]{1,200})\}")  # a field of a template
 
 
 def read(path: Path, field: str | None, report: Report | None = None) -> Iterator[str]:
     """
-    The documents of one file, each of which can be encoded as UTF-8. Without a report, a bad row
-    raises a UserError at the end of the file.
+    The documents of one file, each of which can be encoded as UTF-8. Raises UserError if it cannot
+    be read. Bad rows go to the report; without one, they raise a UserError at the end of the file.
     """
-    into = report or Report()
+    own_report = report or Report()
     with reading(path):
-        kind = kind_of(path)
-        if kind in PLAIN:
-            texts = _read_txt(path, into)
-        elif kind in READERS:
-            texts = _read_document(path, READERS[kind], into)
-        elif kind in ARCHIVES:
-            texts = _read_archive(path, field, into)
-        else:
-            texts = _read_rows(path, field, into)
         try:
-            for text in texts:
-                parts = [text] if kind in PLAIN else _parted(text, into)
-                yield from filter(str.strip, parts)
-                if kind not in PLAIN and not text.strip():
-                    into.notes["documents without text skipped"] += 1
+            yield from filter(str.strip, _read(path, field, own_report))
         except UserError as e:
             if isinstance(e, TooManyBadRows) or str(path) in str(e):
                 raise
             raise UserError(f"{path}: {e}") from e
     if report is None:
-        into.finish()
+        own_report.finish()
+
+
+def _read(path: Path, field: str | None, report: Report) -> Iterator[str]:
+    kind = kind_of(path)
+    if kind in PLAIN:
+        yield from _read_txt(path, report)
+        return
+    if kind in READERS:
+        texts = _read_document(path, READERS[kind], report)
+    elif kind in ARCHIVES:
+        texts = _read_archive(path, field, report)
+    else:
+        texts = _read_rows(path, field, report)
+    for text in texts:
+        yield from _parted(text, report)
+        if not text.strip():
+            report.notes["documents without text skipped"] += 1
 
 
 def read_all(
-    paths: Sequence[Path], field: str | None, report: Report, of: int = 0
+    paths: Sequence[Path], field: str | None, report: Report, total: int = 0
 ) -> Iterator[str]:
     """
-    The documents of several files, which may be a part `of` so many. The report has those that
-    cannot be read, unless there is no other file: then it is a UserError.
+    The documents of several files, which may be part of a source of `total` files. The report lists
+    those that cannot be read. Raises UserError if the only file, or all of several, cannot be read.
     """
-    failed, of = False, max(of, len(paths))
+    failed, total = False, max(total, len(paths))
     for path in paths:
-        report.path, has_text, listed = path, False, len(report.skipped)
+        report.path, has_text, skipped = path, False, len(report.skipped)
         try:
             for text in read(path, field, report):
                 has_text = True
@@ -104,16 +105,16 @@ def read_all(
         except TooManyBadRows:
             raise
         except UserError as e:
-            if of == 1 and not report.level:
+            if total == 1 and not report.level:
                 raise
             failed = True
             report.skip(path, e)
             continue
         if has_text:
             report.read[kind_of(path)] += 1
-        elif len(report.skipped) == listed:  # of an archive, that of its files is said already
+        elif len(report.skipped) == skipped:  # else it is an archive whose files are listed
             report.skip(path, UserError("it has no text"))
-    if failed and not report.read and not report.level and of == len(paths):
+    if failed and not report.read and not report.level and total == len(paths):
         reason, name = report.skipped[0]
         raise UserError(
             f"none of {len(paths):,} files can be read; {name}: {reason}, and so on: convert them, "
@@ -129,14 +130,14 @@ def text_bytes(path: Path) -> int:
     with suppress(UserError), reading(path), open_parquet(path) as file:
         metadata = file.metadata
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    return size  # of a damaged file; reading it will say so
+    return size  # the file is damaged: whoever reads it raises the error
 
 
 def cut(pieces: Iterable[str | None], limit: int = MAX_CHARACTERS) -> Iterator[str]:
     """
-    Text that arrives in pieces of any size, as documents of at most `limit` characters. Each cut
-    falls in the second half of a document, at the best place that CUT_AFTER finds there. None among
-    the pieces ends a document.
+    Text that comes in pieces of any size, as documents of at most `limit` characters. A document is
+    cut in its second half, at the best place that CUT_AFTER finds there. A piece of None ends a
+    document.
     """
     text, start = "", 0
     for piece in pieces:
@@ -153,7 +154,10 @@ def cut(pieces: Iterable[str | None], limit: int = MAX_CHARACTERS) -> Iterator[s
 
 
 def cut_point(text: str, first: int, last: int) -> int:
-    """Where to cut a text between two places: after what CUT_AFTER finds, else at the last."""
+    """
+    Where to cut a text between two indices: after the last match of the first pattern of CUT_AFTER
+    that matches, else at `last`.
+    """
     for pattern in CUT_AFTER:
         ends = [match.end() for match in pattern.finditer(text, first, last)]
         if ends:
@@ -162,7 +166,7 @@ def cut_point(text: str, first: int, last: int) -> int:
 
 
 def well_formed(text: str) -> str:
-    """`text` with pairs of surrogates joined and lone ones, which UTF-8 cannot hold, as U+FFFD."""
+    """The text with surrogate pairs joined; lone surrogates, which UTF-8 cannot hold, as U+FFFD."""
     try:
         text.encode()
         return text
@@ -172,9 +176,9 @@ def well_formed(text: str) -> str:
 
 def _read_txt(path: Path, report: Report) -> Iterator[str]:
     with open_text(path, report) as file:
-        head = file.read(LOOKED_AT) + file.readline(LOOKED_AT)
+        head = file.read(dialogue.HEAD) + file.readline(dialogue.HEAD)
         if dialogue.STAMPED.match(head.split("\n", 1)[0]) and dialogue.chats_in_text(head):
-            messages = [*dialogue.whatsapp(chain(head.splitlines(), file))]
+            messages = list(dialogue.whatsapp(chain(head.splitlines(), file)))
             report.notes["chats of WhatsApp, read without their times"] += 1
             for chat in dialogue.sessions(messages):
                 yield from cut([dialogue.as_text(chat)])
@@ -184,99 +188,108 @@ def _read_txt(path: Path, report: Report) -> Iterator[str]:
 
 def _separated(file: IO[str], report: Report, rest: str) -> Iterator[str | None]:
     """
-    The text of a file, after its beginning `rest`, in pieces that end with a line where possible;
-    None at a separator.
+    The text of a file whose beginning, `rest`, is read already, in pieces; None at a separator.
     """
     while chunk := file.read(1 << 20):
-        # To the end of the line, so that no separator is torn; a line without end keeps its tail
         chunk = rest + chunk
-        if chunk[-1] != "\n":
+        rest = ""
+        if chunk[-1] != "\n":  # go on to the end of the line, so that no separator is divided
             chunk += file.readline(1 << 20)
-        torn = re.search(r"[ \t]*[<\[]", tail := chunk[-LONGEST_SEPARATOR:])
-        rest = tail[torn.start() :] if torn and chunk[-1] != "\n" else ""
+        if chunk[-1] != "\n":  # a very long line: what may be half a separator waits
+            tail = chunk[-LONGEST_SEPARATOR:]
+            if opening := re.search(r"[ \t]*[<\[]", tail):
+                rest = tail[opening.start() :]
         yield from _at_separators(chunk[: len(chunk) - len(rest)], report)
     yield from _at_separators(rest, report)
 
 
 def _at_separators(text: str, report: Report) -> Iterator[str | None]:
+    """The text between separators, and None for each separator."""
     start = 0
     if any(c in text for c in OPENS_SEPARATOR) and any(end in text for end in ENDS_SEPARATOR):
-        for found in SEPARATOR.finditer(text):
-            report.notes[f"documents ended at {found[0].strip()}"] += 1
-            yield text[start : found.start()]
+        for separator in SEPARATOR.finditer(text):
+            report.notes[f"documents ended at {separator[0].strip()}"] += 1
+            yield text[start : separator.start()]
             yield None
-            start = found.end()
+            start = separator.end()
     yield text[start:]
 
 
 def _parted(text: str, report: Report) -> list[str]:
-    """The documents of a text that is there as a whole."""
+    """A text, divided at its separators."""
     parts = [part for part in _at_separators(text, report) if part is not None]
     return parts if len(parts) == 1 else [part.strip("\n") for part in parts]
 
 
 def _read_document(path: Path, reader: Reader, report: Report) -> Iterator[str]:
-    """What a library reads of a file, in documents."""
+    """The documents of a file that one of READERS reads. Raises UserError if it cannot."""
     try:
         for text in reader(path, report):
             yield from cut([well_formed(text)])
     except (UserError, OSError):
         raise
-    except Exception as e:  # whatever a library does with a file that somebody made to break it
+    except Exception as e:  # a library may raise anything for a malformed file
         raise UserError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:100]})") from e
 
 
 def _read_archive(path: Path, field: str | None, report: Report) -> Iterator[str]:
-    """The documents of the files in an archive, as the finder finds them in a folder."""
-    with unpacked(path, (*TEXT, *ROWS), report) as files:
+    """The documents of the files in an archive, chosen as in a folder."""
+    with unpacked(path, READABLE, report) as files:
         yield from read_all(files, field, report)
 
 
 def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
-    named = NAMED.findall(field or "") or [field or ""]
-    fields = {*named, *(name.split(".")[0] for name in named)} if field else TEXT_FIELDS
-    same_fields = kind_of(path) == ".parquet"
-    good, before = False, len(report.problems)
+    fields: Collection[str] = TEXT_FIELDS
+    if field:
+        names = NAMED.findall(field) or [field]
+        fields = {*names, *(name.partition(".")[0] for name in names)}
+    any_text, earlier_problems = False, len(report.problems)
     for number, (place, row) in enumerate(read_rows(path, report, fields)):
+        chats = dialogue.exported(row)
+        if chats is not None:
+            for chat in chats:
+                yield from cut([well_formed(dialogue.as_text(chat))])
+            continue
         try:
-            if (chats := dialogue.exported(row)) is not None:
-                for part in chain.from_iterable(map(dialogue.sessions, chats)):
-                    yield from cut([well_formed(dialogue.as_text(part))])
-                continue
             text = text_of_row(row, field)
         except (UserError, UnicodeDecodeError) as e:
             if field is None and shapes.shape_of(row):
                 raise UserError(
-                    f"{path} {HELD}: train on them with mid_train or chat_sft, or name a text "
-                    "field with PATH#FIELD"
+                    f"{path} {HOLDS_CONVERSATIONS}: train on them with mid_train or chat_sft, or "
+                    "name a text field with PATH#FIELD"
                 ) from e
-            if number == 0 and same_fields and isinstance(e, UserError):
-                raise  # what the first row lacks, all rows lack
+            if number == 0 and kind_of(path) == ".parquet" and isinstance(e, UserError):
+                raise  # all rows of a parquet file have the same fields
             report.bad_row(place, e)
-            if not good and len(report.problems) >= before + NO_TEXT:
+            if not any_text and len(report.problems) >= earlier_problems + ROWS_WITHOUT_TEXT:
                 break
             continue
-        good = True
+        any_text = True
         yield text
-    if not good and not field and (problems := report.problems[before:]):
-        # It is data of another kind: one reason for the file, not one for every row
-        del report.problems[before:]
+    if not any_text and not field and (problems := report.problems[earlier_problems:]):
+        # The file holds other data: give one reason for the file, not one for every row
+        del report.problems[earlier_problems:]
         raise UserError(problems[0])
 
 
 def text_of_row(row: Any, field: str | None) -> str:
-    """The text of a row; "" if its field is null. Raises UserError if there is none."""
+    """
+    The text of a row in `field`, which may be a template, or else in the first of TEXT_FIELDS; ""
+    if it is null. Raises UserError if the row has no such field or it holds no text.
+    """
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
         raise UserError(f"expected an object with a text field, got a {type(row).__name__}")
     if field and "{" in field:
-        values = {m: _value(row, m) for m in NAMED.findall(field)}
-        parts = {
-            m: str(v) if isinstance(v, int | float) else _as_text(v, m) for m, v in values.items()
-        }
-        filled = NAMED.sub(lambda m: parts[m[1]], field.replace("\\n", "\n").replace("\\t", "\t"))
-        return filled if any(part.strip() for part in parts.values()) else ""
+        parts = {}
+        for name in NAMED.findall(field):
+            value = _value(row, name)
+            parts[name] = str(value) if isinstance(value, int | float) else _as_text(value, name)
+        if not any(part.strip() for part in parts.values()):
+            return ""
+        template = field.replace("\\n", "\n").replace("\\t", "\t")
+        return NAMED.sub(lambda match: parts[match[1]], template)
     if field and field not in row and "." in field:
         return _as_text(_value(row, field), field)
     for name in [field] if field else TEXT_FIELDS:
@@ -288,7 +301,7 @@ def text_of_row(row: Any, field: str | None) -> str:
 def _value(row: Any, path: str) -> Any:
     """The value at a path such as post.body, through lists too. UserError if there is none."""
     try:
-        return _found(row, path)
+        return _at_path(row, path)
     except KeyError as e:
         raise _no_field(row, path) from e
 
@@ -300,19 +313,26 @@ def _no_field(row: dict[str, Any], wanted: str) -> UserError:
     )
 
 
-def _found(value: Any, path: str) -> Any:
-    if value is None or (isinstance(value, dict) and path in value):
-        return value and value[path]
+def _at_path(value: Any, path: str) -> Any:
+    """_value, with a KeyError if there is none."""
+    if value is None:
+        return None
     if isinstance(value, list):
-        return [_found(one, path) for one in value]
-    first, _, rest = path.partition(".")
-    if not isinstance(value, dict) or not rest:
-        raise KeyError(path)
-    return _found(value[first], rest)
+        return [_at_path(element, path) for element in value]
+    if isinstance(value, dict):
+        if path in value:
+            return value[path]
+        first, _, rest = path.partition(".")
+        if rest:
+            return _at_path(value[first], rest)
+    raise KeyError(path)
 
 
 def _as_text(value: Any, name: str) -> str:
-    """Text, bytes in UTF-8, or a list of these, as one text of lines."""
+    """
+    The text of a field `name` that holds text, bytes of UTF-8, null, or a list of these, which
+    become lines. Raises UserError for other values.
+    """
     if value is None:
         return ""
     if isinstance(value, str):

@@ -1,9 +1,9 @@
 """
-Feeds: token shards -> the batches of one optimizer step after another.
+Feeds turn token shards into the batches of one optimizer step after another.
 
 order.py decides the order of rows; a step takes the next `rows` of them, and ranks and
-micro-batches merely divide a step. Resuming on other data is an error. summary.py says what a feed
-will draw, and what padded rows cut.
+micro-batches only divide a step. Resuming on other data is an error. summary.py says what a feed
+will draw, and what padded rows cut off.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -30,10 +30,10 @@ class Batch:
     inputs: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64, -1 = ignored
     weights: torch.Tensor | None = None  # (B, T) float32; None = 1 everywhere
-    valid: int | None = None  # its number of targets, where the feed knows it
+    valid: int | None = None  # targets that are not ignored, if the feed has counted them
 
     def count(self) -> int:
-        """Targets that are not ignored; on a GPU, to count them here waits for the device."""
+        """Targets that are not ignored. On a GPU, counting waits for the device."""
         return int((self.targets >= 0).sum()) if self.valid is None else self.valid
 
 
@@ -41,8 +41,8 @@ def _materialise(
     rows: Sequence[tuple[Block, int]], width: int, bos: int, at_least: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The (inputs, targets) of rows, (max(len(rows), at_least), width) each; additional rows have only
-    ignored targets.
+    (inputs, targets) of rows: (max(len(rows), at_least), width) int64 each; all targets of rows
+    beyond len(rows) are ignored.
     """
     shape = max(len(rows), at_least), width + 1
     ids, targets = np.full(shape, bos, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
@@ -53,17 +53,20 @@ def _materialise(
 
 def micro_batch_rows(rows: int, device_rows: int, rank: int = 0, world_size: int = 1) -> int:
     """Rows of a rank's largest micro-batch in a step of `rows` rows."""
-    mine = max(1, rows * (rank + 1) // world_size - rows * rank // world_size)
-    return -(-mine // -(-mine // device_rows))
+    own = max(1, rows * (rank + 1) // world_size - rows * rank // world_size)
+    micro_batches = -(-own // device_rows)
+    return -(-own // micro_batches)
 
 
 def row_width(longest: int, most: int, few: bool = False) -> int:
     """
-    Tokens per row of a batch whose longest row has `longest`: a multiple of 64, or one of a few
-    powers of two where each shape is compiled; at most `most`.
+    Tokens per row of a batch whose longest row has `longest`: a multiple of 64, or, if `few`
+    (because each shape is compiled), a power of two from 128 on; at most `most`.
     """
     width = 64 * max(1, -(-longest // 64))
-    return min(most, 1 << max(7, (width - 1).bit_length()) if few else width)
+    if few:
+        width = 1 << max(7, (width - 1).bit_length())
+    return min(most, width)
 
 
 class RowFeed:
@@ -81,9 +84,9 @@ class RowFeed:
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
     moves to the next stage, and `numbers` reports it to the log.
 
-    step and progress (0..1; 0 while endless) describe what was handed out, however much is
-    prefetched. device_rows (of the present context) may be lowered at any time: it changes
-    how a step is cut, never which rows it has.
+    `step` and `progress` (0 to 1; 0 if endless) count the steps that were returned, not those that
+    are prefetched. device_rows (of the current context) may be lowered at any time: it changes how
+    a step is cut, never which rows it has.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class RowFeed:
 
     @property
     def order(self) -> RowOrder:
-        """The order of its rows, at the present context."""
+        """The order of its rows, at the current context."""
         return self._order
 
     @property
@@ -134,7 +137,7 @@ class RowFeed:
 
     @property
     def micro_batch(self) -> tuple[int, int]:
-        """(rows, tokens per row) of micro-batches; 0 where rows are as wide as they must be."""
+        """(rows, tokens per row) of micro-batches; 0 tokens if the width varies by step."""
         rows = micro_batch_rows(self.rows, self.device_rows, self.rank, self.world_size)
         return rows, 0 if self._order.mode == "padded" else self._order.sequence_len
 
@@ -144,9 +147,8 @@ class RowFeed:
 
     def set_progress(self, progress: float) -> str:
         """
-        Called before a step with the share of the run that is over: moves to the context of that
-        stage. A context once reached is kept even if progress falls back. Returns what changed, in
-        words.
+        Move to the context stage for a progress (0 to 1); call this before each step. A context
+        that was reached is kept even if the progress decreases. Returns what changed, in words.
         """
         before, length = self._order.sequence_len, self._contexts.at(progress)
         if length <= before:
@@ -183,14 +185,15 @@ class RowFeed:
         ]
 
     def _steps(self, state: State) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
-        """(inputs, targets of this rank's rows, the state behind them) of each step."""
+        """For each step: inputs and targets of this rank's rows, and the state after the step."""
         order, stream = self._order, self._order.rows(state)
         while self.total_steps is None or state["step"] < self.total_steps:
-            taken = list(islice(stream, self.rows))
-            if not taken:
+            drawn = list(islice(stream, self.rows))
+            if not drawn:
                 return
-            rows = [(block, row) for block, row, _ in taken]
-            state = {**state, **taken[-1][2], "step": state["step"] + 1}
+            rows = [(block, row) for block, row, _ in drawn]
+            _, _, changes = drawn[-1]
+            state = {**state, **changes, "step": state["step"] + 1}
             if self.total_steps:
                 by_steps = min(1.0, state["step"] / self.total_steps)
                 state["progress"] = max(state["progress"], by_steps)
@@ -206,13 +209,13 @@ class RowFeed:
             yield inputs, targets, state
 
     def state_dict(self) -> State:
-        """The position after the last step handed out: JSON-able, a few numbers per source."""
+        """The position after the last step that was returned, as values that JSON can hold."""
         return self._state
 
     def load_state_dict(self, state: State) -> None:
         """
-        Continue from a position on the same data and seed; UserError if these differ. With another
-        sequence length, the rest of the position's block is packed again for it.
+        Continue from a position on the same data and seed. Raises UserError if these differ or the
+        position is impossible. With another sequence length, the rest of its block is packed again.
         """
         for name in ("seed", "documents", "tokens", "quota"):
             if state[name] != self._state[name]:
@@ -238,7 +241,7 @@ class RowFeed:
             self._set_length(state["sequence_len"])
         elif self._order.mode == "packed":
             state = at_length(state, self._order.sequence_len)
-        # The run may have another length now, and the share of it that is over changes with it
+        # If the length of the run has changed, so has its progress
         epochs, progress = self._order.epochs, 0.0
         if self.total_steps:
             progress = state["step"] / self.total_steps
@@ -270,10 +273,11 @@ def eval_batches(
     whole: bool = False,
 ) -> Iterator[Batch]:
     """
-    The same packed rows on every call: documents in one fixed shuffled order, up to max_tokens of
-    them (None = all). Ranks share the rows, and one without any yields nothing; their union does
-    not depend on world_size or rows_per_batch. All batches of a rank have one shape: the last is
-    filled up with ignored rows, and so is the only one if `whole`.
+    The same packed rows on every call: documents in one fixed shuffled order, up to max_tokens
+    tokens of them (None = all). The ranks share the rows; which rows there are does not depend on
+    world_size or rows_per_batch, and a rank without rows yields nothing. All batches of a rank have
+    the same shape: the last one is filled up with ignored rows. If `whole`, that shape always has
+    rows_per_batch rows.
     """
     order = np.random.default_rng(0).permutation(len(shards))
     if max_tokens is not None:

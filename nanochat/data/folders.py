@@ -1,11 +1,11 @@
 """
-Finds the files of a source, for text and conversations alike: those of a format that rows.py can
-read, in any case of the extension, compressed or not, in a folder and the folders below it, links
-included. What is passed over is counted by reason, and nothing is passed over silently.
+Finds the files of a source, for text and conversations alike: those of a known format, whatever the
+case of the extension, compressed or not, in a folder and the folders below it, links included.
+Every file that is skipped is counted by reason.
 
-A file that is named is always read. In a folder, a table (.csv, .tsv) is read if a column of it is
-called as texts or questions are, and a .json file if it holds a list of rows or messages. Where an
-extension says nothing, or something else than the first bytes of the file, these bytes decide.
+A file that the user names is always read. In a folder, a table (.csv, .tsv) is read if one of its
+columns has a name from TEXT_FIELDS or QUESTIONS, and a .json file if it holds a list of rows or
+messages. Where the extension is missing or contradicts the first bytes of the file, these decide.
 """
 
 import csv
@@ -21,7 +21,7 @@ from pathlib import Path
 from nanochat.base.common import UserError, base_dir, human
 from nanochat.base.strangers import open_regular
 
-# Text to be taken as it stands: prose, markup that a model may well learn to write, and programs
+# Text to be read as it stands: prose, markup that a model may well learn to write, and programs
 ENDINGS = (
     "txt text asc log md markdown mdx rst tex org adoc asciidoc py js mjs ts jsx tsx c h cc cpp "
     "hpp java kt go rs rb php cs swift scala sh sql r jl lua pl hs ml ex clj lisp el f90 pas"
@@ -35,6 +35,7 @@ DOCUMENTS = (
 ARCHIVES = ".zip", ".tar", ".tgz"
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT = (*PLAIN, *DOCUMENTS, *ARCHIVES)
+READABLE = (*TEXT, *ROWS)
 CONVERSATIONS = (*ROWS, ".txt", ".md", *ARCHIVES)
 TABLES = (".csv", ".tsv")
 TEXT_FIELDS = "text", "content", "body", "document", "article", "story", "passage", "message"
@@ -56,8 +57,8 @@ ZIPPED = {  # a file in a zip archive, and what the archive is
     "META-INF/container.xml": ".epub",
     "content.xml": ".odt",
 }
-BEFORE_JSON = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # marks, blanks, and halves of UTF-16
-NOTEWORTHY = 10_000  # bytes of text in files that are not read
+BEFORE_JSON = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # byte-order marks, blanks, halves of UTF-16
+MOST_UNREAD = 10_000  # bytes of text in files that are not read; more may be an error
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Other files that may be the text of a corpus; pictures, programs and the like are not
 TEXT_LIKE = re.compile(
@@ -68,23 +69,22 @@ TEXT_LIKE = re.compile(
 
 @dataclass
 class Found:
-    """The files to read, sorted by path, and those passed over: (reason, path)."""
+    """The files to read, sorted by path, and those that are skipped, as (reason, path)."""
 
     files: list[Path] = field(default_factory=list)
-    listed: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """How many were passed over for each reason."""
-        return Counter(reason for reason, _ in self.listed)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def skip(self, reason: str, path: Path) -> None:
-        """Pass a file or a folder over."""
-        self.listed.append((reason, str(path)))
+        """Skip a file or a folder."""
+        self.skipped.append((reason, str(path)))
 
-    def passed_over(self) -> str:
+    def reasons(self) -> Counter[str]:
+        """How many files are skipped for each reason."""
+        return Counter(reason for reason, _ in self.skipped)
+
+    def in_words(self) -> str:
         """'3 .pdf files not read, 1 hidden files': the four most frequent reasons."""
-        return ", ".join(f"{n:,} {what}" for what, n in self.skipped.most_common(4))
+        return ", ".join(f"{n:,} {reason}" for reason, n in self.reasons().most_common(4))
 
 
 def format_of(path: Path) -> str:
@@ -102,7 +102,7 @@ def kind_of(path: Path) -> str:
     name; ".txt" for text without an extension, and "" for what is neither. Raises OSError.
     """
     named = format_of(path)
-    if named and named not in (*TEXT, *ROWS):
+    if named and named not in READABLE:
         return named
     with open_regular(path) as file:
         head = file.read(HEAD)
@@ -120,7 +120,7 @@ def _kind_of_zip(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
-        return format_of(path)  # reading it will say what is wrong
+        return format_of(path)  # whoever reads it raises the error
     named = format_of(path)
     default = named if named in DOCUMENTS else ".zip"
     return next((kind for name, kind in ZIPPED.items() if name in names), default)
@@ -132,7 +132,7 @@ def find(paths: Sequence[Path], name: str, formats: tuple[str, ...]) -> Found:
     `name`. Raises UserError if a path gives none, or if nearly all text in a folder is in files of
     other formats.
     """
-    together = Found()
+    total = Found()
     for path in paths:
         if path.is_dir():
             found = in_folder(path, name, formats)
@@ -143,21 +143,21 @@ def find(paths: Sequence[Path], name: str, formats: tuple[str, ...]) -> Found:
                 raise UserError(f"cannot read {path} ({e.strerror}): check its permissions") from e
             found = Found([path] if known else [])
         if not found.files:
-            others = found.passed_over()
+            others = found.in_words()
             raise UserError(
                 f"data source {name}: there is no file to read ({_brief(formats)}, or one of them "
                 f"compressed: {', '.join(COMPRESSED)}) at {path}{others and f', only {others}'}; "
                 "add one, or name another file or folder"
             )
-        together.files += found.files
-        together.listed += found.listed
-    return together
+        total.files += found.files
+        total.skipped += found.skipped
+    return total
 
 
 def _brief(formats: tuple[str, ...]) -> str:
-    """The formats without those that everybody expects beside others."""
-    left_out = {*PLAIN[1:], ".htm", ".xhtml", ".tgz", ".ndjson"}
-    return ", ".join(kind for kind in formats if kind not in left_out)
+    """The formats in words, without the variants of others."""
+    variants = {*PLAIN[1:], ".htm", ".xhtml", ".tgz", ".ndjson"}
+    return ", ".join(kind for kind in formats if kind not in variants)
 
 
 def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
@@ -183,9 +183,10 @@ def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
         elif not _is_data(file, formats):
             ending = os.path.splitext(file.name.lower())[1]
             kind = kind_of(file)
-            known = ending if kind in formats or not kind else kind
-            found.skip(f"{known or 'other'} files not read", file)
-            unread += info.st_size * bool(TEXT_LIKE.fullmatch(ending))
+            shown = ending if kind in formats or not kind else kind
+            found.skip(f"{shown or 'other'} files not read", file)
+            if TEXT_LIKE.fullmatch(ending):
+                unread += info.st_size
         elif file.is_symlink() and identity in seen:
             found.skip("links to files that are read already", file)
         else:
@@ -193,10 +194,10 @@ def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
             found.files.append(file)
             read += info.st_size
     found.files.sort()
-    if found.files and unread > max(NOTEWORTHY, 100 * read):
+    if found.files and unread > max(MOST_UNREAD, 100 * read):
         raise UserError(
             f"data source {name}: only {human(read)} bytes of {path} would be read, and "
-            f"{human(unread)} bytes not ({found.passed_over()}): convert these files to .txt or "
+            f"{human(unread)} bytes not ({found.in_words()}): convert these files to .txt or "
             ".jsonl, or name the files that you mean"
         )
     return found
@@ -208,7 +209,7 @@ def delimiter_of(kind: str, header: str) -> str:
 
 
 def _hidden(name: str) -> bool:
-    """Names that begin with a dot, among them what a Mac puts beside each file, ._NAME."""
+    """Whether a name begins with a dot, such as ._NAME of a Mac, or is the Mac's own folder."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -229,11 +230,11 @@ def _is_data(file: Path, formats: tuple[str, ...]) -> bool:
             head = opened.read(HEAD).replace(b"\0", b"").lstrip(BEFORE_JSON)
         return head.startswith(b"[") or bool(MESSAGES.search(head))
     except (OSError, csv.Error):
-        return True  # reading it will say why
+        return True  # whoever reads it raises the error
 
 
 def _is_base(folder: Path) -> bool:
-    """Whether it is where this program keeps its own files, and no text of the user."""
+    """Whether this is the base folder, where nanochat keeps its own files."""
     try:
         return folder.samefile(base_dir())
     except OSError:

@@ -4,8 +4,9 @@ manifest.json in the target folder pins the commit, so that later calls never mi
 partial file is kept (NAME.HASH.part) and continued by the next run; a file is renamed to its final
 name only after its size and SHA-256 have been checked, so whatever has its final name is complete.
 
-The server is not trusted: no listed name leaves the folder, no reply may be longer than listed or
-take longer than its size allows, and redirects and further pages stay with the hub's own hosts.
+The server is not trusted: no listed name may lead out of the folder, no reply may be longer than
+listed or take longer than its size allows, and redirects and further pages must stay on the hub's
+own hosts.
 """
 
 import hashlib
@@ -32,16 +33,16 @@ from nanochat.base.files import atomic_write, sha256_file
 from nanochat.base.progress import progress
 from nanochat.base.strangers import mismatch, missing, parse_json, read_json, shown
 
-ATTEMPTS = 10  # per file, each of which continues the one before
+ATTEMPTS = 10  # per file; each continues the one before
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each further one, up to 30
-STALL = 30.0  # seconds without a byte, after which a connection is given up
-SLOWEST = 20_000  # bytes per second, below which an attempt ends
+STALL = 30.0  # seconds without a byte, after which an attempt ends
+SLOWEST = 20_000  # bytes per second; an attempt that is slower ends
 CHUNK = 2**20
 MOST_PAGE = 2**24  # bytes of one reply of the API
 MOST_PAGES = 1000  # of a list of files
 MOST_FILES = 200_000
-OWN = "manifest.json", ".lock"  # files of this program in a folder of downloads
-HOSTS = ".huggingface.co", ".hf.co"  # whose names end so, besides the endpoint's own
+OWN = "manifest.json", ".lock"  # names of nanochat's own files in a folder of downloads
+HOSTS = ".huggingface.co", ".hf.co"  # endings of trusted host names, besides the endpoint's own
 FILE = {"path": str, "size": int, "sha256": (str, None), "blob": (str, None)}
 
 
@@ -68,9 +69,9 @@ def pin(
     """
     The commit that `folder` is pinned to and its files by path. The first call resolves `revision`
     (None means "main") and writes manifest.json; later calls read that file and need no network,
-    unless they name a different revision. `known` is the SHA-256 of files whose contents this
-    program knows in advance. Raises UserError if the hub cannot be reached, lacks the data set, or
-    lists what it must not.
+    unless they name a different revision. `known` has the SHA-256 that files must have, by path.
+    Raises UserError if the hub cannot be reached, lacks the data set, or lists unsafe names or
+    other hashes.
     """
     path = folder / "manifest.json"
     pinned = None
@@ -81,8 +82,8 @@ def pin(
                 pinned = _commit(manifest["commit"], None), _listed(manifest["files"])
             elif any(folder.glob("*.parquet")):
                 raise UserError(
-                    f"{folder} holds files of commit {shown(manifest['commit'])[:14]}, and "
-                    f"{revision} is another: leave --revision out, or move the folder away"
+                    f"{folder} holds files of commit {shown(manifest['commit'])[:14]}, not of "
+                    f"{revision}: leave --revision out, or move the folder away"
                 )
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
@@ -106,7 +107,7 @@ def pin(
 
 
 def _listed(entries: Any) -> dict[str, Listed]:
-    """The files of a list of objects with the fields FILE. ValueError for anything else."""
+    """The files in a list of objects with the fields FILE. ValueError for anything else."""
     if fault := mismatch(entries, [FILE], "files"):
         raise ValueError(fault)
     files = {}
@@ -135,13 +136,13 @@ def _unsafe(path: str) -> str:
     return ""
 
 
-def _commit(found: Any, asked: str | None) -> str:
-    """The commit that the hub names. ValueError if it names none, or not the one asked for."""
-    if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40}", found):
-        raise ValueError(f"{shown(found)} is no commit")
-    if asked and re.fullmatch(r"[0-9a-f]{40}", asked) and asked != found:
-        raise ValueError(f"the hub answers with commit {found}")
-    return found
+def _commit(named: Any, wanted: str | None) -> str:
+    """The commit that the hub names. ValueError if it is not a commit, or not the wanted one."""
+    if not isinstance(named, str) or not re.fullmatch(r"[0-9a-f]{40}", named):
+        raise ValueError(f"{shown(named)} is not a commit")
+    if wanted and re.fullmatch(r"[0-9a-f]{40}", wanted) and wanted != named:
+        raise ValueError(f"the hub answers with commit {named}")
+    return named
 
 
 def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
@@ -178,7 +179,7 @@ def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
 
 
 class _Status(OSError):
-    """The hub replied with a status other than success."""
+    """The hub replied with a status that is not success."""
 
     def __init__(self, status: int):
         super().__init__(f"HTTP status {status}")
@@ -211,32 +212,32 @@ def _connect(
 ) -> tuple[HTTPConnection, str, dict[str, str]]:
     """
     A connection to the host of an address, through the proxy of the environment if there is one;
-    what to ask for on it, and with which headers for the proxy.
+    the target to request on it, and the headers for the proxy.
     """
     parts = urlsplit(url)
     host, path = parts.hostname or "", url[url.index(parts.netloc) + len(parts.netloc) :] or "/"
     port = parts.port or (443 if parts.scheme == "https" else 80)
     named = "" if proxy_bypass(host) else getproxies().get(parts.scheme, "")
     proxy = urlsplit(named if "://" in named or not named else f"http://{named}")
-    at = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
-    entry = {}
+    peer = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
+    headers = {}
     if proxy.username:
-        name = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-        entry["Proxy-Authorization"] = f"Basic {b64encode(name.encode()).decode()}"
+        login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
     if parts.scheme == "https":
-        connection = HTTPSConnection(*at, timeout=STALL, context=context)
+        connection = HTTPSConnection(*peer, timeout=STALL, context=context)
         if proxy.hostname:
-            connection.set_tunnel(host, port, entry)
+            connection.set_tunnel(host, port, headers)
         return connection, path, {}
-    return HTTPConnection(*at, timeout=STALL), url if proxy.hostname else path, entry
+    return HTTPConnection(*peer, timeout=STALL), url if proxy.hostname else path, headers
 
 
 @contextmanager
 def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator[HTTPResponse]:
     """
     The reply to a GET, from byte `start` on if the server can; redirects are followed. The
-    connection is cut after `seconds`, even if bytes still arrive. Raises OSError or HTTPException,
-    and ValueError if a reply says that it is of another commit than `commit`.
+    connection is closed after `seconds`, even if bytes still arrive. Raises OSError or
+    HTTPException, and ValueError if a reply says that it belongs to another commit than `commit`.
     """
     from huggingface_hub.utils import build_hf_headers
 
@@ -248,14 +249,14 @@ def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator
     for _ in range(6):
         if not _belongs(url):
             raise OSError(f"the hub refers to {shown(url)}, which is not one of its hosts")
-        connection, path, entry = _connect(url, context)
+        connection, path, proxy_headers = _connect(url, context)
         try:
             connection.connect()
-            cut = threading.Timer(seconds, _cut, [connection.sock])
-            cut.daemon = True
-            cut.start()
+            deadline = threading.Timer(seconds, _shut_down, [connection.sock])
+            deadline.daemon = True
+            deadline.start()
             try:
-                connection.request("GET", path, headers=headers | entry)
+                connection.request("GET", path, headers=headers | proxy_headers)
                 reply = connection.getresponse()
                 answered = reply.getheader("X-Repo-Commit") or commit
                 if commit and answered != commit:
@@ -265,10 +266,10 @@ def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator
                     return
                 url = urljoin(url, reply.getheader("Location") or "")
             finally:
-                cut.cancel()
+                deadline.cancel()
         finally:
             connection.close()
-        if urlsplit(url).hostname != host:  # what authorises us there is nobody else's business
+        if urlsplit(url).hostname != host:  # no other host may see the user's token
             headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
     raise OSError("too many redirects")
 
@@ -280,7 +281,7 @@ def _certificates() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=own or certifi.where())
 
 
-def _cut(sock: socket.socket) -> None:
+def _shut_down(sock: socket.socket) -> None:
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -289,9 +290,9 @@ def download(
     repo: str, commit: str, files: Sequence[Listed], folder: Path, workers: int = 4
 ) -> None:
     """
-    Bring `files` into `folder`, complete and verified. Files that are already there are verified
-    and fetched again only if damaged. Raises UserError if a file cannot be fetched; whatever has
-    arrived by then, partial files included, stays, and the next call continues from there.
+    Download `files` into `folder` and verify them. Files that exist are verified, and downloaded
+    again only if damaged. Raises UserError if a file cannot be downloaded; all that has arrived,
+    partial files included, is kept, and the next call continues from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     needed = sum(f.size - _arrived(f, folder) for f in files)
@@ -321,23 +322,28 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
     if _unsafe(file.path) or not target.parent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{shown(str(target))} leads out of {folder}: remove the link there")
     if file.path in OWN or file.path.endswith(".part"):
-        raise UserError(f"{file.path} of {repo} has the name of a file of this program: skip it")
+        raise UserError(
+            f"{file.path} of {repo} has the name of one of nanochat's own files: choose another "
+            "data set"
+        )
     if not target.is_symlink() and not _problem(target, file):
         return
     try:
         target.unlink(missing_ok=True)  # damaged, or from another commit
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:  # a folder of its name, or a file of the name of its folder
-        raise UserError(f"cannot write {target} ({e.strerror}): remove what is there") from e
+        raise UserError(
+            f"cannot write {target} ({e.strerror}): remove the file or folder in its place"
+        ) from e
     url = f"{_endpoint()}/datasets/{quote(repo)}/resolve/{commit}/{quote(file.path)}"
-    problem, passing = "", True
+    problem, may_pass = "", True
     for attempt in range(ATTEMPTS):
         try:
             _continue(url, commit, part, file.size, stop)
         except (OSError, HTTPException, ValueError) as e:
             problem = _reason(e)
             if isinstance(e, _Status):
-                passing = e.status >= 500 or e.status in (408, 429)
+                may_pass = e.status >= 500 or e.status in (408, 429)
         if stop.is_set():
             raise InterruptedError
         if _size(part) >= file.size:
@@ -347,7 +353,7 @@ def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.E
                 return
         if not 0 < _size(part) < file.size:
             part.unlink(missing_ok=True)
-        if not passing:
+        if not may_pass:
             break
         stop.wait(min(30 * BACKOFF, BACKOFF * 2**attempt))
     raise UserError(
@@ -386,7 +392,7 @@ def _reason(error: Exception) -> str:
 
 
 def _problem(path: Path, file: Listed) -> str:
-    """What is wrong with the file at `path`; empty if it is as listed."""
+    """What is wrong with the file at `path`; "" if it is as listed."""
     if not path.exists() or _size(path) != file.size:
         return f"{_size(path):,} bytes instead of {file.size:,}"
     if file.sha256 and sha256_file(path) != file.sha256:
@@ -402,7 +408,7 @@ def _problem(path: Path, file: Listed) -> str:
 
 
 def _part(file: Listed, folder: Path) -> Path:
-    """Where a partial download is kept; its hash stops another version from continuing it."""
+    """The partial download of a file, whose hash in the name keeps versions apart."""
     return folder / f"{file.path}.{(file.sha256 or str(file.size))[:12]}.part"
 
 

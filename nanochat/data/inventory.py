@@ -1,13 +1,13 @@
 """
-What a folder holds, before anything is trained: files read by format, files skipped by reason,
-documents, duplicates, languages, what is long or odd, what is held out, and the conversations.
+An inventory of each source, taken before anything is trained: files read by format, files skipped
+by reason, documents, duplicates, languages, what is long or odd, what is held out, conversations.
 
-    found = take(sources)            # reads each file once; the result is kept in the base folder
-    as_lines(found)                  # for the screen; the file has what the screen leaves out
+    inventories = take(sources)      # reads each file once and keeps the result in the base folder
+    as_lines(inventories)            # for the screen; the file in the base folder has all details
 
-Duplicates are removed before training: of equal documents the first one stays, and so it does of
-nearly equal ones (see similar.py). Of a source of more than LIMIT characters, only the first LIMIT
-are looked at; this is said.
+Duplicates are removed before training: of documents that are equal, or nearly equal (see
+similar.py), the first one stays. Of a source of more than LIMIT characters, only the first LIMIT
+are read for the inventory, which says so.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import heapq
 import importlib.util
 import json
 import math
+import operator
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,8 @@ from nanochat.base.common import UserError, base_dir, counted, human, in_line, n
 from nanochat.base.files import Hashes, atomic_write
 from nanochat.base.progress import progress
 from nanochat.data import conversations
-from nanochat.data.documents import HELD, read_all, text_bytes
-from nanochat.data.folders import CONVERSATIONS, ROWS, TEXT, Found, find, kind_of
+from nanochat.data.documents import HOLDS_CONVERSATIONS, read_all, text_bytes
+from nanochat.data.folders import CONVERSATIONS, READABLE, Found, find, kind_of
 from nanochat.data.rows import Report
 from nanochat.data.split import LEAST, Division, division, place
 
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
     from nanochat.data.similar import Sketch
     from nanochat.data.sources import Source
 
-VERSION = 4
+VERSION = 5  # of the stored inventories
 VALIDATION_SHARE = 0.01
-LIMIT = 1 << 28  # characters of a source
+LIMIT = 1 << 28  # characters that are read of a source
 SAMPLES = 200  # documents whose language is guessed
-SHOWN = 10  # files of each reason
-MOST_LINES = 500_000  # whose frequency is counted
-MOST_PROBLEMS = 100_000  # rows that cannot be used, and are named
+SHOWN = 10  # files named for each reason
+MOST_LINES = 500_000  # different lines that are counted
+MOST_PROBLEMS = 100_000  # unusable rows that are named
 ASCII = bytes(range(128))
 EXTRAS = "charset_normalizer selectolax mammoth defusedxml pypdf striprtf py3langid"
 
@@ -55,7 +56,7 @@ class SourceInventory:
     name: str
     read: dict[str, int] = field(default_factory=dict)  # format -> files
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (reason, file)
-    notes: dict[str, int] = field(default_factory=dict)  # what the readers came upon -> count
+    notes: dict[str, int] = field(default_factory=dict)  # of the readers: text -> count
     bad_rows: list[str] = field(default_factory=list)  # "FILE, line N: reason"
     documents: int = 0
     characters: int = 0
@@ -70,73 +71,80 @@ class SourceInventory:
     held_out: tuple[int, int] = (0, 0)  # documents or pieces, and their characters
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> shape -> count
     conversation_problems: list[str] = field(default_factory=list)  # "FILE, line N: reason"
-    complete: bool = True  # False: only the first LIMIT characters were looked at
-    # How training and validation are divided, and which documents are not trained on: see split.py
+    complete: bool = True  # False: only the first LIMIT characters were read
+    # How training and validation are divided, and the places of duplicates: see split.py
     share: float | None = None
     piece: int | None = None
-    repeated: list[float] = field(default_factory=list)  # places of which the first stays
-    dropped: list[float] = field(default_factory=list)
-    file: str = ""  # that has all of this; "" for the embedded corpus and web text
+    repeated: list[float] = field(default_factory=list)  # equal documents, of which the first stays
+    dropped: list[float] = field(default_factory=list)  # documents that are nearly equal to another
+    file: str = ""  # where this inventory is kept; "" for the embedded corpus and web text
 
     @property
     def division(self) -> Division | None:
         """How the source is divided; None if it has fewer than two different documents."""
         return None if self.share is None else Division(self.share, self.piece)
 
+    @property
+    def kept_characters(self) -> int:
+        """The characters without those of duplicates."""
+        return self.characters - self.removed_characters
+
     def kept(self, documents: Iterator[str]) -> Iterator[str]:
         """The documents without duplicates."""
-        repeated, left_out = set(self.repeated), set(self.dropped)
+        repeated, dropped = set(self.repeated), set(self.dropped)
         for text in documents:
             where = place(text)
-            if where not in left_out:
+            if where not in dropped:
                 yield text
             if where in repeated:
-                left_out.add(where)
+                dropped.add(where)
 
     def lines(self) -> list[str]:
-        """The inventory as a new user reads it."""
+        """The inventory in words; no lines for the embedded corpus and web text."""
         if not self.file:
             return []
-        share = self.removed_characters / max(self.characters, 1)
-        read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
-        out = [
-            f"{self.name}: {counted(self.documents, 'documents')}, "
-            f"{human(self.characters)} characters, from "
-            f"{read}" + (f" (only the first {human(LIMIT)} looked at)" * (not self.complete)),
-            *self._skipped_lines(),
-        ]
-        if self.documents:
-            removed = f"; removed: {share:.1%} of the characters" * bool(share)
-            out.append(f"duplicates: {self.exact:,} equal, {self.near:,} nearly equal{removed}")
-        if self.notes:
-            out.append("notes: " + "; ".join(f"{what}: {n:,}" for what, n in _most(self.notes)))
-        if self.bad_rows:
-            out.append(f"rows that cannot be used: {len(self.bad_rows):,}: {self.bad_rows[0]}")
-        if self.languages:
-            total = sum(self.languages.values())
-            spoken = (
-                f"{n / total:.0%} {c}" for c, n in _most(self.languages)[:6] if n > total / 50
-            )
-            out.append(
-                f"languages: {', '.join(spoken)} (of {counted(total, 'documents')}, guessed)"
-            )
-        out += [f"in {counted(n, 'documents')}: {line}" for n, line in self.repeated_lines[:3]]
-        out += [f"longest: {human(n)} characters, {where}" for n, where in self.longest[:1]]
-        out += [f"oddest: {s:.0%} letters, {where}" for s, where in self.oddest[:1] if s < 0.6]
-        if self.held_out[0]:
-            kept = self.characters - self.removed_characters
-            what = "pieces" if self.piece else "documents"
-            share = self.held_out[1] / max(kept, 1)
-            out.append(f"held out: {counted(self.held_out[0], what)}, {share:.1%}")
-        return [*out, *self._conversation_lines()]
+        return [*self._file_lines(), *self._text_lines(), *self._conversation_lines()]
 
-    def _skipped_lines(self) -> Iterator[str]:
+    def _file_lines(self) -> Iterator[str]:
+        read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
+        limit = "" if self.complete else f" (only the first {human(LIMIT)} of them were read)"
+        documents = counted(self.documents, "documents")
+        yield f"{self.name}: {documents}, {human(self.characters)} characters, from {read}{limit}"
         reasons: dict[str, list[str]] = {}
         for reason, name in self.skipped:
             reasons.setdefault(reason, []).append(Path(name).name)
         for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
-            more = f", and {len(names) - SHOWN:,} more" * (len(names) > SHOWN)
-            yield f"skipped: {len(names):,}, {reason}: {', '.join(names[:SHOWN])}{more}"
+            others = f", and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+            yield f"skipped: {len(names):,}, {reason}: {', '.join(names[:SHOWN])}{others}"
+
+    def _text_lines(self) -> Iterator[str]:
+        if self.documents:
+            line = f"duplicates: {self.exact:,} equal, {self.near:,} nearly equal"
+            if self.removed_characters:
+                share = self.removed_characters / self.characters
+                line += f"; removed: {share:.1%} of the characters"
+            yield line
+        if self.notes:
+            yield "notes: " + "; ".join(f"{note}: {n:,}" for note, n in _most(self.notes))
+        if self.bad_rows:
+            yield f"rows that cannot be used: {len(self.bad_rows):,}: {self.bad_rows[0]}"
+        if self.languages:
+            total = sum(self.languages.values())
+            most = [(code, n / total) for code, n in _most(self.languages)[:6]]
+            shares = ", ".join(f"{share:.0%} {code}" for code, share in most if share > 0.02)
+            yield f"languages: {shares} (of {counted(total, 'documents')}, guessed)"
+        for n, line in self.repeated_lines[:3]:
+            yield f"in {counted(n, 'documents')}: {line}"
+        for n, where in self.longest[:1]:
+            yield f"longest: {human(n)} characters, {where}"
+        for share, where in self.oddest[:1]:
+            if share < 0.6:
+                yield f"oddest: {share:.0%} letters, {where}"
+        number, characters = self.held_out
+        if number:
+            share = characters / max(self.kept_characters, 1)
+            unit = "pieces" if self.piece else "documents"
+            yield f"held out: {counted(number, unit)}, {share:.1%}"
 
     def _conversation_lines(self) -> Iterator[str]:
         shapes: Counter[str] = Counter()
@@ -144,8 +152,7 @@ class SourceInventory:
             shapes.update(counts)
         if self.conversations:
             shown = ", ".join(f"{n:,} {shape}" for shape, n in shapes.most_common())
-            n = len(self.conversations)
-            yield f"conversations: {shown} in {counted(n, 'files')}"
+            yield f"conversations: {shown} in {counted(len(self.conversations), 'files')}"
         problems = self.conversation_problems
         yield from (f"not used as a conversation: {problem}" for problem in problems[:SHOWN])
         if len(problems) > SHOWN:
@@ -157,51 +164,52 @@ def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def as_lines(inventories: Sequence[SourceInventory]) -> list[str]:
-    """The inventories as a new user reads them, and where all of it is."""
-    out = [f"  {in_line(line)}" for one in inventories for line in one.lines()]
-    kept = [one.file for one in inventories if one.file]
-    return [*out, f"  all of this: {', '.join(kept)}"] if kept else out
+    """The inventories in words, and the files that have all details."""
+    lines = [f"  {in_line(line)}" for inventory in inventories for line in inventory.lines()]
+    files = [inventory.file for inventory in inventories if inventory.file]
+    return [*lines, f"  details: {', '.join(files)}"] if files else lines
 
 
 def take(sources: Sequence["Source"], me: str | None = None) -> list[SourceInventory]:
     """
-    The inventory of each source (see sources.parse_sources). `me` is the person of a chat who is to
-    be the assistant. Raises UserError if there is no file to read.
+    The inventory of each source (see sources.parse_sources). `me` is the name of the person who
+    becomes the assistant of a chat. Raises UserError if there is no file to read.
     """
     return [of(source, me) for source in sources]
 
 
 def show(sources: Sequence["Source"]) -> float:
     """
-    Print what `take` finds, in order that nobody trains on what they did not mean. Returns the
-    characters of all sources; infinity with one that is not in files, or too large to count.
+    Print the inventory of each source, so that nobody trains on the wrong files by mistake. Returns
+    the characters of all sources, as characters_of does.
     """
-    taken = take(sources)
-    for line in as_lines(taken):
+    inventories = take(sources)
+    for line in as_lines(inventories):
         print0(line)
-    return characters_of(taken)
+    return characters_of(inventories)
 
 
-def characters_of(taken: Sequence[SourceInventory]) -> float:
-    """The characters of inventories without duplicates; infinity where they are not counted."""
-    return _sum(taken, lambda found: found.characters - found.removed_characters)
+def characters_of(inventories: Sequence[SourceInventory]) -> float:
+    """The characters of all sources without duplicates; infinity if any are not counted."""
+    return _sum(inventories, lambda inventory: inventory.kept_characters)
 
 
 def text_bytes_of(sources: Sequence["Source"]) -> float:
-    """Bytes in UTF-8 of the text of all sources; infinity where they are not counted."""
-    return _sum(take(sources), lambda found: found.bytes)
+    """The text of all sources in bytes of UTF-8; infinity if any are not counted."""
+    return _sum(take(sources), lambda inventory: inventory.bytes)
 
 
-def _sum(taken: Sequence[SourceInventory], count: Callable[[SourceInventory], int]) -> float:
-    counted_all = all(found.file and found.complete for found in taken)
-    return sum(map(count, taken)) if counted_all else math.inf
+def _sum(inventories: Sequence[SourceInventory], count: Callable[[SourceInventory], int]) -> float:
+    """The sum of a count; infinity if a source is not in files, or larger than LIMIT."""
+    complete = all(inventory.file and inventory.complete for inventory in inventories)
+    return sum(map(count, inventories)) if complete else math.inf
 
 
 def of(source: "Source", me: str | None = None) -> SourceInventory:
-    """The inventory of one source. It is taken once, and again when a file has changed."""
+    """The inventory of one source: the stored one, or a new one if a file has changed."""
     if source.kind != "files":
         return SourceInventory(source.name)
-    found = find(source.paths, source.name, (*TEXT, *ROWS))
+    found = find(source.paths, source.name, READABLE)
     path = base_dir() / "inventory" / f"{source.name}-{_key(found, source.field, me)}.json"
     with suppress(OSError, ValueError, TypeError):
         return SourceInventory(**json.loads(path.read_bytes()))
@@ -212,16 +220,15 @@ def of(source: "Source", me: str | None = None) -> SourceInventory:
 
 
 def installed() -> list[str]:
-    """The optional packages that are there to read files with."""
+    """The optional packages for reading files that are installed."""
     return [name for name in EXTRAS.split() if importlib.util.find_spec(name)]
 
 
 def _key(found: Found, field: str | None, me: str | None) -> str:
-    root = base_dir() / "tokens"
-    hashes = Hashes(root / ".hashes.json")
+    hashes = Hashes(base_dir() / "tokens" / ".hashes.json")
     files = [(str(path), hashes.of(path)) for path in found.files]
     hashes.save()
-    about = [VERSION, files, found.listed, field, me, installed()]
+    about = [VERSION, files, found.skipped, field, me, installed()]
     return hashlib.sha256(json.dumps(about).encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -230,7 +237,7 @@ def _survey(name: str, found: Found, field: str | None, me: str | None) -> Sourc
 
     report, census = Report(limit=MOST_PROBLEMS), _Census()
     size = sum(map(text_bytes, found.files))
-    with progress(min(size, LIMIT), f"looking through {name}", "characters") as bar:
+    with progress(min(size, LIMIT), f"taking stock of {name}", "characters") as bar:
         for text, path, sketch in sketched(_documents(found.files, field, report)):
             census.add(text, path, sketch)
             bar.advance(len(text))
@@ -239,7 +246,7 @@ def _survey(name: str, found: Found, field: str | None, me: str | None) -> Sourc
                 break
     inventory = census.finish(name)
     inventory.read = dict(report.read)
-    inventory.skipped = [*found.listed, *report.skipped]
+    inventory.skipped = [*found.skipped, *report.skipped]
     inventory.notes, inventory.bad_rows = dict(report.notes), report.problems
     _survey_conversations(inventory, found.files, me)
     return inventory
@@ -250,30 +257,30 @@ def _documents(files: list[Path], field: str | None, report: Report) -> Iterator
     try:
         for text in read_all(files, field, report):
             yield text, str(report.path)
-    except UserError as e:  # of the only file; whoever reads it to train hears the reason
+    except UserError as e:  # whoever reads the file for training gets this error
         path = report.path or files[0]
         if str(path) not in {name for _, name in report.skipped}:
             report.skip(path, e)
 
 
 def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str | None) -> None:
-    """Count and check the conversations. What is plain text besides is read as text too."""
+    """Count and check the conversations in files, which may also have been read as text."""
     report = Report(limit=MOST_PROBLEMS)
     for path in files:
         if kind_of(path) in CONVERSATIONS and (counts := conversations.survey(path, report, me)):
             inventory.conversations[str(path)] = dict(counts)
     inventory.conversation_problems = report.problems
     inventory.notes = {**report.notes, **inventory.notes}
-    # As text they were skipped, and now they are found
+    # Files that are skipped as text because they hold conversations are not skipped after all
     inventory.skipped = [
         (reason, name)
         for reason, name in inventory.skipped
-        if not (HELD in reason and name in inventory.conversations)
+        if not (HOLDS_CONVERSATIONS in reason and name in inventory.conversations)
     ]
 
 
 class _Census:
-    """Counts documents one after the other; what it says of them is in `result`."""
+    """Counts documents one by one into `result`."""
 
     def __init__(self) -> None:
         from nanochat.data.similar import Similar
@@ -281,12 +288,12 @@ class _Census:
         self.result = SourceInventory("")
         self.seen: set[float] = set()
         self.sizes: list[tuple[float, int]] = []
-        self.first: list[str] = []  # as many as decide how the source is divided
-        self.held_out = 0
+        self.first: list[str] = []  # the documents that decide how the source is divided
+        self.held_out = 0  # of them, if VALIDATION_SHARE decides
         self.lines: Counter[str] = Counter()
         self.samples: list[tuple[float, str]] = []
         self.similar = Similar()
-        pool = ThreadPoolExecutor(1)  # its model takes half a second to load
+        pool = ThreadPoolExecutor(1)  # the language model takes half a second to load
         self.classifier = pool.submit(_classifier)
         pool.shutdown(wait=False)
 
@@ -314,7 +321,7 @@ class _Census:
         self.sizes.append((where, len(text)))
         if self.held_out < LEAST:
             self.first.append(text)
-            self.held_out += where <= VALIDATION_SHARE
+            self.held_out += int(where <= VALIDATION_SHARE)
         heapq.heappush(self.samples, (-where, text[:1000]))
         if len(self.samples) > SAMPLES:
             heapq.heappop(self.samples)
@@ -322,18 +329,18 @@ class _Census:
             first, last = text[:1000].splitlines()[:3], text[-1000:].splitlines()[-3:]
             ends = {line.strip() for line in (*first, *last)}
             self.lines.update(line for line in ends if 12 <= len(line) <= 200)
-        named = f"{path}: {' '.join(text[:60].split())}"
-        result = self.result
-        if len(result.longest) < 3 or len(text) > result.longest[-1][0]:
-            result.longest = heapq.nlargest(3, [*result.longest, (len(text), named)])
+        where_and_start = f"{path}: {' '.join(text[:60].split())}"
+        result, by_number = self.result, operator.itemgetter(0)
+        longest = [*result.longest, (len(text), where_and_start)]
+        result.longest = heapq.nlargest(3, longest, key=by_number)
         if len(text) >= 200:
             head = text[:2000]
-            letters = round(_letters(head) / max(1, len(head) - head.count(" ")), 3)
-            if len(result.oddest) < 3 or letters < result.oddest[-1][0]:
-                result.oddest = heapq.nsmallest(3, [*result.oddest, (letters, named)])
+            share = round(_letters(head) / max(1, len(head) - head.count(" ")), 3)
+            oddest = [*result.oddest, (share, where_and_start)]
+            result.oddest = heapq.nsmallest(3, oddest, key=by_number)
 
     def finish(self, name: str) -> SourceInventory:
-        """What has been found."""
+        """The inventory of the documents."""
         result = self.result
         result.name, result.repeated = name, sorted(set(result.repeated))
         often = max(3, len(self.sizes) // 10)
@@ -353,14 +360,14 @@ class _Census:
 
 
 def _letters(text: str) -> int:
-    """How many characters are letters; those that are no ASCII are looked at one by one."""
+    """How many characters are letters; those beyond ASCII are tested one by one."""
     data = text.encode()
     ascii_letters = len(data) - len(data.translate(None, string.ascii_letters.encode()))
     return ascii_letters + sum(map(str.isalpha, data.translate(None, ASCII).decode()))
 
 
 def _classifier() -> Callable[[str], tuple[str, float]] | None:
-    """What guesses a text's language, loaded; None where the library is missing or cannot work."""
+    """The function that guesses a text's language; None if its package is missing or fails."""
     try:
         from py3langid import classify
 
@@ -369,5 +376,8 @@ def _classifier() -> Callable[[str], tuple[str, float]] | None:
     except ImportError:
         return None
     except OSError as e:  # it unpacks its model into a temporary file
-        notice(f"languages are not guessed, because temporary files cannot be written ({e})")
+        notice(
+            f"languages are not guessed, because temporary files cannot be written ({e}): free "
+            "some space, or set TMPDIR to another folder"
+        )
         return None

@@ -18,7 +18,7 @@ import numpy as np
 from nanochat.data.packing import Packing, one_a_row, pack
 from nanochat.data.shards import Shards
 
-BLOCK_TOKENS = 1 << 21  # many enough for the packer to leave no holes, few enough to pack quickly
+BLOCK_TOKENS = 1 << 21  # enough for the packer to leave no holes, few enough to pack quickly
 IGNORED = -1  # a target that takes no part in the loss
 Mode = Literal["packed", "padded"]
 
@@ -85,8 +85,8 @@ def pack_block(
 @dataclass(frozen=True)
 class RowOrder:
     """
-    The order in which a feed draws its rows. Holds no state: positions are JSON-able dicts that
-    `start` and `rows` return.
+    The order in which a feed draws its rows. Holds no state: `start` and `rows` return positions as
+    dicts that JSON can hold.
     """
 
     shards: tuple[Shards, ...]
@@ -108,8 +108,8 @@ class RowOrder:
 
     def rows_per_epoch(self) -> float:
         """
-        About how many rows an epoch has. Padded rows hold one document each; how full packed rows
-        are is known from the first block.
+        About how many rows an epoch has. A padded row holds one document; packed rows are assumed
+        to be as full as those of the first block.
         """
         if self.mode == "padded":
             sources = zip(self.quota, self.shards, strict=True)
@@ -144,7 +144,10 @@ class RowOrder:
         return max(1, round(self.total / BLOCK_TOKENS))
 
     def fault(self, position: dict[str, Any]) -> str:
-        """Why no run over these sources can be at this position; '' if one can. Checks no types."""
+        """
+        Why no run over these sources can be at this position; "" if one can. The types of the
+        values are not checked.
+        """
         sources, start = position.get("sources", []), self.start()
         if absent := sorted(start.keys() - position.keys()):
             return f"it lacks {', '.join(absent)}"
@@ -159,7 +162,7 @@ class RowOrder:
         return ""
 
     def rows(self, position: dict[str, Any]) -> Iterator[tuple[Block, int, dict[str, Any]]]:
-        """(block, row, changes of the position) of every row after `position`."""
+        """(block, row in it, changed fields of the position) of every row after `position`."""
         epoch, number = position["epoch"], position["block"]
         first, cuts = position["row"], position["cuts"]
         sources = [dict(s) for s in position["sources"]]

@@ -1,6 +1,6 @@
 """
-The text of the PDF on standard input, to standard output. readers.py runs this file in a process of
-its own, because a PDF may have been made to use all time and memory. It imports nothing of the
+Writes the text of the PDF on standard input to standard output. readers.py runs this file in a
+process of its own, because a hostile PDF may use all time and memory. It imports nothing of the
 project, so that it starts at once.
 
     python nanochat/data/pdf.py SECONDS MEMORY_BYTES TEXT_BYTES < paper.pdf > paper.txt
@@ -15,7 +15,7 @@ from contextlib import suppress
 def main() -> None:
     """Print the pages. Exits with a message for a PDF that is encrypted or has too much text."""
     seconds, memory, most = map(int, sys.argv[1:])
-    # Windows has no such limits; the deadline of the parent holds there too
+    # Windows has no such limits, only the deadline of the parent process
     with suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -29,8 +29,9 @@ def main() -> None:
         raise SystemExit("it is encrypted")
     for page in reader.pages:
         text = (page.extract_text() + "\n\n").encode("utf-8", "replace")
-        if (most := most - len(text)) < 0:
-            raise SystemExit("its text has no end")
+        most -= len(text)
+        if most < 0:
+            raise SystemExit("its text is too long")
         sys.stdout.buffer.write(text)
 
 

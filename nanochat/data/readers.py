@@ -1,12 +1,11 @@
 """
-Readers of documents: each takes a file and gives its texts, one function for each format, all in
-the table READERS. Most need a library of the extra `documents`; without it, the file is skipped,
-and the message names what to install.
+Readers of documents: one function per format, listed in READERS, which takes a file and yields its
+texts. Most need a package of the extra `documents`; without it, the error names what to install.
 
-What strangers wrote is bounded: a file by MOST_BYTES, what an archive unpacks to by MOST_UNPACKED
-and by MOST_RATIO, a PDF by SECONDS and MOST_MEMORY in a process of its own. Nothing is fetched, no
-macro runs, and no entity of XML is expanded. A file that exceeds a bound, or that its library
-cannot read, is a UserError, which whoever reads a whole folder turns into an entry of the report.
+Files may be hostile, so reading them is bounded: a file by MOST_BYTES, an archive's contents by
+MOST_UNPACKED and MOST_RATIO, a PDF by SECONDS and MOST_MEMORY in a process of its own. Nothing is
+fetched, no macro runs, and no XML entity is expanded. A file that exceeds a bound, or that its
+package cannot read, raises a UserError; when a whole folder is read, it is listed in the report.
 """
 
 import email
@@ -39,7 +38,7 @@ MOST_RATIO = 300  # bytes unpacked per byte packed, from SMALL bytes on; text re
 SMALL = 1 << 24
 MOST_MEMBERS = 100_000
 MOST_LEVELS = 3  # of archives in archives
-MOST_NESTED = 4000  # elements within each other in a page: its parser takes their square
+MOST_NESTED = 4000  # elements within each other in a page: parsing time grows as the square
 MOST_PARTS = 5000  # of an e-mail
 SECONDS = 60  # for one PDF
 MOST_MEMORY = 1 << 31
@@ -53,14 +52,14 @@ BEFORE = {  # an element -> what separates it from the text before it
     **dict.fromkeys(("td", "th", "text:tab"), "\t"),
     "text:s": " ",
 }
-# What a page has around its text
+# Elements that surround the text of a page (a CSS selector)
 AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, iframe, select"
 TAG = re.compile(r"<(/?)([a-zA-Z][\w:-]*)[^<>]*?(/?)>")
-# Elements that need no end; of all others, those that are open nest
+# Elements that need no end tag, so they do not count as nested
 UNCLOSED = (
     "area base br col dd dt embed hr img input li link meta option p param source td th tr wbr"
 )
-LOCKS = "META-INF/encryption.xml"  # of a book
+ENCRYPTION = "META-INF/encryption.xml"  # in a book: names its encrypted files
 TIMES = re.compile(r"^\s*(?:\d+:)?\d+:\d+[.,]\d+\s+-->")
 CUE_TAGS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
 
@@ -70,7 +69,7 @@ def content(path: Path) -> bytes:
     with open_bytes(path) as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
-        raise UserError(f"it holds more than {human(MOST_BYTES)} bytes: divide it into several")
+        raise UserError(f"it has more than {human(MOST_BYTES)} bytes: divide it into several files")
     return data
 
 
@@ -85,7 +84,9 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
     if isinstance(data, bytes):
         data = data.decode(encoding_of_html(data, report), "replace")
     if _nested(data) > MOST_NESTED:
-        raise UserError(f"its elements lie more than {MOST_NESTED:,} deep within each other")
+        raise UserError(
+            f"its elements are nested more than {MOST_NESTED:,} deep: convert it to text"
+        )
     tree = parser(data.replace("\0", ""))
     for node in tree.css(left_out):
         node.decompose()
@@ -106,39 +107,41 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
 
 
 def _nested(page: str) -> int:
-    """How many elements of a page are open at once, at most, if no end is implied."""
+    """The largest number of elements of a page that are open at once."""
     depth = deepest = 0
     unclosed = set(UNCLOSED.split())
-    for end, name, alone in TAG.findall(page):
-        if not alone and name.lower() not in unclosed:
+    for end, name, self_closing in TAG.findall(page):
+        if not self_closing and name.lower() not in unclosed:
             depth = max(0, depth + (-1 if end else 1))
             deepest = max(deepest, depth)
     return deepest
 
 
 def tidy(text: str) -> str:
-    """Text without blanks around lines and without more than one empty line in a row."""
+    """Text without spaces around its lines and with at most one empty line in a row."""
     text = re.sub(r"[ \t\u00a0]*\n[ \t]*", "\n", text.replace("\r\n", "\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 @contextmanager
 def _opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """An office document or a book, whose unpacked size is bounded."""
+    """Open an office document or a book. Raises UserError if it would unpack to too much."""
     with zipfile.ZipFile(io.BytesIO(content(path))) as archive:
         unpacked = sum(info.file_size for info in archive.infolist())
         if unpacked > SMALL + MOST_RATIO * MOST_BYTES // 10 or any(
             info.file_size > MOST_BYTES for info in archive.infolist()
         ):
-            raise UserError(f"it unpacks to {human(unpacked)} bytes: it is damaged or hostile")
+            raise UserError(
+                f"it unpacks to {human(unpacked)} bytes, so it is damaged or hostile: leave it out"
+            )
         for name in archive.namelist():
             if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in archive.read(name):
-                raise UserError("it declares entities of XML, as no office program does")
+                raise UserError("it declares XML entities, so it may be hostile: leave it out")
         yield archive
 
 
 def docx(path: Path, report: Report) -> Iterator[str]:
-    """The text of a Word document, with its tables and notes, by way of HTML."""
+    """The text of a Word document, with its tables and notes, converted by way of HTML."""
     mammoth = library("mammoth")
     with _opened_zip(path):
         converted = mammoth.convert_to_html(
@@ -163,12 +166,14 @@ def epub(path: Path, report: Report) -> Iterator[str]:
         package = parse(archive.read(str(package_path)))
         items = {item.get("id"): item.get("href") for item in package.iterfind(".//{*}item")}
         names = set(archive.namelist())
-        locked = archive.read(LOCKS).decode("utf-8", "replace") if LOCKS in names else ""
+        encrypted = ""
+        if ENCRYPTION in names:
+            encrypted = archive.read(ENCRYPTION).decode("utf-8", "replace")
         for reference in package.iterfind(".//{*}itemref"):
             href = unquote((items.get(reference.get("idref")) or "").split("#")[0])
             name = str(package_path.parent / href)
-            if name in locked:
-                raise UserError("it is encrypted (DRM): nobody but its reading program can read it")
+            if name in encrypted:
+                raise UserError("it is encrypted (DRM): get a copy without DRM, or leave it out")
             if name in names:
                 yield html_text(archive.read(name), report, f"{AROUND}, title")
             else:
@@ -177,18 +182,18 @@ def epub(path: Path, report: Report) -> Iterator[str]:
 
 def pdf(path: Path, report: Report) -> Iterator[str]:
     """
-    The text layer of a PDF. Words that a line end divides are joined again. It is kept in the base
-    folder, because a PDF takes long to read, and it is read for the inventory and for each split.
+    The text layer of a PDF, with words that are hyphenated at a line end joined. The text is cached
+    in the base folder, because a PDF takes long to read and is read several times.
     """
     data = content(path)
-    kept = base_dir() / "documents" / f"{hashlib.sha256(data).hexdigest()}.txt"
-    if kept.exists():
-        text = kept.read_text(encoding="utf-8")
+    cached = base_dir() / "documents" / f"{hashlib.sha256(data).hexdigest()}.txt"
+    if cached.exists():
+        text = cached.read_text(encoding="utf-8")
     else:
         text = _pdf_text(data)
-        atomic_write(kept, text)
+        atomic_write(cached, text)
     if not text:
-        raise UserError("it has no text layer: it may be a scan, for a program such as ocrmypdf")
+        raise UserError("it has no text layer: if it is a scan, add one with a tool like ocrmypdf")
     yield re.sub(r"([^\W\d_])[-\u00ad]\n([^\W\d_])", r"\1\2", text)
 
 
@@ -204,11 +209,13 @@ def _pdf_text(data: bytes) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as e:
-        raise UserError(f"it takes longer than {SECONDS} seconds to read") from e
+        raise UserError(
+            f"it takes longer than {SECONDS} seconds to read: convert it to text"
+        ) from e
     if done.returncode:
         errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
         what = (errors or ["no memory or time"])[-1][:120]
-        raise UserError(f"it cannot be read as a PDF ({what})")
+        raise UserError(f"it cannot be read as a PDF ({what}): convert it to text")
     return tidy(done.stdout.decode("utf-8", "replace").replace("\0", ""))
 
 
@@ -224,16 +231,16 @@ def eml(path: Path, report: Report) -> Iterator[str]:
 
 
 def mbox(path: Path, report: Report) -> Iterator[str]:
-    """The e-mails of a mailbox, each a text of its own; one that is broken stops no other."""
+    """The e-mails of a mailbox, each a text of its own, without those that cannot be read."""
     for mail in _mails(path):
         try:
             yield _mail_text(mail, report)
-        except Exception:  # the email package raises what it likes
+        except Exception:  # the email package may raise anything for a malformed e-mail
             report.notes["e-mails without a text that can be read"] += 1
 
 
 def _mails(path: Path) -> Iterator[bytes]:
-    """The e-mails of a mailbox, of which very long ones lose their end."""
+    """The e-mails of a mailbox; those longer than MOST_BYTES lose their end."""
     mail, blank = bytearray(), True
     with open_bytes(path) as file:
         while line := file.readline(1 << 20):
@@ -249,7 +256,7 @@ def _mails(path: Path) -> Iterator[bytes]:
 
 def _mail_text(data: bytes, report: Report) -> str:
     if data.count(b"\n--") > MOST_PARTS:
-        raise UserError(f"it has more than {MOST_PARTS:,} parts")
+        raise UserError(f"it has more than {MOST_PARTS:,} parts: leave it out")
     message = email.message_from_bytes(data, policy=email.policy.default)
     assert isinstance(message, EmailMessage)
     body = message.get_body(("plain", "html"))
@@ -257,7 +264,7 @@ def _mail_text(data: bytes, report: Report) -> str:
         raise UserError("it has no text")
     try:
         text = body.get_content()
-    except LookupError:  # an encoding that nobody knows
+    except LookupError:  # an unknown encoding
         payload = body.get_payload(decode=True)
         payload = payload if isinstance(payload, bytes) else b""
         text = payload.decode(encoding_of_html(payload, report), "replace")
@@ -268,7 +275,7 @@ def _mail_text(data: bytes, report: Report) -> str:
 
 
 def subtitles(path: Path, report: Report) -> Iterator[str]:
-    """What is said in .srt and .vtt files, a line per line, without numbers and times."""
+    """The spoken lines of a .srt or .vtt file, without numbers and times."""
     with open_text(path, report) as file:
         lines = file.read(MOST_BYTES).splitlines()
     spoken: list[str] = []
@@ -278,7 +285,7 @@ def subtitles(path: Path, report: Report) -> Iterator[str]:
         if TIMES.match(line) or TIMES.match(following) or header:
             continue
         text = CUE_TAGS.sub("", line).strip()
-        if text and text != (spoken or [""])[-1]:  # captions that roll repeat their last line
+        if text and [text] != spoken[-1:]:  # rolling captions repeat their last line
             spoken.append(text)
     yield "\n".join(spoken)
 
@@ -289,9 +296,10 @@ def notebook(path: Path, report: Report) -> Iterator[str]:
         cells = json.loads(content(path))["cells"]
         parts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"it is no notebook ({type(e).__name__})") from e
-    fences = ((f"```\n{text}\n```" if kind == "code" else text) for kind, text in parts if text)
-    yield "\n\n".join(fences)
+        raise UserError(f"it is not a notebook ({type(e).__name__}): leave it out") from e
+    yield "\n\n".join(
+        f"```\n{text}\n```" if kind == "code" else text for kind, text in parts if text
+    )
 
 
 Reader = Callable[[Path, Report], Iterator[str]]
@@ -316,20 +324,23 @@ READERS: dict[str, Reader] = {
 def unpacked(path: Path, formats: tuple[str, ...], report: Report) -> Iterator[list[Path]]:
     """
     The files of an archive that are of `formats`, in a temporary folder that lasts for the block.
-    In the report, they are named by the archive. Raises UserError for an archive that is a bomb.
+    The report names them by the archive. Raises UserError for an archive that would unpack to too
+    much or cannot be unpacked.
     """
     if report.level >= MOST_LEVELS:
-        raise UserError(f"{path}: it is an archive within {MOST_LEVELS} others: unpack it yourself")
+        raise UserError(f"{path} is inside {MOST_LEVELS} other archives: unpack it yourself")
     with tempfile.TemporaryDirectory(prefix="nanochat-") as temporary:
         folder = Path(temporary)
         try:
             _unpack(path, folder)
         except (UserError, OSError):
             raise
-        except Exception as e:  # damaged in any way that zipfile and tarfile do not foresee
-            raise UserError(f"{path} cannot be unpacked ({type(e).__name__}: {e})") from e
+        except Exception as e:  # zipfile and tarfile may raise anything for a damaged archive
+            raise UserError(
+                f"{path} cannot be unpacked ({type(e).__name__}: {e}): replace it, or leave it out"
+            ) from e
         found = in_folder(folder, path.name, formats)
-        report.skipped += found.listed
+        report.skipped += found.skipped
         report.level += 1
         try:
             yield found.files
@@ -339,55 +350,58 @@ def unpacked(path: Path, formats: tuple[str, ...], report: Report) -> Iterator[l
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    room = _Room(path)
+    members = _Members(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if info.flag_bits & 1:
                     raise UserError(f"{path} is encrypted: unpack it, and name the folder")
                 if not info.is_dir():
-                    room.check(info.file_size, info.compress_size)
+                    members.count(info.file_size, info.compress_size)
                     with archive.open(info) as file:
-                        room.write(file, folder, info.filename)
+                        members.write(file, folder, info.filename)
         return
     with open_bytes(path) as raw, tarfile.open(fileobj=raw, mode="r|") as archive:
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)):
-                room.check(member.size, 0)
+                members.count(member.size, 0)
                 with file:
-                    room.write(file, folder, member.name)
+                    members.write(file, folder, member.name)
 
 
-class _Room:
-    """What may still be unpacked of an archive."""
+class _Members:
+    """Counts and writes the files of an archive while it is unpacked."""
 
     def __init__(self, path: Path):
-        self.packed, self.members, self.bytes = path.stat().st_size, 0, 0
+        self.packed, self.number, self.bytes = path.stat().st_size, 0, 0
 
-    def check(self, size: int, packed: int) -> None:
-        """UserError if a member of `size` bytes is too large."""
-        self.members += 1
+    def count(self, size: int, packed: int) -> None:
+        """
+        Count a file of `size` bytes, which takes `packed` bytes of the archive (0 if unknown).
+        Raises UserError if the archive unpacks to too much.
+        """
+        self.number += 1
         self.bytes += size
         ratio = max(size / max(packed or self.packed, 1), self.bytes / max(self.packed, 1))
         if (ratio > MOST_RATIO and self.bytes > SMALL) or self.bytes > MOST_UNPACKED:
             raise UserError(
-                f"it unpacks to {human(self.bytes)} bytes, {ratio:,.0f} times its size: it is "
-                "hostile, or holds no text"
+                f"it unpacks to {human(self.bytes)} bytes, {ratio:,.0f} times its size, so it is "
+                "hostile or holds no text: leave it out"
             )
-        if self.members > MOST_MEMBERS:
+        if self.number > MOST_MEMBERS:
             raise UserError(f"it has more than {MOST_MEMBERS:,} files: unpack it yourself")
 
     def write(self, file: IO[bytes], folder: Path, name: str) -> None:
-        """Unpack a member, at a place within the folder whatever its name is."""
-        parts = [part for part in re.split(r"[\\/]", name) if part not in ("", ".", "..")]
+        """Unpack a file to a path within the folder, whatever its name is."""
+        parts = [part for part in re.split(r"[\\/]", name) if part not in ("", ".", "..")] or ["_"]
         parts = [re.sub(r'[\0:*?"<>|\n\r]', "_", part)[-100:] for part in parts][-20:]
-        target = folder.joinpath(*parts or ["_"])
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "xb") as out:
-                shutil.copyfileobj(file, out)
+            _copy(file, folder.joinpath(*parts))
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
-            other = folder / f"_{self.members}" / parts[-1]
-            other.parent.mkdir()
-            with open(other, "xb") as out:
-                shutil.copyfileobj(file, out)
+            _copy(file, folder / f"_{self.number}" / parts[-1])
+
+
+def _copy(file: IO[bytes], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "xb") as out:
+        shutil.copyfileobj(file, out)

@@ -4,8 +4,9 @@ give ("FILE, line N", value) for text, conversations and tasks alike.
 
 Compression (gzip, bzip2, xz, zstd) is recognised by its first bytes, UTF-16 and UTF-32 by their
 byte-order mark, UTF-16 without one by its zero bytes. Text that is not UTF-8 is read in the
-encoding that charset-normalizer finds, and the report says so. A pointer of git-lfs or git-annex is
-named as what it is. Bad rows are collected in a Report, so that all are named at once.
+encoding that charset-normalizer guesses, and the report says so. A file that is only a pointer of
+git-lfs or git-annex is an error that says how to get the data. Bad rows are collected in a Report,
+so that one message names them all.
 """
 
 import bz2
@@ -26,13 +27,15 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, counted
 from nanochat.base.strangers import shown
 from nanochat.data.folders import BEFORE_JSON, TABLES, delimiter_of, format_of, kind_of
 
 Rows = Iterator[tuple[str, Any]]  # (place, value)
+# What converting a malformed row may raise
+BAD_ROW = (UserError, LookupError, TypeError, ValueError, AttributeError)
 
-LONGEST_ROW = 1 << 28  # bytes of a line; a longer one is no row of text
+LONGEST_ROW = 1 << 28  # bytes of a line
 SHOWN = 5  # bad rows that a message names
 MOST_COLLECTED = 1000  # bad rows, after which reading stops
 PARQUET_ROWS = 64  # per batch: few, because one row may hold megabytes
@@ -42,13 +45,13 @@ POINTERS = {
     b"/annex/objects/": "a pointer of git-annex: run `git annex get`",
     b"# xet version": "a pointer of git-xet: run `git xet checkout`",
 }
-# What texts are written in that are not in UTF-8
+# The usual encodings of text that is not UTF-8, the most frequent ones first
 ENCODINGS = (
     "cp1252 iso8859_15 cp1250 iso8859_2 cp1251 koi8_r koi8_u cp866 cp1253 iso8859_7 cp1254 cp1255 "
     "cp1256 cp1257 cp1258 cp932 euc_jp iso2022_jp gb18030 big5 cp949 tis_620 cp850 mac_roman"
 )
 SAMPLE = 1 << 16  # bytes around the first that is not UTF-8
-STRAY = 4  # letters beyond ASCII for each damaged byte of a text that is UTF-8 all the same
+STRAY = 4  # a text with more letters beyond ASCII per undecodable byte than this is UTF-8, damaged
 DECLARED = re.compile(
     rb"""<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?([\w.:-]{1,40})""", re.I
 )
@@ -71,8 +74,9 @@ class TooManyBadRows(UserError):
 
 class Report:
     """
-    What reading a source came upon: notes (reason -> count) for the data summary, the files read
-    (format -> count), those skipped (reason, file), and bad rows, of which `limit` may be left out.
+    What reading a source found: notes (text -> count) for the data summary, the files read (format
+    -> count), the files skipped (reason, file), and the problems of bad rows ("FILE, line N:
+    reason"), of which `limit` may be left out.
     """
 
     def __init__(self, limit: int = 0):
@@ -80,17 +84,17 @@ class Report:
         self.notes: Counter[str] = Counter()
         self.read: Counter[str] = Counter()
         self.skipped: list[tuple[str, str]] = []
-        self.path: Path | None = None  # that is being read
-        self.level = 0  # of archives in archives
+        self.path: Path | None = None  # the file that is being read
+        self.level = 0  # how many archives it lies in
         self.problems: list[str] = []
 
     def clear(self) -> None:
         """Forget everything, because reading starts again."""
-        for what in (self.notes, self.read, self.skipped, self.problems):
-            what.clear()
+        for collection in (self.notes, self.read, self.skipped, self.problems):
+            collection.clear()
 
     def skip(self, path: Path, error: UserError) -> None:
-        """Leave the rest of a file out, for the reason that the error gives."""
+        """List a file as skipped, for the reason that the error gives, without its path."""
         reason = str(error).removeprefix(f"{path}: ").replace(f"{path} is ", "it is ")
         self.skipped.append((reason.replace(str(path), "it"), str(path)))
 
@@ -106,15 +110,14 @@ class Report:
             self.finish()
 
     def finish(self) -> None:
-        """Call this at the end: UserError that names the bad rows if they exceed `limit`."""
+        """Call this at the end. Raises TooManyBadRows, which names them, beyond `limit`."""
         count = len(self.problems)
         if count > self.limit:
-            rows = "1 row" if count == 1 else f"{count:,} rows"
             at_least = "at least " if count > self.limit + MOST_COLLECTED else ""
-            named = "; ".join([*self.problems[:SHOWN], *["..."] * (count > SHOWN)])
+            named = "; ".join([*self.problems[:SHOWN], "..."] if count > SHOWN else self.problems)
             raise TooManyBadRows(
-                f"{at_least}{rows} cannot be used: {named}; fix or delete what is wrong, or skip "
-                f"it with --skip_bad_rows {count}"
+                f"{at_least}{counted(count, 'rows')} cannot be used: {named}; correct or delete "
+                f"them, or skip them with --skip_bad_rows {count}"
             )
         if count:
             self.notes["bad rows skipped"] = count
@@ -122,7 +125,7 @@ class Report:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system, a decompressor or pyarrow says about a file, as a UserError."""
+    """Turn an error of the system, a decompressor or pyarrow about a file into a UserError."""
     import pyarrow as pa
 
     faults = OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError, csv.Error
@@ -133,12 +136,14 @@ def reading(path: Path) -> Iterator[None]:
             raise  # nothing is wrong with the file
         what = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise UserError(
-            f"cannot read {path} ({what}): download or write it again, or leave it out"
+            f"cannot read {path} ({what}): replace it with an undamaged copy, or leave it out"
         ) from e
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """The bytes of a file, decompressed. Raises UserError for a pointer to a file elsewhere."""
+    """
+    Open a file for its bytes, decompressed. Raises UserError for a pointer of git-lfs or the like.
+    """
     with open(path, "rb") as file:
         head = file.read(64)
     for start, meaning in POINTERS.items():
@@ -160,13 +165,13 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding of a text that begins with these bytes: UTF-8 unless they speak for another."""
+    """The encoding of a text that begins with `head`: UTF-16 or UTF-32 if evident, or UTF-8."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     pairs = len(head) // 2
-    even, odd = head[0 : 2 * pairs : 2].count(0), head[1 : 2 * pairs : 2].count(0)
+    even, odd = head[: 2 * pairs : 2].count(0), head[1 : 2 * pairs : 2].count(0)  # zero bytes
     if pairs and max(even, odd) > 0.3 * pairs and min(even, odd) < 0.05 * pairs:
         return "utf-16-le" if odd > even else "utf-16-be"
     return "utf-8-sig"
@@ -174,25 +179,24 @@ def encoding_of(head: bytes) -> str:
 
 def guessed_encoding(sample: bytes) -> str | None:
     """
-    The encoding of bytes that are not UTF-8, as charset-normalizer guesses it; None if they look
-    like no text in any of ENCODINGS.
+    The encoding of bytes that are not UTF-8, as charset-normalizer guesses it; None if they do not
+    look like text in any of ENCODINGS.
     """
-    from_bytes = library("charset_normalizer").from_bytes
-    # Plain ASCII says nothing of the encoding: lines are looked at from their first other byte on
-    found = (re.search(rb"[\x80-\xff].*", line) for line in sample.split(b"\n"))
-    telling = b"\n".join(match[0] for match in found if match)
-    best = from_bytes(telling[:SAMPLE], cp_isolation=ENCODINGS.split()).best()
+    from_bytes, names = library("charset_normalizer").from_bytes, ENCODINGS.split()
+    # ASCII tells nothing about the encoding, so each line counts from its first other byte on
+    telling = b"\n".join(re.findall(rb"[\x80-\xff][^\n]*", sample))
+    best = from_bytes(telling[:SAMPLE], cp_isolation=names).best()
     if best is None:
         return None
-    # Several often give the same text; the first of ENCODINGS is the most usual one
-    alike = {best.encoding, *best.could_be_from_charset}
-    return next(name for name in ENCODINGS.split() if name in alike)
+    # Several encodings often give the same text: take the most frequent one
+    possible = {best.encoding, *best.could_be_from_charset}
+    return next(name for name in names if name in possible)
 
 
 def encoding_of_file(path: Path) -> tuple[str, str]:
     """
-    (encoding, how to treat errors) of a text. Reads it to its first byte that is not UTF-8, and
-    what is around it. Raises UserError if it is no text.
+    (encoding, errors) with which open() can read a text. Looks at all bytes of UTF-8, or else at
+    those around the first one that is not. Raises UserError for a file that is not text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     before, position = b"", 0
@@ -203,8 +207,8 @@ def encoding_of_file(path: Path) -> tuple[str, str]:
         while chunk := file.read(1 << 20):
             if b"\0" in chunk:
                 raise UserError(
-                    f"{path} holds zero bytes, so it is not text: convert it, or remove them with "
-                    "tr -d '\\000'"
+                    f"{path} holds zero bytes, so it is not text: convert it, or remove the zero "
+                    "bytes with tr -d '\\000'"
                 )
             try:
                 decoder.decode(chunk)
@@ -240,7 +244,7 @@ def encoding_of_html(data: bytes, report: Report) -> str:
 
 
 def open_text(path: Path, report: Report, newline: str | None = None) -> IO[str]:
-    """A file as text; an encoding other than UTF-8 is noted, and whether it is a guess."""
+    """Open a file as text. The report notes an encoding other than UTF-8 and damaged bytes."""
     encoding, errors = encoding_of_file(path)
     if errors == "replace" and encoding == "utf-8-sig":
         report.notes["files with damaged bytes, read as U+FFFD"] += 1
@@ -251,7 +255,7 @@ def open_text(path: Path, report: Report, newline: str | None = None) -> IO[str]
 
 
 def lines(path: Path, report: Report) -> Iterator[bytes]:
-    """The lines of a file in UTF-8."""
+    """The lines of a file in UTF-8. Raises UserError for one of LONGEST_ROW bytes or more."""
     with open_bytes(path) as file:
         if (encoding := encoding_of(file.peek(4096)[:4096])) != "utf-8-sig":
             report.notes[f"files read as {encoding.upper()}"] += 1
@@ -263,8 +267,8 @@ def lines(path: Path, report: Report) -> Iterator[bytes]:
             number += 1
             if len(line) == LONGEST_ROW:
                 raise UserError(
-                    f"{path}, line {number} is longer than {LONGEST_ROW:,} bytes: write one "
-                    "document per line"
+                    f"{path}, line {number} has {LONGEST_ROW:,} bytes or more: write one document "
+                    "per line"
                 )
             yield line
 
@@ -279,18 +283,20 @@ def read_rows(path: Path, report: Report, fields: Collection[str] = ()) -> Rows:
         kind = kind_of(path)
         if kind == ".parquet":
             yield from _parquet_rows(path, fields)
+        elif kind in TABLES:
+            yield from _csv_rows(path, report)
         else:
-            yield from (_csv_rows if kind in TABLES else _json_rows)(path, report)
+            yield from _json_rows(path, report)
 
 
 def _json_rows(path: Path, report: Report) -> Rows:
-    """The rows of a file that has one per line, or that is one list or object of many lines."""
+    """The rows of a file with one JSON value per line, or of a .json file that is one value."""
     if format_of(path) == ".json" and (whole := _whole(path, report)):
         try:
             value = json.loads(whole)
         except (ValueError, RecursionError) as e:
             if whole.lstrip(BEFORE_JSON).startswith(b"["):
-                raise UserError(f"{path}: invalid JSON ({e}); fix it, or leave it out") from e
+                raise UserError(f"{path}: invalid JSON ({e}); correct it, or leave it out") from e
         else:
             for number, row in enumerate(value if isinstance(value, list) else [value], 1):
                 yield f"{path}, row {number}", row
@@ -305,7 +311,7 @@ def _json_rows(path: Path, report: Report) -> Rows:
 
 
 def _whole(path: Path, report: Report) -> bytes:
-    """The bytes of a file in UTF-8; none of a file that is too long to be one value of JSON."""
+    """The bytes of a file in UTF-8; b"" for a file too long to be read as one JSON value."""
     whole = bytearray()
     for line in lines(path, report):
         whole += line
@@ -331,11 +337,11 @@ def _csv_rows(path: Path, report: Report) -> Rows:
                 report.bad_row(f"{path}, line {rows.line_num + 1}", e)
                 continue
             place = f"{path}, line {rows.line_num}"
-            # A quotation mark that is no quoting takes all fields to the next one as one
-            melted = delimiter == "\t" and any(
+            # An unpaired quotation mark joins all fields up to the next mark into one
+            joined = delimiter == "\t" and any(
                 "\n" in str(v) and "\t" in str(v) for v in row.values()
             )
-            if melted or None in row or None in row.values():
+            if joined or None in row or None in row.values():
                 width = len(rows.fieldnames or [])
                 report.bad_row(place, f"expected {width} fields, as in the header")
             else:
@@ -344,16 +350,17 @@ def _csv_rows(path: Path, report: Report) -> Rows:
 
 def open_parquet(path: Path) -> Any:
     """
-    A pyarrow ParquetFile. UserError for a pointer to a file elsewhere, and if two columns have one
-    name.
+    A pyarrow ParquetFile. Raises UserError for a pointer of git-lfs or the like, and if two columns
+    have the same name.
     """
     from pyarrow.parquet import ParquetFile
 
-    open_bytes(path).close()
+    open_bytes(path).close()  # it checks for pointers
     file = ParquetFile(path)
-    if twice := [name for name, n in Counter(file.schema_arrow.names).items() if n > 1]:
+    repeated = [name for name, n in Counter(file.schema_arrow.names).items() if n > 1]
+    if repeated:
         file.close()
-        raise UserError(f"{path} has several columns called {shown(twice[0])}: rename them")
+        raise UserError(f"{path} has several columns called {shown(repeated[0])}: rename them")
     return file
 
 

@@ -8,12 +8,11 @@ The shapes in which people keep conversations, all turned into the one of render
     {"question": ..., "answer": ...}                     and "system" beside any of these
     {"question": ..., "choices": [...], "answer": "B"}   or a column per option: choice0, A, opa
 
-Messages of one side that follow each other become one, and a conversation that the assistant opens
-begins with an empty message of the user. An assistant message with "weight": 0, "train": false or
-another of MASKS is context: the model reads it and does not learn to say it; on a row, such a mark
-goes for all of its messages. Calls of a calculator as OpenAI writes
-them, with their results, become parts of the reply. What has no place here (calls of other tools,
-pictures) is a UserError.
+Consecutive messages of one side become one, and a conversation that the assistant opens begins with
+an empty message of the user. An assistant message with "weight": 0, "train": false or another mark
+of MASKS or MASKED is context: the model reads it and does not learn to say it. A mark on a row
+holds for all of its messages. Calls of a calculator as OpenAI writes them, with their results,
+become parts of the reply. Anything else (calls of other tools, pictures) is a UserError.
 """
 
 import json
@@ -21,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_uppercase as LETTERS
 from string import digits as DIGITS
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
@@ -35,7 +34,8 @@ ROLES = {
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 LISTS = "messages", "conversations", "conversation", "dialog", "dialogue", "turns"
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
-PAIRS = (  # the user's fields, of which those after the first may be missing, and the assistant's
+# (fields of the question, joined, all but the first optional), (alternative fields of the reply)
+PAIRS = (
     (("prompt",), ("response", "completion", "output", "answer", "chosen")),
     (("instruction", "input", "context"), ("output", "response")),
     (("question", "context"), ("answer", "response")),
@@ -55,38 +55,51 @@ ANSWERS = [
     "label",
     "target",
 ]
+LABELS = LETTERS.lower(), DIGITS, DIGITS[1:]  # of options: a, b, ... or from 0 or 1 on
 CALCULATORS = "calculator", "calculate", "python"
-MASKS = "weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"  # 0, false: masked
-MASKED = "mask", "masked"  # 1, true: masked
-NO, YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # of a mark on a row, in lower case
+# Marks of messages that are not learned: those of MASKS if 0 or false, those of MASKED if 1 or true
+MASKS = "weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"
+MASKED = "mask", "masked"
+NO, YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # values of marks on rows, in lower case
+
+
+class _Pair(NamedTuple):
+    """A question and its reply, and the fields of the row that hold them."""
+
+    question: str
+    reply: str
+    fields: set[str]
 
 
 def shape_of_names(names: Iterable[str]) -> str | None:
-    """The shape of rows with these fields, or None if they are no conversations."""
+    """The shape of rows with these fields, or None if they are not conversations."""
     names = {str(name).lower() for name in names}
     if "prompt" in names and "message_tree_id" in names:
         return "OpenAssistant trees"
     if {"message_id", "parent_id", "role", "text"} <= names:
         return "OpenAssistant messages"
-    if lists := [name for name in LISTS if name in names]:
-        return lists[0]
+    for name in LISTS:
+        if name in names:
+            return name
     options = bool(_option_columns(names)) or not names.isdisjoint(OPTION_LISTS)
     if options and not names.isdisjoint(ASKED) and not names.isdisjoint(ANSWERS):
         return "multiple choice"
-    for asked, replied in PAIRS:
-        if asked[0] in names and (reply := [name for name in replied if name in names]):
-            return f"{asked[0]} and {reply[0]}"
+    for (question, *_), replies in PAIRS:
+        for reply in replies:
+            if question in names and reply in names:
+                return f"{question} and {reply}"
     return None
 
 
 def shape_of(row: Any) -> str | None:
     """
-    The shape of a row, as people call it ("messages", "ShareGPT", "Alpaca", "Dolly", "prompt and
-    response" ...), or None if it is no conversation.
+    The shape of a row by its usual name ("messages", "ShareGPT", "Alpaca", "Dolly", "prompt and
+    response" ...), or None if it is not a conversation.
     """
     if isinstance(row, list):
         return "lists of messages" if row and isinstance(row[0], dict) else None
-    if not isinstance(row, dict) or (shape := shape_of_names(row)) is None:
+    shape = shape_of_names(row) if isinstance(row, dict) else None
+    if shape is None:
         return None
     messages = row.get(shape)
     if isinstance(messages, list) and messages and isinstance(messages[0], dict):
@@ -101,13 +114,10 @@ def fields_of(row: Any) -> str:
     """The fields of a row in words, with those within others as post.body."""
     if not isinstance(row, dict):
         return f"a {type(row).__name__}"
-    names = [
-        f"{name}.{inner}"
-        for name, value in row.items()
-        for inner in (value if isinstance(value, dict) else [""])
-    ]
-    shown = ", ".join(name.removesuffix(".") for name in names[:12])
-    return shown + ", ..." * (len(names) > 12) or "none"
+    names = []
+    for name, value in row.items():
+        names += [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]
+    return ", ".join([*names[:12], "..."] if len(names) > 12 else names) or "none"
 
 
 def as_conversation(row: Any) -> dict[str, Any]:
@@ -120,39 +130,36 @@ def as_conversation(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"expected an object or a list of messages, got a {type(row).__name__}")
     rest = {name: value for name, value in row.items() if name not in (*LISTS, "system")}
-    for name in LISTS:
-        if isinstance(messages := row.get(name), list):
-            break
-    else:
-        messages = _pair(row)
+    lists = [row[name] for name in LISTS if isinstance(row.get(name), list)]
+    messages = lists[0] if lists else _messages_of_pair(row)
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         messages = [{"role": "system", "content": system}, *messages]
-    turned: list[dict[str, Any]] = []
+    converted: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
-        turned.append(_result(message, turned) or _message(i, message))
+        converted.append(_tool_result(message, converted) or _message(i, message))
     marks = {str(name).lower(): str(value).lower() for name, value in row.items()}
     masked = any(marks.get(key) in NO for key in MASKS)
     if masked or any(marks.get(key) in YES for key in MASKED):
-        turned = [{**message, "weight": 0} for message in turned]
-    return {**rest, "messages": _joined(turned)}
+        converted = [{**message, "weight": 0} for message in converted]
+    return {**rest, "messages": _merged(converted)}
 
 
 def conversation(row: Any) -> dict[str, Any]:
-    """A row as a conversation whose turns are checked. Raises UserError if it is none."""
+    """A row as a conversation whose turns are checked. Raises UserError if it is not one."""
     item = as_conversation(row)
     checked_messages(item)
     return item
 
 
-def _result(message: Any, before: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The result of the calculator's call that comes before, as a part of the reply."""
+def _tool_result(message: Any, earlier: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """A message with the result of the calculator, whose call ends `earlier`, as a reply's part."""
     if not isinstance(message, dict) or message.get("role") not in ("tool", "function"):
         return None
-    parts = before[-1]["content"] if before else None
+    parts = earlier[-1]["content"] if earlier else None
     if not isinstance(parts, list) or not any(part.get("type") == "python" for part in parts):
         return None
-    return {**before[-1], "content": [{"type": "python_output", "text": message.get("content")}]}
+    return {**earlier[-1], "content": [{"type": "python_output", "text": message.get("content")}]}
 
 
 def _call(i: int, call: Any) -> dict[str, str]:
@@ -174,43 +181,49 @@ def _call(i: int, call: Any) -> dict[str, str]:
     return {"type": "python", "text": values[0]}
 
 
-def _pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if (found := _pair_of(_lowered(row))) is None:
+def _messages_of_pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    pair = _pair_of(_lowered(row))
+    if pair is None:
         raise UserError(
             'a conversation is a list of messages, an object with "messages", or one with a pair '
             'of texts such as "prompt" and "response"; this one has '
             f"{shown(', '.join(map(str, row)))}"
         )
-    question, reply, _ = found
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return [
+        {"role": "user", "content": pair.question},
+        {"role": "assistant", "content": pair.reply},
+    ]
 
 
 def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
     return {str(name).strip().lower(): value for name, value in row.items()}
 
 
-def _pair_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
-    """The question and the reply of a row, and the fields that hold them; None for no pair."""
-    if chosen := _choice_of(row):
-        return chosen
-    for asked, replied in PAIRS:
-        reply = next((name for name in replied if isinstance(row.get(name), str)), None)
-        if isinstance(row.get(asked[0]), str) and reply is not None:
-            parts = [name for name in asked if isinstance(row.get(name), str)]
-            question = "\n\n".join(row[name] for name in parts if row[name])
-            return question, row[reply], {*parts, reply}
+def _pair_of(row: Mapping[str, Any]) -> _Pair | None:
+    """The pair of a row whose fields have names in lower case; None if it has none."""
+    if choice := _choice_of(row):
+        return choice
+    for questions, replies in PAIRS:
+        asked = [name for name in questions if isinstance(row.get(name), str)]
+        replied = [name for name in replies if isinstance(row.get(name), str)]
+        if asked[:1] == [questions[0]] and replied:
+            question = "\n\n".join(row[name] for name in asked if row[name])
+            return _Pair(question, row[replied[0]], {*asked, replied[0]})
     return None
 
 
 def left_out(row: Any) -> list[str]:
-    """The fields that hold something of a row without messages, of which nothing is learned."""
+    """The fields of a pair that hold something and are not used, for a note to the user."""
     if not isinstance(row, dict) or any(isinstance(row.get(name), list) for name in LISTS):
         return []
+    row = _lowered(row)
     try:
-        found = _pair_of(row := _lowered(row))
+        pair = _pair_of(row)
     except UserError:
         return []
-    used = {"system", *MASKS, *MASKED, *(found[2] if found else row)}
+    if pair is None:
+        return []
+    used = {"system", *MASKS, *MASKED, *pair.fields}
     return [name for name, value in row.items() if value not in (None, "", []) and name not in used]
 
 
@@ -220,8 +233,8 @@ def with_options(question: str, options: Sequence[str]) -> str:
     return "\n".join([question, *lines, "Answer with the letter alone."])
 
 
-def _choice_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
-    """What _pair_of gives, for multiple choice. UserError if the answer is none of the options."""
+def _choice_of(row: Mapping[str, Any]) -> _Pair | None:
+    """_pair_of for multiple choice. Raises UserError if the answer is not among the options."""
     asked = next((name for name in ASKED if isinstance(row.get(name), str)), None)
     options, used = _options(row)
     answers = [name for name in ANSWERS if row.get(name) is not None]
@@ -229,13 +242,14 @@ def _choice_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
         return None
     for name in answers:
         value = row[name]
-        # Of a list of options, a text is first of all one of them: "3" of ["1", "2", "3"]
-        texts = [*options.values()] if _listed(row, used) and isinstance(value, str) else []
-        same = [i for i, text in enumerate(texts) if text.strip() == value.strip()]
+        texts, same = [*options.values()], []
+        # With a list of options, "3" is first of all the text of one, as in ["1", "2", "3"]
+        if isinstance(value, str) and any(isinstance(row.get(field), list) for field in used):
+            same = [i for i, text in enumerate(texts) if text.strip() == value.strip()]
         right = same[0] if len(same) == 1 else _option(options, str(value).strip())
         if right is not None:
-            question = with_options(row[asked], [*options.values()])
-            return question, LETTERS[right], {asked, name, *used}
+            question = with_options(row[asked], texts)
+            return _Pair(question, LETTERS[right], {asked, name, *used})
     if len(str(row[answers[0]])) > 2:
         return None  # a reply in words
     raise UserError(
@@ -244,18 +258,14 @@ def _choice_of(row: Mapping[str, Any]) -> tuple[str, str, set[str]] | None:
     )
 
 
-def _listed(row: Mapping[str, Any], names: set[str]) -> bool:
-    return any(isinstance(row.get(name), list) for name in names)
-
-
 def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
     """The options of a row by label, and the fields that hold them; empty if it has none."""
     for name in OPTION_LISTS:
         value = row.get(name)
         if isinstance(value, dict) and {"label", "text"} <= value.keys():  # ARC
-            lists = value["label"], value["text"]
-            listed = all(isinstance(one, list) for one in lists)
-            value = dict(zip(*lists, strict=False)) if listed else None
+            labels, texts = value["label"], value["text"]
+            listed = isinstance(labels, list) and isinstance(texts, list)
+            value = dict(zip(labels, texts, strict=False)) if listed else None
         elif isinstance(value, list):
             value = dict(enumerate(value))
         if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
@@ -266,20 +276,20 @@ def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
 
 
 def _option_columns(names: Iterable[str]) -> dict[str, str]:
-    """Label -> column, of columns of one name that are labelled from a, 0 or 1 on; else empty."""
+    """Label -> column, of columns of one name with labels as in LABELS; empty if there are none."""
     groups: dict[str, dict[str, str]] = {}
     for name in names:
-        if found := OPTION.fullmatch(name):
-            groups.setdefault(found[1] or "", {})[found[2]] = name
+        if column := OPTION.fullmatch(name):
+            groups.setdefault(column[1] or "", {})[column[2]] = name
     for group in groups.values():
         labels = "".join(sorted(group))
-        if len(labels) > 1 and (LETTERS.lower() + " " + DIGITS).find(labels) in (0, 27, 28):
+        if len(labels) > 1 and any(sequence.startswith(labels) for sequence in LABELS):
             return dict(sorted(group.items()))
     return {}
 
 
 def _option(options: Mapping[str, str], answer: str) -> int | None:
-    """Which option an answer names by its label, its letter or its text."""
+    """The index of the option that an answer names by its label, its letter or its text."""
     names = [*options]
     if answer.lower() in names:
         return names.index(answer.lower())
@@ -290,7 +300,7 @@ def _option(options: Mapping[str, str], answer: str) -> int | None:
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
-    """A message with "role" and "content", and "weight": 0 if it is masked."""
+    """Message i as {"role", "content"}, with "weight": 0 if it is masked. May raise UserError."""
     if not isinstance(message, dict):
         raise UserError(f"message {i}: expected an object with a role, got {shown(message)}")
     role = next((message[key] for key in ROLE_KEYS if key in message), None)
@@ -305,8 +315,8 @@ def _message(i: int, message: Any) -> dict[str, Any]:
     calls = message.get("tool_calls") or ([single] if single else [])
     calls = calls if isinstance(calls, list) else [calls]
     if calls:
-        said = [{"type": "text", "text": content}] if content else []
-        content = [*said, *(_call(i, call) for call in calls)]
+        text = [{"type": "text", "text": content}] if content else []
+        content = [*text, *(_call(i, call) for call in calls)]
     elif isinstance(content, list) and (
         known != "assistant" or all(isinstance(part, str) for part in content)
     ):
@@ -333,7 +343,8 @@ def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
             raise UserError(
                 f'message {i}: "{name}" must be 0 or 1, false or true, not {shown(value)}'
             )
-        learned = learned and bool(value) == (key in MASKS)
+        if bool(value) == (key in MASKED):
+            learned = False
     return learned
 
 
@@ -342,37 +353,37 @@ def _parts(content: str | list[Any]) -> list[Any]:
 
 
 def _masked_parts(message: Mapping[str, Any]) -> list[Any]:
-    """The parts of a message, of which those that are not learned say so themselves."""
+    """The parts of a message, each with "weight": 0 if the message has it."""
     parts = _parts(message["content"])
     if message.get("weight") != 0 or not all(isinstance(part, dict) for part in parts):
         return parts
     return [{**part, "weight": 0} for part in parts]
 
 
-def _both(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Two messages of one side as one."""
-    a, b = first["content"], then["content"]
+    a, b = first["content"], second["content"]
     texts = isinstance(a, str) and isinstance(b, str)
-    if first.get("weight") == then.get("weight"):
+    if first.get("weight") == second.get("weight"):
         return {**first, "content": f"{a}\n\n{b}" if texts else [*_parts(a), *_parts(b)]}
-    if texts:  # the line break is not learned either
-        masked = first.get("weight") == 0
-        first = {**first, "content": f"{a}\n\n" if masked else a}
-        then = {**then, "content": b if masked else f"\n\n{b}"}
-    return {"role": first["role"], "content": [*_masked_parts(first), *_masked_parts(then)]}
+    if texts and first.get("weight") == 0:  # the line break is not learned either
+        first = {**first, "content": f"{a}\n\n"}
+    elif texts:
+        second = {**second, "content": f"\n\n{b}"}
+    return {"role": first["role"], "content": [*_masked_parts(first), *_masked_parts(second)]}
 
 
-def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of one side that follow each other as one; the user speaks first."""
-    joined: list[dict[str, Any]] = []
+def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with consecutive ones of a side merged; the user's is the first."""
+    merged: list[dict[str, Any]] = []
     for message in messages:
-        before = joined[-1] if joined else {}
-        same = message["role"] == before.get("role") != "system"
-        if same and all(isinstance(m["content"], str | list) for m in (before, message)):
-            joined[-1] = _both(before, message)
+        last = merged[-1] if merged else {}
+        same_side = message["role"] == last.get("role") != "system"
+        if same_side and all(isinstance(m["content"], str | list) for m in (last, message)):
+            merged[-1] = _merge(last, message)
         else:
-            joined.append(message)
-    first = next((i for i, message in enumerate(joined) if message["role"] != "system"), None)
-    if first is not None and joined[first]["role"] == "assistant":
-        joined.insert(first, {"role": "user", "content": ""})
-    return joined
+            merged.append(message)
+    first = next((i for i, message in enumerate(merged) if message["role"] != "system"), None)
+    if first is not None and merged[first]["role"] == "assistant":
+        merged.insert(first, {"role": "user", "content": ""})
+    return merged

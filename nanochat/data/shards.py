@@ -34,7 +34,7 @@ from nanochat.data.sources import Part, Source, parts
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
 
-FORMAT = 2  # to be raised whenever the same files would become other tokens
+FORMAT = 2  # raise it whenever the same files would become other tokens
 Encoded = tuple[Sequence, Sequence]  # the ids of some documents, and their masks if there are any
 BATCH_CHARACTERS = 1 << 21  # per call of the tokenizer: little memory, and all cores busy
 
@@ -44,7 +44,7 @@ class Shards:
     Token shards as one list of documents; reads only the pages that are asked for.
     lengths: (documents,) int64, tokens of each with its <|bos|>; total: their sum; sha256: of all
     tokens and boundaries; divided: whether the validation split was taken out of the same
-    documents; notes: what the readers came upon, as reason -> count (see rows.Report).
+    documents; notes: what the readers noted, as text -> count (see rows.Report).
     """
 
     def __init__(self, name: str, folders: Sequence[Path], divided: bool = False):
@@ -112,18 +112,19 @@ def prepare(
 ) -> Shards:
     """
     The documents of a split ("train" or "val") as token shards in `directory` (default: tokens/ in
-    the base folder). What an earlier run tokenised is reused.
+    the base folder). Shards of earlier runs are reused. Raises UserError if the source cannot be
+    read or has no text, if a file changes meanwhile, or if the disk is full.
     """
     root = Path(directory or base_dir() / "tokens")
-    to_do = parts(source, split)
-    hashes = _hashes(root)  # after `parts`, which may have hashed the files
+    split_parts = parts(source, split)
+    hashes = _hashes(root)  # after parts(), which may have hashed the files
 
     def folder_of(part: Part) -> Path:
         contents = [hashes.of(path) for path in part.paths]
         key = _key({**part.identity, "contents": contents}, tokenizer)
         return root / f"{source.name}-{split}-{key}"
 
-    all_parts = {folder_of(part): part for part in to_do}
+    all_parts = {folder_of(part): part for part in split_parts}
     hashes.save()
     with _missing(root, [*all_parts]) as missing:
         size = sum(all_parts[folder].size for folder in missing)
@@ -135,7 +136,7 @@ def prepare(
                     shutil.rmtree(folder)
                     raise UserError(
                         f"a file of the data source {source.name} changed while it was read: run "
-                        "again when nothing writes to it any more"
+                        "again when no other program writes to it"
                     )
         shards = Shards(source.name, [*all_parts], divided=source.kind == "files")
     _check_bad_rows(shards, source.skip_bad_rows)
@@ -179,12 +180,12 @@ def prepare_conversations(
 
 
 def _check_bad_rows(shards: Shards, limit: int) -> None:
-    """UserError if an earlier run left out more rows than this one allows."""
+    """Raise UserError if an earlier run left out more rows than this one may."""
     count = shards.notes["bad rows skipped"]
     if count > limit:
         raise UserError(
             f"{shards.name} has {count} rows that cannot be used, and an earlier run left them "
-            f"out: give --skip_bad_rows {count} again, or fix them"
+            f"out: give --skip_bad_rows {count} again, or correct them"
         )
 
 
@@ -194,7 +195,7 @@ def _key(identity: dict, tokenizer: "Tokenizer") -> str:
 
 
 def _encoded(part: Part, tokenizer: "Tokenizer", bar: ProgressBar) -> Iterator[Encoded]:
-    """The texts, tokenised in batches; the next batch is read while one is tokenised."""
+    """The texts of a part, tokenised in batches; a thread reads the next batch meanwhile."""
     for batch in read_ahead(_batches(part.documents()), 1):
         ids = tokenizer.encode_batch(batch, bos=True)
         bar.advance(sum(len(text.encode()) for text in batch))
@@ -229,7 +230,7 @@ def _build(
     report: Report | None,
     masked: bool = False,
 ) -> None:
-    """Write a shard in a temporary folder and rename it at the end; a failure leaves nothing."""
+    """Write a shard to a temporary folder and rename it at the end; a failure leaves nothing."""
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -293,7 +294,7 @@ def _write(
 
 
 def _seal(meta: dict) -> str:
-    """The SHA-256 of a shard: of its metadata, which hold those of its files."""
+    """The SHA-256 of a shard's metadata, which include those of its files."""
     meta = {name: value for name, value in meta.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
@@ -313,7 +314,7 @@ def _missing(root: Path, folders: list[Path]) -> Iterator[list[Path]]:
         return
     waiting = f"another process is writing tokens to {root}: waiting for it"
     if world_size() > 1:
-        waiting = ""  # it is another rank
+        waiting = ""  # no notice, because it is another rank of this run
     with locked(root / ".lock", waiting=waiting):
         for abandoned in root.glob(".build-*"):  # left by a killed run; nobody else is building
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -353,7 +354,7 @@ def _open(folder: Path, hashes: Hashes) -> tuple[dict, np.ndarray, np.ndarray | 
 
 
 def _map(path: Path, dtype: str, size: int) -> np.ndarray:
-    """A file as an array. A file cannot be mapped while empty, as one without documents is."""
+    """(size,) array of a file. An empty file, as of a shard without documents, cannot be mapped."""
     if size == 0:
         return np.zeros(0, dtype=dtype)
     mapped = np.memmap(path, dtype=dtype, mode="r", shape=(size,))

@@ -1,13 +1,14 @@
 """
-Documents that are nearly equal to an earlier one: those that have at least SIMILAR of their 5-word
-sequences in common, as sketches of them estimate.
+Finds documents that are nearly equal to an earlier one: those that share at least SIMILAR of their
+5-word sequences, as estimated from sketches of them.
 
-A sketch holds the hashes of a document's sequences that fall below a limit, so chosen that about
-KEPT of them do. As the hash decides, and not the place, two documents keep the same ones of what
-they share; of two sketches, the hashes below the lower limit are a fair sample of both documents
-(Beyer et al. 2007, "distinct-value estimation under multiset operations"). With 128 hashes, an
-estimate of 0.8 is within 0.07 in 95 of 100 cases. Documents that are compared are those that share
-one of their LOWEST smallest hashes; 0.2 % of the pairs that have 0.8 in common share none.
+A sketch holds the hashes of a document's sequences that are below a limit, which is chosen so that
+about KEPT of them are. A sequence is kept by its hash, not by its place, so two documents keep the
+same ones of those that they share. The hashes of two sketches below the lower of their limits are
+a fair sample of both documents (Beyer et al. 2007, "distinct-value estimation under multiset
+operations"). With 128 hashes, an estimate of 0.8 is within 0.07 in 95 of 100 cases. Only documents
+that share one of their LOWEST smallest hashes are compared; 0.2 % of the pairs with 0.8 in common
+share none.
 
 Words end at white space of ASCII and are hashed by their first and last 8 bytes and their length,
 all of a batch at once with numpy: about 100 MB/s.
@@ -19,12 +20,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 SIMILAR = 0.8
-SHORTEST = 50  # words of a document that is compared with others
+SHORTEST = 50  # words; shorter documents are not compared
 SHINGLE = 5  # words
 KEPT = 128  # hashes of a document, about
-FEWEST = 32  # hashes of a document that repeats itself so much that it has fewer are taken in full
+FEWEST = 32  # if a repetitive document would keep fewer hashes, its lowest KEPT ones are kept
 LOWEST = 4
-PROBES = 4  # documents that are remembered for one hash
+PROBES = 4  # documents that the index holds per hash, at most
 BATCH_CHARACTERS = 1 << 18  # small enough for the caches
 FIRST, SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, of mixed bits
 HIGHEST = (1 << 64) - 1
@@ -38,15 +39,15 @@ class Sketch(NamedTuple):
     limit: int
 
     def similarity(self, other: "Sketch") -> float:
-        """The share of sequences in common, estimated; 0 if there is too little to tell."""
+        """The estimated share of sequences in common, 0 to 1."""
         limit = np.uint64(min(self.limit, other.limit))
-        mine, its = (s.hashes[: np.searchsorted(s.hashes, limit, "right")] for s in (self, other))
-        common = len(np.intersect1d(mine, its, assume_unique=True))
-        return common / max(1, len(mine) + len(its) - common)
+        a, b = (s.hashes[: np.searchsorted(s.hashes, limit, "right")] for s in (self, other))
+        common = len(np.intersect1d(a, b, assume_unique=True))
+        return common / max(1, len(a) + len(b) - common)
 
 
 class Similar:
-    """Remembers the sketches of documents."""
+    """The sketches of earlier documents, to compare later ones with."""
 
     def __init__(self) -> None:
         self.sketches: list[Sketch] = []

@@ -1,7 +1,7 @@
 """
 Sources of text: a user's files (see folders.py), the embedded corpus, and shards of web text from
-the hub; their mixtures and their validation split. A source is written as PATH or
-NAME=PATH, followed by :WEIGHT (its share of the tokens) and #FIELD as needed:
+the hub; their mixtures and their validation split. A source is written as PATH or NAME=PATH, with
+:WEIGHT (its share of the tokens) and #FIELD after it as needed:
 
     books=~/books:0.4    posts=dump.jsonl:0.15#body    tinyworld    tinyworld@5:0.2 (5 MB of it)
     dump.jsonl#post.body    'dump.jsonl#{title}\\n\\n{post.body}'
@@ -26,7 +26,7 @@ from nanochat.base.common import UserError, base_dir, user_path
 from nanochat.base.strangers import shown
 from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
-from nanochat.data.folders import ROWS, TEXT, find
+from nanochat.data.folders import READABLE, find
 from nanochat.data.rows import Report
 from nanochat.tinyworld import generator_files
 
@@ -34,7 +34,7 @@ from nanochat.tinyworld import generator_files
 # interruption, does not repeat the groups that are finished.
 PART_BYTES = 1 << 28
 MOST_MEGABYTES = 1_000_000  # of the embedded corpus
-READER = 4  # of the user's files; a newer one must lead to new token shards
+READER = 5  # version of how files are read; a change leads to new token shards
 
 NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)$")
 # A field, post.body, or a template of several, {title}\\n\\n{body}
@@ -62,8 +62,9 @@ SHARD_SETS = {
 @dataclass(frozen=True)
 class Source:
     """
-    One source of text. `kind` is "files", "tinyworld" or "shards"; without a weight, a source
-    counts by its size; without a field, rows give the first of documents.TEXT_FIELDS they have.
+    One source of text. `kind` is "files", "tinyworld" or "shards". Without a weight, a source
+    counts by its size; without a field, the text of a row is in the first of TEXT_FIELDS that the
+    row has.
     """
 
     name: str
@@ -78,8 +79,8 @@ class Source:
 @dataclass(frozen=True)
 class Part:
     """
-    A unit of tokenisation. `identity` and the contents of the files `paths` decide the text; `size`
-    is about how many bytes of it to expect; `documents` reads it and fills in the report.
+    A unit of tokenisation. `identity` and the contents of the files `paths` determine its text;
+    `size` is an estimate of its bytes; `documents` reads it and fills in the report.
     """
 
     identity: dict[str, Any]
@@ -116,8 +117,8 @@ def check_mixture(sources: Sequence[Source]) -> None:
 
 def check_weights(sources: Sequence[Source]) -> None:
     """
-    Raise UserError if only some sources of a mixture have a weight: a share of 1 beside 152,131
-    tokens would mean that the first is never drawn.
+    Raise UserError if only some sources of a mixture have a weight: the others count by their
+    tokens, so a weight of 1 beside 152,131 tokens would hardly ever be drawn.
     """
     unweighted = [source.name for source in sources if source.weight is None]
     if 0 < len(unweighted) < len(sources):
@@ -127,9 +128,9 @@ def check_weights(sources: Sequence[Source]) -> None:
         )
 
 
-def check_weight(spec: str, weight: float) -> None:
-    """UserError if the weight of the source `spec` is 0, or more than a float can hold."""
-    if not 0 < weight < math.inf:
+def check_weight(spec: str, weight: float | None) -> None:
+    """Raise UserError if the weight of the source `spec`, if it has one, is 0 or infinite."""
+    if weight is not None and not 0 < weight < math.inf:
         raise UserError(
             f"data source {shown(spec)} has weight {weight:g}: give a weight above 0, or leave it "
             "out"
@@ -145,9 +146,14 @@ def default_sources() -> list[str]:
 
 
 def training_sources(specs: Sequence[str], skip_bad_rows: int = 0) -> list[Source]:
-    """The sources that `specs` name, or the default ones; UserError if files are missing."""
-    sources = parse_sources(specs or default_sources())
-    sources = [replace(source, skip_bad_rows=skip_bad_rows) for source in sources]
+    """
+    The sources that `specs` name, or the default ones. Up to `skip_bad_rows` rows that cannot be
+    read may be left out of each. Raises UserError if files are missing.
+    """
+    sources = [
+        replace(source, skip_bad_rows=skip_bad_rows)
+        for source in parse_sources(specs or default_sources())
+    ]
     for source in sources:
         files(source)
     return sources
@@ -158,28 +164,26 @@ def _shard_folder(name: str) -> Path:
 
 
 def name_of(spec: str) -> str:
-    """The name in a specification, or a short one of its own; it need not exist any more."""
+    """The name of a source that is written as `spec`, whose files need not exist any more."""
     if m := NAMED.match(spec):
         return m[1]
     return PurePath(_split_suffixes(spec)[0]).stem or "data"
 
 
 def _parse(spec: str) -> Source:
-    readings: list[tuple[str | None, str, float | None, str | None]]
-    readings = [(None, *_split_suffixes(spec))]
-    if m := NAMED.match(spec):
-        readings.append((m[1], *_split_suffixes(m[2])))
-    # A reading whose path exists wins, the one without a name first, because a path itself may hold
-    # these characters, as in C:\texts or a=b
-    name, rest, weight, field = next((r for r in readings if _exists(r[1])), readings[-1])
-    if weight is not None:
-        check_weight(spec, weight)
+    name = None
+    rest, weight, field = _split_suffixes(spec)
+    # The whole may be a path that exists, as in C:\texts or a=b; else it may begin with NAME=
+    if not _exists(rest) and (m := NAMED.match(spec)):
+        name = m[1]
+        rest, weight, field = _split_suffixes(m[2])
+    check_weight(spec, weight)
     if m := re.fullmatch(r"tinyworld(?:@(\d+\.?\d*|\.\d+))?", rest):
         megabytes = float(m[1] or Source.megabytes)
         if not 0 < megabytes <= MOST_MEGABYTES:
             raise UserError(
-                f"data source {spec} has not a size above 0 and up to {MOST_MEGABYTES:,}: give the "
-                "megabytes you want, as in tinyworld@20"
+                f"data source {spec} must have a size above 0 and up to {MOST_MEGABYTES:,} MB: "
+                "give the megabytes that you want, as in tinyworld@20"
             )
         return Source(name or "tinyworld", (), weight, kind="tinyworld", megabytes=megabytes)
     if rest in SHARD_SETS:
@@ -215,11 +219,14 @@ def _exists(path: str) -> bool:
 
 
 def files(source: Source, split: str = "train") -> list[Path]:
-    """The files of a source, sorted by path; `split` matters for shards only."""
+    """
+    The files of a source, sorted by path; `split` matters for shards only. Raises UserError if
+    there are none.
+    """
     if source.kind == "shards":
         return _shard_files(source, split)
     paths = source.paths if source.kind == "files" else ()
-    return find(paths, source.name, (*TEXT, *ROWS)).files
+    return find(paths, source.name, READABLE).files
 
 
 def _shard_files(source: Source, split: str) -> list[Path]:
@@ -228,13 +235,13 @@ def _shard_files(source: Source, split: str) -> list[Path]:
     validation = folder / shard_set.file(shard_set.last)
     shards = sorted(folder.glob("shard_*.parquet"))
     by_split = {
-        "train": [p for p in shards if p != validation],
-        "val": [p for p in shards if p == validation],
+        "train": [path for path in shards if path != validation],
+        "val": [path for path in shards if path == validation],
     }
-    for part, shards in by_split.items():
-        if not shards:
+    for name, paths in by_split.items():
+        if not paths:
             raise UserError(
-                f"the {part} split of {folder.name} has no shard in {folder} ({validation.name} is "
+                f"the {name} split of {folder.name} has no shard in {folder} ({validation.name} is "
                 f"val, all others are train): run `python -m nanochat.dataset -n 15 --set "
                 f"{folder.name}`"
             )
@@ -245,17 +252,19 @@ def parts(source: Source, split: str) -> list[Part]:
     """A split ("train" or "val") in parts that are read and tokenised independently."""
     if source.kind == "tinyworld":
         return [_tinyworld_part(source, split)]
-    known = _inventory(source) if source.kind == "files" else None
+    paths = files(source, split)
+    if source.kind == "shards":
+        return [_part(source, split, [path], 1, None) for path in paths]
+    known = _inventory(source)
     groups: list[list[Path]] = [[]]
-    size, paths = 0, files(source, split)
+    size = 0
     for path in paths:
-        if size >= PART_BYTES or (groups[-1] and source.kind == "shards"):
+        if size >= PART_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(path)
         size += path.stat().st_size
-    count = len(paths) if source.kind == "files" else 1
-    return [_part(source, split, group, count, known) for group in groups]
+    return [_part(source, split, group, len(paths), known) for group in groups]
 
 
 def _part(
@@ -265,7 +274,7 @@ def _part(
     count: int,
     known: inventory.SourceInventory | None,
 ) -> Part:
-    """A part of a source of `count` files."""
+    """The part `paths` of a source of `count` files, of which the inventory `known` is taken."""
     division = known and known.division
     identity = {
         "formats": [p.suffix.lower() for p in paths],
@@ -277,7 +286,7 @@ def _part(
     if known and division:
         identity |= {"reader": READER, "piece": division.piece}
         identity["left out"] = [known.repeated, known.dropped]
-        if known.skipped:  # a reason may go, as when a missing package is installed
+        if known.skipped:  # a reason may vanish, as when a missing package is installed
             identity["skipped"] = sorted({reason for reason, _ in known.skipped})
     report = Report(source.skip_bad_rows)
 
@@ -316,12 +325,12 @@ def _tinyworld_part(source: Source, split: str) -> Part:
 
 
 def _inventory(source: Source) -> inventory.SourceInventory:
-    """What is known of a source of files; UserError if it cannot be divided into two splits."""
+    """The inventory of a source of files. UserError if it cannot be divided into two splits."""
     known = inventory.of(source)
     if known.division is None:
         report = Report(source.skip_bad_rows)
         deque(read_all(files(source), source.field, report), maxlen=0)
-        report.finish()  # what cannot be read may be the reason
+        report.finish()  # bad rows may be the reason; then this error names them
         raise UserError(
             f"data source {source.name} has fewer than two different documents, so none is left "
             "for validation: add more text"
@@ -334,8 +343,8 @@ def mixed(
 ) -> Iterator[str]:
     """
     Documents of all sources, interleaved so that at any point each source has given its share of
-    the characters, by weight or else by size. When one runs out, the others take over its share.
-    Ends after `max_chars` characters.
+    the characters: by its weight, or else by its size. When a source runs out, the others go on.
+    Ends after `max_chars` characters (None = no limit).
     """
     weights, streams = {}, {}
     for source in sources:
@@ -344,7 +353,7 @@ def mixed(
         streams[source.name] = chain.from_iterable(part.documents() for part in split_parts)
     given = dict.fromkeys(streams, 0)
     while streams and (max_chars is None or sum(given.values()) < max_chars):
-        name = min(streams, key=lambda n: given[n] / weights[n])
+        name = min(streams, key=lambda name: given[name] / weights[name])
         text = next(streams[name], None)
         if text is None:
             del streams[name]

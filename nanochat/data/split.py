@@ -10,12 +10,15 @@ the hash of the piece, and training keeps what lies between them in one document
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from nanochat.data.documents import MAX_CHARACTERS, cut_point
 
 LEAST = 8  # documents that a small source gives to validation, but at most a tenth of them
+MOST = 0.2  # of the characters: if validation would take more, it takes pieces of documents
+PIECES = 100  # pieces that such a source is divided into, if it is large enough
+SHORTEST_PIECE = 256  # characters
 
 
 def place(text: str) -> float:
@@ -25,14 +28,15 @@ def place(text: str) -> float:
 
 def cutoff(places: Iterable[float], share: float) -> float | None:
     """
-    The place up to which a text is validation: `share`, or more where that leaves fewer than LEAST
-    different texts. Reads no further than it must, so a large source costs a few hundred texts.
+    The place up to which a text is validation: `share`, or more if that would leave fewer than
+    LEAST different texts. Reads no further than necessary: a few hundred texts of a large source.
     None if there are fewer than two different texts.
     """
     seen: set[float] = set()
     below = 0
     for p in places:
-        below += p <= share and p not in seen
+        if p <= share and p not in seen:
+            below += 1
         seen.add(p)
         if below == LEAST:
             return share
@@ -42,14 +46,12 @@ def cutoff(places: Iterable[float], share: float) -> float | None:
     return max(share, heapq.nsmallest(wanted, seen)[-1])
 
 
-MOST = 0.2  # of the characters; where validation would take more, it takes pieces of documents
-PIECES = 100  # into which a source is then divided, as its size allows
-SHORTEST_PIECE = 256  # characters
-
-
 @dataclass(frozen=True)
 class Division:
-    """Texts with a place up to `share` are validation; with `piece`, pieces of that length are."""
+    """
+    Documents whose place is at most `share` are validation; with `piece`, pieces of documents, of
+    about that many characters, are.
+    """
 
     share: float
     piece: int | None = None
@@ -60,24 +62,24 @@ class Division:
             if (place(document) <= self.share) == (split == "val"):
                 yield document
             return
-        between: list[str] = []
+        val: list[list[str]] = []
+        train: list[list[str]] = [[]]  # the pieces between two pieces of validation
         for piece in pieces(document, self.piece):
             if place(piece) > self.share:
-                between.append(piece)
-                continue
-            if split == "val":
-                yield from [piece.strip("\n")] * bool(piece.strip())
-            elif (text := "".join(between).strip("\n")).strip():
+                train[-1].append(piece)
+            else:
+                val.append([piece])
+                train.append([])
+        for joined in train if split == "train" else val:
+            text = "".join(joined).strip("\n")
+            if text.strip():
                 yield text
-            between = []
-        if split == "train" and (text := "".join(between).strip("\n")).strip():
-            yield text
 
 
 def division(documents: Iterable[str], share: float) -> Division | None:
     """
-    How to divide a source of which validation is to have about `share`. Reads no more than cutoff.
-    None if there are fewer than two different texts, even in pieces.
+    How to divide a source of which validation should have about `share`. Reads as little as
+    cutoff(). None if there are fewer than two different texts, even in pieces.
     """
     sizes: dict[float, int] = {}
     read: list[str] = []
@@ -90,17 +92,21 @@ def division(documents: Iterable[str], share: float) -> Division | None:
             yield where
 
     limit = cutoff(places(), share)
-    total = sum(sizes.values())
-    if limit is not None and sum(n for p, n in sizes.items() if p <= limit) <= MOST * total:
+    if limit is not None and not is_too_much(sizes, limit):
         return Division(limit)
-    piece = min(MAX_CHARACTERS, max(SHORTEST_PIECE, total // PIECES))
+    piece = min(MAX_CHARACTERS, max(SHORTEST_PIECE, sum(sizes.values()) // PIECES))
     in_pieces = (place(part) for text in read for part in pieces(text, piece))
     limit = cutoff(in_pieces, share)
     return None if limit is None else Division(limit, piece)
 
 
+def is_too_much(sizes: Mapping[float, int], limit: float) -> bool:
+    """Whether texts {place: characters} with places up to `limit` have more than MOST of all."""
+    return sum(n for p, n in sizes.items() if p <= limit) > MOST * sum(sizes.values())
+
+
 def pieces(text: str, limit: int) -> Iterator[str]:
-    """A text in pieces of at most `limit` characters, cut as documents.py cuts; none is blank."""
+    """A text in pieces of at most `limit` characters, cut as documents.py does; none is blank."""
     start, visible = 0, len(text.rstrip())
     while len(text) - start > limit:
         end = cut_point(text, start + limit // 2, start + limit)

@@ -1,8 +1,8 @@
 """
-What a run trains on, as its feed will really draw it: a few plain lines before the first step, and
-the same figures for the checkpoint and the log. What cannot be meant ends the run here: nothing to
-learn, a source that is never drawn, a validation split that is larger than its training split or
-too small to say anything.
+A summary of what a run trains on, as its feed will draw it: a few lines before the first step, and
+the same figures for the checkpoint and the log. Obvious mistakes are errors here: nothing to learn,
+a source that is never drawn, a validation split that is larger than its training split or too small
+to measure anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from nanochat.base.common import UserError, columns, counted, human, in_line, no
 from nanochat.data.order import RowOrder
 from nanochat.data.shards import Shards
 
-LEAST_VALIDATION = 100  # tokens of text; the bits per byte of fewer differ by a tenth by chance
+LEAST_VALIDATION = 100  # tokens of text; with fewer, bits per byte vary by a tenth by chance
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source of a run. Tokens are those left after the cut at the context."""
+    """One source of a run. Tokens do not count what is cut off at the context."""
 
     name: str
     kind: str  # "documents" or "conversations"
@@ -37,7 +37,7 @@ class SourceSummary:
     validation_documents: int
     validation_tokens: int
     divided: bool  # whether validation was taken out of the same documents
-    # Of the readers, what -> count; for text in files, the inventory has them (see inventory.py)
+    # Notes of the readers, text -> count; those about text in files are in the inventory
     notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -57,11 +57,11 @@ class DataSummary:
     steps: float | None  # None: the clock ends the run
 
     def record(self) -> dict[str, Any]:
-        """The figures as JSON holds them, for the checkpoint and the log."""
+        """The figures as values of JSON, for the checkpoint and the log."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The summary as a new user reads it."""
+        """The summary in words."""
         learned = f"to learn: {self._learned()}; {self._cuts()}"
         notes = [f"this run: {self._length()}", learned, *self._notes()]
         return [*self._table().splitlines(), *map(in_line, notes)]
@@ -122,8 +122,8 @@ class DataSummary:
 
     def check(self, useful: float, steps: float | None = None) -> None:
         """
-        Raise UserError for what cannot be meant; give a notice of what may not be: more than
-        `useful` passes over a source, in a run of about `steps` if the clock ends it.
+        Raise UserError for an obvious mistake, and print a notice for a likely one, such as more
+        than `useful` passes over a source. `steps`: about how many the run has, if time ends it.
         """
         if not any(s.to_learn for s in self.sources):
             names = ", ".join(s.name for s in self.sources)
@@ -150,9 +150,9 @@ class DataSummary:
             passes = s.passes or (steps or 0) / max(s.steps_per_pass, 1e-9)
             if passes > useful:
                 notice(
-                    f"this run goes over {s.name} about {_times(passes)} times, and beyond about "
-                    f"{useful:g} it learns it by heart rather than more: add text, or shorten "
-                    "the run"
+                    f"this run goes over {s.name} about {_times(passes)} times; beyond about "
+                    f"{useful:g}, a model memorises text instead of learning more: add text, or "
+                    "shorten the run"
                 )
 
 
@@ -171,7 +171,7 @@ def _check_validation(s: SourceSummary) -> None:
 
 
 def _times(passes: float | None) -> str:
-    """A number of passes in three digits."""
+    """A number of passes with three digits."""
     if 0 < (passes or 0) < 0.005:
         return "< 0.01"
     return f"{passes or 0:.2f}" if (passes or 0) < 9.995 else f"{passes:,.0f}"
@@ -184,9 +184,9 @@ def survey(
     steps: int | None = None,
 ) -> DataSummary:
     """
-    The summary of a run that takes `step_rows` rows of `order` per step, for `steps` steps; with
-    None for order.epochs, or until the clock ends it. `validation` has the validation split of the
-    first sources, in the same order.
+    The summary of a run that takes `step_rows` rows of `order` per step, for `steps` steps; if
+    None, for order.epochs, or until time ends it. `validation` has the validation splits of the
+    first sources, in the same order. Raises UserError if one of them has nothing to predict.
     """
     padded = order.mode == "padded"
     width = order.sequence_len + 1

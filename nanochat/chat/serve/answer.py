@@ -1,6 +1,6 @@
 """
-What a client sees of one row: visible text without the calculator's part, stop strings held back
-and cut, log probabilities.
+What a client sees of one row: the visible text, cut at stop strings; the calculator's parts; and
+log probabilities.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": 
 @dataclass
 class Delta:
     """
-    What new tokens of a row add: pieces of the message's parts, the visible text among them, and
-    why the row ended ("" before).
+    What new tokens add to an answer: pieces of the message's parts, of which those of type "text"
+    are visible; and why the row ended ("" while it continues).
     """
 
     parts: list[dict[str, str]] = field(default_factory=list)
@@ -52,9 +52,8 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 class Answer:
     """
-    One row's answer. `stopped` becomes true when a stop string was found in the visible text: the
-    row's further tokens are of no use then. `plain` answers (completions) have no parts: everything
-    that is not a special token is text.
+    One row's answer. `stopped` becomes true when the visible text has a stop string: no more tokens
+    are needed then. `plain` answers (completions) have no parts: all ordinary tokens are text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), plain: bool = False):
@@ -65,7 +64,7 @@ class Answer:
         self._pending = ""  # visible text that may be the beginning of a stop string
 
     def push(self, tokens: Sequence[Token]) -> Delta:
-        """Take the row's next tokens."""
+        """Add the row's next tokens; returns what they change."""
         delta = Delta()
         for token in tokens:
             if self.stopped:
@@ -97,13 +96,13 @@ class Answer:
         delta.add("text", text[: len(text) - keep])
 
     def _release(self, delta: Delta) -> None:
-        """No stop string can begin in the held text any more."""
+        """Hand out the pending text: no stop string can begin in it any more."""
         delta.add("text", self._pending)
         self._pending = ""
 
 
 def spelled(tokenizer: Tokenizer, id: int) -> tuple[str, list[int]]:
-    """A token's text (U+FFFD for half a character) and its bytes."""
+    """A token's text (U+FFFD for part of a character) and its bytes."""
     data = tokenizer.decode_bytes([id])
     return data.decode("utf-8", errors="replace"), list(data)
 
@@ -128,12 +127,12 @@ def completion_logprobs(
     """The logprobs of a completion's choice; `start` is the offset of the first token's text."""
     texts = [spelled(tokenizer, t.id)[0] for t in tokens]
     offsets = [start + sum(map(len, texts[:i])) for i in range(len(texts))]
-    # The likeliest and, as in OpenAI's API, the one that was drawn
-    drawn = [[] if t.logprob is None else [(t.id, t.logprob)] for t in tokens]
-    tops = [
-        {spelled(tokenizer, id)[0]: value for id, value in [*t.top, *own]}
-        for t, own in zip(tokens, drawn, strict=True)
-    ]
+    tops = []
+    for t in tokens:
+        top = {spelled(tokenizer, id)[0]: value for id, value in t.top}
+        if t.logprob is not None:  # as in OpenAI's API, the token that was drawn is among them
+            top[spelled(tokenizer, t.id)[0]] = t.logprob
+        tops.append(top)
     return {
         "tokens": texts,
         "token_logprobs": [t.logprob for t in tokens],

@@ -1,10 +1,10 @@
 """
-Who may ask, as pure ASGI (a wrapped request would hide that its client has gone).
+Access control, as pure ASGI (a wrapped request would hide that its client has disconnected).
 
 It checks the Host header against a list (DNS rebinding), the Origin of browsers, the content type
 (a form of another page cannot send JSON), the API key in constant time, the size of the body, the
-time that a client takes, and how much another machine asks at once; and it adds the headers that
-keep the page to itself. It logs nothing.
+time that a client takes, and how many requests another machine makes at once; and it adds the
+headers that isolate the page from other sites. It logs nothing.
 """
 
 import asyncio
@@ -27,11 +27,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BODY_BYTES = 1 << 20
 BODY_SECONDS = 30.0  # for the whole body to come
-UNREAD_SECONDS = 30.0  # that a client may leave an answer unread
-TOTAL_SECONDS = 660.0  # of a request and its answer
-CLIENT_REQUESTS = 32  # at once, of one client on another machine
+UNREAD_SECONDS = 30.0  # for a client to read a piece of an answer
+TOTAL_SECONDS = 660.0  # for a request and its answer
+CLIENT_REQUESTS = 32  # of one client on another machine, at once
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-EVERYWHERE = ("0.0.0.0", "::")  # hosts that stand for every address of this machine
+EVERYWHERE = ("0.0.0.0", "::")  # hosts that mean every address of this machine
 OPEN_PATHS = ("/", "/health", "/ui.js", "/ui.css", "/api.js", "/store.js", "/markdown.js")
 HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -63,7 +63,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine; "" (a socket without an address) counts as such."""
+    """Whether an address is this machine's own; "" (a socket without an address) counts as such."""
     address = host.partition("%")[0]
     return not host or (is_address(host) and ipaddress.ip_address(address).is_loopback)
 
@@ -78,8 +78,8 @@ async def send_error(send: Send, error: ApiError) -> None:
 
 class Guard:
     """
-    Wraps an ASGI app. `hosts` are the names under which the server may be addressed; with one of
-    EVERYWHERE among them, every address is right, because DNS rebinding needs a name.
+    Wraps an ASGI app. `hosts` are the names by which the server may be addressed; with one of
+    EVERYWHERE among them, every address is allowed too, because DNS rebinding needs a name.
     """
 
     def __init__(
@@ -96,11 +96,15 @@ class Guard:
         self.allowed_origins = {origin.rstrip("/").lower() for origin in allowed_origins}
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
-        """ApiError for a request that may not pass."""
+        """Raise ApiError for a request that is not allowed."""
         host = headers.get("host", "")
         name = host_name(host)
         if name not in self.hosts and not (self.any_address and is_address(name)):
-            raise ApiError(403, f"this server does not answer to the host {host[:80]!r}")
+            raise ApiError(
+                403,
+                f"this server does not answer to the host {host[:80]!r}: start it with "
+                "--allow_host",
+            )
         origin = headers.get("origin", "").rstrip("/").lower()
         own = origin.partition("://")[2] == host.lower()
         if origin and not own and origin not in self.allowed_origins:
@@ -114,8 +118,8 @@ class Guard:
                 raise self._too_large()
         if self.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = secrets.compare_digest(given.strip().encode(), self.api_key.encode())
-            if scheme.lower() != "bearer" or not right:
+            matches = secrets.compare_digest(given.strip().encode(), self.api_key.encode())
+            if scheme.lower() != "bearer" or not matches:
                 raise ApiError(
                     401,
                     "a valid API key is needed: send Authorization: Bearer KEY",
@@ -125,7 +129,7 @@ class Guard:
 
     @staticmethod
     def _too_large() -> ApiError:
-        return ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes")
+        return ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes: shorten it")
 
     def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
         origin = headers.get("origin", "")
@@ -161,13 +165,13 @@ class Guard:
 
         async def receive_bounded() -> MutableMapping[str, Any]:
             nonlocal received, complete
-            if complete:  # now it waits for the client to go
+            if complete:  # the next message says that the client has disconnected
                 return await receive()
             try:
                 async with asyncio.timeout_at(latest):
                     message = await receive()
             except TimeoutError:
-                why = f"the body did not come within {BODY_SECONDS:.0f} s"
+                why = f"the body did not arrive within {BODY_SECONDS:.0f} s: send it again"
                 raise ApiError(408, why, headers={"Connection": "close"}) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body")
@@ -194,11 +198,12 @@ class Guard:
                 await self.app(scope, receive_bounded, send_guarded)
         except ApiError as error:
             await send_error(send_guarded, error)
-        except ClientDisconnect:  # while it sent its body
+        except ClientDisconnect:  # the client left while it sent its body
             return
         except TimeoutError:
             if not started:  # else returning here makes uvicorn close the connection
-                await send_error(send_guarded, ApiError(503, "the answer took too long"))
+                error = ApiError(503, "the answer took too long: ask for fewer tokens")
+                await send_error(send_guarded, error)
         finally:
             self.asking[host] -= 1
             if not self.asking[host]:

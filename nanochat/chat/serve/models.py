@@ -1,7 +1,6 @@
 """
-The models that the server can answer with: every stage of every tag whose tokenizer is still there.
-One is loaded at the start, others when they are asked for; at most MOST_LOADED stay in
-memory.
+The models that the server can answer with: every stage of every tag whose tokenizer still exists.
+One is loaded at the start, others on request; at most MOST_LOADED stay in memory.
 """
 
 import threading
@@ -49,31 +48,31 @@ class Models:
     def __init__(self, max_rows: int, kv_bytes: float, **options: Any):
         self.max_rows, self.kv_bytes, self.options = max_rows, kv_bytes, options
         self.tokenizer = Tokenizer.load()
-        self.default = ""  # id of the model that is loaded at the start
-        self._first: dict[str, tuple[str, Checkpoint]] = {}  # the default, whose step is kept to
+        self.default = ""  # id of the model that was loaded at the start
+        self._first: dict[str, tuple[str, Checkpoint]] = {}  # its checkpoint, which never changes
         self._loaded: dict[str, Served] = {}
         self._lock = threading.Lock()
 
     def available(self) -> dict[str, tuple[str, Checkpoint]]:
         """
-        id ("tag/stage") -> (stage, newest checkpoint), the furthest stages first; for the default,
-        the checkpoint that was loaded at the start.
+        id ("tag/stage") -> (stage, newest checkpoint), the last stages first; for the default, the
+        checkpoint that was loaded at the start.
         """
-        found = {}
+        newest = {}
         for stage in reversed(STAGES):
             for run in sorted(stage_directory(stage).glob("*")):
                 checkpoints = list_checkpoints(run)
                 if not checkpoints or was_set_aside(run):
                     continue
+                checkpoint = checkpoints[-1]
                 try:
-                    fits = checkpoints[-1].tokenizer_folder().name != "tokenizer"
-                    fits |= checkpoints[-1].meta["tokenizer"] == self.tokenizer.fingerprint
+                    own_tokenizer = checkpoint.tokenizer_folder().name != "tokenizer"
+                    if own_tokenizer or checkpoint.meta["tokenizer"] == self.tokenizer.fingerprint:
+                        newest[f"{run.name}/{stage}"] = stage, checkpoint
                 except (UserError, KeyError):
-                    fits = False  # a damaged checkpoint is not offered
-                if fits:
-                    found[f"{run.name}/{stage}"] = stage, checkpoints[-1]
-        kept = {id: first for id, first in self._first.items() if first[1].path.is_dir()}
-        return found | kept
+                    continue  # a damaged checkpoint is not offered
+        first = {id: entry for id, entry in self._first.items() if entry[1].path.is_dir()}
+        return newest | first
 
     def describe(self) -> list[dict[str, Any]]:
         """The entries of GET /v1/models, the default model first."""
@@ -96,7 +95,7 @@ class Models:
         return sorted(entries, key=lambda entry: entry["id"] != self.default)
 
     def load(self, stage: str = "auto", tag: str = "", step: int | None = None) -> Served:
-        """Load a model; the first one becomes the default. UserError when there is none."""
+        """Load a model; the first one becomes the default. Raises UserError if there is none."""
         loaded = load_for_inference(stage, tag, step, **self.options)
         engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
         worker = Worker(engine, self.max_rows, self.kv_bytes)
@@ -111,14 +110,14 @@ class Models:
 
     def get(self, id: str) -> Served:
         """
-        The model of this id ("" for the default), loaded if need be. ApiError 404 for an unknown
-        one. May take seconds: call it in a thread.
+        The model of this id ("" for the default), loaded if necessary. Raises ApiError: 404 for an
+        unknown id, 503 if it cannot be loaded. May take seconds: call it in a thread.
         """
         with self._lock:
             return self.loaded(id) or self._load_another(id)
 
     def loaded(self, id: str) -> Served | None:
-        """The model of this id ("" for the default) if it is in memory. Waits for nothing."""
+        """The model of this id ("" for the default) if it is in memory. Returns at once."""
         served = self._loaded.get(id or self.default)
         if served is not None:
             served.used = time.monotonic()
@@ -144,12 +143,15 @@ class Models:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            why = f"the memory does not suffice for {id}: choose another model"
-        release_memory()  # here the traceback that kept tensors alive is gone
+            why = f"there is not enough memory for {id}: choose another model"
+        release_memory()  # only now is the traceback gone that kept tensors alive
         raise ApiError(503, why, "model")
 
     def _make_room(self) -> None:
-        """Unload the idle model that was used least recently, when there are too many."""
+        """
+        Unload the idle model that was used least recently if there are too many. Raises ApiError
+        503 if all are busy.
+        """
         if len(self._loaded) < MOST_LOADED:
             return
         idle = [s for s in self._loaded.values() if not s.worker.rows and not s.worker.queued]
@@ -168,7 +170,7 @@ class Models:
         return [served.worker for served in self._loaded.values()]
 
     def close(self, grace_seconds: float = 2.0) -> None:
-        """Let running requests finish for so long, then end every worker."""
+        """Let running requests finish for `grace_seconds`, then end every worker."""
         workers = self.workers()
         for worker in workers:
             worker.close(grace_seconds)

@@ -1,10 +1,9 @@
 """
-The bodies of requests, in the shape of OpenAI's API, and the errors in the shape that its clients
-expect.
+The bodies of requests in the form of OpenAI's API, and errors in the form that its clients expect.
 
-A field that this server cannot honour is refused with status 400 and its name in `param`; it is
-never ignored silently. Fields that ask for nothing (penalties of 0, no tools, text as the response
-format) and fields that nobody knows are accepted.
+A known field that this server does not support is refused with status 400 and its name in `param`;
+it is never ignored silently. Such a field with a value that changes nothing (penalties of 0, no
+tools, text as the response format) is accepted, and so are unknown fields.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,10 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class ApiError(Exception):
-    """An answer with an error: HTTP status, and the message, type, param and code of its body."""
+    """
+    An error as the answer to a request: the HTTP status, the message, the name of the wrong field
+    (`param`), a `code` for programs, and additional headers.
+    """
 
     def __init__(
         self,
@@ -33,8 +35,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status)
-        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        other = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = kinds.get(self.status, other)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -44,7 +46,7 @@ class StreamOptions(BaseModel):
 
 
 class _Sampling(BaseModel):
-    """What chat and completions have in common. None stands for "not given"."""
+    """The fields that chat and completions share. None means "not given"."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -86,7 +88,7 @@ class ChatRequest(_Sampling):
 
     @property
     def alternatives(self) -> int | None:
-        """How many likely tokens to report at each place; None for no log probabilities at all."""
+        """How many likely tokens to report for each place; None for no log probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -134,7 +136,8 @@ REFUSED = {
 }
 
 
-def _refuse_what_cannot_be_honoured(request: _Sampling) -> None:
+def _refuse_unsupported(request: _Sampling) -> None:
+    """Raise ApiError 400 for a field or a value that this server does not support."""
     extra = request.model_extra or {}
     for name, why in REFUSED.items():
         if _asks_for_something(extra.get(name)):
@@ -177,7 +180,7 @@ def _refuse_what_cannot_be_honoured(request: _Sampling) -> None:
 
 
 def parse(kind: type[T], body: bytes) -> T:
-    """The request that a body holds; ApiError 400 names the field that is wrong."""
+    """The request in a body. Raises ApiError 400, which names the field that is wrong."""
     try:
         request = kind.model_validate_json(body)
     except ValidationError as e:
@@ -186,14 +189,14 @@ def parse(kind: type[T], body: bytes) -> T:
         message = f"{'.'.join(place) or 'the body'}: {problem['msg']}"
         raise ApiError(400, message, place[0] if place else None) from None
     if isinstance(request, _Sampling):
-        _refuse_what_cannot_be_honoured(request)
+        _refuse_unsupported(request)
     return request
 
 
 def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
     """
-    A message's content: text, or the parts of an assistant's answer. Parts that are all text are
-    joined.
+    A message's content: text, or the parts of an assistant's answer; parts that are all text are
+    joined. Raises ApiError 400 for anything else.
     """
     content = message.get("content")
     if isinstance(content, str):
@@ -221,8 +224,8 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
 
 def conversation(messages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """
-    The messages as the tokenizer renders them. The role developer counts as system. ApiError for
-    tools and other media.
+    The messages as a conversation for the tokenizer; the role developer becomes system. Raises
+    ApiError 400 for tools and other media.
     """
     out = []
     for i, message in enumerate(messages):
@@ -230,7 +233,7 @@ def conversation(messages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any
         if message.get("tool_calls") or role in ("tool", "function"):
             raise ApiError(
                 400,
-                f"messages[{i}]: tool calls are not supported",
+                f"messages[{i}]: tool calls are not supported: leave this message out",
                 "messages",
                 "unsupported_parameter",
             )

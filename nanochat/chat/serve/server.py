@@ -1,6 +1,6 @@
 """
-The beginning and the end of a server: the socket it listens on, connections that do not send their
-requests, and a shutdown in good order.
+Starting and stopping a server: the socket it listens on, limits on slow and numerous connections,
+and an orderly shutdown.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ from nanochat.chat.serve.models import Models
 
 GRACE_SECONDS = 5  # that running answers have to end after Ctrl+C or SIGTERM
 HEADER_SECONDS = 10  # from the connection, or the first byte of a further request, to its headers
-# Between an answer and the next request. Python's clients (httpx) keep connections for 5 seconds: a
-# server that closes them at the same moment meets a request.
+# Between an answer and the next request. Python's clients (httpx) keep connections for 5 seconds:
+# if the server closed them at the same moment, a request could be lost.
 KEEP_ALIVE_SECONDS = 10
 MOST_CONNECTIONS = 512  # of all clients; further ones get status 503
 CLIENT_CONNECTIONS = 64  # of one client on another machine; further ones are closed
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to the address; UserError where that is not possible."""
+    """A socket that listens on the address. Raises UserError if that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -43,9 +43,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 class Protocol(H11Protocol):
     """
-    Uvicorn's HTTP, which closes idle connections and bounds the size of headers but waits for them
-    without limit. Here a connection must bring whole headers within HEADER_SECONDS, and another
-    machine may hold CLIENT_CONNECTIONS.
+    Uvicorn's HTTP, which closes idle connections and bounds the size of headers, but waits for them
+    without limit. Here a connection must send all headers within HEADER_SECONDS, and a client on
+    another machine may have at most CLIENT_CONNECTIONS.
     """
 
     _expiry: asyncio.TimerHandle | None = None
@@ -54,8 +54,8 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         host = self.client[0] if self.client else ""
         clients = [getattr(other, "client", None) for other in self.connections]
-        held = sum(bool(client) and client[0] == host for client in clients)
-        if held > CLIENT_CONNECTIONS and not is_loopback(host):
+        hosts = [client[0] for client in clients if client]
+        if hosts.count(host) > CLIENT_CONNECTIONS and not is_loopback(host):
             transport.abort()
         self._watch()
 
@@ -68,7 +68,7 @@ class Protocol(H11Protocol):
         self._stop_watching()
 
     def _watch(self) -> None:
-        """Start the clock where headers are still to come, stop it where they have come."""
+        """Start the timer while headers are missing, and stop it when they have arrived."""
         if self.conn.their_state is not h11.IDLE:
             self._stop_watching()
         elif self._expiry is None:
@@ -82,8 +82,8 @@ class Protocol(H11Protocol):
 
 class Server(uvicorn.Server):
     """
-    Uvicorn with quiet logs. On Ctrl+C or SIGTERM it accepts nothing more; answers that still run
-    after GRACE_SECONDS end with an error that says why.
+    Uvicorn with quiet logs. On Ctrl+C or SIGTERM it accepts no more requests; answers that are not
+    complete after GRACE_SECONDS end with an error that says why.
     """
 
     def __init__(self, app: App, models: Models):

@@ -1,10 +1,10 @@
 """
 One thread that decodes for all requests of one model.
 
-A job is queued, reads its prompt in pieces between the steps of the others, runs, and is done,
-cancelled or failed. Each turn of the loop reads at most PROMPT_TOKENS of prompts, then gives every
-running row one token. Clients take turns: the next job is the oldest one of the next client. Jobs
-are admitted by rows and by the memory of their keys and values.
+A job is queued; its prompt is read in pieces between the steps of other jobs; it runs, and ends as
+done, cancelled or failed. Each turn of the loop reads at most PROMPT_TOKENS of prompts, then gives
+every running row one token. Clients take turns: the next job is the oldest one of the next client.
+A job starts when there are enough free rows, and enough memory for its keys and values.
 """
 
 import threading
@@ -20,6 +20,8 @@ from nanochat.chat.serve.requests import ApiError
 
 PROMPT_TOKENS = 512  # read per turn, so that a long prompt delays running rows by little
 QUEUE_LENGTH = 64
+SHUTTING_DOWN = "the server is shutting down: try again later"
+NO_MEMORY = "there is not enough memory for this request: shorten it, or ask for fewer answers"
 
 Delivery = list[tuple[int, list[Token]]] | Exception  # (sample index, its new tokens), or a failure
 
@@ -47,8 +49,8 @@ class Job:
 @dataclass(eq=False)
 class Reading:
     """
-    Jobs whose prompts are read in the same passes, before they join the batch together. Those that
-    end meanwhile stay in the list.
+    Jobs whose prompts are read in the same passes, and which join the batch together. Jobs that end
+    before that stay in the list.
     """
 
     jobs: list[Job]
@@ -56,7 +58,7 @@ class Reading:
     entry: Entry | None = None
 
     def size_with(self, *others: Job) -> int:
-        """Tokens of a pass over the whole prompts, each padded to the longest."""
+        """Tokens of a pass over all prompts, with `others`, each padded to the longest."""
         jobs = [*self.jobs, *others]
         return len(jobs) * max(len(job.wanted.prompt) for job in jobs)
 
@@ -95,7 +97,7 @@ class Worker(threading.Thread):
 
     @property
     def rows(self) -> int:
-        """Rows that are running or about to."""
+        """Rows of the jobs that run or whose prompts are being read."""
         return sum(job.samples for job in self._active)
 
     @property
@@ -107,7 +109,7 @@ class Worker(threading.Thread):
         """Queue a job; ApiError 429 when the queue is full, 503 when the worker is closing."""
         with self._wake:
             if self._closing:
-                raise ApiError(503, "the server is shutting down")
+                raise ApiError(503, SHUTTING_DOWN)
             if self.queued >= QUEUE_LENGTH:
                 raise ApiError(
                     429,
@@ -134,7 +136,7 @@ class Worker(threading.Thread):
             job.unwanted.add(index)
 
     def close(self, grace_seconds: float = 10.0) -> None:
-        """Admit nothing any more; running jobs have so long to finish."""
+        """Accept no more jobs; running ones have `grace_seconds` to finish."""
         with self._wake:
             self._closing = True
             self._deadline = time.monotonic() + grace_seconds
@@ -156,8 +158,8 @@ class Worker(threading.Thread):
                 self._read_prompts(batch)
                 if len(batch):
                     self._step(batch)
-            except Exception as error:  # a fault of ours must not leave clients waiting for ever
-                notice(f"the answers under way failed: {type(error).__name__}: {error}")
+            except Exception as error:  # a bug must not leave clients waiting for ever
+                notice(f"all running answers failed ({type(error).__name__}: {error})")
                 for job in self._active:
                     self._end(job, "failed")
                     self._fail(job, error)
@@ -165,16 +167,14 @@ class Worker(threading.Thread):
 
     def _finish_closing(self) -> bool:
         """
-        Whether the thread can end: nothing runs, or the time of grace is over. Waiting jobs fail.
+        Whether the thread can end: nothing runs, or the deadline has passed. Waiting jobs fail.
         """
-        for job in [job for queue in self._queues.values() for job in queue]:
-            self._fail(job, ApiError(503, "the server is shutting down"))
+        late = time.monotonic() > self._deadline
+        waiting = [job for queue in self._queues.values() for job in queue]
         self._queues.clear()
-        if time.monotonic() > self._deadline:
-            for job in self._active:
-                self._fail(job, ApiError(503, "the server is shutting down"))
-            return True
-        return not (self._reading or self._running)
+        for job in [*waiting, *(self._active if late else [])]:
+            self._fail(job, ApiError(503, SHUTTING_DOWN))
+        return late or not (self._reading or self._running)
 
     def _fail(self, job: Job, error: Exception) -> None:
         job.state = "failed"
@@ -227,7 +227,7 @@ class Worker(threading.Thread):
 
     def _fits(self, job: Job) -> bool:
         """
-        Whether a job's rows can be added now. One client leaves a quarter of the rows to others.
+        Whether there is room for a job now. A client may use at most three quarters of the rows.
         """
         if not self.rows:
             return True
@@ -258,13 +258,11 @@ class Worker(threading.Thread):
                 if not out_of_memory(error):
                     raise
                 release_memory()
-                if len(jobs) > 1:  # perhaps each finds room alone
+                if len(jobs) > 1:  # perhaps there is enough memory for each alone
                     self._reading[:1] = [Reading([j], alone=True) for j in jobs if not j.ended]
                 else:
                     self._end(jobs[0], "failed")
-                    self._fail(
-                        jobs[0], ApiError(503, "the memory does not suffice for this request")
-                    )
+                    self._fail(jobs[0], ApiError(503, NO_MEMORY))
                 continue
             self._reading.remove(reading)
             for job in jobs:
@@ -279,8 +277,8 @@ class Worker(threading.Thread):
 
     def _step(self, batch: Batch) -> None:
         """
-        One token for every row, delivered job by job. Without memory for it, the newest job fails
-        and the others go on.
+        Decode one token of every row and deliver them job by job. If memory runs out, the newest
+        job fails and the others go on.
         """
         try:
             tokens = batch.step()
@@ -291,7 +289,7 @@ class Worker(threading.Thread):
             for number in job.index:
                 batch.cancel(number)
             self._end(job, "failed")
-            self._fail(job, ApiError(503, "the memory does not suffice for this request"))
+            self._fail(job, ApiError(503, NO_MEMORY))
             release_memory()
             return
         self.counters.steps += 1

@@ -1,13 +1,13 @@
 """
 Conversations to train on: named on the command line, rendered once with their supervision masks,
-mixed by weight.
+and mixed by weight.
 
     NAME[@N][:WEIGHT]                smoltalk, mmlu, gsm8k, arc-easy, arc-challenge: data sets
                                      tinyworld, everyday, spellingbee, identity: generated, N
     NAME=PATH[@N][:WEIGHT]           your own (see data/shapes.py and data/dialogue.py)
 
-For a data set or a file, @N draws N conversations at random, and repeats them (epochs) if there are
-fewer. About one in fifty, by a hash of its content, is for validation: training never sees it. The
+For a data set or a file, @N draws N conversations at random, and repeats them if there are fewer.
+About one in fifty, chosen by a hash of its content, is for validation: training never sees it. The
 test splits that the authors published are left to the evaluations.
 """
 
@@ -33,7 +33,7 @@ from nanochat.data.inventory import installed
 from nanochat.data.rows import Report, read_rows
 from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import Source, check_mixture, check_weight, parse_sources
-from nanochat.data.split import MOST, cutoff, place
+from nanochat.data.split import cutoff, is_too_much, place
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import arc, gsm8k, identity, mmlu, smoltalk, spellingbee
 from nanochat.eval.tasks.common import Item
@@ -47,13 +47,13 @@ DATA_SETS: dict[str, DataSet] = {
     "gsm8k": gsm8k.DATA,
     **{name.lower(): data for name, data in arc.DATA.items()},
 }
-GENERATORS = {  # (seed, split, the model's name) -> endless conversations
+GENERATORS = {  # (seed, split, the model's name) -> an endless stream of conversations
     "tinyworld": lambda seed, split, name: tinyworld.conversations(seed, split),
     "everyday": lambda seed, split, name: tinyworld.conversations(seed, split, tinyworld.EVERYDAY),
     "spellingbee": lambda seed, split, name: spellingbee.conversations(seed, split),
     "identity": identity.conversations,
 }
-COUNTS = {  # how many are generated: by default for training, and for validation
+COUNTS = {  # how many are generated: for training by default, and for validation
     "tinyworld": (40_000, 2_000),
     "everyday": (20_000, 1_000),
     "spellingbee": (20_000, 1_000),
@@ -101,8 +101,7 @@ def _parse(spec: str) -> ConversationSource:
     m = re.fullmatch(r"(?:([\w.-]+)=)?([\w-]+)(?:@([^:]*))?(?::(\d+\.?\d*|\.\d+))?", spec)
     if m and (kind := m[2].lower()) in {*DATA_SETS, *GENERATORS}:
         weight = float(m[4]) if m[4] else None
-        if weight is not None:
-            check_weight(spec, weight)
+        check_weight(spec, weight)
         return ConversationSource(m[1] or kind, weight=weight, kind=kind, count=_count(spec, m[3]))
     m = re.fullmatch(r"(.+)@(\w*)((?::[^/]*)?)", spec)
     try:
@@ -161,7 +160,7 @@ def shards(
         else:
             report = Report(skip_bad_rows if source.kind == "files" else 0)
             found = find(source.paths, source.name, CONVERSATIONS)
-            make, paths, skipped = shapes.conversation, found.files, found.skipped
+            make, paths, skipped = shapes.conversation, found.files, found.reasons()
             rows = partial(own.read, me=me, alone=len(paths) == 1)
             if source.kind != "files":
                 data = DATA_SETS[source.kind]
@@ -196,7 +195,10 @@ def of_stage(
 
 
 def _read(items: Callable[[], Iterator[Item]], report: Report) -> Iterator[Item]:
-    """All conversations of a source; the report has what could not be read."""
+    """
+    All conversations of a source; the report lists what cannot be read. Raises UserError if there
+    are none.
+    """
     report.clear()
     first = None
     for item in items():
@@ -204,7 +206,7 @@ def _read(items: Callable[[], Iterator[Item]], report: Report) -> Iterator[Item]
         yield item
     report.finish()
     if first is None and report.skipped:
-        reason, file = min(report.skipped, key=lambda skipped: own.NONE in skipped[0])
+        reason, file = min(report.skipped, key=lambda skip: own.NO_CONVERSATIONS in skip[0])
         raise UserError(
             f"there are no conversations in {len(report.skipped):,} files; {file}: {reason}"
         )
@@ -229,16 +231,16 @@ def _selected(
 def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
     """
     The conversations of a split by a hash of their content (see data/split.py): VALIDATION_SHARE of
-    them are "val", or more of a small source. Equal conversations are in the same split, and one
-    that is long beside all others is for training. Raises UserError unless there are two different
-    ones.
+    them are "val", or more of a small source. Equal conversations are in the same split; if "val"
+    would be too large, long conversations are for training only. Raises UserError unless there are
+    two different ones.
     """
-    sizes = {}
+    sizes: dict[float, int] = {}
 
     def places() -> Iterator[float]:
         for item in read():
             where = _place(item)
-            sizes[where] = sum(len(str(message["content"])) for message in item["messages"])
+            sizes[where] = _characters(item)
             yield where
 
     share, longest = cutoff(places(), VALIDATION_SHARE), math.inf
@@ -247,14 +249,19 @@ def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
             "there are fewer than two different conversations, so none is left for validation: "
             "add more conversations"
         )
-    total = sum(sizes.values())
-    if sum(n for where, n in sizes.items() if where <= share) > MOST * total:
-        shorter = cutoff((w for w, n in sizes.items() if n <= total / 20), VALIDATION_SHARE)
-        share, longest = (share, longest) if shorter is None else (shorter, total / 20)
+    if is_too_much(sizes, share):
+        limit = sum(sizes.values()) / 20
+        of_short = cutoff((where for where, n in sizes.items() if n <= limit), VALIDATION_SHARE)
+        if of_short is not None:
+            share, longest = of_short, limit
     for item in read():
-        size = sum(len(str(message["content"])) for message in item["messages"])
-        if (_place(item) <= share and size <= longest) == (split == "val"):
+        in_val = _place(item) <= share and _characters(item) <= longest
+        if in_val == (split == "val"):
             yield item
+
+
+def _characters(conversation: Item) -> int:
+    return sum(len(str(message["content"])) for message in conversation["messages"])
 
 
 def _place(conversation: Item) -> float:
