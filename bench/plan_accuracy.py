@@ -52,7 +52,7 @@ def errors(
         basis = replace(machine, points=points)
         predicted = speed.tokens_per_second(config, rows, T, batch, basis).tok_per_sec
         result[name] = predicted / point["tok_per_sec"] - 1
-    parts = memory.predict(config, rows, T, replace(machine, memory_gap=0.0), point["compiled"])
+    parts = memory.predict(config, rows, replace(machine, memory_gap=0.0), point["compiled"])
     counted = parts["allocated" if machine.device_type == "cuda" else "total"]
     result["memory"] = counted / point["peak_memory_bytes"] - 1
     return {**result, "seconds": time.monotonic() - began}

@@ -29,7 +29,7 @@ def specifications() -> str:
         f = figures(config)
         flags = " ".join(f"--{flag}={value}" for flag, value in given.items() if flag != "vocab")
 
-        needed = memory.predict(config, ROWS, config.sequence_len, of_card("H100"), True)["total"]
+        needed = memory.predict(config, ROWS, of_card("H100"), True)["total"]
         size = f"{config.n_layer} x {config.n_embd}, {config.n_head} heads"
         training = human(f["flops_per_token"]), human(f["tokens"]), f"{f['flops']:.3g}"
         counted = (f"{f[part]:,}" for part in PARTS)

@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_720,
     "train": 21_010,
     "study": 13_590,
-    "plan": 15_750,
+    "plan": 15_330,
     "export": 9_620,
     "commands": 23_375,
 }

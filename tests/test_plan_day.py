@@ -65,8 +65,8 @@ def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
     sources = [f"own={tmp_path / name}:0.5#{{title}} {{body}}", "tinyworld:0.5"]
     knobs = day.DayKnobs(minutes=20, data=tuple(sources), vocab=4096)
     chosen = SimpleNamespace(primary=None)
-    plan = SimpleNamespace(knobs=knobs, needs={"web": {}, "digits": 3}, choice=chosen)
-    lines = day.commands(plan, "runs/one_day.sh")
+    monkeypatch.setattr(day, "needs", lambda plan: {"web": {}, "digits": 3})
+    lines = day.commands(SimpleNamespace(knobs=knobs, choice=chosen), "runs/one_day.sh")
     typed = [shlex.split(line, comments=True) for line in lines]
     assert sum(words.count(sources[0]) for words in typed) == 3
     recipe = str(tmp_path / name / "plan" / "recipe.toml")
@@ -238,7 +238,7 @@ def test_repeated_text_is_counted(tmp_path):
     n = counts(GPTConfig(**chosen["config"]))["transformer"]
     assert n <= chosen["tokens"] / 1.2, "a model that this text can teach"
     mixture = [f"a={tmp_path}:0.25", "fineweb-edu:0.75"]
-    shares = [share for share, _ in day.fresh_text(mixture, 4096)]
+    shares = [share for share, _ in day.text_sizes(mixture)]
     assert shares == [0.25, 0.75]
 
 

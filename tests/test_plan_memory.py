@@ -55,7 +55,7 @@ def counted(c: GPTConfig, rows: int, T: int, dtype: torch.dtype, **how) -> dict:
     how = {"compiled": False, "device_type": "cpu", "gpus": 1, **how}
     compiled = how.pop("compiled")
     target = machine.Machine("x", dtype=NAMES[dtype], memory_bytes=1e12, peak_flops=1e12, **how)
-    return memory.predict(c, rows, T, target, compiled)
+    return memory.predict(replace(c, sequence_len=T), rows, target, compiled)
 
 
 def measured(
@@ -155,20 +155,21 @@ def test_what_a_probe_measured_above_the_count_is_added():
     target = machine.of_card("rtx3060")
     point = {"config": vars(c), "rows": 4, "compiled": True, "peak_memory_bytes": 1e9}
     points = tuple({**point, "card_bytes": bytes} for bytes in (3e9, 5e9))
-    measured = memory.with_gap(replace(target, points=points))
-    assert memory.predict(c, 4, 128, measured, True)["total"] == pytest.approx(4e9, rel=1e-6)
-    assert memory.with_gap(measured) == measured, "a gap that is known stays"
-    assert memory.with_gap(target).memory_gap is None
+    measured = memory.calibrated(replace(target, points=points), True)
+    assert memory.predict(c, 4, measured, True)["total"] == pytest.approx(4e9, rel=1e-6)
+    assert memory.calibrated(measured, True) == measured, "a gap that is known stays"
+    assert memory.calibrated(target, True).memory_gap is None
     eager = {**points[0], "compiled": False}
     both = replace(target, points=(*points, eager))
-    assert both.when(False).points == (eager,) and both.when(True).points == points
-    assert replace(target, points=points).when(False).points == points, "better than none"
+    assert memory.calibrated(both, False).points == (eager,)
+    assert memory.calibrated(both, True) == measured
+    assert memory.calibrated(measured, False).points == points, "better than none"
 
 
 def test_rows_are_halved_until_they_fit():
     c, target = config(n_layer=8, n_embd=512), replace(machine.of_card("rtx3060"), memory_bytes=3e9)
     rows, parts = memory.fitting_rows(c, 512, target, True)
-    assert parts["total"] <= 3e9 < memory.predict(c, 2 * rows, 128, target, True)["total"]
+    assert parts["total"] <= 3e9 < memory.predict(c, 2 * rows, target, True)["total"]
     assert memory.fitting_rows(c, 512, replace(target, memory_bytes=1e9), True)[0] == 1
 
 
@@ -262,7 +263,7 @@ def test_a_gpu_holds_what_was_predicted(compiled):
     spec = {"config": vars(c), "accumulation": 2, "seconds": 0.0, "compiled": compiled}
     spec |= {"device_type": "cuda", "dtype": "bfloat16"}
     small, large = (spec | {"rows": n} | machine.in_process(spec | {"rows": n}) for n in (4, 16))
-    target = memory.with_gap(machine.Machine(**device, points=(small,)))
-    predicted = memory.predict(c, 16, 1024, target, compiled)
+    target = memory.calibrated(machine.Machine(**device, points=(small,)), compiled)
+    predicted = memory.predict(c, 16, target, compiled)
     assert predicted["allocated"] == pytest.approx(large["peak_memory_bytes"], rel=0.1)
     assert predicted["total"] == pytest.approx(large["card_bytes"], rel=0.1)

@@ -43,7 +43,8 @@ def planned(tmp_path, monkeypatch):
     """A recipe for five minutes of a machine of which memory is known by formula; its file."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
 
-    def predict(config, rows, T, target, compiled):
+    def predict(config, rows, target, compiled):
+        T = config.sequence_len
         parts = dict.fromkeys(("state", "beside", "allocated"), 0)
         return {**parts, "total": 10**8 + 4 * rows * T + round(target.memory_gap or 0)}
 
@@ -75,7 +76,7 @@ def test_a_recipe_is_tried_and_corrected(planned, tmp_path, monkeypatch, capsys)
     before = json.loads(planned.with_suffix(".json").read_text())
     calls = []
 
-    def train(words, quiet):
+    def train(words):
         calls.append(words)
         here = ["--device_type=cpu", "--dtype=float32", "--compile=off", "--eval_tokens=2000"]
         base_train.main([*words, *here, "--max_minutes=0", "--num_iterations=64"])
@@ -101,5 +102,5 @@ def test_a_recipe_is_tried_and_corrected(planned, tmp_path, monkeypatch, capsys)
     assert checkpoint.list_checkpoints(directory) == [] and logbook.read(directory), (
         "the weights go, the figures stay"
     )
-    pilot.short_run(planned, calls[0][-2:], pilot.PilotKnobs())
+    pilot.short_run(planned, calls[0][-2:])
     assert len(calls) == 1, "the same pilot is not trained twice"

@@ -36,7 +36,8 @@ def fast(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "predict", predict)
 
 
-def predict(config, rows, T, target, compiled):
+def predict(config, rows, target, compiled):
+    T = config.sequence_len
     tensors = 16 * shapes.counts(config)["total"] + 60 * rows * T * config.n_layer * config.n_embd
     beside = GIB // 2 + (target.memory_gap or 0)
     parts = {"state": tensors // 2, "allocated": tensors, "beside": beside}
@@ -45,6 +46,10 @@ def predict(config, rows, T, target, compiled):
 
 def ask(*words: str) -> recipe.RecipeKnobs:
     return knobs.parse(recipe.RecipeKnobs, words, command="plan recipe")[0]
+
+
+def choose(k: recipe.RecipeKnobs, target: Machine, fitted: law.Law, **more) -> choice.Choice:
+    return choice.Plan(k, target, fitted, **more).choice
 
 
 def machine(**more) -> Machine:
@@ -177,7 +182,7 @@ def test_a_day_on_a_4090():
     k = ask("--hours=24", "--gpu=rtx4090", "--vocab=65536")
     card = day.planned_machine(k)
     assert (card.name, card.dtype, card.memory_bytes) == ("RTX 4090", "bfloat16", 24 * GIB)
-    result = choice.choose(k, card, law.Law())
+    result = choose(k, card, law.Law())
     first, second = result.primary, result.smaller
     assert 12 <= first.config.n_layer <= 20 and first.config.sequence_len == 2048, (
         "band B of what users report"
@@ -195,7 +200,7 @@ def test_a_day_on_a_4090():
 
 def test_minutes_on_a_processor():
     cpu = machine(device_type="cpu", peak_flops=1e12, memory_bytes=8 * GIB)
-    first = choice.choose(ask("--minutes=20", "--vocab=8192"), cpu, law.Law()).primary
+    first = choose(ask("--minutes=20", "--vocab=8192"), cpu, law.Law()).primary
     assert (
         first.contexts == ((0.0, 512),)
         and first.total_batch_size <= 2**14
@@ -220,11 +225,11 @@ def test_a_plan_looks_back_where_base_train_does(words, device, parts):
     words = [*words, "--vocab=8192", "--depth=4"]
     target = machine(device_type=device, peak_flops=1e12)
     k, law_here = ask(*words), law.Law()
-    first = choice.choose(k, target, law_here).primary
+    first = choose(k, target, law_here).primary
     flags = recipe.tables(k, first)["base_train"]
     names = "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
     assert tuple(flags[name] for name in names) == parts
-    plain = choice.choose(ask(*words, "--lookback=off", "--copy_heads=0"), target, law_here).primary
+    plain = choose(ask(*words, "--lookback=off", "--copy_heads=0"), target, law_here).primary
     expected = law.LOOKBACK * law.PAIRS if parts[1] else 1.0
     assert first.bpb[0] / plain.bpb[0] == pytest.approx(expected, abs=0.003)
 
@@ -244,7 +249,7 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
         ask(f"--hours={hours}", "--vocab=8192", "--lookback=off"),
         machine(peak_flops=peak, memory_bytes=gib * GIB, device_type=device),
     )
-    result = choice.choose(k, m, law.Law())
+    result = choose(k, m, law.Law())
     for c in filter(None, (result.primary, result.smaller)):
         assert (
             c.memory["total"] <= m.memory_bytes
@@ -256,11 +261,11 @@ def test_a_plan_keeps_its_promises(hours, peak, gib, device):
             and c.bpb[1] < c.bpb[0] < c.bpb[2]
             and c.speed.lo < c.speed.tok_per_sec < c.speed.hi
         )
-        assert c.tokens <= c.speed.tok_per_sec * k.pretraining_seconds()
+        assert c.tokens <= c.speed.tok_per_sec * k.pretraining_seconds
         tables = recipe.tables(k, c)
         assert sum(t["max_minutes"] for t in tables.values()) <= hours * 60 + 0.01
     longer = ask(f"--hours={1.5 * hours}", "--vocab=8192", "--lookback=off")
-    more = choice.choose(longer, m, law.Law())
+    more = choose(longer, m, law.Law())
     assert more.primary.bpb[0] <= result.primary.bpb[0] * (1 + choice.TIE)
 
 
@@ -283,7 +288,7 @@ def test_what_is_given_is_kept():
         "b=y:2",
     )
     k = ask("--hours=5", *size, *rest)
-    result = choice.choose(k, machine(), law.Law())
+    result = choose(k, machine(), law.Law())
     base = recipe.tables(k, result.primary)["base_train"]
     wanted = {
         "depth": 7,
@@ -304,9 +309,7 @@ def test_what_is_given_is_kept():
 
 def test_rows_are_halved_until_they_fit():
     k = ask("--hours=24", "--depth=12", "--aspect_ratio=64", "--vocab=65536")
-    roomy, narrow = (
-        choice.choose(k, machine(memory_bytes=g * GIB), law.Law()).primary for g in (80, 8)
-    )
+    roomy, narrow = (choose(k, machine(memory_bytes=g * GIB), law.Law()).primary for g in (80, 8))
     assert (
         narrow.device_batch_size < roomy.device_batch_size
         and narrow.total_batch_size == roomy.total_batch_size
@@ -316,9 +319,9 @@ def test_rows_are_halved_until_they_fit():
 
 def test_a_pilot_moves_the_plan():
     k, fitted = ask("--hours=24", "--vocab=65536"), law.Law()
-    before = choice.choose(k, machine(), fitted).primary
+    before = choose(k, machine(), fitted).primary
     worse = 1.1 * fitted.bpb(before.size, before.tokens)
-    slow = choice.choose(
+    slow = choose(
         k,
         machine(factor=0.3),
         fitted.moved(before.size, before.tokens, worse),
@@ -328,10 +331,10 @@ def test_a_pilot_moves_the_plan():
         and slow.size < before.size
         and slow.bpb[0] > 1.1 * before.bpb[0]
     )
-    others = [c.shape for c in choice.choose(k, machine(), fitted).candidates if not c.why]
-    kept = choice.choose(k, machine(), fitted, kept=others[0]).primary
+    others = [c.shape for c in choose(k, machine(), fitted).candidates if not c.why]
+    kept = choose(k, machine(), fitted, kept=others[0]).primary
     assert kept.shape == others[0], "what was tried stays where nothing is a hundredth better"
-    assert choice.choose(k, machine(memory_gap=5 * GIB), fitted).primary.memory["total"] > 5 * GIB
+    assert choose(k, machine(memory_gap=5 * GIB), fitted).primary.memory["total"] > 5 * GIB
 
 
 def test_a_probe_decides_the_rows(tmp_path):
@@ -347,10 +350,10 @@ def test_a_probe_decides_the_rows(tmp_path):
     }
     (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points}))
     k = ask("--minutes=60", f"--probe={tmp_path / 'p.json'}", "--vocab=4096")
-    first = choice.choose(k, day.planned_machine(k), law.Law()).primary
+    first = choose(k, day.planned_machine(k), law.Law()).primary
     assert first.device_batch_size == 8 and first.speed.hi / first.speed.lo < 1.5
     (tmp_path / "p.json").write_text(json.dumps({"machine": card_fields, "points": points[1::2]}))
-    assert choice.choose(k, day.planned_machine(k), law.Law()).primary.device_batch_size == 32, (
+    assert choose(k, day.planned_machine(k), law.Law()).primary.device_batch_size == 32, (
         "one row is not as fast because nobody tried it"
     )
 
@@ -378,13 +381,13 @@ def test_a_probe_decides_the_rows(tmp_path):
 )
 def test_budgets_that_do_not_work(words, more, says):
     with pytest.raises(UserError, match=says):
-        choice.choose(ask(*words, "--vocab=8192"), machine(**more), law.Law())
+        choose(ask(*words, "--vocab=8192"), machine(**more), law.Law())
 
 
 def test_the_budget_that_would_do_does():
     slow = machine(device_type="cpu", peak_flops=1e11)
     assert (
-        choice.choose(ask("--minutes=3", "--vocab=8192"), slow, law.Law()).primary.steps
+        choose(ask("--minutes=3", "--vocab=8192"), slow, law.Law()).primary.steps
         >= choice.FEWEST_STEPS
     )
 
@@ -452,14 +455,24 @@ def test_a_plan_for_a_card_does_not_depend_on_this_machine(monkeypatch, tmp_path
 # ---- the files
 
 
-@pytest.mark.parametrize(
-    "value", [True, 3, 0.05, 17.0, 1e-9, 123456789, 'a "quoted" \\ text', ("512@0", "1024@0.6"), ()]
-)
-def test_toml_values(value):
-    read = tomllib.loads(f"x = {recipe.toml_value(value)}")["x"]
-    assert (tuple(read) if isinstance(read, list) else read) == value and type(read) is (
-        list if isinstance(value, tuple) else type(value)
-    )
+def test_a_recipe_holds_values_as_they_were_given():
+    """In TOML, a share of a third too, of which six digits were kept once."""
+    words = [
+        "--kv_ratio=0.3333333333",
+        "--mlp_ratio=2.66666667",
+        "--rope_base=123456789",
+        "--depth=6",
+    ]
+    tag = ["--model_tag", 'a "quoted" \\ täg']
+    k = ask("--hours=24", "--gpu=rtx4090", "--vocab=4096", "--tie_embeddings", *words, *tag)
+    file = recipe.write(day.planned(k))["recipe"]
+    base = tomllib.loads(Path(file).read_text(encoding="utf-8"))["base_train"]
+    assert (base["kv_ratio"], base["mlp_ratio"]) == (0.3333333333, 2.66666667)
+    assert (base["rope_base"], base["softcap"]) == (123456789.0, 0.0) and base[
+        "tie_embeddings"
+    ] is True
+    assert base["model_tag"] == k.model_tag and base["depth"] == 6
+    assert base["context_stages"] == ["512@0", "1024@0.6", "2048@0.9"]
 
 
 def test_the_training_commands_take_the_recipe(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanochat.base.common import UserError, columns, human, print0
-from nanochat.base.knobs import knob
+from nanochat.base.knobs import knob, stored_values
 from nanochat.model.config import LARGEST, GPTConfig
 from nanochat.plan import day
 from nanochat.plan.machine import CardKnobs
@@ -99,13 +99,13 @@ def parse_number(text: str) -> float:
 
 def parse_shares(text: str, tied: bool) -> list[float]:
     """'1:1:1' -> a third each, of embedding, layers and head; a tied model has no head."""
-    form, parts = "embedding:layers" + ":head" * (not tied), text.split(":")
-    values = [float(p) for p in parts if re.fullmatch(r"\d*\.?\d+", p) and float(p)]
-    if not len(values) == len(parts) == 3 - tied:
-        of = " of a tied model" * tied
-        raise UserError(
-            f"--split takes {form}{of}, for example {'1:1:1'[2 * tied :]}, not {text!r}"
-        )
+    form, example = (
+        ("embedding:layers of a tied model", "1:1") if tied else ("embedding:layers:head", "1:1:1")
+    )
+    match = re.fullmatch(":".join([r"(\d*\.?\d+)"] * (3 - tied)), text)
+    values = [float(value) for value in match.groups()] if match else [0.0]
+    if 0 in values:
+        raise UserError(f"--split takes {form}, for example {example}, not {text!r}")
     return [value / sum(values) for value in values]
 
 
@@ -149,7 +149,7 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
         rows = [(_flags(c), *(f"{counts(c)[part]:,}" for part in PARTS)) for c in others]
         print0("\n" + columns(("nearby", *PARTS), rows))
     if knobs.gpu or knobs.gpus > 1 or knobs.probe:
-        given = {n: v for n, v in vars(knobs).items() if n in vars(day.DayKnobs())}
+        given = stored_values(day.DayKnobs, vars(knobs), "plan arch")
         given |= {"depth": config.n_layer, "model_dim": config.n_embd, "head_dim": config.head_dim}
         report["run"] = day.run(day.DayKnobs(**{**given, "tokens": report["tokens"]}))
     return report

@@ -6,7 +6,9 @@ each, and a choice among those that fit the memory.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +19,9 @@ from nanochat.data.sources import parse_sources
 from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, speed
 from nanochat.plan.law import LOOKBACK, PAIRS, Z90, Law, Text, worth
-from nanochat.plan.machine import GIB, Machine, budget_seconds
+from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.probe import DEPTHS
-from nanochat.plan.shapes import OpenSizeKnobs, counts, possible
+from nanochat.plan.shapes import OpenSizeKnobs, counts
 from nanochat.train.scaling import (
     EVALUATING,
     MOST_EVAL_TOKENS,
@@ -58,18 +60,19 @@ class ChoiceKnobs(OpenSizeKnobs):
     device_batch_size: int = knob(0, "rows of a micro-batch; 0 = the fastest that fits", low=0)
     data: tuple[str, ...] = knob((), "text to train on, as for base_train; it goes into the recipe")
 
+    @property
     def stages(self) -> dict[str, float]:
         """Seconds of every stage, a pilot first. UserError if no budget is given."""
-        seconds = budget_seconds(self)
-        if not seconds:
+        if not self.budget:
             raise UserError("the plan needs a budget for the whole run: give --hours or --minutes")
-        left = max(1.0, seconds - self.used)
+        left = max(1.0, self.budget - self.used)
         pilot = pilot_seconds(left) if self.pilot else 0.0
         return {"pilot": pilot, **stage_seconds(left - pilot, self.pretrain)}
 
+    @property
     def pretraining_seconds(self) -> float:
         """The seconds of pretraining. UserError if no budget is given."""
-        return self.stages()["base_train"]
+        return self.stages["base_train"]
 
 
 @dataclass
@@ -96,6 +99,17 @@ class Candidate:
     def steps(self) -> int:
         return int(self.tokens / self.total_batch_size)
 
+    def flags(self, kv_ratio: float) -> dict[str, Any]:
+        """The flags of base_train for its size and batch."""
+        return {
+            "depth": self.config.n_layer,
+            "model_dim": self.config.n_embd,
+            "head_dim": self.config.head_dim,
+            "kv_ratio": kv_ratio,
+            "total_batch_size": self.total_batch_size,
+            "device_batch_size": self.device_batch_size,
+        }
+
     @property
     def shape(self) -> tuple[int, int]:
         """(depth, width)"""
@@ -112,23 +126,37 @@ class Choice:
     candidates: list[Candidate]
 
 
-def assess(
-    knobs: ChoiceKnobs, config: GPTConfig, machine: Machine, law: Law, text: Text = ()
-) -> Candidate:
+@dataclass(frozen=True)
+class Plan:
+    """A budget with all that a choice depends on: knobs without gaps, machine, text and law."""
+
+    knobs: Any  # ChoiceKnobs, or of a class that extends them
+    machine: Machine
+    law: Law
+    text: Text = ()
+    kept: tuple[int, int] | None = None  # depth and width that a pilot tried
+
+    @cached_property
+    def choice(self) -> Choice:
+        return choose(self)
+
+
+def assess(plan: Plan, config: GPTConfig) -> Candidate:
     """What the budget makes of an architecture, including evaluations and opening."""
-    seconds, T = knobs.pretraining_seconds(), config.sequence_len
-    compiled, sources = machine.compiles(seconds), max(1, len(knobs.data))
+    knobs, machine = plan.knobs, plan.machine
+    seconds, T = knobs.pretraining_seconds, config.sequence_len
+    compiled = machine.compiles(seconds)
     staged = machine.device_type != "cpu" and seconds >= 3600 and not knobs.sequence_len
     contexts = context_stages(T) if staged else ((0.0, T),)
     begins, lengths = zip(*contexts, strict=True)
     opening = OPENING + len(contexts) * speed.first_step(machine, compiled)
     usable = math.inf if knobs.device_batch_size else USABLE
     # Evaluations take a share of the time, or read so many tokens, at twice the speed of training.
-    most_read = (1 + evaluations_within(seconds)) * sources * MOST_EVAL_TOKENS / 2
+    evaluations = (1 + evaluations_within(seconds)) * max(1, len(knobs.data))
+    most = most_tokens(plan)
     tokens = wanted = 1.0
     rows, rate, parts = 1, speed.Speed(1.0, 1.0, 1.0), {}
     batch = knobs.total_batch_size or 1 << 14
-    most = most_tokens(knobs.data, text, config.vocab_size)
     if knobs.total_batch_size:
         whole_rows(batch, *lengths)
     for _ in range(3):  # the batch follows from the tokens, and they follow a little from the batch
@@ -140,12 +168,13 @@ def assess(
         ]
         mean = np.average(rates, axis=0, weights=np.diff([*begins, 1.0]))  # by time
         rate = speed.Speed(*mean.tolist())
-        reading = min(EVALUATING * seconds, most_read / rate.tok_per_sec)
-        tokens = max(1.0, ((1 - SAMPLING) * seconds - opening - reading) * rate.tok_per_sec)
-        tokens, wanted = min(tokens, most), tokens
+        reading = evaluations * MOST_EVAL_TOKENS / 2 / rate.tok_per_sec
+        training = (1 - SAMPLING) * seconds - opening - min(EVALUATING * seconds, reading)
+        wanted = max(1.0, training * rate.tok_per_sec)
+        tokens = min(wanted, most)
         batch = knobs.total_batch_size or max(T, batch_for(tokens) // T * T)
-    bpb = _expected(law, config, tokens, rate, text)
-    took = seconds * min(1.0, tokens / wanted)
+    bpb = _expected(plan, config, tokens, rate)
+    took = seconds * (tokens / wanted)
     candidate = Candidate(config, contexts, batch, rows, rate, tokens, bpb, parts, took)
     if parts["total"] > USABLE * machine.memory_bytes:
         needed, available = parts["total"] / GIB, machine.memory_bytes / GIB
@@ -158,14 +187,17 @@ def assess(
     return candidate
 
 
-def most_tokens(data: Sequence[str], text: Text, vocabulary: int) -> float:
+def most_tokens(plan: Plan) -> float:
     """
-    Tokens that base_train reads of this text at most: USEFUL_PASSES, if all of it is in files that
+    Tokens that base_train reads of the text at most: USEFUL_PASSES, if all of it is in files that
     are small enough to be counted (train/stage.py: limited_feed).
     """
-    if not text or any(source.kind != "files" for source in parse_sources(data)):
-        return math.inf
-    if max(fresh for _, fresh in text) * bytes_per_token(vocabulary) > LIMIT:
+    text, spelled = plan.text, bytes_per_token(plan.knobs.vocab)
+    if (
+        not text
+        or any(source.kind != "files" for source in parse_sources(plan.knobs.data))
+        or max(fresh for _, fresh in text) * spelled > LIMIT
+    ):
         return math.inf
     return USEFUL_PASSES * max(fresh / share for share, fresh in text)
 
@@ -176,16 +208,15 @@ def lookback_factor(config: GPTConfig) -> float:
 
 
 def _expected(
-    law: Law, config: GPTConfig, tokens: float, rate: speed.Speed, text: Text
+    plan: Plan, config: GPTConfig, tokens: float, rate: speed.Speed
 ) -> tuple[float, float, float]:
     """Bits per byte with the interval of the law, and of the speed that decides the tokens."""
     n, factor = counts(config)["transformer"], lookback_factor(config)
     middle, slow = (
-        factor * law.bpb(n, max(1.0, worth(t, text)))
+        factor * plan.law.bpb(n, worth(t, plan.text))
         for t in (tokens, tokens * rate.lo / rate.tok_per_sec)
     )
-    error = law.error(n, max(1.0, tokens))
-    width = math.exp(math.hypot(Z90 * error, math.log(slow / middle)))
+    width = math.exp(math.hypot(Z90 * plan.law.error(n, tokens), math.log(slow / middle)))
     return middle, middle / width, middle * width
 
 
@@ -203,50 +234,51 @@ def _fastest_rows(config: GPTConfig, batch: int, machine: Machine) -> int:
     return next(r for r, rate in zip(options, rates, strict=True) if rate >= 0.98 * max(rates))
 
 
-def candidates(knobs: ChoiceKnobs, machine: Machine, law: Law, text: Text) -> list[Candidate]:
-    """All candidates, the best prediction first and those that cannot train last."""
-    seconds = knobs.pretraining_seconds()
-    machine = memory.with_gap(machine.when(machine.compiles(seconds)))
+def candidates(plan: Plan) -> list[Candidate]:
+    """
+    All candidates, the best prediction first and those that cannot train last. UserError if no
+    size makes a model.
+    """
+    knobs, machine, seconds = plan.knobs, plan.machine, plan.knobs.pretraining_seconds
+    machine = memory.calibrated(machine, machine.compiles(seconds))
     T = knobs.sequence_len or context_for(speed.usual_flops(machine, seconds))
     depths = (knobs.depth,) if knobs.depth else DEPTHS
     aspects = (knobs.aspect_ratio or 64.0,) if knobs.model_dim or knobs.aspect_ratio else ASPECTS
-    sizes = possible(
-        lambda depth, aspect: knobs.of_size(depth, aspect, T, seconds, machine.device_type),
-        product(depths, aspects),
-    )
-    configs = {(c.n_layer, c.n_embd): c for c in sizes}
-    every = [assess(knobs, config, machine, law, text) for config in configs.values()]
+    configs, refused = {}, UserError()
+    for depth, aspect in product(depths, aspects):
+        try:
+            config = knobs.of_size(depth, aspect, T, seconds, machine.device_type)
+            configs[config.n_layer, config.n_embd] = config
+        except UserError as e:
+            refused = e
+    if not configs:
+        raise refused
+    every = [assess(replace(plan, machine=machine), config) for config in configs.values()]
     return sorted(every, key=lambda c: (bool(c.why), c.bpb[0], c.size))
 
 
-def choose(
-    knobs: ChoiceKnobs,
-    machine: Machine,
-    law: Law,
-    text: Text = (),
-    kept: tuple[int, int] | None = None,
-) -> Choice:
+def choose(plan: Plan) -> Choice:
     """
     The best candidate for a budget and a text, and beside it the best of at most two thirds of its
     size and of at least one and a half times: of predictions as good as the best one that fits, the
-    simplest. `kept` (depth, width), which a pilot tried, stays the primary unless another is
-    predicted to be 1 % better. Where memory shuts better ones out, a shorter context, which leaves
-    room for them, is tried as well. UserError if the budget or the memory is too small.
+    simplest. What a pilot tried (Plan.kept) stays the primary unless another is predicted to be 1 %
+    better. Where memory shuts better ones out, a shorter context, which leaves room for them, is
+    tried as well. UserError if the budget or the memory is too small.
     """
-    every = candidates(knobs, machine, law, text)
+    knobs, every = plan.knobs, candidates(plan)
     fitting = [c for c in every if not c.why]
     if not fitting:
-        raise UserError(_nothing_fits(knobs, machine, every))
-    tie = fitting[0].bpb[0] * (1 + (KEPT if kept else TIE))
+        raise UserError(_nothing_fits(plan, every))
+    tie = fitting[0].bpb[0] * (1 + (KEPT if plan.kept else TIE))
     equal = [c for c in fitting if c.bpb[0] <= tie]
     # Of equal predictions what was tried, then the usual shape, then the smaller model.
     primary = min(
-        equal, key=lambda c: (c.shape != kept, abs(c.shape[1] / c.shape[0] - 64) > 8, c.size)
+        equal, key=lambda c: (c.shape != plan.kept, abs(c.shape[1] / c.shape[0] - 64) > 8, c.size)
     )
     T = primary.config.sequence_len
     shut_out = any(c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in every)
     if shut_out and not knobs.sequence_len and T > SHORTEST:
-        shorter = choose(replace(knobs, sequence_len=T // 2), machine, law, text, kept)
+        shorter = choose(replace(plan, knobs=replace(knobs, sequence_len=T // 2)))
         if shorter.primary.bpb[0] < primary.bpb[0]:
             return shorter
     smaller = next((c for c in fitting if c.size <= 2 / 3 * primary.size), None)
@@ -254,26 +286,26 @@ def choose(
     return Choice(primary, smaller, larger, every)
 
 
-def _nothing_fits(knobs: ChoiceKnobs, machine: Machine, every: Sequence[Candidate]) -> str:
+def _nothing_fits(plan: Plan, every: Sequence[Candidate]) -> str:
     """Why no candidate can train, and what to change."""
     least = min(every, key=lambda c: (not c.why.endswith("few"), c.memory["total"]))
-    model = f"depth {least.shape[0]} at width {least.shape[1]}"
+    model = "depth {} at width {}".format(*least.shape)
     if least.why.startswith("needs"):
         return (
-            f"{machine.name} has too little memory: the smallest candidate, {model}, {least.why} "
-            f"with {least.device_batch_size} rows at a time. Try --sequence_len=256, a smaller "
-            "vocabulary, --tie_embeddings or a smaller --depth"
+            f"{plan.machine.name} has too little memory: the smallest candidate, {model}, "
+            f"{least.why} with {least.device_batch_size} rows at a time. Try --sequence_len=256, a "
+            "smaller vocabulary, --tie_embeddings or a smaller --depth"
         )
-    if least.seconds < knobs.pretraining_seconds():
+    seconds = plan.knobs.pretraining_seconds
+    if least.seconds < seconds:
         return (
             f"the text is too short for a plan: read {USEFUL_PASSES} times, it makes only "
             f"{least.steps} steps. Add text to --data, or use nanochat mine, which is for small "
             "collections"
         )
     stepping = FEWEST_STEPS * (1 << 12) / least.speed.tok_per_sec
-    needed = (OPENING + 1.3 * stepping) / knobs.pretrain / 60
+    needed = (OPENING + 1.3 * stepping) / plan.knobs.pretrain / 60
     return (
-        f"{duration(knobs.pretraining_seconds())} of pretraining is too short for any model here: "
-        f"even {model} gets only {least.steps} steps. Give at least {needed + 1:.0f} minutes, or a "
-        "smaller vocabulary"
+        f"{duration(seconds)} of pretraining is too short for any model here: even {model} gets "
+        f"only {least.steps} steps. Give at least {needed + 1:.0f} minutes, or a smaller vocabulary"
     )

@@ -17,20 +17,19 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from functools import cached_property
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir, columns, counted, duration, human, print0
-from nanochat.base.knobs import as_typed, knob
+from nanochat.base.knobs import as_typed, knob, stored_values
 from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import machine, probe
-from nanochat.plan.choice import TIE, Candidate, Choice, ChoiceKnobs, assess, choose
+from nanochat.plan.choice import TIE, Candidate, ChoiceKnobs, Plan, assess
 from nanochat.plan.law import Law, Text
-from nanochat.plan.machine import GIB, CardKnobs, Machine, budget_seconds
-from nanochat.plan.shapes import SizeKnobs, counts
+from nanochat.plan.machine import GIB, CardKnobs, Machine
+from nanochat.plan.shapes import SizeKnobs, architecture, counts
 from nanochat.train.scaling import bytes_per_token, text_for
 
 SHARD_TEXT, SHARD_FILE = 250e6, 100e6  # bytes of text in a shard of web text, and of its file
@@ -52,7 +51,7 @@ REFERENCES = (
     (2.10, "real words in an order that seldom makes a sentence", "judged"),
     (math.inf, "letters and fragments of words", "judged"),
 )
-Row = tuple[str, str, str]  # what, figure, source
+Row = list[str]  # what, figure, source
 SOURCES = (
     "[law] a scaling law fitted to many runs   [counted] from the model's shape   [rule] decided "
     "in this project   [specification] computed from the vendor's data, not measured   [judged] by "
@@ -101,27 +100,25 @@ class DayKnobs(PlanKnobs):
 
 def planned_machine(knobs: PlanKnobs) -> Machine:
     """The machine that the knobs name; this one is probed now unless it was before."""
-    target = machine.named(knobs)
-    if knobs.gpu or knobs.probe:
-        own = machine.named(replace(knobs, dtype="auto")).dtype
-        if target.dtype != own:
-            raise UserError(
-                f"the speed of {target.name} is known in {own}, not in {target.dtype}: leave "
-                "--dtype out"
-            )
-    if target.points or knobs.gpu or knobs.probe:
+    elsewhere = bool(knobs.gpu or knobs.probe)
+    target = machine.named(replace(knobs, dtype="auto") if elsewhere else knobs)
+    if elsewhere and knobs.dtype not in ("auto", target.dtype):
+        raise UserError(
+            f"the speed of {target.name} is known in {target.dtype}, not in {knobs.dtype}: leave "
+            "--dtype out"
+        )
+    if elsewhere or target.points:
         return target
     print0("this machine has no probe yet: measuring a few points", file=sys.stderr)
-    shared = vars(probe.ProbeKnobs()).keys() & vars(knobs).keys() - {"out"}
-    given = {name: getattr(knobs, name) for name in shared}
-    probe.run(probe.ProbeKnobs(**given, device_batches=(8,)))
+    given = stored_values(probe.ProbeKnobs, vars(knobs), "plan probe")
+    probe.run(probe.ProbeKnobs(**{**given, "out": "", "device_batches": (8,)}))
     return machine.named(knobs)
 
 
-def fresh_text(data: Sequence[str], vocabulary: int) -> Text:
+def text_sizes(data: Sequence[str]) -> Text:
     """
-    (share of the tokens, tokens that it holds) of each source; a data set on the hub counts with
-    all its shards, because they can be downloaded. UserError for a source without text.
+    (share of the tokens, bytes that it holds) of each source; a data set on the hub counts with all
+    its shards, because they can be downloaded. UserError for a source without text.
     """
     from nanochat.data.documents import text_bytes
 
@@ -134,63 +131,45 @@ def fresh_text(data: Sequence[str], vocabulary: int) -> Text:
             size = sum(map(text_bytes, files(source)))
             if not size:
                 raise UserError(f"the data source {source.name} holds no text: name another")
-        sizes.append((source.weight or size, size / bytes_per_token(vocabulary)))
+        sizes.append((source.weight or size, size))
     whole = sum(weight for weight, _ in sizes)
-    return [(weight / whole, tokens) for weight, tokens in sizes]
+    return [(weight / whole, size) for weight, size in sizes]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A budget with all that follows from it: knobs without gaps, machine, text and choice."""
-
-    knobs: Any  # PlanKnobs, or of a class that extends them
-    machine: Machine
-    text: Text
-    law: Law
-    kept: tuple[int, int] | None = None  # depth and width that a pilot tried
-
-    @cached_property
-    def choice(self) -> Choice:
-        return choose(self.knobs, self.machine, self.law, self.text, self.kept)
-
-    @cached_property
-    def needs(self) -> dict[str, Any]:
-        """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
-        knobs, chosen, sources = self.knobs, self.choice.primary, parse_sources(self.knobs.data)
-        web: dict[str, int] = {}  # shards of each data set of the hub
-        read = 0.0
-        for source, (share, fresh) in zip(sources, self.text, strict=True):
-            if source.kind == "shards":
-                name, fresh = source.paths[0].name, min(fresh, share * chosen.tokens)
-                shards = math.ceil(1.03 * fresh * bytes_per_token(knobs.vocab) / SHARD_TEXT)
-                web[name] = min(shards, SHARD_SETS[name].last)
-            read += fresh
-        tasks = TASKS * (knobs.data != ("tinyworld",))
-        cores = knobs.cores or (8 if knobs.gpu else os.cpu_count() or 1)
-        spelled = read * bytes_per_token(knobs.vocab)
-        downloaded = SHARD_FILE * (sum(web.values()) + len(web))
-        n = counts(chosen.config)
-        checkpoint = 12 * n["total"] - 4 * n["transformer"]
-        watts = knobs.watts or self.machine.gpus * self.machine.watts + REST
-        return {
-            "shards": sum(web.values()),
-            "web": web,
-            "digits": 2 if knobs.data == ("tinyworld",) else 3,  # 3 for GGUF; 2 was measured
-            "cores": cores,
-            "download_bytes": downloaded + tasks,
-            "tokenizer_seconds": min(2e9, spelled) / (MERGING * cores) + 10,
-            "tokenising_seconds": spelled / (TOKENISING * cores) + 5,
-            "disk_bytes": {
-                "text": downloaded,
-                "questions": tasks,
-                "tokens": read * (2 if knobs.vocab <= 1 << 16 else 4),
-                # Two of each of three stages, and one that is being written.
-                "checkpoints": 7 * checkpoint,
-            },
-            "watts": watts,
-            "kwh": watts * budget_seconds(knobs) / 3.6e6,
-            "passes": max(share * chosen.tokens / fresh for share, fresh in self.text),
-        }
+def needs(plan: Plan) -> dict[str, Any]:
+    """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
+    knobs, chosen, spelled = plan.knobs, plan.choice.primary, bytes_per_token(plan.knobs.vocab)
+    web: dict[str, int] = {}  # shards of each data set of the hub
+    read = 0.0
+    for source, (share, fresh) in zip(parse_sources(knobs.data), plan.text, strict=True):
+        if source.kind == "shards":
+            name, fresh = source.paths[0].name, min(fresh, share * chosen.tokens)
+            web[name] = min(math.ceil(1.03 * fresh * spelled / SHARD_TEXT), SHARD_SETS[name].last)
+        read += fresh
+    embedded, shards = knobs.data == ("tinyworld",), sum(web.values())
+    tasks, downloaded = TASKS * (not embedded), SHARD_FILE * (shards + len(web))
+    cores = knobs.cores or (8 if knobs.gpu else os.cpu_count() or 1)
+    watts = knobs.watts or plan.machine.gpus * plan.machine.watts + REST
+    n = counts(chosen.config)
+    return {
+        "shards": shards,
+        "web": web,
+        "digits": 2 if embedded else 3,  # 3 for GGUF; 2 was measured
+        "cores": cores,
+        "download_bytes": downloaded + tasks,
+        "tokenizer_seconds": min(2e9, read * spelled) / (MERGING * cores) + 10,
+        "tokenising_seconds": read * spelled / (TOKENISING * cores) + 5,
+        "disk_bytes": {
+            "text": downloaded,
+            "questions": tasks,
+            "tokens": read * (2 if knobs.vocab <= 1 << 16 else 4),
+            # Two of each of three stages, and one that is being written.
+            "checkpoints": 7 * (12 * n["total"] - 4 * n["transformer"]),
+        },
+        "watts": watts,
+        "kwh": watts * knobs.budget / 3.6e6,
+        "passes": max(share * chosen.tokens / fresh for share, fresh in plan.text),
+    }
 
 
 def planned(knobs: Any, whole: bool = False) -> Plan:
@@ -199,36 +178,36 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     and the pilot of a run from the start.
     """
     if not knobs.tokens:
-        knobs.pretraining_seconds()  # a missing budget is refused before anything is measured
-    elif budget_seconds(knobs):
+        _ = knobs.stages  # a missing budget is refused before anything is measured
+    elif knobs.budget:
         raise UserError("--tokens and a budget of time set two lengths: give only one of them")
     elif not knobs.depth:
         raise UserError(f"--tokens={knobs.tokens:g} needs a model: add --depth")
     target = planned_machine(knobs)
-    knobs = replace(knobs, data=knobs.data or (text_for(budget_seconds(knobs) or 86_400.0),))
-    size = bytes_per_token(1) * sum(tokens for _, tokens in fresh_text(knobs.data, 1))
+    knobs = replace(knobs, data=knobs.data or (text_for(knobs.budget or 86_400.0),))
+    sizes = text_sizes(knobs.data)
     # A run from the start makes its own tokenizer, whatever is there
-    knobs = replace(knobs, vocab=knobs.vocabulary(whole or bool(knobs.gpu), size))
+    vocabulary = knobs.vocabulary(whole or bool(knobs.gpu), sum(size for _, size in sizes))
+    knobs = replace(knobs, vocab=vocabulary)
     if knobs.tokens:
         if knobs.lookback == "auto":  # base_train adds its parts by the budget, and here is none
             knobs = replace(knobs, lookback="off")
         aspect, T = knobs.aspect_ratio or 64.0, knobs.sequence_len or 2048
         knobs = replace(knobs, hours=1.0, aspect_ratio=aspect, sequence_len=T)
+        config = knobs.of_size(knobs.depth, aspect, T, 0.0, target.device_type)
         for _ in range(9):  # the time follows from the tokens, and they a little from the time
-            seconds = knobs.pretraining_seconds()
-            config = knobs.of_size(knobs.depth, aspect, T, seconds, target.device_type)
-            tokens = assess(knobs, config, target, Law()).tokens
+            tokens = assess(Plan(knobs, target, Law()), config).tokens
             knobs = replace(knobs, hours=knobs.hours * knobs.tokens / tokens)
     elif whole:
         probing = POINT * (12 if target.device_type == "cpu" else 72)
-        used = knobs.used or min(budget_seconds(knobs) / 12, probing)
-        knobs = replace(knobs, pilot=True, used=used)
-    return Plan(knobs, target, fresh_text(knobs.data, knobs.vocab), Law())
+        knobs = replace(knobs, pilot=True, used=knobs.used or min(knobs.budget / 12, probing))
+    spelled = bytes_per_token(vocabulary)
+    return Plan(knobs, target, Law(), [(share, size / spelled) for share, size in sizes])
 
 
 def lacking(plan: Plan) -> list[str]:
     """What does not suffice on this machine, with the figures."""
-    disk, knobs = sum(plan.needs["disk_bytes"].values()), plan.knobs
+    disk, knobs = sum(needs(plan)["disk_bytes"].values()), plan.knobs
     faults, free = [], shutil.disk_usage(base_dir()).free
     if free < disk:
         faults.append(
@@ -258,15 +237,15 @@ def in_words(plan: Plan, candidate: Candidate) -> tuple[str, str]:
 
 def schedule(plan: Plan) -> list[tuple[str, float, str]]:
     """What happens one after the other, its seconds and their source; the clock starts late."""
-    need, mbit = plan.needs, plan.knobs.mbit
+    need, mbit = needs(plan), plan.knobs.mbit
     size, cores = need["download_bytes"], need["cores"]
     rows = [
         (f"download of {human(size)}B", size * 8 / (1e6 * mbit), f"at {mbit:g} Mbit/s"),
         ("train the tokenizer", need["tokenizer_seconds"], "measured on two cores"),
         (f"tokenise on {cores} cores", need["tokenising_seconds"], "measured on two cores"),
     ]
-    stages = {"probe": plan.knobs.used, **plan.knobs.stages()}
-    stages["base_train"] = plan.choice.primary.seconds
+    pretraining = plan.choice.primary.seconds
+    stages = {"probe": plan.knobs.used, **plan.knobs.stages, "base_train": pretraining}
     rows += [(STAGES[name], seconds, "rule") for name, seconds in stages.items()]
     return [row for row in rows if row[1]]
 
@@ -289,16 +268,15 @@ def model_rows(plan: Plan) -> list[list[str]]:
 
 def rows_of(text: str) -> list[Row]:
     """The rows of a section: lines of what, figure and source."""
-    rows = (line.split(" | ") for line in text.splitlines())
-    return [(what, figure, source) for what, figure, source in rows]
+    return [line.split(" | ") for line in text.splitlines()]
 
 
 def gains(plan: Plan) -> list[Row]:
     """What the page says of a plan: model, quality, text, speed."""
-    c, knobs, passes = plan.choice.primary, plan.knobs, plan.needs["passes"]
+    c, knobs, passes = plan.choice.primary, plan.knobs, needs(plan)["passes"]
     words, known = in_words(plan, c)
     often = "each token once" if passes <= 1 else f"each token {passes:.1f} times"
-    if c.seconds < knobs.pretraining_seconds():
+    if c.seconds < knobs.pretraining_seconds:
         often += (
             "; more would only be learned by heart, so this takes less than its time (nanochat "
             "mine suits small collections)"
@@ -326,7 +304,7 @@ steps of {human(c.total_batch_size)}; {c.device_batch_size} rows of {contexts} a
 
 def costs(plan: Plan) -> list[Row]:
     """Disk, memory and electricity."""
-    need, knobs, parts = plan.needs, plan.knobs, plan.choice.primary.memory
+    need, knobs, parts = needs(plan), plan.knobs, plan.choice.primary.memory
     state, beside, total = (parts[name] / GIB for name in ("state", "beside", "total"))
     disk = need["disk_bytes"]
     by_part = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in disk.items() if size)
@@ -343,72 +321,58 @@ electricity | {need["kwh"]:.1f} kWh at {need["watts"]:.0f} W: {need["kwh"] * kno
 def changes(plan: Plan) -> list[Row]:
     """What would change the choice: more time, more memory, more text."""
     knobs, target, chosen = plan.knobs, plan.machine, plan.choice.primary
+    longer = replace(knobs, hours=2 * knobs.hours, minutes=2 * knobs.minutes)
     more = {
-        "time": {"knobs": replace(knobs, hours=2 * knobs.hours, minutes=2 * knobs.minutes)},
-        "memory": {"machine": replace(target, memory_bytes=2 * target.memory_bytes)},
-        "text": {"text": [(share, 2 * fresh) for share, fresh in plan.text]},
+        "time": replace(plan, knobs=longer),
+        "memory": replace(plan, machine=replace(target, memory_bytes=2 * target.memory_bytes)),
+        "text": replace(plan, text=[(share, 2 * fresh) for share, fresh in plan.text]),
     }
     rows = []
     for name, changed in more.items():
-        other = replace(plan, **changed).choice.primary
+        other = changed.choice.primary
         same = "the same model" if other.shape == chosen.shape else "{} x {}".format(*other.shape)
         if other.config.convolutions != chosen.config.convolutions:
             same += ", which looks back no more and llama.cpp can run"
         gain, better = other.bpb[0] - chosen.bpb[0], ", no better"
         if gain < -0.0005:
             better = f", {other.bpb[0]:.3f} bits per byte ({gain:+.3f})"
-        rows.append((f"twice the {name}", same + better, "law"))
+        rows.append([f"twice the {name}", same + better, "law"])
     return rows
 
 
 def commands(plan: Plan, script: str) -> list[str]:
     """The commands that do it."""
-    knobs, need, c = plan.knobs, plan.needs, plan.choice.primary
+    knobs, need, chosen = plan.knobs, needs(plan), plan.choice.primary
     if knobs.tokens and script:
         return [f"bash {script}"]
-    length = f"--hours {knobs.hours:g}" if knobs.hours else f"--minutes {knobs.minutes:g}"
-    minutes = round(budget_seconds(knobs) / 60)
-    data, recipe = shlex.join(["--data", *knobs.data]), machine.folder() / "recipe.toml"
-    download = "".join(f"nanochat dataset -n {n} --set {name}\n" for name, n in need["web"].items())
-    vocabulary = f"--vocab_size {knobs.vocab} --digits {need['digits']}"
-    tokenizer = f"{download}nanochat tok_train {vocabulary} {data}\n"
+    data = shlex.join(["--data", *knobs.data])
+    lines = [f"nanochat dataset -n {n} --set {name}" for name, n in need["web"].items()]
+    lines.append(f"nanochat tok_train --vocab_size {knobs.vocab} --digits {need['digits']} {data}")
     if knobs.tokens:
+        parts = architecture(chosen.config).items()
         flags = {
-            "depth": c.shape[0],
-            "model_dim": c.shape[1],
-            "head_dim": c.config.head_dim,
-            "kv_ratio": knobs.kv_ratio,
-            "total_batch_size": c.total_batch_size,
-            "device_batch_size": c.device_batch_size,
-            "num_iterations": c.steps,
+            **chosen.flags(knobs.kv_ratio),
+            "num_iterations": chosen.steps,
+            **{n: part for n, part in parts if part != getattr(ArchitectureKnobs, n)},
         }
-        for f in fields(ArchitectureKnobs):
-            if (value := getattr(c.config, f.name)) != f.default:
-                flags[f.name] = value
         words = " ".join(f"--{name}={as_typed(value)}" for name, value in flags.items())
-        return f"{tokenizer}nanochat base_train {words} {data}".splitlines()
-    file, pilot = shlex.quote(str(recipe)), " --pilot" if knobs.stages()["pilot"] else ""
-    default = vars(type(knobs)())
-    run = {"lookback", "pretrain", "total_batch_size", "device_batch_size"}
-    named = vars(SizeKnobs()).keys() - {"vocab"} | run
-    sizes = (n for n in default if n in named and getattr(knobs, n) != default[n])
-    given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in sizes)
-    whole = ""
+        return [*lines, f"nanochat base_train {words} {data}"]
+    names = [*vars(SizeKnobs()), "lookback", "pretrain", "total_batch_size", "device_batch_size"]
+    changed = [n for n in names if n != "vocab" and getattr(knobs, n) != getattr(DayKnobs, n)]
+    given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in changed)
+    unit, budget = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)
+    length, minutes = f"--{unit} {budget:g}", round(knobs.budget / 60)
     if not given and minutes >= 10:  # the script would choose what is given, and refuses less
-        hours = knobs.hours if knobs.hours == int(knobs.hours) else 0
-        rounded = f"--hours {hours:g}" if hours else f"--minutes {minutes}"
-        whole = (
-            f"bash {script or 'runs/one_day.sh'} {rounded} --vocab {knobs.vocab} {data}    "
-            "# all of it, or by steps:\n"
-        )
-    return f"""\
-{whole}\
-{tokenizer}nanochat plan recipe {length}{pilot} --vocab {knobs.vocab}{given} {data}
-{"nanochat plan pilot" if pilot else ""}
-nanochat base_train --recipe {file}
-nanochat mid_train --recipe {file}
-nanochat chat_sft --recipe {file}
-nanochat chat_cli""".replace("\n\n", "\n").splitlines()
+        rounded = length if budget == int(budget) else f"--minutes {minutes}"
+        whole = f"bash {script or 'runs/one_day.sh'} {rounded} --vocab {knobs.vocab} {data}"
+        lines.insert(0, f"{whole}    # all of it, or by steps:")
+    pilot = ["nanochat plan pilot"] if knobs.stages["pilot"] else []
+    piloted = " --pilot" if pilot else ""
+    lines.append(f"nanochat plan recipe {length}{piloted} --vocab {knobs.vocab}{given} {data}")
+    recipe = shlex.quote(str(machine.plan_file("", "recipe.toml")))
+    stages = ("base_train", "mid_train", "chat_sft")
+    trained = [f"nanochat {stage} --recipe {recipe}" for stage in stages]
+    return [*lines, *pilot, *trained, "nanochat chat_cli"]
 
 
 def page(plan: Plan, script: str = "") -> dict[str, Any]:
@@ -416,7 +380,7 @@ def page(plan: Plan, script: str = "") -> dict[str, Any]:
     target = plan.machine
     many = f"{target.gpus} x " if target.gpus > 1 else ""
     return {
-        "title": f"{duration(budget_seconds(plan.knobs))} on {many}{target.name}",
+        "title": f"{duration(plan.knobs.budget)} on {many}{target.name}",
         "models": model_rows(plan),
         "sections": {
             "What you get": gains(plan),
@@ -426,19 +390,20 @@ def page(plan: Plan, script: str = "") -> dict[str, Any]:
         "commands": commands(plan, script),
         "lacking": [] if plan.knobs.gpu else lacking(plan),
         "schedule": schedule(plan),
-        "needs": plan.needs,
+        "needs": needs(plan),
         "chosen": asdict(plan.choice.primary),
     }
 
 
 def with_clock(made: dict[str, Any]) -> dict[str, list[Row]]:
     """The sections of a page, with the schedule of a run that begins now."""
-    rows, clock, whole = [], datetime.now(), 0.0
+    rows, clock = [], datetime.now()
     for name, seconds, source in made["schedule"]:
-        begins, clock, whole = clock, clock + timedelta(seconds=seconds), whole + seconds
+        begins, clock = clock, clock + timedelta(seconds=seconds)
         span = f"{begins:%a %H:%M} to {clock:%a %H:%M}"
-        rows.append((name, f"{duration(seconds):>7}, {span}", source))
-    rows.append(("all", f"{duration(whole):>7}, and ready on {clock:%A at %H:%M}", "sum"))
+        rows.append([name, f"{duration(seconds):>7}, {span}", source])
+    whole = duration(sum(seconds for _, seconds, _ in made["schedule"]))
+    rows.append(["all", f"{whole:>7}, and ready on {clock:%A at %H:%M}", "sum"])
     first, *others = made["sections"].items()
     return dict([first, ("When, if you start now", rows), *others])
 
@@ -491,10 +456,10 @@ def run(knobs: DayKnobs) -> dict[str, Any]:
     if knobs.shell:
         if faults := lacking(plan):
             raise UserError("; ".join(faults))
-        rows, text = plan.choice.primary.device_batch_size, shlex.quote(plan.knobs.data[0])
-        web = " ".join(f"{name}:{n}" for name, n in plan.needs["web"].items())
+        need, rows = made["needs"], plan.choice.primary.device_batch_size
+        web = " ".join(f"{name}:{n}" for name, n in need["web"].items())
         print0(
-            f"shards={plan.needs['shards']}\nvocab={plan.knobs.vocab}\nrows={rows}\n"
-            f"web='{web}'\ntext={text}\ndigits={plan.needs['digits']}"
+            f"shards={need['shards']}\nvocab={plan.knobs.vocab}\nrows={rows}\nweb='{web}'\n"
+            f"text={shlex.quote(plan.knobs.data[0])}\ndigits={need['digits']}"
         )
     return made

@@ -32,6 +32,16 @@ class BudgetKnobs:
     hours: float = knob(0.0, "time for the whole run, from pretraining to evaluation", low=0)
     minutes: float = knob(0.0, "the same in minutes", low=0)
 
+    @property
+    def budget(self) -> float:
+        """The budget in seconds, 0 if none is given. UserError for two."""
+        if self.hours and self.minutes:
+            raise UserError(
+                f"--hours={self.hours:g} and --minutes={self.minutes:g} set two budgets: give only "
+                "one of them"
+            )
+        return self.hours * 3600 or self.minutes * 60
+
 
 @dataclass(kw_only=True)
 class CardKnobs(DeviceKnobs):
@@ -50,16 +60,6 @@ class CardKnobs(DeviceKnobs):
     json: bool = knob(False, "print only JSON")
 
 
-def budget_seconds(knobs: BudgetKnobs) -> float:
-    """The budget in seconds, 0 if none is given. UserError for two."""
-    if knobs.hours and knobs.minutes:
-        raise UserError(
-            f"--hours={knobs.hours:g} and --minutes={knobs.minutes:g} set two budgets: give "
-            "only one of them"
-        )
-    return knobs.hours * 3600 or knobs.minutes * 60
-
-
 @dataclass(frozen=True)
 class Machine:
     """
@@ -75,7 +75,7 @@ class Machine:
     points: tuple[dict[str, Any], ...] = ()
     source: str = ""  # where its speed comes from, in words
     factor: float = 1.0  # measured over predicted speed, from a pilot
-    memory_gap: float | None = None  # bytes measured above the count (memory.with_gap), or None
+    memory_gap: float | None = None  # bytes measured above the count (memory.calibrated), or None
     compiler: bool = True  # whether torch.compile works on it
     bandwidth: float = 0.0  # bytes per second of the memory, 0 if not known
     watts: float = 0.0  # rated board power, 0 if not known
@@ -85,11 +85,6 @@ class Machine:
         """Whether base_train compiles on it in a run of `seconds`, given --compile=`asked`."""
         wanted = compile_pays(self.device_type, seconds) if asked == "auto" else asked == "on"
         return wanted and self.compiler
-
-    def when(self, compiled: bool) -> "Machine":
-        """With the points of such steps alone, if there are any: others are as of another one."""
-        alike = tuple(p for p in self.points if p["compiled"] == compiled)
-        return replace(self, points=alike or self.points)
 
     def stored(self) -> dict[str, Any]:
         """What files keep of it, with the number of its points instead of them."""
@@ -122,9 +117,9 @@ def of_card(name: str) -> Machine:
     )
 
 
-def folder() -> Path:
-    """The folder of plans."""
-    return base_dir() / "plan"
+def plan_file(given: str, usual: str) -> Path:
+    """The file that a flag gives, or without one the usual file in the folder of plans."""
+    return user_path(given) if given else base_dir() / "plan" / usual
 
 
 def load(path: Path | str) -> Machine:
@@ -151,7 +146,7 @@ def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
     if "error" in measured:
         raise UserError(f"the speed of this machine cannot be measured: {measured['error']}")
     this = Machine(**measured, source="a share of the peak measured here")
-    if (file := folder() / "probe.json").exists():
+    if (file := plan_file("", "probe.json")).exists():
         probed = load(file)
         if (probed.name, probed.dtype) == (this.name, this.dtype):
             return replace(probed, memory_bytes=this.memory_bytes)
@@ -201,9 +196,8 @@ def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:
         return json.loads(done.stdout.splitlines()[-1])
     if done.returncode == -9:  # the system killed it
         return {"error": "out of memory"}
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    reason = lines[-1] if lines else f"ended with status {done.returncode}"
-    return {"error": reason.removeprefix("error: ")}
+    messages = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+    return {"error": messages[-1].removeprefix("error: ")}
 
 
 def python(module: str, *words: str) -> dict[str, Any]:

@@ -29,10 +29,9 @@ def measure_device(device_type: str, dtype: str) -> dict[str, Any]:
     """The fields of Machine for the device of this process."""
     runtime = open_runtime(device_type, dtype)
     device = runtime.device
+    memory = hardware.available_memory()
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = hardware.available_memory()
     return {
         "name": hardware.device_name(device),
         "device_type": device.type,
@@ -52,7 +51,7 @@ def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
     runtime = open_runtime(spec["device_type"], spec["dtype"])
     config, accumulation = GPTConfig(**spec["config"]), min(4, spec["accumulation"])
-    size = accumulation, spec["rows"], config.sequence_len + 1
+    size = accumulation, 2, spec["rows"], config.sequence_len
     times = []
     try:
         model = GPT.build(config, runtime.device, runtime.dtype)
@@ -67,8 +66,7 @@ def measure_training(spec: Mapping[str, Any]) -> dict[str, Any]:
             runtime.synchronize()
             began = time.perf_counter()
             optimizer.zero_grad()
-            for rows in tokens:
-                x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            for x, y in tokens:
                 (model.loss(x, y) / y.numel()).backward()
             optimizer.step()
             runtime.synchronize()

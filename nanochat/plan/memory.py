@@ -46,12 +46,10 @@ class MemoryKnobs(CardKnobs, SizeKnobs):
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on a GPU")
 
 
-def kept_by_layer(
-    config: GPTConfig, tokens: int, T: int, size: int, cpu: bool, compiled: bool
-) -> float:
+def kept_by_layer(config: GPTConfig, tokens: int, size: int, cpu: bool, compiled: bool) -> float:
     """
-    Bytes that one layer keeps for its backward pass, for `tokens` tokens in rows of T, `size` bytes
-    each: eight vectors of the model's width (the layer's input, the normed inputs of both parts, q
+    Bytes that one layer keeps for its backward pass, for `tokens` tokens of `size` bytes a value:
+    eight vectors of the model's width (the layer's input, the normed inputs of both parts, q
     before and after its norm, the attention's output twice, the residual), three of the key-value
     width (one more with value embeddings), and the MLP's hidden vectors before and after the
     activation. Of these, compiled code on a GPU keeps one of each kind and computes the
@@ -70,13 +68,11 @@ def kept_by_layer(
         hidden, width, kv = hidden - 1, width // 2, kv - 1
     vectors = width * config.n_embd + kv * config.n_kv_head * config.head_dim
     if cpu and compiled:
-        vectors += config.n_head * (T + QUERY_BLOCK) / 2
+        vectors += config.n_head * (config.sequence_len + QUERY_BLOCK) / 2
     return size * tokens * (vectors + hidden * config.hidden)
 
 
-def predict(
-    config: GPTConfig, rows: int, T: int, target: Machine, compiled: bool
-) -> dict[str, int]:
+def predict(config: GPTConfig, rows: int, target: Machine, compiled: bool) -> dict[str, int]:
     """
     Bytes that training takes on one device, by part. `state` (weights, gradients, optimizer) stays;
     activations, loss and update (what an optimizer step needs beside its state) are those of
@@ -88,8 +84,8 @@ def predict(
 
     device, size = target.device_type, 4 if target.dtype == "float32" else 2
     n, C, V = counts(config), config.n_embd, config.vocab_size
-    cpu, tokens, matrices = device == "cpu", rows * T, n["transformer"]
-    layer = kept_by_layer(config, tokens, T, size, cpu, compiled)
+    cpu, tokens, matrices = device == "cpu", rows * config.sequence_len, n["transformer"]
+    layer = kept_by_layer(config, tokens, size, cpu, compiled)
     cast = size * (size < 4)  # bytes of a weight in the compute dtype, beside the float32 one
     activations = config.n_layer * layer + 3 * size * tokens * C + cast * matrices
     # The loss: the head's weights, the gradients of both factors, and chunks of logits.
@@ -101,7 +97,7 @@ def predict(
     both = size * tokens * C + 4 * V * C
     loss = both + block + copies * chunk + cast * V * C
     # A layer's backward pass: gradients of its hidden vectors, or a block of scores.
-    scores = config.n_head * min(T, QUERY_BLOCK) * (4 + size) if cpu else 0
+    scores = config.n_head * min(config.sequence_len, QUERY_BLOCK) * (4 + size) if cpu else 0
     backward = 2 * both + tokens * max(size * 2 * config.hidden, scores)
     if compiled and not cpu:
         # The head's gradient is summed before the last block's backward pass begins, and of what
@@ -128,17 +124,22 @@ def predict(
     return {name: round(value) for name, value in parts.items()}
 
 
-def with_gap(target: Machine) -> Machine:
-    """The machine with the bytes that its points took above the count, unless a pilot measured."""
-    if target.memory_gap is not None or not target.points:
-        return target
-    return replace(target, memory_gap=fmean(gap(p, target) for p in target.points))
+def calibrated(target: Machine, compiled: bool) -> Machine:
+    """
+    The machine with the points of such steps alone, if there are any (others are better than none),
+    and with the bytes that its points took above the count, unless a pilot measured them.
+    """
+    points = tuple(p for p in target.points if p["compiled"] == compiled) or target.points
+    above = target.memory_gap
+    if above is None and points:
+        above = fmean(gap(point, target) for point in points)
+    return replace(target, points=points, memory_gap=above)
 
 
 def gap(point: Mapping[str, Any], target: Machine) -> float:
     """Bytes of a measured point above the count: of the whole card, or of the process."""
     config = GPTConfig(**point["config"])
-    counted = predict(config, point["rows"], config.sequence_len, target, point["compiled"])
+    counted = predict(config, point["rows"], target, point["compiled"])
     return point.get("card_bytes", point["peak_memory_bytes"]) - counted["total"]
 
 
@@ -150,7 +151,7 @@ def fitting_rows(
     part. One row is returned whether it fits or not.
     """
     while True:
-        parts = predict(config, rows, config.sequence_len, target, compiled)
+        parts = predict(config, rows, target, compiled)
         if rows == 1 or parts["total"] <= share * target.memory_bytes:
             return rows, parts
         rows //= 2
@@ -160,10 +161,10 @@ def run(knobs: MemoryKnobs) -> dict[str, Any]:
     """Print the grid and return it. UserError if nothing fits."""
     config, target, T = knobs.config(), machine.named(knobs), knobs.sequence_len
     compiled = target.compiles(0.0, knobs.compile)
-    target = with_gap(target.when(compiled))
+    target = calibrated(target, compiled)
     grid, table = [], []
     for rows in sorted(set(knobs.device_batch_sizes)):
-        parts = predict(config, rows, T, target, compiled)
+        parts = predict(config, rows, target, compiled)
         fits = parts["total"] <= target.memory_bytes
         grid.append({"rows": rows, **parts, "fits": fits})
         sizes = (f"{parts[name] / GIB:.2f}" for name in SHOWN)
@@ -175,7 +176,7 @@ def run(knobs: MemoryKnobs) -> dict[str, Any]:
     )
     print0(columns(("rows", *SHOWN, ""), table))
     least = grid[0]
-    if not any(cell["fits"] for cell in grid):
+    if not least["fits"]:
         raise UserError(
             f"nothing fits {target.name}: {least['rows']} rows of {T} take "
             f"{least['total'] / GIB:.1f} GB of {available:.1f}; choose a smaller --depth, --vocab "

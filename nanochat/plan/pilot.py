@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, columns, duration, human, print0, user_path
+from nanochat.base.common import UserError, columns, duration, human, print0
 from nanochat.base.files import atomic_write
-from nanochat.base.knobs import knob
+from nanochat.base.knobs import knob, stored_values
 from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.stages import run_directory
 from nanochat.plan import day, machine, memory, recipe
@@ -68,11 +68,11 @@ def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
     The recipe file, its [base_train] table, and the knobs that plan the same again. UserError if a
     file is missing or of another version.
     """
-    file = user_path(name) if name else machine.folder() / "recipe.toml"
+    file = machine.plan_file(name, "recipe.toml")
     try:
         flags = read_toml(file)["base_train"]
         stored = read_json(file.with_suffix(".json"))["knobs"]
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+        given = stored_values(recipe.RecipeKnobs, stored, f"in the plan of {file}")
         return file, flags, recipe.RecipeKnobs(**{**given, "out": str(file)})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
@@ -81,31 +81,31 @@ def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
         ) from None
 
 
-def train(words: Sequence[str], quiet: bool) -> None:
+def train(words: Sequence[str]) -> None:
     """
-    Run base_train in its own process. UserError if it fails; if interrupted, or if the terminal is
-    closed, it saves itself first, and the same command continues it.
+    Run base_train in its own process, which prints where this one does (--json sends it to standard
+    error). UserError if it fails; if interrupted, or if the terminal is closed, it saves itself
+    first, and the same command continues it.
     """
-    process = machine.python("nanochat.commands.base_train", *words)
-    out = sys.stderr if quiet else sys.stdout
-    before = {s: signal.getsignal(s) for s in ENDS}
-    for number in (s for s in ENDS if before[s] is signal.SIG_DFL):
+    command = machine.python("nanochat.commands.base_train", *words)
+    ends = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ends:
         signal.signal(number, signal.default_int_handler)
-    with subprocess.Popen(**process, stdout=out, start_new_session=True) as p:
+    with subprocess.Popen(**command, stdout=sys.stdout, start_new_session=True) as process:
         try:
-            status = p.wait()
+            status = process.wait()
         except BaseException:
-            p.send_signal(signal.SIGINT)
-            p.wait()
+            process.send_signal(signal.SIGINT)
+            process.wait()
             raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in ends:
+                signal.signal(number, signal.SIG_DFL)
     if status:
         raise UserError(f"the pilot failed with exit status {status}: see its messages above")
 
 
-def short_run(file: Path, words: Sequence[str], knobs: PilotKnobs) -> dict[str, Any]:
+def short_run(file: Path, words: Sequence[str]) -> dict[str, Any]:
     """
     The record of a run of the recipe with these flags instead, trained unless it exists; its
     tok_per_sec is that after the first step, which compiles.
@@ -117,7 +117,7 @@ def short_run(file: Path, words: Sequence[str], knobs: PilotKnobs) -> dict[str, 
     directory = run_directory("base", tag)
     if not logbook.newest(directory, "summary"):
         run = [f"--model_tag={tag}", "--resume=auto", "--keep=1", "--run=dummy"]
-        train(["--recipe", str(file), *run, "--sample_every=0", *words], knobs.json)
+        train(["--recipe", str(file), *run, "--sample_every=0", *words])
     for checkpoint in directory.glob("step_*"):
         shutil.rmtree(checkpoint)
     rows = [r for r in logbook.read(directory) if r.get("kind") == "train"]
@@ -127,9 +127,9 @@ def short_run(file: Path, words: Sequence[str], knobs: PilotKnobs) -> dict[str, 
 
 def verdict(target: float, bpb: tuple[float, float, float]) -> str:
     """Whether the budget reaches a target, in words."""
-    _, lo, hi = bpb
+    middle, lo, hi = bpb
     reach = "within reach" if target >= hi else "uncertain" if target >= lo else "out of reach"
-    expected = f"{bpb[0]:.3f} ({lo:.3f} to {hi:.3f}) are expected"
+    expected = f"{middle:.3f} ({lo:.3f} to {hi:.3f}) are expected"
     return f"{target:g} bits per byte are {reach}: {expected}"
 
 
@@ -139,7 +139,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     # The context is the plan's own where the run does not grow it: memory may have shortened it
     size = SIZE if "context_stages" in flags else (*SIZE, "sequence_len")
     plan = day.planned(replace(asked, **{name: flags[name] for name in size}))
-    planned, target, whole = plan.choice.primary, plan.machine, asked.pretraining_seconds()
+    planned, target, whole = plan.choice.primary, plan.machine, asked.pretraining_seconds
     seconds = knobs.minutes * 60 or min(PILOT * whole, MOST_SECONDS)
     compiled = target.compiles(whole)
     beside = OPENING + first_step(target, compiled)
@@ -154,7 +154,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
         )
     print0(f"pilot of {file}: about {steps:,.0f} of {planned.steps:,} steps, {duration(seconds)}")
     words = [f"--max_minutes={seconds / 60:g}", f"--compile={'on' if compiled else 'off'}"]
-    made = short_run(file, words, knobs)
+    made = short_run(file, words)
     end, peak, speed = made["final_bpb"], made["peak_memory_bytes"], made["tok_per_sec"]
     if end is None:
         raise UserError(
@@ -163,7 +163,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
         )
     ratio = speed / planned.speed.tok_per_sec
     counted = planned.memory["allocated" if target.device_type == "cuda" else "total"]
-    gap = (memory.with_gap(target.when(compiled)).memory_gap or 0) + peak - counted
+    gap = (memory.calibrated(target, compiled).memory_gap or 0) + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
     plain = end / lookback_factor(planned.config)
     law = Law().moved(planned.size, worth(made["tokens"], plan.text), plain)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from nanochat.base.common import columns, duration, notice, print0, user_path
+from nanochat.base.common import columns, duration, notice, print0
 from nanochat.base.files import atomic_write, check_writable
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
@@ -103,14 +103,14 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     points, left_out and file.
     """
     began = time.monotonic()
-    file = user_path(knobs.out) if knobs.out else machine.folder() / "probe.json"
+    file = machine.plan_file(knobs.out, "probe.json")
     check_writable(file.parent)
     stored: list[Point] = []
     if file.exists():
         machine.load(file)  # UserError if it is not a probe
         stored = read_json(file)["points"]
     target = replace(machine.here(knobs.device_type, knobs.dtype), points=())
-    seconds = machine.budget_seconds(knobs) or (1200 if target.device_type == "cpu" else 86_400)
+    seconds = knobs.budget or (1200 if target.device_type == "cpu" else 86_400)
     training, limit = PRETRAIN * seconds, knobs.limit_minutes * 60 or seconds / 12
     print0(
         f"{target.name}, {target.dtype}, measured peak {target.peak_flops / 1e12:.3g} TFLOP/s; "
@@ -129,10 +129,10 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
         atomic_write(file, json.dumps(whole, indent=1))
 
     for wanted in grid(knobs, target, training):
-        point = next((p for p in stored if wanted.items() <= p.items()), {"error": "not measured"})
-        if point.get("error", MEMORY_ENDED) != MEMORY_ENDED:
-            failed = [p["config"] for p in points if "error" in p]
-            if wanted["config"] in failed:
+        known = (p for p in stored if p.get("error", MEMORY_ENDED) == MEMORY_ENDED)
+        point = next((p for p in known if wanted.items() <= p.items()), None)
+        if point is None:
+            if wanted["config"] in [p["config"] for p in points if "error" in p]:
                 point = {**wanted, "error": MEMORY_ENDED}  # with fewer rows already
             elif points and time.monotonic() > began + limit:
                 left_out += 1

@@ -11,17 +11,16 @@ can use is refused, and a card that holds none.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanochat.base.common import duration, notice, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_toml
-from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import day, machine
-from nanochat.plan.choice import Candidate
-from nanochat.plan.machine import budget_seconds
+from nanochat.plan.choice import Candidate, Plan
+from nanochat.plan.shapes import architecture
 from nanochat.train.scaling import LATER_STAGES, embedding_rate
 
 EVALUATION = LATER_STAGES["evaluation"] / LATER_STAGES["mid_train"]
@@ -42,28 +41,14 @@ class RecipeKnobs(day.PlanKnobs):
 # the files
 
 
-def toml_value(value: Any) -> str:
-    """A value as TOML spells it."""
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, float):
-        return repr(float(f"{value:.6g}"))
-    return json.dumps(value, ensure_ascii=False)
-
-
 def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]]:
     """The recipe of a candidate: flags by command."""
-    seconds, config, batch = knobs.stages(), candidate.config, candidate.total_batch_size
+    seconds, rate = knobs.stages, embedding_rate(candidate.total_batch_size)
     stages: dict[str, dict[str, Any]] = {
         "base_train": {
-            "depth": config.n_layer,
-            "model_dim": config.n_embd,
-            "head_dim": config.head_dim,
-            "kv_ratio": knobs.kv_ratio,
-            "total_batch_size": batch,
-            "device_batch_size": candidate.device_batch_size,
-            "embedding_lr": embedding_rate(batch),
-            **{f.name: getattr(config, f.name) for f in fields(ArchitectureKnobs)},
+            **candidate.flags(knobs.kv_ratio),
+            "embedding_lr": float(f"{rate:.6g}"),
+            **architecture(candidate.config),
         }
     }
     if len(candidate.contexts) > 1:
@@ -82,21 +67,25 @@ def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]
     return stages
 
 
-def write(plan: day.Plan) -> dict[str, Any]:
+def write(plan: Plan) -> dict[str, Any]:
     """Write the recipe of a plan, and the plan as JSON beside it; return the plan."""
     knobs = plan.knobs
-    out = user_path(knobs.out) if knobs.out else machine.folder() / "recipe.toml"
-    lines = [f"# {duration(budget_seconds(knobs))} on {plan.machine.name}"]
+    out = machine.plan_file(knobs.out, "recipe.toml")
+    lines = [f"# {duration(knobs.budget)} on {plan.machine.name}"]
     lines += [f"# {what}: {figure} ({source})" for what, figure, source in day.gains(plan)]
     for command, flags in tables(knobs, plan.choice.primary).items():
-        lines += ["", f"[{command}]", *(f"{n} = {toml_value(v)}" for n, v in flags.items())]
+        lines += [
+            "",
+            f"[{command}]",
+            *(f"{n} = {json.dumps(v, ensure_ascii=False)}" for n, v in flags.items()),
+        ]
     atomic_write(out, "\n".join(lines) + "\n")
     whole = {
         "knobs": asdict(knobs),
         "machine": plan.machine.stored(),
         "law": asdict(plan.law),
         "recipe": str(out),
-        "pretraining_seconds": knobs.pretraining_seconds(),
+        "pretraining_seconds": knobs.pretraining_seconds,
         **asdict(plan.choice),
     }
     atomic_write(out.with_suffix(".json"), json.dumps(whole, indent=1))

@@ -3,19 +3,23 @@ The sizes that plans are about: from flags to a configuration, and from a config
 parameters and FLOPs. Every figure is counted on the real model, built without memory.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from nanochat.base.common import UserError, base_dir
+from nanochat.base.common import base_dir
 from nanochat.base.knobs import knob
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
-from nanochat.plan.machine import BudgetKnobs, budget_seconds
+from nanochat.plan.machine import BudgetKnobs
 from nanochat.train.scaling import LookbackKnobs, Shape, vocabulary_for
 
 if TYPE_CHECKING:
     from nanochat.model.gpt import GPT
+
+
+def architecture(values: ArchitectureKnobs) -> dict[str, Any]:
+    """The architecture knobs of a configuration, or of a command that has them."""
+    return {f.name: getattr(values, f.name) for f in fields(ArchitectureKnobs)}
 
 
 def usual_head(width: float) -> int:
@@ -38,10 +42,9 @@ class SizeKnobs(ArchitectureKnobs, Shape):
         The configuration that base_train builds from these flags, with `settled` ones instead; 4
         layers and heads of 128 where they are open. UserError if they make no model.
         """
-        open_ones = {"depth": self.depth or 4, "head_dim": self.head_dim or 128}
-        knobs = replace(self, **{**open_ones, **settled})
-        architecture = {f.name: getattr(knobs, f.name) for f in fields(ArchitectureKnobs)}
-        return GPTConfig(vocab_size=knobs.vocab, **knobs.dimensions(), **architecture)
+        settled = {"depth": self.depth or 4, "head_dim": self.head_dim or 128, **settled}
+        knobs = replace(self, **settled)
+        return GPTConfig(vocab_size=knobs.vocab, **knobs.dimensions(), **architecture(knobs))
 
 
 @dataclass(kw_only=True)
@@ -92,20 +95,7 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
         if not elsewhere and (base_dir() / "tokenizer" / "tokenizer.json").exists():
             return Tokenizer.load().vocab_size
         simple = tuple(getattr(self, "data", ())) == ("tinyworld",)
-        return vocabulary_for(size, budget_seconds(self) or 86_400.0, simple)
-
-
-def possible(make: Callable[..., GPTConfig], options: Iterable[tuple]) -> list[GPTConfig]:
-    """make(*option) for each option that makes a model; the last UserError if none does."""
-    made, refused = [], UserError("there is no size to try")
-    for option in options:
-        try:
-            made.append(make(*option))
-        except UserError as e:
-            refused = e
-    if not made:
-        raise refused
-    return made
+        return vocabulary_for(size, self.budget or 86_400.0, simple)
 
 
 def model_of(config: GPTConfig) -> "GPT":
@@ -137,7 +127,6 @@ def counts(config: GPTConfig) -> dict[str, int]:
 
 def flops_per_token(config: GPTConfig, T: int = 0) -> float:
     """Training FLOPs per token in rows of T tokens (0 = the whole context)."""
-    T = T or config.sequence_len
     if "S" in config.window_pattern or config.value_embeddings:
         return model_of(config).flops_per_token(T)
     one, two = (model_of(replace(config, n_layer=n)).flops_per_token(T) for n in (1, 2))

@@ -102,11 +102,11 @@ def interpolated(
     points drifted; away from them the error is 12 % of the distance. A point without the parts of
     --lookback counts for a model with them as LOOKBACK says, and the other way round.
     """
-    sizes = [(q["flops_per_token"], q["config"]["sequence_len"], q["rows"]) for q in points]
-    x = np.log([(f, length**0.5, (length * r) ** 0.5) for f, length, r in sizes])
-    x -= np.log([flops_per_token(config, T), T**0.5, (rows * T) ** 0.5])
-    parts = [config.convolutions - bool(q["config"].get("convolutions")) for q in points]
-    rates = np.log([q["tok_per_sec"] * LOOKBACK**n for q, n in zip(points, parts, strict=True)])
+    lengths = [q["config"]["sequence_len"] for q in points]
+    sizes = [(q["flops_per_token"], n, n * q["rows"]) for q, n in zip(points, lengths, strict=True)]
+    x = np.log(np.divide(sizes, (flops_per_token(config, T), T, rows * T))) * (1, 0.5, 0.5)
+    parts = [config.convolutions - q["config"].get("convolutions", False) for q in points]
+    rates = np.log([q["tok_per_sec"] for q in points]) + np.multiply(parts, math.log(LOOKBACK))
     flops = x[:, 0] - x[:, 0].mean()
     power = np.clip((0.8 * 0.05 - flops @ rates) / (0.05 + flops @ flops), 0, 1)
     squared = (x**2).sum(1)
