@@ -124,11 +124,11 @@ CEILINGS = {
     "chat": 9_170,
     "chat/serve": 11_715,
     "eval": 20_745,
-    "train": 21_010,
+    "train": 21_135,
     "study": 13_590,
     "plan": 15_750,
     "export": 9_625,
-    "commands": 23_375,
+    "commands": 23_385,
 }
 
 

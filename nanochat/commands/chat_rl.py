@@ -51,7 +51,7 @@ class ReinforceKnobs(LaterStageKnobs):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
-    k, origins = parse(ReinforceKnobs, argv, command="chat_rl")
+    knobs, origins = parse(ReinforceKnobs, argv, command="chat_rl")
     opening("chat_rl", log=True)
 
     from nanochat.chat.generate import Engine
@@ -66,40 +66,44 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.train.scaling import evaluation_seconds
 
     with stage.session():
-        run = open_from_parent("rl", k.source, k, origins, began)
-        k = run.knobs
-        horizon = conversation_horizon(run, k.questions_per_step * k.samples)
+        run = open_from_parent("rl", knobs.source, knobs, origins, began)
+        knobs = run.knobs
+        horizon = conversation_horizon(run, knobs.questions_per_step * knobs.samples)
         # choices are answered with text as well
-        tasks = [replace(task, kind="generative") for task in named_tasks(k.tasks, k.task_dir)]
-        asked = [(task, q) for task in tasks for q in task.items("train", k.num_items, k.seed)]
-        held_out = {task: task.items("val", k.eval_items or 400, k.seed) for task in tasks}
+        tasks = [
+            replace(task, kind="generative") for task in named_tasks(knobs.tasks, knobs.task_dir)
+        ]
+        asked = [
+            (task, q) for task in tasks for q in task.items("train", knobs.num_items, knobs.seed)
+        ]
+        held_out = {task: task.items("val", knobs.eval_items or 400, knobs.seed) for task in tasks}
         questions = [
             (task, item)
             for task, item in asked
             if len(run.tokenizer.render_prompt(task.prompt(item))) < run.model.config.sequence_len
         ]
-        limit = k.max_tokens or max(task.max_tokens for task in tasks)
+        limit = knobs.max_tokens or max(task.max_tokens for task in tasks)
         engine = Engine(run.model, run.tokenizer)
-        sampler = Sampler(engine, k.rollout_batch_size, limit, k.temperature, k.top_k)
-        total = horizon.steps and horizon.steps * k.questions_per_step
+        sampler = Sampler(engine, knobs.rollout_batch_size, limit, knobs.temperature, knobs.top_k)
+        total = horizon.steps and horizon.steps * knobs.questions_per_step
         if horizon.epochs:
             total = horizon.epochs * len(questions)
         run.data_lines, run.data_summary = survey(
-            asked, questions, held_out, k.questions_per_step, k.samples, total
+            asked, questions, held_out, knobs.questions_per_step, knobs.samples, total
         )
         feed = RolloutFeed(
             sampler,
             questions,
             run.runtime,
-            per_step=k.questions_per_step,
-            samples=k.samples,
+            per_step=knobs.questions_per_step,
+            samples=knobs.samples,
             total=total,
-            device_rows=k.device_batch_size,
-            seed=k.seed,
+            device_rows=knobs.device_batch_size,
+            seed=knobs.seed,
         )
 
         size = None
-        if run.budget_seconds and not k.eval_items:
+        if run.budget_seconds and not knobs.eval_items:
             most = max(map(len, held_out.values()))
             size = Size(evaluation_seconds(run.budget_seconds), min(8, most), most)
 
@@ -113,16 +117,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     items[: size.now] if size else items,
                     rows=sampler.rows,
                     max_tokens=limit,
-                    num_samples=k.samples,
-                    temperature=k.temperature,
-                    top_k=k.top_k,
+                    num_samples=knobs.samples,
+                    temperature=knobs.temperature,
+                    top_k=knobs.top_k,
                     must_end=True,
-                    seed=k.seed,
+                    seed=knobs.seed,
                 )
                 result = verdicts.result(task.chance)
                 prefix = f"{task.name}/" if len(tasks) > 1 else ""
                 numbers[f"{prefix}n"] = result["n"]
-                for count, one in ((1, result), (k.samples, result["pass"][str(k.samples)])):
+                for count, one in (
+                    (1, result),
+                    (knobs.samples, result["pass"][str(knobs.samples)]),
+                ):
                     for suffix, key in (("", "accuracy"), ("_lo", "lo"), ("_hi", "hi")):
                         numbers[f"{prefix}pass@{count}{suffix}"] = one[key]
             return numbers
@@ -133,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             stage.sample_evaluation(run, [p["messages"][-1]["content"] for p in shown]),
         ]
         stage.compile_if_it_pays(run, horizon, one_shape=False)
-        return report.train_and_report(run, feed, horizon, evaluations, k.init_lr_frac)
+        return report.train_and_report(run, feed, horizon, evaluations, knobs.init_lr_frac)
 
 
 if __name__ == "__main__":
