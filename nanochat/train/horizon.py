@@ -87,8 +87,8 @@ def within_passes(run: OpenRun, horizon: Horizon, steps_per_pass: float) -> Hori
     if horizon.steps and horizon.steps <= steps:
         return horizon
     print0(
-        f"  at most {steps:,} steps: {most_passes(run):g} passes over the text, because more would "
-        "only memorise it (--max_passes=N sets another limit)"
+        f"  at most {steps:,} steps: {most_passes(run):g} passes over the text, beyond which it "
+        "would only be memorised (--max_passes=N allows more)"
     )
     return Horizon(horizon.rows, steps)
 
