@@ -103,7 +103,7 @@ def cut_remark(cut: int, kept: int, context: int) -> str:
     """What to say of a text whose first `cut` tokens do not fit into the context."""
     return (
         f"[the context holds {context:,} tokens, including those of the answer: the model sees "
-        f"the last {kept:,}, because the first {cut:,} of the text were cut]"
+        f"{kept:,} of {cut + kept:,}, because the first {cut:,} of the text were cut]"
     )
 
 
