@@ -128,7 +128,7 @@ CEILINGS = {
     "study": 13_595,
     "plan": 15_750,
     "export": 9_625,
-    "commands": 23_495,
+    "commands": 23_520,
 }
 
 

@@ -115,11 +115,8 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
             "your text alike: leave the weights out"
         )
     inventories = inventory.take(named, knobs.me or None)
-    counts_of_files = [n for found in inventories for n in found.conversations.values()]
-    if knobs.me and not any("chats" in n for n in counts_of_files):
-        problems = [problem for found in inventories for problem in found.conversation_problems]
-        reason = problems[0] if problems else "there is none"
-        raise UserError(f"--me={knobs.me} writes in no chat of this text; {reason}")
+    if knobs.me:
+        check_person(knobs.me, inventories)
     counts: Counter[str] = Counter(documents=0, characters=0, bytes=0)
     report = rows.Report(limit=1 << 30)  # the inventory names what cannot be used
     with (
@@ -146,6 +143,15 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         )
     kept = unseen_conversations(folder)
     return {**counts, **kept, "inventory": inventory.as_lines(inventories)}
+
+
+def check_person(me: str, inventories: Sequence[Any]) -> None:
+    """UserError unless one of the inventories has a chat in which this person writes."""
+    counts = [n for found in inventories for n in found.conversations.values()]
+    if not any("chats" in n for n in counts):
+        problems = [problem for found in inventories for problem in found.conversation_problems]
+        reason = problems[0] if problems else "there is none"
+        raise UserError(f"--me={me} writes in no chat of this text; {reason}")
 
 
 def unseen_conversations(folder: Path) -> dict[str, int]:
