@@ -195,8 +195,8 @@ def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
     base = run_directory("base", knobs.model_tag)
     if not step_folders(base):
         raise UserError(
-            f"the pretrained model is no longer in {base}, so the chain cannot train it further: "
-            "begin another one with --model_tag=NAME"
+            f"the pretrained model, from which it would be trained further, is not in {base} any "
+            "more: begin another one with --model_tag=NAME"
         )
     lengths = by_time(seconds)
     flag, _, before = diary.lengths["mid"].partition("=")
