@@ -23,9 +23,9 @@ def load(
     dtype: str = "auto",
 ) -> "Chat":
     """
-    A trained model, ready to chat: the newest one of `stage` ("base", "mid", "sft" or "rl"; "auto"
-    is the furthest stage of the tag saved last), unless `model_tag` or `step` say which. Raises
-    UserError if there is no such model.
+    A trained model, ready to chat, of a `stage` ("base", "mid", "sft" or "rl"; "auto" is the
+    furthest stage of its tag). By default it is the newest checkpoint of the tag saved last;
+    `model_tag` and `step` choose another. UserError if there is no such model.
     """
     from nanochat.model.checkpoint import load_for_inference
     from nanochat.notebook import Chat

@@ -1,4 +1,4 @@
-"""What `nanochat.load` and `nanochat.train` return: a model to talk to, and a run to look at."""
+"""What `nanochat.load` and `nanochat.train` return: a Chat with a model, and a finished Run."""
 
 import importlib
 from collections.abc import Iterator, Sequence
@@ -66,12 +66,12 @@ class Chat:
         the context holds them.
         """
         context = self.model.config.sequence_len
-        if not 0 < len(tokens) <= context:
+        if len(tokens) == 0:
+            raise UserError("there are no tokens: give at least one, for example tokenizer.bos")
+        if len(tokens) > context:
             raise UserError(
                 f"the model reads 1 to {context:,} tokens at a time (got {len(tokens):,}): give "
                 "fewer, for example the last ones"
-                if tokens
-                else "there are no tokens: give at least one, for example tokenizer.bos"
             )
         row = torch.tensor([list(tokens)], device=self.loaded.runtime.device)
         return self.model.logits(self.model(row))[0]
@@ -112,7 +112,7 @@ class Run:
 
 
 def train(stage: str, **knobs: Any) -> Run:
-    """Run the command of a stage with `knobs` as its flags: see nanochat.train."""
+    """Run the command of a stage with the keywords as its flags; see nanochat.train."""
     if stage not in STAGES:
         raise UserError(f"there is no stage {stage!r}: choose one of {', '.join(STAGES)}")
     argv = []

@@ -116,19 +116,19 @@ def test_every_command_has_a_script():
 # a room within a room counts on its own. Lower a ceiling when you delete something; raise it in the
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
-    ".": 1_270,
+    ".": 1_275,
     "base": 12_690,
     "tinyworld": 9_630,
     "data": 37_055,
-    "model": 26_955,
+    "model": 26_945,
     "chat": 9_105,
     "chat/serve": 11_705,
     "eval": 20_720,
-    "train": 21_010,
-    "study": 13_590,
+    "train": 21_135,
+    "study": 13_595,
     "plan": 15_330,
     "export": 9_620,
-    "commands": 23_375,
+    "commands": 23_520,
 }
 
 

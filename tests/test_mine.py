@@ -60,7 +60,7 @@ def place(tmp_path, monkeypatch):
     rows = [{"messages": [{**talk[0], "content": f"Ho {i}?"}, talk[1]]} for i in range(6)]
     (texts / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, value in {
-        "MADE": 60,
+        "CONVERSATIONS": 60,
         "MID_STEPS": 2,
         "SFT_STEPS": 1,
         "STAGE_SECONDS": 0.0,

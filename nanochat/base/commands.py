@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "commands"
-# As a first run uses them; a command that is not listed comes last
+# In the order of use; a command that is not listed comes last
 ORDER = (
     "quickstart mine dataset tok_train tok_eval tok_data base_train base_loss base_eval "
     "base_complete mid_train chat_sft chat_rl chat_eval chat_cli serve export models report plan "

@@ -1,6 +1,6 @@
 """
-What every module may need: where files live, which rank this is, how a figure is printed, and the
-exception for mistakes that the user can fix. It imports nothing of the project and nothing heavy.
+What every module may need: where files are, which rank this is, how figures are printed, and the
+exception for mistakes that the user can fix. It imports nothing else of the project, nor torch.
 """
 
 import errno
@@ -14,7 +14,7 @@ from typing import Any
 
 # C0 and C1 controls but tab, line break and carriage return, DEL, and halves of surrogate pairs
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-_INVISIBLE = re.compile(r"[\r\u202a-\u202e\u2066-\u2069]")  # carriage return, turns of direction
+_INVISIBLE = re.compile(r"[\r\u202a-\u202e\u2066-\u2069]")  # carriage return, text direction
 
 
 class UserError(Exception):
@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class RankLost(UserError):
-    """Another rank of the run has ended, so this one must end too; `aloud`: and says so."""
+    """Another rank of the run has ended, so this one must end, too; it prints this if `aloud`."""
 
     aloud = False
 
@@ -39,7 +39,7 @@ def disk_error(path: Path | str, error: OSError) -> UserError:
 
 
 def user_path(text: Path | str) -> Path:
-    """The path that a user wrote, with ~ as a home folder. UserError if nobody has that home."""
+    """The path that a user wrote, with ~ replaced. UserError for the ~ of an unknown user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -49,7 +49,10 @@ def user_path(text: Path | str) -> Path:
 
 
 def base_dir() -> Path:
-    """The folder of everything that is made: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
+    """
+    The folder of all output, NANOCHAT_BASE_DIR or by default ~/.cache/nanochat, which is created.
+    UserError if it cannot be.
+    """
     path = user_path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -73,44 +76,43 @@ def world_size() -> int:
 
 def printable(text: str) -> str:
     """
-    The text without what could change a terminal's state, move its cursor or turn the order of
-    letters around: such characters, which a file, a model or a server may have written, become
-    U+FFFD or vanish. Line breaks and tabs stay.
+    The text without characters that could change a terminal's state, move its cursor or reverse the
+    direction of text: files, models and servers can contain them. They are removed or replaced by
+    U+FFFD. Line breaks and tabs stay.
     """
     return _CONTROL.sub("\ufffd", _INVISIBLE.sub("", text))
 
 
 def in_line(text: object) -> str:
-    """The text in one line: a name with line breaks must not look like messages of their own."""
+    """The text in one line, so that a name with line breaks cannot look like several messages."""
     return " ".join(str(text).splitlines())
 
 
 def print0(*args: object, prefix: str = "", suffix: str = "", **options: Any) -> None:
     """
-    print() on rank 0 only, flushed, so that the log of a background run is up to date. What is
-    printed is made `printable`; only `prefix` and `suffix` may hold control codes. A print that
-    fails (the terminal is closed, the reader of a pipe has ended, the log's disk is full) is lost,
-    and the program continues.
+    print() on rank 0 only, flushed, so that the log of a background run is up to date. The text is
+    made `printable`; only `prefix` and `suffix` may have control codes. If printing fails (the
+    terminal is closed, the reader of a pipe has ended, the disk is full), the program continues.
     """
     if rank() == 0:
         try:
             text = options.pop("sep", " ").join(map(str, args))
             print(f"{prefix}{printable(text)}{suffix}", **{"flush": True, **options})
         except (OSError, ValueError) as e:  # ValueError: the stream was closed
-            _let_go(options.get("file") or sys.stdout, e)
-        except RuntimeError:  # a signal arrived within a print, and its handler prints too
+            _discard_output(options.get("file") or sys.stdout, e)
+        except RuntimeError:  # a signal arrived during a print, and its handler prints, too
             return
 
 
 def notice(message: str) -> None:
-    """Print a line on standard error, on rank 0: something to know that stops nothing."""
+    """Print a line on standard error, on rank 0, about something that is no error."""
     print0(f"notice: {in_line(message)}", file=sys.stderr)
 
 
 def opening(command: str, log: bool = False) -> None:
     """
-    Print the first line of a command at once, where importing torch takes seconds: on standard
-    error of a terminal, or, for a command whose output is a log, on standard output.
+    Say that a command is loading torch, which takes seconds: on standard error if that is a
+    terminal or, with `log`, on standard output.
     """
     if "torch" not in sys.modules and (log or sys.stderr.isatty()):
         print0(f"{command}: loading PyTorch", file=sys.stdout if log else sys.stderr)
@@ -141,7 +143,7 @@ def duration(seconds: float) -> str:
 
 
 def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table for a terminal that is also valid Markdown; columns of figures are flush right."""
+    """A table for a terminal that is also valid Markdown; columns of figures are right-aligned."""
     laid_out = []
     for column in zip(head, *rows, strict=True):
         cells = [in_line(cell) for cell in column]
@@ -164,29 +166,29 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-16" if utf16 else "utf-8-sig")
 
 
-def _let_go(stream: Any, error: Exception) -> None:
-    """Send what is still to come to nowhere, if the reader of a stream is gone for good."""
+def _discard_output(stream: Any, error: Exception) -> None:
+    """Redirect a stream to the null device if the error says that its reader is gone."""
     if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO, errno.EBADF):
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
-            return  # not a file of the system's, as in a notebook
+            return  # no file of the system, as in a notebook
 
 
 def _flush() -> None:
-    """Write out what is printed, so that the interpreter finds nothing it could fail at."""
+    """Flush the streams, so that the interpreter has nothing to flush, and to fail at, later."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            _let_go(stream, OSError(errno.EIO, "the program ends"))
+            _discard_output(stream, OSError(errno.EIO, "the program ends"))
 
 
 def forgiving_streams() -> None:
     """
-    Let the console show '?' for a character that it lacks, and let what is typed there hold U+FFFD
-    for bytes that are not text, instead of ending the program. A stream that is closed from the
-    start (`>&-`) leads nowhere.
+    Make the console print '?' for a character that it cannot show, and read U+FFFD for bytes that
+    are no text, where Python would raise an error. A stream that is closed from the start (`>&-`)
+    becomes the null device.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -199,7 +201,7 @@ def forgiving_streams() -> None:
 OUT_OF_MEMORY = (  # what messages of RuntimeErrors say
     "can't allocate memory",  # the CPU
     "not enough memory",  # Windows
-    "could not create a primitive",  # oneDNN, of buffers that it cannot have
+    "could not create a primitive",  # oneDNN, if it cannot allocate buffers
     "could not create a memory",
     "out of memory",  # a GPU, MPS
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -216,7 +218,7 @@ def out_of_memory(e: BaseException) -> bool:
 
 
 def explained(e: BaseException) -> UserError | None:
-    """The UserError for memory that ran out or a disk that refuses; None for other exceptions."""
+    """The UserError for lack of memory, disk space or permission; None for other exceptions."""
     if out_of_memory(e):
         return UserError(
             "out of memory: choose a smaller model, a shorter context or smaller batches, or end "
@@ -232,7 +234,8 @@ def explained(e: BaseException) -> UserError | None:
     return None
 
 
-# Whether a thread still runs that nothing can stop. Python waits for it or aborts when it ends.
+# Each function says whether some thread, which nothing can stop, is still running. Python would
+# wait for it, or abort, at the end of the program.
 unstoppable: list[Callable[[], bool]] = []
 
 
@@ -243,7 +246,7 @@ def entry(main: Callable[[], object]) -> None:
     and keeps its stack trace.
     """
     forgiving_streams()
-    if sys.platform == "linux":  # read when torch starts: a GPU's memory breaks into fewer pieces
+    if sys.platform == "linux":  # for torch, before it is loaded: fragments a GPU's memory less
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         main()
@@ -268,11 +271,11 @@ def entry(main: Callable[[], object]) -> None:
 
 def _print_error(error: UserError) -> None:
     """
-    One line on standard error, from rank 0. Another rank waits before it prints an error of its
-    own: if rank 0 has the same, the launcher ends both meanwhile.
+    Print one line on standard error. Ranks other than 0 wait a second before they do: if rank 0 has
+    the same error, the launcher ends them meanwhile.
     """
     if isinstance(error, RankLost) and not error.aloud:
-        return  # another rank says it
+        return  # another rank prints the reason
     if rank() == 0:
         print0(f"error: {in_line(error)}", file=sys.stderr)
     else:

@@ -36,11 +36,11 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
         raise disk_error(path, e) from e
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # also when Ctrl+C came
+            temporary.unlink(missing_ok=True)  # even after Ctrl+C
 
 
 def check_writable(folder: Path) -> None:
-    """UserError unless files can be written in a folder, which is created; before long work."""
+    """UserError unless files can be written in a folder, which is created if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -59,13 +59,13 @@ def sha256_file(path: Path | str) -> str:
 
 class Hashes:
     """
-    The SHA-256 of files, remembered in the JSON file `memory` by device, inode, size and times of
-    change, so that a file is read once and again only when it may have changed. `save` writes the
-    memory; a lost or damaged one costs time alone.
+    The SHA-256 of files, stored in the JSON file `memory` by device, inode, size and times of
+    change: a file is read again only if it may have changed. `save` writes `memory`; if that is
+    lost or damaged, all files are read again.
     """
 
     LIMIT = 20_000  # files remembered
-    RECENT = 2_000_000_000  # ns; a file as new as this may change once more at the same time
+    RECENT = 2_000_000_000  # ns; a file that is newer may change again without a later time
 
     def __init__(self, memory: Path):
         self.memory, self._changed = memory, False
@@ -102,7 +102,7 @@ class Hashes:
         self._changed = True
 
     def save(self) -> None:
-        """Write the memory, if something is new; a folder that cannot be written stays as it is."""
+        """Write `memory` if it has changed; nothing happens if its folder cannot be written."""
         if self._changed:
             newest = list(self._known.items())[-self.LIMIT :]
             with suppress(UserError):
@@ -115,8 +115,8 @@ def locked(path: Path | str, busy: str = "", waiting: str = "") -> Iterator[IO[b
     """
     Hold an exclusive lock on the file `path`, which is created if needed; yields the open file. The
     lock ends with the block, or with the process and the children that inherit the open file.
-    Waits while another process holds the lock, and says `waiting`; given `busy`, raises
-    UserError(busy) instead.
+    While another process has the lock, waits, after the notice `waiting`; if `busy` is given,
+    raises UserError(busy) instead.
     """
     path = Path(path)
     try:
@@ -136,8 +136,8 @@ def locked(path: Path | str, busy: str = "", waiting: str = "") -> Iterator[IO[b
 
 def _lock(file: IO[bytes], wait: bool, whole_process: bool = False) -> bool:
     """
-    Lock an open file; False if another process holds it and we do not wait. A lock of the
-    `whole_process` is not inherited by forked children, so it ends with the process for certain.
+    Lock an open file; False if another process has locked it, unless `wait`. With `whole_process`,
+    forked children do not inherit the lock, so that it always ends with the process.
     """
     try:
         import fcntl
@@ -149,7 +149,10 @@ def _lock(file: IO[bytes], wait: bool, whole_process: bool = False) -> bool:
     except OSError as e:
         if e.errno in (errno.EAGAIN, errno.EACCES):
             return False
-        notice(f"{file.name} cannot be locked ({e.strerror}): start nothing twice in this folder")
+        notice(
+            f"{file.name} cannot be locked ({e.strerror}): do not start two programs in this "
+            "folder at the same time"
+        )
     return True
 
 
@@ -174,8 +177,9 @@ _held: dict[Path, IO[bytes]] = {}  # what reserve() holds in this process
 def reserve(path: Path, what: str) -> None:
     """
     Reserve `what` for this process by a lock file at `path`, until release() or the end of the
-    process. UserError if another living process has it: the file says which. What a dead one has
-    left is no obstacle, and a second call in the same process does nothing.
+    process. UserError, with the process that the file names, if another living process has reserved
+    it. The file of a dead process does not matter, and a second call in the same process does
+    nothing.
     """
     if path in _held:
         return
@@ -194,7 +198,7 @@ def reserve(path: Path, what: str) -> None:
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 _held[path] = file
             else:
-                file.close()  # its holder has just released it, and the file with it
+                file.close()  # another process has just released it and removed the file
         file, now = _held[path], datetime.now().isoformat(" ", timespec="seconds")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
@@ -206,10 +210,10 @@ def reserve(path: Path, what: str) -> None:
 
 
 def reserved(path: Path) -> bool:
-    """Whether a living process, this one too, has reserved what this lock file stands for."""
+    """Whether a living process, which may be this one, has called reserve() with this path."""
     try:
         if any(os.path.samefile(path, held) for held in _held):
-            return True  # to close the file again would give the lock up
+            return True  # opening and closing the file would release the lock
         with open(path, "r+b") as file:
             return not _lock(file, wait=False, whole_process=True)
     except OSError:
@@ -220,9 +224,9 @@ def release() -> None:
     """Release everything that this process has reserved."""
     while _held:
         path, file = _held.popitem()
-        with suppress(OSError):  # a folder that cannot be written any more
-            path.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
+        with suppress(OSError):  # the folder can no longer be written
+            path.unlink(missing_ok=True)  # before the lock ends, while no one else can have it
         file.close()
-        with suppress(OSError):  # where a run was refused, nothing stays behind
+        with suppress(OSError):  # removes folders that are empty, after a run that did not start
             path.parent.rmdir()
             path.parent.parent.rmdir()

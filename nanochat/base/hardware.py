@@ -1,8 +1,8 @@
 """
-What machines can do: the table of GPUs in gpus.toml, and measurements of this machine. The table is
-for planning on hardware that is elsewhere; on this machine a measurement counts. A card that no row
-names exactly (a laptop or cut-down variant, a MIG slice) is unknown: it never gets the figures of a
-similar card. Looking up a card does not import torch.
+The speed and memory of machines: the table of GPUs in gpus.toml, and measurements of this machine.
+The table is for planning on other machines; on this one, measurements are used. A card whose exact
+name is not in the table (a laptop or cut-down variant, a MIG slice) is unknown: it never gets the
+figures of a similar card. Looking up a card does not import torch.
 """
 
 import functools
@@ -107,7 +107,7 @@ def device_name(device: "torch.device") -> str:
 
 
 def describe_machine(device: "torch.device") -> dict[str, str]:
-    """What a run notes about the machine that it trains on, in words."""
+    """A description of this machine and `device`, by heading, for the logbook of a run."""
     import torch
 
     described = {
@@ -132,8 +132,9 @@ def best_seconds(
     """
     import torch
 
-    cpu = device.type == "cpu"
-    wait, repeats = (lambda: None, 1) if cpu else (torch.accelerator.synchronize, repeats)
+    wait = torch.accelerator.synchronize
+    if device.type == "cpu":
+        wait, repeats = (lambda: None), 1
     f()
     wait()
     best, stop = float("inf"), time.perf_counter() + budget
@@ -160,7 +161,7 @@ def _matmul_flops(
 
 
 def measured_peak(device: "torch.device", dtype: "torch.dtype") -> float:
-    """FLOP/s of the fastest of three matrix products as training has them; takes half a second."""
+    """FLOP/s of the fastest of three typical matrix products; takes half a second."""
     if device.type == "cpu":
         shapes = [(1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 2048)]
     else:
@@ -184,8 +185,8 @@ def faster_dtype(device: "torch.device") -> "torch.dtype":
 
 def available_memory(root: Path = Path("/")) -> int:
     """
-    Bytes of main memory that this process may still take: what the machine has, and no more than
-    the limit of its container or service (cgroup v2 and v1) leaves.
+    Bytes of main memory that this process can still allocate: what the machine has available, but
+    no more than the limit of its container or service (cgroup v2 and v1) leaves.
     """
     import psutil
 
@@ -209,8 +210,9 @@ def in_container(root: Path = Path("/")) -> bool:
 
 def limit_memory(ranks: int = 1, root: Path = Path("/")) -> None:
     """
-    Let this process, one of `ranks` alike, fail to allocate what is not there, on Linux: an error
-    can halve a batch or be explained, where the kernel would kill a process without a word.
+    On Linux, make allocations of this process, one of `ranks` equal ones, fail when memory runs
+    out. After an error, a batch can be halved or the reason printed; without the limit, the kernel
+    would kill the process.
     """
     if sys.platform != "linux":
         return
@@ -219,7 +221,7 @@ def limit_memory(ranks: int = 1, root: Path = Path("/")) -> None:
     import psutil
     import torch
 
-    stacks = torch.get_num_threads() * (8 << 20)  # of threads to come: reserved, seldom touched
+    stacks = torch.get_num_threads() * (8 << 20)  # of future threads: reserved, but hardly used
     most = psutil.Process().memory_info().data + stacks + int(0.95 * available_memory(root) / ranks)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -240,13 +242,13 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
         limit_file, used_file = ("memory.max", "memory.current")
         if controllers:
             limit_file, used_file = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        # In a container the path may be that of the host, of which only the top can be seen
+        # In a container, this may be the path on the host, of which only the top is visible
         for level in (mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents):
             if level.is_relative_to(mount) and (limit := _figure(level / limit_file)) is not None:
                 stored = re.findall(
                     r"^(?:total_)?inactive_file (\d+)$", _text(level / "memory.stat"), re.M
                 )
-                # Of the page cache, which is given back; the last line covers the levels below (v1)
+                # Without page cache that can be freed; with v1, the last line has the sublevels
                 used = (_figure(level / used_file) or 0) - int([0, *stored][-1])
                 yield limit, max(0, used)
 
@@ -259,6 +261,6 @@ def _text(path: Path) -> str:
 
 
 def _figure(path: Path) -> int | None:
-    """The number in a file of the kernel; None if there is none, as in "max"."""
+    """The number in a file of the kernel; None if it has no number, as in "max"."""
     text = _text(path).strip()
     return int(text) if text.isdigit() else None

@@ -1,9 +1,10 @@
 """
-A command's dataclass becomes its command line: one field is one knob, with its name, type, default,
-help and bounds in one place. A value comes from the default, from a checkpoint ("inherited"), from
-a recipe file (TOML) or from the command line; the later one wins, and its origin is recorded.
+Command lines from dataclasses. Each field is a knob, a setting of a command, with its name, type,
+default, help and bounds in one place. A value comes from the default, from a checkpoint
+("inherited"), from a recipe file (TOML) or from the command line; later ones in this list have
+precedence, and the origin of every value is recorded.
 
-Every mistake is a UserError, never a guess: an unknown flag, key or table (the message names the
+A mistake is a UserError, never a guess: an unknown flag, key or table (the message names the
 nearest one), a value of the wrong type, or one out of bounds.
 """
 
@@ -23,14 +24,14 @@ from nanochat.base.common import UserError, print0, user_path
 from nanochat.base.strangers import read_toml, shown
 
 T = TypeVar("T")
-LARGEST_SEED = 2**63 - 1  # what torch and numpy both take; the smallest is 0
+LARGEST_SEED = 2**63 - 1  # torch and numpy both accept seeds from 0 to this
 TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
     ("false", "0", "no", "off"), False
 )
 
 
-# What a value, or each value of a list, can be: its name in the help and in messages, and how to
-# read it from text; reading raises ValueError or KeyError.
+# The types of a value, or of each value of a list: (name in the help, name in messages, function
+# that reads it from text and raises ValueError or KeyError)
 KINDS = {
     int: ("N", "a whole number", int),
     float: ("X", "a number", float),
@@ -120,11 +121,13 @@ class _Knob:
         if self.choices:
             words = "one of " + ", ".join(choice or "''" for choice in self.choices)
         else:
-            words = "one or more values, each " * self.many + KINDS[self.kind][1]
-        return words + (" or none" if self.optional else "")
+            words = KINDS[self.kind][1]
+        if self.many and not self.choices:
+            words = f"one or more values, each {words}"
+        return f"{words} or none" if self.optional else words
 
     def from_text(self, words: Sequence[str], where: str) -> Any:
-        """The value that these words of a command line spell."""
+        """The value of these words of a command line. `where`: the flag, for error messages."""
         if self.optional and [word.lower() for word in words] == ["none"]:
             return None
         try:
@@ -134,7 +137,7 @@ class _Knob:
         return self._checked(values, where)
 
     def from_data(self, value: Any, where: str) -> Any:
-        """The value that a recipe or a checkpoint holds, where "4" is not the number 4."""
+        """The value of TOML or JSON data, where "4" is text and not the number 4."""
         if self.optional and value in (None, "none"):  # TOML has no null
             return None
         if self.many != isinstance(value, list | tuple):
@@ -185,7 +188,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _find(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, bool]:
-    """-> the knob that a flag sets, and whether the flag is negated, as in --no-compile."""
+    """(the knob that a flag sets, whether the flag is negated, as in --no-tie_embeddings)."""
     aliases = {knob.meta["alias"]: knob for knob in knobs.values() if knob.meta["alias"]}
     if flag in aliases:
         return aliases[flag], False
@@ -201,7 +204,7 @@ def _find(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, b
 def _read_flag(
     knobs: Mapping[str, _Knob], word: str, following: deque[str], command: str
 ) -> tuple[_Knob, str, list[str]]:
-    """-> a knob, the flag that sets it and its values, which are taken off the following words."""
+    """(knob, its flag, its values) of a word; values are removed from the following words."""
     flag, equals, value = word.partition("=")
     knob, negated = _find(knobs, flag, command)
     if negated:
@@ -222,7 +225,7 @@ def _read_flag(
 def _read_command_line(
     knobs: Mapping[str, _Knob], argv: Sequence[str], command: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """-> the values given on the command line, and the recipe files named there."""
+    """({knob: value} of a command line, the recipe files that it names)."""
     known = {**knobs, "recipe": RECIPE}
     places = [knob for knob in knobs.values() if knob.meta["positional"]]
     words = deque(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun's separator
@@ -254,7 +257,7 @@ def _read_command_line(
 
 
 def _table(command: str) -> str:
-    """The table of a command in a recipe: [plan_memory] for "plan memory"."""
+    """The name of a command's table in a recipe: "plan_memory" for "plan memory"."""
     return command.rsplit(".", 1)[-1].replace(" ", "_")
 
 
@@ -270,7 +273,7 @@ def _read_toml(file: str) -> dict[str, Any]:
 
 
 def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str, Any]:
-    """The values that the tables [all] and [table] of a recipe hold; [table] wins."""
+    """{knob: value} from the tables [all] and [table] of a recipe; [table] has precedence."""
     tables = _read_toml(file)
     known = {"all", table, *command_names()}
     for section, entries in tables.items():
@@ -291,7 +294,7 @@ def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str,
 def _known_values(
     knobs: Mapping[str, _Knob], entries: Mapping[str, Any], where: str, strict: bool = False
 ) -> dict[str, Any]:
-    """The entries that set one of the knobs; with `strict`, any other is a UserError."""
+    """{knob: value} of the entries; one of another name is ignored or, if `strict`, an error."""
     values = {}
     for key, value in entries.items():
         name = key.replace("-", "_")
@@ -309,16 +312,16 @@ def _known_values(
 
 def stored_values(cls: type, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
-    The values that a file holds for the knobs of `cls`, checked as those of a recipe are; others
-    are ignored. `where` is how messages call the file.
+    {knob: value} of what a file has stored for the knobs of `cls`, checked like a recipe; others
+    are ignored. `where` names the file in error messages, as in "in the checkpoint".
     """
     return _known_values(_knobs(cls), stored, where)
 
 
 def from_text(cls: type, name: str, text: str, where: str) -> Any:
     """
-    The value of the knob `name` of `cls` that a person has typed, checked as on the command line.
-    `where` is how messages call it. Raises UserError.
+    The value that a person has typed for the knob `name` of `cls`, checked as on the command line.
+    `where` names the knob in error messages. Raises UserError.
     """
     return _knobs(cls)[name].from_text([text], where)
 

@@ -1,9 +1,9 @@
 """
-The record of a run: metrics.jsonl, one row of JSON per line, flushed as it is written, so that a
-killed run loses its last row at most. The same numbers go to the trackers that the user asks for
-(wandb, trackio, tensorboard; optional packages).
+The logbook of a run: metrics.jsonl, one row of JSON per line, flushed as it is written, so that a
+killed run loses at most its last row. The same numbers are sent to the trackers that the user asks
+for (wandb, trackio, tensorboard; optional packages).
 
-Logging never stops training: a tracker or a disk that fails is reported once and the run continues.
+Logging never stops training: the failure of a tracker or disk is reported once.
 Only rank 0 logs. Numbers that JSON cannot hold (NaN, infinities) are stored as null and repeated
 under "nonfinite"; `read` restores them.
 
@@ -28,10 +28,10 @@ from nanochat.base.strangers import mismatch, missing, open_regular
 FILE = "metrics.jsonl"
 MOST_LINE = 2**24  # bytes
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-IDENTITY = ("kind", "step", "stage", "task")  # of rows that agree on these, the last one counts
+IDENTITY = ("kind", "step", "stage", "task")  # of rows equal in these, only the last one counts
 _NUMBER, _COUNT = (float, None), (int, None)
 _SCORE = {"accuracy": _NUMBER, "n": _COUNT, "lo": _NUMBER, "hi": _NUMBER, "chance": _NUMBER}
-_ROW = {  # the forms of the fields that are read again; see strangers.mismatch
+_ROW = {  # the forms of those fields that some code reads; see strangers.mismatch
     "kind": str,
     "step": _COUNT,
     "stage": str,
@@ -51,7 +51,7 @@ _ROW = {  # the forms of the fields that are read again; see strangers.mismatch
     "config": {str: object},
     "nonfinite": {str: str},
 }
-# A tracker: a function that takes (kind, step, numbers), and one that closes it.
+# A tracker: (function that logs (kind, step, numbers), function that closes it)
 Tracker = tuple[Callable[[str, int | None, dict[str, float]], object], Callable[[], object]]
 
 
@@ -194,7 +194,7 @@ class Logbook(AbstractContextManager["Logbook"]):
         for name, (send, _) in list(self._trackers.items()):
             try:
                 send(kind, step, dict(_numbers(plain)))
-            except Exception as e:  # whatever goes wrong there, the run matters more
+            except Exception as e:  # of any kind: it must not end the run
                 del self._trackers[name]
                 notice(
                     f"{name} failed at step {step} and is switched off ({type(e).__name__}: "
@@ -202,7 +202,7 @@ class Logbook(AbstractContextManager["Logbook"]):
                 )
 
     def back_to(self, step: int) -> None:
-        """Rows of later steps no longer count, because training returns to an earlier one."""
+        """Note that training has returned to `step`: rows of later steps no longer count."""
         if rank() == 0 and self._start:
             self._write({**json.loads(self._start), "step": step})
 
@@ -212,12 +212,13 @@ class Logbook(AbstractContextManager["Logbook"]):
         line = _line(row)
         try:
             if not self._exists(self._file):
-                notice(f"{self.directory / FILE} was deleted: it is written anew from here on")
+                notice(f"{self.directory / FILE} was deleted: it is written anew from this step on")
                 deleted = self._file
                 self._open()
                 deleted.close()
                 line = self._start + line
-            line = b"\n" * self._disk_failed + line  # after a row that was cut off
+            if self._disk_failed:  # the row before may be incomplete
+                line = b"\n" + line
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._disk_failed = False
@@ -230,7 +231,7 @@ class Logbook(AbstractContextManager["Logbook"]):
             self._disk_failed = True
 
     def _open(self) -> None:
-        """Open the file for appending, without a buffer that would still be full at the end."""
+        """Open the file for appending, without a buffer, and drop a partial row at its end."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._file = open(self.directory / FILE, "a+b", buffering=0)  # noqa: SIM115 (stays open)
         _cut_torn_line(self._file)
@@ -274,8 +275,8 @@ def _cut_torn_line(file: IO[bytes]) -> None:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """
-    Every complete row in the order written, with NaN and infinities restored. Rows that no log book
-    writes are left out with a notice: the file may be a stranger's.
+    Every complete row in the order written, with NaN and infinities restored. Rows that no logbook
+    writes, which a stranger's file may have, are left out with a notice.
     """
     left_out = ""
     try:
@@ -303,8 +304,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def newest(directory: Path, kind: str) -> dict[str, Any]:
     """
-    The last row of a kind among the last few dozen, also while the run writes; {} if there is none.
-    It reads the end of the file alone, so that it can be asked often.
+    The last row of a kind near the end of the logbook, which a run may still be writing; {} if there
+    is none. Only the last 16 KiB are read, so that this can be called often.
     """
     try:
         with open_regular(directory / FILE) as file:
@@ -322,9 +323,9 @@ def newest(directory: Path, kind: str) -> dict[str, Any]:
 
 def read(directory: Path | str) -> list[dict[str, Any]]:
     """
-    The rows of a run's folder (or of a .jsonl file) that count, in the order written: of rows with
-    the same IDENTITY the last one, and none that a restart from an earlier step superseded. [] if
-    there is no metrics.jsonl. Incomplete lines are ignored.
+    The valid rows of a run's folder (or of a .jsonl file), in the order written: of rows with the
+    same IDENTITY only the last one, and none of later steps after a restart from an earlier one. []
+    if there is no metrics.jsonl. Incomplete lines are ignored. UserError if it cannot be read.
     """
     path = Path(directory)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}

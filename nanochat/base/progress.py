@@ -1,6 +1,7 @@
 """
 What the user sees during slow work: a progress bar, or one status line that is rewritten in place.
-In a log file the bar becomes a single line at the end and the status line an occasional line.
+In a log file there is a line at the end instead of a bar, and the status line is printed now and
+then.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """
-Where and in which precision this process computes: device, dtype, ranks and seed, chosen once by
-`open_runtime`. Nothing else in the project probes for a device. Training in float16 needs a loss
-scaler (train/loop.py); float32 and bfloat16 do not.
+The device, precision, ranks and seed of this process, chosen once by `open_runtime`; nothing else
+in the project looks for a device. Training in float16 needs a loss scale (train/loop.py); float32
+and bfloat16 do not.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ JOINING = timedelta(minutes=5)  # that a rank waits for the others when it start
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the rest of the program needs to know of the machine; fixed for the process's life."""
+    """What the rest of the program needs to know about the machine; it never changes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -55,9 +55,9 @@ class Runtime:
 
     def reading(self, t: torch.Tensor) -> Callable[[], list[float]]:
         """
-        Begin to read the values of t (n,); call what it returns to wait for them. What a GPU is
-        given to do in between comes after them, so that it does not stand still while the host
-        waits.
+        Begin to copy the values of t (n,) to the host; returns a function that waits for them and
+        returns them. A GPU can compute meanwhile: what it is given to do before that function is
+        called runs after the copy, while the host waits.
         """
         if self.device.type != "cuda":
             return t.tolist
@@ -91,13 +91,14 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     device = choose_device(device_type)
     on_gpu = device.type == "cuda"
     if device.type == "cpu":
-        # Kept memory counts against the limit, so training keeps it when it knows what fits
+        # In a container, freed memory that is kept counts towards the limit: training keeps it only
+        # once it has found how many rows fit
         if hardware.in_container():
             hardware.limit_memory(world_size())
         else:
             keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
-        # numbers of the host go over gloo, so that they do not wait for a GPU
+        # Numbers of the host are sent by gloo, so that they do not wait for a GPU
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         _join(backend, device if on_gpu else None)
         _processes[:] = [("", 0)] * world_size()
@@ -110,7 +111,7 @@ def open_runtime(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
 
 
 def _join(backend: str, device: torch.device | None) -> None:
-    """Join the other ranks. RankLost if one of them ends before, and so does not come."""
+    """Join the other ranks. RankLost if they do not all arrive within JOINING."""
     from torch.distributed.rendezvous import rendezvous
 
     ranks = [f"joined/{i}" for i in range(world_size())]
@@ -132,7 +133,7 @@ def _join(backend: str, device: torch.device | None) -> None:
 
 
 def rank_lost(e: RuntimeError) -> RankLost | None:
-    """The RankLost for an exception of a collective whose partner has ended, else None."""
+    """The RankLost for an exception that says that another rank has ended; None for others."""
     texts = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport"
     if not (isinstance(e, dist.DistError) or any(text in str(e) for text in texts)):
         return None
@@ -140,25 +141,25 @@ def rank_lost(e: RuntimeError) -> RankLost | None:
         "another rank has ended, so this run ends too: see its message, if it could print one; "
         "continue with --resume=auto"
     )
-    try:  # the first to notice speaks; torchrun's own store outlives every rank
+    try:  # only the first rank to notice prints it; torchrun's own store outlives every rank
         lost.aloud = _stores[0].add("lost", 1) == 1
-    except (dist.DistError, RuntimeError, IndexError):  # the store has gone with rank 0
-        time.sleep(0.05)  # a process that is killed closes its connections just before it is gone
+    except (dist.DistError, RuntimeError, IndexError):  # rank 0 had the store, and has ended
+        time.sleep(0.05)  # a killed process closes its connections just before it ends
         lost.aloud = all(map(_has_ended, _processes[: rank()]))
     return lost
 
 
 def tell_of_error() -> None:
     """
-    Tell the others that rank 0 is about to end with an error that it prints itself; called before
-    it leaves the process group, so that those who lose it are silent.
+    On rank 0, before it ends with an error that it prints: let the other ranks know, so that they
+    do not print that they have lost it. Call it before leaving the process group.
     """
     if rank() == 0 and _stores:
         with suppress(dist.DistError, RuntimeError):  # the store has gone
             _stores[0].add("lost", 1)
 
 
-_stores: list[Any] = []  # where the ranks have met
+_stores: list[Any] = []  # the store through which the ranks have joined; empty with one rank
 _processes: list[tuple[str, int]] = []  # host and process id of every rank
 
 
@@ -186,9 +187,9 @@ def close_runtime() -> None:
 @functools.cache
 def keep_freed_memory() -> bool:
     """
-    Make glibc reuse freed blocks instead of returning large ones to the system: faulting their
-    pages in again costs a training step on a CPU a tenth of its time. Returns whether it took
-    effect, which it does only with glibc.
+    Make glibc reuse freed blocks instead of returning large ones to the system: page faults of new
+    blocks take a tenth of the time of a training step on a CPU. Returns whether it took effect,
+    which is only so with glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -243,7 +244,7 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
 @functools.cache
 def compiler_fails(device: torch.device) -> str:
-    """Why a small function cannot be compiled for this device and run; '' if it can."""
+    """Why compiling and running a small function fails on this device; '' if it works."""
     try:
         double = torch.compile(lambda x: x + x, dynamic=False)
         double(torch.ones(8, device=device))
@@ -253,7 +254,7 @@ def compiler_fails(device: torch.device) -> str:
 
 
 def compiler_missing(device: torch.device) -> str:
-    """Why torch.compile cannot work on this device, or '' if it can; tried once on a GPU."""
+    """Why torch.compile cannot work on this device; '' if it can. On a GPU, this is tried once."""
     if device.type == "cuda":
         return compiler_fails(device)
     if device.type != "cpu":

@@ -1,6 +1,6 @@
 """
-Reading what a stranger wrote: regular files only, of a bounded size, as plain JSON of a bounded
-depth, whose values have the types and ranges that they must have.
+Safe reading of files that a stranger may have written: only regular files of a limited size, with
+JSON or TOML of a limited depth, whose values have the expected types and ranges.
 """
 
 import errno
@@ -35,9 +35,10 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. OSError if it is none, ValueError if it exceeds `most`."""
+    """The bytes of a file. OSError if it is not regular, ValueError if it exceeds `most` bytes."""
     with open_regular(path) as file:
-        size = max(os.fstat(file.fileno()).st_size, 2**20)  # room for `most` may not exist
+        # Not always `most`, which read() would allocate
+        size = max(os.fstat(file.fileno()).st_size, 2**20)
         data = file.read(min(most, size) + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes")
@@ -53,8 +54,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def parse_json(data: bytes | str) -> Any:
     """
-    The value of a JSON text. ValueError if it is none, if an object names a field twice, or if it
-    is nested more than MOST_DEPTH deep, so that whatever walks through it stays shallow.
+    The value of a JSON text. ValueError if it is not valid, if an object names a field twice, or if
+    it is nested more than MOST_DEPTH deep, which could exhaust the stack of recursive functions.
     """
     try:
         value = json.loads(data, object_pairs_hook=_object)
@@ -77,7 +78,7 @@ def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML file. OSError, or ValueError for no TOML or one nested too deep."""
+    """The tables of a TOML file. OSError, or ValueError if it is invalid or nested too deep."""
     text = decoded(read_bytes(path, MOST_TOML))
     if any(line.partition("=")[0].count(".") > MOST_DEPTH for line in text.splitlines()):
         raise ValueError("it is nested too deep")  # keys of many parts take tomllib minutes
@@ -89,10 +90,11 @@ def read_toml(path: Path | str) -> dict[str, Any]:
 
 def mismatch(value: Any, form: Any, name: str) -> str:
     """
-    How `value` differs from `form`, '' if it does not. A form is int (0 to LARGEST), float (a
-    finite number), bool, str, None or object (anything); a tuple of forms, of which one must fit;
-    [form], a list of them; {str: form}, an object whose every value fits; or {"name": form, ...},
-    an object whose fields of these names fit, if it has them. `name` is what to call the value.
+    How `value` differs from `form`, in words; '' if it does not. A form is int (0 to LARGEST),
+    float (a finite number), bool, str, None or object (anything); a tuple of forms, of which one
+    must fit; [form], a list whose items fit; {str: form}, an object whose values fit; or
+    {"name": form, ...}, an object whose fields of these names fit, if it has them. `name` is what
+    the message calls the value.
     """
     if isinstance(form, tuple):
         faults = [mismatch(value, option, name) for option in form]
@@ -112,7 +114,7 @@ def mismatch(value: Any, form: Any, name: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a float can hold; true and false are none."""
+    """Whether a value is a finite number that a float can hold; true and false are no numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)

@@ -30,7 +30,7 @@ class CompleteKnobs(GenerationKnobs):
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines from a terminal; a paste may bring several at once."""
+    """Lines that are typed in a terminal; pasted text may have several."""
     style = {"": "ansibrightblack"}
     for text in Prompt("> ", "complete_history", style, continued=False):
         yield from text.split("\n")
@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     interactive = in_terminal()
     screen = Screen(interactive)
     guide = f"{loaded.describe()}. A line {TRIGGER} completes the lines before it."
-    screen.remark(f"{guide} Ctrl+D exits.") if interactive else print(printable(guide), flush=True)
+    if interactive:
+        screen.remark(f"{guide} Ctrl+D exits.")
+    else:
+        print(printable(guide), flush=True)
     lines: list[str] = []
     turn = 0
     for line in typed_lines() if interactive else piped_lines():

@@ -44,7 +44,7 @@ def continuations(
     knobs: EvaluateBaseKnobs, engine: Any, temperatures: Sequence[float]
 ) -> dict[str, list[str]]:
     """
-    For each prompt a continuation at every temperature, which are also printed. `engine` is an
+    {prompt: its continuations, one for each temperature}; they are also printed. `engine` is an
     Engine or a ForeignEngine.
     """
     tokenizer = engine.tokenizer
@@ -66,8 +66,9 @@ def core_score(
     knobs: EvaluateBaseKnobs, loaded: Any, tasks: list["CoreTask"], absent: list[str]
 ) -> dict[str, Any]:
     """
-    Evaluate all tasks of a Loaded or a ForeignEngine, with a progress bar each, and print them;
-    returns the summary with every task's result.
+    Evaluate a model, a Loaded or a ForeignEngine, on all tasks, with a progress bar for each;
+    prints and returns the summary, with the result of every task. `absent`: names of the CORE tasks
+    that the bundle lacks.
     """
     from nanochat.eval.core import Scorer, evaluate, summarise
 
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.eval.core_bundle import load_bundle
     from nanochat.train.stage import session
 
-    # A mistake in the bundle must show before anything that takes time.
+    # First, so that a mistake in the bundle is reported before anything that takes time
     tasks, absent = load_bundle(knobs.core) if knobs.core else ([], [])
     with session():
         if knobs.hf:

@@ -3,13 +3,19 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.model.config import ArchitectureKnobs, AttentionPriorKnobs, GPTConfig
 from nanochat.train.knobs import TrainKnobs
 from nanochat.train.scaling import USEFUL_PASSES, LookbackKnobs, Shape, with_lookback
+
+if TYPE_CHECKING:
+    from nanochat.base.runtime import Runtime
+    from nanochat.model.checkpoint import Checkpoint
+    from nanochat.model.gpt import GPT
 
 PROMPTS = (
     "The",
@@ -59,7 +65,7 @@ class PretrainKnobs(
         low=0,
     )
     document_attention: bool = knob(
-        False, "attend within documents only, also where several share a row"
+        False, "attend within documents only, even if several of them share a row"
     )
 
     def model_config(self, vocab_size: int) -> GPTConfig:
@@ -68,84 +74,94 @@ class PretrainKnobs(
         return GPTConfig(vocab_size=vocab_size, **self.dimensions(), **architecture)
 
 
-def check_prior_knobs(k: PretrainKnobs, stored: dict[str, Any] | None) -> None:
-    """UserError if the flags of the attention prior have no effect or differ from a resumed run."""
+def check_prior_knobs(knobs: PretrainKnobs, stored: dict[str, Any] | None) -> None:
+    """
+    UserError if flags of the attention prior have no effect, or differ from the `stored` knobs of
+    the run that resumes.
+    """
     for f in fields(AttentionPriorKnobs):
-        value = getattr(k, f.name)
-        if stored is not None and value != (before := stored.get(f.name, f.default)):
+        value = getattr(knobs, f.name)
+        before = value if stored is None else stored.get(f.name, f.default)
+        if value != before:
             raise UserError(
                 f"this run was started with {f.name}={before}, not {value}: leave the flag out, "
                 "or start another run with --model_tag=NAME"
             )
-        if not k.rap and value != f.default:
+        if not knobs.rap and value != f.default:
             raise UserError(f"--{f.name}={value} has no effect without --rap FILE")
+
+
+def build_model(
+    knobs: PretrainKnobs, resume_from: "Checkpoint | None", runtime: "Runtime", tokenizer: Any
+) -> "GPT":
+    """
+    The model as it is before the first step, with the attention prior that the knobs name. For a
+    run that resumes, the weights and the prior's tables are restored from the checkpoint later.
+    """
+    from nanochat.model import prior, prior_artifact
+    from nanochat.model.gpt import GPT
+
+    config = knobs.model_config(tokenizer.vocab_size)
+    if knobs.document_attention:
+        config.document_start = tokenizer.bos
+    spec, tables = None, {}
+    if resume_from:  # the checkpoint holds the prior; its file may be gone
+        config.rap = resume_from.config.rap
+    elif knobs.rap:
+        spec, tables = prior_artifact.prepare(
+            knobs, config, tokenizer.fingerprint, runtime.device, runtime.dtype
+        )
+        config.rap = spec if knobs.rap_mode == "bias" else None
+    model = GPT.build(config, runtime.device, runtime.dtype)
+    model.init_weights(knobs.seed)
+    if model.prior is not None:
+        model.prior.annealed = knobs.rap_gate == "annealed"
+        model.prior.load_state_dict(tables, strict=not resume_from)
+    elif spec is not None:
+        prior.warm_start(model, spec, tables, knobs.rap_alpha)
+        print0(f"W_Q and W_K start from the prior {spec['about']}")
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
-    k, origins = parse(PretrainKnobs, argv, command="base_train")
+    knobs, origins = parse(PretrainKnobs, argv, command="base_train")
     opening("base_train", log=True)
 
     from nanochat.base.runtime import choose_device
     from nanochat.data import inventory
     from nanochat.data.contexts import Contexts
-    from nanochat.data.shards import prepare
     from nanochat.data.sources import default_sources, training_sources
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.export.target import destinations
-    from nanochat.model import prior, prior_artifact
-    from nanochat.model.gpt import GPT
     from nanochat.study import report
     from nanochat.train import stage
     from nanochat.train.horizon import choose_horizon
     from nanochat.train.run import open_run, reserve_run, resume_knobs
 
-    tag = k.model_tag or f"d{k.depth}"
-
-    def build(runtime, tokenizer) -> GPT:
-        config = k.model_config(tokenizer.vocab_size)
-        if k.document_attention:
-            config.document_start = tokenizer.bos
-        spec, tables = None, {}
-        if resume_from:  # the checkpoint holds the prior; its file may be gone
-            config.rap = resume_from.config.rap
-        elif k.rap:
-            fingerprint = tokenizer.fingerprint
-            spec, tables = prior_artifact.prepare(
-                k, config, fingerprint, runtime.device, runtime.dtype
-            )
-            config.rap = spec if k.rap_mode == "bias" else None
-        model = GPT.build(config, runtime.device, runtime.dtype)
-        model.init_weights(k.seed)
-        if model.prior is not None:
-            model.prior.annealed = k.rap_gate == "annealed"
-            model.prior.load_state_dict(tables, strict=not resume_from)
-        elif spec is not None:
-            prior.warm_start(model, spec, tables, k.rap_alpha)
-            print0(f"W_Q and W_K start from the prior {spec['about']}")
-        return model
+    tag = knobs.model_tag or f"d{knobs.depth}"
 
     with stage.session():
         reserve_run("base", tag)
-        k, origins, resume_from = resume_knobs("base", tag, k, origins)
+        knobs, origins, resume_from = resume_knobs("base", tag, knobs, origins)
         if not resume_from:
-            on_cpu = choose_device(k.device_type).type == "cpu"
-            k, origins = with_lookback(k, origins, on_cpu, Tokenizer.load().vocab_size)
-            if not k.data:  # what is the default may be another when a later command asks
-                k, origins = replace(k, data=tuple(default_sources())), {**origins, "data": "rule"}
-        check_prior_knobs(k, resume_from.meta["knobs"] if resume_from else None)
-        fixed = origins["sequence_len"] != "default"
-        contexts = Contexts.parse(k.context_stages, k.sequence_len, fixed)
-        k = replace(k, sequence_len=contexts.longest)
-        sources = training_sources(k.data, k.skip_bad_rows)
+            on_cpu = choose_device(knobs.device_type).type == "cpu"
+            knobs, origins = with_lookback(knobs, origins, on_cpu, Tokenizer.load().vocab_size)
+            if not knobs.data:  # stored, because the default may be another one later
+                knobs = replace(knobs, data=tuple(default_sources()))
+                origins = {**origins, "data": "rule"}
+        check_prior_knobs(knobs, resume_from.meta["knobs"] if resume_from else None)
+        is_given = origins["sequence_len"] != "default"
+        contexts = Contexts.parse(knobs.context_stages, knobs.sequence_len, is_given)
+        knobs = replace(knobs, sequence_len=contexts.longest)
+        sources = training_sources(knobs.data, knobs.skip_bad_rows)
         characters = inventory.show(sources)
-        run = open_run("base", tag, k, origins, build, resume_from, began=began)
+        build = partial(build_model, knobs, resume_from)
+        run = open_run("base", tag, knobs, origins, build, resume_from, began=began)
         horizon = choose_horizon(run, characters)
         stage.compile_if_it_pays(run, horizon)
-        train, val = (
-            [(prepare(source, split, run.tokenizer), source.weight) for source in sources]
-            for split in ("train", "val")
-        )
+        train = stage.text_shards(run, sources, "train")
+        val = stage.text_shards(run, sources, "val")
         print0(f"  {destinations(run.model.config, run.tokenizer.digits)}")
         horizon, feed = stage.limited_feed(run, train, horizon, characters)
         stage.summarise_data(run, feed, val, horizon)

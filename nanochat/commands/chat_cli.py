@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanochat.base import knobs
 from nanochat.base.commands import near
-from nanochat.base.common import UserError, decoded, entry, human, opening, user_path
+from nanochat.base.common import UserError, counted, decoded, entry, human, opening, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import LARGEST_SEED, knob
 from nanochat.base.strangers import parse_json, read_bytes
@@ -80,7 +80,7 @@ class ChatKnobs(GenerationKnobs, AnyModelKnobs):
 
 
 class Speed:
-    """How many tokens generation brings, and how fast."""
+    """Counts the tokens that are generated, and measures how fast they come."""
 
     def __init__(self) -> None:
         self.began, self.first, self.last, self.tokens = time.monotonic(), 0.0, 0.0, 0
@@ -95,18 +95,20 @@ class Speed:
 
     def __str__(self) -> str:
         rate = (self.tokens - 1) / max(self.last - self.first, 1e-6)
-        counted = f"{self.tokens:,} token{'s' * (self.tokens != 1)}"
-        return f"{counted}, {human(rate)} tokens/s" if self.tokens > 1 else counted
+        tokens = counted(self.tokens, "tokens")
+        return f"{tokens}, {human(rate)} tokens/s" if self.tokens > 1 else tokens
 
 
 def cut_remark(cut: int, kept: int, context: int) -> str:
+    """What to say of a text whose first `cut` tokens do not fit into the context."""
     return (
-        f"[the context holds {context:,} tokens, and some are left for the answer: the model sees "
+        f"[the context holds {context:,} tokens, including those of the answer: the model sees "
         f"{kept:,} of {cut + kept:,}, because the first {cut:,} of the text were cut]"
     )
 
 
 def full_remark(context: int) -> str:
+    """What to say when a reply ends because the context is full."""
     return f"[stopped: the context of {context:,} tokens is full]"
 
 
@@ -118,7 +120,10 @@ def show_continuation(
     speed: Speed,
     echo: bool = False,
 ) -> str:
-    """Show what a model writes after a text, and the text itself with `echo`; -> why it ended."""
+    """
+    Show what a model writes after a text; with `echo`, also the text. Returns why it ended: "stop",
+    "length" or "context".
+    """
     context = engine.model.config.sequence_len
     bos, *tokens = engine.tokenizer.encode(text, bos=True)
     kept = tokens[1 - context + answer_room(context, sampling["max_tokens"]) :]
@@ -135,18 +140,19 @@ def show_continuation(
 
 class Chat:
     """
-    A conversation with a model that can be exchanged, and its display. In a base model's there are
-    no messages: each text is continued on its own.
+    A conversation with a model, and its display. The model can be replaced on the way. A base model
+    has no messages: it continues each text on its own.
     """
 
     def __init__(self, options: ChatKnobs, screen: Screen, prompt: Prompt | None = None):
         self.options, self.screen, self.prompt = options, screen, prompt
         self.messages: list[dict[str, Any]] = []
         self.text = ""  # what a base model continued last
-        self.unanswered = ""  # a question whose answer was stopped before it began
-        self.turn = 0  # answers so far, which the seed follows
+        self.unanswered = ""  # a question whose answer was stopped before its first word
+        self.turn = 0  # answers so far; each has a seed of its own
         self.dropped = 0  # exchanges that the context no longer holds
-        self.editing = self.leaving = False
+        self.editing = False  # the next text replaces the last question
+        self.leaving = False  # /quit was typed
         self.speed = Speed()
         self.use(*options.load(options.source))
 
@@ -165,8 +171,8 @@ class Chat:
 
     def run(self, texts: Iterable[str], forgiving: bool = True) -> None:
         """
-        Obey or answer each text, until /quit. A mistake in a command is shown, or raised as the
-        UserError that it is without `forgiving`; Ctrl+C in a terminal stops what goes on.
+        Run or answer each text, until /quit. A UserError is shown or, without `forgiving`, raised;
+        Ctrl+C in a terminal stops the current answer.
         """
         for text in map(str.strip, texts):
             try:
@@ -183,10 +189,10 @@ class Chat:
                 return
 
     def handle(self, text: str) -> None:
-        """Obey a command, or answer a text; "//text" is the text "/text"."""
+        """Run a command, or answer a text; "//text" is the text "/text"."""
         if re.match(r"/[A-Za-z]", text):
             self.editing = False
-            self.obey(text)
+            self.run_command(text)
             return
         if re.match(r"//[A-Za-z]", text):
             text = text[1:]
@@ -197,7 +203,8 @@ class Chat:
         elif text:
             self.answer(text)
 
-    def obey(self, line: str) -> None:
+    def run_command(self, line: str) -> None:
+        """Run a line "/NAME ARGUMENT". UserError if it is none of COMMANDS, or not usable."""
         name, *rest = line.split(maxsplit=1)
         text = rest[0] if rest else ""
         command = next((c for c in COMMANDS if name == c.name), None)
@@ -216,12 +223,12 @@ class Chat:
                 f"{name} needs a chat model: a base model continues each text on its own "
                 "(/model sft loads a chat model, if there is one)"
             )
-        command.method(self, text)
+        command.function(self, text)
 
     # ---- answers
 
     def answer(self, question: str) -> None:
-        """Show the answer as it is generated; if it is stopped, what there is counts."""
+        """Show the answer as it is generated; if it is stopped, the part shown is kept."""
         sampling = self.options.sampling(self.turn)
         self.turn += 1
         self.speed = Speed()
@@ -240,14 +247,17 @@ class Chat:
             self.screen.remark(f"[{self.speed}]")
 
     def _reply(self, question: str, sampling: dict[str, Any]) -> str:
-        """Reply to a question, which becomes part of the conversation; -> why the reply ended."""
+        """
+        Reply to a question and add both to the conversation. Returns why the reply ended: "stop",
+        "length" or "context".
+        """
         tokenizer = self.engine.tokenizer
         room = self.context - answer_room(self.context, sampling["max_tokens"])
         messages = [*self.messages, {"role": "user", "content": question}]
         conversation, dropped = fit_conversation(tokenizer, {"messages": messages}, room)
         if dropped > self.dropped:
             self.screen.remark(
-                f"[the context holds {self.context} tokens: forgot the oldest messages "
+                f"[the context holds {self.context:,} tokens: the model forgot the oldest messages "
                 f"({2 * dropped})]"
             )
         self.dropped = dropped
@@ -259,7 +269,7 @@ class Chat:
         try:
             steps = self.engine.generate(prompt, **sampling)
             self._show(reply.stream(self.speed.watch(steps)))
-        finally:  # also when it was stopped
+        finally:  # even if it was stopped
             if reply.finish or reply.content:
                 self.messages = [*messages, {"role": "assistant", "content": reply.content}]
                 self.unanswered = ""
@@ -280,42 +290,44 @@ class Chat:
 
     @property
     def _system(self) -> list[dict[str, Any]]:
-        """The instruction with which the conversation begins, if it has one."""
+        """A list of the instruction with which the conversation begins; empty without one."""
         return [m for m in self.messages[:1] if m["role"] == "system"]
 
     def last_question(self) -> str:
         """The text that was asked last. UserError if there is none."""
-        if text := self.unanswered if self.chats else self.text:
-            return text
+        last = self.unanswered if self.chats else self.text
+        if last:
+            return last
         if not self.chats or len(self.messages) == len(self._system):
             raise UserError(NO_QUESTION)
         return self.messages[-2]["content"]
 
     def drop_exchange(self) -> None:
-        """Take back the last question and its answer, if there are some."""
+        """Remove the last question and its answer, if there are any."""
         if self.unanswered:
             self.unanswered = ""
         elif self.chats and len(self.messages) > len(self._system):
             self.messages = self.messages[:-2]
 
     def replace_exchange(self, question: str) -> None:
-        """Answer a question in place of the last one, which stays if no answer begins."""
+        """Answer a question in place of the last one, which stays if the answer does not begin."""
         before = self.messages
         self.drop_exchange()
-        kept = self.messages
+        shortened = self.messages
         try:
             self.answer(question)
         finally:
-            if self.messages is kept and kept is not before:
+            # self.messages is still the shortened list if nothing was answered
+            if self.messages is shortened and shortened is not before:
                 self.messages, self.unanswered = before, ""
 
     def begin(self, messages: list[dict[str, Any]], remark: str) -> None:
-        """Begin another conversation."""
+        """Begin a new conversation, with these messages, and show a remark."""
         self.messages, self.text, self.unanswered, self.dropped = messages, "", "", 0
         self.screen.remark(f"[{remark}]")
 
 
-# ---- the commands: each is called with the chat and the text behind the command
+# ---- the commands: each function takes the chat and the text after the command
 
 
 def show_help(chat: Chat, _: str) -> None:
@@ -359,7 +371,7 @@ def save(chat: Chat, text: str) -> None:
     if len(chat.messages) == len(chat._system):
         raise UserError(NO_QUESTION)
     line = json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n"
-    data = line.encode("utf-8", "replace")  # a lone half of a surrogate pair becomes "?"
+    data = line.encode("utf-8", "replace")  # an unpaired surrogate becomes "?"
     try:
         if overwrite and not path.is_dir():
             atomic_write(path, data)
@@ -376,7 +388,7 @@ def save(chat: Chat, text: str) -> None:
 
 
 def load(chat: Chat, text: str) -> None:
-    """Read what save() writes. A question at its end is answered."""
+    """Continue the conversation in a file that save() wrote. A question at its end is answered."""
     path = user_path(text)
     try:
         lines = [line for line in decoded(read_bytes(path)).split("\n") if line.strip()]
@@ -434,11 +446,11 @@ def model(chat: Chat, text: str) -> None:
 
 def stats(chat: Chat, _: str) -> None:
     """Show how full the context is, how fast the last answer came, and the settings."""
-    tokens, kept = 0, chat.messages if chat.chats else []
-    if len(kept) > len(chat._system):
-        tokens = len(chat.engine.tokenizer.render_conversation({"messages": kept})[0])
+    messages, tokens = chat.messages if chat.chats else [], 0
+    if len(messages) > len(chat._system):
+        tokens = len(chat.engine.tokenizer.render_conversation({"messages": messages})[0])
     settings = ", ".join(f"{name} {getattr(chat.options, name)}" for name in SETTINGS)
-    exchanges = (len(kept) - len(chat._system)) // 2
+    exchanges = (len(messages) - len(chat._system)) // 2
     chat.screen.remark(
         f"{chat.loaded.describe()}\n"
         f"{exchanges} questions and answers, {tokens:,} tokens; "
@@ -452,12 +464,12 @@ def leave(chat: Chat, _: str) -> None:
 
 
 class Command(NamedTuple):
-    """A line that begins with /. An argument in brackets may be left out."""
+    """A command of the chat, such as /help."""
 
     name: str
-    argument: str
+    argument: str  # as the help shows it; one in brackets may be left out
     help: str
-    method: Callable[[Chat, str], object]
+    function: Callable[[Chat, str], object]
     chats: bool = False  # whether it needs a chat model
 
 

@@ -1,5 +1,6 @@
 """Ask a model the questions of tasks and report its accuracy with intervals, by task and stage."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,9 +63,10 @@ class EvaluateChatKnobs(AnyModelKnobs, ExportedModelKnobs, MachineKnobs):
 
 def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
     """
-    The tasks with these names, in any case, reading their data from `task_dir` if given. "all" is
-    the six of ChatCORE that can be judged on this machine, "tinyworld" all kinds of that. Raises
-    UserError for an unknown name, or when replies to the task cannot be judged here.
+    The tasks with these names, in upper or lower case, which read their data from `task_dir` if
+    that is given. "all" means those of the six ChatCORE tasks that can be judged on this machine,
+    "tinyworld" all tasks of tinyworld. UserError for an unknown name, or a named task whose replies
+    cannot be judged here.
     """
     known = [task.name for task in TASKS]
     chosen: dict[str, Task] = {}
@@ -93,10 +95,13 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
 
 
 def questions_of(tasks: Sequence[Task], n: int, seed: int) -> list[tuple[Task, list[Item]]]:
-    """Every task with its held-out questions: n per task; the kinds of tinyworld share n."""
+    """Every task with n held-out questions; the tasks of tinyworld have n together."""
     kinds = sum(task.name.startswith("tinyworld/") for task in tasks)
-    each = {task.name: -(-n // kinds) if "/" in task.name else n for task in tasks}
-    return [(task, task.items("val", each[task.name], seed)) for task in tasks]
+    questions = []
+    for task in tasks:
+        count = math.ceil(n / kinds) if "/" in task.name else n
+        questions.append((task, task.items("val", count, seed)))
+    return questions
 
 
 def ask(
@@ -144,7 +149,8 @@ def evaluate(
         loaded = load_for_inference(knobs.source, knobs.model_tag, knobs.step, *machine)
         engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     began = time.monotonic()
-    summary, seconds = ask(knobs, engine, questions), time.monotonic() - began
+    summary = ask(knobs, engine, questions)
+    seconds = time.monotonic() - began
     name, stages = knobs.hf, {"exported": summary}
     if isinstance(loaded, Loaded):
         checkpoint = loaded.checkpoint

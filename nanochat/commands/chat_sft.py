@@ -30,7 +30,7 @@ class FinetuneKnobs(LaterStageKnobs, ConversationKnobs):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
-    k, origins = parse(FinetuneKnobs, argv, command="chat_sft")
+    knobs, origins = parse(FinetuneKnobs, argv, command="chat_sft")
     opening("chat_sft", log=True)
 
     from nanochat.study import report
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.train.run import open_from_parent
 
     with stage.session():
-        run = open_from_parent("sft", k.source, k, origins, began)
+        run = open_from_parent("sft", knobs.source, knobs, origins, began)
         horizon = conversation_horizon(run, run.knobs.conversations_per_step)
         stage.compile_if_it_pays(run, horizon, one_shape=False)
         stage.choose_conversations(run)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from nanochat.export.target import Target
     from nanochat.model.checkpoint import Loaded
 
-SAMPLING = {"temperature": 0.6, "top_k": 50}  # what the chats use
+SAMPLING = {"temperature": 0.6, "top_k": 50}  # the defaults of chat_cli, for the exported files
 DTYPES = {"hf": ("f32", "bf16", "f16"), "gguf": ("f32", "bf16", "f16", "q8_0")}
-GREEDY_TOKENS = 64
+GREEDY_TOKENS = 64  # of each reply that is compared with llama.cpp
 
 
 @dataclass(kw_only=True)
@@ -82,10 +82,11 @@ def _folder_to_write(out: str, loaded: "Loaded", to: str) -> Path:
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """
-    A new folder beside `folder`, which takes its place when the block ends; if the block fails,
-    `folder` stays as it was. What a killed export has left there is deleted.
+    Yields the path of a new folder, which replaces `folder` when the block ends; if the block
+    fails, `folder` stays as it was. What a killed export left behind is deleted.
     """
-    new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "replaced"))
+    new = folder.with_name(f"{folder.name}.unfinished")
+    old = folder.with_name(f"{folder.name}.replaced")
     shutil.rmtree(new, ignore_errors=True)
     try:
         yield new
@@ -94,14 +95,14 @@ def _replacing(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    finally:  # never leave a model that nobody has checked
+    finally:  # leave no model that was not checked
         shutil.rmtree(new, ignore_errors=True)
 
 
 def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) -> str:
     """
-    Write the folder without its card, reload it, and say how far its logits are from ours.
-    UserError beyond the tolerance.
+    Write the folder without its card, reload it, and return how far its logits are from the
+    original's, in words. UserError if that is beyond the tolerance.
     """
     from nanochat.export.hf import TOLERANCE, compare_logits, write_folder
 
@@ -124,7 +125,7 @@ def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) ->
 
 
 def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
-    """How many greedy tokens of llama.cpp equal ours, and of how many."""
+    """(greedy tokens of llama.cpp that equal those of the original, tokens compared)."""
     from nanochat.chat.generate import Engine
     from nanochat.export.gguf_file import LlamaCpp
 
@@ -138,7 +139,7 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
     with LlamaCpp(file, loaded.model.config.sequence_len) as llama:
         for prompt in prompts:
             ours = engine.generate_batch([prompt], max_tokens=GREEDY_TOKENS, temperature=0.0)[0]
-            # where our calculator answers, llama.cpp's model is on its own
+            # Only up to where the calculator answers here, which llama.cpp does not have
             count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
             theirs = llama.greedy(prompt, GREEDY_TOKENS, tokenizer.never_sampled)[:count]
             equal += sum(a == b for a, b in zip(ours.tokens[:count], theirs, strict=False))
@@ -148,7 +149,8 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
 
 def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, name: str) -> str:
     """
-    Write the GGUF file and compare it with the original, in llama.cpp where that is installed.
+    Write the GGUF file, compare it with the original if llama.cpp is installed, and return the
+    result in words. UserError if weights in f32 give other tokens.
     """
     from nanochat.export.gguf_file import write_gguf
 
@@ -170,14 +172,14 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
             "please report it with the model's knobs"
         )
     if equal != total:
-        checked += f" with weights in {dtype} (an answer goes its own way after one difference)"
+        checked += f" with weights in {dtype} (after one difference, the rest of an answer differs)"
     return checked
 
 
 def _describe(
     values: ExportKnobs, loaded: "Loaded", target: "Target", folder: Path, checked: str, name: str
 ) -> None:
-    """nanochat.json, which tells where the export came from, and the model card."""
+    """Write the model card, and nanochat.json, which says where the export came from."""
     from nanochat.base import logbook
     from nanochat.base.files import sha256_file
     from nanochat.export.card import model_card
@@ -225,7 +227,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.export.target import choose_target
     from nanochat.model.checkpoint import load_for_inference
 
-    require_transformers() if kind == "hf" else require_gguf()
+    if kind == "hf":
+        require_transformers()
+    else:
+        require_gguf()
     loaded = load_for_inference(
         values.source, values.model_tag, values.step, device_type="cpu", dtype="float32"
     )

@@ -28,11 +28,10 @@ class MidtrainKnobs(LaterStageKnobs, ConversationKnobs):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
-    k, origins = parse(MidtrainKnobs, argv, command="mid_train")
+    knobs, origins = parse(MidtrainKnobs, argv, command="mid_train")
     opening("mid_train", log=True)
 
     from nanochat.data import inventory
-    from nanochat.data.shards import prepare
     from nanochat.data.sources import check_weights, training_sources
     from nanochat.eval.tasks import mixture
     from nanochat.study import report
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from nanochat.train.run import open_from_parent
 
     with stage.session():
-        run = open_from_parent("mid", "base", k, origins, began)
+        run = open_from_parent("mid", "base", knobs, origins, began)
         T = run.model.config.sequence_len
         rows = whole_rows(run.knobs.total_batch_size, T) or run.stored("rows")
         horizon = conversation_horizon(run, rows or run.parent.meta["horizon"]["rows"])
@@ -50,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         texts = training_sources(run.knobs.text, run.knobs.skip_bad_rows) if run.knobs.text else []
         inventory.show(texts)
         check_weights([*mixture.parse(run.knobs.data), *texts])
-        shards = stage.conversation_shards(run, "train")
-        for source in texts:
-            shards.append((prepare(source, "train", run.tokenizer), source.weight))
+        shards = stage.conversation_shards(run, "train") + stage.text_shards(run, texts, "train")
         feed = stage.row_feed(run, shards, horizon)
         val = stage.conversation_shards(run, "val")
         stage.summarise_data(run, feed, val, horizon)

@@ -5,17 +5,20 @@ Train a model on your own text, from nothing to a chat, offline and in one go.
     nanochat mine FOLDER NOTES.txt --hours 8   more text, more time
     nanochat mine FOLDER --dry_run             only says what was found
 
-The text is read, and a tokenizer and a model of a size that suits text and time are trained on it
-and on the embedded corpus, which teaches what a small text cannot: to answer, small talk, sums.
-Then it is trained on conversations, made from the text and of your own if there are some. At the
-end it says what the model can do and what it copied. If interrupted, the same command continues.
+The command reads the text, and trains a tokenizer and a model, whose size suits the text and the
+time, on it and on the embedded corpus, which teaches what a small text cannot: answers, small talk
+and sums. Then it trains the model on conversations that it makes from the text, and on your own if
+there are any. At the end it says what the model can do and what it copied. If interrupted, the same
+command continues.
 """
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +28,7 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, entry, human, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
-from nanochat.model.stages import STAGES, run_directory
+from nanochat.model.stages import STAGES, run_directory, step_folders
 from nanochat.train.chain import USUAL, Chain, Diary, begun, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
@@ -45,20 +48,22 @@ if TYPE_CHECKING:
     from nanochat.data.sources import Source
     from nanochat.model.config import GPTConfig
 
-SHARES = {"base": 0.42, "mid": 0.41, "sft": 0.17}  # of the time
+SHARES = {"base": 0.42, "mid": 0.41, "sft": 0.17}  # of the time for training
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
 CLOSING_SECONDS = 45.0  # questions and samples at the end
 STAGE_SECONDS = 20.0  # opening and compiling a stage
-COMPILING_PEAK = 2e11  # FLOP/s of matrix products
+COMPILING_PEAK = 2e11  # FLOP/s of matrix products; see compiling()
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
-LEAST = 20_000  # characters
-TELLING = 20  # characters of a line that is not said twice by chance
+LEAST_CHARACTERS = 20_000  # of text
+TELLING = 20  # characters of a line that is hardly repeated by chance
 MINUTES = 30.0  # of the chain, unless they are given
-LEAST_MINUTES, LEAST_SECONDS = 5, 60.0  # of the chain, of a stage
-# Conversations and steps with which the quickstart's model learned to converse, and as much again
-# for the text
-MADE, MID_STEPS, SFT_STEPS, CONVERSATIONS_PER_STEP = 12_000, 1200, 200, 64
-CHARACTERS_PER_MADE = 100  # of the text, at least, per conversation made from it
+LEAST_MINUTES = 5  # of the chain
+LEAST_SECONDS = 60.0  # of a stage
+# With half as many conversations and steps, the quickstart's model learned to converse; the other
+# half is for the text
+CONVERSATIONS, CONVERSATIONS_PER_STEP = 12_000, 64
+MID_STEPS, SFT_STEPS = 1200, 200
+CHARACTERS_PER_CONVERSATION = 100  # of the text, at least, per conversation made from it
 BYTES_PER_TOKEN = 4.0  # of a stored conversation, about
 EMBEDDED_TEXT = "everyday=tinyworld"
 READY_MADE = "quickstart"  # tag of a model that one can continue from
@@ -96,8 +101,9 @@ class MineKnobs(MachineKnobs):
 
 def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     """
-    Write everything that is found to text.jsonl and own.jsonl in `folder`, so that a later start
-    finds the same even if your files have changed. Returns counts, and the inventory in lines.
+    Copy all text to text.jsonl in `folder`, and your own conversations to own.jsonl, so that a
+    later start has the same data even if your files have changed. Returns their counts, and the
+    inventory as lines to print.
     """
     from nanochat.data import conversations, documents, inventory, rows, sources
 
@@ -105,22 +111,19 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     named = sources.parse_sources(knobs.data)
     if weights := [source for source in named if source.weight is not None]:
         raise UserError(
-            f"{weights[0].name} has a weight of {weights[0].weight:g}, and mine learns from all of "
+            f"{weights[0].name} has a weight of {weights[0].weight:g}, but mine learns from all of "
             "your text alike: leave the weights out"
         )
-    taken = inventory.take(named, knobs.me or None)
-    if knobs.me and not any("chats" in n for found in taken for n in found.conversations.values()):
-        problems = [problem for found in taken for problem in found.conversation_problems]
-        raise UserError(
-            f"--me={knobs.me} writes in no chat of this text; {(problems or ['there is none'])[0]}"
-        )
+    inventories = inventory.take(named, knobs.me or None)
+    if knobs.me:
+        check_person(knobs.me, inventories)
     counts: Counter[str] = Counter(documents=0, characters=0, bytes=0)
     report = rows.Report(limit=1 << 30)  # the inventory names what cannot be used
     with (
         (folder / "text.jsonl").open("w", encoding="utf-8") as text_file,
         (folder / "own.jsonl").open("w", encoding="utf-8") as own_file,
     ):
-        for source, found in zip(named, taken, strict=True):
+        for source, found in zip(named, inventories, strict=True):
             texts = documents.read_all(sources.files(source), source.field, report)
             for text in found.kept(texts) if found.documents else ():
                 text_file.write(json.dumps({"text": text}) + "\n")
@@ -129,21 +132,33 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
                 counts["bytes"] += len(text.encode())
             for path in map(Path, found.conversations):
                 for _, row in conversations.read(path, report, knobs.me or None, alone=False):
-                    if isinstance(item := conversations.checked(row), dict):  # else it is named
+                    item = conversations.checked(row)
+                    if isinstance(item, dict):  # else it is a problem that the inventory names
                         own_file.write(json.dumps({"messages": item["messages"]}) + "\n")
-    if counts["characters"] < LEAST:
+    if counts["characters"] < LEAST_CHARACTERS:
         raise UserError(
             f"{' '.join(knobs.data)} holds only {counts['characters']:,} characters of text, too "
-            f"few to learn a language from: give at least {LEAST:,}; a good start is 300,000"
+            f"few to learn a language from: give at least {LEAST_CHARACTERS:,}; a good start is "
+            "300,000"
         )
     kept = unseen_conversations(folder)
-    return {**counts, **kept, "inventory": inventory.as_lines(taken)}
+    return {**counts, **kept, "inventory": inventory.as_lines(inventories)}
+
+
+def check_person(me: str, inventories: Sequence[Any]) -> None:
+    """UserError unless one of the inventories has a chat in which this person writes."""
+    counts = [n for found in inventories for n in found.conversations.values()]
+    if not any("chats" in n for n in counts):
+        problems = [problem for found in inventories for problem in found.conversation_problems]
+        reason = problems[0] if problems else "there is none"
+        raise UserError(f"--me={me} writes in no chat of this text; {reason}")
 
 
 def unseen_conversations(folder: Path) -> dict[str, int]:
     """
-    Leave out of own.jsonl what it has twice, and what the held-out text says too: a chat is in
-    both, and each is divided by itself. Returns how many conversations stay, and their bytes.
+    Remove from own.jsonl duplicates, and conversations with a line of the held-out text: chats are
+    in both, and the two are split separately. Returns how many conversations are left, and their
+    bytes.
     """
     from nanochat.eval.own_text import documents
 
@@ -153,20 +168,25 @@ def unseen_conversations(folder: Path) -> dict[str, int]:
     def without_name(line: str) -> str:
         return line.partition(": ")[2].strip() or line.strip()
 
-    lines = (line for text in documents(own_source(folder), "val") for line in text.splitlines())
-    held_out = {said for line in lines if len(said := without_name(line)) >= TELLING}
+    held_out = set()
+    for text in documents(own_source(folder), "val"):
+        held_out.update(map(without_name, text.splitlines()))
+    held_out = {line for line in held_out if len(line) >= TELLING}
     path, kept = folder / "own.jsonl", []
     for row in dict.fromkeys(path.read_text(encoding="utf-8").splitlines()):
-        contents = (str(message["content"]) for message in json.loads(row)["messages"])
-        said = (without_name(line) for content in contents for line in content.splitlines())
-        if held_out.isdisjoint(said):
+        contents = [str(message["content"]) for message in json.loads(row)["messages"]]
+        lines = [without_name(line) for content in contents for line in content.splitlines()]
+        if held_out.isdisjoint(lines):
             kept.append(row + "\n")
     atomic_write(path, "".join(kept))
     return {"conversations": len(kept), "conversation_bytes": sum(map(len, kept))}
 
 
 def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Make conversations from the training text, and questions from the held-out text."""
+    """
+    Make conversations from the training text (made.jsonl), and questions from the held-out text
+    (questions.jsonl). Returns their counts, and the bytes of the former.
+    """
     from nanochat.eval.own_text import documents
     from nanochat.eval.tasks.owntext import JUDGED, KINDS, TextQuestions
 
@@ -183,7 +203,7 @@ def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
 
 
 def own_source(folder: Path) -> "Source":
-    """The text that was read, as a source."""
+    """The text in text.jsonl, as a source."""
     from nanochat.data.sources import training_sources
 
     return training_sources([f"text={folder / 'text.jsonl'}"])[0]
@@ -193,7 +213,7 @@ def own_source(folder: Path) -> "Source":
 
 
 def minutes_of(knobs: MineKnobs) -> float:
-    """The time for everything. UserError if it is given twice."""
+    """The minutes for everything. UserError if they are given twice, or too few."""
     if knobs.minutes and knobs.hours:
         raise UserError(
             f"--minutes={knobs.minutes:g} and --hours={knobs.hours:g} set two budgets: give one"
@@ -209,22 +229,28 @@ def minutes_of(knobs: MineKnobs) -> float:
 
 def seconds_for(stage: str, knobs: MineKnobs, diary: Diary) -> float:
     """
-    The time of a stage: its share of what is left for it and the later ones, or a minute if that
-    is more, because a chain that runs over its time is worth more than one that breaks off.
+    The time of a stage: its share of the time that is left for it and the later ones, but at least
+    a minute, because a chain that takes longer is worth more than one that is incomplete.
     """
-    left = 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
     later = dict(list(SHARES.items())[list(SHARES).index(stage) :])
-    return max(LEAST_SECONDS, split_budget(max(1.0, left), later)[stage])
+    return max(LEAST_SECONDS, split_budget(max(1.0, seconds_left(knobs, diary)), later)[stage])
+
+
+def seconds_left(knobs: MineKnobs, diary: Diary) -> float:
+    """The time that is left for training; below 0 if the chain is late."""
+    return 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
 
 
 def best_shape(
     knobs: MineKnobs, diary: Diary, tokens: float, vocab_size: int
 ) -> tuple[tuple[int, int], float]:
-    """(layers, width) that suit the time and a text of `tokens`, and the FLOP/s of this machine."""
-    seconds = 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
+    """
+    ((layers, width) that suit the time and a text of `tokens`, FLOP/s of matrix products on this
+    machine).
+    """
     _, peak = expected_speed(knobs, vocab_size=vocab_size, sequence_len=256, n_head=4, n_kv_head=4)
-    worth = USEFUL_PASSES * tokens + 3 * EVERYDAY_TOKENS  # of the latter in all stages
-    return shape_for(USUAL * peak * seconds, worth, vocab_size), peak
+    useful = USEFUL_PASSES * tokens + 3 * EVERYDAY_TOKENS  # the latter once per stage
+    return shape_for(USUAL * peak * seconds_left(knobs, diary), useful, vocab_size), peak
 
 
 def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> str:
@@ -254,29 +280,28 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
     )
     if own >= useful:
         print0(
-            f"more than {USEFUL_PASSES} passes would only learn the text by heart: more text would "
-            "help, more time would not"
+            f"more than {USEFUL_PASSES} passes would only memorise the text: more text would help, "
+            "more time would not"
         )
     diary.notes["batch"] = batch
-    # a run of several passes looks after each of them whether held-out loss has turned
-    pass_steps = -(-tokens * expected // (own * batch))
-    every = f" --eval_every={pass_steps:.0f}" if own > 2 * tokens else ""
-    # a faster machine than expected reads more, if there is more to read
-    end = f" --num_iterations={max(1, round(expected / batch))}" if own >= useful else ""
-    return (
+    flags = (
         f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
         f"--total_batch_size={batch} --max_minutes={seconds / 60:.2f} --patience=2 "
-        f"--warmdown_ratio=1{end}"
-        + every
-        + f" --lookback={'on' if minutes_of(knobs) <= LOOKBACK_MINUTES else 'off'}"
-        + compiling(seconds, peak)
+        "--warmdown_ratio=1"
     )
+    if own >= useful:  # else a machine that is faster than expected reads more
+        flags += f" --num_iterations={max(1, round(expected / batch))}"
+    if own > 2 * tokens:  # evaluate after every pass whether held-out loss still falls
+        flags += f" --eval_every={math.ceil(tokens * expected / (own * batch))}"
+    lookback = "on" if minutes_of(knobs) <= LOOKBACK_MINUTES else "off"
+    return f"{flags} --lookback={lookback}{compiling(seconds, peak)}"
 
 
 def compiling(seconds: float, peak: float) -> str:
     """
-    The flag that a stage of so many seconds needs, because compiling takes 30 s on two idle cores
-    with a peak of COMPILING_PEAK and longer on slow or busy ones. Later stages inherit it.
+    The flag " --compile=off" for a stage that is too short to compile, else "". Compiling takes
+    30 s on two idle cores with a peak of COMPILING_PEAK, and longer on slow or busy ones. Later
+    stages inherit the flag.
     """
     pays = seconds >= COMPILE_PAYS_SECONDS * max(0.5, COMPILING_PEAK / peak)
     return "" if pays else " --compile=off"
@@ -284,8 +309,7 @@ def compiling(seconds: float, peak: float) -> str:
 
 def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
     """
-    The length of a later stage: its share of the time, or the steps after which the quickstart's
-    model had learned to converse, or as many as pretraining had, whichever comes first.
+    The flags of a later stage's length: its share of the time or most_steps, whichever ends first.
     """
     seconds, speed = seconds_for(stage, knobs, diary), diary.notes["speed"]
     steps, tokens = most_steps(stage, diary), diary.notes["batch"]
@@ -301,13 +325,16 @@ def plan_later(stage: str, knobs: MineKnobs, diary: Diary) -> str:
 
 
 def most_steps(stage: str, diary: Diary) -> int:
-    """Steps after which a later stage is over, even if there is time left."""
-    before = diary.notes["steps"]
-    return max(SFT_STEPS, before // 5) if stage == "sft" else max(MID_STEPS, before)
+    """
+    Steps after which a later stage ends even if there is time left: enough to learn to converse or,
+    if that is more, as many as in pretraining (a fifth as many in finetuning).
+    """
+    pretraining = diary.notes["steps"]
+    return max(SFT_STEPS, pretraining // 5) if stage == "sft" else max(MID_STEPS, pretraining)
 
 
 def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
-    """Tokenise the conversations of a later stage, whose own time is then left for training."""
+    """Tokenise the conversations of a later stage before its own time starts."""
     from nanochat.eval.tasks import mixture
     from nanochat.model.checkpoint import locate
 
@@ -317,43 +344,44 @@ def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
 
 def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, float]:
     """
-    The data of a later stage with their shares: own text and the conversations made from it, your
-    own, those of the embedded corpus, and a name. Nothing that is yours is read more often than is
-    useful; the embedded corpus has the rest.
+    {source: share} of a later stage: in midtraining your text, the conversations made from it,
+    your own conversations, those about the model's name, and the embedded corpus. Nothing of yours
+    is read more often than is useful; the embedded corpus has the rest.
     """
-    notes, pretrains = diary.notes, stage == "mid"
+    notes, has_text = diary.notes, stage == "mid"
     everyday = knobs.everyday / 2 if knobs.start else knobs.everyday  # it converses already
     expected = min(
         most_steps(stage, diary) * notes["batch"],
         seconds_for(stage, knobs, diary) * notes["speed"],
     )
 
-    def most(share: float, tokens: float, passes: float = USEFUL_PASSES) -> float:
+    def limited(share: float, tokens: float, passes: float = USEFUL_PASSES) -> float:
+        """The share, of what `everyday` leaves, but no more than so many passes over the tokens."""
         return min(share * (1 - everyday), passes * tokens / expected)
 
-    # pretraining has read the text already, unless a model was taken over
-    again = USEFUL_PASSES if knobs.start else 1
-    replay = most(0.5, notes["tokens"], again) if pretrains else 0.0
-    found = 0.0
+    # Pretraining has read the text already, unless a model was taken over
+    passes = USEFUL_PASSES if knobs.start else 1
+    text = limited(0.5, notes["tokens"], passes) if has_text else 0.0
+    own = 0.0
     if notes["conversations"] > 1:
-        found = most(0.6, notes["conversation_bytes"] / BYTES_PER_TOKEN)
-    share = max(0.2, 1 - (replay + found) / (1 - everyday))
-    made = most(share, notes["made_bytes"] / BYTES_PER_TOKEN)
-    embedded = 1 - replay - found - made if everyday else 0.0
+        own = limited(0.6, notes["conversation_bytes"] / BYTES_PER_TOKEN)
+    rest = max(0.2, 1 - (text + own) / (1 - everyday))
+    made = limited(rest, notes["made_bytes"] / BYTES_PER_TOKEN)
+    embedded = 1 - text - own - made if everyday else 0.0
     shares = {
         f"made={folder / 'made.jsonl'}": made,
-        f"own={folder / 'own.jsonl'}": found,
+        f"own={folder / 'own.jsonl'}": own,
         "identity@400": 0.05,
         f"everyday@{min(32_000, round(1600 * minutes_of(knobs)))}": embedded,
     }
-    if pretrains:
-        shares[f"text={folder / 'text.jsonl'}"] = replay
+    if has_text:
+        shares[f"text={folder / 'text.jsonl'}"] = text
         shares[embedded_text(embedded * expected)] = embedded / 5
     return {source: round(share, 4) for source, share in shares.items() if share >= 0.001}
 
 
 def embedded_text(tokens: float) -> str:
-    """As much of the embedded corpus as a stage can use that reads so many tokens of it."""
+    """The embedded corpus as a source, as large as a stage needs that reads so many tokens."""
     return f"{EMBEDDED_TEXT}@{min(9, max(1, round(tokens * BYTES_PER_TOKEN / 1e6)))}"
 
 
@@ -365,13 +393,15 @@ def conversation_specs(shares: Mapping[str, float]) -> tuple[list[str], list[str
 
 
 def later_flags(
-    stage: str, knobs: MineKnobs, talks: Sequence[str], texts: Sequence[str]
+    stage: str, knobs: MineKnobs, specs: Sequence[str], texts: Sequence[str]
 ) -> list[str]:
     """The flags of a later stage, except its length."""
-    flags = ["--data", *talks, f"--name={knobs.name}", "--warmdown_ratio=1"]
+    flags = ["--data", *specs, f"--name={knobs.name}", "--warmdown_ratio=1"]
     if stage == "sft":
         return [*flags, f"--conversations_per_step={CONVERSATIONS_PER_STEP}", "--init_lr_frac=0.5"]
-    return [*flags, "--lr_scale=0.5", *(["--text", *texts] if texts else [])]
+    if texts:
+        flags += ["--text", *texts]
+    return [*flags, "--lr_scale=0.5"]
 
 
 # ---- the chain
@@ -379,8 +409,8 @@ def later_flags(
 
 def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, Any]:
     """
-    Train a tokenizer on the text and half as much of the embedded corpus; what it is, and how many
-    tokens the text has.
+    Train a tokenizer on the text and half as much of the embedded corpus. Returns its size and
+    fingerprint, and how many tokens the text has.
     """
     from nanochat.commands import tok_train
     from nanochat.data.shards import prepare
@@ -402,8 +432,8 @@ def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, Any]
 
 def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
     """
-    Copy the furthest stage of the model that --from names, as if it were the pretrained model of
-    this one. What a later stage needs to know of pretraining.
+    Copy the furthest stage of the model that --from names, to take the place of a pretrained model.
+    Returns what later stages need to know about pretraining.
     """
     from nanochat.data.shards import prepare
     from nanochat.model.checkpoint import choose
@@ -423,7 +453,7 @@ def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
 
 
 def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
-    """Everything that is measured at the end; also kept in summary.json."""
+    """What is measured at the end; it is also written to summary.json."""
     from nanochat.eval import own_text
     from nanochat.eval.tasks import owntext, tinyworld
     from nanochat.model.checkpoint import load_for_inference
@@ -439,7 +469,7 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     }
     bits = {stage: own_text.bits_per_byte(loaded, source) for stage, loaded in writers.items()}
     writer = min(bits, key=bits.__getitem__)  # the stage that predicts the text best
-    found = {
+    results = {
         "writer": writer,
         "bits_per_byte": {
             "model": bits[writer],
@@ -452,12 +482,12 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
     tasks = owntext.tasks(questions)
-    found["talk"] = own_text.replies(chat, [*TALK, *owntext.about_names(questions, 2)])
-    found["own"] = own_text.answers(chat, tasks, QUESTIONS)
+    results["talk"] = own_text.replies(chat, [*TALK, *owntext.about_names(questions, 2)])
+    results["own"] = own_text.answers(chat, tasks, QUESTIONS)
     everyday = [tinyworld.TASKS[kind] for kind in dict.fromkeys(EVERYDAY)]
-    found["embedded"] = own_text.answers(chat, everyday, QUESTIONS // 3)
-    atomic_write(folder / "summary.json", json.dumps(found, indent=1))
-    return found
+    results["embedded"] = own_text.answers(chat, everyday, QUESTIONS // 3)
+    atomic_write(folder / "summary.json", json.dumps(results, indent=1))
+    return results
 
 
 def exports(config: "GPTConfig", digits: int) -> bool:
@@ -472,42 +502,42 @@ def exports(config: "GPTConfig", digits: int) -> bool:
 
 
 def slow_lines(notes: Mapping[str, Any]) -> list[str]:
-    """What to know of a model whose machine was much slower than the plan took it to be."""
+    """A line about a machine that was less than half as fast as planned; else no line."""
     expected = notes.get("expected_speed", 0)
     if notes["speed"] * 2 > expected:
         return []
     return [
-        f"the machine trained at {human(notes['speed'])} tokens per second, and the plan had "
-        f"counted on {human(expected)}: if it was busy, the same on a quiet one, with "
-        "--model_tag=NAME, or with more minutes, gives a better model"
+        f"the machine trained at {human(notes['speed'])} tokens per second, but the plan expected "
+        f"{human(expected)}: if it was busy, train again under another --model_tag=NAME while it "
+        "is not, or with more minutes, for a better model"
     ]
 
 
-def verdict(knobs: MineKnobs, found: dict[str, Any], diary: Diary) -> str:
-    """What was measured, for people, and how to go on."""
+def verdict(knobs: MineKnobs, results: dict[str, Any], diary: Diary) -> str:
+    """What was measured, and how to go on, as text to print."""
     from nanochat.eval import own_text
 
-    kinds = {**found["own"]["kinds"], **found["embedded"]["kinds"]}
+    kinds = {**results["own"]["kinds"], **results["embedded"]["kinds"]}
     tag = knobs.model_tag
+    with_code = "" if results["exports"] else " --with_code"
     return "\n".join(
         [
             "",
-            *own_text.sample_lines(found["samples"]),
+            *own_text.sample_lines(results["samples"]),
             "",
-            *own_text.predictor_lines(found["bits_per_byte"]),
+            *own_text.predictor_lines(results["bits_per_byte"]),
             "",
             *own_text.answer_lines({"kinds": kinds}),
             "",
             "What it replies in a chat:",
-            *(f"    {asked}\n    > {reply}" for asked, reply in found["talk"]),
+            *(f"    {asked}\n    > {reply}" for asked, reply in results["talk"]),
             "",
             f"{diary.seconds / 60:.1f} minutes in all",
             *slow_lines(diary.notes),
             f"to talk to it:        nanochat chat_cli -g {tag}     (or nanochat serve -g {tag})",
-            f"to let it continue:   nanochat base_complete -g {tag} -i {found['writer']}",
+            f"to let it continue:   nanochat base_complete -g {tag} -i {results['writer']}",
             f"its curves:           {base_dir() / 'report' / tag}.html",
-            f"to take it elsewhere: nanochat export -g {tag}"
-            + " --with_code" * (not found["exports"]),
+            f"to take it elsewhere: nanochat export -g {tag}{with_code}",
         ]
     )
 
@@ -519,19 +549,19 @@ def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
     notes = chain.diary.notes
     chain.step("reading", "reading", lambda: read_all(knobs, folder), noted=dict)
     print0("\n".join(notes["inventory"]))
-    most = notes["characters"] // CHARACTERS_PER_MADE
-    count = min(MADE, round(MADE * minutes_of(knobs) / 20), max(400, most))
-    making = lambda: write_conversations(folder, count, knobs.seed)  # noqa: E731
-    chain.step("conversations", "conversations", making, noted=dict)
+    count = min(
+        CONVERSATIONS,
+        round(CONVERSATIONS * minutes_of(knobs) / 20),
+        max(400, notes["characters"] // CHARACTERS_PER_CONVERSATION),
+    )
+    make = partial(write_conversations, folder, count, knobs.seed)
+    chain.step("conversations", "conversations", make, noted=dict)
     print0(f"made from the text: {notes['made']:,} conversations")
     if knobs.start:
-        taking = lambda: take_over(knobs, folder, chain.diary)  # noqa: E731
-        chain.step("base", "taking over", taking, noted=dict)
+        copy_model = partial(take_over, knobs, folder, chain.diary)
+        chain.step("base", "taking over", copy_model, noted=dict)
     else:
-        if (
-            any(run_directory("rl", READY_MADE).glob("step_*"))
-            and "tokenizer" not in chain.diary.done
-        ):
+        if step_folders(run_directory("rl", READY_MADE)) and "tokenizer" not in chain.diary.done:
             print0(
                 f"a model {READY_MADE} is trained here: --from {READY_MADE} --model_tag NAME keeps "
                 "its answers to everyday questions and learns less of your text"
@@ -563,23 +593,22 @@ def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
         if not notes.get("speed"):
             notes |= pretrained(knobs.model_tag)
         name = f"data of {stage}"
-        if name not in notes:  # decided once, because the shares follow from the time that is left
+        if name not in notes:  # decided once, because the shares depend on the time that is left
             notes[name] = shares_of(stage, knobs, folder, diary)
-        talks, texts = conversation_specs(notes[name])
-        flags = later_flags(stage, knobs, talks, texts)
-        rendering = lambda: render(stage, knobs, talks)  # noqa: E731
-        chain.step(name, "conversations", rendering)
+        specs, texts = conversation_specs(notes[name])
+        flags = later_flags(stage, knobs, specs, texts)
+        chain.step(name, "conversations", partial(render, stage, knobs, specs))
         if stage not in diary.lengths:
             diary.lengths[stage] = plan_later(stage, knobs, diary)
-    diary.save()  # a stage that is killed is continued with this length
+    diary.save()  # so that a stage that is killed continues with this length
     command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
     chain.train(stage, TITLES[stage], command, knobs, knobs.model_tag, flags)
 
 
 def budget(knobs: MineKnobs, diary: Diary) -> MineKnobs:
     """
-    The knobs with the minutes with which the chain was begun, unless they are given now; if others
-    are given, the stages that have not begun are planned anew.
+    The knobs, with the minutes with which the chain was begun unless others are given now; in that
+    case, the stages that have not begun are planned again.
     """
     before = diary.notes.get("minutes", minutes_of(knobs))
     if not (knobs.minutes or knobs.hours):
@@ -588,7 +617,8 @@ def budget(knobs: MineKnobs, diary: Diary) -> MineKnobs:
     if minutes_of(knobs) != before:
         diary.replan()
         for stage in SHARES:
-            if (name := f"data of {stage}") in diary.notes and not begun(stage, knobs.model_tag):
+            name = f"data of {stage}"
+            if name in diary.notes and not begun(stage, knobs.model_tag):
                 del diary.notes[name]
                 diary.done = [step for step in diary.done if step != name]
     return knobs
@@ -609,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"the model {knobs.model_tag} was begun on {' '.join(diary.notes['data'])}: "
             "give the same text to continue, or --model_tag=NAME for another model"
         )
-    if knobs.dry_run:  # not over the text of a model that was begun
+    if knobs.dry_run:  # elsewhere, not to replace the text of a model that was begun
         with TemporaryDirectory() as elsewhere:
             print0("\n".join(read_all(knobs, Path(elsewhere))["inventory"]))
         return {}
@@ -624,9 +654,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if stage not in diary.done:
             train(chain, stage, knobs, folder)
     with chain.display.working("questions"):
-        found = report(knobs, folder)
-    print0(verdict(knobs, found, diary))
-    return found
+        results = report(knobs, folder)
+    print0(verdict(knobs, results, diary))
+    return results
 
 
 if __name__ == "__main__":

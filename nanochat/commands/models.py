@@ -29,7 +29,7 @@ class ModelsKnobs:
 
 
 def table(records: Sequence[RunRecord]) -> str:
-    """One line per run."""
+    """A table for a terminal, with one line per run."""
     rows = []
     for r in records:
         accuracy = "" if r.accuracy is None else f"{r.accuracy:.1%} of {r.questions}"
@@ -53,7 +53,10 @@ def table(records: Sequence[RunRecord]) -> str:
 
 
 def chosen(names: Sequence[str], records: Sequence[RunRecord]) -> list[RunRecord]:
-    """The records that a person names. UserError for a name of none, or of what is no run."""
+    """
+    The records with these names, each once. UserError for a name that no record has, or one of a
+    folder that cannot be removed safely.
+    """
     by_name = {record.name: record for record in records}
     for name in names:
         if name not in by_name:
@@ -66,7 +69,7 @@ def chosen(names: Sequence[str], records: Sequence[RunRecord]) -> list[RunRecord
 
 
 def confirmed(records: Sequence[RunRecord]) -> bool:
-    """Whether a person at a terminal agrees to delete these runs."""
+    """Ask at the terminal whether to delete these runs. UserError if there is no terminal."""
     print0(table(records))
     if not sys.stdin.isatty():
         raise UserError("nobody can be asked whether to delete these runs: add --yes to do it")

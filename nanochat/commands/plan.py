@@ -26,13 +26,13 @@ SUBCOMMANDS = ("day", "arch", "memory", "probe", "recipe", "pilot")
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Subcommand -> (its module, what it does in a sentence), read without importing it."""
+    """{subcommand: (its module, a sentence about it)}, read without importing the modules."""
     plan = Path(__file__).parent.parent / "plan"
     return {name: (f"nanochat.plan.{name}", summary(plan / f"{name}.py")) for name in SUBCOMMANDS}
 
 
 def exports_to(config: dict[str, Any]) -> str:
-    """Where a model of this configuration can go, with the present tokenizer if there is one."""
+    """What a model of this configuration can be exported to, in words."""
     from nanochat.commands.tok_train import TrainTokenizerKnobs
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.export.target import destinations
@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # With --json nothing else may go to standard output.
     with redirect_stdout(sys.stderr) if values.json else nullcontext():
         report = module.run(values)
-        if planned := report.get("primary", report if name == "arch" else {}).get("config"):
-            report["exports"] = exports_to(planned)
+        planned = report if name == "arch" else report.get("primary", {})
+        if "config" in planned:
+            report["exports"] = exports_to(planned["config"])
             print0(f"  {report['exports']}")
     if values.json:
         print0(json.dumps(report))

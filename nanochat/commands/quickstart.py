@@ -29,12 +29,12 @@ class Lesson(NamedTuple):
 
     title: str
     steps: int
-    step_tokens: int  # that take as long as a step
+    step_tokens: int  # tokens of pretraining that take as long as one of these steps
     flags: str
 
     @property
     def work(self) -> int:
-        """The work of the stage, in tokens; a budget of time is divided by it."""
+        """The work of the stage, in tokens of pretraining; a time budget is split by it."""
         return self.steps * self.step_tokens
 
 
@@ -98,12 +98,12 @@ class QuickstartKnobs(MachineKnobs):
 
 
 def speed_here(knobs: QuickstartKnobs) -> tuple[float, float]:
-    """(Tokens per second of training, FLOP/s of matrix products): what to expect here."""
+    """As expected_speed, for the model that this command trains."""
     return expected_speed(knobs, vocab_size=2048, sequence_len=256, n_head=4, n_kv_head=4)
 
 
 def expectation(share: float) -> str:
-    """What is known about a run with this share of the steps."""
+    """What can be expected of a run with this share of the steps, as text to print."""
     known = " and ".join(f"{accuracy:.0%} with {part:.0%} of them" for part, accuracy in LEARNED)
     return f"{share:.0%} of the planned steps; right answers when it was measured: {known}"
 
@@ -112,8 +112,8 @@ def budget(
     knobs: QuickstartKnobs, origins: dict[str, str], diary: Diary
 ) -> tuple[QuickstartKnobs, bool]:
     """
-    The knobs with --minutes and --target as they were given when the chain was begun, unless they
-    are given now; whether that changes the budget, of which the diary takes note.
+    (knobs, whether the budget has changed). If neither --minutes nor --target is given now, they
+    are those with which the chain was begun. The diary stores them.
     """
     given = {name: getattr(knobs, name) for name in BUDGET if origins[name] != "default"}
     if len(given) > 1 and knobs.minutes:
@@ -129,7 +129,7 @@ def budget(
 
 
 def seconds_left(stage: str, tag: str) -> float:
-    """What a stage that is under way still takes, at its pace so far."""
+    """The seconds that a stage still takes at its speed so far; 0 if it has no step."""
     row = logbook.newest(run_directory(stage, tag), "train")
     return row["seconds"] * (1 / row["progress"] - 1) if row.get("progress") else 0.0
 
@@ -138,15 +138,16 @@ def plan(
     knobs: QuickstartKnobs, diary: Diary, stages: Sequence[str] = tuple(LESSONS)
 ) -> dict[str, str]:
     """
-    The length of each of the stages, as a flag: minutes with --minutes or on a slow machine, else
-    steps. Says what to expect.
+    {stage: flag of its length}: minutes with --minutes or on a slow machine, else steps. Prints
+    what to expect. UserError if the time is too short.
     """
     speed, peak = speed_here(knobs)
     lessons = {stage: LESSONS[stage] for stage in stages}
     seconds = sum(lesson.work for lesson in lessons.values()) / speed
     seconds += OPENING_SECONDS * len(lessons) / len(LESSONS)
+    under_way = [stage for stage in LESSONS if stage not in (*stages, *diary.done)]
     fixed = diary.seconds + CLOSING_SECONDS
-    fixed += sum(seconds_left(s, diary.tag) for s in LESSONS if s not in (*stages, *diary.done))
+    fixed += sum(seconds_left(stage, diary.tag) for stage in under_way)
     share = next((s for s, accuracy in LEARNED if accuracy - SPREAD >= knobs.target), 1.0)
     minutes = knobs.minutes or (fixed + share * seconds) / 60
     print0(
@@ -163,22 +164,25 @@ def plan(
     share = (60 * minutes - fixed) / seconds
     if share <= 0:
         raise UserError(
-            f"{minutes:g} minutes are too few, because {fixed / 60:.1f} are used already or needed "
-            "for the questions at the end: give --minutes more"
+            f"{minutes:g} minutes are too few, because {fixed / 60:.1f} are already used or needed "
+            "for the questions at the end: give more with --minutes"
         )
     print0(f"{minutes:g} minutes are enough for {expectation(share)}")
     return by_time(60 * minutes - fixed, stages)
 
 
 def by_time(seconds: float, stages: Sequence[str] = tuple(LESSONS)) -> dict[str, str]:
-    """The lengths of the stages in a budget of time; none is 0, which would be no limit."""
+    """{stage: --max_minutes of it} in a time budget; never 0, which would mean no limit."""
     shares = {stage: LESSONS[stage].work for stage in stages}
     split = split_budget(seconds, shares)
     return {stage: f"--max_minutes={max(0.01, t / 60):.2f}" for stage, t in split.items()}
 
 
 def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
-    """Lengths to train a finished chain further: a longer midtraining, the later stages anew."""
+    """
+    {stage: flags of its length} to train a finished chain further: midtraining becomes longer, and
+    the later stages start again. UserError without enough time, or without the pretrained model.
+    """
     from nanochat.model.checkpoint import new_run
 
     seconds = 60 * knobs.minutes - diary.seconds - CLOSING_SECONDS
@@ -186,27 +190,28 @@ def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
         raise UserError(
             f"the model {knobs.model_tag} has trained for {diary.seconds / 60:.1f} minutes: to "
             f"train it further, give --minutes of at least {diary.seconds / 60 + 3:.0f}, which "
-            "counts these"
+            "includes these"
         )
-    if not step_folders(base := run_directory("base", knobs.model_tag)):
+    base = run_directory("base", knobs.model_tag)
+    if not step_folders(base):
         raise UserError(
             f"the pretrained model, from which it would be trained further, is not in {base} any "
-            "more: begin another with --model_tag=NAME"
+            "more: begin another one with --model_tag=NAME"
         )
     lengths = by_time(seconds)
     flag, _, before = diary.lengths["mid"].partition("=")
-    more = 60 * sum(float(lengths[stage].split("=")[1]) for stage in ("base", "mid"))
-    before = float(before.split()[0])  # it may have been trained further before
+    added_minutes = sum(float(lengths[stage].split("=")[1]) for stage in ("base", "mid"))
+    before = float(before.split()[0])  # without the --new_horizon of an earlier such command
     if flag == "--max_minutes":
-        longer = f"{before + more / 60:.2f}"
+        longer = f"{before + added_minutes:.2f}"
     else:
         rows = {row["kind"]: row for row in logbook.read(run_directory("mid", knobs.model_tag))}
-        row = rows.get("summary", rows["train"])  # none if killed just before it
-        speed = row["step"] / row["seconds"]
-        longer = f"{before + more * speed:.0f}"
+        row = rows.get("summary", rows["train"])  # no summary if it was killed at the end
+        steps_per_second = row["step"] / row["seconds"]
+        longer = f"{before + 60 * added_minutes * steps_per_second:.0f}"
     for stage in ("sft", "rl"):
         with new_run(run_directory(stage, knobs.model_tag)):
-            pass  # the stage itself opens it
+            pass  # the stage will open the new run
     return {**lengths, "mid": f"{flag}={longer} --new_horizon=stretch"}
 
 
@@ -226,23 +231,24 @@ def sample_answers(knobs: QuickstartKnobs, stage: str) -> str:
 
 
 def verdict(summary: dict[str, Any], knobs: QuickstartKnobs, minutes: float) -> str:
-    """What works and what does not, and how to go on."""
+    """What works and what does not, and how to go on, as text to print."""
     kinds = sorted(summary["kinds"].items(), key=lambda kind: -kind[1]["accuracy"])
     lines = ["", f"It answers {summary['accuracy']:.1%} of {summary['n']} questions it never saw."]
     lines += [
         f"    {name:<11} {result['accuracy']:4.0%}   (guessing: {result['chance']:.0%})"
         for name, result in kinds
     ]
-    tag = "" if knobs.model_tag == QuickstartKnobs.model_tag else knobs.model_tag
+    tag = short_tag = ""
+    if knobs.model_tag != QuickstartKnobs.model_tag:
+        tag, short_tag = f" --model_tag {knobs.model_tag}", f" -g {knobs.model_tag}"
     if not knobs.minutes and summary["accuracy"] < knobs.target:
         weak = ", ".join(name for name, r in kinds if r["accuracy"] < knobs.target)
         lines.append(f"That is below the target of {knobs.target:.0%}: it is weak in {weak}.")
     lines += [
         "",
-        f"to train it further:  nanochat quickstart --minutes {1.5 * minutes:.0f}"
-        + f" --model_tag {tag}" * bool(tag),
-        f"to talk to it:        nanochat chat_cli{f' -g {tag}' * bool(tag)}     (in a browser: "
-        f"nanochat serve{f' -g {tag}' * bool(tag)})",
+        f"to train it further:  nanochat quickstart --minutes {1.5 * minutes:.0f}{tag}",
+        f"to talk to it:        nanochat chat_cli{short_tag}     (in a browser: "
+        f"nanochat serve{short_tag})",
     ]
     return "\n".join(lines)
 

@@ -39,8 +39,8 @@ class ServeKnobs(AnyModelKnobs, DeviceKnobs):
 
 def allowed_hosts(values: ServeKnobs) -> list[str]:
     """
-    The names under which the server answers: this machine's, its own address, and those that were
-    named.
+    The host names under which the server answers: localhost, the address that it listens on, those
+    of --allow_host and, if it listens on all addresses, the name of this machine.
     """
     from nanochat.chat.serve.guard import EVERYWHERE, LOOPBACK
 
@@ -50,7 +50,7 @@ def allowed_hosts(values: ServeKnobs) -> list[str]:
 
 
 def default_kv_bytes(device_type: str) -> float:
-    """The memory for keys and values of one model where --kv_gb names none."""
+    """The bytes for keys and values of one model if --kv_gb is 0."""
     import torch
 
     from nanochat.base.runtime import choose_device

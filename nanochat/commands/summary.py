@@ -31,7 +31,7 @@ class SummaryKnobs(MachineKnobs):
 def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
     """
     {stage: {tokens, minutes, val_bpb, accuracy, n, lo, hi, chance, kinds}} of every finished stage,
-    from its logbook; what was not evaluated is None.
+    from its logbook. Values that were not measured are None.
     """
     logs = {stage: logbook.read(run_directory(stage, tag)) for stage in STAGES}
     results = stage_results(logs)
@@ -52,7 +52,7 @@ def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
 
 
 def table(stages: dict[str, dict[str, Any]]) -> str:
-    """One line per stage."""
+    """The tokens, minutes and bits per byte of each stage, for a terminal."""
     rows = []
     for stage, figures in stages.items():
         bpb = figures["val_bpb"]

@@ -24,7 +24,7 @@ class TokenizeKnobs(ConversationKnobs):
     conversations: tuple[str, ...] = knob(
         (),
         "also tokenise these conversations, named as in --data of mid_train and chat_sft; "
-        "default = those that the two choose after this text",
+        "default = those that these commands choose by default after this text",
     )
     task_dir: str = knob("", "folder with the data sets, as for mid_train")
     dry_run: bool = knob(False, "say what the data holds, and stop")
@@ -68,8 +68,8 @@ def conversations(knobs: TokenizeKnobs, tokenizer: "Tokenizer") -> dict[str, int
         specs = knobs.conversations
         if specs == ("default",):
             specs = mixture.default(stage, knobs.data or default_sources())
-        made = mixture.of_stage(stage, specs, tokenizer, folder=folder, **options)
-        for split, shards in made.items():
+        splits = mixture.of_stage(stage, specs, tokenizer, folder=folder, **options)
+        for split, shards in splits.items():
             count = sum(part.total for part, _ in shards)
             tokens[f"conversations-{stage}-{split}"] = count
             print0(f"conversations of {stage} ({split}): {count:,} tokens")

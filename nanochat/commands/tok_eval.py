@@ -86,7 +86,10 @@ class EvaluateTokenizerKnobs(ReadingKnobs):
 
 
 def published_encodings(seconds: float) -> dict[str, Encode]:
-    """The published vocabularies that arrive in time, by name; a notice if one is missing."""
+    """
+    {name: encoder} of the published vocabularies that are downloaded within so many seconds; a
+    notice names the others.
+    """
     encodings: dict[str, Encode] = {}
     problem = f"no answer within {seconds:g} s"
 
@@ -97,7 +100,7 @@ def published_encodings(seconds: float) -> dict[str, Encode]:
         try:
             for name, published in PUBLISHED.items():
                 encodings[name] = tiktoken.get_encoding(published).encode_ordinary
-        except Exception as e:  # from the network, a proxy or a damaged cache: all the same here
+        except Exception as e:  # of the network, a proxy or a damaged cache, of any kind
             problem = type(e).__name__
 
     if seconds == 0:
@@ -115,7 +118,10 @@ def published_encodings(seconds: float) -> dict[str, Encode]:
 
 
 def measure(texts: list[str], tokenizer: "Tokenizer", published: dict[str, Encode]) -> dict:
-    """Sizes of the texts, and the compression by this tokenizer and by the published ones."""
+    """
+    The sizes of the texts, their compression by this tokenizer and by the published ones, and
+    whether decoding restores the texts ("exact").
+    """
     from nanochat.data.tokenizer import segments
 
     characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
@@ -138,8 +144,8 @@ def measure(texts: list[str], tokenizer: "Tokenizer", published: dict[str, Encod
 
 def table(rows: dict[str, dict], names: Sequence[str]) -> str:
     """
-    Characters and bytes per token, and for each published vocabulary its bytes per token and how
-    many more ours has.
+    A table for a terminal: characters and bytes per token of our tokenizer, and the bytes per token
+    of each published vocabulary in `names`, with ours relative to it in percent.
     """
     head = ["text", "characters", "chars/token", "bytes/token"]
     cells = []

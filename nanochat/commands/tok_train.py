@@ -50,7 +50,7 @@ class TrainTokenizerKnobs(ReadingKnobs):
 
 
 class CappedTexts:
-    """Texts cut to doc_cap characters each and max_chars in all; counts what it passes on."""
+    """Texts, cut to doc_cap characters each and max_chars in all, which it counts."""
 
     def __init__(self, texts: Iterable[str], knobs: TrainTokenizerKnobs, total: int):
         self.texts, self.knobs, self.total = texts, knobs, min(total, knobs.max_chars)
@@ -77,27 +77,28 @@ def save(tokenizer: "Tokenizer", directory: Path) -> None:
     """Save the tokenizer; a different one in `directory` is moved aside first."""
     try:
         old = tokenizer.load(directory)
-    except UserError:  # none, or a damaged one: nothing to keep
+    except UserError:  # there is none, or only a damaged one
         old = None
     if old and old.fingerprint != tokenizer.fingerprint:
         aside = directory.with_name(f"{directory.name}_{old.fingerprint[:8]}")
         if not aside.exists():
             directory.rename(aside)
         notice(
-            f"{directory} held a different tokenizer, which is now in {aside}, where models that "
-            "were trained with it find it"
+            f"{directory} held a different tokenizer, which is now in {aside}: models that were "
+            "trained with it are loaded with it from there"
         )
     tokenizer.save(directory)
 
 
 def restore(fingerprint: str) -> bool:
-    """Put the tokenizer with this fingerprint back where stages look; False if it is gone."""
+    """Make the tokenizer with this fingerprint the current one again; False if it is gone."""
     from nanochat.data.tokenizer import Tokenizer
 
     directory = base_dir() / "tokenizer"
     for folder in (directory, directory.with_name(f"tokenizer_{fingerprint[:8]}")):
-        with suppress(UserError):
-            if (tokenizer := Tokenizer.load(folder)).fingerprint == fingerprint:
+        with suppress(UserError):  # there is no tokenizer, or only a damaged one
+            tokenizer = Tokenizer.load(folder)
+            if tokenizer.fingerprint == fingerprint:
                 save(tokenizer, directory)
                 return True
     return False
@@ -105,8 +106,8 @@ def restore(fingerprint: str) -> bool:
 
 def in_chain(chain: Chain, train: Callable[[], dict[str, Any]]) -> None:
     """
-    The step of a chain that trains the tokenizer, whose results the diary keeps. Until pretraining
-    has begun, what another chain has put in its place is moved aside again.
+    The step of a chain that trains the tokenizer; the diary notes its results. If another chain has
+    replaced it before pretraining begins, the tokenizer of this chain is restored.
     """
     diary = chain.diary
     fingerprint = diary.notes.get("fingerprint")
@@ -128,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     names = ", ".join(source.name for source in sources)
     size = sum(part.size for source in sources for part in parts(source, "train"))
-    text = min(size, inventory.text_bytes_of(sources))  # a PDF has less of it than bytes
-    vocab_size = knobs.vocab_size or vocabulary_for(min(text, knobs.max_chars))
+    text_size = min(size, inventory.text_bytes_of(sources))  # a PDF is larger than its text
+    vocab_size = knobs.vocab_size or vocabulary_for(min(text_size, knobs.max_chars))
     print0(f"training a tokenizer with {vocab_size:,} tokens on {names}")
     started = time.monotonic()
     texts = CappedTexts(mixed(sources, "train"), knobs, size)

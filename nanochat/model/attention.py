@@ -1,11 +1,12 @@
 """
-Causal attention behind one signature.
+Causal attention, with one function for every device: `attend`.
 
-`attend` serves whole sequences (training, scoring); `cache.KVCache.attend` serves sequences that
+`attend` is for whole sequences (training, scoring); `cache.KVCache.attend` is for sequences that
 grow (prefill, decoding). Both compute the same: query i sees key j when j <= i and, in a layer with
-a window, i - j < window. An attention prior (`Bias`) adds to the scores in one of three forms that
-agree: "factored" (more columns of q and k), "flex" (FlexAttention) and "dense" (a T x T mask; the
-other forms never build anything T x T). Rotating and normalising q and k is the model's business.
+a window, i - j < window. An attention prior (`Bias`) is added to the scores in one of three forms
+with the same result: "factored" (extra columns of q and k), "flex" (FlexAttention) and "dense" (a
+T x T mask; the other forms never build anything T x T). The model rotates and normalises q and k
+before it calls these functions.
 """
 
 import functools
@@ -27,26 +28,27 @@ class Bias(NamedTuple):
 
         sum_g gate[h, g] sum_r u[i, r] w[j, r]  +  place_gate[h] * place[...]
 
-    where r goes over the columns of group g, and place is indexed with [i - j], [h, i - j] or
-    [i, j], depending on its shape.
+    The first sum goes over the groups of the prior's terms and r over the columns of group g: these
+    terms depend on tokens. `place` is the term that depends on positions only; it is indexed with
+    [i - j], [h, i - j] or [i, j], depending on its shape.
     """
 
     u: Tensor  # (B, T, R), one row per query
     w: Tensor  # (B, keys, R), one row per key, from position 0
     gate: Tensor  # (n, groups)
-    # (C,) or (n, 1, C) by distance, the last entry for every larger distance; or (C, C). All zeros
-    # where a kernel cannot look positions up and they are columns of u and w instead.
+    # (C,) or (n, 1, C) by distance, where the last entry is for C - 1 and more; or (C, C). All
+    # zeros where a kernel cannot look positions up: then they are columns of u and w.
     place: Tensor
     place_gate: Tensor  # (n,)
-    columns: tuple[int, ...]  # of each group; their sum is R
-    reach: int | None = None  # place is 0 from this distance on; None: perhaps nowhere
+    columns: tuple[int, ...]  # how many columns each group has; their sum is R
+    reach: int | None = None  # place is 0 from this distance on; None: not known
     form: str = "factored"
-    block_mask: Any = None  # for flex: the mask of whole blocks
+    block_mask: Any = None  # FlexAttention's BlockMask, in the flex form
 
     def scores(self, i: Tensor, first: int, end: int, heads: int) -> Tensor:
         """
-        The bias of queries at positions i (1 or B, T, 1) on keys first..end-1:
-        (B, heads, T, keys) in w's dtype. Entries where j > i are meaningless.
+        The bias for queries at positions i (1 or B, T, 1) and keys first..end-1:
+        (B, heads, T, keys) in w's dtype. Entries where j > i are meaningless: mask them.
         """
         w = self.w[:, None, first:end]
         scores = (self.u[:, None].to(w.dtype) * self.column_gates()[:, None].to(w.dtype)) @ w.mT
@@ -61,23 +63,34 @@ class Bias(NamedTuple):
 
     def block(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
         """
-        What the gates scale in one block, in float32 or wider: the products u w^T of all groups,
-        (B, groups, rows * keys), and place at the block's last keys, (1 or n, rows, near keys);
-        keys before them are out of reach.
+        The bias of one block before its gates, in float32 or wider: the products u w^T of all
+        groups, (B, groups, rows * keys), and place for those of the keys that are within reach,
+        (1 or n, rows, near keys). These are the last ones of the block.
         """
         u, w, wide = self.u[:, rows], self.w[:, keys], _wide(self.u)
         products = u.new_empty(u.size(0), len(self.columns), u.size(1), w.size(1), dtype=wide)
-        pairs = zip(u.split(self.columns, 2), w.split(self.columns, 2), strict=True)
-        for n, (u_g, w_g) in enumerate(pairs if self.columns else ()):
-            products[:, n] = torch.bmm(u_g, w_g.mT)
-        first = keys.start if self.reach is None else max(keys.start, rows.start + 1 - self.reach)
-        j = torch.arange(first if self.reach != 0 else keys.stop, keys.stop, device=u.device)
+        start = 0
+        for group, width in enumerate(self.columns):
+            stop = start + width
+            products[:, group] = torch.bmm(u[..., start:stop], w[..., start:stop].mT)
+            start = stop
+        if self.reach is None:
+            first = keys.start
+        elif self.reach == 0:
+            first = keys.stop
+        else:
+            first = max(keys.start, rows.start + 1 - self.reach)
+        j = torch.arange(first, keys.stop, device=u.device)
         i = torch.arange(rows.start, rows.stop, device=u.device)[:, None]
         return products.flatten(2), _look_up(self.place, i, j).to(wide)
 
     def add_to_scores(self, scores: Tensor, block: tuple[Tensor, Tensor], D: int) -> None:
-        """Divide the products q k^T of a block, (B, H, rows, keys), by sqrt(D); add the bias."""
-        (products, place), n = block, self.gate.size(0)
+        """
+        In place: divide the products q k^T of a block, (B, H, rows, keys), by sqrt(D), and add the
+        bias, of which `block` is what self.block returned.
+        """
+        products, place = block
+        n = self.gate.size(0)
         scores[:, n:] *= D**-0.5
         gate = self.gate.to(scores.dtype).expand(scores.size(0), -1, -1)
         scores[:, :n].flatten(2).baddbmm_(gate, products, beta=D**-0.5)
@@ -87,9 +100,10 @@ class Bias(NamedTuple):
     def gate_gradients(self, ds: Tensor, block: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """
         One block's part of the gradients of gate and place_gate, from the gradients ds of its
-        scores, (B, H, rows, keys): sums of ds times what the gates scale.
+        scores, (B, H, rows, keys): sums of ds times the ungated bias that self.block returned.
         """
-        (products, place), ds = block, ds[:, : self.gate.size(0)]
+        products, place = block
+        ds = ds[:, : self.gate.size(0)]
         near = ds[..., ds.size(3) - place.size(2) :].sum(0)
         d_gate = torch.bmm(ds.flatten(2), products.mT).sum(0)
         return d_gate, (near * place).sum((1, 2))
@@ -108,13 +122,15 @@ def _pad_heads(x: Tensor, heads: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, heads - x.size(-3)))
 
 
-CELL = 16  # positions of which at most one begins a document, so that their number is bounded
+# At most one document begins in so many positions. The number of documents is then bounded, and a
+# GPU can have memory for them without telling the host how many there are.
+CELL = 16
 
 
 def document_starts(idx: Tensor, bos: int) -> Tensor:
     """
-    The position at which the document of each token in idx (B, T) begins: (B, T). Documents begin
-    at `bos`; of those that begin in the same CELL positions, only the first counts.
+    For each token in idx (B, T), the position at which its document begins: (B, T). A document
+    begins at a token `bos`, unless another one has begun earlier in the same CELL positions.
     """
     B, T = idx.shape
     begins = F.pad(idx == bos, (0, -T % CELL)).view(B, -1, CELL)
@@ -133,15 +149,16 @@ def attend(
     """
     Causal attention over a whole sequence: softmax(q k^T / sqrt(D) + bias) v.
 
-    q (B, H, T, D); k, v (B, H_kv, T, D) with H a multiple of H_kv; window: keys that a query sees,
-    including its own (0 = all); starts (B, T): the first key that a query may see, from
-    document_starts; not with a bias of the dense or flex form. Returns (B, H, T, D).
+    q (B, H, T, D); k, v (B, H_kv, T, D) with H a multiple of H_kv. window: how many keys a query
+    sees, including its own (0 = all). starts (B, T): the first key that each query may see, from
+    document_starts. Returns (B, H, T, D). UserError for starts together with a bias of the dense or
+    flex form.
     """
     T = q.size(2)
     if starts is not None and bias is not None and bias.form != "factored":
         raise UserError(
             f"--document_attention cannot be combined with a prior in the {bias.form} form: leave "
-            "one of them out"
+            "out --document_attention or --rap"
         )
     if bias is not None and bias.form == "flex":
         return attend_flex(q, k, v, window, bias)
@@ -149,7 +166,7 @@ def attend(
         return attend_at(torch.arange(T, device=q.device)[None], q, k, v, 0, window, bias)
     if q.device.type == "cpu":
         window = window if 0 < window < T else T
-        fields = bias[:7] if bias is not None else ()
+        fields = bias[:7] if bias is not None else ()  # u to reach: autograd wants plain tensors
         y: Any = _BlockAttention.apply(q, k, v, window, starts, *fields)
         return y
     return attend_fused(q, k, v, window, bias, starts)
@@ -157,8 +174,8 @@ def attend(
 
 def visible(positions: Tensor, first: int, end: int, window: int) -> Tensor | None:
     """
-    Which of the keys first..end-1 the queries at `positions` (1 or B, T) see: (1 or B, T, keys), or
-    None where one query sees them all, as in decoding on a GPU.
+    Which of the keys first..end-1 the queries at `positions` (1 or B, T) see: a boolean mask (1 or
+    B, T, keys), or None for a single query on a GPU, which sees them all.
     """
     if positions.numel() == 1 and positions.device.type != "cpu":
         return None
@@ -168,7 +185,10 @@ def visible(positions: Tensor, first: int, end: int, window: int) -> Tensor | No
 
 
 def score_mask(seen: Tensor | None, H: int, H_kv: int, dtype: torch.dtype) -> Tensor | None:
-    """What `attend_at` adds to the scores: 0 for keys that are seen, -inf for the others."""
+    """
+    The mask that `attend_at` adds to the scores, from that of `visible` (1 or B, T, keys): 0 for
+    keys that are seen, -inf for the others, (1 or B, 1, T * H / H_kv, keys); None stays None.
+    """
     if seen is None:
         return None
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
@@ -186,8 +206,9 @@ def attend_at(
     mask: Tensor | None = None,
 ) -> Tensor:
     """
-    Attend from q (B, H, T, D) at `positions` to K, V (B, H_kv, keys, D), keys from `first`. `mask`
-    is that of score_mask, where the caller has it already.
+    Attend from q (B, H, T, D) at `positions` (1 or B, T) to the keys and values K, V
+    (B, H_kv, keys, D) of the positions from `first` on: (B, H, T, D). `mask` is score_mask's,
+    if the caller has it already.
     """
     B, H, T, D = q.shape
     H_kv, end = K.size(1), first + K.size(2)
@@ -197,11 +218,12 @@ def attend_at(
         scores = bias.scores(positions[:, :, None], first, end, H).to(K.dtype)
         scores = scores.reshape(B, H_kv, -1, K.size(2))
         mask = scores if mask is None else scores + mask
-    # The query heads of a group become more queries of their shared head: no kernel copies keys.
+    # Query heads that share a key head become additional queries of one head, so that no kernel has
+    # to copy keys.
     q = q.to(K.dtype).reshape(B, H_kv, -1, D)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, K, V, attn_mask=mask).reshape(B, H, T, D)
-    # On a CPU of several threads, the fused kernel rounds a row differently in other batches.
+    # Not the fused kernel: with several threads, its rounding of a row depends on the other rows
     scores = torch.bmm(q.flatten(0, 1) * D**-0.5, K.flatten(0, 1).mT).view(B, H_kv, -1, K.size(2))
     p = torch.softmax(scores if mask is None else scores.add_(mask), -1)
     return torch.bmm(p.flatten(0, 1), V.flatten(0, 1)).view(B, H, T, D)
@@ -219,14 +241,15 @@ def attend_fused(
     starts: Tensor | None = None,
 ) -> Tensor:
     """
-    Torch's fused kernels; a bias is more columns. Without flash, heads that share keys get copies
-    of them, and windows and documents are a mask: torch would otherwise hold all scores of grouped
-    heads at once.
+    `attend` by torch's fused kernels, with a bias as additional columns of q and k. Without flash
+    attention, windows and documents become a mask, and keys are copied for the heads that share
+    them: torch would otherwise hold all scores of grouped heads at once.
     """
     T, D = q.shape[2:]
     if bias is not None:
         q, k, v = _with_columns(q, k, v, bias)
-    flash, group, mask = has_flash(q.device, q.dtype, q.size(3)), q.size(1) // k.size(1), None
+    flash = has_flash(q.device, q.dtype, q.size(3))
+    group, mask = q.size(1) // k.size(1), None
     window = window if 0 < window < T else 0
     if (window or starts is not None) and flash:
         y = _attend_varlen(q, k, v, window, D**-0.5, starts)
@@ -247,8 +270,8 @@ def attend_fused(
 
 def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """
-    Whether torch's flash attention takes heads of this width: the only kernel that lets heads share
-    keys, and that skips the keys before a window.
+    Whether torch has flash attention for heads of this width. No other of its kernels lets query
+    heads share keys, or skips the keys before a window.
     """
     half = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
     if device.type == "cuda":
@@ -260,9 +283,9 @@ def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, starts: Tensor | None
 ) -> Tensor:
     """
-    Attention with a window (0 = none) or within documents by flash, which reads the batch as
-    sequences in one row: those of T tokens, or documents. Their number is not known to the host;
-    missing ones are empty sequences at the end.
+    Flash attention with a window (0 = none) or within documents. The whole batch becomes one row of
+    sequences, which are rows of T tokens or documents. The host does not know how many documents
+    there are: it passes as many as there can be, and those that are missing are empty.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -271,8 +294,9 @@ def _attend_varlen(
         bounds = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
     else:
         begins = (starts == torch.arange(T, device=q.device)).flatten()
-        most = B * (T // CELL + 2)
-        bounds = torch.nonzero_static(begins, size=most + 1, fill_value=B * T).flatten().int()
+        most_documents = B * (T // CELL + 2)
+        bounds = torch.nonzero_static(begins, size=most_documents + 1, fill_value=B * T)
+        bounds = bounds.flatten().int()
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     y: Any = varlen_attn(
         q,
@@ -291,8 +315,8 @@ def _attend_varlen(
 
 def _with_columns(q: Tensor, k: Tensor, v: Tensor, bias: Bias) -> tuple[Tensor, Tensor, Tensor]:
     """
-    [q ; sqrt(D) gate u], [k ; w] and v, all padded with zeros to the same width, which is a
-    multiple of 8 as kernels demand.
+    q and k with the columns of a bias appended, [q ; sqrt(D) gate u] and [k ; w], and v. All three
+    are padded with zeros to the same width, a multiple of 8 as kernels demand.
     """
     D, R = q.size(3), bias.u.size(2)
     pad = -(D + R) % 8
@@ -310,9 +334,10 @@ def attention_form(
     form: str, device: torch.device, dtype: torch.dtype, width: int, look_up: bool
 ) -> str:
     """
-    The form in which a prior is added on this device, `form` being the one that it prefers. Every
-    form works on a CPU, except flex. `width` is that of a head with the prior's columns; with
-    `look_up`, positions are not given as columns, so that GPUs cannot use the factored form.
+    The form in which a prior is added on this device: `form` if possible, else another one, with a
+    notice where FlexAttention is missing. A CPU has all forms but flex. width: of a head, including
+    the prior's columns. look_up: the prior has positions that are not columns of u and w, so that
+    GPUs cannot use the factored form.
     """
     look_up = look_up and device.type != "cpu"
     if look_up and form == "factored":
@@ -324,8 +349,12 @@ def attention_form(
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Bias) -> Tensor:
-    """FlexAttention: tokens as more columns of q and k; positions looked up in the kernel."""
-    (_, H, T, D), C = q.shape, bias.place.size(-1)
+    """
+    `attend` by FlexAttention: the terms that depend on tokens are additional columns of q and k,
+    and the kernel looks up those that depend on positions.
+    """
+    _, H, T, D = q.shape
+    C = bias.place.size(-1)
     q, k, _ = _with_columns(q, k, v, bias)
     gate = F.pad(bias.place_gate, (0, H - bias.place_gate.size(0)))
     place = _pad_heads(bias.place, H) if bias.place.dim() == 3 else bias.place
@@ -350,7 +379,7 @@ def _flex_attention(compiled: bool) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def flex_mask(T: int, window: int, device: torch.device) -> Any:
-    """The causal mask of whole blocks for FlexAttention over T positions."""
+    """FlexAttention's BlockMask for T positions with a window (0 = none); cached."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -369,18 +398,15 @@ def flex_missing(device: torch.device, dtype: torch.dtype, width: int) -> str:
         return f"FlexAttention cannot train on {device.type}"
     if missing := compiler_missing(device):
         return missing
-    with torch.inference_mode(False), torch.enable_grad():  # an evaluation may be the first to ask
+    with torch.inference_mode(False), torch.enable_grad():  # the caller may be an evaluation
         new = functools.partial(torch.zeros, device=device, dtype=dtype)
         q, k, v = (new(1, 2, 256, 64, requires_grad=True) for _ in range(3))
         R = max(0, width - 64)
-        u, gate, place_gate = (
-            new(1, 256, R),
-            new(2, 1, requires_grad=True),
-            new(2, requires_grad=True),
-        )
+        u = new(1, 256, R)
+        gate, place_gate = new(2, 1, requires_grad=True), new(2, requires_grad=True)
         try:
             attend_flex(q, k, v, 0, Bias(u, u, gate, new(256), place_gate, (R,))).sum().backward()
-        except Exception as e:  # whatever the compiler or the GPU refuses: other forms serve
+        except Exception as e:  # of the compiler or the GPU, of any kind: use another form
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             return f"FlexAttention fails here ({reason})"
     return ""
@@ -393,10 +419,11 @@ QUERY_BLOCK = 128  # queries per step of the CPU kernel: a block of scores shoul
 
 class _BlockAttention(torch.autograd.Function):
     """
-    The CPU kernel: each block of queries with the keys that it can see, as batched matrix products.
-    They reach the machine's peak, of which torch's fused CPU kernel reaches a tenth. One block of
-    scores exists at a time; the backward pass computes them again. Scores have the precision of the
-    inputs (a batched product of bfloat16 gives bfloat16); the softmax is float32 or wider.
+    The CPU kernel: batched matrix products of one block of queries with the keys that it can see.
+    These products run at the machine's peak; torch's fused CPU kernel reaches a tenth of it. One
+    block of scores exists at a time, and the backward pass computes it again. Scores have the
+    precision of the inputs (a batched product of bfloat16 gives bfloat16); the softmax is in
+    float32 or wider.
     """
 
     @staticmethod
@@ -425,7 +452,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx, *grads):
         (q, k, v, y, starts, *bias_tensors), (B, H, T, D) = ctx.saved_tensors, ctx.shape
         bias = Bias(*bias_tensors, *ctx.fields) if bias_tensors else None
-        learned = any(ctx.needs_input_grad[5:])  # whether the gates of the bias are parameters
+        learned = any(ctx.needs_input_grad[5:])  # the gates of the bias are parameters
         d_gate = d_place_gate = None
         wide = _wide(q)
         dy, dq = grads[0].reshape(q.shape), torch.empty_like(q)
@@ -438,28 +465,35 @@ class _BlockAttention(torch.autograd.Function):
             dp = torch.bmm(dy_rows, v[:, keys].mT).view(p.shape)
             ds = (dp - delta[:, :, rows]) * p
             if bias is not None and added is not None and learned:
-                part = bias.gate_gradients(ds.view(B, H, *hidden.shape[-2:]), added)
-                d_gate = part[0] if d_gate is None else d_gate + part[0]
-                d_place_gate = part[1] if d_place_gate is None else d_place_gate + part[1]
+                block_ds = ds.view(B, H, *hidden.shape[-2:])
+                gate_part, place_part = bias.gate_gradients(block_ds, added)
+                d_gate = gate_part if d_gate is None else d_gate + gate_part
+                d_place_gate = place_part if d_place_gate is None else d_place_gate + place_part
             ds = ds.mul_(D**-0.5).to(q.dtype).flatten(1, 2)
             dq[:, :, rows] = torch.bmm(ds, k[:, keys]).view(dq[:, :, rows].shape)
             dk[:, keys] += torch.bmm(ds.mT, q_rows)
             dv[:, keys] += torch.bmm(p.flatten(1, 2).mT, dy_rows)
         dk, dv = dk.to(k.dtype).view(B, -1, T, D), dv.to(v.dtype).view(B, -1, T, D)
-        d_bias = zip((None, None, d_gate, None, d_place_gate), bias_tensors, strict=False)
-        d_bias = [None if d is None else d.to(x.dtype) for d, x in d_bias]
-        return dq.view(B, H, T, D), dk, dv, None, None, *d_bias, *(None for _ in ctx.fields)
+        dq = dq.view(B, H, T, D)
+        if bias is None:
+            return dq, dk, dv, None, None
+        if d_gate is not None and d_place_gate is not None:
+            d_gate = d_gate.to(bias.gate.dtype)
+            d_place_gate = d_place_gate.to(bias.place_gate.dtype)
+        # None: window, starts, and the fields of the bias that have no gradient
+        return dq, dk, dv, None, None, None, None, d_gate, None, d_place_gate, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 for such an x."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _blocks(q: Tensor, window: int, starts: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """
-    For each block of queries q (B * H_kv, G, T, D): its rows, the keys that any of them sees, and
-    what hides keys when it is added to scores: (rows, keys), or (B, 1, rows, keys) with starts, of
-    0 and -inf, in float32 or wider.
+    For each block of the queries q (B * H_kv, G, T, D): the slice of its rows, the slice of the
+    keys that any of them sees, and a mask to add to its scores, 0 where a key is seen and else
+    -inf: (rows, keys), or (B, 1, rows, keys) with starts, in float32 or wider.
     """
     T = q.size(2)
     for start in range(0, T, QUERY_BLOCK):
@@ -486,11 +520,12 @@ def _probabilities(
 ) -> Tensor:
     """
     softmax(q k^T / sqrt(D) + bias + hidden) of one block: (B * H_kv, G, rows, keys) in q's dtype.
-    added: what the bias adds there, by Bias.block.
+    added: the bias in this block, from Bias.block.
     """
-    (n, G, _, D), block = q.shape, hidden.shape[-2:]
+    heads, G, _, D = q.shape
+    block = hidden.shape[-2:]
     scores = torch.bmm(q[:, :, rows].flatten(1, 2), k[:, keys].mT)
-    scores = scores.view(n, G, *block).to(_wide(q))
+    scores = scores.view(heads, G, *block).to(_wide(q))
     if bias is not None and added is not None:
         bias.add_to_scores(scores.view(bias.u.size(0), -1, *block), added, D)
     else:

@@ -1,4 +1,4 @@
-"""The key-value cache of decoding: every layer's keys and values for sequences of any lengths."""
+"""The key-value cache for decoding: the keys and values of all layers, for a batch of sequences."""
 
 import copy
 from collections.abc import Mapping
@@ -16,44 +16,45 @@ from nanochat.model.attention import (
     visible,
 )
 
-# Kept tensors of the shape (layer, row, head, slot, width), with a slot per position; others have
-# the shape (layer, row, ...) and are of one size, however long a row is
+# The buffers with a slot per position, of the shape (layer, row, head, slot, width). The others
+# have the shape (layer, row, ...), which does not depend on the length of a row.
 BY_POSITION = ("k", "v", "w", "tokens")
-# On a CPU, a row attends to whole blocks of so many slots, those beyond its length hidden. Kernels
-# then sum its keys in the same order however long the other rows are, so that a row is the same to
-# the bit in any company.
+# On a CPU, a row attends to whole blocks of so many slots, of which those beyond its length are
+# masked. Kernels then sum its keys in the same order however long the other rows are, so that the
+# results of a row are bitwise the same in every batch.
 BLOCK = 16
-LEAST_SLOTS = 64  # likewise: torch multiplies matrices of fewer than 400 products differently
+LEAST_SLOTS = 64  # for the same reason: torch has another kernel for fewer than 400 products
 
 
 class KVCache:
     """
     Keys and values of every layer for a batch of sequences of different lengths.
 
-    Row b holds its positions 0..lengths[b]-1 in slots of the same numbers. A forward pass over T
-    tokens writes slots lengths[b]..lengths[b]+T-1. `advance` then increases the lengths, by less
-    than T where a row was padded: what padding wrote lies beyond the row's length, where nothing
-    reads it, and is overwritten by the row's next tokens. Padding beyond the capacity goes to one
-    spare slot. On a CPU, keys and values are float32: its products of a single query with bfloat16
-    keys take twice as long. With an attention prior, the tokens and the prior's columns of every
-    key are kept as well, once for all layers and heads. What looks back a few positions (copy
-    heads, convolutions, pair embeddings) keeps its last inputs: `earlier` has their number, width
-    and type by name.
+    Position p of a row is in slot p. Row b holds its positions 0..lengths[b]-1, and a forward pass
+    over T tokens (begin, the layers, advance) writes slots lengths[b]..lengths[b]+T-1. `advance`
+    then increases the lengths, by less than T where a row was padded: the slots of padding are
+    beyond the row's length, where nothing reads them, and its next tokens overwrite them. Padding
+    beyond the capacity goes to one spare slot.
 
-    Rows come (`append`) and go (`drop`) between passes. The buffers behind `k`, `v` and the others
-    have room for more rows than are in use, so that rows that come are copied alone, but for a few
-    times when the room must grow. On a GPU they have a slot for every position from the beginning.
-    On a CPU they have the slots that the longest row needs, and move whenever it enters a new
-    block: reading one contiguous piece of memory takes half the time of reading parts of a larger
-    one, which is worth far more than a copy every BLOCK tokens. Another tensor that belongs to the
-    rows needs one more `keep`.
+    On a CPU, keys and values are float32, because products of a single query with bfloat16 keys
+    take twice as long there. With an attention prior, the tokens and the prior's columns of every
+    key are kept as well, once for all layers and heads. Copy heads, convolutions and pair
+    embeddings look back a few positions and keep their last inputs: `earlier` is
+    {name: (positions, width, dtype)}.
+
+    Between passes, rows can be added (`append`) and removed (`drop`). The buffers behind `k`, `v`
+    and the others have memory for more rows than are in use, so that usually only the new rows are
+    copied. On a GPU they have a slot for every position from the beginning. On a CPU they have as
+    many slots as the longest row needs, and are copied when it enters a new block: reading one
+    contiguous piece of memory takes half the time of reading parts of a larger one, which saves far
+    more than a copy every BLOCK tokens costs. To store another tensor per row, call `keep`.
     """
 
     k: Tensor
     v: Tensor
     w: Tensor
     tokens: Tensor
-    hidden: Tensor  # (1, row, n_embd), where generation keeps it
+    hidden: Tensor  # (1, row, n_embd), if generation has called keep("hidden", ...)
 
     def __init__(
         self,
@@ -84,16 +85,15 @@ class KVCache:
         self.keep("tokens", k.new_zeros(1, batch, 1, k.size(3), 1, dtype=torch.int64))
         for name, buffer in inputs.items():
             self.keep(name, buffer)
-        # Of the inputs with a name in `earlier`: those kept, and after them those of this pass
+        # For each name in `earlier`: the inputs that were kept, followed by those of this pass
         self._extended: dict[str, Tensor] = {}
-        # Of the tokens of the current pass, (1 or B, T): their positions, and where it writes them
+        # The positions of the current pass's tokens, (1 or B, T), and the slots that it writes
         self.positions = self._slots = self.tokens.new_zeros(1, 0)
-        self._masks: dict[
-            tuple[int, int], Tensor | None
-        ] = {}  # of the pass, by first key and window
+        # The masks of the current pass, by first key and window
+        self._masks: dict[tuple[int, int], Tensor | None] = {}
 
     def keep(self, name: str, buffer: Tensor) -> None:
-        """Keep a buffer (layer, row, ...); the attribute of this name shows the rows in use."""
+        """Store a buffer (layer, row, ...); the attribute `name` is a view of the rows in use."""
         self._buffers[name] = buffer
         setattr(self, name, buffer[:, : len(self.lengths)])
 
@@ -110,14 +110,17 @@ class KVCache:
         slots = start + torch.arange(T, device=self.k.device)
         self._slots = slots.clamp(max=self.capacity)
         self.positions = slots.clamp_(max=self.capacity - 1)
-        self._masks = {}  # the layers share them
+        self._masks = {}
 
     def _slots_for(self, positions: int, capacity: int) -> int:
-        """How many slots rows of so many positions need; padding beyond the capacity takes one."""
+        """How many slots rows of so many positions need, with one for padding."""
         return _blocks(min(positions, capacity + 1) if self._grows else capacity + 1)
 
     def advance(self, counts: int | list[int]) -> None:
-        """End a pass: each row has `counts` more tokens. Raises ValueError beyond the capacity."""
+        """
+        End a pass: each row has `counts` more tokens, of the pass's first ones. ValueError beyond
+        the capacity.
+        """
         counts = [counts] * len(self.lengths) if isinstance(counts, int) else counts
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self._check(max(self.lengths))
@@ -126,7 +129,8 @@ class KVCache:
 
     def _keep_earlier(self, counts: Tensor | None) -> None:
         """
-        Keep the last inputs of each row, which has `counts` (B, 1) more tokens; None: all of them.
+        Keep the last inputs of each row, which has `counts` (B, 1) more tokens; None means all
+        tokens of the pass.
         """
         for name, x in self._extended.items():
             kept = getattr(self, name)[0]
@@ -142,21 +146,24 @@ class KVCache:
             )
 
     def with_earlier(self, x: Tensor, name: str) -> Tensor:
-        """x (B, T, width) of this pass after the n positions before it: (B, n + T, width)."""
+        """x (B, T, width) of this pass, preceded by the n inputs kept: (B, n + T, width)."""
         self._extended[name] = torch.cat((getattr(self, name)[0].to(x.dtype), x), 1)
         return self._extended[name]
 
     # ---- for an attention prior
 
     def with_earlier_tokens(self, idx: Tensor, memory: int, no_token: int) -> Tensor:
-        """Keep the tokens of this pass; returns them after the `memory` tokens before it."""
+        """
+        Store the tokens idx (B, T) of this pass; returns them preceded by the `memory` tokens
+        before them, or no_token before the first one: (B, memory + T).
+        """
         self._write(self.tokens, idx[..., None])
         slots = self._slots[:, :1] + torch.arange(-memory, 0, device=idx.device)
         earlier = self.tokens[0, self._rows(), 0, slots.clamp(min=0), 0]
         return torch.cat((earlier.masked_fill(slots < 0, no_token), idx), 1)
 
     def with_earlier_columns(self, w: Tensor) -> Tensor:
-        """Keep the prior's columns w (B, T, R) of this pass; returns those of all keys so far."""
+        """Store the prior's columns w (B, T, R) of this pass; returns those of all keys so far."""
         if self.w.size(-1) != w.size(-1):
             self.keep("w", self.w.new_zeros(*self._buffers["w"].shape[:-1], w.size(-1)))
         self._write(self.w, w)
@@ -177,8 +184,8 @@ class KVCache:
 
     def expand(self, rows: list[int]) -> "KVCache":
         """
-        A cache whose row r is a copy of this one's row rows[r]: one prefill for several samples.
-        Also drops and reorders rows.
+        A new cache whose row r is a copy of this one's row rows[r]. It serves to sample several
+        replies after one prefill, and to drop or reorder rows.
         """
         new = copy.copy(self)
         new.lengths, new._buffers, new._extended = [self.lengths[r] for r in rows], {}, {}
@@ -192,9 +199,9 @@ class KVCache:
     def append(self, other: "KVCache", room: tuple[int, int] = (0, 0)) -> None:
         """
         Add the rows of another cache of the same model after this one's. The capacity becomes the
-        larger of the two. Where there is no room, this cache's rows move to buffers with twice the
-        rows, but not more than room[0] where those suffice, and at least room[1] positions on a
-        GPU.
+        larger of the two. If the buffers are too small, they are replaced by buffers with twice the
+        rows in use, but with no more than room[0] if these are enough, and, on a GPU, with at least
+        room[1] positions.
         """
         count, total = len(self.lengths), len(self.lengths) + len(other.lengths)
         capacity, used = max(self.capacity, other.capacity), max(other.lengths, default=0)
@@ -207,7 +214,7 @@ class KVCache:
         for name, buffer in buffers.items():
             new = _used(name, getattr(other, name), used)
             _used(name, buffer[:, count:total], used).copy_(new)
-        # Last, so that a lack of memory leaves this cache as it was
+        # Last, so that this cache stays as it was if memory runs out before
         self.lengths, self.capacity = self.lengths + other.lengths, capacity
         self._replace(buffers)
 
@@ -223,11 +230,11 @@ class KVCache:
 
     @property
     def address(self) -> int:
-        """Where the memory of the keys begins: it changes when rows move."""
+        """The address of the keys in memory, which changes when the buffers are replaced."""
         return self._buffers["k"].data_ptr()
 
     def moved(self, rows: int, positions: int) -> "KVCache":
-        """A copy with room for so many rows and positions."""
+        """A copy with memory for so many rows and positions."""
         new = copy.copy(self)
         new.capacity, new._buffers, new._extended = positions, {}, {}
         new._replace(self._grown(rows, _blocks(positions + 1)))
@@ -250,7 +257,7 @@ class KVCache:
         return grown
 
     def drop(self, row: int) -> None:
-        """Remove a row at the cost of copying one: the last row takes its place."""
+        """Remove a row: the last row is copied to its place."""
         used = self.lengths.pop()
         last = len(self.lengths)
         for name, buffer in self._buffers.items():
@@ -273,14 +280,15 @@ class KVCache:
         bias: Bias | None = None,
     ) -> Tensor:
         """
-        Write k, v (B, H_kv, T, D) of the pass and attend from q (B, H, T, D) to all that a query
-        may see.
+        Store k, v (B, H_kv, T, D) of the pass and attend from q (B, H, T, D) to all keys that its
+        tokens may see, as attention.attend does: (B, H, T, D).
         """
         T, positions = q.size(2), self.positions
         first, end = self._store(layer, k, v, window)
-        # The pass is all there is; flexible code would be compiled for every length of a prompt
-        alone = self.lengths[0] == 0 and positions.size(0) == 1
-        if alone and (bias is None or bias.form != "flex"):
+        # Without earlier tokens, this is attention over a whole sequence. Not with FlexAttention,
+        # which would be compiled for every length of a prompt.
+        is_prefill = self.lengths[0] == 0 and positions.size(0) == 1
+        if is_prefill and (bias is None or bias.form != "flex"):
             if q.device.type == "cpu" and bias is None:
                 q, k, v = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (q, k, v))
             return attend(q, k, v, window, bias)[:, :, :T]
@@ -292,14 +300,14 @@ class KVCache:
             mask = self._masks[first, window]
             return attend_at(positions, q, K, V, first, window, bias, mask).to(k.dtype)
         parts = []
-        for s in range(0, T, QUERY_BLOCK):  # a bias has a score per head: too many for all queries
-            part = slice(s, s + QUERY_BLOCK)
+        for start in range(0, T, QUERY_BLOCK):  # a bias for all queries would need much memory
+            part = slice(start, start + QUERY_BLOCK)
             block = bias._replace(u=bias.u[:, part])
             parts.append(attend_at(positions[:, part], q[:, :, part], K, V, first, window, block))
         return torch.cat(parts, dim=2).to(k.dtype)
 
     def _store(self, layer: int, k: Tensor, v: Tensor, window: int) -> tuple[int, int]:
-        """Write k, v of the pass; returns the slots (first, end) between which a query may see."""
+        """Store k, v of the pass; returns (first, end): its tokens see keys first..end-1."""
         if self.positions.size(0) == 1:  # all rows have the same length: write a slice
             start, end = self.lengths[0], self.lengths[0] + k.size(2)
             self._check(end)
@@ -315,26 +323,30 @@ class KVCache:
         return first, end
 
     def _seen(self, first: int, end: int, window: int) -> Tensor | None:
-        """Which of these slots the queries of the pass see, as `visible`."""
+        """The mask of attention.visible for the tokens of the pass and these slots."""
         return visible(self.positions, first, end, window)
 
 
 class OneToken(KVCache):
     """
-    A view of the first `rows` rows of a cache, for passes of one token that always run the same
-    kernels on the same memory: the lengths are on the device, and each row attends to the first
-    `slots` slots, those beyond its length hidden. `place` says where a pass writes.
+    A view of the first `rows` rows of a cache, for passes of one token per row that always run the
+    same kernels on the same memory, as a CUDA graph needs: the lengths are on the device, and each
+    row attends to the first `slots` slots, with a mask for those beyond its length. Call `place`
+    before a pass.
     """
 
     def __init__(self, cache: KVCache, rows: int, slots: int):
         self.__dict__ |= vars(cache)
-        self.lengths, self.slots = [1] * rows, slots  # of these lengths, only the number counts
+        self.lengths, self.slots = [1] * rows, slots  # only the number of the lengths is used
         self._buffers, self._extended = {}, {}
         for name, buffer in cache._buffers.items():
             self.keep(name, buffer)
 
     def place(self, lengths: Tensor, counts: Tensor) -> None:
-        """Set the rows' lengths (rows,), and for each whether it takes part: 1, or 0 if not."""
+        """
+        Set the lengths of the rows (rows,), and how many tokens each has in the next pass (rows,):
+        1, or 0 for a row that does not take part.
+        """
         self._slots, self._counts = lengths[:, None], counts[:, None]
 
     def begin(self, T: int) -> None:
@@ -355,10 +367,10 @@ class OneToken(KVCache):
 
 
 def _blocks(slots: int) -> int:
-    """So many slots, rounded up to whole blocks."""
+    """A number of slots, rounded up to whole blocks and LEAST_SLOTS."""
     return max(slots + -slots % BLOCK, LEAST_SLOTS)
 
 
-def _used(name: str, kept: Tensor, positions: int) -> Tensor:
-    """The part of a kept tensor that rows of so many positions use."""
-    return kept[:, :, :, :positions] if name in BY_POSITION else kept
+def _used(name: str, buffer: Tensor, positions: int) -> Tensor:
+    """The part of a buffer that rows of so many positions use."""
+    return buffer[:, :, :, :positions] if name in BY_POSITION else buffer

@@ -4,10 +4,10 @@ Checkpoints: how the state of a run is written, found again, verified and read.
     <base>/checkpoints/<stage>/<tag>/step_000120/
         model.safetensors  optim.safetensors  meta.json  manifest.json
 
-A checkpoint is written to a temporary folder, which is then renamed. The manifest holds the SHA-256
+A checkpoint is written to a temporary folder, which is then renamed. The manifest has the SHA-256
 of the other files and is written last: a folder without a manifest, or with a file that differs
-from it, is damaged and skipped with a notice. Tensors are safetensors and everything else is JSON,
-so loading a checkpoint cannot run code.
+from it, is damaged, and skipped with a notice. Tensors are stored as safetensors and everything
+else as JSON, so loading a checkpoint cannot run code.
 """
 
 import hashlib
@@ -53,8 +53,8 @@ MANIFEST = "manifest.json"
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """
-    The tensors of a safetensors file, mapped from it: what is used is read, and loading never holds
-    a second copy.
+    The tensors of a safetensors file, mapped to memory: they are read when they are used, and
+    loading needs no second copy. UserError for a file that is damaged or cannot be read.
     """
     try:
         read_header(path)
@@ -89,7 +89,7 @@ class Checkpoint:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """Everything stored besides tensors, in the present format. Read once."""
+        """Everything stored besides tensors, in the present format. UserError if it is damaged."""
         try:
             meta = stored.read_meta(self.path / META)
             if meta.get("format") not in (1, FORMAT):
@@ -105,7 +105,7 @@ class Checkpoint:
 
     @property
     def config(self) -> GPTConfig:
-        """The architecture. UserError if the weights are not those of such a model."""
+        """The architecture. UserError if the weights do not have its names and shapes."""
         config = GPTConfig.from_dict(self.meta["config"])
         try:
             fault = stored.header_fault(read_header(self.path / MODEL), config)
@@ -120,7 +120,7 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """A short name of the weights: the beginning of their SHA-256, from the manifest."""
+        """An identifier of the weights: the beginning of their SHA-256, from the manifest."""
         manifest = read_json(self.path / MANIFEST)
         return "fp_" + str(manifest[MODEL][0])[:16]
 
@@ -135,8 +135,8 @@ class Checkpoint:
 
     def moments(self, model: GPT) -> dict[str, Tensor]:
         """
-        The optimizer's tensors, NAME/MOMENT for a parameter of that name. UserError if one has not
-        the shape of its parameter or holds values that are not finite numbers.
+        The optimizer's tensors by PARAMETER/MOMENT. UserError if the shape of one differs from its
+        parameter's, or if it has values that are not finite numbers.
         """
         tensors, parameters = self.optimizer_tensors, dict(model.named_parameters())
         for key, tensor in tensors.items():
@@ -169,7 +169,7 @@ class Checkpoint:
         return ""
 
     def is_of(self, run: str | None) -> bool:
-        """Whether save() wrote this folder in the run with that id, and nobody added a file."""
+        """Whether the run with this id wrote this folder, and nobody has added a file."""
         try:
             meta = self.meta
             names = {p.name for p in self.path.iterdir() if p.suffix != ".tmp"}
@@ -179,7 +179,10 @@ class Checkpoint:
         return ours and (meta.get("run_id"), meta.get("step")) == (run, self.step)
 
     def load_weights(self, model: GPT) -> None:
-        """Copy the weights, and the tables of a prior, into a built model, one tensor at a time."""
+        """
+        Copy the weights, and the tables of a prior, into a model from GPT.build, one tensor at a
+        time. UserError if a tensor is missing, has another shape or is not finite.
+        """
         weights = self.weights
         with torch.no_grad():
             for name, p in model.state_dict().items():
@@ -199,12 +202,12 @@ class Checkpoint:
                 )
 
     def model(self, device: torch.device | str, dtype: torch.dtype) -> GPT:
-        """The stored model with float32 weights, which computes in `dtype`."""
+        """The stored model on `device`, with float32 weights; it computes in `dtype`."""
         model = GPT.build(self.config, device, dtype)
         self.load_weights(model)
         prior = model.prior
         if prior is not None and not prior.spec["learned"] and not prior.gates.any():
-            model.prior = model.config.rap = None  # fully annealed: the prior adds nothing any more
+            model.prior = model.config.rap = None  # annealed to 0: it no longer adds anything
         return model
 
     def check_tokenizer(self, fingerprint: str) -> None:
@@ -218,8 +221,8 @@ class Checkpoint:
 
     def tokenizer_folder(self) -> Path:
         """
-        Where the tokenizer is that the model was trained with: the present one, or one that
-        tok_train moved aside.
+        The folder of the tokenizer that the model was trained with, if tok_train has moved it
+        aside; else that of the present tokenizer, which may be another one.
         """
         present, fingerprint = base_dir() / "tokenizer", self.meta["tokenizer"]
         aside = present.with_name(f"tokenizer_{fingerprint[:8]}")
@@ -236,8 +239,8 @@ class Checkpoint:
 
     def amend(self, meta: Mapping[str, Any]) -> None:
         """
-        Replace the metadata and keep the tensors. If killed at any moment, the checkpoint is
-        intact with either the old metadata or the new.
+        Replace the metadata and keep the tensors. If the process is killed meanwhile, the
+        checkpoint stays intact, with the old or the new metadata.
         """
         text = _meta_text(self.step, meta)
         manifest = read_json(self.path / MANIFEST)
@@ -271,8 +274,8 @@ def save(
     meta: Mapping[str, Any],
 ) -> Checkpoint:
     """
-    Write the checkpoint of a step; call it on one rank only. Raises UserError when the disk
-    refuses; earlier checkpoints, also one of the same step, then stay as they were.
+    Write the checkpoint of a step; call it on one rank only. UserError if it cannot be written;
+    earlier checkpoints, even one of the same step, then stay as they were.
     """
     final = at_step(directory, step).path
     temporary = directory / f".{final.name}.{os.getpid()}.tmp"
@@ -317,9 +320,9 @@ def _sync(path: Path) -> None:
 
 def prune(directory: Path, step: int, keep: int, best: int | None, run: str | None = None) -> None:
     """
-    Delete the checkpoints of `run` (the "run_id" in their metadata) up to `step`, except the best
-    one and the last `keep`; and what crashed writers left behind. Nothing else is touched: neither
-    the checkpoints of other runs nor folders in which somebody has put a file.
+    Delete the checkpoints of `run` (the "run_id" in their metadata) up to `step`, except that of
+    the step `best` and the last `keep`; also delete temporary files of killed processes. The
+    checkpoints of other runs stay, and so do folders to which somebody has added a file.
     """
     past = [c for c in list_checkpoints(directory) if c.step <= step]
     kept = {*past[-max(1, keep) :], *(c for c in past if c.step == best)}
@@ -334,7 +337,7 @@ def prune(directory: Path, step: int, keep: int, best: int | None, run: str | No
 
 
 def drop_after(directory: Path, step: int, run: str | None) -> None:
-    """Delete the checkpoints of `run` after `step`, where it returns to an earlier one for good."""
+    """Delete the checkpoints of `run` after `step`, to which the run has returned."""
     for checkpoint in list_checkpoints(directory):
         if checkpoint.step > step and checkpoint.is_of(run):
             shutil.rmtree(checkpoint.path, ignore_errors=True)
@@ -342,8 +345,8 @@ def drop_after(directory: Path, step: int, run: str | None) -> None:
 
 def put_aside_after(directory: Path, step: int) -> None:
     """
-    Rename the checkpoints after `step` to damaged_step_*: a run that resumes from `step` has found
-    them damaged, and will write its own.
+    Rename the checkpoints after `step` to damaged_step_*: a run resumes from `step` because these
+    are damaged, and will write new ones.
     """
     for checkpoint in list_checkpoints(directory):
         if checkpoint.step > step:
@@ -360,9 +363,9 @@ def put_aside_after(directory: Path, step: int) -> None:
 @contextmanager
 def new_run(directory: Path) -> Iterator[None]:
     """
-    Make room for a new run in `directory`: an earlier one is renamed to <tag>.old, or to .old2,
-    .old3, ... as no run is ever deleted. The block opens the new run; if it fails, everything is
-    put back as it was.
+    For opening a new run in `directory`, inside the block: an earlier run there is renamed to
+    <tag>.old, or to .old2, .old3, ... because no run is ever deleted. If the block fails, the
+    earlier run is restored.
     """
     existed, aside = directory.exists(), None
     try:
@@ -372,7 +375,7 @@ def new_run(directory: Path) -> Iterator[None]:
         yield
     except BaseException:
         if aside or not existed:
-            shutil.rmtree(directory, ignore_errors=True)  # what the block has just made
+            shutil.rmtree(directory, ignore_errors=True)  # made by the block
         if aside:
             aside.rename(directory)
         raise
@@ -415,8 +418,9 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
 
 def newest(directory: Path, step: int | None = None, optimizer: bool = False) -> Checkpoint | None:
     """
-    The newest intact checkpoint in a run's folder (or that of `step`), or None. Damaged ones are
-    skipped with a notice. To resume training, the optimizer's file must be intact as well.
+    The newest intact checkpoint in a run's folder, or that of `step`; None if there is none.
+    Damaged ones are skipped with a notice. With `optimizer`, the optimizer's file must be intact,
+    too, which resuming needs.
     """
     for checkpoint in reversed(list_checkpoints(directory)):
         if step is None or checkpoint.step == step:
@@ -430,14 +434,14 @@ def newest(directory: Path, step: int | None = None, optimizer: bool = False) ->
 def newest_to_resume(directory: Path) -> Checkpoint | None:
     """
     The newest checkpoint that training can resume from, or None in a folder without checkpoints.
-    UserError if there are some but none is intact: a new run must not begin by accident.
+    UserError if all checkpoints are damaged, so that a new run does not start by accident.
     """
     checkpoint = newest(directory, optimizer=True)
     if checkpoint is None and (damaged := list_checkpoints(directory)):
         raise UserError(
             f"cannot resume: no checkpoint in {directory} is intact ({len(damaged)} damaged); "
-            "restore one from a backup, or leave out --resume to start anew (these are kept under "
-            "another name)"
+            "restore one from a backup, or leave out --resume to start a new run (the folder of "
+            "this one is then renamed)"
         )
     return checkpoint
 
@@ -462,9 +466,9 @@ def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
 
 def choose(stage: str = "auto", tag: str = "", step: int | None = None) -> tuple[str, Checkpoint]:
     """
-    The model that every command uses by default, as (stage, checkpoint): the furthest stage of the
-    tag saved last that has an intact checkpoint. A stage, a tag or a step that is given is kept to.
-    Raises UserError when there is no such model.
+    (stage, checkpoint) of the model that commands use: by default that of the furthest stage of the
+    tag that was saved last. `stage`, `tag` and `step` limit the choice. UserError if no such model
+    has an intact checkpoint.
     """
     if stage != "auto":
         return stage, locate(stage, tag, step)
@@ -508,9 +512,9 @@ def load_for_inference(
     seed: int = 42,
 ) -> Loaded:
     """
-    Load a trained model for use, the one that `choose` finds. The weights stay in
-    float32: generation casts them (GPT.cast_for_inference), scoring need not. Raises UserError
-    when there is no such model, or when it was trained with another tokenizer.
+    Load a trained model, as chosen by `choose`. The weights are in float32: generation should cast
+    them (GPT.cast_for_inference), scoring need not. UserError if there is no such model, or if its
+    tokenizer is missing.
     """
     stage, checkpoint = choose(stage, tag, step)
     runtime = open_runtime(device_type, dtype, seed)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from nanochat.base.common import UserError
 from nanochat.base.knobs import knob, stored_values
 
-LARGEST = {  # so that a file of a stranger cannot ask for all memory
+LARGEST = {  # limits, so that a stranger's file cannot make the program allocate all memory
     "sequence_len": 2**20,
     "vocab_size": 2**24,
     "n_layer": 2**10,
@@ -59,7 +59,7 @@ class ArchitectureKnobs:
     pair_embeddings: int = knob(
         0,
         "add to each token's embedding a vector of the token with the one before it, from a hashed "
-        "table of so many rows per token of the vocabulary; 0 = none",
+        "table with this many rows per token of the vocabulary; 0 = none",
         low=0,
     )
 
@@ -141,8 +141,10 @@ class GPTConfig(ArchitectureKnobs):
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding table: the vocabulary size rounded up to a multiple of 64.
-        Padding ids are never targets and never sampled."""
+        """
+        Rows of the embedding table: the vocabulary size rounded up to a multiple of 64. Padding ids
+        are never targets and never sampled.
+        """
         return -(-self.vocab_size // 64) * 64
 
     @property
@@ -163,8 +165,8 @@ class GPTConfig(ArchitectureKnobs):
 
     def to_dict(self) -> dict[str, Any]:
         """
-        The form stored in checkpoints and logbooks. What a model does not have is left out, so that
-        older versions can load it.
+        The form stored in checkpoints and logbooks. Parts that the model does not have are left
+        out, so that older versions can load it.
         """
         optional = "rap", "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
         absent = dict.fromkeys(optional, False) | {"rap": None, "document_start": -1}
@@ -173,8 +175,8 @@ class GPTConfig(ArchitectureKnobs):
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "GPTConfig":
         """
-        The configuration that to_dict stored, `rap` as it stands there. Raises UserError for knobs
-        of another version and for values of another type.
+        The configuration that to_dict stored; `rap` is not checked. Raises UserError for knobs of
+        another version and for values of another type.
         """
         unknown = set(stored) - {f.name for f in fields(cls)}
         if unknown:

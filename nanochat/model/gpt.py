@@ -53,11 +53,11 @@ ROSTER = (
 TIED = ParameterSpec(r"embed\.weight", "embedding", "head", "adamw", "small", True)
 
 
-# Share of a block's activations that compiled code keeps on a GPU. The others are computed again,
-# none of them by a product (tests/test_cuda_code.py).
+# The share of a block's activations that compiled code keeps for the backward pass on a GPU. It
+# computes the others again; none of those needs a matrix product (tests/test_cuda_code.py).
 ACTIVATION_BUDGET = 0.8
-GATE_CHANNELS = 12  # of a token, which decide how much of its value embedding is added
-PAIR_FACTOR = 2654435761  # a prime larger than any table of pair embeddings
+GATE_CHANNELS = 12  # the first channels of a token, from which its value gate is computed
+PAIR_FACTOR = 2654435761  # of the hash of a pair: a prime larger than any table of pair embeddings
 
 
 def norm(x: Tensor) -> Tensor:
@@ -67,8 +67,10 @@ def norm(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
     """
-    Rotary embedding on split halves, by -theta as NanoChat does, of all heads from `first` on.
-    x (B, T, H, D); cos, sin (T, D / 2) or (B, T, D / 2).
+    Apply the rotary embedding to all heads from `first` on: x (B, T, H, D) -> the same shape.
+
+    Channel n forms a pair with channel n + D / 2, which is rotated by -theta, as NanoChat does.
+    cos, sin (T, D / 2) or (B, T, D / 2).
     """
     a, b = x[:, :, first:].chunk(2, dim=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
@@ -78,14 +80,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
 
 def with_earlier(x: Tensor, n: int, cache: KVCache | None, name: str) -> Tensor:
     """
-    x (B, T, width) after the n positions before it, which are zeros before the first token:
-    (B, n + T, width). Their place in a cache is called `name`.
+    x (B, T, width) with the n positions before it prepended: (B, n + T, width). They come from the
+    cache, which keeps them under `name`; positions before the first token are zeros.
     """
     return F.pad(x, (0, 0, n, 0)) if cache is None else cache.with_earlier(x, name)
 
 
 class _HalfProduct(torch.autograd.Function):
-    """x W^T in half precision, as on a GPU: the product itself sums W's gradient in float32."""
+    """x W^T in half precision, for GPUs. The gradient of W is summed and returned in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -95,16 +97,16 @@ class _HalfProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (x, weight), (g,) = ctx.saved_tensors, grads
-        product = g.flatten(0, -2).t(), x.flatten(0, -2)
-        return g @ weight, torch.mm(*product, out_dtype=torch.float32)
+        (x, weight), (dy,) = ctx.saved_tensors, grads
+        dy_rows, x_rows = dy.flatten(0, -2), x.flatten(0, -2)
+        return dy @ weight, torch.mm(dy_rows.t(), x_rows, out_dtype=torch.float32)
 
 
 class _SquaredReLU(torch.autograd.Function):
     """
-    relu(x)^2 in half precision, as on a GPU, with a gradient that follows from the result, whose
-    root is relu(x): compiled code can then overwrite what it kept, and its backward pass holds one
-    tensor of this size less.
+    y = relu(x)^2 in half precision, for GPUs. The gradient, 2 relu(x) = 2 sqrt(y), is computed from
+    y instead of x: compiled code can then reuse memory, and its backward pass holds one tensor of
+    this size less.
     """
 
     @staticmethod
@@ -120,14 +122,14 @@ class _SquaredReLU(torch.autograd.Function):
 
 
 def half_on_gpu(x: Tensor) -> bool:
-    """Whether x is in half precision on a GPU, where products and relu2 have forms of their own."""
+    """Whether x is in half precision on a GPU: _HalfProduct and _SquaredReLU are used there."""
     return x.device.type == "cuda" and x.dtype != torch.float32
 
 
 class Linear(nn.Linear):
     """
-    A bias-free product in the input's dtype, or by 8-bit integers; the master weight stays in its
-    own dtype (float32).
+    A linear layer without bias that computes in the dtype of its input, or with 8-bit integers. The
+    weight itself stays in its own dtype (float32 while training).
     """
 
     int8 = False
@@ -145,8 +147,9 @@ class Linear(nn.Linear):
 
 class Convolution(nn.Module):
     """
-    Adds to each token a mixture of itself and the three before it, weighted per channel: the
-    "Canon layers" of Allen-Zhu, "Physics of Language Models: Part 4.1" (2025).
+    Adds to each token a weighted sum of itself and the three tokens before it, with weights of
+    their own for every channel: the "Canon layers" of Allen-Zhu, "Physics of Language Models:
+    Part 4.1" (2025). The cache keeps the three tokens under `name`.
     """
 
     def __init__(self, config: GPTConfig, name: str):
@@ -156,13 +159,15 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         """x (B, T, n_embd) -> the same shape."""
-        T, n = x.size(1), self.weight.size(0) - 1
-        weight, seen = self.weight.to(x.dtype), with_earlier(x, n, cache, self.name)
+        T, reach = x.size(1), self.weight.size(0) - 1
+        weight = self.weight.to(x.dtype)
+        extended = with_earlier(x, reach, cache, self.name)
         if cache is not None and T == 1:  # decoding: the same in fewer operations
-            return x + (seen * weight.flip(0)).sum(1, keepdim=True)
+            return x + (extended * weight.flip(0)).sum(1, keepdim=True)
         y = x * (1 + weight[0])
-        for distance in range(1, n + 1):
-            y = y + seen[:, n - distance : n - distance + T] * weight[distance]
+        for distance in range(1, reach + 1):
+            start = reach - distance
+            y = y + extended[:, start : start + T] * weight[distance]
         return y
 
 
@@ -170,18 +175,20 @@ class Attention(nn.Module):
     """
     Grouped-query causal attention with rotary embeddings and QK-norm.
 
-    The first `copy_heads` key-value heads are not rotated, and hold for each token the key of the
-    token before it, with the value of the token itself. As W_Q starts equal to W_K there, a query
-    begins by finding what followed earlier occurrences of its token.
+    The first `copy_heads` key-value heads are not rotated. There, the key of a token is computed
+    from the token before it, and its value from the token itself. W_Q starts equal to W_K in these
+    heads, so that a query first attends to what followed earlier occurrences of its token.
 
-    With value embeddings, some layers add to each value a vector of the token, which they look up
-    in a table of their own; a gate between 0 and 3 for each head and token scales it.
+    With value embeddings, every other layer has a table with a vector per token of the vocabulary.
+    It adds this vector to the token's values, multiplied by a gate between 0 and 3 per head.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.window(layer), config.head_dim
-        self.k_name = f"{layer}.k"  # made here, because compiled code is one for all layers
+        # Of the copy heads' keys in a cache. Formatting it in forward() would make torch compile
+        # every layer on its own.
+        self.k_name = f"{layer}.k"
         kv_width = config.n_kv_head * config.head_dim
         self.q = Linear(config.n_embd, config.n_embd)
         self.k = Linear(config.n_embd, kv_width)
@@ -191,17 +198,25 @@ class Attention(nn.Module):
         self.value_gate = None
         if config.has_value_table(layer):
             self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head)
-        self.joint: Any = None  # for decoding: what does `project` and `placed` in fewer operations
+        # Generation sets a chat.packed.PackedProjection, which does the same as `project` and
+        # `placed` in fewer operations
+        self.joint: Any = None
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
-        """q, k, v of x and, in a layer with a value table, what its gate's sigmoid takes."""
+        """
+        x (B, T, n_embd) -> q (B, T, n_embd), k and v (B, T, kv width) and, in a layer with a value
+        table, the gate before its sigmoid (B, T, n_kv_head).
+        """
         if self.joint is not None:
             return self.joint(x)
         gate = [] if self.value_gate is None else [self.value_gate(x[..., :GATE_CHANNELS])]
         return self.q(x), self.k(x), self.v(x), *gate
 
     def placed(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
-        """q and k (B, T, width) rotated and normalised by head: (B, T, heads, head_dim) each."""
+        """
+        q and k with their positions: (B, T, width) -> (B, T, heads, head_dim), rotated (but for
+        copy heads) and then normalised in each head.
+        """
         if self.joint is not None:
             return self.joint.placed(q, k, cos, sin)
         q, k = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k))
@@ -228,11 +243,11 @@ class Attention(nn.Module):
             gate = 3 * torch.sigmoid(gates[0])
             v = v + (gate[..., None] * values.view(B, T, -1, self.head_dim)).flatten(2)
         if self.copy_heads:
-            k, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
-            k = torch.cat((with_earlier(k, 1, cache, self.k_name)[:, :-1], others), dim=-1)
+            copied, others = k.tensor_split([self.copy_heads * self.head_dim], dim=-1)
+            k = torch.cat((with_earlier(copied, 1, cache, self.k_name)[:, :-1], others), dim=-1)
         q, k = self.placed(q, k, cos, sin)
         v = v.view(B, T, -1, self.head_dim)
-        # last, so that compiled code keeps q and k once for the backward pass
+        # Transposed last: earlier, compiled code would keep q and k twice for the backward pass
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is None:
             y = attend(q, k, v, self.window, bias, starts)
@@ -291,7 +306,7 @@ class Block(nn.Module):
         values: Tensor | None,
         starts: Tensor | None = None,
     ) -> Tensor:
-        """As Attention.forward."""
+        """x (B, T, n_embd) -> the same shape; the other arguments as for Attention.forward."""
         h = self.norm(x)
         if self.attn_conv is not None:
             h = self.attn_conv(h, cache)
@@ -313,7 +328,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        # Without values: to draw them on the meta device, torch would import its compiler first
+        # From empty tensors: nn.Embedding(...) would draw random values, and to do that on the meta
+        # device, torch imports its compiler first
         table = torch.empty(config.padded_vocab, config.n_embd)
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -342,8 +358,8 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
     ) -> "GPT":
         """
-        The model on `device`, its memory allocated but without values: call init_weights or load a
-        checkpoint.
+        The model on `device` with uninitialised parameters: call init_weights or load a checkpoint
+        before you use it.
         """
         with torch.device("meta"):
             model = cls(config, compute_dtype)
@@ -358,7 +374,7 @@ class GPT(nn.Module):
         the compute dtype.
         """
         device, D = self.embed.weight.device, self.config.head_dim
-        if device.type == "meta":  # which needs a second of torch's compiler for arange
+        if device.type == "meta":  # where arange would load torch's compiler, which takes a second
             table = torch.empty(positions, D // 2, dtype=self.compute_dtype, device=device)
             self.cos, self.sin = table, table.clone()
             return
@@ -388,13 +404,13 @@ class GPT(nn.Module):
         attentions: Any = [block.attn for block in self.blocks]
         for attn in attentions:
             for head in range(attn.copy_heads):
-                query = attn.q.weight[head * attn.group * D :][:D]  # the first of its group
-                query.copy_(attn.k.weight[head * D :][:D])
+                first_query = attn.q.weight[head * attn.group * D :][:D]  # of the head's group
+                first_query.copy_(attn.k.weight[head * D :][:D])
 
     def cast_for_inference(self) -> "GPT":
         """
-        Store the weights in the compute dtype: in bfloat16, generating reads half the memory per
-        token. The float32 weights are lost, so training ends here.
+        Convert the weights to the compute dtype, in place: generation in bfloat16 then reads half
+        as much memory per token. The model cannot be trained afterwards.
         """
         return self.to(self.compute_dtype).requires_grad_(False)
 
@@ -407,8 +423,8 @@ class GPT(nn.Module):
         import torch._functorch.config
 
         self.compiled = True
-        # Shapes of all layers together, beyond which torch gives up: widths of conversations, twice
-        # where some layers have a window
+        # The most shapes that torch compiles, in all layers together: one per width of
+        # conversations, and two where some layers have a window
         torch._dynamo.config.recompile_limit = 32
         if self.embed.weight.device.type == "cuda":
             torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGET
@@ -417,7 +433,7 @@ class GPT(nn.Module):
         return self
 
     def set_matmul(self, kind: str) -> None:
-        """Multiply the matrices of the blocks by 8-bit integers from now on, if kind is "int8"."""
+        """From now on, multiply the blocks' matrices in 8-bit integers if `kind` is "int8"."""
         for layer in self.blocks.modules():
             if isinstance(layer, Linear):
                 layer.int8 = kind == "int8"
@@ -425,23 +441,28 @@ class GPT(nn.Module):
     # ---- parameters
 
     def roster(self) -> list[tuple[str, nn.Parameter, ParameterSpec]]:
-        """Every parameter with its spec. RuntimeError for a parameter of no spec or of several."""
+        """
+        (name, parameter, spec) of every parameter. RuntimeError if no row of ROSTER, or more than
+        one, matches a name.
+        """
+        # TIED takes the place of the first two rows, embedding and head
         specs = (TIED, *ROSTER[2:]) if self.config.tie_embeddings else ROSTER
         rows = []
         for name, p in self.named_parameters():
             matching = [spec for spec in specs if re.fullmatch(spec.pattern, name)]
             if len(matching) != 1:
                 raise RuntimeError(
-                    f"the parameter {name} is covered by {len(matching)} rows of ROSTER: "
-                    "there must be exactly 1"
+                    f"the parameter {name} is covered by {len(matching)} rows of ROSTER: change "
+                    "ROSTER such that exactly one row matches it"
                 )
             rows.append((name, p, matching[0]))
         return rows
 
     def counts(self) -> dict[str, int]:
         """
-        Numbers of parameters: embedding, transformer, head (0 when tied), total, and matmul (those
-        that every token is multiplied with).
+        Numbers of parameters: "embedding", "transformer", "head" (with tied embeddings, the shared
+        table counts as embedding), "total", and "matmul", those in matrices that every token is
+        multiplied by.
         """
         n = {"embedding": 0, "transformer": 0, "head": 0, "total": 0, "matmul": 0}
         for _, p, spec in self.roster():
@@ -452,17 +473,19 @@ class GPT(nn.Module):
 
     def flops_per_token(self, sequence_len: int | None = None) -> float:
         """
-        Training FLOPs per token, forward and backward: 6 x matmul parameters, and for each layer
-        12 x heads x head_dim x mean attended length.
+        Training FLOPs per token, forward and backward, in rows of `sequence_len` tokens (default:
+        the context): 6 x matmul parameters, and for each layer 12 x heads x head_dim x the mean
+        number of keys that a query sees.
         """
         T = sequence_len or self.config.sequence_len
         attended = prior = 0.0
         for layer in range(self.config.n_layer):
-            w = min(self.config.window(layer) or T, T)
-            mean = (w * (w + 1) / 2 + (T - w) * w) / T  # query i sees min(i + 1, w) keys
+            window = min(self.config.window(layer) or T, T)
+            # query i sees min(i + 1, window) keys
+            mean = (window * (window + 1) / 2 + (T - window) * window) / T
             attended += mean
             if self.prior is not None and layer < self.prior.layers:
-                # wider scores in the forward pass, and the gradients of the gates
+                # wider products q k^T in the forward pass, and the gradients of the gates
                 prior += 4 * self.prior.heads * self.prior.rank * mean
         return 6 * self.counts()["matmul"] + 12 * self.config.n_embd * attended + prior
 
@@ -472,13 +495,14 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """(vocab_size, n_embd): the head without its padding rows."""
         table = self.embed.weight if self.config.tie_embeddings else self.head.weight
-        # a slice of everything would still cost its backward pass a copy
+        # Slice only if there is padding: even a slice of everything copies the gradient
         return table[: self.config.vocab_size] if self.config.vocab_size % 64 else table
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """
-        idx (B, T) -> the last hidden states (B, T, n_embd) in the compute dtype. With a cache, idx
-        continues what the cache holds; call cache.advance afterwards.
+        Token ids idx (B, T) -> the last hidden states (B, T, n_embd) in the compute dtype; `logits`
+        maps these to logits. With a cache, idx continues the sequences that it holds; call
+        cache.advance afterwards.
         """
         T = idx.size(1)
         if cache is None:
@@ -495,38 +519,43 @@ class GPT(nn.Module):
         x = self.norm(self.embedded(idx, cache).to(self.compute_dtype))
         compiled = self.compiled and torch.is_grad_enabled()
         for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
-            run, values = block if compiled else block.forward, None
+            values = None
             if self.config.has_value_table(i):
                 values = self.value_tables[str(i)](idx).to(x.dtype)
+            run = block if compiled else block.forward  # block(x) runs compiled code
             x = run(x, cos, sin, cache, bias, values, starts)
         return self.norm(x)
 
     def embedded(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """
-        The embeddings (B, T, n_embd) of the tokens idx (B, T), those of pairs added: token b after
-        token a has the row (PAIR_FACTOR a + b) mod rows, so that two pairs share a row only if they
-        differ in both tokens. The token before the first one counts as token 0.
+        The embeddings (B, T, n_embd) of the tokens idx (B, T), plus their pair embeddings: token b
+        after token a looks up row (PAIR_FACTOR a + b) mod rows of the pair table, so that two pairs
+        share a row only if they differ in both tokens. The token before the first one counts as 0.
         """
         x = self.embed(idx)
         if self.pair_table is None:
             return x
-        before = with_earlier(idx[..., None], 1, cache, "token")[:, :-1, 0]
-        return x + self.pair_table((PAIR_FACTOR * before + idx) % self.pair_table.num_embeddings)
+        previous = with_earlier(idx[..., None], 1, cache, "token")[:, :-1, 0]
+        return x + self.pair_table((PAIR_FACTOR * previous + idx) % self.pair_table.num_embeddings)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., n_embd) -> capped logits (..., vocab_size) in float32."""
+        """Hidden states (..., n_embd) -> logits (..., vocab_size) after softcap, in float32."""
         return capped(F.linear(hidden, self.head_weight.to(hidden.dtype)), self.config.softcap)
 
     def loss(self, idx: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """sum(weights * nll) over the positions whose target is not -1: a scalar; all (B, T)."""
+        """
+        sum(weights * nll) over the positions whose target is not -1, a float32 scalar. idx, targets
+        and weights (None = ones) are (B, T); nll is in nats.
+        """
         return linear_cross_entropy(
             self(idx), self.head_weight, targets, weights, self.config.softcap, self.compiled
         )
 
     def token_losses(self, idx: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
         """
-        Negative log-likelihood in nats of every target (B, T), 0 where it is -1. `compiled`: run
-        the code that is compiled for training, which keeps activations as training does.
+        The negative log-likelihood (B, T) in nats of every target (B, T), 0 where a target is -1.
+        `compiled` runs the code that was compiled for training, which keeps activations as training
+        does.
         """
         compiled = compiled and self.compiled
         with torch.set_grad_enabled(compiled):
@@ -541,6 +570,7 @@ class GPT(nn.Module):
     def new_cache(self, batch: int, capacity: int = 0) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens (0 = the context)."""
         c, device, dtype = self.config, self.embed.weight.device, self.compute_dtype
+        # What with_earlier looks up: name -> (positions to keep, their width, their dtype)
         earlier: dict[str, tuple[int, int, torch.dtype]] = {}
         if c.pair_rows:
             earlier["token"] = 1, 1, torch.int64
@@ -549,7 +579,5 @@ class GPT(nn.Module):
                 earlier[f"{layer}.k"] = 1, c.copy_heads * c.head_dim, dtype
             if c.convolutions:
                 earlier |= dict.fromkeys((f"{layer}.attn", f"{layer}.mlp"), (3, c.n_embd, dtype))
-        length = capacity or c.sequence_len
-        return KVCache(
-            c.n_layer, batch, c.n_kv_head, length, c.head_dim, device, self.compute_dtype, earlier
-        )
+        capacity = capacity or c.sequence_len
+        return KVCache(c.n_layer, batch, c.n_kv_head, capacity, c.head_dim, device, dtype, earlier)

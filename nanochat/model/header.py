@@ -1,6 +1,6 @@
 """
-The header of a safetensors file: which tensors it holds. A file can come from a stranger, so the
-header is checked before anything is read. Imports no torch.
+The header of a safetensors file, which lists its tensors. A file can come from a stranger, so the
+header is checked before a tensor is read. Imports no torch.
 """
 
 import struct
@@ -16,8 +16,9 @@ _BITS |= {"I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F64
 
 def read_header(path: Path) -> Header:
     """
-    The tensors that a safetensors file lists, none of which is read. OSError or ValueError if the
-    file is not regular, or if its header is too long, malformed or does not cover the file exactly.
+    {tensor: (type, shape)} as a safetensors file lists them; no tensor is read. OSError or
+    ValueError if the file is not regular, or if its header is too long, malformed or does not cover
+    the file exactly.
     """
     with open_regular(path) as file:
         size = file.seek(0, 2)

@@ -1,11 +1,11 @@
 """
-Products of training in 8-bit integers (--matmul=int8): GeForce cards multiply them at four times
-the rate of bfloat16.
+Matrix products of training in 8-bit integers (--matmul=int8): GeForce cards multiply these at four
+times the rate of bfloat16.
 
-Each row of each factor is scaled by its own largest value, and rounded; sums are exact, in 32 bits.
-The forward product and the gradient of the input are computed so; the gradient of the weight, whose
-errors would add up over the run, and the head are not. On a CPU the integers are the same, so that
-what rounding does to a loss can be measured without a GPU.
+Each row of both factors is divided by its own scale and rounded; sums are exact, in 32 bits. The
+forward product and the gradient of the input are computed like this. The gradient of the weight,
+whose errors would add up over the run, and the head are not. A CPU computes with the same integers,
+so that the effect of rounding on a loss can be measured without a GPU.
 """
 
 from typing import Any
@@ -46,7 +46,10 @@ def _(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, half: bool) -> Ten
 
 @register_flop_formula(torch.ops.nanochat.int8_product)
 def _(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    """FLOPs, without which compiled code would rather multiply again than keep the result."""
+    """
+    The FLOPs of the product. Without them, compiled code takes it for free, and computes it again
+    in the backward pass instead of keeping the result.
+    """
     return 2 * a[0] * a[1] * b[0]
 
 
@@ -68,13 +71,13 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def _multiplied(x: Tensor, weight: Tensor) -> Tensor:
-    """x (R, K) times weight (N, K) transposed, by integers: (R, N) in x's dtype."""
+    """x (R, K) times weight (N, K) transposed, in 8-bit integers: (R, N) in x's dtype."""
     (a, scale_a), (b, scale_b) = quantized(x), quantized(weight)
     half = x.dtype is torch.bfloat16
     return torch.ops.nanochat.int8_product(a, b, scale_a, scale_b, half).to(x.dtype)
 
 
 def int8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear by integers: x (..., K), weight (N, K) in any dtype -> (..., N) in x's."""
+    """F.linear in 8-bit integers: x (..., K), weight (N, K) in any dtype -> (..., N) in x's."""
     y: Any = _Int8Linear.apply(x.reshape(-1, x.size(-1)), weight)
     return y.view(*x.shape[:-1], weight.size(0))

@@ -1,9 +1,9 @@
 """
-Cross entropy of a linear head with a soft cap, without ever holding the logits of a whole batch.
+Cross entropy of a linear head with a soft cap, without the logits of a whole batch in memory.
 
-The head's product, the cap and the softmax run over a few hundred rows at a time. Where gradients
-are needed, they are computed in the same pass: no chunk is computed twice, and memory holds one
-chunk of logits. Targets of -1 are ignored.
+The head's product, the cap and the softmax are computed for a chunk of a few hundred rows at a
+time. In training, the gradients are computed in the same pass: no chunk is computed twice, and
+memory holds the logits of one chunk. Targets of -1 are ignored.
 """
 
 from typing import Any
@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits per chunk. On a CPU, the few temporaries of this size should fit its cache. On a GPU,
-# compiled code holds two of them in the compute dtype; eager code holds five in float32.
+# Logits per chunk. On a CPU, the few temporary tensors of this size should fit into its cache. On a
+# GPU, compiled code has two of them in the compute dtype; eager code has five in float32.
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25, "meta": 1 << 25}
 COMPILED_ELEMENTS = {"cuda": 1 << 27, "meta": 1 << 27}
-# On a CPU, the d(loss)/d(logits) of so many chunks are kept for one product with the inputs.
+# A block: the chunks whose d(loss)/d(logits) are kept to be multiplied by the inputs at once. One,
+# except on a CPU.
 BLOCK_CHUNKS = {"cpu": 8}
-MOST_EXPONENT = 60.0  # exp() of it, summed over any vocabulary, fits float32
+MOST_EXPONENT = 60.0  # float32 can hold exp() of it, summed over any vocabulary
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap) in float32; softcap 0 means none."""
+    """softcap * tanh(logits / softcap) in float32, in the shape of logits; 0 means no cap."""
     logits = logits.float()
     if softcap <= 0:
         return logits
@@ -32,14 +33,14 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
 
 def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """
-    The losses of the rows (R), 0 where the target is -1, and d(loss)/d(uncapped logits) / 4 (R, V)
-    in x's dtype. x (R, D), w (V, D), targets (R).
+    (losses of the rows (R,), 0 where a target is -1; d(loss)/d(uncapped logits) / 4, (R, V) in x's
+    dtype), for x (R, D), w (V, D) and targets (R,). The factor 1/4 saves a multiplication here.
     """
     z, s = (x @ w.t()).float(), None
     if softcap > 0:
         s = z.mul_(2 / softcap).sigmoid_()
         z = (s * (2 * softcap)).sub_(softcap)
-    if not 0 < softcap <= MOST_EXPONENT:  # else the cap itself keeps exp() finite
+    if not 0 < softcap <= MOST_EXPONENT:  # with such a cap, exp() is finite anyway
         z = z - z.amax(-1, keepdim=True)
     index = targets.clamp(min=0)[:, None]
     of_target = z.gather(1, index)
@@ -47,7 +48,7 @@ def _chunk_both(x: Tensor, w: Tensor, targets: Tensor, softcap: float) -> tuple[
     total = e.sum(-1, keepdim=True)
     nll = (total.log() - of_target).squeeze(1) * (targets >= 0)
     d = e.mul_(1 / total)
-    if torch.compiler.is_compiling():  # a scatter would split what is otherwise one kernel
+    if torch.compiler.is_compiling():  # a scatter would split this into several kernels
         d = d - (torch.arange(d.size(1), device=d.device) == index).float()
     else:
         d = d.scatter_add_(1, index, d.new_full((), -1.0).expand(index.shape))
@@ -71,24 +72,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float,
         compiled: bool,
     ) -> Tensor:
-        x, weight = x.detach(), weight.detach()  # compiled chunks are the same in evaluations
-        R, w, rows = x.size(0), weight.to(x.dtype), chunk_rows(x, weight, compiled)
-        both, block_chunks = _both(compiled), BLOCK_CHUNKS.get(x.device.type, 1)
-        block_rows = rows * block_chunks
+        x, weight = x.detach(), weight.detach()  # as in evaluations, for the same compiled code
+        R, w = x.size(0), weight.to(x.dtype)
+        chunk_size, block_chunks = (
+            chunk_rows(x, weight, compiled),
+            BLOCK_CHUNKS.get(x.device.type, 1),
+        )
+        block_size = chunk_size * block_chunks
+        losses_and_gradients = _both(compiled)
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        kept = x.new_empty(min(block_rows, R) if block_chunks > 1 else 0, weight.size(0))
-        for start in range(0, R, block_rows):
-            block, d = slice(start, min(start + block_rows, R)), kept
-            for at in range(start, block.stop, rows):
-                chunk = slice(at, min(at + rows, block.stop))
-                nll, d = both(x[chunk], w, targets[chunk], softcap)
+        block_d = x.new_empty(min(block_size, R) if block_chunks > 1 else 0, weight.size(0))
+        for start in range(0, R, block_size):
+            block, d = slice(start, min(start + block_size, R)), block_d
+            for first in range(start, block.stop, chunk_size):
+                chunk = slice(first, min(first + chunk_size, block.stop))
+                nll, d = losses_and_gradients(x[chunk], w, targets[chunk], softcap)
                 total += (nll * weights[chunk]).sum()
                 if block_chunks > 1:
-                    kept[at - start : chunk.stop - start] = d
-                    d = kept[: chunk.stop - start]
-            scale = (4 * weights[block, None]).to(x.dtype)
+                    block_d[first - start : chunk.stop - start] = d
+                    d = block_d[: chunk.stop - start]
+            scale = (4 * weights[block, None]).to(x.dtype)  # 4: see _chunk_both
             torch.mul(d @ w, scale, out=dx[block])
             _add_product(dw, d.t(), x[block] * scale)
         ctx.save_for_backward(dx, dw)
@@ -103,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b; total is float32, and a GPU also sums half precision in it."""
+    """total += a b, in place. total is float32; a GPU sums products of half precision in it."""
     if total.device.type == "cuda" and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -114,6 +119,7 @@ _compiled: dict[str, Any] = {}
 
 
 def _both(compiled: bool) -> Any:
+    """_chunk_both, or its compiled version, of which a process has one."""
     if not compiled:
         return _chunk_both
     if "both" not in _compiled:
@@ -130,11 +136,11 @@ def linear_cross_entropy(
     compiled: bool = False,
 ) -> Tensor:
     """
-    The sum over valid positions of weights * -log softmax(cap(x W^T))[target]: a float32 scalar,
-    0 when no target is valid.
+    The sum over valid positions of weights * -log softmax(cap(x W^T))[target], in nats: a float32
+    scalar, 0 when no target is valid.
 
-    x (..., D) in the compute dtype; weight (V, D); targets (...) int64, -1 ignored; weights (...)
-    or None for ones. compiled: use torch.compile for the chunks.
+    x (..., D) in the compute dtype; weight (V, D); targets (...) int64, of which -1 is ignored;
+    weights (...) or None for ones. compiled: compute the chunks by compiled code.
     """
     x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
     if weights is None:
@@ -155,7 +161,7 @@ def token_losses(
     """
     w, flat = weight.detach().to(x.dtype), x.detach().reshape(-1, x.size(-1))
     rows = chunk_rows(flat, weight, compiled)
-    if compiled:  # the code of training also computes gradients, but it is there already
+    if compiled:  # this also computes gradients, but is compiled already, for training
         both, ids = _both(compiled), targets.reshape(-1)
         chunks = zip(flat.split(rows), ids.split(rows), strict=True)
         return torch.cat([both(x, w, y, softcap)[0] for x, y in chunks]).view(targets.shape)
@@ -168,8 +174,8 @@ def token_losses(
 
 def chunk_rows(x: Tensor, weight: Tensor, compiled: bool = False) -> int:
     """
-    The rows per chunk of x (R, D): R divided evenly if a suitable divisor is near, so that all
-    chunks have the same shape.
+    The rows per chunk of x (R, D). If R has a suitable divisor, all chunks have the same number of
+    rows, and so the same compiled code.
     """
     elements = CHUNK_ELEMENTS.get(x.device.type, 1 << 25)
     if compiled:

@@ -1,11 +1,11 @@
 """
-The attention prior (RAP) inside a model: tables that are looked up for the tokens of a pass, and
-the gates that scale them.
+The attention prior (RAP) inside a model: tables of its terms, and gates that scale the terms.
 
 A prior adds to the score of layer l, head h, query i and key j the sum over its groups g of
-gates[l, h, g] * B_g[i, j]; prior_artifact.py says what the groups are. The tables are buffers of
-`Prior`, so a checkpoint needs no artifact. Positions are absolute, and a prior looks across
-documents as attention does. attention.py adds the result to the scores.
+gates[l, h, g] * B_g[i, j]; prior_artifact.py describes the groups. For each pass, `Prior` looks up
+the tokens in its tables, and attention.py adds the result to the scores. The tables are buffers, so
+a checkpoint does not need the artifact. Positions are absolute, and a prior looks across documents
+as attention does.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from nanochat.model.cache import KVCache
 class Prior(nn.Module):
     """
     The tables and gates described by a spec of prior_artifact.prepare. gates (layers, heads,
-    groups) are parameters where they are learned; everything else is a buffer. If `annealed` is
-    set, set_progress takes the gates from their start to 0.
+    groups) are parameters if they are learned; everything else is a buffer. If `annealed` is set,
+    set_progress lowers the gates linearly from their start to 0.
     """
 
     def __init__(self, spec: dict[str, Any], windows: list[int], head_dim: int):
@@ -39,27 +39,28 @@ class Prior(nn.Module):
             else:
                 self.register_buffer(name, tensor)
         codes = spec["tensors"].get("codes") or spec["tensors"].get("pair_now")
-        self.no_token = codes[1] - 1 if codes else 0  # the row of the token before the first
+        self.no_token = codes[1] - 1 if codes else 0  # the row of zeros, for positions before 0
+        # How many positions before a token its terms look back
         self.memory = max([*spec["shifts"], 2 if "pair" in spec["tensors"] else 0])
         self.layers, self.heads = spec["tensors"]["gates"][1:3]
         self.rank = sum(n for _, n in spec["columns"])
-        self._form = ""
-        self._sent: Tensor | None = None  # by _rows
+        self._form = ""  # chosen in the first pass
+        self._rows_on_device: Tensor | None = None
 
     def describe(self) -> str:
-        """One line for people: source, terms, extent, kind of gates, form."""
+        """One line to print: its source and terms, its layers and heads, its gates, its form."""
         kind = "learned" if self.spec["learned"] else "annealed" if self.annealed else "fixed"
         extent = f"{self.heads} heads of {self.layers} layers"
         return f"{self.spec['about']}; {extent}, gates {kind}, {self.spec['attention']}"
 
     @torch.no_grad()
     def set_progress(self, progress: float) -> None:
-        """Follow the run's progress, 0..1: annealed gates fall with it."""
+        """Set annealed gates to their value at this progress of the run, 0..1."""
         if self.annealed:
             self.gates.copy_(self.get_buffer("start") * (1 - progress))
 
     def form(self, device: torch.device, dtype: torch.dtype) -> str:
-        """The form in which this device adds what was trained, perhaps on another device."""
+        """The form (see attention.py) for this device, which may not be the one of training."""
         tables = self.spec["tensors"]
         look_up = "place" in tables and "place_u" not in tables
         width = self.head_dim + self.rank
@@ -69,8 +70,8 @@ class Prior(nn.Module):
         self, idx: Tensor, dtype: torch.dtype, cache: KVCache | None = None
     ) -> list[Bias | None]:
         """
-        What the prior adds in each layer for tokens idx (B, T), which continue what the cache
-        holds. Looked up once for all layers.
+        The bias of every layer, None where it has none, for tokens idx (B, T), which continue the
+        sequences of the cache. The terms are looked up once for all layers.
         """
         self._form = self._form or self.form(idx.device, dtype)
         (B, T), device = idx.shape, idx.device
@@ -82,7 +83,7 @@ class Prior(nn.Module):
             tokens = cache.with_earlier_tokens(idx, self.memory, self.no_token)
 
         def earlier(s: int) -> Tensor:
-            """The tokens s positions before: (B, T)."""
+            """The tokens s positions before those of idx: (B, T)."""
             return tokens[:, self.memory - s : self.memory - s + T]
 
         place = dict(self.named_buffers()).get("place") if self.looks_up(device) else None
@@ -106,21 +107,30 @@ class Prior(nn.Module):
             place = place[self._rows(device)]
         biases: list[Bias | None] = [None] * len(self.windows)
         for layer, gate in enumerate(torch.cat(gates, -1).to(dtype).unbind()):
-            window = self.windows[layer]
-            mask = flex_mask(T, window, device) if self._form == "flex" else None
-            curves = place[layer, :, None] if self.spec["rows"] else place
-            by_place = curves, place_gates[layer]
-            biases[layer] = Bias(u, w, gate, *by_place, tuple(columns), reach, self._form, mask)
+            mask = None
+            if self._form == "flex":
+                mask = flex_mask(T, self.windows[layer], device)
+            biases[layer] = Bias(
+                u,
+                w,
+                gate,
+                place[layer, :, None] if self.spec["rows"] else place,
+                place_gates[layer],
+                tuple(columns),
+                reach,
+                self._form,
+                mask,
+            )
         return biases
 
     def _rows(self, device: torch.device) -> Tensor:
-        """The row of place of every layer and head; sent to the device once."""
-        if self._sent is None or self._sent.device != device:
-            self._sent = torch.tensor(self.spec["rows"], device=device)
-        return self._sent
+        """(layers, heads): which row of `place` each head has; copied to the device once."""
+        if self._rows_on_device is None or self._rows_on_device.device != device:
+            self._rows_on_device = torch.tensor(self.spec["rows"], device=device)
+        return self._rows_on_device
 
     def looks_up(self, device: torch.device) -> bool:
-        """Whether the kernel looks positions up; else they are columns of u and w."""
+        """Whether the kernel looks up positions in `place`; else they are columns of u and w."""
         return self._form != "factored" or device.type == "cpu"
 
     def _columns(
@@ -147,8 +157,8 @@ class Prior(nn.Module):
 @torch.no_grad()
 def warm_start(model: Any, spec: dict[str, Any], tensors: dict[str, Tensor], alpha: float) -> None:
     """
-    Set rows of W_Q and W_K such that the expected score of matching tokens is `alpha` at the start;
-    there is no bias afterwards. Raises UserError for a prior without the match term.
+    Initialise rows of W_Q and W_K such that the expected score of matching tokens is `alpha`; the
+    model has no bias then. Raises UserError for a prior without the match term.
 
     With x the normalised embeddings, least squares gives W_Q x ~ codes query and
     W_K x ~ sum_s codes keys[s]: the rules of all shifts apply to the key's own token, as no first
@@ -170,9 +180,11 @@ def warm_start(model: Any, spec: dict[str, Any], tensors: dict[str, Tensor], alp
     x = F.rms_norm(model.embed.weight[: config.vocab_size].float(), (config.n_embd,))
     targets = torch.cat((codes @ query, codes @ key), 1)
     D = config.head_dim
-    solved = torch.linalg.lstsq(x.cpu(), targets.cpu()).solution.to(device)  # not on every device
+    # On the CPU, because not every device has lstsq
+    solved = torch.linalg.lstsq(x.cpu(), targets.cpu()).solution.to(device)
     rows = solved.mT.view(2, -1, config.n_embd)[:, :D]
     r = rows.size(1)
+    # The slowest channels: the last ones of the two halves, in turn
     slow = [D - 1 - n // 2 - (n % 2) * (D // 2) for n in range(r)]
     share = min(1.0, alpha / D**0.5) if r < D else 1.0
     for block in model.blocks[:layers]:

@@ -1,5 +1,5 @@
 """
-Artifacts of the attention prior: read, checked, and prepared for a model.
+Artifacts of the attention prior: reading them, checking them, and preparing them for a model.
 
 An artifact (made by dev/generate_rap_prior.py) holds terms in groups. Between query i and key j of
 tokens x, group g contributes B_g[i, j]:
@@ -11,7 +11,7 @@ tokens x, group g contributes B_g[i, j]:
     pair   the same for two tokens: with codes a and b,
            sum_p pair[p] (a[x_(i-1)] b[x_i])[p] (a[x_(j-2)] b[x_(j-1)])[p]
 
-A token before the first counts 0. Loading an artifact cannot run code.
+Terms with a token before the first one are 0. Loading an artifact cannot run code.
 """
 
 import math
@@ -39,8 +39,8 @@ GROUPS = {  # the tensors of each group, with a letter for each of their sizes
     "pair": {"pair_query": "VQ", "pair_now": "VQ", "pair": "Q"},
 }
 CODES = ("codes", "pair_query", "pair_now")
-LAG_COLUMNS = 64  # at most, where a kernel can take positions only as columns of q and k
-KERNEL_WIDTH = 256  # the widest heads that fused kernels take
+LAG_COLUMNS = 64  # the most for lag, where kernels need positions as columns of q and k
+KERNEL_WIDTH = 256  # the widest heads that fused kernels support
 
 
 # ---- reading
@@ -94,8 +94,8 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _fault(tensors: dict[str, Tensor], vocab_size: int) -> str:
-    """What is wrong with the tensors of an artifact, '' when nothing is."""
-    sizes = {"V": vocab_size}  # the other letters stand for the first size that they meet
+    """What is wrong with the tensors of an artifact; '' if nothing is."""
+    sizes = {"V": vocab_size}  # the first tensor with another letter decides its size
     for name, tensor in tensors.items():
         if fault := _tensor_fault(name, tensor, tensors, sizes):
             return fault
@@ -105,7 +105,7 @@ def _fault(tensors: dict[str, Tensor], vocab_size: int) -> str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has each of its values in memory: others may stand for any number."""
+    """Whether all values of a tensor are in memory: else a small file could claim huge tensors."""
     strided = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
     if not strided or tensor.device.type != "cpu":
         return False
@@ -115,7 +115,10 @@ def _is_plain(tensor: Tensor) -> bool:
 def _tensor_fault(
     name: str, tensor: Tensor, tensors: dict[str, Tensor], sizes: dict[str, int]
 ) -> str:
-    """What is wrong with one tensor. Its sizes are checked against `sizes` and added to them."""
+    """
+    What is wrong with one tensor; '' if nothing is. Its sizes must agree with `sizes`, to which
+    new ones are added.
+    """
     group = next((g for g in GROUPS.values() if name in g), None)
     if not isinstance(tensor, Tensor) or not tensor.dim():
         return "holds no tensor where one should be"
@@ -126,9 +129,10 @@ def _tensor_fault(
     if missing := group.keys() - tensors.keys():
         return f"holds {name} without {', '.join(sorted(missing))}"
     shape, letters = tuple(tensor.shape), group[name]
-    if len(shape) != len(letters) or any(
-        n == 0 or sizes.setdefault(letter, n) != n for letter, n in zip(letters, shape, strict=True)
-    ):
+    fits = len(shape) == len(letters) and 0 not in shape
+    if fits:
+        fits = all(sizes.setdefault(x, n) == n for x, n in zip(letters, shape, strict=True))
+    if not fits:
         expected = (f"{x} = {sizes[x]:,}" if x in sizes else x for x in letters)
         return f"has {name} of shape {shape}, not {', '.join(expected)}"
     if name in CODES:
@@ -145,11 +149,12 @@ def _tensor_fault(
 
 def factor_lag(lag: Tensor, error: float, most: int = LAG_COLUMNS) -> tuple[Tensor, Tensor, float]:
     """
-    Columns u, w (C, r) with u[i] . w[j] close to lag[i - j] for all i >= j, and the largest error:
-    the first r <= most that meets `error`. lag (C,) becomes a constant and waves a cos + b sin,
-    bounded at every distance and unconstrained above the diagonal. Frequencies come from matching
-    pursuit on the residual's spectrum, amplitudes from least squares. Sharp curves need many
-    columns: a wave cannot stay low after a narrow peak.
+    Columns u, w (C, r) with u[i] . w[j] close to lag[i - j] for all i >= j, and the largest error.
+    r is the smallest that meets `error`, or at most `most`. lag (C,) becomes the sum of a constant
+    and of waves a cos + b sin, which are bounded at every distance and unconstrained above the
+    diagonal. Frequencies come from matching pursuit on the residual's spectrum, amplitudes from
+    least squares. Sharp curves need many columns, because a wave cannot stay low after a narrow
+    peak.
     """
     C, lag = lag.numel(), lag.double()
     distance = torch.arange(C, dtype=torch.float64)
@@ -206,17 +211,18 @@ def prepare(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
-    The prior that the knobs name, for a model of `config` trained on this device: the spec for
-    `config.rap`, and the tensors of `prior.Prior`. Where kernels look positions up (on a CPU, and
-    in the flex and dense forms), positions stay exact; elsewhere they become their fit for good, so
-    whatever reads the checkpoint adds the same. Raises UserError for a prior that cannot be used.
+    (spec for `config.rap`, tensors of `prior.Prior`) of the prior that the knobs name, for a model
+    of `config` that will be trained on this device. Where kernels look up positions (on a CPU, and
+    in the flex and dense forms), the terms by position stay exact. Elsewhere they are replaced by
+    an approximation, in the tables as well: every device that loads the checkpoint then adds the
+    same. UserError for a prior that cannot be used.
     """
     artifact, source = load(knobs.rap, config.vocab_size, fingerprint)
     layers, heads = _extent(knobs, config)
     columns, tensors, shifts, errors = _token_terms(artifact, knobs.rap_error)
     spans = len(artifact.get("spans", ()))
 
-    sharp = bool(spans) or "bias" in artifact  # too sharp for a few columns
+    sharp = bool(spans) or "bias" in artifact  # positions that a few columns cannot approximate
     if sharp and knobs.attention == "factored" and device.type != "cpu":
         raise UserError(
             "--attention=factored cannot add the spans or the matrix of this prior on a GPU: "
@@ -274,7 +280,7 @@ def prepare(
 
 
 def _extent(knobs: AttentionPriorKnobs, config: GPTConfig) -> tuple[int, int]:
-    """How many layers and how many heads of each have the prior."""
+    """(layers with the prior, heads of each). UserError if the knobs give none or too many."""
     share = knobs.rap_heads <= 1
     heads = round(knobs.rap_heads * config.n_head) if share else int(knobs.rap_heads)
     if not 0 < heads <= config.n_head or not (share or heads == knobs.rap_heads):
@@ -291,7 +297,7 @@ def _extent(knobs: AttentionPriorKnobs, config: GPTConfig) -> tuple[int, int]:
 
 
 def _distance_curves(artifact: dict[str, Tensor], C: int) -> Tensor:
-    """lag (0 where the artifact has none) and the spans: (1 + spans, C + 1), the last column 0."""
+    """lag (zeros if the artifact has none), then the spans: (1 + spans, C + 1), ending with 0."""
     spans = list(artifact.get("spans", ()))
     lag = artifact["lag"] if "lag" in artifact else torch.zeros_like(spans[0])
     curves = torch.stack([lag, *spans])[:, :C].float()
@@ -302,8 +308,8 @@ def _token_terms(
     artifact: dict[str, Tensor], error: float
 ) -> tuple[dict[str, int], dict[str, Tensor], list[int], dict[str, float]]:
     """
-    The groups that look at tokens: their columns of u and w, their tensors, the shifts of match and
-    the errors of factorisations. Codes get a row of zeros, for the token before the first.
+    The groups that depend on tokens: (number of columns by group, tensors, shifts of match, errors
+    of factorisations by group). Codes get a row of zeros, for positions before the first token.
     """
     columns, shifts, errors = {}, [], {}
     tensors = {name: F.pad(artifact[name], (0, 0, 0, 1)) for name in CODES if name in artifact}
@@ -326,9 +332,10 @@ def _initial_gates(
     knobs: AttentionPriorKnobs, groups: list[str], spans: int, layers: int, heads: int
 ) -> tuple[Tensor, list[list[int]]]:
     """
-    The gates (layers, heads, groups) at the start, and each head's curve of positions: 0 for lag,
-    or n for the span n. One head of each layer leads with match, one with pair and one with each
-    span (or with lag): heads that all began alike would first have to diverge.
+    (gates at the start (layers, heads, groups), the curve of positions for each head of each
+    layer: 0 for lag, or n for the span n). One head of each layer starts with a larger gate for
+    match, one for pair and one for each span (or for lag): it leads with this term. If all heads
+    were alike, training would first have to differentiate them.
     """
     leads = [(groups.index(name), 0) for name in ("match", "pair") if name in groups]
     if spans:
@@ -357,7 +364,7 @@ def assign_leading_heads(items: int, layers: int, heads: int) -> list[tuple[int,
 
 
 def _summary(columns: dict[str, int], errors: dict[str, float], spans: int) -> str:
-    """For example "key rank 1, match rank 8 (error 0.012), lag, 4 spans"."""
+    """The terms in words: "key rank 1, match rank 8 (error 0.012), lag, 4 spans"."""
     words = []
     for name, rank in columns.items():
         error = f" (error {errors[name]:.2g})" if name in errors else ""

@@ -1,7 +1,7 @@
 """
-What is trained: one record for every folder under checkpoints/. Records come from metadata alone;
-no tensor is read or hashed, and torch is not imported. Damaged folders, and those that somebody
-else has put there, get a record that says what is wrong with them.
+The runs under checkpoints/, one record for every folder. Records are made from metadata only: no
+tensor is read or hashed, and torch is not imported. The record of a damaged folder, or of one that
+is no run, says what is wrong with it.
 """
 
 import os
@@ -36,7 +36,7 @@ _OF_A_CHECKPOINT = re.compile(r"(model|optim)\.safetensors|(meta|manifest)\.json
 
 @dataclass
 class RunRecord:
-    """A run, or another folder where runs belong. What is not known is None."""
+    """A run, or another folder beside runs. What is not known is None."""
 
     stage: str
     tag: str
@@ -61,7 +61,7 @@ class RunRecord:
 
 
 def find_records() -> list[RunRecord]:
-    """All runs in the order in which commands prefer them; then what is no run."""
+    """All runs in the order in which commands prefer them, and then what is no run."""
     records = [_record(stage, run) for stage, run in by_preference() if run.is_dir()]
     usable = [record for record in records if not record.problem]
     if usable:
@@ -77,7 +77,7 @@ def find_records() -> list[RunRecord]:
 
 
 def _others() -> Iterator[Path]:
-    """What stands beside the folders of the stages and, but for locks, within them."""
+    """Everything in checkpoints/ besides the folders of stages, and in these besides locks."""
     root = base_dir() / "checkpoints"
     yield from (p for p in sorted(root.glob("*")) if p.name not in STAGES)
     for stage in STAGES:
@@ -115,8 +115,11 @@ def _record(stage: str, run: Path) -> RunRecord:
 
 
 def _fill(record: RunRecord, folder: Path) -> None:
-    """What a checkpoint says. OSError, ValueError, KeyError or TypeError if it is damaged."""
-    read_json(folder / "manifest.json")["model.safetensors"]  # it was written to its end
+    """
+    Add what a checkpoint says to its record. OSError, ValueError, KeyError or TypeError if the
+    checkpoint is damaged.
+    """
+    read_json(folder / "manifest.json")["model.safetensors"]  # KeyError if it is incomplete
     meta: dict[str, Any] = read_json(folder / "meta.json", MOST_META)
     if fault := mismatch(meta, _META, "meta"):
         raise ValueError(fault)
@@ -127,15 +130,14 @@ def _fill(record: RunRecord, folder: Path) -> None:
     record.saved = datetime.fromtimestamp(folder.stat().st_mtime).isoformat(timespec="seconds")
     record.tokens, record.seconds = meta.get("tokens"), meta.get("seconds")
     figures = meta.get("last", {}).get("eval", {})
-    record.val_bpb, record.pass_at_1 = (
-        figures[name] if is_number(figures.get(name)) else None for name in ("val_bpb", "pass@1")
-    )
+    figures = {name: value for name, value in figures.items() if is_number(value)}
+    record.val_bpb, record.pass_at_1 = figures.get("val_bpb"), figures.get("pass@1")
     if record.state == "finished" and not meta.get("done", True):
         record.state = "unfinished"
 
 
 def foreign_file(run: Path) -> str:
-    """The name of something in a run's folder that no run writes; '' if there is nothing."""
+    """The name of the first file in a run's folder that no run writes; '' if there is none."""
     for path in sorted(run.iterdir()):
         if not _OF_A_RUN.fullmatch(path.name) or path.is_symlink():
             return path.name
@@ -146,7 +148,7 @@ def foreign_file(run: Path) -> str:
 
 
 def check_removable(record: RunRecord) -> None:
-    """UserError if this is no run, or if the folder holds what no run writes."""
+    """UserError if this is no run, or if its folder has a file that no run writes."""
     run = Path(record.folder)
     if record.stage not in STAGES or not run.is_dir() or run.is_symlink():
         raise UserError(f"{run} is not the folder of a run: remove it yourself")
@@ -159,8 +161,8 @@ def check_removable(record: RunRecord) -> None:
 
 def remove(record: RunRecord) -> None:
     """
-    Delete a run's folder, while nobody can train in it. UserError if somebody does, if the disk
-    refuses, or as check_removable. If interrupted, a folder remains that can be removed again.
+    Delete a run's folder, with its lock held. UserError if a process trains in it, if it cannot be
+    deleted, or as check_removable. After an interruption, it can be called again.
     """
     run = Path(record.folder)
     reserve(lock_file(run), f"the run {record.name}")

@@ -1,7 +1,7 @@
 """
 What the files of a checkpoint may hold. A checkpoint can come from a stranger, so everything is
-checked before anything is built or allocated: the metadata by type and range, and the header of the
-tensors against the model that the metadata describe.
+checked before a model is built or memory is allocated: the types and ranges of the metadata, and
+the header of the tensors against the model that the metadata describe.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from nanochat.model.stages import STAGES
 MOST_META = 2**22  # bytes
 
 _SETTING = (bool, int, float, str, None, [(bool, int, float, str)])
-_META = {  # the forms of the fields that are read again; see strangers.mismatch
+_META = {  # the forms of those fields that some code reads; see strangers.mismatch
     "format": int,
     "step": int,
     "stage": str,
@@ -82,9 +82,9 @@ _SPEC = {
     "about": str,
     "reach": (int, None),  # which older checkpoints lack
 }
-# The tables of a prior, with a letter for each of their sizes: V = vocabulary, U = V + 1,
-# T = context, D = T + 1, L = layers, H = heads, G = groups, S = shifts, N = curves; place is TT, ND
-# or D
+# The tables of a prior, with a letter for each of their sizes. V = vocabulary, U = V + 1,
+# T = context, D = T + 1, L = layers, H = heads, G = groups, S = shifts, N = curves; the others may
+# have any size. The table "place" is TT, ND or D.
 _TABLES = {
     "gates": "LHG",
     "start": "LHG",
@@ -126,7 +126,7 @@ class Meta(dict[str, Any]):
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """An object from a file of metadata. OSError or ValueError for anything else."""
+    """The metadata in a file, unchecked. OSError or ValueError if it holds no JSON object."""
     meta = read_json(path, MOST_META)
     if not isinstance(meta, dict):
         raise ValueError(f"it holds {shown(meta)}, not an object")
@@ -134,7 +134,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def check_sizes(meta: Path, weights: Path) -> None:
-    """ValueError or OSError for files that are not worth hashing: they hold more than they may."""
+    """ValueError or OSError for files that are too large, before anything hashes them."""
     if meta.stat().st_size > MOST_META:
         raise ValueError(f"{meta.name} has more than {MOST_META:,} bytes")
     read_header(weights)  # covers its file exactly
@@ -142,8 +142,8 @@ def check_sizes(meta: Path, weights: Path) -> None:
 
 def checked_meta(meta: Mapping[str, Any]) -> Meta:
     """
-    The metadata, in the present format, as Meta. ValueError or UserError if a field that they have
-    is not of the right type or out of range.
+    The metadata, in the present format, as Meta. Fields may be missing; ValueError or UserError if
+    one has a wrong type or is out of range.
     """
     if not (fault := mismatch(meta, _META, "meta")):
         config = GPTConfig.from_dict(meta["config"]) if "config" in meta else None
@@ -183,7 +183,7 @@ def spec_fault(spec: Any, config: GPTConfig) -> str:
 
 
 def _tables_fault(spec: dict[str, Any], names: list[str], config: GPTConfig) -> str:
-    """What is wrong with the shapes of a prior's tables, and with what counts their columns."""
+    """What is wrong with the shapes of a prior's tables, or with its rows and columns; or ''."""
     rows, T, V = spec["rows"], config.sequence_len, config.vocab_size
     sizes = {"V": V, "U": V + 1, "T": T, "D": T + 1, "G": len(names), "S": len(spec["shifts"])}
     place = "TT" if "bias" in names else "ND" if rows else "D"
@@ -234,7 +234,7 @@ def header_fault(header: Header, config: GPTConfig) -> str:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor with a value that is not a number or infinite; '' if none."""
+    """The name of the first tensor with a value that is NaN or infinite; '' if there is none."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return name

@@ -1,7 +1,7 @@
 """
-Run the conditions of a comparison, each run a base_train in a process of its own, and time them
-again. Everything lies in compare/NAME under the base folder, which is also the base folder of the
-runs. A comparison resumes where it was interrupted; one process at a time may work on it.
+Run the conditions of a comparison, each run by base_train in a process of its own, and time them.
+All files are in compare/NAME under the base folder; for the runs, that is the base folder. After an
+interruption, a comparison continues where it stopped; one process at a time may work on it.
 """
 
 import json
@@ -31,18 +31,18 @@ from nanochat.train import compiler
 
 SHARED = ("tokenizer", "tokens", "shards")  # folders of the user's base folder that runs read
 LONGEST_NAME = 200  # characters of a folder
-ESTIMATE_STEPS, RETIME_STEPS = 6, 30  # first steps that are run to time a condition
+ESTIMATE_STEPS, RETIME_STEPS = 6, 30  # steps that are run to time a condition
 
 
 class Timing(NamedTuple):
-    """What the first steps of a condition say: seconds of a whole run, milliseconds per step."""
+    """How long a condition takes, as measured in its first steps."""
 
     run_seconds: float
     step_ms: float
 
 
 class Comparison:
-    """The folder of a comparison: its conditions, which runs are finished, what they show."""
+    """A comparison and its folder: the conditions, the finished runs, and the results."""
 
     def __init__(self, knobs: Any, conditions: list[Condition]):
         """`knobs` are those of compare. Raises UserError if the folder has other conditions."""
@@ -56,7 +56,8 @@ class Comparison:
             )
         self.folder = (base_dir() / "compare" / self.name).resolve()
         n = len(conditions)
-        # Another condition goes first with each seed, so that drift of the machine affects all.
+        # With each seed another condition comes first, so that none has an advantage if the speed
+        # of the machine drifts
         self.schedule = [
             (conditions[(i + j) % n], knobs.first_seed + i)
             for i in range(knobs.seeds)
@@ -167,11 +168,8 @@ class Comparison:
             if not self.keep and not run.get("again"):
                 for checkpoint in list_checkpoints(self._directory(self.folder, condition, seed)):
                     shutil.rmtree(checkpoint.path)
-            status.print(
-                f"  {run.get('error')}"
-                if run.get("error")
-                else f"  {run['final_bpb']:.4f} bits per byte, {run['step_ms']:.1f} ms per step"
-            )
+            figures = "{final_bpb:.4f} bits per byte, {step_ms:.1f} ms per step"
+            status.print(f"  {run.get('error') or figures.format(**run)}")
 
     @staticmethod
     def _directory(base: Path, condition: Condition, seed: int) -> Path:
@@ -185,8 +183,9 @@ class Comparison:
         later: Sequence[tuple[Condition, int]],
     ) -> dict[str, Any]:
         """
-        Train one run to its end and return its record, also if it failed. On an interruption the
-        run first saves itself. Raises UserError if it took no step. `later` are the runs after it.
+        Train one run to its end; returns its record, even if it failed. If interrupted, waits until
+        the run is saved. Raises UserError if it took no step. `later`: the runs after it, for the
+        time left.
         """
         directory = self._directory(self.folder, condition, seed)
         log_file = self.folder / "logs" / f"{directory.name}.log"
@@ -214,15 +213,15 @@ class Comparison:
         error = _failure(log_file, process.returncode, began)
         if not train_rows(directory):
             raise UserError(f"{directory.name} did not start: {error} (its output: {log_file})")
-        # Status 2 is the run's own mistake; after anything else it is worth another attempt, and
-        # so it is when the machine lacked something.
+        # Status 2 is an error that would recur, unless the machine lacked something; after any
+        # other status, the run is tried again
         lacked = "free some space" in error or "out of memory" in error
         return {**labels, "error": error, "again": process.returncode != 2 or lacked}
 
     def _progress(
         self, run: str, row: Mapping[str, Any], later: Sequence[tuple[Condition, int]]
     ) -> str:
-        """Where a run stands, and how long it and the runs after it will take."""
+        """The status line: the progress of a run, and the time left for it and those after it."""
         whole = row["seconds"] / max(row["progress"], 1e-3)
         seconds = whole - row["seconds"]
         seconds += sum(self._mean_seconds(condition) or whole for condition, _ in later)
@@ -234,14 +233,14 @@ class Comparison:
     def _start(
         self, base: Path, condition: Condition, seed: int, log: IO[bytes]
     ) -> subprocess.Popen:
-        """Start base_train with `base` as its base folder; it holds the lock until it ends."""
+        """Start base_train with the base folder `base`. It inherits the lock of the comparison."""
         for name in SHARED:
             target, link = base_dir() / name, base / name
             target.mkdir(exist_ok=True)
             if not link.exists():
                 link.unlink(missing_ok=True)  # one that points nowhere
                 link.symlink_to(os.path.relpath(target.resolve(), base))
-        compiler.cache_folder()  # that of the user, also for folders that are deleted
+        compiler.cache_folder()  # sets the environment: all runs share the user's compiled code
         repository = str(Path(__file__).resolve().parents[2])
         paths = [repository, os.environ.get("PYTHONPATH", "")]
         command = [
@@ -269,8 +268,8 @@ class Comparison:
 
     def _pinned(self, condition: Condition) -> list[str]:
         """
-        Flags for what base_train would choose by measuring the machine: as the first finished run
-        chose it, or for the batch the first one of this condition.
+        Flags that fix what base_train would otherwise choose by measuring the machine: the values
+        of the first finished run, or for the batch those of the first run of this condition.
         """
         pins = []
         for name in ("dtype", "compile", "total_batch_size"):
@@ -287,7 +286,7 @@ class Comparison:
     # ---- time
 
     def time_steps(self, condition: Condition, seed: int, steps: int) -> Timing:
-        """Time a condition by its first steps, in a folder that is deleted afterwards."""
+        """Run the first steps of a condition to time it, in a folder that is then deleted."""
         base = self.folder / "timing"
         directory, log_file = self._directory(base, condition, seed), base / "log"
         shutil.rmtree(base, ignore_errors=True)
@@ -312,7 +311,7 @@ class Comparison:
         return Timing(condition.budget_seconds or estimate, step_ms)
 
     def estimate(self) -> dict[str, Any]:
-        """Print how many runs are missing and how long they take; leaves no new folder behind."""
+        """Print how many runs are missing and how long they take; deletes a folder that is new."""
         total, missing = 0.0, self.missing
         try:
             for condition in self.conditions:
@@ -330,15 +329,15 @@ class Comparison:
 
     def retime(self, rounds: int) -> None:
         """
-        Time every run again, by so many rounds per seed in which the conditions take turns; a run
-        gets the median step time of its seed's rounds.
+        Time every run again: for each seed, the conditions run in turn, `rounds` times. The step
+        time of a run becomes the median over the rounds of its seed.
         """
         n = len(self.conditions)
         for i, seed in enumerate(sorted({seed for _, seed in self.schedule})):
             times: dict[str, list[float]] = {condition.name: [] for condition in self.conditions}
             for j in range(rounds):
-                for k in range(n):
-                    condition = self.conditions[(i + j + k) % n]
+                for turn in range(n):
+                    condition = self.conditions[(i + j + turn) % n]
                     step_ms = self.time_steps(condition, seed, RETIME_STEPS).step_ms
                     times[condition.name].append(step_ms)
                     print0(
@@ -352,8 +351,8 @@ class Comparison:
 
 def first_rows(process: subprocess.Popen, directory: Path, steps: int) -> dict[str, float]:
     """
-    Watch a run until it has taken so many steps or has ended: the time in seconds at which it wrote
-    its first row of each kind, and under "launch" the time of the call.
+    Watch a run until it has taken so many steps or has ended. Returns, by time.monotonic(), when it
+    wrote its first row of each kind, and when this function was called ("launch").
     """
     at = {"launch": time.monotonic()}
     is_running = True
@@ -371,7 +370,7 @@ def train_rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def _failure(log_file: Path, status: int, began: int = 0) -> str:
-    """Why a run ended, from its exit status and its output, which begins at a byte of the log."""
+    """Why a run failed, from its exit status and its output, the log from the byte `began` on."""
     lines = log_file.read_bytes()[began:].decode("utf-8", "replace").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

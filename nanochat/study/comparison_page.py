@@ -1,4 +1,4 @@
-"""What a comparison found, as one HTML page with plots and as lines for a terminal."""
+"""The results of a comparison, as one HTML page with plots and as lines for a terminal."""
 
 import html
 import shlex
@@ -36,7 +36,7 @@ NOTES = (
 
 
 def figure(result: Mapping[str, Any], form: str) -> str:
-    """A measure in words: "-12.3 (-15.0 to -9.6)", or the bound that is known instead."""
+    """A measure and its interval, "-12.3 (-15.0 to -9.6)", or the only bound that is known."""
     for side in ("at_least", "at_most"):
         if side in result:
             return f"{side.replace('_', ' ')} {result[side]:{form}}"
@@ -111,12 +111,11 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 # ---- plots
 
-ENDS = "lo", "hi"  # of an interval
 Groups = Mapping[str, Sequence[Record]]  # the finished runs of each condition
 
 
 def _on_one_grid(runs: Sequence[Record], x: str) -> tuple[np.ndarray, np.ndarray]:
-    """The stretch of x that all runs cover (points,), and their bits per byte (runs, points)."""
+    """The part of x that all runs cover, (points,), and their bits per byte, (runs, points)."""
     curves = []
     for run in runs:
         points = [point for point in run["curve"] if point[1] > 0]
@@ -130,12 +129,12 @@ def _on_one_grid(runs: Sequence[Record], x: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _draw(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
-    """Draw lines on a logarithmic axis that starts at a twelfth of the longest run."""
+    """Draw lines on a logarithmic axis that begins at a twelfth of the longest line."""
     from matplotlib.ticker import LogLocator
 
     draw_lines(axes, lines, x, title)
     longest = max(line.x[-1] for line in lines)
-    # the steep beginning would flatten the rest
+    # The vertical range leaves out the steep beginning, next to which the rest would be flat
     late = [part[line.x >= longest / 6] for line in lines for part in (line.y, *line.band)]
     values = np.concatenate(late)
     if values.size and np.ptp(values):
@@ -164,7 +163,7 @@ def draw_curves(axes: "Axes", groups: Groups, x: str = "tokens", title: str = ""
 
 
 def _differences(groups: Groups) -> list[Line]:
-    """Bits per byte less those of the baseline, which is the first group, with t intervals."""
+    """Bits per byte minus those of the baseline, which is the first group, with t intervals."""
     baseline, *others = groups
     lines = []
     for i, name in enumerate(others, 1):
@@ -174,8 +173,13 @@ def _differences(groups: Groups) -> list[Line]:
             x = grids[0][0]
             deltas = [np.interp(np.log(x), np.log(xs), ys[1] - ys[0]) for xs, ys in grids]
             intervals = [interval(column) for column in np.transpose(deltas).tolist()]
-            ends = [[r["mean"] if r[end] is None else r[end] for r in intervals] for end in ENDS]
-            lines.append(Line(i, name, x, np.mean(deltas, 0), tuple(np.array(ends))))
+            band = []
+            for end in ("lo", "hi"):  # with one seed there is no interval
+                values = [
+                    result["mean"] if result[end] is None else result[end] for result in intervals
+                ]
+                band.append(np.array(values))
+            lines.append(Line(i, name, x, np.mean(deltas, 0), band))
     return lines
 
 

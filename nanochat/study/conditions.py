@@ -1,6 +1,6 @@
 """
-The conditions of a comparison: which flags of base_train each one has. Every flag is checked before
-anything runs, and a mistake names the condition that has it.
+The conditions of a comparison, each with its flags of base_train. All flags are checked before
+anything runs, and errors name the condition.
 """
 
 import io
@@ -42,7 +42,7 @@ class Condition:
 
     name: str
     flags: list[str]
-    knobs: Any  # what base_train makes of the flags
+    knobs: Any  # of base_train, with these flags
     steps: int | None  # of a run; None if only a time budget ends it
     evaluations: int  # of a run
 
@@ -69,13 +69,13 @@ def conditions_of(knobs: Any, pretrain_knobs: type) -> list[Condition]:
         try:
             flags = shlex.split(knobs.common) + shlex.split(text)
             conditions.append(_checked(name, flags, knobs, pretrain_knobs))
-        except (UserError, ValueError) as e:  # ValueError: shlex misses a closing quotation mark
+        except (UserError, ValueError) as e:  # ValueError, of shlex: a quotation is not closed
             raise UserError(f"condition {name} (--{letter}): {e}") from None
     return conditions
 
 
 def _names(knobs: Any, texts: dict[str, str]) -> Sequence[str]:
-    """The names of the conditions: those given, else made from their flags, else the letters."""
+    """The names of the conditions: those of --names, else from their flags, else the letters."""
     names = list(knobs.names)
     if not names:
         for text in texts.values():
@@ -112,10 +112,10 @@ def _checked(name: str, flags: list[str], knobs: Any, pretrain_knobs: type) -> C
         "keep": 1,
     }
     if asked.max_minutes or asked.max_hours:
-        ours["lookback"] = "off"  # nothing may differ but the flags that are compared
+        ours["lookback"] = "off"  # nothing may differ except for the flags that are compared
     flags = flags + [f"--{flag}={v}" for flag, v in ours.items() if origins[flag] == "default"]
     if not asked.data:
-        flags += ["--data", *default_sources()]  # which may be others when it is continued
+        flags += ["--data", *default_sources()]  # the default may change before it is continued
     train, origins = parse(pretrain_knobs, flags, command="base_train")
     resume_knobs("base", name, train, origins)
     print0(f"{name}: {shlex.join(flags)}")
@@ -134,8 +134,8 @@ def _checked(name: str, flags: list[str], knobs: Any, pretrain_knobs: type) -> C
 
 def _steps(train: Any, origins: dict[str, str]) -> int | None:
     """
-    The steps of a run, None if a time budget ends it; prints the horizon if it is known here.
-    Checks data, model, prior and horizon as base_train does.
+    The steps of a run, None if a time budget ends it. Prints the horizon unless it depends on the
+    speed of the machine. Checks data, model, prior and horizon as base_train does.
     """
     tokenizer = Tokenizer.load()
     characters = inventory.characters_of(inventory.take(training_sources(train.data)))

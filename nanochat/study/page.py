@@ -1,6 +1,6 @@
 """
-Write one HTML page with plots and tables inside it. A page needs no network, no script and no other
-file, forbids the browser all of them, and follows the reader's light or dark setting.
+Write one HTML page that contains its plots and tables. A page needs no network, no script and no
+other file, and forbids the browser to load any; it follows the reader's light or dark setting.
 """
 
 import html
@@ -44,7 +44,7 @@ RC: dict[Any, Any] = {
 }
 BAND: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
 COLOURED = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color"
-UNITS = {  # of what curves are drawn against: sizes and names, in order of size
+UNITS = {  # of the horizontal axes: (size, name), in order of size
     "tokens": (
         (1.0, "tokens"),
         (1e3, "thousand tokens"),
@@ -54,7 +54,7 @@ UNITS = {  # of what curves are drawn against: sizes and names, in order of size
     "seconds": ((1.0, "seconds"), (60.0, "minutes"), (3600.0, "hours")),
     "FLOPs": tuple((10.0**power, f"10^{power} FLOPs") for power in range(0, 30, 3)),
 }
-POLICY = (  # of a page, which holds what models and strangers wrote: no scripts, nothing fetched
+POLICY = (  # pages contain text of models and strangers: no scripts, nothing is fetched
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
 Cell = str | tuple[str, str]  # of a table: text, or text with small text below it
@@ -93,7 +93,7 @@ svg text { font-family: system-ui, sans-serif !important } p b { margin-right: .
 
 
 def colour(i: int) -> str:
-    """The colour of curve `i` in a plot; eight of them, then they repeat."""
+    """The colour of curve `i` in a plot; after eight, they repeat."""
     return LIGHT[i % len(LIGHT)]
 
 
@@ -135,7 +135,7 @@ def draw_lines(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
 
 
 def svg(draw: Callable[["Axes"], object]) -> str:
-    """What draw(axes) draws, as SVG for a page; the colours LIGHT become those of the page."""
+    """What draw(axes) draws, as SVG; its colours LIGHT become the page's, light or dark."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -191,9 +191,9 @@ def write_page(
     title: str, sections: Mapping[str, str], out: Path | str, refresh: int = 0, note: str = ""
 ) -> Path:
     """
-    Write a page to `out` and return its path. `sections` maps headings to HTML; empty ones are
-    left out. With `refresh`, browsers load the page anew every so many seconds. `note` is a line
-    below the title.
+    Write a page to `out`; returns its path. sections: {heading: HTML}, of which empty ones are left
+    out. refresh: browsers reload the page every so many seconds (0 = never). note: a line below the
+    title.
     """
     style = STYLE
     for name, colours in (("LIGHT", LIGHT), ("DARK", DARK)):

@@ -1,6 +1,6 @@
 """
-The record of a pretraining run: one dict with its final figures and its learning curve, read from
-its logbook alone. Comparisons are computed from records, so runs.jsonl is enough to repeat one.
+The record of a pretraining run: a dict with its final figures and its learning curve, made from its
+logbook. Comparisons are computed from records alone: runs.jsonl is enough to compute one again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,9 +61,10 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 def record(directory: Path, **labels: Any) -> dict[str, Any]:
     """
-    The record of the run in `directory`, finished or not; `labels` (condition, seed, ...) come
-    first. `curve` holds [step, tokens, training seconds, bits per byte] of every evaluation;
-    `pins` holds the flags that make other runs choose what this one chose automatically.
+    The record of the run in `directory`, finished or not, after the `labels` (condition, seed,
+    ...). curve: [step, tokens, training seconds, bits per byte] of every evaluation. pins: the
+    values that this run chose automatically, as flags for other runs. UserError if the logbook is
+    not that of a pretraining run.
     """
     try:
         return {**labels, **_record(logbook.read(directory))}
@@ -120,9 +121,9 @@ def _record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def training_clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float], float]:
     """
-    (training seconds up to the end of each step, seconds of the median step) from the rows of a
-    logbook. Only optimizer steps count. The first step of a process, which compiles and warms up,
-    counts as a median one.
+    ({step: training seconds up to its end}, seconds of the median step) from the rows of a logbook.
+    Only optimizer steps count. The first step of a process includes compiling and warming up, and
+    counts as a median step.
     """
     spans: dict[int, float] = {}
     first_steps = set()
@@ -135,7 +136,7 @@ def training_clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float],
             tokens = row["tokens"]
             if not is_number(row["tok_per_sec"]) or row["tok_per_sec"] <= 0:
                 continue
-            # tok_per_sec is the mean since the process began, which gives back the time since then
+            # tok_per_sec is the mean since the process began, from which the time follows
             now = (tokens - tokens_before) / row["tok_per_sec"]
             spans[row["step"]], elapsed = max(0.0, now - elapsed), now
             if is_first:

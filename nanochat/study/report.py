@@ -1,7 +1,7 @@
 """
 The report of runs on one HTML page: their curves, figures, samples, settings and costs. The runs of
-one tag are a chain, whose stages follow one another on one clock. The page reads metrics.jsonl
-alone and invents nothing: a run without a measurement has no curve of it.
+one tag are a chain: the time and tokens of its stages are counted one after another. The page is
+made from metrics.jsonl alone; what a run has not measured is left out.
 """
 
 import html
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from nanochat.train.run import OpenRun
 
 POINTS = 250  # the most points of a curve that are drawn
-MOMENTS = 6  # the most evaluations of which samples are shown
+MOMENTS = 6  # the most evaluations whose samples are shown
 MOST_TEXT = 600  # characters of a sample or a setting
-MOST_NAMES = 32  # names that a run gives its lines in a plot, or its samples
-LEAST_SECONDS = 20  # a stage that took less writes no page: it would be a tenth of its time
-BUSY = 0.05  # of the time, `watch` works
+MOST_NAMES = 32  # the most lines in a plot, or sample prompts, of one run
+LEAST_SECONDS = 20  # a shorter stage writes no page, which would take a tenth of its time
+BUSY = 0.05  # the largest share of time in which `watch` writes pages
 
 
 class Curve(NamedTuple):
@@ -65,8 +65,8 @@ NOTE = (
     '<p class="note">Time and tokens count from the beginning of the chain, without breaks. Bits '
     "per byte are those of held-out text in base, and of held-out conversations afterwards.</p>"
 )
-FOLDED = "default", "inherited"  # origins of settings that few want to see
-FROM_ZERO = "lr_mult", "tok_per_sec", "reward"
+FOLDED = "default", "inherited"  # origins of settings that the page shows on demand only
+FROM_ZERO = "lr_mult", "tok_per_sec", "reward"  # fields whose axes begin at 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Log:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the run was started with, last of all."""
+        """What the run was started with the last time."""
         return self.last("config", "start") or {}
 
     def of(self, kind: str) -> list[dict[str, Any]]:
@@ -105,25 +105,28 @@ class Log:
 
     def state(self) -> str:
         """For example "finished", "training, 43%"."""
-        steps = [self.last("step", kind) or 0 for kind in ("summary", "train")]
-        if steps[0] >= max(1, steps[1]):
+        finished, trained = (self.last("step", kind) or 0 for kind in ("summary", "train"))
+        if finished >= max(1, trained):
             return "finished"
         progress = _number(self.last("progress", "train"), "{:.0%}".format) or "starting"
         return f"{'training' if reserved(lock_file(self.directory)) else 'stopped'}, {progress}"
 
     def curve(self, kind: str, y: str, x: str) -> tuple[list[float], list[float]]:
         """
-        The finite points of a curve, (xs, ys), with x counted along the chain; a long one as means
-        of neighbouring points.
+        The finite points of a curve, (xs, ys), with x counted from the beginning of the chain. If
+        there are more than POINTS, neighbouring points are averaged.
         """
         rows = self.of(kind)
         if y == "loss":
-            rows = [row for row in rows if "reward" not in row]  # that loss is no measure of text
+            rows = [row for row in rows if "reward" not in row]  # RL's loss is not about text
         points = [(r[x], r[y]) for r in rows if is_number(r.get(x)) and is_number(r.get(y))]
         size = max(1, math.ceil(len(points) / POINTS))
-        parts = [points[i : i + size] for i in range(0, len(points), size)]
-        xs, ys = ([sum(p[i] for p in part) / len(part) for part in parts] for i in (0, 1))
-        return [value + self.before[x] for value in xs], ys
+        xs, ys = [], []
+        for i in range(0, len(points), size):
+            part_xs, part_ys = zip(*points[i : i + size], strict=True)
+            xs.append(sum(part_xs) / len(part_xs) + self.before[x])
+            ys.append(sum(part_ys) / len(part_ys))
+        return xs, ys
 
 
 # ---- which runs
@@ -154,11 +157,11 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
 
 def chain(tag: str = "") -> list[Path]:
     """
-    The folders of all stages with this tag that have a log book, in the order of the stages; by
-    default of the tag that was trained last.
+    The run folders with this tag (default: the one trained last) that have rows in their log
+    books, in the order of the stages.
     """
     files = base_dir().glob(f"checkpoints/*/{tag or '*'}/{logbook.FILE}")
-    files = [file for file in files if file.stat().st_size]  # else it has just been opened
+    files = [file for file in files if file.stat().st_size]  # an empty one was just opened
     if files and not tag:
         tag = max(files, key=lambda f: (saved_last(f.parent), f.stat().st_mtime)).parent.name
     runs = [file.parent for file in files if file.parent.name == tag]
@@ -166,16 +169,18 @@ def chain(tag: str = "") -> list[Path]:
 
 
 def find_runs(names: Sequence[str]) -> list[Path]:
-    """The run folders that a person means with tags or folders; by default the newest chain."""
+    """The run folders that tags or folders name; by default those of the newest chain."""
     runs = [] if names else chain()
     for name in names:
-        known = not (Path(name) / logbook.FILE).exists() and re.fullmatch(r"[\w.-]+", name)
-        runs += (chain(name) if known else []) or [Path(name)]
+        is_folder = (Path(name) / logbook.FILE).exists()
+        may_be_tag = not is_folder and re.fullmatch(r"[\w.-]+", name)
+        tagged = chain(name) if may_be_tag else []
+        runs += tagged or [Path(name)]
     return list(dict.fromkeys(runs))
 
 
 def default_page(runs: Sequence[Path]) -> Path:
-    """Where the page of these runs is written unless told otherwise: one file for every chain."""
+    """The file of the page by default: one for every tag, and one for several tags together."""
     tags = {run.resolve().name for run in runs}
     return base_dir() / (f"report/{tags.pop()}.html" if len(tags) == 1 else "report.html")
 
@@ -188,7 +193,7 @@ def _stage_order(stage: str) -> tuple[int, str]:
 # ---- curves
 
 
-OF_TALKS = "-conversations-val"  # behind the name of a source of conversations
+CONVERSATIONS = "-conversations-val"  # the end of a name of conversations, which plots leave out
 
 
 def _plot(axes: "Axes", lines: Sequence[Line], what: Curve) -> None:
@@ -196,11 +201,11 @@ def _plot(axes: "Axes", lines: Sequence[Line], what: Curve) -> None:
     if what.field in FROM_ZERO:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
-        axes.legend(ncols=1 + (len(lines) > 5))
+        axes.legend(ncols=2 if len(lines) > 5 else 1)
 
 
 def labels(logs: Sequence[Log]) -> list[str]:
-    """What tells the runs apart: their stages, or also their tags, or their folders."""
+    """A name for each run that no other has: its stage, its stage and tag, or its folder."""
     one_chain = len({(log.directory.parent.parent, log.tag) for log in logs}) == 1
     names = [log.stage if one_chain else log.name for log in logs]
     folders = [str(log.directory) for log in logs]
@@ -211,17 +216,17 @@ def labels(logs: Sequence[Log]) -> list[str]:
 
 
 def _lines(logs: Sequence[Log], what: Curve) -> list[Line]:
-    """The lines of a plot, with the bands that the rows give."""
+    """The lines of a plot, with a band if the rows have fields NAME_lo and NAME_hi."""
     lines: list[Line] = []
     for i, (log, label) in enumerate(zip(logs, labels(logs), strict=True)):
         names = dict.fromkeys(name for row in log.of(what.kind) for name in row)
-        matches = [m for name in names if (m := re.fullmatch(what.field, name[:MOST_TEXT]))]
-        for match in matches[:MOST_NAMES]:
+        matches = [re.fullmatch(what.field, name[:MOST_TEXT]) for name in names]
+        for match in [match for match in matches if match][:MOST_NAMES]:
             xs, ys = log.curve(what.kind, match[0], what.x)
             ends = [log.curve(what.kind, f"{match[0]}_{end}", what.x)[1] for end in ("lo", "hi")]
             band = tuple(map(np.array, ends)) if all(len(end) == len(xs) for end in ends) else ()
-            parts = [label, *(part.removesuffix(OF_TALKS) for part in match.groups())]
-            number = i if len(parts) == 1 else len(lines)
+            parts = [label, *(part.removesuffix(CONVERSATIONS) for part in match.groups())]
+            number = i if len(parts) == 1 else len(lines)  # a colour per run, or per line
             if xs:
                 lines.append(Line(number, ", ".join(parts), np.array(xs), np.array(ys), band))
     return lines
@@ -237,6 +242,7 @@ def _plots(logs: Sequence[Log]) -> list[Callable[["Axes"], object]]:
 
 
 def _number(value: Any, write: Callable[[float], str]) -> str:
+    """write(value), or "" if the value is no finite number."""
     return write(value) if is_number(value) else ""
 
 
@@ -264,7 +270,7 @@ def _runs_table(logs: Sequence[Log]) -> str:
 
 
 def _shares(log: Log) -> dict[str, float]:
-    """Where the seconds of a finished run went; {} if it has not noted it."""
+    """The share of a finished run's time by activity; {} if its log book does not have it."""
     spent, seconds = log.last("spent", "summary"), log.last("seconds", "summary")
     if not isinstance(spent, dict) or not is_number(seconds):
         return {}
@@ -272,33 +278,38 @@ def _shares(log: Log) -> dict[str, float]:
 
 
 def _costs_table(logs: Sequence[Log], watts: float) -> str:
-    """When each run began, where its seconds went, as shares, and what energy `watts` come to."""
+    """When each run began, how its time was spent, and how much energy that is at `watts`."""
     parts = [_shares(log) for log in logs]
-    seconds = [log.last("seconds", "summary", "train") or 0.0 for log in logs]
     words = [
         w for w in (*WORDS.values(), "other") if any(part.get(w, 0) > 0.0005 for part in parts)
     ]
-    energy = [[f"{watts * s / 3600:.3g} Wh"] * bool(watts) for s in (*seconds, sum(seconds))]
-    rows = []
-    for i, log in enumerate(logs):
-        began = str(next((row.get("time", "") for row in log.of("start")), ""))[:16]
-        spent = [f"{parts[i][word]:.1%}" if parts[i] else "" for word in words]
-        cells = [began.replace("T", " "), duration(seconds[i]), *spent, *energy[i]]
-        rows.append((log.name, cells))
-    if len(logs) > 1:
-        rows.append(("all", ["", duration(sum(seconds)), *[""] * len(words), *energy[-1]]))
+    heads = ["run", "began", "time", *words]
     note = (
-        f"Energy is an estimate: {watts:g} W, as stated with --watts, drawn all the time."
-        if watts
-        else "Energy is not measured. nanochat report --watts N estimates it from the power that "
-        "the machine draws."
+        "Energy is not measured. nanochat report --watts N estimates it from the power that the "
+        "machine draws."
     )
-    heads = ["run", "began", "time", *words] + ["energy, estimated"] * bool(watts)
+    if watts:
+        heads.append("energy, estimated")
+        note = f"Energy is an estimate: {watts:g} W, as stated with --watts, drawn all the time."
+
+    def cells(began: str, spent: list[str], seconds: float) -> list[Cell]:
+        energy = [f"{watts * seconds / 3600:.3g} Wh"] if watts else []
+        return [began.replace("T", " "), duration(seconds), *spent, *energy]
+
+    rows, total = [], 0.0
+    for log, part in zip(logs, parts, strict=True):
+        seconds = log.last("seconds", "summary", "train") or 0.0
+        total += seconds
+        began = str(next((row.get("time", "") for row in log.of("start")), ""))[:16]
+        spent = [f"{part[word]:.1%}" if part else "" for word in words]
+        rows.append((log.name, cells(began, spent, seconds)))
+    if len(logs) > 1:
+        rows.append(("all", cells("", [""] * len(words), total)))
     return table(heads, rows) + f'<p class="note">{html.escape(note)}</p>'
 
 
 def _accuracy_table(logs: Sequence[Log]) -> str:
-    """The answers of each stage, or of each run where there are several tags."""
+    """The accuracy of each run in chat_eval; "" if there is none."""
     named = zip(labels(logs), logs, strict=True)
     results = stage_results({label: log.rows for label, log in named})
     if not results:
@@ -314,7 +325,7 @@ def _spread(rows: list[Any]) -> list[Any]:
 
 
 def _samples(logs: Sequence[Log], chats: bool) -> str:
-    """What runs of stages that chat, or of those that do not, wrote as they trained."""
+    """The samples that runs logged: those of stages that chat, or those of the others."""
     parts = []
     for log in logs:
         moments = _spread(log.of("sample"))
@@ -335,7 +346,7 @@ def _samples(logs: Sequence[Log], chats: bool) -> str:
 
 
 def _fields(log: Log, *path: str) -> dict[str, Any]:
-    """The object at this place in what a run was started with; {} if there is none."""
+    """The object with this path in what a run was started with; {} if there is none."""
     value: Any = log.config
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
@@ -352,7 +363,7 @@ def _text(value: Any) -> str:
 
 
 def _by_run(title: str, logs: Sequence[Log], columns: Sequence[Mapping[str, Cell]]) -> str:
-    """A table with a column for every run; one for all of them where they agree."""
+    """A table with a column for every run, or a single one if all columns are the same."""
     heads = [log.name for log in logs]
     if all(column == columns[0] for column in columns):
         heads, columns = (["all runs"] if len(logs) > 1 else heads), columns[:1]
@@ -397,9 +408,9 @@ def write_report(
     directories: Sequence[Path | str], out: Path | str, watts: float = 0.0, refresh: int = 0
 ) -> Path:
     """
-    Write the page of the runs in these folders to `out` and return its path. `watts` is what the
-    machine draws, to estimate its energy; `refresh` as for write_page. Raises
-    UserError without folders, or for a folder without metrics.
+    Write the page of the runs in these folders to `out`; returns its path. watts: the power that
+    the machine draws, to estimate energy (0 = not given). refresh: as for write_page. UserError
+    without folders, or for a folder without metrics.
     """
     logs = load(directories)
     if not logs:
@@ -422,9 +433,9 @@ def write_report(
 
 def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
     """
-    Write the page of these runs whenever one of their log books has grown, until Ctrl+C; then for
-    the last time, and it no longer reloads itself. Returns its path. Raises UserError as find_runs
-    and write_report do.
+    Write the page of these runs whenever one of their log books has grown, until Ctrl+C. Then write
+    it once more, without automatic reloading, and return its path. Raises UserError as write_report
+    does.
     """
     line, written, pause = StatusLine(), (), 1.0
     while True:
@@ -449,8 +460,9 @@ def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
 
 def train_and_report(run: "OpenRun", *parts: Any) -> dict[str, Any]:
     """
-    Train a stage, as stage.train with these `parts`, and write the page of its chain. The run is
-    complete and saved before: a page that fails, or Ctrl+C meanwhile, costs nothing but the page.
+    Train a stage and write the page of its chain; returns the summary. `parts` are the arguments of
+    stage.train after `run`. The run is saved before the page is written: if that fails, or Ctrl+C
+    interrupts it, only the page is missing.
     """
     from nanochat.train import stage
 
@@ -460,5 +472,8 @@ def train_and_report(run: "OpenRun", *parts: Any) -> dict[str, Any]:
         try:
             print0(f"  report: {write_report(runs, default_page(runs))}")
         except Exception as e:  # a run that has succeeded must not end with an error
-            notice(f"the report was not written ({type(e).__name__}: {e}): nanochat report does")
+            notice(
+                f"the report was not written ({type(e).__name__}: {e}): run nanochat report to "
+                "write it"
+            )
     return summary

@@ -2,8 +2,8 @@
 The statistics of a comparison: where learning curves cross a target, paired differences over seeds
 with intervals, and verdicts.
 
-It calls no difference real that seed noise can explain, never extrapolates a curve, and never
-leaves out a run that failed.
+A difference that seed noise can explain is not called real, curves are never extrapolated, and
+failed runs are never left out.
 """
 
 import math
@@ -19,11 +19,11 @@ Record = Mapping[str, Any]  # as records.record gives it
 
 
 class Measure(NamedTuple):
-    """What a pair of conditions is compared by."""
+    """Something that two conditions are compared by."""
 
     title: str
     more_is_better: bool
-    form: str  # how its numbers are written
+    form: str  # the format of its numbers
 
 
 MEASURES = {
@@ -36,8 +36,8 @@ MEASURES = {
 
 class Crossing(NamedTuple):
     """
-    Where a curve falls to a target. `bound` is "" for a crossing that was interpolated, ">" for
-    one that lies beyond the end of the curve, "<" for one before its first evaluation.
+    Where a curve falls to a target. `bound` is "" if that is known, ">" if it is beyond the end of
+    the curve, and "<" if it is before its first evaluation.
     """
 
     steps: float
@@ -66,8 +66,8 @@ def crossing(curve: Sequence[Sequence[float]], target: float) -> Crossing:
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """
-    n, mean, the 95 % t interval lo to hi, and the two-sided p value of "the mean is 0". What the
-    values do not determine is None: everything but the mean for one value.
+    {n, mean, lo, hi, p}: the 95 % t interval is lo to hi, and p is the two-sided p value for a mean
+    of 0. With one value only the mean is known, and with none nothing; the others are None.
     """
     n = len(values)
     mean = fmean(values) if n else None
@@ -81,9 +81,9 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 def ratio_interval(ratios: Sequence[tuple[float, str]], sign: int = 1) -> dict[str, Any]:
     """
-    interval() of the logarithms of ratios, as a change in percent, or as percent saved with sign
-    -1. A ratio is (value, bound). If one has the bound ">" or "<" there is no mean; if all bounds
-    point the same way there is a bound of the mean instead, `at_least` or `at_most`.
+    interval() of the logarithms of ratios, converted to a change in percent or, with sign -1, to
+    percent saved. A ratio is (value, bound). If one has the bound ">" or "<", there is no mean; if
+    all bounds have the same direction, there is a bound of the mean, `at_least` or `at_most`.
     """
 
     def percent(logarithm: float | None) -> float | None:
@@ -108,11 +108,11 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     if n < 2:
         return {"sd": None, "sd_lo": None, "sd_hi": None}
     sd = float(np.std(values, ddof=1))
-    lo, hi = (
-        sd * math.sqrt((n - 1) / float(stats.chi2.ppf(q, n - 1)))
-        for q in ((1 + LEVEL) / 2, (1 - LEVEL) / 2)
-    )
-    return {"sd": sd, "sd_lo": lo, "sd_hi": hi}
+
+    def bound(quantile: float) -> float:
+        return sd * math.sqrt((n - 1) / float(stats.chi2.ppf(quantile, n - 1)))
+
+    return {"sd": sd, "sd_lo": bound((1 + LEVEL) / 2), "sd_hi": bound((1 - LEVEL) / 2)}
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -171,7 +171,7 @@ def analyse(
 
 
 def paired(baseline: Sequence[Record], runs: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """(run of the baseline, run) for every run whose seed the baseline has too."""
+    """(run of the baseline, run) for every seed that both have."""
     by_seed = {run["seed"]: run for run in baseline}
     return [(by_seed[run["seed"]], run) for run in runs if run["seed"] in by_seed]
 
@@ -179,7 +179,7 @@ def paired(baseline: Sequence[Record], runs: Sequence[Record]) -> list[tuple[Rec
 def _summary(
     runs: Sequence[Record], pairs: Sequence[tuple[Record, Record]], target: float | None
 ) -> dict[str, Any]:
-    """What the runs of one condition have in common, whatever the others did."""
+    """The figures of one condition: means, the spread of bits per byte, and the target."""
     crossings = [
         crossing(run["curve"], base["final_bpb"] if target is None else target)
         for base, run in pairs
@@ -224,7 +224,7 @@ def _differences(
 
 
 def _ratio(a: Crossing, b: Crossing, unit: str) -> tuple[float, str]:
-    """b / a, and the sides (">", "<" or both) on which the true ratio may lie."""
+    """b / a, and whether the true ratio may be larger (">"), smaller ("<") or both ("<>")."""
     flipped = {"": "", ">": "<", "<": ">"}
     bounds = {b.bound, flipped[a.bound]} - {""}
     return getattr(b, unit) / getattr(a, unit), "".join(sorted(bounds))

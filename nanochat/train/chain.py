@@ -1,7 +1,7 @@
 """
-Stages one after another in one process, as the commands quickstart and mine train them: a line per
-stage on the terminal, everything else in a log file, and a diary from which the same command
-continues after an interruption.
+Several stages one after another in one process, for the commands quickstart and mine: a chain. The
+terminal shows one line per step, and everything else is printed to a log file. A diary on disk
+says which steps are done: started again after an interruption, the same command continues.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from nanochat.model.stages import STAGES, lock_file, run_directory, step_folders
 from nanochat.train.knobs import MachineKnobs
 
 T = TypeVar("T")
-USUAL = 0.45  # of the peak of matrix products is what training reaches
-SAVE_SECONDS = 60.0  # between two notes of the time that a step has taken
+USUAL = 0.45  # what training reaches, as a share of the peak of matrix products
+SAVE_SECONDS = 60.0  # between two saves of the diary while a step is at work
 
 
 def begun(stage: str, tag: str) -> bool:
-    """Whether a stage has a step that a later start continues from, or is being trained now."""
+    """Whether a stage is being trained now, or has a checkpoint after its first step."""
     run = run_directory(stage, tag)
     return reserved(lock_file(run)) or any(int(folder.name[5:]) for folder in step_folders(run))
 
 
 class Diary:
     """
-    What is planned and which steps are done, in a file: the same command continues. UserError for
-    a tag that cannot be a folder's name, or that has models of which there is no diary.
+    A file that keeps what a chain has planned and which of its steps are done. UserError for a tag
+    that cannot be the name of a folder, or that has models which no such chain has trained.
     """
 
     def __init__(self, folder: str, tag: str, seconds_used: float = 0.0):
@@ -42,32 +42,33 @@ class Diary:
         if not self.path.exists() and (other := next(filter(step_folders, runs), None)):
             raise UserError(
                 f"{other} holds a model that nanochat {folder} has not trained: choose another "
-                "--model_tag=NAME"
+                "name with --model_tag=NAME"
             )
         self.log = self.path.with_suffix(".log")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        self.lengths: dict[str, str] = stored.get("lengths", {})  # flags by stage
+        self.lengths: dict[str, str] = stored.get("lengths", {})  # stage -> flags of its length
         self.notes: dict[str, Any] = stored.get("notes", {})  # what else a command decided
-        self.done: list[str] = stored.get("done", [])
-        self._forget_what_is_gone()
+        self.done: list[str] = stored.get("done", [])  # names of steps
+        self._forget_deleted_models()
         self.earlier: float = stored.get("seconds", 0.0) + seconds_used
         self.began = time.monotonic()
 
-    def _forget_what_is_gone(self) -> None:
-        """Stages whose models were deleted, and all that followed, are no longer done."""
-        there = [bool(step_folders(run_directory(s, self.tag))) for s in self.done if s in STAGES]
-        if not there or there[-1]:
-            return
-        last = max((i for i, found in enumerate(there) if found), default=-1)
-        gone = [s for s in self.done if s in STAGES][last + 1]
-        notice(f"the model of {STAGES[gone].command} was deleted: training goes on from there")
-        self.done = self.done[: self.done.index(gone)]
-        self.lengths = {stage: self.lengths[stage] for stage in self.lengths if stage in self.done}
+    def _forget_deleted_models(self) -> None:
+        """If the last model was deleted, its stage is not done, nor what follows in the diary."""
+        deleted = ""
+        for stage in reversed([step for step in self.done if step in STAGES]):
+            if step_folders(run_directory(stage, self.tag)):
+                break
+            deleted = stage
+        if deleted:
+            notice(f"the model of {STAGES[deleted].command} was deleted: training it again")
+            self.done = self.done[: self.done.index(deleted)]
+            self.lengths = {s: flags for s, flags in self.lengths.items() if s in self.done}
 
     @property
     def seconds(self) -> float:
-        """The time of all starts together."""
+        """Seconds that the chain has taken, including earlier starts."""
         return self.earlier + time.monotonic() - self.began
 
     def save(self) -> None:
@@ -77,20 +78,23 @@ class Diary:
 
     def replan(self) -> None:
         """
-        Forget the lengths of the stages that have not begun, because the budget has changed; says
-        of the one under way that it keeps its own.
+        After a change of the budget, forget the lengths of the stages that have not begun. A notice
+        says that one under way keeps its length.
         """
         for stage in [stage for stage in self.lengths if stage not in self.done]:
             if begun(stage, self.tag):
                 notice(
                     f"{STAGES[stage].command} is under way and keeps the length with which it was "
-                    f"begun ({self.lengths[stage]}): the new budget counts for what comes after it"
+                    f"begun ({self.lengths[stage]}): the new budget is for the stages after it"
                 )
             else:
                 self.forget(stage)
 
     def forget(self, stage: str) -> None:
-        """Forget the length of a stage that has not begun; a run without a step is set aside."""
+        """
+        Forget the length of a stage that has not begun. Its folder, with a checkpoint from before
+        the first step, is set aside if there is one.
+        """
         from nanochat.model.checkpoint import new_run
 
         del self.lengths[stage]
@@ -100,38 +104,39 @@ class Diary:
                 contextlib.redirect_stderr(log),
                 new_run(directory),
             ):
-                pass  # the stage itself opens it
+                pass  # the stage will open the new run
 
 
 class Display:
     """One line per step on the terminal; everything else is printed to the log file."""
 
-    def __init__(self, log: Path, keep: Callable[[], None] = lambda: None):
+    def __init__(self, log: Path, save_diary: Callable[[], None] = lambda: None):
         self.terminal, self.log = sys.stdout, log
-        self.keep = keep  # called now and then during a step
+        self.save_diary = save_diary  # called every SAVE_SECONDS during a step
         self.live = self.terminal.isatty()
         self.interval = 0.5 if self.live else 30.0  # seconds between two states of a line
-        self.first: dict[str, Any] = {}  # row of the log that the current step showed first
+        self.first: dict[str, Any] = {}  # the first row of the logbook seen in the current step
 
     @contextlib.contextmanager
     def working(self, title: str, directory: Path | None = None) -> Iterator[None]:
         """
-        While the block runs, show how far the training in `directory` is; what the block prints
-        goes to the log file.
+        While the block runs, show the progress of the run in `directory`, if there is one. What the
+        block prints goes to the log file.
         """
         began, over = time.monotonic(), threading.Event()
         self.first = {}
 
         def watch() -> None:
-            kept = began
+            saved = began
             while not over.wait(self.interval):
                 self.write(self.state(title, time.monotonic() - began, directory), self.live)
-                if time.monotonic() > kept + SAVE_SECONDS:
-                    kept = time.monotonic()
-                    with contextlib.suppress(UserError):  # the step itself meets a full disk
-                        self.keep()
+                if time.monotonic() > saved + SAVE_SECONDS:
+                    saved = time.monotonic()
+                    with contextlib.suppress(UserError):  # a full disk also stops the step itself
+                        self.save_diary()
 
-        watcher, outcome = threading.Thread(target=watch, daemon=True), "stopped after"
+        watcher = threading.Thread(target=watch, daemon=True)
+        outcome = "stopped after"
         self.write(f"{title:<14} starting", self.live)
         watcher.start()
         try:
@@ -145,36 +150,38 @@ class Display:
         finally:
             over.set()
             watcher.join()
-            if not isinstance(sys.exception(), KeyboardInterrupt):  # of which the chain tells
+            if not isinstance(sys.exception(), KeyboardInterrupt):  # then Chain.step says so
                 self.write(f"{title:<14} {outcome} {duration(time.monotonic() - began)}")
 
     def state(self, title: str, seconds: float, directory: Path | None) -> str:
-        """The line of a step at work: a bar, its speed and what is left."""
+        """The line of a step at work: for training, with a bar, the speed and the time left."""
         if directory is None:
             return f"{title:<14} working, {duration(seconds)}"
         row = logbook.newest(directory, "train")
         if not row:
             return f"{title:<14} starting, {duration(seconds)}"
-        # The first row's time is left out, because compiling is part of it
         self.first = self.first or row
         progress = row["progress"]
         gained = progress - self.first["progress"]
-        full = round(20 * progress)
-        bar = "#" * full + "." * (20 - full)
+        bar = ("#" * round(20 * progress)).ljust(20, ".")
         line = f"{title:<14} [{bar}] {progress:4.0%}  {human(row['tok_per_sec'])} tokens per second"
         if gained <= 0:
             return line
-        left = (row["seconds"] - self.first["seconds"]) * (1 - progress) / gained
-        return f"{line}, {duration(left)} left"
+        # Measured since the first row, because the time before it includes compiling
+        seconds_left = (row["seconds"] - self.first["seconds"]) * (1 - progress) / gained
+        return f"{line}, {duration(seconds_left)} left"
 
     def write(self, text: str, replaced: bool = False) -> None:
-        """Write a line; the next one replaces it if `replaced`. A lost terminal ends no chain."""
+        """
+        Write a line, which the next one replaces if `replaced`. A chain continues if its terminal
+        is closed.
+        """
         start, end = ("\r\033[K", "" if replaced else "\n") if self.live else ("", "\n")
         print0(text, prefix=start, end=end, file=self.terminal)
 
 
 class Chain:
-    """The steps of a command that trains several stages; those in its diary are not repeated."""
+    """Does the steps of a command, except those that its diary lists as done."""
 
     def __init__(self, diary: Diary):
         self.diary, self.display = diary, Display(diary.log, diary.save)
@@ -189,9 +196,10 @@ class Chain:
         noted: Callable[[T], dict[str, Any]] = lambda result: {},
     ) -> T | None:
         """
-        Do the work of a step unless it is done, and note it with what is to be `noted` of its
-        result; the result, or None if it was done before. `directory`: of the run that it trains.
-        KeyboardInterrupt if a signal came when a stage was at its end: the next one does not begin.
+        Do the work of a step and enter it in the diary; returns the result, or None if the step was
+        done before. directory: of the run that it trains. noted: maps the result to what is added
+        to the diary's notes. KeyboardInterrupt if a signal came when a stage had trained its last
+        step, so that the next stage does not begin.
         """
         if name in self.diary.done:
             return None
@@ -219,18 +227,17 @@ class Chain:
         flags: str | Sequence[str],
     ) -> bool:
         """
-        Run a stage to its end, or continue it, with the flags and those of its length in the diary;
-        whether there was anything to do.
+        Run a stage to its end, or continue it, with these flags and, from the diary, those of its
+        length. Returns False if it was done before.
         """
         flags = flags.split() if isinstance(flags, str) else flags
         argv = [f"--model_tag={tag}", "--resume=auto", *self.diary.lengths[stage].split()]
         argv += [f"--{name}={getattr(knobs, name)}" for name in ("device_type", "dtype", "seed")]
-        work = lambda: command([*argv, *flags])  # noqa: E731
         done = stage in self.diary.done
         try:
-            self.step(stage, title, work, run_directory(stage, tag))
+            self.step(stage, title, lambda: command([*argv, *flags]), run_directory(stage, tag))
         except UserError:
-            if not begun(stage, tag):  # the length may be the reason
+            if not begun(stage, tag):  # its length may be the reason: plan it again next time
                 self.diary.forget(stage)
                 self.diary.save()
             raise
@@ -239,8 +246,8 @@ class Chain:
 
 def expected_speed(knobs: MachineKnobs, **shape: Any) -> tuple[float, float]:
     """
-    (tokens per second of training, FLOP/s of matrix products): what to expect here of a model of
-    this shape, given as fields of GPTConfig.
+    (tokens per second, FLOP/s of matrix products) to expect on this machine when training a model
+    whose shape is given as fields of GPTConfig.
     """
     import torch
 

@@ -1,11 +1,11 @@
 """
-torch.compile as a run uses it: its seconds are counted, signals wait until it has finished, and a
-failure costs speed, never the run.
+torch.compile for training: counts the seconds it takes, delays signals until it has finished, and
+continues without compiled code if it fails.
 
-Compiled code is kept on disk, so that only the first run of a shape waits for it. A compiler that
-is killed can leave half a file there, which torch would load for ever: damaged files are removed
-before a run compiles, a failure removes all the others and compiles once more, and after a second
-failure the run continues without compiled code.
+Compiled code is stored on disk, so that only the first run with a shape waits for the compiler. A
+compiler that was killed can leave an incomplete file there, which torch would load every time.
+Damaged files are therefore removed before a run compiles. If the compiler fails nevertheless, all
+stored code is removed and it is run again; after a second failure the run continues without it.
 """
 
 import logging
@@ -25,35 +25,35 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanochat.base.common import UserError, base_dir, notice, unstoppable
+from nanochat.base.common import UserError, base_dir, counted, notice, unstoppable
 from nanochat.base.files import check_writable
 from nanochat.base.runtime import out_of_memory
 from nanochat.model.gpt import GPT
 
 T = TypeVar("T")
-FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the environment variable that says where torch keeps its code
-# What torch writes there: folders by the beginning of a hash, and these
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the environment variable with the folder of compiled code
+# The folders that torch makes there: two characters of a hash, and these names
 ENTRY = re.compile(r"[a-z0-9]{2}|fxgraph|aotautograd|precompiled_headers|triton|locks|cache")
 HELD_BACK = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 class _Abandoned(Exception):
-    """The run that code is compiled for will not start."""
+    """Ends a compilation in the background whose run will not start."""
 
 
 class _Watch:
-    """Follows the compiler of this process through torch's callbacks."""
+    """Follows the compiler in this process through torch's callbacks."""
 
     def __init__(self):
-        self.seconds = 0.0  # in the foreground: something waited for them
+        self.seconds = 0.0  # of compilations outside of background threads
         self.background: set[int] = set()  # threads that compile ahead
-        self.abandoned = False
+        self.abandoned = False  # nothing waits for these threads any more
         self.failed = False  # not the exception: its traceback would keep tensors alive
-        self.began: dict[int, float] = {}
-        self.masks: dict[int, Any] = {}
+        self.began: dict[int, float] = {}  # thread -> when its compilation started
+        self.masks: dict[int, Any] = {}  # thread -> its signal mask before that
 
     def install(self) -> None:
-        """Have torch call start and end; torch.compiler.reset() forgets it."""
+        """Register start and end with torch, which forgets them at torch.compiler.reset()."""
         from torch._dynamo.callback import callback_handler as handler
 
         if self.start not in handler.start_callbacks:
@@ -81,8 +81,8 @@ class _Watch:
 def hold_back_signals() -> Any:
     """
     Block the signals that stop a program, in this thread and in the C++ compilers that it starts:
-    Ctrl+C in a terminal would kill those too, and leave half a file behind. Returns the mask that
-    was in force; None where there are no masks.
+    Ctrl+C in a terminal would kill those too, which leaves incomplete files. Returns the signal
+    mask as it was before; None on systems without signal masks.
     """
     if not hasattr(signal, "pthread_sigmask"):
         return None
@@ -99,7 +99,10 @@ def seconds() -> float:
 
 
 def _try_vector_instructions() -> None:
-    """Let torch try with a C++ compiler which vector instructions work, while a model is traced."""
+    """
+    Have torch find out, with a C++ compiler, which vector instructions work here. In a thread of
+    its own, this needs no time of its own: the model is traced meanwhile.
+    """
     from torch._inductor import cpu_vec_isa
 
     hold_back_signals()
@@ -107,7 +110,7 @@ def _try_vector_instructions() -> None:
 
 
 def prepare(model: GPT) -> None:
-    """Let a model run compiled code from now on, out of a folder without damaged files."""
+    """Have a model run compiled code from now on, after removing damaged files from its folder."""
     remove_damaged(writable_cache())
     if (
         model.embed.weight.device.type == "cpu"
@@ -116,40 +119,43 @@ def prepare(model: GPT) -> None:
         from torch._inductor import config
 
         threading.Thread(target=_try_vector_instructions, daemon=True).start()
-        # A block and the head are about 25 small files: threads start a C++ compiler for several
-        # at once. The processes that Triton wants would cost more than they save.
+        # A block and the head are about 25 small C++ files, of which threads compile several at
+        # once. The worker processes that Triton needs would cost more time than they save.
         os.environ.setdefault("TORCH_WARM_POOL", "0")
         threads = min(8, os.cpu_count() or 1)
         config.compile_threads = threads  # pyright: ignore[reportAttributeAccessIssue]
-        # It warns of a CUDA toolkit on a machine without a GPU, where nothing here needs one
+        # Hides a warning that the CUDA toolkit is missing, which only GPUs need
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     model.compile()
     _watch.install()
 
 
 def forget_shapes() -> None:
-    """Drop the compiled code of shapes that never return: the compiler gives up after eight."""
+    """
+    Drop all compiled code in memory, when batches have another shape from now on: torch compiles
+    only a limited number of shapes.
+    """
     torch.compiler.reset()
     _watch.install()
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept: in the base folder, unless the user names another."""
+    """
+    The folder of compiled code: FOLDER if it is set, else one in the base folder. If torch could
+    not handle that path, because it splits command lines at spaces, torch's own default.
+    """
     if not os.environ.get(FOLDER):
         ours = base_dir() / "compiled"
-        if re.fullmatch(
-            r"[\w./+-]+", str(ours), re.ASCII
-        ):  # torch splits its command lines at spaces
-            os.environ[FOLDER] = str(ours)
-        else:
+        if not re.fullmatch(r"[\w./+-]+", str(ours), re.ASCII):
             from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
             return Path(default_cache_dir())
+        os.environ[FOLDER] = str(ours)
     return Path(os.environ[FOLDER])
 
 
 def writable_cache() -> Path:
-    """Where compiled code is kept; a temporary folder where the usual one cannot be written."""
+    """The folder of compiled code; a temporary one, and a notice, if it cannot be written."""
     folder = cache_folder()
     try:
         check_writable(folder)
@@ -161,39 +167,40 @@ def writable_cache() -> Path:
 
 
 def remove_damaged(folder: Path) -> int:
-    """Remove libraries that are not complete, and return their number."""
+    """Remove incomplete libraries, with a notice, and return their number."""
     damaged = [path for path in folder.glob("*/**/*.so") if not _is_complete(path)]
     for path in damaged:
         path.unlink(missing_ok=True)
     if damaged:
-        notice(
-            f"removed {len(damaged)} damaged file{'s' * (len(damaged) > 1)} of an interrupted "
-            f"compilation from {folder}"
-        )
+        files = counted(len(damaged), "damaged files")
+        notice(f"removed {files} of an interrupted compilation from {folder}")
     return len(damaged)
 
 
 def _is_complete(library: Path) -> bool:
-    """Whether a shared library has all the bytes that its header speaks of; True if not ELF."""
+    """
+    Whether an ELF library has as many bytes as its header says. True for what cannot be judged:
+    other formats (on Linux, all are ELF), other word sizes, unreadable files.
+    """
     try:
         size = library.stat().st_size
         with open(library, "rb") as file:
             head = file.read(64)
     except OSError:
-        return True  # it is somebody else's to judge
+        return True
     if size < 64:
         return False
     if head[:4] != b"\x7fELF":
         return sys.platform != "linux"
     if head[4] != 2 or head[5] != 1:  # not of 64 bits, or not little-endian
         return True
-    (begin,) = struct.unpack_from("<Q", head, 40)  # the table of sections is what ends the file
+    (begin,) = struct.unpack_from("<Q", head, 40)  # of the section table, at the file's end
     entry_size, entries = struct.unpack_from("<HH", head, 58)
     return begin + entry_size * entries <= size
 
 
 def remove_all(folder: Path) -> None:
-    """Remove everything that torch keeps in its folder, on disk and in this process."""
+    """Remove all compiled code, in torch's folder and in this process."""
     from torch._inductor import utils
 
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -207,9 +214,9 @@ def remove_all(folder: Path) -> None:
 
 def guarded(model: GPT, work: Callable[[], T]) -> T:
     """
-    The result of work(), which may run the model's compiled code and can be repeated. If it fails
-    because the compiler does, everything is compiled again once, from an empty folder; if that
-    fails too, the model runs without compiled code from then on.
+    The result of work(), which may run the model's compiled code and must be repeatable. If the
+    compiler fails, everything is compiled again, from an empty folder; if it fails again, the model
+    runs without compiled code from then on. Other errors are raised.
     """
     for attempt in range(3):
         _watch.failed = False
@@ -230,9 +237,7 @@ def guarded(model: GPT, work: Callable[[], T]) -> T:
 
 
 class Ahead:
-    """
-    Compiles a training step for one shape of batches in a thread, while the run is being opened.
-    """
+    """Compiles a training step in a thread while a run is being opened, for one batch shape."""
 
     current: "Ahead | None" = None  # a process compiles ahead for one run at a time
 
@@ -249,7 +254,7 @@ class Ahead:
         _watch.background.add(threading.get_ident())
         try:
             if ids.device.type == "cuda":
-                torch.cuda.set_device(ids.device)  # a thread begins on the first one
+                torch.cuda.set_device(ids.device)  # which is the first GPU in every new thread
             guarded(model, lambda: model.loss(ids, ids).backward())
         except Exception as e:  # wait() raises it
             self.error = e
@@ -260,18 +265,21 @@ class Ahead:
             self.ended.set()
 
     def abandon(self) -> None:
-        """Let nobody wait for it: it compiles nothing new, and the program may end meanwhile."""
+        """
+        End the thread, of which nothing is needed any more: it finishes what it is compiling, or is
+        killed when the program ends.
+        """
         Ahead.current, _watch.abandoned = None, True
         if not self.ended.wait(1):
             unstoppable.append(lambda: not self.ended.is_set())
 
     def wait(self) -> float:
         """
-        Return when the step is compiled, with the seconds that this took. Memory that did not
-        suffice is left to the first step, which tries fewer rows.
+        Wait until the step is compiled; returns the seconds that this took. Raises what the thread
+        raised, except when it ran out of memory: the first step will try fewer rows.
         """
         began = time.monotonic()
-        self.ended.wait()  # Thread.join() believes after Ctrl+C that the thread has ended
+        self.ended.wait()  # not Thread.join(), which after Ctrl+C takes the thread for ended
         Ahead.current = None
         if self.error is not None and not out_of_memory(self.error):
             raise self.error

@@ -1,8 +1,9 @@
 """
-What a run measures while it trains: when each evaluation falls due, and how much it reads.
+What a run measures while it trains: when each evaluation is due, and how much it reads.
 
-Where the time of an evaluation is limited, a small part of it is measured first; its speed decides
-how much the whole evaluation reads, and a machine that becomes slower makes the next one smaller.
+If an evaluation has a limit of time, a small part of it is measured first. The speed of that part
+decides how much the whole evaluation reads; if the machine becomes slower, later evaluations read
+less.
 """
 
 from collections.abc import Callable
@@ -20,16 +21,16 @@ class Size:
     """
 
     seconds: float  # that one evaluation may take
-    least: int  # units, read even if they take longer; `now` is a multiple of it
+    least: int  # units that are read even if they take longer
     most: int  # units
-    now: int = 0  # units that the next evaluation reads
+    now: int = 0  # units that the next evaluation reads: `most`, or a multiple of `least`
 
     def __post_init__(self):
         self.most = max(self.most, self.least)
         self.now = self.now or self.least
 
     def affordable(self, seconds_per_unit: float) -> int:
-        """Units that fit into the seconds at this speed, within `least` and `most`."""
+        """How many units fit into `seconds` at this speed, from `least` to `most`."""
         if seconds_per_unit * self.most <= self.seconds:
             return self.most
         units = int(self.seconds / seconds_per_unit)
@@ -44,12 +45,12 @@ class Size:
 @dataclass
 class Evaluation:
     """
-    Something to measure while training: measure() -> numbers for the logbook under `name`.
+    Something to measure while training: measure() returns numbers, which are logged under `name`.
 
-    every >= 1: steps; below 1: that share of the run; 0: only at the end. `start` also measures
-    before the first step; with a time budget every evaluation does, so that its cost is known.
-    With a `size`, measure() reads size.now units. A number called val_bpb decides which checkpoint
-    is best.
+    every: the interval between evaluations, in steps (1 and above) or as a share of the run (below
+    1); 0 = only at the end. start: also measure before the first step; with a time budget, that is
+    done for every evaluation, to know what it costs. size: measure() reads size.now units. A number
+    called val_bpb decides which checkpoint is the best.
     """
 
     name: str
@@ -60,7 +61,10 @@ class Evaluation:
 
 
 def due(every: float, step: int, before: float, after: float) -> bool:
-    """Whether `every` (steps from 1 up, else a share of progress) falls due at this step."""
+    """
+    Whether something with the interval `every` (see Evaluation) is due after this step, during
+    which progress has gone from `before` to `after`.
+    """
     if every <= 0:
         return False
     if every >= 1:

@@ -1,4 +1,4 @@
-"""How long a run is: rows per step, and the steps, epochs or time after which it ends."""
+"""The horizon of a run: rows per step, and the steps, epochs or time after which it ends."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from nanochat.train.run import OpenRun
 from nanochat.train.scaling import USEFUL_PASSES, batch_for, context_for, whole_rows
 
 CHARACTERS_PER_TOKEN = 4.0  # about
-LENGTHS = "num_iterations", "target_flops", "target_param_data_ratio"
+LENGTHS = "num_iterations", "target_flops", "target_param_data_ratio"  # knobs that give the steps
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Horizon:
 
 def choose_horizon(run: OpenRun, characters: float = math.inf) -> Horizon:
     """
-    The horizon of a pretraining run, from total_batch_size (filled in by rule if it is 0) and one
-    of num_iterations, target_flops, target_param_data_ratio, max_minutes and max_hours. UserError
-    if two lengths contradict each other, if there is none, or if it does not hold one step. How
-    much text there is has a say in the batch; `within_passes` then limits the length.
+    The horizon of a pretraining run, from its knobs for the length and total_batch_size, which a
+    rule sets if it is 0. That rule also considers how many characters of text there are; limit the
+    length with `within_passes` afterwards. UserError if two lengths are given, or none, or one that
+    is too short for a single step.
     """
     if (rows := run.stored("rows")) is not None:
         return Horizon(rows, run.stored("steps"))
@@ -33,8 +33,8 @@ def choose_horizon(run: OpenRun, characters: float = math.inf) -> Horizon:
     flops_per_token = contexts.mean(run.model.flops_per_token)
     length = _given_length(run)
     tokens = _expected_tokens(run, length, flops_per_token)
-    worth = most_passes(run) * characters / CHARACTERS_PER_TOKEN
-    batch = run.knobs.total_batch_size or _batch_by_rule(run, min(tokens, worth))
+    most_tokens = most_passes(run) * characters / CHARACTERS_PER_TOKEN
+    batch = run.knobs.total_batch_size or _batch_by_rule(run, min(tokens, most_tokens))
     rows = whole_rows(batch, *contexts.lengths)
     steps = None
     if length == "num_iterations":
@@ -67,15 +67,18 @@ def choose_horizon(run: OpenRun, characters: float = math.inf) -> Horizon:
 
 
 def most_passes(run: OpenRun) -> float:
-    """How often a run may read its text; infinity if its steps or FLOPs are given."""
+    """
+    How often a run may read its text: --max_passes, else USEFUL_PASSES, or infinity if the length
+    is given by one of LENGTHS.
+    """
     by_rule = all(run.origins[name] == "default" for name in LENGTHS)
     return run.knobs.max_passes or (USEFUL_PASSES if by_rule else math.inf)
 
 
 def within_passes(run: OpenRun, horizon: Horizon, steps_per_pass: float) -> Horizon:
     """
-    A horizon that ends at most_passes, where a pass over all sources takes `steps_per_pass`;
-    a resumed run keeps its own.
+    The horizon, shortened to most_passes if a pass over all sources takes `steps_per_pass`. A
+    resumed run keeps its horizon.
     """
     most = most_passes(run) * steps_per_pass
     if run.stored("rows") is not None or most == math.inf:
@@ -85,13 +88,13 @@ def within_passes(run: OpenRun, horizon: Horizon, steps_per_pass: float) -> Hori
         return horizon
     print0(
         f"  at most {steps:,} steps: {most_passes(run):g} passes over the text, beyond which it "
-        "would be learned by heart (--max_passes=N allows more)"
+        "would only be memorised (--max_passes=N allows more)"
     )
     return Horizon(horizon.rows, steps)
 
 
 def _given_length(run: OpenRun) -> str:
-    """The knob that gives the number of steps; "" if a time budget alone ends the run."""
+    """The knob of LENGTHS that sets the steps; "" if only a time budget ends the run."""
     values = {name: getattr(run.knobs, name) for name in LENGTHS}
     for name, value in values.items():
         if not 0 < value < math.inf and value != -1:
@@ -111,7 +114,7 @@ def _given_length(run: OpenRun) -> str:
 
 
 def _expected_tokens(run: OpenRun, length: str, flops_per_token: float) -> float:
-    """Tokens that the run will see; 0 if the number of steps is given."""
+    """Tokens that the run will train on; 0 if the number of steps is given."""
     if length == "num_iterations":
         return 0.0
     if length == "target_flops":
@@ -128,7 +131,10 @@ def _expected_tokens(run: OpenRun, length: str, flops_per_token: float) -> float
 
 
 def _batch_by_rule(run: OpenRun, tokens: float) -> int:
-    """Tokens per step, whole rows at every context; a resumed run keeps its batch."""
+    """
+    Tokens per step for a run of `tokens` (0 = not known): a whole number of rows at every context.
+    A resumed run keeps its batch.
+    """
     if run.resume_from:
         return run.resume_from.meta["horizon"]["rows"] * run.contexts.longest
     unit = math.lcm(*run.contexts.lengths)

@@ -1,5 +1,6 @@
 """
-The knobs that commands share: of the machine, of a training run, of the stages after pretraining.
+The knobs that commands share: for a model, the machine, a training run, and the stages after
+pretraining. The docstring of a class is the heading of its knobs in -h.
 
 Importing this needs no torch, so that every command shows its help at once.
 """
@@ -186,8 +187,8 @@ class LaterStageKnobs(TrainKnobs):
 
 def inherit(k: K, origins: Mapping[str, str], stored: Mapping[str, Any]) -> tuple[K, dict]:
     """
-    (knobs, origins) in which knobs left at their default take the stored value: a recipe and the
-    command line win over a checkpoint.
+    (knobs, origins) with the stored values for knobs that are still at their defaults: a recipe and
+    the command line have precedence over a checkpoint.
     """
     unset = {name: value for name, value in stored.items() if origins.get(name) == "default"}
     values = stored_values(type(k), unset, "in the checkpoint")

@@ -1,11 +1,11 @@
 """
-The one training loop: the batches of a step in, one update out.
+The training loop of all stages: each step takes a list of micro-batches and makes one update.
 
-Progress through the run drives the schedule, evaluations, saves and the end. The loop names no
-stage: stages differ in the feed that provides batches. All have one loss, sum(weights * nll) / N
-with N the valid targets over all micro-batches and ranks of the step, so an update does not depend
-on how its batch is cut. A run that ends early (a signal, a NaN, no memory) leaves a checkpoint
-from which `--resume auto` continues.
+The learning rate, evaluations, saves and the end of a run follow its progress, from 0 to 1. Stages
+differ in the feed that provides batches; the loop does not know which stage it trains. The loss is
+always sum(weights * nll) / N, with N the number of valid targets in all micro-batches of the step
+on all ranks, so an update does not depend on how its batch is divided. A run that ends early (a
+signal, a NaN, no memory) leaves a checkpoint from which `--resume auto` continues.
 """
 
 import gc
@@ -47,9 +47,10 @@ from nanochat.train.spent import describe
 
 class Feed(Protocol):
     """
-    Provides a stage's batches. `device_rows` may be lowered at any time; it does not change what a
-    step contains. The loop calls `set_progress` with the share of the run that is over before every
-    step; the feed returns what changes at this point, in words, or "".
+    Provides a stage's batches: next(feed) returns the micro-batches of one step, of at most
+    `device_rows` rows each. The loop lowers device_rows when memory runs out, which does not change
+    the rows of a step. Before every step it calls set_progress with the share of the run that is
+    over; if the batches change there, the feed returns a sentence about it to print, else "".
     """
 
     device_rows: int
@@ -68,9 +69,9 @@ class Interrupted(KeyboardInterrupt):
 
 class _Signals:
     """
-    SIGINT, SIGTERM and SIGHUP (a terminal that is closed) set a flag that the loop reads. A second
-    Ctrl+C acts at once; not so within a second of the first signal, because torchrun and shells
-    pass a signal on to processes that have it already.
+    SIGINT, SIGTERM and SIGHUP (a closed terminal) set a flag that the loop reads. A second Ctrl+C
+    raises KeyboardInterrupt at once, unless it follows within a second: torchrun and shells forward
+    a signal to processes that have already received it.
     """
 
     def __enter__(self):
@@ -81,7 +82,7 @@ class _Signals:
             if number is None:
                 continue
             if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # started with nohup: it outlives the terminal
+                continue  # nohup, which lets a program outlive its terminal
             try:
                 self.previous[number] = signal.signal(number, self._catch)
             except ValueError:  # not in the main thread: the caller handles signals
@@ -99,30 +100,33 @@ class _Signals:
 
     def __exit__(self, kind: type | None, *_) -> None:
         if world_size() > 1 and kind and issubclass(kind, RuntimeError):
-            return  # a rank is gone: the launcher's signal must not come before our last words
+            # Another rank has failed: the launcher's SIGTERM must not end this process before it
+            # has printed its error
+            return
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def _collector_at_rest() -> Iterator[Callable[[], None]]:
+def _old_objects_uncollected() -> Iterator[Callable[[], None]]:
     """
-    Yields what spares the garbage collector the objects that exist when it is first called: to walk
-    over the half million of torch and its compiler stops the host, and with it a GPU.
+    Yields a function to call repeatedly. Objects that exist at its first call are left out of
+    garbage collection until the block ends: torch and its compiler have half a million, and to
+    visit them stops the host, and with it a GPU.
     """
 
     @cache
-    def rest() -> None:
+    def freeze() -> None:
         gc.collect(1)
         gc.freeze()
 
     try:
-        yield rest
+        yield freeze
     finally:
         gc.unfreeze()
 
 
-STORED = (
+STORED = (  # fields of Run that a checkpoint stores as they are
     "tokens",
     "seconds",
     "best",
@@ -134,12 +138,14 @@ STORED = (
     "evaluated_to",
     "last",
 )
-SAVING = 0.03  # of a budget: evaluations by shares become fewer if their saves take more
+# The largest share of a time budget for the saves before evaluations: if they would take more,
+# evaluations whose interval is a share of the run become fewer
+SAVING = 0.03
 
 
 @dataclass
 class Stopwatch:
-    """The seconds of a block of work, without those of the compiler."""
+    """The seconds that a block of work took, without those of the compiler."""
 
     seconds: float = 0.0
 
@@ -159,8 +165,8 @@ class Run:
     evaluations: Sequence[Evaluation] = ()
     budget_seconds: float = 0.0  # 0: the feed alone decides when the run ends
     save_every: float = 0.0  # as Evaluation.every, besides the saves before evaluations
-    save_seconds: float = 0.0  # saves by the clock, besides these; 0: none
-    keep: int = 2
+    save_seconds: float = 0.0  # besides these, save when so many seconds have passed; 0: never
+    keep: int = 2  # checkpoints, besides the best
     patience: int = 0  # end after so many evaluations without a better val_bpb; 0: never
     peak_flops: float = 0.0  # measured matrix-product peak of all devices together, 0 = unknown
     clock: Callable[[], float] = time.monotonic
@@ -171,24 +177,24 @@ class Run:
     stale: int = 0  # evaluations since the best one
     scale: float = 2.0**10  # loss scale of float16 runs, applied to a token's loss
     costs: dict[str, float] = field(default_factory=dict)  # seconds of each evaluation and a save
-    sizes: dict[str, int] = field(default_factory=dict)  # units that each sized evaluation reads
-    spent: dict[str, float] = field(default_factory=dict)  # seconds by what they went to
-    evaluated_to: Sequence[float] = (0, 0.0)  # (step, progress) to which every due evaluation ran
-    saved_step: int = -1
+    sizes: dict[str, int] = field(default_factory=dict)  # Size.now of each evaluation that has one
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by activity, as in spent.WORDS
+    evaluated_to: Sequence[float] = (0, 0.0)  # (step, progress) up to which evaluations have run
+    saved_step: int = -1  # of the newest checkpoint; -1: none
     done: bool = False  # trained to the end and evaluated for the last time
     last: dict[str, Any] = field(default_factory=dict)  # latest numbers of every evaluation
 
     @property
     def reserve(self) -> float:
-        """Seconds of the budget that are reserved for the last save and the last evaluations."""
+        """Seconds of the budget that are kept for the last save and the last evaluations."""
         return sum(self.costs.values())
 
     @property
     def progress(self) -> float:
-        """The share of the run that is over, 0..1: of its feed or its time, the larger one."""
+        """The share of the run that is over, 0..1: that of its feed or its time, if larger."""
         if self.budget_seconds <= 0:
             return self.feed.progress
-        # the reserve counts as spent, so that the rate reaches its floor when training ends
+        # Without the reserve, so that the learning rate reaches its floor when training ends
         spent = self.seconds / max(self.budget_seconds - self.reserve, 1e-9)
         return min(1.0, max(self.feed.progress, spent))
 
@@ -196,45 +202,45 @@ class Run:
         """
         Train until the feed or the time budget ends; returns the summary that is also logged.
 
-        Raises Interrupted after a signal (the run is saved), UserError when the loss is no longer
-        finite (the last good checkpoint is kept) and when the budget holds no step. A budget
-        includes opening, compiling, evaluating and saving. A run overshoots it by at most the step
-        under way and what the last evaluations and save take longer than any before.
+        Raises Interrupted after a signal (the run is saved), and UserError when the loss is no
+        longer finite (the last good checkpoint is kept) or the budget is too short for one step. A
+        budget includes opening, compiling, evaluating and saving. A run overshoots it by at most
+        one step, and by as much as the last evaluations and save take longer than earlier ones.
         """
         self._line, self._average = StatusLine(), None
         self._began, self._seconds_before = self.clock(), self.seconds
         self._trained, self._flops, self._training_seconds = 0, 0.0, 1e-9  # in this session
         self._flops_per_token = cache(self.model.flops_per_token)
-        with _Signals() as signals, _collector_at_rest() as rest:
+        with _Signals() as signals, _old_objects_uncollected() as freeze:
             self._evaluate_at_start()
             self._start = self.progress
-            while (progress := self._tick()) < 1.0 and not self._turned:
+            while (progress := self._tick()) < 1.0 and not self._out_of_patience:
                 batches = self._next_batches(progress)
                 if batches is None:
                     break
-                after = self._train_step(batches, progress)
-                if after >= 1.0:
+                progress = self._train_step(batches, progress)
+                if progress >= 1.0:
                     break
-                rest()
+                freeze()
                 if any(sum_over_ranks([signals.caught], self.runtime)):
                     self.save()
                     self._line.print(
                         f"saved step {self.step:,} in {self.directory}; continue with --resume auto"
                     )
                     raise Interrupted
-                if self._save_is_due(after):
+                if self._save_is_due(progress):
                     self.save()
-                self._evaluate(self._scheduled(after), after)
+                self._evaluate(self._scheduled(progress), progress)
             if self.step == 0 and self.budget_seconds > 0:
-                raise UserError(self._no_time())
-            if not self._turned:
+                raise UserError(self._too_short())
+            if not self._out_of_patience:
                 self.save()
                 self._evaluate(self.evaluations, self.progress)
             if self.patience and self.stale:
                 self._return_to_best()
             self.done = True
             self._amend()
-        # a signal of the last moments stops what would follow, not the run
+        # A signal after the last step: this run is complete, but the caller should start no other
         return self._summarize() | ({"signal": signals.caught} if signals.caught else {})
 
     # time -----------------------------------------------------------------------------------------
@@ -244,20 +250,25 @@ class Run:
         return self._seconds_before + self.clock() - self._began
 
     def _tick(self) -> float:
-        """Read the clock; returns progress."""
+        """Update `seconds`, to rank 0's clock; returns the progress."""
         self.seconds = from_main(self._elapsed(), self.runtime)
         return self.progress
 
+    def _can_afford(self, seconds: float) -> bool:
+        """Whether the budget, if there is one, has so many seconds besides the reserve."""
+        needed = self.seconds + seconds + self.reserve
+        return self.budget_seconds <= 0 or needed <= self.budget_seconds
+
     @contextmanager
-    def _timed(self, what: str) -> Iterator[Stopwatch]:
-        """Time a block and add its seconds to `spent`; those of the compiler count on their own."""
-        watch, began, compiling = Stopwatch(), self.clock(), compiler.seconds()
+    def _timed(self, activity: str) -> Iterator[Stopwatch]:
+        """Time a block and add its seconds to spent[activity], or to spent["compiling"]."""
+        watch, began, compiled_before = Stopwatch(), self.clock(), compiler.seconds()
         try:
             yield watch
         finally:
-            compiled = compiler.seconds() - compiling
-            watch.seconds = max(0.0, self.clock() - began - compiled)
-            for name, seconds in ((what, watch.seconds), ("compiling", compiled)):
+            compiling = compiler.seconds() - compiled_before
+            watch.seconds = max(0.0, self.clock() - began - compiling)
+            for name, seconds in ((activity, watch.seconds), ("compiling", compiling)):
                 self.spent[name] = self.spent.get(name, 0.0) + seconds
 
     # steps ----------------------------------------------------------------------------------------
@@ -273,7 +284,7 @@ class Run:
             return next(self.feed, None)
 
     def _train_step(self, batches: list[Batch], progress: float) -> float:
-        """One update with its counters and its row in the logbook; returns progress after it."""
+        """Make one update, count and log it; returns the progress after it."""
         lr_mult = self.schedule.lr_mult(progress)
         with self._timed("steps") as watch:
             loss = self._update(batches, lr_mult, self.schedule.momentum_at(self.step))
@@ -287,11 +298,11 @@ class Run:
         self.tokens += int(tokens)
         self._trained += int(tokens)
         self._flops += flops
-        after = self._tick()
-        self.model.set_progress(after)
+        progress = self._tick()
+        self.model.set_progress(progress)
 
         numbers = {
-            "progress": round(after, 6),
+            "progress": round(progress, 6),
             "loss": loss,
             "lr_mult": lr_mult,
             "tok_per_sec": self._tokens_per_second(),
@@ -302,58 +313,64 @@ class Run:
             numbers["peak_share"] = round(share, 4)
         self._log("train", numbers)
         self._show(numbers)
-        return after
+        return progress
 
     def _update(self, batches: list[Batch], lr_mult: float, momentum: float) -> float:
         """
-        Forward, backward and update over a step's micro-batches; returns the step's loss. Halves
-        the micro-batches when memory runs out. The host waits for the device once, for the loss,
-        while the device already runs the update.
+        Forward, backward and update over a step's micro-batches; returns the step's loss. The host
+        waits for the device once, for the loss, while the device already runs the update.
         """
         runtime = self.runtime
         (valid,) = sum_over_ranks([sum(b.count() for b in batches)], runtime)
         if valid == 0:  # nothing to learn from: no gradient, and no step of momentum either
             return 0.0
         half = runtime.dtype is torch.float16
-        # a short batch, as at the end of an epoch, would be compiled on its own
+        # float16 would lose small gradients: there, they are divided by N afterwards
+        total = self._backward(batches, self.scale if half else 1 / valid)
+        sums = torch.stack([total, self._unscale(valid)] if half else [total])
+        if runtime.world_size > 1:
+            dist.all_reduce(sums)
+        wait_for_sums = runtime.reading(sums)
+        if not half:
+            self.optimizer.step(lr_mult, momentum)
+        loss, *largest_gradient = wait_for_sums()
+        value = loss / valid
+        if not math.isfinite(value):
+            raise UserError(self._diverged(f"the loss is {value}"))
+        if half and self._adjust_scale(*largest_gradient):
+            self.optimizer.step(lr_mult, momentum)
+        return value
+
+    def _backward(self, batches: list[Batch], scale: float) -> torch.Tensor:
+        """
+        Compute the gradients of `scale` times the loss summed over micro-batches; returns that sum,
+        unscaled. Halves the micro-batches, from now on, when memory runs out.
+        """
+        most_rows = max(b.inputs.size(0) for b in batches)
+        # Compiled code is for one shape: short batches, as at the end of an epoch, are filled up
         shape = getattr(self.feed, "micro_batch", None) if self.model.compiled else None
-        # float16 gradients keep the size of one token's; the division by N comes after
-        scale = self.scale if half else 1 / valid
 
         def backward(rows: int) -> torch.Tensor:
-            if rows < most and self.model.compiled:
+            if rows < most_rows and self.model.compiled:
                 compiler.forget_shapes()  # of more rows, which never return
             self.optimizer.zero_grad()
-            total = torch.zeros((), device=runtime.device)
+            total = torch.zeros((), device=self.runtime.device)
             for b in recut(batches, rows):
                 if shape and shape[1] in (0, b.inputs.size(1)):
-                    b = filled_up(b, shape[0] if rows == most else min(rows, shape[0]))
+                    b = filled_up(b, shape[0] if rows == most_rows else min(rows, shape[0]))
                 loss = self.model.loss(b.inputs, b.targets, b.weights)
                 (loss * scale).backward()
                 total += loss.detach()
             return total
 
-        most = max(b.inputs.size(0) for b in batches)
         total, fitting_rows = compiler.guarded(
-            self.model, lambda: halve_until_it_fits(backward, most, "a micro-batch")
+            self.model, lambda: halve_until_it_fits(backward, most_rows, "a micro-batch")
         )
-        if runtime.device.type == "cpu":
+        if self.runtime.device.type == "cpu":
             keep_freed_memory()
-        if fitting_rows < most:
+        if fitting_rows < most_rows:
             self.feed.device_rows = fitting_rows
-        sums = torch.stack([total, self._unscale(valid)] if half else [total])
-        if runtime.world_size > 1:
-            dist.all_reduce(sums)
-        read = runtime.reading(sums)
-        if not half:
-            self.optimizer.step(lr_mult, momentum)
-        loss, *largest = read()
-        value = loss / valid
-        if not math.isfinite(value):
-            raise UserError(self._diverged(f"the loss is {value}"))
-        if half and self._has_no_overflow(*largest):
-            self.optimizer.step(lr_mult, momentum)
-        return value
+        return total
 
     def _unscale(self, valid: int) -> torch.Tensor:
         """Divide the gradients by the loss scale and by N; returns the largest absolute value."""
@@ -362,13 +379,13 @@ class Run:
             g.div_(self.scale * valid)
         return torch.nn.utils.get_total_norm(grads, math.inf)
 
-    def _has_no_overflow(self, largest: float) -> bool:
+    def _adjust_scale(self, largest_gradient: float) -> bool:
         """
-        Whether the largest gradients of all ranks are finite; if not, all ranks skip the update.
-        The loss scale halves on an overflow and doubles over 1,000 good steps, up to what float16
-        itself can hold.
+        Adapt the loss scale; returns whether the gradients of all ranks are finite. If they are
+        not, all ranks skip the update, and the scale halves; it doubles over 1,000 good steps, up
+        to the largest power of two that float16 can hold.
         """
-        if math.isfinite(largest):
+        if math.isfinite(largest_gradient):
             self.scale = min(2.0**15, self.scale * 2 ** (1 / 1000))
             return True
         self.scale = max(2.0**-10, self.scale / 2)
@@ -377,7 +394,7 @@ class Run:
     # evaluations ----------------------------------------------------------------------------------
 
     def _evaluate_at_start(self) -> None:
-        """Evaluate before the first step, or what was due when the run was stopped."""
+        """Evaluate before the first step; on resume, what was due when the run was stopped."""
         progress = self._tick()
         self._saved_at = self.seconds
         step, evaluated = self.evaluated_to
@@ -391,26 +408,24 @@ class Run:
 
     def _scheduled(self, progress: float) -> list[Evaluation]:
         """
-        The evaluations due at this progress; none if they would take time from the last ones, which
-        are then about to run.
+        The evaluations that are due at this progress; none if the budget has no time for them
+        before the evaluations at its end.
         """
         before = self.evaluated_to[1]
         now = [e for e in self.evaluations if due(self._every(e), self.step, before, progress)]
         seconds = sum(self.costs.get(name, 0.0) for name in ("save", *(e.name for e in now)))
-        if 0 < self.budget_seconds < self.seconds + seconds + self.reserve:
-            return []
-        return now
+        return now if self._can_afford(seconds) else []
 
     def _every(self, evaluation: Evaluation) -> float:
         """
-        How often an evaluation runs: a share of a time budget grows where the saves before the
-        evaluations would take more than SAVING of it.
+        evaluation.every, or a larger share of the run where the saves before the evaluations would
+        take more than SAVING of the budget.
         """
         every, save = evaluation.every, self.costs.get("save", 0.0)
         if evaluation.size is None or every >= 1 or self.budget_seconds <= 0 or save <= 0:
             return every
-        most = int(SAVING * self.budget_seconds / save)
-        return max(every, 1 / most) if most > 1 else 0.0
+        affordable_saves = int(SAVING * self.budget_seconds / save)
+        return max(every, 1 / affordable_saves) if affordable_saves > 1 else 0.0
 
     def _evaluate(self, evaluations: Sequence[Evaluation], progress: float) -> None:
         """Save, run the evaluations, log their numbers and note them in the checkpoint."""
@@ -427,7 +442,7 @@ class Run:
                 continue
             self.last[evaluation.name] = numbers
             bpb = numbers.get("val_bpb", math.nan)
-            if bpb < (self.best["val_bpb"] if self.best else math.inf):  # never true of a NaN
+            if bpb < (self.best["val_bpb"] if self.best else math.inf):  # false for a NaN
                 self.best, self.stale = {"step": self.step, "val_bpb": bpb}, 0
             elif "val_bpb" in numbers:
                 self.stale += 1
@@ -441,26 +456,29 @@ class Run:
 
     def _measure(self, evaluation: Evaluation) -> dict[str, Any]:
         """
-        The numbers of an evaluation; notes its cost. One that has a size measures the least part
-        of it first, whose speed decides the rest; it keeps its size unless it becomes too slow.
+        The numbers of an evaluation, whose seconds are noted in `costs`. One with a Size measures
+        its least size first, and then again as much as the speed allows. It keeps that size for the
+        whole run, unless it becomes too slow.
         """
         name, size = evaluation.name, evaluation.size
         if size is None:
             numbers, seconds = self._timed_measure(evaluation)
             self.costs[name] = max(self.costs.get(name, 0.0), seconds)
             return numbers
-        first, size.now = name not in self.sizes, self.sizes.get(name, size.least)
+        size.now = self.sizes.get(name, size.least)
         numbers, seconds = self._timed_measure(evaluation)
-        if first and (units := size.affordable(seconds / size.now)) > size.now:
-            size.now = units
+        affordable = size.affordable(seconds / size.now)
+        if name not in self.sizes and affordable > size.now:
+            size.now = affordable
             numbers, seconds = self._timed_measure(evaluation)
-        pace = seconds / size.now
-        size.adapt(pace)
-        self.sizes[name], self.costs[name] = size.now, pace * size.now
+        seconds_per_unit = seconds / size.now
+        size.adapt(seconds_per_unit)
+        self.sizes[name] = size.now
+        self.costs[name] = seconds_per_unit * size.now
         return numbers
 
     def _timed_measure(self, evaluation: Evaluation) -> tuple[dict[str, Any], float]:
-        """The numbers of an evaluation, and its seconds: the same on all ranks."""
+        """The numbers of an evaluation, and its seconds on rank 0."""
         with self._timed(evaluation.name) as watch:
             numbers = _guarded(evaluation)
         return numbers, from_main(watch.seconds, self.runtime)
@@ -468,7 +486,10 @@ class Run:
     # checkpoints ----------------------------------------------------------------------------------
 
     def save(self, again: bool = False) -> None:
-        """Write a checkpoint of this step unless it was written. Every rank must call it."""
+        """
+        Write a checkpoint of this step, unless there is one (with `again`, even then). Every rank
+        must call it. UserError if the weights are not finite or the disk refuses.
+        """
         if self.saved_step == self.step and not again:
             return
         with self._timed("save") as watch:
@@ -497,8 +518,8 @@ class Run:
 
     def _save_is_due(self, progress: float) -> bool:
         """
-        Whether the steps or the clock ask for a checkpoint now. Saves by the clock take at most a
-        twentieth of the time, and none from the last evaluations.
+        Whether save_every or save_seconds asks for a checkpoint now. Saves by the clock take at
+        most a twentieth of the time, and none of what is reserved for the end.
         """
         if due(self.save_every, self.step, self.evaluated_to[1], progress):
             return True
@@ -506,7 +527,7 @@ class Run:
         wait = max(self.save_seconds, 20 * cost)
         if self.save_seconds <= 0 or self.seconds < self._saved_at + wait:
             return False
-        return not 0 < self.budget_seconds < self.seconds + cost + self.reserve
+        return self._can_afford(cost)
 
     def restore(self, stored: Checkpoint) -> None:
         """Return to the state of a checkpoint: weights, optimizer, feed, clock and counters."""
@@ -521,23 +542,26 @@ class Run:
             ) from e
         self.feed.load_state_dict(meta["feed"])
         self.step = self.saved_step = meta["step"]
-        self.evaluated_to = self.step, 1.0  # unless it is stored
+        self.evaluated_to = self.step, 1.0  # for checkpoints of versions that did not store it
         for name in STORED:
             setattr(self, name, meta.get(name, getattr(self, name)))
 
     @property
-    def _turned(self) -> bool:
-        """Whether the evaluations have become no better for as long as the run has patience."""
+    def _out_of_patience(self) -> bool:
+        """Whether val_bpb has not improved for `patience` evaluations."""
         return 0 < self.patience <= self.stale
 
     def _return_to_best(self) -> None:
-        """End where val_bpb was lowest: later checkpoints are dropped. Every rank must call it."""
+        """
+        Return to the checkpoint with the lowest val_bpb and delete later ones. Every rank must call
+        it.
+        """
         assert self.best
         self._line.print(
             f"val_bpb has not improved for {self.stale} evaluations: ending with the best "
             f"checkpoint, that of step {self.best['step']:,}"
         )
-        spent = self.spent  # the time has passed all the same
+        spent = self.spent  # includes the time after that checkpoint
         self.restore(checkpoint.at_step(self.directory, self.best["step"]))
         self.spent = spent
         self.logbook.back_to(self.step)
@@ -546,7 +570,7 @@ class Run:
             checkpoint.drop_after(self.directory, self.step, self.meta.get("run_id"))
 
     def _amend(self) -> None:
-        """Note the clock and the latest numbers in this step's checkpoint."""
+        """Update the metadata of this step's checkpoint; save it again if it is gone."""
         self._tick()
         if not from_main(self._saved_exists(), self.runtime):
             self.save(again=True)
@@ -554,7 +578,7 @@ class Run:
             checkpoint.at_step(self.directory, self.step).amend(self._meta())
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint stores besides tensors; a skipped step counts, but is no update."""
+        """What a checkpoint stores besides tensors. "updates" does not count skipped steps."""
         return {
             **self.meta,
             **{name: getattr(self, name) for name in STORED},
@@ -574,13 +598,13 @@ class Run:
         self.logbook.log(kind=kind, step=self.step, tokens=self.tokens, seconds=seconds, **numbers)
 
     def _show(self, numbers: dict[str, Any]) -> None:
-        """The status line: the mean loss of late, speed and the time left."""
+        """Show the status line, with a moving average of the loss."""
         loss, progress = numbers["loss"], self.progress
         self._average = loss if self._average is None else 0.9 * self._average + 0.1 * loss
         if not self._line.due:
             return
-        pace = (progress - self._start) / max(self.clock() - self._began, 1e-9)
-        seconds_left = (1 - progress) / max(pace, 1e-9)
+        progress_per_second = (progress - self._start) / max(self.clock() - self._began, 1e-9)
+        seconds_left = (1 - progress) / max(progress_per_second, 1e-9)
         if self.budget_seconds > 0:
             seconds_left = min(seconds_left, self.budget_seconds - self.seconds)
         share = f"  {numbers['peak_share']:.0%} of peak" if self.peak_flops else ""
@@ -609,27 +633,30 @@ class Run:
         self._line.print(f"  time: {describe(spent, self.seconds)}")
         return {"tokens": self.tokens, "seconds": self.seconds, **summary, **self.last}
 
-    def _no_time(self) -> str:
-        over, reserve = self.seconds, self.reserve
+    def _too_short(self) -> str:
+        """The error message of a budget that ended before the first step."""
+        passed, reserve = self.seconds, self.reserve
         return (
-            f"a budget of {self.budget_seconds:.3g} s is too short for one step: {over:.3g} s "
+            f"a budget of {self.budget_seconds:.3g} s is too short for one step: {passed:.3g} s "
             f"passed before the first one, and {reserve:.3g} s are reserved for the last "
-            f"evaluation and save; give at least --max_minutes={2 * (over + reserve) / 60:.2g}, "
+            f"evaluation and save; give at least --max_minutes={2 * (passed + reserve) / 60:.2g}, "
             "or evaluate less with --eval_tokens"
         )
 
     def _diverged(self, what: str) -> str:
-        kept = "there is no checkpoint yet"
+        """The error message of a run whose loss or weights are no longer finite."""
+        kept, resume = "there is no checkpoint yet", ""
         if self.saved_step >= 0:
             kept = f"the checkpoint of step {self.saved_step} in {self.directory} is kept"
+            resume = ", or resume from it"
         return (
             f"{what} at step {self.step}: {kept}; lower the learning rates (--lr_scale=0.5) and "
-            "start again, or resume from it"
+            f"start again{resume}"
         )
 
 
 def recut(batches: list[Batch], rows: int) -> list[Batch]:
-    """The same rows in micro-batches of at most `rows` and of nearly equal size."""
+    """The same rows, in micro-batches of at most `rows` rows and of nearly equal size."""
     out = []
     for b in batches:
         cuts = -(-b.inputs.size(0) // rows)
@@ -640,17 +667,17 @@ def recut(batches: list[Batch], rows: int) -> list[Batch]:
 
 
 def filled_up(batch: Batch, rows: int) -> Batch:
-    """A batch with ignored rows added, if it has fewer than `rows`."""
+    """A batch of at least `rows` rows: rows without targets are added to a smaller one."""
     missing = rows - batch.inputs.size(0)
     if missing <= 0:
         return batch
-    below = 0, 0, 0, missing  # nothing left, right and above
+    below = 0, 0, 0, missing  # for pad: nothing left, right and above
     weights = None if batch.weights is None else pad(batch.weights, below)
     return Batch(pad(batch.inputs, below), pad(batch.targets, below, value=-1), weights)
 
 
 def _guarded(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation that runs out of memory costs its numbers, never the run."""
+    """The numbers of an evaluation; none, and a notice, if it runs out of memory."""
     try:
         return evaluation.measure()
     except RuntimeError as e:
@@ -661,7 +688,7 @@ def _guarded(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def sum_over_ranks(numbers: Sequence[float], runtime: Runtime) -> list[Any]:
-    """Every number summed over the ranks."""
+    """Every number, summed over the ranks. Every rank must call it."""
     if runtime.world_size == 1:
         return list(numbers)
     t = torch.tensor(numbers, dtype=torch.float64)
@@ -670,7 +697,7 @@ def sum_over_ranks(numbers: Sequence[float], runtime: Runtime) -> list[Any]:
 
 
 def from_main(x: float, runtime: Runtime) -> float:
-    """Rank 0's value, so that all ranks see one clock and one signal."""
+    """Rank 0's x, on every rank, so that all decide alike. Every rank must call it."""
     if runtime.world_size == 1:
         return x
     t = torch.tensor(x, dtype=torch.float64)

@@ -1,11 +1,11 @@
 """
 One optimizer for the whole model: Muon for matrices, AdamW for the rest, on any number of ranks.
 
-It sums the gradients over the ranks itself, without a wrapper around the model: each rank receives
-the sum for the parameters that it owns, updates them and sends the result to the others. The state
-therefore exists once over all ranks. It is gathered by parameter name, so a checkpoint does not
-depend on the number of ranks. The optimizer knows no model: parameters come in `Group`s, which are
-built from the roster.
+It sums the gradients over the ranks itself, so the model needs no wrapper: each rank receives the
+sum for the parameters that it owns, updates them and sends the result to the others. Each part of
+the state therefore exists on one rank only. Checkpoints store the state by parameter name, and do
+not depend on the number of ranks. The optimizer does not depend on the model: its parameters come
+in `Group`s, which train/run.py makes from the model's roster.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,26 +19,25 @@ from torch.optim.adamw import adamw
 
 from nanochat.train.polynomials import POLYNOMIALS, Polynomials
 
-listwise: Any = torch  # pyright does not know its operators on lists of tensors
-MOMENTS = {"muon": ("momentum",), "adamw": ("first", "second")}
+listwise: Any = torch  # whose _foreach_ functions, on lists of tensors, pyright does not know
+MOMENTS = {"muon": ("momentum",), "adamw": ("first", "second")}  # state tensors per parameter
 
 
 @dataclass
 class Group:
-    """Parameters with the same optimizer and settings. The schedule multiplies `lr`, the peak."""
+    """Parameters with the same optimizer and settings, and their state."""
 
     optimizer: str  # "muon" | "adamw"
     names: list[str]
     params: list[Tensor]
-    lr: float
+    lr: float  # the peak, which the schedule multiplies by a factor
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     momentum: float = 0.95
-    state: dict[str, dict[str, Tensor]] = field(
-        default_factory=dict
-    )  # what this rank owns, by name
-    counts: list[Tensor] = field(default_factory=list)  # AdamW's steps, for each parameter
+    # The part that this rank owns: parameter -> moment -> tensor
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    counts: list[Tensor] = field(default_factory=list)  # AdamW's steps so far, per parameter
 
 
 def orthogonalize(
@@ -47,8 +46,8 @@ def orthogonalize(
     polynomials: Polynomials = POLYNOMIALS["minimax"],
 ) -> Tensor:
     """
-    Newton-Schulz steps towards the nearest semi-orthogonal matrix, batched: g (..., R, C) -> the
-    same shape in `dtype`. Singular vectors stay; only the singular values change.
+    Newton-Schulz steps towards the nearest semi-orthogonal matrix: g (R, C) or (N, R, C) -> the
+    same shape in `dtype`. The singular vectors stay the same, and the singular values approach 1.
     """
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
@@ -64,8 +63,8 @@ def orthogonalize(
 
 class _Pool:
     """
-    Parameters that the ranks divide: matrices of one shape (each matrix belongs to one rank), or a
-    single table (each rank owns some of its rows).
+    Parameters that the ranks divide among themselves: either matrices of one shape, each of which
+    belongs to one rank, or a single table, of which each rank owns some rows.
     """
 
     def __init__(self, names: list[str], params: list[Tensor], matrices: bool):
@@ -74,19 +73,20 @@ class _Pool:
         if dist.is_initialized():
             rank, self.world = dist.get_rank(), dist.get_world_size()
         self.size = len(params) if matrices else params[0].size(0)
-        self.share = -(-self.size // self.world)  # the last ranks may own less, or nothing
+        # Matrices or rows per rank; the last ranks may own fewer, or none
+        self.share = -(-self.size // self.world)
         self.own = slice(rank * self.share, (rank + 1) * self.share)
 
     def owned(self, items: list) -> list:
-        """Those of the items, one per parameter, whose parameter this rank owns at least partly."""
+        """Of items, one per parameter: those of parameters that this rank has a part of."""
         return items[self.own] if self.matrices else items
 
     def part(self, t: Tensor) -> Tensor:
-        """What this rank owns of an owned parameter, or of a tensor of its shape."""
+        """This rank's part of such a parameter, or of a tensor of its shape."""
         return t if self.matrices else t[self.own]
 
     def _join(self, tensors: list[Tensor], size: int) -> Tensor:
-        """One tensor of `size` matrices or rows, filled up with zeros."""
+        """The tensors as one, of `size` matrices or rows: missing ones are zeros."""
         if self.matrices:
             blank = torch.zeros_like(self.params[0])
             return torch.stack([*tensors, *[blank] * (size - len(tensors))])
@@ -100,7 +100,7 @@ class _Pool:
         return list(joined[:size].unbind()) if self.matrices else [joined[:size]]
 
     def sum_gradients(self) -> list[Tensor]:
-        """The gradients summed over the ranks: this rank's parts. A missing one counts as zero."""
+        """This rank's parts of the gradients, summed over all ranks; a missing gradient is 0."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         if self.world == 1:
             return grads
@@ -140,10 +140,11 @@ def _pools(group: Group) -> list[_Pool]:
 
 class MuonAdamW:
     """
-    `step(lr_mult, momentum)` after the backward passes of a step; `zero_grad()` before the next.
+    Muon and AdamW over groups of parameters: call step() after the backward passes of a training
+    step, and zero_grad() before the next.
 
     ns_dtype: the precision of the Newton-Schulz products (bfloat16 where it is fast, else float32).
-    polynomials: Muon's steps, of POLYNOMIALS.
+    polynomials: of the Newton-Schulz steps; see POLYNOMIALS.
     """
 
     def __init__(
@@ -166,7 +167,10 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_mult: float = 1.0, momentum: float | None = None) -> None:
-        """One update with all rates times lr_mult (0..1) and, if given, Muon's momentum."""
+        """
+        One update with all rates multiplied by lr_mult (0..1). momentum: Muon's, by default that of
+        each group. Every rank must call it.
+        """
         self.steps += 1
         for group, pools in self._pools:
             lr = group.lr * lr_mult
@@ -177,7 +181,7 @@ class MuonAdamW:
                     self._muon(group, pool, lr, group.momentum if momentum is None else momentum)
 
     def _state(self, group: Group, pool: _Pool) -> list[dict[str, Tensor]]:
-        """The moments of every owned parameter; zeros at first."""
+        """The moments of this rank's parts of the parameters; zeros at first."""
         names = pool.owned(pool.names)
         for name, p in zip(names, pool.owned(pool.params), strict=True):
             if name not in group.state:
@@ -187,7 +191,7 @@ class MuonAdamW:
 
     def _muon(self, group: Group, pool: _Pool, lr: float, momentum: float) -> None:
         grads, owned = pool.sum_gradients(), pool.owned(pool.params)
-        if owned:  # as few launches as possible: a small model's update is mostly these
+        if owned:  # lists of tensors, for few kernel launches: they dominate with small models
             momenta = [state["momentum"] for state in self._state(group, pool)]
             listwise._foreach_lerp_(momenta, grads, 1 - momentum)
             updates = listwise._foreach_lerp(grads, momenta, momentum)  # Nesterov
@@ -208,7 +212,7 @@ class MuonAdamW:
             for pool in pools
         ]
         params, grads, states = zip(*owned, strict=True)
-        if not group.counts:  # made once, and then counted on the device
+        if not group.counts:  # adamw() counts further, on the device
             group.counts = [torch.full((), self.steps - 1.0, device=p.device) for p in params]
         adamw(
             list(params),
@@ -230,7 +234,7 @@ class MuonAdamW:
             pool.share_parameters()
 
     def state_bytes(self) -> int:
-        """Bytes of the whole state, that of all ranks together."""
+        """Bytes of the state on all ranks together."""
         return sum(len(MOMENTS[g.optimizer]) * p.nbytes for g in self.groups for p in g.params)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -250,7 +254,8 @@ class MuonAdamW:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """
-        Take this rank's part of what state_tensors returned. KeyError if a parameter is missing.
+        Load this rank's part of what state_tensors returned; `steps` is how many updates were made.
+        KeyError if a tensor is missing.
         """
         self.steps = steps
         for group, pools in self._pools:

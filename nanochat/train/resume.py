@@ -1,8 +1,8 @@
 """
-How a run resumes from a checkpoint: what must not change, and how the learning rate continues.
+How a run resumes from a checkpoint: what must stay the same, and how the learning rate continues.
 
-It refuses a different architecture, and a different length unless told how the rate continues. A
-rate that jumps is printed.
+The architecture must. The length may change if --new_horizon says how the learning rate continues;
+if the rate changes abruptly, a line is printed.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.train.loop import Run
 from nanochat.train.schedule import Schedule
 
-HORIZONS = (
+HORIZONS = (  # knobs that set the length of a run and the size of its steps
     "num_iterations",
     "target_flops",
     "target_param_data_ratio",
@@ -32,7 +32,7 @@ HORIZONS = (
 
 
 def same_architecture(config: GPTConfig, checkpoint: Checkpoint) -> None:
-    """UserError if the flags ask for another model than the stored one, even if its weights fit."""
+    """UserError if the flags describe another model than the stored one, even if weights fit."""
     before = checkpoint.config
     for f in fields(before):
         name, stored, value = f.name, getattr(before, f.name), getattr(config, f.name)
@@ -44,7 +44,7 @@ def same_architecture(config: GPTConfig, checkpoint: Checkpoint) -> None:
 
 
 def same_horizons(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """UserError if the knobs ask for another length, batch or context stages than those stored."""
+    """UserError if the knobs of HORIZONS differ between the stored knobs and those asked for."""
     before, now = _horizon_texts(stored), _horizon_texts(asked)
     for name in before:
         by_rule = name == "total_batch_size" and not asked[name]  # the rule keeps the stored batch
@@ -58,7 +58,7 @@ def same_horizons(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
 
 
 def _horizon_texts(knobs: Mapping[str, Any]) -> dict[str, str]:
-    """The horizons among these knobs as text; a time budget is in minutes, however it was given."""
+    """The knobs of HORIZONS as text; a time budget is in minutes even if it was given in hours."""
     horizons = {name: knobs[name] for name in HORIZONS if name in knobs and name != "max_hours"}
     horizons["max_minutes"] = knobs["max_minutes"] or knobs["max_hours"] * 60
     return {
@@ -79,15 +79,16 @@ def _schedule(knobs: Mapping[str, Any], horizon: Mapping[str, Any]) -> Schedule:
 
 def schedule_from(checkpoint: Checkpoint | None, run: Run) -> Schedule:
     """
-    The schedule of a run, new or restored from a checkpoint; a redecay is noted in its horizon.
-    Prints a rate that jumps. UserError if nothing is left to train, or no rate to fall from.
+    The schedule of a run, which is new or restored from a checkpoint. Stores in its horizon where a
+    redecay begins. UserError with --new_horizon if there is nothing left to train, or if redecay
+    has no rate to lower.
     """
     knobs, horizon = run.meta["knobs"], run.meta["horizon"]
     if checkpoint is None:
         return _schedule(knobs, horizon)
     meta, progress = checkpoint.meta, run.progress
-    stored = _schedule(meta["knobs"], meta["horizon"])
-    before = stored.lr_mult(meta.get("progress", progress))
+    old_schedule = _schedule(meta["knobs"], meta["horizon"])
+    before = old_schedule.lr_mult(meta.get("progress", progress))
     if knobs["new_horizon"] and progress >= 1:
         raise UserError(
             f"{checkpoint} is already at or past the new end ({run.step:,} steps in "

@@ -1,12 +1,12 @@
 """
 The feed of reinforcement learning: sample replies, reward them, and return weighted batches.
 
-On-policy and without a reference model: every optimizer step draws questions and samples several
-replies to each from the model as it is. Every sampled token is weighted by its reply's advantage:
-the reward minus the mean of its group (GRPO, Shao et al. 2024, without dividing by the standard
-deviation, as Liu et al. 2025, "Understanding R1-Zero-like training", recommend). The model learns
-only from tokens that it sampled: prompts, tool output and padding are no targets. A reply that does
-not end with <|assistant_end|> is never correct.
+Learning is on-policy and needs no reference model: every optimizer step draws questions and samples
+several replies to each, its group, from the current model. Every sampled token is weighted by the
+advantage of its reply: the reward minus the mean reward of the group (GRPO, Shao et al. 2024,
+without dividing by the standard deviation, as Liu et al. 2025, "Understanding R1-Zero-like
+training", recommend). The model learns only from tokens that it sampled, not from prompts, tool
+output and padding. A reply that does not end with <|assistant_end|> is never correct.
 """
 
 import hashlib
@@ -41,14 +41,15 @@ def survey(
     total: float | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """
-    What a run practises, as a user reads it and as JSON: `kept` are the questions of `asked` that
-    fit into the context, `per_step` of them are drawn per step, with `samples` replies to each, and
-    `total` in the whole run (None: until the time is over). UserError if none of a task is left to
-    practise or to evaluate.
+    The data of a run, as lines to print and as JSON. kept: those of the questions asked for that
+    fit into the context. per_step: questions per step, with `samples` replies to each. total: of
+    questions in the run, or None if time ends it. UserError for a task without a question to train
+    on or to evaluate.
     """
     figures = []
     for task, items in held_out.items():
-        all_of_it, used = (sum(t is task for t, _ in some) for some in (asked, kept))
+        available = sum(t is task for t, _ in asked)
+        used = sum(t is task for t, _ in kept)
         if not used or not items:
             what = "training question that fits into the context" if items else "held-out question"
             raise UserError(f"{task.name} has no {what}: leave it out, or choose another task")
@@ -56,7 +57,7 @@ def survey(
             {
                 "name": task.name,
                 "questions": used,
-                "too_long": all_of_it - used,
+                "too_long": available - used,
                 "share": used / len(kept),
                 "passes": total and total / len(kept),
                 "held_out": len(items),
@@ -77,7 +78,7 @@ def survey(
 @dataclass
 class Sampler:
     """
-    How replies are sampled: at most `rows` at a time, halved when memory runs out. The replies do
+    Samples replies, at most `rows` at a time; `rows` is halved when memory runs out. The replies do
     not depend on it.
     """
 
@@ -91,8 +92,8 @@ class Sampler:
         self, questions: Sequence[Question], samples: int, seeds: Sequence[int]
     ) -> list[list[Sample]]:
         """
-        `samples` replies to every question. They depend on the question's own seed, and not on the
-        questions beside it.
+        A group of `samples` replies to every question, from the seed of that question. They do not
+        depend on the other questions.
         """
         prompts = [
             self.engine.tokenizer.render_prompt(task.prompt(item)) for task, item in questions
@@ -111,8 +112,8 @@ class Sampler:
                     self.top_k,
                     seed=[seeds[i] for i in chosen],
                 )
-                for k, i in enumerate(chosen):
-                    groups[i] = rows[k * samples : (k + 1) * samples]
+                for n, i in enumerate(chosen):
+                    groups[i] = rows[n * samples : (n + 1) * samples]
             return groups
 
         together = max(1, min(len(prompts), self.rows // samples))
@@ -123,7 +124,7 @@ class Sampler:
 
 
 def reward(tokenizer: Tokenizer, question: Question, reply: Sample) -> float:
-    """1 for a correct reply that the model ended itself, else 0."""
+    """1.0 for a correct reply that the model ended itself, else 0.0."""
     task, item = question
     ended = reply.stop == tokenizer.specials["<|assistant_end|>"]
     return float(ended and task.evaluate(item, visible_text(tokenizer, reply.tokens)))
@@ -138,17 +139,17 @@ def weighted_replies(
     replies: Sequence[Sample], rewards: Sequence[float]
 ) -> list[tuple[Sample, float]]:
     """
-    The distinct replies of a group, each with the sum of its advantages; none if all rewards are
-    the same.
+    (reply, weight) for the distinct replies of a group: the weight is the sum of the advantages of
+    equal replies. An empty list if all rewards are the same, and so all advantages 0.
     """
     if len(set(rewards)) == 1:
         return []
     mean = sum(rewards) / len(rewards)
     distinct, weights = {}, defaultdict(float)
-    for reply, r in zip(replies, rewards, strict=True):
+    for reply, its_reward in zip(replies, rewards, strict=True):
         key = (*reply.tokens, reply.stop)
         distinct.setdefault(key, reply)
-        weights[key] += r - mean
+        weights[key] += its_reward - mean
     return [(distinct[key], weight) for key, weight in weights.items()]
 
 
@@ -162,8 +163,8 @@ def weighted_batches(
 ) -> list[Batch]:
     """
     (reply, weight) pairs as micro-batches of at most device_rows rows, with targets only at sampled
-    tokens. Rows of similar width share a batch: widths are those of row_width, at most `longest`.
-    Without replies: one ignored token.
+    tokens. Rows are padded to the widths of data.feed.row_width, at most `longest`, and those of
+    one width share batches. Without replies, one batch of a single token that is no target.
     """
     by_width = defaultdict(list)
     for reply, weight in replies:
@@ -176,8 +177,10 @@ def weighted_batches(
         width = row_width(len(inputs), longest, few_widths)
         padding = width - len(inputs)
         by_width[width].append((inputs + [bos] * padding, targets + [IGNORED] * padding, weight))
+    if not replies:
+        by_width[1].append(([bos], [IGNORED], 0.0))
     batches = []
-    for rows in [by_width[width] for width in sorted(by_width)] or [[([bos], [IGNORED], 0.0)]]:
+    for _, rows in sorted(by_width.items()):
         for start in range(0, len(rows), device_rows):
             inputs, targets, weights = zip(*rows[start : start + device_rows], strict=True)
             inputs, targets = torch.tensor(inputs), torch.tensor(targets)
@@ -190,18 +193,19 @@ def weighted_batches(
 
 class RolloutFeed:
     """
-    next(feed) -> this rank's micro-batches of one optimizer step: `per_step` questions, `samples`
-    replies to each from the model as it is, rewarded and weighted. Every epoch shuffles the
-    questions anew. Ends after `total` questions (the last step may be short), or never.
+    next(feed) -> this rank's micro-batches of one optimizer step: `samples` replies of the current
+    model to each of `per_step` questions, rewarded and weighted. Questions are drawn in a random
+    order, another one in every epoch. The feed ends after `total` questions (the last step may be
+    smaller), or never if that is None.
 
-    The loss of a step is sum(advantage * nll) / N with N all tokens sampled in it. A group whose
-    replies are all correct or all wrong has advantage 0: its tokens count in N, so that a question
-    weighs the same in whichever step it falls, but its rows are not computed. Equal replies of a
-    group are one row with the sum of their advantages. The loop divides by the number of targets;
-    the weights therefore are advantage * (targets / N).
+    The loss of a step is sum(advantage * nll) / N, with N the number of all tokens sampled in it.
+    The replies of a group that are all correct or all wrong have advantage 0: their rows are not
+    computed, but their tokens count in N, so that the weight of a question does not depend on the
+    others of its step. Equal replies of a group are one row with the sum of their advantages. As
+    the loop divides by the number of targets, the weights are advantage * (targets / N).
 
-    Nothing is prefetched, as the next replies depend on the next weights. `numbers` is what is
-    logged of the last step.
+    Nothing is prefetched, because the next replies depend on the next weights. The loop logs
+    `numbers`, which describe the last step.
     """
 
     def __init__(
@@ -232,7 +236,7 @@ class RolloutFeed:
 
     @property
     def micro_batch(self) -> tuple[int, int]:
-        """(rows, tokens per row) of micro-batches where each shape is compiled; 0: various."""
+        """(rows, tokens per row) of a micro-batch that compiled code expects; 0: any width."""
         return self.device_rows, 0
 
     @property
@@ -244,7 +248,7 @@ class RolloutFeed:
         return ""
 
     def _question(self, number: int) -> Question:
-        """The question drawn as number 0, 1, ... of the run."""
+        """The question that the run draws as number 0, 1, ..."""
         epoch, i = divmod(number, len(self.questions))
         if self._epoch != epoch:
             generator = np.random.default_rng([self._state["seed"], epoch])
@@ -303,11 +307,11 @@ class RolloutFeed:
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position among the same questions with the same seed."""
-        for what in ("seed", "questions"):
-            if state[what] != self._state[what]:
+        """Continue from a stored position. UserError if the seed or the questions differ."""
+        for name in ("seed", "questions"):
+            if state[name] != self._state[name]:
                 raise UserError(
-                    f"cannot resume: the {what} of this run changed; restore the flags, or start "
+                    f"cannot resume: the {name} of this run changed; restore the flags, or start "
                     "a new run without --resume"
                 )
         self._state = dict(state)

@@ -1,8 +1,9 @@
 """
-Opens a run of a stage: knobs with what they inherit, runtime, tokenizer, model and optimizer.
+How the training commands open a run: the knobs and what they inherit from a checkpoint, the
+runtime, the tokenizer, the model and the optimizer.
 
-What the training commands have in common is in this file, in horizon.py and in stage.py; what
-differs between them (their data, feed and evaluations) is in the commands.
+This file, horizon.py and stage.py have what the training commands share; each command adds its own
+data, feed and evaluations.
 """
 
 import time
@@ -49,13 +50,13 @@ INHERITED = (  # knobs that a later stage takes from its parent
     "name",
     "task_dir",
 )
-# What runs of earlier versions, whose checkpoints lack these knobs, were trained with.
+# Values of knobs that checkpoints of earlier versions do not store, as those versions had them
 EARLIER = {"embedding_beta2": 0.95, "unembedding_beta2": 0.95, "polynomials": "jordan"}
 
 
 @dataclass
 class OpenRun:
-    """A run that is open: what a training command needs to make its feed and its evaluations."""
+    """An open run, from which a training command makes its feed and its evaluations."""
 
     stage: str
     knobs: Any
@@ -66,14 +67,15 @@ class OpenRun:
     directory: Path
     resume_from: Checkpoint | None
     peak_flops: float  # of all devices together
-    began: float
+    began: float  # when the run's clock started, by time.monotonic()
     parent: Any = None  # the Checkpoint where a later stage starts
-    # What data/summary.py found, in words and for the checkpoint
+    # What data/summary.py says of the data, as lines to print and for the checkpoint
     data_lines: Sequence[str] = ()
     data_summary: dict[str, Any] = field(default_factory=dict)
 
     @property
     def budget_seconds(self) -> float:
+        """The time budget; 0 if there is none."""
         return self.knobs.max_minutes * 60 or self.knobs.max_hours * 3600
 
     @property
@@ -84,8 +86,8 @@ class OpenRun:
 
     def stored(self, name: str) -> Any:
         """
-        What the horizon of the checkpoint to resume from says; None when starting, or with a new
-        horizon.
+        A value of the horizon in the checkpoint to resume from; None if the run does not resume, or
+        does so with --new_horizon.
         """
         if self.resume_from is None or self.knobs.new_horizon:
             return None
@@ -93,11 +95,11 @@ class OpenRun:
 
     @property
     def stored_progress(self) -> float:
-        """The share of the run that was over at the checkpoint to resume from."""
+        """The share of the run that is over at the checkpoint to resume from; 0 at the start."""
         return self.resume_from.meta.get("progress", 0.0) if self.resume_from else 0.0
 
     def resolve(self, **values: Any) -> None:
-        """Fill in knobs that were left to a rule; checkpoints store the values and "rule"."""
+        """Set knobs that a rule decides; checkpoints store "rule" as their origin."""
         self.knobs = replace(self.knobs, **values)
         self.origins |= dict.fromkeys(values, "rule")
 
@@ -110,42 +112,43 @@ def reserve_run(stage: str, tag: str) -> None:
 
 
 def resume_knobs(
-    stage: str, tag: str, k: K, origins: dict[str, str]
+    stage: str, tag: str, knobs: K, origins: dict[str, str]
 ) -> tuple[K, dict[str, str], Checkpoint | None]:
     """
-    (knobs, origins, checkpoint to resume from or None): on resume, knobs that were not given now
-    are those that the run was started with. UserError if a change needs --new_horizon.
+    (knobs, origins, checkpoint to resume from or None). When a run resumes, knobs that are not
+    given keep the values with which it was started. UserError for two time budgets, or for another
+    length without --new_horizon.
     """
-    if k.max_minutes and k.max_hours:
+    if knobs.max_minutes and knobs.max_hours:
         raise UserError(
-            f"--max_minutes={k.max_minutes:g} and --max_hours={k.max_hours:g} set two budgets: "
-            "give only one of them"
+            f"--max_minutes={knobs.max_minutes:g} and --max_hours={knobs.max_hours:g} set two "
+            "budgets: give only one of them"
         )
     directory = run_directory(stage, tag)
-    checkpoint = newest_to_resume(directory) if k.resume == "auto" else None
+    checkpoint = newest_to_resume(directory) if knobs.resume == "auto" else None
     if checkpoint is None:
-        return k, origins, None
+        return knobs, origins, None
     stored = EARLIER | checkpoint.meta["knobs"]
     dropped = {"resume", "new_horizon"}
-    if k.max_minutes or k.max_hours:  # a new budget replaces one in the other unit
+    if knobs.max_minutes or knobs.max_hours:  # a new budget replaces one in the other unit
         dropped |= {"max_minutes", "max_hours"}
     lengths = {"num_iterations", "epochs", "max_minutes", "max_hours"}
-    if isinstance(k, LaterStageKnobs) and any(origins.get(n) != "default" for n in lengths):
-        dropped |= lengths  # one length replaces another
+    if isinstance(knobs, LaterStageKnobs) and any(origins.get(n) != "default" for n in lengths):
+        dropped |= lengths  # a length that is given replaces one of another kind
     kept = {name: value for name, value in stored.items() if name not in dropped}
-    k, origins = inherit(k, origins, kept)
+    knobs, origins = inherit(knobs, origins, kept)
     for name in kept:
         if origins.get(name) == "inherited":
             origins[name] = checkpoint.meta["origins"].get(name, "inherited")
-    if not k.new_horizon:
-        resume.same_horizons(stored, asdict(k))
-    return k, origins, checkpoint
+    if not knobs.new_horizon:
+        resume.same_horizons(stored, asdict(knobs))
+    return knobs, origins, checkpoint
 
 
 def open_run(
     stage: str,
     tag: str,
-    k: Any,
+    knobs: Any,
     origins: dict[str, str],
     build: Callable[[Runtime, Tokenizer], GPT],
     resume_from: Checkpoint | None,
@@ -153,25 +156,26 @@ def open_run(
     began: float | None = None,
 ) -> OpenRun:
     """
-    Open runtime, tokenizer and model, and print what was opened. `build` makes the model with its
-    weights of step 0; the clock of the run starts at `began`, by default now.
+    Open runtime, tokenizer and model, and print what was opened. `build` returns the model as it is
+    before the first step; the clock of the run starts at `began`, by default now. UserError for
+    flags that cannot be used here, or with the checkpoint to resume from.
     """
     began = time.monotonic() if began is None else began
-    logbook.needed_trackers(k.sinks, k.run)  # refuses early
-    # on a CPU "auto" is measured; a run decides once
-    dtype = resume_from.meta["dtype"] if resume_from else k.dtype
-    if k.dtype not in ("auto", dtype):
+    logbook.needed_trackers(knobs.sinks, knobs.run)  # an error should come early
+    # A resumed run keeps its dtype: "auto" depends on a measurement on CPUs
+    dtype = resume_from.meta["dtype"] if resume_from else knobs.dtype
+    if knobs.dtype not in ("auto", dtype):
         notice(
-            f"--dtype={k.dtype} is ignored: the run continues in {dtype}, in which it was started"
+            f"--dtype={knobs.dtype} is ignored: the run was started in {dtype} and continues in it"
         )
-    runtime = open_runtime(k.device_type, dtype, k.seed)
+    runtime = open_runtime(knobs.device_type, dtype, knobs.seed)
     earlier = resume_from or parent
     tokenizer = earlier.tokenizer() if earlier else Tokenizer.load()
     model = build(runtime, tokenizer)
     if resume_from:
         resume.same_architecture(model.config, resume_from)
-    _check_kernels(model, k.matmul, runtime)
-    model.set_matmul(k.matmul)
+    _check_kernels(model, knobs.matmul, runtime)
+    model.set_matmul(knobs.matmul)
     # the horizon depends on the peak: all ranks use the figure of rank 0
     peak = from_main(hardware.measured_peak(runtime.device, runtime.dtype), runtime)
     peak *= runtime.world_size if runtime.device.type == "cuda" else 1
@@ -187,12 +191,22 @@ def open_run(
     print0(table_of_counts(model))
     directory = run_directory(stage, tag)
     return OpenRun(
-        stage, k, origins, runtime, tokenizer, model, directory, resume_from, peak, began, parent
+        stage,
+        knobs,
+        origins,
+        runtime,
+        tokenizer,
+        model,
+        directory,
+        resume_from,
+        peak,
+        began,
+        parent,
     )
 
 
 def _check_kernels(model: GPT, matmul: str, runtime: Runtime) -> None:
-    """UserError if integers cannot be multiplied here; a notice where windows save no time."""
+    """UserError if --matmul=int8 cannot run here; a notice if windows save no time."""
     config, device = model.config, runtime.device
     on_gpu = device.type == "cuda"
     if matmul == "int8" and device.type != "cpu":
@@ -201,45 +215,45 @@ def _check_kernels(model: GPT, matmul: str, runtime: Runtime) -> None:
             missing = "this GPU is older than the RTX 30 series"
         if missing:
             raise UserError(f"--matmul=int8 cannot run here ({missing}): choose --matmul=float")
-    windows = any(config.window(layer) for layer in range(config.n_layer))
-    if windows and on_gpu and not has_flash(device, runtime.dtype, config.head_dim):
+    has_windows = any(config.window(layer) for layer in range(config.n_layer))
+    if has_windows and on_gpu and not has_flash(device, runtime.dtype, config.head_dim):
         notice(
             f"--window_pattern={config.window_pattern} saves no time here: the kernel for windows "
-            f"does not take {runtime.dtype_name} heads of width {config.head_dim} on this GPU, so "
-            "all scores are computed"
+            f"does not support {runtime.dtype_name} heads of width {config.head_dim} on this GPU, "
+            "so all scores are computed"
         )
 
 
 def open_from_parent(
     stage: str,
     parent_stage: str,
-    k: LaterStageKnobs,
+    knobs: LaterStageKnobs,
     origins: dict[str, str],
     began: float | None = None,
 ) -> OpenRun:
     """
-    Open a run that starts from the checkpoint of an earlier stage, with its model and tag and the
-    knobs named in INHERITED; one that resumes has its own.
+    Open a run that starts from the newest checkpoint of an earlier stage, its parent. It has the
+    parent's model and tag and, unless it resumes, the parent's values of the knobs in INHERITED.
     """
-    # A run that resumes has the parent with which it was started
-    inherits = k.resume == "auto" and k.model_tag and origins.get("source") == "default"
-    if inherits and (own := newest_to_resume(run_directory(stage, k.model_tag))):
+    # Unless --source is given, a run resumes with the parent with which it was started
+    keeps_parent = knobs.resume == "auto" and knobs.model_tag and origins.get("source") == "default"
+    if keeps_parent and (own := newest_to_resume(run_directory(stage, knobs.model_tag))):
         parent_stage = own.meta["knobs"].get("source", parent_stage)
-    parent = locate(parent_stage, k.model_tag, k.step)
+    parent = locate(parent_stage, knobs.model_tag, knobs.step)
     reserve_run(stage, parent.tag)
-    k, origins, resume_from = resume_knobs(stage, parent.tag, k, origins)
+    knobs, origins, resume_from = resume_knobs(stage, parent.tag, knobs, origins)
     if not resume_from:
         inherited = {n: value for n, value in parent.meta["knobs"].items() if n in INHERITED}
-        k, origins = inherit(k, origins, inherited)
+        knobs, origins = inherit(knobs, origins, inherited)
 
     def build(runtime: Runtime, tokenizer: Tokenizer) -> GPT:
         return parent.model(runtime.device, runtime.dtype)
 
-    return open_run(stage, parent.tag, k, origins, build, resume_from, parent, began)
+    return open_run(stage, parent.tag, knobs, origins, build, resume_from, parent, began)
 
 
 def table_of_counts(model: GPT) -> str:
-    """Parameters by part with their shares, and the FLOPs per token."""
+    """A model's size, its parameters by part, and its FLOPs per token, as lines to print."""
     c, counts = model.config, model.counts()
     lines = [
         f"  {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads of {c.head_dim} "
@@ -258,37 +272,38 @@ def table_of_counts(model: GPT) -> str:
     return "\n".join(lines)
 
 
-def make_optimizer(model: GPT, k: Any, runtime: Runtime, rate_scale: float = 1.0) -> MuonAdamW:
+def make_optimizer(model: GPT, knobs: Any, runtime: Runtime, rate_scale: float = 1.0) -> MuonAdamW:
     """
-    One group per (optimizer, rate) of the roster. AdamW's rates follow the width of the model; all
-    rates follow lr_scale and rate_scale. Tables, of which a step meets few rows, average squared
-    gradients over more steps.
+    The optimizer of a model, with one group per (optimizer, rate) of the roster. AdamW's rates are
+    scaled with the model's width, and all rates with lr_scale and rate_scale. beta2 is larger for
+    embeddings: as few of their rows occur in a step, squared gradients are averaged over more.
     """
-    wide = width_scale(model.config.n_embd)
+    by_width = width_scale(model.config.n_embd)
     rates = {
-        "embedding": k.embedding_lr * wide,
-        "value": k.embedding_lr * wide / 2,  # as in karpathy/nanochat
-        "head": k.unembedding_lr * wide,
-        "matrix": k.matrix_lr,
-        "gate": k.gate_lr,
+        "embedding": knobs.embedding_lr * by_width,
+        "value": knobs.embedding_lr * by_width / 2,  # as in karpathy/nanochat
+        "head": knobs.unembedding_lr * by_width,
+        "matrix": knobs.matrix_lr,
+        "gate": knobs.gate_lr,
     }
     beta2 = {
-        "embedding": k.embedding_beta2,
-        "value": k.embedding_beta2,
-        "head": k.unembedding_beta2,
+        "embedding": knobs.embedding_beta2,
+        "value": knobs.embedding_beta2,
+        "head": knobs.unembedding_beta2,
     }
     groups: dict[tuple[str, str], Group] = {}
     for name, p, spec in model.roster():
         key = spec.optimizer, spec.rate
         if key not in groups:
-            decay = k.weight_decay if spec.optimizer == "muon" else 0.0
-            rate = rates[spec.rate] * k.lr_scale * rate_scale
+            decay = knobs.weight_decay if spec.optimizer == "muon" else 0.0
+            rate = rates[spec.rate] * knobs.lr_scale * rate_scale
             betas = 0.8, beta2.get(spec.rate, 0.95)
             groups[key] = Group(spec.optimizer, [], [], rate, decay, betas)
         groups[key].names.append(name)
         groups[key].params.append(p)
     exact = runtime.dtype is torch.float32 and runtime.device.type == "cpu"
-    exact = exact or emulates_bfloat16(runtime.device)
-    ns_dtype = torch.float32 if exact else torch.bfloat16
-    steps = chosen_polynomials(k.polynomials, model.config.n_embd)
-    return MuonAdamW(groups.values(), ns_dtype, steps)
+    ns_dtype = torch.bfloat16
+    if exact or emulates_bfloat16(runtime.device):
+        ns_dtype = torch.float32
+    polynomials = chosen_polynomials(knobs.polynomials, model.config.n_embd)
+    return MuonAdamW(groups.values(), ns_dtype, polynomials)

@@ -1,8 +1,9 @@
 """
-Rules of scale: from depth to width, and from a budget to batch, rates, context and compilation.
+Rules of scale: how width follows from depth, and how batch, rates, context and compilation follow
+from a budget.
 
-Training and planning follow the same rules; each is decided here and nowhere else. Importing this
-needs no torch.
+Training and planning use the same rules, and each is written here only. Importing this needs no
+torch.
 """
 
 import math
@@ -27,25 +28,23 @@ class Shape:
     )
 
     def dimensions(self) -> dict[str, int]:
-        """n_layer, n_embd, n_head, n_kv_head. UserError if the values make no model."""
+        """{n_layer, n_embd, n_head, n_kv_head}. UserError if no model has such a size."""
         for f in fields(Shape):
             value = getattr(self, f.name)
             if not 0 <= value < math.inf or (f.name != "model_dim" and value == 0):
                 raise UserError(f"{f.name} must be a number above 0 (got {value})")
-        unit = self.head_dim
-        width = self.model_dim or math.ceil(self.depth * self.aspect_ratio / unit) * unit
-        if width % unit:
-            near = max(1, round(width / unit)) * unit
+        D = self.head_dim
+        width = self.model_dim or math.ceil(self.depth * self.aspect_ratio / D) * D
+        if width % D:
+            nearest = max(1, round(width / D)) * D
             raise UserError(
-                f"model_dim {width} is not a multiple of head_dim {unit}: try --model_dim={near}"
+                f"model_dim {width} is not a multiple of head_dim {D}: try --model_dim={nearest}"
             )
-        heads = width // unit
+        heads = width // D
         wanted = heads * self.kv_ratio
-        kv = min(
-            (n for n in range(1, heads + 1) if heads % n == 0),
-            key=lambda n: max(n / wanted, wanted / n),
-        )
-        return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv}
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        kv_heads = min(divisors, key=lambda n: max(n / wanted, wanted / n))  # the nearest by ratio
+        return {"n_layer": self.depth, "n_embd": width, "n_head": heads, "n_kv_head": kv_heads}
 
 
 MIN_STEPS = 2000  # the fewest steps that a horizon of 27 M tokens or more should give
@@ -57,28 +56,33 @@ def batch_for(tokens: float) -> int:
 
     It is near 74 x tokens^0.383, but small enough for 2,000 steps, or for sqrt(tokens) / 2.6 steps
     where 2,000 are too many. The exponent is the one reported for compute-optimal runs; the factor
-    makes a run of 11.2 G tokens use 2^19. Below 240 M tokens steps are what is scarce: 2^14 was
-    reported best for minutes on a small GPU. On two cores, 2^12 was the best of 2^10 to 2^13 with
-    1.6 M tokens, as good as 2^13 with 4 M, and 4 % worse with 10 M (dev/LOG.md: small budgets,
-    a batch that was too small).
+    makes a run of 11.2 G tokens use 2^19. Below 240 M tokens, the number of steps limits learning:
+    2^14 was reported best for minutes on a small GPU. On two cores, 2^12 was the best of 2^10 to
+    2^13 with 1.6 M tokens, as good as 2^13 with 4 M, and 4 % worse with 10 M (dev/LOG.md: small
+    budgets, a batch that was too small).
     """
     tokens = max(tokens, 1.0)
-    few = max(tokens / MIN_STEPS, 2.6 * math.sqrt(tokens))
-    return 1 << min(19, max(12, round(math.log2(min(74 * tokens**0.383, few)))))
+    enough_steps = max(tokens / MIN_STEPS, 2.6 * math.sqrt(tokens))
+    return _power_of_two(min(74 * tokens**0.383, enough_steps), 12, 19)
+
+
+def _power_of_two(x: float, low: int, high: int) -> int:
+    """The power of two that is nearest to x in its exponent, from 2^low to 2^high."""
+    return 1 << min(high, max(low, round(math.log2(x))))
 
 
 def whole_rows(total_batch_size: int, *lengths: int) -> int:
     """
-    A batch of tokens in rows of the last of these lengths. UserError unless it is a whole number of
-    rows at each length.
+    The rows in a batch of so many tokens, at the last of these row lengths. UserError unless the
+    batch is a whole number of rows at each length.
     """
     unit = math.lcm(*lengths)
     if total_batch_size % unit:
-        near = max(1, round(total_batch_size / unit)) * unit
+        nearest = max(1, round(total_batch_size / unit)) * unit
         rows = " and ".join(f"of {T}" for T in lengths)
         raise UserError(
             f"--total_batch_size={total_batch_size} is not a whole number of rows {rows} "
-            f"tokens: try --total_batch_size={near}"
+            f"tokens: try --total_batch_size={nearest}"
         )
     return total_batch_size // lengths[-1]
 
@@ -136,8 +140,8 @@ class LookbackKnobs:
         self, minutes: float, on_cpu: bool, kv_heads: int, vocab_size: int
     ) -> dict[str, Any]:
         """
-        The architecture knobs that `lookback` sets in a run of so many minutes (0 = no budget) on
-        such a device.
+        The architecture knobs that --lookback sets, with their values, in a run of so many minutes
+        (0 = no budget): an empty dict if it does not apply.
         """
         short = on_cpu and 0 < minutes <= LOOKBACK_MINUTES
         if self.lookback == "off" or (self.lookback == "auto" and not short):
@@ -149,38 +153,38 @@ class LookbackKnobs:
 
 
 def with_lookback(
-    k: Any, origins: dict[str, str], on_cpu: bool, vocab_size: int
+    knobs: Any, origins: dict[str, str], on_cpu: bool, vocab_size: int
 ) -> tuple[Any, dict[str, str]]:
-    """
-    (knobs of base_train, origins) with the parts that --lookback adds, unless they are set
-    themselves.
-    """
-    minutes = 0.0 if k.rap else k.max_minutes or 60 * k.max_hours
-    parts = k.lookback_parts(minutes, on_cpu, k.dimensions()["n_kv_head"], vocab_size)
+    """(knobs of base_train, origins) after --lookback has set those left at their defaults."""
+    minutes = 0.0  # with a prior, as without a budget
+    if not knobs.rap:
+        minutes = knobs.max_minutes or 60 * knobs.max_hours
+    kv_heads = knobs.dimensions()["n_kv_head"]
+    parts = knobs.lookback_parts(minutes, on_cpu, kv_heads, vocab_size)
     added = {name: value for name, value in parts.items() if origins[name] == "default"}
-    return replace(k, **added), {**origins, **dict.fromkeys(added, "rule")}
+    return replace(knobs, **added), {**origins, **dict.fromkeys(added, "rule")}
 
 
 def context_stages(final: int) -> tuple[tuple[float, int], ...]:
     """
-    (share of the run, context from there on) for a run of hours that ends at `final`: short rows
-    come first, as they cost less per token.
+    (share of the run, context from there on) for each context stage of a run of hours that ends at
+    the context `final`. Short rows come first, because they cost less per token.
     """
     stages = {1024: ((0.0, 512), (0.6, 1024)), 2048: ((0.0, 512), (0.6, 1024), (0.9, 2048))}
     return stages.get(final, ((0.0, final),))
 
 
-# Small corpora. Passes over a text after which held-out loss no longer falls. With one author's
-# prose and 3 layers of width 128, each run with a schedule of its own, bits per byte after 2, 3, 4
-# and 8 passes were 2.162, 2.116, 2.154 and 2.68 for 0.3 MB, 1.809, 1.812, 1.882 and 2.37 for 1 MB,
-# and 1.621, 1.614, 1.641 and 1.88 for 3 MB (two or three seeds; dev/LOG.md, own text, passes).
+# Passes over a small text after which held-out loss no longer falls. With one author's prose and 3
+# layers of width 128, each run with a schedule of its own, bits per byte after 2, 3, 4 and 8 passes
+# were 2.162, 2.116, 2.154 and 2.68 for 0.3 MB, 1.809, 1.812, 1.882 and 2.37 for 1 MB, and 1.621,
+# 1.614, 1.641 and 1.88 for 3 MB (two or three seeds; dev/LOG.md, own text, passes).
 USEFUL_PASSES = 3
-# Tokens per parameter of the layers, in all stages, at least: with fewer, a smaller model learns
-# more. In 20 minutes on one core, 4 x 256 (1.6 tokens per parameter) answered as many everyday
-# questions as 3 x 192 (7) and fewer about passages, and its text had 0.03 to 0.07 bits per byte
-# less after the later stages (one run each; dev/LOG.md, own text, passes).
+# The fewest tokens per parameter of the layers, in all stages together: with fewer, a smaller model
+# learns more. In 20 minutes on one core, 4 x 256 (1.6 tokens per parameter) answered as many
+# everyday questions as 3 x 192 (7) and fewer about passages, and its text had 0.03 to 0.07 bits per
+# byte less after the later stages (one run each; dev/LOG.md, own text, passes).
 TOKENS_PER_PARAMETER = 1.2
-SHAPES = (  # (layers, width) of models for own text, heads of 64
+SHAPES = (  # (layers, width) of the models that the command mine chooses from, with heads of 64
     (2, 128),
     (3, 192),
     (4, 256),
@@ -191,23 +195,24 @@ SHAPES = (  # (layers, width) of models for own text, heads of 64
     (12, 768),
     (16, 1024),
 )
-# Of the embedded corpus, in pretraining: after 0.6 M tokens of it, two seeds of 2 x 128 answered
-# 98 % of small talk, 80 % of questions on stories and 90 % of sums; after 0.3 M,
-# 69, 51 and 26 %, and their text had 0.10 bits per byte less (dev/LOG.md, own text, what the
-# conversations are about). Own text has the rest of the time.
+# How much of the embedded corpus `mine` reads in pretraining; own text has the rest of the time.
+# After 0.6 M tokens of it, two seeds of 2 x 128 answered 98 % of small talk, 80 % of questions on
+# stories and 90 % of sums; after 0.3 M, 69, 51 and 26 %, and their text had 0.10 bits per byte less
+# (dev/LOG.md, own text, what the conversations are about).
 EVERYDAY_TOKENS = 150 * 4096
 
 
 def text_tokens(tokens: float, useful: float, everyday: float) -> tuple[float, float]:
     """
     (tokens of own text, tokens of the embedded corpus) for a pretraining that can read `tokens`.
-    No more than `useful` of own text are worth reading, and the embedded corpus has a share of
-    `everyday` until it has EVERYDAY_TOKENS.
+    The embedded corpus has the share `everyday`, but no more than EVERYDAY_TOKENS; own text has the
+    rest, but no more than `useful`. What that leaves also goes to the embedded corpus.
     """
     embedded = min(everyday * tokens, EVERYDAY_TOKENS)
     own = min(useful, tokens - embedded)
-    rest = min(tokens - own, EVERYDAY_TOKENS) if everyday else 0.0
-    return own, max(embedded, rest)
+    if everyday:
+        embedded = max(embedded, min(tokens - own, EVERYDAY_TOKENS))
+    return own, embedded
 
 
 def vocabulary_for(size: float, seconds: float = math.inf, simple: bool = False) -> int:
@@ -215,43 +220,43 @@ def vocabulary_for(size: float, seconds: float = math.inf, simple: bool = False)
     Tokens in the vocabulary of a text of `size` bytes: the power of two near three times its square
     root, from 512 to 65,536. With 0.3 MB, 512 to 4,096 ended within 0.034 bits per byte, where two
     seeds of 2,048 differ by 0.024 (dev/LOG.md, own text); that the best grows with the square root
-    is an assumption. A budget of `seconds` takes no more than 8,192 up to an hour, and 32,768 up to
-    ten; `simple` is the embedded corpus.
+    is an assumption. At most 8,192 with a budget of less than an hour, and 32,768 with less than
+    ten. simple: the text is the embedded corpus.
     """
     if simple:
         return 2048
     most = 13 if seconds < 3600 else 15 if seconds < 36_000 else 16
-    return 1 << min(most, max(9, round(math.log2(3 * math.sqrt(max(size, 1))))))
+    return _power_of_two(3 * math.sqrt(max(size, 1)), 9, most)
 
 
 def shape_for(flops: float, tokens: float, vocab_size: int) -> tuple[int, int]:
     """
-    (layers, width) of the largest model of SHAPES that `flops` train on TOKENS_PER_PARAMETER or
-    more, in all stages together, when there are no more than `tokens` worth reading.
+    (layers, width) of the largest model of SHAPES that reads at least TOKENS_PER_PARAMETER, in all
+    stages together, in a training of so many FLOPs on at most `tokens`.
     """
     for depth, width in reversed(SHAPES[1:]):
-        layers = 12 * depth * width**2
-        most = min(tokens, flops / (6 * (layers + vocab_size * width)))
-        if most >= TOKENS_PER_PARAMETER * layers:
+        parameters = 12 * depth * width**2  # of the layers
+        readable = min(tokens, flops / (6 * (parameters + vocab_size * width)))
+        if readable >= TOKENS_PER_PARAMETER * parameters:
             return depth, width
     return SHAPES[0]
 
 
-EVALUATING = 0.04  # of a run: measuring its bits per byte
-SAMPLING = 0.008  # of a run: sample texts
+EVALUATING = 0.04  # share of a run's time for measuring its bits per byte
+SAMPLING = 0.008  # share of a run's time for sample texts
 MOST_EVAL_TOKENS = 1 << 20  # per source: more would only measure the same to another digit
 
 
 def evaluations_within(seconds: float) -> int:
     """
-    Evaluations of a run of so many seconds, besides one before its first step: 2 in 4 minutes, 3 in
-    12, and 10, the number of a run whose seconds are not known (0), in 100 minutes or more.
+    How many evaluations a run of so many seconds has, besides one before its first step: 2 in 4
+    minutes, 3 in 12, and 10 in 100 minutes or more, or if the seconds are not known (0).
     """
     return max(2, min(10, round(math.sqrt(seconds / 60)))) if seconds else 10
 
 
 def evaluation_seconds(seconds: float, share: float = EVALUATING) -> float:
-    """Seconds that each of these evaluations may take, so that all take `share` of the run."""
+    """Seconds that each evaluation may take so that all take `share` of a run of `seconds`."""
     return share * seconds / (1 + evaluations_within(seconds))
 
 
@@ -265,21 +270,20 @@ def evaluation_tokens(tokens: float, sources: int, evaluations: int) -> int:
     return 1 << max(12, min(MOST_EVAL_TOKENS.bit_length(), int(each).bit_length()) - 1)
 
 
-COMPILE_PAYS_SECONDS = (
-    120  # on two cores a compilation takes 30 s, and steps are then 1.3 to 1.5 times as fast
-)
+# On two cores a compilation takes 30 s, and steps are then 1.3 to 1.5 times as fast
+COMPILE_PAYS_SECONDS = 120
 
 
 def compile_pays(device_type: str, seconds: float, shapes: int = 1) -> bool:
     """
-    Whether to compile a model that trains for `seconds` on so many shapes of batches: always on a
-    GPU, elsewhere if the run is long.
+    Whether to compile a model that trains for `seconds` on so many shapes of batches: on a GPU
+    always, elsewhere if the run has COMPILE_PAYS_SECONDS for each shape.
     """
     return device_type == "cuda" or seconds >= COMPILE_PAYS_SECONDS * shapes
 
 
 def split_budget(seconds: float, shares: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each stage, in proportion to its share; UserError unless all are positive."""
+    """{stage: seconds} in proportion to the shares; UserError unless all numbers are positive."""
     if not seconds > 0 or not all(share > 0 for share in shares.values()):
         raise UserError(
             f"cannot split {seconds:g} s by {dict(shares)}: give positive seconds and positive "
@@ -288,15 +292,15 @@ def split_budget(seconds: float, shares: Mapping[str, float]) -> dict[str, float
     return {stage: seconds * share / sum(shares.values()) for stage, share in shares.items()}
 
 
-PRETRAIN = 0.85  # of the time for training
-# Shares of what pretraining leaves; the last is for evaluations and starting programs.
+PRETRAIN = 0.85  # share of a chain's time for pretraining
+# Shares of the remaining time; the last is for evaluations and for starting programs
 LATER_STAGES = {"mid_train": 0.45, "chat_sft": 0.3, "evaluation": 0.25}
 PILOT = 1 / 12  # of a budget, for short trial runs
-LEAST_FOR_PILOT = 25 * 60.0  # seconds; in less a pilot would be too short to be useful
+LEAST_FOR_PILOT = 25 * 60.0  # seconds; with less, a pilot would be too short to be useful
 
 
 def stage_seconds(seconds: float, pretrain: float = PRETRAIN) -> dict[str, float]:
-    """Seconds of base_train, mid_train, chat_sft and evaluation in a run of so many seconds."""
+    """Seconds of base_train, mid_train, chat_sft and evaluation in a chain of `seconds`."""
     later = {stage: (1 - pretrain) * share for stage, share in LATER_STAGES.items()}
     if pretrain == 1:
         return {"base_train": seconds, **dict.fromkeys(LATER_STAGES, 0.0)}
@@ -309,12 +313,14 @@ def pilot_seconds(seconds: float) -> float:
 
 
 def text_for(seconds: float) -> str:
-    """The text to train on where none is named: web text if there is an hour."""
+    """The text to train on if none is named: web text if there is at least an hour."""
     return "fineweb-edu" if seconds >= 3600 else "tinyworld"
 
 
-# By vocabulary: 4.8 bytes of web text per token at 65,536; on prose a vocabulary of 8,192 had 0.83
-# times the bytes per token of one with 65,536 (dev/LOG.md).
 def bytes_per_token(vocabulary: int) -> float:
-    """Bytes of English text that a token spells."""
+    """
+    The expected bytes of English text per token. Measured: 4.8 bytes of web text with a vocabulary
+    of 65,536; on prose, one of 8,192 had 0.83 times the bytes per token of one of 65,536
+    (dev/LOG.md).
+    """
     return 4.8 * (vocabulary / 65_536) ** 0.09

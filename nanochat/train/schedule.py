@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up to the peak, plateau, linear decay to `final` of the peak; shares of progress."""
+    """Warm-up to the peak, a plateau, and a linear decay to a floor."""
 
-    warmup: float = 0.0
-    decay: float = 0.4
-    final: float = 0.0
+    warmup: float = 0.0  # share of the run
+    decay: float = 0.4  # share of the run
+    final: float = 0.0  # the floor, as a share of the peak
     momentum: tuple[float, float] = 0.85, 0.95  # of Muon, rising over `momentum_warmup` steps
     momentum_warmup: int = 300
-    # (progress, factor): straight from there to the floor, instead of the above
+    # (progress, factor) of a redecay: the factor falls from there linearly to the floor
     since: tuple[float, float] | None = None
 
     def lr_mult(self, progress: float) -> float:
@@ -28,7 +28,7 @@ class Schedule:
                 return floor
             return floor + (factor - floor) * (1 - max(p, begin)) / (1 - begin)
         up = 1.0
-        if self.warmup > 0:  # never exactly 0: the first step should teach something
+        if self.warmup > 0:  # never exactly 0: the first step would change nothing
             up = min(1.0, (p + 1e-3) / self.warmup)
         remaining = (1 - p) / self.decay if self.decay > 0 else 1.0
         down = 1.0 if remaining >= 1 else self.final + (1 - self.final) * remaining

@@ -1,6 +1,6 @@
 """
-What a stage is made of: feed, data, evaluations and compilation; and `train`, which runs it to its
-end.
+What the training commands put together for a stage: its data and feed, its evaluations and its
+compilation. `train` then runs the stage to its end.
 """
 
 import math
@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from nanochat.base import knobs
 from nanochat.base.common import UserError, human, notice, print0, user_path
 from nanochat.base.files import release
 from nanochat.base.hardware import describe_machine
+from nanochat.base.knobs import show as show_knobs
 from nanochat.base.logbook import Logbook
 from nanochat.base.runtime import (
     close_runtime,
@@ -25,8 +26,8 @@ from nanochat.base.runtime import (
 )
 from nanochat.chat.generate import Engine
 from nanochat.data.feed import RowFeed, micro_batch_rows
-from nanochat.data.shards import Shards
-from nanochat.data.sources import default_sources
+from nanochat.data.shards import Shards, prepare
+from nanochat.data.sources import Source, default_sources
 from nanochat.data.summary import survey
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.chat import visible_text
@@ -49,17 +50,17 @@ from nanochat.train.scaling import (
     evaluations_within,
 )
 
-QUESTIONS = (  # that stages which chat answer as they train
+QUESTIONS = (  # to sample replies to, while a stage that chats is trained
     "Hello!",
     "What is your name?",
     "What is the capital of France?",
     "How much is 7 plus 5?",
 )
-WeightedShards = list[tuple[Shards, float | None]]
+WeightedShards = list[tuple[Shards, float | None]]  # weight None: in proportion to its tokens
 
 
 def row_feed(run: OpenRun, shards: WeightedShards, horizon: Horizon, **options: Any) -> RowFeed:
-    """A feed for this rank, device and seed; `options` go to RowFeed."""
+    """A RowFeed for the run, on this rank and device; `options` are more arguments of RowFeed."""
     return RowFeed(
         shards,
         rows=horizon.rows,
@@ -81,8 +82,9 @@ def limited_feed(
     run: OpenRun, shards: WeightedShards, horizon: Horizon, characters: float
 ) -> tuple[Horizon, RowFeed]:
     """
-    The feed, and its horizon: shorter if it would read the text too often, where that is known
-    from `characters` (see inventory.show) or a number of passes is given.
+    The feed of a pretraining run, and its horizon, which becomes shorter if the run would read its
+    text too often. `characters`: how much text there is, as inventory.show returns it; if that is
+    not known (infinity), only --max_passes limits the run.
     """
     feed = row_feed(run, shards, horizon)
     if characters == math.inf and not run.knobs.max_passes:
@@ -96,17 +98,17 @@ def summarise_data(
     run: OpenRun, feed: RowFeed, validation: WeightedShards, horizon: Horizon
 ) -> None:
     """
-    Find out what the run will train on: `train` prints it and keeps it in the run. Raises
-    UserError for what cannot be meant, except when a run resumes.
+    Summarise what the run will train on; `train` prints the summary and stores it in checkpoints.
+    UserError for data that cannot be meant, unless the run resumes.
     """
     shards = [shards for shards, _ in validation]
     summary = survey(feed.order, shards, feed.rows, horizon.steps)
     run.data_lines, run.data_summary = summary.lines(), summary.record()
     if not run.resume_from:
         try:
-            flops = horizon.rows * run.model.config.sequence_len * run.model.flops_per_token()
-            in_budget = 0.3 * run.peak_flops * run.budget_seconds / flops
-            summary.check(USEFUL_PASSES, in_budget or None)
+            step_flops = horizon.rows * run.model.config.sequence_len * run.model.flops_per_token()
+            steps_in_budget = 0.3 * run.peak_flops * run.budget_seconds / step_flops
+            summary.check(USEFUL_PASSES, steps_in_budget or None)
         except UserError:
             print_data(run)
             raise
@@ -121,40 +123,46 @@ def print_data(run: OpenRun) -> None:
 def bits_per_byte_evaluation(
     run: OpenRun, validation: WeightedShards, feed: RowFeed, horizon: Horizon
 ) -> Evaluation:
-    """Bits per byte on the validation split of every source, and their mean by weight."""
-    token_bytes, runtime = run.tokenizer.token_bytes(), run.runtime
+    """
+    An evaluation of the bits per byte on the validation split of every source, and of their
+    weighted mean, val_bpb.
+    """
+    token_bytes = run.tokenizer.token_bytes()
     size = evaluation_size(run, validation, feed, horizon)
-    fitting: list[int] = []  # rows, in evaluations for which memory ran out
+    fitting: list[int] = []  # numbers of rows that fitted, when memory had run out
 
-    def measured() -> dict[str, float]:
+    def measure() -> dict[str, float]:
         rows, compiled = evaluation_rows(run, feed)
         tokens = size.now if size else run.knobs.eval_tokens
-        numbers = {
-            f"val_bpb/{shards.name}": shard_bits_per_byte(
+        by_source: dict[str, float] = {}
+        total = total_weight = 0.0
+        for shards, weight in validation:
+            bpb = shard_bits_per_byte(
                 run.model,
                 shards,
                 token_bytes,
-                runtime,
+                run.runtime,
                 min([rows, *fitting]),
                 tokens,
                 compiled,
                 fitting.append,
             )
-            for shards, _ in validation
-        }
-        weights = [weight or 1.0 for _, weight in validation]
-        total = sum(w * bpb for w, bpb in zip(weights, numbers.values(), strict=True))
-        read = {"eval_tokens": tokens} if size else {}
-        return {"val_bpb": total / sum(weights), **(numbers if len(numbers) > 1 else {}), **read}
+            by_source[f"val_bpb/{shards.name}"] = bpb
+            total += (weight or 1.0) * bpb
+            total_weight += weight or 1.0
+        numbers = {"val_bpb": total / total_weight}
+        if len(by_source) > 1:
+            numbers |= by_source
+        if size:
+            numbers["eval_tokens"] = tokens
+        return numbers
 
-    def measure() -> dict[str, float]:
-        return compiler.guarded(run.model, measured)
-
-    return Evaluation("eval", evaluation_interval(run), measure, start=True, size=size)
+    guarded = partial(compiler.guarded, run.model, measure)
+    return Evaluation("eval", evaluation_interval(run), guarded, start=True, size=size)
 
 
 def evaluation_interval(run: OpenRun) -> float:
-    """--eval_every, which the length of the run sets unless it is given."""
+    """--eval_every; if it is not given, it is set by the length of the run."""
     if run.knobs.eval_every < 0:
         run.resolve(eval_every=1 / evaluations_within(run.budget_seconds))
     return run.knobs.eval_every
@@ -164,39 +172,46 @@ def evaluation_size(
     run: OpenRun, validation: WeightedShards, feed: RowFeed, horizon: Horizon
 ) -> Size | None:
     """
-    How many tokens of each source an evaluation reads: None if --eval_tokens says it, or where the
-    length of the run, known in tokens, sets it once and for all.
+    How many tokens of each source an evaluation reads, to be measured in a run with a time budget.
+    None if --eval_tokens says it; without a budget, the length of the run sets --eval_tokens.
     """
     if run.knobs.eval_tokens:
         return None
     if not run.budget_seconds:
-        tokens = (horizon.steps or 0) * horizon.rows * run.contexts.longest
-        tokens = tokens or (horizon.epochs or 1) * feed.total_tokens
+        if horizon.steps:
+            tokens = horizon.steps * horizon.rows * run.contexts.longest
+        else:
+            tokens = (horizon.epochs or 1) * feed.total_tokens
         count = evaluations_within(0)
         run.resolve(eval_tokens=evaluation_tokens(tokens, len(validation), count))
         return None
-    least = evaluation_rows(run, feed)[0] * run.model.config.sequence_len * run.runtime.world_size
+    rows, _ = evaluation_rows(run, feed)
+    one_batch = rows * run.model.config.sequence_len * run.runtime.world_size
     longest = max(shards.total for shards, _ in validation)
-    most = min(MOST_EVAL_TOKENS, max(longest, least))
-    return Size(evaluation_seconds(run.budget_seconds), least, most)
+    most = min(MOST_EVAL_TOKENS, max(longest, one_batch))
+    return Size(evaluation_seconds(run.budget_seconds), one_batch, most)
 
 
 def evaluation_rows(run: OpenRun, feed: RowFeed) -> tuple[int, bool]:
     """
-    The rows of an evaluation's batches, and whether they run compiled code: on a GPU always, else
-    at the context of the evaluations, in micro-batches as training has them.
+    (rows of an evaluation's batches, whether they run compiled code). While training has rows of
+    the full context, evaluations have the same shape, and so the same compiled code.
     """
-    T, shape = run.model.config.sequence_len, feed.micro_batch
-    if shape[1] == T:
-        return shape[0], run.model.compiled
+    T = run.model.config.sequence_len
+    rows, width = feed.micro_batch
+    if width == T:
+        return rows, run.model.compiled
     rows = run.knobs.device_batch_size
-    if run.runtime.device.type == "cpu":  # few, so that a part of an evaluation is soon measured
+    if run.runtime.device.type == "cpu":  # small batches: the least evaluation is one of them
         return min(rows, max(1, 4096 // T)), False
     return rows, run.model.compiled
 
 
 def sample_evaluation(run: OpenRun, prompts: Sequence[str] = QUESTIONS) -> Evaluation:
-    """Greedy continuations of a few prompts or, in a stage that chats, replies; they are logged."""
+    """
+    An evaluation that logs the greedy continuations of a few prompts, or replies to them in a stage
+    that chats. Prompts that do not fit into the context are left out.
+    """
     budget, chats = run.budget_seconds, STAGES[run.stage].chats
     length = 48 if chats else 24
     if run.knobs.sample_every < 0:
@@ -211,33 +226,39 @@ def sample_evaluation(run: OpenRun, prompts: Sequence[str] = QUESTIONS) -> Evalu
             return tokenizer.encode(prompt, bos=True)
         return tokenizer.render_prompt({"messages": [{"role": "user", "content": prompt}]})
 
-    rows = {prompt: ids for prompt in prompts if len(ids := tokens(prompt)) < context}
+    encoded = {prompt: tokens(prompt) for prompt in prompts}
+    fitting = {prompt: ids for prompt, ids in encoded.items() if len(ids) < context}
 
     def measure() -> dict[str, str]:
-        if not rows or not run.runtime.is_main:
+        if not fitting or not run.runtime.is_main:
             return {}
         samples = Engine(run.model, tokenizer).generate_batch(
-            list(rows.values()),
+            list(fitting.values()),
             max_tokens=size.now if size else length,
             temperature=0.0,
         )
         texts = {}
-        for prompt, sample in zip(rows, samples, strict=True):
+        for prompt, sample in zip(fitting, samples, strict=True):
             visible = visible_text(tokenizer, sample.tokens) if chats else ""
             text = visible.strip() or tokenizer.decode(sample.tokens)
-            texts[f"sample/{prompt}"] = text + " ..." * (sample.finish == "length")
+            texts[f"sample/{prompt}"] = f"{text} ..." if sample.finish == "length" else text
         return texts
 
     return Evaluation("sample", run.knobs.sample_every, measure, size=size)
 
 
 def choose_conversations(run: OpenRun) -> None:
-    """Fill in --data by rule: the conversations of the stage that suit the pretraining text."""
+    """Unless --data is given, choose the conversations that suit the pretraining text."""
     if not run.knobs.data:
         base = newest(run_directory("base", run.directory.name)) or run.parent
         texts = base.meta["knobs"]["data"] or default_sources()
         run.resolve(data=mixture.default(run.stage, texts))
     print0(f"  conversations: {' '.join(run.knobs.data)}")
+
+
+def text_shards(run: OpenRun, sources: Sequence[Source], split: str) -> WeightedShards:
+    """A split ("train", "val") of every text source, with its weight."""
+    return [(prepare(source, split, run.tokenizer), source.weight) for source in sources]
 
 
 def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShards:
@@ -257,9 +278,9 @@ def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShar
 
 def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool = True) -> None:
     """
-    Compile the model if that was asked for, or if it works and pays; a resumed run does as before.
-    `one_shape`: whether (nearly) all batches have the same shape, which makes compiling worthwhile
-    on a CPU; that shape is then compiled in the background while the run is being opened.
+    Compile the model if --compile asks for it, or if it works and saves time; a resumed run does
+    as before. `one_shape`: nearly all batches have the same shape, which makes compiling worthwhile
+    on a CPU. That shape is then compiled in the background while the run is being opened.
     """
     wanted = run.knobs.compile == "on"
     if run.knobs.compile == "auto":
@@ -281,12 +302,15 @@ def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool = True) -
         print0("  compiling each shape of batches when it first appears")
         return
     print0("  compiling while the data is opened")
-    runtime, contexts = run.runtime, run.contexts
-    device_rows = run.knobs.device_batch_size
-    rows, first = horizon.rows, contexts.at(run.stored_progress)
-    scale = contexts.longest // first
-    rows = micro_batch_rows(rows * scale, device_rows * scale, runtime.rank, runtime.world_size)
-    compiler.Ahead.current = compiler.Ahead(run.model, rows, first)
+    context = run.contexts.at(run.stored_progress)
+    scale = run.contexts.longest // context  # shorter rows are more
+    rows = micro_batch_rows(
+        horizon.rows * scale,
+        run.knobs.device_batch_size * scale,
+        run.runtime.rank,
+        run.runtime.world_size,
+    )
+    compiler.Ahead.current = compiler.Ahead(run.model, rows, context)
 
 
 def train(
@@ -296,41 +320,28 @@ def train(
     evaluations: Sequence[Evaluation],
     rate_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Train to the end, from the start or from a checkpoint, and return the summary."""
+    """
+    Train to the end, from the start or from a checkpoint; returns the summary of Run.fit, with the
+    tag of the run. The learning rates are multiplied by `rate_scale`.
+    """
     if not run.knobs.embedding_lr:
         tokens = horizon.rows * run.model.config.sequence_len
         run.resolve(embedding_lr=embedding_rate(tokens))
-    k, runtime, checkpoint = run.knobs, run.runtime, run.resume_from
-    print0(knobs.show(k, run.origins))
+    knobs, runtime, checkpoint = run.knobs, run.runtime, run.resume_from
+    print0(show_knobs(knobs, run.origins))
     print_data(run)
-    meta = {
-        "stage": run.stage,
-        "config": run.model.config.to_dict(),
-        "tokenizer": run.tokenizer.fingerprint,
-        "knobs": asdict(k),
-        "origins": run.origins,
-        "horizon": {
-            "rows": horizon.rows,
-            "steps": horizon.steps,
-            "compiled": run.model.compiled,
-            "since": run.stored("since"),
-        },
-        "dtype": runtime.dtype_name,
-        "world_size": runtime.world_size,
-        "run_id": checkpoint.meta.get("run_id") if checkpoint else uuid.uuid4().hex,
-        "data_summary": run.data_summary,
-    }
-    optimizer = make_optimizer(run.model, k, runtime, rate_scale)
+    meta = _checkpoint_meta(run, horizon)
+    optimizer = make_optimizer(run.model, knobs, runtime, rate_scale)
     if runtime.is_main:
         weights = sum(t.nbytes for t in run.model.state_dict().values())
         require_space(run.directory, weights + optimizer.state_bytes())
-    # only now, when everything has been checked that can refuse, an earlier run is set aside
+    # An earlier run is set aside only now that every check has passed
     fresh = runtime.is_main and not checkpoint
     with new_run(run.directory) if fresh else nullcontext():
         logbook = Logbook(
             run.directory,
-            sinks=k.sinks,
-            run_name=k.run,
+            sinks=knobs.sinks,
+            run_name=knobs.run,
             config={**meta, "machine": describe_machine(runtime.device)},
             step=checkpoint.step if checkpoint else 0,
         )
@@ -344,43 +355,70 @@ def train(
         meta,
         evaluations=evaluations,
         budget_seconds=run.budget_seconds,
-        save_every=k.save_every,
-        save_seconds=60 * k.save_minutes,
-        keep=k.keep,
-        patience=getattr(k, "patience", 0),
+        save_every=knobs.save_every,
+        save_seconds=60 * knobs.save_minutes,
+        keep=knobs.keep,
+        patience=getattr(knobs, "patience", 0),
         peak_flops=run.peak_flops,
     )
     try:
-        ahead, waited = compiler.Ahead.current, 0.0
-        if ahead and not (checkpoint and checkpoint.meta["done"] and not k.new_horizon):
-            waited = ahead.wait()  # before weights change, which its backward pass may still need
-        if checkpoint:
-            training.restore(checkpoint)
-            if checkpoint.meta["done"] and (not k.new_horizon or training.progress >= 1):
-                print0(f"  {checkpoint} is the end of this run: nothing to do")
-                done = {"tokens": training.tokens, "seconds": training.seconds, **training.last}
-                return done | {"tag": run.directory.name}
-            print0(
-                f"  resuming from {checkpoint} (step {training.step:,}, "
-                f"{human(training.tokens)} tokens)"
-            )
-        opening = time.monotonic() - run.began  # counts as training time
-        training.seconds += opening
-        for name, seconds in (("opening", opening - waited), ("compiling", waited)):
-            training.spent[name] = training.spent.get(name, 0.0) + seconds
-        training.schedule = resume.schedule_from(checkpoint, training)
-        if checkpoint and runtime.is_main:
-            put_aside_after(run.directory, checkpoint.step)
-        return training.fit() | {"tag": run.directory.name}
+        return _start_or_resume(run, training) | {"tag": run.directory.name}
     finally:
         logbook.close()
+
+
+def _checkpoint_meta(run: OpenRun, horizon: Horizon) -> dict[str, Any]:
+    """What every checkpoint of the run stores, besides tensors and the state of Run."""
+    return {
+        "stage": run.stage,
+        "config": run.model.config.to_dict(),
+        "tokenizer": run.tokenizer.fingerprint,
+        "knobs": asdict(run.knobs),
+        "origins": run.origins,
+        "horizon": {
+            "rows": horizon.rows,
+            "steps": horizon.steps,
+            "compiled": run.model.compiled,
+            "since": run.stored("since"),
+        },
+        "dtype": run.runtime.dtype_name,
+        "world_size": run.runtime.world_size,
+        "run_id": run.resume_from.meta.get("run_id") if run.resume_from else uuid.uuid4().hex,
+        "data_summary": run.data_summary,
+    }
+
+
+def _start_or_resume(run: OpenRun, training: Run) -> dict[str, Any]:
+    """Train to the end, after restoring the checkpoint to resume from; returns the summary."""
+    checkpoint, new_horizon = run.resume_from, run.knobs.new_horizon
+    is_complete = checkpoint is not None and checkpoint.meta["done"]
+    ahead, waited = compiler.Ahead.current, 0.0
+    if ahead and (new_horizon or not is_complete):
+        waited = ahead.wait()  # the thread computes with the weights, which are about to change
+    if checkpoint:
+        training.restore(checkpoint)
+        if is_complete and (not new_horizon or training.progress >= 1):
+            print0(f"  {checkpoint} is the end of this run: nothing to do")
+            return {"tokens": training.tokens, "seconds": training.seconds, **training.last}
+        print0(
+            f"  resuming from {checkpoint} (step {training.step:,}, "
+            f"{human(training.tokens)} tokens)"
+        )
+    opening = time.monotonic() - run.began  # counts as training time
+    training.seconds += opening
+    for name, seconds in (("opening", opening - waited), ("compiling", waited)):
+        training.spent[name] = training.spent.get(name, 0.0) + seconds
+    training.schedule = resume.schedule_from(checkpoint, training)
+    if checkpoint and run.runtime.is_main:
+        put_aside_after(run.directory, checkpoint.step)
+    return training.fit()
 
 
 @contextmanager
 def session() -> Iterator[None]:
     """
-    Wraps the work of a command: closes the runtime, ends a compilation that nothing waits for, and
-    explains when memory runs out.
+    For the work of a command: at its end, closes the runtime, ends a compilation that nothing waits
+    for and releases locks. RuntimeErrors for lack of memory, or of a lost rank, become UserErrors.
     """
     try:
         yield
