@@ -139,7 +139,7 @@ def test_stages_that_chat_log_replies_as_they_train(here):
 
 def test_no_parent_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    with pytest.raises(UserError, match=r"no mid checkpoint .* scripts.mid_train"):
+    with pytest.raises(UserError, match=r"no mid checkpoint .* nanochat mid_train"):
         chat_sft.main([])
     with pytest.raises(UserError, match="no task 'gsm9k'"):
         chat_eval_script.main(["-a", "gsm9k"])

@@ -209,7 +209,7 @@ def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path):
 def test_locating(base):
     with pytest.raises(
         UserError,
-        match=r"there is no base checkpoint under .*: make one with python -m scripts.base_train",
+        match=r"there is no base checkpoint under .*: make one with nanochat base_train",
     ):
         checkpoint.locate("base")
     old, new = (

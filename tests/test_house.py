@@ -117,18 +117,18 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_275,
-    "base": 12_690,
+    "base": 12_720,
     "tinyworld": 9_630,
-    "data": 37_055,
+    "data": 37_080,
     "model": 26_945,
     "chat": 9_105,
     "chat/serve": 11_705,
     "eval": 20_720,
-    "train": 21_135,
+    "train": 21_245,
     "study": 13_595,
     "plan": 15_330,
     "export": 9_620,
-    "commands": 23_520,
+    "commands": 23_535,
 }
 
 

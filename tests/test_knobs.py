@@ -202,6 +202,24 @@ def test_positional():
     assert "[DIRECTORIES ...]" in knobs.usage(Report, command="report")
 
 
+def test_classes_with_the_same_heading_share_a_section_of_the_help():
+    @dataclasses.dataclass(kw_only=True)
+    class Common:
+        """Machine"""
+
+        first: int = knobs.knob(1, "a number")
+
+    @dataclasses.dataclass(kw_only=True)
+    class Own(Common):
+        """Machine"""
+
+        second: int = knobs.knob(2, "another number")
+
+    page = knobs.usage(Own, command="own")
+    assert page.count("Machine:") == 1
+    assert page.index("--second") < page.index("--first") < page.index("General:")
+
+
 sources = st.lists(st.from_regex(r"[a-z/][\w=:/. ]*", fullmatch=True), min_size=1)
 
 

@@ -263,6 +263,7 @@ def test_a_budget_is_split_in_one_way():
         "base_train": 1000, "mid_train": 0.0, "chat_sft": 0.0, "evaluation": 0.0
     }  # fmt: skip
     assert pilot_seconds(LEAST_FOR_PILOT - 1) == 0 and pilot_seconds(3600) == 300
+    assert pilot_seconds(86_400) == 3600, "plan pilot takes no more than an hour"
     web = [vocabulary_for(1e12, 60 * m) for m in (20, 90, 1440)]
     assert web == [8192, 32_768, 65_536] and vocabulary_for(1e12, 60, simple=True) == 2048
     assert vocabulary_for(3e5) == vocabulary_for(3e5, 86_400) == 2048, "however long it is read"

@@ -40,6 +40,26 @@ def test_tok_train_saves_and_moves_a_different_tokenizer_aside(corpus, tmp_path,
     )
 
 
+def test_pretraining_says_that_the_tokenizer_was_trained_on_other_text(corpus, tmp_path, capsys):
+    from nanochat.commands import base_train, tok_train
+
+    trained = tok_train.main(["--vocab_size=400", "--data", f"mine={corpus}"])
+    assert Tokenizer.load().bytes_per_token == trained["bytes_per_token"]
+    rows = [json.dumps({"text": f"{n * n:b} {'QWXZ' * (n % 7)} ~{n}~"}) for n in range(100)]
+    (tmp_path / "other.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    size = "--depth=1 --model_dim=16 --head_dim=8 --sequence_len=32 --total_batch_size=64"
+    run = (
+        f"{size} --num_iterations=1 --eval_every=0 --eval_tokens=64 --sample_every=0 --compile=off"
+    )
+    told = {}
+    for name in ("corpus", "other"):
+        data = f"mine={tmp_path / name}.jsonl"
+        base_train.main([*run.split(), f"--data={data}", f"--model_tag={name}"])
+        told[name] = capsys.readouterr().err
+    assert "a token spells 1." in told["other"] and "tok_train" in told["other"]
+    assert "a token spells" not in told["corpus"]
+
+
 def test_tok_train_reads_no_more_than_asked(corpus):
     from nanochat.commands import tok_train
 

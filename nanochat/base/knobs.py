@@ -395,9 +395,13 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
         add_help=False,
     )
     owner = {name: c for c in reversed(cls.__mro__) for name in inspect.get_annotations(c)}
+    sections: dict[str, Any] = {}
     for c in cls.__mro__:
         generated = (c.__doc__ or "").startswith(f"{c.__name__}(")  # by dataclass()
-        section = page.add_argument_group(c.__name__ if generated else first_sentence(c.__doc__))
+        heading = c.__name__ if generated else first_sentence(c.__doc__)
+        if heading not in sections:
+            sections[heading] = page.add_argument_group(heading)
+        section = sections[heading]
         for knob in knobs.values():
             if owner[knob.name] is c:
                 _explain(section, knob)

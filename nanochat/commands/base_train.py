@@ -55,7 +55,7 @@ class PretrainKnobs(
     max_passes: float = knob(
         0.0,
         f"end after this many passes over all text (0 = {USEFUL_PASSES:g} where the text is in "
-        "files and the length is not given in steps or FLOPs)",
+        "files and the length is not given in steps, FLOPs or tokens per parameter)",
         low=0,
     )
     patience: int = knob(
@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train = stage.text_shards(run, sources, "train")
         val = stage.text_shards(run, sources, "val")
         print0(f"  {destinations(run.model.config, run.tokenizer.digits)}")
+        stage.check_tokenizer(run, val)
         horizon, feed = stage.limited_feed(run, train, horizon, characters)
         stage.summarise_data(run, feed, val, horizon)
         evaluations = [

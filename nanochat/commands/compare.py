@@ -1,7 +1,7 @@
 """
 Train several conditions with several seeds each and say which differences are real.
 
-    python -m scripts.compare --name silu --seeds 3 --common="--depth=4 --num_iterations=400" \\
+    nanochat compare --name silu --seeds 3 --common="--depth=4 --num_iterations=400" \\
         --a="" --b="--activation=silu" --names relu2 silu
 
 The same command resumes after an interruption; more seeds or conditions extend the comparison.

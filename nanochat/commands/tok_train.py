@@ -136,17 +136,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     texts = CappedTexts(mixed(sources, "train"), knobs, size)
     tokenizer = Tokenizer.train(texts, vocab_size, knobs.digits)
     seconds = time.monotonic() - started
-    directory = base_dir() / "tokenizer"
-    save(tokenizer, directory)
-
     sample = list(mixed(sources, "val", max_chars=SAMPLE_CHARACTERS))
     tokens = sum(map(len, tokenizer.encode_batch(sample))) or 1
-    bytes_per_token = sum(len(text.encode()) for text in sample) / tokens
+    tokenizer.bytes_per_token = sum(len(text.encode()) for text in sample) / tokens
     chars_per_token = sum(map(len, sample)) / tokens
     print0(
         f"trained in {duration(seconds)}: {tokenizer.vocab_size:,} tokens; on validation text "
-        f"{bytes_per_token:.2f} bytes and {chars_per_token:.2f} characters per token"
+        f"{tokenizer.bytes_per_token:.2f} bytes and {chars_per_token:.2f} characters per token"
     )
+    directory = base_dir() / "tokenizer"
+    save(tokenizer, directory)
     print0(f"saved to {directory}")
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -154,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "seconds": seconds,
         "chars": texts.characters,
         "documents": texts.documents,
-        "bytes_per_token": bytes_per_token,
+        "bytes_per_token": tokenizer.bytes_per_token,
         "chars_per_token": chars_per_token,
     }
 

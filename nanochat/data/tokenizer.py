@@ -86,6 +86,8 @@ class Tokenizer:
         self.pieces = [*self.ranks, *(name.encode() for name in self.specials)]
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.digits, self.pattern = digits, split_pattern(digits)
+        # UTF-8 bytes of a token, on average over text like that it was trained on; 0 = not known
+        self.bytes_per_token = 0.0
         digest = hashlib.sha256(json.dumps([FORMAT, self.pattern, WINDOW, self.specials]).encode())
         for token in self.ranks:
             digest.update(len(token).to_bytes(4, "little") + token)
@@ -148,6 +150,7 @@ class Tokenizer:
             ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary}
             digits = {split_pattern(n): n for n in DIGITS}[meta["pattern"]]
             tokenizer = cls(ranks, digits)
+            tokenizer.bytes_per_token = float(meta.get("bytes_per_token", 0.0))
             expected = {**tokenizer._json(), "model": data["model"]}
             if tokenizer.fingerprint != meta["fingerprint"] or data != expected:
                 raise ValueError("its files do not match, or another version wrote them")
@@ -171,6 +174,7 @@ class Tokenizer:
             "merges": len(self.ranks) - 256,
             "special_tokens": self.specials,
             "pattern": self.pattern,
+            "bytes_per_token": self.bytes_per_token,
         }
         data = self._json()
         data["model"]["merges"] = _merges(self.ranks)

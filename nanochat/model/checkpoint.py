@@ -460,7 +460,7 @@ def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
     at = f" at step {step}" if step is not None else ""
     raise UserError(
         f"there is no {stage} checkpoint{tagged}{at} under {root}: "
-        f"make one with python -m scripts.{STAGES[stage].command}"
+        f"make one with nanochat {STAGES[stage].command}"
     )
 
 
@@ -479,7 +479,7 @@ def choose(stage: str = "auto", tag: str = "", step: int | None = None) -> tuple
     at = f" at step {step}" if step is not None else ""
     raise UserError(
         f"there is no {model}{at} under {base_dir() / 'checkpoints'}: "
-        "train one with python -m scripts.base_train or bash runs/quickstart.sh"
+        "train one with nanochat base_train or nanochat quickstart"
     )
 
 

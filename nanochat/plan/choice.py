@@ -55,7 +55,10 @@ class ChoiceKnobs(OpenSizeKnobs):
 
     pretrain: float = knob(PRETRAIN, "share of the budget that pretraining gets", low=0.1, high=1)
     used: float = knob(0.0, "seconds of the budget that are used up already", low=0)
-    pilot: bool = knob(False, "leave a twelfth of the time for plan pilot, from 25 minutes on")
+    pilot: bool = knob(
+        False,
+        "leave a twelfth of the time, at most an hour, for plan pilot, from 25 minutes on",
+    )
     total_batch_size: int = knob(0, "tokens per optimizer step; 0 = as for the horizon", low=0)
     device_batch_size: int = knob(0, "rows of a micro-batch; 0 = the fastest that fits", low=0)
     data: tuple[str, ...] = knob((), "text to train on, as for base_train; it goes into the recipe")

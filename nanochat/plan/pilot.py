@@ -34,9 +34,8 @@ from nanochat.plan.choice import OPENING, lookback_factor
 from nanochat.plan.law import Law, worth
 from nanochat.plan.machine import GIB
 from nanochat.plan.speed import first_step
-from nanochat.train.scaling import EVALUATING, PILOT
+from nanochat.train.scaling import EVALUATING, LONGEST_PILOT, PILOT
 
-MOST_SECONDS = 3600.0
 FEWEST_STEPS = 64
 ENDS = [signal.SIGTERM, *filter(None, [getattr(signal, "SIGHUP", None)])]
 SIZE = ("depth", "model_dim", "head_dim", "total_batch_size", "device_batch_size")
@@ -140,7 +139,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     size = SIZE if "context_stages" in flags else (*SIZE, "sequence_len")
     plan = day.planned(replace(asked, **{name: flags[name] for name in size}))
     planned, target, whole = plan.choice.primary, plan.machine, asked.pretraining_seconds
-    seconds = knobs.minutes * 60 or min(PILOT * whole, MOST_SECONDS)
+    seconds = knobs.minutes * 60 or min(PILOT * whole, LONGEST_PILOT)
     compiled = target.compiles(whole)
     beside = OPENING + first_step(target, compiled)
     step = planned.total_batch_size / planned.speed.tok_per_sec

@@ -100,7 +100,7 @@ def _names(knobs: Any, texts: dict[str, str]) -> Sequence[str]:
 def _checked(name: str, flags: list[str], knobs: Any, pretrain_knobs: type) -> Condition:
     """A condition whose flags base_train accepts; prints its name, flags and horizon."""
     if {"-h", "--help"} & set(flags):
-        raise UserError("--help is not a flag of a condition: run python -m scripts.base_train -h")
+        raise UserError("--help is not a flag of a condition: run nanochat base_train -h")
     asked, origins = parse(pretrain_knobs, flags, command="base_train")
     for flag, instead in RESERVED.items():
         if origins[flag] != "default":

@@ -297,6 +297,7 @@ PRETRAIN = 0.85  # share of a chain's time for pretraining
 LATER_STAGES = {"mid_train": 0.45, "chat_sft": 0.3, "evaluation": 0.25}
 PILOT = 1 / 12  # of a budget, for short trial runs
 LEAST_FOR_PILOT = 25 * 60.0  # seconds; with less, a pilot would be too short to be useful
+LONGEST_PILOT = 3600.0  # seconds; a longer one would say little more
 
 
 def stage_seconds(seconds: float, pretrain: float = PRETRAIN) -> dict[str, float]:
@@ -308,8 +309,8 @@ def stage_seconds(seconds: float, pretrain: float = PRETRAIN) -> dict[str, float
 
 
 def pilot_seconds(seconds: float) -> float:
-    """Seconds of a pilot in a budget, 0 where it is too short for one."""
-    return PILOT * seconds if seconds >= LEAST_FOR_PILOT else 0.0
+    """Seconds of a pilot in a budget of so many; 0 if that is too short for one."""
+    return min(PILOT * seconds, LONGEST_PILOT) if seconds >= LEAST_FOR_PILOT else 0.0
 
 
 def text_for(seconds: float) -> str:

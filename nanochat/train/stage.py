@@ -12,6 +12,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from nanochat.base.common import UserError, human, notice, print0, user_path
 from nanochat.base.files import release
 from nanochat.base.hardware import describe_machine
@@ -56,6 +58,7 @@ QUESTIONS = (  # to sample replies to, while a stage that chats is trained
     "What is the capital of France?",
     "How much is 7 plus 5?",
 )
+OTHER_TEXT = 0.75  # a token that spells so much less was not made for this text
 WeightedShards = list[tuple[Shards, float | None]]  # weight None: in proportion to its tokens
 
 
@@ -112,6 +115,21 @@ def summarise_data(
         except UserError:
             print_data(run)
             raise
+
+
+def check_tokenizer(run: OpenRun, validation: WeightedShards) -> None:
+    """Say so if the tokenizer seems to have been trained on other text than the run reads."""
+    documents = [shards.tokens(i) for shards, _ in validation for i in range(min(100, len(shards)))]
+    if not documents:
+        return
+    bytes_per_token = run.tokenizer.token_bytes()[np.concatenate(documents)].mean()
+    usual = run.tokenizer.bytes_per_token
+    if bytes_per_token < OTHER_TEXT * usual:
+        notice(
+            f"a token spells {bytes_per_token:.1f} bytes of this text, and {usual:.1f} of the text "
+            "that the tokenizer was trained on; if you train one on this text first (nanochat "
+            "tok_train --data ...), the model reads more of it in the same time"
+        )
 
 
 def print_data(run: OpenRun) -> None:
