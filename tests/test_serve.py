@@ -583,6 +583,42 @@ def test_a_server_of_every_address_answers_to_all_of_them_and_to_no_other_name(m
 
 
 @pytest.mark.parametrize(
+    ("words", "hosts"),
+    [
+        ([], set()),
+        (["--allow_host", "open-webui"], {"open-webui", "Open-WebUI:8000"}),
+        (["--allow_host", "one.example", "two.example"], {"one.example", "two.example"}),
+    ],
+    ids=["none", "one", "two"],
+)
+def test_the_command_answers_to_the_hosts_that_it_allows(base, monkeypatch, words, hosts):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    guards = []
+    closing = SimpleNamespace(run=lambda sockets: [s.close() for s in sockets])
+    ours, server = (sys.modules[one.__module__] for one in (Mailbox, Protocol))
+    monkeypatch.setattr(ours, "build_app", lambda *_: app)
+    monkeypatch.setattr(server, "Server", lambda guard, models: guards.append(guard) or closing)
+    serve.main([*words, "-i", "sft", "--port=0", "--device_type=cpu"])
+    (guard,) = guards
+
+    def ask(host: str) -> list[dict]:
+        headers = [(b"host", host.encode()), (b"origin", f"http://{host}".encode())]
+        return guarded(guard, "127.0.0.1", headers=headers)
+
+    assert ask("localhost:8000")[0]["status"] == 200
+    for host in hosts:
+        assert ask(host)[0]["status"] == 200
+    for host in ({"open-webui", "one.example", "two.example"} - hosts) | {"x.open-webui"}:
+        start, body = ask(host)
+        assert start["status"] == 403
+        assert (
+            f"does not answer to the host '{host}'" in json.loads(body["body"])["error"]["message"]
+        )
+
+
+@pytest.mark.parametrize(
     ("host", "name"),
     [("localhost", "localhost"), ("A:1", "a"), ("[::1]:8", "::1"), ("::1", "::1"), ("", "")],
 )
