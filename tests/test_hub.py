@@ -292,7 +292,7 @@ def test_three_downloads_at_once_into_one_folder_end_well(server, tmp_path, monk
         process.start()
     assert [results.get(timeout=120) for _ in processes] == ["well"] * 3
     for process in processes:
-        process.join()
+        process.join(60)
     folder = tmp_path / "shards" / "fineweb-edu"
     for file in folder.glob("*.parquet"):
         assert file.read_bytes() == server.files[file.name]
