@@ -4,8 +4,10 @@ user, too many shapes for the compiler are an error, where torch would only stop
 signals work in a background job too. Fixtures of several files stand here too.
 """
 
+import os
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -46,6 +48,50 @@ def base(tmp_path, monkeypatch):
     """An empty base folder."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     return tmp_path
+
+
+def is_here(host: object) -> bool:
+    """Whether a host is this machine itself."""
+    name = host.decode() if isinstance(host, bytes) else host
+    return name in (None, "", "localhost", "::1", "0.0.0.0") or str(name).startswith("127.")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """
+    There is no network: the hosts that somebody asks for all the same, whether or not they take the
+    failure well. A test that expects some must clear the list.
+    """
+    asked: list[str] = []
+
+    def refuse(host: object, error: OSError) -> None:
+        if not is_here(host):
+            asked.append(str(host))
+            raise error
+
+    def connecting(real):
+        def connect(sock, address):
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                refuse(address[0], OSError(101, "Network is unreachable"))
+            return real(sock, address)
+
+        return connect
+
+    def resolving(real):
+        def resolve(host, *rest, **options):
+            refuse(host, socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"))
+            return real(host, *rest, **options)
+
+        return resolve
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, connecting(getattr(socket.socket, name)))
+    for name in ("getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, resolving(getattr(socket, name)))
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)  # one on this machine would ask for us
+    yield asked
+    assert asked == [], "this needs no network"
 
 
 @pytest.fixture

@@ -312,6 +312,28 @@ def horizons() -> dict[str, tuple[list[str], int | None]]:
     }
 
 
+@pytest.mark.parametrize(("minutes", "expected"), [(5, [5, 10, 12]), (0, [12])])
+def test_save_minutes_are_minutes(place, monkeypatch, minutes, expected):
+    """The command's steps take a minute each; the last one is saved in any case."""
+    base, flags = place
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
+    clock, update = Clock(), MuonAdamW.step
+    monkeypatch.setattr(time, "monotonic", clock)
+    monkeypatch.setattr(stage, "Run", partial(loop.Run, clock=clock))
+
+    def minute(optimizer, *rest):
+        clock.now += 60
+        return update(optimizer, *rest)
+
+    monkeypatch.setattr(MuonAdamW, "step", minute)
+    words = ["--num_iterations=12", "--eval_every=0", "--keep=20", f"--save_minutes={minutes}"]
+    base_train.main([*flags, *words, f"--model_tag=every{minutes}"])
+    stored = checkpoint.list_checkpoints(base / "checkpoints" / "base" / f"every{minutes}")
+    assert sorted(c.step for c in stored if c.step) == expected
+    assert not any(c.damage() for c in stored)
+
+
 @pytest.mark.parametrize("name", ["steps", "flops", "ratio", "slow", "fast"])
 def test_every_horizon_ends_where_it_should(place, monkeypatch, name):
     """Steps, rate and context stages under each horizon, interrupted late and resumed."""

@@ -169,6 +169,25 @@ def test_a_print_that_fails_costs_the_print_alone(tmp_path, gone):
     assert b"Traceback" not in (errors or b"") and b"Exception" not in (errors or b"")
 
 
+READER_GONE = """
+from nanochat.base.common import entry
+def main():
+    for i in range(100_000):
+        print(i, flush=%s)  # as the chat prints, not print0
+entry(main)
+"""
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_command_whose_own_print_finds_no_reader_ends_quietly(flush):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", READER_GONE % flush]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 CONTROLS = {
     "CSI": "\x1b[2J",
     "a title (OSC 0)": "\x1b]0;owned\x07",

@@ -547,7 +547,7 @@ def test_the_command_is_killed_and_resumes(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait() == 130 and list(without_time(folder)) == [("relu2", 42)]
+    assert process.wait(300) == 130 and list(without_time(folder)) == [("relu2", 42)]
     subprocess.run(command, env=env, check=True)
     assert len(without_time(folder)) == 4
     assert (second / "metrics.jsonl").read_text().count('{"kind": "start"') == 2

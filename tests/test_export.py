@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, entry
+from nanochat.base.files import sha256_file
 from nanochat.commands import export
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.export import hf
@@ -18,6 +20,7 @@ from nanochat.export.card import model_card
 from nanochat.export.gguf_file import LlamaCpp, modelfile, write_gguf
 from nanochat.export.hf import TOLERANCE, compare_logits, probe_tokens, write_folder
 from nanochat.export.target import choose_target, destinations
+from nanochat.model import checkpoint
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
@@ -228,10 +231,147 @@ def test_every_obstacle_is_named_at_once():
         choose_target(tiny.config(), 2, "gguf")
 
 
+# ---- the command, to GGUF and to Ollama
+
+
+def kept(base: Path, tokenizer: Tokenizer, **knobs) -> Path:
+    """Keep a model, which never ends an answer by itself, as sft/toy; returns its checkpoint."""
+    tokenizer.save(base / "tokenizer")
+    model = build(tokenizer.vocab_size, sequence_len=160, **knobs)
+    model.head_weight[list(tokenizer.specials.values())] = 0
+    meta = {"stage": "sft", "config": model.config.to_dict(), "knobs": {}}
+    meta |= {"tokenizer": tokenizer.fingerprint, "tokens": 1000}
+    weights = dict(model.named_parameters())
+    folder = checkpoint.run_directory("sft", "toy")
+    return checkpoint.save(folder, 5, weights, {"nothing": torch.zeros(1)}, meta).path
+
+
+def lines_of(capsys, *words: str) -> tuple[dict, list[str], str]:
+    """Export sft/toy: (what main returns, the lines on standard output, standard error)."""
+    done = export.main(["-i", "sft", *words])
+    out, err = capsys.readouterr()
+    return done, out.splitlines(), err
+
+
+def fields_of(file: Path) -> tuple[dict, dict]:
+    """The fields and the types of the tensors of a GGUF file, as its own package reads them."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    reader = gguf.GGUFReader(str(file))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return fields, {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_command_writes_a_file_for_llama_cpp(base, tokenizers, capsys):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    kept(base, tokenizers[3], softcap=0.0)
+    done, printed, _ = lines_of(capsys, "--to", "gguf")
+    folder = base / "exports" / "toy-sft-gguf"
+    total = 4 * export.GREEDY_TOKENS
+    compared = f"{total} of {total} greedy tokens equal in llama.cpp"
+    assert done == {"folder": str(folder), "class": "apertus", "compared": compared}
+    assert printed[0].startswith("sft model toy") and printed[0].endswith(
+        " -> apertus: relu2 without softcap is Apertus"
+    )
+    assert printed[1:] == [
+        f"compared with the original: {compared}",
+        f"wrote {folder}; README.md there shows how to use it",
+    ]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "nanochat.json",
+        "toy-f32.gguf",
+    ]
+    fields, types = fields_of(folder / "toy-f32.gguf")
+    assert fields["general.architecture"] == "apertus" and fields["general.name"] == "toy"
+    assert fields["apertus.context_length"] == 160 and fields["apertus.block_count"] == 3
+    assert len(fields["tokenizer.ggml.tokens"]) == tokenizers[3].vocab_size
+    assert set(types.values()) == {"F32"}
+    card = (folder / "README.md").read_text()
+    assert "llama-cli" in card and "ollama" not in card and compared in card
+    assert "library_name: gguf" in card and "from transformers" not in card
+
+
+def test_the_command_writes_a_folder_for_ollama(base, tokenizers, capsys, monkeypatch):
+    """Here with another name and type, and without llama.cpp, which is said."""
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    stored = kept(base, tokenizers[1], activation="swiglu", softcap=0.0)
+    words = "--to", "ollama", "--dtype=q8_0", "--name=parrot", f"--out={base / 'out'}"
+    done, printed, said = lines_of(capsys, *words)
+    assert "not compared with the original, because llama.cpp is not installed" in said
+    compared = "not compared: llama.cpp was not installed"
+    assert done == {"folder": str(base / "out"), "class": "qwen3", "compared": compared}
+    assert printed[-2] == f"compared with the original: {compared}"
+    about = json.loads((base / "out" / "nanochat.json").read_text())
+    assert about == {
+        "model": "parrot",
+        "stage": "sft",
+        "step": 5,
+        "checkpoint_sha256": sha256_file(stored / "model.safetensors"),
+        "class": "qwen3",
+        "uncapped": False,
+        "compared": compared,
+        "files": ["Modelfile", "README.md", "parrot-q8_0.gguf"],
+    }
+    modelfile = (base / "out" / "Modelfile").read_text().splitlines()
+    assert "FROM ./parrot-q8_0.gguf" in modelfile and "PARAMETER num_ctx 160" in modelfile
+    fields, types = fields_of(base / "out" / "parrot-q8_0.gguf")
+    assert fields["general.name"] == "parrot" and types["blk.0.attn_q.weight"] == "Q8_0"
+    assert "ollama create parrot -f Modelfile" in (base / "out" / "README.md").read_text()
+
+
+def test_the_command_leaves_the_softcap_out_only_when_asked(base, tokenizers, capsys):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    kept(base, tokenizers[3], softcap=15.0)
+    done, _, said = lines_of(capsys, "--to", "gguf", "--uncapped")
+    total = 4 * export.GREEDY_TOKENS
+    assert done["compared"].startswith(f"{total} of {total} greedy tokens equal")
+    assert "the softcap is left out: greedy answers stay the same" in said
+    folder = base / "exports" / "toy-sft-gguf"
+    assert json.loads((folder / "nanochat.json").read_text())["uncapped"] is True
+    assert "; no softcap;" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", ["gguf", "ollama"])
+def test_a_file_that_answers_otherwise_is_deleted_unless_it_was_rounded(
+    base, tokenizers, capsys, monkeypatch, to
+):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    monkeypatch.setattr(export, "_greedy_agreement", lambda *_: (250, 256))
+    kept(base, tokenizers[3], softcap=0.0)
+    with pytest.raises(UserError, match=r"differs from the original \(only 250 of 256 greedy"):
+        lines_of(capsys, "--to", to)
+    assert [*(base / "exports").iterdir()] == []
+    done, printed, _ = lines_of(capsys, "--to", to, "--dtype=bf16")
+    assert done["compared"].startswith("250 of 256 greedy tokens equal in llama.cpp with weights")
+    assert printed[-2] == f"compared with the original: {done['compared']}"
+    assert (base / "exports" / f"toy-sft-{to}" / "toy-bf16.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--to", "gguf"], "this model cannot be exported to GGUF: a tokenizer with groups of 2 "),
+        (["--to", "ollama"], "softcap 15 (train with --softcap=0, or export with --uncapped"),
+        (["--to", "ollama", "--class=qwen3", "--uncapped"], "tok_train --digits=3"),
+        (["--to", "hf", "--dtype=q8_0"], "--dtype=q8_0 works only with --to gguf and --to ollama"),
+    ],
+    ids=["digits", "softcap", "class", "type"],
+)
+def test_the_command_refuses_in_one_line_and_writes_nothing(base, tokenizers, capsys, words, says):
+    kept(base, tokenizers[2], softcap=15.0)
+    with pytest.raises(SystemExit) as refused:
+        entry(lambda: export.main(["-i", "sft", *words]))
+    said = capsys.readouterr().err
+    assert refused.value.code == 2 and not (base / "exports").exists()
+    assert said.startswith("error: ") and says in said and said.count("\n") == 1
+
+
 def interrupted(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("offline")
 def test_an_export_replaces_itself_but_nothing_else(tmp_path, monkeypatch):
     release = Path(__file__).resolve().parent / "golden" / "release_0.1"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(shutil.copytree(release, tmp_path / "base")))

@@ -417,7 +417,7 @@ def test_threads_end(data):
     next(g)
     del g
     gc.collect()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(t.name.startswith("read ahead") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

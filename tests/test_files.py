@@ -115,7 +115,7 @@ def test_a_run_is_reserved_by_one_living_process(tmp_path, how):
     if how in ("killed", "with a child"):
         other.kill()
     other.stdin.close()
-    other.wait()
+    other.wait(60)
     assert path.exists() == (how != "released")
     reserve(path, "the run t")
     reserve(path, "the run t")  # by the same process: nothing to do

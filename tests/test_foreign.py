@@ -212,6 +212,7 @@ def released(tmp_path_factory):
         yield base
 
 
+@pytest.mark.usefixtures("offline")
 def test_chat_eval_of_an_export(released, capsys):
     flags = ["-n", "24", "-m", "20", *CPU]
     ours = chat_eval.main(["-i", "sft", *flags])

@@ -292,6 +292,22 @@ def test_the_front_door_lists_every_command_without_torch():
         )
 
 
+@pytest.mark.parametrize("line", ["", "base_train -h", "plan -h", "models", "base_trian"])
+def test_a_reader_that_has_gone_ends_no_command_with_a_stack_trace(line, tmp_path):
+    """`nanochat ... | head -1`, and head was quicker: nobody reads the pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "nanochat", *line.split()]
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, env=env, timeout=120
+    )
+    os.close(writing)
+    wrong = line == "base_trian"
+    assert done.returncode == (2 if wrong else 0)
+    assert done.stderr.count("\n") == wrong and ("did you mean" in done.stderr) == wrong
+
+
 def test_the_front_door_runs_a_command_and_suggests_the_nearest_name(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nanochat", "report", "-h"])
     with pytest.raises(SystemExit) as e:

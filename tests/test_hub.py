@@ -233,6 +233,14 @@ def test_offline_and_unknown(server, monkeypatch):
         get("-n", "1")
 
 
+def test_without_a_network_the_command_says_what_needs_none(base, offline, monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(UserError, match=r"check the name.* training on your own text needs no"):
+        get("-n", "0")
+    assert offline == ["huggingface.co"]
+    offline.clear()
+
+
 def test_a_disk_too_small(server, monkeypatch, tmp_path):
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match="free some space"):
@@ -284,7 +292,7 @@ def test_three_downloads_at_once_into_one_folder_end_well(server, tmp_path, monk
         process.start()
     assert [results.get(timeout=120) for _ in processes] == ["well"] * 3
     for process in processes:
-        process.join()
+        process.join(60)
     folder = tmp_path / "shards" / "fineweb-edu"
     for file in folder.glob("*.parquet"):
         assert file.read_bytes() == server.files[file.name]

@@ -135,8 +135,8 @@ def test_only_rank_0_writes(tmp_path, monkeypatch):
 
 
 class FakeWandb(types.ModuleType):
-    def __init__(self, fail_at=None):
-        super().__init__("wandb")
+    def __init__(self, fail_at=None, name="wandb"):
+        super().__init__(name)
         self.sent, self.fail_at, self.finished = [], fail_at, False
 
     def init(self, **kwargs):
@@ -160,6 +160,66 @@ def test_a_tracker_gets_the_numbers(tmp_path, monkeypatch):
     assert (
         fake.kwargs["name"] == "first" and fake.kwargs["config"] == {"depth": 4} and fake.finished
     )
+
+
+def test_trackio_gets_the_same_numbers_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", fake := FakeWandb(name="trackio"))
+    with Logbook(tmp_path, sinks=["trackio"], run_name="first", config={"depth": 4}) as book:
+        book.log(step=3, loss=2.5)
+    assert fake.sent == [(3, {"train/loss": 2.5})] and fake.finished
+    assert fake.kwargs == {"project": "nanochat", "name": "first", "config": {"depth": 4}}
+
+
+class FakeTensorboard(types.ModuleType):
+    """torch.utils.tensorboard, where one need not install its package."""
+
+    def __init__(self):
+        super().__init__("torch.utils.tensorboard")
+        self.calls = []
+
+    def SummaryWriter(self, folder):
+        self.calls.append(("open", folder))
+        return self
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *given: self.calls.append((name, *given))
+
+
+def test_tensorboard_gets_the_settings_and_every_number_as_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake := FakeTensorboard())
+    config = {"depth": 4, "path": tmp_path}
+    with Logbook(tmp_path, sinks=["tensorboard"], run_name="first", config=config) as book:
+        book.log(step=3, loss=torch.tensor(2.5), lr_mult=math.nan, note="text")
+        book.log(step=3, kind="eval", val_bpb=1.5, kinds={"sums": {"n": 2}})
+        assert fake.calls[-1] == ("flush",), "so that a page shows it during the run"
+    (opened, folder), (text, name, settings), *rest = fake.calls
+    assert (opened, folder) == ("open", str(tmp_path / "tensorboard"))
+    assert (text, name) == ("add_text", "config")
+    stored = json.loads(settings.removeprefix("```\n").removesuffix("\n```"))
+    assert stored == {"depth": 4, "path": str(tmp_path)}
+    assert rest == [
+        ("add_scalar", "train/loss", 2.5, 3),
+        ("flush",),
+        ("add_scalar", "eval/val_bpb", 1.5, 3),
+        ("add_scalar", "eval/kinds/sums/n", 2, 3),
+        ("flush",),
+        ("close",),
+    ]
+    assert [row["kind"] for row in read(tmp_path)] == ["start", "train", "eval"]
+
+
+def test_a_tracker_that_is_named_for_an_unnamed_run_is_not_even_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake := FakeTensorboard())
+    with Logbook(tmp_path, sinks=["tensorboard"]) as book:
+        book.log(step=1, loss=1.0)
+    assert fake.calls == []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        UserError, match="tensorboard is not installed: run pip install tensorboard"
+    ):
+        Logbook(tmp_path, sinks=["tensorboard"], run_name="first")
 
 
 def test_a_failing_tracker_is_reported_once_and_training_continues(tmp_path, monkeypatch, capsys):

@@ -78,6 +78,7 @@ def place(tmp_path, monkeypatch):
     return texts
 
 
+@pytest.mark.usefixtures("offline")
 def test_the_whole_chain_is_continued_after_an_interruption(place, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(mid_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -47,6 +47,7 @@ def toy(tmp_path, monkeypatch):
 CPU = ["--device_type=cpu", "--dtype=float32"]
 
 
+@pytest.mark.usefixtures("offline")
 def test_the_whole_chain_is_continued_after_an_interruption(toy, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(mid_train, "main", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -34,6 +34,7 @@ def test_a_base_run_resumes_to_the_recorded_end(release):
         )
 
 
+@pytest.mark.usefixtures("offline")
 def test_a_finetuned_model_chats(release, capsys):
     words = ["-i", "sft", "-t", "0", "-m", "12", "--device_type=cpu", "--dtype=float32"]
     chat_cli.main([*words, "-p", "Which pet do I have?"])

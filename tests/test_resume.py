@@ -9,8 +9,10 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,43 +112,45 @@ def test_a_crash_without_warning(whole, place, monkeypatch):
     assert_same_end(run, whole[2])
 
 
-def train_in_process(flags: list[str], base: Path, output: Path) -> None:
-    """The body of a process that trains, with all that it prints in a file."""
+def train_in_process(flags: list[str], base: Path, output: Path, end=None) -> None:
+    """
+    The body of a process that trains, with all that it prints in a file. `end`: in which step it
+    gets which signal, after how many seconds; with a delay it does not come past step 12.
+    """
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     torch.set_num_threads(1)
+    if end:
+        step, number, delay = end
+        patch, kill = pytest.MonkeyPatch(), partial(os.kill, os.getpid(), number)
+        tiny.act_in_step(patch, step, threading.Timer(delay, kill).start if delay else kill)
+        if delay:
+            tiny.act_in_step(patch, 12, lambda: time.sleep(600))
     entry(lambda: base_train.main(flags))
 
 
-def test_killed_at_any_moment(whole, place, tmp_path):
-    """kill -9, SIGTERM, and to the end: at moments that differ from one test run to the next."""
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_any_moment(whole, place, tmp_path, seed):
+    """kill -9 in a step or a while after it, SIGTERM in a later one, and to the end."""
     flags, run = place
-    output, rng = tmp_path / "output", random.Random()
-    arguments = [*flags, *STEPS, "--resume=auto"], tmp_path, output
+    output, rng = tmp_path / "output", random.Random(seed)
 
-    def start():
+    def end(*how) -> int | None:
+        arguments = [*flags, *STEPS, "--resume=auto"], tmp_path, output, how
         process = tiny.forkserver().Process(target=train_in_process, args=arguments)
         process.start()
-        return process
+        process.join(600)
+        return process.exitcode
 
-    for steps, number in ((rng.randint(0, 6), signal.SIGKILL), (rng.randint(1, 6), signal.SIGTERM)):
-        stop_at = max([0, *losses(run)]) + steps
-        process = start()
-        while process.is_alive() and max([0, *losses(run)]) < stop_at:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.05))
-        if process.is_alive():
-            os.kill(process.pid, number)
-        process.join(120)
-        printed = output.read_text() if output.exists() else ""
-        if number == signal.SIGTERM and process.exitcode != 0:  # 0: it was finished already
-            assert process.exitcode == 130, printed
-            assert "Traceback" not in printed and "continue with --resume auto" in printed
-    process = start()
-    process.join(120)
-    assert process.exitcode == 0, output.read_text()
+    assert end(rng.randint(1, 6), signal.SIGKILL, rng.uniform(0.001, 0.05)) == -signal.SIGKILL
+    assert len(losses(run)) < 12
+    assert end(14, signal.SIGTERM, 0) == 130, output.read_text()
+    printed = output.read_text()
+    assert "Traceback" not in printed and "continue with --resume auto" in printed
+    assert checkpoint.newest(run).step == 14
+    assert end() == 0, output.read_text()
     assert_same_end(run, whole[2])
 
 
@@ -378,22 +382,21 @@ def test_a_run_in_use_is_left_alone(whole, place, command):
     lock = run.parents[1] / ("sft" if main is chat_sft else "base") / ".t.lock"
     process = tiny.forkserver().Process(target=hold, args=(lock,))
     process.start()
-    while not (lock.exists() and lock.read_text()):
-        time.sleep(0.01)
+    tiny.wait_until(lambda: lock.exists() and lock.read_text(), 600)
     before = sorted(run.parents[1].rglob("*"))
     flags = [*flags, *(own if main is base_train else ["--data=tinyworld@100"])]
     with pytest.raises(UserError, match=rf"the run t in .* is in use by process {process.pid} on"):
         main.main([*flags, *STEPS[:1]])
     assert sorted(run.parents[1].rglob("*")) == before
     process.kill()
-    process.join()
+    process.join(60)
     if main is base_train and "--resume=auto" in flags:
         main.main([*flags, *STEPS])  # the dead one is no obstacle
 
 
 def hold(lock: Path) -> None:
     reserve(lock, "the run t")
-    time.sleep(60)
+    time.sleep(600)
 
 
 class NoLogin(types.ModuleType):

@@ -55,7 +55,7 @@ def running(marker: str) -> list[str]:
     return found
 
 
-def soon(condition, seconds: float = 5.0) -> bool:
+def soon(condition, seconds: float = 60.0) -> bool:
     """Whether the condition comes true in time: the kernel takes a moment to end processes."""
     deadline = time.monotonic() + seconds
     while (
@@ -217,10 +217,11 @@ def test_what_passing_does_not_mean(sandbox):
 
 
 def test_deadline_is_kept(sandbox):
-    start = time.perf_counter()
-    outcome = run("while True: pass", seconds=0.3)
-    assert outcome == Outcome(False, "timeout", "", "")
-    assert 0.3 < time.perf_counter() - start < 3  # the machine may be busy
+    """Not before, and not at the end of a program that would pass without it, after a minute."""
+    for program in ("while True: pass", "import time\ntime.sleep(60)"):
+        start = time.monotonic()
+        assert run(program, seconds=0.3) == Outcome(False, "timeout", "", "")
+        assert time.monotonic() - start > 0.3
 
 
 def test_ends_with_the_process_that_started_it(sandbox):
@@ -242,7 +243,7 @@ execution.run("import signal\\nsignal.pthread_sigmask(0, range(1, 32))\\nwhile T
         )  # bwrap outside, bwrap inside, Python
     finally:
         parent.kill()
-        parent.wait()
+        parent.wait(60)
     assert soon(lambda: not running(marker)), running(marker)
 
 

@@ -262,9 +262,9 @@ def test_ranks_share_the_work_of_one(source, tmp_path):
     ]
     for process in ranks:
         process.start()
-    (a, hash_a), (b, hash_b) = results.get(timeout=60), results.get(timeout=60)
+    (a, hash_a), (b, hash_b) = results.get(timeout=600), results.get(timeout=600)
     for process in ranks:
-        process.join()
+        process.join(60)
     assert hash_a == hash_b and min(a, b) == 0 < max(a, b)
 
 

@@ -136,9 +136,9 @@ def test_surrogates(tok):
 )
 def test_megabytes_of_one_thing(tok, unit):
     text = unit * (2_000_000 // len(unit.encode()))
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor, because the machine may be busy
     ids = tok.encode(text)
-    assert time.perf_counter() - start < 5  # it takes 0.05 to 0.3 s
+    assert time.thread_time() - start < 5  # it takes 0.05 to 0.3 s
     assert tok.decode(ids) == text and tok.token_bytes()[ids].sum() == len(text.encode())
     assert tok.encode("x" + text + "y")[0] == tok.encode("x")[0]
 

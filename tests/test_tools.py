@@ -189,12 +189,20 @@ def test_answers(expression):
     assert calculate(expression) == ANSWERS[expression]
 
 
+def at_once(expression: str) -> str | None:
+    """
+    What the calculator says, which must take it well under a millisecond: measured in processor
+    time of this thread, because the machine may be busy.
+    """
+    start = time.thread_time()
+    result = calculate(expression)
+    assert time.thread_time() - start < 0.5
+    return result
+
+
 @pytest.mark.parametrize("expression", REFUSED)
 def test_refuses_at_once(expression):
-    start = time.perf_counter()
-    assert calculate(expression) is None
-    seconds = time.perf_counter() - start
-    assert seconds < 0.5  # it takes well under a millisecond; the machine may be busy
+    assert at_once(expression) is None
 
 
 def test_works_in_a_thread():
@@ -203,7 +211,7 @@ def test_works_in_a_thread():
         target=lambda: results.append((calculate("6*7"), calculate("9**9**9")))
     )
     thread.start()
-    thread.join()
+    thread.join(60)
     assert results == [("42", None)]
 
 
@@ -235,9 +243,9 @@ expressions = st.one_of(st.text(max_size=60), st.lists(pieces, max_size=60).map(
 
 
 @given(expressions)
-@settings(max_examples=1000, deadline=1000)
+@settings(max_examples=1000, deadline=None)
 def test_never_anything_but_a_short_answer_or_a_refusal(expression):
-    result = calculate(expression)
+    result = at_once(expression)
     assert result is None or (len(result) <= tools.MAX_DIGITS + 1 and float(result) is not None)
 
 

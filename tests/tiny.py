@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import time
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -176,6 +177,14 @@ def forkserver() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanochat.commands.base_train", "nanochat.train.stage"])
     return context
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for what another thread or process is about to do; fails if it does not do it."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+        time.sleep(0.01)
 
 
 def weights(m: GPT) -> dict[str, torch.Tensor]:
