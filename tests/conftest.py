@@ -5,6 +5,7 @@ signals work in a background job too. Fixtures of several files stand here too.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -41,6 +42,14 @@ def no_silent_return_to_eager():
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.config.fail_on_recompile_limit_hit = True
+
+
+@pytest.fixture(autouse=True)
+def the_same_random_numbers():
+    """Whichever tests ran before; what a test draws without a seed of its own is no surprise."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -299,6 +299,7 @@ def test_a_reader_that_has_gone_ends_no_command_with_a_stack_trace(line, tmp_pat
     os.close(reading)
     command = [sys.executable, "-m", "nanochat", *line.split()]
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env["PYTHONUNBUFFERED"] = ""
     done = subprocess.run(
         command, stdout=writing, stderr=subprocess.PIPE, text=True, env=env, timeout=120
     )

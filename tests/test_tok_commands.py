@@ -96,7 +96,11 @@ def test_tok_eval(corpus, capsys, monkeypatch, trouble):
         tok_eval.main(["--data", corpus])
     tok_train.main(["--vocab_size=400", "--data", f"mine={corpus}"])
     capsys.readouterr()
-    tok_eval.main(["--data", f"mine={corpus}", "--wait=0.3"])
+    join, waits = threading.Thread.join, []
+    with monkeypatch.context() as m:
+        m.setattr(threading.Thread, "join", lambda t, s=None: waits.append(s) or join(t, s))
+        tok_eval.main(["--data", f"mine={corpus}", "--wait=0.3"])
+    assert [seconds for seconds in waits if seconds] == [0.3]
     arrives.set()  # only now, so the command has not waited for it
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
