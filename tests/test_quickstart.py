@@ -210,7 +210,7 @@ def test_a_fast_machine_gets_steps_and_a_slow_one_minutes(monkeypatch, tmp_path,
     timed = lengths(QuickstartKnobs(minutes=8, seconds_used=90), 10_000, monkeypatch, tmp_path)
     total = sum(float(flag.split("=")[1]) for flag in timed.values())
     assert total == pytest.approx(8 - 1.5 - quickstart.CLOSING_SECONDS / 60, abs=0.1)
-    with pytest.raises(UserError, match=r"2 minutes are too few, because 2\.4 are used"):
+    with pytest.raises(UserError, match=r"2 minutes are too few, because 2\.4 are already used"):
         lengths(QuickstartKnobs(minutes=2, seconds_used=120), 10_000, monkeypatch, tmp_path)
 
 

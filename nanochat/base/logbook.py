@@ -304,8 +304,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def newest(directory: Path, kind: str) -> dict[str, Any]:
     """
-    The last row of a kind near the end of the logbook, which a run may still be writing; {} if there
-    is none. Only the last 16 KiB are read, so that this can be called often.
+    The last row of a kind near the end of the logbook, which a run may still be writing; {} if
+    there is none. Only the last 16 KiB are read, so that this can be called often.
     """
     try:
         with open_regular(directory / FILE) as file:

@@ -34,10 +34,9 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Show a piece of text; nothing in it can change the terminal's state."""
-        text = printable(text)
-        print(text, end="", flush=True)
-        if text:
-            self._line_open = not text.endswith("\n")
+        print(printable(text), end="", flush=True)
+        if visible := printable(text):
+            self._line_open = not visible.endswith("\n")
 
     def end(self) -> None:
         """End a text with a line break; in a terminal, only if the cursor stands behind text."""
