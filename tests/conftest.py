@@ -46,7 +46,7 @@ def no_silent_return_to_eager():
 
 @pytest.fixture(autouse=True)
 def the_same_random_numbers():
-    """Whichever tests ran before; what a test draws without a seed of its own is no surprise."""
+    """What a test draws without a seed of its own does not depend on the tests before it."""
     random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)

@@ -228,7 +228,7 @@ def test_of_a_large_source_the_first_part_is_looked_at(folder, monkeypatch):
     monkeypatch.setattr(inventory, "LIMIT", 10_000)
     (source,) = take(folder)
     assert not source.complete and 10_000 <= source.characters < 12_000
-    assert "only the first 10k of them were read" in source.lines()[0]
+    assert "only the first 10k characters were read" in source.lines()[0]
 
 
 def test_files_that_may_not_be_read_and_loops_of_links(folder, monkeypatch):

@@ -182,7 +182,7 @@ def test_the_specifications_are_up_to_date():
         (["--params", "38M", "--split", "1:0:1"], "not '1:0:1'"),
         (
             ["--params", "25M", "--split", "1:1:1", "--tie_embeddings"],
-            "embedding:layers of a tied model, for example 1:1, not '1:1:1'",
+            "embedding:layers for a tied model, for example 1:1, not '1:1:1'",
         ),
         (["--split", "1:1:1"], "also needs the number of parameters"),
         (["--gpu", "rtx4091"], r"there is no GPU 'rtx4091' in the table \(did you mean RTX"),

@@ -29,9 +29,13 @@ def test_without_a_recipe(tmp_path, missing):
         pilot.read(str(tmp_path / "recipe.toml"))
 
 
-def test_a_plan_of_another_version_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "plan",
+    ['{"primary": {}}', '{"knobs": {"renamed_knob": 3}}', '{"knobs": {"pretrain": 0.01}}'],
+)
+def test_a_plan_of_another_version_is_refused(tmp_path, plan):
     (tmp_path / "recipe.toml").write_text("[base_train]\ndepth = 2\n")
-    (tmp_path / "recipe.json").write_text('{"primary": {}}')
+    (tmp_path / "recipe.json").write_text(plan)
     with pytest.raises(
         UserError, match=r"no recipe of this version.*make one with nanochat plan recipe"
     ):

@@ -471,6 +471,7 @@ def test_a_recipe_holds_values_as_they_were_given():
     assert (base["rope_base"], base["softcap"]) == (123456789.0, 0.0) and base[
         "tie_embeddings"
     ] is True
+    assert type(base["rope_base"]) is type(base["softcap"]) is float and type(base["depth"]) is int
     assert base["model_tag"] == k.model_tag and base["depth"] == 6
     assert base["context_stages"] == ["512@0", "1024@0.6", "2048@0.9"]
 

@@ -287,3 +287,16 @@ def test_a_step_that_fails_ends_its_line(tmp_path, capsys):
     with pytest.raises(UserError), shown.working("pretraining"):
         raise UserError("no text")
     assert re.search(r"pretraining\s+stopped after \d+s?\n", capsys.readouterr().out)
+
+
+def test_a_chain_whose_models_were_all_deleted_starts_its_clock_again(base):
+    done = ["tokenizer", "base", "mid"]
+    stored = {"seconds": 500.0, "lengths": {"base": "--x"}, "notes": {"a": 1}, "done": done}
+    folder = base / "chain"
+    folder.mkdir(parents=True)
+    (folder / "t.json").write_text(json.dumps(stored), encoding="utf-8")
+    diary = chain.Diary("chain", "t", seconds_used=3.0)
+    assert (diary.earlier, diary.done, diary.lengths) == (3.0, ["tokenizer"], {})
+    (base / "checkpoints" / "base" / "t" / "step_000001").mkdir(parents=True)
+    diary = chain.Diary("chain", "t", seconds_used=3.0)
+    assert (diary.earlier, diary.done) == (503.0, ["tokenizer", "base"]), "one model is left"

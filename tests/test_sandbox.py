@@ -174,7 +174,7 @@ def outcomes(request, outside):
         found = attacks.attempt({**outside.facts, "marker": marker, "UID": str(os.getuid())})
     else:
         found = normal_user(outside, {**outside.facts, "marker": marker, "UID": str(NOBODY)})
-    assert soon(lambda: not running(marker)), running(marker)
+    assert soon(lambda: not running(marker), 10), running(marker)
     return found
 
 
@@ -221,7 +221,7 @@ def test_deadline_is_kept(sandbox):
     for program in ("while True: pass", "import time\ntime.sleep(60)"):
         start = time.monotonic()
         assert run(program, seconds=0.3) == Outcome(False, "timeout", "", "")
-        assert time.monotonic() - start > 0.3
+        assert 0.3 < time.monotonic() - start < 30
 
 
 def test_ends_with_the_process_that_started_it(sandbox):
@@ -231,7 +231,7 @@ import os
 from nanochat.eval import sandbox as execution
 execution.missing()  # tries the sandbox, which is not the run to wait for
 execution._HARNESS = f"# {os.environ['MARKER']}" + execution._HARNESS
-execution.run("import signal\\nsignal.pthread_sigmask(0, range(1, 32))\\nwhile True: pass", seconds=60)
+execution.run("import signal\\nsignal.pthread_sigmask(0, range(1, 32))\\nwhile True: pass", seconds=600)
 """
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "MARKER": marker}, cwd=ROOT
@@ -256,7 +256,7 @@ def test_ends_when_interrupted(sandbox, monkeypatch):
         lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
-        run("while True: pass", seconds=60)
+        run("while True: pass", seconds=600)
     assert soon(lambda: not running(marker))
 
 

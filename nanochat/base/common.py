@@ -105,7 +105,7 @@ def print0(*args: object, prefix: str = "", suffix: str = "", **options: Any) ->
 
 
 def notice(message: str) -> None:
-    """Print a line on standard error, on rank 0, about something that is no error."""
+    """Print a line on standard error, on rank 0, about something that is not an error."""
     print0(f"notice: {in_line(message)}", file=sys.stderr)
 
 
@@ -172,7 +172,7 @@ def _discard_output(stream: Any, error: Exception) -> None:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
-            return  # no file of the system, as in a notebook
+            return  # not a file of the system, as in a notebook
 
 
 def _flush() -> None:
@@ -187,7 +187,7 @@ def _flush() -> None:
 def forgiving_streams() -> None:
     """
     Make the console print '?' for a character that it cannot show, and read U+FFFD for bytes that
-    are no text, where Python would raise an error. A stream that is closed from the start (`>&-`)
+    are not text, where Python would raise an error. A stream that is closed from the start (`>&-`)
     becomes the null device.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

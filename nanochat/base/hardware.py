@@ -248,7 +248,7 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
                 stored = re.findall(
                     r"^(?:total_)?inactive_file (\d+)$", _text(level / "memory.stat"), re.M
                 )
-                # Without page cache that can be freed; with v1, the last line has the sublevels
+                # Without page cache that can be freed; in v1, the last line includes lower levels
                 used = (_figure(level / used_file) or 0) - int([0, *stored][-1])
                 yield limit, max(0, used)
 

@@ -312,8 +312,9 @@ def _known_values(
 
 def stored_values(cls: type, stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
-    {knob: value} of what a file has stored for the knobs of `cls`, checked like a recipe; others
-    are ignored. `where` names the file in error messages, as in "in the checkpoint".
+    {knob: value} for the knobs of `cls`, of what a file has stored or another command has, checked
+    like a recipe; others are ignored. `where` names the source in error messages, as in "in the
+    checkpoint".
     """
     return _known_values(_knobs(cls), stored, where)
 

@@ -299,7 +299,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): restore the file") from e
     if left_out:
-        notice(f"{path} has rows that no log book writes ({left_out}): they are left out")
+        notice(f"{path} has rows that no logbook writes ({left_out}): they are left out")
 
 
 def newest(directory: Path, kind: str) -> dict[str, Any]:

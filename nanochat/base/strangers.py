@@ -114,7 +114,7 @@ def mismatch(value: Any, form: Any, name: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a float can hold; true and false are no numbers."""
+    """Whether a value is a finite number that a float can hold; true and false are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)

@@ -125,7 +125,7 @@ def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tu
     """
     The conversation without its oldest exchanges, and how many were dropped: as few as needed for a
     prompt of at most `limit` tokens. The system message and the last question are always kept.
-    Raises UserError if messages have no right shape.
+    Raises UserError if the messages have the wrong shape.
     """
     messages = conversation["messages"]
     first = 1 if messages and messages[0]["role"] == "system" else 0

@@ -34,8 +34,8 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Show a piece of text; nothing in it can change the terminal's state."""
-        print(printable(text), end="", flush=True)
-        if visible := printable(text):
+        print(visible := printable(text), end="", flush=True)
+        if visible:
             self._line_open = not visible.endswith("\n")
 
     def end(self) -> None:

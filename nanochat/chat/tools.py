@@ -58,7 +58,7 @@ class ToolCalls:
 def calculate(expression: str) -> str | None:
     """
     The result as the model reads it, or None if the calculator refuses; never raises. Integers are
-    written in full, other numbers with 15 digits, which a double holds exactly.
+    written in full, other numbers with 15 significant digits, all of which a double preserves.
     """
     if len(expression) > MAX_LENGTH:
         return None

@@ -171,8 +171,8 @@ class Chat:
 
     def run(self, texts: Iterable[str], forgiving: bool = True) -> None:
         """
-        Run or answer each text, until /quit. A UserError is shown or, without `forgiving`, raised;
-        Ctrl+C in a terminal stops the current answer.
+        Run each text if it is a command, else answer it, until /quit. A UserError is shown or,
+        without `forgiving`, raised; Ctrl+C in a terminal stops the current command or answer.
         """
         for text in map(str.strip, texts):
             try:

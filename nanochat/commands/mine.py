@@ -59,10 +59,10 @@ TELLING = 20  # characters of a line that is hardly repeated by chance
 MINUTES = 30.0  # of the chain, unless they are given
 LEAST_MINUTES = 5  # of the chain
 LEAST_SECONDS = 60.0  # of a stage
-# With half as many conversations and steps, the quickstart's model learned to converse; the other
-# half is for the text
-CONVERSATIONS, CONVERSATIONS_PER_STEP = 12_000, 64
-MID_STEPS, SFT_STEPS = 1200, 200
+# An earlier quickstart's model learned to converse with half of these conversations and steps; the
+# other half is for the text
+CONVERSATIONS, MID_STEPS, SFT_STEPS = 12_000, 1200, 200
+CONVERSATIONS_PER_STEP = 64
 CHARACTERS_PER_CONVERSATION = 100  # of the text, at least, per conversation made from it
 BYTES_PER_TOKEN = 4.0  # of a stored conversation, about
 EMBEDDED_TEXT = "everyday=tinyworld"
@@ -291,7 +291,7 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
     )
     if own >= useful:  # else a machine that is faster than expected reads more
         flags += f" --num_iterations={max(1, round(expected / batch))}"
-    if own > 2 * tokens:  # evaluate after every pass whether held-out loss still falls
+    if own > 2 * tokens:  # evaluate after every pass, to see whether held-out loss still falls
         flags += f" --eval_every={math.ceil(tokens * expected / (own * batch))}"
     lookback = "on" if minutes_of(knobs) <= LOOKBACK_MINUTES else "off"
     return f"{flags} --lookback={lookback}{compiling(seconds, peak)}"
@@ -344,9 +344,9 @@ def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
 
 def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, float]:
     """
-    {source: share} of a later stage: in midtraining your text, the conversations made from it,
-    your own conversations, those about the model's name, and the embedded corpus. Nothing of yours
-    is read more often than is useful; the embedded corpus has the rest.
+    {source: share} of a later stage: the conversations made from your text, your own, those about
+    the model's name, and those of the embedded corpus; in midtraining also your text. Nothing of
+    yours is read more often than is useful; the embedded corpus has the rest.
     """
     notes, has_text = diary.notes, stage == "mid"
     everyday = knobs.everyday / 2 if knobs.start else knobs.everyday  # it converses already

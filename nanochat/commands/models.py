@@ -23,7 +23,7 @@ class ModelsKnobs:
 
     json: bool = knob(False, "print only JSON")
     remove: tuple[str, ...] = knob(
-        (), "runs to delete with their checkpoints and log books, each as STAGE/TAG"
+        (), "runs to delete with their checkpoints and logbooks, each as STAGE/TAG"
     )
     yes: bool = knob(False, "delete without asking", alias="-y")
 

@@ -100,7 +100,7 @@ def published_encodings(seconds: float) -> dict[str, Encode]:
         try:
             for name, published in PUBLISHED.items():
                 encodings[name] = tiktoken.get_encoding(published).encode_ordinary
-        except Exception as e:  # of the network, a proxy or a damaged cache, of any kind
+        except Exception as e:  # the network, a proxy or a damaged cache can raise anything
             problem = type(e).__name__
 
     if seconds == 0:

@@ -25,8 +25,8 @@ def read(
 ) -> Iterator[tuple[str, Any]]:
     """
     Yield ("FILE, line N", row) for each conversation of a file. Given `me`, the person of that name
-    is the assistant of a chat. If the file is `alone`, the only one to read, it raises UserError
-    where it holds no conversations; else the report lists it as skipped.
+    is the assistant of a chat. If the file is the only one to read (`alone`), raises UserError if
+    it has no conversations or cannot be read; else the report lists it as skipped.
     """
     try:
         yield from _read(path, report, me)

@@ -90,7 +90,7 @@ def _seconds(stamped: re.Match[str]) -> float | None:
 
 def exported(value: Any) -> list[Chat] | None:
     """
-    The chats of an export of Telegram or Discord, as JSON was parsed, divided by sessions(). None
+    The chats of an export of Telegram or Discord, given as parsed JSON, divided by sessions(). None
     if `value` is no such export.
     """
     if not isinstance(value, dict):
@@ -149,8 +149,8 @@ def chats_in_text(text: str, me: str | None = None) -> list[Chat]:
 
 def _is_export(lines: Sequence[str]) -> bool:
     """
-    Whether lines that begin with a time are an export of WhatsApp. Diaries and logs have times as
-    well, but seldom a name and a colon after them.
+    Whether lines, the first of which begins with a time, are an export of WhatsApp. Diaries and
+    logs have times as well, but seldom a name and a colon after them.
     """
     stamped = [STAMPED.match(line) for line in lines]
     messages = [match for match in stamped if match]
@@ -271,7 +271,7 @@ def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
         replies = node.get("replies") or []
         stack += [(reply, path) for reply in reversed(replies)]
         goes_on = any(isinstance(reply, dict) and reply.get("replies") for reply in replies)
-        if role_of(str(node.get("role"))) != "assistant" or goes_on:
+        if ROLE_OF.get(str(node.get("role")).lower()) != "assistant" or goes_on:
             continue
         messages = []
         for source in path:
@@ -279,7 +279,7 @@ def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
             key = hash((source.get("message_id"), source["text"]))
             if key in trained:
                 message["weight"] = 0
-            if role_of(str(source["role"])) == "assistant":
+            if ROLE_OF.get(str(source["role"]).lower()) == "assistant":
                 trained.add(key)
             messages.append(message)
         yield {"messages": messages}

@@ -222,7 +222,7 @@ def _parted(text: str, report: Report) -> list[str]:
 
 
 def _read_document(path: Path, reader: Reader, report: Report) -> Iterator[str]:
-    """The documents of a file that one of READERS reads. Raises UserError if it cannot."""
+    """The documents of a file that one of READERS reads. Raises UserError if it is damaged."""
     try:
         for text in reader(path, report):
             yield from cut([well_formed(text)])

@@ -84,9 +84,9 @@ class RowFeed:
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
     moves to the next stage, and `numbers` reports it to the log.
 
-    `step` and `progress` (0 to 1; 0 if endless) count the steps that were returned, not those that
-    are prefetched. device_rows (of the current context) may be lowered at any time: it changes how
-    a step is cut, never which rows it has.
+    `step` and `progress` (0 to 1; 0 if endless) are the position after the steps that were
+    returned, not after those that are prefetched. device_rows (of the current context) may be
+    lowered at any time: it changes how a step is cut, never which rows it has.
     """
 
     def __init__(

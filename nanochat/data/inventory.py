@@ -107,7 +107,7 @@ class SourceInventory:
 
     def _file_lines(self) -> Iterator[str]:
         read = ", ".join(f"{n:,} {kind}" for kind, n in _most(self.read)) or "no file of text"
-        limit = "" if self.complete else f" (only the first {human(LIMIT)} of them were read)"
+        limit = "" if self.complete else f" (only the first {human(LIMIT)} characters were read)"
         documents = counted(self.documents, "documents")
         yield f"{self.name}: {documents}, {human(self.characters)} characters, from {read}{limit}"
         reasons: dict[str, list[str]] = {}

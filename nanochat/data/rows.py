@@ -110,7 +110,10 @@ class Report:
             self.finish()
 
     def finish(self) -> None:
-        """Call this at the end. Raises TooManyBadRows, which names them, beyond `limit`."""
+        """
+        Call this at the end. Raises TooManyBadRows, which names the bad rows, if there are more
+        than `limit`.
+        """
         count = len(self.problems)
         if count > self.limit:
             at_least = "at least " if count > self.limit + MOST_COLLECTED else ""
@@ -136,7 +139,8 @@ def reading(path: Path) -> Iterator[None]:
             raise  # nothing is wrong with the file
         what = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise UserError(
-            f"cannot read {path} ({what}): replace it with an undamaged copy, or leave it out"
+            f"cannot read {path} ({what}): check its permissions, replace it with an undamaged "
+            "copy, or leave it out"
         ) from e
 
 
@@ -195,8 +199,9 @@ def guessed_encoding(sample: bytes) -> str | None:
 
 def encoding_of_file(path: Path) -> tuple[str, str]:
     """
-    (encoding, errors) with which open() can read a text. Looks at all bytes of UTF-8, or else at
-    those around the first one that is not. Raises UserError for a file that is not text.
+    (encoding, errors) with which open() can read a text. Reads the file up to its first byte that
+    is not UTF-8, and looks at the bytes around that one. Raises UserError for a file that is not
+    text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     before, position = b"", 0

@@ -153,7 +153,10 @@ def conversation(row: Any) -> dict[str, Any]:
 
 
 def _tool_result(message: Any, earlier: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """A message with the result of the calculator, whose call ends `earlier`, as a reply's part."""
+    """
+    A result of the calculator, as a part of the reply that `earlier` ends with; None for any other
+    message.
+    """
     if not isinstance(message, dict) or message.get("role") not in ("tool", "function"):
         return None
     parts = earlier[-1]["content"] if earlier else None

@@ -86,7 +86,7 @@ class Tokenizer:
         self.pieces = [*self.ranks, *(name.encode() for name in self.specials)]
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.digits, self.pattern = digits, split_pattern(digits)
-        # UTF-8 bytes of a token, on average over text like that it was trained on; 0 = not known
+        # UTF-8 bytes of a token, on average over text like its training text; 0 = not known
         self.bytes_per_token = 0.0
         digest = hashlib.sha256(json.dumps([FORMAT, self.pattern, WINDOW, self.specials]).encode())
         for token in self.ranks:

@@ -77,7 +77,7 @@ def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """
     The summary of each stage, from the last result of every task at its last evaluated step. `logs`
-    has the rows of each stage's log book, which a stranger may have written.
+    has the rows of each stage's logbook, which a stranger may have written.
     """
     stages = {}
     for stage, log in logs.items():

@@ -1,5 +1,5 @@
 """
-The model card: the README.md of an exported folder, from what the checkpoint and its log book know.
+The model card: the README.md of an exported folder, from what the checkpoint and its logbook know.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ def model_card(
     to: str = "hf",
 ) -> str:
     """
-    README.md of the folder: `meta` is the checkpoint's, `rows` its log book's, `checked` the
+    README.md of the folder: `meta` is the checkpoint's, `rows` its logbook's, `checked` the
     outcome of the comparison.
     """
     stage = meta["stage"]

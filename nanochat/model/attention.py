@@ -122,8 +122,8 @@ def _pad_heads(x: Tensor, heads: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, heads - x.size(-3)))
 
 
-# At most one document begins in so many positions. The number of documents is then bounded, and a
-# GPU can have memory for them without telling the host how many there are.
+# At most one document begins in so many positions. The number of documents is then bounded, so
+# memory for them can be allocated on a GPU without the host knowing how many there are.
 CELL = 16
 
 

@@ -321,8 +321,9 @@ def _sync(path: Path) -> None:
 def prune(directory: Path, step: int, keep: int, best: int | None, run: str | None = None) -> None:
     """
     Delete the checkpoints of `run` (the "run_id" in their metadata) up to `step`, except that of
-    the step `best` and the last `keep`; also delete temporary files of killed processes. The
-    checkpoints of other runs stay, and so do folders to which somebody has added a file.
+    the step `best` and the last `keep`; also delete temporary folders and files of killed
+    processes. The checkpoints of other runs stay, and so do folders to which somebody has added a
+    file.
     """
     past = [c for c in list_checkpoints(directory) if c.step <= step]
     kept = {*past[-max(1, keep) :], *(c for c in past if c.step == best)}

@@ -147,8 +147,8 @@ class Linear(nn.Linear):
 
 class Convolution(nn.Module):
     """
-    Adds to each token a weighted sum of itself and the three tokens before it, with weights of
-    their own for every channel: the "Canon layers" of Allen-Zhu, "Physics of Language Models:
+    Adds to each token a weighted sum of itself and the three tokens before it, with separate
+    weights for every channel: the "Canon layers" of Allen-Zhu, "Physics of Language Models:
     Part 4.1" (2025). The cache keeps the three tokens under `name`.
     """
 
@@ -186,8 +186,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.window(layer), config.head_dim
-        # Of the copy heads' keys in a cache. Formatting it in forward() would make torch compile
-        # every layer on its own.
+        # The name of the copy heads' keys in a cache. Formatting it in forward() would make torch
+        # compile every layer on its own.
         self.k_name = f"{layer}.k"
         kv_width = config.n_kv_head * config.head_dim
         self.q = Linear(config.n_embd, config.n_embd)
@@ -247,7 +247,7 @@ class Attention(nn.Module):
             k = torch.cat((with_earlier(copied, 1, cache, self.k_name)[:, :-1], others), dim=-1)
         q, k = self.placed(q, k, cos, sin)
         v = v.view(B, T, -1, self.head_dim)
-        # Transposed last: earlier, compiled code would keep q and k twice for the backward pass
+        # Transposed last: before this, compiled code would keep q and k twice for the backward pass
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if cache is None:
             y = attend(q, k, v, self.window, bias, starts)

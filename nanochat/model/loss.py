@@ -74,10 +74,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         x, weight = x.detach(), weight.detach()  # as in evaluations, for the same compiled code
         R, w = x.size(0), weight.to(x.dtype)
-        chunk_size, block_chunks = (
-            chunk_rows(x, weight, compiled),
-            BLOCK_CHUNKS.get(x.device.type, 1),
-        )
+        chunk_size = chunk_rows(x, weight, compiled)
+        block_chunks = BLOCK_CHUNKS.get(x.device.type, 1)
         block_size = chunk_size * block_chunks
         losses_and_gradients = _both(compiled)
         dx = torch.empty_like(x)

@@ -1,7 +1,7 @@
 """
 The runs under checkpoints/, one record for every folder. Records are made from metadata only: no
 tensor is read or hashed, and torch is not imported. The record of a damaged folder, or of one that
-is no run, says what is wrong with it.
+is not a run, says what is wrong with it.
 """
 
 import os
@@ -61,7 +61,7 @@ class RunRecord:
 
 
 def find_records() -> list[RunRecord]:
-    """All runs in the order in which commands prefer them, and then what is no run."""
+    """All runs in the order in which commands prefer them, and then what is not a run."""
     records = [_record(stage, run) for stage, run in by_preference() if run.is_dir()]
     usable = [record for record in records if not record.problem]
     if usable:
@@ -148,7 +148,7 @@ def foreign_file(run: Path) -> str:
 
 
 def check_removable(record: RunRecord) -> None:
-    """UserError if this is no run, or if its folder has a file that no run writes."""
+    """UserError if this is not a run, or if its folder has a file that no run writes."""
     run = Path(record.folder)
     if record.stage not in STAGES or not run.is_dir() or run.is_symlink():
         raise UserError(f"{run} is not the folder of a run: remove it yourself")

@@ -83,8 +83,8 @@ _SPEC = {
     "reach": (int, None),  # which older checkpoints lack
 }
 # The tables of a prior, with a letter for each of their sizes. V = vocabulary, U = V + 1,
-# T = context, D = T + 1, L = layers, H = heads, G = groups, S = shifts, N = curves; the others may
-# have any size. The table "place" is TT, ND or D.
+# T = context, D = T + 1, L = layers, H = heads, G = groups, S = shifts, N = curves; for any other
+# letter, the first table that has it decides the size. The table "place" is TT, ND or D.
 _TABLES = {
     "gates": "LHG",
     "start": "LHG",

@@ -100,7 +100,7 @@ def parse_number(text: str) -> float:
 def parse_shares(text: str, tied: bool) -> list[float]:
     """'1:1:1' -> a third each, of embedding, layers and head; a tied model has no head."""
     form, example = (
-        ("embedding:layers of a tied model", "1:1") if tied else ("embedding:layers:head", "1:1:1")
+        ("embedding:layers for a tied model", "1:1") if tied else ("embedding:layers:head", "1:1:1")
     )
     match = re.fullmatch(":".join([r"(\d*\.?\d+)"] * (3 - tied)), text)
     values = [float(value) for value in match.groups()] if match else [0.0]

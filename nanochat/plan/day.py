@@ -27,7 +27,7 @@ from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import machine, probe
 from nanochat.plan.choice import TIE, Candidate, ChoiceKnobs, Plan, assess
-from nanochat.plan.law import Law, Text
+from nanochat.plan.law import Law
 from nanochat.plan.machine import GIB, CardKnobs, Machine
 from nanochat.plan.shapes import SizeKnobs, architecture, counts
 from nanochat.train.scaling import bytes_per_token, text_for
@@ -115,7 +115,7 @@ def planned_machine(knobs: PlanKnobs) -> Machine:
     return machine.named(knobs)
 
 
-def text_sizes(data: Sequence[str]) -> Text:
+def text_sizes(data: Sequence[str]) -> list[tuple[float, float]]:
     """
     (share of the tokens, bytes that it holds) of each source; a data set on the hub counts with all
     its shards, because they can be downloaded. UserError for a source without text.
@@ -363,7 +363,7 @@ def commands(plan: Plan, script: str) -> list[str]:
     unit, budget = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)
     length, minutes = f"--{unit} {budget:g}", round(knobs.budget / 60)
     if not given and minutes >= 10:  # the script would choose what is given, and refuses less
-        rounded = length if budget == int(budget) else f"--minutes {minutes}"
+        rounded = f"--{unit} {budget:.0f}" if budget == int(budget) else f"--minutes {minutes}"
         whole = f"bash {script or 'runs/one_day.sh'} {rounded} --vocab {knobs.vocab} {data}"
         lines.insert(0, f"{whole}    # all of it, or by steps:")
     pilot = ["nanochat plan pilot"] if knobs.stages["pilot"] else []

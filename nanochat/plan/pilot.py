@@ -71,9 +71,11 @@ def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
     try:
         flags = read_toml(file)["base_train"]
         stored = read_json(file.with_suffix(".json"))["knobs"]
-        given = stored_values(recipe.RecipeKnobs, stored, f"in the plan of {file}")
+        if unknown := stored.keys() - vars(recipe.RecipeKnobs()).keys():
+            raise ValueError(f"there is no knob {min(unknown)}")
+        given = stored_values(recipe.RecipeKnobs, stored, f"in {file.with_suffix('.json')}")
         return file, flags, recipe.RecipeKnobs(**{**given, "out": str(file)})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{file} and its .json are no recipe of this version ({type(e).__name__}: {e}): make "
             "one with nanochat plan recipe --hours N"

@@ -311,7 +311,10 @@ class Comparison:
         return Timing(condition.budget_seconds or estimate, step_ms)
 
     def estimate(self) -> dict[str, Any]:
-        """Print how many runs are missing and how long they take; deletes a folder that is new."""
+        """
+        Print how many runs are missing and how long they take. Deletes the comparison's folder if
+        nothing was stored in it yet.
+        """
         total, missing = 0.0, self.missing
         try:
             for condition in self.conditions:

@@ -69,7 +69,10 @@ def conditions_of(knobs: Any, pretrain_knobs: type) -> list[Condition]:
         try:
             flags = shlex.split(knobs.common) + shlex.split(text)
             conditions.append(_checked(name, flags, knobs, pretrain_knobs))
-        except (UserError, ValueError) as e:  # ValueError, of shlex: a quotation is not closed
+        except (
+            UserError,
+            ValueError,
+        ) as e:  # ValueError from shlex: a quotation mark is not closed
             raise UserError(f"condition {name} (--{letter}): {e}") from None
     return conditions
 

@@ -270,7 +270,7 @@ def _runs_table(logs: Sequence[Log]) -> str:
 
 
 def _shares(log: Log) -> dict[str, float]:
-    """The share of a finished run's time by activity; {} if its log book does not have it."""
+    """The share of a finished run's time by activity; {} if its logbook does not have it."""
     spent, seconds = log.last("spent", "summary"), log.last("seconds", "summary")
     if not isinstance(spent, dict) or not is_number(seconds):
         return {}
@@ -433,7 +433,7 @@ def write_report(
 
 def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
     """
-    Write the page of these runs whenever one of their log books has grown, until Ctrl+C. Then write
+    Write the page of these runs whenever one of their logbooks has grown, until Ctrl+C. Then write
     it once more, without automatic reloading, and return its path. Raises UserError as write_report
     does.
     """

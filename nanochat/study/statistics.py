@@ -67,7 +67,7 @@ def crossing(curve: Sequence[Sequence[float]], target: float) -> Crossing:
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """
     {n, mean, lo, hi, p}: the 95 % t interval is lo to hi, and p is the two-sided p value for a mean
-    of 0. With one value only the mean is known, and with none nothing; the others are None.
+    of 0. With one value, lo, hi and p are None; with none, the mean is None too.
     """
     n = len(values)
     mean = fmean(values) if n else None

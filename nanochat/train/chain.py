@@ -50,12 +50,16 @@ class Diary:
         self.lengths: dict[str, str] = stored.get("lengths", {})  # stage -> flags of its length
         self.notes: dict[str, Any] = stored.get("notes", {})  # what else a command decided
         self.done: list[str] = stored.get("done", [])  # names of steps
-        self._forget_deleted_models()
         self.earlier: float = stored.get("seconds", 0.0) + seconds_used
+        if self._forget_deleted_models():
+            self.earlier = seconds_used
         self.began = time.monotonic()
 
-    def _forget_deleted_models(self) -> None:
-        """If the last model was deleted, its stage is not done, nor what follows in the diary."""
+    def _forget_deleted_models(self) -> bool:
+        """
+        The last stages, if their models were deleted, are no longer done, nor is what follows them.
+        Returns whether all models were deleted: then the clock of the chain starts again.
+        """
         deleted = ""
         for stage in reversed([step for step in self.done if step in STAGES]):
             if step_folders(run_directory(stage, self.tag)):
@@ -65,6 +69,7 @@ class Diary:
             notice(f"the model of {STAGES[deleted].command} was deleted: training it again")
             self.done = self.done[: self.done.index(deleted)]
             self.lengths = {s: flags for s, flags in self.lengths.items() if s in self.done}
+        return bool(deleted) and not any(step in STAGES for step in self.done)
 
     @property
     def seconds(self) -> float:

@@ -1,6 +1,6 @@
 """
 The knobs that commands share: for a model, the machine, a training run, and the stages after
-pretraining. The docstring of a class is the heading of its knobs in -h.
+pretraining. The first sentence of a class's docstring is the heading of its knobs in -h.
 
 Importing this needs no torch, so that every command shows its help at once.
 """

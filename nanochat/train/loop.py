@@ -419,7 +419,7 @@ class Run:
     def _every(self, evaluation: Evaluation) -> float:
         """
         evaluation.every, or a larger share of the run where the saves before the evaluations would
-        take more than SAVING of the budget.
+        take more than SAVING of the budget; 0, only at the end, if even two would.
         """
         every, save = evaluation.every, self.costs.get("save", 0.0)
         if evaluation.size is None or every >= 1 or self.budget_seconds <= 0 or save <= 0:

@@ -164,7 +164,7 @@ def weighted_batches(
     """
     (reply, weight) pairs as micro-batches of at most device_rows rows, with targets only at sampled
     tokens. Rows are padded to the widths of data.feed.row_width, at most `longest`, and those of
-    one width share batches. Without replies, one batch of a single token that is no target.
+    one width share batches. Without replies, one batch of a single token that is not a target.
     """
     by_width = defaultdict(list)
     for reply, weight in replies:
@@ -195,13 +195,13 @@ class RolloutFeed:
     """
     next(feed) -> this rank's micro-batches of one optimizer step: `samples` replies of the current
     model to each of `per_step` questions, rewarded and weighted. Questions are drawn in a random
-    order, another one in every epoch. The feed ends after `total` questions (the last step may be
+    order, which is new in every epoch. The feed ends after `total` questions (the last step may be
     smaller), or never if that is None.
 
     The loss of a step is sum(advantage * nll) / N, with N the number of all tokens sampled in it.
-    The replies of a group that are all correct or all wrong have advantage 0: their rows are not
-    computed, but their tokens count in N, so that the weight of a question does not depend on the
-    others of its step. Equal replies of a group are one row with the sum of their advantages. As
+    If all replies of a group are correct, or all are wrong, their advantage is 0: their rows are
+    not computed, but their tokens count in N, so that the weight of a question does not depend on
+    the others of its step. Equal replies of a group are one row with the sum of their advantages. As
     the loop divides by the number of targets, the weights are advantage * (targets / N).
 
     Nothing is prefetched, because the next replies depend on the next weights. The loop logs

@@ -232,8 +232,9 @@ def open_from_parent(
     began: float | None = None,
 ) -> OpenRun:
     """
-    Open a run that starts from the newest checkpoint of an earlier stage, its parent. It has the
-    parent's model and tag and, unless it resumes, the parent's values of the knobs in INHERITED.
+    Open a run that starts from a checkpoint of an earlier stage, its parent: the newest, or that of
+    --step. It has the parent's model and tag and, unless it resumes, the parent's values of the
+    knobs in INHERITED.
     """
     # Unless --source is given, a run resumes with the parent with which it was started
     keeps_parent = knobs.resume == "auto" and knobs.model_tag and origins.get("source") == "default"

@@ -206,7 +206,8 @@ def text_tokens(tokens: float, useful: float, everyday: float) -> tuple[float, f
     """
     (tokens of own text, tokens of the embedded corpus) for a pretraining that can read `tokens`.
     The embedded corpus has the share `everyday`, but no more than EVERYDAY_TOKENS; own text has the
-    rest, but no more than `useful`. What that leaves also goes to the embedded corpus.
+    rest, but no more than `useful`. What that leaves goes to the embedded corpus as well, up to the
+    same limit, unless `everyday` is 0.
     """
     embedded = min(everyday * tokens, EVERYDAY_TOKENS)
     own = min(useful, tokens - embedded)

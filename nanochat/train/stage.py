@@ -58,7 +58,8 @@ QUESTIONS = (  # to sample replies to, while a stage that chats is trained
     "What is the capital of France?",
     "How much is 7 plus 5?",
 )
-OTHER_TEXT = 0.75  # a token that spells so much less was not made for this text
+# Below this share of its usual bytes per token, a tokenizer was made for other text
+OTHER_TEXT = 0.75
 WeightedShards = list[tuple[Shards, float | None]]  # weight None: in proportion to its tokens
 
 
@@ -118,12 +119,13 @@ def summarise_data(
 
 
 def check_tokenizer(run: OpenRun, validation: WeightedShards) -> None:
-    """Say so if the tokenizer seems to have been trained on other text than the run reads."""
+    """Print a notice if the tokenizer seems to have been trained on text unlike that of the run."""
     documents = [shards.tokens(i) for shards, _ in validation for i in range(min(100, len(shards)))]
-    if not documents:
+    if run.resume_from or not documents:
         return
-    bytes_per_token = run.tokenizer.token_bytes()[np.concatenate(documents)].mean()
-    usual = run.tokenizer.bytes_per_token
+    sizes = run.tokenizer.token_bytes()[np.concatenate(documents)]
+    ordinary = sizes[sizes > 0]  # special tokens spell nothing
+    bytes_per_token, usual = ordinary.sum() / max(1, len(ordinary)), run.tokenizer.bytes_per_token
     if bytes_per_token < OTHER_TEXT * usual:
         notice(
             f"a token spells {bytes_per_token:.1f} bytes of this text, and {usual:.1f} of the text "
@@ -436,7 +438,7 @@ def _start_or_resume(run: OpenRun, training: Run) -> dict[str, Any]:
 def session() -> Iterator[None]:
     """
     For the work of a command: at its end, closes the runtime, ends a compilation that nothing waits
-    for and releases locks. RuntimeErrors for lack of memory, or of a lost rank, become UserErrors.
+    for and releases locks. Errors for lack of memory or a lost rank become UserErrors.
     """
     try:
         yield

@@ -103,7 +103,7 @@ class Guard:
             raise ApiError(
                 403,
                 f"this server does not answer to the host {host[:80]!r}: start it with "
-                "--allow_host",
+                "--allow_host NAME",
             )
         origin = headers.get("origin", "").rstrip("/").lower()
         own = origin.partition("://")[2] == host.lower()

@@ -227,7 +227,8 @@ class Worker(threading.Thread):
 
     def _fits(self, job: Job) -> bool:
         """
-        Whether there is room for a job now. A client may use at most three quarters of the rows.
+        Whether there is room for a job now. A client may use three quarters of the rows, or more
+        for a single job.
         """
         if not self.rows:
             return True

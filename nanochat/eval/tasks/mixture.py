@@ -197,7 +197,7 @@ def of_stage(
 def _read(items: Callable[[], Iterator[Item]], report: Report) -> Iterator[Item]:
     """
     All conversations of a source; the report lists what cannot be read. Raises UserError if there
-    are none.
+    are none because files were skipped.
     """
     report.clear()
     first = None
