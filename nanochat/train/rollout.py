@@ -201,8 +201,8 @@ class RolloutFeed:
     The loss of a step is sum(advantage * nll) / N, with N the number of all tokens sampled in it.
     If all replies of a group are correct, or all are wrong, their advantage is 0: their rows are
     not computed, but their tokens count in N, so that the weight of a question does not depend on
-    the others of its step. Equal replies of a group are one row with the sum of their advantages. As
-    the loop divides by the number of targets, the weights are advantage * (targets / N).
+    the others of its step. Equal replies of a group are one row with the sum of their advantages.
+    As the loop divides by the number of targets, the weights are advantage * (targets / N).
 
     Nothing is prefetched, because the next replies depend on the next weights. The loop logs
     `numbers`, which describe the last step.
