@@ -134,8 +134,11 @@ def planned() -> Iterator[Run]:
         for rows in (0, 5):
             extra = f"{WIDER} --pair_embeddings={rows}"
             yield small("prose16k", BEST, seed, 300, extra, batch=4096)
+        yield small("prose16k", BEST, seed, 300, f"{WIDER} {LONGER_FALL}", batch=4096)
         for steps, batch in LONG:
             yield small("prose", BEST, seed, steps, "--pair_embeddings=5", batch=batch)
+        fall = f"{LONGER_FALL} --pair_embeddings=5"
+        yield small("prose", BEST, seed, 1465, fall, batch=8192)
     for steps in (160, 400):
         for seed in seeds:
             for condition in ("none", BEST, "rules"):
@@ -221,6 +224,7 @@ def main() -> None:
     names = list(dict.fromkeys(run.experiment for run in planned()))
     parser = trials.command_line(__doc__ or "", "parts", names)
     parser.add_argument("--share", default="0/1", help="I/N: every N-th run, from number I on")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run only these seeds")
     options = parser.parse_args()
     first, step = map(int, options.share.split("/"))
     for run in list(planned())[first::step]:
@@ -228,6 +232,8 @@ def main() -> None:
         if run.experiment not in options.only or run.key in done:
             continue
         if options.conditions and run.condition not in options.conditions:
+            continue
+        if options.seeds and run.seed not in options.seeds:
             continue
         if result := train(run, options.texts.resolve(), options.base.resolve()):
             record = dict(zip(("experiment", "condition", "seed"), run.key, strict=True))

@@ -231,10 +231,10 @@ def here(tmp_path, monkeypatch):
         f for f in tiny.workplace(tmp_path) if not f.startswith(("--model_tag", "--sample_every"))
     ]
 
-    def inside(words, env, **_):
+    def inside(args, env, **_):
         with monkeypatch.context() as m:
             m.setenv("NANOCHAT_BASE_DIR", env["NANOCHAT_BASE_DIR"])
-            base_train.main(words[words.index("nanochat.commands.base_train") + 1 :])
+            base_train.main(args[args.index("nanochat.commands.base_train") + 1 :])
         return SimpleNamespace(returncode=0, poll=lambda: 0)
 
     monkeypatch.setattr(subprocess, "Popen", inside)
@@ -350,9 +350,9 @@ def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(
 ):
     inside = subprocess.Popen
 
-    def failing(words, env, stdout, **_):
-        if "--model_tag=silu-s43" not in words:
-            return inside(words, env)
+    def failing(args, env, stdout, **_):
+        if "--model_tag=silu-s43" not in args:
+            return inside(args, env)
         stdout.write(b"error: the loss is nan at step 3\n")
         rows = Path(env["NANOCHAT_BASE_DIR"]) / "checkpoints" / "base" / "silu-s43"
         if starts:
@@ -373,9 +373,9 @@ def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(
 def test_what_the_machine_lacked_is_tried_again(here, tmp_path, monkeypatch, fault):
     inside, failing = subprocess.Popen, [True]
 
-    def starting(words, env, stdout, **_):
-        if not failing or "--model_tag=silu-s43" not in words:
-            return inside(words, env)
+    def starting(args, env, stdout, **_):
+        if not failing or "--model_tag=silu-s43" not in args:
+            return inside(args, env)
         failing.clear()
         stdout.write(f"error: {fault}\n".encode())
         rows = Path(env["NANOCHAT_BASE_DIR"]) / "checkpoints" / "base" / "silu-s43"

@@ -232,7 +232,7 @@ def test_ctrl_c_while_the_compiler_is_waited_for(folder, times, monkeypatch):
 
     def backend(graph, inputs):
         begun.set()
-        go.wait()
+        go.wait(600)
         ended.append(1)
         return graph.forward
 
@@ -240,7 +240,7 @@ def test_ctrl_c_while_the_compiler_is_waited_for(folder, times, monkeypatch):
     m.compiled = True
     compiler._watch.install()
     Ahead.current = ahead = Ahead(m, 8, 16)
-    begun.wait()
+    assert begun.wait(600)
     for _ in range(times):
         threading.Timer(0.1, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -256,7 +256,7 @@ def test_ctrl_c_while_the_compiler_is_waited_for(folder, times, monkeypatch):
     common.entry(lambda: None)
     assert not exits, "at the end of its work it waits"
     go.set()
-    ahead.ended.wait()
+    assert ahead.ended.wait(600)
     assert ended and not running[0]()
 
 
@@ -319,7 +319,7 @@ def test_a_real_cache_that_is_damaged(tmp_path, kind):
         while not list(folder.glob("*/*.cpp")) and time.monotonic() < stop:
             time.sleep(0.05)
         process.kill()
-        process.wait()
+        process.wait(60)
     else:
         first = run()
         assert first.returncode == 0, first.stderr

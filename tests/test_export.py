@@ -1,10 +1,12 @@
 """Export: every accepted cell of the table has the same logits elsewhere, every other one is refused in a sentence."""
 
+import contextlib
 import json
 import shutil
 import sys
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import priors
 import pytest
@@ -13,9 +15,10 @@ import torch
 
 from nanochat.base.common import UserError, entry
 from nanochat.base.files import sha256_file
+from nanochat.chat import generate
 from nanochat.commands import export
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.export import hf
+from nanochat.export import gguf_file, hf
 from nanochat.export.card import model_card
 from nanochat.export.gguf_file import LlamaCpp, modelfile, write_gguf
 from nanochat.export.hf import TOLERANCE, compare_logits, probe_tokens, write_folder
@@ -330,6 +333,35 @@ def test_the_command_leaves_the_softcap_out_only_when_asked(base, tokenizers, ca
     folder = base / "exports" / "toy-sft-gguf"
     assert json.loads((folder / "nanochat.json").read_text())["uncapped"] is True
     assert "; no softcap;" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ([], "not compared: the original answers the test questions with nothing"),
+        ([5, 6], "0 of 8 greedy tokens equal in llama.cpp"),
+    ],
+)
+def test_a_reply_without_a_token_proves_nothing(
+    base, tokenizers, capsys, monkeypatch, theirs, says
+):
+    """llama.cpp ends its replies with the stop token, after `theirs`."""
+    stop = tokenizers[3].specials["<|assistant_end|>"]
+    silent = generate.Sample([], 0, finish="stop", stop=stop)
+    monkeypatch.setattr(generate.Engine, "generate_batch", lambda *_, **__: [silent])
+    monkeypatch.setitem(sys.modules, "xllamacpp", ModuleType("xllamacpp"))
+
+    class Llama(contextlib.nullcontext):
+        def __init__(self, file, context):
+            super().__init__(self)
+
+        def greedy(self, prompt, count, never):
+            return [*theirs, stop]
+
+    monkeypatch.setattr(gguf_file, "LlamaCpp", Llama)
+    kept(base, tokenizers[3], softcap=0.0)
+    done, _, _ = lines_of(capsys, "--to", "gguf", "--dtype=bf16")
+    assert done["compared"].startswith(says)
 
 
 @pytest.mark.parametrize("to", ["gguf", "ollama"])

@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_275,
-    "base": 12_720,
+    "base": 12_835,
     "tinyworld": 9_630,
     "data": 37_090,
     "model": 26_940,
@@ -125,10 +125,10 @@ CEILINGS = {
     "chat/serve": 11_705,
     "eval": 20_720,
     "train": 21_295,
-    "study": 13_595,
-    "plan": 15_365,
+    "study": 13_525,
+    "plan": 15_305,
     "export": 9_620,
-    "commands": 23_535,
+    "commands": 23_570,
 }
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -74,6 +75,19 @@ def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
         ["nanochat", command, "--recipe", recipe]
         for command in ("base_train", "mid_train", "chat_sft")
     ]
+
+
+@pytest.mark.parametrize("name", ["a | b", "a\nb", "a\r\u2028b", "# a"])
+def test_a_source_of_any_name_is_in_one_row_of_the_page(base, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("some words here " * 500_000)
+    words = ["--hours=1", *CARD, "--vocab=4096", "--data", str(tmp_path / name)]
+    rows = plan.main(["day", *words])["sections"]["What you get"]
+    (figure,) = (figure for what, figure, _ in rows if what == "text")
+    assert " ".join(str(tmp_path / name).split()) in figure
+    plan.main(["recipe", *words])
+    recipe = tomllib.loads((base / "plan" / "recipe.toml").read_text(encoding="utf-8"))
+    assert recipe["base_train"]["data"] == [str(tmp_path / name)]
 
 
 def test_sizes_that_are_given_are_in_the_commands():

@@ -1,12 +1,20 @@
-"""The table of commands: every module of nanochat/commands, read without importing it."""
+"""
+The table of commands: every module of nanochat/commands, read without importing it, and how a
+program starts one of them, or another module of this project, in a process of its own.
+"""
 
 import ast
 import difflib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "commands"
+REPOSITORY = FOLDER.parents[1]
 # In the order of use; a command that is not listed comes last
 ORDER = (
     "quickstart mine dataset tok_train tok_eval tok_data base_train base_loss base_eval "
@@ -37,3 +45,21 @@ def near(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' if one of `names` is similar to `name`, else ''."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def module_process(module: str, *words: str, **environment: str) -> dict[str, Any]:
+    """
+    Arguments of subprocess.run that start a module of this project with `words` and with these
+    variables in its environment. The current folder does not matter.
+    """
+    paths = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
+    return {
+        "args": [sys.executable, "-u", "-m", module, *words],
+        "env": {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONSAFEPATH": "1",  # the current folder may hold a statistics.py
+            **environment,
+        },
+        "stdin": subprocess.DEVNULL,
+    }

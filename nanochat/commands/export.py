@@ -125,7 +125,10 @@ def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) ->
 
 
 def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
-    """(greedy tokens of llama.cpp that equal those of the original, tokens compared)."""
+    """
+    (greedy tokens of llama.cpp that equal those of the original, tokens compared). A reply that is
+    longer than the other counts with all its tokens.
+    """
     from nanochat.chat.generate import Engine
     from nanochat.export.gguf_file import LlamaCpp
 
@@ -139,10 +142,12 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
     with LlamaCpp(file, loaded.model.config.sequence_len) as llama:
         for prompt in prompts:
             ours = engine.generate_batch([prompt], max_tokens=GREEDY_TOKENS, temperature=0.0)[0]
+            theirs = llama.greedy(prompt, GREEDY_TOKENS, tokenizer.never_sampled)
+            stop = theirs.index(ours.stop) if ours.stop in theirs else len(theirs)
             # Only up to where the calculator answers here, which llama.cpp does not have
-            count = ours.mask.index(0) if 0 in ours.mask else len(ours.tokens)
-            theirs = llama.greedy(prompt, GREEDY_TOKENS, tokenizer.never_sampled)[:count]
-            equal += sum(a == b for a, b in zip(ours.tokens[:count], theirs, strict=False))
+            count = ours.mask.index(0) if 0 in ours.mask else max(len(ours.tokens), stop)
+            pairs = zip(ours.tokens[:count], theirs[:stop], strict=False)
+            equal += sum(a == b for a, b in pairs)
             total += count
     return equal, total
 
@@ -165,6 +170,8 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
         )
         return "not compared: llama.cpp was not installed"
     equal, total = _greedy_agreement(loaded, file)
+    if not total:
+        return "not compared: the original answers the test questions with nothing"
     checked = f"{equal} of {total} greedy tokens equal in llama.cpp"
     if dtype == "f32" and equal != total:
         raise UserError(

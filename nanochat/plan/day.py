@@ -267,8 +267,12 @@ def model_rows(plan: Plan) -> list[list[str]]:
 
 
 def rows_of(text: str) -> list[Row]:
-    """The rows of a section: lines of what, figure and source."""
-    return [line.split(" | ") for line in text.splitlines()]
+    """The rows of a section: lines of what, figure and source. A figure may hold the separator."""
+    rows = []
+    for line in text.splitlines():
+        what, rest = line.split(" | ", 1)
+        rows.append([what, *rest.rsplit(" | ", 1)])
+    return rows
 
 
 def gains(plan: Plan) -> list[Row]:
@@ -285,6 +289,7 @@ def gains(plan: Plan) -> list[Row]:
     timed = "measured on such a machine" if knobs.probe else timed
     contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
     size, fresh = counts(c.config)["total"], sum(fresh for _, fresh in plan.text)
+    names = " ".join(", ".join(knobs.data).split())  # in one line
     parts = "; a short run on a CPU looks back, with parts that llama.cpp lacks (--lookback)"
     return rows_of(f"""\
 model | {human(size)} parameters in {c.shape[0]} layers of width {c.shape[1]}; predictions \
@@ -295,7 +300,7 @@ better ({c.bpb[1]:.2f} to {c.bpb[2]:.2f} in nine cases of ten) | law
 in words | {words} | {known}
 compare | GPT-2 XL (1.6 B parameters) has about 0.75 on web text, GPT-2 124M about 1.03 | \
 nanochat, llm.c
-text | {human(c.tokens)} tokens (pieces of words) of {", ".join(knobs.data)}, which has \
+text | {human(c.tokens)} tokens (pieces of words) of {names}, which has \
 {human(fresh)}: {often} | rule
 speed | {c.speed.tok_per_sec:,.0f} tokens per second ({c.speed.lo:,.0f} to {c.speed.hi:,.0f}), in \
 steps of {human(c.total_batch_size)}; {c.device_batch_size} rows of {contexts} at a time | \

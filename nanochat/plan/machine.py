@@ -5,16 +5,14 @@ because the figures of another card would be a guess.
 """
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanochat.base import hardware
-from nanochat.base.commands import near
+from nanochat.base.commands import module_process, near
 from nanochat.base.common import UserError, base_dir, duration, user_path
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
@@ -22,7 +20,6 @@ from nanochat.train.knobs import DeviceKnobs
 from nanochat.train.scaling import compile_pays
 
 GIB = 1 << 30
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(kw_only=True)
@@ -185,7 +182,7 @@ def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:
     """
     try:
         done = subprocess.run(
-            **python("nanochat.plan.measure", json.dumps(spec)),
+            **module_process("nanochat.plan.measure", json.dumps(spec)),
             capture_output=True,
             text=True,
             timeout=limit,
@@ -198,15 +195,3 @@ def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:
         return {"error": "out of memory"}
     messages = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
     return {"error": messages[-1].removeprefix("error: ")}
-
-
-def python(module: str, *words: str) -> dict[str, Any]:
-    """
-    Arguments of subprocess.run for a module of this project, whatever the current folder holds.
-    """
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    return {
-        "args": [sys.executable, "-u", "-m", module, *words],
-        "env": {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-        "stdin": subprocess.DEVNULL,
-    }

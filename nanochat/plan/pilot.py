@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.base import logbook
+from nanochat.base.commands import module_process
 from nanochat.base.common import UserError, columns, duration, human, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, stored_values
@@ -88,7 +89,7 @@ def train(words: Sequence[str]) -> None:
     error). UserError if it fails; if interrupted, or if the terminal is closed, it saves itself
     first, and the same command continues it.
     """
-    command = machine.python("nanochat.commands.base_train", *words)
+    command = module_process("nanochat.commands.base_train", *words)
     ends = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
     for number in ends:
         signal.signal(number, signal.default_int_handler)

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from statistics import fmean, median
 from typing import IO, Any, NamedTuple
 
 from nanochat.base import files, logbook
+from nanochat.base.commands import module_process
 from nanochat.base.common import UserError, base_dir, duration, notice, print0
 from nanochat.base.progress import StatusLine
 from nanochat.base.strangers import mismatch, read_json
@@ -241,27 +241,19 @@ class Comparison:
                 link.unlink(missing_ok=True)  # one that points nowhere
                 link.symlink_to(os.path.relpath(target.resolve(), base))
         compiler.cache_folder()  # sets the environment: all runs share the user's compiled code
-        repository = str(Path(__file__).resolve().parents[2])
-        paths = [repository, os.environ.get("PYTHONPATH", "")]
-        command = [
-            *(sys.executable, "-u", "-m", "nanochat.commands.base_train"),
+        process = module_process(
+            "nanochat.commands.base_train",
             *condition.flags,
             *self._pinned(condition),
             f"--seed={seed}",
             f"--model_tag={condition.name}-s{seed}",
             "--resume=auto",
-        ]
+            NANOCHAT_BASE_DIR=str(base),
+        )
         return subprocess.Popen(
-            command,
+            **process,
             stdout=log,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "NANOCHAT_BASE_DIR": str(base),
-                "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-                "PYTHONSAFEPATH": "1",  # the current folder may hold a statistics.py
-            },
             pass_fds=(self.lock.fileno(),),
             start_new_session=True,
         )
