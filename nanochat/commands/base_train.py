@@ -64,6 +64,12 @@ class PretrainKnobs(
         "(0 = never)",
         low=0,
     )
+    warmdown_ratio: float = knob(
+        0.65, "share of the run over which the learning rates fall", low=0, high=1
+    )
+    final_lr_frac: float = knob(
+        0.05, "learning rates at the end of the run, as a share of the peak", low=0, high=1
+    )
     document_attention: bool = knob(
         False, "attend within documents only, even if several of them share a row"
     )

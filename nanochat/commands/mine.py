@@ -287,7 +287,7 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
     flags = (
         f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
         f"--total_batch_size={batch} --max_minutes={seconds / 60:.2f} --patience=2 "
-        "--warmdown_ratio=1"
+        "--warmdown_ratio=1 --final_lr_frac=0"
     )
     if own >= useful:  # else a machine that is faster than expected reads more
         flags += f" --num_iterations={max(1, round(expected / batch))}"

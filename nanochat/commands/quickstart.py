@@ -45,7 +45,7 @@ LESSONS = {
         375,
         STEP_TOKENS,
         "--data tinyworld@9 --depth=4 --model_dim=256 --head_dim=64 --sequence_len=256 "
-        f"--total_batch_size={STEP_TOKENS} --lookback=on --warmdown_ratio=1",
+        f"--total_batch_size={STEP_TOKENS} --lookback=on --warmdown_ratio=1 --final_lr_frac=0",
     ),
     "mid": Lesson(
         "midtraining",
