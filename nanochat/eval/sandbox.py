@@ -52,6 +52,8 @@ _START = 20.0  # seconds until the program must have started; 0.02 on an idle ma
 
 @dataclass(frozen=True)
 class Outcome:
+    """How a program ended, and what it wrote."""
+
     passed: bool
     # "", timeout, memory, output, "exit 3", "exit 0 before its end", or the last line of an
     # exception such as "AssertionError: no"

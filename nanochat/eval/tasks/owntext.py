@@ -174,15 +174,15 @@ class TextQuestions:
         contents[0] += f" {passage}"
         return _conversation(contents)
 
-    def make_single(self, kind: str, rng: random.Random) -> Item | None:
+    def _single(self, kind: str, rng: random.Random) -> Item | None:
         """One question about a passage."""
         passage = rng.choice((kind == "speaker" and self.spoken) or self.passages)
         asked = self.ask(kind, passage, rng)
         return asked and exchange(f"{asked.question} {passage}", asked.reply, answer=asked.answer)
 
-    make_name = partialmethod(make_single, "name")
-    make_speaker = partialmethod(make_single, "speaker")
-    make_follows = partialmethod(make_single, "follows")
+    make_name = partialmethod(_single, "name")
+    make_speaker = partialmethod(_single, "speaker")
+    make_follows = partialmethod(_single, "follows")
 
     def ask(self, kind: str, passage: str, rng: random.Random) -> Question | None:
         """A question of a kind of ASK_PASSAGE; None if it has no answer or several."""
