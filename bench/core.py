@@ -29,9 +29,9 @@ from nanochat.base.common import entry, print0
 from nanochat.base.knobs import knob
 from nanochat.base.runtime import open_runtime
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.core import Score, Scorer
 from nanochat.eval.core_bundle import CoreTask, load_bundle
-from nanochat.eval.core_items import CoreItem, prepare, unshared
+from nanochat.eval.core_items import CoreItem, prepare, separate_sequences
+from nanochat.eval.core_scorer import Score, Scorer
 from nanochat.model.config import ArchitectureKnobs, GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.train.knobs import MachineKnobs
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         items, prompts = prepare(task, tok, model.config.sequence_len, k.seed, k.items)
         some = sorted(Random(k.seed).sample(range(len(items)), min(k.alone, len(items))))
         few = [items[i] for i in some]
-        single = unshared(few, prompts)
+        single = separate_sequences(few, prompts)
         times: dict[str, list[float]] = {"alone": [], "batched": [], "shared": []}
         said: dict[str, list[Any]] = {}
         for _ in range(k.repeats):  # in turn, so that a busy moment meets all three

@@ -18,10 +18,11 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError
 from nanochat.commands import base_eval, base_train
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval import core
-from nanochat.eval.core import Score, Scorer, choose, evaluate, summarise
+from nanochat.eval import core_scorer
+from nanochat.eval.core import choose, evaluate, summarise
 from nanochat.eval.core_bundle import FIELDS, CoreTask, load_bundle
 from nanochat.eval.core_items import PROMPTS, prepare
+from nanochat.eval.core_scorer import Score, Scorer
 from nanochat.eval.scores import accuracy
 from nanochat.model import prior_artifact
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
@@ -242,7 +243,7 @@ def test_a_question_with_too_many_answers_is_scored_in_parts(tok, monkeypatch, k
     m, task, longest = model(tok), TASKS[kind], []
     items, prompts = prepare(task, tok, 64)
     want = Scorer(m)(items, prompts)
-    monkeypatch.setattr(core, "ROW_BYTES", 0)
+    monkeypatch.setattr(core_scorer, "MOST_ROW_BYTES", 0)
     real = m.forward
     monkeypatch.setattr(m, "forward", lambda x, *r: (longest.append(x.size(1)), real(x, *r))[1])
     got = Scorer(m, 1)(items, prompts)

@@ -7,6 +7,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import priors
 import pytest
@@ -80,6 +81,12 @@ def test_attention_within_documents_does_not_hinder_an_export(tmp_path, tokenize
     assert (probe_tokens(model.config) == tokenizer.bos).any()
     write_folder(model, tokenizer, choose_target(model.config, 2, "hf"), tmp_path, "f32", {})
     assert compare_logits(model, tmp_path)[0] <= TOLERANCE
+
+
+@pytest.mark.parametrize("context", [96, 512, 4096])
+def test_the_comparison_reaches_beyond_every_window(context):
+    config = tiny.config(sequence_len=context, window_pattern="SL", n_layer=2)
+    assert 0 < config.window(0) < probe_tokens(config).size(1) <= context
 
 
 def same_logits(folder: Path, tokenizer: Tokenizer, knobs: dict, wanted, name: str) -> None:
@@ -630,7 +637,7 @@ def test_cached_generation_equals_ours(folder, tokenizers):
     from nanochat.chat.generate import Engine
 
     tokenizer = tokenizers[3]
-    loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     prompt = tokenizer.encode("the cat sat", bos=True)
     ours = Engine(build(tokenizer.vocab_size), tokenizer).generate_batch(
         [prompt], max_tokens=30, temperature=0.0
@@ -654,7 +661,7 @@ def travels_with_code(model: GPT, tokenizer, folder) -> None:
     write_folder(model, tokenizer, target, folder, "f32", {})
     difference, largest = compare_logits(model, folder, custom_code=True)
     assert difference <= TOLERANCE and largest > 1
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=target.custom_code
     )
     prompts = [tokenizer.encode(text, bos=True) for text in ("the cat sat", "on the mat 12345")]

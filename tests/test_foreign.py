@@ -21,8 +21,9 @@ from nanochat.data.sources import training_sources
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.chat import judge
-from nanochat.eval.core import Scorer, evaluate
+from nanochat.eval.core import evaluate
 from nanochat.eval.core_bundle import FIELDS
+from nanochat.eval.core_scorer import Scorer
 from nanochat.eval.tasks import tinyworld
 from nanochat.eval.tasks.common import Task, exchange
 from nanochat.export.target import choose_target

@@ -30,9 +30,9 @@ import torch
 from torch.nn.functional import log_softmax
 
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.core import Scorer
 from nanochat.eval.core_bundle import load_bundle
 from nanochat.eval.core_items import prepare
+from nanochat.eval.core_scorer import Scorer
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 

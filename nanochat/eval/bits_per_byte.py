@@ -1,6 +1,6 @@
 """
-Bits per byte: the loss of a text in bits, divided by the UTF-8 bytes that its tokens spell, so that
-models with different tokenizers can be compared.
+Bits per byte: the loss of a text in bits, divided by the number of UTF-8 bytes of its tokens. It
+allows models with different tokenizers to be compared.
 """
 
 import math
@@ -30,8 +30,8 @@ def shard_bits_per_byte(
 ) -> float:
     """
     Bits per byte of the first `max_tokens` tokens of a split (None = all), in its fixed order and
-    packed to the model's context. `compiled`: run the code that was compiled for training, for
-    batches of exactly `rows` rows. Other arguments as for bits_per_byte.
+    packed to the model's context. With `compiled` it runs the code that was compiled for training,
+    on batches of exactly `rows` rows. Other arguments are those of bits_per_byte.
     """
 
     def batches(rows: int) -> Iterable[Batch]:
@@ -60,13 +60,13 @@ def bits_per_byte(
     on_fewer: Callable[[int], Any] | None = None,
 ) -> float:
     """
-    sum(nll) / (ln 2 * sum(bytes)) over all ranks; nan when there is nothing to count.
+    sum(nll in nats) / (ln 2 * sum(bytes)) over all ranks; nan when there is nothing to count.
 
     `batches(rows)` returns this rank's batches of at most `rows` rows; the rows themselves must not
-    depend on `rows`. `token_bytes` (vocab_size,) is the number of bytes that each token spells.
-    Ignored targets and tokens that spell nothing (the special ones) count neither as loss nor as
-    bytes. If memory runs out, the evaluation starts again with half the rows, and `on_fewer` is
-    told how many fitted.
+    depend on `rows`. `token_bytes` (vocab_size,) holds the number of bytes of each token. Ignored
+    targets and tokens without bytes (the special ones) count neither as loss nor as bytes. If
+    memory runs out, the evaluation starts again with half the rows; `on_fewer` then gets the number
+    of rows that fitted. UserError if not even one does.
     """
     bytes_of = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(runtime.device)
     options = {"compiled": True} if compiled else {}
@@ -77,12 +77,8 @@ def bits_per_byte(
         for batch in batches(rows):
             nll = model.token_losses(batch.inputs, batch.targets, **options)
             n_bytes = bytes_of[batch.targets.clamp(min=0)] * (batch.targets >= 0)
-            # In two steps, because MPS has no float64
-            sums += (
-                torch.stack([(nll * (n_bytes > 0)).sum(), n_bytes.sum()])
-                .to(sums.device)
-                .to(sums.dtype)
-            )
+            both = torch.stack([(nll * (n_bytes > 0)).sum(), n_bytes.sum()])
+            sums += both.to(sums.device).to(sums.dtype)  # in two steps: MPS has no float64
         return sums
 
     training = model.training

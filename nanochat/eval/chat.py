@@ -1,11 +1,12 @@
 """
-Evaluation of a chat model on tasks. Multiple choice compares the log-probabilities of the letters;
-other questions are answered by generation, with tool use.
+Evaluation of a chat model on tasks. In multiple choice, the log-probabilities of the letters are
+compared; other questions are answered by generation, with tool use.
 
 Every accuracy comes with its number of items, its 95 % interval and the score of guessing. The task
-decides whether an answer is right. Results do not depend on the batch size. A prompt that leaves no
-room for the answer keeps its first token and its end, and is counted as clipped. The room is one
-token for a letter and the limit of a free answer, but at most a quarter of the context.
+decides whether an answer is right. Results do not depend on the batch size. A prompt that leaves
+too little room for the answer keeps its first token and its end, and is counted as clipped. The
+room is one token for a letter, and for a free answer its limit, but at most a quarter of the
+context.
 """
 
 import os
@@ -32,12 +33,12 @@ class Verdicts:
     samples: int  # per item
     clipped: int  # prompts that were shortened
     unfinished: int = 0  # answers that reached their token limit
-    different: int = 0  # questions; 0 = all of them
+    different: int = 0  # how many items ask something different; 0 = all of them
 
     def result(self, chance: float) -> dict[str, Any]:
         """
-        accuracy() of single samples with the counts; with several samples per item also `samples`
-        and under "pass" the accuracy of the best of 2, 4, ... and of all samples.
+        accuracy() of single samples, with the counts. If there are several samples per item, also
+        their number, and under "pass" the accuracy of the best of 2, 4, ... and of all samples.
         """
 
         def best_of(k: int) -> dict[str, float]:
@@ -60,12 +61,13 @@ def visible_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     closing = {
         specials[f"<|{part}_start|>"]: specials[f"<|{part}_end|>"] for part in ("python", "output")
     }
-    hidden, visible, until = set(specials.values()), [], None
+    hidden, visible = set(specials.values()), []
+    end = None  # of the call or output that the token is in
     for token in ids:
-        if until is not None:
-            until = None if token == until else until
+        if end is not None:
+            end = None if token == end else end
         elif token in closing:
-            until = closing[token]
+            end = closing[token]
         elif token not in hidden:
             visible.append(token)
     return tokenizer.decode(visible)
@@ -76,8 +78,8 @@ def choose_letters(
     engine: Engine, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]
 ) -> list[str]:
     """
-    The most likely letter after each prompt, among its own `letters`, each of which is one token:
-    the one with which a gold reply would begin.
+    The most likely letter after each prompt among its own `letters`. Each must be a single token,
+    the one with which a reply of this letter begins.
     """
     model, tokenizer = engine.model, engine.tokenizer
     lengths = [len(prompt) for prompt in prompts]
@@ -87,12 +89,14 @@ def choose_letters(
     chosen = []
     for states, length, row in zip(hidden, lengths, letters, strict=True):
         # In float32: bfloat16 logits often tie, and a tie would go to the first letter.
-        heads = model.head_weight[[_only(tokenizer.encode(letter)) for letter in row]].float()
+        tokens = [_only(tokenizer.encode(letter)) for letter in row]
+        heads = model.head_weight[tokens].float()
         chosen.append(row[int((heads @ states[length - 1].float()).argmax())])
     return chosen
 
 
 def _only(tokens: list[int]) -> int:
+    """The only token of a list. Raises ValueError if there are more or none."""
     (token,) = tokens
     return token
 
@@ -100,7 +104,7 @@ def _only(tokens: list[int]) -> int:
 def _clipped_prompts(
     tokenizer: Tokenizer, task: Task, items: Sequence[Item], room: int
 ) -> tuple[list[list[int]], int]:
-    """The prompts as tokens, at most `room` of them each, and how many had to be clipped."""
+    """The prompts as tokens, at most `room` each, and how many of them had to be clipped."""
     prompts = [tokenizer.render_prompt(task.prompt(item)) for item in items]
     clipped = sum(len(prompt) > room for prompt in prompts)
     if clipped:
@@ -126,10 +130,11 @@ def judge(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Verdicts:
     """
-    Ask every item and judge the answers: `num_samples` of each, of at most `max_tokens` tokens (0 =
-    the task's own limit), generated `rows` at a time with prompts of similar length together, and
-    fewer when memory runs out. A letter is chosen once, whatever the number of samples.
-    `must_end`: a reply that does not end itself is wrong, as in reinforcement.
+    Ask every item and judge `num_samples` answers to each, of at most `max_tokens` tokens (0 = the
+    task's own limit). They are generated `rows` at a time, or fewer after memory has run out, and
+    prompts of similar length come together. A letter is chosen once, whatever the number of
+    samples. With `must_end`, a reply that does not end by itself is wrong, as in reinforcement
+    learning. `progress` receives the number of finished items.
     """
     free = task.kind == "generative"
     samples, limit = (num_samples, max_tokens or task.max_tokens) if free else (1, 1)
@@ -142,7 +147,7 @@ def judge(
     done = 0
 
     def replies(count: int) -> list[str]:
-        """The replies to the next `count` items, all samples of an item in a row."""
+        """The replies to the next `count` items, the samples of an item one after another."""
         chunk = order[done : done + count]
         asked = [prompts[i] for i in chunk]
         if not free:

@@ -2,7 +2,8 @@
 Reads the evaluation bundle of the CORE score: a folder with core.yaml (the tasks),
 eval_meta_data.csv (the score of guessing, in percent) and eval_data/ (one .jsonl file per task).
 
-Malformed data stop the evaluation with their file and line; a task without data is reported absent.
+Malformed data stops the evaluation with a message that names the file and line. A task without
+data is reported as absent.
 """
 
 from dataclasses import dataclass
@@ -18,16 +19,28 @@ from nanochat.eval.tasks.data import read
 MOST_LISTING = 2**22  # bytes of core.yaml
 MOST_OPTIONS = 256  # of a question
 MOST_SHOTS = 100
-FIELDS = {  # the fields of a row, by kind of task: texts, and the one that is a list of options
+# kind of task -> (the fields of a row that are texts, the one that is a list of options or "")
+FIELDS = {
     "multiple_choice": (("query",), "choices"),
     "schema": (("continuation",), "context_options"),
     "language_modeling": (("context", "continuation"), ""),
+}
+LISTING = {  # the form of core.yaml
+    "icl_tasks": [
+        {
+            "label": str,
+            "dataset_uri": str,
+            "num_fewshot": (int, [int]),
+            "icl_task_type": str,
+            "continuation_delimiter": str,
+        }
+    ]
 }
 
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One task of the bundle, with its rows as they stand in the file."""
+    """One task of the bundle, with its rows as in the file."""
 
     name: str
     kind: str  # one of FIELDS
@@ -37,7 +50,10 @@ class CoreTask:
     rows: list[dict[str, Any]]
 
     def texts(self, row: dict[str, Any]) -> list[str]:
-        """The sequences that are compared, without examples; language modelling has only one."""
+        """
+        The texts of a row whose likelihoods are compared, each with its answer and without
+        examples; only one in language modelling.
+        """
         if self.kind == "multiple_choice":
             return [row["query"] + self.delimiter + choice for choice in row["choices"]]
         contexts = row["context_options"] if self.kind == "schema" else [row["context"].strip()]
@@ -46,8 +62,8 @@ class CoreTask:
 
 def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
     """
-    The tasks of a bundle, and the names of those without data. Raises UserError, with the place,
-    for anything missing or malformed.
+    The tasks of a bundle, and the names of those without data. Raises UserError, which names the
+    file, for anything else that is missing or malformed.
     """
     root = user_path(directory)
     listing, baselines = root / "core.yaml", root / "eval_meta_data.csv"
@@ -68,15 +84,15 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
             )
         path = root / "eval_data" / uri
         try:
-            found = path.is_file()
+            exists = path.is_file()
             inside = path.resolve().is_relative_to((root / "eval_data").resolve())
-        except (OSError, ValueError):  # no name of a file
-            found = inside = False
+        except (OSError, ValueError):  # the name is too long or has a zero byte
+            exists = inside = False
         if not inside:
             raise UserError(
                 f"{listing}: dataset_uri {shown(uri)} of {shown(name)} is no file in eval_data"
             )
-        if found:
+        if exists:
             rows = _read_rows(path, kind)
             tasks.append(CoreTask(name, kind, shots, delimiter, chances[name], rows))
         else:
@@ -86,21 +102,8 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
     return tasks, absent
 
 
-LISTING = {
-    "icl_tasks": [
-        {
-            "label": str,
-            "dataset_uri": str,
-            "num_fewshot": (int, [int]),
-            "icl_task_type": str,
-            "continuation_delimiter": str,
-        }
-    ]
-}
-
-
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a small file can stand for gigabytes."""
+    """YAML without aliases, with which a small file can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -141,7 +144,7 @@ def _read_listing(path: Path) -> list[tuple[str, str, int, str, str]]:
 
 
 def _read_chances(path: Path) -> dict[str, float]:
-    """What guessing scores on each task, 0 to 1."""
+    """Name of a task -> the score of guessing, 0 to 1."""
     chances = {}
     for place, row in read(path):
         try:
@@ -160,6 +163,7 @@ def _read_chances(path: Path) -> dict[str, float]:
 
 
 def _read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of a task's data file. UserError if one is malformed, or if there are none."""
     rows = []
     for place, row in read(path):
         if problem := _problem(row, kind):
@@ -171,7 +175,7 @@ def _read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _problem(row: dict[str, Any], kind: str) -> str:
-    """What is wrong with a row, or ''."""
+    """What is wrong with a row of a task of this kind, or ""."""
     texts, options_field = FIELDS[kind]
     options: Any = row.get(options_field) if options_field else []
     is_list = isinstance(options, list) and all(isinstance(option, str) for option in options)

@@ -1,15 +1,16 @@
 """
 Turns the rows of a CORE task into token sequences that share as much as possible.
 
-Few-shot examples: a task has PROMPTS lists of examples, drawn by the seed, and row i continues list
-i % PROMPTS; a row that is in its own list is replaced by the next one drawn. So nearly all rows
-share a few beginnings, which are computed once. Drawing examples for every row (as for the
-published GPT-2 figures) shares nothing; its expected score is the same, and varies slightly less.
+Few-shot examples: a task has PROMPTS prompts, which are lists of examples drawn by the seed, and
+row i continues prompt i % PROMPTS. In the prompt of a row that would be its own example, the next
+one drawn takes its place. So nearly all rows share a few beginnings, which are computed once. If
+examples are drawn for every row (as for the published GPT-2 figures), rows share nothing; the
+expected score is the same, and its variance slightly lower.
 
-If a row is too long for the context, it takes fewer examples, the first ones of its list. If the
-question alone is too long, it loses tokens from the left, after <|bos|>; what is scored stays
-whole. Only if that alone is longer than the context does it lose its beginning. All three are
-counted.
+If a row is too long for the context, it gets fewer examples, the first ones of its prompt. If the
+question alone is too long, it loses tokens from the left, after <|bos|>; the scored tokens all
+stay. Only if these alone are longer than the context do they lose their beginning. The items say
+which of the three happened.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.core_bundle import CoreTask
 
-PROMPTS = 4  # lists of few-shot examples per task
+PROMPTS = 4  # per task with few-shot examples
 
 
 class CoreItem(NamedTuple):
@@ -35,15 +36,15 @@ class CoreItem(NamedTuple):
     shared: int  # leading tokens that all of ids have in common, at least 1
     starts: list[int]  # the scored tokens of ids[j] are those from starts[j] on
     gold: int
-    shots: int  # examples it has
+    shots: int  # few-shot examples it has
     cropped: bool  # its question lost tokens
-    overlong: bool  # what is scored lost tokens
+    overlong: bool  # its scored tokens lost their beginning
 
     @property
     def slots(self) -> int:
         """
-        Tokens to compute: the shared ones once, then the rest of each sequence except its last
-        token, which predicts nothing.
+        How many tokens are computed: the shared ones once, and the rest of each sequence except its
+        last token, which predicts nothing.
         """
         return self.shared + sum(max(0, len(ids) - 1 - self.shared) for ids in self.ids)
 
@@ -62,8 +63,8 @@ class _Sequences(NamedTuple):
 
     def crop(self, context: int) -> tuple["_Sequences", list[int]]:
         """
-        At most `context` tokens of each sequence, and how many each has lost. They are cropped
-        together as far as they are the same, so that they still share what remains.
+        The last `context` tokens of each sequence, or all, and how many each has lost. Where it can
+        be done, all lose the same number of shared tokens, so that they still share the others.
         """
         longest = max(map(len, self.ids))
         together = min(max(0, longest - context), self.shared)
@@ -80,8 +81,9 @@ def prepare(
     task: CoreTask, tokenizer: Tokenizer, context: int, seed: int = 42, max_items: int = 0
 ) -> tuple[list[CoreItem], list[list[int]]]:
     """
-    The items of a task for a context of so many tokens, and the prompts they share. Takes all rows,
-    or `max_items` of them drawn by the seed. Examples are encoded separately from the question.
+    The items of a task for a context of so many tokens, and the prompts (token ids from <|bos|> on)
+    that they share. Takes all rows, or `max_items` of them drawn by the seed. Examples are encoded
+    separately from the question.
     """
     n = len(task.rows)
     chosen = list(range(n))
@@ -97,14 +99,14 @@ def prepare(
         whole = _encode(task, task.rows[row], tokenizer)
         sequences, cuts = whole.crop(context)
         shown = [example for example in prompts[number] if example.row != row][: task.shots]
-        # <|bos|> takes one token more than the examples, but the last token is never computed.
+        # <|bos|> needs no room, because the last token of a sequence is never computed.
         room = context - max(map(len, whole.ids))
         while shown and sum(len(example.tokens) for example in shown) > room:
             shown.pop()
-        known = _common([shown, prompts[number]])
-        head = _joined(tokenizer.bos, shown[:known])
-        # The last known token is computed again, because it predicts the next one.
-        rest = _joined(head[-1], shown[known:])
+        in_prompt = _common([shown, prompts[number]])
+        head = _joined(tokenizer.bos, shown[:in_prompt])
+        # The last token of the prompt is computed again, because it predicts the next one.
+        rest = _joined(head[-1], shown[in_prompt:])
         items.append(
             CoreItem(
                 row=row,
@@ -122,8 +124,13 @@ def prepare(
     return items, [_joined(tokenizer.bos, prompt) for prompt in prompts]
 
 
-def unshared(items: Sequence[CoreItem], prompts: Sequence[Sequence[int]]) -> list[CoreItem]:
-    """Every sequence as an item of its own that continues no prompt, in order."""
+def separate_sequences(
+    items: Sequence[CoreItem], prompts: Sequence[Sequence[int]]
+) -> list[CoreItem]:
+    """
+    The items' sequences in order, each as an item that continues no prompt and has all its tokens
+    in the trunk, so that no sequence shares anything with another.
+    """
     return [
         item._replace(
             prompt=0,
@@ -138,7 +145,7 @@ def unshared(items: Sequence[CoreItem], prompts: Sequence[Sequence[int]]) -> lis
 
 
 def _example(task: CoreTask, row: int, tokenizer: Tokenizer) -> _Example:
-    """A solved row."""
+    """A row with its right answer, as an example."""
     fields = task.rows[row]
     answer = task.texts(fields)[fields.get("gold", 0)]
     return _Example(row, tokenizer.encode(answer + "\n\n"))
@@ -157,10 +164,10 @@ def _encode(task: CoreTask, row: dict[str, Any], tokenizer: Tokenizer) -> _Seque
     if task.kind == "multiple_choice":
         shared = _common(ids)
     else:
-        # The question alone, without the space that belongs to the first token of the answer.
+        # A space between question and answer belongs to the first token of the answer.
         question = (row["context"].strip() + task.delimiter).strip()
         shared = _common([ids[0], tokenizer.encode(question)])
-    # Of an answer that is the beginning of another one, at least the last token is scored.
+    # If an answer is the beginning of another one, its last token is scored all the same.
     shared = min(shared, min(map(len, ids)) - 1)
     return _Sequences(ids, shared, [shared] * len(ids))
 

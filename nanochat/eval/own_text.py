@@ -1,6 +1,6 @@
 """
-What a model has learned from a person's own text: held-out questions, bits per byte beside other
-predictors, and samples with what they copied from the training text.
+What a model has learned from a person's own text: answers to held-out questions, bits per byte
+beside those of other predictors, and samples with what they copied from the training text.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,22 @@ from nanochat.model.checkpoint import Loaded
 
 TEMPERATURES = 0.3, 0.7, 1.0
 SAMPLE_TOKENS = 80
-CHAT: dict[str, Any] = {"temperature": 0.6, "top_k": 50}  # as chat_cli samples
+CHAT: dict[str, Any] = {"temperature": 0.6, "top_k": 50}  # the defaults of chat_cli
 PROMPT_WORDS, PROMPT_CHARACTERS = 6, 60
 MOST_TOKENS = 1 << 18  # of held-out text that the model reads
-MOST_CHARACTERS = 50_000_000  # of training text in which a sample is searched at a time
-LONGEST_RUN = 1000  # characters that these pieces overlap
+# The training text is searched in pieces of so many characters, which overlap by LONGEST_RUN: no
+# copied run up to that length is missed
+PIECE = 50_000_000
+LONGEST_RUN = 1000
 
 
 def documents(source: Source, split: str) -> list[str]:
-    """The documents of a split."""
+    """The documents of a split, "train" or "val"."""
     return [text for part in parts(source, split) for text in part.documents()]
 
 
 def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> dict[str, Any]:
-    """The summary of asking up to `each` held-out questions of every task."""
+    """Ask up to `each` held-out questions of every task; returns scores.summarise() of them."""
     engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     results = {}
     for task in tasks:
@@ -43,7 +45,7 @@ def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> dict[str, Any]:
 
 
 def bits_per_byte(loaded: Loaded, source: Source) -> float:
-    """Of the held-out text, as the model predicts it."""
+    """The model's bits per byte of the held-out text."""
     shards = prepare(source, "val", loaded.tokenizer)
     rows = max(1, 4096 // loaded.model.config.sequence_len)
     token_bytes = loaded.tokenizer.token_bytes()
@@ -51,45 +53,42 @@ def bits_per_byte(loaded: Loaded, source: Source) -> float:
 
 
 def other_predictors(source: Source) -> dict[str, float]:
-    """Bits per byte of the held-out text: of an n-gram model, xz and gzip."""
+    """Bits per byte of the held-out text for an n-gram model, xz and gzip."""
     train, held_out = ("\n\n".join(documents(source, split)).encode() for split in ("train", "val"))
     return {"n-gram": ngram(train, held_out), **compressors(train, held_out)}
 
 
 def replies(loaded: Loaded, questions: Sequence[str]) -> list[tuple[str, str]]:
     """Each question with its reply, sampled as chat_cli does."""
-    engine, tokenizer = (
-        Engine(loaded.model.cast_for_inference(), loaded.tokenizer),
-        loaded.tokenizer,
-    )
+    tokenizer = loaded.tokenizer
+    engine = Engine(loaded.model.cast_for_inference(), tokenizer)
     prompts = [
         tokenizer.render_prompt({"messages": [{"role": "user", "content": question}]})
         for question in questions
     ]
-    samples = engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS, **CHAT)
-    texts = [
-        normalised(visible_text(tokenizer, s.tokens)) + " ..." * (s.finish == "length")
-        for s in samples
-    ]
+    texts = []
+    for sample in engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS, **CHAT):
+        text = normalised(visible_text(tokenizer, sample.tokens))
+        texts.append(f"{text} ..." if sample.finish == "length" else text)
     return list(zip(questions, texts, strict=True))
 
 
 def sample_prompt(texts: Sequence[str]) -> str:
-    """The beginning of a passage in the middle of the longest text."""
+    """The first words of the passage in the middle of the longest text."""
     longest = max(texts, key=len)
-    found = list(passages(longest)) or [longest]
-    return " ".join(found[len(found) // 2].split()[:PROMPT_WORDS])[:PROMPT_CHARACTERS]
+    candidates = list(passages(longest)) or [longest]
+    words = candidates[len(candidates) // 2].split()
+    return " ".join(words[:PROMPT_WORDS])[:PROMPT_CHARACTERS]
 
 
 def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
     """
-    A continuation of words of a held-out document at each temperature, with its longest overlap
-    with the training text.
+    Continue the first words of a held-out passage at each of TEMPERATURES. Each sample is
+    {temperature, prompt, text} with the fields of its longest Overlap with the training text.
     """
     corpus = normalised(" ".join(documents(source, "train")))
-    # In pieces that overlap, because each character of a sample searches all of one
-    starts = range(0, max(1, len(corpus)), MOST_CHARACTERS)
-    pieces = [corpus[start : start + MOST_CHARACTERS + LONGEST_RUN] for start in starts]
+    starts = range(0, max(1, len(corpus)), PIECE)
+    pieces = [corpus[start : start + PIECE + LONGEST_RUN] for start in starts]
     prompt = sample_prompt(documents(source, "val"))
     engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     out = []
@@ -107,22 +106,25 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
 
 
 def answer_lines(summary: dict[str, Any]) -> list[str]:
-    """The accuracies, the best first: what is clearly better than guessing, and what is not."""
+    """
+    The accuracies as lines to print, the best first: those that are clearly better than guessing
+    and at least 50 %, and then the others.
+    """
     kinds = sorted(summary["kinds"].items(), key=lambda kind: -kind[1]["accuracy"])
     able, unable = [], []
     for name, result in kinds:
         kind = name.partition("/")[2]
         line = f"    {result['accuracy']:4.0%} of {result['n']:<3}  {ABOUT.get(kind, kind)}"
         line += f"  (guessing: {result['chance']:.0%})" if result["chance"] else ""
-        right = result["lo"] > result["chance"] and result["accuracy"] >= 0.5
-        (able if right else unable).append(line)
+        is_able = result["lo"] > result["chance"] and result["accuracy"] >= 0.5
+        (able if is_able else unable).append(line)
     lines = ["Held-out questions, none of which it has seen:"]
     lines += ["  what it can do", *able] if able else []
     return lines + (["  what it cannot do, or only sometimes", *unable] if unable else [])
 
 
 def predictor_lines(bits: dict[str, float]) -> list[str]:
-    """Bits per byte side by side, and how they compare."""
+    """The bits per byte of all predictors as lines to print, and how the model's compare."""
     shown = ", ".join(f"{name} {value:.2f}" for name, value in bits.items())
     lines = [f"Held-out text, bits per byte (less is better): {shown}"]
     for name, kind in (("xz", "compressor"), ("n-gram", "model of six bytes")):
@@ -133,10 +135,10 @@ def predictor_lines(bits: dict[str, float]) -> list[str]:
     return lines
 
 
-def sample_lines(found: Sequence[dict[str, Any]]) -> list[str]:
-    """The samples with what they share with the training text."""
-    lines = [f"In the style of the text, going on from {found[0]['prompt']!r} (held-out text):"]
-    for sample in found:
+def sample_lines(samples: Sequence[dict[str, Any]]) -> list[str]:
+    """The results of samples() as lines to print: each text, and what it copied and from where."""
+    lines = [f"In the style of the text, going on from {samples[0]['prompt']!r} (held-out text):"]
+    for sample in samples:
         lines.append(f"  temperature {sample['temperature']}: {sample['text']}")
         lines.append(
             f"    copied: at most {len(sample['overlap'])} characters in a row "

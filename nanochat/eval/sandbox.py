@@ -3,20 +3,21 @@ Runs programs that a model wrote, for HumanEval: in a sandbox or not at all. Wit
 sandbox run() refuses; it never falls back to anything weaker.
 
 The sandbox is bubblewrap (Linux). Its own namespaces hide the network and all other processes, and
-make everything inside end together. Of files a program sees only Python's standard library and the
-system's libraries, read-only, /dev/null, and a small /tmp in memory; no /proc and no home. Its user
-is not root, and its environment is empty. Hard limits bind memory, CPU time, threads and files. A
-seccomp filter refuses new processes, sockets, namespaces, tracing, and the kinds of memory that
-those limits do not count. Only the deadline bounds what the kernel records for the program:
-creating empty files without end takes about 150 MB per second, all of it freed afterwards.
+end everything inside together. The only files that a program sees are Python's standard library and
+the system's libraries, read-only, /dev/null, and a small /tmp in memory; there is no /proc and no
+home. Its user is not root, and its environment is empty. There are hard limits on memory, CPU time,
+threads and files. A seccomp filter refuses new processes, sockets, namespaces, tracing, and the
+kinds of memory that those limits do not count. Only the deadline bounds what the kernel records for
+the program: a program that creates empty files in a loop takes about 150 MB per second, which are
+freed afterwards.
 
 `passed` means that the interpreter reached the end of the program within the limits and then exited
 with status 0. The proof is a random token that it writes to a pipe once the program's code has
 returned. Until then the token is on the interpreter's value stack, where no frame, traceback or
 garbage collector shows it; so leaving early (os._exit, SystemExit, exec), exit handlers and writing
 to the pipe do not pass. Code that searches its raw memory, or jumps over lines with a trace
-function, still can; therefore judge() runs a program and its tests in two sandboxes, which share
-nothing but a pipe for plain values.
+function, can still pass. Therefore judge() runs a program and its tests in two sandboxes, which
+share nothing but a pipe for plain values.
 """
 
 import errno
@@ -51,6 +52,8 @@ _START = 20.0  # seconds until the program must have started; 0.02 on an idle ma
 
 @dataclass(frozen=True)
 class Outcome:
+    """How a program ended, and what it wrote."""
+
     passed: bool
     # "", timeout, memory, output, "exit 3", "exit 0 before its end", or the last line of an
     # exception such as "AssertionError: no"
@@ -59,8 +62,8 @@ class Outcome:
     stderr: str
 
 
-# While the program runs, only the last line is active (one line: the backslash joins it): a trace
-# function finds no other line to jump to, and there is no second token to read.
+# While the program runs, only the last line is active (the backslash makes it one line), so that a
+# trace function finds no other line to jump to, and there is no second token to read.
 _HARNESS = """
 import os, resource, sys
 if os.getuid() == 0:
@@ -76,7 +79,7 @@ os.write({proof}, os.read(0, {size}) + (exec(\
 compile(sys.stdin.buffer.read(), "program", "exec"), main.__dict__) or b""))
 """
 
-# What both sides of judge() know: plain values as JSON, each with its type
+# For both sides of judge(): plain values as JSON, each with its type
 _CODEC = """
 import builtins, json, os, sys
 def encode(v):
@@ -100,7 +103,7 @@ def decode(v):
     if kind == "dict": return {decode(k): decode(y) for k, y in x}
     return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, x))
 """
-# Follows the program: answers calls of its function until there are no more
+# Runs after the program: answers calls of its function until there are no more
 _SERVER = """
 def _serve():
 {codec}
@@ -175,16 +178,16 @@ _REFUSED = {
     "syslog": (103, 116),
 }
 _CLONE = (56, 220)  # makes threads, which are allowed, and processes, which are not
-# From this number on all machines agree. clone3, io_uring and anything newer is answered with "not
-# implemented", and libraries do without.
+# System calls from this number on have the same number on all machines. clone3, io_uring and all
+# newer ones are answered with "not implemented", and libraries do without them.
 _NEW = 424
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's AUDIT_ARCH_*
 
 
 def _seccomp() -> bytes:
     """
-    The filter in classic BPF (Linux' filter.h, seccomp.h). An instruction is: code, how many to
-    skip if true and if false, operand.
+    The filter in classic BPF (Linux' filter.h, seccomp.h). An instruction is (code, how many
+    instructions to skip if true, and if false, operand).
     """
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill = 0x7FFF0000, 0x80000000
@@ -213,7 +216,7 @@ def _seccomp() -> bytes:
 
 
 def _python() -> str:
-    """The interpreter; of a virtual environment the real one behind it."""
+    """The path of the interpreter; in a virtual environment, of the real one behind it."""
     return getattr(sys, "_base_executable", sys.executable)
 
 
@@ -255,8 +258,8 @@ def _bwrap() -> list[str]:
 @functools.cache
 def missing() -> str:
     """
-    "" if the sandbox works, which is tried once; otherwise a sentence that says why it does not and
-    how to get one.
+    "" if the sandbox works, which is tried once; otherwise a sentence that says why it does not
+    work and what to do.
     """
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         problem = (
@@ -303,8 +306,8 @@ def run(program: str, seconds: float = 5.0, memory_mb: int = 512) -> Outcome:
     """
     Run `program` in the sandbox: Python with the standard library, hash seed 0 and an empty stdin,
     for at most `seconds` of wall-clock time from its start and in at most `memory_mb` MiB of
-    address space. Threads may call this concurrently. Raises UserError if no sandbox works, or if
-    it breaks before the program begins, which must not count as the program's failure.
+    address space. Threads may call this concurrently. Raises UserError if the sandbox does not
+    work, or if it breaks before the program begins, which must not count as the program's failure.
     """
     if problem := missing():
         raise UserError(problem)
@@ -316,11 +319,11 @@ def judge(
 ) -> Outcome:
     """
     Whether `check(candidate)` of `test` reaches its end, where candidate is the function `name` of
-    `program`. They run in two sandboxes at the same time: the program only ever sees arguments and
-    returns values, plain ones (numbers, texts, and containers of them), and the verdict belongs to
-    the other sandbox, which runs `problem` and `test` but nothing of the program. So whatever the
-    program does to its own interpreter, it cannot pass without returning the right values. Limits
-    as for run(); raises UserError as run() does.
+    `program`. Program and test run in two sandboxes at the same time. The program only sees the
+    arguments of calls and returns values, all of them plain (numbers, texts, and containers of
+    them). The verdict is that of the other sandbox, which runs `problem` and `test` but nothing of
+    the program. So whatever the program does to its own interpreter, it cannot pass without
+    returning the right values. Limits and errors are those of run().
     """
     if fault := missing():
         raise UserError(fault)
@@ -397,7 +400,7 @@ def _run(
             stop, outputs = _attend(process, proof_out, feed, seconds)
         finally:
             if process.poll() is None:
-                # bwrap's end ends the first process of the namespace, and that all others.
+                # When bwrap ends, so does the first process of the namespace, and with it all.
                 os.killpg(process.pid, signal.SIGKILL)
     stdout, stderr = (output.decode("utf-8", "replace") for output in outputs[:2])
     code = process.returncode
@@ -424,8 +427,8 @@ def _attend(
     process: subprocess.Popen, proof: IO[bytes], feed: bytes, seconds: float
 ) -> tuple[str, list[bytearray]]:
     """
-    Feed and read the sandbox until it ends or must be ended. Returns why it must ("" if it ended),
-    and what came from stdout, stderr and `proof`.
+    Feed and read the sandbox until it ends or must be ended. Returns the reason to end it ("" if it
+    has ended by itself), and what came from stdout, stderr and `proof`.
     """
     assert process.stdin and process.stdout and process.stderr
     outputs = {process.stdout: bytearray(), process.stderr: bytearray(), proof: bytearray()}

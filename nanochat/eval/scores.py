@@ -1,5 +1,5 @@
 """
-Scores with their intervals: of one task, of several, and of the stages of a model as a table.
+Scores with their intervals, for one task and for several, and a table of the stages of a model.
 """
 
 import math
@@ -14,8 +14,9 @@ CHATCORE = "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingB
 
 def wilson(right: float, n: float) -> tuple[float, float]:
     """
-    The 95 % Wilson interval of a share, which stays honest near 0 and 1. It also serves for a mean
-    of shares, where it is conservative: shares vary at most as much as verdicts with that mean.
+    The 95 % score interval (Wilson 1927) of a share of `right` in n trials, which also holds near 0
+    and 1. For a mean of n shares it is conservative: these vary at most as much as verdicts with
+    the same mean.
     """
     if n == 0:
         return 0.0, 1.0
@@ -28,9 +29,10 @@ def wilson(right: float, n: float) -> tuple[float, float]:
 
 def accuracy(right: Sequence[float], chance: float, different: int = 0) -> dict[str, float]:
     """
-    {accuracy, n, chance, lo, hi} of a list of verdicts, or of shares of right samples. Where only
-    so many questions are `different`, the others repeating them, the interval is that of so many,
-    and the result has their number.
+    {accuracy, n, chance, lo, hi} of n verdicts, or of n shares of right samples; lo and hi are the
+    ends of the 95 % interval. If only some of the questions are `different` and the others repeat
+    them (0 = all are different), the interval is that of so many questions, and the result also has
+    their number.
     """
     n, share = len(right), sum(right) / max(1, len(right))
     lo, hi = wilson(share * (different or n), different or n)
@@ -41,32 +43,35 @@ def accuracy(right: Sequence[float], chance: float, different: int = 0) -> dict[
 
 
 def centred(share: float, chance: float) -> float:
-    """An accuracy on the scale where guessing is 0 and perfection 1."""
+    """An accuracy on the scale where guessing is 0 and a perfect score 1."""
     return (share - chance) / (1 - chance)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     """
-    The probability that at least one of k samples is right, estimated without bias from n >= k
-    samples of which `right` are (Chen et al. 2021, arXiv 2107.03374).
+    The unbiased estimate of the probability that at least one of k samples is right, given n >= k
+    samples of which `right` are right (Chen et al. 2021, arXiv 2107.03374).
     """
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
-    One result for several tasks: accuracy() over all items, and "centred", the mean over the tasks
-    of the accuracy above chance, scaled so that 1 is perfect; the tasks are under "kinds".
-    "chatcore" is that mean over the six tasks of CHATCORE, and absent if any of them is missing.
+    One result for several tasks: accuracy() over all items; "centred", the mean of the tasks'
+    centred accuracies; "chatcore", the same mean over the six tasks of CHATCORE, if none is
+    missing; and the tasks' own results under "kinds".
     """
     n = sum(int(task["n"]) for task in by_task.values())
     right = sum(task["accuracy"] * task["n"] for task in by_task.values())
     chance = sum(task["chance"] * task["n"] for task in by_task.values()) / max(1, n)
     above = {name: centred(task["accuracy"], task["chance"]) for name, task in by_task.items()}
-    # Of as many independent questions as would leave the mean this uncertain
-    doubt = sum(task["n"] ** 2 / (task.get("different") or task["n"]) for task in by_task.values())
-    independent = n * n / max(1, doubt)
-    lo, hi = wilson(right / max(1, n) * independent, independent)
+    # The effective sample size: repeated questions make the mean of a task less certain than n
+    # independent ones would
+    variance = sum(
+        task["n"] ** 2 / (task.get("different") or task["n"]) for task in by_task.values()
+    )
+    effective = n * n / max(1, variance)
+    lo, hi = wilson(right / max(1, n) * effective, effective)
     summary = {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
     summary["centred"] = sum(above.values()) / max(1, len(above))
     if above.keys() >= set(CHATCORE):
@@ -76,8 +81,9 @@ def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """
-    The summary of each stage, from the last result of every task at its last evaluated step. `logs`
-    has the rows of each stage's logbook, which a stranger may have written.
+    The summary of each stage, from the last result of every task at the stage's last evaluated
+    step. `logs` has the rows of each stage's logbook, which a stranger may have written; malformed
+    results are left out.
     """
     stages = {}
     for stage, log in logs.items():
@@ -92,38 +98,33 @@ def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
     return stages
 
 
-def _is_result(result: Any, within: bool = False) -> bool:
-    """Whether this is a result as Verdicts gives it, with those of the best of several samples."""
+def _is_result(result: Any, of_best: bool = False) -> bool:
+    """Whether this has the form of Verdicts.result(), or with `of_best` of a value under "pass"."""
     if not isinstance(result, dict):
         return False
-    numbers: list[Any] = [result.get(name) for name in ("accuracy", "lo", "hi", "chance", "n")]
-    if not all(map(is_number, numbers)) or not 0 <= numbers[0] <= 1 or not 0 <= numbers[3] <= 1:
+    numbers: list[Any] = [result.get(name) for name in ("accuracy", "chance", "n", "lo", "hi")]
+    if not all(map(is_number, numbers)):
         return False
-    if numbers[3] == 1 and not within:  # guessing is right only with many samples
+    share, chance, n = numbers[:3]
+    if not 0 <= share <= 1 or not 0 <= chance <= 1:
+        return False
+    if chance == 1 and not of_best:  # only the best of many guesses is always right
         return False
     different = result.get("different", 0)
-    if not is_number(different) or not 0 <= different <= numbers[4]:
+    if not is_number(different) or not 0 <= different <= n:
         return False
     best = result.get("pass", {})
-    return within or (isinstance(best, dict) and all(_is_result(r, True) for r in best.values()))
+    return of_best or (isinstance(best, dict) and all(_is_result(r, True) for r in best.values()))
 
 
 def stage_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """
-    Head and rows of a table of task by stage, with pass@k where there are several samples. The row
-    "all" is shown only if all stages were asked the same questions.
+    The head and the rows of a table of tasks by stages, given the stages' summaries, with pass@k
+    where there are several samples. The row "all" is shown only if all stages were asked the same
+    questions.
     """
-    lines: dict[str, dict[str, dict[str, Any]]] = {}  # name -> stage -> result
-    for stage, summary in stages.items():
-        for name, result in summary["kinds"].items():
-            lines.setdefault(name, {})[stage] = result
-            for k, best in result.get("pass", {}).items():
-                lines.setdefault(f"{name} pass@{k}", {})[stage] = best
-    asked = [{name: task["n"] for name, task in s["kinds"].items()} for s in stages.values()]
-    if all(questions == asked[0] for questions in asked):
-        lines["all"] = stages
     rows = []
-    for name, by_stage in lines.items():
+    for name, by_stage in _results_by_name(stages).items():
         sizes = sorted({f"{result['n']:,}" for result in by_stage.values()})
         chances = sorted({f"{result['chance']:.0%}" for result in by_stage.values()})
         cells = [_accuracy(by_stage[stage]) if stage in by_stage else "" for stage in stages]
@@ -134,5 +135,20 @@ def stage_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     return ["task", "questions", "chance", *stages], rows
 
 
+def _results_by_name(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Name of a row of the table -> stage -> result."""
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for stage, summary in stages.items():
+        for name, result in summary["kinds"].items():
+            results.setdefault(name, {})[stage] = result
+            for k, best in result.get("pass", {}).items():
+                results.setdefault(f"{name} pass@{k}", {})[stage] = best
+    asked = [{name: task["n"] for name, task in s["kinds"].items()} for s in stages.values()]
+    if all(questions == asked[0] for questions in asked):
+        results["all"] = stages
+    return results
+
+
 def _accuracy(result: dict[str, Any]) -> str:
+    """For example "52.0% (42%-62%)"."""
     return f"{result['accuracy']:.1%} ({result['lo']:.0%}-{result['hi']:.0%})"

@@ -1,1 +1,1 @@
-"""Take a trained model elsewhere: transformers (and what reads its folders), llama.cpp, Ollama."""
+"""Export a trained model: to transformers (and what reads its folders), llama.cpp, and Ollama."""

@@ -1,5 +1,5 @@
 """
-The model card: the README.md of an exported folder, from what the checkpoint and its logbook know.
+The model card: the README.md of an exported folder, made from the checkpoint and its logbook.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ STAGES = {
 
 
 def _architecture(config: GPTConfig, parameters: int) -> list[str]:
+    """The shape of the model as a list in Markdown."""
     heads = (
         f"{config.n_head} query heads and {config.n_kv_head} key-value heads of {config.head_dim}"
     )
@@ -36,7 +37,7 @@ def _architecture(config: GPTConfig, parameters: int) -> list[str]:
 
 
 def _llama_usage(name: str, to: str) -> list[str]:
-    """How to run a GGUF file; a folder for Ollama has a Modelfile too."""
+    """How to run a GGUF file; a folder for Ollama also has a Modelfile."""
     commands = ["llama-cli -m FILE.gguf"]
     if to == "ollama":
         commands = [f"ollama create {name} -f Modelfile", f"ollama run {name}"]
@@ -44,6 +45,7 @@ def _llama_usage(name: str, to: str) -> list[str]:
 
 
 def _usage(target: Target, chat: bool) -> list[str]:
+    """How to run a folder in transformers: to answer a message (`chat`) or to continue a text."""
     trust = ", trust_remote_code=True" if target.custom_code else ""
     lines = [
         "```python",
@@ -84,14 +86,14 @@ def model_card(
     to: str = "hf",
 ) -> str:
     """
-    README.md of the folder: `meta` is the checkpoint's, `rows` its logbook's, `checked` the
-    outcome of the comparison.
+    The text of README.md. `meta` belongs to the checkpoint and `rows` to its run's logbook; `name`
+    is the model's, and `checked` says how the export compares with the original.
     """
     stage = meta["stage"]
-    named = meta["knobs"].get("data") or ["the default mixture"]
-    sources = [name_of(str(source)) for source in named]  # never a path
+    specs = meta["knobs"].get("data") or ["the default mixture"]
+    sources = [name_of(str(spec)) for spec in specs]  # paths are private
     rows = [row for row in rows if (row.get("step") or 0) <= meta["step"]]
-    rows.sort(key=lambda row: row.get("step") or 0)  # the exported step has the last word
+    rows.sort(key=lambda row: row.get("step") or 0)  # the last result is that of the exported step
     losses = [row["val_bpb"] for row in rows if row.get("kind") == "eval" and row.get("val_bpb")]
     loss = f", {losses[-1]:.4f} bits per byte on held-out data" if losses else ""
     results = stage_results({stage: rows})

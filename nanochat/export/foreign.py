@@ -1,6 +1,6 @@
 """
-An exported folder as transformers loads it, with what an evaluation asks of a model, a tokenizer
-and an engine of ours. Scoring it checks the export and the evaluation against each other.
+An exported folder as transformers loads it, with the methods of our model, tokenizer and engine
+that evaluations call. Scoring it checks the export and the evaluation against each other.
 
 Everything comes from the folder and from transformers: the tokenizer and its chat template, the
 logits, the generation loop and its stop tokens. Only the calculator is ours.
@@ -37,16 +37,17 @@ class ForeignTokenizer:
 
     def __init__(self, tokenizer: Any, fingerprint: str):
         self._tokenizer = tokenizer
-        self.fingerprint = fingerprint  # token shards of this tokenizer are stored under it
+        self.fingerprint = fingerprint  # in the names of token shards of this tokenizer
         self.specials = {name: tokenizer.get_vocab()[name] for name in SPECIAL_TOKENS}
         self.bos = self.specials["<|bos|>"]
         self.vocab_size = len(tokenizer)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
+        """The ids of ordinary text, after <|bos|> if `bos`."""
         return self.encode_batch([text], bos)[0].tolist()
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False) -> list[np.ndarray]:
-        """The ids of ordinary texts as uint32 arrays, each after <|bos|> if asked for."""
+        """The ids of several texts, as encode() returns them, in uint32 arrays."""
         head = [self.bos] if bos else []
         parts = [list(segments(text)) for text in texts]
         encoded = self._tokenizer(
@@ -57,36 +58,38 @@ class ForeignTokenizer:
         return [np.array([*head, *tokens], dtype=np.uint32) for tokens in joined]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, with special tokens by name."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int32: UTF-8 bytes per token, 0 for special ones."""
         special = set(self.specials.values())
         tokens = self._tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
-        # The vocabulary spells each byte as one letter
+        # The vocabulary represents each byte by one letter
         sizes = [0 if i in special else len(token) for i, token in enumerate(tokens)]
         return np.array(sizes, dtype=np.int32)
 
     def render_prompt(self, conversation: dict) -> list[int]:
+        """The ids of a conversation as a prompt for the assistant's next message."""
         return self._tokenizer.apply_chat_template(
             conversation["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
         )
 
 
 class ForeignModel(nn.Module):
-    """A causal language model of transformers, with the parts of GPT that scoring needs."""
+    """A causal language model of transformers, with the methods of GPT that scoring uses."""
 
     def __init__(self, network: Any):
         super().__init__()
         self.network = network
         self.embed: nn.Module = network.get_input_embeddings()
-        known = network.config
+        config = network.config
         self.config = SimpleNamespace(
-            sequence_len=known.max_position_embeddings,
-            n_head=known.num_attention_heads,
-            n_embd=known.hidden_size,
-            hidden=known.intermediate_size,
-            softcap=getattr(known, "final_logit_softcapping", None) or 0.0,
+            sequence_len=config.max_position_embeddings,
+            n_head=config.num_attention_heads,
+            n_embd=config.hidden_size,
+            hidden=config.intermediate_size,
+            softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
         )
 
     @property
@@ -110,8 +113,8 @@ class ForeignModel(nn.Module):
 
     def token_losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """
-        Negative log-likelihood in nats of every target (B, T), 0 where it is -1. The network
-        computes whole logits, so it gets one row at a time.
+        The negative log-likelihood in nats of every target: (B, T), 0 where a target is -1. The
+        logits of a whole row are in memory at once, so rows are computed one by one.
         """
         losses = []
         for row, target in zip(ids, targets, strict=True):
@@ -124,8 +127,8 @@ class ForeignModel(nn.Module):
 
 class _Calculator:
     """
-    A logits processor that forces the calculator's output into the rows that call it. `masks` holds
-    a list for each row: per token 1 where it was sampled, 0 where it was forced.
+    A logits processor that makes the calculator's output the next tokens of a row that calls it.
+    `masks` has a list for each row: 1 for a sampled token, 0 for a forced one.
     """
 
     def __init__(self, tokenizer: Any, rows: int):
@@ -134,7 +137,7 @@ class _Calculator:
         self._outputs: list[deque[int]] = [deque() for _ in range(rows)]
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """logits (B, V) for the token after ids (B, T), with one choice only where it is forced."""
+        """Change logits (B, V) for the token after ids (B, T) where that token is forced."""
         for row, (mask, output) in enumerate(zip(self.masks, self._outputs, strict=True)):
             if mask and mask[-1]:
                 output.extend(self._calls[row].answer(int(ids[row, -1])))
@@ -146,7 +149,7 @@ class _Calculator:
 
 
 class ForeignEngine:
-    """An exported folder, ready to be scored: in place of a Loaded and of its Engine."""
+    """An exported folder that is ready to be scored. It replaces a Loaded and its Engine."""
 
     def __init__(
         self, folder: Path, model: ForeignModel, tokenizer: ForeignTokenizer, runtime: Runtime
@@ -170,8 +173,8 @@ class ForeignEngine:
         seed: int | Sequence[int] = 42,
     ) -> list[Sample]:
         """
-        The greedy continuation of each prompt, as Engine.generate_batch gives it. UserError for
-        another temperature or more samples; top_k and the seed change nothing.
+        The greedy continuation of each prompt, as Engine.generate_batch returns it. UserError if
+        the temperature is not 0, or for several samples; `top_k` and `seed` have no effect.
         """
         if temperature != 0 or num_samples != 1:
             raise UserError(
@@ -184,11 +187,11 @@ class ForeignEngine:
         longest = max(map(len, kept))
         padding = [longest - len(prompt) for prompt in kept]
         ids = [[self.tokenizer.bos] * n + p for n, p in zip(padding, kept, strict=True)]
-        real = [[0] * n + [1] * (longest - n) for n in padding]
+        attended = [[0] * n + [1] * (longest - n) for n in padding]
         calculator = _Calculator(self.tokenizer, len(prompts))
         generated = self.model.network.generate(
             torch.tensor(ids, device=self.runtime.device),
-            attention_mask=torch.tensor(real, device=self.runtime.device),
+            attention_mask=torch.tensor(attended, device=self.runtime.device),
             max_new_tokens=max(limits),
             do_sample=False,
             logits_processor=require_transformers().LogitsProcessorList([calculator]),
@@ -203,7 +206,7 @@ class ForeignEngine:
         return samples
 
     def _fill(self, sample: Sample, tokens: list[int], mask: list[int]) -> None:
-        """Give a sample its tokens up to the first stop token."""
+        """Set the tokens of a sample, up to the first stop token, and how it stopped."""
         stops = self.tokenizer.specials["<|assistant_end|>"], self.tokenizer.bos
         count = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
         sample.tokens, sample.mask = tokens[:count], mask[:count]
@@ -219,8 +222,8 @@ def load_exported(
     with_code: bool = False,
 ) -> ForeignEngine:
     """
-    Load a folder that `nanochat export --to hf` wrote. UserError when it is missing or incomplete,
-    and when it ships code that `with_code` does not allow to run.
+    Load a folder that `nanochat export --to hf` wrote. UserError if it is missing or incomplete, or
+    if it ships code and `with_code` does not allow to run it.
     """
     folder = user_path(folder)
     if not (folder / "config.json").is_file():

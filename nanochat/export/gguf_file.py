@@ -2,9 +2,9 @@
 One GGUF file for llama.cpp and Ollama: Qwen3 or Apertus, in f32, f16, bf16 or q8_0, with the
 tokenizer and the chat template.
 
-llama.cpp's own converter refuses tokenizers that it does not know by hash, so the file is written
-here with the package `gguf`. `LlamaCpp` runs the file in llama.cpp, where the package
-`xllamacpp` is installed, and compares greedy tokens.
+llama.cpp's own converter refuses tokenizers whose hash it does not know, so the file is written
+here, with the package `gguf`. `LlamaCpp` runs the file in llama.cpp if the package `xllamacpp` is
+installed.
 """
 
 import importlib
@@ -27,6 +27,7 @@ from nanochat.model.gpt import GPT
 
 
 def require_gguf() -> Any:
+    """The module gguf. UserError if it is not installed."""
     try:
         import gguf
     except ModuleNotFoundError:
@@ -71,8 +72,8 @@ def _add_shape(writer: Any, config: GPTConfig, name: str) -> None:
 
 def _stored(tensor: Tensor, dtype: str, gguf: Any) -> tuple[np.ndarray, Any]:
     """
-    The array to write and its GGUF type: vectors stay float32; rows that q8_0 cannot cut into
-    blocks of 32 become float16.
+    The array to write for a float32 tensor, and its GGUF type. Vectors stay float32. With q8_0,
+    whose blocks have 32 values, a matrix whose rows are no multiple of that becomes float16.
     """
     array = tensor.numpy()
     if array.ndim < 2 or dtype == "f32":
@@ -89,7 +90,10 @@ def _stored(tensor: Tensor, dtype: str, gguf: Any) -> tuple[np.ndarray, Any]:
 def write_gguf(
     model: GPT, tokenizer: Tokenizer, target: Target, file: Path, dtype: str, name: str
 ) -> None:
-    """Write the model as one GGUF file. `target` is Qwen3 or Apertus, from choose_target."""
+    """
+    Write the model as one GGUF file. `target` is Qwen3 or Apertus, from choose_target; `dtype` is
+    f32, f16, bf16 or q8_0. UserError if the package gguf is not installed.
+    """
     gguf = require_gguf()
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(file), target.name)
@@ -116,7 +120,9 @@ def write_gguf(
 
 
 def modelfile(file: str, context: int, sampling: dict) -> str:
-    """Ollama's Modelfile for a GGUF file that lies beside it."""
+    """
+    Ollama's Modelfile for a GGUF file in the same folder; `sampling` has temperature and top_k.
+    """
     return "\n".join(
         [
             "# Written by nanochat export. It was not run in Ollama itself.",
@@ -139,12 +145,9 @@ def modelfile(file: str, context: int, sampling: dict) -> str:
     )
 
 
-# llama.cpp itself
-
-
 class LlamaCpp:
     """
-    A llama.cpp server on a GGUF file, through the package xllamacpp. Use it as a context manager.
+    A llama.cpp server for a GGUF file, through the package xllamacpp, as a context manager.
     """
 
     def __init__(self, file: Path, context: int):
@@ -156,8 +159,8 @@ class LlamaCpp:
         parameters.cpuparams.n_threads = 1
         parameters.cpuparams_batch.n_threads = 1
         parameters.warmup = False
-        parameters.verbosity = 0  # no log of its own
-        # By default keys and values are float16, and flash attention rounds more
+        parameters.verbosity = 0
+        # The defaults are less exact: keys and values in float16, and flash attention
         off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.flash_attn_type = off
         parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -171,6 +174,7 @@ class LlamaCpp:
         self._server = None
 
     def post(self, endpoint: str, body: dict) -> dict:
+        """The server's answer to a request."""
         request = urllib.request.Request(
             self._server.listening_address + endpoint,
             json.dumps(body).encode(),
@@ -180,7 +184,7 @@ class LlamaCpp:
             return json.load(answer)
 
     def greedy(self, prompt: Sequence[int], count: int, never: Iterable[int] = ()) -> list[int]:
-        """Up to `count` likeliest tokens after the prompt's ids, none of them in `never`."""
+        """Up to `count` greedy tokens after the prompt's ids, without those in `never`."""
         body = {
             "prompt": list(prompt),
             "n_predict": count,

@@ -1,8 +1,9 @@
 """
 A folder that transformers loads: config, weights in safetensors, tokenizer, chat template, model
-card. No pickle, no path of this machine.
+card. It has no pickle and no path of this machine.
 
-`write_folder` writes it, `compare_logits` reloads it and compares it with the original model.
+`write_folder` writes it (the command export adds the model card), and `compare_logits` reloads it
+and compares it with the original model.
 """
 
 import json
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nanochat.base.common import UserError
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.export.target import Target, has_windows
+from nanochat.export.target import Target, layer_windows
 from nanochat.export.template import CHAT_TEMPLATE
 from nanochat.export.weights import NORM_EPS, XIELU, foreign_tensors
 from nanochat.model.config import GPTConfig
@@ -28,8 +29,9 @@ ARCHITECTURES = {
 }
 ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9  # at most, of a file of weights
 TOLERANCE = 1e-4  # largest difference of a logit in float32
+PROBE_ROWS, PROBE_TOKENS = 3, 512  # that logits are compared on
 
 
 def require_transformers() -> Any:
@@ -49,13 +51,13 @@ def require_transformers() -> Any:
 
 
 def shipped_code(config: GPTConfig) -> Path:
-    """The file with a class for a model that transformers has none for."""
+    """The file with the class for a model for which transformers has none."""
     part = "prior" if config.rap else "lookback"
     return Path(__file__).parent / f"modeling_nanochat_{part}.py"
 
 
 def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: str) -> dict:
-    """config.json of the target class."""
+    """The contents of config.json for the target class; `dtype` is a key of DTYPES."""
     stops = [tokenizer.specials["<|assistant_end|>"], tokenizer.bos]
     values: dict[str, Any] = {
         "architectures": [ARCHITECTURES[target.name]],
@@ -78,28 +80,7 @@ def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: 
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
     }
     if target.custom_code:
-        code = shipped_code(config).stem
-        values["model_type"] = code.removeprefix("modeling_")
-        name = "NanoChatPrior" if config.rap else "NanoChatLookback"
-        values["architectures"] = [f"{name}ForCausalLM"]
-        values["auto_map"] = {
-            "AutoConfig": f"{code}.{name}Config",
-            "AutoModelForCausalLM": f"{code}.{name}ForCausalLM",
-        }
-        layers = range(config.n_layer)
-        values |= (
-            {"rap": config.rap}
-            if config.rap
-            else {
-                "copy_heads": config.copy_heads,
-                "convolutions": config.convolutions,
-                "value_layers": [layer for layer in layers if config.has_value_table(layer)],
-                "pair_rows": config.pair_rows,
-                "windows": [config.window(layer) for layer in layers],
-                "activation": config.activation,
-                "use_cache": False,
-            }
-        )
+        values |= _custom_values(config)
     if target.name == "nanochat":
         values["hidden_act"] = ACTIVATIONS.get(config.activation, "silu")
         values["final_logit_softcapping"] = config.softcap or None
@@ -107,8 +88,8 @@ def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: 
         values["hidden_act"] = "xielu"
     else:
         values["hidden_act"] = "silu"
-        if has_windows(config):
-            windows = [config.window(layer) for layer in range(config.n_layer)]
+        windows = layer_windows(config)
+        if any(windows):
             values["use_sliding_window"] = True
             values["sliding_window"] = max(windows)
             values["layer_types"] = [
@@ -117,10 +98,36 @@ def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: 
     return values
 
 
+def _custom_values(config: GPTConfig) -> dict[str, Any]:
+    """The values of config.json that only a class of shipped_code() has."""
+    code = shipped_code(config).stem
+    name = "NanoChatPrior" if config.rap else "NanoChatLookback"
+    values = {
+        "model_type": code.removeprefix("modeling_"),
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{code}.{name}Config",
+            "AutoModelForCausalLM": f"{code}.{name}ForCausalLM",
+        },
+    }
+    if config.rap:
+        return {**values, "rap": config.rap}
+    return {
+        **values,
+        "copy_heads": config.copy_heads,
+        "convolutions": config.convolutions,
+        "value_layers": [i for i in range(config.n_layer) if config.has_value_table(i)],
+        "pair_rows": config.pair_rows,
+        "windows": layer_windows(config),
+        "activation": config.activation,
+        "use_cache": False,
+    }
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     tokenizer.save(folder)
-    (folder / "meta.json").unlink()  # ours alone
+    (folder / "meta.json").unlink()  # which only nanochat reads
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -135,7 +142,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _save_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """model.safetensors, or shards of at most 5 GB with their index."""
+    """Write model.safetensors, or several files of at most SHARD_BYTES with an index."""
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(
@@ -151,7 +158,8 @@ def write_folder(
     model: GPT, tokenizer: Tokenizer, target: Target, folder: Path, dtype: str, sampling: dict
 ) -> None:
     """
-    Everything but the model card. `sampling` goes into generation_config.json (temperature, top_k).
+    Write everything but the model card. `dtype` is a key of DTYPES; `sampling` (temperature, top_k)
+    goes into generation_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = config_json(model.config, target, tokenizer, dtype)
@@ -159,7 +167,7 @@ def write_folder(
         "bos_token_id": values["bos_token_id"],
         "eos_token_id": values["eos_token_id"],
         "pad_token_id": values["pad_token_id"],
-        # The calculator's output is never the model's to write
+        # The special tokens around the calculator's output, which the model must not write
         "suppress_tokens": list(tokenizer.never_sampled),
         "do_sample": True,
         **({"use_cache": False} if values.get("use_cache") is False else {}),
@@ -170,26 +178,31 @@ def write_folder(
     write_tokenizer(tokenizer, folder)
     if target.custom_code:
         shutil.copy(shipped_code(model.config), folder)
-    kept_whole = tuple(f"act_fn.{name}" for name in XIELU)
+    float32_names = tuple(f"act_fn.{name}" for name in XIELU)
     tensors = {
-        name: t.to(DTYPES[dtype]) if t.is_floating_point() and not name.endswith(kept_whole) else t
+        name: t
+        if name.endswith(float32_names) or not t.is_floating_point()
+        else t.to(DTYPES[dtype])
         for name, t in foreign_tensors(model, target).items()
     }
     _save_weights(tensors, folder)
 
 
-def probe_tokens(config: GPTConfig, rows: int = 3) -> Tensor:
-    """(rows, T) random token ids that reach beyond every window and far into the context."""
+def probe_tokens(config: GPTConfig) -> Tensor:
+    """
+    Random token ids, always the same: (PROBE_ROWS, T), where T is PROBE_TOKENS, or more if the last
+    64 would not be beyond every window, but at most the context.
+    """
+    length = min(config.sequence_len, max(PROBE_TOKENS, max(layer_windows(config)) + 64))
     generator = torch.Generator().manual_seed(1)
-    length = min(config.sequence_len, 512)
-    return torch.randint(config.vocab_size, (rows, length), generator=generator)
+    return torch.randint(config.vocab_size, (PROBE_ROWS, length), generator=generator)
 
 
 @torch.no_grad()
 def compare_logits(model: GPT, folder: Path, custom_code: bool = False) -> tuple[float, float]:
     """
-    (largest absolute difference, largest logit) between our model and the folder as transformers
-    loads it, both in float32.
+    (largest absolute difference of a logit, largest absolute logit) of the model and the folder as
+    transformers loads it, both in float32.
     """
     transformers = require_transformers()
     transformers.utils.logging.disable_progress_bar()
@@ -197,7 +210,7 @@ def compare_logits(model: GPT, folder: Path, custom_code: bool = False) -> tuple
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=custom_code
     ).eval()
     tokens = probe_tokens(model.config)
-    # Beyond the start of a document ours does not look, and no foreign class knows that
+    # Our model does not attend beyond the start of a document; no foreign class does the same
     tokens[tokens == model.config.document_start] = 0
     theirs = loaded(tokens).logits
     ours = model.logits(model(tokens)).float()[..., : model.config.vocab_size]

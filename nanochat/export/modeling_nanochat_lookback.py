@@ -2,7 +2,7 @@
 NanoChat with copy heads, convolutions, value embeddings and pair embeddings, for transformers. This
 file is shipped with an exported model and loaded with trust_remote_code=True.
 
-There is no cache: each new token is computed from the whole text before it.
+There is no cache: for each new token, the whole text before it is computed again.
 """
 
 # pyright: reportIncompatibleMethodOverride=false, reportArgumentType=false
@@ -15,7 +15,7 @@ from transformers import GenerationMixin, NanoChatConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 TAPS = 4  # tokens that a convolution mixes
-GATE_CHANNELS = 12  # of a token, which decide how much of its value embedding is added
+GATE_CHANNELS = 12  # first ones of a token, which decide how much of its value embedding is added
 PAIR_FACTOR = 2654435761  # spreads pairs of tokens over the rows of their table
 
 
@@ -38,7 +38,7 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 class Convolution(nn.Module):
-    """Adds to each token a mixture of itself and the three before it, weighted per channel."""
+    """Adds to each token a sum of itself and the three before it, with weights per channel."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -54,7 +54,8 @@ class Convolution(nn.Module):
 
 class Attention(nn.Module):
     """
-    Key-value heads below `copy_heads` are not rotated and hold the key of the token before.
+    Attention in which the first `copy_heads` key-value heads are not rotated, and use as the key of
+    a token that of the token before it.
     """
 
     def __init__(self, config: NanoChatLookbackConfig, has_values: bool):
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def rotated(self, x: Tensor, first: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, H, T, D), of which the heads from `first` on are rotated, then normed."""
+        """x (B, H, T, D) after rotating the heads from `first` on, and normalising all."""
         a, b = x[:, first:].chunk(2, dim=-1)
         turned = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
         return norm(torch.cat((x[:, :first], turned), dim=1))
@@ -127,7 +128,7 @@ class Block(nn.Module):
         self.convolutions = config.convolutions
 
     def forward(self, x: Tensor, real: Tensor, *args: Tensor | None) -> Tensor:
-        """x (B, T, width); real (B, T, 1) is 0 for padding, which nothing may mix with a text."""
+        """x (B, T, width); real (B, T, 1) is 0 for padding, so that no text is mixed with it."""
         h = norm(x) * real
         x = x + self.attn(self.attn_conv(h) if self.convolutions else h, *args)
         h = norm(x) * real
@@ -159,7 +160,7 @@ class NanoChatLookbackModel(NanoChatLookbackPreTrainedModel):
         self.post_init()
 
     def embedded(self, input_ids: Tensor, real: Tensor) -> Tensor:
-        """(B, T, width), with the vector of each token and the one before it, 0 if there is none"""
+        """The vectors of the tokens plus those of their pairs with the one before (B, T, width)."""
         x, rows = self.embed_tokens(input_ids), self.config.pair_rows
         if rows:
             before = F.pad((input_ids * real)[:, :-1], (1, 0))

@@ -3,8 +3,8 @@ NanoChat with an attention prior, for transformers. This file is shipped with an
 loaded with trust_remote_code=True.
 
 The prior adds gate * B to the attention scores of its heads, where B[i, j] depends on the tokens
-around positions i and j and on their distance. It is added densely, as a mask: the whole sequence
-of token ids must be known, so `generate` hands it on in `seen`.
+around positions i and j and on their distance. It is added densely, as a mask. This needs all token
+ids of the sequence, which `generate` therefore passes in `seen`.
 """
 
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportCallIssue=false
@@ -30,8 +30,8 @@ def attention_with_prior(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, prior=None, **_
 ) -> tuple[Tensor, None]:
     """
-    Attention of query (B, H, T, D) to key and value (B, H_kv, S, D); `prior` holds (B, H, T, S) per
-    layer.
+    Attention of query (B, H, T, D) to key and value (B, H_kv, S, D); `prior` has a tensor
+    (B, H, T, S) for each layer.
     """
     T, S = query.size(2), key.size(2)
     bias = prior[module.layer_idx].to(query.dtype)
@@ -73,8 +73,8 @@ class NanoChatPriorForCausalLM(NanoChat):
 
     def _terms(self, ids: Tensor, real: Tensor | None, T: int) -> list[Tensor | None]:
         """
-        For each column of the spec its scores (B, T, S) for the last T of the tokens ids (B, S);
-        None for those by distance.
+        The scores (B, T, S) of each column of the spec, for queries at the last T of the tokens ids
+        (B, S); None for a column that depends on distance only.
         """
         spec, table = self.config.rap, dict(self.prior.named_buffers())
         (B, S), codes = ids.shape, table.get("codes", table.get("pair_now"))
@@ -107,7 +107,7 @@ class NanoChatPriorForCausalLM(NanoChat):
         return terms
 
     def _biases(self, ids: Tensor, real: Tensor | None, T: int) -> list[Tensor]:
-        """Per layer what is added to the scores, (B, H, T, S)."""
+        """What is added to the scores of each layer, (B, H, T, S)."""
         spec, table = self.config.rap, dict(self.prior.named_buffers())
         B, S = ids.shape
         terms = self._terms(ids, real, T)

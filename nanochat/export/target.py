@@ -1,10 +1,11 @@
 """
-Which foreign class carries a model exactly, and why another cannot.
+Which foreign class represents a model exactly, and why others cannot.
 
-transformers' NanoChat has this project's numerics. Qwen3 equals a swiglu model without softcap,
-Apertus a relu2 model without softcap: RMSNorm without weights commutes with rotation, the norm
+transformers' NanoChat has this project's numerics. A swiglu model without softcap equals Qwen3, and
+a relu2 model without softcap Apertus: RMSNorm without weights commutes with rotation, the norm
 after the embedding folds into the table, and the direction of the rotation folds into W_Q and W_K.
-llama.cpp knows Qwen3 and Apertus. Whatever a class cannot carry is refused, never dropped.
+llama.cpp supports Qwen3 and Apertus. A model that no class represents is refused; no part is ever
+dropped silently.
 """
 
 from dataclasses import dataclass
@@ -15,30 +16,28 @@ from nanochat.model.config import GPTConfig
 
 Destination = Literal["hf", "gguf", "ollama"]
 ClassName = Literal["nanochat", "qwen3", "apertus"]
-PRE_TOKENIZERS = {
-    1: "qwen2",
-    3: "llama-bpe",
-}  # llama.cpp's names for digits split by one or by three
+PRE_TOKENIZERS = {1: "qwen2", 3: "llama-bpe"}  # digits per group -> llama.cpp's name for it
 
 
 @dataclass(frozen=True)
 class Target:
-    """The class to write, why it was chosen, and what is changed on the way."""
+    """The class to write, why it was chosen, and how the export deviates from it or the model."""
 
     name: ClassName
     reason: str
-    custom_code: bool = False  # ships Python code for what no class has
-    uncapped: bool = False  # the softcap of the logits is left out
+    custom_code: bool = False  # ships a class of its own, with what no class of transformers has
+    uncapped: bool = False  # leaves out the softcap of the logits
 
 
-def has_windows(config: GPTConfig) -> bool:
-    return any(config.window(layer) for layer in range(config.n_layer))
+def layer_windows(config: GPTConfig) -> list[int]:
+    """The number of keys that a query of each layer sees; 0 = all."""
+    return [config.window(layer) for layer in range(config.n_layer)]
 
 
 def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None, str]:
     """
-    The class among Qwen3 and Apertus that equals this model (with the softcap left out if
-    `uncapped`), or None and why not.
+    (the class among Qwen3 and Apertus that equals this model, the reason), or (None, why there is
+    none). With `uncapped`, the softcap is left out.
     """
     if config.softcap and not uncapped:
         return None, (
@@ -53,13 +52,13 @@ def _matching_class(config: GPTConfig, uncapped: bool) -> tuple[ClassName | None
 
 
 def _parts_without_a_class(config: GPTConfig) -> str:
-    """The flags of parts that no foreign class has, or ""."""
+    """The flags of the model's parts that no foreign class has, or ""."""
     parts = "copy_heads", "convolutions", "value_embeddings", "pair_embeddings"
     return " and ".join(f"--{name}" for name in parts if getattr(config, name))
 
 
 def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
-    """The target for llama.cpp; UserError names every knob that it cannot carry."""
+    """The target for llama.cpp. UserError names every knob that it does not support."""
     obstacles = []
     if flags := _parts_without_a_class(config):
         obstacles.append(f"{flags}, which llama.cpp lacks (train with --lookback=off)")
@@ -68,7 +67,7 @@ def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
             "an attention prior, without which llama.cpp would give wrong answers (train without "
             "--rap, or export with --to hf --with_code)"
         )
-    if has_windows(config):
+    if any(layer_windows(config)):
         obstacles.append(f"windows {config.window_pattern} (train with --window_pattern=L)")
     if digits not in PRE_TOKENIZERS:
         obstacles.append(
@@ -84,12 +83,12 @@ def _gguf_target(config: GPTConfig, digits: int, uncapped: bool) -> Target:
 
 
 def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
-    """The target for transformers; UserError names the first knob that it cannot carry."""
+    """The target for transformers. UserError names the first knob that no class supports."""
 
     def refuse(why: str) -> UserError:
         return UserError(f"transformers has no class for this model: {why}")
 
-    windows = has_windows(config)
+    has_windows = any(layer_windows(config))
     if flags := _parts_without_a_class(config):
         if config.rap:
             raise refuse(f"none has {flags} and a prior: train without --rap, or --lookback=off")
@@ -99,30 +98,31 @@ def _transformers_target(config: GPTConfig, with_code: bool) -> Target:
                 "trust_remote_code=True), or train with --lookback=off"
             )
         return Target("nanochat", f"NanoChat with shipped code for {flags}", True)
-    if config.rap and (config.activation == "swiglu" or windows):
-        raise refuse(
-            "the code shipped for an attention prior supports neither swiglu nor windows: "
-            "train without --rap, or with --activation=relu2 --window_pattern=L"
-        )
-    if config.rap and ["bias", 0] in config.rap.get("columns", []):
-        raise refuse(
-            "its prior is a matrix of positions, which the shipped code does not support: "
-            "train without --rap, or with a prior from dev/generate_rap_prior.py"
-        )
-    if config.rap and not with_code:
-        raise refuse(
-            "no class supports an attention prior: add --with_code to ship the code for it (it "
-            "loads with trust_remote_code=True), or train without --rap"
-        )
     if config.rap:
+        if config.activation == "swiglu" or has_windows:
+            raise refuse(
+                "the code shipped for an attention prior supports neither swiglu nor windows: "
+                "train without --rap, or with --activation=relu2 --window_pattern=L"
+            )
+        if ["bias", 0] in config.rap.get("columns", []):
+            raise refuse(
+                "its prior is a matrix of positions, which the shipped code does not support: "
+                "train without --rap, or with a prior from dev/generate_rap_prior.py"
+            )
+        if not with_code:
+            raise refuse(
+                "no class supports an attention prior: add --with_code to ship the code for it (it "
+                "loads with trust_remote_code=True), or train without --rap"
+            )
         return Target("nanochat", "NanoChat with shipped code for the attention prior", True)
-    if config.activation == "swiglu" and not config.softcap:
-        return Target("qwen3", "swiglu without softcap is Qwen3")
     if config.activation == "swiglu":
-        raise refuse(
-            f"it has --activation=swiglu with --softcap={config.softcap:g}: train with --softcap=0"
-        )
-    if windows:
+        if config.softcap:
+            raise refuse(
+                f"it has --activation=swiglu with --softcap={config.softcap:g}: train with "
+                "--softcap=0"
+            )
+        return Target("qwen3", "swiglu without softcap is Qwen3")
+    if has_windows:
         raise refuse(
             f"only Qwen3 has windows and it needs --activation=swiglu --softcap=0 "
             f"(this model has {config.activation}, softcap {config.softcap:g}): "
@@ -140,9 +140,9 @@ def choose_target(
     uncapped: bool = False,
 ) -> Target:
     """
-    The class for a model of `config` whose tokenizer splits digits by `digits`. `wanted` asks for
-    one of them by name. UserError says which knob stands in the way and which flag of the next
-    training run removes it.
+    The class for a model of `config` whose tokenizer has groups of `digits` digits. `wanted` asks
+    for one of them by name. A UserError says which knob is the obstacle, and with which flag to
+    train a model without it.
     """
     if uncapped and to == "hf":
         raise UserError(
@@ -171,8 +171,8 @@ def choose_target(
 
 def destinations(config: GPTConfig, digits: int) -> str:
     """
-    One line for plans and for the start of a training run: where the model can go, and which knobs
-    stand in the way elsewhere.
+    One line for plans and for the start of a training run: to what the model can be exported, and
+    which knobs are obstacles elsewhere.
     """
     reached, others = [], []
     places: dict[str, Destination] = {"transformers": "hf", "GGUF": "gguf"}

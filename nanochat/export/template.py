@@ -1,9 +1,9 @@
 """
 The chat template (Jinja) that renders messages as `Tokenizer.render_prompt` does.
 
-It takes text and lists of parts as content. User text that spells a special token must not become
-one: "<|" is written "< |" there, because transformers and llama.cpp both parse special tokens in
-the rendered text. The calculator's calls and results are parts of the assistant's content.
+A message's content is a text or a list of parts. Text that looks like a special token must not
+become one: "<|" is rendered as "< |", because transformers and llama.cpp both parse special tokens
+in the rendered text. The calculator's calls and results are parts of the assistant's content.
 """
 
 CHAT_TEMPLATE = """

@@ -1,11 +1,11 @@
 """
 The weights of a model under the names of the foreign classes, in float32.
 
-Folding, for Qwen3 and Apertus: the norm after the embedding goes into the table (so a tied table
-leaves as two); our rotation by -theta becomes theirs by theta when the second half of every query
-and key head changes its sign; all weights of norms are 1. Apertus's activation xIELU with alpha_n =
--100, beta = 0 and eps = -1e-6 is softplus(alpha_p) times relu2, so W_down is divided by that
-factor.
+For Qwen3 and Apertus, what these classes lack is folded into the weights. The norm after the
+embedding goes into the table, so that a tied table becomes two. Our rotation by -theta becomes
+theirs by theta if the second half of every query and key head changes its sign. The weights of
+norms, which we do not have, are 1. The activation of Apertus, xIELU, with alpha_n = -100, beta = 0
+and eps = -1e-6 is softplus(alpha_p) times relu2, so W_down is divided by that factor.
 """
 
 import math
@@ -19,24 +19,24 @@ from nanochat.export.target import Target
 from nanochat.model.gpt import GPT
 
 XIELU = {"alpha_p": 0.5, "alpha_n": -100.0, "beta": 0.0, "eps": -1e-6}  # exact in every float type
-XIELU_FACTOR = math.log1p(math.exp(XIELU["alpha_p"]))
+XIELU_FACTOR = math.log1p(math.exp(XIELU["alpha_p"]))  # softplus(alpha_p)
 NORM_EPS = 1e-6
 
 
 def reverse_rotation(weight: Tensor, head_dim: int) -> Tensor:
-    """W_Q or W_K (heads x head_dim, C) with the sign of every head's second half changed."""
+    """W_Q or W_K (heads * head_dim, C), with the sign of every head's second half changed."""
     heads = weight.clone().view(-1, head_dim, weight.size(1))
     heads[:, head_dim // 2 :] *= -1
     return heads.view_as(weight)
 
 
 def _layers(model: GPT) -> list[tuple[str, Any]]:
-    """The prefix of each layer's names in the foreign class, and our block."""
+    """(prefix of the names in the foreign classes, our block) for each layer."""
     return [(f"model.layers.{i}.", block) for i, block in enumerate(model.blocks)]
 
 
 def _nanochat(model: GPT) -> dict[str, Tensor]:
-    """NanoChat has our numerics: only names change. A tied table is written once."""
+    """NanoChat has our numerics, so that only names change. A tied table is written once."""
     vocab = model.config.vocab_size
     tensors = {"model.embed_tokens.weight": model.embed.weight[:vocab]}
     if not model.config.tie_embeddings:
@@ -54,17 +54,17 @@ def _nanochat(model: GPT) -> dict[str, Tensor]:
 
 
 def _with_lookback(model: GPT) -> dict[str, Tensor]:
-    """Our own names, below those of the shipped class."""
+    """The shipped class has our names after "model.", except for two; tables lose padded rows."""
     names = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
-    rows, whole = model.config.vocab_size, ("blocks.", "pair_table.")
+    vocab, unpadded = model.config.vocab_size, ("blocks.", "pair_table.")
     return {
-        names.get(name, f"model.{name}"): p if name.startswith(whole) else p[:rows]
+        names.get(name, f"model.{name}"): p if name.startswith(unpadded) else p[:vocab]
         for name, p in model.named_parameters()
     }
 
 
 def _folded(model: GPT, name: str) -> dict[str, Tensor]:
-    """Qwen3 and Apertus: the same block under two sets of names."""
+    """The weights for Qwen3 or Apertus, whose blocks differ in names and in the MLP."""
     config = model.config
     width, head_dim = config.n_embd, config.head_dim
     table = model.embed.weight[: config.vocab_size].float()
@@ -103,7 +103,10 @@ def _folded(model: GPT, name: str) -> dict[str, Tensor]:
 
 
 def foreign_tensors(model: GPT, target: Target) -> dict[str, Tensor]:
-    """Name in the target class -> float32 tensor on the CPU, contiguous and sharing no storage."""
+    """
+    Name in the target class -> tensor on the CPU, which shares no storage. Weights are float32;
+    tensors of whole numbers, which a prior has, keep their type.
+    """
     if target.name != "nanochat":
         tensors = _folded(model, target.name)
     elif target.custom_code and model.prior is None:

@@ -1,7 +1,7 @@
 """
 Conversations about the small world, each with an exact answer: small talk, questions about a short
 story, stable facts, multiple choice, spelling, and sums and letter counts that use the calculator.
-It judges no replies (eval/tasks/tinyworld.py does) and knows no tokens.
+eval/tasks/tinyworld.py judges replies to them.
 """
 
 import functools
@@ -23,7 +23,7 @@ from nanochat.tinyworld.world import (
     world,
 )
 
-# kind -> chance level: the score of guessing among answers of the right sort
+# kind -> chance level, the score of guessing among plausible answers
 KINDS: dict[str, float] = {
     "smalltalk": 0.05,
     "context": 0.36,
@@ -34,59 +34,59 @@ KINDS: dict[str, float] = {
     "spelling": 0.0,
     "counting": 0.5,
 }
-# The order of kinds in training. Choosing needs the most knowledge and comes most often.
+# The order of kinds in training. Multiple choice needs the most knowledge and is the most frequent.
 CYCLE = (
     "smalltalk choice context facts choice spelling counting choice arithmetic spelling choice "
     "context facts choice counting "
 ) * 3 + "twostep"
-# The kinds in turn that a model of other text needs: it answers, and knows no people of this world.
+# The kinds, in turn, for models of other text: answering needs no knowledge of this world.
 EVERYDAY = "smalltalk", "context", "smalltalk", "arithmetic"
-SECTIONS = (  # of tinyworld.toml, with wordings
+SECTIONS = (  # of tinyworld.toml that hold wordings
     "context facts choice sums spelling profile smalltalk room village roll memory diary dialogue"
 )
-# The share of two-step sums with two different signs: few in training, which leaves them to RL, and
-# most when the kind is asked for by its name.
+# The share of two-step sums with two different signs: small in the mixture of all kinds, so that RL
+# has them to teach, and large when particular kinds are asked for.
 MIXED_IN_TRAINING, MIXED = 0.01, 0.75
 STATEMENTS = ["where", "moved", "who", "gave", "what", "colour", "many", "place"]
-LEADING = [*STATEMENTS, "where", "who", "place", "many"]  # by weight
+LEADING = [*STATEMENTS, "where", "who", "place", "many"]  # of the first of a story, by weight
 LYING, OWNING = ("where", "moved"), ("who", "gave", "what")
-# which kinds of statement can follow one of these kinds; others follow only themselves
+# kind of a story's first statement -> kinds of the others; by default they are of the same kind
 RELATED = {"where": LYING, "moved": LYING, "who": OWNING, "gave": OWNING, "what": OWNING}
 
 Turns = list[Any]  # the contents of the messages, user and assistant in turn
 
 
 class Statement(NamedTuple):
-    """A fact of a short story: its kind (a table of [context]) and its values."""
+    """A fact of a short story."""
 
-    kind: str
+    kind: str  # a table of [context] in tinyworld.toml
     text: str
-    slots: Slots
+    slots: Slots  # the values in it
 
 
 class Question(NamedTuple):
     question: str
     reply: str
-    answer: str  # what a right reply must contain
+    answer: str  # which a right reply must contain
 
 
 class Options(NamedTuple):
     """A multiple-choice question."""
 
-    question: str  # with its options
+    question: str  # with the options
     reply: str
     letters: list[str]
 
 
 @functools.cache
 def phrases() -> dict[str, Any]:
-    """The wordings of [context], [facts] and so on, as in tinyworld.toml but expanded."""
+    """The tables of SECTIONS in tinyworld.toml, with all sentences expanded into templates."""
     return {name: world().expanded(world().data[name]) for name in SECTIONS.split()}
 
 
 @functools.cache
 def statement_slots(kind: str) -> list[Slot]:
-    """The slots of a kind of statement, in the order in which they are filled."""
+    """The slots of a kind of statement, in the order in which they get their values."""
     return world().slots(world().data["context"][kind]["slots"])
 
 
@@ -101,39 +101,42 @@ def tool_call(code: str, output: str, text: str) -> list[dict[str, str]]:
 
 class ConversationMaker(Draw):
     """
-    Makes conversations. The method named like a kind returns (turns, answer), or for choice
-    (turns, answer, letters), and raises Unfit when it could not meet the split's rule.
+    Makes conversations. Each kind has a method of its name, which returns (turns, answer), or for
+    choice (turns, answer, letters). It raises Unfit if it has drawn nothing that fits the split.
     """
 
-    def __init__(self, seed: int, split: str, stream: str = "talk"):
-        super().__init__(seed, split, stream)
-        self.phrases = phrases()
-        self.mixed = MIXED
-        self.courtesies: Sequence[int] = (0, 4, 6)  # lines of [smalltalk] chat, without thanks
+    stream = "talk"  # part of the seed
+    mixed = MIXED
+    # Indices of the courtesies in [smalltalk] chat, each followed by its reply; without thanks
+    courtesies: Sequence[int] = (0, 4, 6)
 
-    def pair_is_ours(self, a: object, b: object) -> bool:
+    def __init__(self, seed: int, split: str):
+        super().__init__(seed, split, self.stream)
+        self.phrases = phrases()
+
+    def fits_split(self, a: object, b: object) -> bool:
         """Whether a pairing belongs to this split."""
         return held_out(str(a), str(b)) == self.val
 
-    def need_pair(self, a: str, b: str) -> None:
+    def require(self, a: str, b: str) -> None:
         """Raise Unfit unless the pairing belongs to this split."""
-        if not self.pair_is_ours(a, b):
+        if not self.fits_split(a, b):
             raise Unfit
 
     # ---- short stories
 
-    def statement(self, kind: str, want: bool, used: set[str]) -> Statement:
+    def statement(self, kind: str, in_val: bool, used: set[str]) -> Statement:
         """
-        A statement with values not in `used`, which it extends. With `want` the answer's pairing is
-        held out; the others never are.
+        A statement with values that are not in `used`; adds them to it. The pairing that is the
+        answer is a held-out one if `in_val`; the others never are.
         """
         slots, answer = Slots(), self.world.data["context"][kind]["answer"]
         for name, cls, partners, _ in statement_slots(kind):
-            repeats = cls == "count"  # what is counted may come up again
+            repeats = cls == "count"  # a number of things may come up again
             slots[name] = value = self.matched(
                 self.world.classes[cls],
                 [slots[partner] for partner in partners],
-                want and name == answer,
+                in_val and name == answer,
                 () if repeats else used,
             )
             if not repeats:
@@ -144,8 +147,8 @@ class ConversationMaker(Draw):
 
     def short_story(self) -> tuple[str, list[Statement]]:
         """
-        Two to four statements as a text in random order, and as a list whose first one has the
-        pairing that is held out in val.
+        Two to four statements as a text in random order, and as a list. In val, the first one of
+        the list has a held-out pairing.
         """
         kind = self.pick(LEADING)
         used: set[str] = set()
@@ -153,7 +156,7 @@ class ConversationMaker(Draw):
         for i in range(self.between(2, 3)):
             next_kind = self.pick(RELATED.get(kind, (kind,))) if i else kind
             statements.append(self.statement(next_kind, self.val and i == 0, used))
-        if kind != "place" and self.random() < 0.2:  # something else happens as well
+        if kind != "place" and self.random() < 0.2:  # a statement about something else
             other = self.attempt(self.statement, "place", False, used)
             if other:
                 statements.append(other)
@@ -184,11 +187,11 @@ class ConversationMaker(Draw):
             turns += [question, reply]
         return turns, answer
 
-    def known_fact(self, want: bool) -> tuple[str, Question]:
-        """(attribute, question) about a stable fact of a person; `want`: a held-out one."""
+    def known_fact(self, in_val: bool) -> tuple[str, Question]:
+        """(attribute, question) about a stable fact of a person, a held-out one if `in_val`."""
         facts = [(person, attribute) for person in self.world.people for attribute in ATTRIBUTES]
         person, attribute = self.deal(
-            f"facts {want}", facts, lambda pair: held_out(*pair) == want, always=True
+            f"facts {in_val}", facts, lambda pair: held_out(*pair) == in_val, always=True
         )
         slots = Slots(P=person)
         ask, reply = self.phrases["facts"][attribute]
@@ -211,9 +214,9 @@ class ConversationMaker(Draw):
                 ("have", "P", sorted(set(self.world.attributes["pet"].values()))),
             )
         )
-        # The people of the world have a home and a pet: only strangers may claim others.
-        native = topic == "like" and self.random() < 0.5
-        user = self.pick(self.world.people if native else data["users"])
+        # The people of this world have a home and a pet, so only strangers can claim another one.
+        is_native = topic == "like" and self.random() < 0.5
+        user = self.pick(self.world.people if is_native else data["users"])
         value = self.paired(values, (user,), self.val)
         weather = self.paired(list(data["advice"]), (user,), self.val)
         if value is None or weather is None:
@@ -227,13 +230,12 @@ class ConversationMaker(Draw):
 
         hello, statement, response = say("name", 0), say(topic, 0), say(topic, 1)
         greeting, form = say("name", 1), self.between(0, 4)
-        if form == 0:  # both at once, greeted by name
+        if form == 0:  # name and statement together, and a reply with the name
             greeting = self.pick(("Hello", "Hi", "Welcome"))
             return [f"{hello} {statement}", f"{greeting}, {user}! {response}"], user
         if form == 1:
-            return [hello, greeting, say("weather", 0), wordings["weather"][1][0] % slots], slots[
-                "K"
-            ]
+            advice = wordings["weather"][1][0] % slots
+            return [hello, greeting, say("weather", 0), advice], slots["K"]
         question, answer = self.pick((("askname", user), ("ask" + topic, value)))
         if form == 2:
             turns = [f"{hello} {statement}", greeting]
@@ -245,8 +247,8 @@ class ConversationMaker(Draw):
         self, question: str, right: str, wrong: Sequence[str], reason: str = ""
     ) -> Options:
         """
-        The question with lettered options; the letter directly follows its option. The reply may
-        begin with a reason.
+        The question with two to four options in random order, each directly followed by its letter.
+        The reply begins with the reason, if there is one.
         """
         n = self.between(2, 4)
         others = list(dict.fromkeys(option for option in wrong if option != right))[: n - 1]
@@ -256,39 +258,47 @@ class ConversationMaker(Draw):
         options.insert(letters.index(letter), right)
         end = self.pick(self.phrases["choice"]["end"])
         lines = [f"- {option}={x}" for option, x in zip(options, letters, strict=True)]
-        text = "\n".join([question, *lines, *([end] if end else [])])
+        text = "\n".join(filter(None, [question, *lines, end]))
         return Options(text, f"{reason} The answer is {right}={letter}.".lstrip(), letters)
 
     def options(self) -> Options:
         """A multiple-choice question of any sort."""
         form = self.random()
-        if form < (0.15 if self.val else 0.3):  # in train, more stories and fewer facts
+        if form < (0.15 if self.val else 0.3):  # more stories in train, and so fewer facts
             return self.options_about_story()
         if form < 0.5:
-            attribute, (question, _, answer) = self.known_fact(self.val)
-            values = sorted(set(self.world.attributes[attribute].values()))
-            return self.with_options(question, answer, self.sample(values, 5))
+            return self.options_of_fact()
         if form < 0.8:
             return self.options_of_kind()
-        wordings = self.phrases["choice"]
-        if form < 0.9:
-            pairs = self.world.data["opposites"]
-            word, opposite = self.pick(list(pairs.items()))
-            self.need_pair(word, opposite)
-            others = [x for p in pairs.items() if self.can_be_wrong(*p) for x in p if x != word]
-            question = self.pick(wordings["opposite"]) % {"w": word}
-            reason = f"The opposite of {word} is {opposite}."
-            return self.with_options(question, opposite, self.sample(others, 6), reason)
+        return self.options_of_opposite() if form < 0.9 else self.options_of_first_letter()
+
+    def options_of_fact(self) -> Options:
+        attribute, (question, _, answer) = self.known_fact(self.val)
+        values = sorted(set(self.world.attributes[attribute].values()))
+        return self.with_options(question, answer, self.sample(values, 5))
+
+    def options_of_opposite(self) -> Options:
+        pairs = self.world.data["opposites"]
+        word, opposite = self.pick(list(pairs.items()))
+        self.require(word, opposite)
+        others = [x for p in pairs.items() if self.can_be_wrong(*p) for x in p if x != word]
+        question = self.pick(self.phrases["choice"]["opposite"]) % {"w": word}
+        reason = f"The opposite of {word} is {opposite}."
+        return self.with_options(question, opposite, self.sample(others, 6), reason)
+
+    def options_of_first_letter(self) -> Options:
         word = self.pick(self.world.words)
-        self.need_pair(word, "first letter")
+        self.require(word, "first letter")
         others = [x for x in self.sample(self.world.words, 24) if x[0] != word[0]]
         others = [x for x in others if self.can_be_wrong(x, "first letter")]
-        return self.with_options(self.pick(wordings["first"]) % {"l": word[0]}, word, others)
+        question = self.pick(self.phrases["choice"]["first"]) % {"l": word[0]}
+        return self.with_options(question, word, others)
 
     def can_be_wrong(self, a: str, b: str) -> bool:
         """
         Whether the members of a pairing can be wrong options. In train, those of a held-out pairing
-        cannot: a model learns that what is never the right option is always wrong.
+        cannot, because they are never right: the model would learn that they are always wrong, and
+        fail on them in val.
         """
         return self.val or not held_out(a, b)
 
@@ -303,8 +313,8 @@ class ConversationMaker(Draw):
 
     def options_of_kind(self) -> Options:
         """
-        Which of several things is, for example, a fruit. The reason says what they are, one after
-        another as far as the right one.
+        Which of several things is, for example, a fruit. The reason says what each one is, from the
+        first to the right one.
         """
         data, kind_of = self.world.data, self.world.kind_of
         kind = self.pick(list(data["kinds"]))
@@ -314,9 +324,9 @@ class ConversationMaker(Draw):
         question = self.pick(self.phrases["choice"]["member"]) % Slots(k=kind)
         asked = self.with_options(question, word, self.sample(others, 5))
         options = re.findall(r"^- (.+)=", asked.question, re.MULTILINE)
-        read = options[: options.index(word) + 1]
-        told = [f"{capitalised(article(x))} is {article(kind_of[x])}." for x in read]
-        return asked._replace(reply=" ".join([*told, asked.reply]))
+        named = options[: options.index(word) + 1]
+        reasons = [f"{capitalised(article(x))} is {article(kind_of[x])}." for x in named]
+        return asked._replace(reply=" ".join([*reasons, asked.reply]))
 
     def choice(self) -> tuple[Turns, str, list[str]]:
         question, reply, letters = self.options()
@@ -332,11 +342,11 @@ class ConversationMaker(Draw):
                 continue
             if op == "/":
                 a *= b
-            if self.pair_is_ours(a, b):
+            if self.fits_split(a, b):
                 return op, a, b, {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
 
     def calculation(self, operators: str, numbers: Sequence[int], result: int) -> tuple[Turns, str]:
-        """A sum, asked as such or told as a story, that the calculator answers."""
+        """A sum, given in figures or told as a story, that the calculator answers."""
         slots = dict(zip("abc", map(str, numbers), strict=False)) | {"r": str(result)}
         slots |= {"P": self.pick(self.world.people), "x": self.pick(self.world.classes["many"])}
         form = 2 if self.random() < 0.35 else 0
@@ -350,7 +360,8 @@ class ConversationMaker(Draw):
     def arithmetic(self) -> tuple[Turns, str]:
         op, *numbers, result = self.operands()
         turns, answer = self.calculation(op, numbers, result)
-        if not self.val and self.random() < 0.3:  # else a model repeats the earlier numbers
+        # Without two sums in a row, a model would repeat the numbers of the first
+        if not self.val and self.random() < 0.3:
             turns = [*self.arithmetic()[0], *turns]
         return turns, answer
 
@@ -360,15 +371,15 @@ class ConversationMaker(Draw):
             a, b, c = (self.between(2, 99) for _ in range(3))
             first = a + b if ops[0] == "+" else a - b
             result = first + c if ops[1] == "+" else first - c
-            ours = self.pair_is_ours(a, b) and (self.val or self.pair_is_ours(b, c))
-            if first >= 2 and result >= 2 and ours:
+            fits = self.fits_split(a, b) and (self.val or self.fits_split(b, c))
+            if first >= 2 and result >= 2 and fits:
                 return self.calculation(ops, (a, b, c), result)
 
     def spelling(self) -> tuple[Turns, str]:
         word = self.deal(
             "spelling",
             self.world.words,
-            lambda word: self.pair_is_ours(word, "spelling"),
+            lambda word: self.fits_split(word, "spelling"),
             always=True,
         )
         letters = "-".join(word)
@@ -382,7 +393,7 @@ class ConversationMaker(Draw):
         n = word.count(letter)
         if n != goal and self.random() < 0.95:
             raise Unfit
-        self.need_pair(word, letter)
+        self.require(word, letter)
         text = f"It occurs {n} {'time' if n == 1 else 'times'}."
         question = self.pick(self.phrases["spelling"]["count"]) % {"w": word, "l": letter}
         return [question, tool_call(f"'{word}'.count('{letter}')", str(n), text)], str(n)
@@ -393,41 +404,42 @@ class ConversationMaker(Draw):
         return [self.pick(lines[i]), self.pick(lines[i + 1])]
 
 
-FRUITLESS = 20_000  # tries, after which a kind has no new conversation
+FRUITLESS = 20_000  # tries in a row, after which a kind is taken to have no new conversation
 
 
 def conversations(
     seed: int = 0, split: str = "train", kinds: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """
-    Conversations {"messages", "kind", "answer"[, "letters"]}, all different, of every kind in
-    `kinds` in turn (default CYCLE). The last message is the assistant's gold reply; in val its
-    pairing never occurs in train. In val, a kind ends when no new one is found: there are some
-    2,600 about spelling. Raises ValueError for an unknown kind or split.
+    Conversations {"messages", "kind", "answer"[, "letters"]}, all different, of the kinds in
+    `kinds` in turn (default CYCLE). The last message is the assistant's gold reply; in val, what it
+    pairs is never paired in train. The stream is endless, except that a kind ends when it has no
+    new conversation: val has some 2,600 about spelling. Raises ValueError for an unknown kind or
+    split.
     """
     for kind in kinds or ():
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
     maker = ConversationMaker(seed, split)
     maker.mixed = MIXED if kinds else MIXED_IN_TRAINING
-    if kinds == EVERYDAY:  # thanks instead of what only a model of this world can do
+    if kinds == EVERYDAY:  # thanks instead of an offer that only a model of this world can make
         maker.courtesies = 0, 2, 6
-    left = [*(kinds or CYCLE.split())]
-    while left:
-        for kind in tuple(left):
-            if kind in left and (item := _next_new(maker, kind)):
+    remaining = [*(kinds or CYCLE.split())]
+    while remaining:
+        for kind in tuple(remaining):
+            if kind in remaining and (item := _next_new(maker, kind)):
                 yield item
             else:
-                left = [other for other in left if other != kind]
+                remaining = [other for other in remaining if other != kind]
 
 
 def _next_new(maker: ConversationMaker, kind: str) -> dict[str, Any] | None:
-    """The next conversation of a kind that the stream has not had yet; None if none is found."""
+    """A conversation of a kind that the stream has not had yet; None if none is found."""
     for _ in range(FRUITLESS):
-        made = maker.attempt(getattr(maker, kind))
-        if made is None:
+        drawn = maker.attempt(getattr(maker, kind))
+        if drawn is None:
             continue
-        turns, answer, *letters = made
+        turns, answer, *letters = drawn
         if kind != "smalltalk" and maker.random() < 0.15:
             turns = [*maker.courtesy(), *turns]
         if not maker.is_new(zlib.crc32(json.dumps(turns).encode())):

@@ -20,9 +20,9 @@ from nanochat.tinyworld.world import (
     held_out,
 )
 
-# How often a document is of a kind, each a method of DocumentMaker. Facts, what things are, and
-# spelling have to be learned by heart and come most; looking up in the context takes little
-# practice with copy heads (dev/LOG.md).
+# kind of document (a method of DocumentMaker) -> how frequent it is. Facts, what things are, and
+# spelling must be learned by heart and are the most frequent; with copy heads, looking something up
+# in the context takes little practice (dev/LOG.md).
 WEIGHTS = {
     "story": 18,
     "stories": 3,
@@ -44,7 +44,7 @@ Couple = tuple[str, str]
 
 
 def speech(line: str, speaker: str, script: bool) -> str:
-    """The template of one line of a dialogue, as in a script or as in a story."""
+    """The template of one line of a dialogue, in the form of a script or of a story."""
     if script:
         return f"%({speaker})s: {line}"
     text, end = line[:-1], line[-1]
@@ -54,17 +54,16 @@ def speech(line: str, speaker: str, script: bool) -> str:
 
 def listing(words: list[str] | Couple) -> str:
     """['a', 'b', 'c'] -> 'a, b and c'."""
-    return ", ".join(words[:-1]) + " and " + words[-1]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 class DocumentMaker(ConversationMaker):
     """
-    Makes documents. The method named like a kind returns a text, or raises Unfit when it could not
-    meet the split's rule.
+    Makes documents. Each kind has a method of its name, which returns a text, or raises Unfit if it
+    has drawn nothing that fits the split.
     """
 
-    def __init__(self, seed: int, split: str):
-        super().__init__(seed, split, "tales")
+    stream = "tales"
 
     def couple(self) -> Couple:
         """Two people whose pairing belongs to the split."""
@@ -72,7 +71,7 @@ class DocumentMaker(ConversationMaker):
         return first, self.matched(self.world.people, (first,), self.val, (first,))
 
     def add(self, slots: Slots, spec: str) -> None:
-        """Fill slots, written "name:class name:class", with any words of their classes."""
+        """Fill the slots of `spec` ("name:class name:class") with any words of their classes."""
         for name, cls, *_ in self.world.slots(spec):
             slots[name] = self.pick(self.world.classes[cls])
 
@@ -100,7 +99,7 @@ class DocumentMaker(ConversationMaker):
         return "\n\n".join([opening, *filter(None, stories)])
 
     def plot(self, plot: Plot, people: dict[str, str]) -> str:
-        """One story. Each time it is about other people and things, and consistent."""
+        """One story of a plot, about the given people in its slots, or else about any."""
         slots = self.fill(plot.slots, people)
         sentences = filter(None, [self.pick(beat) for beat in plot.beats])
         text = (" ".join(sentences) % slots).replace(" \n\n ", "\n\n")
@@ -111,7 +110,7 @@ class DocumentMaker(ConversationMaker):
     # ---- facts
 
     def profile(self) -> str:
-        """Who two or three people are: the stable facts, in many wordings."""
+        """Stable facts about two or three people, in many wordings."""
         couple = self.couple()
         people, most = list(couple), 5
         if self.random() < 0.3:
@@ -130,7 +129,7 @@ class DocumentMaker(ConversationMaker):
         return self.pick(openings) + self.pick(("\n\n", " ")).join(parts)
 
     def quiz(self) -> str:
-        """Questions and their answers, as they are asked in conversations."""
+        """Questions with their answers, like those of conversations."""
         form = self.random()
         if form >= 0.75:
             several = [self.attempt(self.options) for _ in range(self.between(1, 3))]
@@ -153,13 +152,13 @@ class DocumentMaker(ConversationMaker):
         if self.random() < 0.25:
             opposites = self.world.data["opposites"]
             words = self.sample(list(opposites), n + 3)
-            self.need_pair(words[0], words[1])
+            self.require(words[0], words[1])
             return " ".join(f"The opposite of {word} is {opposites[word]}." for word in words)
         kinds, kind_of = self.world.data["kinds"], self.world.kind_of
         alike = self.random() < 0.5
         kind = self.deal("kinds", list(kinds)) if alike else ""
         words = self.sample(list(kinds[kind] if alike else kind_of), n)
-        self.need_pair(words[0], words[1])
+        self.require(words[0], words[1])
         lines = []
         riddles = self.random() < 0.3
         for word in words:
@@ -179,7 +178,7 @@ class DocumentMaker(ConversationMaker):
     # ---- lists to remember
 
     def memory(self) -> str:
-        """One person says a few things, another repeats them word for word in another order."""
+        """One person says a few things, and another repeats them word for word in another order."""
         people = self.couple()
         used, lines = set(people), []
         for i in range(self.between(3, 6)):
@@ -210,11 +209,11 @@ class DocumentMaker(ConversationMaker):
             numbers = [str(i) for i in range(1, 100)]
             lists = {"names": self.world.people, "words": words, "numbers": numbers}
             values = lists.get(what) or classes[what]
-            # A word to spell such as "orange" would colour the next thing.
+            # A word such as "orange" would give the next thing of the list a colour.
             values = [value for value in values if value not in classes["colour"]]
         values = [value for value in values if value not in people]
         items = self.sample(values, min(self.between(8, 20), len(values)))
-        self.need_pair(items[0], items[1])
+        self.require(items[0], items[1])
         repeated = items
         if what == "labels":
             items = [f"{item}={self.pick('ABCD')}" for item in items]
@@ -232,12 +231,12 @@ class DocumentMaker(ConversationMaker):
         wordings = self.phrases["dialogue"]
         topics = self.topics()
         script = self.random() < 0.4
-        # A day each: what was done on one day cannot be planned for the same day.
+        # Each topic has its own day: what is planned for a day cannot have happened on it.
         days = self.sample(self.world.classes["day"], 7)
         lines: list[str] = []
         met = list(people)
         for topic in [self.pick(wordings["hello"]), *topics, self.pick(wordings["bye"])]:
-            # Whoever did not speak last begins.
+            # The one who did not speak last begins.
             first, second = people if len(lines) % 2 == 0 else people[::-1]
             if isinstance(topic, str):
                 if self.cannot_ask(topic, first, second):
@@ -250,25 +249,28 @@ class DocumentMaker(ConversationMaker):
         return "\n".join(lines)
 
     def topics(self) -> list:
-        """What is talked about: lines of an exchange, or the name of an attribute to ask for."""
+        """Topics to talk about: the lines of an exchange, or an attribute to ask for."""
         wordings = self.phrases["dialogue"]
         topics = [*self.sample(wordings["topic"], 3), *self.sample(ATTRIBUTES, 2)]
         topics = self.sample(topics, self.between(1, 3))
         weather = self.pick(wordings["weather"]) if self.random() < 0.5 else None
-        # Nobody sits in the meadow while it snows.
+        # Only the first kind of weather is good enough for an outdoor topic.
         if weather is None or weather is wordings["weather"][0]:
             topics = self.sample([*topics, self.pick(wordings["outdoors"])], len(topics))
         return [weather, *topics] if weather else topics
 
     def cannot_ask(self, attribute: str, asker: str, person: str) -> bool:
-        """Whether the question is held out, or the asker knows because they share a home."""
+        """Whether the question is held out, or the asker knows the answer: they share a home."""
         if held_out(person, attribute) and not self.val:
             return True
         home = self.world.attributes["home"]
         return attribute == "home" and home[asker] == home[person]
 
     def topic_slots(self, people: Couple, met: list[str], days: list[str]) -> Slots:
-        """What a topic is about, apart from its speakers; extends `met` and takes one of `days`."""
+        """
+        The values in a topic's lines, apart from its speakers. Adds a person to `met`, and takes a
+        day from `days`.
+        """
         classes = self.world.classes
         third = self.paired(self.world.people, people, False, met)
         thing = self.paired(classes["thing"], (third or "",), False)
@@ -291,7 +293,7 @@ class DocumentMaker(ConversationMaker):
 
     def spelling_lesson(self) -> str:
         words = self.sample(self.world.words, self.between(3, 6))
-        self.need_pair(words[0], words[1])
+        self.require(words[0], words[1])
         wordings = self.phrases["spelling"]
         opening = self.pick(wordings["open"])
         p, q = self.sample(self.world.people, 2)
@@ -336,7 +338,7 @@ class DocumentMaker(ConversationMaker):
     def room(self) -> str:
         person, classes = self.deal("rooms", self.world.people), self.world.classes
         wordings = self.phrases["room"]
-        self.random()  # decides nothing; without it the corpus would change
+        self.random()  # unused, but without it the corpus would change
         used: set[str] = set()
         items = []
         for _ in range(self.between(3, 5)):
@@ -376,7 +378,7 @@ class DocumentMaker(ConversationMaker):
         name = self.pick(self.world.classes["village"])
         residents = [person for person in self.world.people if home[person] == name]
         people = self.sample(residents, self.between(2, 3))
-        self.need_pair(people[0], people[1])
+        self.require(people[0], people[1])
         slots = Slots(V=name, X=self.world.data["villages"][name])
         lines = [self.pick(wordings["open"]) % slots]
         lines += [line % slots for line in self.sample(wordings["life"], self.between(1, 3))]
@@ -387,8 +389,8 @@ class DocumentMaker(ConversationMaker):
 
 def documents(seed: int = 0, split: str = "train") -> Iterator[str]:
     """
-    Endless texts of 40 to 350 tokens, all different, always the same for the same seed and split.
-    Raises ValueError for an unknown split.
+    Endless texts of 40 to 350 tokens, all different and determined by seed and split. Raises
+    ValueError for an unknown split.
     """
     maker = DocumentMaker(seed, split)
     kinds = [kind for kind, weight in WEIGHTS.items() for _ in range(weight)]

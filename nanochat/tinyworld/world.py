@@ -1,6 +1,6 @@
 """
-The small world behind the embedded corpus: its people, things and sentences, read once from
-tinyworld.toml; the rule that holds pairings out of training; and seeded choices under that rule.
+The small world of the embedded corpus: its people, things and sentences, read once from
+tinyworld.toml; the rule that holds pairings out of training; and random choices that obey it.
 """
 
 import functools
@@ -26,11 +26,11 @@ KEEPABLE = "cat", "dog", "rabbit", "tortoise", "hamster"  # pets that a story ca
 
 
 class Unfit(Exception):
-    """What was drawn does not meet the split's rule, so the maker draws again."""
+    """What was drawn does not fit the split; the caller draws again."""
 
 
 class Slot(NamedTuple):
-    """A slot of a text, written 'name:class@partner@partner%attribute'."""
+    """A slot of a template, written 'name:class@partner@partner%attribute' in tinyworld.toml."""
 
     name: str
     cls: str  # the class of words that fills it
@@ -40,14 +40,14 @@ class Slot(NamedTuple):
 
 class Plot(NamedTuple):
     slots: list[Slot]
-    beats: list[list[str]]  # for each sentence of the story its alternative templates
+    beats: list[list[str]]  # for each sentence of the story, its alternative templates
 
 
 @functools.cache
 def held_out(a: str, b: str) -> bool:
     """
-    Whether the pairing of two names or values is kept for the val split: always the same eighth of
-    all pairs, whatever their order.
+    Whether the pairing of two names or values is reserved for the val split. A hash decides, which
+    reserves an eighth of all pairings; (a, b) and (b, a) are the same pairing.
     """
     key = "|".join(sorted((a, b))).encode()
     return hashlib.blake2b(key, digest_size=1).digest()[0] % 8 == 0
@@ -65,11 +65,12 @@ def capitalised(text: str) -> str:
 
 def choices(text: str) -> list[str]:
     """
-    All readings of a text with [choices|in brackets]; the text itself is also a choice.
-    'a [b|c]' -> ['a b', 'a c'].
+    All readings of a text with [choices|in brackets], which may be nested; the whole text can be a
+    choice too. 'a [b|c] | d' -> ['a b', 'a c', 'd'].
     """
 
-    def sequence(i: int) -> tuple[list[str], int]:  # the readings up to the closing bracket
+    def sequence(i: int) -> tuple[list[str], int]:
+        """The readings from position i to the closing bracket, and the position after it."""
         alternatives: list[str] = []
         parts: list[list[str]] = [[""]]
         while i < len(text) and text[i] != "]":
@@ -91,8 +92,8 @@ def choices(text: str) -> list[str]:
 
 class Slots(dict[str, str]):
     """
-    The values that fill a template. Derived ones are worked out on demand: 'a t' (with its
-    article), '^t' (capitalised) and 'A.home' (an attribute of what is in slot A).
+    The values that fill a template. Values derived from them are computed on demand: 'a t' (slot t
+    with its article), '^t' (capitalised) and 'A.home' (an attribute of what is in slot A).
     """
 
     def __missing__(self, key: str) -> str:
@@ -110,7 +111,10 @@ class Slots(dict[str, str]):
 
 
 class World:
-    """Everything in tinyworld.toml, with sentences expanded into templates for the % operator."""
+    """
+    Everything in tinyworld.toml. `attributes` is {attribute: {person or place: value}}, and
+    `classes` is {class of words: its members}. Templates are for the % operator with Slots.
+    """
 
     def __init__(self, data: dict[str, Any]):
         self.data = data
@@ -146,7 +150,7 @@ class World:
         self.plots = [Plot(self.slots(p["slots"]), self.lines(p["text"])) for p in data["plot"]]
 
     def with_macros(self, text: str) -> str:
-        """Replace <name P> and <name P:Q> by the macro's choices, told of those people."""
+        """Replace <name P> and <name P:Q> by the macro's choices, about the people in P and Q."""
 
         def replace(match: re.Match[str]) -> str:
             name, *people = match.groups()
@@ -164,11 +168,11 @@ class World:
         return [re.sub(r"\{([^}]*)\}", r"%(\1)s", reading) for reading in readings]
 
     def lines(self, text: str) -> list[list[str]]:
-        """The readings of each line of a text; an empty line is a paragraph break."""
+        """The templates of each line of a text; an empty line is a paragraph break."""
         return [self.templates(line) if line else ["\n\n"] for line in text.strip().split("\n")]
 
     def slots(self, text: str) -> list[Slot]:
-        """'A:person t:thing@A' -> the slots with their classes and partners."""
+        """The slots of a text such as 'A:person t:thing@A'."""
         slots = []
         for item in text.split():
             rest, _, differs = item.partition("%")
@@ -178,7 +182,10 @@ class World:
         return slots
 
     def expanded(self, value: Any) -> Any:
-        """The same tables and lists with all texts expanded: a line, or each of several lines."""
+        """
+        The same tables and lists with each text as its templates, or with a list of the templates
+        of each line if it has several.
+        """
         if isinstance(value, dict):
             return {name: self.expanded(part) for name, part in value.items()}
         if isinstance(value, list):
@@ -195,8 +202,9 @@ def world() -> World:
 
 class Draw:
     """
-    Seeded choices for one stream of texts. In train no pairing is a held-out one; in val the
-    pairings that are asked for, or that lead a text, all are.
+    Random choices for one stream of texts, seeded by all three arguments. In train, no pairing is a
+    held-out one; in val, those that are asked for or come first in a text all are. Raises
+    ValueError for an unknown split.
     """
 
     def __init__(self, seed: int, split: str, stream: str):
@@ -210,7 +218,7 @@ class Draw:
         self.packs: dict[str, list[Any]] = {}
 
     def pick(self, values: Sequence[Any]) -> Any:
-        """One value, uniformly; several times faster than random.choice."""
+        """A uniformly random value; several times faster than random.choice."""
         return values[int(self.random() * len(values))]
 
     def sample(self, values: Sequence[Any], n: int) -> list[Any]:
@@ -225,62 +233,63 @@ class Draw:
         always: bool = False,
     ) -> Any:
         """
-        The next fitting value from the shuffled pack of this name. No value comes again before all
-        others have had their turn. `always`: what does not fit now never will.
+        The next value that fits from the shuffled pack of this name. No value comes again before
+        all others have had their turn. `always`: whether a value fits never changes, so that the
+        pack need not keep those that do not.
         """
         pack = self.packs.setdefault(name, [])
         while True:
             for i, value in enumerate(pack):
                 if fits(value):
                     return pack.pop(i)
-            new = self.sample(values, len(values))
-            pack += filter(fits, new) if always else new
+            shuffled = self.sample(values, len(values))
+            pack += filter(fits, shuffled) if always else shuffled
 
     def between(self, low: int, high: int) -> int:
         """A whole number from low to high, both included."""
         return low + int(self.random() * (high - low + 1))
 
     def paired(
-        self, values: Sequence[str], partners: Iterable[str], want: bool, used: Iterable[str] = ()
+        self, values: Sequence[str], partners: Iterable[str], in_val: bool, used: Iterable[str] = ()
     ) -> str | None:
         """
-        A value not in `used` that goes with every partner, and whose pairings with them are all
-        held out (`want`) or all not. None after forty tries.
+        A value that is not in `used` and clashes with no partner, and whose pairings with the
+        partners are all held out (`in_val`) or all not. None after forty tries.
         """
         clash = self.world.clash
         for _ in range(40):
             value = self.pick(values)
             if value not in used and all(
-                held_out(value, p) == want and (value, p) not in clash for p in partners
+                held_out(value, p) == in_val and (value, p) not in clash for p in partners
             ):
                 return value
         return None
 
     def matched(
-        self, values: Sequence[str], partners: Iterable[str], want: bool, used: Iterable[str] = ()
+        self, values: Sequence[str], partners: Iterable[str], in_val: bool, used: Iterable[str] = ()
     ) -> str:
-        """`paired`, but raises Unfit instead of returning None."""
-        value = self.paired(values, partners, want, used)
+        """Like paired(), but raises Unfit instead of returning None."""
+        value = self.paired(values, partners, in_val, used)
         if value is None:
             raise Unfit
         return value
 
     def attempt(self, make: Callable[..., T], *args: Any) -> T | None:
-        """What make(*args) returns, or None where it raises Unfit."""
+        """The result of make(*args), or None if it raises Unfit."""
         try:
             return make(*args)
         except Unfit:
             return None
 
     def fill(self, spec: Sequence[Slot], given: dict[str, str]) -> Slots:
-        """Values for the slots that are not given. Raises Unfit."""
+        """The values of all slots, of which some are given. Raises Unfit if one finds no value."""
         classes, attributes = self.world.classes, self.world.attributes
         slots = Slots(given, feel=self.pick(classes["feel"]))
         for name, cls, pairs, differs in spec:
             partners = [slots.get(pair, pair) for pair in pairs]
             if name in given and cls == "person":
                 value = given[name]
-            elif cls == "split":  # of n things m are given away and k are left
+            elif cls == "split":  # of n things, m are given away and k remain
                 n = self.between(5, 16)
                 m = self.between(2, n - 2)
                 value = slots["n"] = NUMBERS[n]
@@ -297,8 +306,8 @@ class Draw:
 
     def is_new(self, key: int) -> bool:
         """
-        Whether the stream has had no text with this 32-bit checksum; the rare text that shares its
-        checksum with another one is dropped too.
+        Whether the stream has had no text with this 32-bit checksum. It also drops the rare text
+        that has the same checksum as a different one.
         """
         if key in self.seen:
             return False

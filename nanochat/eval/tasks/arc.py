@@ -1,5 +1,5 @@
 """
-ARC (Clark et al. 2018, arXiv 1803.05457): science questions of primary school, an easy set and a
+ARC (Clark et al. 2018, arXiv 1803.05457): science questions for grades 3 to 9, an easy set and a
 challenging one.
 """
 
@@ -9,12 +9,12 @@ from nanochat.eval.tasks.data import DataSet, Row
 
 def item(row: Row) -> Item:
     """
-    A row in the layout of the hub, or of the CORE bundle. Options get new letters, because a few
-    questions number theirs from 1.
+    The item of a row in the layout of the hub, or of the CORE bundle. Options get new letters,
+    because a few questions number theirs from 1.
     """
     if "gold" in row:
         return choice(row["query"].removeprefix("Question: "), row["choices"], row["gold"])
-    # two options of the same label are one: the last text counts
+    # If two options have the same label, the last one counts
     options = dict(zip(map(_letter, row["choices"]["label"]), row["choices"]["text"], strict=True))
     return choice(
         row["question"], list(options.values()), list(options).index(_letter(row["answerKey"]))
@@ -22,6 +22,7 @@ def item(row: Row) -> Item:
 
 
 def _letter(label: str) -> str:
+    """The letter of an option that is labelled by a letter or a number from 1."""
     return LETTERS[int(label) - 1] if label.isdigit() else label
 
 

@@ -1,5 +1,5 @@
 """
-What every task is: a declarative record that lists items and judges replies. A task never sees a
+The form of every task: a record of functions that list items and judge replies. A task never sees a
 model or a tokenizer; eval/chat.py runs it.
 """
 
@@ -14,14 +14,14 @@ from nanochat.data.shapes import with_options
 # A conversation whose last message is the gold reply, with what the task needs to judge replies
 Item = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ALL_GENERATED = 1000  # items of a generated task when all are asked for
+ALL_GENERATED = 1000  # items of a generated task, which are endless, when all are asked for
 
 
 @dataclass(frozen=True)
 class Task:
     """
-    A set of questions and how to judge replies. The items of a "choice" task have "letters", and a
-    reply is one of them; a "generative" task takes free text and allows tool calls.
+    A set of questions and how to judge replies. In a "choice" task, items have "letters", of which
+    a reply is one; in a "generative" task, a reply is free text and may call tools.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Task:
     evaluate: Callable[[Item, str], bool]  # whether a reply's visible text is right
     max_tokens: int = 64  # default limit of a reply
     missing: Callable[[], str] = str  # why this machine cannot judge replies; "" if it can
-    # What an item asks about: those that agree on it are one question in several wordings
+    # What an item asks about: items with equal values are one question in several wordings
     about: Callable[[Item], Hashable] = id
 
     @staticmethod
@@ -47,7 +47,7 @@ class Task:
 
 
 def generated(conversations: Callable[[int, str], Iterator[Item]]) -> Callable[..., list[Item]]:
-    """Task.items of a generator: the first n of the endless stream conversations(seed, split)."""
+    """The Task.items that returns the first n of the endless stream conversations(seed, split)."""
 
     def items(split: str, n: int, seed: int = 0, folder: object = None) -> list[Item]:
         return list(itertools.islice(conversations(seed, split), n or ALL_GENERATED))
@@ -67,8 +67,8 @@ def exchange(question: str, reply: str | list[dict[str, str]], **fields: Any) ->
 def choice(question: str, options: Sequence[str], right: int) -> Item:
     """
     A multiple-choice item in the layout of tinyworld: one option per line, followed directly by its
-    letter. Raises ValueError unless there are 2 to 26 options of text and `right`, counted from 0,
-    is one of them.
+    letter. `right` is the index of the right option. Raises ValueError unless there are 2 to 26
+    options, all of them text, and `right` is one of them.
     """
     if not all(isinstance(text, str) for text in (question, *options)):
         raise ValueError("the question or an option is not text")
@@ -82,5 +82,5 @@ def choice(question: str, options: Sequence[str], right: int) -> Item:
 
 
 def is_answer(item: Item, reply: str) -> bool:
-    """Whether a reply is the letter of the right option and nothing else."""
+    """Whether a reply is the right letter and nothing else."""
     return reply.strip() == item["answer"]

@@ -1,8 +1,8 @@
 """
-Rows of data sets: from the user's folder (--task_dir), else from the hub at a pinned commit,
-verified and kept in task_data of the base folder.
+Rows of data sets. They are read from the user's folder (--task_dir), or else fetched from the hub
+at a pinned commit, verified, and kept in task_data of the base folder.
 
-A folder holds, under each data set's name, the same files as the hub
+The user's folder has a folder for each data set, which holds the same files as the hub
 (gsm8k/main/test-00000-of-00001.parquet) or simpler ones (gsm8k/test.jsonl). Rows that cannot become
 an item lead to a UserError that names their files and lines.
 """
@@ -27,11 +27,11 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class DataSet:
     """
-    Where rows come from and what a row becomes. Evaluations read "val", which is what the authors
-    published as test; training reads "train".
+    Where the rows of a data set come from, and what they become. Evaluations read the split "val",
+    which is what the authors published as test; training reads "train".
     """
 
-    name: str  # of its folder
+    name: str  # also of its folder
     repo: str
     commit: str
     item: Callable[[Row], Item]  # KeyError, TypeError, ValueError or UserError for a bad row
@@ -47,7 +47,7 @@ class DataSet:
         return items[: n or None]
 
     def files(self, split: str, folder: Path | None = None) -> list[Path]:
-        """The files of a split: from `folder` if it has them, else fetched."""
+        """The files of a split: those in `folder` if it has any, or else fetched ones."""
         if split not in self.hub:
             raise UserError(
                 f"{self.name} has no {split} split, only {', '.join(self.hub)}: leave it out"
@@ -68,7 +68,7 @@ class DataSet:
 
     def _fetch(self, split: str) -> list[Path]:
         folder = base_dir() / "task_data" / self.name
-        with locked(folder / ".lock"):  # one rank fetches, the others then have the files
+        with locked(folder / ".lock"):  # one rank fetches the files for all
             try:
                 commit, listed = hub.pin(self.repo, folder, self.commit, self.sha256)
                 files = [listed[path] for path in sorted(listed) if fnmatch(path, self.hub[split])]
@@ -96,27 +96,27 @@ def read_items(
     rows: Callable[[Path, Report], Iterator[tuple[str, Any]]] = read_rows,
 ) -> Iterator[Item]:
     """
-    The item of each row that `rows` reads of the files. Rows that cannot become one go to the
-    report; without one, a UserError at the end names them.
+    The item of each row that `rows` reads from the files. Rows that cannot become an item are added
+    to `report`; without a report, a UserError at the end names them.
     """
-    into = report or Report()
+    bad_rows = report or Report()
     for path in paths:
-        for place, row in rows(path, into):
+        for place, row in rows(path, bad_rows):
             try:
                 yield item(row)
             except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
                 reason = f"it has no {e}" if isinstance(e, KeyError) else e
                 if not isinstance(row, dict) and not isinstance(e, UserError):
                     reason = f"expected an object, got a {type(row).__name__}"
-                into.bad_row(place, reason)
+                bad_rows.bad_row(place, reason)
     if report is None:
-        into.finish()
+        bad_rows.finish()
 
 
 def read(path: Path) -> Iterator[tuple[str, Row]]:
     """
-    ("FILE, line N", row) for each row of a file that rows.py can read. UserError for what cannot be
-    read.
+    ("FILE, line N", row) for each row of a file in a format of data/rows.py. A UserError at the end
+    names the rows that cannot be read or are no objects.
     """
     report = Report()
     for place, row in read_rows(path, report):
@@ -128,5 +128,5 @@ def read(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """A hash of the files' contents."""
+    """A hash of the files' contents, 16 hexadecimal digits."""
     return hashlib.sha256("".join(map(sha256_file, paths)).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """
-GSM8K (Cobbe et al. 2021, arXiv 2110.14168): sums told as stories. The calculations annotated in the
-solutions become calls of the calculator; the answer follows ####. A reply without that mark, or
-with two answers, is wrong.
+GSM8K (Cobbe et al. 2021, arXiv 2110.14168): arithmetic word problems. The calculations annotated in
+the solutions become calls of the calculator; the answer follows ####. A reply without that mark, or
+with two different answers, is wrong.
 """
 
 import re
@@ -13,7 +13,10 @@ from nanochat.eval.tasks.data import DataSet, Row
 
 
 def item(row: Row) -> Item:
-    """A row {"question", "answer"} whose answer holds <<48/2=24>> after each calculation."""
+    """
+    The item of a row {"question", "answer"}, whose answer has <<48/2=24>> after a calculation.
+    Raises ValueError unless it ends with #### and a number.
+    """
     _, mark, answer = row["answer"].rpartition("####")
     result = number(answer)
     if not mark or result is None:
@@ -39,7 +42,7 @@ def number(text: str) -> Decimal | None:
 
 
 def evaluate(item: Item, reply: str) -> bool:
-    """Whether the right number alone follows every #### of a reply, on the same line."""
+    """Whether a reply has ####, and the right number alone follows it on every line that has it."""
     answers = {number(line) for line in re.findall(r"####([^\n]*)", reply)}
     return answers == {Decimal(item["answer"])}
 

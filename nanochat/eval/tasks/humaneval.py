@@ -1,7 +1,7 @@
 """
 HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 functions to write, judged by running their
-tests in the sandbox, beside the program. The problem is shown as published; a reply may repeat its
-imports and signature or give the body alone, fenced or plain.
+tests in a sandbox. The problem is shown as published. A reply may repeat its imports and signature,
+or give only the body, inside or outside a code block.
 """
 
 import ast
@@ -22,18 +22,21 @@ def item(row: Row) -> Item:
 
 
 def program(item: Item, reply: str) -> str:
-    """The problem, which its docstring makes a complete function, and then the reply's code."""
+    """
+    The problem followed by the reply's code. The problem alone is a valid program: a function with
+    only a docstring, which a definition in the reply replaces and a body in the reply completes.
+    """
     problem, name = item["messages"][0]["content"], item["function"]
     blocks = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL) or [reply]
     defines = re.compile(rf"^(?:async )?def {name}\b", re.MULTILINE)
     code = next(filter(defines.search, blocks), blocks[0])
     if defines.search(code):
         start = re.search(r"^(?:def|async def|class|import|from|@)", code, re.MULTILINE)
-        return f"{problem}\n{code[start.start() if start else 0 :]}"  # without prose before it
+        return f"{problem}\n{code[start.start() if start else 0 :]}"  # without preceding prose
     body = code.strip("\n")
     if body[:1].isspace():
         return problem + body
-    # Nothing is indented, or all but the first line
+    # Either nothing is indented, or everything except the first line
     programs = [problem + indent(body, "    "), f"{problem}    {body}"]
     return next(filter(_parses, programs), problem + body)
 

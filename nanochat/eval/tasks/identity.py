@@ -1,6 +1,6 @@
 """
 Conversations in which the model says who it is, under the name that the user gives it (--name).
-Generated from the sentences here, which claim only what is true of every model trained with this
+They are generated from the sentences in this file, which are true of every model trained with this
 code. Nothing is evaluated on them.
 """
 
@@ -14,7 +14,9 @@ HELLO = (
     "| Hi {n}! | Hey {n}, a question. | |"
 )
 OTHERS = "ChatGPT", "GPT-4", "Claude", "Gemini", "Llama", "Siri", "Alexa"
-TOPICS = (  # questions and answers
+# (questions, answers) in the notation of tinyworld.world.choices; {n} is the model's name and {o}
+# another model's
+TOPICS = (
     (
         "[Who|What] are you? | Tell me [who|what] you are. | Introduce yourself[|, please]. "
         "| Who am I talking to? | Tell me about yourself.",
@@ -67,7 +69,7 @@ TOPICS = (  # questions and answers
 
 
 def conversations(seed: int, split: str, name: str) -> Iterator[Item]:
-    """Endless conversations; no greeting and question that meet in val ever meet in train."""
+    """Endless conversations. A greeting and a question that meet in val never meet in train."""
     draw, greetings = Draw(seed, split, "identity"), choices(HELLO)
     topics = [(choices(questions), choices(answers)) for questions, answers in TOPICS]
     others = [other for other in OTHERS if other.lower() != name.lower()]

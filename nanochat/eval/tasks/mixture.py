@@ -3,12 +3,12 @@ Conversations to train on: named on the command line, rendered once with their s
 and mixed by weight.
 
     NAME[@N][:WEIGHT]                smoltalk, mmlu, gsm8k, arc-easy, arc-challenge: data sets
-                                     tinyworld, everyday, spellingbee, identity: generated, N
+                                     tinyworld, everyday, spellingbee, identity: N are generated
     NAME=PATH[@N][:WEIGHT]           your own (see data/shapes.py and data/dialogue.py)
 
 For a data set or a file, @N draws N conversations at random, and repeats them if there are fewer.
-About one in fifty, chosen by a hash of its content, is for validation: training never sees it. The
-test splits that the authors published are left to the evaluations.
+About one conversation in fifty, chosen by a hash of its content, is for validation and never
+trained on. The test splits that the authors published are used by the evaluations only.
 """
 
 import heapq
@@ -30,7 +30,7 @@ from nanochat.data import conversations as own
 from nanochat.data import dialogue, shapes
 from nanochat.data.folders import CONVERSATIONS, find
 from nanochat.data.inventory import installed
-from nanochat.data.rows import Report, read_rows
+from nanochat.data.rows import Report
 from nanochat.data.shards import Shards, prepare_conversations
 from nanochat.data.sources import Source, check_mixture, check_weight, parse_sources
 from nanochat.data.split import cutoff, is_too_much, place
@@ -53,7 +53,7 @@ GENERATORS = {  # (seed, split, the model's name) -> an endless stream of conver
     "spellingbee": lambda seed, split, name: spellingbee.conversations(seed, split),
     "identity": identity.conversations,
 }
-COUNTS = {  # how many are generated: for training by default, and for validation
+COUNTS = {  # how many are generated: (for training by default, for validation)
     "tinyworld": (40_000, 2_000),
     "everyday": (20_000, 1_000),
     "spellingbee": (20_000, 1_000),
@@ -61,7 +61,7 @@ COUNTS = {  # how many are generated: for training by default, and for validatio
 }
 NAMES = ", ".join([*DATA_SETS, *GENERATORS])
 VALIDATION_SHARE, VALIDATION_LIMIT = 0.02, 2_000
-# Mid-training sees many conversations, question formats, the calculator and the name; finetuning a
+# Midtraining shows many conversations, question formats, the calculator and the name; finetuning a
 # smaller, cleaner selection. The second choice is for models pretrained on tinyworld alone.
 DEFAULTS = {
     "mid": (("smoltalk", "mmlu", "gsm8k", "spellingbee", "identity"), ("tinyworld",)),
@@ -76,7 +76,7 @@ DEFAULTS = {
 class ConversationSource(Source):
     """One source of conversations; `kind` is a name of DATA_SETS or GENERATORS, or "files"."""
 
-    count: int | None = None  # None: all, once
+    count: int | None = None  # None: all, each once; the default of COUNTS for a generator
 
 
 def default(stage: str, texts: Sequence[str]) -> tuple[str, ...]:
@@ -142,34 +142,37 @@ def shards(
     """
     The split ("train", "val") of each named source, with its weight. `seed` decides what is
     generated and what @N draws, `folder` holds data sets (see data.py), and `name` is what the
-    model calls itself; `skip_bad_rows` rows of a source of your own may be left out, and `me` is
+    model calls itself. `skip_bad_rows` rows of a source of your own may be left out, and `me` is
     the person of a chat who becomes the assistant. What an earlier call rendered is reused.
+    UserError if a source has no conversations, or more bad rows.
     """
     # Conversations that another version of the code made must not be reused
     readers = [Path(str(module.__file__)) for module in (shapes, dialogue, own)]
     version = digest([*generator_files(), *sorted(Path(__file__).parent.glob("*.py")), *readers])
     out = []
     for source in parse(specs):
+        report, skipped = Report(), Counter()
         if source.kind in GENERATORS:
             default_count, val_count = COUNTS[source.kind]
             count = val_count if split == "val" else source.count or default_count
             key = f"{seed} {count} {name if source.kind == 'identity' else ''}"
             stream = GENERATORS[source.kind](seed, split, name)
             conversations = itertools.islice(stream, count)
-            report, skipped = Report(), Counter()
         else:
-            report = Report(skip_bad_rows if source.kind == "files" else 0)
-            found = find(source.paths, source.name, CONVERSATIONS)
-            make, paths, skipped = shapes.conversation, found.files, found.reasons()
-            rows = partial(own.read, me=me, alone=len(paths) == 1)
-            if source.kind != "files":
-                data = DATA_SETS[source.kind]
-                make, paths, rows = data.item, data.files("train", folder), read_rows
+            if source.kind in DATA_SETS:
+                data, reader = DATA_SETS[source.kind], ""
+                paths = data.files("train", folder)
+                items = partial(read_items, data.item, paths, report)
+            else:
+                report = Report(skip_bad_rows)
+                files = find(source.paths, source.name, CONVERSATIONS)
+                paths, skipped = files.files, files.reasons()
+                rows = partial(own.read, me=me, alone=len(paths) == 1)
+                items = partial(read_items, shapes.conversation, paths, report, rows)
+                reader = f"{me or ''}{installed()}"  # packages that read documents in archives
             drawn = f"{seed} {source.count}" if split == "train" and source.count else ""
-            able = installed() if source.kind == "files" else ""  # to read documents in archives
-            key = f"{digest(paths)} {drawn}{me or ''}{able}"
-            read = partial(_read, partial(read_items, make, paths, report, rows), report)
-            conversations = _selected(read, split, source.count, seed)
+            key = f"{digest(paths)} {drawn}{reader}"
+            conversations = _selected(partial(_read, items, report), split, source.count, seed)
         shards = prepare_conversations(
             f"{source.name}-conversations-{split}",
             conversations,
@@ -196,16 +199,16 @@ def of_stage(
 
 def _read(items: Callable[[], Iterator[Item]], report: Report) -> Iterator[Item]:
     """
-    All conversations of a source; the report lists what cannot be read. Raises UserError if there
+    All conversations of a source; `report` lists what cannot be read. Raises UserError if there
     are none because files were skipped.
     """
-    report.clear()
-    first = None
+    report.clear()  # of an earlier pass over the source
+    is_empty = True
     for item in items():
-        first = first or item
+        is_empty = False
         yield item
     report.finish()
-    if first is None and report.skipped:
+    if is_empty and report.skipped:
         reason, file = min(report.skipped, key=lambda skip: own.NO_CONVERSATIONS in skip[0])
         raise UserError(
             f"there are no conversations in {len(report.skipped):,} files; {file}: {reason}"
@@ -230,18 +233,18 @@ def _selected(
 
 def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
     """
-    The conversations of a split by a hash of their content (see data/split.py): VALIDATION_SHARE of
-    them are "val", or more of a small source. Equal conversations are in the same split; if "val"
-    would be too large, long conversations are for training only. Raises UserError unless there are
-    two different ones.
+    The conversations of a split, which a hash of their content decides (see data/split.py):
+    VALIDATION_SHARE of them are "val", or more in a small source. Equal conversations are in the
+    same split. If "val" would have too many characters, long conversations are for training only.
+    Raises UserError if there are fewer than two different ones.
     """
     sizes: dict[float, int] = {}
 
     def places() -> Iterator[float]:
         for item in read():
-            where = _place(item)
-            sizes[where] = _characters(item)
-            yield where
+            position = _place(item)
+            sizes[position] = _characters(item)
+            yield position
 
     share, longest = cutoff(places(), VALIDATION_SHARE), math.inf
     if share is None:
@@ -251,7 +254,7 @@ def split_of(read: Callable[[], Iterator[Item]], split: str) -> Iterator[Item]:
         )
     if is_too_much(sizes, share):
         limit = sum(sizes.values()) / 20
-        of_short = cutoff((where for where, n in sizes.items() if n <= limit), VALIDATION_SHARE)
+        of_short = cutoff((p for p, size in sizes.items() if size <= limit), VALIDATION_SHARE)
         if of_short is not None:
             share, longest = of_short, limit
     for item in read():
@@ -265,4 +268,5 @@ def _characters(conversation: Item) -> int:
 
 
 def _place(conversation: Item) -> float:
+    """A number from 0 to 1 that depends only on what the conversation says."""
     return place(json.dumps(conversation["messages"], sort_keys=True))

@@ -1,7 +1,7 @@
 """
-MMLU (Hendrycks et al. 2020, arXiv 2009.03300): 57 subjects from school to profession. It trains on
-the auxiliary questions that its authors gathered from other tests; a folder without them gives the
-285 of dev.
+MMLU (Hendrycks et al. 2020, arXiv 2009.03300): questions on 57 subjects, from school to profession.
+Training uses the auxiliary questions that its authors gathered from other tests, or the 285
+questions of dev if the user's folder has only these.
 """
 
 from nanochat.eval.tasks.common import Item, Task, choice, is_answer
@@ -9,7 +9,7 @@ from nanochat.eval.tasks.data import DataSet, Row
 
 
 def item(row: Row) -> Item:
-    """A row in the layout of the hub, or of a csv file, which has one column per option."""
+    """The item of a row as the hub has it, or of a csv file, which has one column per option."""
     options = row["choices"] if "choices" in row else [row[f"choice{i}"] for i in range(4)]
     return choice(row["question"], options, int(row["answer"]))
 

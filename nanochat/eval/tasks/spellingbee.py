@@ -1,6 +1,6 @@
 """
-SpellingBee: spell a word, or count a letter in one with the calculator. Generated from the words of
-the embedded corpus; no word of the val split is ever asked for in train.
+SpellingBee: spell a word, or count a letter in a word with the calculator. The questions are
+generated from words of the embedded corpus; train has no word of the val split.
 """
 
 import functools
@@ -17,12 +17,12 @@ Take the word {w} letter by letter. | {w}: how is that spelled?"""
 COUNT = """How many times does [the letter |]{l} [occur|appear|stand] in [the word |]{w}? |
 How often does {w} have the letter {l}? | How many [letters |]{l} are [there |]in [the word |]{w}? |
 Count [the letter|every] {l} in [the word |]{w}."""
-TIMES = (0, 1, 1, 2, 2, 3)  # how often the counted letter occurs, with these probabilities
+TIMES = (0, 1, 1, 2, 2, 3)  # how often the counted letter occurs, drawn uniformly from these
 
 
 @functools.cache
 def words(split: str) -> list[str]:
-    """The words of a split; val has the eighth that tinyworld holds out of spelling."""
+    """The words of a split, sorted; val has the eighth that tinyworld holds out of spelling."""
     lexicon = world()
     texts = [text for values in lexicon.classes.values() for text in values] + list(lexicon.kind_of)
     for _, beats in lexicon.plots:
@@ -33,7 +33,7 @@ def words(split: str) -> list[str]:
 
 @functools.cache
 def _countable(split: str, times: int) -> list[tuple[str, str]]:
-    """The (word, letter) of which the letter occurs so often; train has no held-out pairs."""
+    """The (word, letter) pairs with `times` occurrences of the letter; in train none held out."""
     return [
         (word, letter)
         for word in words(split)
@@ -43,7 +43,7 @@ def _countable(split: str, times: int) -> list[tuple[str, str]]:
 
 
 def conversations(seed: int, split: str) -> Iterator[Item]:
-    """Endless items, spelling and counting in turn; no word repeats before all have been used."""
+    """Endless items, spelling and counting in turn. No word repeats before all have been used."""
     draw, spell, count = Draw(seed, split, "spellingbee"), choices(SPELL), choices(COUNT)
     while True:
         word = draw.deal("spell", words(split))
@@ -62,7 +62,7 @@ def conversations(seed: int, split: str) -> Iterator[Item]:
 
 
 def evaluate(item: Item, reply: str) -> bool:
-    """Whether a reply spells the word once and right, or gives the right number and no other."""
+    """Whether a reply spells one word, the right one, or has the right number and no other."""
     if item["kind"] == "spell":
         return re.findall(r"\b\w(?:-\w+)+", reply.lower()) == [item["answer"]]
     return set(re.findall(r"\d+", reply)) == {item["answer"]}

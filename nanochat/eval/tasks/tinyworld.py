@@ -1,7 +1,7 @@
 """
-The questions of the embedded corpus as tasks, one per kind. A reply must hold the answer and
-nothing that competes with it: a reply that lists every option, or hedges, is wrong. The questions
-come from tinyworld/conversations.py.
+The questions of the embedded corpus as tasks, one per kind; tinyworld/conversations.py makes them.
+A reply must contain the answer and no other possible answer: one that lists every option, or
+hedges, is wrong.
 """
 
 import functools
@@ -12,15 +12,15 @@ from nanochat.eval.tasks.common import Item, Task, generated
 from nanochat.tinyworld.conversations import KINDS, conversations
 from nanochat.tinyworld.world import world
 
-# Questions of every kind in turn; no pairing in val ever occurs in train
+# Task.items for questions of all kinds in turn; no pairing in val occurs in train
 items = generated(functools.partial(conversations, kinds=tuple(KINDS)))
 
 
 @functools.cache
 def rivals(answer: str) -> re.Pattern[str]:
     """
-    Matches the answer and whatever could stand in its place: all members of the classes of values
-    that it belongs to.
+    Matches the answer and whatever could take its place, in lower case: all members of the classes
+    of values that it belongs to.
     """
     lexicon = world()
     small_talk = lexicon.data["smalltalk"]
@@ -40,27 +40,28 @@ def rivals(answer: str) -> re.Pattern[str]:
 
 
 def evaluate(item: Item, reply: str) -> bool:
-    """Whether a reply's visible text answers the item's last question, exactly and unhedged."""
+    """Whether a reply's visible text gives the answer to the item's last question and no other."""
     judge = JUDGES.get(item["kind"], _is_named)
     return judge(item["answer"], reply.strip(), item["messages"][-2]["content"])
 
 
 def _is_chosen(answer: str, reply: str, question: str) -> bool:
-    """The letter, alone or after the option that it stands for; whole sentences may come before."""
+    """The letter, alone or after its option ("apple=B"); sentences of reasons may come before."""
     *reasons, last = reply.split(". ")
     if any("=" in text or "answer" in text or len(text.split()) < 3 for text in reasons):
-        return False  # it names a letter, or a second answer
+        return False  # a sentence that names a letter or gives another answer is no reason
     m = re.fullmatch(rf"(?:(?:The answer is )?([^=\n]+)=)?{answer}\.?", last)
     return bool(m) and (m[1] is None or f"- {m[1]}={answer}" in question.split("\n"))
 
 
 def _is_result(answer: str, reply: str, question: str) -> bool:
-    """The number at the end, alone or after all numbers of the question."""
+    """The right number at the end, without others or after exactly the numbers of the question."""
     *before, last = re.findall(r"\d+(?:\.\d+)?", reply) or [""]
     return last.removesuffix(".0") == answer and before in ([], re.findall(r"\d+", question))
 
 
 def _is_spelled(answer: str, reply: str, question: str) -> bool:
+    """One word in letters with hyphens between them, the right one."""
     return re.findall(r"\b\w+(?:-\w+)+", reply.lower()) == [answer]
 
 
@@ -85,7 +86,7 @@ TASKS = {
         chance,
         generated(functools.partial(conversations, kinds=(kind,))),
         evaluate,
-        # Few facts and words are held out, so they are asked for in several wordings
+        # Few facts and words are held out, so each is asked for in several wordings
         about=Task.gold if kind in ("facts", "spelling") else id,
     )
     for kind, chance in KINDS.items()
