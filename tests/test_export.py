@@ -528,6 +528,11 @@ def test_a_run_says_where_its_model_can_go():
         tiny.config(), 3
     )
     assert "groups of 2 digits" in destinations(tiny.config(softcap=0.0), 2)
+    looks_back = destinations(tiny.config(softcap=0.0, convolutions=True), 3)
+    assert looks_back == (
+        "exports to: transformers (with --with_code); not to GGUF: --convolutions, which llama.cpp "
+        "lacks (train with --lookback=off)"
+    )
 
 
 CONVERSATIONS = [

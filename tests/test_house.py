@@ -127,7 +127,7 @@ CEILINGS = {
     "train": 21_295,
     "study": 13_525,
     "plan": 15_305,
-    "export": 9_620,
+    "export": 9_635,
     "commands": 23_605,
 }
 

@@ -5,7 +5,7 @@ The model card: the README.md of an exported folder, made from the checkpoint an
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanochat.base.common import columns
+from nanochat.base.common import columns, counted
 from nanochat.data.sources import name_of
 from nanochat.eval.scores import stage_results, stage_table
 from nanochat.export.target import Target
@@ -27,7 +27,8 @@ def _architecture(config: GPTConfig, parameters: int) -> list[str]:
     )
     cap = f"softcap {config.softcap:g}" if config.softcap else "no softcap"
     return [
-        f"- {parameters:,} parameters: {config.n_layer} layers of width {config.n_embd}, {heads}",
+        f"- {parameters:,} parameters: {counted(config.n_layer, 'layers')} of width "
+        f"{config.n_embd}, {heads}",
         f"- MLP of width {config.hidden} with {config.activation}; {cap}; "
         f"rotary base {config.rope_base:g}",
         f"- context of {config.sequence_len:,} tokens, vocabulary of {config.vocab_size:,}, "

@@ -178,9 +178,9 @@ def destinations(config: GPTConfig, digits: int) -> str:
     places: dict[str, Destination] = {"transformers": "hf", "GGUF": "gguf"}
     for name, to in places.items():
         try:
-            choose_target(config, digits, to)
+            target = choose_target(config, digits, to, with_code=to == "hf")
         except UserError as e:
             others.append(f"not to {name}: {str(e).partition(': ')[2]}")
         else:
-            reached.append(name)
+            reached.append(f"{name} (with --with_code)" if target.custom_code else name)
     return "; ".join([f"exports to: {', '.join(reached) or 'nothing'}", *others])
