@@ -371,8 +371,9 @@ def show(values: Any, origins: Mapping[str, str]) -> str:
         for f in dataclasses.fields(values)
     ]
     rows.sort(key=lambda row: row[2] == "default")
-    name, value = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
-    return "\n".join(f"  {n:<{name}}  {v:<{min(value, 40)}}  {origin}" for n, v, origin in rows)
+    names, texts = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))  # widths
+    texts = min(texts, 40)
+    return "\n".join(f"  {name:<{names}}  {text:<{texts}}  {origin}" for name, text, origin in rows)
 
 
 def as_typed(value: Any) -> str:
