@@ -372,8 +372,9 @@ def show(values: Any, origins: Mapping[str, str]) -> str:
     ]
     rows.sort(key=lambda row: row[2] == "default")
     names, texts = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))  # widths
-    texts = min(texts, 40)
-    return "\n".join(f"  {name:<{names}}  {text:<{texts}}  {origin}" for name, text, origin in rows)
+    return "\n".join(
+        f"  {name:<{names}}  {text:<{min(texts, 40)}}  {origin}" for name, text, origin in rows
+    )
 
 
 def as_typed(value: Any) -> str:
