@@ -117,12 +117,12 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_275,
-    "base": 12_835,
+    "base": 12_830,
     "tinyworld": 9_625,
     "data": 37_090,
     "model": 26_940,
-    "chat": 9_105,
-    "chat/serve": 11_705,
+    "chat": 9_060,
+    "chat/serve": 11_700,
     "eval": 20_685,
     "train": 21_295,
     "study": 13_525,

@@ -28,8 +28,9 @@ from nanochat.base.common import UserError  # noqa: E402
 from nanochat.chat.generate import Batch, Continuation, Engine, Entry, Sampling, Token  # noqa: E402
 from nanochat.chat.reply import Reply  # noqa: E402
 from nanochat.chat.serve.answer import Answer, held_back  # noqa: E402
-from nanochat.chat.serve.app import Mailbox, build_app  # noqa: E402
+from nanochat.chat.serve.app import build_app  # noqa: E402
 from nanochat.chat.serve.guard import Guard, host_name, is_loopback  # noqa: E402
+from nanochat.chat.serve.mailbox import Inbox, Mailbox  # noqa: E402
 from nanochat.chat.serve.models import Models  # noqa: E402
 from nanochat.chat.serve.server import Protocol, Server, listen  # noqa: E402
 from nanochat.chat.serve.worker import Job, Worker  # noqa: E402
@@ -364,6 +365,7 @@ REFUSED = [
     ({"modalities": ["text", "audio"]}, 400, "modalities"),
     ({"audio": {"voice": "x"}}, 400, "audio"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, 400, "messages"),
     ({"messages": [{"role": "user", "content": None}]}, 400, "messages"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages"),
     ({"tool_choice": "required"}, 400, "tool_choice"),
@@ -597,7 +599,7 @@ def test_the_command_answers_to_the_hosts_that_it_allows(base, monkeypatch, word
 
     guards = []
     closing = SimpleNamespace(run=lambda sockets: [s.close() for s in sockets])
-    ours, server = (sys.modules[one.__module__] for one in (Mailbox, Protocol))
+    ours, server = (sys.modules[one.__module__] for one in (build_app, Protocol))
     monkeypatch.setattr(ours, "build_app", lambda *_: app)
     monkeypatch.setattr(server, "Server", lambda guard, models: guards.append(guard) or closing)
     serve.main([*words, "-i", "sft", "--port=0", "--device_type=cpu"])
@@ -1547,12 +1549,11 @@ def test_a_mailbox_wakes_its_loop_once_for_all():
         real = loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda *args: wakes.append(1) or real(*args)
         mailbox = Mailbox(loop)
-        calls = [SimpleNamespace(news=[], arrived=asyncio.Event()) for _ in range(8)]
+        inboxes = [Inbox() for _ in range(8)]
         for step in range(5):
-            for call in calls:
-                mailbox.put(call, 0, [(0, [step])])
-        await asyncio.gather(*(call.arrived.wait() for call in calls))
-        return [len(call.news) for call in calls]
+            for inbox in inboxes:
+                mailbox.put(inbox, 0, [(0, [step])])
+        return [len(await inbox.take()) for inbox in inboxes]
 
     with ThreadPoolExecutor(1) as thread:  # this one may have the loop of a browser
         assert thread.submit(asyncio.run, scenario()).result() == [5] * 8

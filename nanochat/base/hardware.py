@@ -239,18 +239,22 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
         if controllers not in ("", "memory"):
             continue
         mount = root / "sys/fs/cgroup" / controllers
-        limit_file, used_file = ("memory.max", "memory.current")
-        if controllers:
-            limit_file, used_file = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit_file, used_file = "memory.max", "memory.current"
+        if controllers:  # cgroup v1
+            limit_file, used_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
         # In a container, this may be the path on the host, of which only the top is visible
-        for level in (mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents):
-            if level.is_relative_to(mount) and (limit := _figure(level / limit_file)) is not None:
-                stored = re.findall(
-                    r"^(?:total_)?inactive_file (\d+)$", _text(level / "memory.stat"), re.M
-                )
-                # Without page cache that can be freed; in v1, the last line includes lower levels
-                used = (_figure(level / used_file) or 0) - int([0, *stored][-1])
-                yield limit, max(0, used)
+        folder = mount / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            if not level.is_relative_to(mount):
+                break
+            limit = _figure(level / limit_file)
+            if limit is None:
+                continue
+            # Page cache can be freed; in v1, its last line includes lower levels
+            statistics = _text(level / "memory.stat")
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.M)
+            used = (_figure(level / used_file) or 0) - int([0, *cached][-1])
+            yield limit, max(0, used)
 
 
 def _text(path: Path) -> str:

@@ -51,17 +51,11 @@ def knob(
 ) -> Any:
     """
     One field of a command's dataclass: `depth: int = knob(20, "layers of the model", low=1)`.
-    `alias` is a short flag such as "-p". `positional` lets the value stand without its flag.
-    `low` and `high` are inclusive bounds.
+    `alias` is a short flag such as "-p". `positional` lets the value stand without its flag, which
+    one knob of a command may. `low` and `high` are inclusive bounds.
     The return type is Any, as that of dataclasses.field is.
     """
-    metadata = {
-        "help": help,
-        "alias": alias,
-        "positional": positional,
-        "low": low,
-        "high": high,
-    }
+    metadata = {"help": help, "alias": alias, "positional": positional, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -91,10 +85,10 @@ class _Knob:
     name: str
     default: Any
     meta: Mapping[str, Any]  # the arguments of knob()
-    kind: type  # a key of KINDS
-    choices: tuple[str, ...]  # of a Literal, else ()
-    many: bool  # tuple[kind, ...]
-    optional: bool  # kind | None
+    kind: type  # of a value: a key of KINDS
+    choices: tuple[str, ...]  # the values of a Literal, else ()
+    many: bool  # whether the annotation is tuple[kind, ...]
+    optional: bool  # whether it is kind | None
 
     @classmethod
     def of(cls, name: str, annotation: Any, default: Any, meta: Mapping[str, Any]) -> "_Knob":
@@ -179,6 +173,11 @@ def _knobs(cls: type) -> dict[str, _Knob]:
     }
 
 
+def _positional(knobs: Mapping[str, _Knob]) -> _Knob | None:
+    """The knob whose flag can be left out, if there is one."""
+    return next((knob for knob in knobs.values() if knob.meta["positional"]), None)
+
+
 # ---- the command line
 
 
@@ -192,11 +191,12 @@ def _find(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, b
     aliases = {knob.meta["alias"]: knob for knob in knobs.values() if knob.meta["alias"]}
     if flag in aliases:
         return aliases[flag], False
-    if flag.startswith("--"):
-        name = flag[2:].replace("-", "_")
-        for negated, candidate in ((False, name), (True, name.removeprefix("no_"))):
-            if candidate in knobs and (not negated or knobs[candidate].kind is bool):
-                return knobs[candidate], negated
+    name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+    if name in knobs:
+        return knobs[name], False
+    positive = name.removeprefix("no_")
+    if positive in knobs and knobs[positive].kind is bool:
+        return knobs[positive], True
     similar = near(flag, [*aliases, *(f"--{name}" for name in knobs)])
     raise UserError(f"{command} has no flag {flag}{similar}; -h lists all flags")
 
@@ -204,7 +204,10 @@ def _find(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, b
 def _read_flag(
     knobs: Mapping[str, _Knob], word: str, following: deque[str], command: str
 ) -> tuple[_Knob, str, list[str]]:
-    """(knob, its flag, its values) of a word; values are removed from the following words."""
+    """
+    (knob, its flag, its values) of a word that is a flag; values that stand behind it are removed
+    from the following words.
+    """
     flag, equals, value = word.partition("=")
     knob, negated = _find(knobs, flag, command)
     if negated:
@@ -226,8 +229,7 @@ def _read_command_line(
     knobs: Mapping[str, _Knob], argv: Sequence[str], command: str
 ) -> tuple[dict[str, Any], list[str]]:
     """({knob: value} of a command line, the recipe files that it names)."""
-    known = {**knobs, "recipe": RECIPE}
-    places = [knob for knob in knobs.values() if knob.meta["positional"]]
+    known, place = {**knobs, "recipe": RECIPE}, _positional(knobs)
     words = deque(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun's separator
     given: dict[str, tuple[str, list[str]]] = {}  # name -> the flag as written, its values
     recipes: list[str] = []
@@ -235,8 +237,8 @@ def _read_command_line(
         word = words.popleft()
         if _is_flag(word):
             knob, flag, values = _read_flag(known, word, words, command)
-        elif places := [knob for knob in places if knob.many or knob.name not in given]:
-            knob, flag, values = places[0], places[0].name, [word]
+        elif place and (place.many or place.name not in given):
+            knob, flag, values = place, place.name, [word]
         else:
             raise UserError(
                 f"{command} does not take the argument {word!r}: write a value after its flag, "
@@ -244,12 +246,13 @@ def _read_command_line(
             )
         if knob is RECIPE:
             recipes += values
+        elif knob.many:  # the values of all its flags; "--data=" is none
+            _, earlier = given.get(knob.name, ("", []))
+            given[knob.name] = flag, [*earlier, *filter(None, values)]
         else:
-            earlier = given[knob.name][1] if knob.many and knob.name in given else []
-            given[knob.name] = flag, earlier + values
+            given[knob.name] = flag, values
     return {
-        name: knobs[name].from_text([v for v in values if v or not knobs[name].many], flag)
-        for name, (flag, values) in given.items()
+        name: knobs[name].from_text(values, flag) for name, (flag, values) in given.items()
     }, recipes
 
 
@@ -349,12 +352,13 @@ def parse(
         print0(usage(cls, command=command, description=description))
         sys.exit(0)
     given, recipes = _read_command_line(knobs, argv, command)
-    values, origins = {}, {}
-    for origin, layer in (
+    layers = [  # later ones have precedence
         ("default", {name: knob.default for name, knob in knobs.items()}),
         *((f"recipe {file}", _read_recipe(knobs, file, _table(command))) for file in recipes),
         ("command line", given),
-    ):
+    ]
+    values, origins = {}, {}
+    for origin, layer in layers:
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     return cls(**values), origins
@@ -367,8 +371,10 @@ def show(values: Any, origins: Mapping[str, str]) -> str:
         for f in dataclasses.fields(values)
     ]
     rows.sort(key=lambda row: row[2] == "default")
-    name, value = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
-    return "\n".join(f"  {n:<{name}}  {v:<{min(value, 40)}}  {origin}" for n, v, origin in rows)
+    names, texts = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))  # widths
+    return "\n".join(
+        f"  {name:<{names}}  {text:<{min(texts, 40)}}  {origin}" for name, text, origin in rows
+    )
 
 
 def as_typed(value: Any) -> str:
@@ -386,26 +392,27 @@ def as_typed(value: Any) -> str:
 def usage(cls: type, *, command: str, description: str = "") -> str:
     """The help of a command, with a heading for each class that defines knobs, its own first."""
     knobs = _knobs(cls)
-    places = [k for k in knobs.values() if k.meta["positional"]]
-    arguments = "".join(f" [{k.name.upper()}{' ...' if k.many else ''}]" for k in places)
+    place = _positional(knobs)
+    argument = f" [{place.name.upper()}{' ...' if place.many else ''}]" if place else ""
     program = f"python -m {command}" if "." in command else f"nanochat {command}"
     page = argparse.ArgumentParser(  # which lays out the text, and does nothing else here
-        usage=f"{program}{arguments} [--flag VALUE ...] [--recipe FILE.toml]",
+        usage=f"{program}{argument} [--flag VALUE ...] [--recipe FILE.toml]",
         description=description or first_sentence(sys.modules[cls.__module__].__doc__),
         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 33),
         add_help=False,
     )
+    # The class that defines each knob
     owner = {name: c for c in reversed(cls.__mro__) for name in inspect.get_annotations(c)}
-    sections: dict[str, Any] = {}
+    sections: dict[str, Any] = {}  # by heading
     for c in cls.__mro__:
         generated = (c.__doc__ or "").startswith(f"{c.__name__}(")  # by dataclass()
         heading = c.__name__ if generated else first_sentence(c.__doc__)
         if heading not in sections:
             sections[heading] = page.add_argument_group(heading)
         section = sections[heading]
-        for knob in knobs.values():
-            if owner[knob.name] is c:
-                _explain(section, knob)
+        for name in inspect.get_annotations(c):
+            if name in knobs and owner[name] is c:
+                _explain(section, knobs[name])
     section = page.add_argument_group("General")
     tables = f"[{_table(command)}] and [all]"
     section.add_argument("--recipe", metavar="FILE.toml", help=f"read values from {tables}")

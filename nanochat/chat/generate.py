@@ -220,22 +220,21 @@ class Batch:
                 "begin with <|bos|>"
             )
         context = self._config.sequence_len
-        rows: list[_Row] = []
-        prompts: list[int] = []  # of each row, the number of its continuation
-        for n, one in enumerate(continuations):
+        by_prompt: list[list[_Row]] = []
+        for one in continuations:
             kept = clip(one.prompt, max(1, context - 1))
             limit, reason = context + 1 - len(kept), "context"  # the last token need not be fed
             if one.max_tokens is not None and one.max_tokens <= limit:
                 limit, reason = one.max_tokens, "length"
-            dropped = len(one.prompt) - len(kept)
+            dropped, rows = len(one.prompt) - len(kept), []
             for i in range(one.samples):
                 sample = Sample(kept, dropped, finish="" if limit > 0 else reason)
-                number, random = self._joined + len(rows), Random(f"{one.seed}/{i}")
-                calls = ToolCalls(self._tokenizer)
-                rows.append(_Row(number, sample, one.sampling, limit, reason, random, calls))
-                prompts.append(n)
-        self._joined += len(rows)
-        return Entry(self._body, rows, prompts, context)
+                random, calls = Random(f"{one.seed}/{i}"), ToolCalls(self._tokenizer)
+                row = _Row(self._joined, sample, one.sampling, limit, reason, random, calls)
+                self._joined += 1
+                rows.append(row)
+            by_prompt.append(rows)
+        return Entry(self._body, by_prompt, context)
 
     @torch.inference_mode()
     def admit(self, entry: "Entry") -> dict[int, Sample]:
@@ -264,7 +263,7 @@ class Batch:
             samplings = [row.sampling for row in rows]
             self._cache, step = graphs.step(self, self._cache, samplings)
             if step is not None:
-                return self._finish_step(rows, *self._run(step, samplings))
+                return self._finish_step(rows, *self._run_graph(step, samplings))
         if waiting := [len(row.pending) for row in rows if row.pending]:
             _feed(self._body, self._cache, rows, min(waiting))
         places = [i for i, row in enumerate(rows) if not row.pending]
@@ -281,7 +280,7 @@ class Batch:
         uniform = [row.random.random() for row in rows]
         return choose(logits, uniform, [row.sampling for row in rows], self._config.softcap)
 
-    def _run(self, step: Step, samplings: list[Sampling]) -> tuple[Tensor, list[int]]:
+    def _run_graph(self, step: Step, samplings: list[Sampling]) -> tuple[Tensor, list[int]]:
         """Feed every row its token. Returns the logits (R, V) and the rows' next tokens."""
         tokens, uniform = [], []
         for row in self._rows:
@@ -349,22 +348,13 @@ class Batch:
 class Entry:
     """Rows whose prompts are being read, each prompt once, before they join a batch."""
 
-    def __init__(self, body: GPT, rows: list[_Row], prompts: list[int], context: int):
-        """`prompts` has the number of each row's prompt; rows of one prompt follow each other."""
-        self.rows = rows
+    def __init__(self, body: GPT, by_prompt: list[list[_Row]], context: int):
+        """`by_prompt`: the rows of each prompt, which have the same limit."""
+        self.rows = [row for rows in by_prompt for row in rows]
         self._body = body
-        self._firsts: list[_Row] = []  # the first row of each prompt, which reads it for all
-        self._unfinished: list[_Row] = []  # rows with something to generate
-        self._places: list[int] = []  # of the prompt of each unfinished row among `_firsts`
-        last_prompt = None
-        for row, prompt in zip(rows, prompts, strict=True):
-            if row.sample.finish:
-                continue
-            if prompt != last_prompt:
-                self._firsts.append(row)
-                last_prompt = prompt
-            self._unfinished.append(row)
-            self._places.append(len(self._firsts) - 1)
+        # Without those that have nothing to generate
+        self._by_prompt = [rows for rows in by_prompt if not rows[0].sample.finish]
+        self._firsts = [rows[0] for rows in self._by_prompt]  # each reads its prompt for all
         self.cache: Any = None
         if self._firsts:
             capacity = max(len(row.sample.prompt) + row.limit - 1 for row in self._firsts)
@@ -381,8 +371,8 @@ class Entry:
     @torch.inference_mode()
     def read(self, tokens: int) -> int:
         """
-        Read about `tokens` tokens of the prompts at most, at least one of each; returns how many
-        were read.
+        Read up to `tokens` tokens of all prompts together, but at least one of each; returns how
+        many were read.
         """
         before = sum(len(row.pending) for row in self._firsts)
         _feed(self._body, self.cache, self._firsts, max(1, tokens // len(self._firsts)))
@@ -391,9 +381,11 @@ class Entry:
     @torch.inference_mode()
     def rows_to_decode(self) -> tuple[list[_Row], Any]:
         """The rows that have something to generate, and the cache with a row for each of them."""
-        if len(self._unfinished) > len(self._firsts):
-            self.cache = self.cache.expand(self._places)
-        return self._unfinished, self.cache
+        unfinished = [row for rows in self._by_prompt for row in rows]
+        if len(unfinished) > len(self._firsts):
+            places = [i for i, rows in enumerate(self._by_prompt) for _ in rows]
+            self.cache = self.cache.expand(places)
+        return unfinished, self.cache
 
 
 # ---- the parts of a step

@@ -16,7 +16,7 @@ Terms with a token before the first one are 0. Loading an artifact cannot run co
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from nanochat.base.strangers import open_regular
 from nanochat.model.attention import attention_form
 from nanochat.model.config import AttentionPriorKnobs, GPTConfig
 
+Tensors = dict[str, Tensor]  # by name
 FORMAT = "rap-1"
 GROUPS = {  # the tensors of each group, with a letter for each of their sizes
     "lag": {"lag": "T"},
@@ -46,7 +47,7 @@ KERNEL_WIDTH = 256  # the widest heads that fused kernels support
 # ---- reading
 
 
-def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor], str]:
+def load(path: str, vocab_size: int, fingerprint: str) -> tuple[Tensors, str]:
     """
     The checked tensors of an artifact, or of a file with one matrix, and a note on their source.
     Raises UserError for a damaged file, another format or another tokenizer.
@@ -55,7 +56,7 @@ def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor
     matrix_alone = "format" not in about and len(tensors) == 1  # a matrix from elsewhere
     if matrix_alone:
         tensors = {"bias": next(iter(tensors.values()))}
-    depends_on_tokens = bool(set(tensors) - {"lag", "spans", "bias"})
+    depends_on_tokens = tensors.keys() - {"lag", "spans", "bias"}
     tokenizer = about.get("tokenizer", "unknown" if depends_on_tokens else fingerprint)
     if not matrix_alone and about.get("format") != FORMAT:
         fault = f"has format {about.get('format')!r}, but this version reads {FORMAT!r}"
@@ -75,7 +76,7 @@ def load(path: str, vocab_size: int, fingerprint: str) -> tuple[dict[str, Tensor
     return tensors, f"{about.get('generator', 'matrix')} {sha256_file(path)[:8]}"
 
 
-def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: str) -> tuple[Tensors, dict[str, str]]:
     """The tensors and the metadata of a .safetensors file, or the one tensor of a .pt file."""
     try:
         open_regular(path).close()  # a pipe would never end
@@ -93,7 +94,7 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
 
 
-def _fault(tensors: dict[str, Tensor], vocab_size: int) -> str:
+def _fault(tensors: Tensors, vocab_size: int) -> str:
     """What is wrong with the tensors of an artifact; '' if nothing is."""
     sizes = {"V": vocab_size}  # the first tensor with another letter decides its size
     for name, tensor in tensors.items():
@@ -112,9 +113,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
-def _tensor_fault(
-    name: str, tensor: Tensor, tensors: dict[str, Tensor], sizes: dict[str, int]
-) -> str:
+def _tensor_fault(name: str, tensor: Tensor, tensors: Tensors, sizes: dict[str, int]) -> str:
     """
     What is wrong with one tensor; '' if nothing is. Its sizes must agree with `sizes`, to which
     new ones are added.
@@ -130,9 +129,7 @@ def _tensor_fault(
         return f"holds {name} without {', '.join(sorted(missing))}"
     shape, letters = tuple(tensor.shape), group[name]
     fits = len(shape) == len(letters) and 0 not in shape
-    if fits:
-        fits = all(sizes.setdefault(x, n) == n for x, n in zip(letters, shape, strict=True))
-    if not fits:
+    if not fits or any(sizes.setdefault(x, n) != n for x, n in zip(letters, shape, strict=True)):
         expected = (f"{x} = {sizes[x]:,}" if x in sizes else x for x in letters)
         return f"has {name} of shape {shape}, not {', '.join(expected)}"
     if name in CODES:
@@ -203,13 +200,22 @@ def factor_match(
 # ---- preparing
 
 
+class _Terms(NamedTuple):
+    """The groups of an artifact in the form in which a model adds them."""
+
+    tensors: Tensors
+    columns: dict[str, int]  # of q and k, by group
+    errors: dict[str, float]  # of factorisations, by group
+    shifts: list[int]  # of match
+
+
 def prepare(
     knobs: AttentionPriorKnobs,
     config: GPTConfig,
     fingerprint: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], Tensors]:
     """
     (spec for `config.rap`, tensors of `prior.Prior`) of the prior that the knobs name, for a model
     of `config` that will be trained on this device. Where kernels look up positions (on a CPU, and
@@ -219,11 +225,11 @@ def prepare(
     """
     artifact, source = load(knobs.rap, config.vocab_size, fingerprint)
     layers, heads = _extent(knobs, config)
-    columns, tensors, shifts, errors = _token_terms(artifact, knobs.rap_error)
-    spans = len(artifact.get("spans", ()))
-
+    terms = _token_terms(artifact, knobs.rap_error)
+    tensors, columns, _, shifts = terms
+    spans, on_cpu = len(artifact.get("spans", ())), device.type == "cpu"
     sharp = bool(spans) or "bias" in artifact  # positions that a few columns cannot approximate
-    if sharp and knobs.attention == "factored" and device.type != "cpu":
+    if sharp and knobs.attention == "factored" and not on_cpu:
         raise UserError(
             "--attention=factored cannot add the spans or the matrix of this prior on a GPU: "
             "leave the flag out, or generate the prior with --spans 0"
@@ -231,36 +237,15 @@ def prepare(
     form = "factored" if knobs.attention == "auto" else knobs.attention
     width = config.head_dim + sum(columns.values())
     form = attention_form(form, device, dtype, width, sharp)
-
-    C, reach = config.sequence_len, None
-    if "bias" in artifact:
-        matrix = artifact["bias"][:C, :C].float()
-        tensors["place"] = F.pad(matrix, (0, C - len(matrix)) * 2)
-        columns["bias"] = 0
-    elif "lag" in artifact or spans:
-        curves = _distance_curves(artifact, C)
-        columns["lag"] = 0
-        if form == "factored" and device.type != "cpu":
-            u, w, errors["lag"] = factor_lag(curves[0, :C], knobs.rap_error)
-            columns["lag"] = u.size(1)
-            if errors["lag"] > knobs.rap_error:
-                notice(
-                    f"the prior's lag term, in {u.size(1)} columns, has an error of "
-                    f"{errors['lag']:.2g}, above --rap_error: use --attention=flex to add it "
-                    "exactly"
-                )
-            tensors |= {"place_u": u, "place_w": w}
-            curves = F.pad((w[0] @ u.mT)[None], (0, 1))
-        tensors["place"] = curves if spans else curves[0]
-        reach = max([0, *(curves.any(0).nonzero() + 1).flatten().tolist()])
+    error = knobs.rap_error if form == "factored" and not on_cpu else None
+    reach = _add_positions(terms, artifact, config.sequence_len, error)
     rank = sum(columns.values())
-    if device.type != "cpu" and config.head_dim + rank > KERNEL_WIDTH:
+    if not on_cpu and config.head_dim + rank > KERNEL_WIDTH:
         raise UserError(
             f"the prior {knobs.rap} has rank {rank}, which together with head_dim "
             f"{config.head_dim} exceeds the {KERNEL_WIDTH} columns that attention kernels "
             "support: raise --rap_error, or generate the prior with fewer codes"
         )
-
     tensors["gates"], rows = _initial_gates(knobs, list(columns), spans, layers, heads)
     if knobs.rap_gate == "annealed":
         tensors["start"] = tensors["gates"].clone()
@@ -274,7 +259,7 @@ def prepare(
         "tensors": {
             name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()
         },
-        "about": f"{source}: {_summary(columns, errors, spans)}",
+        "about": f"{source}: {_summary(terms, spans)}",
     }
     return spec, tensors
 
@@ -296,23 +281,13 @@ def _extent(knobs: AttentionPriorKnobs, config: GPTConfig) -> tuple[int, int]:
     return knobs.rap_layers or config.n_layer, heads
 
 
-def _distance_curves(artifact: dict[str, Tensor], C: int) -> Tensor:
-    """lag (zeros if the artifact has none), then the spans: (1 + spans, C + 1), ending with 0."""
-    spans = list(artifact.get("spans", ()))
-    lag = artifact["lag"] if "lag" in artifact else torch.zeros_like(spans[0])
-    curves = torch.stack([lag, *spans])[:, :C].float()
-    return F.pad(curves, (0, C + 1 - curves.size(1)))
-
-
-def _token_terms(
-    artifact: dict[str, Tensor], error: float
-) -> tuple[dict[str, int], dict[str, Tensor], list[int], dict[str, float]]:
+def _token_terms(artifact: Tensors, error: float) -> _Terms:
     """
-    The groups that depend on tokens: (number of columns by group, tensors, shifts of match, errors
-    of factorisations by group). Codes get a row of zeros, for positions before the first token.
+    The groups that depend on tokens. Codes get a row of zeros, for positions before the first
+    token.
     """
-    columns, shifts, errors = {}, [], {}
     tensors = {name: F.pad(artifact[name], (0, 0, 0, 1)) for name in CODES if name in artifact}
+    columns, errors, shifts = {}, {}, []
     if "key" in artifact:
         tensors["key"] = artifact["key"].float()
         columns["key"] = 1
@@ -325,7 +300,38 @@ def _token_terms(
         tensors["pair"] = artifact["pair"].float()
         tensors |= {name: tensors[name][..., used] for name in GROUPS["pair"]}
         columns["pair"] = len(used)
-    return columns, tensors, shifts, errors
+    return _Terms(tensors, columns, errors, shifts)
+
+
+def _add_positions(terms: _Terms, artifact: Tensors, C: int, error: float | None) -> int | None:
+    """
+    Add the groups that depend on positions: exactly, or as columns of q and k with this error.
+    Returns the number of distances that they reach; None for a matrix, or without such groups.
+    """
+    tensors, columns, errors, _ = terms
+    if "bias" in artifact:
+        matrix = artifact["bias"][:C, :C].float()
+        tensors["place"] = F.pad(matrix, (0, C - len(matrix)) * 2)
+        columns["bias"] = 0
+    lag, spans = artifact.get("lag"), [*artifact.get("spans", ())]
+    if lag is None and not spans:
+        return None
+    curves = torch.stack([torch.zeros_like(spans[0]) if lag is None else lag, *spans])
+    curves = curves[:, :C].float()
+    curves = F.pad(curves, (0, C + 1 - curves.size(1)))  # lag, then the spans, which end with 0
+    columns["lag"] = 0
+    if error is not None:
+        u, w, errors["lag"] = factor_lag(curves[0, :C], error)
+        columns["lag"] = u.size(1)
+        if errors["lag"] > error:
+            notice(
+                f"the prior's lag term, in {u.size(1)} columns, has an error of "
+                f"{errors['lag']:.2g}, above --rap_error: use --attention=flex to add it exactly"
+            )
+        tensors |= {"place_u": u, "place_w": w}
+        curves = F.pad((w[0] @ u.mT)[None], (0, 1))
+    tensors["place"] = curves if spans else curves[0]
+    return max([0, *(curves.any(0).nonzero() + 1).flatten().tolist()])
 
 
 def _initial_gates(
@@ -363,10 +369,10 @@ def assign_leading_heads(items: int, layers: int, heads: int) -> list[tuple[int,
     ]
 
 
-def _summary(columns: dict[str, int], errors: dict[str, float], spans: int) -> str:
+def _summary(terms: _Terms, spans: int) -> str:
     """The terms in words: "key rank 1, match rank 8 (error 0.012), lag, 4 spans"."""
     words = []
-    for name, rank in columns.items():
-        error = f" (error {errors[name]:.2g})" if name in errors else ""
+    for name, rank in terms.columns.items():
+        error = f" (error {terms.errors[name]:.2g})" if name in terms.errors else ""
         words.append(f"{name} rank {rank}{error}" if rank else name)
     return ", ".join(words) + (f", {spans} spans" if spans else "")

@@ -126,18 +126,6 @@ def _old_objects_uncollected() -> Iterator[Callable[[], None]]:
         gc.unfreeze()
 
 
-STORED = (  # fields of Run that a checkpoint stores as they are
-    "tokens",
-    "seconds",
-    "best",
-    "stale",
-    "scale",
-    "costs",
-    "sizes",
-    "spent",
-    "evaluated_to",
-    "last",
-)
 # The largest share of a time budget for the saves before evaluations: if they would take more,
 # evaluations whose interval is a share of the run become fewer
 SAVING = 0.03
@@ -150,9 +138,28 @@ class Stopwatch:
     seconds: float = 0.0
 
 
+@dataclass(kw_only=True)
+class RunState:
+    """How far a run has come, in fields that a checkpoint stores as they are."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None  # {"step", "val_bpb"}
+    stale: int = 0  # evaluations since the best one
+    scale: float = 2.0**10  # loss scale of float16 runs, applied to a token's loss
+    costs: dict[str, float] = field(default_factory=dict)  # seconds of each evaluation and a save
+    sizes: dict[str, int] = field(default_factory=dict)  # Size.now of each evaluation that has one
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by activity, as in spent.WORDS
+    evaluated_to: Sequence[float] = (0, 0.0)  # (step, progress) up to which evaluations have run
+    last: dict[str, Any] = field(default_factory=dict)  # latest numbers of every evaluation
+
+
+STORED = [*vars(RunState())]  # the names of these fields
+
+
 @dataclass
-class Run:
-    """One run of one stage: what it trains, where it lives, how far it has come."""
+class Run(RunState):
+    """One run of one stage: what it trains, where it lives, how it proceeds."""
 
     runtime: Runtime
     directory: Path
@@ -171,18 +178,8 @@ class Run:
     peak_flops: float = 0.0  # measured matrix-product peak of all devices together, 0 = unknown
     clock: Callable[[], float] = time.monotonic
     step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best: dict[str, Any] | None = None  # {"step", "val_bpb"}
-    stale: int = 0  # evaluations since the best one
-    scale: float = 2.0**10  # loss scale of float16 runs, applied to a token's loss
-    costs: dict[str, float] = field(default_factory=dict)  # seconds of each evaluation and a save
-    sizes: dict[str, int] = field(default_factory=dict)  # Size.now of each evaluation that has one
-    spent: dict[str, float] = field(default_factory=dict)  # seconds by activity, as in spent.WORDS
-    evaluated_to: Sequence[float] = (0, 0.0)  # (step, progress) up to which evaluations have run
     saved_step: int = -1  # of the newest checkpoint; -1: none
     done: bool = False  # trained to the end and evaluated for the last time
-    last: dict[str, Any] = field(default_factory=dict)  # latest numbers of every evaluation
 
     @property
     def reserve(self) -> float:

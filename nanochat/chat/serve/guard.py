@@ -13,17 +13,13 @@ import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Iterable
 
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanochat.chat.serve.app import PAGE
 from nanochat.chat.serve.requests import ApiError
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BODY_BYTES = 1 << 20
 BODY_SECONDS = 30.0  # for the whole body to come
@@ -32,7 +28,7 @@ TOTAL_SECONDS = 660.0  # for a request and its answer
 CLIENT_REQUESTS = 32  # of one client on another machine, at once
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # hosts that mean every address of this machine
-OPEN_PATHS = ("/", "/health", "/ui.js", "/ui.css", "/api.js", "/store.js", "/markdown.js")
+OPEN_PATHS = ("/health", *PAGE)  # for which no API key is needed
 HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; "
     b"connect-src 'self'; img-src data:; "
@@ -84,7 +80,7 @@ class Guard:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         hosts: Iterable[str] = LOOPBACK,
         api_key: str = "",
         allowed_origins: Iterable[str] = (),
@@ -115,7 +111,7 @@ class Guard:
                 raise ApiError(415, "send the body with Content-Type: application/json")
             length = headers.get("content-length", "0")
             if not re.fullmatch("[0-9]{1,15}", length) or int(length) > MOST_BODY_BYTES:
-                raise self._too_large()
+                raise _too_large()
         if self.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             matches = secrets.compare_digest(given.strip().encode(), self.api_key.encode())
@@ -126,10 +122,6 @@ class Guard:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-
-    @staticmethod
-    def _too_large() -> ApiError:
-        return ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes: shorten it")
 
     def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
         origin = headers.get("origin", "")
@@ -148,36 +140,16 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        extra = [*HEADERS.items(), *self._cors(headers)]
-
+        cors = self._cors(headers)
         started = False
 
-        async def send_guarded(message: MutableMapping[str, Any]) -> None:
+        async def send_guarded(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *extra]
+                message["headers"] = [*message.get("headers", []), *HEADERS.items(), *cors]
                 started = True
             async with asyncio.timeout(UNREAD_SECONDS):
                 await send(message)
-
-        received, complete = 0, False
-        latest = asyncio.get_running_loop().time() + BODY_SECONDS
-
-        async def receive_bounded() -> MutableMapping[str, Any]:
-            nonlocal received, complete
-            if complete:  # the next message says that the client has disconnected
-                return await receive()
-            try:
-                async with asyncio.timeout_at(latest):
-                    message = await receive()
-            except TimeoutError:
-                why = f"the body did not arrive within {BODY_SECONDS:.0f} s: send it again"
-                raise ApiError(408, why, headers={"Connection": "close"}) from None
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body")
-            if received > MOST_BODY_BYTES:
-                raise self._too_large()
-            return message
 
         host = (scope.get("client") or ("",))[0]
         self.asking[host] += 1
@@ -190,12 +162,12 @@ class Guard:
                     code="too_many_requests",
                     headers={"Retry-After": "2"},
                 )
-            if scope["method"] == "OPTIONS" and self._cors(headers):
+            if scope["method"] == "OPTIONS" and cors:
                 await send_guarded({"type": "http.response.start", "status": 204, "headers": []})
                 await send_guarded({"type": "http.response.body", "body": b""})
                 return
             async with asyncio.timeout(TOTAL_SECONDS):
-                await self.app(scope, receive_bounded, send_guarded)
+                await self.app(scope, _bounded(receive), send_guarded)
         except ApiError as error:
             await send_error(send_guarded, error)
         except ClientDisconnect:  # the client left while it sent its body
@@ -208,3 +180,31 @@ class Guard:
             self.asking[host] -= 1
             if not self.asking[host]:
                 del self.asking[host]
+
+
+def _bounded(receive: Receive) -> Receive:
+    """`receive` for a body that comes within BODY_SECONDS and is not too large."""
+    received, complete = 0, False
+    latest = asyncio.get_running_loop().time() + BODY_SECONDS
+
+    async def receive_bounded() -> Message:
+        nonlocal received, complete
+        if complete:  # the next message says that the client has disconnected
+            return await receive()
+        try:
+            async with asyncio.timeout_at(latest):
+                message = await receive()
+        except TimeoutError:
+            why = f"the body did not arrive within {BODY_SECONDS:.0f} s: send it again"
+            raise ApiError(408, why, headers={"Connection": "close"}) from None
+        received += len(message.get("body", b""))
+        complete = not message.get("more_body")
+        if received > MOST_BODY_BYTES:
+            raise _too_large()
+        return message
+
+    return receive_bounded
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes: shorten it")

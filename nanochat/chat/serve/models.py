@@ -11,7 +11,7 @@ from typing import Any
 from nanochat.base.common import UserError, out_of_memory
 from nanochat.base.runtime import release_memory
 from nanochat.chat.generate import Engine
-from nanochat.chat.serve.requests import ApiError
+from nanochat.chat.serve.requests import ApiError, Fields
 from nanochat.chat.serve.worker import Worker
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.checkpoint import Checkpoint, list_checkpoints, load_for_inference
@@ -74,24 +74,23 @@ class Models:
         first = {id: entry for id, entry in self._first.items() if entry[1].path.is_dir()}
         return newest | first
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[Fields]:
         """The entries of GET /v1/models, the default model first."""
-        entries = []
-        for id, (stage, checkpoint) in self.available().items():
-            entries.append(
-                {
-                    "id": id,
-                    "object": "model",
-                    "created": int(checkpoint.path.stat().st_mtime),
-                    "owned_by": "nanochat",
-                    "nanochat": {
-                        "stage": stage,
-                        "step": checkpoint.step,
-                        "context": checkpoint.meta["config"]["sequence_len"],
-                        "loaded": id in self._loaded,
-                    },
-                }
-            )
+        entries = [
+            {
+                "id": id,
+                "object": "model",
+                "created": int(checkpoint.path.stat().st_mtime),
+                "owned_by": "nanochat",
+                "nanochat": {
+                    "stage": stage,
+                    "step": checkpoint.step,
+                    "context": checkpoint.meta["config"]["sequence_len"],
+                    "loaded": id in self._loaded,
+                },
+            }
+            for id, (stage, checkpoint) in self.available().items()
+        ]
         return sorted(entries, key=lambda entry: entry["id"] != self.default)
 
     def load(self, stage: str = "auto", tag: str = "", step: int | None = None) -> Served:

@@ -11,6 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nanochat.chat.sampling import Sampling
+from nanochat.data.rendering import PART_TOKENS
+
+TEMPERATURE, TOP_K = 0.6, 50  # where a request says nothing, as in the terminal
+Fields = dict[str, Any]  # of an object in JSON
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -33,7 +38,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Fields:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         other = "invalid_request_error" if self.status < 500 else "server_error"
         kind = kinds.get(self.status, other)
@@ -45,7 +50,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Sampling(BaseModel):
+class _SharedFields(BaseModel):
     """The fields that chat and completions share. None means "not given"."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -74,10 +79,10 @@ class _Sampling(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(_Sampling):
+class ChatRequest(_SharedFields):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[Fields], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -92,7 +97,7 @@ class ChatRequest(_Sampling):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Sampling):
+class CompletionRequest(_SharedFields):
     """POST /v1/completions"""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -100,12 +105,24 @@ class CompletionRequest(_Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
-    def limit(self) -> int | None:
-        return self.max_tokens
+    def limit(self) -> int:
+        return self.max_tokens or 16  # as in OpenAI's API
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+
+GenerationRequest = ChatRequest | CompletionRequest
+
+
+def sampling_of(request: GenerationRequest) -> Sampling:
+    return Sampling(
+        TEMPERATURE if request.temperature is None else request.temperature,
+        TOP_K if request.top_k is None else request.top_k,
+        request.top_p,
+        request.alternatives,
+    )
 
 
 class TokenizeRequest(BaseModel):
@@ -115,7 +132,7 @@ class TokenizeRequest(BaseModel):
 
     model: str = ""
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Fields] | None = None
 
 
 def _asks_for_something(value: Any) -> bool:
@@ -136,43 +153,34 @@ REFUSED = {
 }
 
 
-def _refuse_unsupported(request: _Sampling) -> None:
+def _unsupported(param: str, why: str) -> ApiError:
+    return ApiError(400, why, param, "unsupported_parameter")
+
+
+def _refuse_unsupported(request: GenerationRequest) -> None:
     """Raise ApiError 400 for a field or a value that this server does not support."""
     extra = request.model_extra or {}
     for name, why in REFUSED.items():
         if _asks_for_something(extra.get(name)):
-            raise ApiError(400, why, name, "unsupported_parameter")
+            raise _unsupported(name, why)
     if extra.get("repetition_penalty") not in (None, 0, 1):
         why = "penalties are not supported: leave repetition_penalty out or set it to 1"
-        raise ApiError(400, why, "repetition_penalty", "unsupported_parameter")
+        raise _unsupported("repetition_penalty", why)
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
         why = "log probabilities of an echoed prompt are not supported: leave echo or logprobs out"
-        raise ApiError(400, why, "logprobs", "unsupported_parameter")
+        raise _unsupported("logprobs", why)
     response_format = extra.get("response_format")
     kind = response_format.get("type") if isinstance(response_format, dict) else response_format
     if kind not in (None, "text"):
-        raise ApiError(
-            400,
-            f"response_format {kind!r} is not supported: "
-            "leave it out and ask for the format in words",
-            "response_format",
-            "unsupported_parameter",
-        )
-    modalities = extra.get("modalities")
-    if modalities not in (None, ["text"]):
-        raise ApiError(
-            400,
-            "only text is supported: leave modalities out",
-            "modalities",
-            "unsupported_parameter",
-        )
+        why = "leave it out and ask for the format in words"
+        raise _unsupported("response_format", f"response_format {kind!r} is not supported: {why}")
+    if extra.get("modalities") not in (None, ["text"]):
+        raise _unsupported("modalities", "only text is supported: leave modalities out")
     best_of = extra.get("best_of")
     if isinstance(best_of, int) and best_of > (request.n or 1):
-        raise ApiError(
-            400, "best_of is not supported: ask for n answers", "best_of", "unsupported_parameter"
-        )
+        raise _unsupported("best_of", "best_of is not supported: ask for n answers")
     if len(request.stops) > 4 or not all(request.stops):
         raise ApiError(
             400, f"stop takes at most 4 strings that are not empty (got {request.stops!r})", "stop"
@@ -188,7 +196,7 @@ def parse(kind: type[T], body: bytes) -> T:
         place = [str(part) for part in problem["loc"]]
         message = f"{'.'.join(place) or 'the body'}: {problem['msg']}"
         raise ApiError(400, message, place[0] if place else None) from None
-    if isinstance(request, _Sampling):
+    if isinstance(request, GenerationRequest):
         _refuse_unsupported(request)
     return request
 
@@ -204,11 +212,11 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
     place = f"messages[{i}].content"
     if not isinstance(content, list):
         raise ApiError(400, f"{place} must be text or a list of parts", "messages")
-    kinds = {"text", "python", "python_output"} if message.get("role") == "assistant" else {"text"}
+    kinds = ("text", *PART_TOKENS) if message.get("role") == "assistant" else ("text",)
     parts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
+        fields = part if isinstance(part, dict) else {}
+        kind, text = fields.get("type"), fields.get("text")
         if kind not in kinds or not isinstance(text, str):
             raise ApiError(
                 400,
@@ -222,7 +230,7 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
     return parts
 
 
-def conversation(messages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def conversation(messages: list[Fields]) -> dict[str, list[Fields]]:
     """
     The messages as a conversation for the tokenizer; the role developer becomes system. Raises
     ApiError 400 for tools and other media.
@@ -231,12 +239,8 @@ def conversation(messages: list[dict[str, Any]]) -> dict[str, list[dict[str, Any
     for i, message in enumerate(messages):
         role = message.get("role")
         if message.get("tool_calls") or role in ("tool", "function"):
-            raise ApiError(
-                400,
-                f"messages[{i}]: tool calls are not supported: leave this message out",
-                "messages",
-                "unsupported_parameter",
-            )
+            why = f"messages[{i}]: tool calls are not supported: leave this message out"
+            raise _unsupported("messages", why)
         role = "system" if role == "developer" else role
         out.append({"role": role, "content": _content(message, i)})
     return {"messages": out}

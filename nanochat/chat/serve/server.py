@@ -9,10 +9,11 @@ import socket
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.base.common import UserError
-from nanochat.chat.serve.guard import App, is_loopback
+from nanochat.chat.serve.guard import is_loopback
 from nanochat.chat.serve.models import Models
 
 GRACE_SECONDS = 5  # that running answers have to end after Ctrl+C or SIGTERM
@@ -86,7 +87,7 @@ class Server(uvicorn.Server):
     complete after GRACE_SECONDS end with an error that says why.
     """
 
-    def __init__(self, app: App, models: Models):
+    def __init__(self, app: ASGIApp, models: Models):
         self.models = models
         super().__init__(
             uvicorn.Config(

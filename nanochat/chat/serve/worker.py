@@ -161,7 +161,6 @@ class Worker(threading.Thread):
             except Exception as error:  # a bug must not leave clients waiting for ever
                 notice(f"all running answers failed ({type(error).__name__}: {error})")
                 for job in self._active:
-                    self._end(job, "failed")
                     self._fail(job, error)
                 batch = Batch(self.engine, self.max_rows)
 
@@ -176,11 +175,6 @@ class Worker(threading.Thread):
             self._fail(job, ApiError(503, SHUTTING_DOWN))
         return late or not (self._reading or self._running)
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        job.state = "failed"
-        self.counters.failed += 1
-        job.deliver(error)
-
     def _remove_cancelled(self, batch: Batch) -> None:
         for job in [job for job in self._active if job.unwanted]:
             rows = [number for number, i in job.index.items() if i in job.unwanted]
@@ -192,8 +186,7 @@ class Worker(threading.Thread):
         for client, queue in list(self._queues.items()):
             for job in [job for job in queue if len(job.unwanted) == job.samples]:
                 queue.remove(job)
-                job.state = "cancelled"
-                self.counters.cancelled += 1
+                self._end(job, "cancelled")
             if not queue:
                 del self._queues[client]
 
@@ -202,8 +195,12 @@ class Worker(threading.Thread):
         if job in self._running:
             self._running.remove(job)
         self._reading = [r for r in self._reading if not all(j.ended for j in r.jobs)]
-        if state == "cancelled":
-            self.counters.cancelled += 1
+        self.counters.cancelled += state == "cancelled"
+        self.counters.failed += state == "failed"
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._end(job, "failed")
+        job.deliver(error)
 
     def _admit(self) -> None:
         """
@@ -245,10 +242,9 @@ class Worker(threading.Thread):
             reading = self._reading[0]
             if reading.size_with() > budget and budget < PROMPT_TOKENS:
                 return
-            jobs = reading.jobs
             try:
                 if reading.entry is None:
-                    reading.entry = batch.open([job.wanted for job in jobs])
+                    reading.entry = batch.open([job.wanted for job in reading.jobs])
                 read = reading.entry.read(budget)
                 budget -= read
                 self.counters.prompt_tokens += read
@@ -259,22 +255,26 @@ class Worker(threading.Thread):
                 if not out_of_memory(error):
                     raise
                 release_memory()
-                if len(jobs) > 1:  # perhaps there is enough memory for each alone
-                    self._reading[:1] = [Reading([j], alone=True) for j in jobs if not j.ended]
+                if len(reading.jobs) > 1:  # perhaps there is enough memory for each alone
+                    jobs = [job for job in reading.jobs if not job.ended]
+                    self._reading[:1] = [Reading([job], alone=True) for job in jobs]
                 else:
-                    self._end(jobs[0], "failed")
-                    self._fail(jobs[0], ApiError(503, NO_MEMORY))
+                    self._fail(reading.jobs[0], ApiError(503, NO_MEMORY))
+            else:
+                self._reading.remove(reading)
+                self._start(reading.jobs, batch, numbers)
+
+    def _start(self, jobs: list[Job], batch: Batch, numbers: list[int]) -> None:
+        """Run jobs that have joined the batch, with these rows; remove those that have ended."""
+        for job in jobs:
+            own, numbers = numbers[: job.samples], numbers[job.samples :]
+            if job.ended:
+                for number in own:
+                    batch.cancel(number)
                 continue
-            self._reading.remove(reading)
-            for job in jobs:
-                own, numbers = numbers[: job.samples], numbers[job.samples :]
-                if job.ended:
-                    for number in own:
-                        batch.cancel(number)
-                    continue
-                job.index = {number: i for i, number in enumerate(own)}
-                job.state = "running"
-                self._running.append(job)
+            job.index = {number: i for i, number in enumerate(own)}
+            job.state = "running"
+            self._running.append(job)
 
     def _step(self, batch: Batch) -> None:
         """
@@ -289,7 +289,6 @@ class Worker(threading.Thread):
             job = self._running[-1]
             for number in job.index:
                 batch.cancel(number)
-            self._end(job, "failed")
             self._fail(job, ApiError(503, NO_MEMORY))
             release_memory()
             return
