@@ -292,8 +292,8 @@ def gains(plan: Plan) -> list[Row]:
     names = " ".join(", ".join(knobs.data).split())  # in one line
     parts = "; a short run on a CPU looks back, with parts that llama.cpp lacks (--lookback)"
     return rows_of(f"""\
-model | {human(size)} parameters in {counted(c.shape[0], "layers")} of width {c.shape[1]}; predictions \
-within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken\
+model | {human(size)} parameters in {counted(c.shape[0], "layers")} of width {c.shape[1]}; \
+predictions within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken\
 {parts if c.config.convolutions else ""} | rule
 quality | {c.bpb[0]:.2f} bits per byte (about a letter) of text that it has not seen; less is \
 better ({c.bpb[1]:.2f} to {c.bpb[2]:.2f} in nine cases of ten) | law
