@@ -5,7 +5,7 @@ How often the 90 % intervals of the scaling law hold a run that it was not fitte
 
 The runs are those of dev/scaling_law.py, and of the comparisons in dev/results/ those on English
 prose with the default parts and at least a hundred steps. Runs whose size and tokens differ by less
-than a tenth are one: their mean counts. Each is left out once, the law is fitted to the others and
+than a tenth are one: their mean counts. Each is left out once, its law is fitted to the others and
 predicts it. The table says the error over half of the interval's width: above 1 it was missed.
 """
 
@@ -77,19 +77,24 @@ def merged(runs: list[scaling_law.Run]) -> list[scaling_law.Run]:
 
 def main() -> None:
     own = merged([*scaling_law.MEASURED, *compared()])
-    everywhere = [(run, True) for run in scaling_law.LADDER] + [(run, False) for run in own]
+    laws = {  # (ladder, runs made here), and where to find those that are left out
+        "ladder": (scaling_law.LADDER, own, scaling_law.LADDER),
+        "here": (scaling_law.LADDER, own, own),
+        "looks back": ((), scaling_law.LOOKING_BACK, scaling_law.LOOKING_BACK),
+        "tinyworld": ((), scaling_law.TINYWORLD, scaling_law.TINYWORLD),
+    }
     rows, ratios, widths, misses = [], [], [], []
-    for run, of_ladder in everywhere:
+    for about, run in [(about, run) for about, (*_, runs) in laws.items() for run in runs]:
         n, d, bpb = run
-        ladder = [r for r in scaling_law.LADDER if r is not run]
-        law = scaling_law.fit(ladder, [r for r in own if r is not run])
+        ladder, here, _ = laws[about]
+        others = [[r for r in runs if r is not run] for runs in (ladder, here)]
+        law = scaling_law.fit(*others)
         predicted, width = law.bpb(n, d), Z90 * law.error(n, d)
         miss = math.log(predicted / bpb)
         ratios.append(abs(miss) / width)
         widths.append(width)
         misses.append(abs(miss))
         figures = (f"{bpb:.3f}", f"{predicted:.3f}", f"{miss:+.1%}", f"{width:.1%}")
-        about = "ladder" if of_ladder else "here"
         rows.append((about, human(n), human(d), *figures, f"{ratios[-1]:.2f}"))
     print0(columns(("", "layers", "tokens", "was", "law", "error", "90 %", "error / width"), rows))
     held = np.mean(np.array(ratios) <= 1)

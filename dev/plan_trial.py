@@ -11,7 +11,8 @@ the speed that dev/results/plan_trial_probe.json says; if it is missing, this ma
 while nothing else should run. Each run trains on its tokens with its own whole schedule, so that
 the result does not depend on how busy the machine is meanwhile; with --by minutes it takes its time
 instead. Each plan and each run is one row of dev/results/plan_trial.jsonl, and a row that is there
-is not made again, on whatever machine.
+is not made again, on whatever machine. To see what a changed planner chooses, delete the rows of
+plans: runs belong to a size, and count again.
 """
 
 import json
@@ -72,6 +73,10 @@ def neighbours(plan: Row) -> Iterator[tuple[str, Row]]:
             yield role, candidate
 
 
+def size_of(flags: Row) -> str:
+    return f"{flags['depth']} x {flags['model_dim']}"
+
+
 def shape(candidate: Row) -> tuple[int, int]:
     return candidate["config"]["n_layer"], candidate["config"]["n_embd"]
 
@@ -95,11 +100,12 @@ def plan(base: Path, data: str, words: list[str], minutes: float) -> list[Row]:
 
 def train(base: Path, planned: Row, by: str, seed: int) -> None:
     """Train what a row of a plan asks for, unless its run is stored."""
-    names = {name: planned[name] for name in ("data", "minutes", "role")} | {"by": by, "seed": seed}
+    flags = dict(planned["flags"])
+    names = {"data": planned["data"], "minutes": planned["minutes"], "size": size_of(flags)}
+    names |= {"by": by, "seed": seed}
     if stored(kind="run", **names):
         return
-    tag = "-".join(str(value) for value in names.values())
-    flags = dict(planned["flags"])
+    tag = "-".join(str(value).replace(" ", "") for value in names.values())
     if by == "tokens":
         flags["max_minutes"] = 0
         flags["num_iterations"] = max(1, planned["tokens"] // flags["total_batch_size"])
@@ -125,12 +131,11 @@ def report() -> None:
         budget = {name: first[name] for name in ("data", "minutes")}
         measured = {}
         for planned in stored(kind="plan", **budget):
-            runs = stored(kind="run", role=planned["role"], **budget)
+            size = size_of(planned["flags"])
+            runs = stored(kind="run", size=size, **budget)
             if not runs:
                 continue
             ends = measured[planned["role"]] = [r["final_bpb"] for r in runs]
-            flags = planned["flags"]
-            size = f"{flags['depth']} x {flags['model_dim']}"
             predicted = "{:.3f} ({:.3f} to {:.3f})".format(*planned["bpb"])
             end = " ".join(f"{bpb:.4f}" for bpb in ends)
             lines.append((*budget.values(), planned["role"], size, human(runs[0]["tokens"])))

@@ -1,12 +1,14 @@
 """
-Fit the scaling law of the planner, nanochat/plan/law.py, to the runs below and print its numbers.
+Fit the scaling laws of the planner, nanochat/plan/law.py, to the runs below and print their
+numbers.
 
     python dev/scaling_law.py
 
 The rows of LADDER are taken for optima of their FLOPs: a A / N^a = b B / D^b there. Least squares
 in logarithms, with these standard deviations: 0.3 % of the ladder's bits per byte, 1 % of the
 measured ones, whose text may lie 5 % beside the ladder's, a tenth of the optima, 0.1 of the
-exponents.
+exponents. LOOKING_BACK and TINYWORLD are fitted alone, without a ladder: far from their runs these
+laws say nothing.
 """
 
 import math
@@ -47,13 +49,36 @@ MEASURED = (
 )
 # Hoffmann et al. 2022, approach 3: the ladder alone cannot tell exponents from floor.
 EXPONENTS = (0.34, 0.28)
+# Runs of dev/plan_trial.py with the parts of --lookback, vocabularies of 8,192 and 2,048 (dev/LOG.md:
+# the choice over six budgets).
+LOOKING_BACK = (
+    (0.050e6, 4.497e6, 1.8706),
+    (0.198e6, 2.462e6, 1.8249),
+    (0.198e6, 10.89e6, 1.6487),
+    (0.395e6, 2.167e6, 1.8223),
+    (0.395e6, 9.585e6, 1.6321),
+    (0.888e6, 1.376e6, 1.8819),
+    (1.332e6, 1.155e6, 1.9074),
+)
+TINYWORLD = (
+    (0.050e6, 10.23e6, 0.2387),
+    (0.198e6, 5.153e6, 0.2331),
+    (0.395e6, 3.506e6, 0.2310),
+    (0.888e6, 2.269e6, 0.2415),
+    (0.888e6, 9.9e6, 0.2050),
+    (1.332e6, 1.778e6, 0.2477),
+    (1.332e6, 7.824e6, 0.2054),
+)
 
 
 def fit(ladder: Sequence[Run] = LADDER, measured: Sequence[Run] = MEASURED) -> Law:
     """The law of these runs."""
-    n, d, bpb = np.array(ladder).T
+    n, d, bpb = np.reshape(ladder, (-1, 3)).T
     own_n, own_d, own_bpb = np.array(measured).T
-    size, tokens = float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean()))
+    size, tokens = (
+        float(np.exp(np.log(values).mean()))
+        for values in ((n, d) if len(ladder) else (own_n, own_d))
+    )
 
     def misses(p: np.ndarray) -> np.ndarray:
         floor, log_a, log_b, a, b, prose = p
@@ -71,15 +96,17 @@ def fit(ladder: Sequence[Run] = LADDER, measured: Sequence[Run] = MEASURED) -> L
                 np.log(np.maximum(predicted, 1e-9) / bpb) / 0.003,
                 (np.log(np.maximum(own_predicted, 1e-9) / own_bpb) + prose) / 0.01,
                 (np.array([a, b]) - EXPONENTS) / 0.1,
-                [prose / 0.05],
+                [prose / 0.05 if len(ladder) else 1e3 * prose],
                 np.log(a * of_size(n) / (b * of_tokens(d))) / 0.1,
             ]
         )
 
-    start = [0.6 * bpb.min(), -2.0, -2.0, *EXPONENTS, 0.0]
+    start = [0.6 * min([*bpb, *own_bpb]), -2.0, -2.0, *EXPONENTS, 0.0]
     floor, log_a, log_b, a, b, prose = map(float, least_squares(misses, start).x)
+    prose *= len(ladder) > 0
     return Law(floor, math.exp(log_a), math.exp(log_b), a, b, size, tokens, prose)
 
 
 if __name__ == "__main__":
-    print(fit())
+    for runs in ((LADDER, MEASURED), ((), LOOKING_BACK), ((), TINYWORLD)):
+        print(fit(*runs))

@@ -18,7 +18,7 @@ from nanochat.data.inventory import LIMIT
 from nanochat.data.sources import parse_sources
 from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, speed
-from nanochat.plan.law import LOOKBACK, PAIRS, Z90, Law, Text, worth
+from nanochat.plan.law import Z90, Law, Text, law_of, worth
 from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.probe import DEPTHS
 from nanochat.plan.shapes import OpenSizeKnobs, counts
@@ -131,17 +131,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """A budget with all that a choice depends on: knobs without gaps, machine, text and law."""
+    """A budget with all that a choice depends on: knobs without gaps, machine and text."""
 
     knobs: Any  # ChoiceKnobs, or of a class that extends them
     machine: Machine
-    law: Law
     text: Text = ()
-    kept: tuple[int, int] | None = None  # depth and width that a pilot tried
+    moved: Law | None = None  # the law after a pilot
+    kept: tuple[int, int] | None = None  # depth and width that the pilot tried
 
     @cached_property
     def choice(self) -> Choice:
         return choose(self)
+
+    def law(self, config: GPTConfig) -> Law:
+        """The law for a model of this configuration."""
+        simple = tuple(self.knobs.data) == ("tinyworld",)
+        return self.moved or law_of(config.convolutions, simple)
 
 
 def assess(plan: Plan, config: GPTConfig) -> Candidate:
@@ -205,21 +210,15 @@ def most_tokens(plan: Plan) -> float:
     return USEFUL_PASSES * max(fresh / share for share, fresh in text)
 
 
-def lookback_factor(config: GPTConfig) -> float:
-    """What the parts of --lookback multiply bits per byte by."""
-    return (LOOKBACK if config.convolutions else 1.0) * (PAIRS if config.pair_rows else 1.0)
-
-
 def _expected(
     plan: Plan, config: GPTConfig, tokens: float, rate: speed.Speed
 ) -> tuple[float, float, float]:
     """Bits per byte with the interval of the law, and of the speed that decides the tokens."""
-    n, factor = counts(config)["transformer"], lookback_factor(config)
+    law, n = plan.law(config), counts(config)["transformer"]
     middle, slow = (
-        factor * plan.law.bpb(n, worth(t, plan.text))
-        for t in (tokens, tokens * rate.lo / rate.tok_per_sec)
+        law.bpb(n, worth(t, plan.text)) for t in (tokens, tokens * rate.lo / rate.tok_per_sec)
     )
-    width = math.exp(math.hypot(Z90 * plan.law.error(n, tokens), math.log(slow / middle)))
+    width = math.exp(math.hypot(Z90 * law.error(n, tokens), math.log(slow / middle)))
     return middle, middle / width, middle * width
 
 

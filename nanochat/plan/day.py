@@ -27,7 +27,6 @@ from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import machine, probe
 from nanochat.plan.choice import TIE, Candidate, ChoiceKnobs, Plan, assess
-from nanochat.plan.law import Law
 from nanochat.plan.machine import GIB, CardKnobs, Machine
 from nanochat.plan.shapes import SizeKnobs, architecture, counts
 from nanochat.train.scaling import bytes_per_token, text_for
@@ -196,13 +195,13 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
         knobs = replace(knobs, hours=1.0, aspect_ratio=aspect, sequence_len=T)
         config = knobs.of_size(knobs.depth, aspect, T, 0.0, target.device_type)
         for _ in range(9):  # the time follows from the tokens, and they a little from the time
-            tokens = assess(Plan(knobs, target, Law()), config).tokens
+            tokens = assess(Plan(knobs, target), config).tokens
             knobs = replace(knobs, hours=knobs.hours * knobs.tokens / tokens)
     elif whole:
         probing = POINT * (12 if target.device_type == "cpu" else 72)
         knobs = replace(knobs, pilot=True, used=knobs.used or min(knobs.budget / 12, probing))
     spelled = bytes_per_token(vocabulary)
-    return Plan(knobs, target, Law(), [(share, size / spelled) for share, size in sizes])
+    return Plan(knobs, target, [(share, size / spelled) for share, size in sizes])
 
 
 def lacking(plan: Plan) -> list[str]:
@@ -228,7 +227,7 @@ def lacking(plan: Plan) -> list[str]:
 def in_words(plan: Plan, candidate: Candidate) -> tuple[str, str]:
     """What the bits per byte of a candidate mean, and where that is known from."""
     if plan.knobs.data == ("tinyworld",):
-        return "its text is far simpler than web text: expect 0.2 to 0.4", "measured here"
+        return "simple sentences: do not compare this figure with those of web text", "judged"
     return next((words, source) for most, words, source in REFERENCES if candidate.bpb[0] <= most)
 
 

@@ -6,8 +6,10 @@ al. 2020: in a model of minutes the head is most of what a token is multiplied w
 makes one narrow layer look best.
 
 `dev/scaling_law.py` fits the law to a published ladder of compute-optimal runs on web text and to
-runs of minutes on a CPU that were made here. It is a first guess: text and tokenizer move the whole
-curve, which a pilot measures (`Law.moved`). A plan never shows its figure without the interval.
+runs of minutes on a CPU that were made here. Models that look back (LOOKS_BACK) and the embedded
+corpus (TINYWORLD) have laws of their own, fitted to runs of minutes alone. A law is a first guess:
+text and tokenizer move the whole curve, which a pilot measures (`Law.moved`). A plan never shows
+its figure without the interval.
 """
 
 import math
@@ -15,19 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 Z90 = 1.645  # intervals here are 90 %
-# Logarithms of 6 N D: the ends of the ladder, the middle of the runs made here, and where their
-# text ceases to count in full.
-LOW, HIGH, HERE, NEAR = 17.80354, 18.89285, 14.0, 15.0
+# Logarithms of 6 N D: the ends of the ladder, the middle of the runs made here, where their text
+# ceases to count in full, and the end of those that look back.
+LOW, HIGH, HERE, NEAR, END = 17.80354, 18.89285, 14.0, 15.0, 14.5
 
 # Muennighoff et al. 2023, "Scaling data-constrained language models": how many repetitions of a
 # text it takes until 63 % of what they can ever be worth is used up.
 REPEATS = 15.39
-
-# What copy heads, convolutions and value embeddings multiply bits per byte by: 0.945 to 0.948 on
-# prose after 0.5 and 2 M tokens (dev/LOG.md, parts of the architecture). Pair embeddings beside
-# them: 0.985 after 0.5 M tokens and 0.983 after 12 M (dev/LOG.md, pair embeddings).
-LOOKBACK = 0.95
-PAIRS = 0.985
 
 Text = Sequence[tuple[float, float]]  # of each source: its share of the tokens, and its own tokens
 
@@ -50,8 +46,9 @@ class Law:
     """
     E, A and B in bits per byte, N and D in units of `size` and `tokens`. `prose` is the distance,
     in logarithms, of the text of the runs made here above that of the ladder; it counts the less
-    the nearer FLOPs come to the ladder's. A pilot of so many tokens sets `factor`, which moves the
-    whole curve.
+    the nearer FLOPs come to the ladder's. It is 0 for laws without a ladder; with `far`, such a law
+    approaches that of the ladder times `far`, from the end of its runs on over two factors of ten
+    in FLOPs. A pilot of so many tokens sets `factor`, which moves the whole curve.
     """
 
     floor: float = 0.3448295
@@ -62,30 +59,50 @@ class Law:
     size: float = 171_919_716
     tokens: float = 2_173_706_503
     prose: float = 0.1387976
+    far: float = 0.0
     factor: float = 1.0
     pilot: float = 0.0
 
     def bpb(self, n: float, d: float) -> float:
         """Bits per byte of n parameters in the layers after d tokens."""
-        nearness = (LOW - math.log10(6 * n * d)) / (LOW - NEAR)
-        prose = self.prose * min(1.0, max(0.0, nearness))
+        at = math.log10(6 * n * d)
+        prose = self.prose * min(1.0, max(0.0, (LOW - at) / (LOW - NEAR)))
         size, tokens = (n / self.size) ** -self.a, (d / self.tokens) ** -self.b
-        return self.factor * math.exp(prose) * (self.floor + self.A * size + self.B * tokens)
+        bpb = math.exp(prose) * (self.floor + self.A * size + self.B * tokens)
+        if self.far and at > END:
+            share = min(1.0, (at - END) / 2)
+            bpb = bpb ** (1 - share) * (self.far * Law().bpb(n, d)) ** share
+        return self.factor * bpb
 
     def error(self, n: float, d: float) -> float:
         """
         Standard deviation of the logarithm of bpb(n, d): 1.2 % on the ladder, 3 % where runs were
-        made here, and 1.5 % more for every factor of ten in FLOPs from the nearer of the two. Left
-        out of the fit, each of 22 runs lies within its 90 % interval (dev/law_coverage.py). After a
-        pilot it is 1.5 %, and as much more for every factor of ten in tokens from it: of 24 pairs
-        of the runs made here, whose models differ by less than two thirds, 21 lie within 90 %.
+        made here, and 1.5 % more for every factor of ten in FLOPs from the nearer of the two; for a
+        law without a ladder 1.5 % in the middle of its runs, and as much more for every factor of
+        ten. dev/law_coverage.py leaves out one run at a time and says how many lie within their
+        90 % intervals. After a pilot it is 1.5 %, and as much more for every factor of ten in
+        tokens from it: of 24 pairs of the runs made here, whose models differ by less than two
+        thirds, 21 lie within 90 %.
         """
         if self.pilot:
             return math.hypot(0.015, 0.015 * math.log10(d / self.pilot))
         at = math.log10(6 * n * d)
+        if not self.prose:
+            return math.hypot(0.015, 0.015 * (at - math.log10(6 * self.size * self.tokens)))
         ladder = math.hypot(0.012, 0.015 * max(0.0, LOW - at, at - HIGH))
-        return min(ladder, math.hypot(0.03, 0.015 * abs(at - HERE)))
+        return min(ladder, math.hypot(0.03, 0.015 * (at - HERE)))
 
     def moved(self, n: float, d: float, bpb: float) -> "Law":
         """The curve through what a pilot of n parameters reached with d tokens."""
         return replace(self, factor=self.factor * bpb / self.bpb(n, d), pilot=d)
+
+
+# Models with the parts of --lookback. Far from these runs, the parts multiply bits per byte by
+# `far`: 0.933 after 0.5 M and after 12 M tokens (dev/LOG.md).
+LOOKS_BACK = Law(1.1677, 0.13052, 0.4742, 0.3803, 0.3118, 322363, 3267910, prose=0.0, far=0.935)
+TINYWORLD = Law(0.12518, 0.023359, 0.076249, 0.3698, 0.325, 475189, 4788786, prose=0.0)
+
+
+def law_of(looks_back: bool, simple: bool) -> Law:
+    """The law for models with or without the parts of --lookback; `simple`: on tinyworld alone."""
+    return TINYWORLD if simple else LOOKS_BACK if looks_back else Law()

@@ -31,8 +31,8 @@ from nanochat.base.knobs import knob, stored_values
 from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.stages import run_directory
 from nanochat.plan import day, machine, memory, recipe
-from nanochat.plan.choice import OPENING, lookback_factor
-from nanochat.plan.law import Law, worth
+from nanochat.plan.choice import OPENING
+from nanochat.plan.law import worth
 from nanochat.plan.machine import GIB
 from nanochat.plan.speed import first_step
 from nanochat.train.scaling import EVALUATING, LONGEST_PILOT, PILOT
@@ -167,9 +167,9 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     counted = planned.memory["allocated" if target.device_type == "cuda" else "total"]
     gap = (memory.calibrated(target, compiled).memory_gap or 0) + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
-    plain = end / lookback_factor(planned.config)
-    law = Law().moved(planned.size, worth(made["tokens"], plan.text), plain)
-    plan = replace(plan, knobs=asked, machine=target, law=law, kept=planned.shape)
+    fresh = worth(made["tokens"], plan.text)
+    moved = plan.law(planned.config).moved(planned.size, fresh, end)
+    plan = replace(plan, knobs=asked, machine=target, moved=moved, kept=planned.shape)
     chosen, written = plan.choice.primary, recipe.write(plan)
     heads, *rows = day.model_rows(plan)
     print0(columns(heads, rows))

@@ -83,7 +83,7 @@ def write(plan: Plan) -> dict[str, Any]:
     whole = {
         "knobs": asdict(knobs),
         "machine": plan.machine.stored(),
-        "law": asdict(plan.law),
+        "law": asdict(plan.law(plan.choice.primary.config)),
         "recipe": str(out),
         "pretraining_seconds": knobs.pretraining_seconds,
         **asdict(plan.choice),
