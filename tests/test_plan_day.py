@@ -17,7 +17,7 @@ from nanochat.base.common import UserError
 from nanochat.commands import base_train, plan
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.config import GPTConfig
-from nanochat.plan import day, machine, probe
+from nanochat.plan import choice, day, machine, probe
 from nanochat.plan.machine import Machine
 from nanochat.plan.shapes import SizeKnobs, counts
 from nanochat.train.scaling import (
@@ -258,7 +258,7 @@ def test_repeated_text_is_counted(tmp_path):
 
 def test_better_models_get_better_words():
     def words(bpb, data="fineweb-edu"):
-        plan = SimpleNamespace(knobs=day.DayKnobs(data=(data,)))
+        plan = choice.Plan(day.DayKnobs(data=(data,)), machine.of_card("rtx4090"))
         return day.in_words(plan, SimpleNamespace(bpb=(bpb,)))[0]
 
     assert len({words(bpb) for bpb in (0.7, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0)}) == 7

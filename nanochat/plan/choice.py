@@ -143,10 +143,14 @@ class Plan:
     def choice(self) -> Choice:
         return choose(self)
 
+    @property
+    def simple(self) -> bool:
+        """Whether the embedded corpus is the only text."""
+        return tuple(self.knobs.data) == ("tinyworld",)
+
     def law(self, config: GPTConfig) -> Law:
         """The law for a model of this configuration."""
-        simple = tuple(self.knobs.data) == ("tinyworld",)
-        return self.moved or law_of(config.convolutions, simple)
+        return self.moved or law_of(config.convolutions, self.simple)
 
 
 def assess(plan: Plan, config: GPTConfig) -> Candidate:

@@ -145,15 +145,15 @@ def needs(plan: Plan) -> dict[str, Any]:
             name, fresh = source.paths[0].name, min(fresh, share * chosen.tokens)
             web[name] = min(math.ceil(1.03 * fresh * spelled / SHARD_TEXT), SHARD_SETS[name].last)
         read += fresh
-    embedded, shards = knobs.data == ("tinyworld",), sum(web.values())
-    tasks, downloaded = TASKS * (not embedded), SHARD_FILE * (shards + len(web))
+    shards = sum(web.values())
+    tasks, downloaded = TASKS * (not plan.simple), SHARD_FILE * (shards + len(web))
     cores = knobs.cores or (8 if knobs.gpu else os.cpu_count() or 1)
     watts = knobs.watts or plan.machine.gpus * plan.machine.watts + REST
     n = counts(chosen.config)
     return {
         "shards": shards,
         "web": web,
-        "digits": 2 if embedded else 3,  # 3 for GGUF; 2 was measured
+        "digits": 2 if plan.simple else 3,  # 3 for GGUF; 2 was measured
         "cores": cores,
         "download_bytes": downloaded + tasks,
         "tokenizer_seconds": min(2e9, read * spelled) / (MERGING * cores) + 10,
@@ -226,7 +226,7 @@ def lacking(plan: Plan) -> list[str]:
 
 def in_words(plan: Plan, candidate: Candidate) -> tuple[str, str]:
     """What the bits per byte of a candidate mean, and where that is known from."""
-    if plan.knobs.data == ("tinyworld",):
+    if plan.simple:
         return "simple sentences: do not compare this figure with those of web text", "judged"
     return next((words, source) for most, words, source in REFERENCES if candidate.bpb[0] <= most)
 
@@ -294,10 +294,10 @@ def gains(plan: Plan) -> list[Row]:
 model | {human(size)} parameters in {counted(c.shape[0], "layers")} of width {c.shape[1]}; \
 predictions within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken\
 {parts if c.config.convolutions else ""} | rule
-quality | {c.bpb[0]:.2f} bits per byte (about a letter) of text that it has not seen; less is \
-better ({c.bpb[1]:.2f} to {c.bpb[2]:.2f} in nine cases of ten) | law
+quality | {c.bpb[0]:.3g} bits per byte (about a letter) of text that it has not seen; less is \
+better ({c.bpb[1]:.3g} to {c.bpb[2]:.3g} in nine cases of ten) | law
 in words | {words} | {known}
-compare | GPT-2 XL (1.6 B parameters) has about 0.75 on web text, GPT-2 124M about 1.03 | \
+compare | on web text, GPT-2 XL (1.6 B parameters) has about 0.75 and GPT-2 124M about 1.03 | \
 nanochat, llm.c
 text | {human(c.tokens)} tokens (pieces of words) of {names}, which has \
 {human(fresh)}: {often} | rule
@@ -318,7 +318,7 @@ disk at its peak | {sum(disk.values()) / 1e9:.1f} GB: {by_part} | counted
 memory | {total:.1f} of {plan.machine.memory_bytes / GIB:.1f} GiB: weights and what belongs to \
 them {state:.1f}, working values {total - state - beside:.1f}, torch itself {beside:.1f} | \
 counted
-electricity | {need["kwh"]:.1f} kWh at {need["watts"]:.0f} W: {need["kwh"] * knobs.price:.2f} at \
+electricity | {need["kwh"]:,.2f} kWh at {need["watts"]:.0f} W: {need["kwh"] * knobs.price:.2f} at \
 {knobs.price:g} per kWh (--price) | {"your figure" if knobs.watts else rated}""")
 
 
