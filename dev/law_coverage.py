@@ -11,6 +11,7 @@ predicts it. The table says the error over half of the interval's width: above 1
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from nanochat.base.common import columns, human, print0
 from nanochat.base.knobs import parse
 from nanochat.commands.base_train import PretrainKnobs
 from nanochat.model.config import GPTConfig
-from nanochat.plan.law import Z90
+from nanochat.plan.law import LOOKS_BACK, TINYWORLD, Z90, Law
 from nanochat.plan.shapes import counts
 
 EXPERIMENTS = {  # in dev/results: conditions that a plan would have chosen, or all that differ in size
@@ -77,18 +78,18 @@ def merged(runs: list[scaling_law.Run]) -> list[scaling_law.Run]:
 
 def main() -> None:
     own = merged([*scaling_law.MEASURED, *compared()])
-    laws = {  # (ladder, runs made here), and where to find those that are left out
-        "ladder": (scaling_law.LADDER, own, scaling_law.LADDER),
-        "here": (scaling_law.LADDER, own, own),
-        "looks back": ((), scaling_law.LOOKING_BACK, scaling_law.LOOKING_BACK),
-        "tinyworld": ((), scaling_law.TINYWORLD, scaling_law.TINYWORLD),
+    laws = {  # ladder, runs made here, those that are left out, and the law of them all
+        "ladder": (scaling_law.LADDER, own, scaling_law.LADDER, Law()),
+        "here": (scaling_law.LADDER, own, own, Law()),
+        "looks back": ((), scaling_law.LOOKING_BACK, scaling_law.LOOKING_BACK, LOOKS_BACK),
+        "tinyworld": ((), scaling_law.TINYWORLD, scaling_law.TINYWORLD, TINYWORLD),
     }
     rows, ratios, widths, misses = [], [], [], []
-    for about, run in [(about, run) for about, (*_, runs) in laws.items() for run in runs]:
+    for about, run in [(about, run) for about, row in laws.items() for run in row[2]]:
         n, d, bpb = run
-        ladder, here, _ = laws[about]
+        ladder, here, _, whole = laws[about]
         others = [[r for r in runs if r is not run] for runs in (ladder, here)]
-        law = scaling_law.fit(*others)
+        law = replace(scaling_law.fit(*others), spread=whole.spread)
         predicted, width = law.bpb(n, d), Z90 * law.error(n, d)
         miss = math.log(predicted / bpb)
         ratios.append(abs(miss) / width)

@@ -45,8 +45,7 @@ MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # per micro-ba
 USABLE = 0.95  # of a card's memory: the driver and the screen take some
 SHORTEST = 512  # context that is tried where memory is short
 OPENING = 6.0  # seconds in which a run opens its data and model
-KEPT = 0.01  # by so much another prediction must be better to replace what a pilot tried
-TIE = 0.006  # the noise of seeds: of predictions this near, the usual shape, then the smaller wins
+TIE = 0.01  # the laws cannot tell nearer predictions apart: the usual shape, then the smaller wins
 
 
 @dataclass(kw_only=True)
@@ -275,8 +274,7 @@ def choose(plan: Plan) -> Choice:
     fitting = [c for c in every if not c.why]
     if not fitting:
         raise UserError(_nothing_fits(plan, every))
-    tie = fitting[0].bpb[0] * (1 + (KEPT if plan.kept else TIE))
-    equal = [c for c in fitting if c.bpb[0] <= tie]
+    equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
     # Of equal predictions what was tried, then the usual shape, then the smaller model.
     primary = min(
         equal, key=lambda c: (c.shape != plan.kept, abs(c.shape[1] / c.shape[0] - 64) > 8, c.size)

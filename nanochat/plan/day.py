@@ -292,7 +292,7 @@ def gains(plan: Plan) -> list[Row]:
     parts = "; a short run on a CPU looks back, with parts that llama.cpp lacks (--lookback)"
     return rows_of(f"""\
 model | {human(size)} parameters in {counted(c.shape[0], "layers")} of width {c.shape[1]}; \
-predictions within {TIE:.1%} count as equal, and the usual shape, then the smallest, is taken\
+predictions within {TIE:.0%} count as equal, and the usual shape, then the smallest, is taken\
 {parts if c.config.convolutions else ""} | rule
 quality | {c.bpb[0]:.3g} bits per byte (about a letter) of text that it has not seen; less is \
 better ({c.bpb[1]:.3g} to {c.bpb[2]:.3g} in nine cases of ten) | law

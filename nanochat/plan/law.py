@@ -48,7 +48,8 @@ class Law:
     in logarithms, of the text of the runs made here above that of the ladder; it counts the less
     the nearer FLOPs come to the ladder's. It is 0 for laws without a ladder; with `far`, such a law
     approaches that of the ladder times `far`, from the end of its runs on over two factors of ten
-    in FLOPs. A pilot of so many tokens sets `factor`, which moves the whole curve.
+    in FLOPs. `spread` is the error in the middle of its runs (see error). A pilot of so many tokens
+    sets `factor`, which moves the whole curve.
     """
 
     floor: float = 0.3448295
@@ -60,6 +61,7 @@ class Law:
     tokens: float = 2_173_706_503
     prose: float = 0.1387976
     far: float = 0.0
+    spread: float = 0.015
     factor: float = 1.0
     pilot: float = 0.0
 
@@ -78,7 +80,7 @@ class Law:
         """
         Standard deviation of the logarithm of bpb(n, d): 1.2 % on the ladder, 3 % where runs were
         made here, and 1.5 % more for every factor of ten in FLOPs from the nearer of the two; for a
-        law without a ladder 1.5 % in the middle of its runs, and as much more for every factor of
+        law without a ladder `spread` in the middle of its runs, and 1.5 % more for every factor of
         ten. dev/law_coverage.py leaves out one run at a time and says how many lie within their
         90 % intervals. After a pilot it is 1.5 %, and as much more for every factor of ten in
         tokens from it: of 24 pairs of the runs made here, whose models differ by less than two
@@ -88,7 +90,8 @@ class Law:
             return math.hypot(0.015, 0.015 * math.log10(d / self.pilot))
         at = math.log10(6 * n * d)
         if not self.prose:
-            return math.hypot(0.015, 0.015 * (at - math.log10(6 * self.size * self.tokens)))
+            middle = math.log10(6 * self.size * self.tokens)
+            return math.hypot(self.spread, 0.015 * (at - middle))
         ladder = math.hypot(0.012, 0.015 * max(0.0, LOW - at, at - HIGH))
         return min(ladder, math.hypot(0.03, 0.015 * (at - HERE)))
 
@@ -99,8 +102,10 @@ class Law:
 
 # Models with the parts of --lookback. Far from these runs, the parts multiply bits per byte by
 # `far`: 0.933 after 0.5 M and after 12 M tokens (dev/LOG.md).
-LOOKS_BACK = Law(1.1677, 0.13052, 0.4742, 0.3803, 0.3118, 322363, 3267910, prose=0.0, far=0.935)
-TINYWORLD = Law(0.12518, 0.023359, 0.076249, 0.3698, 0.325, 475189, 4788786, prose=0.0)
+LOOKS_BACK = Law(1.1633, 0.11368, 0.48084, 0.3909, 0.2986, 384915, 3455892, prose=0.0, far=0.935)
+TINYWORLD = Law(
+    0.14271, 0.032333, 0.044747, 0.2988, 0.4517, 422380, 6421825, prose=0.0, spread=0.02
+)
 
 
 def law_of(looks_back: bool, simple: bool) -> Law:
