@@ -19,6 +19,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import trials
@@ -141,9 +142,9 @@ def report() -> None:
             lines.append((*budget.values(), planned["role"], size, human(runs[0]["tokens"])))
             lines[-1] += (predicted, end)
         if len(measured) == len(stored(kind="plan", **budget)):
-            best = min(map(min, measured.values()))
+            means = {role: fmean(ends) for role, ends in measured.items()}
             budgets += 1
-            good += min(measured["chosen"]) <= best * (1 + NOISE)
+            good += means["chosen"] <= min(means.values()) * (1 + NOISE)
     heads = ("data", "minutes", "", "depth x width", "tokens", "bits per byte", "were")
     print0(columns(heads, lines))
     print0(f"the choice is best, or within {NOISE:.1%} of the best, in {good} of {budgets} budgets")
