@@ -19,7 +19,10 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 DIGITS, SEEDS = (2, 3, 1), (1, 2, 3)
 SIZE = "--depth=3 --model_dim=128 --head_dim=32 --sequence_len=256 --total_batch_size=2048"
-REST = "--compile=off --sample_every=0 --eval_every=0 --eval_tokens=65536 --warmdown_ratio=1"
+REST = (
+    "--compile=off --sample_every=0 --eval_every=0 --eval_tokens=65536 --warmdown_ratio=1 "
+    "--final_lr_frac=0"
+)
 KINDS = ("arithmetic", "twostep")
 T_95 = 2.776  # of a difference of two means with three seeds each
 

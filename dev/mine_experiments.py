@@ -27,7 +27,7 @@ BATCH = 4096
 DOCUMENT = 2000  # characters
 SHARE = 0.1  # held out
 SIZES = (2, 64), (3, 256)
-FALLING = "--warmdown_ratio=1"
+FALLING = "--warmdown_ratio=1 --final_lr_frac=0"
 PLAIN = "--lookback=off"
 HAND = "--lookback=off --rap=hand"  # the attention prior that needs no text
 TEXTS = (1, 4096), (3, 4096)  # megabytes, vocabulary
@@ -240,7 +240,8 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
     ]
     if not mix.start:
         flags = (
-            f"{shape} --total_batch_size={BATCH} --lookback=on --warmdown_ratio=1 --eval_every=0.25"
+            f"{shape} --total_batch_size={BATCH} --lookback=on --warmdown_ratio=1 "
+            "--final_lr_frac=0 --eval_every=0.25"
         )
         words = [*shared.split(), *flags.split(), f"--num_iterations={base_steps}"]
         base_train.main([*words, f"--model_tag={base_tag}", "--data", *both])

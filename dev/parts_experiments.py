@@ -102,6 +102,9 @@ def small(
     `tried` is a name of tries.py.
     """
     rate = "" if "embedding_lr=" in extra else "--embedding_lr=0.1 "
+    # The schedule that was the default when these experiments began
+    for flag in "--warmdown_ratio=0.4", "--final_lr_frac=0":
+        rate += "" if flag.split("=")[0] in extra else f"{flag} "
     name = ", ".join(part for part in (condition, extra, tried) if part)
     length = f"--total_batch_size={batch} --num_iterations={steps} {rate}"
     return Run(f"{corpus}-{steps}", name, seed, f"{SMALL} {length}{PARTS[condition]} {extra}")
