@@ -27,7 +27,7 @@ BATCH = 4096
 DOCUMENT = 2000  # characters
 SHARE = 0.1  # held out
 SIZES = (2, 64), (3, 256)
-FALLING = "--warmdown_ratio=1 --final_lr_frac=0"
+FALLING = "--warmdown_ratio=1"
 PLAIN = "--lookback=off"
 HAND = "--lookback=off --rap=hand"  # the attention prior that needs no text
 TEXTS = (1, 4096), (3, 4096)  # megabytes, vocabulary
