@@ -7,8 +7,8 @@ numbers.
 The rows of LADDER are taken for optima of their FLOPs: a A / N^a = b B / D^b there. Least squares
 in logarithms, with these standard deviations: 0.3 % of the ladder's bits per byte, 1 % of the
 measured ones, whose text may lie 5 % beside the ladder's, a tenth of the optima, 0.1 of the
-exponents. LOOKING_BACK and TINYWORLD are fitted alone, without a ladder: far from their runs these
-laws say nothing.
+exponents. LOOKING_BACK and TINYWORLD are fitted alone, without a ladder, so these fits hold only
+near their runs.
 """
 
 import math
@@ -49,8 +49,8 @@ MEASURED = (
 )
 # Hoffmann et al. 2022, approach 3: the ladder alone cannot tell exponents from floor.
 EXPONENTS = (0.34, 0.28)
-# Runs of dev/plan_trial.py with the parts of --lookback, vocabularies of 8,192 and 2,048 (dev/LOG.md:
-# the choice over six budgets).
+# Runs of dev/plan_trial.py with the parts of --lookback, vocabularies of 8,192 and 2,048 (dev/LOG.md,
+# the choice over budgets). Tokens of the embedded corpus, which has 5.3 M, as law.worth counts them.
 LOOKING_BACK = (
     (0.050e6, 4.497e6, 1.8706),
     (0.198e6, 2.462e6, 1.8249),
@@ -106,7 +106,8 @@ def fit(ladder: Sequence[Run] = LADDER, measured: Sequence[Run] = MEASURED) -> L
 
     start = [0.6 * min([*bpb, *own_bpb]), -2.0, -2.0, *EXPONENTS, 0.0]
     floor, log_a, log_b, a, b, prose = map(float, least_squares(misses, start).x)
-    prose *= len(ladder) > 0
+    if not len(ladder):
+        prose = 0.0
     return Law(floor, math.exp(log_a), math.exp(log_b), a, b, size, tokens, prose)
 
 
