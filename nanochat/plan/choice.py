@@ -21,7 +21,7 @@ from nanochat.plan import memory, speed
 from nanochat.plan.law import Z90, Law, Text, law_of, worth
 from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.probe import DEPTHS
-from nanochat.plan.shapes import OpenSizeKnobs, counts
+from nanochat.plan.shapes import OpenSizeKnobs, counts, is_simple
 from nanochat.train.scaling import (
     EVALUATING,
     MOST_EVAL_TOKENS,
@@ -144,8 +144,7 @@ class Plan:
 
     @property
     def simple(self) -> bool:
-        """Whether the embedded corpus is the only text."""
-        return tuple(self.knobs.data) == ("tinyworld",)
+        return is_simple(self.knobs.data)
 
     def law(self, config: GPTConfig) -> Law:
         """The law for a model of this configuration."""

@@ -3,6 +3,7 @@ The sizes that plans are about: from flags to a configuration, and from a config
 parameters and FLOPs. Every figure is counted on the real model, built without memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 def architecture(values: ArchitectureKnobs) -> dict[str, Any]:
     """The architecture knobs of a configuration, or of a command that has them."""
     return {f.name: getattr(values, f.name) for f in fields(ArchitectureKnobs)}
+
+
+def is_simple(data: Sequence[str]) -> bool:
+    """Whether the embedded corpus is the only text."""
+    return tuple(data) == ("tinyworld",)
 
 
 def usual_head(width: float) -> int:
@@ -94,7 +100,7 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
             return self.vocab
         if not elsewhere and (base_dir() / "tokenizer" / "tokenizer.json").exists():
             return Tokenizer.load().vocab_size
-        simple = tuple(getattr(self, "data", ())) == ("tinyworld",)
+        simple = is_simple(getattr(self, "data", ()))
         return vocabulary_for(size, self.budget or 86_400.0, simple)
 
 
