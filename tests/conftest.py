@@ -1,9 +1,11 @@
 """
 What holds for all tests: they have a base folder of their own, so that none writes to that of the
 user, too many shapes for the compiler are an error, where torch would only stop compiling, and
-signals work in a background job too. Fixtures of several files stand here too.
+signals work in a background job too, and a process measures its machine's speed once. Fixtures of
+several files stand here too.
 """
 
+import functools
 import os
 import random
 import shutil
@@ -13,6 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from nanochat.base import hardware
 
 RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 
@@ -34,6 +38,15 @@ def base_folder(tmp_path_factory):
         # What commands set for their process would else stay for all later tests
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def speed_is_measured_once():
+    """Every run that a test starts would take the better part of a second for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("measured_peak", "faster_dtype"):
+            patch.setattr(hardware, name, functools.cache(getattr(hardware, name)))
         yield
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.bandwidth import read_bandwidth
 from nanochat.base import hardware
-from nanochat.base.hardware import gpus, lookup
+from nanochat.base.hardware import faster_dtype, gpus, lookup, measured_peak
 
 CPU = torch.device("cpu")
 
@@ -109,9 +109,9 @@ def test_looking_up_does_not_import_torch():
 
 
 def test_measurements_are_plausible():
-    peak = hardware.measured_peak(CPU, torch.float32)
+    peak = measured_peak(CPU, torch.float32)
     bandwidth = read_bandwidth(CPU)
-    dtype = hardware.faster_dtype(CPU)
+    dtype = faster_dtype(CPU)
     assert 1e9 < peak < 1e15 and 2e8 < bandwidth < 2e12
     assert dtype in (torch.float32, torch.bfloat16)
     assert hardware.device_name(CPU)
@@ -143,12 +143,12 @@ def test_figures_follow_from_the_best_time_of_each_product(monkeypatch):
         return seconds[multiply.args[0].dtype]
 
     monkeypatch.setattr(hardware, "best_seconds", timed)
-    assert hardware.measured_peak(CPU, torch.float32) == 2 * 4096 * 512 * 2048
+    assert measured_peak(CPU, torch.float32) == 2 * 4096 * 512 * 2048
     assert sum(budgets) < 0.5
     for half, dtype in ((1 / 1.19, torch.float32), (1 / 1.21, torch.bfloat16)):
         seconds[torch.bfloat16] = half
         budgets.clear()
-        assert hardware.faster_dtype(CPU) is dtype and sum(budgets) < 0.2
+        assert faster_dtype(CPU) is dtype and sum(budgets) < 0.2
 
 
 @pytest.mark.gpu
@@ -158,7 +158,7 @@ def test_a_known_card_measures_close_to_its_peak():
     gpu = lookup(hardware.device_name(device))
     if gpu is None or not gpu.bf16:
         pytest.skip(f"{hardware.device_name(device)} is not in the table")
-    assert 0.4 < hardware.measured_peak(device, torch.bfloat16) / gpu.flops < 1.05
+    assert 0.4 < measured_peak(device, torch.bfloat16) / gpu.flops < 1.05
     assert 0.5 < read_bandwidth(device) / (gpu.bandwidth * 1e9) < 1.05
 
 

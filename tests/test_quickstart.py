@@ -24,7 +24,7 @@ TOY = {
     "--total_batch_size=256 --copy_heads=1 --convolutions",
     "mid": "--data tinyworld@60 --text tinyworld@0.2",
     "sft": "--data tinyworld@30 --conversations_per_step=4",
-    "rl": "--tasks tinyworld/twostep --questions_per_step=2 --samples=2 --eval_items=2",
+    "rl": "--tasks tinyworld/twostep --questions_per_step=2 --samples=2 --eval_items=2 --max_tokens=24",
 }
 
 

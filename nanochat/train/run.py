@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanochat.base import hardware, logbook
-from nanochat.base.common import UserError, human, notice, print0, rank
+from nanochat.base.common import UserError, counted, human, notice, print0, rank
 from nanochat.base.files import reserve
 from nanochat.base.runtime import Runtime, compiler_missing, emulates_bfloat16, open_runtime
 from nanochat.data.contexts import Contexts
@@ -257,7 +257,7 @@ def table_of_counts(model: GPT) -> str:
     """A model's size, its parameters by part, and its FLOPs per token, as lines to print."""
     c, counts = model.config, model.counts()
     lines = [
-        f"  {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads of {c.head_dim} "
+        f"  {counted(c.n_layer, 'layers')}, width {c.n_embd}, {c.n_head} heads of {c.head_dim} "
         f"({c.n_kv_head} key-value), MLP {c.hidden}, context {c.sequence_len}, "
         f"vocabulary {c.vocab_size:,}"
     ]

@@ -166,7 +166,8 @@ class Models:
         del self._loaded[oldest.id]
 
     def workers(self) -> list[Worker]:
-        return [served.worker for served in self._loaded.values()]
+        # A list, at once: other threads load models meanwhile
+        return [served.worker for served in list(self._loaded.values())]
 
     def close(self, grace_seconds: float = 2.0) -> None:
         """Let running requests finish for `grace_seconds`, then end every worker."""
