@@ -533,8 +533,8 @@ def test_all_layers_share_their_compiled_code(knobs, graphs):
     m, counter = tiny.randomise(tiny.model(n_layer=5, **knobs)), CompileCounter()
     for block in m.blocks:
         block.compile(backend=counter, dynamic=False)
-    m.compiled, b = True, tiny.batch()
-    m.loss(b.inputs, b.targets)
+    m.compiled = True
+    m(tiny.batch().inputs)  # without the loss, which compiles for seconds
     torch._dynamo.reset()
     assert counter.frame_count == graphs
 

@@ -1177,16 +1177,16 @@ def test_old_answers_lose_their_tokens_before_new_ones_are_lost(page):
             const { Store, add } = await import("/store.js");
             const store = new Store();
             const top = Array.from({ length: 5 }, (_, i) => [`token ${i}`, -1.2345678901234567]);
-            for (let i = 0; i < 150; i++) {
+            for (let i = 0; i < 40; i++) {
                 const answer = add(store.create(), null, "assistant", `answer ${i}`);
-                answer.tokens = Array.from({ length: 256 }, () => ({ text: "a word", logprob: -0.123456789, top }));
+                answer.tokens = Array.from({ length: 1024 }, () => ({ text: "a word", logprob: -0.123456789, top }));
                 store.save();
             }
             const answers = new Store().conversations.map((c) => Object.values(c.nodes)[0]);
             return [store.full, answers.length, Boolean(answers[0].tokens), Boolean(answers.at(-1).tokens)];
         }"""
     )
-    assert found == [False, 150, True, False]
+    assert found == [False, 40, True, False]
 
 
 def test_a_base_model_goes_on_when_the_text_has_filled_its_context(page):
