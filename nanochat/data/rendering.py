@@ -59,7 +59,7 @@ def checked_messages(conversation: dict) -> list[dict]:
                 f"message {i}: expected role {expected!r}, got {role!r} (user and assistant take "
                 "turns)"
             )
-        _check_content(i, role, message.get("content"))
+        check_content(i, role, message.get("content"))
     if len(messages) == first:
         raise UserError("a conversation needs a user message")
     if first:
@@ -68,7 +68,8 @@ def checked_messages(conversation: dict) -> list[dict]:
     return messages
 
 
-def _check_content(i: int, role: object, content: object) -> None:
+def check_content(i: int, role: object, content: object) -> None:
+    """Raise UserError unless message i of this role may have this content."""
     if isinstance(content, str):
         return
     if role != "assistant" or not isinstance(content, list):

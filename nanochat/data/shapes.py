@@ -10,8 +10,8 @@ The shapes in which people keep conversations, all turned into the one of render
 
 Consecutive messages of one side become one, and a conversation that the assistant opens begins with
 an empty message of the user. An assistant message with "weight": 0, "train": false or another mark
-of MASKS or MASKED is context: the model reads it and does not learn to say it. A mark on a row
-holds for all of its messages. Calls of a calculator as OpenAI writes them, with their results,
+of MARKS is context: the model reads it and does not learn to say it. A mark on a row holds for all
+of its messages. Calls of a calculator as OpenAI writes them, with their results,
 become parts of the reply. Anything else (calls of other tools, pictures) is a UserError.
 """
 
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
-from nanochat.data.rendering import checked_messages
+from nanochat.data.rendering import check_content, checked_messages
 
 ROLES = {
     "system": ("system", "developer"),
@@ -42,6 +42,7 @@ PAIRS = (
     (("input",), ("output",)),
     (("query",), ("response", "answer")),
 )
+USUAL_NAMES = {"instruction and output": "Alpaca", "instruction and response": "Dolly"}
 # Multiple choice: a list of options, or columns such as choice0, option_1, opa or A
 ASKED, OPTION_LISTS = ("question", "prompt", "query", "input", "problem"), ("choices", "options")
 OPTION = re.compile(r"(?:(choices?|options?|opt?|ending)[ _-]?)?([a-z]|\d)")
@@ -57,10 +58,12 @@ ANSWERS = [
 ]
 LABELS = LETTERS.lower(), DIGITS, DIGITS[1:]  # of options: a, b, ... or from 0 or 1 on
 CALCULATORS = "calculator", "calculate", "python"
-# Marks of messages that are not learned: those of MASKS if 0 or false, those of MASKED if 1 or true
-MASKS = "weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"
-MASKED = "mask", "masked"
-NO, YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # values of marks on rows, in lower case
+# Marks, and the values with which a message or a row is not learned: 0 or false, 1 or true
+MARKS = {
+    **dict.fromkeys(("weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"), 0),
+    **dict.fromkeys(("mask", "masked"), 1),
+}
+SPELLINGS = ("0", "0.0", "false"), ("1", "1.0", "true")  # of 0 and 1 on rows, in lower case
 
 
 class _Pair(NamedTuple):
@@ -71,26 +74,6 @@ class _Pair(NamedTuple):
     fields: set[str]
 
 
-def shape_of_names(names: Iterable[str]) -> str | None:
-    """The shape of rows with these fields, or None if they are not conversations."""
-    names = {str(name).lower() for name in names}
-    if "prompt" in names and "message_tree_id" in names:
-        return "OpenAssistant trees"
-    if {"message_id", "parent_id", "role", "text"} <= names:
-        return "OpenAssistant messages"
-    for name in LISTS:
-        if name in names:
-            return name
-    options = bool(_option_columns(names)) or not names.isdisjoint(OPTION_LISTS)
-    if options and not names.isdisjoint(ASKED) and not names.isdisjoint(ANSWERS):
-        return "multiple choice"
-    for (question, *_), replies in PAIRS:
-        for reply in replies:
-            if question in names and reply in names:
-                return f"{question} and {reply}"
-    return None
-
-
 def shape_of(row: Any) -> str | None:
     """
     The shape of a row by its usual name ("messages", "ShareGPT", "Alpaca", "Dolly", "prompt and
@@ -98,16 +81,29 @@ def shape_of(row: Any) -> str | None:
     """
     if isinstance(row, list):
         return "lists of messages" if row and isinstance(row[0], dict) else None
-    shape = shape_of_names(row) if isinstance(row, dict) else None
-    if shape is None:
+    if not isinstance(row, dict):
         return None
-    messages = row.get(shape)
-    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-        return "ShareGPT" if "from" in messages[0] else shape
-    if shape in LISTS:
-        return shape if isinstance(messages, list) else None
-    names = {"instruction and output": "Alpaca", "instruction and response": "Dolly"}
-    return names.get(shape, shape)
+    names = {str(name).lower() for name in row}
+    if "prompt" in names and "message_tree_id" in names:
+        return "OpenAssistant trees"
+    if {"message_id", "parent_id", "role", "text"} <= names:
+        return "OpenAssistant messages"
+    for name in LISTS:
+        if name in names:
+            messages = row.get(name)
+            first = messages[0] if isinstance(messages, list) and messages else None
+            if isinstance(first, dict) and "from" in first:
+                return "ShareGPT"
+            return name if isinstance(messages, list) else None
+    options = bool(_option_columns(names)) or not names.isdisjoint(OPTION_LISTS)
+    if options and not names.isdisjoint(ASKED) and not names.isdisjoint(ANSWERS):
+        return "multiple choice"
+    for (question, *_), replies in PAIRS:
+        for reply in replies:
+            if question in names and reply in names:
+                shape = f"{question} and {reply}"
+                return USUAL_NAMES.get(shape, shape)
+    return None
 
 
 def fields_of(row: Any) -> str:
@@ -120,10 +116,10 @@ def fields_of(row: Any) -> str:
     return ", ".join([*names[:12], "..."] if len(names) > 12 else names) or "none"
 
 
-def as_conversation(row: Any) -> dict[str, Any]:
+def conversation(row: Any) -> dict[str, Any]:
     """
-    A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape;
-    rendering.checked_messages checks the order of turns.
+    A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape or
+    its turns are in no order that can be rendered.
     """
     if isinstance(row, list):
         row = {"messages": row}
@@ -138,16 +134,9 @@ def as_conversation(row: Any) -> dict[str, Any]:
     converted: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         converted.append(_tool_result(message, converted) or _message(i, message))
-    marks = {str(name).lower(): str(value).lower() for name, value in row.items()}
-    masked = any(marks.get(key) in NO for key in MASKS)
-    if masked or any(marks.get(key) in YES for key in MASKED):
+    if any(str(value).lower() in SPELLINGS[MARKS[name]] for name, value in _marks(row).items()):
         converted = [{**message, "weight": 0} for message in converted]
-    return {**rest, "messages": _merged(converted)}
-
-
-def conversation(row: Any) -> dict[str, Any]:
-    """A row as a conversation whose turns are checked. Raises UserError if it is not one."""
-    item = as_conversation(row)
+    item = {**rest, "messages": _merged(converted)}
     checked_messages(item)
     return item
 
@@ -226,7 +215,7 @@ def left_out(row: Any) -> list[str]:
         return []
     if pair is None:
         return []
-    used = {"system", *MASKS, *MASKED, *pair.fields}
+    used = {"system", *MARKS, *pair.fields}
     return [name for name, value in row.items() if value not in (None, "", []) and name not in used]
 
 
@@ -274,8 +263,8 @@ def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
         if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
             return {str(label).lower(): text for label, text in value.items()}, {name}
     columns = _option_columns(row)
-    filled = {label: row[name] for label, name in columns.items() if row[name] not in (None, "")}
-    return {label: str(text) for label, text in filled.items()}, set(columns.values())
+    filled = {label: name for label, name in columns.items() if row[name] not in (None, "")}
+    return {label: str(row[name]) for label, name in filled.items()}, set(columns.values())
 
 
 def _option_columns(names: Iterable[str]) -> dict[str, str]:
@@ -293,13 +282,13 @@ def _option_columns(names: Iterable[str]) -> dict[str, str]:
 
 def _option(options: Mapping[str, str], answer: str) -> int | None:
     """The index of the option that an answer names by its label, its letter or its text."""
-    names = [*options]
-    if answer.lower() in names:
-        return names.index(answer.lower())
-    if names[0] in ("0", "1") and len(answer) == 1 and answer.upper() in LETTERS[: len(names)]:
-        return LETTERS.index(answer.upper())
+    answer, labels = answer.lower(), [*options]
+    letters = [*LETTERS.lower()[: len(labels)]] if labels[0] in ("0", "1") else []
+    for names in (labels, letters):
+        if answer in names:
+            return names.index(answer)
     texts = [text.strip().lower() for text in options.values()]
-    return texts.index(answer.lower()) if texts.count(answer.lower()) == 1 else None
+    return texts.index(answer) if texts.count(answer) == 1 else None
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
@@ -314,8 +303,7 @@ def _message(i: int, message: Any) -> dict[str, Any]:
             "calculator's calls and results can be part of a reply"
         )
     content = next((message[key] for key in CONTENT_KEYS if key in message), None)
-    single = message.get("function_call")
-    calls = message.get("tool_calls") or ([single] if single else [])
+    calls = message.get("tool_calls") or message.get("function_call") or []
     calls = calls if isinstance(calls, list) else [calls]
     if calls:
         text = [{"type": "text", "text": content}] if content else []
@@ -324,8 +312,20 @@ def _message(i: int, message: Any) -> dict[str, Any]:
         known != "assistant" or all(isinstance(part, str) for part in content)
     ):
         content = _text_of_parts(i, content)
-    plain = {"role": known, "content": content}
-    return plain if _is_learned(i, message) else {**plain, "weight": 0}
+    check_content(i, known, content)
+    marks = _marks(message)
+    for name, value in marks.items():
+        if value not in (0, 1):  # which False and True equal
+            raise UserError(
+                f'message {i}: "{name}" must be 0 or 1, false or true, not {shown(value)}'
+            )
+    masked = any(value == MARKS[name] for name, value in marks.items())
+    return {"role": known, "content": content, **({"weight": 0} if masked else {})}
+
+
+def _marks(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The marks of a message or a row that are not null, with their names in lower case."""
+    return {k: v for k, v in _lowered(row).items() if k in MARKS and v is not None}
 
 
 def _text_of_parts(i: int, parts: list[Any]) -> str:
@@ -336,21 +336,6 @@ def _text_of_parts(i: int, parts: list[Any]) -> str:
     return "\n".join(map(str, texts))
 
 
-def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
-    learned = True
-    for name, value in message.items():
-        key = name.lower() if isinstance(name, str) else name
-        if key not in (*MASKS, *MASKED) or value is None:
-            continue
-        if value not in (0, 1):  # which False and True equal
-            raise UserError(
-                f'message {i}: "{name}" must be 0 or 1, false or true, not {shown(value)}'
-            )
-        if bool(value) == (key in MASKED):
-            learned = False
-    return learned
-
-
 def _parts(content: str | list[Any]) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -358,9 +343,7 @@ def _parts(content: str | list[Any]) -> list[Any]:
 def _masked_parts(message: Mapping[str, Any]) -> list[Any]:
     """The parts of a message, each with "weight": 0 if the message has it."""
     parts = _parts(message["content"])
-    if message.get("weight") != 0 or not all(isinstance(part, dict) for part in parts):
-        return parts
-    return [{**part, "weight": 0} for part in parts]
+    return [{**part, "weight": 0} for part in parts] if message.get("weight") == 0 else parts
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,10 +363,8 @@ def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with consecutive ones of a side merged; the user's is the first."""
     merged: list[dict[str, Any]] = []
     for message in messages:
-        last = merged[-1] if merged else {}
-        same_side = message["role"] == last.get("role") != "system"
-        if same_side and all(isinstance(m["content"], str | list) for m in (last, message)):
-            merged[-1] = _merge(last, message)
+        if merged and message["role"] == merged[-1]["role"] != "system":
+            merged[-1] = _merge(merged[-1], message)
         else:
             merged.append(message)
     first = next((i for i, message in enumerate(merged) if message["role"] != "system"), None)
