@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanochat.base.common import UserError, base_dir, notice, world_size
-from nanochat.base.files import Hashes, atomic_write, locked, sha256_file
+from nanochat.base.files import Hashes, atomic_write, locked
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import read_ahead
 from nanochat.data.rows import Report
@@ -234,13 +234,9 @@ def _build(
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        written = _write(temporary, tokenizer, batches, report or Report(), masked)
+        _write(temporary, tokenizer, batches, report or Report(), masked)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
-        hashes = _hashes(folder.parent)
-        for name, digest in written.items():
-            hashes.remember(folder / name, digest)
-        hashes.save()
     except OSError as e:
         raise UserError(
             f"cannot write tokens to {folder} ({e.strerror}): free some space or set "
@@ -256,41 +252,37 @@ def _write(
     batches: Iterable[Encoded],
     report: Report,
     masked: bool,
-) -> dict[str, str]:
-    """Write the files of a shard; returns the SHA-256 of each by its name, without meta.json."""
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+) -> None:
+    """Write the files of a shard."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
-    digests, lengths = {name: hashlib.sha256() for name in names}, []
+    lengths: list[int] = []
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
+        files = [stack.enter_context(open(folder / name, "wb")) for name in names]
         for ids, masks in batches:
-            columns = (ids, dtype), (masks, np.dtype("uint8"))
-            for name, (arrays, kind) in zip(names, columns, strict=False):
-                data = np.concatenate([np.asarray(a, dtype=kind) for a in arrays]).tobytes()
-                digests[name].update(data)
-                files[name].write(data)
+            for file, arrays, kind in zip(files, (ids, masks), (dtype, "uint8"), strict=False):
+                file.write(np.concatenate([np.asarray(a, dtype=kind) for a in arrays]).tobytes())
             lengths.extend(map(len, ids))
-        for file in files.values():
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     np.save(folder / "offsets.npy", offsets)
-    written = {name: digest.hexdigest() for name, digest in digests.items()}
-    written["offsets.npy"] = sha256_file(folder / "offsets.npy")
+    hashes = _hashes(folder.parent)
     meta = {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "bos": tokenizer.bos,
-        "dtype": dtype.name,
+        "dtype": dtype,
         "mask": masked,
         "documents": len(lengths),
         "tokens": int(offsets[-1]),
-        "files": written,
+        "files": {name: hashes.of(folder / name) for name in (*names, "offsets.npy")},
         "notes": dict(report.notes),
     }
+    hashes.save()
     atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _seal(meta)}, indent=1))
-    return written
 
 
 def _seal(meta: dict) -> str:
@@ -313,9 +305,8 @@ def _missing(root: Path, folders: list[Path]) -> Iterator[list[Path]]:
         yield []
         return
     waiting = f"another process is writing tokens to {root}: waiting for it"
-    if world_size() > 1:
-        waiting = ""  # no notice, because it is another rank of this run
-    with locked(root / ".lock", waiting=waiting):
+    is_own_rank = world_size() > 1  # then no notice
+    with locked(root / ".lock", waiting="" if is_own_rank else waiting):
         for abandoned in root.glob(".build-*"):  # left by a killed run; nobody else is building
             shutil.rmtree(abandoned, ignore_errors=True)
         yield [folder for folder in folders if not _usable(folder)]
@@ -328,10 +319,10 @@ def _usable(folder: Path) -> bool:
         hashes = _hashes(folder.parent)
         _open(folder, hashes)
         hashes.save()
+        return True
     except UserError as e:
         notice(f"{e}; tokenising again")
         return False
-    return True
 
 
 def _open(folder: Path, hashes: Hashes) -> tuple[dict, np.ndarray, np.ndarray | None, np.ndarray]:
