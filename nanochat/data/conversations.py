@@ -71,18 +71,16 @@ def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
 
 
 def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any]]:
-    messages: dict[str, Any] = {}  # of OpenAssistant, to be joined to trees
+    messages: list[dict[str, Any]] = []  # of OpenAssistant, to be joined to trees
     for number, (place, row) in enumerate(read_rows(path, report)):
         shape = shape_of(row)
         chats = dialogue.exported(row) if shape != "OpenAssistant trees" else None
         if number == 0 and not shape and not chats and _is_text(row):
             raise UserError(f"{path} holds text, not conversations")
         if shape == "OpenAssistant messages":
-            parent = row.get("parent_id")
-            if isinstance(row.get("message_id"), str | int) and isinstance(
-                parent, str | int | None
-            ):
-                messages[place] = row
+            own, parent = row.get("message_id"), row.get("parent_id")
+            if isinstance(own, str | int) and isinstance(parent, str | int | None):
+                messages.append(row)
             else:
                 report.bad_row(place, "its message_id or parent_id is neither text nor a number")
         elif shape == "OpenAssistant trees":
@@ -95,7 +93,7 @@ def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
             if unused and len(report.notes) < MOST_NOTES:
                 report.notes[f"rows whose columns {', '.join(unused)[:200]} are not used"] += 1
             yield place, row
-    for tree in dialogue.trees(messages.values()):
+    for tree in dialogue.trees(messages):
         yield from _tree(f"{path}, message {tree['message_id']}", tree, report)
 
 

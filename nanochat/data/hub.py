@@ -20,7 +20,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -189,8 +189,6 @@ class _Status(OSError):
 def _page(url: str) -> tuple[Any, str]:
     """The JSON of one reply of the API, and the address of the next page; '' if there is none."""
     with _get(url, 10 * STALL) as reply:
-        if reply.status != 200:
-            raise _Status(reply.status)
         data = reply.read(MOST_PAGE + 1)
         if len(data) > MOST_PAGE:
             raise ValueError(f"a reply of more than {MOST_PAGE:,} bytes")
@@ -237,7 +235,8 @@ def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator
     """
     The reply to a GET, from byte `start` on if the server can; redirects are followed. The
     connection is closed after `seconds`, even if bytes still arrive. Raises OSError or
-    HTTPException, and ValueError if a reply says that it belongs to another commit than `commit`.
+    HTTPException, _Status for a reply without success, and ValueError for one that says that it
+    belongs to another commit than `commit`.
     """
     from huggingface_hub.utils import build_hf_headers
 
@@ -250,25 +249,23 @@ def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator
         if not _belongs(url):
             raise OSError(f"the hub refers to {shown(url)}, which is not one of its hosts")
         connection, path, proxy_headers = _connect(url, context)
-        try:
+        with closing(connection), ExitStack() as stack:
             connection.connect()
             deadline = threading.Timer(seconds, _shut_down, [connection.sock])
             deadline.daemon = True
             deadline.start()
-            try:
-                connection.request("GET", path, headers=headers | proxy_headers)
-                reply = connection.getresponse()
-                answered = reply.getheader("X-Repo-Commit") or commit
-                if commit and answered != commit:
-                    raise ValueError(f"the hub answers with commit {shown(answered)}")
-                if reply.status not in (301, 302, 303, 307, 308):
-                    yield reply
-                    return
-                url = urljoin(url, reply.getheader("Location") or "")
-            finally:
-                deadline.cancel()
-        finally:
-            connection.close()
+            stack.callback(deadline.cancel)
+            connection.request("GET", path, headers=headers | proxy_headers)
+            reply = connection.getresponse()
+            answered = reply.getheader("X-Repo-Commit") or commit
+            if commit and answered != commit:
+                raise ValueError(f"the hub answers with commit {shown(answered)}")
+            if reply.status in (200, 206):
+                yield reply
+                return
+            if reply.status not in (301, 302, 303, 307, 308):
+                raise _Status(reply.status)
+            url = urljoin(url, reply.getheader("Location") or "")
         if urlsplit(url).hostname != host:  # no other host may see the user's token
             headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
     raise OSError("too many redirects")
@@ -319,7 +316,7 @@ def download(
 
 def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.Event) -> None:
     target, part = folder / file.path, _part(file, folder)
-    if _unsafe(file.path) or not target.parent.resolve().is_relative_to(folder.resolve()):
+    if not target.parent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{shown(str(target))} leads out of {folder}: remove the link there")
     if file.path in OWN or file.path.endswith(".part"):
         raise UserError(
@@ -369,8 +366,6 @@ def _continue(url: str, commit: str, part: Path, size: int, stop: threading.Even
     """
     start = _size(part)
     with _get(url, STALL + (size - start) / SLOWEST, start, commit) as reply:
-        if reply.status not in (200, 206):
-            raise _Status(reply.status)
         start = start if reply.status == 206 else 0
         while not stop.is_set() and (chunk := reply.read1(CHUNK)):
             if start + len(chunk) > size:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nanochat.base.strangers import missing
 from nanochat.data.packing import Packing, one_a_row, pack
 from nanochat.data.shards import Shards
 
@@ -148,13 +149,14 @@ class RowOrder:
         Why no run over these sources can be at this position; "" if one can. The types of the
         values are not checked.
         """
-        sources, start = position.get("sources", []), self.start()
-        if absent := sorted(start.keys() - position.keys()):
-            return f"it lacks {', '.join(absent)}"
+        start = self.start()
+        if absent := missing(position, sorted(start)):
+            return absent
+        sources = position["sources"]
         if position["block"] >= self.blocks or len(sources) != len(self.shards):
             return f"block {position['block']} of {self.blocks}, in {len(sources)} sources"
         for source, shards in zip(sources, self.shards, strict=True):
-            if not source.keys() >= start["sources"][0].keys() or source["document"] > len(shards):
+            if missing(source, [*start["sources"][0]]) or source["document"] > len(shards):
                 return f"{source} of {len(shards)} documents"
         lengths = [position["sequence_len"], *(cut[0] for cut in position["cuts"] if len(cut) == 2)]
         if len(lengths) <= len(position["cuts"]) or not all(0 < n <= 2**20 for n in lengths):

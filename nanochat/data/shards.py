@@ -163,7 +163,7 @@ def prepare_conversations(
     same, its shard is reused and `conversations` is not even iterated. `divided`: see Shards.
     `report` is filled in by what reads the conversations.
     """
-    root = Path(directory or base_dir() / "tokens")
+    root, report = Path(directory or base_dir() / "tokens"), report or Report()
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
     with _missing(root, [folder]) as missing:
         if missing:
@@ -172,7 +172,7 @@ def prepare_conversations(
                     folder, tokenizer, _rendered(conversations, tokenizer, bar), report, masked=True
                 )
         shards = Shards(name, [folder], divided)
-    _check_bad_rows(shards, report.limit if report else 0)
+    _check_bad_rows(shards, report.limit)
     if not len(shards):
         shutil.rmtree(folder)
         raise UserError(f"there are no conversations in {name}: add at least one")
@@ -227,14 +227,14 @@ def _build(
     folder: Path,
     tokenizer: "Tokenizer",
     batches: Iterable[Encoded],
-    report: Report | None,
+    report: Report,
     masked: bool = False,
 ) -> None:
     """Write a shard to a temporary folder and rename it at the end; a failure leaves nothing."""
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, tokenizer, batches, report or Report(), masked)
+        _write(temporary, tokenizer, batches, report, masked)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     except OSError as e:

@@ -110,9 +110,8 @@ def pieces(text: str, limit: int) -> Iterator[str]:
     start, visible = 0, len(text.rstrip())
     while len(text) - start > limit:
         end = cut_point(text, start + limit // 2, start + limit)
-        if end < visible:
-            yield text[start:end]
-            start = end
-        else:
+        if end >= visible:
             break
+        yield text[start:end]
+        start = end
     yield text[start:]

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,9 +146,9 @@ class Tokenizer:
         try:
             data = read_json(directory / "tokenizer.json", MOST_BYTES)
             meta = read_json(directory / "meta.json")
-            byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+            byte_of = {letter: byte for byte, letter in enumerate(_LETTERS)}
             vocabulary = data["model"]["vocab"].items()
-            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary}
+            ranks = {bytes(map(byte_of.__getitem__, token)): rank for token, rank in vocabulary}
             digits = {split_pattern(n): n for n in DIGITS}[meta["pattern"]]
             tokenizer = cls(ranks, digits)
             tokenizer.bytes_per_token = float(meta.get("bytes_per_token", 0.0))
@@ -183,19 +184,11 @@ class Tokenizer:
 
     def spelled(self) -> tuple[list[str], list[list[str]]]:
         """The ordinary tokens in order of id, and the merges, in the letters of tokenizer.json."""
-        letters = _byte_letters()
-        return ["".join(letters[b] for b in token) for token in self.ranks], _merges(self.ranks)
+        return [*map(_spelled, self.ranks)], _merges(self.ranks)
 
     def _json(self) -> dict:
         """The Hugging Face form, without the merges, which follow from the vocabulary."""
-        letters = _byte_letters()
-        flags = {
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+        unset = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         byte_level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
@@ -213,7 +206,8 @@ class Tokenizer:
             "truncation": None,
             "padding": None,
             "added_tokens": [
-                {"id": i, "content": name, **flags} for name, i in self.specials.items()
+                {"id": i, "content": name, **unset, "special": True}
+                for name, i in self.specials.items()
             ],
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
@@ -228,9 +222,7 @@ class Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": True,
-                "vocab": {
-                    "".join(letters[b] for b in token): rank for token, rank in self.ranks.items()
-                },
+                "vocab": {_spelled(token): rank for token, rank in self.ranks.items()},
             },
         }
 
@@ -251,11 +243,8 @@ class Tokenizer:
         head = np.array([self.bos] if bos else [], dtype=np.uint32)
 
         def encode(text: str) -> np.ndarray:
-            parts = [
-                self._bpe.encode_to_numpy(segment, disallowed_special=())
-                for segment in segments(text)
-            ]
-            return np.concatenate([head, *parts])
+            ids = partial(self._bpe.encode_to_numpy, disallowed_special=())
+            return np.concatenate([head, *map(ids, segments(text))])
 
         # In groups, because a task per text would cost more than it saves
         groups = [texts[i : i + 16] for i in range(0, len(texts), 16)]
@@ -341,16 +330,22 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
 
 
+_LETTERS = _byte_letters()
+
+
+def _spelled(token: bytes) -> str:
+    return "".join(_LETTERS[byte] for byte in token)
+
+
 def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
     """
     Every pair of tokens that joins to a token, in order of rank. `tokenizers` merges only the pairs
     listed, tiktoken any pair whose joined bytes are a token; with all pairs listed the two agree.
     """
-    letters = _byte_letters()
     merges = []
     for token in ranks:
         halves = ((token[:i], token[i:]) for i in range(1, len(token)))
         pairs = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
-        for pair in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
-            merges.append(["".join(letters[b] for b in half) for half in pair])
+        pairs.sort(key=lambda pair: [ranks[half] for half in pair])
+        merges += [[_spelled(half) for half in pair] for pair in pairs]
     return merges
