@@ -190,15 +190,13 @@ def _separated(file: IO[str], report: Report, rest: str) -> Iterator[str | None]
     The text of a file whose beginning, `rest`, is read already, in pieces; None at a separator.
     """
     while chunk := file.read(1 << 20):
-        chunk = rest + chunk
-        rest = ""
-        if chunk[-1] != "\n":  # go on to the end of the line, so that no separator is divided
-            chunk += file.readline(1 << 20)
-        if chunk[-1] != "\n":  # a very long line: what may be half a separator waits
-            tail = chunk[-LONGEST_SEPARATOR:]
-            if opening := re.search(r"[ \t]*[<\[]", tail):
-                rest = tail[opening.start() :]
-        yield from _at_separators(chunk[: len(chunk) - len(rest)], report)
+        # To the end of a line, so that no separator is divided
+        chunk, rest = rest + chunk + file.readline(1 << 20), ""
+        tail = chunk[-LONGEST_SEPARATOR:]
+        opening = re.search(r"[ \t]*[<\[]", tail)
+        if opening and chunk[-1] != "\n":  # a very long line: what may be half a separator waits
+            rest = tail[opening.start() :]
+        yield from _at_separators(chunk.removesuffix(rest), report)
     yield from _at_separators(rest, report)
 
 

@@ -190,7 +190,7 @@ class RowFeed:
                 state["progress"] = max(state["progress"], by_steps)
             width = order.sequence_len
             if order.mode == "padded":
-                longest = max(block.size(row) for block, row in rows) - 1
+                longest = max(int(block.packing.stop[row]) for block, row in rows) - 1
                 width = row_width(longest, width, self.few_widths)
             begin = len(rows) * self.rank // self.world_size
             end = len(rows) * (self.rank + 1) // self.world_size

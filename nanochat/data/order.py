@@ -47,10 +47,6 @@ class Block:
         packing = pack(stop[last], sequence_len + 1, start[first])
         return Block(self.shards, self.owner[document], self.document[document], packing)
 
-    def size(self, row: int) -> int:
-        """Tokens of a padded row."""
-        return int(self.packing.stop[row])
-
     def fill(self, row: int, ids: np.ndarray, targets: np.ndarray) -> None:
         """Write a row into arrays of <|bos|> and of IGNORED, (sequence_len + 1,) each."""
         p, place = self.packing, 0

@@ -18,6 +18,10 @@ become parts of the reply. Anything else (calls of other tools, pictures) is a U
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
+from itertools import groupby
+from operator import itemgetter
 from string import ascii_uppercase as LETTERS
 from string import digits as DIGITS
 from typing import Any, NamedTuple
@@ -160,31 +164,27 @@ def _call(i: int, call: Any) -> dict[str, str]:
     function = function if isinstance(function, dict) else {"name": function}
     name = str(function.get("name"))
     arguments: Any = function.get("arguments")
-    try:
+    with suppress(ValueError):
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        values = [*arguments.values()]
-    except (ValueError, AttributeError):
-        values = []
-    if name.lower() not in CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
-        raise UserError(
-            f"message {i} calls a tool ({shown(name)}): only calls of a {CALCULATORS[0]} with one "
-            "expression can be trained"
-        )
-    return {"type": "python", "text": values[0]}
+    values = [*arguments.values()] if isinstance(arguments, dict) else []
+    if name.lower() in CALCULATORS and len(values) == 1 and isinstance(values[0], str):
+        return {"type": "python", "text": values[0]}
+    raise UserError(
+        f"message {i} calls a tool ({shown(name)}): only calls of a {CALCULATORS[0]} with one "
+        "expression can be trained"
+    )
 
 
 def _messages_of_pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    pair = _pair_of(_lowered(row))
-    if pair is None:
-        raise UserError(
-            'a conversation is a list of messages, an object with "messages", or one with a pair '
-            'of texts such as "prompt" and "response"; this one has '
-            f"{shown(', '.join(map(str, row)))}"
-        )
-    return [
-        {"role": "user", "content": pair.question},
-        {"role": "assistant", "content": pair.reply},
-    ]
+    if pair := _pair_of(_lowered(row)):
+        return [
+            {"role": "user", "content": pair.question},
+            {"role": "assistant", "content": pair.reply},
+        ]
+    raise UserError(
+        'a conversation is a list of messages, an object with "messages", or one with a pair of '
+        f'texts such as "prompt" and "response"; this one has {shown(", ".join(map(str, row)))}'
+    )
 
 
 def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,14 +209,11 @@ def left_out(row: Any) -> list[str]:
     if not isinstance(row, dict) or any(isinstance(row.get(name), list) for name in LISTS):
         return []
     row = _lowered(row)
-    try:
-        pair = _pair_of(row)
-    except UserError:
-        return []
-    if pair is None:
-        return []
-    used = {"system", *MARKS, *pair.fields}
-    return [name for name, value in row.items() if value not in (None, "", []) and name not in used]
+    with suppress(UserError):
+        if pair := _pair_of(row):
+            unused = row.keys() - {"system", *MARKS} - pair.fields
+            return [name for name in row if name in unused and row[name] not in (None, "", [])]
+    return []
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
@@ -232,15 +229,11 @@ def _choice_of(row: Mapping[str, Any]) -> _Pair | None:
     answers = [name for name in ANSWERS if row.get(name) is not None]
     if asked is None or not 1 < len(options) <= len(LETTERS) or not answers:
         return None
+    listed = any(isinstance(row.get(field), list) for field in used)
     for name in answers:
-        value = row[name]
-        texts, same = [*options.values()], []
-        # With a list of options, "3" is first of all the text of one, as in ["1", "2", "3"]
-        if isinstance(value, str) and any(isinstance(row.get(field), list) for field in used):
-            same = [i for i, text in enumerate(texts) if text.strip() == value.strip()]
-        right = same[0] if len(same) == 1 else _option(options, str(value).strip())
+        right = _option(options, row[name], listed)
         if right is not None:
-            question = with_options(row[asked], texts)
+            question = with_options(row[asked], [*options.values()])
             return _Pair(question, LETTERS[right], {asked, name, *used})
     if len(str(row[answers[0]])) > 2:
         return None  # a reply in words
@@ -280,15 +273,17 @@ def _option_columns(names: Iterable[str]) -> dict[str, str]:
     return {}
 
 
-def _option(options: Mapping[str, str], answer: str) -> int | None:
+def _option(options: Mapping[str, str], answer: Any, listed: bool) -> int | None:
     """The index of the option that an answer names by its label, its letter or its text."""
-    answer, labels = answer.lower(), [*options]
-    letters = [*LETTERS.lower()[: len(labels)]] if labels[0] in ("0", "1") else []
-    for names in (labels, letters):
-        if answer in names:
-            return names.index(answer)
-    texts = [text.strip().lower() for text in options.values()]
-    return texts.index(answer) if texts.count(answer) == 1 else None
+    labels, texts = [*options], [text.strip() for text in options.values()]
+    letters = LETTERS[: len(labels)] if labels[0] in ("0", "1") else ""
+    ways = [labels, [*letters.lower()], [text.lower() for text in texts]]
+    name = str(answer).strip()
+    # With a list of options, "3" is first of all the text of one, as in ["1", "2", "3"]
+    if listed and isinstance(answer, str) and texts.count(name) == 1:
+        return texts.index(name)
+    name = name.lower()
+    return next((names.index(name) for names in ways if names.count(name) == 1), None)
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
@@ -346,7 +341,7 @@ def _masked_parts(message: Mapping[str, Any]) -> list[Any]:
     return [{**part, "weight": 0} for part in parts] if message.get("weight") == 0 else parts
 
 
-def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Two messages of one side as one."""
     a, b = first["content"], second["content"]
     texts = isinstance(a, str) and isinstance(b, str)
@@ -362,11 +357,11 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with consecutive ones of a side merged; the user's is the first."""
     merged: list[dict[str, Any]] = []
-    for message in messages:
-        if merged and message["role"] == merged[-1]["role"] != "system":
-            merged[-1] = _merge(merged[-1], message)
+    for role, group in groupby(messages, key=itemgetter("role")):
+        if role == "system":
+            merged += group
         else:
-            merged.append(message)
+            merged.append(reduce(_merge, group))
     first = next((i for i, message in enumerate(merged) if message["role"] != "system"), None)
     if first is not None and merged[first]["role"] == "assistant":
         merged.insert(first, {"role": "user", "content": ""})
