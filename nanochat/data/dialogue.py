@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from nanochat.base.common import UserError
-from nanochat.data.shapes import ROLE_OF
+from nanochat.data.shapes import ROLE_OF, Row
 
 SILENCE = 6 * 3600
 # Characters after which a person's next question begins a new conversation: a context of 256 tokens
@@ -210,7 +210,7 @@ def as_text(chat: Chat) -> str:
     return "\n".join(f"{m.person}: {m.text}" for m in chat)
 
 
-def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[str, Any]]:
+def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[Row]:
     """
     Chats as conversations {"messages": [...]}, without the user's messages at the end, which have
     no reply. Given `me`, a chat is divided after LONG characters where `me` has answered and
@@ -243,13 +243,13 @@ def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[
             yield {"messages": messages[:answered]}
 
 
-def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
+def tree_conversations(tree: Any) -> Iterator[Row]:
     """
     Every path of an OpenAssistant tree, {"role", "text", "replies": [...]}, that ends with the
     assistant. A reply that is trained on in one path has weight 0 in the later ones. Raises
     UserError if a message has no text.
     """
-    stack: list[tuple[Any, list[dict[str, Any]]]] = [(tree, [])]
+    stack: list[tuple[Any, list[Row]]] = [(tree, [])]
     while stack:
         node, before = stack.pop()
         if not isinstance(node, dict) or not isinstance(node.get("text"), str):
@@ -264,11 +264,11 @@ def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
                 message["weight"] = 0  # in the later paths, which share it
 
 
-def _is_assistant(message: dict[str, Any]) -> bool:
+def _is_assistant(message: Row) -> bool:
     return ROLE_OF.get(str(message.get("role")).lower()) == "assistant"
 
 
-def trees(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def trees(rows: Iterable[Row]) -> list[Row]:
     """The trees that messages with a "message_id" and a "parent_id" make up."""
     messages = {row["message_id"]: {**row, "replies": []} for row in rows}
     roots = []

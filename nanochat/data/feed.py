@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,10 @@ import torch
 from nanochat.base.common import UserError
 from nanochat.data.ahead import read_ahead
 from nanochat.data.contexts import Contexts
-from nanochat.data.order import IGNORED, Block, Mode, RowOrder, at_length, pack_block
+from nanochat.data.order import IGNORED, Block, Mode, RowOrder, State, at_length, pack_block
 from nanochat.data.shards import Shards
 
 PREFETCH = 4  # steps prepared in advance
-State = dict[str, Any]
 
 
 @dataclass(frozen=True)

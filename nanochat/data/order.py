@@ -22,6 +22,7 @@ from nanochat.data.shards import Shards
 BLOCK_TOKENS = 1 << 21  # enough for the packer to leave no holes, few enough to pack quickly
 IGNORED = -1  # a target that takes no part in the loss
 Mode = Literal["packed", "padded"]
+State = dict[str, Any]  # a position in the order, as JSON can hold it
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ class RowOrder:
         drawn = int((packing.stop - packing.start).sum())
         return sum(self.quota) * len(packing) / drawn
 
-    def start(self) -> dict[str, Any]:
+    def start(self) -> State:
         """The position before the first row."""
         return {
             "seed": self.seed,
@@ -140,7 +141,7 @@ class RowOrder:
         """Blocks of an epoch."""
         return max(1, round(self.total / BLOCK_TOKENS))
 
-    def fault(self, position: dict[str, Any]) -> str:
+    def fault(self, position: State) -> str:
         """
         Why no run over these sources can be at this position; "" if one can. The types of the
         values are not checked.
@@ -159,7 +160,7 @@ class RowOrder:
             return f"rows of {position['sequence_len']} tokens after the cuts {position['cuts']}"
         return ""
 
-    def rows(self, position: dict[str, Any]) -> Iterator[tuple[Block, int, dict[str, Any]]]:
+    def rows(self, position: State) -> Iterator[tuple[Block, int, State]]:
         """(block, row in it, changed fields of the position) of every row after `position`."""
         epoch, number = position["epoch"], position["block"]
         first, cuts = position["row"], position["cuts"]
@@ -236,7 +237,7 @@ def _draw(
     return np.concatenate(owner), np.concatenate(document)
 
 
-def at_length(position: dict[str, Any], length: int) -> dict[str, Any]:
+def at_length(position: State, length: int) -> State:
     """The position at which the rest of the block is packed again, into rows of another length."""
     cuts = [*position["cuts"], [position["sequence_len"], position["row"]]]
     return {**position, "sequence_len": length, "cuts": cuts, "row": 0}

@@ -30,6 +30,8 @@ from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
 from nanochat.data.rendering import check_content, checked_messages
 
+Row = dict[str, Any]  # of a file; also a conversation, or one of its messages
+
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter", "instruction"),
@@ -120,7 +122,7 @@ def fields_of(row: Any) -> str:
     return ", ".join([*names[:12], "..."] if len(names) > 12 else names) or "none"
 
 
-def conversation(row: Any) -> dict[str, Any]:
+def conversation(row: Any) -> Row:
     """
     A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape or
     its turns are in no order that can be rendered.
@@ -135,7 +137,7 @@ def conversation(row: Any) -> dict[str, Any]:
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         messages = [{"role": "system", "content": system}, *messages]
-    converted: list[dict[str, Any]] = []
+    converted: list[Row] = []
     for i, message in enumerate(messages):
         converted.append(_tool_result(message, converted) or _message(i, message))
     if any(str(value).lower() in SPELLINGS[MARKS[name]] for name, value in _marks(row).items()):
@@ -145,7 +147,7 @@ def conversation(row: Any) -> dict[str, Any]:
     return item
 
 
-def _tool_result(message: Any, earlier: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _tool_result(message: Any, earlier: list[Row]) -> Row | None:
     """
     A result of the calculator, as a part of the reply that `earlier` ends with; None for any other
     message.
@@ -175,7 +177,7 @@ def _call(i: int, call: Any) -> dict[str, str]:
     )
 
 
-def _messages_of_pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _messages_of_pair(row: Row) -> list[Row]:
     if pair := _pair_of(_lowered(row)):
         return [
             {"role": "user", "content": pair.question},
@@ -187,11 +189,11 @@ def _messages_of_pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     )
 
 
-def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
+def _lowered(row: Row) -> Row:
     return {str(name).strip().lower(): value for name, value in row.items()}
 
 
-def _pair_of(row: Mapping[str, Any]) -> _Pair | None:
+def _pair_of(row: Row) -> _Pair | None:
     """The pair of a row whose fields have names in lower case; None if it has none."""
     if choice := _choice_of(row):
         return choice
@@ -222,7 +224,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
     return "\n".join([question, *lines, "Answer with the letter alone."])
 
 
-def _choice_of(row: Mapping[str, Any]) -> _Pair | None:
+def _choice_of(row: Row) -> _Pair | None:
     """_pair_of for multiple choice. Raises UserError if the answer is not among the options."""
     asked = next((name for name in ASKED if isinstance(row.get(name), str)), None)
     options, used = _options(row)
@@ -243,7 +245,7 @@ def _choice_of(row: Mapping[str, Any]) -> _Pair | None:
     )
 
 
-def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+def _options(row: Row) -> tuple[dict[str, str], set[str]]:
     """The options of a row by label, and the fields that hold them; empty if it has none."""
     for name in OPTION_LISTS:
         value = row.get(name)
@@ -286,7 +288,7 @@ def _option(options: Mapping[str, str], answer: Any, listed: bool) -> int | None
     return next((names.index(name) for names in ways if names.count(name) == 1), None)
 
 
-def _message(i: int, message: Any) -> dict[str, Any]:
+def _message(i: int, message: Any) -> Row:
     """Message i as {"role", "content"}, with "weight": 0 if it is masked. May raise UserError."""
     if not isinstance(message, dict):
         raise UserError(f"message {i}: expected an object with a role, got {shown(message)}")
@@ -318,7 +320,7 @@ def _message(i: int, message: Any) -> dict[str, Any]:
     return {"role": known, "content": content, **({"weight": 0} if masked else {})}
 
 
-def _marks(row: Mapping[str, Any]) -> dict[str, Any]:
+def _marks(row: Row) -> Row:
     """The marks of a message or a row that are not null, with their names in lower case."""
     return {k: v for k, v in _lowered(row).items() if k in MARKS and v is not None}
 
@@ -335,13 +337,13 @@ def _parts(content: str | list[Any]) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _masked_parts(message: Mapping[str, Any]) -> list[Any]:
+def _masked_parts(message: Row) -> list[Any]:
     """The parts of a message, each with "weight": 0 if the message has it."""
     parts = _parts(message["content"])
     return [{**part, "weight": 0} for part in parts] if message.get("weight") == 0 else parts
 
 
-def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def _merge(first: Row, second: Row) -> Row:
     """Two messages of one side as one."""
     a, b = first["content"], second["content"]
     texts = isinstance(a, str) and isinstance(b, str)
@@ -354,9 +356,9 @@ def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {"role": first["role"], "content": [*_masked_parts(first), *_masked_parts(second)]}
 
 
-def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged(messages: list[Row]) -> list[Row]:
     """The messages with consecutive ones of a side merged; the user's is the first."""
-    merged: list[dict[str, Any]] = []
+    merged: list[Row] = []
     for role, group in groupby(messages, key=itemgetter("role")):
         if role == "system":
             merged += group
