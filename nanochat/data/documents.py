@@ -20,23 +20,9 @@ from typing import IO, Any
 
 from nanochat.base.common import UserError
 from nanochat.data import dialogue, shapes
-from nanochat.data.folders import (
-    ARCHIVES,
-    COMPRESSED,
-    PLAIN,
-    READABLE,
-    TEXT_FIELDS,
-    kind_of,
-)
+from nanochat.data.folders import ARCHIVES, COMPRESSED, PLAIN, READABLE, TEXT_FIELDS, kind_of
 from nanochat.data.readers import READERS, Reader, unpacked
-from nanochat.data.rows import (
-    Report,
-    TooManyBadRows,
-    open_parquet,
-    open_text,
-    read_rows,
-    reading,
-)
+from nanochat.data.rows import Report, TooManyBadRows, open_parquet, open_text, read_rows, reading
 
 MAX_CHARACTERS = 16_384  # per document cut from a .txt file
 CUT_AFTER = [re.compile(pattern) for pattern in (r"\n\n+", r"\n", r'[.!?]"? |。', r" ")]

@@ -247,11 +247,7 @@ def _build(
 
 
 def _write(
-    folder: Path,
-    tokenizer: "Tokenizer",
-    batches: Iterable[Encoded],
-    report: Report,
-    masked: bool,
+    folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], report: Report, masked: bool
 ) -> None:
     """Write the files of a shard."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"

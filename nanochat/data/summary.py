@@ -169,10 +169,7 @@ def _times(passes: float) -> str:
 
 
 def survey(
-    order: RowOrder,
-    validation: Sequence[Shards],
-    step_rows: int,
-    steps: int | None = None,
+    order: RowOrder, validation: Sequence[Shards], step_rows: int, steps: int | None = None
 ) -> DataSummary:
     """
     The summary of a run that takes `step_rows` rows of `order` per step, for `steps` steps; if

@@ -29,11 +29,7 @@ from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write
 from nanochat.base.strangers import read_json, shown
 from nanochat.data.documents import well_formed
-from nanochat.data.rendering import (
-    SPECIAL_TOKENS,
-    checked_messages,
-    conversation_pieces,
-)
+from nanochat.data.rendering import SPECIAL_TOKENS, checked_messages, conversation_pieces
 
 MOST_BYTES = 2**30  # of tokenizer.json: the largest vocabulary, spelled out
 DIGITS = (1, 2, 3)  # the most digits that a token may hold; llama.cpp knows 1 and 3
