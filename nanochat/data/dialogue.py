@@ -105,10 +105,8 @@ def exported(value: Any) -> list[Chat] | None:
     messages = value.get("messages")
     if not isinstance(messages, list) or not ({"type", "guild", "channel"} & value.keys()):
         return None
-    chat = [message for message in map(_exported_message, messages) if message]
-    if messages and not chat:
-        return None
-    return sessions(chat)
+    chat = [*filter(None, map(_exported_message, messages))]
+    return sessions(chat) if chat or not messages else None
 
 
 def _exported_message(message: Any) -> Message | None:

@@ -174,25 +174,27 @@ def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
             continue
         identity = _identity(info)
         if not stat.S_ISREG(info.st_mode):
-            found.skip("pipes, devices or sockets", file)
+            reason = "pipes, devices or sockets"
         elif _hidden(file.name):
-            if format_of(file) in formats:
-                found.skip("hidden files", file)
+            if format_of(file) not in formats:
+                continue
+            reason = "hidden files"
         elif not os.access(file, os.R_OK):
-            found.skip("files that you have no permission to read", file)
+            reason = "files that you have no permission to read"
         elif not _is_data(file, formats):
-            ending = os.path.splitext(file.name.lower())[1]
-            kind = kind_of(file)
-            shown = ending if kind in formats or not kind else kind
-            found.skip(f"{shown or 'other'} files not read", file)
+            kind, ending = kind_of(file), os.path.splitext(file.name.lower())[1]
+            shown = ending if kind in formats else kind or ending
+            reason = f"{shown or 'other'} files not read"
             if TEXT_LIKE.fullmatch(ending):
                 unread += info.st_size
         elif file.is_symlink() and identity in seen:
-            found.skip("links to files that are read already", file)
+            reason = "links to files that are read already"
         else:
             seen.add(identity)
             found.files.append(file)
             read += info.st_size
+            continue
+        found.skip(reason, file)
     found.files.sort()
     if found.files and unread > max(MOST_UNREAD, 100 * read):
         raise UserError(

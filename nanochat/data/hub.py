@@ -370,16 +370,12 @@ def _continue(url: str, commit: str, part: Path, size: int, stop: threading.Even
         while not stop.is_set() and (chunk := reply.read1(CHUNK)):
             if start + len(chunk) > size:
                 raise ValueError(f"the hub sends more than the {size:,} bytes that it lists")
-            _append(part, chunk, anew=start == 0)
+            try:
+                with open(part, "ab" if start else "wb", buffering=0) as file:
+                    file.write(chunk)
+            except OSError as e:
+                raise disk_error(part, e) from e
             start += len(chunk)
-
-
-def _append(part: Path, data: bytes, anew: bool) -> None:
-    try:
-        with open(part, "wb" if anew else "ab", buffering=0) as file:
-            file.write(data)
-    except OSError as e:
-        raise disk_error(part, e) from e
 
 
 def _reason(error: Exception) -> str:

@@ -164,8 +164,7 @@ class RowOrder:
         """(block, row in it, changed fields of the position) of every row after `position`."""
         epoch, number = position["epoch"], position["block"]
         first, cuts = position["row"], position["cuts"]
-        sources = [dict(s) for s in position["sources"]]
-        quota, blocks = self.quota, self.blocks
+        sources, quota, blocks = position["sources"], self.quota, self.blocks
 
         @lru_cache(maxsize=len(self.shards))
         def shuffled_source(i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +173,8 @@ class RowOrder:
             return order, np.cumsum(self.shards[i].lengths[order])
 
         while self.epochs is None or epoch < self.epochs:
-            begin, before = [dict(s) for s in sources], sum(s["drawn"] for s in sources)
+            begin, sources = sources, [dict(s) for s in sources]
+            before = sum(s["drawn"] for s in begin)
             # In integers, so that without weights the last document of an epoch meets the quota
             goals = [q * (number + 1) // blocks for q in quota]
             owner, document = _draw(sources, goals, shuffled_source)

@@ -159,8 +159,7 @@ def epub(path: Path, report: Report) -> Iterator[str]:
     parse = library("defusedxml.ElementTree").fromstring
     with _opened_zip(path) as archive:
         container = parse(archive.read("META-INF/container.xml"))
-        root_file = container.find(".//{*}rootfile")
-        package_path = PurePosixPath(root_file.get("full-path") if root_file is not None else "")
+        package_path = PurePosixPath(container.find(".//{*}rootfile").get("full-path"))
         package = parse(archive.read(str(package_path)))
         items = {item.get("id"): item.get("href") for item in package.iterfind(".//{*}item")}
         names = set(archive.namelist())

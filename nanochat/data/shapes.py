@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
-from nanochat.data.rendering import check_content, checked_messages
+from nanochat.data.rendering import check_content, checked_messages, parts_of
 
 Row = dict[str, Any]  # of a file; also a conversation, or one of its messages
 
@@ -101,8 +101,8 @@ def shape_of(row: Any) -> str | None:
             if isinstance(first, dict) and "from" in first:
                 return "ShareGPT"
             return name if isinstance(messages, list) else None
-    options = bool(_option_columns(names)) or not names.isdisjoint(OPTION_LISTS)
-    if options and not names.isdisjoint(ASKED) and not names.isdisjoint(ANSWERS):
+    options = _option_columns(names) or names.intersection(OPTION_LISTS)
+    if options and names.intersection(ASKED) and names.intersection(ANSWERS):
         return "multiple choice"
     for (question, *_), replies in PAIRS:
         for reply in replies:
@@ -293,7 +293,7 @@ def _message(i: int, message: Any) -> Row:
     if not isinstance(message, dict):
         raise UserError(f"message {i}: expected an object with a role, got {shown(message)}")
     role = next((message[key] for key in ROLE_KEYS if key in message), None)
-    known = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
+    known = ROLE_OF.get(str(role).lower())
     if known is None:
         raise UserError(
             f"message {i}: the role {shown(role)} is none of {', '.join(ROLE_OF)}; only the "
@@ -328,18 +328,14 @@ def _marks(row: Row) -> Row:
 def _text_of_parts(i: int, parts: list[Any]) -> str:
     """The text of OpenAI's list of parts."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"message {i}: only text can be trained on, not {shown(parts)}")
-    return "\n".join(map(str, texts))
-
-
-def _parts(content: str | list[Any]) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if all(isinstance(text, str) for text in texts):
+        return "\n".join(map(str, texts))
+    raise UserError(f"message {i}: only text can be trained on, not {shown(parts)}")
 
 
 def _masked_parts(message: Row) -> list[Any]:
     """The parts of a message, each with "weight": 0 if the message has it."""
-    parts = _parts(message["content"])
+    parts = parts_of(message["content"])
     return [{**part, "weight": 0} for part in parts] if message.get("weight") == 0 else parts
 
 
@@ -348,7 +344,7 @@ def _merge(first: Row, second: Row) -> Row:
     a, b = first["content"], second["content"]
     texts = isinstance(a, str) and isinstance(b, str)
     if first.get("weight") == second.get("weight"):
-        return {**first, "content": f"{a}\n\n{b}" if texts else [*_parts(a), *_parts(b)]}
+        return {**first, "content": f"{a}\n\n{b}" if texts else [*parts_of(a), *parts_of(b)]}
     if texts and first.get("weight") == 0:  # the line break is not learned either
         first = {**first, "content": f"{a}\n\n"}
     elif texts:

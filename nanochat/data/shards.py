@@ -27,7 +27,7 @@ import numpy as np
 from nanochat.base.common import UserError, base_dir, notice, world_size
 from nanochat.base.files import Hashes, atomic_write, locked
 from nanochat.base.progress import ProgressBar, progress
-from nanochat.data.ahead import read_ahead
+from nanochat.data.ahead import batches, read_ahead
 from nanochat.data.rows import Report
 from nanochat.data.sources import Part, Source, parts
 
@@ -196,22 +196,10 @@ def _key(identity: dict, tokenizer: "Tokenizer") -> str:
 
 def _encoded(part: Part, tokenizer: "Tokenizer", bar: ProgressBar) -> Iterator[Encoded]:
     """The texts of a part, tokenised in batches; a thread reads the next batch meanwhile."""
-    for batch in read_ahead(_batches(part.documents()), 1):
+    for batch in read_ahead(batches(part.documents(), len, BATCH_CHARACTERS), 1):
         ids = tokenizer.encode_batch(batch, bos=True)
         bar.advance(sum(len(text.encode()) for text in batch))
         yield ids, []
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _rendered(

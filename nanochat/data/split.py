@@ -62,18 +62,16 @@ class Division:
             if (place(document) <= self.share) == (split == "val"):
                 yield document
             return
-        val: list[list[str]] = []
-        train: list[list[str]] = [[]]  # the pieces between two pieces of validation
+        val, train = [], [""]  # train: the text between two pieces of validation
         for piece in pieces(document, self.piece):
             if place(piece) > self.share:
-                train[-1].append(piece)
+                train[-1] += piece
             else:
-                val.append([piece])
-                train.append([])
-        for joined in train if split == "train" else val:
-            text = "".join(joined).strip("\n")
+                val.append(piece)
+                train.append("")
+        for text in train if split == "train" else val:
             if text.strip():
-                yield text
+                yield text.strip("\n")
 
 
 def division(documents: Iterable[str], share: float) -> Division | None:

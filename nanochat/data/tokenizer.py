@@ -77,11 +77,11 @@ class Tokenizer:
         if max(map(len, ranks)) > 4 * WINDOW:
             raise ValueError("it has a token that is longer than any text that is encoded at once")
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.specials = {name: i for i, name in enumerate(SPECIAL_TOKENS, len(ranks))}
         self.bos = self.specials["<|bos|>"]
         # What decode_bytes gives, by id; as it is no call of tiktoken, no thread waits for another
         self.pieces = [*self.ranks, *(name.encode() for name in self.specials)]
-        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.vocab_size = len(self.pieces)
         self.digits, self.pattern = digits, split_pattern(digits)
         # UTF-8 bytes of a token, on average over text like its training text; 0 = not known
         self.bytes_per_token = 0.0
@@ -135,7 +135,7 @@ class Tokenizer:
         The tokenizer that save() wrote to `directory` (default: tokenizer/ in the base folder).
         Raises UserError if it is missing or damaged.
         """
-        directory = Path(directory) if directory is not None else base_dir() / "tokenizer"
+        directory = Path(directory or base_dir() / "tokenizer")
         remedy = "train one with nanochat tok_train"
         if not (directory / "tokenizer.json").is_file():
             raise UserError(f"there is no tokenizer in {directory}: {remedy}")
@@ -300,9 +300,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """The rest: U+FFFD for half a character. The decoder can then be used again."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def segments(text: str) -> Iterator[str]:
