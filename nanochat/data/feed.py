@@ -80,8 +80,8 @@ class RowFeed:
 
     With context stages (packed rows), `rows` and `device_rows` belong to the longest context,
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
-    moves to the next stage, and `numbers` reports it to the log. `order` is the order of the rows, at
-    the current context.
+    moves to the next stage, and `numbers` reports it to the log. `order` is the order of its rows,
+    at the current context.
 
     `step` and `progress` (0 to 1; 0 if endless) are the position after the steps that were
     returned, not after those that are prefetched. device_rows (of the current context) may be
