@@ -70,8 +70,7 @@ def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
 def _rows(path: Path, report: Report, me: str | None) -> Rows:
     messages: list[Row] = []  # of OpenAssistant, to be joined to trees
     for number, (place, row) in enumerate(read_rows(path, report)):
-        shape = shape_of(row)
-        chats = dialogue.exported(row) if shape != "OpenAssistant trees" else None
+        shape, chats = shape_of(row), dialogue.exported(row)
         if number == 0 and not shape and not chats and _is_text(row):
             raise UserError(f"{path} holds text, not conversations")
         if shape == "OpenAssistant messages":

@@ -346,14 +346,14 @@ def unpacked(path: Path, formats: tuple[str, ...], report: Report) -> Iterator[l
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Raises UserError if the archive unpacks to too much."""
-    archive_size, unpacked = path.stat().st_size, 0
+    """Unpack an archive into a folder. Raises UserError if it unpacks to too much."""
+    archive_size, total = path.stat().st_size, 0
     for number, (name, size, packed, file) in enumerate(_members(path), 1):
-        unpacked += size
-        ratio = max(size / max(packed or archive_size, 1), unpacked / max(archive_size, 1))
-        if (ratio > MOST_RATIO and unpacked > SMALL) or unpacked > MOST_UNPACKED:
+        total += size
+        ratio = max(size / max(packed or archive_size, 1), total / max(archive_size, 1))
+        if (ratio > MOST_RATIO and total > SMALL) or total > MOST_UNPACKED:
             raise UserError(
-                f"it unpacks to {human(unpacked)} bytes, {ratio:,.0f} times its size, so it is "
+                f"it unpacks to {human(total)} bytes, {ratio:,.0f} times its size, so it is "
                 "hostile or holds no text: leave it out"
             )
         if number > MOST_MEMBERS:

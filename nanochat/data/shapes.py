@@ -124,8 +124,8 @@ def fields_of(row: Any) -> str:
 
 def conversation(row: Any) -> Row:
     """
-    A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape or
-    its turns are in no order that can be rendered.
+    A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape,
+    or if user and assistant do not take turns.
     """
     if isinstance(row, list):
         row = {"messages": row}
