@@ -101,6 +101,11 @@ def shape_of(row: Any) -> str | None:
             if isinstance(first, dict) and "from" in first:
                 return "ShareGPT"
             return name if isinstance(messages, list) else None
+    return _shape_of_question(names)
+
+
+def _shape_of_question(names: set[str]) -> str | None:
+    """The shape of a row with these fields, if it is a question and its reply."""
     options = _option_columns(names) or names.intersection(OPTION_LISTS)
     if options and names.intersection(ASKED) and names.intersection(ANSWERS):
         return "multiple choice"
@@ -310,14 +315,18 @@ def _message(i: int, message: Any) -> Row:
     ):
         content = _text_of_parts(i, content)
     check_content(i, known, content)
+    plain = {"role": known, "content": content}
+    return {**plain, "weight": 0} if _is_masked(i, message) else plain
+
+
+def _is_masked(i: int, message: Row) -> bool:
     marks = _marks(message)
     for name, value in marks.items():
         if value not in (0, 1):  # which False and True equal
             raise UserError(
                 f'message {i}: "{name}" must be 0 or 1, false or true, not {shown(value)}'
             )
-    masked = any(value == MARKS[name] for name, value in marks.items())
-    return {"role": known, "content": content, **({"weight": 0} if masked else {})}
+    return any(value == MARKS[name] for name, value in marks.items())
 
 
 def _marks(row: Row) -> Row:
