@@ -242,6 +242,14 @@ def test_trees_of_openassistant(tmp_path, form):
     ], "each answer is learned once"
 
 
+def test_replies_of_one_wording_in_a_tree_without_names_are_all_learned():
+    again = {"role": "assistant", "text": "Yes."}
+    question = {"role": "prompter", "text": "Sure?", "replies": [again]}
+    tree = {"role": "prompter", "text": "Is it?", "replies": [{**again, "replies": [question]}]}
+    (row,) = dialogue.tree_conversations(tree)
+    assert [m.get("weight", 1) for m in row["messages"]] == [1, 1, 1, 1]
+
+
 def test_all_problems_are_in_one_report(tmp_path):
     rows = [
         ROWS["messages"],

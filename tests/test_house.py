@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_275,
     "base": 12_830,
     "tinyworld": 9_625,
-    "data": 37_090,
+    "data": 35_875,
     "model": 26_940,
     "chat": 9_060,
     "chat/serve": 11_705,

@@ -231,7 +231,9 @@ def test_what_is_no_conversation_is_refused(row, says):
         conversation(row)
 
 
-@pytest.mark.parametrize("mark", [{"mask": True}, {"masked": 1}, {"Weight": 0}, {"weight": "0"}])
+@pytest.mark.parametrize(
+    "mark", [{"mask": True}, {"masked": 1}, {"Weight": 0}, {"weight": "0"}, {" weight": "0"}]
+)
 def test_marks_of_every_form_on_a_row(mark):
     made = conversation({"prompt": "Hi", "response": "Hello", **mark})
     assert [m.get("weight") for m in made["messages"] if m["role"] == "assistant"] == [0]

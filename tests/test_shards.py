@@ -207,10 +207,11 @@ def test_old_files_are_hashed_once(source, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sha256_file", lambda path: counted.append(path) or real(path))
     for _ in range(3):
         prepare(source, "train", Letters(), tmp_path / "tokens")
-    assert sorted(p.name for p in counted) == ["0.jsonl", "1.jsonl", "2.jsonl"]
+    made = ["offsets.npy", "tokens.bin"]
+    assert sorted(p.name for p in counted) == ["0.jsonl", "1.jsonl", "2.jsonl", *made]
     (tmp_path / "tokens" / ".hashes.json").write_text('{"1:2": [3], "x": "damaged"')
     prepare(source, "train", Letters(), tmp_path / "tokens")
-    assert len(counted) > 3
+    assert len(counted) > 5
 
 
 def test_an_interrupted_build_leaves_nothing_and_a_killed_one_is_swept(source, tmp_path):

@@ -1,11 +1,24 @@
-"""Reading ahead: the next items of an iterator are prepared in a thread."""
+"""Items in batches, and items that a thread prepares before they are needed."""
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def batches(items: Iterable[T], size_of: Callable[[T], int], least: int) -> Iterator[list[T]]:
+    """The items in lists whose sizes add up to `least` or more; the last list may have less."""
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= least:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Generator[T]:

@@ -4,7 +4,6 @@ shapes.py), chats and dialogues in text or exports, trees (see dialogue.py), and
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,15 @@ from nanochat.base.common import UserError
 from nanochat.data import dialogue
 from nanochat.data.folders import ARCHIVES, CONVERSATIONS, PLAIN, TEXT_FIELDS, kind_of
 from nanochat.data.readers import unpacked
-from nanochat.data.rows import BAD_ROW, Report, TooManyBadRows, open_text, read_rows, reading
-from nanochat.data.shapes import conversation, left_out, shape_of
+from nanochat.data.rows import BAD_ROW, Report, Rows, TooManyBadRows, open_text, read_rows, reading
+from nanochat.data.shapes import Row, conversation, left_out, shape_of
 
 LONGEST_CHAT = 1 << 28  # characters
 NO_CONVERSATIONS = "holds no conversations"
 MOST_NOTES = 50  # different ones
 
 
-def read(
-    path: Path, report: Report, me: str | None = None, alone: bool = True
-) -> Iterator[tuple[str, Any]]:
+def read(path: Path, report: Report, me: str | None = None, alone: bool = True) -> Rows:
     """
     Yield ("FILE, line N", row) for each conversation of a file. Given `me`, the person of that name
     is the assistant of a chat. If the file is the only one to read (`alone`), raises UserError if
@@ -39,7 +36,7 @@ def read(
         report.skip(path, e)
 
 
-def _read(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any]]:
+def _read(path: Path, report: Report, me: str | None) -> Rows:
     with reading(path):
         kind = kind_of(path)
         if kind in PLAIN:
@@ -70,19 +67,16 @@ def _chats(path: Path, report: Report, me: str | None) -> list[dialogue.Chat]:
     return []
 
 
-def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any]]:
-    messages: dict[str, Any] = {}  # of OpenAssistant, to be joined to trees
+def _rows(path: Path, report: Report, me: str | None) -> Rows:
+    messages: list[Row] = []  # of OpenAssistant, to be joined to trees
     for number, (place, row) in enumerate(read_rows(path, report)):
-        shape = shape_of(row)
-        chats = dialogue.exported(row) if shape != "OpenAssistant trees" else None
+        shape, chats = shape_of(row), dialogue.exported(row)
         if number == 0 and not shape and not chats and _is_text(row):
             raise UserError(f"{path} holds text, not conversations")
         if shape == "OpenAssistant messages":
-            parent = row.get("parent_id")
-            if isinstance(row.get("message_id"), str | int) and isinstance(
-                parent, str | int | None
-            ):
-                messages[place] = row
+            own, parent = row.get("message_id"), row.get("parent_id")
+            if isinstance(own, str | int) and isinstance(parent, str | int | None):
+                messages.append(row)
             else:
                 report.bad_row(place, "its message_id or parent_id is neither text nor a number")
         elif shape == "OpenAssistant trees":
@@ -95,7 +89,7 @@ def _rows(path: Path, report: Report, me: str | None) -> Iterator[tuple[str, Any
             if unused and len(report.notes) < MOST_NOTES:
                 report.notes[f"rows whose columns {', '.join(unused)[:200]} are not used"] += 1
             yield place, row
-    for tree in dialogue.trees(messages.values()):
+    for tree in dialogue.trees(messages):
         yield from _tree(f"{path}, message {tree['message_id']}", tree, report)
 
 
@@ -105,14 +99,14 @@ def _is_text(row: Any) -> bool:
     )
 
 
-def _tree(place: str, tree: Any, report: Report) -> Iterator[tuple[str, Any]]:
+def _tree(place: str, tree: Any, report: Report) -> Rows:
     try:
         yield from ((place, row) for row in dialogue.tree_conversations(tree))
     except BAD_ROW as e:
         report.bad_row(place, e)
 
 
-def checked(row: Any) -> dict[str, Any] | Exception:
+def checked(row: Any) -> Row | Exception:
     """A row as a conversation whose turns are checked, or the exception that says what is wrong."""
     try:
         return conversation(row)

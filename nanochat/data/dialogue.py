@@ -8,13 +8,15 @@ A chat is divided where nobody wrote for SILENCE seconds, so that each part has 
 `me`, a part is divided again after LONG characters, so that it fits the context of a small model.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from nanochat.base.common import UserError
-from nanochat.data.shapes import ROLE_OF
+from nanochat.data.shapes import ROLE_OF, Row
 
 SILENCE = 6 * 3600
 # Characters after which a person's next question begins a new conversation: a context of 256 tokens
@@ -51,24 +53,25 @@ class Message(NamedTuple):
 Chat = list[Message]
 
 
-def whatsapp(lines: Iterable[str]) -> Iterator[Message]:
+def whatsapp(lines: Iterable[str]) -> Chat:
     """The messages of a chat that WhatsApp exported, without those of WhatsApp itself."""
-    message: Message | None = None
+    chat: Chat = []
+    kept = False  # whether the last message is in the chat
     for line in lines:
-        stamped = STAMPED.match(line)
-        if stamped is None:
-            if message:  # a message of several lines
-                message = message._replace(text=f"{message.text}\n{line.rstrip()}")
-            continue
-        if message:
-            yield message
-        message = None
-        spoken = SPOKEN.match(stamped[8])
-        if spoken and not OMITTED.fullmatch(spoken[2].strip()):
-            person, text = spoken[1].strip("\u200e~ "), spoken[2].rstrip()
-            message = Message(person, text, _seconds(stamped))
-    if message:
-        yield message
+        if stamped := STAMPED.match(line):
+            spoken = SPOKEN.match(stamped[8])
+            kept = spoken is not None and not OMITTED.fullmatch(spoken[2].strip())
+            if spoken and kept:
+                person, text = spoken[1].strip("\u200e~ "), spoken[2].rstrip()
+                chat.append(Message(person, text, _seconds(stamped)))
+        elif kept:  # a message of several lines
+            _continue(chat, line.rstrip())
+    return chat
+
+
+def _continue(chat: Chat, line: str) -> None:
+    """Add a line to the last message of a chat."""
+    chat[-1] = chat[-1]._replace(text=f"{chat[-1].text}\n{line}")
 
 
 def _seconds(stamped: re.Match[str]) -> float | None:
@@ -102,31 +105,27 @@ def exported(value: Any) -> list[Chat] | None:
     messages = value.get("messages")
     if not isinstance(messages, list) or not ({"type", "guild", "channel"} & value.keys()):
         return None
-    chat = [message for message in map(_exported_message, messages) if message]
-    if messages and not chat:
-        return None
-    return sessions(chat)
+    chat = [*filter(None, map(_exported_message, messages))]
+    return sessions(chat) if chat or not messages else None
 
 
 def _exported_message(message: Any) -> Message | None:
     if not isinstance(message, dict):
         return None
-    author = message.get("author")  # Discord; Telegram has "from"
+    person, author = message.get("from"), message.get("author")  # Telegram and Discord
     if isinstance(author, dict):
         person = author.get("nickname") or author.get("name")
-    else:
-        person = message.get("from")
     text = message.get("content", message.get("text"))
     if isinstance(text, list):  # Telegram's links and mentions
         parts = (part.get("text", "") if isinstance(part, dict) else part for part in text)
         text = "".join(map(str, parts))
     if not isinstance(person, str) or not isinstance(text, str) or not text.strip():
         return None
-    try:
-        when = datetime.fromisoformat(str(message.get("date") or message.get("timestamp")))
-        return Message(person, text, when.timestamp())
-    except (ValueError, OverflowError, OSError):
-        return Message(person, text)
+    when = None
+    with suppress(ValueError, OverflowError, OSError):
+        date = message.get("date") or message.get("timestamp")
+        when = datetime.fromisoformat(str(date)).timestamp()
+    return Message(person, text, when)
 
 
 def chats_in_text(text: str, me: str | None = None) -> list[Chat]:
@@ -137,7 +136,7 @@ def chats_in_text(text: str, me: str | None = None) -> list[Chat]:
     """
     lines = text.splitlines()
     if lines and STAMPED.match(lines[0]):
-        return sessions(list(whatsapp(lines))) if _is_export(lines) else []
+        return sessions(whatsapp(lines)) if _is_export(lines) else []
     chats = [
         [m._replace(text=m.text.strip()) for m in chat]
         for chat in _spoken(lines, me)
@@ -152,9 +151,8 @@ def _is_export(lines: Sequence[str]) -> bool:
     Whether lines, the first of which begins with a time, are an export of WhatsApp. Diaries and
     logs have times as well, but seldom a name and a colon after them.
     """
-    stamped = [STAMPED.match(line) for line in lines]
-    messages = [match for match in stamped if match]
-    early = [match for match in stamped[:FIRST_LINES] if match]
+    early = [line for line in lines[:FIRST_LINES] if STAMPED.match(line)]
+    messages = [match for line in lines if (match := STAMPED.match(line))]
     spoken = [match for match in messages if SPOKEN.match(match[8])]
     return len(early) >= min(FEWEST_MESSAGES, len(lines)) and 2 * len(spoken) > len(messages)
 
@@ -175,8 +173,7 @@ def _spoken(lines: Sequence[str], me: str | None) -> list[Chat]:
             chats[-1].append(Message(spoken[1].strip(), spoken[2]))
             begins = False
         elif chats:
-            last = chats[-1].pop()
-            chats[-1].append(last._replace(text=f"{last.text}\n{line}"))
+            _continue(chats[-1], line)
         elif line.strip():
             return []
     return chats
@@ -198,9 +195,7 @@ def sessions(chat: Chat) -> list[Chat]:
     divided: list[Chat] = []
     last: float | None = None
     for message in chat:
-        pause = 0.0
-        if last is not None and message.time is not None:
-            pause = abs(message.time - last)
+        pause = 0.0 if last is None or message.time is None else abs(message.time - last)
         if not divided or pause > SILENCE:
             divided.append([])
         divided[-1].append(message)
@@ -213,11 +208,12 @@ def as_text(chat: Chat) -> str:
     return "\n".join(f"{m.person}: {m.text}" for m in chat)
 
 
-def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[str, Any]]:
+def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[Row]:
     """
     Chats as conversations {"messages": [...]}, without the user's messages at the end, which have
-    no reply. `place` names the chats in an error. Raises NobodyIsAssistant if nobody in them is
-    the assistant.
+    no reply. Given `me`, a chat is divided after LONG characters where `me` has answered and
+    somebody else writes. `place` names the chats in an error. Raises NobodyIsAssistant if nobody in
+    them is the assistant.
     """
     people = sorted({message.person for chat in chats for message in chat})
     roles = {person: role_of(person, me) for person in people}
@@ -225,67 +221,52 @@ def as_rows(chats: Sequence[Chat], me: str | None, place: str) -> Iterator[dict[
         names = ", ".join([*people[:8], "..."] if len(people) > 8 else people)
         who = f"{me} is not among them; name one of them" if me else "say who is the assistant"
         raise NobodyIsAssistant(f'{place} is a chat of {names}: {who}, as in --me "{people[0]}"')
-    if me:
-        chats = [part for chat in chats for part in _short(chat, me)]
-    users_need_names = me is not None and list(roles.values()).count("user") > 1
+    longest = LONG if me else math.inf
+    users_need_names = me is not None and [*roles.values()].count("user") > 1
     for chat in chats:
-        messages = []
+        messages: list[dict[str, str]] = []
+        answered = size = 0  # messages up to the last reply, and characters
         for person, text, _ in chat:
             role = roles[person] or "user"
+            if size > longest and role == "user" and answered == len(messages):
+                yield {"messages": messages}
+                messages, answered, size = [], 0, 0
+            size += len(text)
             if users_need_names and role == "user":
                 text = f"{person}: {text}"
             messages.append({"role": role, "content": text})
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        if messages:
-            yield {"messages": messages}
+            if role == "assistant":
+                answered = len(messages)
+        if answered:
+            yield {"messages": messages[:answered]}
 
 
-def _short(chat: Chat, me: str) -> Iterator[Chat]:
-    """A chat, divided after LONG characters where `me` has answered and somebody else writes."""
-    part: Chat = []
-    size = 0
-    for message in chat:
-        answered = part and role_of(part[-1].person, me) == "assistant"
-        if size > LONG and answered and role_of(message.person, me) == "user":
-            yield part
-            part, size = [], 0
-        part.append(message)
-        size += len(message.text)
-    yield part
-
-
-def tree_conversations(tree: Any) -> Iterator[dict[str, Any]]:
+def tree_conversations(tree: Any) -> Iterator[Row]:
     """
     Every path of an OpenAssistant tree, {"role", "text", "replies": [...]}, that ends with the
     assistant. A reply that is trained on in one path has weight 0 in the later ones. Raises
     UserError if a message has no text.
     """
-    stack: list[tuple[Any, list[dict[str, Any]]]] = [(tree, [])]
-    trained: set[int] = set()
+    stack: list[tuple[Any, list[Row]]] = [(tree, [])]
     while stack:
         node, before = stack.pop()
         if not isinstance(node, dict) or not isinstance(node.get("text"), str):
             raise UserError("a message of the tree has no text")
-        path = [*before, {**node, "replies": None}]
+        path = [*before, {"role": node.get("role"), "content": node["text"]}]
         replies = node.get("replies") or []
         stack += [(reply, path) for reply in reversed(replies)]
         goes_on = any(isinstance(reply, dict) and reply.get("replies") for reply in replies)
-        if ROLE_OF.get(str(node.get("role")).lower()) != "assistant" or goes_on:
-            continue
-        messages = []
-        for source in path:
-            message = {"role": source["role"], "content": source["text"]}
-            key = hash((source.get("message_id"), source["text"]))
-            if key in trained:
-                message["weight"] = 0
-            if ROLE_OF.get(str(source["role"]).lower()) == "assistant":
-                trained.add(key)
-            messages.append(message)
-        yield {"messages": messages}
+        if _is_assistant(node) and not goes_on:
+            yield {"messages": [dict(message) for message in path]}
+            for message in filter(_is_assistant, path):
+                message["weight"] = 0  # in the later paths, which share it
 
 
-def trees(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _is_assistant(message: Row) -> bool:
+    return ROLE_OF.get(str(message.get("role")).lower()) == "assistant"
+
+
+def trees(rows: Iterable[Row]) -> list[Row]:
     """The trees that messages with a "message_id" and a "parent_id" make up."""
     messages = {row["message_id"]: {**row, "replies": []} for row in rows}
     roots = []

@@ -20,23 +20,9 @@ from typing import IO, Any
 
 from nanochat.base.common import UserError
 from nanochat.data import dialogue, shapes
-from nanochat.data.folders import (
-    ARCHIVES,
-    COMPRESSED,
-    PLAIN,
-    READABLE,
-    TEXT_FIELDS,
-    kind_of,
-)
+from nanochat.data.folders import ARCHIVES, COMPRESSED, PLAIN, READABLE, TEXT_FIELDS, kind_of
 from nanochat.data.readers import READERS, Reader, unpacked
-from nanochat.data.rows import (
-    Report,
-    TooManyBadRows,
-    open_parquet,
-    open_text,
-    read_rows,
-    reading,
-)
+from nanochat.data.rows import Report, TooManyBadRows, open_parquet, open_text, read_rows, reading
 
 MAX_CHARACTERS = 16_384  # per document cut from a .txt file
 CUT_AFTER = [re.compile(pattern) for pattern in (r"\n\n+", r"\n", r'[.!?]"? |。', r" ")]
@@ -47,7 +33,7 @@ SEPARATOR = re.compile(
     re.MULTILINE,
 )
 # A quick test before the slow pattern: a text without any of these holds no separator
-OPENS_SEPARATOR, ENDS_SEPARATOR = "<[", ("|>", "s>", "S>", "S]", "SEP]", "eod>", "EOD>")
+ENDS_SEPARATOR = "|>", "s>", "S>", "S]", "SEP]", "eod>", "EOD>"
 LONGEST_SEPARATOR = 32
 HOLDS_CONVERSATIONS = "holds conversations"
 ROWS_WITHOUT_TEXT = 100  # at the beginning of a file, after which it is taken to have no text
@@ -75,17 +61,17 @@ def _read(path: Path, field: str | None, report: Report) -> Iterator[str]:
     kind = kind_of(path)
     if kind in PLAIN:
         yield from _read_txt(path, report)
-        return
-    if kind in READERS:
-        texts = _read_document(path, READERS[kind], report)
     elif kind in ARCHIVES:
-        texts = _read_archive(path, field, report)
+        with unpacked(path, READABLE, report) as files:  # chosen as in a folder
+            yield from read_all(files, field, report)
     else:
-        texts = _read_rows(path, field, report)
-    for text in texts:
-        yield from _parted(text, report)
-        if not text.strip():
-            report.notes["documents without text skipped"] += 1
+        reader = READERS.get(kind)
+        texts = _read_document(path, reader, report) if reader else _read_rows(path, field, report)
+        for text in texts:
+            parts = [part for part in _at_separators(text, report) if part is not None]
+            yield from parts if len(parts) == 1 else (part.strip("\n") for part in parts)
+            if not text.strip():
+                report.notes["documents without text skipped"] += 1
 
 
 def read_all(
@@ -178,9 +164,8 @@ def _read_txt(path: Path, report: Report) -> Iterator[str]:
     with open_text(path, report) as file:
         head = file.read(dialogue.HEAD) + file.readline(dialogue.HEAD)
         if dialogue.STAMPED.match(head.split("\n", 1)[0]) and dialogue.chats_in_text(head):
-            messages = list(dialogue.whatsapp(chain(head.splitlines(), file)))
             report.notes["chats of WhatsApp, read without their times"] += 1
-            for chat in dialogue.sessions(messages):
+            for chat in dialogue.sessions(dialogue.whatsapp(chain(head.splitlines(), file))):
                 yield from cut([dialogue.as_text(chat)])
         else:
             yield from cut(_separated(file, report, head))
@@ -191,34 +176,26 @@ def _separated(file: IO[str], report: Report, rest: str) -> Iterator[str | None]
     The text of a file whose beginning, `rest`, is read already, in pieces; None at a separator.
     """
     while chunk := file.read(1 << 20):
-        chunk = rest + chunk
-        rest = ""
-        if chunk[-1] != "\n":  # go on to the end of the line, so that no separator is divided
-            chunk += file.readline(1 << 20)
-        if chunk[-1] != "\n":  # a very long line: what may be half a separator waits
-            tail = chunk[-LONGEST_SEPARATOR:]
-            if opening := re.search(r"[ \t]*[<\[]", tail):
-                rest = tail[opening.start() :]
-        yield from _at_separators(chunk[: len(chunk) - len(rest)], report)
+        # To the end of a line, so that no separator is divided
+        chunk, rest = rest + chunk + file.readline(1 << 20), ""
+        tail = chunk[-LONGEST_SEPARATOR:]
+        opening = re.search(r"[ \t]*[<\[]", tail)
+        if opening and chunk[-1] != "\n":  # a very long line: what may be half a separator waits
+            rest = tail[opening.start() :]
+        yield from _at_separators(chunk.removesuffix(rest), report)
     yield from _at_separators(rest, report)
 
 
 def _at_separators(text: str, report: Report) -> Iterator[str | None]:
     """The text between separators, and None for each separator."""
     start = 0
-    if any(c in text for c in OPENS_SEPARATOR) and any(end in text for end in ENDS_SEPARATOR):
+    if any(end in text for end in ENDS_SEPARATOR):
         for separator in SEPARATOR.finditer(text):
             report.notes[f"documents ended at {separator[0].strip()}"] += 1
             yield text[start : separator.start()]
             yield None
             start = separator.end()
     yield text[start:]
-
-
-def _parted(text: str, report: Report) -> list[str]:
-    """A text, divided at its separators."""
-    parts = [part for part in _at_separators(text, report) if part is not None]
-    return parts if len(parts) == 1 else [part.strip("\n") for part in parts]
 
 
 def _read_document(path: Path, reader: Reader, report: Report) -> Iterator[str]:
@@ -230,12 +207,6 @@ def _read_document(path: Path, reader: Reader, report: Report) -> Iterator[str]:
         raise
     except Exception as e:  # a library may raise anything for a malformed file
         raise UserError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:100]})") from e
-
-
-def _read_archive(path: Path, field: str | None, report: Report) -> Iterator[str]:
-    """The documents of the files in an archive, chosen as in a folder."""
-    with unpacked(path, READABLE, report) as files:
-        yield from read_all(files, field, report)
 
 
 def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:
@@ -281,40 +252,30 @@ def text_of_row(row: Any, field: str | None) -> str:
         row = {"text": row}
     if not isinstance(row, dict):
         raise UserError(f"expected an object with a text field, got a {type(row).__name__}")
-    if field and "{" in field:
-        parts = {}
-        for name in NAMED.findall(field):
-            value = _value(row, name)
-            parts[name] = str(value) if isinstance(value, int | float) else _as_text(value, name)
-        if not any(part.strip() for part in parts.values()):
-            return ""
-        template = field.replace("\\n", "\n").replace("\\t", "\t")
-        return NAMED.sub(lambda match: parts[match[1]], template)
-    if field and field not in row and "." in field:
-        return _as_text(_value(row, field), field)
-    for name in [field] if field else TEXT_FIELDS:
-        if name in row:
-            return _as_text(row[name], name)
-    raise _no_field(row, field or " or ".join(TEXT_FIELDS[:3]))
-
-
-def _value(row: Any, path: str) -> Any:
-    """The value at a path such as post.body, through lists too. UserError if there is none."""
-    try:
-        return _at_path(row, path)
-    except KeyError as e:
-        raise _no_field(row, path) from e
-
-
-def _no_field(row: dict[str, Any], wanted: str) -> UserError:
-    return UserError(
-        f"it has no field {wanted}, only {shapes.fields_of(row)}: name the field that holds the "
-        "text with PATH#FIELD"
-    )
+    wanted = " or ".join(TEXT_FIELDS[:3])
+    field = field or next((name for name in TEXT_FIELDS if name in row), wanted)
+    parts = {}
+    for name in NAMED.findall(field) or [field]:
+        try:
+            value = _at_path(row, name)
+        except KeyError as e:
+            raise UserError(
+                f"it has no field {name}, only {shapes.fields_of(row)}: name the field that holds "
+                "the text with PATH#FIELD"
+            ) from e
+        if name != field and isinstance(value, int | float):  # in a template
+            value = str(value)
+        parts[name] = _as_text(value, name)
+    if field in parts:
+        return parts[field]
+    if not any(map(str.strip, parts.values())):
+        return ""
+    template = field.replace("\\n", "\n").replace("\\t", "\t")
+    return NAMED.sub(lambda match: parts[match[1]], template)
 
 
 def _at_path(value: Any, path: str) -> Any:
-    """_value, with a KeyError if there is none."""
+    """The value at a path such as post.body, through lists too. KeyError if there is none."""
     if value is None:
         return None
     if isinstance(value, list):

@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,10 @@ import torch
 from nanochat.base.common import UserError
 from nanochat.data.ahead import read_ahead
 from nanochat.data.contexts import Contexts
-from nanochat.data.order import IGNORED, Block, Mode, RowOrder, at_length, pack_block
+from nanochat.data.order import IGNORED, Block, Mode, RowOrder, State, at_length, pack_block
 from nanochat.data.shards import Shards
 
 PREFETCH = 4  # steps prepared in advance
-State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,8 @@ class RowFeed:
 
     With context stages (packed rows), `rows` and `device_rows` belong to the longest context,
     sequence_len; at a shorter one both grow so that their tokens stay the same. `set_progress`
-    moves to the next stage, and `numbers` reports it to the log.
+    moves to the next stage, and `numbers` reports it to the log. `order` is the order of its rows,
+    at the current context.
 
     `step` and `progress` (0 to 1; 0 if endless) are the position after the steps that were
     returned, not after those that are prefetched. device_rows (of the current context) may be
@@ -111,11 +110,11 @@ class RowFeed:
         self.rows, self.device_rows, self.total_steps = rows, device_rows, total_steps
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.few_widths = few_widths
-        self._order = RowOrder(sources, weights, sequence_len, epochs, seed, mode)
+        self.order = RowOrder(sources, weights, sequence_len, epochs, seed, mode)
         self._contexts = contexts or Contexts(((0.0, sequence_len),))
         self._prefetched: Generator | None = None
         self._set_length(self._contexts.at(0.0))
-        self._state = self._order.start()
+        self._state = self.order.start()
 
     @property
     def step(self) -> int:
@@ -126,31 +125,21 @@ class RowFeed:
         return self._state["progress"]
 
     @property
-    def order(self) -> RowOrder:
-        """The order of its rows, at the current context."""
-        return self._order
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of all sources."""
-        return self._order.total
-
-    @property
     def micro_batch(self) -> tuple[int, int]:
         """(rows, tokens per row) of micro-batches; 0 tokens if the width varies by step."""
         rows = micro_batch_rows(self.rows, self.device_rows, self.rank, self.world_size)
-        return rows, 0 if self._order.mode == "padded" else self._order.sequence_len
+        return rows, 0 if self.order.mode == "padded" else self.order.sequence_len
 
     @property
     def numbers(self) -> dict[str, int]:
-        return {"context": self._order.sequence_len} if len(self._contexts.stages) > 1 else {}
+        return {"context": self.order.sequence_len} if len(self._contexts.stages) > 1 else {}
 
     def set_progress(self, progress: float) -> str:
         """
         Move to the context stage for a progress (0 to 1); call this before each step. A context
         that was reached is kept even if the progress decreases. Returns what changed, in words.
         """
-        before, length = self._order.sequence_len, self._contexts.at(progress)
+        before, length = self.order.sequence_len, self._contexts.at(progress)
         if length <= before:
             return ""
         self.close()
@@ -160,8 +149,8 @@ class RowFeed:
 
     def _set_length(self, length: int) -> None:
         """Give rows `length` tokens from now on; steps and micro-batches keep their tokens."""
-        before = self._order.sequence_len
-        self._order = replace(self._order, sequence_len=length)
+        before = self.order.sequence_len
+        self.order = replace(self.order, sequence_len=length)
         self.rows = self.rows * before // length
         self.device_rows = max(1, self.device_rows * before // length)
 
@@ -186,7 +175,7 @@ class RowFeed:
 
     def _steps(self, state: State) -> Iterator[tuple[torch.Tensor, torch.Tensor, State]]:
         """For each step: inputs and targets of this rank's rows, and the state after the step."""
-        order, stream = self._order, self._order.rows(state)
+        order, stream = self.order, self.order.rows(state)
         while self.total_steps is None or state["step"] < self.total_steps:
             drawn = list(islice(stream, self.rows))
             if not drawn:
@@ -199,7 +188,7 @@ class RowFeed:
                 state["progress"] = max(state["progress"], by_steps)
             width = order.sequence_len
             if order.mode == "padded":
-                longest = max(block.size(row) for block, row in rows) - 1
+                longest = max(int(block.packing.stop[row]) for block, row in rows) - 1
                 width = row_width(longest, width, self.few_widths)
             begin = len(rows) * self.rank // self.world_size
             end = len(rows) * (self.rank + 1) // self.world_size
@@ -224,14 +213,14 @@ class RowFeed:
                     f"to {self._state[name]}: restore the data, or start a new run"
                 )
         stored = state.get("sha256", self._state["sha256"])  # earlier versions stored none
-        for shards, before in zip(self._order.shards, stored, strict=False):
+        for shards, before in zip(self.order.shards, stored, strict=False):
             if shards.sha256 != before:
                 raise UserError(
                     f"cannot resume, because {shards.name} does not hold the data with which the "
                     "run was started: restore the data, or start a new run"
                 )
         state = {"cuts": [], **state, "sha256": self._state["sha256"]}
-        if fault := self._order.fault(state):
+        if fault := self.order.fault(state):
             raise UserError(
                 f"cannot resume, because the checkpoint's position in the data is impossible "
                 f"({fault}): choose an earlier checkpoint, or start a new run"
@@ -239,17 +228,17 @@ class RowFeed:
         self.close()
         if state["sequence_len"] in self._contexts.lengths:
             self._set_length(state["sequence_len"])
-        elif self._order.mode == "packed":
-            state = at_length(state, self._order.sequence_len)
+        elif self.order.mode == "packed":
+            state = at_length(state, self.order.sequence_len)
         # If the length of the run has changed, so has its progress
-        epochs, progress = self._order.epochs, 0.0
+        epochs, progress = self.order.epochs, 0.0
         if self.total_steps:
             progress = state["step"] / self.total_steps
         elif epochs:
             progress = state["progress"] * (state["epochs"] or 0) / epochs
         self._state = {
             **state,
-            "sequence_len": self._order.sequence_len,
+            "sequence_len": self.order.sequence_len,
             "epochs": epochs,
             "progress": min(1.0, progress),
         }

@@ -172,27 +172,29 @@ def in_folder(path: Path, name: str, formats: tuple[str, ...]) -> Found:
         except OSError:
             found.skip("broken links", file)
             continue
-        identity = info.st_dev, info.st_ino
+        identity = _identity(info)
         if not stat.S_ISREG(info.st_mode):
-            found.skip("pipes, devices or sockets", file)
+            reason = "pipes, devices or sockets"
         elif _hidden(file.name):
-            if format_of(file) in formats:
-                found.skip("hidden files", file)
+            if format_of(file) not in formats:
+                continue
+            reason = "hidden files"
         elif not os.access(file, os.R_OK):
-            found.skip("files that you have no permission to read", file)
+            reason = "files that you have no permission to read"
         elif not _is_data(file, formats):
-            ending = os.path.splitext(file.name.lower())[1]
-            kind = kind_of(file)
-            shown = ending if kind in formats or not kind else kind
-            found.skip(f"{shown or 'other'} files not read", file)
+            kind, ending = kind_of(file), os.path.splitext(file.name.lower())[1]
+            shown = ending if kind in formats else kind or ending
+            reason = f"{shown or 'other'} files not read"
             if TEXT_LIKE.fullmatch(ending):
                 unread += info.st_size
         elif file.is_symlink() and identity in seen:
-            found.skip("links to files that are read already", file)
+            reason = "links to files that are read already"
         else:
             seen.add(identity)
             found.files.append(file)
             read += info.st_size
+            continue
+        found.skip(reason, file)
     found.files.sort()
     if found.files and unread > max(MOST_UNREAD, 100 * read):
         raise UserError(
@@ -233,30 +235,25 @@ def _is_data(file: Path, formats: tuple[str, ...]) -> bool:
         return True  # whoever reads it raises the error
 
 
-def _is_base(folder: Path) -> bool:
-    """Whether this is the base folder, where nanochat keeps its own files."""
-    try:
-        return folder.samefile(base_dir())
-    except OSError:
-        return False
-
-
 def _walk(path: Path, found: Found) -> Iterator[Path]:
     """Every file below a folder, through links to folders too, but into no folder twice."""
 
     def unreadable(error: OSError) -> None:
         found.skip("folders that cannot be opened", Path(str(error.filename)))
 
-    entered: set[tuple[int, int]] = set()
+    reasons = {_identity(base_dir().stat()): "the base folder"}  # why not to enter a folder
+    reasons.pop(_identity(path.stat()), None)  # unless it is the one to read
     for folder, folders, files in os.walk(path, followlinks=True, onerror=unreadable):
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in entered:
+        identity = _identity(os.stat(folder))
+        if identity in reasons:
             folders.clear()
-            found.skip("links to folders that are read already", Path(folder))
+            found.skip(reasons[identity], Path(folder))
             continue
-        entered.add((info.st_dev, info.st_ino))
+        reasons[identity] = "links to folders that are read already"
         folders[:] = sorted(f for f in folders if not _hidden(f))
-        for own in [f for f in folders if _is_base(Path(folder, f))]:
-            found.skip("the base folder", Path(folder, own))
-            folders.remove(own)
         yield from (Path(folder, file) for file in files)
+
+
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    """What two paths to the same file or folder have in common."""
+    return info.st_dev, info.st_ino

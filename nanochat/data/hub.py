@@ -20,7 +20,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -189,8 +189,6 @@ class _Status(OSError):
 def _page(url: str) -> tuple[Any, str]:
     """The JSON of one reply of the API, and the address of the next page; '' if there is none."""
     with _get(url, 10 * STALL) as reply:
-        if reply.status != 200:
-            raise _Status(reply.status)
         data = reply.read(MOST_PAGE + 1)
         if len(data) > MOST_PAGE:
             raise ValueError(f"a reply of more than {MOST_PAGE:,} bytes")
@@ -202,7 +200,7 @@ def _belongs(url: str) -> bool:
     """Whether an address is the endpoint's own host, or over https one of the hub's."""
     ours, theirs = urlsplit(_endpoint()), urlsplit(url)
     host = theirs.hostname or ""
-    if theirs.scheme not in ("https", ours.scheme) or theirs.username or theirs.scheme == "file":
+    if theirs.scheme not in ("https", ours.scheme) or theirs.username:
         return False
     return host == ours.hostname or (theirs.scheme == "https" and host.endswith(HOSTS))
 
@@ -218,7 +216,7 @@ def _connect(
     host, path = parts.hostname or "", url[url.index(parts.netloc) + len(parts.netloc) :] or "/"
     port = parts.port or (443 if parts.scheme == "https" else 80)
     named = "" if proxy_bypass(host) else getproxies().get(parts.scheme, "")
-    proxy = urlsplit(named if "://" in named or not named else f"http://{named}")
+    proxy = urlsplit(named if "://" in named else f"http://{named}")
     peer = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
     headers = {}
     if proxy.username:
@@ -237,7 +235,8 @@ def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator
     """
     The reply to a GET, from byte `start` on if the server can; redirects are followed. The
     connection is closed after `seconds`, even if bytes still arrive. Raises OSError or
-    HTTPException, and ValueError if a reply says that it belongs to another commit than `commit`.
+    HTTPException, _Status for a reply without success, and ValueError for one that says that it
+    belongs to another commit than `commit`.
     """
     from huggingface_hub.utils import build_hf_headers
 
@@ -250,25 +249,23 @@ def _get(url: str, seconds: float, start: int = 0, commit: str = "") -> Iterator
         if not _belongs(url):
             raise OSError(f"the hub refers to {shown(url)}, which is not one of its hosts")
         connection, path, proxy_headers = _connect(url, context)
-        try:
+        with closing(connection), ExitStack() as stack:
             connection.connect()
             deadline = threading.Timer(seconds, _shut_down, [connection.sock])
             deadline.daemon = True
             deadline.start()
-            try:
-                connection.request("GET", path, headers=headers | proxy_headers)
-                reply = connection.getresponse()
-                answered = reply.getheader("X-Repo-Commit") or commit
-                if commit and answered != commit:
-                    raise ValueError(f"the hub answers with commit {shown(answered)}")
-                if reply.status not in (301, 302, 303, 307, 308):
-                    yield reply
-                    return
-                url = urljoin(url, reply.getheader("Location") or "")
-            finally:
-                deadline.cancel()
-        finally:
-            connection.close()
+            stack.callback(deadline.cancel)
+            connection.request("GET", path, headers=headers | proxy_headers)
+            reply = connection.getresponse()
+            answered = reply.getheader("X-Repo-Commit") or commit
+            if commit and answered != commit:
+                raise ValueError(f"the hub answers with commit {shown(answered)}")
+            if reply.status in (200, 206):
+                yield reply
+                return
+            if reply.status not in (301, 302, 303, 307, 308):
+                raise _Status(reply.status)
+            url = urljoin(url, reply.getheader("Location") or "")
         if urlsplit(url).hostname != host:  # no other host may see the user's token
             headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
     raise OSError("too many redirects")
@@ -319,7 +316,7 @@ def download(
 
 def _fetch(repo: str, commit: str, file: Listed, folder: Path, stop: threading.Event) -> None:
     target, part = folder / file.path, _part(file, folder)
-    if _unsafe(file.path) or not target.parent.resolve().is_relative_to(folder.resolve()):
+    if not target.parent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{shown(str(target))} leads out of {folder}: remove the link there")
     if file.path in OWN or file.path.endswith(".part"):
         raise UserError(
@@ -369,22 +366,16 @@ def _continue(url: str, commit: str, part: Path, size: int, stop: threading.Even
     """
     start = _size(part)
     with _get(url, STALL + (size - start) / SLOWEST, start, commit) as reply:
-        if reply.status not in (200, 206):
-            raise _Status(reply.status)
         start = start if reply.status == 206 else 0
         while not stop.is_set() and (chunk := reply.read1(CHUNK)):
             if start + len(chunk) > size:
                 raise ValueError(f"the hub sends more than the {size:,} bytes that it lists")
-            _append(part, chunk, anew=start == 0)
+            try:
+                with open(part, "ab" if start else "wb", buffering=0) as file:
+                    file.write(chunk)
+            except OSError as e:
+                raise disk_error(part, e) from e
             start += len(chunk)
-
-
-def _append(part: Path, data: bytes, anew: bool) -> None:
-    try:
-        with open(part, "wb" if anew else "ab", buffering=0) as file:
-            file.write(data)
-    except OSError as e:
-        raise disk_error(part, e) from e
 
 
 def _reason(error: Exception) -> str:
@@ -400,8 +391,7 @@ def _problem(path: Path, file: Listed) -> str:
     if not file.sha256 and file.blob:
         git = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
         with open(path, "rb") as content:
-            while chunk := content.read(CHUNK):
-                git.update(chunk)
+            hashlib.file_digest(content, lambda: git)  # pyright: ignore
         if git.hexdigest() != file.blob:
             return "its git blob is not the one listed"
     return ""

@@ -19,7 +19,6 @@ import operator
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,9 +146,7 @@ class SourceInventory:
             yield f"held out: {counted(number, unit)}, {share:.1%}"
 
     def _conversation_lines(self) -> Iterator[str]:
-        shapes: Counter[str] = Counter()
-        for counts in self.conversations.values():
-            shapes.update(counts)
+        shapes = sum(map(Counter, self.conversations.values()), Counter())
         if self.conversations:
             shown = ", ".join(f"{n:,} {shape}" for shape, n in shapes.most_common())
             yield f"conversations: {shown} in {counted(len(self.conversations), 'files')}"
@@ -235,7 +232,7 @@ def _key(found: Found, field: str | None, me: str | None) -> str:
 def _survey(name: str, found: Found, field: str | None, me: str | None) -> SourceInventory:
     from nanochat.data.similar import sketched
 
-    report, census = Report(limit=MOST_PROBLEMS), _Census()
+    report, census = Report(limit=MOST_PROBLEMS), _Census(name)
     size = sum(map(text_bytes, found.files))
     with progress(min(size, LIMIT), f"taking stock of {name}", "characters") as bar:
         for text, path, sketch in sketched(_documents(found.files, field, report)):
@@ -244,7 +241,7 @@ def _survey(name: str, found: Found, field: str | None, me: str | None) -> Sourc
             if census.result.characters >= LIMIT:
                 census.result.complete = False
                 break
-    inventory = census.finish(name)
+    inventory = census.finish()
     inventory.read = dict(report.read)
     inventory.skipped = [*found.skipped, *report.skipped]
     inventory.notes, inventory.bad_rows = dict(report.notes), report.problems
@@ -282,10 +279,10 @@ def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str
 class _Census:
     """Counts documents one by one into `result`."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         from nanochat.data.similar import Similar
 
-        self.result = SourceInventory("")
+        self.result = SourceInventory(name)
         self.seen: set[float] = set()
         self.sizes: list[tuple[float, int]] = []
         self.first: list[str] = []  # the documents that decide how the source is divided
@@ -293,9 +290,6 @@ class _Census:
         self.lines: Counter[str] = Counter()
         self.samples: list[tuple[float, str]] = []
         self.similar = Similar()
-        pool = ThreadPoolExecutor(1)  # the language model takes half a second to load
-        self.classifier = pool.submit(_classifier)
-        pool.shutdown(wait=False)
 
     def add(self, text: str, path: str, sketch: "Sketch | None") -> None:
         """Count a document of a file; see similar.py for its sketch."""
@@ -303,15 +297,15 @@ class _Census:
         result.documents += 1
         result.characters += len(text)
         result.bytes += len(text.encode())
-        if where in self.seen:
+        is_equal = where in self.seen
+        self.seen.add(where)
+        if is_equal:
             result.exact += 1
             result.repeated.append(where)
         elif self.similar.to_an_earlier_one(sketch):
             result.near += 1
             result.dropped.append(where)
-            self.seen.add(where)
         else:
-            self.seen.add(where)
             self._keep(text, where, path)
             return
         result.removed_characters += len(text)
@@ -331,22 +325,22 @@ class _Census:
             self.lines.update(line for line in ends if 12 <= len(line) <= 200)
         where_and_start = f"{path}: {' '.join(text[:60].split())}"
         result, by_number = self.result, operator.itemgetter(0)
-        longest = [*result.longest, (len(text), where_and_start)]
-        result.longest = heapq.nlargest(3, longest, key=by_number)
+        result.longest.append((len(text), where_and_start))
+        result.longest = heapq.nlargest(3, result.longest, key=by_number)
         if len(text) >= 200:
             head = text[:2000]
             share = round(_letters(head) / max(1, len(head) - head.count(" ")), 3)
-            oddest = [*result.oddest, (share, where_and_start)]
-            result.oddest = heapq.nsmallest(3, oddest, key=by_number)
+            result.oddest.append((share, where_and_start))
+            result.oddest = heapq.nsmallest(3, result.oddest, key=by_number)
 
-    def finish(self, name: str) -> SourceInventory:
+    def finish(self) -> SourceInventory:
         """The inventory of the documents."""
         result = self.result
-        result.name, result.repeated = name, sorted(set(result.repeated))
+        result.repeated = sorted(set(result.repeated))
         often = max(3, len(self.sizes) // 10)
         common = self.lines.most_common(10)
         result.repeated_lines = [(n, line) for line, n in common if n >= often]
-        if classify := self.classifier.result():
+        if classify := _classifier():
             result.languages = dict(Counter(classify(text)[0] for _, text in self.samples))
         if (divided := division(self.first, VALIDATION_SHARE)) is None:
             return result

@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nanochat.base.strangers import missing
 from nanochat.data.packing import Packing, one_a_row, pack
 from nanochat.data.shards import Shards
 
 BLOCK_TOKENS = 1 << 21  # enough for the packer to leave no holes, few enough to pack quickly
 IGNORED = -1  # a target that takes no part in the loss
 Mode = Literal["packed", "padded"]
+State = dict[str, Any]  # a position in the order, as JSON can hold it
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +47,6 @@ class Block:
         document = document[first]
         packing = pack(stop[last], sequence_len + 1, start[first])
         return Block(self.shards, self.owner[document], self.document[document], packing)
-
-    def size(self, row: int) -> int:
-        """Tokens of a padded row."""
-        return int(self.packing.stop[row])
 
     def fill(self, row: int, ids: np.ndarray, targets: np.ndarray) -> None:
         """Write a row into arrays of <|bos|> and of IGNORED, (sequence_len + 1,) each."""
@@ -118,7 +116,7 @@ class RowOrder:
         drawn = int((packing.stop - packing.start).sum())
         return sum(self.quota) * len(packing) / drawn
 
-    def start(self) -> dict[str, Any]:
+    def start(self) -> State:
         """The position before the first row."""
         return {
             "seed": self.seed,
@@ -143,30 +141,30 @@ class RowOrder:
         """Blocks of an epoch."""
         return max(1, round(self.total / BLOCK_TOKENS))
 
-    def fault(self, position: dict[str, Any]) -> str:
+    def fault(self, position: State) -> str:
         """
         Why no run over these sources can be at this position; "" if one can. The types of the
         values are not checked.
         """
-        sources, start = position.get("sources", []), self.start()
-        if absent := sorted(start.keys() - position.keys()):
-            return f"it lacks {', '.join(absent)}"
+        start = self.start()
+        if absent := missing(position, sorted(start)):
+            return absent
+        sources = position["sources"]
         if position["block"] >= self.blocks or len(sources) != len(self.shards):
             return f"block {position['block']} of {self.blocks}, in {len(sources)} sources"
         for source, shards in zip(sources, self.shards, strict=True):
-            if not source.keys() >= start["sources"][0].keys() or source["document"] > len(shards):
+            if missing(source, [*start["sources"][0]]) or source["document"] > len(shards):
                 return f"{source} of {len(shards)} documents"
         lengths = [position["sequence_len"], *(cut[0] for cut in position["cuts"] if len(cut) == 2)]
         if len(lengths) <= len(position["cuts"]) or not all(0 < n <= 2**20 for n in lengths):
             return f"rows of {position['sequence_len']} tokens after the cuts {position['cuts']}"
         return ""
 
-    def rows(self, position: dict[str, Any]) -> Iterator[tuple[Block, int, dict[str, Any]]]:
+    def rows(self, position: State) -> Iterator[tuple[Block, int, State]]:
         """(block, row in it, changed fields of the position) of every row after `position`."""
         epoch, number = position["epoch"], position["block"]
         first, cuts = position["row"], position["cuts"]
-        sources = [dict(s) for s in position["sources"]]
-        quota, blocks = self.quota, self.blocks
+        sources, quota, blocks = position["sources"], self.quota, self.blocks
 
         @lru_cache(maxsize=len(self.shards))
         def shuffled_source(i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +173,8 @@ class RowOrder:
             return order, np.cumsum(self.shards[i].lengths[order])
 
         while self.epochs is None or epoch < self.epochs:
-            begin, before = [dict(s) for s in sources], sum(s["drawn"] for s in sources)
+            begin, sources = sources, [dict(s) for s in sources]
+            before = sum(s["drawn"] for s in begin)
             # In integers, so that without weights the last document of an epoch meets the quota
             goals = [q * (number + 1) // blocks for q in quota]
             owner, document = _draw(sources, goals, shuffled_source)
@@ -238,7 +237,7 @@ def _draw(
     return np.concatenate(owner), np.concatenate(document)
 
 
-def at_length(position: dict[str, Any], length: int) -> dict[str, Any]:
+def at_length(position: State, length: int) -> State:
     """The position at which the rest of the block is packed again, into rows of another length."""
     cuts = [*position["cuts"], [position["sequence_len"], position["row"]]]
     return {**position, "sequence_len": length, "cuts": cuts, "row": 0}

@@ -96,10 +96,9 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
     for node in tree.root.traverse(include_text=True):
         if node.tag == "-text":
             text = node.text_content or ""
-            before, parent = node.prev, node.parent
-            if before is not None and "\n" in BEFORE.get(before.tag, ""):
+            if "\n" in BEFORE.get(getattr(node.prev, "tag", ""), ""):
                 pieces.append("\n")
-            in_pre = parent is not None and parent.tag in ("pre", "code", "textarea")
+            in_pre = getattr(node.parent, "tag", "") in ("pre", "code", "textarea")
             pieces.append(text if in_pre else re.sub(r"\s+", " ", text))
         else:
             pieces.append(BEFORE.get(node.tag or "", ""))
@@ -109,7 +108,7 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
 def _nested(page: str) -> int:
     """The largest number of elements of a page that are open at once."""
     depth = deepest = 0
-    unclosed = set(UNCLOSED.split())
+    unclosed = UNCLOSED.split()
     for end, name, self_closing in TAG.findall(page):
         if not self_closing and name.lower() not in unclosed:
             depth = max(0, depth + (-1 if end else 1))
@@ -127,12 +126,11 @@ def tidy(text: str) -> str:
 def _opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an office document or a book. Raises UserError if it would unpack to too much."""
     with zipfile.ZipFile(io.BytesIO(content(path))) as archive:
-        unpacked = sum(info.file_size for info in archive.infolist())
-        if unpacked > SMALL + MOST_RATIO * MOST_BYTES // 10 or any(
-            info.file_size > MOST_BYTES for info in archive.infolist()
-        ):
+        sizes = [info.file_size for info in archive.infolist()]
+        if sum(sizes) > SMALL + MOST_RATIO * MOST_BYTES // 10 or max(sizes, default=0) > MOST_BYTES:
             raise UserError(
-                f"it unpacks to {human(unpacked)} bytes, so it is damaged or hostile: leave it out"
+                f"it unpacks to {human(sum(sizes))} bytes, so it is damaged or hostile: leave it "
+                "out"
             )
         for name in archive.namelist():
             if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in archive.read(name):
@@ -161,14 +159,13 @@ def epub(path: Path, report: Report) -> Iterator[str]:
     parse = library("defusedxml.ElementTree").fromstring
     with _opened_zip(path) as archive:
         container = parse(archive.read("META-INF/container.xml"))
-        root_file = container.find(".//{*}rootfile")
-        package_path = PurePosixPath(root_file.get("full-path") if root_file is not None else "")
+        package_path = PurePosixPath(container.find(".//{*}rootfile").get("full-path"))
         package = parse(archive.read(str(package_path)))
         items = {item.get("id"): item.get("href") for item in package.iterfind(".//{*}item")}
         names = set(archive.namelist())
-        encrypted = ""
-        if ENCRYPTION in names:
-            encrypted = archive.read(ENCRYPTION).decode("utf-8", "replace")
+        encrypted = (
+            archive.read(ENCRYPTION).decode("utf-8", "replace") if ENCRYPTION in names else ""
+        )
         for reference in package.iterfind(".//{*}itemref"):
             href = unquote((items.get(reference.get("idref")) or "").split("#")[0])
             name = str(package_path.parent / href)
@@ -279,8 +276,7 @@ def subtitles(path: Path, report: Report) -> Iterator[str]:
     with open_text(path, report) as file:
         lines = file.read(MOST_BYTES).splitlines()
     spoken: list[str] = []
-    for i, line in enumerate(lines):
-        following = lines[i + 1] if i + 1 < len(lines) else ""
+    for line, following in zip(lines, [*lines[1:], ""], strict=False):
         header = line.startswith(("WEBVTT", "NOTE", "STYLE", "REGION"))
         if TIMES.match(line) or TIMES.match(following) or header:
             continue
@@ -350,55 +346,43 @@ def unpacked(path: Path, formats: tuple[str, ...], report: Report) -> Iterator[l
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    members = _Members(path)
+    """Unpack an archive into a folder. Raises UserError if it unpacks to too much."""
+    archive_size, total = path.stat().st_size, 0
+    for number, (name, size, packed, file) in enumerate(_members(path), 1):
+        total += size
+        ratio = max(size / max(packed or archive_size, 1), total / max(archive_size, 1))
+        if (ratio > MOST_RATIO and total > SMALL) or total > MOST_UNPACKED:
+            raise UserError(
+                f"it unpacks to {human(total)} bytes, {ratio:,.0f} times its size, so it is "
+                "hostile or holds no text: leave it out"
+            )
+        if number > MOST_MEMBERS:
+            raise UserError(f"it has more than {MOST_MEMBERS:,} files: unpack it yourself")
+        # A path within the folder, whatever the name is
+        parts = [part for part in re.split(r"[\\/]", name) if part not in ("", ".", "..")] or ["_"]
+        parts = [re.sub(r'[\0:*?"<>|\n\r]', "_", part)[-100:] for part in parts][-20:]
+        try:
+            _copy(file, folder.joinpath(*parts))
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            _copy(file, folder / f"_{number}" / parts[-1])
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int, IO[bytes]]]:
+    """The files of an archive: name, bytes, bytes in the archive (0 if unknown), and content."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if info.flag_bits & 1:
                     raise UserError(f"{path} is encrypted: unpack it, and name the folder")
                 if not info.is_dir():
-                    members.count(info.file_size, info.compress_size)
                     with archive.open(info) as file:
-                        members.write(file, folder, info.filename)
+                        yield info.filename, info.file_size, info.compress_size, file
         return
     with open_bytes(path) as raw, tarfile.open(fileobj=raw, mode="r|") as archive:
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)):
-                members.count(member.size, 0)
                 with file:
-                    members.write(file, folder, member.name)
-
-
-class _Members:
-    """Counts and writes the files of an archive while it is unpacked."""
-
-    def __init__(self, path: Path):
-        self.packed, self.number, self.bytes = path.stat().st_size, 0, 0
-
-    def count(self, size: int, packed: int) -> None:
-        """
-        Count a file of `size` bytes, which takes `packed` bytes of the archive (0 if unknown).
-        Raises UserError if the archive unpacks to too much.
-        """
-        self.number += 1
-        self.bytes += size
-        ratio = max(size / max(packed or self.packed, 1), self.bytes / max(self.packed, 1))
-        if (ratio > MOST_RATIO and self.bytes > SMALL) or self.bytes > MOST_UNPACKED:
-            raise UserError(
-                f"it unpacks to {human(self.bytes)} bytes, {ratio:,.0f} times its size, so it is "
-                "hostile or holds no text: leave it out"
-            )
-        if self.number > MOST_MEMBERS:
-            raise UserError(f"it has more than {MOST_MEMBERS:,} files: unpack it yourself")
-
-    def write(self, file: IO[bytes], folder: Path, name: str) -> None:
-        """Unpack a file to a path within the folder, whatever its name is."""
-        parts = [part for part in re.split(r"[\\/]", name) if part not in ("", ".", "..")] or ["_"]
-        parts = [re.sub(r'[\0:*?"<>|\n\r]', "_", part)[-100:] for part in parts][-20:]
-        try:
-            _copy(file, folder.joinpath(*parts))
-        except (FileExistsError, NotADirectoryError, IsADirectoryError):
-            _copy(file, folder / f"_{self.number}" / parts[-1])
+                    yield member.name, member.size, 0, file
 
 
 def _copy(file: IO[bytes], target: Path) -> None:

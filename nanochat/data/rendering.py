@@ -12,7 +12,7 @@ learned.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
@@ -59,7 +59,7 @@ def checked_messages(conversation: dict) -> list[dict]:
                 f"message {i}: expected role {expected!r}, got {role!r} (user and assistant take "
                 "turns)"
             )
-        _check_content(i, role, message.get("content"))
+        check_content(i, role, message.get("content"))
     if len(messages) == first:
         raise UserError("a conversation needs a user message")
     if first:
@@ -68,7 +68,8 @@ def checked_messages(conversation: dict) -> list[dict]:
     return messages
 
 
-def _check_content(i: int, role: object, content: object) -> None:
+def check_content(i: int, role: object, content: object) -> None:
+    """Raise UserError unless message i of this role may have this content."""
     if isinstance(content, str):
         return
     if role != "assistant" or not isinstance(content, list):
@@ -85,21 +86,23 @@ def _check_content(i: int, role: object, content: object) -> None:
             )
 
 
+def parts_of(content: str | list[Any]) -> list[Any]:
+    """The content of a message as a list of parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def visible_content(content: str | list[dict[str, str]]) -> str:
     """The text of a message's content, without the calculator's calls and results."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
+    return "".join(part["text"] for part in parts_of(content) if part["type"] == "text")
 
 
 def conversation_pieces(messages: list[dict]) -> Iterator[Piece]:
     """Checked messages in pieces. The chat template of the export follows the same order."""
     yield Piece("<|bos|>", True, False)
     for message in messages:
-        role, content = message["role"], message["content"]
+        role, parts = message["role"], parts_of(message["content"])
         learned = role == "assistant" and message.get("weight") != 0
         yield Piece(f"<|{role}_start|>", True, False)
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
             # The user and the calculator say the other parts, not the model
             supervised = learned and part["type"] != "python_output" and part.get("weight") != 0

@@ -10,21 +10,27 @@ The shapes in which people keep conversations, all turned into the one of render
 
 Consecutive messages of one side become one, and a conversation that the assistant opens begins with
 an empty message of the user. An assistant message with "weight": 0, "train": false or another mark
-of MASKS or MASKED is context: the model reads it and does not learn to say it. A mark on a row
-holds for all of its messages. Calls of a calculator as OpenAI writes them, with their results,
+of MARKS is context: the model reads it and does not learn to say it. A mark on a row holds for all
+of its messages. Calls of a calculator as OpenAI writes them, with their results,
 become parts of the reply. Anything else (calls of other tools, pictures) is a UserError.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
+from itertools import groupby
+from operator import itemgetter
 from string import ascii_uppercase as LETTERS
 from string import digits as DIGITS
 from typing import Any, NamedTuple
 
 from nanochat.base.common import UserError
 from nanochat.base.strangers import shown
-from nanochat.data.rendering import checked_messages
+from nanochat.data.rendering import check_content, checked_messages, parts_of
+
+Row = dict[str, Any]  # of a file; also a conversation, or one of its messages
 
 ROLES = {
     "system": ("system", "developer"),
@@ -42,6 +48,7 @@ PAIRS = (
     (("input",), ("output",)),
     (("query",), ("response", "answer")),
 )
+USUAL_NAMES = {"instruction and output": "Alpaca", "instruction and response": "Dolly"}
 # Multiple choice: a list of options, or columns such as choice0, option_1, opa or A
 ASKED, OPTION_LISTS = ("question", "prompt", "query", "input", "problem"), ("choices", "options")
 OPTION = re.compile(r"(?:(choices?|options?|opt?|ending)[ _-]?)?([a-z]|\d)")
@@ -57,10 +64,12 @@ ANSWERS = [
 ]
 LABELS = LETTERS.lower(), DIGITS, DIGITS[1:]  # of options: a, b, ... or from 0 or 1 on
 CALCULATORS = "calculator", "calculate", "python"
-# Marks of messages that are not learned: those of MASKS if 0 or false, those of MASKED if 1 or true
-MASKS = "weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"
-MASKED = "mask", "masked"
-NO, YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # values of marks on rows, in lower case
+# Marks, and the values with which a message or a row is not learned: 0 or false, 1 or true
+MARKS = {
+    **dict.fromkeys(("weight", "loss_weight", "loss", "train", "train_on_turn", "trainable"), 0),
+    **dict.fromkeys(("mask", "masked"), 1),
+}
+SPELLINGS = ("0", "0.0", "false"), ("1", "1.0", "true")  # of 0 and 1 on rows, in lower case
 
 
 class _Pair(NamedTuple):
@@ -71,26 +80,6 @@ class _Pair(NamedTuple):
     fields: set[str]
 
 
-def shape_of_names(names: Iterable[str]) -> str | None:
-    """The shape of rows with these fields, or None if they are not conversations."""
-    names = {str(name).lower() for name in names}
-    if "prompt" in names and "message_tree_id" in names:
-        return "OpenAssistant trees"
-    if {"message_id", "parent_id", "role", "text"} <= names:
-        return "OpenAssistant messages"
-    for name in LISTS:
-        if name in names:
-            return name
-    options = bool(_option_columns(names)) or not names.isdisjoint(OPTION_LISTS)
-    if options and not names.isdisjoint(ASKED) and not names.isdisjoint(ANSWERS):
-        return "multiple choice"
-    for (question, *_), replies in PAIRS:
-        for reply in replies:
-            if question in names and reply in names:
-                return f"{question} and {reply}"
-    return None
-
-
 def shape_of(row: Any) -> str | None:
     """
     The shape of a row by its usual name ("messages", "ShareGPT", "Alpaca", "Dolly", "prompt and
@@ -98,16 +87,34 @@ def shape_of(row: Any) -> str | None:
     """
     if isinstance(row, list):
         return "lists of messages" if row and isinstance(row[0], dict) else None
-    shape = shape_of_names(row) if isinstance(row, dict) else None
-    if shape is None:
+    if not isinstance(row, dict):
         return None
-    messages = row.get(shape)
-    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-        return "ShareGPT" if "from" in messages[0] else shape
-    if shape in LISTS:
-        return shape if isinstance(messages, list) else None
-    names = {"instruction and output": "Alpaca", "instruction and response": "Dolly"}
-    return names.get(shape, shape)
+    names = {str(name).lower() for name in row}
+    if "prompt" in names and "message_tree_id" in names:
+        return "OpenAssistant trees"
+    if {"message_id", "parent_id", "role", "text"} <= names:
+        return "OpenAssistant messages"
+    for name in LISTS:
+        if name in names:
+            messages = row.get(name)
+            first = messages[0] if isinstance(messages, list) and messages else None
+            if isinstance(first, dict) and "from" in first:
+                return "ShareGPT"
+            return name if isinstance(messages, list) else None
+    return _shape_of_question(names)
+
+
+def _shape_of_question(names: set[str]) -> str | None:
+    """The shape of a row with these fields, if it is a question and its reply."""
+    options = _option_columns(names) or names.intersection(OPTION_LISTS)
+    if options and names.intersection(ASKED) and names.intersection(ANSWERS):
+        return "multiple choice"
+    for (question, *_), replies in PAIRS:
+        for reply in replies:
+            if question in names and reply in names:
+                shape = f"{question} and {reply}"
+                return USUAL_NAMES.get(shape, shape)
+    return None
 
 
 def fields_of(row: Any) -> str:
@@ -120,10 +127,10 @@ def fields_of(row: Any) -> str:
     return ", ".join([*names[:12], "..."] if len(names) > 12 else names) or "none"
 
 
-def as_conversation(row: Any) -> dict[str, Any]:
+def conversation(row: Any) -> Row:
     """
-    A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape;
-    rendering.checked_messages checks the order of turns.
+    A row as {"messages": [...]} with its other fields. Raises UserError if it has no known shape,
+    or if user and assistant do not take turns.
     """
     if isinstance(row, list):
         row = {"messages": row}
@@ -135,24 +142,17 @@ def as_conversation(row: Any) -> dict[str, Any]:
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         messages = [{"role": "system", "content": system}, *messages]
-    converted: list[dict[str, Any]] = []
+    converted: list[Row] = []
     for i, message in enumerate(messages):
         converted.append(_tool_result(message, converted) or _message(i, message))
-    marks = {str(name).lower(): str(value).lower() for name, value in row.items()}
-    masked = any(marks.get(key) in NO for key in MASKS)
-    if masked or any(marks.get(key) in YES for key in MASKED):
+    if any(str(value).lower() in SPELLINGS[MARKS[name]] for name, value in _marks(row).items()):
         converted = [{**message, "weight": 0} for message in converted]
-    return {**rest, "messages": _merged(converted)}
-
-
-def conversation(row: Any) -> dict[str, Any]:
-    """A row as a conversation whose turns are checked. Raises UserError if it is not one."""
-    item = as_conversation(row)
+    item = {**rest, "messages": _merged(converted)}
     checked_messages(item)
     return item
 
 
-def _tool_result(message: Any, earlier: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _tool_result(message: Any, earlier: list[Row]) -> Row | None:
     """
     A result of the calculator, as a part of the reply that `earlier` ends with; None for any other
     message.
@@ -171,38 +171,34 @@ def _call(i: int, call: Any) -> dict[str, str]:
     function = function if isinstance(function, dict) else {"name": function}
     name = str(function.get("name"))
     arguments: Any = function.get("arguments")
-    try:
+    with suppress(ValueError):
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        values = [*arguments.values()]
-    except (ValueError, AttributeError):
-        values = []
-    if name.lower() not in CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
-        raise UserError(
-            f"message {i} calls a tool ({shown(name)}): only calls of a {CALCULATORS[0]} with one "
-            "expression can be trained"
-        )
-    return {"type": "python", "text": values[0]}
+    values = [*arguments.values()] if isinstance(arguments, dict) else []
+    if name.lower() in CALCULATORS and len(values) == 1 and isinstance(values[0], str):
+        return {"type": "python", "text": values[0]}
+    raise UserError(
+        f"message {i} calls a tool ({shown(name)}): only calls of a {CALCULATORS[0]} with one "
+        "expression can be trained"
+    )
 
 
-def _messages_of_pair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    pair = _pair_of(_lowered(row))
-    if pair is None:
-        raise UserError(
-            'a conversation is a list of messages, an object with "messages", or one with a pair '
-            'of texts such as "prompt" and "response"; this one has '
-            f"{shown(', '.join(map(str, row)))}"
-        )
-    return [
-        {"role": "user", "content": pair.question},
-        {"role": "assistant", "content": pair.reply},
-    ]
+def _messages_of_pair(row: Row) -> list[Row]:
+    if pair := _pair_of(_lowered(row)):
+        return [
+            {"role": "user", "content": pair.question},
+            {"role": "assistant", "content": pair.reply},
+        ]
+    raise UserError(
+        'a conversation is a list of messages, an object with "messages", or one with a pair of '
+        f'texts such as "prompt" and "response"; this one has {shown(", ".join(map(str, row)))}'
+    )
 
 
-def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
+def _lowered(row: Row) -> Row:
     return {str(name).strip().lower(): value for name, value in row.items()}
 
 
-def _pair_of(row: Mapping[str, Any]) -> _Pair | None:
+def _pair_of(row: Row) -> _Pair | None:
     """The pair of a row whose fields have names in lower case; None if it has none."""
     if choice := _choice_of(row):
         return choice
@@ -220,14 +216,11 @@ def left_out(row: Any) -> list[str]:
     if not isinstance(row, dict) or any(isinstance(row.get(name), list) for name in LISTS):
         return []
     row = _lowered(row)
-    try:
-        pair = _pair_of(row)
-    except UserError:
-        return []
-    if pair is None:
-        return []
-    used = {"system", *MASKS, *MASKED, *pair.fields}
-    return [name for name, value in row.items() if value not in (None, "", []) and name not in used]
+    with suppress(UserError):
+        if pair := _pair_of(row):
+            unused = row.keys() - {"system", *MARKS} - pair.fields
+            return [name for name in row if name in unused and row[name] not in (None, "", [])]
+    return []
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
@@ -236,22 +229,18 @@ def with_options(question: str, options: Sequence[str]) -> str:
     return "\n".join([question, *lines, "Answer with the letter alone."])
 
 
-def _choice_of(row: Mapping[str, Any]) -> _Pair | None:
+def _choice_of(row: Row) -> _Pair | None:
     """_pair_of for multiple choice. Raises UserError if the answer is not among the options."""
     asked = next((name for name in ASKED if isinstance(row.get(name), str)), None)
     options, used = _options(row)
     answers = [name for name in ANSWERS if row.get(name) is not None]
     if asked is None or not 1 < len(options) <= len(LETTERS) or not answers:
         return None
+    listed = any(isinstance(row.get(field), list) for field in used)
     for name in answers:
-        value = row[name]
-        texts, same = [*options.values()], []
-        # With a list of options, "3" is first of all the text of one, as in ["1", "2", "3"]
-        if isinstance(value, str) and any(isinstance(row.get(field), list) for field in used):
-            same = [i for i, text in enumerate(texts) if text.strip() == value.strip()]
-        right = same[0] if len(same) == 1 else _option(options, str(value).strip())
+        right = _option(options, row[name], listed)
         if right is not None:
-            question = with_options(row[asked], texts)
+            question = with_options(row[asked], [*options.values()])
             return _Pair(question, LETTERS[right], {asked, name, *used})
     if len(str(row[answers[0]])) > 2:
         return None  # a reply in words
@@ -261,7 +250,7 @@ def _choice_of(row: Mapping[str, Any]) -> _Pair | None:
     )
 
 
-def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+def _options(row: Row) -> tuple[dict[str, str], set[str]]:
     """The options of a row by label, and the fields that hold them; empty if it has none."""
     for name in OPTION_LISTS:
         value = row.get(name)
@@ -274,8 +263,8 @@ def _options(row: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
         if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
             return {str(label).lower(): text for label, text in value.items()}, {name}
     columns = _option_columns(row)
-    filled = {label: row[name] for label, name in columns.items() if row[name] not in (None, "")}
-    return {label: str(text) for label, text in filled.items()}, set(columns.values())
+    filled = {label: name for label, name in columns.items() if row[name] not in (None, "")}
+    return {label: str(row[name]) for label, name in filled.items()}, set(columns.values())
 
 
 def _option_columns(names: Iterable[str]) -> dict[str, str]:
@@ -291,31 +280,32 @@ def _option_columns(names: Iterable[str]) -> dict[str, str]:
     return {}
 
 
-def _option(options: Mapping[str, str], answer: str) -> int | None:
+def _option(options: Mapping[str, str], answer: Any, listed: bool) -> int | None:
     """The index of the option that an answer names by its label, its letter or its text."""
-    names = [*options]
-    if answer.lower() in names:
-        return names.index(answer.lower())
-    if names[0] in ("0", "1") and len(answer) == 1 and answer.upper() in LETTERS[: len(names)]:
-        return LETTERS.index(answer.upper())
-    texts = [text.strip().lower() for text in options.values()]
-    return texts.index(answer.lower()) if texts.count(answer.lower()) == 1 else None
+    labels, texts = [*options], [text.strip() for text in options.values()]
+    letters = LETTERS[: len(labels)] if labels[0] in ("0", "1") else ""
+    ways = [labels, [*letters.lower()], [text.lower() for text in texts]]
+    name = str(answer).strip()
+    # With a list of options, "3" is first of all the text of one, as in ["1", "2", "3"]
+    if listed and isinstance(answer, str) and texts.count(name) == 1:
+        return texts.index(name)
+    name = name.lower()
+    return next((names.index(name) for names in ways if names.count(name) == 1), None)
 
 
-def _message(i: int, message: Any) -> dict[str, Any]:
+def _message(i: int, message: Any) -> Row:
     """Message i as {"role", "content"}, with "weight": 0 if it is masked. May raise UserError."""
     if not isinstance(message, dict):
         raise UserError(f"message {i}: expected an object with a role, got {shown(message)}")
     role = next((message[key] for key in ROLE_KEYS if key in message), None)
-    known = ROLE_OF.get(role.lower()) if isinstance(role, str) else None
+    known = ROLE_OF.get(str(role).lower())
     if known is None:
         raise UserError(
             f"message {i}: the role {shown(role)} is none of {', '.join(ROLE_OF)}; only the "
             "calculator's calls and results can be part of a reply"
         )
     content = next((message[key] for key in CONTENT_KEYS if key in message), None)
-    single = message.get("function_call")
-    calls = message.get("tool_calls") or ([single] if single else [])
+    calls = message.get("tool_calls") or message.get("function_call") or []
     calls = calls if isinstance(calls, list) else [calls]
     if calls:
         text = [{"type": "text", "text": content}] if content else []
@@ -324,51 +314,46 @@ def _message(i: int, message: Any) -> dict[str, Any]:
         known != "assistant" or all(isinstance(part, str) for part in content)
     ):
         content = _text_of_parts(i, content)
+    check_content(i, known, content)
     plain = {"role": known, "content": content}
-    return plain if _is_learned(i, message) else {**plain, "weight": 0}
+    return {**plain, "weight": 0} if _is_masked(i, message) else plain
+
+
+def _is_masked(i: int, message: Row) -> bool:
+    marks = _marks(message)
+    for name, value in marks.items():
+        if value not in (0, 1):  # which False and True equal
+            raise UserError(
+                f'message {i}: "{name}" must be 0 or 1, false or true, not {shown(value)}'
+            )
+    return any(value == MARKS[name] for name, value in marks.items())
+
+
+def _marks(row: Row) -> Row:
+    """The marks of a message or a row that are not null, with their names in lower case."""
+    return {k: v for k, v in _lowered(row).items() if k in MARKS and v is not None}
 
 
 def _text_of_parts(i: int, parts: list[Any]) -> str:
     """The text of OpenAI's list of parts."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"message {i}: only text can be trained on, not {shown(parts)}")
-    return "\n".join(map(str, texts))
+    if all(isinstance(text, str) for text in texts):
+        return "\n".join(map(str, texts))
+    raise UserError(f"message {i}: only text can be trained on, not {shown(parts)}")
 
 
-def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
-    learned = True
-    for name, value in message.items():
-        key = name.lower() if isinstance(name, str) else name
-        if key not in (*MASKS, *MASKED) or value is None:
-            continue
-        if value not in (0, 1):  # which False and True equal
-            raise UserError(
-                f'message {i}: "{name}" must be 0 or 1, false or true, not {shown(value)}'
-            )
-        if bool(value) == (key in MASKED):
-            learned = False
-    return learned
-
-
-def _parts(content: str | list[Any]) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _masked_parts(message: Mapping[str, Any]) -> list[Any]:
+def _masked_parts(message: Row) -> list[Any]:
     """The parts of a message, each with "weight": 0 if the message has it."""
-    parts = _parts(message["content"])
-    if message.get("weight") != 0 or not all(isinstance(part, dict) for part in parts):
-        return parts
-    return [{**part, "weight": 0} for part in parts]
+    parts = parts_of(message["content"])
+    return [{**part, "weight": 0} for part in parts] if message.get("weight") == 0 else parts
 
 
-def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(first: Row, second: Row) -> Row:
     """Two messages of one side as one."""
     a, b = first["content"], second["content"]
     texts = isinstance(a, str) and isinstance(b, str)
     if first.get("weight") == second.get("weight"):
-        return {**first, "content": f"{a}\n\n{b}" if texts else [*_parts(a), *_parts(b)]}
+        return {**first, "content": f"{a}\n\n{b}" if texts else [*parts_of(a), *parts_of(b)]}
     if texts and first.get("weight") == 0:  # the line break is not learned either
         first = {**first, "content": f"{a}\n\n"}
     elif texts:
@@ -376,16 +361,14 @@ def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     return {"role": first["role"], "content": [*_masked_parts(first), *_masked_parts(second)]}
 
 
-def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged(messages: list[Row]) -> list[Row]:
     """The messages with consecutive ones of a side merged; the user's is the first."""
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        last = merged[-1] if merged else {}
-        same_side = message["role"] == last.get("role") != "system"
-        if same_side and all(isinstance(m["content"], str | list) for m in (last, message)):
-            merged[-1] = _merge(last, message)
+    merged: list[Row] = []
+    for role, group in groupby(messages, key=itemgetter("role")):
+        if role == "system":
+            merged += group
         else:
-            merged.append(message)
+            merged.append(reduce(_merge, group))
     first = next((i for i, message in enumerate(merged) if message["role"] != "system"), None)
     if first is not None and merged[first]["role"] == "assistant":
         merged.insert(first, {"role": "user", "content": ""})

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanochat.base.common import UserError, base_dir, notice, world_size
-from nanochat.base.files import Hashes, atomic_write, locked, sha256_file
+from nanochat.base.files import Hashes, atomic_write, locked
 from nanochat.base.progress import ProgressBar, progress
-from nanochat.data.ahead import read_ahead
+from nanochat.data.ahead import batches, read_ahead
 from nanochat.data.rows import Report
 from nanochat.data.sources import Part, Source, parts
 
@@ -163,7 +163,7 @@ def prepare_conversations(
     same, its shard is reused and `conversations` is not even iterated. `divided`: see Shards.
     `report` is filled in by what reads the conversations.
     """
-    root = Path(directory or base_dir() / "tokens")
+    root, report = Path(directory or base_dir() / "tokens"), report or Report()
     folder = root / f"{name}-{_key({'conversations': identity}, tokenizer)}"
     with _missing(root, [folder]) as missing:
         if missing:
@@ -172,7 +172,7 @@ def prepare_conversations(
                     folder, tokenizer, _rendered(conversations, tokenizer, bar), report, masked=True
                 )
         shards = Shards(name, [folder], divided)
-    _check_bad_rows(shards, report.limit if report else 0)
+    _check_bad_rows(shards, report.limit)
     if not len(shards):
         shutil.rmtree(folder)
         raise UserError(f"there are no conversations in {name}: add at least one")
@@ -196,22 +196,10 @@ def _key(identity: dict, tokenizer: "Tokenizer") -> str:
 
 def _encoded(part: Part, tokenizer: "Tokenizer", bar: ProgressBar) -> Iterator[Encoded]:
     """The texts of a part, tokenised in batches; a thread reads the next batch meanwhile."""
-    for batch in read_ahead(_batches(part.documents()), 1):
+    for batch in read_ahead(batches(part.documents(), len, BATCH_CHARACTERS), 1):
         ids = tokenizer.encode_batch(batch, bos=True)
         bar.advance(sum(len(text.encode()) for text in batch))
         yield ids, []
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _rendered(
@@ -227,20 +215,16 @@ def _build(
     folder: Path,
     tokenizer: "Tokenizer",
     batches: Iterable[Encoded],
-    report: Report | None,
+    report: Report,
     masked: bool = False,
 ) -> None:
     """Write a shard to a temporary folder and rename it at the end; a failure leaves nothing."""
     temporary = folder.with_name(f".build-{folder.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        written = _write(temporary, tokenizer, batches, report or Report(), masked)
+        _write(temporary, tokenizer, batches, report, masked)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
-        hashes = _hashes(folder.parent)
-        for name, digest in written.items():
-            hashes.remember(folder / name, digest)
-        hashes.save()
     except OSError as e:
         raise UserError(
             f"cannot write tokens to {folder} ({e.strerror}): free some space or set "
@@ -251,46 +235,38 @@ def _build(
 
 
 def _write(
-    folder: Path,
-    tokenizer: "Tokenizer",
-    batches: Iterable[Encoded],
-    report: Report,
-    masked: bool,
-) -> dict[str, str]:
-    """Write the files of a shard; returns the SHA-256 of each by its name, without meta.json."""
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    folder: Path, tokenizer: "Tokenizer", batches: Iterable[Encoded], report: Report, masked: bool
+) -> None:
+    """Write the files of a shard."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     names = ["tokens.bin", "mask.bin"] if masked else ["tokens.bin"]
-    digests, lengths = {name: hashlib.sha256() for name in names}, []
+    lengths: list[int] = []
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
+        files = [stack.enter_context(open(folder / name, "wb")) for name in names]
         for ids, masks in batches:
-            columns = (ids, dtype), (masks, np.dtype("uint8"))
-            for name, (arrays, kind) in zip(names, columns, strict=False):
-                data = np.concatenate([np.asarray(a, dtype=kind) for a in arrays]).tobytes()
-                digests[name].update(data)
-                files[name].write(data)
+            for file, arrays, kind in zip(files, (ids, masks), (dtype, "uint8"), strict=False):
+                file.write(np.concatenate([np.asarray(a, dtype=kind) for a in arrays]).tobytes())
             lengths.extend(map(len, ids))
-        for file in files.values():
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     np.save(folder / "offsets.npy", offsets)
-    written = {name: digest.hexdigest() for name, digest in digests.items()}
-    written["offsets.npy"] = sha256_file(folder / "offsets.npy")
+    hashes = _hashes(folder.parent)
     meta = {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "bos": tokenizer.bos,
-        "dtype": dtype.name,
+        "dtype": dtype,
         "mask": masked,
         "documents": len(lengths),
         "tokens": int(offsets[-1]),
-        "files": written,
+        "files": {name: hashes.of(folder / name) for name in (*names, "offsets.npy")},
         "notes": dict(report.notes),
     }
+    hashes.save()
     atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _seal(meta)}, indent=1))
-    return written
 
 
 def _seal(meta: dict) -> str:
@@ -313,9 +289,8 @@ def _missing(root: Path, folders: list[Path]) -> Iterator[list[Path]]:
         yield []
         return
     waiting = f"another process is writing tokens to {root}: waiting for it"
-    if world_size() > 1:
-        waiting = ""  # no notice, because it is another rank of this run
-    with locked(root / ".lock", waiting=waiting):
+    is_own_rank = world_size() > 1  # then no notice
+    with locked(root / ".lock", waiting="" if is_own_rank else waiting):
         for abandoned in root.glob(".build-*"):  # left by a killed run; nobody else is building
             shutil.rmtree(abandoned, ignore_errors=True)
         yield [folder for folder in folders if not _usable(folder)]
@@ -328,10 +303,10 @@ def _usable(folder: Path) -> bool:
         hashes = _hashes(folder.parent)
         _open(folder, hashes)
         hashes.save()
+        return True
     except UserError as e:
         notice(f"{e}; tokenising again")
         return False
-    return True
 
 
 def _open(folder: Path, hashes: Hashes) -> tuple[dict, np.ndarray, np.ndarray | None, np.ndarray]:

@@ -19,6 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from nanochat.data.ahead import batches
+
 SIMILAR = 0.8
 SHORTEST = 50  # words; shorter documents are not compared
 SHINGLE = 5  # words
@@ -73,20 +75,10 @@ class Similar:
 
 def sketched(items: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T, Sketch | None]]:
     """Texts and what belongs to them, with their sketches; None for texts that are too short."""
-    batch: list[tuple[str, T]] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += len(item[0])
-        if size >= BATCH_CHARACTERS:
-            yield from _with_sketches(batch)
-            batch, size = [], 0
-    yield from _with_sketches(batch)
-
-
-def _with_sketches(batch: list[tuple[str, T]]) -> Iterator[tuple[str, T, Sketch | None]]:
-    found = sketches([text for text, _ in batch])
-    return ((text, other, sketch) for (text, other), sketch in zip(batch, found, strict=True))
+    for batch in batches(items, lambda item: len(item[0]), BATCH_CHARACTERS):
+        found = sketches([text for text, _ in batch])
+        for (text, other), sketch in zip(batch, found, strict=True):
+            yield text, other, sketch
 
 
 def sketches(texts: Sequence[str]) -> list[Sketch | None]:
@@ -107,7 +99,7 @@ def sketches(texts: Sequence[str]) -> list[Sketch | None]:
         own = sequences[begin : begin + count]
         hashes = np.unique(own[own <= np.uint64(limit)])
         if len(hashes) < min(FEWEST, count):
-            hashes, limit = np.unique(own)[:KEPT], HIGHEST
+            hashes = np.unique(own)[:KEPT]
             limit = int(hashes[-1]) if len(hashes) == KEPT else HIGHEST
         out.append(Sketch(hashes, limit))
     return out

@@ -225,19 +225,15 @@ def files(source: Source, split: str = "train") -> list[Path]:
     """
     if source.kind == "shards":
         return _shard_files(source, split)
-    paths = source.paths if source.kind == "files" else ()
-    return find(paths, source.name, READABLE).files
+    return find(source.paths, source.name, READABLE).files
 
 
 def _shard_files(source: Source, split: str) -> list[Path]:
     folder = source.paths[0]
     shard_set = SHARD_SETS[folder.name]
     validation = folder / shard_set.file(shard_set.last)
-    shards = sorted(folder.glob("shard_*.parquet"))
-    by_split = {
-        "train": [path for path in shards if path != validation],
-        "val": [path for path in shards if path == validation],
-    }
+    shards = {*folder.glob("shard_*.parquet")}
+    by_split = {"train": sorted(shards - {validation}), "val": [*(shards & {validation})]}
     for name, paths in by_split.items():
         if not paths:
             raise UserError(

@@ -62,18 +62,16 @@ class Division:
             if (place(document) <= self.share) == (split == "val"):
                 yield document
             return
-        val: list[list[str]] = []
-        train: list[list[str]] = [[]]  # the pieces between two pieces of validation
+        val, train = [], [""]  # train: the text between two pieces of validation
         for piece in pieces(document, self.piece):
             if place(piece) > self.share:
-                train[-1].append(piece)
+                train[-1] += piece
             else:
-                val.append([piece])
-                train.append([])
-        for joined in train if split == "train" else val:
-            text = "".join(joined).strip("\n")
+                val.append(piece)
+                train.append("")
+        for text in train if split == "train" else val:
             if text.strip():
-                yield text
+                yield text.strip("\n")
 
 
 def division(documents: Iterable[str], share: float) -> Division | None:
@@ -110,9 +108,8 @@ def pieces(text: str, limit: int) -> Iterator[str]:
     start, visible = 0, len(text.rstrip())
     while len(text) - start > limit:
         end = cut_point(text, start + limit // 2, start + limit)
-        if end < visible:
-            yield text[start:end]
-            start = end
-        else:
+        if end >= visible:
             break
+        yield text[start:end]
+        start = end
     yield text[start:]

@@ -40,11 +40,6 @@ class SourceSummary:
     # Notes of the readers, text -> count; those about text in files are in the inventory
     notes: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def fewest_drawn(self) -> float:
-        """Documents of this source that the run is expected to draw."""
-        return (self.passes or 1.0) * self.documents
-
 
 @dataclass(frozen=True)
 class DataSummary:
@@ -62,9 +57,11 @@ class DataSummary:
 
     def lines(self) -> list[str]:
         """The summary in words."""
-        learned = f"to learn: {self._learned()}; {self._cuts()}"
-        notes = [f"this run: {self._length()}", learned, *self._notes()]
-        return [*self._table().splitlines(), *map(in_line, notes)]
+        lines = [f"this run: {self._length()}", f"to learn: {self._learned()}; {self._cuts()}"]
+        notes = [f"{s.name}: {what}: {n:,}" for s in self.sources for what, n in s.notes.items()]
+        if notes:
+            lines.append(f"notes: {'; '.join(notes)}")
+        return [*self._table().splitlines(), *map(in_line, lines)]
 
     def _table(self) -> str:
         return columns(
@@ -96,19 +93,13 @@ class DataSummary:
                 text += f", none in {s.silent:,} of {s.documents:,} {s.kind} of {s.name}"
         return text
 
-    def _notes(self) -> list[str]:
-        notes = [f"{s.name}: {what}: {n:,}" for s in self.sources for what, n in s.notes.items()]
-        return [f"notes: {'; '.join(notes)}"] if notes else []
-
     def _length(self) -> str:
         unit = "conversations" if self.padded else f"rows of {self.context:,} tokens"
-        step = f"{self.step_rows:,} {unit} per step"
+        rows = f"{self.step_rows:,} {unit}"
         if self.steps is None:
-            return f"{step}, until the time is over"
-        tokens = (
-            "" if self.padded else f": {human(self.steps * self.step_rows * self.context)} tokens"
-        )
-        return f"{counted(self.steps, 'steps')} of {step.removesuffix(' per step')}{tokens}"
+            return f"{rows} per step, until the time is over"
+        tokens = f": {human(self.steps * self.step_rows * self.context)} tokens"
+        return f"{counted(self.steps, 'steps')} of {rows}{'' if self.padded else tokens}"
 
     def _cuts(self) -> str:
         longest = max(s.longest for s in self.sources)
@@ -145,7 +136,7 @@ class DataSummary:
                 )
             if s.divided:
                 _check_validation(s)
-            if s.fewest_drawn < 1:
+            if (s.passes or 1.0) * s.documents < 1:
                 notice(f"{s.name} is so rare that this run may not draw one of its {s.kind}")
             passes = s.passes or (steps or 0) / max(s.steps_per_pass, 1e-9)
             if passes > useful:
@@ -170,18 +161,15 @@ def _check_validation(s: SourceSummary) -> None:
         )
 
 
-def _times(passes: float | None) -> str:
+def _times(passes: float) -> str:
     """A number of passes with three digits."""
-    if 0 < (passes or 0) < 0.005:
+    if 0 < passes < 0.005:
         return "< 0.01"
-    return f"{passes or 0:.2f}" if (passes or 0) < 9.995 else f"{passes:,.0f}"
+    return f"{passes:.2f}" if passes < 9.995 else f"{passes:,.0f}"
 
 
 def survey(
-    order: RowOrder,
-    validation: Sequence[Shards],
-    step_rows: int,
-    steps: int | None = None,
+    order: RowOrder, validation: Sequence[Shards], step_rows: int, steps: int | None = None
 ) -> DataSummary:
     """
     The summary of a run that takes `step_rows` rows of `order` per step, for `steps` steps; if
@@ -203,10 +191,14 @@ def survey(
         learned = shards.to_predict(width if padded else None)
         conversations = shards.masked
         per_epoch = order.quota[i] / shards.total  # passes over this source in an epoch
-        held_out = val.to_predict() if val and conversations else None
+        name = shards.name.removesuffix("-conversations-train")
+        if val and conversations and shards.divided and not val.to_predict().any():
+            raise UserError(
+                f"the validation split of {name} has no reply to predict: add more conversations"
+            )
         sources.append(
             SourceSummary(
-                name=shards.name.removesuffix("-conversations-train"),
+                name=name,
                 kind="conversations" if conversations else "documents",
                 documents=len(shards),
                 tokens=kept[i],
@@ -223,9 +215,4 @@ def survey(
                 notes={} if shards.divided and not conversations else dict(shards.notes),
             )
         )
-        if held_out is not None and shards.divided and not held_out.sum():
-            raise UserError(
-                f"the validation split of {sources[-1].name} has no reply to predict: add more "
-                "conversations"
-            )
     return DataSummary(tuple(sources), order.sequence_len, padded, step_rows, steps)

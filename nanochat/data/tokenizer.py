@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,7 @@ from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write
 from nanochat.base.strangers import read_json, shown
 from nanochat.data.documents import well_formed
-from nanochat.data.rendering import (
-    SPECIAL_TOKENS,
-    checked_messages,
-    conversation_pieces,
-)
+from nanochat.data.rendering import SPECIAL_TOKENS, checked_messages, conversation_pieces
 
 MOST_BYTES = 2**30  # of tokenizer.json: the largest vocabulary, spelled out
 DIGITS = (1, 2, 3)  # the most digits that a token may hold; llama.cpp knows 1 and 3
@@ -80,11 +77,11 @@ class Tokenizer:
         if max(map(len, ranks)) > 4 * WINDOW:
             raise ValueError("it has a token that is longer than any text that is encoded at once")
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.specials = {name: i for i, name in enumerate(SPECIAL_TOKENS, len(ranks))}
         self.bos = self.specials["<|bos|>"]
         # What decode_bytes gives, by id; as it is no call of tiktoken, no thread waits for another
         self.pieces = [*self.ranks, *(name.encode() for name in self.specials)]
-        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.vocab_size = len(self.pieces)
         self.digits, self.pattern = digits, split_pattern(digits)
         # UTF-8 bytes of a token, on average over text like its training text; 0 = not known
         self.bytes_per_token = 0.0
@@ -138,16 +135,16 @@ class Tokenizer:
         The tokenizer that save() wrote to `directory` (default: tokenizer/ in the base folder).
         Raises UserError if it is missing or damaged.
         """
-        directory = Path(directory) if directory is not None else base_dir() / "tokenizer"
+        directory = Path(directory or base_dir() / "tokenizer")
         remedy = "train one with nanochat tok_train"
         if not (directory / "tokenizer.json").is_file():
             raise UserError(f"there is no tokenizer in {directory}: {remedy}")
         try:
             data = read_json(directory / "tokenizer.json", MOST_BYTES)
             meta = read_json(directory / "meta.json")
-            byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+            byte_of = {letter: byte for byte, letter in enumerate(_LETTERS)}
             vocabulary = data["model"]["vocab"].items()
-            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocabulary}
+            ranks = {bytes(map(byte_of.__getitem__, token)): rank for token, rank in vocabulary}
             digits = {split_pattern(n): n for n in DIGITS}[meta["pattern"]]
             tokenizer = cls(ranks, digits)
             tokenizer.bytes_per_token = float(meta.get("bytes_per_token", 0.0))
@@ -183,19 +180,11 @@ class Tokenizer:
 
     def spelled(self) -> tuple[list[str], list[list[str]]]:
         """The ordinary tokens in order of id, and the merges, in the letters of tokenizer.json."""
-        letters = _byte_letters()
-        return ["".join(letters[b] for b in token) for token in self.ranks], _merges(self.ranks)
+        return [*map(_spelled, self.ranks)], _merges(self.ranks)
 
     def _json(self) -> dict:
         """The Hugging Face form, without the merges, which follow from the vocabulary."""
-        letters = _byte_letters()
-        flags = {
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+        unset = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         byte_level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
@@ -213,7 +202,8 @@ class Tokenizer:
             "truncation": None,
             "padding": None,
             "added_tokens": [
-                {"id": i, "content": name, **flags} for name, i in self.specials.items()
+                {"id": i, "content": name, **unset, "special": True}
+                for name, i in self.specials.items()
             ],
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
@@ -228,9 +218,7 @@ class Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": True,
-                "vocab": {
-                    "".join(letters[b] for b in token): rank for token, rank in self.ranks.items()
-                },
+                "vocab": {_spelled(token): rank for token, rank in self.ranks.items()},
             },
         }
 
@@ -251,11 +239,8 @@ class Tokenizer:
         head = np.array([self.bos] if bos else [], dtype=np.uint32)
 
         def encode(text: str) -> np.ndarray:
-            parts = [
-                self._bpe.encode_to_numpy(segment, disallowed_special=())
-                for segment in segments(text)
-            ]
-            return np.concatenate([head, *parts])
+            ids = partial(self._bpe.encode_to_numpy, disallowed_special=())
+            return np.concatenate([head, *map(ids, segments(text))])
 
         # In groups, because a task per text would cost more than it saves
         groups = [texts[i : i + 16] for i in range(0, len(texts), 16)]
@@ -315,9 +300,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """The rest: U+FFFD for half a character. The decoder can then be used again."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def segments(text: str) -> Iterator[str]:
@@ -341,16 +324,22 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
 
 
+_LETTERS = _byte_letters()
+
+
+def _spelled(token: bytes) -> str:
+    return "".join(_LETTERS[byte] for byte in token)
+
+
 def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
     """
     Every pair of tokens that joins to a token, in order of rank. `tokenizers` merges only the pairs
     listed, tiktoken any pair whose joined bytes are a token; with all pairs listed the two agree.
     """
-    letters = _byte_letters()
     merges = []
     for token in ranks:
         halves = ((token[:i], token[i:]) for i in range(1, len(token)))
         pairs = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
-        for pair in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
-            merges.append(["".join(letters[b] for b in half) for half in pair])
+        pairs.sort(key=lambda pair: [ranks[half] for half in pair])
+        merges += [[_spelled(half) for half in pair] for pair in pairs]
     return merges

@@ -201,7 +201,7 @@ def evaluation_size(
         if horizon.steps:
             tokens = horizon.steps * horizon.rows * run.contexts.longest
         else:
-            tokens = (horizon.epochs or 1) * feed.total_tokens
+            tokens = (horizon.epochs or 1) * feed.order.total
         count = evaluations_within(0)
         run.resolve(eval_tokens=evaluation_tokens(tokens, len(validation), count))
         return None
