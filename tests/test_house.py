@@ -117,14 +117,14 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_275,
-    "base": 12_830,
+    "base": 12_765,
     "tinyworld": 9_625,
     "data": 35_875,
     "model": 26_940,
     "chat": 9_060,
     "chat/serve": 11_705,
     "eval": 20_685,
-    "train": 21_295,
+    "train": 21_300,
     "study": 13_525,
     "plan": 15_485,
     "export": 9_635,

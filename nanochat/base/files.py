@@ -87,19 +87,11 @@ class Hashes:
         known = self._known.get(key, ())
         if known[:3] == state and len(known) == 4 and isinstance(known[3], str):
             return known[3]
-        digest = sha256_file(path)
-        self._note(key, state, digest)
-        return digest
-
-    def remember(self, path: Path, digest: str) -> None:
-        """Note the SHA-256 of a file that the caller has just written."""
-        self._note(*self._state(path), digest)
-
-    def _note(self, key: str, state: tuple[int, int, int], digest: str) -> None:
+        digest, self._changed = sha256_file(path), True
         self._known.pop(key, None)
         if time.time_ns() - max(state[1:]) > self.RECENT:
             self._known[key] = *state, digest
-        self._changed = True
+        return digest
 
     def save(self) -> None:
         """Write `memory` if it has changed; nothing happens if its folder cannot be written."""
