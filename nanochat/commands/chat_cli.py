@@ -81,7 +81,8 @@ class Speed:
     """Counts the tokens that are generated, and measures how fast they come."""
 
     def __init__(self) -> None:
-        self.began, self.first, self.last, self.tokens = time.monotonic(), 0.0, 0.0, 0
+        self.first = self.last = 0.0  # when tokens came
+        self.tokens = 0
 
     def watch(self, steps: Iterable[list["Token"]]) -> Iterator[list["Token"]]:
         """The same steps, counted and timed."""
