@@ -443,8 +443,8 @@ def chat(tokenizer, monkeypatch):
 def test_help_lists_every_command_and_stats_tell_the_state(chat):
     t = chat()
     shown = t.say("/help", "twice on an empty line it exits")
-    for command in chat_cli.COMMANDS:
-        assert command.name in shown and command.help[:20] in shown, command
+    for name, command in chat_cli.COMMANDS.items():
+        assert name in shown and command.help[:20] in shown, command
     t.say("hello", "saw <[hello][>")
     assert re.search(r"90m\[\d+ tokens, [\d.]+[kM]? tokens/s\]", t.wait("\033[0m\r\n"))
     shown = t.say("/stats", "temperature 0.6")
@@ -617,6 +617,9 @@ def test_another_model_answers(chat, tokenizer):
     t.say("/retry", "saw <The cat>")
     t.say("/edit The dog", "saw <The dog>")
     t.say("/model d4", "mid model d4")
+    t.say("/system Be brief.", "new conversation")
+    t.say("/model base", "continues your text")
+    t.say("/stats", "\n0 questions and answers")  # an instruction counts as none
 
 
 def test_texts_of_several_lines(chat):

@@ -125,10 +125,10 @@ CEILINGS = {
     "chat/serve": 11_705,
     "eval": 20_685,
     "train": 21_300,
-    "study": 13_525,
+    "study": 13_385,
     "plan": 15_485,
     "export": 9_635,
-    "commands": 23_605,
+    "commands": 23_040,
 }
 
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.base import knobs
-from nanochat.base.common import entry, notice, opening, printable
-from nanochat.base.knobs import knob
+from nanochat.base.common import entry, notice, opening, print0
+from nanochat.base.knobs import knob, parse
 from nanochat.chat.terminal import Prompt, Screen, in_terminal
 from nanochat.commands.chat_cli import GenerationKnobs, Speed, full_remark, show_continuation
 
@@ -39,12 +38,12 @@ def typed_lines() -> Iterator[str]:
 def piped_lines() -> Iterator[str]:
     """Lines from standard input, printed as they would look if typed."""
     for line in sys.stdin:
-        print(printable(f"> {line.rstrip()}"), flush=True)
+        print0(f"> {line.rstrip()}")
         yield line.rstrip("\r\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, _ = knobs.parse(
+    options, _ = parse(
         CompleteKnobs,
         argv,
         command="base_complete",
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if interactive:
         screen.remark(f"{guide} Ctrl+D exits.")
     else:
-        print(printable(guide), flush=True)
+        print0(guide)
     lines: list[str] = []
     turn = 0
     for line in typed_lines() if interactive else piped_lines():
@@ -70,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             notice(f"there is no text before {TRIGGER}: type some lines first")
             continue
         try:
-            speed = Speed()
-            finish = show_continuation(screen, engine, text, options.sampling(turn), speed)
+            finish = show_continuation(screen, engine, text, options.sampling(turn), Speed())
         except KeyboardInterrupt:
             screen.remark("[stopped]")
             if not interactive:
@@ -79,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             if finish == "context":
                 screen.remark(full_remark(engine.model.config.sequence_len))
-        print(flush=True)
+        print0()
         turn += 1
     if lines:
         notice(f"the text after the last {TRIGGER} was not completed: end it with a line {TRIGGER}")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from nanochat.base import logbook
 from nanochat.base.common import columns, duration, entry, opening, print0
@@ -11,10 +11,8 @@ from nanochat.base.knobs import knob, parse
 from nanochat.base.progress import progress
 from nanochat.commands.base_loss import BitsPerByteKnobs, measure, measure_splits
 from nanochat.commands.base_train import PROMPTS
+from nanochat.eval.core_bundle import CoreTask, load_bundle
 from nanochat.train.knobs import ExportedModelKnobs
-
-if TYPE_CHECKING:
-    from nanochat.eval.core_bundle import CoreTask
 
 
 @dataclass(kw_only=True)
@@ -63,7 +61,7 @@ def continuations(
 
 
 def core_score(
-    knobs: EvaluateBaseKnobs, loaded: Any, tasks: list["CoreTask"], absent: list[str]
+    knobs: EvaluateBaseKnobs, loaded: Any, tasks: list[CoreTask], absent: list[str]
 ) -> dict[str, Any]:
     """
     Evaluate a model, a Loaded or a ForeignEngine, on all tasks, with a progress bar for each;
@@ -119,45 +117,41 @@ def core_table(summary: dict[str, Any]) -> str:
     return columns(head, rows + [(name, "absent", *blank) for name in summary["absent"]])
 
 
-def evaluate_exported(
-    knobs: EvaluateBaseKnobs, tasks: list["CoreTask"], absent: list[str]
-) -> dict[str, Any]:
-    """The bits per byte, greedy continuations and CORE score of an exported folder."""
-    from nanochat.export.foreign import load_exported
-
-    engine = load_exported(knobs.hf, knobs.device_type, knobs.dtype, knobs.seed, knobs.with_code)
-    bpb = measure_splits(knobs, engine, knobs.data)
-    results: dict[str, Any] = {"bpb": bpb, "samples": continuations(knobs, engine, [0.0])}
-    if tasks:
-        results["core"] = core_score(knobs, engine, tasks, absent)
-    return results
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     knobs, origins = parse(EvaluateBaseKnobs, argv, command="base_eval")
     opening("base_eval")
     knobs.check_hf(origins, ["source", "model_tag", "step", "temperature"])
 
     from nanochat.chat.generate import Engine
-    from nanochat.eval.core_bundle import load_bundle
     from nanochat.train.stage import session
 
     # First, so that a mistake in the bundle is reported before anything that takes time
     tasks, absent = load_bundle(knobs.core) if knobs.core else ([], [])
     with session():
+        loaded: Any
         if knobs.hf:
-            return evaluate_exported(knobs, tasks, absent)
-        loaded, bpb = measure(knobs)
-        engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
-        texts = continuations(knobs, engine, [0.0, knobs.temperature])
-        step = loaded.checkpoint.step
-        results: dict[str, Any] = {"bpb": bpb, "samples": texts}
-        with logbook.Logbook(loaded.checkpoint.path.parent) as log:
-            log.log(kind="base_eval", step=step, bpb=bpb, samples=texts)
-            if tasks:
-                summary = core_score(knobs, loaded, tasks, absent)
-                log.log(kind="core_eval", step=step, stage=knobs.source, **summary)
-                results["core"] = summary
+            from nanochat.export.foreign import load_exported
+
+            machine = knobs.device_type, knobs.dtype, knobs.seed
+            loaded = engine = load_exported(knobs.hf, *machine, knobs.with_code)
+            bpb, temperatures = measure_splits(knobs, loaded, knobs.data), [0.0]
+        else:
+            loaded, bpb = measure(knobs)
+            engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+            temperatures = [0.0, knobs.temperature]
+
+        def log(kind: str, **row: Any) -> None:
+            """Log a row for a checkpoint; an exported folder has no logbook."""
+            if not knobs.hf:
+                with logbook.Logbook(loaded.checkpoint.path.parent) as book:
+                    book.log(loaded.checkpoint.step, kind, **row)
+
+        results: dict[str, Any] = {"bpb": bpb}
+        results["samples"] = continuations(knobs, engine, temperatures)
+        log("base_eval", **results)
+        if tasks:
+            results["core"] = core_score(knobs, loaded, tasks, absent)
+            log("core_eval", stage=knobs.source, **results["core"])
         return results
 
 

@@ -8,21 +8,19 @@ error. A base model has not learned to chat, so it continues the given text. Not
 A line that begins with / and a letter is a command, one of COMMANDS; it never goes to the model.
 """
 
-import dataclasses
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanochat.base import knobs
 from nanochat.base.commands import near
 from nanochat.base.common import UserError, counted, decoded, entry, human, opening, user_path
 from nanochat.base.files import atomic_write
-from nanochat.base.knobs import LARGEST_SEED, knob
+from nanochat.base.knobs import LARGEST_SEED, from_text, knob, parse
 from nanochat.base.strangers import parse_json, read_bytes
 from nanochat.chat.reply import Continuation, Reply, answer_room, fit_conversation, fit_prompt
 from nanochat.chat.terminal import Prompt, Screen, in_terminal
@@ -83,7 +81,8 @@ class Speed:
     """Counts the tokens that are generated, and measures how fast they come."""
 
     def __init__(self) -> None:
-        self.began, self.first, self.last, self.tokens = time.monotonic(), 0.0, 0.0, 0
+        self.first = self.last = 0.0  # when tokens came
+        self.tokens = 0
 
     def watch(self, steps: Iterable[list["Token"]]) -> Iterator[list["Token"]]:
         """The same steps, counted and timed."""
@@ -146,7 +145,8 @@ class Chat:
 
     def __init__(self, options: ChatKnobs, screen: Screen, prompt: Prompt | None = None):
         self.options, self.screen, self.prompt = options, screen, prompt
-        self.messages: list[dict[str, Any]] = []
+        self.instruction = ""  # the system message, with which the conversation begins
+        self.messages: list[dict[str, Any]] = []  # questions and answers, in turns
         self.text = ""  # what a base model continued last
         self.unanswered = ""  # a question whose answer was stopped before its first word
         self.turn = 0  # answers so far; each has a seed of its own
@@ -207,17 +207,16 @@ class Chat:
         """Run a line "/NAME ARGUMENT". UserError if it is none of COMMANDS, or not usable."""
         name, *rest = line.split(maxsplit=1)
         text = rest[0] if rest else ""
-        command = next((c for c in COMMANDS if name == c.name), None)
+        command = COMMANDS.get(name)
         if command is None:
-            names = [c.name for c in COMMANDS]
             raise UserError(
-                f"there is no command {name}{near(name.lower(), names)}: /help lists all; to send "
-                f"the text itself, begin with // instead of /"
+                f"there is no command {name}{near(name.lower(), COMMANDS)}: /help lists all; to "
+                f"send the text itself, begin with // instead of /"
             )
         if text and not command.argument:
             raise UserError(f"{name} takes no argument (got {text[:60]!r})")
         if not text and command.argument and not command.argument.startswith("["):
-            raise UserError(f"{name} needs an argument: {command.name} {command.argument}")
+            raise UserError(f"{name} needs an argument: {name} {command.argument}")
         if command.chats and not self.chats:
             raise UserError(
                 f"{name} needs a chat model: a base model continues each text on its own "
@@ -253,8 +252,8 @@ class Chat:
         """
         tokenizer = self.engine.tokenizer
         room = self.context - answer_room(self.context, sampling["max_tokens"])
-        messages = [*self.messages, {"role": "user", "content": question}]
-        conversation, dropped = fit_conversation(tokenizer, {"messages": messages}, room)
+        user = {"role": "user", "content": question}
+        conversation, dropped = fit_conversation(tokenizer, self.conversation(user), room)
         if dropped > self.dropped:
             self.screen.remark(
                 f"[the context holds {self.context:,} tokens: the model forgot the oldest messages "
@@ -271,7 +270,8 @@ class Chat:
             self._show(reply.stream(self.speed.watch(steps)))
         finally:  # even if it was stopped
             if reply.finish or reply.content:
-                self.messages = [*messages, {"role": "assistant", "content": reply.content}]
+                answer = {"role": "assistant", "content": reply.content}
+                self.messages = [*self.messages, user, answer]
                 self.unanswered = ""
         return reply.finish
 
@@ -288,17 +288,17 @@ class Chat:
 
     # ---- the conversation
 
-    @property
-    def _system(self) -> list[dict[str, Any]]:
-        """A list of the instruction with which the conversation begins; empty without one."""
-        return [m for m in self.messages[:1] if m["role"] == "system"]
+    def conversation(self, *following: dict[str, Any]) -> dict[str, Any]:
+        """The instruction, the messages and those `following`, as finetuning reads them."""
+        first = [{"role": "system", "content": self.instruction}] if self.instruction else []
+        return {"messages": [*first, *self.messages, *following]}
 
     def last_question(self) -> str:
         """The text that was asked last. UserError if there is none."""
         last = self.unanswered if self.chats else self.text
         if last:
             return last
-        if not self.chats or len(self.messages) == len(self._system):
+        if not self.chats or not self.messages:
             raise UserError(NO_QUESTION)
         return self.messages[-2]["content"]
 
@@ -306,7 +306,7 @@ class Chat:
         """Remove the last question and its answer, if there are any."""
         if self.unanswered:
             self.unanswered = ""
-        elif self.chats and len(self.messages) > len(self._system):
+        elif self.chats and self.messages:
             self.messages = self.messages[:-2]
 
     def replace_exchange(self, question: str) -> None:
@@ -321,9 +321,12 @@ class Chat:
             if self.messages is shortened and shortened is not before:
                 self.messages, self.unanswered = before, ""
 
-    def begin(self, messages: list[dict[str, Any]], remark: str) -> None:
+    def begin(
+        self, remark: str, instruction: str = "", messages: Iterable[dict[str, Any]] = ()
+    ) -> None:
         """Begin a new conversation, with these messages, and show a remark."""
-        self.messages, self.text, self.unanswered, self.dropped = messages, "", "", 0
+        self.instruction, self.messages = instruction, [*messages]
+        self.text, self.unanswered, self.dropped = "", "", 0
         self.screen.remark(f"[{remark}]")
 
 
@@ -331,7 +334,7 @@ class Chat:
 
 
 def show_help(chat: Chat, _: str) -> None:
-    lines = [(f"{c.name} {c.argument}".rstrip(), c.help) for c in COMMANDS]
+    lines = [(f"{name} {c.argument}".rstrip(), c.help) for name, c in COMMANDS.items()]
     width = max(len(line) for line, _ in lines)
     chat.screen.remark("\n".join(f"{line:<{width}}  {help}" for line, help in lines))
     chat.screen.remark(
@@ -368,9 +371,10 @@ def save(chat: Chat, text: str) -> None:
     word, _, rest = text.partition(" ")
     overwrite = word == "--overwrite" and bool(rest)
     path = user_path(rest if overwrite else text)
-    if len(chat.messages) == len(chat._system):
+    if not chat.messages:
         raise UserError(NO_QUESTION)
-    line = json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n"
+    conversation = chat.conversation()
+    line = json.dumps(conversation, ensure_ascii=False) + "\n"
     data = line.encode("utf-8", "replace")  # an unpaired surrogate becomes "?"
     try:
         if overwrite and not path.is_dir():
@@ -384,7 +388,7 @@ def save(chat: Chat, text: str) -> None:
         ) from None
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror}): choose another file") from None
-    chat.screen.remark(f"[wrote {len(chat.messages)} messages to {path}]")
+    chat.screen.remark(f"[wrote {len(conversation['messages'])} messages to {path}]")
 
 
 def load(chat: Chat, text: str) -> None:
@@ -402,10 +406,12 @@ def load(chat: Chat, text: str) -> None:
             f"cannot load {path} ({reason}): it must hold one conversation, as /save writes it"
         ) from None
     messages = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]]
+    remark = f"read {len(messages)} messages from {path}"
+    instruction = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
     question = messages.pop()["content"] if messages[-1]["role"] == "user" else ""
-    chat.begin(messages, f"read {len(messages) + bool(question)} messages from {path}")
+    chat.begin(remark, instruction, messages)
     if chat.screen.styled:
-        for message in messages[-2:]:
+        for message in chat.conversation()["messages"][-2:]:
             chat.screen.label({"user": YOU, "assistant": MODEL}.get(message["role"], "System:"))
             chat.screen.write(visible_content(message["content"]))
             chat.screen.end()
@@ -415,21 +421,21 @@ def load(chat: Chat, text: str) -> None:
 
 def system(chat: Chat, text: str) -> None:
     if text:
-        chat.begin([{"role": "system", "content": text}], "new conversation with this instruction")
+        chat.begin("new conversation with this instruction", text)
     else:
-        current = "".join(m["content"] for m in chat._system)
-        chat.screen.remark(f"[{current or 'there is no instruction: /system TEXT gives one'}]")
+        absent = "there is no instruction: /system TEXT gives one"
+        chat.screen.remark(f"[{chat.instruction or absent}]")
 
 
 def clear(chat: Chat, _: str) -> None:
-    chat.begin([], "new conversation")
+    chat.begin("new conversation")
 
 
 def setting(name: str, chat: Chat, text: str) -> None:
     """Show the setting of this name, or change it within the bounds of its knob."""
     if text:
-        value = knobs.from_text(ChatKnobs, name, text, f"/{name}")
-        chat.options = dataclasses.replace(chat.options, **{name: value})
+        value = from_text(ChatKnobs, name, text, f"/{name}")
+        chat.options = replace(chat.options, **{name: value})
         if name == "seed":
             chat.turn = 0
     chat.screen.remark(f"[{name} {getattr(chat.options, name)}]")
@@ -438,7 +444,7 @@ def setting(name: str, chat: Chat, text: str) -> None:
 def model(chat: Chat, text: str) -> None:
     if text:
         stage, tag = split_name(text)
-        chosen = dataclasses.replace(chat.options, model_tag=tag, step=None)
+        chosen = replace(chat.options, model_tag=tag, step=None)
         chat.use(*chosen.load(stage))
         chat.dropped = 0
     chat.introduce()
@@ -447,13 +453,12 @@ def model(chat: Chat, text: str) -> None:
 def stats(chat: Chat, _: str) -> None:
     """Show how full the context is, how fast the last answer came, and the settings."""
     messages, tokens = chat.messages if chat.chats else [], 0
-    if len(messages) > len(chat._system):
-        tokens = len(chat.engine.tokenizer.render_conversation({"messages": messages})[0])
+    if messages:
+        tokens = len(chat.engine.tokenizer.render_conversation(chat.conversation())[0])
     settings = ", ".join(f"{name} {getattr(chat.options, name)}" for name in SETTINGS)
-    exchanges = (len(messages) - len(chat._system)) // 2
     chat.screen.remark(
         f"{chat.loaded.describe()}\n"
-        f"{exchanges} questions and answers, {tokens:,} tokens; "
+        f"{len(messages) // 2} questions and answers, {tokens:,} tokens; "
         f"the context holds {chat.context:,}\n"
         f"last answer: {chat.speed}\n{settings}"
     )
@@ -464,38 +469,37 @@ def leave(chat: Chat, _: str) -> None:
 
 
 class Command(NamedTuple):
-    """A command of the chat, such as /help."""
+    """A command of the chat."""
 
-    name: str
     argument: str  # as the help shows it; one in brackets may be left out
     help: str
     function: Callable[[Chat, str], object]
     chats: bool = False  # whether it needs a chat model
 
 
-COMMANDS = (
-    Command("/help", "", "list the commands", show_help),
-    Command("/retry", "", "answer the last question again, with another seed", retry),
-    Command("/undo", "", "take back the last question and its answer", undo, chats=True),
-    Command("/edit", "[TEXT]", "ask this instead of the last question (default: edit it)", edit),
-    Command(
-        "/save", "FILE", "write the conversation as JSON for chat_sft --data", save, chats=True
+COMMANDS = {
+    "/help": Command("", "list the commands", show_help),
+    "/retry": Command("", "answer the last question again, with another seed", retry),
+    "/undo": Command("", "take back the last question and its answer", undo, chats=True),
+    "/edit": Command("[TEXT]", "ask this instead of the last question (default: edit it)", edit),
+    "/save": Command(
+        "FILE", "write the conversation as JSON for chat_sft --data", save, chats=True
     ),
-    Command("/load", "FILE", "continue the conversation in a file", load, chats=True),
-    Command(
-        "/system", "[TEXT]", "begin anew with this instruction, or show it", system, chats=True
+    "/load": Command("FILE", "continue the conversation in a file", load, chats=True),
+    "/system": Command(
+        "[TEXT]", "begin anew with this instruction, or show it", system, chats=True
     ),
-    Command("/clear", "", "forget the conversation and the instruction", clear),
-    *(
-        Command(f"/{f.name}", "[VALUE]", f.metadata["help"], partial(setting, f.name))
-        for f in dataclasses.fields(GenerationKnobs)
+    "/clear": Command("", "forget the conversation and the instruction", clear),
+    **{
+        f"/{f.name}": Command("[VALUE]", f.metadata["help"], partial(setting, f.name))
+        for f in fields(GenerationKnobs)
         if f.name in SETTINGS
-    ),
-    Command("/model", "[STAGE[/TAG]]", "use another model, or show which one answers", model),
-    Command("/stats", "", "show the context, the speed and the settings", stats),
-    Command("/quit", "", "exit", leave),
-    Command("/exit", "", "the same", leave),
-)
+    },
+    "/model": Command("[STAGE[/TAG]]", "use another model, or show which one answers", model),
+    "/stats": Command("", "show the context, the speed and the settings", stats),
+    "/quit": Command("", "exit", leave),
+    "/exit": Command("", "the same", leave),
+}
 
 
 def brief(text: str) -> str:
@@ -505,22 +509,24 @@ def brief(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, _ = knobs.parse(
+    options, _ = parse(
         ChatKnobs, argv, command="chat_cli", description="Chat with a model in the terminal."
     )
     opening("chat_cli")
-    if options.prompt is not None and not options.prompt.strip():
+    question = options.prompt
+    if question is None:
+        styled = in_terminal()
+        prompt = Prompt(YOU, "chat_history", words=list(COMMANDS)) if styled else None
+    elif question.strip():
+        styled, prompt = sys.stdout.isatty(), None
+    else:
         raise UserError("--prompt is empty: write a question after it, or leave it out to chat")
-    interactive = options.prompt is None and in_terminal()
-    styled = interactive or (options.prompt is not None and sys.stdout.isatty())
-    names = [command.name for command in COMMANDS]
-    prompt = Prompt(YOU, "chat_history", words=names) if interactive else None
     chat = Chat(options, Screen(styled), prompt)
     chat.introduce()
-    if options.prompt is not None:
-        chat.run([options.prompt], forgiving=False)
-    else:
+    if question is None:
         chat.run(prompt or sys.stdin)
+    else:
+        chat.run([question], forgiving=False)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base.common import entry, opening
 from nanochat.base.knobs import knob, parse
+from nanochat.eval.tasks.common import Item, Task
+from nanochat.train.evaluation import Evaluation, Size
 from nanochat.train.knobs import LaterStageKnobs
+from nanochat.train.scaling import evaluation_seconds
 
 if TYPE_CHECKING:
-    from nanochat.eval.tasks.common import Item, Task
-    from nanochat.train.evaluation import Evaluation
     from nanochat.train.rollout import Sampler
     from nanochat.train.run import OpenRun
 
@@ -56,16 +57,14 @@ class ReinforceKnobs(LaterStageKnobs):
 
 
 def pass_at_k(
-    run: "OpenRun", sampler: "Sampler", held_out: Mapping["Task", Sequence["Item"]]
-) -> "Evaluation":
+    run: "OpenRun", sampler: "Sampler", held_out: Mapping[Task, Sequence[Item]]
+) -> Evaluation:
     """
     An evaluation of pass@1 and pass@k, where k is --samples, on held-out questions, the same ones
     each time.
     """
     from nanochat.eval.chat import judge
     from nanochat.train import stage
-    from nanochat.train.evaluation import Evaluation, Size
-    from nanochat.train.scaling import evaluation_seconds
 
     knobs, size = run.knobs, None
     if run.budget_seconds and not knobs.eval_items:

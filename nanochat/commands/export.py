@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanochat.base import knobs
-from nanochat.base.common import UserError, entry, notice, opening, print0, user_path
-from nanochat.base.files import atomic_write
-from nanochat.base.knobs import knob
+from nanochat.base import logbook
+from nanochat.base.common import UserError, base_dir, entry, notice, opening, print0, user_path
+from nanochat.base.files import atomic_write, sha256_file
+from nanochat.base.knobs import knob, parse
+from nanochat.export import card
+from nanochat.export.target import Target, choose_target
 from nanochat.train.knobs import AnyModelKnobs
 
 if TYPE_CHECKING:
-    from nanochat.export.target import Target
     from nanochat.model.checkpoint import Loaded
 
 SAMPLING = {"temperature": 0.6, "top_k": 50}  # the defaults of chat_cli, for the exported files
-DTYPES = {"hf": ("f32", "bf16", "f16"), "gguf": ("f32", "bf16", "f16", "q8_0")}
 GREEDY_TOKENS = 64  # of each reply that is compared with llama.cpp
 
 
@@ -60,8 +60,6 @@ class ExportKnobs(AnyModelKnobs):
 
 def _folder_to_write(out: str, loaded: "Loaded", to: str) -> Path:
     """The folder to write; UserError when it holds something that export did not write."""
-    from nanochat.base.common import base_dir
-
     name = f"{loaded.checkpoint.tag}-{loaded.stage}-{to}"
     folder = user_path(out).resolve() if out else base_dir() / "exports" / name
     if not folder.exists():
@@ -70,8 +68,7 @@ def _folder_to_write(out: str, loaded: "Loaded", to: str) -> Path:
         raise UserError(f"{folder} is a file: choose a folder with --out")
     about = folder / "nanochat.json"
     ours = json.loads(about.read_text(encoding="utf-8")).get("files", []) if about.is_file() else []
-    foreign = sorted({path.name for path in folder.iterdir()} - {*ours, about.name})
-    if foreign:
+    if foreign := sorted({path.name for path in folder.iterdir()} - {*ours, about.name}):
         raise UserError(
             f"{folder} holds {foreign[0]}, which export did not write: "
             "choose another folder with --out"
@@ -99,7 +96,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _checked_hf(loaded: "Loaded", target: "Target", folder: Path, dtype: str) -> str:
+def _checked_hf(loaded: "Loaded", target: Target, folder: Path, dtype: str) -> str:
     """
     Write the folder without its card, reload it, and return how far its logits are from the
     original's, in words. UserError if that is beyond the tolerance.
@@ -152,14 +149,13 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
     return equal, total
 
 
-def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, name: str) -> str:
+def _checked_gguf(loaded: "Loaded", target: Target, file: Path, dtype: str, name: str) -> str:
     """
     Write the GGUF file, compare it with the original if llama.cpp is installed, and return the
     result in words. UserError if weights in f32 give other tokens.
     """
     from nanochat.export.gguf_file import write_gguf
 
-    file = folder / f"{name}-{dtype}.gguf"
     write_gguf(loaded.model, loaded.tokenizer, target, file, dtype, name)
     try:
         import xllamacpp  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -184,14 +180,22 @@ def _checked_gguf(loaded: "Loaded", target: "Target", folder: Path, dtype: str, 
 
 
 def _describe(
-    values: ExportKnobs, loaded: "Loaded", target: "Target", folder: Path, checked: str, name: str
+    knobs: ExportKnobs, loaded: "Loaded", target: Target, folder: Path, checked: str, name: str
 ) -> None:
     """Write the model card, and nanochat.json, which says where the export came from."""
-    from nanochat.base import logbook
-    from nanochat.base.files import sha256_file
-    from nanochat.export.card import model_card
-
     checkpoint = loaded.checkpoint
+    readme = card.model_card(
+        loaded.model.config,
+        loaded.model.counts()["total"],
+        checkpoint.meta,
+        logbook.read(checkpoint.path.parent),
+        target,
+        name,
+        knobs.license,
+        checked,
+        knobs.to,
+    )
+    atomic_write(folder / "README.md", readme)
     about = {
         "model": name,
         "stage": loaded.stage,
@@ -200,72 +204,54 @@ def _describe(
         "class": target.name,
         "uncapped": target.uncapped,
         "compared": checked,
+        "files": sorted(path.name for path in folder.iterdir()),
     }
-    rows = logbook.read(checkpoint.path.parent)
-    parameters = loaded.model.counts()["total"]
-    card = model_card(
-        loaded.model.config,
-        parameters,
-        checkpoint.meta,
-        rows,
-        target,
-        name,
-        values.license,
-        checked,
-        values.to,
-    )
-    atomic_write(folder / "README.md", card)
-    about["files"] = sorted(path.name for path in folder.iterdir())
     atomic_write(folder / "nanochat.json", json.dumps(about, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    values, _ = knobs.parse(ExportKnobs, argv, command="export")
+    knobs, _ = parse(ExportKnobs, argv, command="export")
     opening("export")
-    kind = "hf" if values.to == "hf" else "gguf"
-    if values.dtype not in DTYPES[kind]:
+    to_hf = knobs.to == "hf"
+    if to_hf and knobs.dtype == "q8_0":
         raise UserError(
-            f"--dtype={values.dtype} works only with --to gguf and --to ollama: choose "
-            f"{', '.join(DTYPES[kind])}"
+            "--dtype=q8_0 works only with --to gguf and --to ollama: choose f32, bf16, f16"
         )
 
     from nanochat.export.gguf_file import modelfile, require_gguf
     from nanochat.export.hf import require_transformers
-    from nanochat.export.target import choose_target
     from nanochat.model.checkpoint import load_for_inference
 
-    if kind == "hf":
+    if to_hf:
         require_transformers()
     else:
         require_gguf()
-    loaded = load_for_inference(
-        values.source, values.model_tag, values.step, device_type="cpu", dtype="float32"
-    )
+    loaded = load_for_inference(knobs.source, knobs.model_tag, knobs.step, "cpu", "float32")
+    config = loaded.model.config
     target = choose_target(
-        loaded.model.config,
+        config,
         loaded.tokenizer.digits,
-        values.to,
-        values.target_class or None,
-        values.with_code,
-        values.uncapped,
+        knobs.to,
+        knobs.target_class or None,
+        knobs.with_code,
+        knobs.uncapped,
     )
     print0(f"{loaded.describe()} -> {target.name}: {target.reason}")
     if target.uncapped:
-        loaded.model.config.softcap = 0.0
+        config.softcap = 0.0
         notice("the softcap is left out: greedy answers stay the same, sampling becomes sharper")
-    folder = _folder_to_write(values.out, loaded, values.to)
-    name = values.name or loaded.checkpoint.tag
+    folder = _folder_to_write(knobs.out, loaded, knobs.to)
+    name = knobs.name or loaded.checkpoint.tag
     with _replacing(folder) as new:
-        if kind == "hf":
-            checked = _checked_hf(loaded, target, new, values.dtype)
+        if to_hf:
+            checked = _checked_hf(loaded, target, new, knobs.dtype)
         else:
-            checked = _checked_gguf(loaded, target, new, values.dtype, name)
-            if values.to == "ollama":
-                text = modelfile(
-                    f"{name}-{values.dtype}.gguf", loaded.model.config.sequence_len, SAMPLING
-                )
+            file = new / f"{name}-{knobs.dtype}.gguf"
+            checked = _checked_gguf(loaded, target, file, knobs.dtype, name)
+            if knobs.to == "ollama":
+                text = modelfile(file.name, config.sequence_len, SAMPLING)
                 atomic_write(new / "Modelfile", text)
-        _describe(values, loaded, target, new, checked, name)
+        _describe(knobs, loaded, target, new, checked, name)
     print0(f"compared with the original: {checked}")
     print0(f"wrote {folder}; README.md there shows how to use it")
     return {"folder": str(folder), "class": target.name, "compared": checked}

@@ -18,17 +18,21 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, entry, human, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
+from nanochat.commands import tok_train
+from nanochat.data import conversations, documents, inventory, rows, sources
+from nanochat.eval.tasks import owntext, tinyworld
+from nanochat.export.target import choose_target
 from nanochat.model.stages import STAGES, run_directory, step_folders
+from nanochat.tinyworld.conversations import EVERYDAY
 from nanochat.train.chain import USUAL, Chain, Diary, begun, expected_speed
 from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
@@ -43,10 +47,6 @@ from nanochat.train.scaling import (
     text_tokens,
     vocabulary_for,
 )
-
-if TYPE_CHECKING:
-    from nanochat.data.sources import Source
-    from nanochat.model.config import GPTConfig
 
 SHARES = {"base": 0.42, "mid": 0.41, "sft": 0.17}  # of the time for training
 TITLES = {"base": "pretraining", "mid": "midtraining", "sft": "finetuning"}
@@ -105,8 +105,6 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     later start has the same data even if your files have changed. Returns their counts, and the
     inventory as lines to print.
     """
-    from nanochat.data import conversations, documents, inventory, rows, sources
-
     folder.mkdir(parents=True, exist_ok=True)
     named = sources.parse_sources(knobs.data)
     if weights := [source for source in named if source.weight is not None]:
@@ -117,7 +115,7 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     inventories = inventory.take(named, knobs.me or None)
     if knobs.me:
         check_person(knobs.me, inventories)
-    counts: Counter[str] = Counter(documents=0, characters=0, bytes=0)
+    counts: Counter[str] = Counter()
     report = rows.Report(limit=1 << 30)  # the inventory names what cannot be used
     with (
         (folder / "text.jsonl").open("w", encoding="utf-8") as text_file,
@@ -127,9 +125,7 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
             texts = documents.read_all(sources.files(source), source.field, report)
             for text in found.kept(texts) if found.documents else ():
                 text_file.write(json.dumps({"text": text}) + "\n")
-                counts["documents"] += 1
-                counts["characters"] += len(text)
-                counts["bytes"] += len(text.encode())
+                counts.update(documents=1, characters=len(text), bytes=len(text.encode()))
             for path in map(Path, found.conversations):
                 for _, row in conversations.read(path, report, knobs.me or None, alone=False):
                     item = conversations.checked(row)
@@ -149,8 +145,8 @@ def check_person(me: str, inventories: Sequence[Any]) -> None:
     """UserError unless one of the inventories has a chat in which this person writes."""
     counts = [n for found in inventories for n in found.conversations.values()]
     if not any("chats" in n for n in counts):
-        problems = [problem for found in inventories for problem in found.conversation_problems]
-        reason = problems[0] if problems else "there is none"
+        problems = (problem for found in inventories for problem in found.conversation_problems)
+        reason = next(problems, "there is none")
         raise UserError(f"--me={me} writes in no chat of this text; {reason}")
 
 
@@ -160,23 +156,25 @@ def unseen_conversations(folder: Path) -> dict[str, int]:
     in both, and the two are split separately. Returns how many conversations are left, and their
     bytes.
     """
-    from nanochat.eval.own_text import documents
-
-    if not (folder / "own.jsonl").stat().st_size:
+    path = folder / "own.jsonl"
+    if not path.stat().st_size:
         return {"conversations": 0, "conversation_bytes": 0}
+
+    from nanochat.eval import own_text
 
     def without_name(line: str) -> str:
         return line.partition(": ")[2].strip() or line.strip()
 
-    held_out = set()
-    for text in documents(own_source(folder), "val"):
-        held_out.update(map(without_name, text.splitlines()))
-    held_out = {line for line in held_out if len(line) >= TELLING}
-    path, kept = folder / "own.jsonl", []
+    held_out = {
+        line
+        for text in own_text.documents(own_source(folder), "val")
+        for line in map(without_name, text.splitlines())
+        if len(line) >= TELLING
+    }
+    kept = []
     for row in dict.fromkeys(path.read_text(encoding="utf-8").splitlines()):
-        contents = [str(message["content"]) for message in json.loads(row)["messages"]]
-        lines = [without_name(line) for content in contents for line in content.splitlines()]
-        if held_out.isdisjoint(lines):
+        text = "\n".join(str(message["content"]) for message in json.loads(row)["messages"])
+        if held_out.isdisjoint(map(without_name, text.splitlines())):
             kept.append(row + "\n")
     atomic_write(path, "".join(kept))
     return {"conversations": len(kept), "conversation_bytes": sum(map(len, kept))}
@@ -187,14 +185,13 @@ def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
     Make conversations from the training text (made.jsonl), and questions from the held-out text
     (questions.jsonl). Returns their counts, and the bytes of the former.
     """
-    from nanochat.eval.own_text import documents
-    from nanochat.eval.tasks.owntext import JUDGED, KINDS, TextQuestions
+    from nanochat.eval import own_text
 
     source = own_source(folder)
-    train = TextQuestions(documents(source, "train"))
-    held_out = TextQuestions(documents(source, "val"), train.words)
-    made = list(train.conversations(seed, KINDS, count))
-    asked = [q for kind in JUDGED for q in held_out.conversations(seed, [kind], QUESTIONS)]
+    train = owntext.TextQuestions(own_text.documents(source, "train"))
+    held_out = owntext.TextQuestions(own_text.documents(source, "val"), train.words)
+    made = list(train.conversations(seed, owntext.KINDS, count))
+    asked = [q for kind in owntext.JUDGED for q in held_out.conversations(seed, [kind], QUESTIONS)]
     for name, items in (("made", made), ("questions", asked)):
         lines = "".join(json.dumps(item) + "\n" for item in items)
         atomic_write(folder / f"{name}.jsonl", lines)
@@ -202,11 +199,9 @@ def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
     return {"made": len(made), "made_bytes": size, "questions": len(asked)}
 
 
-def own_source(folder: Path) -> "Source":
+def own_source(folder: Path) -> sources.Source:
     """The text in text.jsonl, as a source."""
-    from nanochat.data.sources import training_sources
-
-    return training_sources([f"text={folder / 'text.jsonl'}"])[0]
+    return sources.training_sources([f"text={folder / 'text.jsonl'}"])[0]
 
 
 # ---- planning
@@ -241,38 +236,27 @@ def seconds_left(knobs: MineKnobs, diary: Diary) -> float:
     return 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
 
 
-def best_shape(
-    knobs: MineKnobs, diary: Diary, tokens: float, vocab_size: int
-) -> tuple[tuple[int, int], float]:
-    """
-    ((layers, width) that suit the time and a text of `tokens`, FLOP/s of matrix products on this
-    machine).
-    """
-    _, peak = expected_speed(knobs, vocab_size=vocab_size, sequence_len=256, n_head=4, n_kv_head=4)
-    useful = USEFUL_PASSES * tokens + 3 * EVERYDAY_TOKENS  # the latter once per stage
-    return shape_for(USUAL * peak * seconds_left(knobs, diary), useful, vocab_size), peak
-
-
 def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> str:
     """The flags of pretraining: a size, a batch and a length that suit time and text."""
     seconds = seconds_for("base", knobs, diary)
     useful = USEFUL_PASSES * tokens
-    (depth, width), peak = best_shape(knobs, diary, tokens, vocab_size)
-    flops = USUAL * peak * seconds
+    shape = {"vocab_size": vocab_size, "sequence_len": 256}
+    _, peak = expected_speed(knobs, n_head=4, n_kv_head=4, **shape)
+    flops_left = USUAL * peak * seconds_left(knobs, diary)
+    # Each of the three stages reads the embedded corpus once
+    depth, width = shape_for(flops_left, useful + 3 * EVERYDAY_TOKENS, vocab_size)
+    heads = width // 64
     speed, _ = expected_speed(
-        knobs,
-        vocab_size=vocab_size,
-        n_layer=depth,
-        n_embd=width,
-        n_head=width // 64,
-        n_kv_head=width // 64,
-        sequence_len=256,
+        knobs, n_layer=depth, n_embd=width, n_head=heads, n_kv_head=heads, **shape
     )
     own, embedded = text_tokens(speed * seconds, useful, knobs.everyday)
-    diary.notes["text"] = {"own": round(own), "embedded": round(embedded)}
-    diary.notes["expected_speed"] = round(speed)
-    expected = own + embedded
+    expected, flops = own + embedded, USUAL * peak * seconds
     batch, context = batch_for(expected), 256 if flops < SHORT_FLOPS else context_for(flops)
+    diary.notes |= {
+        "text": {"own": round(own), "embedded": round(embedded)},
+        "expected_speed": round(speed),
+        "batch": batch,
+    }
     print0(
         f"{human(tokens)} tokens of text, {depth} layers of width {width}: about "
         f"{human(speed)} tokens per second; {own / tokens:.1f} passes over the text and "
@@ -283,7 +267,6 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
             f"more than {USEFUL_PASSES} passes would only memorise the text: more text would help, "
             "more time would not"
         )
-    diary.notes["batch"] = batch
     flags = (
         f"--depth={depth} --model_dim={width} --head_dim=64 --sequence_len={context} "
         f"--total_batch_size={batch} --max_minutes={seconds / 60:.2f} --patience=2 "
@@ -333,15 +316,6 @@ def most_steps(stage: str, diary: Diary) -> int:
     return max(SFT_STEPS, pretraining // 5) if stage == "sft" else max(MID_STEPS, pretraining)
 
 
-def render(stage: str, knobs: MineKnobs, specs: Sequence[str]) -> None:
-    """Tokenise the conversations of a later stage before its own time starts."""
-    from nanochat.eval.tasks import mixture
-    from nanochat.model.checkpoint import locate
-
-    tokenizer = locate("base", knobs.model_tag).tokenizer()
-    mixture.of_stage(stage, specs, tokenizer, name=knobs.name)
-
-
 def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, float]:
     """
     {source: share} of a later stage: the conversations made from your text, your own, those about
@@ -385,23 +359,19 @@ def embedded_text(tokens: float) -> str:
     return f"{EMBEDDED_TEXT}@{min(9, max(1, round(tokens * BYTES_PER_TOKEN / 1e6)))}"
 
 
-def conversation_specs(shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """The words of --data and of --text of a later stage."""
-    specs = [f"{source}:{share}" for source, share in shares.items()]
-    texts = [spec for spec in specs if spec.startswith(("text=", EMBEDDED_TEXT))]
-    return [spec for spec in specs if spec not in texts], texts
-
-
-def later_flags(
-    stage: str, knobs: MineKnobs, specs: Sequence[str], texts: Sequence[str]
-) -> list[str]:
-    """The flags of a later stage, except its length."""
-    flags = ["--data", *specs, f"--name={knobs.name}", "--warmdown_ratio=1"]
+def later_flags(stage: str, name: str, shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """(the conversations of a later stage, its flags except its length); `name`: the model's."""
+    named = [f"{source}:{share}" for source, share in shares.items()]
+    texts = [source for source in named if source.startswith(("text=", EMBEDDED_TEXT))]
+    specs = [source for source in named if source not in texts]
+    flags = ["--data", *specs, f"--name={name}", "--warmdown_ratio=1"]
     if stage == "sft":
-        return [*flags, f"--conversations_per_step={CONVERSATIONS_PER_STEP}", "--init_lr_frac=0.5"]
+        flags += [f"--conversations_per_step={CONVERSATIONS_PER_STEP}", "--init_lr_frac=0.5"]
+    else:
+        flags.append("--lr_scale=0.5")
     if texts:
         flags += ["--text", *texts]
-    return [*flags, "--lr_scale=0.5"]
+    return specs, flags
 
 
 # ---- the chain
@@ -412,7 +382,6 @@ def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, Any]
     Train a tokenizer on the text and half as much of the embedded corpus. Returns its size and
     fingerprint, and how many tokens the text has.
     """
-    from nanochat.commands import tok_train
     from nanochat.data.shards import prepare
     from nanochat.data.tokenizer import Tokenizer
 
@@ -420,13 +389,10 @@ def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, Any]
     data = [f"text={folder / 'text.jsonl'}:0.67"]
     if knobs.everyday:
         data.append(f"tinyworld@{min(2, max(0.05, size / 2e6)):.2f}:0.33")
-    tok_train.main(["--data", *data, f"--vocab_size={vocab_size}"])
-    tokenizer = Tokenizer.load()
-    tokens = prepare(own_source(folder), "train", tokenizer).total
+    trained = tok_train.main(["--data", *data, f"--vocab_size={vocab_size}"])
     return {
-        "tokens": tokens,
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": tokenizer.fingerprint,
+        "tokens": prepare(own_source(folder), "train", Tokenizer.load()).total,
+        **{name: trained[name] for name in ("vocab_size", "fingerprint")},
     }
 
 
@@ -438,37 +404,39 @@ def take_over(knobs: MineKnobs, folder: Path, diary: Diary) -> dict[str, Any]:
     from nanochat.data.shards import prepare
     from nanochat.model.checkpoint import choose
 
-    _, checkpoint = choose("auto", knobs.start)
+    _, checkpoint = choose(tag=knobs.start)
     config = checkpoint.config.to_dict()
     target = run_directory("base", knobs.model_tag)
     shutil.copytree(checkpoint.path, target / checkpoint.path.name, dirs_exist_ok=True)
-    shape = {name: config[name] for name in ("vocab_size", "n_layer", "n_embd", "sequence_len")}
-    heads = {name: config[name] for name in ("n_head", "n_kv_head")}
-    speed, peak = expected_speed(knobs, **shape, **heads)
+    names = "vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "sequence_len"
+    speed, peak = expected_speed(knobs, **{name: config[name] for name in names})
     seconds = seconds_for("mid", knobs, diary)
-    batch = batch_for(speed * seconds)
-    tokens = prepare(own_source(folder), "train", checkpoint.tokenizer()).total
-    flag = compiling(seconds, peak)
-    return {"tokens": tokens, "speed": speed, "steps": 0, "batch": batch, "compiling": flag}
+    return {
+        "tokens": prepare(own_source(folder), "train", checkpoint.tokenizer()).total,
+        "speed": speed,
+        "steps": 0,
+        "batch": batch_for(speed * seconds),
+        "compiling": compiling(seconds, peak),
+    }
 
 
 def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     """What is measured at the end; it is also written to summary.json."""
     from nanochat.eval import own_text
-    from nanochat.eval.tasks import owntext, tinyworld
     from nanochat.model.checkpoint import load_for_inference
-    from nanochat.tinyworld.conversations import EVERYDAY
 
     machine = {name: getattr(knobs, name) for name in ("device_type", "dtype", "seed")}
     source, tag = own_source(folder), knobs.model_tag
     chat = load_for_inference("sft", tag, **machine)
-    writers = {
-        stage: load_for_inference(stage, tag, **machine)
-        for stage in ("base", "mid")
-        if stage == "mid" or not knobs.start
-    }
+    stages = ["mid"] if knobs.start else ["base", "mid"]
+    writers = {stage: load_for_inference(stage, tag, **machine) for stage in stages}
     bits = {stage: own_text.bits_per_byte(loaded, source) for stage, loaded in writers.items()}
     writer = min(bits, key=bits.__getitem__)  # the stage that predicts the text best
+    exports = True  # whether transformers can run the model
+    try:
+        choose_target(chat.model.config, chat.tokenizer.digits, "hf")
+    except UserError:
+        exports = False
     results = {
         "writer": writer,
         "bits_per_byte": {
@@ -477,7 +445,7 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
             **own_text.other_predictors(source),
         },
         "samples": own_text.samples(writers[writer], source, knobs.seed),
-        "exports": exports(chat.model.config, chat.tokenizer.digits),
+        "exports": exports,
     }
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
@@ -488,17 +456,6 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     results["embedded"] = own_text.answers(chat, everyday, QUESTIONS // 3)
     atomic_write(folder / "summary.json", json.dumps(results, indent=1))
     return results
-
-
-def exports(config: "GPTConfig", digits: int) -> bool:
-    """Whether transformers can run the model."""
-    from nanochat.export.target import choose_target
-
-    try:
-        choose_target(config, digits, "hf")
-    except UserError:
-        return False
-    return True
 
 
 def slow_lines(notes: Mapping[str, Any]) -> list[str]:
@@ -544,8 +501,6 @@ def verdict(knobs: MineKnobs, results: dict[str, Any], diary: Diary) -> str:
 
 def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
     """Read the text, make conversations from it, and train or take over a tokenizer."""
-    from nanochat.commands import tok_train
-
     notes = chain.diary.notes
     chain.step("reading", "reading", lambda: read_all(knobs, folder), noted=dict)
     print0("\n".join(notes["inventory"]))
@@ -554,19 +509,22 @@ def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
         round(CONVERSATIONS * minutes_of(knobs) / 20),
         max(400, notes["characters"] // CHARACTERS_PER_CONVERSATION),
     )
-    make = partial(write_conversations, folder, count, knobs.seed)
-    chain.step("conversations", "conversations", make, noted=dict)
+    chain.step(
+        "conversations",
+        "conversations",
+        lambda: write_conversations(folder, count, knobs.seed),
+        noted=dict,
+    )
     print0(f"made from the text: {notes['made']:,} conversations")
     if knobs.start:
-        copy_model = partial(take_over, knobs, folder, chain.diary)
-        chain.step("base", "taking over", copy_model, noted=dict)
-    else:
-        if step_folders(run_directory("rl", READY_MADE)) and "tokenizer" not in chain.diary.done:
-            print0(
-                f"a model {READY_MADE} is trained here: --from {READY_MADE} --model_tag NAME keeps "
-                "its answers to everyday questions and learns less of your text"
-            )
-        tok_train.in_chain(chain, lambda: train_tokenizer(knobs, folder, notes["bytes"]))
+        chain.step("base", "taking over", lambda: take_over(knobs, folder, chain.diary), noted=dict)
+        return
+    if step_folders(run_directory("rl", READY_MADE)) and "tokenizer" not in chain.diary.done:
+        print0(
+            f"a model {READY_MADE} is trained here: --from {READY_MADE} --model_tag NAME keeps "
+            "its answers to everyday questions and learns less of your text"
+        )
+    tok_train.in_chain(chain, lambda: train_tokenizer(knobs, folder, notes["bytes"]))
 
 
 def pretrained(tag: str) -> dict[str, Any]:
@@ -581,7 +539,10 @@ def pretrained(tag: str) -> dict[str, Any]:
 
 def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
     """Run a stage that is not done, or continue it."""
-    diary = chain.diary
+    from nanochat.eval.tasks import mixture
+    from nanochat.model.checkpoint import locate
+
+    diary, tag = chain.diary, knobs.model_tag
     notes = diary.notes
     if stage == "base":
         if stage not in diary.lengths:
@@ -591,18 +552,22 @@ def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
         flags += [f"{embedded_text(embedded)}:{embedded}"] if embedded else []
     else:
         if not notes.get("speed"):
-            notes |= pretrained(knobs.model_tag)
+            notes |= pretrained(tag)
         name = f"data of {stage}"
         if name not in notes:  # decided once, because the shares depend on the time that is left
             notes[name] = shares_of(stage, knobs, folder, diary)
-        specs, texts = conversation_specs(notes[name])
-        flags = later_flags(stage, knobs, specs, texts)
-        chain.step(name, "conversations", partial(render, stage, knobs, specs))
+        specs, flags = later_flags(stage, knobs.name, notes[name])
+
+        def render() -> None:
+            """Tokenise the conversations before the stage's own time starts."""
+            mixture.of_stage(stage, specs, locate("base", tag).tokenizer(), name=knobs.name)
+
+        chain.step(name, "conversations", render)
         if stage not in diary.lengths:
             diary.lengths[stage] = plan_later(stage, knobs, diary)
     diary.save()  # so that a stage that is killed continues with this length
     command = import_module(f"nanochat.commands.{STAGES[stage].command}").main
-    chain.train(stage, TITLES[stage], command, knobs, knobs.model_tag, flags)
+    chain.train(stage, TITLES[stage], command, knobs, tag, flags)
 
 
 def budget(knobs: MineKnobs, diary: Diary) -> MineKnobs:

@@ -17,9 +17,9 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from nanochat.base import knobs
 from nanochat.base.commands import near, summary
 from nanochat.base.common import UserError, base_dir, entry, print0
+from nanochat.base.knobs import parse
 
 # In the order of use: plan NAME is nanochat/plan/NAME.py, whose knobs are NameKnobs.
 SUBCOMMANDS = ("day", "arch", "memory", "probe", "recipe", "pilot")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     module = importlib.import_module(f"nanochat.plan.{name}")
     kind = getattr(module, f"{name.title()}Knobs")
-    values = knobs.parse(kind, flags, command=f"plan {name}")[0]
+    values = parse(kind, flags, command=f"plan {name}")[0]
     # With --json nothing else may go to standard output.
     with redirect_stdout(sys.stderr) if values.json else nullcontext():
         report = module.run(values)

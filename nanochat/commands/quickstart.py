@@ -11,7 +11,7 @@ time: nanochat chat_cli
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -115,14 +115,14 @@ def budget(
     (knobs, whether the budget has changed). If neither --minutes nor --target is given now, they
     are those with which the chain was begun. The diary stores them.
     """
-    given = {name: getattr(knobs, name) for name in BUDGET if origins[name] != "default"}
+    given = [name for name in BUDGET if origins[name] != "default"]
     if len(given) > 1 and knobs.minutes:
         raise UserError(
             f"--minutes={knobs.minutes:g} and --target={knobs.target:g} set two budgets: give one"
         )
     if not given:
         knobs = replace(knobs, **diary.notes.get("budget", {}))
-    asked = {name: value for name, value in asdict(knobs).items() if name in BUDGET}
+    asked = {name: getattr(knobs, name) for name in BUDGET}
     changed = diary.notes.get("budget", asked) != asked
     diary.notes["budget"] = asked
     return knobs, changed
@@ -142,9 +142,8 @@ def plan(
     what to expect. UserError if the time is too short.
     """
     speed, peak = speed_here(knobs)
-    lessons = {stage: LESSONS[stage] for stage in stages}
-    seconds = sum(lesson.work for lesson in lessons.values()) / speed
-    seconds += OPENING_SECONDS * len(lessons) / len(LESSONS)
+    seconds = sum(LESSONS[stage].work for stage in stages) / speed
+    seconds += OPENING_SECONDS * len(stages) / len(LESSONS)
     under_way = [stage for stage in LESSONS if stage not in (*stages, *diary.done)]
     fixed = diary.seconds + CLOSING_SECONDS
     fixed += sum(seconds_left(stage, diary.tag) for stage in under_way)
@@ -156,10 +155,8 @@ def plan(
     )
     if not knobs.minutes and minutes <= MOST_MINUTES:
         print0(f"about {minutes:.0f} minutes for {expectation(share)}")
-        return {
-            stage: f"--num_iterations={max(1, round(share * lesson.steps))}"
-            for stage, lesson in lessons.items()
-        }
+        steps = {stage: max(1, round(share * LESSONS[stage].steps)) for stage in stages}
+        return {stage: f"--num_iterations={count}" for stage, count in steps.items()}
     minutes = min(minutes, knobs.minutes or MOST_MINUTES)
     share = (60 * minutes - fixed) / seconds
     if share <= 0:
@@ -173,8 +170,7 @@ def plan(
 
 def by_time(seconds: float, stages: Sequence[str] = tuple(LESSONS)) -> dict[str, str]:
     """{stage: --max_minutes of it} in a time budget; never 0, which would mean no limit."""
-    shares = {stage: LESSONS[stage].work for stage in stages}
-    split = split_budget(seconds, shares)
+    split = split_budget(seconds, {stage: LESSONS[stage].work for stage in stages})
     return {stage: f"--max_minutes={max(0.01, t / 60):.2f}" for stage, t in split.items()}
 
 

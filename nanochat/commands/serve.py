@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.base import knobs
 from nanochat.base.common import UserError, entry, opening, print0
 from nanochat.base.hardware import total_memory
-from nanochat.base.knobs import knob
+from nanochat.base.knobs import knob, parse
 from nanochat.train.knobs import AnyModelKnobs, DeviceKnobs
 
 
@@ -63,7 +62,7 @@ def default_kv_bytes(device_type: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    values, _ = knobs.parse(ServeKnobs, argv, command="serve")
+    values, _ = parse(ServeKnobs, argv, command="serve")
     opening("serve")
     try:
         from nanochat.chat.serve.app import build_app

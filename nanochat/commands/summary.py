@@ -69,9 +69,7 @@ def exchanges(
     from nanochat.eval.chat import visible_text
     from nanochat.model.checkpoint import load_for_inference
 
-    loaded = load_for_inference(
-        stage, tag, device_type=knobs.device_type, dtype=knobs.dtype, seed=knobs.seed
-    )
+    loaded = load_for_inference(stage, tag, None, knobs.device_type, knobs.dtype, knobs.seed)
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model.cast_for_inference(), tokenizer)
     prompts = [tokenizer.render_prompt(Task.prompt(item)) for item in items]

@@ -5,13 +5,14 @@ chat_sft would otherwise make first.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nanochat.base.common import counted, entry, print0, user_path
 from nanochat.base.knobs import ConversationKnobs, knob, parse
-
-if TYPE_CHECKING:
-    from nanochat.data.tokenizer import Tokenizer
+from nanochat.data import inventory
+from nanochat.data.shards import prepare
+from nanochat.data.sources import default_sources, training_sources
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval.tasks import mixture
 
 
 @dataclass(kw_only=True)
@@ -33,12 +34,6 @@ class TokenizeKnobs(ConversationKnobs):
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     """Tokenise both splits of every source; returns their tokens, as in {"books-train": N}."""
     knobs, _ = parse(TokenizeKnobs, argv, command="tok_data")
-
-    from nanochat.data import inventory
-    from nanochat.data.shards import prepare
-    from nanochat.data.sources import training_sources
-    from nanochat.data.tokenizer import Tokenizer
-
     sources = training_sources(knobs.data, knobs.skip_bad_rows)
     inventory.show(sources)
     if knobs.dry_run:
@@ -56,11 +51,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     return tokens
 
 
-def conversations(knobs: TokenizeKnobs, tokenizer: "Tokenizer") -> dict[str, int]:
+def conversations(knobs: TokenizeKnobs, tokenizer: Tokenizer) -> dict[str, int]:
     """Tokenise the conversations of the later stages; returns their tokens."""
-    from nanochat.data.sources import default_sources
-    from nanochat.eval.tasks import mixture
-
     folder = user_path(knobs.task_dir) if knobs.task_dir else None
     options = {"name": knobs.name, "skip_bad_rows": knobs.skip_bad_rows, "me": knobs.me}
     tokens = {}

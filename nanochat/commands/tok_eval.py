@@ -8,14 +8,11 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nanochat.base.common import UserError, columns, entry, notice, print0
 from nanochat.base.knobs import ReadingKnobs, knob, parse
 from nanochat.data.sources import mixed, training_sources
-
-if TYPE_CHECKING:
-    from nanochat.data.tokenizer import Tokenizer
+from nanochat.data.tokenizer import Tokenizer, segments
 
 PUBLISHED = {"gpt2": "gpt2", "gpt4": "cl100k_base"}  # name in the table -> name in tiktoken
 Encode = Callable[[str], list[int]]
@@ -103,8 +100,6 @@ def published_encodings(seconds: float) -> dict[str, Encode]:
         except Exception as e:  # the network, a proxy or a damaged cache can raise anything
             problem = type(e).__name__
 
-    if seconds == 0:
-        return {}
     thread = threading.Thread(target=download, daemon=True)  # tiktoken itself has no timeout
     thread.start()
     thread.join(seconds)
@@ -117,13 +112,11 @@ def published_encodings(seconds: float) -> dict[str, Encode]:
     return arrived
 
 
-def measure(texts: list[str], tokenizer: "Tokenizer", published: dict[str, Encode]) -> dict:
+def measure(texts: list[str], tokenizer: Tokenizer, published: dict[str, Encode]) -> dict:
     """
     The sizes of the texts, their compression by this tokenizer and by the published ones, and
     whether decoding restores the texts ("exact").
     """
-    from nanochat.data.tokenizer import segments
-
     characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
 
     def compression(tokens: int) -> dict[str, float]:
@@ -160,12 +153,9 @@ def table(rows: dict[str, dict], names: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print the table and a line of JSON; returns what that line holds."""
     knobs, _ = parse(EvaluateTokenizerKnobs, argv, command="tok_eval")
-
-    from nanochat.data.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.load()
     sources = training_sources(knobs.data, knobs.skip_bad_rows)
-    published = published_encodings(knobs.wait)
+    published = published_encodings(knobs.wait) if knobs.wait else {}
     texts = {
         source.name: list(mixed([source], "val", max_chars=knobs.max_chars)) for source in sources
     }

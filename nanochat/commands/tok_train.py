@@ -5,6 +5,7 @@ it still need it.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,28 +50,25 @@ class TrainTokenizerKnobs(ReadingKnobs):
     dry_run: bool = knob(False, "say what the data holds, and stop")
 
 
-class CappedTexts:
-    """Texts, cut to doc_cap characters each and max_chars in all, which it counts."""
-
-    def __init__(self, texts: Iterable[str], knobs: TrainTokenizerKnobs, total: int):
-        self.texts, self.knobs, self.total = texts, knobs, min(total, knobs.max_chars)
-        self.characters = self.documents = 0
-
-    def __iter__(self) -> Iterator[str]:
-        knobs = self.knobs
-        with progress(self.total, "reading", "characters") as bar:
-            for text in self.texts:
-                text = text[: min(knobs.doc_cap, knobs.max_chars - self.characters)]
-                self.characters += len(text)
-                self.documents += 1
-                bar.advance(len(text))
-                yield text
-                if self.characters >= knobs.max_chars:
-                    break
-        print0(
-            f"read {self.documents:,} documents, {human(self.characters)} characters; now learning "
-            "the merges"
-        )
+def capped(
+    texts: Iterable[str], knobs: TrainTokenizerKnobs, total: int, counts: Counter[str]
+) -> Iterator[str]:
+    """
+    The texts, cut to doc_cap characters each and max_chars in all; `counts` counts their "chars",
+    of which there are up to `total`, and "documents".
+    """
+    with progress(min(total, knobs.max_chars), "reading", "characters") as bar:
+        for text in texts:
+            text = text[: min(knobs.doc_cap, knobs.max_chars - counts["chars"])]
+            counts.update(chars=len(text), documents=1)
+            bar.advance(len(text))
+            yield text
+            if counts["chars"] >= knobs.max_chars:
+                break
+    print0(
+        f"read {counts['documents']:,} documents, {human(counts['chars'])} characters; now "
+        "learning the merges"
+    )
 
 
 def save(tokenizer: "Tokenizer", directory: Path) -> None:
@@ -133,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     vocab_size = knobs.vocab_size or vocabulary_for(min(text_size, knobs.max_chars))
     print0(f"training a tokenizer with {vocab_size:,} tokens on {names}")
     started = time.monotonic()
-    texts = CappedTexts(mixed(sources, "train"), knobs, size)
+    counts: Counter[str] = Counter(chars=0, documents=0)
+    texts = capped(mixed(sources, "train"), knobs, size, counts)
     tokenizer = Tokenizer.train(texts, vocab_size, knobs.digits)
     seconds = time.monotonic() - started
     sample = list(mixed(sources, "val", max_chars=SAMPLE_CHARACTERS))
@@ -151,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
         "seconds": seconds,
-        "chars": texts.characters,
-        "documents": texts.documents,
+        **counts,
         "bytes_per_token": tokenizer.bytes_per_token,
         "chars_per_token": chars_per_token,
     }

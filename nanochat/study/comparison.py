@@ -153,14 +153,13 @@ class Comparison:
         self.write()
         warm = set()
         for i, (condition, seed) in enumerate(missing):
-            title = f"run {first + i} of {len(self.schedule)}: {condition.name}, seed {seed}"
-            status.print(title)
-            if condition.budget_seconds and condition.knobs.compile != "off":
-                if condition.name not in warm:
-                    status.print(
-                        "  a trial run first, so that compilation does not count towards this run"
-                    )
-                    self.time_steps(condition, seed, ESTIMATE_STEPS)
+            status.print(f"run {first + i} of {len(self.schedule)}: {condition.name}, seed {seed}")
+            compiles = condition.budget_seconds and condition.knobs.compile != "off"
+            if compiles and condition.name not in warm:
+                status.print(
+                    "  a trial run first, so that compilation does not count towards this run"
+                )
+                self.time_steps(condition, seed, ESTIMATE_STEPS)
                 warm.add(condition.name)
             run = self.train(condition, seed, status, missing[i + 1 :])
             self._add(run)

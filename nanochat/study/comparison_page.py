@@ -102,8 +102,10 @@ def _figures(condition: Mapping[str, Any]) -> list[Cell]:
 def _pairs_table(pairs: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for pair in pairs:
-        results = [(pair[name], measure.form) for name, measure in MEASURES.items()]
-        cells = [(result["verdict"], figure(result, form)) for result, form in results]
+        cells = [
+            (pair[name]["verdict"], figure(pair[name], measure.form))
+            for name, measure in MEASURES.items()
+        ]
         rows.append((pair["name"], [str(pair["n_seeds"]), *cells]))
     titles = [measure.title for measure in MEASURES.values()]
     return table(("against the baseline", "pairs", *titles), rows, first_colour=1) if rows else ""
@@ -172,14 +174,12 @@ def _differences(groups: Groups) -> list[Line]:
         if grids and grids[0][0].size:
             x = grids[0][0]
             deltas = [np.interp(np.log(x), np.log(xs), ys[1] - ys[0]) for xs, ys in grids]
-            intervals = [interval(column) for column in np.transpose(deltas).tolist()]
-            band = []
-            for end in ("lo", "hi"):  # with one seed there is no interval
-                values = [
-                    result["mean"] if result[end] is None else result[end] for result in intervals
-                ]
-                band.append(np.array(values))
-            lines.append(Line(i, name, x, np.mean(deltas, 0), band))
+            mean = np.mean(deltas, 0)
+            band = [mean, mean]  # with one seed there is no interval
+            if len(pairs) > 1:
+                intervals = [interval(column) for column in np.transpose(deltas).tolist()]
+                band = [np.array([result[end] for result in intervals]) for end in ("lo", "hi")]
+            lines.append(Line(i, name, x, mean, band))
     return lines
 
 

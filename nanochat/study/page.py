@@ -187,13 +187,10 @@ def table(
     return f'<div class="wide {kind}"><table>{"".join(parts)}</tbody></table></div>'
 
 
-def write_page(
-    title: str, sections: Mapping[str, str], out: Path | str, refresh: int = 0, note: str = ""
-) -> Path:
+def write_page(title: str, sections: Mapping[str, str], out: Path | str, refresh: int = 0) -> Path:
     """
     Write a page to `out`; returns its path. sections: {heading: HTML}, of which empty ones are left
-    out. refresh: browsers reload the page every so many seconds (0 = never). note: a line below the
-    title.
+    out. refresh: browsers reload the page every so many seconds (0 = never), and it says so.
     """
     style = STYLE
     for name, colours in (("LIGHT", LIGHT), ("DARK", DARK)):
@@ -205,7 +202,8 @@ def write_page(
         '<meta name="viewport" content="width=device-width">',
         f"<title>{html.escape(title)}</title><style>{style}</style></head><body>",
         f"<header><h1>{html.escape(title)}</h1><p>{datetime.now():%Y-%m-%d %H:%M}</p>",
-        f"<p>{html.escape(note)}</p></header>" if note else "</header>",
+        f"<p>this page is loaded anew every {refresh} seconds</p>" if refresh else "",
+        "</header>",
         *(f"<h2>{html.escape(head)}</h2>{text}" for head, text in sections.items() if text),
         "</body></html>\n",
     ]

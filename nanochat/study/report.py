@@ -94,6 +94,11 @@ class Log:
         """What the run was started with the last time."""
         return self.last("config", "start") or {}
 
+    def started_with(self, name: str) -> dict[str, Any]:
+        """The object of this name in `config`; {} if there is none."""
+        value = self.config.get(name)
+        return value if isinstance(value, dict) else {}
+
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The rows of this kind, in order."""
         return [row for row in self.rows if row.get("kind") == kind]
@@ -139,7 +144,7 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
     """
     logs: list[Log] = []
     totals: dict[tuple[Path, str], dict[str, float]] = {}
-    for directory in sorted(map(Path, directories), key=lambda run: _stage_order(run.parent.name)):
+    for directory in sorted(map(Path, directories), key=_stage_order):
         rows = logbook.read(directory)
         if not rows:
             raise UserError(
@@ -164,8 +169,7 @@ def chain(tag: str = "") -> list[Path]:
     files = [file for file in files if file.stat().st_size]  # an empty one was just opened
     if files and not tag:
         tag = max(files, key=lambda f: (saved_last(f.parent), f.stat().st_mtime)).parent.name
-    runs = [file.parent for file in files if file.parent.name == tag]
-    return sorted(runs, key=lambda run: _stage_order(run.parent.name))
+    return sorted((f.parent for f in files if f.parent.name == tag), key=_stage_order)
 
 
 def find_runs(names: Sequence[str]) -> list[Path]:
@@ -174,8 +178,7 @@ def find_runs(names: Sequence[str]) -> list[Path]:
     for name in names:
         is_folder = (Path(name) / logbook.FILE).exists()
         may_be_tag = not is_folder and re.fullmatch(r"[\w.-]+", name)
-        tagged = chain(name) if may_be_tag else []
-        runs += tagged or [Path(name)]
+        runs += (may_be_tag and chain(name)) or [Path(name)]
     return list(dict.fromkeys(runs))
 
 
@@ -185,8 +188,9 @@ def default_page(runs: Sequence[Path]) -> Path:
     return base_dir() / (f"report/{tags.pop()}.html" if len(tags) == 1 else "report.html")
 
 
-def _stage_order(stage: str) -> tuple[int, str]:
-    order = list(STAGES)
+def _stage_order(run: Path) -> tuple[int, str]:
+    """A key that sorts runs by their stages, those of unknown stages last."""
+    stage, order = run.parent.name, list(STAGES)
     return (order.index(stage) if stage in order else len(order), stage)
 
 
@@ -292,20 +296,20 @@ def _costs_table(logs: Sequence[Log], watts: float) -> str:
         heads.append("energy, estimated")
         note = f"Energy is an estimate: {watts:g} W, as stated with --watts, drawn all the time."
 
-    def cells(began: str, spent: list[str], seconds: float) -> list[Cell]:
-        energy = [f"{watts * seconds / 3600:.3g} Wh"] if watts else []
-        return [began.replace("T", " "), duration(seconds), *spent, *energy]
-
     rows, total = [], 0.0
     for log, part in zip(logs, parts, strict=True):
         seconds = log.last("seconds", "summary", "train") or 0.0
         total += seconds
         began = str(next((row.get("time", "") for row in log.of("start")), ""))[:16]
         spent = [f"{part[word]:.1%}" if part else "" for word in words]
-        rows.append((log.name, cells(began, spent, seconds)))
+        rows.append((log.name, began.replace("T", " "), seconds, spent))
     if len(logs) > 1:
-        rows.append(("all", cells("", [""] * len(words), total)))
-    return table(heads, rows) + f'<p class="note">{html.escape(note)}</p>'
+        rows.append(("all", "", total, [""] * len(words)))
+    cells = []
+    for name, began, seconds, spent in rows:
+        energy = [f"{watts * seconds / 3600:.3g} Wh"] if watts else []
+        cells.append((name, [began, duration(seconds), *spent, *energy]))
+    return table(heads, cells) + f'<p class="note">{html.escape(note)}</p>'
 
 
 def _accuracy_table(logs: Sequence[Log]) -> str:
@@ -318,19 +322,15 @@ def _accuracy_table(logs: Sequence[Log]) -> str:
     return table(head, [(name, cells) for name, *cells in rows])
 
 
-def _spread(rows: list[Any]) -> list[Any]:
-    """At most MOMENTS of these rows, evenly spaced, with the first and the last."""
-    count = min(MOMENTS, len(rows))
-    return [rows[round(i * (len(rows) - 1) / max(1, count - 1))] for i in range(count)]
-
-
 def _samples(logs: Sequence[Log], chats: bool) -> str:
     """The samples that runs logged: those of stages that chat, or those of the others."""
     parts = []
     for log in logs:
-        moments = _spread(log.of("sample"))
-        if not moments or chats != (log.stage in STAGES and STAGES[log.stage].chats):
+        samples = log.of("sample")
+        if not samples or chats != (log.stage in STAGES and STAGES[log.stage].chats):
             continue
+        evenly = np.linspace(0, len(samples) - 1, min(MOMENTS, len(samples)))
+        moments = [samples[round(i)] for i in evenly]
         names = [n for row in moments for n in row if n.startswith("sample/")]
         names = [*dict.fromkeys(names)][:MOST_NAMES]
         rows = [
@@ -343,14 +343,6 @@ def _samples(logs: Sequence[Log], chats: bool) -> str:
         heads = ("after", *(name.removeprefix("sample/") for name in names))
         parts.append(f"<h3>{html.escape(log.name)}</h3>{table(heads, rows, kind='text')}")
     return "".join(parts)
-
-
-def _fields(log: Log, *path: str) -> dict[str, Any]:
-    """The object with this path in what a run was started with; {} if there is none."""
-    value: Any = log.config
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
 
 
 def _text(value: Any) -> str:
@@ -376,7 +368,7 @@ def _settings(logs: Sequence[Log]) -> str:
     """The knobs of each run and where their values came from, the usual ones in a fold."""
     columns, folded = [], []
     for log in logs:
-        knobs, origins = _fields(log, "knobs"), _fields(log, "origins")
+        knobs, origins = log.started_with("knobs"), log.started_with("origins")
         cells = {n: (_text(v), _text(origins.get(n, "default"))) for n, v in knobs.items()}
         columns.append({n: cell for n, cell in cells.items() if cell[1] not in FOLDED})
         folded.append({n: cell for n, cell in cells.items() if cell[1] in FOLDED})
@@ -389,12 +381,12 @@ def _machine(logs: Sequence[Log]) -> str:
     """What each run ran on, and the shape of its model."""
     columns: list[dict[str, Cell]] = []
     for log in logs:
-        shape = [_text(_fields(log, "config").get(name, "?")) for name in SHAPE]
+        shape = [_text(log.started_with("config").get(name, "?")) for name in SHAPE]
         known = {
-            **_fields(log, "machine"),
+            **log.started_with("machine"),
             "processes": log.config.get("world_size"),
             "precision": log.config.get("dtype"),
-            "compiled": _fields(log, "horizon").get("compiled"),
+            "compiled": log.started_with("horizon").get("compiled"),
             "model": "{} layers, width {}, {} heads, context {}, vocabulary {}".format(*shape),
         }
         columns.append({n: _text(value) for n, value in known.items() if value is not None})
@@ -427,8 +419,7 @@ def write_report(
     }
     tags = list(dict.fromkeys(log.tag for log in logs))
     name = tags[0] if len(tags) == 1 else f"{len(logs)} runs"
-    note = f"this page is loaded anew every {refresh} seconds" if refresh else ""
-    return write_page(f"nanochat: {name}", sections, out, refresh, note)
+    return write_page(f"nanochat: {name}", sections, out, refresh)
 
 
 def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
@@ -437,14 +428,14 @@ def watch(names: Sequence[str], out: Path | str, watts: float = 0.0) -> Path:
     it once more, without automatic reloading, and return its path. Raises UserError as write_report
     does.
     """
-    line, written, pause = StatusLine(), (), 1.0
+    line, written, pause = StatusLine(), [], 1.0
     while True:
         runs = find_runs(names)
-        if not any((run / logbook.FILE).exists() for run in runs):
-            line.show(f"waiting for {', '.join(names) or 'a run'}")
         try:
             files = [run / logbook.FILE for run in runs]
-            grown = tuple((file, file.stat().st_size) for file in files if file.exists())
+            grown = [(file, file.stat().st_size) for file in files if file.exists()]
+            if not grown:
+                line.show(f"waiting for {', '.join(names) or 'a run'}")
             if runs and grown != written:
                 began, page = time.monotonic(), out or default_page(runs)
                 write_report(runs, page, watts, refresh=max(10, round(pause)))

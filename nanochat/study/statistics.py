@@ -16,6 +16,7 @@ from scipy import stats
 
 LEVEL = 0.95  # of every interval; verdicts use 1 - LEVEL
 Record = Mapping[str, Any]  # as records.record gives it
+Pairs = Sequence[tuple[Record, Record]]  # (run of the baseline, run of the condition) by seed
 
 
 class Measure(NamedTuple):
@@ -170,22 +171,19 @@ def analyse(
     }
 
 
-def paired(baseline: Sequence[Record], runs: Sequence[Record]) -> list[tuple[Record, Record]]:
+def paired(baseline: Sequence[Record], runs: Sequence[Record]) -> Pairs:
     """(run of the baseline, run) for every seed that both have."""
     by_seed = {run["seed"]: run for run in baseline}
     return [(by_seed[run["seed"]], run) for run in runs if run["seed"] in by_seed]
 
 
-def _summary(
-    runs: Sequence[Record], pairs: Sequence[tuple[Record, Record]], target: float | None
-) -> dict[str, Any]:
+def _summary(runs: Sequence[Record], pairs: Pairs, target: float | None) -> dict[str, Any]:
     """The figures of one condition: means, the spread of bits per byte, and the target."""
     crossings = [
         crossing(run["curve"], base["final_bpb"] if target is None else target)
         for base, run in pairs
     ]
     all_known = not any(crossed.bound for crossed in crossings)
-    bpb = [run["final_bpb"] for run in runs]
 
     def mean(name: str, records: Sequence[Record] = runs) -> float | None:
         return fmean(record[name] for record in records) if records else None
@@ -196,7 +194,7 @@ def _summary(
     at_target = [crossed._asdict() for crossed in crossings] if all_known else []
     return {
         "n_seeds": len(runs),
-        "final_bpb": {"mean": mean("final_bpb"), **spread(bpb)},
+        "final_bpb": {"mean": mean("final_bpb"), **spread([run["final_bpb"] for run in runs])},
         **{name: mean(name) for name in ("steps", "tokens", "step_ms", "seconds", "parameters")},
         **{name: largest(name) for name in ("wall_seconds", "peak_memory_bytes")},
         "to_target": {
@@ -207,9 +205,7 @@ def _summary(
     }
 
 
-def _differences(
-    pairs: Sequence[tuple[Record, Record]], target: float | None
-) -> dict[str, dict[str, Any]]:
+def _differences(pairs: Pairs, target: float | None) -> dict[str, dict[str, Any]]:
     """The interval of each of MEASURES over pairs (run of the baseline, run of the condition)."""
     crossings = []
     for base, run in pairs:
