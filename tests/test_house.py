@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_685,
     "train": 21_295,
     "study": 13_525,
-    "plan": 15_485,
+    "plan": 15_070,
     "export": 9_635,
     "commands": 23_605,
 }
