@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_685,
     "train": 21_300,
     "study": 13_385,
-    "plan": 15_485,
+    "plan": 15_090,
     "export": 9_635,
     "commands": 23_040,
 }

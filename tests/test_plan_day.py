@@ -65,9 +65,8 @@ def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
     sources = [f"own={tmp_path / name}:0.5#{{title}} {{body}}", "tinyworld:0.5"]
     knobs = day.DayKnobs(minutes=20, data=tuple(sources), vocab=4096)
-    chosen = SimpleNamespace(primary=None)
     monkeypatch.setattr(day, "needs", lambda plan: {"web": {}, "digits": 3})
-    lines = day.commands(SimpleNamespace(knobs=knobs, choice=chosen), "runs/one_day.sh")
+    lines = day.commands(SimpleNamespace(knobs=knobs, primary=None), "runs/one_day.sh")
     typed = [shlex.split(line, comments=True) for line in lines]
     assert sum(words.count(sources[0]) for words in typed) == 3
     recipe = str(tmp_path / name / "plan" / "recipe.toml")

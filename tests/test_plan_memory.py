@@ -168,9 +168,10 @@ def test_what_a_probe_measured_above_the_count_is_added():
 
 def test_rows_are_halved_until_they_fit():
     c, target = config(n_layer=8, n_embd=512), replace(machine.of_card("rtx3060"), memory_bytes=3e9)
-    rows, parts = memory.fitting_rows(c, 512, target, True)
-    assert parts["total"] <= 3e9 < memory.predict(c, 2 * rows, target, True)["total"]
-    assert memory.fitting_rows(c, 512, replace(target, memory_bytes=1e9), True)[0] == 1
+    rows = memory.fitting_rows(c, 512, target, True)
+    few, more = (memory.predict(c, n, target, True)["total"] for n in (rows, 2 * rows))
+    assert few <= memory.USABLE * 3e9 < more
+    assert memory.fitting_rows(c, 512, replace(target, memory_bytes=1e9), True) == 1
 
 
 def test_activations_grow_with_rows_and_the_logits_are_never_whole():

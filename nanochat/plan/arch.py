@@ -21,7 +21,7 @@ from nanochat.base.knobs import knob, stored_values
 from nanochat.model.config import LARGEST, GPTConfig
 from nanochat.plan import day
 from nanochat.plan.machine import CardKnobs
-from nanochat.plan.shapes import SizeKnobs, counts, flops_per_token, model_of, usual_head
+from nanochat.plan.shapes import SizeKnobs, counts, flops_per_token, model_of
 
 TOLERANCE = 0.1  # how far from the wanted number of parameters a shape may be
 PARTS = ("embedding", "transformer", "head", "total")
@@ -51,10 +51,6 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
     tenth of the octaves between width / depth and aspect_ratio. UserError if there is none.
     """
 
-    def of_width(width: int, depth: int) -> GPTConfig:
-        head = knobs.head_dim or usual_head(width)
-        return knobs.config(depth=depth, model_dim=width, head_dim=head)
-
     def cost(config: GPTConfig) -> float:
         n = counts(config)
         misplaced = abs(math.log2(config.n_embd / config.n_layer / knobs.aspect_ratio)) / 10
@@ -66,21 +62,19 @@ def nearest(knobs: SizeKnobs, params: float, shares: Sequence[float] = ()) -> li
     near = []
     for width in [knobs.model_dim] if knobs.model_dim else range(64, LARGEST["n_embd"], 64):
         try:
-            n = counts(of_width(width, 1))
-        except UserError:  # width, heads and copy heads do not go together
-            if knobs.model_dim:
-                raise
+            n = counts(knobs.config(width, depth=1, model_dim=width))
+            depth = knobs.depth or max(1, 1 + round((params - n["total"]) / n["transformer"]))
+            config = knobs.config(width, depth=depth, model_dim=width)
+        except UserError:  # width, heads and copy heads do not go together, or it is too deep
             continue
-        depth = knobs.depth or max(1, 1 + round((params - n["total"]) / n["transformer"]))
         if n["total"] > params * (1 + TOLERANCE):
             break
-        if depth <= LARGEST["n_layer"]:
-            config = of_width(width, depth)
-            if abs(counts(config)["total"] / params - 1) <= TOLERANCE:
-                near.append(config)
+        if abs(counts(config)["total"] / params - 1) <= TOLERANCE:
+            near.append(config)
     if near:
         return sorted(near, key=cost)
-    n = counts(of_width(knobs.model_dim or knobs.head_dim or 64, knobs.depth or 1))
+    width = knobs.model_dim or knobs.head_dim or 64
+    n = counts(knobs.config(width, depth=knobs.depth or 1, model_dim=width))
     tie = "" if knobs.tie_embeddings else ", or --tie_embeddings"
     raise UserError(
         f"no model with these flags has about {human(params)} parameters: the smallest has "
@@ -151,7 +145,8 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
     if knobs.gpu or knobs.gpus > 1 or knobs.probe:
         given = stored_values(day.DayKnobs, vars(knobs), "plan arch")
         given |= {"depth": config.n_layer, "model_dim": config.n_embd, "head_dim": config.head_dim}
-        report["run"] = day.run(day.DayKnobs(**{**given, "tokens": report["tokens"]}))
+        given["tokens"] = report["tokens"]
+        report["run"] = day.run(day.DayKnobs(**given))
     return report
 
 

@@ -42,7 +42,6 @@ from nanochat.train.scaling import (
 ASPECTS = (48.0, 64.0, 96.0)  # widths per layer that are tried
 FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape
 MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # per micro-batch without a probe
-USABLE = 0.95  # of a card's memory: the driver and the screen take some
 SHORTEST = 512  # context that is tried where memory is short
 OPENING = 6.0  # seconds in which a run opens its data and model
 TIE = 0.01  # the laws cannot tell nearer predictions apart: the usual shape, then the smaller wins
@@ -58,7 +57,6 @@ class ChoiceKnobs(OpenSizeKnobs):
         False,
         "leave a twelfth of the time, at most an hour, for plan pilot, from 25 minutes on",
     )
-    total_batch_size: int = knob(0, "tokens per optimizer step; 0 = as for the horizon", low=0)
     device_batch_size: int = knob(0, "rows of a micro-batch; 0 = the fastest that fits", low=0)
     data: tuple[str, ...] = knob((), "text to train on, as for base_train; it goes into the recipe")
 
@@ -143,8 +141,27 @@ class Plan:
         return choose(self)
 
     @property
+    def primary(self) -> Candidate:
+        return self.choice.primary
+
+    @property
     def simple(self) -> bool:
         return is_simple(self.knobs.data)
+
+    @cached_property
+    def most_tokens(self) -> float:
+        """
+        Tokens that base_train reads of the text at most: USEFUL_PASSES, if all of it is in files
+        that are small enough to be counted (train/stage.py: limited_feed).
+        """
+        counted = LIMIT / bytes_per_token(self.knobs.vocab)
+        if (
+            not self.text
+            or any(source.kind != "files" for source in parse_sources(self.knobs.data))
+            or max(fresh for _, fresh in self.text) > counted
+        ):
+            return math.inf
+        return USEFUL_PASSES * max(fresh / share for share, fresh in self.text)
 
     def law(self, config: GPTConfig) -> Law:
         """The law for a model of this configuration."""
@@ -160,20 +177,18 @@ def assess(plan: Plan, config: GPTConfig) -> Candidate:
     contexts = context_stages(T) if staged else ((0.0, T),)
     begins, lengths = zip(*contexts, strict=True)
     opening = OPENING + len(contexts) * speed.first_step(machine, compiled)
-    usable = math.inf if knobs.device_batch_size else USABLE
     # Evaluations take a share of the time, or read so many tokens, at twice the speed of training.
-    evaluations = (1 + evaluations_within(seconds)) * max(1, len(knobs.data))
-    most = most_tokens(plan)
-    tokens = wanted = 1.0
-    rows, rate, parts = 1, speed.Speed(1.0, 1.0, 1.0), {}
-    batch = knobs.total_batch_size or 1 << 14
+    evaluations = (1 + evaluations_within(seconds)) * len(knobs.data)
     if knobs.total_batch_size:
-        whole_rows(batch, *lengths)
-    for _ in range(3):  # the batch follows from the tokens, and they follow a little from the batch
-        rows = knobs.device_batch_size or _fastest_rows(config, batch, machine)
-        rows, parts = memory.fitting_rows(config, rows, machine, compiled, usable)
+        whole_rows(knobs.total_batch_size, *lengths)
+
+    def after(batch: int) -> Candidate:
+        """What steps of `batch` tokens make of it, with the batch that suits its tokens."""
+        rows = knobs.device_batch_size or memory.fitting_rows(
+            config, _fastest_rows(config, batch, machine), machine, compiled
+        )
         rates = [
-            speed.tokens_per_second(config, max(1, rows * T // length), length, batch, machine)
+            speed.tokens_per_second(config, rows * T // length, length, batch, machine)
             for length in lengths
         ]
         mean = np.average(rates, axis=0, weights=np.diff([*begins, 1.0]))  # by time
@@ -181,35 +196,29 @@ def assess(plan: Plan, config: GPTConfig) -> Candidate:
         reading = evaluations * MOST_EVAL_TOKENS / 2 / rate.tok_per_sec
         training = (1 - SAMPLING) * seconds - opening - min(EVALUATING * seconds, reading)
         wanted = max(1.0, training * rate.tok_per_sec)
-        tokens = min(wanted, most)
+        tokens = min(wanted, plan.most_tokens)
         batch = knobs.total_batch_size or max(T, batch_for(tokens) // T * T)
-    bpb = _expected(plan, config, tokens, rate)
-    took = seconds * (tokens / wanted)
-    candidate = Candidate(config, contexts, batch, rows, rate, tokens, bpb, parts, took)
-    if parts["total"] > USABLE * machine.memory_bytes:
-        needed, available = parts["total"] / GIB, machine.memory_bytes / GIB
-        candidate.why = f"needs {needed:.1f} of {available:.1f} GiB"
-    elif candidate.steps < FEWEST_STEPS:
-        candidate.why = f"{candidate.steps} steps are too few"
-    elif not knobs.depth and tokens < min(wanted, TOKENS_PER_PARAMETER * candidate.size):
-        # The text is short, and the law was fitted to no such models
-        candidate.why = f"{human(tokens)} tokens are too few"
-    return candidate
+        bpb = _expected(plan, config, tokens, rate)
+        parts = memory.predict(config, rows, machine, compiled)
+        took = seconds * (tokens / wanted)
+        return Candidate(config, contexts, batch, rows, rate, tokens, bpb, parts, took)
 
-
-def most_tokens(plan: Plan) -> float:
-    """
-    Tokens that base_train reads of the text at most: USEFUL_PASSES, if all of it is in files that
-    are small enough to be counted (train/stage.py: limited_feed).
-    """
-    text, spelled = plan.text, bytes_per_token(plan.knobs.vocab)
-    if (
-        not text
-        or any(source.kind != "files" for source in parse_sources(plan.knobs.data))
-        or max(fresh for _, fresh in text) * spelled > LIMIT
+    made = after(knobs.total_batch_size or 1 << 14)
+    for _ in range(2):  # the batch follows from the tokens, and they follow a little from the batch
+        made = after(made.total_batch_size)
+    needed, available = made.memory["total"] / GIB, machine.memory_bytes / GIB
+    if needed > memory.USABLE * available:
+        made.why = f"needs {needed:.1f} of {available:.1f} GiB"
+    elif made.steps < FEWEST_STEPS:
+        made.why = f"{made.steps} steps are too few"
+    elif (
+        not knobs.depth
+        and made.seconds < seconds
+        and made.tokens < TOKENS_PER_PARAMETER * made.size
     ):
-        return math.inf
-    return USEFUL_PASSES * max(fresh / share for share, fresh in text)
+        # The text is short, and the law was fitted to no such models
+        made.why = f"{human(made.tokens)} tokens are too few"
+    return made
 
 
 def _expected(
@@ -234,8 +243,8 @@ def _fastest_rows(config: GPTConfig, batch: int, machine: Machine) -> int:
         return 1 << max(1, min(batch, MICRO_TOKENS[machine.device_type]) // T).bit_length() - 1
     probed = {p["rows"] * p["config"]["sequence_len"] // T for p in machine.points}
     options = sorted(rows for rows in probed if 0 < rows * T <= batch) or [1]
-    rates = [speed.tokens_per_second(config, r, T, batch, machine).tok_per_sec for r in options]
-    return next(r for r, rate in zip(options, rates, strict=True) if rate >= 0.98 * max(rates))
+    rates = {r: speed.tokens_per_second(config, r, T, batch, machine)[0] for r in options}
+    return next(rows for rows, rate in rates.items() if rate >= 0.98 * max(rates.values()))
 
 
 def candidates(plan: Plan) -> list[Candidate]:
@@ -247,9 +256,8 @@ def candidates(plan: Plan) -> list[Candidate]:
     machine = memory.calibrated(machine, machine.compiles(seconds))
     T = knobs.sequence_len or context_for(speed.usual_flops(machine, seconds))
     depths = (knobs.depth,) if knobs.depth else DEPTHS
-    aspects = (knobs.aspect_ratio or 64.0,) if knobs.model_dim or knobs.aspect_ratio else ASPECTS
     configs, refused = {}, UserError()
-    for depth, aspect in product(depths, aspects):
+    for depth, aspect in product(depths, ASPECTS):  # a width that is given makes one of the three
         try:
             config = knobs.of_size(depth, aspect, T, seconds, machine.device_type)
             configs[config.n_layer, config.n_embd] = config

@@ -12,6 +12,7 @@ comes as text, as HTML (--html) and as JSON (--json).
 
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -26,7 +27,7 @@ from nanochat.base.knobs import as_typed, knob, stored_values
 from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.model.config import ArchitectureKnobs
 from nanochat.plan import machine, probe
-from nanochat.plan.choice import TIE, Candidate, ChoiceKnobs, Plan, assess
+from nanochat.plan.choice import TIE, Candidate, ChoiceKnobs, Plan, candidates
 from nanochat.plan.machine import GIB, CardKnobs, Machine
 from nanochat.plan.shapes import SizeKnobs, architecture, counts
 from nanochat.train.scaling import bytes_per_token, text_for
@@ -50,7 +51,7 @@ REFERENCES = (
     (2.10, "real words in an order that seldom makes a sentence", "judged"),
     (math.inf, "letters and fragments of words", "judged"),
 )
-Row = list[str]  # what, figure, source
+Row = Sequence[str]  # what, figure, source
 SOURCES = (
     "[law] a scaling law fitted to many runs   [counted] from the model's shape   [rule] decided "
     "in this project   [specification] computed from the vendor's data, not measured   [judged] by "
@@ -137,7 +138,7 @@ def text_sizes(data: Sequence[str]) -> list[tuple[float, float]]:
 
 def needs(plan: Plan) -> dict[str, Any]:
     """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
-    knobs, chosen, spelled = plan.knobs, plan.choice.primary, bytes_per_token(plan.knobs.vocab)
+    knobs, chosen, spelled = plan.knobs, plan.primary, bytes_per_token(plan.knobs.vocab)
     web: dict[str, int] = {}  # shards of each data set of the hub
     read = 0.0
     for source, (share, fresh) in zip(parse_sources(knobs.data), plan.text, strict=True):
@@ -191,12 +192,15 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     if knobs.tokens:
         if knobs.lookback == "auto":  # base_train adds its parts by the budget, and here is none
             knobs = replace(knobs, lookback="off")
-        aspect, T = knobs.aspect_ratio or 64.0, knobs.sequence_len or 2048
-        knobs = replace(knobs, hours=1.0, aspect_ratio=aspect, sequence_len=T)
-        config = knobs.of_size(knobs.depth, aspect, T, 0.0, target.device_type)
+        knobs = replace(
+            knobs,
+            hours=1.0,
+            aspect_ratio=knobs.aspect_ratio or 64.0,
+            sequence_len=knobs.sequence_len or 2048,
+        )
         for _ in range(9):  # the time follows from the tokens, and they a little from the time
-            tokens = assess(Plan(knobs, target), config).tokens
-            knobs = replace(knobs, hours=knobs.hours * knobs.tokens / tokens)
+            (only,) = candidates(Plan(knobs, target))
+            knobs = replace(knobs, hours=knobs.hours * knobs.tokens / only.tokens)
     elif whole:
         probing = POINT * (12 if target.device_type == "cpu" else 72)
         knobs = replace(knobs, pilot=True, used=knobs.used or min(knobs.budget / 12, probing))
@@ -237,13 +241,13 @@ def in_words(plan: Plan, candidate: Candidate) -> tuple[str, str]:
 def schedule(plan: Plan) -> list[tuple[str, float, str]]:
     """What happens one after the other, its seconds and their source; the clock starts late."""
     need, mbit = needs(plan), plan.knobs.mbit
-    size, cores = need["download_bytes"], need["cores"]
+    size = need["download_bytes"]
     rows = [
         (f"download of {human(size)}B", size * 8 / (1e6 * mbit), f"at {mbit:g} Mbit/s"),
         ("train the tokenizer", need["tokenizer_seconds"], "measured on two cores"),
-        (f"tokenise on {cores} cores", need["tokenising_seconds"], "measured on two cores"),
+        (f"tokenise on {need['cores']} cores", need["tokenising_seconds"], "measured on two cores"),
     ]
-    pretraining = plan.choice.primary.seconds
+    pretraining = plan.primary.seconds
     stages = {"probe": plan.knobs.used, **plan.knobs.stages, "base_train": pretraining}
     rows += [(STAGES[name], seconds, "rule") for name, seconds in stages.items()]
     return [row for row in rows if row[1]]
@@ -267,16 +271,12 @@ def model_rows(plan: Plan) -> list[list[str]]:
 
 def rows_of(text: str) -> list[Row]:
     """The rows of a section: lines of what, figure and source. A figure may hold the separator."""
-    rows = []
-    for line in text.splitlines():
-        what, rest = line.split(" | ", 1)
-        rows.append([what, *rest.rsplit(" | ", 1)])
-    return rows
+    return re.findall(r"(.*?) \| (.*) \| (.*)", text)
 
 
 def gains(plan: Plan) -> list[Row]:
     """What the page says of a plan: model, quality, text, speed."""
-    c, knobs, passes = plan.choice.primary, plan.knobs, needs(plan)["passes"]
+    c, knobs, passes = plan.primary, plan.knobs, needs(plan)["passes"]
     words, known = in_words(plan, c)
     often = "each token once" if passes <= 1 else f"each token {passes:.1f} times"
     if c.seconds < knobs.pretraining_seconds:
@@ -308,7 +308,7 @@ steps of {human(c.total_batch_size)}; {c.device_batch_size} rows of {contexts} a
 
 def costs(plan: Plan) -> list[Row]:
     """Disk, memory and electricity."""
-    need, knobs, parts = needs(plan), plan.knobs, plan.choice.primary.memory
+    need, knobs, parts = needs(plan), plan.knobs, plan.primary.memory
     state, beside, total = (parts[name] / GIB for name in ("state", "beside", "total"))
     disk = need["disk_bytes"]
     by_part = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in disk.items() if size)
@@ -324,7 +324,7 @@ electricity | {need["kwh"]:,.2f} kWh at {need["watts"]:.0f} W: {need["kwh"] * kn
 
 def changes(plan: Plan) -> list[Row]:
     """What would change the choice: more time, more memory, more text."""
-    knobs, target, chosen = plan.knobs, plan.machine, plan.choice.primary
+    knobs, target, chosen = plan.knobs, plan.machine, plan.primary
     longer = replace(knobs, hours=2 * knobs.hours, minutes=2 * knobs.minutes)
     more = {
         "time": replace(plan, knobs=longer),
@@ -333,20 +333,19 @@ def changes(plan: Plan) -> list[Row]:
     }
     rows = []
     for name, changed in more.items():
-        other = changed.choice.primary
+        other = changed.primary
         same = "the same model" if other.shape == chosen.shape else "{} x {}".format(*other.shape)
         if other.config.convolutions != chosen.config.convolutions:
             same += ", which looks back no more and llama.cpp can run"
-        gain, better = other.bpb[0] - chosen.bpb[0], ", no better"
-        if gain < -0.0005:
-            better = f", {other.bpb[0]:.3f} bits per byte ({gain:+.3f})"
-        rows.append([f"twice the {name}", same + better, "law"])
+        gain = other.bpb[0] - chosen.bpb[0]
+        bpb = f"{other.bpb[0]:.3f} bits per byte ({gain:+.3f})" if gain < -0.0005 else "no better"
+        rows.append([f"twice the {name}", f"{same}, {bpb}", "law"])
     return rows
 
 
 def commands(plan: Plan, script: str) -> list[str]:
     """The commands that do it."""
-    knobs, need, chosen = plan.knobs, needs(plan), plan.choice.primary
+    knobs, need, chosen = plan.knobs, needs(plan), plan.primary
     if knobs.tokens and script:
         return [f"bash {script}"]
     data = shlex.join(["--data", *knobs.data])
@@ -374,9 +373,10 @@ def commands(plan: Plan, script: str) -> list[str]:
     piloted = " --pilot" if pilot else ""
     lines.append(f"nanochat plan recipe {length}{piloted} --vocab {knobs.vocab}{given} {data}")
     recipe = shlex.quote(str(machine.plan_file("", "recipe.toml")))
-    stages = ("base_train", "mid_train", "chat_sft")
-    trained = [f"nanochat {stage} --recipe {recipe}" for stage in stages]
-    return [*lines, *pilot, *trained, "nanochat chat_cli"]
+    training = [
+        f"nanochat {stage} --recipe {recipe}" for stage in ("base_train", "mid_train", "chat_sft")
+    ]
+    return [*lines, *pilot, *training, "nanochat chat_cli"]
 
 
 def page(plan: Plan, script: str = "") -> dict[str, Any]:
@@ -395,7 +395,7 @@ def page(plan: Plan, script: str = "") -> dict[str, Any]:
         "lacking": [] if plan.knobs.gpu else lacking(plan),
         "schedule": schedule(plan),
         "needs": needs(plan),
-        "chosen": asdict(plan.choice.primary),
+        "chosen": asdict(plan.primary),
     }
 
 
@@ -419,10 +419,10 @@ def show(made: dict[str, Any]) -> None:
     wide = max(len(what) for rows in every.values() for what, _, _ in rows)
     for head, rows in every.items():
         lines = (f"  {what:<{wide}}  {figure}  [{source}]" for what, figure, source in rows)
-        print0("\n".join(["", head, *lines]))
+        print0("", head, *lines, sep="\n")
         if head == "What you get":
             print0(columns(made["models"][0], made["models"][1:]))
-    print0("\n  ".join([f"\n{SOURCES}\n\nCommands", *made["commands"]]))
+    print0(f"\n{SOURCES}\n\nCommands", *made["commands"], sep="\n  ")
     for fault in made["lacking"]:
         print0(f"\nIt does not suffice: {fault}")
 
@@ -460,7 +460,7 @@ def run(knobs: DayKnobs) -> dict[str, Any]:
     if knobs.shell:
         if faults := lacking(plan):
             raise UserError("; ".join(faults))
-        need, rows = made["needs"], plan.choice.primary.device_batch_size
+        need, rows = made["needs"], plan.primary.device_batch_size
         web = " ".join(f"{name}:{n}" for name, n in need["web"].items())
         print0(
             f"shards={need['shards']}\nvocab={plan.knobs.vocab}\nrows={rows}\nweb='{web}'\n"

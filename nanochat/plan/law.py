@@ -33,12 +33,12 @@ def worth(tokens: float, text: Text) -> float:
     Tokens of fresh text that teach as much as `tokens` of a text that is read more than once
     (Muennighoff et al. 2023, equation 5, the term of the data). Without a text all are fresh.
     """
-
-    def of_source(read: float, fresh: float) -> float:
+    whole = 0.0
+    for share, fresh in text:
+        read = share * tokens
         repeated = max(0.0, read / fresh - 1)
-        return min(read, fresh) - fresh * REPEATS * math.expm1(-repeated / REPEATS)
-
-    return sum(of_source(share * tokens, fresh) for share, fresh in text) if text else tokens
+        whole += min(read, fresh) - fresh * REPEATS * math.expm1(-repeated / REPEATS)
+    return whole if text else tokens
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ because the figures of another card would be a guess.
 
 import json
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from nanochat.train.knobs import DeviceKnobs
 from nanochat.train.scaling import compile_pays
 
 GIB = 1 << 30
+Point = dict[str, Any]  # the figures of a measurement
+LIMIT = 900.0  # seconds that one measurement may take
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,7 @@ class Machine:
     dtype: str
     memory_bytes: float
     peak_flops: float
-    points: tuple[dict[str, Any], ...] = ()
+    points: tuple[Point, ...] = ()
     source: str = ""  # where its speed comes from, in words
     factor: float = 1.0  # measured over predicted speed, from a pilot
     memory_gap: float | None = None  # bytes measured above the count (memory.calibrated), or None
@@ -123,10 +124,10 @@ def load(path: Path | str) -> Machine:
     """The machine of a probe's file, with its points. UserError if there is no such file."""
     try:
         file = read_json(user_path(path))
-        found = Machine(**{**file["machine"], "source": f"measured, {path}"})
+        found = Machine(**file["machine"])
         own = {"name": found.name, "dtype": found.dtype}.items()
         good = (p for p in file["points"] if own <= p.items() and "error" not in p)
-        return replace(found, points=tuple(good))
+        return replace(found, points=tuple(good), source=f"measured, {path}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{path} is no file of plan probe ({type(e).__name__}: {e}): name another, or delete "
@@ -134,7 +135,7 @@ def load(path: Path | str) -> Machine:
         ) from None
 
 
-def here(device_type: str = "auto", dtype: str = "auto") -> Machine:
+def here(device_type: str, dtype: str) -> Machine:
     """
     This machine: with the points of the probe in the base folder if it was measured here, else with
     its peak, measured now. UserError if its device cannot be used.
@@ -168,27 +169,28 @@ def named(knobs: CardKnobs) -> Machine:
     if knobs.gpus > 1 and not knobs.gpu:
         raise UserError(f"--gpus={knobs.gpus} also needs the name of the GPU: add --gpu NAME")
     if knobs.gpu:
-        found = replace(of_card(knobs.gpu), gpus=knobs.gpus)
+        found = of_card(knobs.gpu)
     else:
         found = load(knobs.probe) if knobs.probe else here(knobs.device_type, knobs.dtype)
     dtype = found.dtype if knobs.dtype == "auto" else knobs.dtype
-    return replace(found, dtype=dtype, memory_bytes=knobs.memory_gb * GIB or found.memory_bytes)
+    size = knobs.memory_gb * GIB or found.memory_bytes
+    return replace(found, gpus=knobs.gpus, dtype=dtype, memory_bytes=size)
 
 
-def in_process(spec: Mapping[str, Any], limit: float = 900.0) -> dict[str, Any]:
+def in_process(spec: Point) -> Point:
     """
     What plan.measure returns for `spec`, in a process of its own, so that running out of memory is
-    a result. Returns {"error": reason} if the process fails or takes longer than `limit` seconds.
+    a result. Returns {"error": reason} if the process fails or takes longer than LIMIT.
     """
     try:
         done = subprocess.run(
             **module_process("nanochat.plan.measure", json.dumps(spec)),
             capture_output=True,
             text=True,
-            timeout=limit,
+            timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"not finished after {duration(limit)}"}
+        return {"error": f"not finished after {duration(LIMIT)}"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     if done.returncode == -9:  # the system killed it

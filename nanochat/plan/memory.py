@@ -10,7 +10,6 @@ plan probe where it was run on the machine, else from the runs named beside the 
 does not fit is marked; if none fits, that is an error.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from nanochat.base.common import UserError, columns, print0
 from nanochat.base.knobs import knob
 from nanochat.model.config import GPTConfig
 from nanochat.plan import machine
-from nanochat.plan.machine import GIB, CardKnobs, Machine
+from nanochat.plan.machine import GIB, CardKnobs, Machine, Point
 from nanochat.plan.shapes import SizeKnobs, counts
 
 # By kind of device: bytes of the process and its context, bytes of the compiler, and the
@@ -33,6 +32,7 @@ BESIDE = {
     # (runtime.keep_freed_memory), in pieces that often cannot be used again.
     "cpu": (0.4e9, 0.05e9, 0.65),
 }
+USABLE = 0.95  # of a device's memory for a plan: the driver and the screen take some
 SHOWN = ("state", "activations", "loss", "update", "beside", "total")  # parts, as predict says
 
 
@@ -136,25 +136,22 @@ def calibrated(target: Machine, compiled: bool) -> Machine:
     return replace(target, points=points, memory_gap=above)
 
 
-def gap(point: Mapping[str, Any], target: Machine) -> float:
+def gap(point: Point, target: Machine) -> float:
     """Bytes of a measured point above the count: of the whole card, or of the process."""
     config = GPTConfig(**point["config"])
     counted = predict(config, point["rows"], target, point["compiled"])
     return point.get("card_bytes", point["peak_memory_bytes"]) - counted["total"]
 
 
-def fitting_rows(
-    config: GPTConfig, rows: int, target: Machine, compiled: bool, share: float = 1.0
-) -> tuple[int, dict[str, int]]:
+def fitting_rows(config: GPTConfig, rows: int, target: Machine, compiled: bool) -> int:
     """
-    The rows of a micro-batch, halved until they fit that share of the memory, and their bytes by
-    part. One row is returned whether it fits or not.
+    The rows of a micro-batch, halved until they fit the USABLE memory. One row is returned whether
+    it fits or not.
     """
-    while True:
-        parts = predict(config, rows, target, compiled)
-        if rows == 1 or parts["total"] <= share * target.memory_bytes:
-            return rows, parts
+    usable = USABLE * target.memory_bytes
+    while rows > 1 and predict(config, rows, target, compiled)["total"] > usable:
         rows //= 2
+    return rows
 
 
 def run(knobs: MemoryKnobs) -> dict[str, Any]:

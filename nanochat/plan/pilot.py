@@ -72,10 +72,8 @@ def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
     try:
         flags = read_toml(file)["base_train"]
         stored = read_json(file.with_suffix(".json"))["knobs"]
-        if unknown := stored.keys() - vars(recipe.RecipeKnobs()).keys():
-            raise ValueError(f"there is no knob {min(unknown)}")
         given = stored_values(recipe.RecipeKnobs, stored, f"in {file.with_suffix('.json')}")
-        return file, flags, recipe.RecipeKnobs(**{**given, "out": str(file)})
+        return file, flags, recipe.RecipeKnobs(**{**stored, **given, "out": str(file)})
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{file} and its .json are no recipe of this version ({type(e).__name__}: {e}): make "
@@ -95,7 +93,7 @@ def train(words: Sequence[str]) -> None:
         signal.signal(number, signal.default_int_handler)
     with subprocess.Popen(**command, stdout=sys.stdout, start_new_session=True) as process:
         try:
-            status = process.wait()
+            process.wait()
         except BaseException:
             process.send_signal(signal.SIGINT)
             process.wait()
@@ -103,8 +101,10 @@ def train(words: Sequence[str]) -> None:
         finally:
             for number in ends:
                 signal.signal(number, signal.SIG_DFL)
-    if status:
-        raise UserError(f"the pilot failed with exit status {status}: see its messages above")
+    if process.returncode:
+        raise UserError(
+            f"the pilot failed with exit status {process.returncode}: see its messages above"
+        )
 
 
 def short_run(file: Path, words: Sequence[str]) -> dict[str, Any]:
@@ -131,8 +131,7 @@ def verdict(target: float, bpb: tuple[float, float, float]) -> str:
     """Whether the budget reaches a target, in words."""
     middle, lo, hi = bpb
     reach = "within reach" if target >= hi else "uncertain" if target >= lo else "out of reach"
-    expected = f"{middle:.3f} ({lo:.3f} to {hi:.3f}) are expected"
-    return f"{target:g} bits per byte are {reach}: {expected}"
+    return f"{target:g} bits per byte are {reach}: {middle:.3f} ({lo:.3f} to {hi:.3f}) are expected"
 
 
 def run(knobs: PilotKnobs) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     # The context is the plan's own where the run does not grow it: memory may have shortened it
     size = SIZE if "context_stages" in flags else (*SIZE, "sequence_len")
     plan = day.planned(replace(asked, **{name: flags[name] for name in size}))
-    planned, target, whole = plan.choice.primary, plan.machine, asked.pretraining_seconds
+    planned, target, whole = plan.primary, plan.machine, asked.pretraining_seconds
     seconds = knobs.minutes * 60 or min(PILOT * whole, LONGEST_PILOT)
     compiled = target.compiles(whole)
     beside = OPENING + first_step(target, compiled)
@@ -157,20 +156,20 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     print0(f"pilot of {file}: about {steps:,.0f} of {planned.steps:,} steps, {duration(seconds)}")
     words = [f"--max_minutes={seconds / 60:g}", f"--compile={'on' if compiled else 'off'}"]
     made = short_run(file, words)
-    end, peak, speed = made["final_bpb"], made["peak_memory_bytes"], made["tok_per_sec"]
+    end, peak = made["final_bpb"], made["peak_memory_bytes"]
     if end is None:
         raise UserError(
             "the pilot has no bits per byte, because its validation text is empty: give more text "
             "with --data"
         )
-    ratio = speed / planned.speed.tok_per_sec
+    ratio = made["tok_per_sec"] / planned.speed.tok_per_sec
     counted = planned.memory["allocated" if target.device_type == "cuda" else "total"]
     gap = (memory.calibrated(target, compiled).memory_gap or 0) + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
     fresh = worth(made["tokens"], plan.text)
     moved = plan.law(planned.config).moved(planned.size, fresh, end)
     plan = replace(plan, knobs=asked, machine=target, moved=moved, kept=planned.shape)
-    chosen, written = plan.choice.primary, recipe.write(plan)
+    chosen, written = plan.primary, recipe.write(plan)
     heads, *rows = day.model_rows(plan)
     print0(columns(heads, rows))
     same = chosen.shape == planned.shape

@@ -15,7 +15,7 @@ faster in their first minutes of work than in the hours after them.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -25,14 +25,13 @@ from nanochat.base.files import atomic_write, check_writable
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
 from nanochat.plan import machine, speed
-from nanochat.plan.machine import GIB, Machine
+from nanochat.plan.machine import GIB, Machine, Point
 from nanochat.plan.shapes import OpenSizeKnobs, flops_per_token
 from nanochat.train.knobs import DeviceKnobs
 from nanochat.train.scaling import PRETRAIN, batch_for
 
 DEPTHS = (*range(1, 6), *range(6, 28, 2), 28, 32)
 MEMORY_ENDED = "out of memory"
-Point = dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -48,7 +47,6 @@ class ProbeKnobs(DeviceKnobs, OpenSizeKnobs):
     device_batches: tuple[int, ...] = knob(
         (), "rows of a micro-batch (default: 8 32 on a CPU, else 8 to 64)", low=1
     )
-    total_batch_size: int = knob(0, "tokens per optimizer step; 0 = as for the budget", low=0)
     compile: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile; auto = as base_train would in the budget"
     )
@@ -60,7 +58,7 @@ class ProbeKnobs(DeviceKnobs, OpenSizeKnobs):
     json: bool = knob(False, "print only JSON")
 
 
-def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[Point]:
+def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> Iterator[Point]:
     """
     What identifies every point: the likeliest depth first, and all depths before other rows,
     because two sizes predict a speed better than one. Depths that are not given are near the size
@@ -75,26 +73,17 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> list[Point]:
         i = min(range(1, len(DEPTHS) - 1), key=lambda i: abs(math.log(DEPTHS[i] / wanted)))
         depths = DEPTHS[i], DEPTHS[i - 1], DEPTHS[i + 1]
     batches = sorted(knobs.device_batches or ((8, 32) if cpu else (8, 16, 32, 64)))
-    points = []
     for rows, depth, T in product(batches, depths, lengths):
         config = knobs.of_size(depth, aspect, T, seconds, target.device_type)
         batch = knobs.total_batch_size or batch_for(flops / flops_per_token(config))
-        points.append(
-            {
-                "name": target.name,
-                "dtype": target.dtype,
-                "compiled": target.compiles(seconds, knobs.compile),
-                "config": asdict(config),
-                "rows": rows,
-                "accumulation": max(1, batch // (rows * T)),
-            }
-        )
-    return points
-
-
-def size_of(point: Point) -> str:
-    c = point["config"]
-    return f"{c['n_layer']} x {c['n_embd']}|{c['sequence_len']}|{point['rows']}"
+        yield {
+            "name": target.name,
+            "dtype": target.dtype,
+            "compiled": target.compiles(seconds, knobs.compile),
+            "config": asdict(config),
+            "rows": rows,
+            "accumulation": max(1, batch // (rows * T)),
+        }
 
 
 def run(knobs: ProbeKnobs) -> dict[str, Any]:
@@ -119,14 +108,15 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     points: list[Point] = []
     left_out = 0
 
-    def measure(point: Point, prefix: str = "") -> Point:
-        print0("  {}{}, context {}, {} rows ...".format(prefix, *size_of(point).split("|")))
+    def measure(point: Point, again: str = "") -> Point:
+        c = point["config"]
+        size = f"{c['n_layer']} x {c['n_embd']}, context {c['sequence_len']}"
+        print0(f"  {again}{size}, {point['rows']} rows ...")
         where = {"device_type": target.device_type, "seconds": knobs.seconds}
         return machine.in_process(point | where)
 
     def save() -> None:
-        whole = {"machine": target.stored(), "points": stored}
-        atomic_write(file, json.dumps(whole, indent=1))
+        atomic_write(file, json.dumps({"machine": target.stored(), "points": stored}, indent=1))
 
     for wanted in grid(knobs, target, training):
         known = (p for p in stored if p.get("error", MEMORY_ENDED) == MEMORY_ENDED)
@@ -156,15 +146,20 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
         )
     _show(points, target)
     print0(f"  {file}")
-    made = {"machine": target.stored(), "points": points}
-    return {**made, "left_out": left_out, "file": str(file)}
+    return {
+        "machine": target.stored(),
+        "points": points,
+        "left_out": left_out,
+        "file": str(file),
+    }
 
 
 def _show(points: Sequence[Point], target: Machine) -> None:
+    """Print the table of points, and a notice if the speed changed much between measurements."""
     heads = "depth x width|T|rows|accumulation|ms per step|later|tok/s|of peak|peak memory"
     rows = []
     for p in points:
-        measured = p.get("error", "") + "||||"
+        c, measured = p["config"], p.get("error", "") + "||||"
         if "error" not in p:
             rate = p["tok_per_sec"]
             reached = rate * p["flops_per_token"] / target.peak_flops
@@ -172,7 +167,8 @@ def _show(points: Sequence[Point], target: Machine) -> None:
                 f"{p['step_ms']:,.0f}|{p.get('drift', 0):+.0%}|{rate:,.0f}|{reached:.0%}|"
                 f"{p['peak_memory_bytes'] / GIB:.2f} GiB"
             )
-        rows.append(f"{size_of(p)}|{p['accumulation']}|{measured}".split("|"))
+        size = f"{c['n_layer']} x {c['n_embd']}|{c['sequence_len']}|{p['rows']}"
+        rows.append(f"{size}|{p['accumulation']}|{measured}".split("|"))
     print0(columns(heads.split("|"), rows))
     if any(abs(p.get("drift", 0)) > 0.3 for p in points):
         notice(

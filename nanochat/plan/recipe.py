@@ -44,22 +44,15 @@ class RecipeKnobs(day.PlanKnobs):
 def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]]:
     """The recipe of a candidate: flags by command."""
     seconds, rate = knobs.stages, embedding_rate(candidate.total_batch_size)
-    stages: dict[str, dict[str, Any]] = {
-        "base_train": {
-            **candidate.flags(knobs.kv_ratio),
-            "embedding_lr": float(f"{rate:.6g}"),
-            **architecture(candidate.config),
-        }
-    }
+    pretraining = candidate.flags(knobs.kv_ratio)
+    pretraining |= {"embedding_lr": float(f"{rate:.6g}"), **architecture(candidate.config)}
     if len(candidate.contexts) > 1:
-        contexts = tuple(f"{T}@{begin:g}" for begin, T in candidate.contexts)
-        stages["base_train"]["context_stages"] = contexts
-    if knobs.data:
-        stages["base_train"]["data"] = knobs.data
+        pretraining["context_stages"] = tuple(f"{T}@{begin:g}" for begin, T in candidate.contexts)
+    stages = {"base_train": {**pretraining, "data": knobs.data}}
     if seconds["mid_train"] > 13:
         # Rates as in the quickstart, whose chain was measured (dev/LOG.md).
-        for command, rate in (("mid_train", "lr_scale"), ("chat_sft", "init_lr_frac")):
-            stages[command] = {"warmdown_ratio": 1.0, rate: 0.5}
+        for command, scale in (("mid_train", "lr_scale"), ("chat_sft", "init_lr_frac")):
+            stages[command] = {"warmdown_ratio": 1.0, scale: 0.5}
     for command, flags in stages.items():
         flags["max_minutes"] = round(seconds[command] / 60, 3)
         if knobs.model_tag:
@@ -73,7 +66,7 @@ def write(plan: Plan) -> dict[str, Any]:
     out = machine.plan_file(knobs.out, "recipe.toml")
     lines = [f"# {duration(knobs.budget)} on {plan.machine.name}"]
     lines += [f"# {what}: {figure} ({source})" for what, figure, source in day.gains(plan)]
-    for command, flags in tables(knobs, plan.choice.primary).items():
+    for command, flags in tables(knobs, plan.primary).items():
         lines += [
             "",
             f"[{command}]",
@@ -83,7 +76,7 @@ def write(plan: Plan) -> dict[str, Any]:
     whole = {
         "knobs": asdict(knobs),
         "machine": plan.machine.stored(),
-        "law": asdict(plan.law(plan.choice.primary.config)),
+        "law": asdict(plan.law(plan.primary.config)),
         "recipe": str(out),
         "pretraining_seconds": knobs.pretraining_seconds,
         **asdict(plan.choice),
@@ -104,8 +97,10 @@ def replanned(file: str, stage: str, seconds_left: float) -> list[str]:
     share = max(0.05, seconds_left / max(1.0, needed))
     if share > 0.98:
         return []
-    left = duration(max(0.0, seconds_left))
-    notice(f"{left} are left for {stage} and what follows, {duration(needed)} were planned")
+    notice(
+        f"{duration(max(0.0, seconds_left))} are left for {stage} and what follows, "
+        f"{duration(needed)} were planned"
+    )
     if stage == "evaluation":
         return ["-n", str(max(20, round(500 * share)))]
     return [f"--max_minutes={planned[stage] / 60 * share:.3f}"]
@@ -116,6 +111,6 @@ def run(knobs: RecipeKnobs) -> dict[str, Any]:
     plan = day.planned(knobs)
     day.show(day.page(plan))
     whole = write(plan)
-    commands = ", ".join(tables(plan.knobs, plan.choice.primary))
+    commands = ", ".join(tables(plan.knobs, plan.primary))
     print0(f"\n  {whole['recipe']}: pass it with --recipe to {commands}")
     return whole

@@ -3,6 +3,7 @@ The sizes that plans are about: from flags to a configuration, and from a config
 parameters and FLOPs. Every figure is counted on the real model, built without memory.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -28,11 +29,6 @@ def is_simple(data: Sequence[str]) -> bool:
     return tuple(data) == ("tinyworld",)
 
 
-def usual_head(width: float) -> int:
-    """Width of a head where none is given: 64 in narrow models, so that there are several."""
-    return 64 if width <= 512 else 128
-
-
 @dataclass(kw_only=True)
 class SizeKnobs(ArchitectureKnobs, Shape):
     """Model"""
@@ -43,13 +39,14 @@ class SizeKnobs(ArchitectureKnobs, Shape):
         0, "width of a head; 0 = 128, or 64 up to a width of 512 where the plan finds it", low=0
     )
 
-    def config(self, **settled: Any) -> GPTConfig:
+    def config(self, width: float = math.inf, **settled: Any) -> GPTConfig:
         """
-        The configuration that base_train builds from these flags, with `settled` ones instead; 4
-        layers and heads of 128 where they are open. UserError if they make no model.
+        The configuration that base_train builds from these flags, with `settled` ones instead.
+        Where they are open, it has 4 layers and heads of 128, or of 64 for a model of at most
+        `width` 512, so that there are several. UserError if the flags make no model.
         """
-        settled = {"depth": self.depth or 4, "head_dim": self.head_dim or 128, **settled}
-        knobs = replace(self, **settled)
+        head = self.head_dim or (64 if width <= 512 else 128)
+        knobs = replace(self, **{"depth": self.depth or 4, "head_dim": head, **settled})
         return GPTConfig(vocab_size=knobs.vocab, **knobs.dimensions(), **architecture(knobs))
 
 
@@ -61,6 +58,7 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
         0, "tokens in the vocabulary; 0 = the tokenizer's, or by the budget if there is none", low=0
     )
     aspect_ratio: float = knob(0.0, "model width per layer of depth", low=0)
+    total_batch_size: int = knob(0, "tokens per optimizer step", low=0)
     sequence_len: int = knob(0, "context length in tokens", low=0)
     softcap: float = knob(
         0.0,
@@ -73,15 +71,15 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
         self, depth: int, aspect_ratio: float, sequence_len: int, seconds: float, device_type: str
     ) -> GPTConfig:
         """
-        The configuration whose open sizes are these, as base_train builds it for `seconds` of
-        pretraining on such a device.
+        The configuration with this depth and context, and this aspect ratio unless the flags give
+        the width, as base_train builds it for `seconds` of pretraining on such a device.
         """
-        width = self.model_dim or depth * aspect_ratio
+        aspect_ratio = self.aspect_ratio or aspect_ratio
         config = self.config(
+            self.model_dim or depth * aspect_ratio,
             depth=depth,
             aspect_ratio=aspect_ratio,
             sequence_len=sequence_len,
-            head_dim=self.head_dim or usual_head(width),
             vocab=self.vocabulary(),
         )
         parts = self.lookback_parts(
@@ -106,17 +104,17 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
 
 def model_of(config: GPTConfig) -> "GPT":
     """The real model on the meta device, where it takes no memory. Remembered."""
-    return _model(tuple(vars(config).items()))
+    return _model(**vars(config))
 
 
 @cache
-def _model(key: tuple) -> "GPT":
+def _model(**config: Any) -> "GPT":
     import torch
 
     from nanochat.model.gpt import GPT
 
     with torch.device("meta"):  # without GPT.build's rotary tables, for which torch imports much
-        return GPT(GPTConfig(**dict(key)), torch.bfloat16)
+        return GPT(GPTConfig(**config), torch.bfloat16)
 
 
 def counts(config: GPTConfig) -> dict[str, int]:
@@ -125,15 +123,21 @@ def counts(config: GPTConfig) -> dict[str, int]:
     three layers, because a layer is like the last but one (GPTConfig.has_value_table).
     """
     first = 2 - config.n_layer % 2
-    sizes = (1, first, 3)
-    one, start, three = (model_of(replace(config, n_layer=n)).counts() for n in sizes)
+    one, start, three = (_counts(model_of(replace(config, n_layer=n))) for n in (1, first, 3))
     pairs = (config.n_layer - first) // 2
     return {part: n + pairs * (three[part] - one[part]) for part, n in start.items()}
 
 
+@cache
+def _counts(model: "GPT") -> dict[str, int]:
+    return model.counts()
+
+
 def flops_per_token(config: GPTConfig, T: int = 0) -> float:
     """Training FLOPs per token in rows of T tokens (0 = the whole context)."""
-    if "S" in config.window_pattern or config.value_embeddings:
-        return model_of(config).flops_per_token(T)
-    one, two = (model_of(replace(config, n_layer=n)).flops_per_token(T) for n in (1, 2))
-    return one + (config.n_layer - 1) * (two - one)  # all layers are alike
+    return _flops(model_of(config), T)
+
+
+@cache
+def _flops(model: "GPT", T: int) -> float:
+    return model.flops_per_token(T)

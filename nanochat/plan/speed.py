@@ -7,13 +7,13 @@ points the speed is interpolated; the interval says how well.
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from nanochat.model.config import GPTConfig
 from nanochat.plan import law
-from nanochat.plan.machine import Machine
+from nanochat.plan.machine import Machine, Point
 from nanochat.plan.shapes import counts, flops_per_token
 from nanochat.train.polynomials import chosen_polynomials
 
@@ -70,7 +70,7 @@ def roofline(
     """
     n = counts(config)
     C, L, V, matrices = config.n_embd, config.n_layer, config.vocab_size, n["transformer"]
-    micro = max(1, total // (rows * T))
+    micro = total // (rows * T)
     peak = machine.peak_flops
     bandwidth = 0.9 * (machine.bandwidth or peak / 100)
     share = 0.78 if peak < 3e14 else 0.64  # large cards are harder to keep busy
@@ -91,7 +91,7 @@ def roofline(
 
 
 def interpolated(
-    points: Sequence[Mapping[str, Any]], config: GPTConfig, rows: int, T: int
+    points: Sequence[Point], config: GPTConfig, rows: int, T: int
 ) -> tuple[float, float]:
     """
     (tokens per second, relative error) of a model: the mean over the points, by inverse squared
@@ -102,8 +102,14 @@ def interpolated(
     points drifted; away from them the error is 12 % of the distance. A point without the parts of
     --lookback counts for a model with them as LOOKBACK says, and the other way round.
     """
-    lengths = [q["config"]["sequence_len"] for q in points]
-    sizes = [(q["flops_per_token"], n, n * q["rows"]) for q, n in zip(points, lengths, strict=True)]
+    sizes = [
+        (
+            q["flops_per_token"],
+            q["config"]["sequence_len"],
+            q["config"]["sequence_len"] * q["rows"],
+        )
+        for q in points
+    ]
     x = np.log(np.divide(sizes, (flops_per_token(config, T), T, rows * T))) * (1, 0.5, 0.5)
     parts = [config.convolutions - q["config"].get("convolutions", False) for q in points]
     rates = np.log([q["tok_per_sec"] for q in points]) + np.multiply(parts, math.log(LOOKBACK))
