@@ -284,10 +284,10 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
 def answers(loaded: Any, folder: Path) -> dict:
     """Accuracies on held-out questions by kind."""
     from nanochat.eval import own_text
-    from nanochat.eval.tasks import owntext, tinyworld
+    from nanochat.eval.tasks import text_questions, tinyworld
 
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    own = owntext.tasks([json.loads(line) for line in lines])
+    own = text_questions.tasks([json.loads(line) for line in lines])
     asked = {"own": own, "everyday": list(tinyworld.TASKS.values())}
     found = {name: own_text.answers(loaded, tasks, 40) for name, tasks in asked.items()}
     return {

@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,22 @@ import torch
 from nanochat.base.common import UserError
 from nanochat.commands import base_eval, base_loss
 from nanochat.data.feed import Batch
-from nanochat.eval.bits_per_byte import bits_per_byte
+from nanochat.eval import bits_per_byte
 from nanochat.train.loop import recut
 
 RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 BYTES = np.arange(61, dtype=np.int32) % 5  # every fifth token spells nothing
 
 
-def cut(b: Batch):
-    return lambda rows: recut([b], rows)
+def bits(m, batches: Any, rows=8, token_bytes: np.ndarray = BYTES, runtime=tiny.CPU, **options):
+    """The bits per byte of these batches, in place of those of shards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            bits_per_byte,
+            "eval_batches",
+            lambda given, rows_per_batch, **_: recut(given, rows_per_batch),
+        )
+        return bits_per_byte.shard_bits_per_byte(m, batches, token_bytes, runtime, rows, **options)
 
 
 def by_hand(m, b: Batch) -> float:
@@ -39,7 +47,7 @@ def by_hand(m, b: Batch) -> float:
 def test_by_hand():
     m, b = tiny.randomise(tiny.model()), tiny.batch(ignored=0.4)
     expected = by_hand(m, b)
-    values = [bits_per_byte(m, cut(b), BYTES, tiny.CPU, rows) for rows in (8, 5, 1)]
+    values = [bits(m, [b], rows) for rows in (8, 5, 1)]
     assert values == [pytest.approx(expected, rel=1e-6)] * 3
 
 
@@ -47,23 +55,19 @@ def test_guessing_among_256_single_bytes_costs_8_bits():
     m = tiny.model(vocab_size=256)
     with torch.no_grad():
         m.head.weight.zero_()
-    assert bits_per_byte(m, cut(tiny.batch(vocab=256)), np.ones(256), tiny.CPU, 8) == pytest.approx(
-        8.0
-    )
+    assert bits(m, [tiny.batch(vocab=256)], token_bytes=np.ones(256)) == pytest.approx(8.0)
 
 
 def test_nothing_to_count_is_nan():
     m, b = tiny.model(), tiny.batch()
-    assert math.isnan(
-        bits_per_byte(m, cut(Batch(b.inputs, torch.full_like(b.targets, -1))), BYTES, tiny.CPU, 8)
-    )
-    assert math.isnan(bits_per_byte(m, lambda rows: [], BYTES, tiny.CPU, 8))
-    assert math.isnan(bits_per_byte(m, cut(b), np.zeros(61), tiny.CPU, 8))
+    assert math.isnan(bits(m, [Batch(b.inputs, torch.full_like(b.targets, -1))]))
+    assert math.isnan(bits(m, []))
+    assert math.isnan(bits(m, [b], token_bytes=np.zeros(61)))
 
 
 def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, capsys):
     m, b = tiny.randomise(tiny.model()), tiny.batch(rows=8)
-    expected, real, asked = bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8), m.token_losses, []
+    expected, real, asked = bits(m, [b]), m.token_losses, []
 
     def limited(idx, targets):
         asked.append(idx.size(0))
@@ -73,11 +77,11 @@ def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, c
 
     monkeypatch.setattr(m, "token_losses", limited)
     m.train()
-    assert bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8) == pytest.approx(expected, rel=1e-6)
+    assert bits(m, [b]) == pytest.approx(expected, rel=1e-6)
     assert asked == [8, 4, 2, 2, 2, 2] and m.training
     fitting = []
-    bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8, on_fewer=fitting.append)
-    bits_per_byte(m, cut(b), BYTES, tiny.CPU, 2, on_fewer=fitting.append)
+    bits(m, [b], on_fewer=fitting.append)
+    bits(m, [b], 2, on_fewer=fitting.append)
     assert fitting == [2], "only what did not fit at first is worth remembering"
     assert (
         capsys.readouterr().err.splitlines()[-1]
@@ -90,10 +94,10 @@ def test_memory_that_runs_out_halves_the_rows_and_changes_nothing(monkeypatch, c
         lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
     )
     with pytest.raises(UserError, match="out of memory"):
-        bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8)
+        bits(m, [b])
     monkeypatch.setattr(m, "token_losses", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="shapes"):
-        bits_per_byte(m, cut(b), BYTES, tiny.CPU, 8)
+        bits(m, [b])
 
 
 def test_ranks_are_summed_not_averaged(monkeypatch):
@@ -103,11 +107,11 @@ def test_ranks_are_summed_not_averaged(monkeypatch):
     sums = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: sums.append(t.clone()))
     for part in parts:
-        bits_per_byte(m, cut(part), BYTES, replace(tiny.CPU, world_size=2), 8)
+        bits(m, [part], runtime=replace(tiny.CPU, world_size=2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.copy_(sum(sums)))
-    assert bits_per_byte(
-        m, cut(parts[0]), BYTES, replace(tiny.CPU, world_size=2), 8
-    ) == pytest.approx(by_hand(m, b), rel=1e-6)
+    assert bits(m, parts[:1], runtime=replace(tiny.CPU, world_size=2)) == pytest.approx(
+        by_hand(m, b), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(

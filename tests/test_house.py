@@ -123,11 +123,11 @@ CEILINGS = {
     "model": 26_940,
     "chat": 9_060,
     "chat/serve": 11_705,
-    "eval": 20_685,
+    "eval": 20_085,
     "train": 21_300,
     "study": 13_385,
     "plan": 15_090,
-    "export": 9_635,
+    "export": 9_130,
     "commands": 23_040,
 }
 

@@ -17,9 +17,9 @@ from nanochat.base.logbook import Logbook
 from nanochat.commands import mid_train, mine
 from nanochat.eval import baselines, own_text
 from nanochat.eval.own_text import answer_lines, predictor_lines, sample_prompt
-from nanochat.eval.tasks import owntext
+from nanochat.eval.tasks import text_questions
 from nanochat.eval.tasks.common import Task
-from nanochat.eval.tasks.owntext import TextQuestions
+from nanochat.eval.tasks.text_questions import TextQuestions
 from nanochat.eval.verbatim import longest_overlap, normalised
 from nanochat.model.checkpoint import locate
 from nanochat.model.stages import run_directory
@@ -261,16 +261,16 @@ def made(kinds, count=60, seed=3, texts=None):
 
 
 def test_conversations_are_reproducible_and_different():
-    first, again = made(owntext.KINDS, 300), made(owntext.KINDS, 300)
-    assert first == again != made(owntext.KINDS, 300, seed=4)
+    first, again = made(text_questions.KINDS, 300), made(text_questions.KINDS, 300)
+    assert first == again != made(text_questions.KINDS, 300, seed=4)
     assert len({json.dumps(item["messages"]) for item in first}) == len(first)
-    assert {item["kind"] for item in first} == set(owntext.KINDS)
+    assert {item["kind"] for item in first} == set(text_questions.KINDS)
 
 
 ASKED = r'(?:[^"]+?[?.]|[^"]+"[^"]+"\?) (.+)'  # a question about a passage, and the passage
 
 
-@pytest.mark.parametrize("kind", owntext.JUDGED)
+@pytest.mark.parametrize("kind", text_questions.JUDGED)
 def test_gold_is_right_and_what_it_is_about_is_in_the_text(kind):
     text = normalised(story(9, 200))
     items = made([kind])
@@ -278,9 +278,11 @@ def test_gold_is_right_and_what_it_is_about_is_in_the_text(kind):
     for item in items:
         asked, gold = (message["content"] for message in item["messages"])
         answer = item["answer"]
-        assert owntext.is_right(item, gold) and owntext.is_right(item, answer)
-        assert not owntext.is_right(item, f"no{answer}") and not owntext.is_right(item, "")
-        assert kind == "complete" or not owntext.is_right(item, f"{gold} or not")
+        assert text_questions.is_right(item, gold) and text_questions.is_right(item, answer)
+        assert not text_questions.is_right(item, f"no{answer}") and not text_questions.is_right(
+            item, ""
+        )
+        assert kind == "complete" or not text_questions.is_right(item, f"{gold} or not")
         assert gold in text if kind == "complete" else answer in gold
         if kind == "complete":
             whole = re.split(r"How does this end\? |sentence: ", asked, maxsplit=1)[1]
@@ -326,9 +328,9 @@ def test_tell_begins_with_its_subject_and_who_said_it_is_said():
 def test_dialogues_are_turns_of_the_text():
     text = 'He came.\n"Who is it?" she asked.\n"Only me,"\nhe said, "as ever."\n' + "\nProse." * 9
     script = "ADA: Hello there.\nBEN: Good day.\nADA: Is it?\n"
-    assert list(owntext.dialogues(text)) == [["Who is it?", "Only me, as ever."]]
-    assert list(owntext.dialogues(script)) == [["Hello there.", "Good day.", "Is it?"]]
-    assert list(owntext.dialogues('"Alone," he said.\n' + "Prose.\n" * 9 + '"Later."')) == []
+    assert list(text_questions.dialogues(text)) == [["Who is it?", "Only me, as ever."]]
+    assert list(text_questions.dialogues(script)) == [["Hello there.", "Good day.", "Is it?"]]
+    assert list(text_questions.dialogues('"Alone," he said.\n' + "Prose.\n" * 9 + '"Later."')) == []
     items = made(["dialogue"], 1, texts=[text])
     assert [m["content"] for m in items[0]["messages"]] == ["Who is it?", "Only me, as ever."]
 
@@ -338,7 +340,7 @@ def test_abbreviations_end_no_sentence_and_are_no_names():
         "Mr. Tobin met Mrs. Odo at noon. " * 3
         + "They and I spoke to J. Mira of it; I'll ask Mira's. " * 3
     )
-    assert owntext.SENTENCE_END.split(text)[:2] == [
+    assert text_questions.SENTENCE_END.split(text)[:2] == [
         "Mr. Tobin met Mrs. Odo at noon.",
         "Mr. Tobin met Mrs. Odo at noon.",
     ]
@@ -352,17 +354,17 @@ def test_abbreviations_end_no_sentence_and_are_no_names():
 
 def test_text_without_spaces():
     text = "他走进了花园。“你是谁？”她问。今天天气很好！" * 50
-    found = list(owntext.passages(text))
-    assert len(found) > 3 and all(0 < len(p) <= owntext.PASSAGE for p in found)
+    found = list(text_questions.passages(text))
+    assert len(found) > 3 and all(0 < len(p) <= text_questions.PASSAGE for p in found)
     assert "".join(found) == text, "whole sentences, and nothing between them"
-    assert {*owntext.SENTENCE_END.split(text)} == {
+    assert {*text_questions.SENTENCE_END.split(text)} == {
         "他走进了花园。",
         "“你是谁？”",
         "她问。",
         "今天天气很好！",
     }
     endless = "无" * 1000
-    assert list(owntext.passages(endless)) == [endless[: owntext.PASSAGE]]
+    assert list(text_questions.passages(endless)) == [endless[: text_questions.PASSAGE]]
     assert made(["continue"], 5, texts=[text])
     for one in (text, endless, "短"):
         assert sample_prompt([one]) in one and 0 < len(sample_prompt([one])) <= 60
@@ -370,8 +372,8 @@ def test_text_without_spaces():
 
 
 def test_texts_without_questions_make_none():
-    assert made(owntext.KINDS, texts=["Oh"]) == []
-    assert owntext.tasks([]) == []
+    assert made(text_questions.KINDS, texts=["Oh"]) == []
+    assert text_questions.tasks([]) == []
 
 
 # ---- copying and other predictors
@@ -423,7 +425,7 @@ def test_the_summary_is_honest():
         "own/name": {"accuracy": 0.9, "n": 100, "lo": 0.82, "chance": 0.05},
         "own/speaker": {"accuracy": 0.45, "n": 100, "lo": 0.36, "chance": 0.4},
     }
-    lines = answer_lines({"kinds": kinds})
+    lines = answer_lines(kinds)
     cannot = next(i for i, line in enumerate(lines) if "cannot" in line)
     assert any("find the name" in line for line in lines[:cannot])
     assert any("who speaks" in line for line in lines[cannot:])
@@ -457,4 +459,6 @@ def test_a_dash_is_no_word_to_complete():
     items = [{**item, "kind": "complete"} for item in made if item]
     assert len(items) > 50
     for item in items:
-        assert owntext.is_right(item, Task.gold(item)) and not owntext.is_right(item, "")
+        assert text_questions.is_right(item, Task.gold(item)) and not text_questions.is_right(
+            item, ""
+        )

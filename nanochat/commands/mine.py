@@ -29,7 +29,7 @@ from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
 from nanochat.commands import tok_train
 from nanochat.data import conversations, documents, inventory, rows, sources
-from nanochat.eval.tasks import owntext, tinyworld
+from nanochat.eval.tasks import text_questions, tinyworld
 from nanochat.export.target import choose_target
 from nanochat.model.stages import STAGES, run_directory, step_folders
 from nanochat.tinyworld.conversations import EVERYDAY
@@ -188,10 +188,12 @@ def write_conversations(folder: Path, count: int, seed: int) -> dict[str, int]:
     from nanochat.eval import own_text
 
     source = own_source(folder)
-    train = owntext.TextQuestions(own_text.documents(source, "train"))
-    held_out = owntext.TextQuestions(own_text.documents(source, "val"), train.words)
-    made = list(train.conversations(seed, owntext.KINDS, count))
-    asked = [q for kind in owntext.JUDGED for q in held_out.conversations(seed, [kind], QUESTIONS)]
+    train = text_questions.TextQuestions(own_text.documents(source, "train"))
+    held_out = text_questions.TextQuestions(own_text.documents(source, "val"), train.words)
+    made = list(train.conversations(seed, text_questions.KINDS, count))
+    asked = [
+        q for kind in text_questions.JUDGED for q in held_out.conversations(seed, [kind], QUESTIONS)
+    ]
     for name, items in (("made", made), ("questions", asked)):
         lines = "".join(json.dumps(item) + "\n" for item in items)
         atomic_write(folder / f"{name}.jsonl", lines)
@@ -449,8 +451,8 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     }
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
-    tasks = owntext.tasks(questions)
-    results["talk"] = own_text.replies(chat, [*TALK, *owntext.about_names(questions, 2)])
+    tasks = text_questions.tasks(questions)
+    results["talk"] = own_text.replies(chat, [*TALK, *text_questions.about_names(questions, 2)])
     results["own"] = own_text.answers(chat, tasks, QUESTIONS)
     everyday = [tinyworld.TASKS[kind] for kind in dict.fromkeys(EVERYDAY)]
     results["embedded"] = own_text.answers(chat, everyday, QUESTIONS // 3)
@@ -484,7 +486,7 @@ def verdict(knobs: MineKnobs, results: dict[str, Any], diary: Diary) -> str:
             "",
             *own_text.predictor_lines(results["bits_per_byte"]),
             "",
-            *own_text.answer_lines({"kinds": kinds}),
+            *own_text.answer_lines(kinds),
             "",
             "What it replies in a chat:",
             *(f"    {asked}\n    > {reply}" for asked, reply in results["talk"]),

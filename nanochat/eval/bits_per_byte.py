@@ -4,7 +4,7 @@ allows models with different tokenizers to be compared.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.base.runtime import Runtime, halve_until_it_fits
-from nanochat.data.feed import Batch, eval_batches
+from nanochat.data.feed import eval_batches
 from nanochat.data.shards import Shards
 from nanochat.model.gpt import GPT
 
 
+@torch.no_grad()
 def shard_bits_per_byte(
     model: GPT,
     shards: Shards,
@@ -29,13 +30,23 @@ def shard_bits_per_byte(
     on_fewer: Callable[[int], Any] | None = None,
 ) -> float:
     """
-    Bits per byte of the first `max_tokens` tokens of a split (None = all), in its fixed order and
-    packed to the model's context. With `compiled` it runs the code that was compiled for training,
-    on batches of exactly `rows` rows. Other arguments are those of bits_per_byte.
-    """
+    sum(nll in nats) / (ln 2 * sum(bytes)) of the first `max_tokens` tokens of a split (None = all),
+    in its fixed order and packed to the model's context, over all ranks; nan when there is nothing
+    to count.
 
-    def batches(rows: int) -> Iterable[Batch]:
-        return eval_batches(
+    `token_bytes` (vocab_size,) holds the number of bytes of each token. Ignored targets and tokens
+    without bytes (the special ones) count neither as loss nor as bytes. A batch has at most `rows`
+    rows. If memory runs out, the evaluation starts again with half of them; `on_fewer` then gets
+    the number of rows that fitted. UserError if not even one does. With `compiled` it runs the code
+    that was compiled for training, on batches of exactly `rows` rows.
+    """
+    bytes_of = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(runtime.device)
+    options = {"compiled": True} if compiled else {}
+
+    def total(rows: int) -> Tensor:
+        device = "cpu" if runtime.device.type == "mps" else runtime.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        batches = eval_batches(
             shards,
             rows_per_batch=rows,
             sequence_len=model.config.sequence_len,
@@ -45,36 +56,7 @@ def shard_bits_per_byte(
             device=runtime.device,
             whole=compiled,
         )
-
-    return bits_per_byte(model, batches, token_bytes, runtime, rows, compiled, on_fewer)
-
-
-@torch.no_grad()
-def bits_per_byte(
-    model: GPT,
-    batches: Callable[[int], Iterable[Batch]],
-    token_bytes: np.ndarray,
-    runtime: Runtime,
-    rows: int,
-    compiled: bool = False,
-    on_fewer: Callable[[int], Any] | None = None,
-) -> float:
-    """
-    sum(nll in nats) / (ln 2 * sum(bytes)) over all ranks; nan when there is nothing to count.
-
-    `batches(rows)` returns this rank's batches of at most `rows` rows; the rows themselves must not
-    depend on `rows`. `token_bytes` (vocab_size,) holds the number of bytes of each token. Ignored
-    targets and tokens without bytes (the special ones) count neither as loss nor as bytes. If
-    memory runs out, the evaluation starts again with half the rows; `on_fewer` then gets the number
-    of rows that fitted. UserError if not even one does.
-    """
-    bytes_of = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(runtime.device)
-    options = {"compiled": True} if compiled else {}
-    has_float64 = runtime.device.type != "mps"
-
-    def total(rows: int) -> Tensor:
-        sums = torch.zeros(2, dtype=torch.float64, device=runtime.device if has_float64 else "cpu")
-        for batch in batches(rows):
+        for batch in batches:
             nll = model.token_losses(batch.inputs, batch.targets, **options)
             n_bytes = bytes_of[batch.targets.clamp(min=0)] * (batch.targets >= 0)
             both = torch.stack([(nll * (n_bytes > 0)).sum(), n_bytes.sum()])

@@ -20,6 +20,7 @@ import torch
 from nanochat.base.common import notice
 from nanochat.base.runtime import halve_until_it_fits
 from nanochat.chat.generate import Engine, clip
+from nanochat.data.rendering import PART_TOKENS
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.scores import accuracy, pass_at_k
 from nanochat.eval.tasks.common import Item, Task
@@ -41,26 +42,22 @@ class Verdicts:
         their number, and under "pass" the accuracy of the best of 2, 4, ... and of all samples.
         """
 
-        def best_of(k: int) -> dict[str, float]:
+        def best_of(k: int, chance: float) -> dict[str, Any]:
             shares = [pass_at_k(self.samples, right, k) for right in self.right]
-            return accuracy(shares, 1 - (1 - chance) ** k, self.different)
+            return accuracy(shares, chance, self.different)
 
-        shares = [pass_at_k(self.samples, right, 1) for right in self.right]
-        result = accuracy(shares, chance, self.different)
-        result |= {"clipped": self.clipped, "unfinished": self.unfinished}
-        if self.samples == 1:
-            return result
-        powers = {2**i for i in range(1, self.samples.bit_length())}
-        best = {str(k): best_of(k) for k in sorted(powers | {self.samples})}
-        return {**result, "samples": self.samples, "pass": best}
+        result = best_of(1, chance) | {"clipped": self.clipped, "unfinished": self.unfinished}
+        if self.samples > 1:
+            counts = sorted({2**i for i in range(1, self.samples.bit_length())} | {self.samples})
+            best = {str(k): best_of(k, 1 - (1 - chance) ** k) for k in counts}
+            result |= {"samples": self.samples, "pass": best}
+        return result
 
 
 def visible_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of a reply that a user sees: no special tokens, no tool calls, no tool output."""
     specials = tokenizer.specials
-    closing = {
-        specials[f"<|{part}_start|>"]: specials[f"<|{part}_end|>"] for part in ("python", "output")
-    }
+    closing = {specials[start]: specials[end] for start, end in PART_TOKENS.values()}
     hidden, visible = set(specials.values()), []
     end = None  # of the call or output that the token is in
     for token in ids:

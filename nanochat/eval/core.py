@@ -64,10 +64,11 @@ def evaluate(
     context = scorer.model.config.sequence_len
     items, prompts = prepare(task, tokenizer, context, runtime.seed, max_items)
     own_items = items[runtime.rank :: runtime.world_size]
+    generates = task.kind == "language_modeling"
     right = []
     all_scores = scorer(own_items, prompts, lambda done: progress(done, len(own_items)))
     for item, scores in zip(own_items, all_scores, strict=True):
-        if task.kind == "language_modeling":
+        if generates:
             right.append(scores[0].greedy)
         else:
             rng = Random(f"{runtime.seed}/{task.name}/{item.row}/lot")
@@ -77,7 +78,6 @@ def evaluate(
         dist.all_gather_object(parts, right)
         right = [verdict for part in parts for verdict in part]
     result = accuracy(right, task.chance)
-    generates = task.kind == "language_modeling"
     return {
         "kind": task.kind,
         **result,

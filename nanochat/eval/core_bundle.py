@@ -37,6 +37,8 @@ LISTING = {  # the form of core.yaml
     ]
 }
 
+Entry = tuple[str, str, int, str, str]  # of core.yaml: name, data file, shots, kind, delimiter
+
 
 @dataclass(frozen=True)
 class CoreTask:
@@ -67,7 +69,8 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
     """
     root = user_path(directory)
     listing, baselines = root / "core.yaml", root / "eval_meta_data.csv"
-    for path in (listing, baselines, root / "eval_data"):
+    data = root / "eval_data"
+    for path in (listing, baselines, data):
         if not path.exists():
             raise UserError(
                 f"there is no {path}: an evaluation bundle has core.yaml, eval_meta_data.csv and "
@@ -82,10 +85,10 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
                 f"{baselines} has no row for the task {name[:60]}: add its random baseline in "
                 "percent"
             )
-        path = root / "eval_data" / uri
+        path = data / uri
         try:
             exists = path.is_file()
-            inside = path.resolve().is_relative_to((root / "eval_data").resolve())
+            inside = path.resolve().is_relative_to(data.resolve())
         except (OSError, ValueError):  # the name is too long or has a zero byte
             exists = inside = False
         if not inside:
@@ -98,7 +101,7 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
         else:
             absent.append(name)
     if not tasks:
-        raise UserError(f"{root / 'eval_data'} has data for none of the {len(entries)} tasks")
+        raise UserError(f"{data} has data for none of the {len(entries)} tasks")
     return tasks, absent
 
 
@@ -111,9 +114,9 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _read_listing(path: Path) -> list[tuple[str, str, int, str, str]]:
-    """(name, data file, shots, kind, delimiter) of each task in core.yaml."""
-    entries: list[tuple[str, str, int, str, str]] = []
+def _read_listing(path: Path) -> list[Entry]:
+    """The entry of each task in core.yaml."""
+    entries: list[Entry] = []
     try:
         listing = _PlainLoader(decoded(read_bytes(path, MOST_LISTING))).get_single_data()
         if fault := mismatch(listing, LISTING, "core.yaml") or missing(listing, ["icl_tasks"]):

@@ -46,7 +46,7 @@ class CoreItem(NamedTuple):
         How many tokens are computed: the shared ones once, and the rest of each sequence except its
         last token, which predicts nothing.
         """
-        return self.shared + sum(max(0, len(ids) - 1 - self.shared) for ids in self.ids)
+        return self.shared + sum(len(ids) - 1 - self.shared for ids in self.ids)
 
 
 class _Example(NamedTuple):

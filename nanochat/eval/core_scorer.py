@@ -3,7 +3,8 @@ How likely a model finds the token sequences of CORE items. Tokens that sequence
 few-shot examples of a task, the beginnings of the answers to a question) are computed once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,8 @@ class Score(NamedTuple):
     greedy: bool  # whether each of them was the most likely one
 
 
-def looks_back(model: GPT) -> bool:
-    """Whether a token's vectors depend on the tokens before it other than by attention."""
-    config = model.config
-    return bool(config.copy_heads or config.convolutions or config.pair_rows)
+Scores = list[list[Score]]  # of each sequence of each item
+Progress = Callable[[int], None]  # receives the number of finished items
 
 
 class Scorer:
@@ -40,8 +39,10 @@ class Scorer:
     """
 
     def __init__(self, model: Any, memory: float = 0):
-        self.model = model
-        self.shares = isinstance(model, GPT) and model.prior is None and not looks_back(model)
+        self.model, config = model, model.config
+        self.shares = isinstance(model, GPT) and not (
+            config.rap or config.copy_heads or config.convolutions or config.pair_rows
+        )
         self.device = model.embed.weight.device
         self.memory = memory or PASS_BYTES.get(self.device.type, 2**28)
 
@@ -50,11 +51,10 @@ class Scorer:
         self,
         items: Sequence[CoreItem],
         prompts: Sequence[Sequence[int]],
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> list[list[Score]]:
+        progress: Progress = lambda done: None,
+    ) -> Scores:
         """
-        The score of each sequence of each item. `progress` receives the number of finished items.
-        Raises UserError if a single item does not fit into memory.
+        The score of each sequence of each item. UserError if a single one does not fit into memory.
         """
         largest = max((self._row_bytes(item.slots, item.past) for item in items), default=0.0)
         if self.shares and largest <= MOST_ROW_BYTES:
@@ -68,38 +68,27 @@ class Scorer:
         self,
         items: Sequence[CoreItem],
         prompts: Sequence[Sequence[int]],
-        progress: Callable[[int], None],
-    ) -> list[list[Score]]:
+        progress: Progress,
+    ) -> Scores:
+        """Score the items that continue one prompt together, in passes, the longest first."""
         scores: dict[int, list[Score]] = {}
         for number, prompt in enumerate(prompts):
             # Similar lengths share a pass, which then has little padding
             waiting = [i for i, item in enumerate(items) if item.prompt == number]
             waiting.sort(key=lambda i: items[i].slots, reverse=True)
-            for results in self._passes([items[i] for i in waiting], prompt):
+            past = max((items[i].past for i in waiting), default=0)
+            cached = self._keys_and_values(prompt[:past]) if waiting and self.shares else None
+            while waiting:
+                row_bytes = self._row_bytes(items[waiting[0]].slots, past)
+                wanted = min(len(waiting), max(1, int(self.memory / row_bytes)))
+                score_first = partial(self._pass, [items[i] for i in waiting[:wanted]], cached)
+                results, count = halve_until_it_fits(score_first, wanted, "CORE items")
+                if count < wanted:
+                    self.memory = row_bytes * count
                 scores.update(zip(waiting, results, strict=False))
-                del waiting[: len(results)]
+                del waiting[:count]
                 progress(len(scores))
         return [scores[i] for i in range(len(items))]
-
-    def _passes(
-        self, items: Sequence[CoreItem], prompt: Sequence[int]
-    ) -> Iterator[list[list[Score]]]:
-        """Score items that continue one prompt, longest first; yields the scores of each pass."""
-        past = max((item.past for item in items), default=0)
-        cached = self._keys_and_values(prompt[:past]) if items and self.shares else None
-        done = 0
-
-        def score_next(count: int) -> list[list[Score]]:
-            return self._pass(items[done : done + count], cached)
-
-        while done < len(items):
-            row_bytes = self._row_bytes(items[done].slots, past)
-            wanted = min(len(items) - done, max(1, int(self.memory / row_bytes)))
-            results, count = halve_until_it_fits(score_next, wanted, "CORE items")
-            if count < wanted:
-                self.memory = row_bytes * count
-            done += count
-            yield results
 
     def _row_bytes(self, slots: int, past: int) -> float:
         """The memory of an item in a pass: its activations and the attention of one layer."""
@@ -117,12 +106,14 @@ class Scorer:
         return cache.k[:, 0].to(dtype), cache.v[:, 0].to(dtype)
 
     def _pass(
-        self, items: Sequence[CoreItem], cached: tuple[Tensor, Tensor] | None
-    ) -> list[list[Score]]:
+        self, items: Sequence[CoreItem], cached: tuple[Tensor, Tensor] | None, count: int
+    ) -> Scores:
         """
-        Score items in one pass. `cached` are the keys and values of the prompt that they continue,
-        or None for items of a single sequence without a prompt, which need no branches.
+        Score the first `count` items in one pass. `cached` are the keys and values of the prompt
+        that they continue, or None for items of a single sequence without a prompt, which need no
+        branches.
         """
+        items = items[:count]
         ids, positions, branch, targets = _layout(items, self.device)
         if cached:
             past = [item.past for item in items]

@@ -14,7 +14,7 @@ from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.chat import judge, visible_text
 from nanochat.eval.scores import summarise
 from nanochat.eval.tasks.common import Task
-from nanochat.eval.tasks.owntext import ABOUT, passages
+from nanochat.eval.tasks.text_questions import ABOUT, passages
 from nanochat.eval.verbatim import longest_overlap, normalised
 from nanochat.model.checkpoint import Loaded
 
@@ -23,10 +23,6 @@ SAMPLE_TOKENS = 80
 CHAT: dict[str, Any] = {"temperature": 0.6, "top_k": 50}  # the defaults of chat_cli
 PROMPT_WORDS, PROMPT_CHARACTERS = 6, 60
 MOST_TOKENS = 1 << 18  # of held-out text that the model reads
-# The training text is searched in pieces of so many characters, which overlap by LONGEST_RUN: no
-# copied run up to that length is missed
-PIECE = 50_000_000
-LONGEST_RUN = 1000
 
 
 def documents(source: Source, split: str) -> list[str]:
@@ -66,11 +62,12 @@ def replies(loaded: Loaded, questions: Sequence[str]) -> list[tuple[str, str]]:
         tokenizer.render_prompt({"messages": [{"role": "user", "content": question}]})
         for question in questions
     ]
-    texts = []
-    for sample in engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS, **CHAT):
+    out = []
+    samples = engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS, **CHAT)
+    for question, sample in zip(questions, samples, strict=True):
         text = normalised(visible_text(tokenizer, sample.tokens))
-        texts.append(f"{text} ..." if sample.finish == "length" else text)
-    return list(zip(questions, texts, strict=True))
+        out.append((question, f"{text} ..." if sample.finish == "length" else text))
+    return out
 
 
 def sample_prompt(texts: Sequence[str]) -> str:
@@ -87,8 +84,6 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
     {temperature, prompt, text} with the fields of its longest Overlap with the training text.
     """
     corpus = normalised(" ".join(documents(source, "train")))
-    starts = range(0, max(1, len(corpus)), PIECE)
-    pieces = [corpus[start : start + PIECE + LONGEST_RUN] for start in starts]
     prompt = sample_prompt(documents(source, "val"))
     engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     out = []
@@ -100,19 +95,18 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
             seed=seed,
         )
         text = normalised(loaded.tokenizer.decode(sample.tokens))
-        overlap = max((longest_overlap(text, p) for p in pieces), key=lambda o: len(o.overlap))
-        out.append({"temperature": temperature, "prompt": prompt, "text": text} | overlap._asdict())
+        overlap = longest_overlap(text, corpus)._asdict()
+        out.append({"temperature": temperature, "prompt": prompt, "text": text, **overlap})
     return out
 
 
-def answer_lines(summary: dict[str, Any]) -> list[str]:
+def answer_lines(kinds: dict[str, dict[str, Any]]) -> list[str]:
     """
-    The accuracies as lines to print, the best first: those that are clearly better than guessing
-    and at least 50 %, and then the others.
+    The accuracies of kinds of questions as lines to print, the best first: those that are clearly
+    better than guessing and at least 50 %, and then the others.
     """
-    kinds = sorted(summary["kinds"].items(), key=lambda kind: -kind[1]["accuracy"])
     able, unable = [], []
-    for name, result in kinds:
+    for name, result in sorted(kinds.items(), key=lambda kind: -kind[1]["accuracy"]):
         kind = name.partition("/")[2]
         line = f"    {result['accuracy']:4.0%} of {result['n']:<3}  {ABOUT.get(kind, kind)}"
         line += f"  (guessing: {result['chance']:.0%})" if result["chance"] else ""

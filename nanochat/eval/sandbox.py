@@ -39,10 +39,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import IO
+from typing import Any
 
 from nanochat.base.common import UserError
 
+MEMORY = 512  # MiB of address space
 THREADS = 16  # per program; it cannot start a second process
 OUTPUT = 2**20  # bytes of stdout and stderr together
 DISK = 2**24  # bytes of /tmp, and of any one file
@@ -302,7 +303,7 @@ def _remedy(complaint: str) -> str:
     )
 
 
-def run(program: str, seconds: float = 5.0, memory_mb: int = 512) -> Outcome:
+def run(program: str, seconds: float = 5.0, memory_mb: int = MEMORY) -> Outcome:
     """
     Run `program` in the sandbox: Python with the standard library, hash seed 0 and an empty stdin,
     for at most `seconds` of wall-clock time from its start and in at most `memory_mb` MiB of
@@ -314,9 +315,7 @@ def run(program: str, seconds: float = 5.0, memory_mb: int = 512) -> Outcome:
     return _run(program, seconds, memory_mb)
 
 
-def judge(
-    program: str, name: str, problem: str, test: str, seconds: float = 5.0, memory_mb: int = 512
-) -> Outcome:
+def judge(program: str, name: str, problem: str, test: str, seconds: float = 5.0) -> Outcome:
     """
     Whether `check(candidate)` of `test` reaches its end, where candidate is the function `name` of
     `program`. Program and test run in two sandboxes at the same time. The program only sees the
@@ -338,11 +337,11 @@ def judge(
             _run,
             f"{program}\n{server}",
             seconds + 1.0,
-            memory_mb,
+            MEMORY,
             begins[0],
             (calls, results_in, ready_in),
         )
-        verdict = _run(checks, seconds, memory_mb, begins[1], (calls_in, results, ready))
+        verdict = _run(checks, seconds, MEMORY, begins[1], (calls_in, results, ready))
         answers = served.result()
     ended = not verdict.passed and _ENDED in verdict.reason and answers.reason
     reason = answers.reason if ended else verdict.reason
@@ -396,22 +395,24 @@ def _run(
             os.close(fd)
     feed = token + program.encode("utf-8", "surrogatepass")
     with process, open(proof, "rb", buffering=0) as proof_out:
+        outputs = {pipe: bytearray() for pipe in (process.stdout, process.stderr, proof_out)}
         try:
-            stop, outputs = _attend(process, proof_out, feed, seconds)
+            stop = _attend(process, outputs, feed, seconds)
         finally:
             if process.poll() is None:
                 # When bwrap ends, so does the first process of the namespace, and with it all.
                 os.killpg(process.pid, signal.SIGKILL)
-    stdout, stderr = (output.decode("utf-8", "replace") for output in outputs[:2])
+    *texts, proven = outputs.values()
+    stdout, stderr = (text.decode("utf-8", "replace") for text in texts)
     code = process.returncode
     last = stderr.rstrip().rpartition("\n")[2][:200]
-    if not outputs[2]:
+    if not proven:
         complaint = last or stop or f"exit {code}"
         raise UserError(
             f"the sandbox failed before the program started ({complaint}): reinstall "
             "bubblewrap, or leave HumanEval out"
         )
-    passed = not stop and code == 0 and outputs[2] == b"+" + token
+    passed = not stop and code == 0 and proven == b"+" + token
     if passed or stop:
         reason = stop
     elif code == 0:
@@ -424,14 +425,15 @@ def _run(
 
 
 def _attend(
-    process: subprocess.Popen, proof: IO[bytes], feed: bytes, seconds: float
-) -> tuple[str, list[bytearray]]:
+    process: subprocess.Popen, outputs: dict[Any, bytearray], feed: bytes, seconds: float
+) -> str:
     """
-    Feed and read the sandbox until it ends or must be ended. Returns the reason to end it ("" if it
-    has ended by itself), and what came from stdout, stderr and `proof`.
+    Feed the sandbox and read its pipes into `outputs` until it ends or must be ended. Returns the
+    reason to end it, "" if it has ended by itself. The time begins with the first byte from the
+    last of the pipes.
     """
-    assert process.stdin and process.stdout and process.stderr
-    outputs = {process.stdout: bytearray(), process.stderr: bytearray(), proof: bytearray()}
+    assert process.stdin
+    proof = [*outputs.values()][-1]
     deadline, begun = time.monotonic() + _START, False
     os.set_blocking(process.stdin.fileno(), False)
     with selectors.DefaultSelector() as selector:
@@ -441,7 +443,7 @@ def _attend(
         while selector.get_map():
             seconds_left = deadline - time.monotonic()
             if seconds_left <= 0:
-                return "timeout", list(outputs.values())
+                return "timeout"
             for key, _ in selector.select(seconds_left):
                 if key.fileobj is process.stdin:
                     try:
@@ -456,11 +458,11 @@ def _attend(
                 else:
                     selector.unregister(key.fileobj)
             if sum(map(len, outputs.values())) > OUTPUT:
-                return "output", list(outputs.values())
-            if outputs[proof] and not begun:
+                return "output"
+            if proof and not begun:
                 deadline, begun = time.monotonic() + seconds, True
     try:
         process.wait(max(deadline - time.monotonic(), 0))
     except subprocess.TimeoutExpired:
-        return "timeout", list(outputs.values())
-    return "", list(outputs.values())
+        return "timeout"
+    return ""

@@ -6,10 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanochat.base.strangers import is_number
+from nanochat.base.strangers import mismatch, missing
 
 Z95 = 1.959964  # half the width of a 95 % interval, in standard deviations
 CHATCORE = "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"
+Results = dict[str, dict[str, Any]]  # by task or by stage
+NUMBERS = "accuracy", "chance", "n", "lo", "hi"  # of every result
+# The form of Verdicts.result(), as far as tables need it, and of a value under "pass"
+BEST = dict.fromkeys([*NUMBERS, "different"], float)
+RESULT = {**BEST, "pass": {str: BEST}}
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
@@ -61,25 +66,25 @@ def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     centred accuracies; "chatcore", the same mean over the six tasks of CHATCORE, if none is
     missing; and the tasks' own results under "kinds".
     """
-    n = sum(int(task["n"]) for task in by_task.values())
-    right = sum(task["accuracy"] * task["n"] for task in by_task.values())
-    chance = sum(task["chance"] * task["n"] for task in by_task.values()) / max(1, n)
+    tasks = by_task.values()
+    n = sum(int(task["n"]) for task in tasks)
+    share, chance = (
+        sum(task[name] * task["n"] for task in tasks) / max(1, n) for name in ("accuracy", "chance")
+    )
     above = {name: centred(task["accuracy"], task["chance"]) for name, task in by_task.items()}
     # The effective sample size: repeated questions make the mean of a task less certain than n
     # independent ones would
-    variance = sum(
-        task["n"] ** 2 / (task.get("different") or task["n"]) for task in by_task.values()
-    )
+    variance = sum(task["n"] ** 2 / (task.get("different") or task["n"]) for task in tasks)
     effective = n * n / max(1, variance)
-    lo, hi = wilson(right / max(1, n) * effective, effective)
-    summary = {"accuracy": right / max(1, n), "n": n, "chance": chance, "lo": lo, "hi": hi}
+    lo, hi = wilson(share * effective, effective)
+    summary = {"accuracy": share, "n": n, "chance": chance, "lo": lo, "hi": hi}
     summary["centred"] = sum(above.values()) / max(1, len(above))
     if above.keys() >= set(CHATCORE):
         summary["chatcore"] = sum(above[name] for name in CHATCORE) / len(CHATCORE)
     return {**summary, "kinds": dict(by_task)}
 
 
-def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Results:
     """
     The summary of each stage, from the last result of every task at the stage's last evaluated
     step. `logs` has the rows of each stage's logbook, which a stranger may have written; malformed
@@ -98,26 +103,21 @@ def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
     return stages
 
 
-def _is_result(result: Any, of_best: bool = False) -> bool:
-    """Whether this has the form of Verdicts.result(), or with `of_best` of a value under "pass"."""
-    if not isinstance(result, dict):
+def _is_result(result: Any) -> bool:
+    """Whether this has the form of Verdicts.result(), with numbers in their ranges."""
+    if mismatch(result, RESULT, "a result"):
         return False
-    numbers: list[Any] = [result.get(name) for name in ("accuracy", "chance", "n", "lo", "hi")]
-    if not all(map(is_number, numbers)):
-        return False
-    share, chance, n = numbers[:3]
-    if not 0 <= share <= 1 or not 0 <= chance <= 1:
-        return False
-    if chance == 1 and not of_best:  # only the best of many guesses is always right
-        return False
-    different = result.get("different", 0)
-    if not is_number(different) or not 0 <= different <= n:
-        return False
-    best = result.get("pass", {})
-    return of_best or (isinstance(best, dict) and all(_is_result(r, True) for r in best.values()))
+    parts = [result, *result.get("pass", {}).values()]
+    return not any(missing(part, NUMBERS) for part in parts) and all(
+        0 <= part["accuracy"] <= 1
+        and 0 <= part["chance"] <= 1
+        and 0 <= part.get("different", 0) <= part["n"]
+        and (part["chance"] < 1 or part is not result)  # only the best of many is always right
+        for part in parts
+    )
 
 
-def stage_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def stage_table(stages: Results) -> tuple[list[str], list[list[str]]]:
     """
     The head and the rows of a table of tasks by stages, given the stages' summaries, with pass@k
     where there are several samples. The row "all" is shown only if all stages were asked the same
@@ -135,9 +135,9 @@ def stage_table(stages: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     return ["task", "questions", "chance", *stages], rows
 
 
-def _results_by_name(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+def _results_by_name(stages: Results) -> dict[str, Results]:
     """Name of a row of the table -> stage -> result."""
-    results: dict[str, dict[str, dict[str, Any]]] = {}
+    results: dict[str, Results] = {}
     for stage, summary in stages.items():
         for name, result in summary["kinds"].items():
             results.setdefault(name, {})[stage] = result

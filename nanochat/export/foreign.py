@@ -9,6 +9,7 @@ logits, the generation loop and its stop tokens. Only the calculator is ours.
 import json
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from nanochat.chat.generate import Sample, clip
 from nanochat.chat.tools import ToolCalls
 from nanochat.data.rendering import SPECIAL_TOKENS
 from nanochat.data.tokenizer import segments
-from nanochat.export.hf import require_transformers
+from nanochat.export.hf import load_network, require_transformers
 from nanochat.model.loss import capped
 
 
@@ -54,8 +55,10 @@ class ForeignTokenizer:
             [*chain.from_iterable(parts)], add_special_tokens=False, split_special_tokens=True
         )
         ids = iter(encoded["input_ids"])
-        joined = (chain.from_iterable(islice(ids, len(part))) for part in parts)
-        return [np.array([*head, *tokens], dtype=np.uint32) for tokens in joined]
+        return [
+            np.array([*head, *chain.from_iterable(islice(ids, len(part)))], dtype=np.uint32)
+            for part in parts
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, with special tokens by name."""
@@ -68,6 +71,10 @@ class ForeignTokenizer:
         # The vocabulary represents each byte by one letter
         sizes = [0 if i in special else len(token) for i, token in enumerate(tokens)]
         return np.array(sizes, dtype=np.int32)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Any:
+        """The rows as one batch with its attention mask; padding comes first."""
+        return self._tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
 
     def render_prompt(self, conversation: dict) -> list[int]:
         """The ids of a conversation as a prompt for the assistant's next message."""
@@ -148,13 +155,14 @@ class _Calculator:
         return logits
 
 
+@dataclass
 class ForeignEngine:
     """An exported folder that is ready to be scored. It replaces a Loaded and its Engine."""
 
-    def __init__(
-        self, folder: Path, model: ForeignModel, tokenizer: ForeignTokenizer, runtime: Runtime
-    ):
-        self.folder, self.model, self.tokenizer, self.runtime = folder, model, tokenizer, runtime
+    folder: Path
+    model: ForeignModel
+    tokenizer: ForeignTokenizer
+    runtime: Runtime
 
     def describe(self) -> str:
         """For example "exports/d4-sft-hf in transformers 5.24.0, float32 on cpu"."""
@@ -184,34 +192,28 @@ class ForeignEngine:
         context = self.model.config.sequence_len
         kept = [clip(prompt, max(1, context - 1)) for prompt in prompts]
         limits = [min(max_tokens, context + 1 - len(prompt)) for prompt in kept]
-        longest = max(map(len, kept))
-        padding = [longest - len(prompt) for prompt in kept]
-        ids = [[self.tokenizer.bos] * n + p for n, p in zip(padding, kept, strict=True)]
-        attended = [[0] * n + [1] * (longest - n) for n in padding]
+        batch = self.tokenizer.pad(kept).to(self.runtime.device)
         calculator = _Calculator(self.tokenizer, len(prompts))
         generated = self.model.network.generate(
-            torch.tensor(ids, device=self.runtime.device),
-            attention_mask=torch.tensor(attended, device=self.runtime.device),
+            **batch,
             max_new_tokens=max(limits),
             do_sample=False,
             logits_processor=require_transformers().LogitsProcessorList([calculator]),
         )
-        rows = generated[:, longest:].tolist()
+        rows = generated[:, batch["input_ids"].size(1) :].tolist()
+        stops = self.tokenizer.specials["<|assistant_end|>"], self.tokenizer.bos
         samples = []
         for i, limit in enumerate(limits):
             sample = Sample(kept[i], len(prompts[i]) - len(kept[i]))
-            self._fill(sample, rows[i][:limit], calculator.masks[i])
-            sample.finish = sample.finish or ("length" if limit == max_tokens else "context")
+            sample.finish = "length" if limit == max_tokens else "context"
             samples.append(sample)
+            for token, sampled in zip(rows[i][:limit], calculator.masks[i], strict=False):
+                if token in stops:
+                    sample.finish, sample.stop = "stop", token
+                    break
+                sample.tokens.append(token)
+                sample.mask.append(sampled)
         return samples
-
-    def _fill(self, sample: Sample, tokens: list[int], mask: list[int]) -> None:
-        """Set the tokens of a sample, up to the first stop token, and how it stopped."""
-        stops = self.tokenizer.specials["<|assistant_end|>"], self.tokenizer.bos
-        count = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-        sample.tokens, sample.mask = tokens[:count], mask[:count]
-        if count < len(tokens):
-            sample.finish, sample.stop = "stop", tokens[count]
 
 
 def load_exported(
@@ -231,7 +233,6 @@ def load_exported(
             f"there is no exported model in {folder}: write one with nanochat export --to hf"
         )
     transformers = require_transformers()
-    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     runtime = open_runtime(device_type, dtype, seed)
     try:
@@ -241,21 +242,13 @@ def load_exported(
                 f"{folder} ships Python code, which would run on this machine: "
                 "add --with_code if you trust it"
             )
-        network, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=runtime.dtype,
-            local_files_only=True,
-            use_safetensors=True,  # never a pickle
-            trust_remote_code=with_code,
-            output_loading_info=True,
-        )
+        network, report = load_network(folder, runtime.dtype, with_code)
         if absent := sorted(report["missing_keys"]):
             raise ValueError(f"the weights lack {absent[0]}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=with_code
         )
-        fingerprint = sha256_file(folder / "tokenizer.json")
-        foreign_tokenizer = ForeignTokenizer(tokenizer, fingerprint)
+        ours = ForeignTokenizer(tokenizer, sha256_file(folder / "tokenizer.json"))
     except UserError:
         raise
     except Exception as e:
@@ -263,5 +256,4 @@ def load_exported(
             f"transformers cannot load {folder} ({type(e).__name__}: {shown(str(e))}): "
             "write it again with nanochat export --to hf"
         ) from e
-    model = ForeignModel(network.to(runtime.device).eval())
-    return ForeignEngine(folder, model, foreign_tokenizer, runtime)
+    return ForeignEngine(folder, ForeignModel(network.to(runtime.device)), ours, runtime)

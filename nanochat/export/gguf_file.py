@@ -25,6 +25,16 @@ from nanochat.export.weights import NORM_EPS, XIELU, foreign_tensors
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
+OLLAMA_TEMPLATE = (  # a Go template that renders messages as CHAT_TEMPLATE does
+    "<|bos|>{{- range $i, $message := .Messages }}"
+    '{{- if eq .Role "user" }}<|user_start|>'
+    "{{ if and (eq $i 1) $.System }}{{ $.System }}\n\n{{ end }}"
+    "{{ .Content }}<|user_end|>"
+    '{{- else if eq .Role "assistant" }}<|assistant_start|>'
+    "{{ .Content }}<|assistant_end|>{{- end }}"
+    "{{- end }}<|assistant_start|>"
+)
+
 
 def require_gguf() -> Any:
     """The module gguf. UserError if it is not installed."""
@@ -76,14 +86,11 @@ def _stored(tensor: Tensor, dtype: str, gguf: Any) -> tuple[np.ndarray, Any]:
     whose blocks have 32 values, a matrix whose rows are no multiple of that becomes float16.
     """
     array = tensor.numpy()
-    if array.ndim < 2 or dtype == "f32":
-        return array, gguf.GGMLQuantizationType.F32
-    if dtype == "f16" or (dtype == "q8_0" and array.shape[-1] % 32):
-        return array.astype(np.float16), gguf.GGMLQuantizationType.F16
-    kind = {
-        "bf16": gguf.GGMLQuantizationType.BF16,
-        "q8_0": gguf.GGMLQuantizationType.Q8_0,
-    }[dtype]
+    if array.ndim < 2:
+        dtype = "f32"
+    elif dtype == "q8_0" and array.shape[-1] % 32:
+        dtype = "f16"
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
     return gguf.quants.quantize(array, kind), kind
 
 
@@ -101,11 +108,8 @@ def write_gguf(
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
     if target.name == "apertus":
-        layers = model.config.n_layer
-        writer.add_xielu_alpha_n([XIELU["alpha_n"]] * layers)
-        writer.add_xielu_alpha_p([XIELU["alpha_p"]] * layers)
-        writer.add_xielu_beta([XIELU["beta"]] * layers)
-        writer.add_xielu_eps([XIELU["eps"]] * layers)
+        for parameter, value in XIELU.items():
+            getattr(writer, f"add_xielu_{parameter}")([value] * model.config.n_layer)
     _add_tokenizer(writer, tokenizer, gguf)
     architecture = gguf.MODEL_ARCH[target.name.upper()]
     names = gguf.get_tensor_name_map(architecture, model.config.n_layer)
@@ -123,26 +127,18 @@ def modelfile(file: str, context: int, sampling: dict) -> str:
     """
     Ollama's Modelfile for a GGUF file in the same folder; `sampling` has temperature and top_k.
     """
-    return "\n".join(
-        [
-            "# Written by nanochat export. It was not run in Ollama itself.",
-            f"FROM ./{file}",
-            'TEMPLATE """<|bos|>{{- range $i, $message := .Messages }}'
-            '{{- if eq .Role "user" }}<|user_start|>'
-            "{{ if and (eq $i 1) $.System }}{{ $.System }}\n\n{{ end }}"
-            "{{ .Content }}<|user_end|>"
-            '{{- else if eq .Role "assistant" }}<|assistant_start|>'
-            "{{ .Content }}<|assistant_end|>{{- end }}"
-            '{{- end }}<|assistant_start|>"""',
-            'PARAMETER stop "<|assistant_end|>"',
-            'PARAMETER stop "<|bos|>"',
-            f"PARAMETER num_ctx {context}",
-            "PARAMETER repeat_penalty 1",  # Ollama's defaults are 1.1 and 0.9
-            "PARAMETER top_p 1",
-            *(f"PARAMETER {name} {value:g}" for name, value in sampling.items()),
-            "",
-        ]
-    )
+    parameters = "".join(f"PARAMETER {name} {value:g}\n" for name, value in sampling.items())
+    # Ollama's defaults of repeat_penalty and top_p are 1.1 and 0.9
+    return f'''\
+# Written by nanochat export. It was not run in Ollama itself.
+FROM ./{file}
+TEMPLATE """{OLLAMA_TEMPLATE}"""
+PARAMETER stop "<|assistant_end|>"
+PARAMETER stop "<|bos|>"
+PARAMETER num_ctx {context}
+PARAMETER repeat_penalty 1
+PARAMETER top_p 1
+{parameters}'''
 
 
 class LlamaCpp:

@@ -18,7 +18,7 @@ from nanochat.base.common import UserError
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.export.target import Target, layer_windows
 from nanochat.export.template import CHAT_TEMPLATE
-from nanochat.export.weights import NORM_EPS, XIELU, foreign_tensors
+from nanochat.export.weights import NORM_EPS, foreign_tensors
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
@@ -29,7 +29,6 @@ ARCHITECTURES = {
 }
 ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-SHARD_BYTES = 5 * 10**9  # at most, of a file of weights
 TOLERANCE = 1e-4  # largest difference of a logit in float32
 PROBE_ROWS, PROBE_TOKENS = 3, 512  # that logits are compared on
 
@@ -90,11 +89,13 @@ def config_json(config: GPTConfig, target: Target, tokenizer: Tokenizer, dtype: 
         values["hidden_act"] = "silu"
         windows = layer_windows(config)
         if any(windows):
-            values["use_sliding_window"] = True
-            values["sliding_window"] = max(windows)
-            values["layer_types"] = [
-                "sliding_attention" if window else "full_attention" for window in windows
-            ]
+            values |= {
+                "use_sliding_window": True,
+                "sliding_window": max(windows),
+                "layer_types": [
+                    "sliding_attention" if window else "full_attention" for window in windows
+                ],
+            }
     return values
 
 
@@ -141,26 +142,15 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def _save_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write model.safetensors, or several files of at most SHARD_BYTES with an index."""
-    from huggingface_hub import save_torch_state_dict
-
-    save_torch_state_dict(
-        tensors,
-        folder,
-        max_shard_size=SHARD_BYTES,
-        metadata={"format": "pt"},
-        safe_serialization=True,
-    )
-
-
 def write_folder(
     model: GPT, tokenizer: Tokenizer, target: Target, folder: Path, dtype: str, sampling: dict
 ) -> None:
     """
     Write everything but the model card. `dtype` is a key of DTYPES; `sampling` (temperature, top_k)
-    goes into generation_config.json.
+    goes into generation_config.json. Weights of more than 5 GB become several files.
     """
+    from huggingface_hub import save_torch_state_dict
+
     folder.mkdir(parents=True, exist_ok=True)
     values = config_json(model.config, target, tokenizer, dtype)
     generation = {
@@ -178,14 +168,11 @@ def write_folder(
     write_tokenizer(tokenizer, folder)
     if target.custom_code:
         shutil.copy(shipped_code(model.config), folder)
-    float32_names = tuple(f"act_fn.{name}" for name in XIELU)
-    tensors = {
-        name: t
-        if name.endswith(float32_names) or not t.is_floating_point()
-        else t.to(DTYPES[dtype])
-        for name, t in foreign_tensors(model, target).items()
-    }
-    _save_weights(tensors, folder)
+    tensors = foreign_tensors(model, target)
+    for name, t in tensors.items():
+        if t.is_floating_point() and ".act_fn." not in name:  # parameters of xIELU stay exact
+            tensors[name] = t.to(DTYPES[dtype])
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
 
 
 def probe_tokens(config: GPTConfig) -> Tensor:
@@ -198,20 +185,31 @@ def probe_tokens(config: GPTConfig) -> Tensor:
     return torch.randint(config.vocab_size, (PROBE_ROWS, length), generator=generator)
 
 
+def load_network(folder: Path, dtype: torch.dtype, with_code: bool) -> tuple[Any, dict[str, Any]]:
+    """(the model of a folder as transformers loads it, what transformers reports on its weights)"""
+    transformers = require_transformers()
+    transformers.utils.logging.disable_progress_bar()
+    network, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,  # never a pickle
+        trust_remote_code=with_code,
+        output_loading_info=True,
+    )
+    return network.eval(), report
+
+
 @torch.no_grad()
 def compare_logits(model: GPT, folder: Path, custom_code: bool = False) -> tuple[float, float]:
     """
     (largest absolute difference of a logit, largest absolute logit) of the model and the folder as
     transformers loads it, both in float32.
     """
-    transformers = require_transformers()
-    transformers.utils.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=custom_code
-    ).eval()
+    network, _ = load_network(folder, torch.float32, custom_code)
     tokens = probe_tokens(model.config)
     # Our model does not attend beyond the start of a document; no foreign class does the same
     tokens[tokens == model.config.document_start] = 0
-    theirs = loaded(tokens).logits
+    theirs = network(tokens).logits
     ours = model.logits(model(tokens)).float()[..., : model.config.vocab_size]
     return float((theirs - ours).abs().max()), float(ours.abs().max())

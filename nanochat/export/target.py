@@ -144,12 +144,14 @@ def choose_target(
     for one of them by name. A UserError says which knob is the obstacle, and with which flag to
     train a model without it.
     """
-    if uncapped and to == "hf":
+    if to != "hf":
+        target = _gguf_target(config, digits, uncapped)
+    elif uncapped:
         raise UserError(
             "--uncapped works only with --to gguf and --to ollama: leave it out, because "
             "transformers keeps the softcap"
         )
-    if to == "hf":
+    else:
         target = _transformers_target(config, with_code)
         if wanted == "apertus" and target.name == "nanochat" and not target.custom_code:
             name, reason = _matching_class(config, uncapped=False)
@@ -159,8 +161,6 @@ def choose_target(
                     "leave --class out, or train with these"
                 )
             target = Target("apertus", reason)
-    else:
-        target = _gguf_target(config, digits, uncapped)
     if wanted not in (None, target.name):
         raise UserError(
             f"--class={wanted} cannot represent this model for --to {to}: leave it out to get "

@@ -9,6 +9,7 @@ and eps = -1e-6 is softplus(alpha_p) times relu2, so W_down is divided by that f
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,26 @@ from torch import Tensor
 from nanochat.export.target import Target
 from nanochat.model.gpt import GPT
 
-XIELU = {"alpha_p": 0.5, "alpha_n": -100.0, "beta": 0.0, "eps": -1e-6}  # exact in every float type
+XIELU = {"alpha_n": -100.0, "alpha_p": 0.5, "beta": 0.0, "eps": -1e-6}  # exact in every float type
 XIELU_FACTOR = math.log1p(math.exp(XIELU["alpha_p"]))  # softplus(alpha_p)
 NORM_EPS = 1e-6
+# Parts of our names -> those of classes that have our numerics: transformers' own, and the one that
+# is shipped for models that look back
+TABLES = {"embed.": "model.embed_tokens.", "head.": "lm_head."}
+NANOCHAT = TABLES | {
+    "blocks.": "model.layers.",
+    "attn.q.": "self_attn.q_proj.",
+    "attn.k.": "self_attn.k_proj.",
+    "attn.v.": "self_attn.v_proj.",
+    "attn.out.": "self_attn.o_proj.",
+    "mlp.up.": "mlp.fc1.",
+    "mlp.down.": "mlp.fc2.",
+}
+LOOKBACK = TABLES | {
+    "blocks.": "model.blocks.",
+    "value_tables.": "model.value_tables.",
+    "pair_table.": "model.pair_table.",
+}
 
 
 def reverse_rotation(weight: Tensor, head_dim: int) -> Tensor:
@@ -30,37 +48,15 @@ def reverse_rotation(weight: Tensor, head_dim: int) -> Tensor:
     return heads.view_as(weight)
 
 
-def _layers(model: GPT) -> list[tuple[str, Any]]:
-    """(prefix of the names in the foreign classes, our block) for each layer."""
-    return [(f"model.layers.{i}.", block) for i, block in enumerate(model.blocks)]
-
-
-def _nanochat(model: GPT) -> dict[str, Tensor]:
-    """NanoChat has our numerics, so that only names change. A tied table is written once."""
-    vocab = model.config.vocab_size
-    tensors = {"model.embed_tokens.weight": model.embed.weight[:vocab]}
-    if not model.config.tie_embeddings:
-        tensors["lm_head.weight"] = model.head_weight[:vocab]
-    for layer, block in _layers(model):
-        tensors |= {
-            f"{layer}self_attn.q_proj.weight": block.attn.q.weight,
-            f"{layer}self_attn.k_proj.weight": block.attn.k.weight,
-            f"{layer}self_attn.v_proj.weight": block.attn.v.weight,
-            f"{layer}self_attn.o_proj.weight": block.attn.out.weight,
-            f"{layer}mlp.fc1.weight": block.mlp.up.weight,
-            f"{layer}mlp.fc2.weight": block.mlp.down.weight,
-        }
+def _renamed(model: GPT, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The model's parameters with parts of their names replaced; tables lose padded rows."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        is_padded = not name.startswith(("blocks.", "pair_table.", "prior."))
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = p[: model.config.vocab_size] if is_padded else p
     return tensors
-
-
-def _with_lookback(model: GPT) -> dict[str, Tensor]:
-    """The shipped class has our names after "model.", except for two; tables lose padded rows."""
-    names = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
-    vocab, unpadded = model.config.vocab_size, ("blocks.", "pair_table.")
-    return {
-        names.get(name, f"model.{name}"): p if name.startswith(unpadded) else p[:vocab]
-        for name, p in model.named_parameters()
-    }
 
 
 def _folded(model: GPT, name: str) -> dict[str, Tensor]:
@@ -77,7 +73,9 @@ def _folded(model: GPT, name: str) -> dict[str, Tensor]:
         "qwen3": ("input_layernorm", "post_attention_layernorm"),
         "apertus": ("attention_layernorm", "feedforward_layernorm"),
     }[name]
-    for layer, block in _layers(model):
+    block: Any
+    for i, block in enumerate(model.blocks):
+        layer = f"model.layers.{i}."
         tensors |= {
             f"{layer}self_attn.q_proj.weight": reverse_rotation(block.attn.q.weight, head_dim),
             f"{layer}self_attn.k_proj.weight": reverse_rotation(block.attn.k.weight, head_dim),
@@ -110,9 +108,9 @@ def foreign_tensors(model: GPT, target: Target) -> dict[str, Tensor]:
     if target.name != "nanochat":
         tensors = _folded(model, target.name)
     elif target.custom_code and model.prior is None:
-        tensors = _with_lookback(model)
+        tensors = _renamed(model, LOOKBACK)
     else:
-        tensors = _nanochat(model)
+        tensors = _renamed(model, NANOCHAT)
     if target.custom_code and model.prior is not None:
         tensors |= {f"prior.{name}": t for name, t in model.prior.state_dict().items()}
     return {

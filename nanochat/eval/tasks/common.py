@@ -55,13 +55,10 @@ def generated(conversations: Callable[[int, str], Iterator[Item]]) -> Callable[.
     return items
 
 
-def exchange(question: str, reply: str | list[dict[str, str]], **fields: Any) -> Item:
-    """An item of one question and its gold reply."""
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": reply},
-    ]
-    return {"messages": messages, **fields}
+def exchange(*contents: str | list[dict[str, str]], **fields: Any) -> Item:
+    """An item in which user and assistant say these contents in turn, the last as gold reply."""
+    sides = zip(itertools.cycle(("user", "assistant")), contents, strict=False)
+    return {"messages": [{"role": role, "content": content} for role, content in sides], **fields}
 
 
 def choice(question: str, options: Sequence[str], right: int) -> Item:
@@ -76,9 +73,8 @@ def choice(question: str, options: Sequence[str], right: int) -> Item:
         raise ValueError(f"a question needs 2 to 26 options, not {len(options)}")
     if not 0 <= right < len(options):
         raise ValueError(f"the answer is option {right} of {len(options)}, counted from 0")
-    letters = list(LETTERS[: len(options)])
-    text = with_options(question, options)
-    return exchange(text, letters[right], letters=letters, answer=letters[right])
+    letters, answer = list(LETTERS[: len(options)]), LETTERS[right]
+    return exchange(with_options(question, options), answer, letters=letters, answer=answer)
 
 
 def is_answer(item: Item, reply: str) -> bool:

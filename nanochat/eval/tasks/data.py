@@ -10,7 +10,7 @@ an item lead to a UserError that names their files and lines.
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from nanochat.base.common import UserError, base_dir, notice, print0
 from nanochat.base.files import locked, sha256_file
 from nanochat.data import hub
-from nanochat.data.rows import Report, read_rows
+from nanochat.data.rows import BAD_ROW, Report, read_rows
 from nanochat.eval.tasks.common import Item
 
 Row = dict[str, Any]
@@ -37,8 +37,7 @@ class DataSet:
     item: Callable[[Row], Item]  # KeyError, TypeError, ValueError or UserError for a bad row
     hub: Mapping[str, str]  # split -> pattern of the files in the repository
     # split -> further patterns in the user's folder; the first that matches wins
-    local: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    sha256: Mapping[str, str] = field(default_factory=dict)  # of files in the repository, if known
+    local: Mapping[str, Sequence[str]]
 
     def items(self, split: str, n: int, seed: int = 0, folder: Path | None = None) -> list[Item]:
         """Task.items: checks all rows, shuffles them by `seed` and returns the first n (0: all)."""
@@ -59,7 +58,7 @@ class DataSet:
                 f"--task_dir {folder} is not a folder: name one that holds {self.name}, "
                 f"or leave it out to fetch {self.repo}"
             )
-        patterns = f"{self.name}/{self.hub[split]}", *self.local.get(split, ())
+        patterns = f"{self.name}/{self.hub[split]}", *self.local[split]
         for pattern in patterns:
             if paths := sorted(folder.glob(pattern)):
                 return [path for path in paths if path.parent == paths[0].parent]
@@ -70,7 +69,7 @@ class DataSet:
         folder = base_dir() / "task_data" / self.name
         with locked(folder / ".lock"):  # one rank fetches the files for all
             try:
-                commit, listed = hub.pin(self.repo, folder, self.commit, self.sha256)
+                commit, listed = hub.pin(self.repo, folder, self.commit)
                 files = [listed[path] for path in sorted(listed) if fnmatch(path, self.hub[split])]
                 if not files:
                     raise UserError(
@@ -104,7 +103,7 @@ def read_items(
         for place, row in rows(path, bad_rows):
             try:
                 yield item(row)
-            except (UserError, LookupError, TypeError, ValueError, AttributeError) as e:
+            except BAD_ROW as e:
                 reason = f"it has no {e}" if isinstance(e, KeyError) else e
                 if not isinstance(row, dict) and not isinstance(e, UserError):
                     reason = f"expected an object, got a {type(row).__name__}"

@@ -190,10 +190,10 @@ def of_stage(
     stage: str, specs: Sequence[str], tokenizer: Tokenizer, **options: Any
 ) -> dict[str, list[tuple[Shards, float | None]]]:
     """Both splits as "mid" or "sft" reads them; `options` are those of shards()."""
-    seeds = {"train": int(stage == "sft"), "val": 0}
+    seed = int(stage == "sft")
     return {
-        split: shards(specs, split, tokenizer, seed=seed, **options)
-        for split, seed in seeds.items()
+        "train": shards(specs, "train", tokenizer, seed, **options),
+        "val": shards(specs, "val", tokenizer, **options),
     }
 
 

@@ -27,9 +27,9 @@ def rivals(answer: str) -> re.Pattern[str]:
     classes = [
         [*lexicon.people, *small_talk["users"]],
         small_talk["likes"],
-        list(small_talk["advice"].values()),
+        small_talk["advice"].values(),
         *lexicon.classes.values(),
-        *(list(lexicon.attributes[name].values()) for name in ("home", "job", "pet", "food")),
+        *(lexicon.attributes[name].values() for name in ("home", "job", "pet", "food")),
     ]
     words = {answer.lower()}
     for members in classes:

@@ -7,11 +7,12 @@ The wordings are English; the text may be in any language that separates its wor
 and seed give the same conversations. Questions for a trained model are made from held-out texts.
 """
 
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial, partialmethod
+from functools import partial
+from itertools import takewhile
+from random import Random
 from typing import NamedTuple
 
 from nanochat.eval.tasks.common import Item, Task, exchange
@@ -69,7 +70,7 @@ SPEECH_TAG = re.compile(  # '" said Mira', after a quotation
     r"((?:(?:Mr|Mrs|Dr|Miss|Sir|Lady)\.? )?[A-Z][\w’'-]+)"
 )
 NOT_A_NAME = re.compile(r"I['’]|.*['’]s$")
-OPENING = re.compile(r"[\"“„«]")
+OPENING = re.compile(r"\s*[\"“„«]")
 THING = re.compile(r"\b[Tt]he ([a-z]{3,})[.,;!?]")
 MID_SENTENCE = re.compile(r"(?:[\w,;]|\b[A-Z]\w{0,2}\.)\s$")  # before a word within a sentence
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
@@ -83,9 +84,9 @@ class Question(NamedTuple):
 
 class TextQuestions:
     """
-    Makes conversations from texts. The method make_KIND returns one, or None if the passage that it
-    drew does not allow one. `vocabulary` decides which words are names: the count_words() of all
-    texts, by default of these.
+    Makes conversations from texts. The method make_KIND, or make_question for the kinds of
+    ASK_PASSAGE, returns one, or None if the passage that it drew does not allow one. `vocabulary`
+    decides which words are names: the count_words() of all texts, by default of these.
     """
 
     def __init__(self, texts: Sequence[str], vocabulary: Counter[str] | None = None):
@@ -99,11 +100,14 @@ class TextQuestions:
         At most `count` different conversations, the kinds in turn. A kind is left out once the
         texts hold no more of it.
         """
-        rng, seen, failures = random.Random(seed), set(), Counter()
-        kinds = [k for k in kinds if (self.dialogues if k == "dialogue" else self.passages)]
-        while count > 0 and kinds:
+        rng, seen, failures = Random(seed), set(), Counter()
+        pools = {"dialogue": self.dialogues, "said": self.spoken}
+        kinds = [kind for kind in kinds if pools.get(kind, self.passages)]
+        while kinds:
             for kind in list(kinds):
-                make = getattr(self, f"make_{kind}")
+                if len(seen) >= count:
+                    return
+                make = getattr(self, f"make_{kind}", partial(self.make_question, kind))
                 item = next(filter(None, (make(rng) for _ in range(TRIES))), None)
                 if item is None or (key := str(item["messages"])) in seen:
                     failures[kind] += 1
@@ -113,16 +117,14 @@ class TextQuestions:
                 failures[kind] = 0
                 seen.add(key)
                 yield {**item, "kind": kind}
-                if (count := count - 1) <= 0:
-                    return
 
-    def make_dialogue(self, rng: random.Random) -> Item:
+    def make_dialogue(self, rng: Random) -> Item:
         turns = rng.choice(self.dialogues)
         start = rng.randrange(len(turns) - 1)
         chosen = turns[start : start + rng.choice((2, 2, TURNS))]
-        return _conversation(chosen[: len(chosen) // 2 * 2])
+        return exchange(*chosen[: len(chosen) // 2 * 2])
 
-    def make_continue(self, rng: random.Random) -> Item | None:
+    def make_continue(self, rng: Random) -> Item | None:
         sentences = SENTENCE_END.split(rng.choice(self.passages))
         if len(sentences) < 2:
             return None
@@ -130,7 +132,7 @@ class TextQuestions:
         question = rng.choice(ASK["continue"]).format(x=joined(sentences[:cut]))
         return exchange(question, joined(sentences[cut:]))
 
-    def make_tell(self, rng: random.Random) -> Item | None:
+    def make_tell(self, rng: Random) -> Item | None:
         """The reply is the first sentence about a person or a thing, and those after it."""
         first = rng.randrange(len(self.passages))
         sentences = SENTENCE_END.split(joined(self.passages[first : first + 2]))
@@ -143,15 +145,13 @@ class TextQuestions:
                 return exchange(rng.choice(ASK[kind]).format(x=subject), reply)
         return None
 
-    def make_said(self, rng: random.Random) -> Item | None:
-        if not self.spoken:
-            return None
+    def make_said(self, rng: Random) -> Item:
         passage = rng.choice(self.spoken)
         (tag,) = SPEECH_TAG.finditer(passage)
         quotation = OPENING.split(passage[: tag.start()])[-1].strip(" ,")
         return exchange(rng.choice(ASK["said"]).format(x=quotation), f"{tag[1]} said that.")
 
-    def make_complete(self, rng: random.Random) -> Item | None:
+    def make_complete(self, rng: Random) -> Item | None:
         words = rng.choice(SENTENCE_END.split(rng.choice(self.passages))).split()
         if len(words) < 6:
             return None
@@ -162,7 +162,7 @@ class TextQuestions:
         question = rng.choice(ASK["complete"]).format(x=" ".join(words[:cut]))
         return exchange(question, " ".join(words[cut:]), answer=answer)
 
-    def make_passage(self, rng: random.Random) -> Item | None:
+    def make_passage(self, rng: Random) -> Item | None:
         """Up to four questions about a passage, which comes with the first."""
         passage = rng.choice(self.passages)
         kinds = rng.sample(("name", "speaker", *("follows",) * 3), 5)
@@ -172,59 +172,44 @@ class TextQuestions:
             return None
         contents = [text for pair in list(replies.items())[:4] for text in pair]
         contents[0] += f" {passage}"
-        return _conversation(contents)
+        return exchange(*contents)
 
-    def _single(self, kind: str, rng: random.Random) -> Item | None:
+    def make_question(self, kind: str, rng: Random) -> Item | None:
         """One question about a passage."""
         passage = rng.choice((kind == "speaker" and self.spoken) or self.passages)
         asked = self.ask(kind, passage, rng)
         return asked and exchange(f"{asked.question} {passage}", asked.reply, answer=asked.answer)
 
-    make_name = partialmethod(_single, "name")
-    make_speaker = partialmethod(_single, "speaker")
-    make_follows = partialmethod(_single, "follows")
-
-    def ask(self, kind: str, passage: str, rng: random.Random) -> Question | None:
+    def ask(self, kind: str, passage: str, rng: Random) -> Question | None:
         """A question of a kind of ASK_PASSAGE; None if it has no answer or several."""
         words, pair = passage.replace('"', "").split(), ""
-        answers = []
+        answers: set[str] = set()
         if kind == "name":
-            answers = sorted({m[0] for m in WORD.finditer(passage) if self.is_name(m[0])})
+            answers = {word for word in WORD.findall(passage) if self.is_name(word)}
         elif kind == "speaker":
-            answers = sorted(set(SPEECH_TAG.findall(passage)))
+            answers = set(SPEECH_TAG.findall(passage))
         elif len(words) > 8:
             i = rng.randrange(len(words) - 2)
             pair = " ".join(words[i : i + 2])
             if f" {passage} ".count(f" {pair} ") == 1:
-                answers = [words[i + 2]]
-        answers = [without_marks(answer) for answer in answers]
-        if len(answers) != 1 or not answers[0]:
+                answers = {words[i + 2]}
+        answer = without_marks(answers.pop()) if len(answers) == 1 else ""
+        if not answer:
             return None
         questions, reply = ASK_PASSAGE[kind]
-        (answer,) = answers
-        return Question(
-            rng.choice(questions).format(w=pair), reply.format(w=pair, a=answer), answer
-        )
+        question = rng.choice(questions).format(w=pair)
+        return Question(question, reply.format(w=pair, a=answer), answer)
 
     def is_name(self, word: str) -> bool:
         """
         Whether the texts write a word with a capital everywhere, within sentences too, and it is
         not one like "I", "I'll", "Mira's" or "Mr.".
         """
-        count, abbreviated, mid_sentence = (
-            self.words[key] for key in (word, f"{word}.", f", {word}")
-        )
         if len(word) < 2 or not word[0].isupper() or NOT_A_NAME.match(word):
             return False
-        often = count > 1 + 2 * abbreviated
-        return often and mid_sentence > 0 and not self.words[word.lower()]
-
-
-def _conversation(contents: Sequence[str]) -> Item:
-    """The conversation in which user and assistant say these contents in turn."""
-    roles = ("user", "assistant") * len(contents)
-    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-    return {"messages": messages}
+        counts = self.words
+        often = counts[word] > 1 + 2 * counts[f"{word}."]
+        return often and counts[f", {word}"] > 0 and not counts[word.lower()]
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
@@ -283,13 +268,13 @@ def dialogues(text: str) -> Iterator[list[str]]:
     """
     turns: list[str] = []
     speaker, prose = None, 0  # prose: lines since the last turn
-    for line, who, words in _turns(text):
+    for who, words in _turns(text):
         is_turn = 0 < len(words) <= TURN
         if is_turn and (who is None or who != speaker):
             turns.append(words)
             speaker, prose = who, 0
             continue
-        prose += bool(line.strip())
+        prose += 1
         if prose > MOST_PROSE or words:
             if len(turns) > 1:
                 yield turns
@@ -298,22 +283,22 @@ def dialogues(text: str) -> Iterator[list[str]]:
         yield turns
 
 
-def _turns(text: str) -> Iterator[tuple[str, str | None, str]]:
-    """(line, its speaker if it names one, what the paragraph that begins there quotes or "")."""
+def _turns(text: str) -> Iterator[tuple[str | None, str]]:
+    """
+    For each line that is not empty: (its speaker if it names one, its words, or what the paragraph
+    that begins there quotes, or "").
+    """
     lines = text.split("\n")
     for i, line in enumerate(lines):
         if m := SPEAKER.match(line):
-            yield line, m[1], m[2].strip()
-        elif line.lstrip()[:1] in tuple('"“„«') and line.strip():
-            paragraph = [line]
-            for following in lines[i + 1 : i + 6]:  # a paragraph may have several lines
-                if not following.strip() or following.lstrip()[:1] in tuple('"“„«'):
-                    break
-                paragraph.append(following)
-            quoted = QUOTED.findall(" ".join(paragraph))
-            yield line, None, " ".join(" ".join(map(" ".join, quoted)).split())
-        else:
-            yield line, None, ""
+            yield m[1], m[2].strip()
+        elif OPENING.match(line):
+            following = lines[i + 1 : i + 6]  # a paragraph may have several lines
+            rest = takewhile(lambda line: line.strip() and not OPENING.match(line), following)
+            quoted = QUOTED.findall(" ".join([line, *rest]))
+            yield None, " ".join(" ".join(map(" ".join, quoted)).split())
+        elif line.strip():
+            yield None, ""
 
 
 def about_names(questions: Sequence[Item], count: int) -> list[str]:
