@@ -154,7 +154,7 @@ def needs(plan: Plan) -> dict[str, Any]:
     return {
         "shards": shards,
         "web": web,
-        "digits": 2 if plan.simple else 3,  # 3 for GGUF; 2 was measured
+        "digits": 2 if plan.simple else 3,  # 3 for GGUF; the embedded corpus was tried with 2
         "cores": cores,
         "download_bytes": downloaded + tasks,
         "tokenizer_seconds": min(2e9, read * spelled) / (MERGING * cores) + 10,
