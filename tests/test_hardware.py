@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +61,12 @@ def test_a_card_is_known_by_all_its_names(name, row):
 )
 def test_a_variant_never_gets_the_figures_of_a_similar_card(name):
     assert lookup(name) is None
+
+
+def test_every_row_says_where_its_figures_are_from():
+    table = tomllib.loads(Path(hardware.__file__).with_name("gpus.toml").read_text("utf-8"))
+    for row in table["gpus"]:
+        assert row[6] in table["power"] and row[7] in table["sources"], row
 
 
 def test_the_table_has_distinct_names_and_plausible_figures():

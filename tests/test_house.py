@@ -117,7 +117,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_275,
-    "base": 12_765,
+    "base": 12_465,
     "tinyworld": 9_625,
     "data": 35_875,
     "model": 26_940,

@@ -253,8 +253,8 @@ def entry(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print0("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `command | head`: give the interpreter somewhere to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as e:  # `command | head`: give the interpreter somewhere to flush
+        _discard_output(sys.stdout, e)
         sys.exit(1)
     except (UserError, MemoryError, OSError, RuntimeError) as e:
         error = e if isinstance(e, UserError) else explained(e)

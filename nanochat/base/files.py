@@ -60,8 +60,8 @@ def sha256_file(path: Path | str) -> str:
 class Hashes:
     """
     The SHA-256 of files, stored in the JSON file `memory` by device, inode, size and times of
-    change: a file is read again only if it may have changed. `save` writes `memory`; if that is
-    lost or damaged, all files are read again.
+    change: a file is read again only if it may have changed. `save` writes `memory`; what is lost
+    or damaged there is read again.
     """
 
     LIMIT = 20_000  # files remembered
@@ -70,28 +70,21 @@ class Hashes:
     def __init__(self, memory: Path):
         self.memory, self._changed = memory, False
         try:
-            stored = read_json(memory)
-            self._known = {str(key): tuple(value) for key, value in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            stored = read_json(memory).items()
+            self._known = {state: digest for state, digest in stored if isinstance(digest, str)}
+        except (OSError, ValueError, AttributeError):
             self._known = {}
-
-    @staticmethod
-    def _state(path: Path) -> tuple[str, tuple[int, int, int]]:
-        """(which file it is, its size and times)."""
-        s = path.stat()
-        return f"{s.st_dev}:{s.st_ino}", (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
     def of(self, path: Path) -> str:
         """The SHA-256 of a file's bytes in hexadecimal digits. Raises OSError."""
-        key, state = self._state(path)
-        known = self._known.get(key, ())
-        if known[:3] == state and len(known) == 4 and isinstance(known[3], str):
-            return known[3]
-        digest, self._changed = sha256_file(path), True
-        self._known.pop(key, None)
-        if time.time_ns() - max(state[1:]) > self.RECENT:
-            self._known[key] = *state, digest
-        return digest
+        s = path.stat()
+        state = f"{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}"
+        if state not in self._known:
+            digest, self._changed = sha256_file(path), True
+            if time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) <= self.RECENT:
+                return digest
+            self._known[state] = digest
+        return self._known[state]
 
     def save(self) -> None:
         """Write `memory` if it has changed; nothing happens if its folder cannot be written."""

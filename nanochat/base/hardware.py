@@ -34,7 +34,6 @@ class GPU:
     memory_gb: float
     bandwidth: float  # GB/s
     watts: float  # rated board power, 0 if not published
-    watts_source: str
     source: str
     aliases: tuple[str, ...]
 
@@ -68,11 +67,10 @@ def gpus() -> tuple[GPU, ...]:
             memory,
             bandwidth,
             watts,
-            table["power"][power],
             table["sources"][source],
             tuple(aliases),
         )
-        for name, bf16, fp16, memory, bandwidth, watts, power, source, *aliases in table["gpus"]
+        for name, bf16, fp16, memory, bandwidth, watts, _, source, *aliases in table["gpus"]
     )
 
 
@@ -100,9 +98,7 @@ def device_name(device: "torch.device") -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "Apple"
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    model = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     return model[1].strip() if model else platform.processor() or platform.machine()
 
 
@@ -230,11 +226,7 @@ def limit_memory(ranks: int = 1, root: Path = Path("/")) -> None:
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, bytes in use) of each cgroup above this process that has a limit."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return  # not Linux
-    for line in lines:
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers not in ("", "memory"):
             continue
@@ -258,8 +250,9 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _text(path: Path) -> str:
+    """The text of a file of the kernel; "" if it does not exist, as on other systems."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 

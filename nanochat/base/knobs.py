@@ -78,30 +78,20 @@ class ConversationKnobs(ReadingKnobs):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class _Knob:
     """One field of a dataclass of knobs, with its annotation taken apart."""
 
-    name: str
-    default: Any
-    meta: Mapping[str, Any]  # the arguments of knob()
-    kind: type  # of a value: a key of KINDS
-    choices: tuple[str, ...]  # the values of a Literal, else ()
-    many: bool  # whether the annotation is tuple[kind, ...]
-    optional: bool  # whether it is kind | None
-
-    @classmethod
-    def of(cls, name: str, annotation: Any, default: Any, meta: Mapping[str, Any]) -> "_Knob":
-        kind, optional = annotation, NoneType in typing.get_args(annotation)
-        if optional:
+    def __init__(self, name: str, annotation: Any, default: Any, meta: Mapping[str, Any]):
+        """`meta`: the arguments of knob()."""
+        self.name, self.default, self.meta = name, default, meta
+        kind, self.optional = annotation, NoneType in typing.get_args(annotation)
+        if self.optional:
             kind = next(t for t in typing.get_args(kind) if t is not NoneType)
-        many = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if many else kind
-        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        kind = str if choices else kind
-        assert kind in KINDS, f"{name}: a knob cannot have the type {annotation}"
-        assert default is not dataclasses.MISSING, f"{name} needs a default"
-        return cls(name, default, meta, kind, choices, many, optional)
+        self.many = typing.get_origin(kind) is tuple  # tuple[kind, ...]
+        kind = typing.get_args(kind)[0] if self.many else kind
+        self.choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        self.kind = str if self.choices else kind  # of a value
+        assert self.kind in KINDS, f"{name}: a knob cannot have the type {annotation}"
 
     @property
     def metavar(self) -> str:
@@ -137,10 +127,9 @@ class _Knob:
         if self.many != isinstance(value, list | tuple):
             self._refuse(value, where)
         values = value if self.many else [value]
-        types = (int, float) if self.kind is float else self.kind
-        for v in values:
-            if not isinstance(v, types) or (isinstance(v, bool) and self.kind is not bool):
-                self._refuse(value, where)
+        types = (int, float) if self.kind is float else (self.kind,)
+        if not all(type(v) in types for v in values):  # exactly: isinstance(True, int)
+            self._refuse(value, where)
         try:
             return self._checked([self.kind(v) for v in values], where)
         except OverflowError:  # a whole number that no float can hold
@@ -161,13 +150,13 @@ class _Knob:
         raise UserError(f"{where} must be {self.expected} (got {shown(value)})")
 
 
-RECIPE = _Knob.of("recipe", str, "", knob("").metadata)  # a flag that every command has
+RECIPE = _Knob("recipe", str, "", knob("").metadata)  # a flag that every command has
 
 
 def _knobs(cls: type) -> dict[str, _Knob]:
     hints = typing.get_type_hints(cls)
     return {
-        f.name: _Knob.of(f.name, hints[f.name], f.default, f.metadata)
+        f.name: _Knob(f.name, hints[f.name], f.default, f.metadata)
         for f in dataclasses.fields(cls)
         if f.metadata  # others are no knobs
     }
@@ -188,17 +177,15 @@ def _is_flag(word: str) -> bool:
 
 def _find(knobs: Mapping[str, _Knob], flag: str, command: str) -> tuple[_Knob, bool]:
     """(the knob that a flag sets, whether the flag is negated, as in --no-tie_embeddings)."""
-    aliases = {knob.meta["alias"]: knob for knob in knobs.values() if knob.meta["alias"]}
-    if flag in aliases:
-        return aliases[flag], False
-    name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
-    if name in knobs:
-        return knobs[name], False
-    positive = name.removeprefix("no_")
-    if positive in knobs and knobs[positive].kind is bool:
-        return knobs[positive], True
-    similar = near(flag, [*aliases, *(f"--{name}" for name in knobs)])
-    raise UserError(f"{command} has no flag {flag}{similar}; -h lists all flags")
+    flags = {f"--{name}": knob for name, knob in knobs.items()}
+    flags |= {knob.meta["alias"]: knob for knob in knobs.values() if knob.meta["alias"]}
+    name = f"--{flag[2:].replace('-', '_')}" if flag.startswith("--") else flag
+    if name in flags:
+        return flags[name], False
+    positive = flags.get(name.replace("--no_", "--"))
+    if positive and positive.kind is bool:
+        return positive, True
+    raise UserError(f"{command} has no flag {flag}{near(flag, flags)}; -h lists all flags")
 
 
 def _read_flag(
@@ -401,18 +388,14 @@ def usage(cls: type, *, command: str, description: str = "") -> str:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 33),
         add_help=False,
     )
-    # The class that defines each knob
-    owner = {name: c for c in reversed(cls.__mro__) for name in inspect.get_annotations(c)}
     sections: dict[str, Any] = {}  # by heading
     for c in cls.__mro__:
         generated = (c.__doc__ or "").startswith(f"{c.__name__}(")  # by dataclass()
         heading = c.__name__ if generated else first_sentence(c.__doc__)
-        if heading not in sections:
-            sections[heading] = page.add_argument_group(heading)
-        section = sections[heading]
+        section = sections.setdefault(heading, page.add_argument_group(heading))
         for name in inspect.get_annotations(c):
-            if name in knobs and owner[name] is c:
-                _explain(section, knobs[name])
+            if name in knobs:
+                _explain(section, knobs.pop(name))
     section = page.add_argument_group("General")
     tables = f"[{_table(command)}] and [all]"
     section.add_argument("--recipe", metavar="FILE.toml", help=f"read values from {tables}")

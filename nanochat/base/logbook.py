@@ -151,24 +151,26 @@ class Logbook(AbstractContextManager["Logbook"]):
         sinks = needed_trackers(sinks, run_name)
         if rank() != 0:
             return
-        path = self.directory / FILE
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             self._open()
         except OSError as e:
-            raise disk_error(path, e) from e
+            raise disk_error(self.directory / FILE, e) from e
         settings = _plain(config or {})
         for name in sinks:
             self._trackers[name] = self._open_tracker(name, run_name, settings)
         if config is not None or step is not None:
             now = datetime.now().isoformat(timespec="seconds")
-            start = {"kind": "start", "step": step, "time": now, "run": run_name}
-            start["config"] = settings
+            start = {
+                "kind": "start",
+                "step": step,
+                "time": now,
+                "run": run_name,
+                "config": settings,
+            }
             self._write(start)
             self._start = _line(start)
 
     def _open_tracker(self, name: str, run_name: str, config: dict[str, Any]) -> Tracker:
-        run_name = self.directory.name if run_name == "dummy" else run_name
         try:
             if name == "tensorboard":
                 return _tensorboard(self.directory, config)

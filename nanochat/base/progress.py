@@ -107,11 +107,7 @@ class StatusLine:
         self.live = sys.stdout.isatty()
         self.interval = live_seconds if self.live else log_seconds
         self.shown_at = float("-inf")
-
-    @property
-    def _clear(self) -> str:
-        """The control codes that empty the line on a terminal."""
-        return "\r\033[K" if self.live else ""
+        self._clear = "\r\033[K" if self.live else ""  # empties the line
 
     @property
     def due(self) -> bool:
