@@ -152,7 +152,8 @@ def run(arm: Arm, books: list[str], base: Path) -> dict:
     inventory.VALIDATION_SHARE = SHARE
     path = texts(books, folder, arm.megabytes)
     if not (folder / "tokenizer" / "tokenizer.json").exists():
-        tok_train.main([f"--vocab_size={arm.vocabulary}", f"--data=text={path}"])
+        words = [f"--vocab_size={arm.vocabulary}", "--digits=2", f"--data=text={path}"]
+        tok_train.main(words)
     tokenizer = Tokenizer.load()
     (source,) = sources.training_sources([f"text={path}"])
     tokens = prepare(source, "train", tokenizer).total
@@ -222,7 +223,7 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
     e = mix.everyday
     began = time.monotonic()
     if not (folder / "tokenizer" / "tokenizer.json").exists():
-        words = f"--vocab_size={mix.vocabulary} --data text={text}:0.5 tinyworld@2:0.5"
+        words = f"--vocab_size={mix.vocabulary} --digits=2 --data text={text}:0.5 tinyworld@2:0.5"
         tok_train.main(words.split())
     own = [f"text={text}:{1 - e}"] if e < 1 else []
     both = [*own, f"tinyworld@9:{e}"] if e else own

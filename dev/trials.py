@@ -114,7 +114,8 @@ def prepared(corpus: str, texts: Path | None, base: Path, vocab_size: int) -> li
             )
         data = [f"{corpus}={file.name}"]
     if not (base / "tokenizer" / "tokenizer.json").exists():
-        run(["-m", "scripts.tok_train", f"--vocab_size={vocab_size}", "--data", *data], base)
+        words = [f"--vocab_size={vocab_size}", "--digits=2", "--data", *data]
+        run(["-m", "scripts.tok_train", *words], base)
     run(["-m", "scripts.tok_data", "--data", *data], base)
     return data
 

@@ -78,7 +78,7 @@ given=$(quoted "${asked[@]}" ${conversations[@]+--conversations "${conversations
     settled=$(python -m scripts.plan day "${asked[@]}" --shell) || exit
     printf '%s\n' "$settled" >"$out/settled"
 }
-source "$out/settled" # vocab, digits, web, text
+source "$out/settled" # vocab, web, text
 [ ${#data[@]} != 0 ] || data=("$text")
 text=(--data "${data[@]}")
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
@@ -90,7 +90,7 @@ for set in $web; do
     from=(-n "${set#*:}" --set "${set%:*}")
     step "web text of ${set%:*}" python -m nanochat.dataset "${from[@]}"
 done
-tokenizer_of "$out/tokenizer" "$tag" python -m scripts.tok_train --vocab_size="$vocab" --digits="$digits" "${text[@]}"
+tokenizer_of "$out/tokenizer" "$tag" python -m scripts.tok_train --vocab_size="$vocab" "${text[@]}"
 talks=(--conversations ${conversations[@]+"${conversations[@]}"})
 [ ${#conversations[@]} != 0 ] || talks+=(default)
 step tokens python -m scripts.tok_data "${text[@]}" "${talks[@]}" ${tasks[@]+"${tasks[@]}"}

@@ -124,11 +124,11 @@ CEILINGS = {
     "chat": 9_060,
     "chat/serve": 11_705,
     "eval": 20_085,
-    "train": 21_300,
+    "train": 21_315,
     "study": 13_385,
-    "plan": 15_090,
+    "plan": 15_080,
     "export": 9_130,
-    "commands": 23_040,
+    "commands": 23_055,
 }
 
 

@@ -65,7 +65,7 @@ def test_printed_commands_can_be_typed(base, tmp_path, monkeypatch, name):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
     sources = [f"own={tmp_path / name}:0.5#{{title}} {{body}}", "tinyworld:0.5"]
     knobs = day.DayKnobs(minutes=20, data=tuple(sources), vocab=4096)
-    monkeypatch.setattr(day, "needs", lambda plan: {"web": {}, "digits": 3})
+    monkeypatch.setattr(day, "needs", lambda plan: {"web": {}})
     lines = day.commands(SimpleNamespace(knobs=knobs, primary=None), "runs/one_day.sh")
     typed = [shlex.split(line, comments=True) for line in lines]
     assert sum(words.count(sources[0]) for words in typed) == 3
@@ -184,9 +184,9 @@ def test_what_a_shell_reads(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     plan.main(["day", "--hours=24", *CARD, "--data", "tinyworld", "--shell"])
     printed = capsys.readouterr()
-    code = f'{printed.out}echo "$shards/$vocab/$web/$text/$rows/$digits"'
+    code = f'{printed.out}echo "$shards/$vocab/$web/$text/$rows"'
     read = subprocess.run(["bash", "-c", code], capture_output=True, text=True).stdout
-    assert read == "0/2048//tinyworld/32/2\n" and "What you get" in printed.err
+    assert read == "0/2048//tinyworld/32\n" and "What you get" in printed.err
 
 
 def test_disk_and_text_that_do_not_suffice(monkeypatch, tmp_path):

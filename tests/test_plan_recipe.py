@@ -596,9 +596,10 @@ def test_what_is_left_of_the_time_is_shared_anew(tmp_path, capsys):
 
 def test_what_is_planned_reaches_gguf_unless_the_user_says_otherwise(capsys):
     words = ["recipe", "--hours=24", "--gpu=rtx4090", "--vocab=65536"]
+    assert plan.main(words)["exports"] == "exports to: transformers, GGUF"
+    Tokenizer.train(["the cat sat 123 "], 280, digits=2).save(base_dir() / "tokenizer")
     assert "groups of 2 digits" in plan.main(words)["exports"]
     Tokenizer.train(["the cat sat 123 "], 280, digits=3).save(base_dir() / "tokenizer")
-    assert plan.main(words)["exports"] == "exports to: transformers, GGUF"
     capped = plan.main([*words, "--softcap=15", "--json"])
     assert "not to GGUF: softcap 15 (train with --softcap=0" in capped["exports"]
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["exports"] == capped["exports"]

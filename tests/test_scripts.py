@@ -27,7 +27,7 @@ if sys.argv[1] == "-c":
     print(os.environ.get("REPLAN", ""))
 if "--shell" in sys.argv:
     web = "--data" not in sys.argv or "fineweb-edu" in sys.argv
-    print("shards=7\\nvocab=900\\nrows=5\\nweb=" + web * "fineweb-edu:7" + "\\ntext=fineweb-edu\\ndigits=3")
+    print("shards=7\\nvocab=900\\nrows=5\\nweb=" + web * "fineweb-edu:7" + "\\ntext=fineweb-edu")
     sys.exit(2 if os.environ.get("REFUSE") else 0)
 """
 ODD = ["my texts", "First Last's", 'say "hi"', "two\nlines", "täxte", "a:b", "$HOME", "*", "a;b&c"]

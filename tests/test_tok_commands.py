@@ -145,6 +145,22 @@ def test_tok_data_makes_what_training_would(corpus, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "digits"),
+    [
+        (["--vocab_size=2048"], 2),
+        (["--vocab_size=2100"], 3),
+        (["--vocab_size=2100", "--digits=1"], 1),
+    ],
+)
+def test_larger_vocabularies_can_go_to_gguf(tmp_path, monkeypatch, flags, digits):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    from nanochat.commands import tok_train
+
+    tok_train.main(["--data", "tinyworld@0.5", *flags])
+    assert Tokenizer.load().digits == digits
+
+
 def test_the_vocabulary_follows_the_text_and_not_the_size_of_files(tmp_path, monkeypatch, capsys):
     from nanochat.commands import tok_train
 

@@ -391,7 +391,7 @@ def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, Any]
     data = [f"text={folder / 'text.jsonl'}:0.67"]
     if knobs.everyday:
         data.append(f"tinyworld@{min(2, max(0.05, size / 2e6)):.2f}:0.33")
-    trained = tok_train.main(["--data", *data, f"--vocab_size={vocab_size}"])
+    trained = tok_train.main(["--data", *data, f"--vocab_size={vocab_size}", "--digits=2"])
     return {
         "tokens": prepare(own_source(folder), "train", Tokenizer.load()).total,
         **{name: trained[name] for name in ("vocab_size", "fingerprint")},

@@ -33,13 +33,13 @@ def commands() -> dict[str, tuple[str, str]]:
 
 def exports_to(config: dict[str, Any]) -> str:
     """What a model of this configuration can be exported to, in words."""
-    from nanochat.commands.tok_train import TrainTokenizerKnobs
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.export.target import destinations
     from nanochat.model.config import GPTConfig
+    from nanochat.train.scaling import digits_for
 
     trained = (base_dir() / "tokenizer" / "tokenizer.json").exists()
-    digits = Tokenizer.load().digits if trained else TrainTokenizerKnobs.digits
+    digits = Tokenizer.load().digits if trained else digits_for(config["vocab_size"])
     return destinations(GPTConfig(**config), digits)
 
 

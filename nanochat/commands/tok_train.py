@@ -20,7 +20,7 @@ from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS
 from nanochat.data.sources import mixed, parts, training_sources
 from nanochat.train.chain import Chain, begun
-from nanochat.train.scaling import vocabulary_for
+from nanochat.train.scaling import digits_for, vocabulary_for
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -40,7 +40,13 @@ class TrainTokenizerKnobs(ReadingKnobs):
         "tokens in the vocabulary, special ones included (0 = by the size of the text: 2,048 for "
         "0.3 MB, 4,096 for 3 MB, 32,768 for 100 MB, 65,536 from 240 MB on)",
     )
-    digits: int = knob(2, "maximum digits in one token; GGUF needs 3 or 1", low=1, high=3)
+    digits: int = knob(
+        0,
+        "maximum digits in one token (0 = 3, or 2 in a vocabulary of up to 2,048); GGUF needs 3 "
+        "or 1",
+        low=0,
+        high=3,
+    )
     max_chars: int = knob(2_000_000_000, "read at most this many characters", low=1)
     doc_cap: int = knob(
         MAX_CHARACTERS,
@@ -133,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     counts: Counter[str] = Counter(chars=0, documents=0)
     texts = capped(mixed(sources, "train"), knobs, size, counts)
-    tokenizer = Tokenizer.train(texts, vocab_size, knobs.digits)
+    tokenizer = Tokenizer.train(texts, vocab_size, knobs.digits or digits_for(vocab_size))
     seconds = time.monotonic() - started
     sample = list(mixed(sources, "val", max_chars=SAMPLE_CHARACTERS))
     tokens = sum(map(len, tokenizer.encode_batch(sample))) or 1

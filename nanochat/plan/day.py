@@ -154,7 +154,6 @@ def needs(plan: Plan) -> dict[str, Any]:
     return {
         "shards": shards,
         "web": web,
-        "digits": 2 if plan.simple else 3,  # 3 for GGUF; the embedded corpus was tried with 2
         "cores": cores,
         "download_bytes": downloaded + tasks,
         "tokenizer_seconds": min(2e9, read * spelled) / (MERGING * cores) + 10,
@@ -345,12 +344,12 @@ def changes(plan: Plan) -> list[Row]:
 
 def commands(plan: Plan, script: str) -> list[str]:
     """The commands that do it."""
-    knobs, need, chosen = plan.knobs, needs(plan), plan.primary
+    knobs, chosen = plan.knobs, plan.primary
     if knobs.tokens and script:
         return [f"bash {script}"]
     data = shlex.join(["--data", *knobs.data])
-    lines = [f"nanochat dataset -n {n} --set {name}" for name, n in need["web"].items()]
-    lines.append(f"nanochat tok_train --vocab_size {knobs.vocab} --digits {need['digits']} {data}")
+    lines = [f"nanochat dataset -n {n} --set {name}" for name, n in needs(plan)["web"].items()]
+    lines.append(f"nanochat tok_train --vocab_size {knobs.vocab} {data}")
     if knobs.tokens:
         parts = architecture(chosen.config).items()
         flags = {
@@ -464,6 +463,6 @@ def run(knobs: DayKnobs) -> dict[str, Any]:
         web = " ".join(f"{name}:{n}" for name, n in need["web"].items())
         print0(
             f"shards={need['shards']}\nvocab={plan.knobs.vocab}\nrows={rows}\nweb='{web}'\n"
-            f"text={shlex.quote(plan.knobs.data[0])}\ndigits={need['digits']}"
+            f"text={shlex.quote(plan.knobs.data[0])}"
         )
     return made

@@ -230,6 +230,14 @@ def vocabulary_for(size: float, seconds: float = math.inf, simple: bool = False)
     return _power_of_two(3 * math.sqrt(max(size, 1)), 9, most)
 
 
+def digits_for(vocab_size: int) -> int:
+    """
+    The most digits that a token of such a vocabulary may hold: three, because llama.cpp does not
+    know groups of two, but two up to 2,048 tokens (the quickstart), where few numbers have room.
+    """
+    return 2 if vocab_size <= 2048 else 3
+
+
 def shape_for(flops: float, tokens: float, vocab_size: int) -> tuple[int, int]:
     """
     (layers, width) of the largest model of SHAPES that reads at least TOKENS_PER_PARAMETER, in all
