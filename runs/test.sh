@@ -54,5 +54,5 @@ part "format (ruff)" ruff format --check .
 part "types (pyright)" pyright
 part "imports (import-linter)" lint-imports --no-cache
 say "tests (pytest)"
-python -m pytest -m "not slow" -n 3 --dist loadfile "$@" || failed="$failed tests"
+python -m pytest -m "not slow" -n 2 --dist loadfile "$@" || failed="$failed tests"
 [ -z "$failed" ]
