@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_275,
     "base": 12_465,
     "tinyworld": 9_625,
-    "data": 35_875,
+    "data": 35_810,
     "model": 26_940,
     "chat": 9_060,
     "chat/serve": 11_705,

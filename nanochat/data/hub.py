@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -63,24 +63,20 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def pin(
-    repo: str, folder: Path, revision: str | None = None, known: Mapping[str, str] | None = None
-) -> tuple[str, dict[str, Listed]]:
+def pin(repo: str, folder: Path, revision: str | None = None) -> tuple[str, dict[str, Listed]]:
     """
     The commit that `folder` is pinned to and its files by path. The first call resolves `revision`
     (None means "main") and writes manifest.json; later calls read that file and need no network,
-    unless they name a different revision. `known` has the SHA-256 that files must have, by path.
-    Raises UserError if the hub cannot be reached, lacks the data set, or lists unsafe names or
-    other hashes.
+    unless they name a different revision. Raises UserError if the hub cannot be reached, lacks the
+    data set, or lists unsafe names.
     """
     path = folder / "manifest.json"
-    pinned = None
     if path.exists():
         try:
             manifest = read_json(path)
             if revision in (None, manifest["commit"], manifest["revision"]):
-                pinned = _commit(manifest["commit"], None), _listed(manifest["files"])
-            elif any(folder.glob("*.parquet")):
+                return _commit(manifest["commit"], None), _listed(manifest["files"])
+            if any(folder.glob("*.parquet")):
                 raise UserError(
                     f"{folder} holds files of commit {shown(manifest['commit'])[:14]}, not of "
                     f"{revision}: leave --revision out, or move the folder away"
@@ -91,15 +87,7 @@ def pin(
                 "against the newest commit"
             ) from e
     revision = revision or "main"
-    commit, files = pinned or _list(repo, revision)
-    for name, sha256 in (known or {}).items():
-        if name in files and files[name].sha256 != sha256:
-            raise UserError(
-                f"{name} of {repo} is listed with another SHA-256 than the one known here "
-                f"({sha256[:12]}): the hub or a mirror has changed it; unset HF_ENDPOINT"
-            )
-    if pinned:
-        return pinned
+    commit, files = _list(repo, revision)
     listed = [vars(f) for f in files.values()]
     manifest = {"repo": repo, "revision": revision, "commit": commit, "files": listed}
     atomic_write(path, json.dumps(manifest, indent=1))

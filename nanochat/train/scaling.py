@@ -233,7 +233,8 @@ def vocabulary_for(size: float, seconds: float = math.inf, simple: bool = False)
 def digits_for(vocab_size: int) -> int:
     """
     The most digits that a token of such a vocabulary may hold: three, because llama.cpp does not
-    know groups of two, but two up to 2,048 tokens (the quickstart), where few numbers have room.
+    know groups of two. Vocabularies of up to 2,048 tokens (the quickstart's) take two, because they
+    have little room for numbers.
     """
     return 2 if vocab_size <= 2048 else 3
 
