@@ -6,6 +6,7 @@ several files stand here too.
 """
 
 import functools
+import gc
 import os
 import random
 import shutil
@@ -19,6 +20,15 @@ import pytest
 from nanochat.base import hardware
 
 RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
+
+
+def pytest_collection_finish():
+    """
+    Leave the tests and what they import out of garbage collection. To visit them takes two seconds,
+    in each test in which memory runs out.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -396,9 +396,16 @@ def test_rows_of_various_widths_are_filled_up_where_shapes_are_compiled(tmp_path
 def test_the_garbage_collector_rests_during_a_run_and_not_after(tmp_path):
     frozen = []
     look = Evaluation("x", 1, lambda: frozen.append(gc.get_freeze_count()) or {}, start=True)
+    gc.freeze()  # as a program that does so itself
+    before = gc.get_freeze_count()
+    fit(tmp_path / "frozen", None, tiny.ListFeed.random(3), PLAIN, [look])
+    assert max(frozen) <= before and gc.get_freeze_count() > 10_000
+    gc.unfreeze()
+    frozen.clear()
     fit(tmp_path, None, tiny.ListFeed.random(3), PLAIN, [look])
     assert frozen[0] == 0 and min(frozen[1:]) > 10_000
     assert gc.get_freeze_count() == 0
+    gc.freeze()  # for the tests after this one
 
 
 def test_saves_between_looks(tmp_path):

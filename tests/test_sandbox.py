@@ -397,7 +397,7 @@ def test_refuses_where_bubblewrap_fails(fresh, monkeypatch, tmp_path, complaint,
     assert complaint in refuses() and remedy in refuses()
 
 
-def test_refuses_a_bubblewrap_that_protects_nothing(fresh, sandbox, monkeypatch, tmp_path):
+def test_refuses_a_bubblewrap_that_protects_nothing(sandbox, fresh, monkeypatch, tmp_path):
     """One that just runs what it is given."""
     (tmp_path / "bwrap").write_text(
         '#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n'

@@ -112,8 +112,12 @@ def _old_objects_uncollected() -> Iterator[Callable[[], None]]:
     """
     Yields a function to call repeatedly. Objects that exist at its first call are left out of
     garbage collection until the block ends: torch and its compiler have half a million, and to
-    visit them stops the host, and with it a GPU.
+    visit them stops the host, and with it a GPU. In a program that has frozen objects of its own,
+    nothing is changed, because only all of them together can be released.
     """
+    if gc.get_freeze_count():
+        yield lambda: None
+        return
 
     @cache
     def freeze() -> None:
