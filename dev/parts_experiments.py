@@ -67,6 +67,10 @@ GOOD = (  # of these, what helped, on more seeds and together
     ("--weight_decay=0.1", ""),
 )
 PAIRS = (1, 2, 5, 10, 20)  # rows of the table of pairs, per token of the vocabulary
+SIZES = {  # larger models, by what the names of their experiments end with
+    "3x384": "--model_dim=384 --head_dim=64",
+    "6x384": "--depth=6 --model_dim=384 --head_dim=64",
+}
 WIDER = "--depth=4 --model_dim=256 --head_dim=128 --sequence_len=512"  # as --depth=4 alone
 OPTIMIZERS = (
     "--polynomials=jordan --embedding_beta2=0.95 --unembedding_beta2=0.95",  # of version 0.1
@@ -96,10 +100,11 @@ def small(
     extra: str = "",
     tried: str = "",
     batch: int = 2048,
+    size: str = "",
 ) -> Run:
     """
-    A run of so many steps of `batch` tokens; `extra` are flags beside those of the condition, and
-    `tried` is a name of tries.py.
+    A run of so many steps of `batch` tokens; `extra` are flags beside those of the condition,
+    `tried` is a name of tries.py, and `size` one of SIZES (the small model without).
     """
     rate = "" if "embedding_lr=" in extra else "--embedding_lr=0.1 "
     # The schedule that was the default when these experiments began
@@ -107,7 +112,8 @@ def small(
         rate += "" if flag.split("=")[0] in extra else f"{flag} "
     name = ", ".join(part for part in (condition, extra, tried) if part)
     length = f"--total_batch_size={batch} --num_iterations={steps} {rate}"
-    return Run(f"{corpus}-{steps}", name, seed, f"{SMALL} {length}{PARTS[condition]} {extra}")
+    flags = f"{SMALL} {SIZES.get(size, '')} {length}{PARTS[condition]} {extra}"
+    return Run("-".join(filter(None, (corpus, str(steps), size))), name, seed, flags)
 
 
 def planned() -> Iterator[Run]:
@@ -151,6 +157,10 @@ def planned() -> Iterator[Run]:
             for steps, batch in LONG:
                 for condition in conditions:
                     yield small("prose", condition, seed, steps, batch=batch)
+    for size in SIZES:
+        for seed in seeds[:2]:
+            for condition, extra in (("none", ""), (BEST, "--pair_embeddings=5")):
+                yield small("prose", condition, seed, 1000, extra, batch=4096, size=size)
     for seed in seeds:
         for extra in OPTIMIZERS:
             yield small("prose", BEST, seed, extra=extra)

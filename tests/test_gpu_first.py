@@ -21,8 +21,8 @@ def first(folder, *words):
     return gpu_first.main(["--device=cpu", "--tiny", f"--out={folder}", *words])
 
 
-# Parts that train whole runs, or collect tests: seconds each
-SLOW = {"tests", "finetuning", "float16"}
+# Parts that train whole runs, compile for long, or collect tests
+SLOW = {"tests", "finetuning", "float16", "golden"}
 
 
 @pytest.mark.parametrize(
