@@ -104,7 +104,7 @@ step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minu
 }
 plan=(${open[@]+"${open[@]}"} --minutes="$minutes" --used="$(cat "$out/used")" --pilot --vocab="$vocab")
 step recipe python -m scripts.plan recipe "${plan[@]}" --out="$out/recipe.toml" --model_tag="$tag" "${text[@]}"
-[ "$minutes" -lt 25 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
+[ $((minutes * 60 - $(cat "$out/used"))) -lt 1500 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
     [ $? = 2 ] || exit # 2: the pilot was refused, with the reason; the recipe stays as it is
     touch "$out/pilot.done"
 }

@@ -472,7 +472,7 @@ def test_without_a_library_the_message_names_the_extra(tmp_path, monkeypatch):
     report = Report()
     assert list(documents.read_all(find([tmp_path], "s", TEXT).files, None, report)) == ["text"]
     ((reason, name),) = report.skipped
-    assert 'pip install "nanochat[documents]"' in reason and name.endswith("a.html")
+    assert 'pip install -e ".[documents]"' in reason and name.endswith("a.html")
 
 
 def test_every_extension_has_its_reader():

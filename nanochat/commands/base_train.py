@@ -34,8 +34,8 @@ class PretrainKnobs(
 
     data: tuple[str, ...] = knob(
         (),
-        "text: name=PATH[:weight] ..., tinyworld, fineweb-edu or climbmix (default: downloaded "
-        "shards, else tinyworld)",
+        "text: name=PATH[:weight][#field] ..., tinyworld, fineweb-edu or climbmix (default: "
+        "downloaded shards, else tinyworld)",
     )
     num_iterations: int = knob(-1, "optimizer steps (-1 = set by the other lengths)")
     target_flops: float = knob(-1.0, "train for this many FLOPs (-1 = off)")

@@ -18,7 +18,7 @@ class FinetuneKnobs(LaterStageKnobs, ConversationKnobs):
     data: tuple[str, ...] = knob(
         (),
         "conversations: NAME[@N][:weight] with a NAME from smoltalk mmlu gsm8k arc-easy "
-        "arc-challenge spellingbee identity tinyworld, or name=PATH (default: arc-easy "
+        "arc-challenge spellingbee identity tinyworld everyday, or name=PATH (default: arc-easy "
         "arc-challenge gsm8k smoltalk@10000 spellingbee@600 identity; after pretraining on "
         "tinyworld, tinyworld@8000)",
     )

@@ -17,7 +17,7 @@ class MidtrainKnobs(LaterStageKnobs, ConversationKnobs):
     data: tuple[str, ...] = knob(
         (),
         "conversations: NAME[@N][:weight] with a NAME from smoltalk mmlu gsm8k arc-easy "
-        "arc-challenge spellingbee identity tinyworld, or name=PATH (default: smoltalk "
+        "arc-challenge spellingbee identity tinyworld everyday, or name=PATH (default: smoltalk "
         "mmlu gsm8k spellingbee identity; after pretraining on tinyworld, tinyworld)",
     )
     text: tuple[str, ...] = knob(

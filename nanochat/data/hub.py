@@ -161,8 +161,8 @@ def _list(repo: str, revision: str) -> tuple[str, dict[str, Listed]]:
     except (OSError, HTTPException, ValueError) as e:
         raise UserError(
             f"cannot list {repo} at revision {revision} on {_endpoint()} ({_reason(e)}): check the "
-            "name, the revision and the network, or set HF_ENDPOINT to a mirror; training on your "
-            "own text needs no network"
+            "name, the revision and the network and run again, or set HF_ENDPOINT to a mirror; "
+            "training on your own text needs no network"
         ) from e
 
 

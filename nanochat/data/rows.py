@@ -63,8 +63,8 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as e:
         raise UserError(
-            f"reading this needs the package {name.split('.')[0]}: "
-            'pip install "nanochat[documents]"'
+            f"reading this needs the package {name.split('.')[0]}: run pip install -e "
+            '".[documents]" in the folder of nanochat'
         ) from e
 
 

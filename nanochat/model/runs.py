@@ -100,7 +100,8 @@ def _record(stage: str, run: Path) -> RunRecord:
         record.state = "training"
     elif was_set_aside(run):
         record.state = "set aside"
-    record.problem = "it holds no checkpoint"
+    pilot = ", only the log of a pilot" if run.name.startswith("pilot-") else ""
+    record.problem = f"it holds no checkpoint{pilot}"
     for folder in reversed(step_folders(run)):
         try:
             _fill(record, folder)

@@ -69,7 +69,7 @@ STAGES = {
 
 @dataclass(kw_only=True)
 class PlanKnobs(CardKnobs, ChoiceKnobs):
-    """Day"""
+    """Length and costs"""
 
     tokens: float = knob(
         0.0, "tokens of pretraining, in place of a budget of time; also give --depth", low=0

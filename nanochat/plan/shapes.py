@@ -34,9 +34,9 @@ class SizeKnobs(ArchitectureKnobs, Shape):
     """Model"""
 
     vocab: int = knob(65_536, "tokens in the vocabulary", low=1)
-    depth: int = knob(0, "layers; 0 = 4, or what fits best where the plan finds the size", low=0)
+    depth: int = knob(0, "layers; 0 = 4, or the best depth where the plan chooses one", low=0)
     head_dim: int = knob(
-        0, "width of a head; 0 = 128, or 64 up to a width of 512 where the plan finds it", low=0
+        0, "width of a head; 0 = 128, or 64 up to a width of 512 where the plan chooses it", low=0
     )
 
     def config(self, width: float = math.inf, **settled: Any) -> GPTConfig:

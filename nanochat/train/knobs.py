@@ -57,7 +57,8 @@ class ExportedModelKnobs:
         "", "exported folder (export --to hf) to score with transformers, in place of a checkpoint"
     )
     with_code: bool = knob(
-        False, "with --hf: run the Python code that the folder ships for an attention prior"
+        False,
+        "with --hf: run the Python code that the folder ships, for a prior or parts that look back",
     )
 
     def check_hf(self, origins: Mapping[str, str], replaced: Sequence[str]) -> None:
