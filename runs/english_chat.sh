@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A general English chat model: 45 % Wikipedia, 40 % books, 15 % Reddit, then conversations alone; with the architecture in english_chat.toml.
+# Trains a general English chat model on 45 % Wikipedia, 40 % books and 15 % Reddit, then on conversations alone. english_chat.toml has its architecture.
 #     bash runs/english_chat.sh DIR                     12 hours; DIR holds wikipedia/, books/, reddit/ and dialog/
 #     bash runs/english_chat.sh DIR --minutes 30        or --hours N, and any other flag of one_day.sh
-#     bash runs/english_chat.sh DIR --dry_run           only prints what the budget buys and takes, and stops
+#     bash runs/english_chat.sh DIR --dry_run           prints what the budget buys and what it takes, and stops
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ if [ -z "$texts" ] || [[ "$texts" == -* ]]; then
 fi
 shift
 for name in wikipedia books reddit dialog; do
-    [ -d "$texts/$name" ] || { echo "error: the folder $texts/$name does not exist: create it with text files, JSON lines or parquet" >&2; exit 2; }
+    [ -d "$texts/$name" ] || { echo "error: the folder $texts/$name does not exist: create it and put text files, JSON lines or parquet files into it" >&2; exit 2; }
 done
 hours=(--hours 12)
 [[ " $* " =~ \ --(hours|minutes)[\ =] ]] && hours=()

@@ -9,13 +9,13 @@ say "environment"
 [ ! -e .venv/home ] || [ "$(cat .venv/home)" = "$(pwd -P)" ] || rm -rf .venv # it was made in another folder, and holds paths of that one
 if [ ! -x .venv/bin/python ] || [ ! -e .venv/bin/activate ]; then
     source runs/python.sh
-    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
+    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv), then run this script again" >&2; exit 2; }
 fi
 source .venv/bin/activate
 [ "$(command -v python)" != "$PWD/.venv/bin/python" ] || pwd -P >.venv/home
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # `python -m scripts.NAME` also works where the user's files are
 if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
-    echo "installing (a minute or two)"
+    echo "installing packages into .venv (takes a minute or two)"
     pinned=.venv/pinned.txt
     sed '/^# for the tests/q' runs/constraints.txt >"$pinned"
     # Everything but torch has the versions and hashes of runs/constraints.txt. uv is faster, and takes torch without CUDA where there is
@@ -29,7 +29,7 @@ if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -
             python -m pip install --quiet --no-build-isolation -e ".[serve,documents]"
     } 2>.venv/pip.log || {
         tail -5 .venv/pip.log >&2
-        echo "error: the installation failed (see above): check the network, then run this script again" >&2
+        echo "error: the installation failed (see above): check the network and the free disk space, then run this script again" >&2
         exit 2
     }
     cat pyproject.toml runs/constraints.txt >.venv/installed

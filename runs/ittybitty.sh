@@ -2,7 +2,7 @@
 # The 37.75 M parameter model on one GPU: 954 steps of 524,288 tokens (500 M tokens) of web text, then conversations.
 # About 1.1 GB of shards are downloaded first. If interrupted, start it again and it continues.
 #     bash runs/ittybitty.sh                               the whole run
-#     bash runs/ittybitty.sh --dry_run                     only prints what it takes here, and stops
+#     bash runs/ittybitty.sh --dry_run                     prints what the run takes here, and stops
 #     bash runs/ittybitty.sh --dry_run --gpu rtx3060       the same for another card
 #     WANDB_RUN=name bash runs/ittybitty.sh                also sends curves and settings to Weights & Biases
 set -euo pipefail

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what is needed into .venv, then trains a model on your own text, offline and in one go: `nanochat mine`.
-#     bash runs/mine.sh FOLDER                       half an hour, installation included
-#     bash runs/mine.sh FOLDER --minutes 60          an hour; takes all flags of nanochat mine
-#     bash runs/mine.sh FOLDER NOTES.txt --hours 8 --name Ada
+# Installs packages into .venv, then trains a chat model on your own text, from nothing and without a network: `nanochat mine`.
+#     bash runs/mine.sh FOLDER                                     half an hour, installation included
+#     bash runs/mine.sh FOLDER --minutes 60                        an hour; takes all flags of nanochat mine
+#     bash runs/mine.sh FOLDER NOTES.txt --hours 8 --name Ada      eight hours, a folder and a file; the model is called Ada
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 case "${1:-}" in
@@ -15,4 +15,4 @@ code=$PWD
 cd "$here" # your paths are relative to where you are
 export PYTHONSAFEPATH=1 # this folder may hold a statistics.py, which must not be imported
 python -m scripts.mine "$@" --seconds_used="$SECONDS"
-echo "(first: source $code/.venv/bin/activate)"
+echo "(before these commands, once in every terminal: source $code/.venv/bin/activate)"

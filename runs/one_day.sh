@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains the best model that this machine can train in a number of hours: probe, recipe, pilot, pretraining, midtraining, finetuning, report.
+# Trains the best chat model that the hours allow: measures the machine (probe), chooses a model (recipe), tests the choice (pilot), trains it, reports.
 #     bash runs/one_day.sh                                     24 hours, on web text (downloaded first)
 #     bash runs/one_day.sh --minutes 20                        a small run on the embedded corpus
 #     bash runs/one_day.sh --hours 8 --data wiki=DIR:0.6 books=DIR:0.4 --conversations mine=FILE.jsonl:1 identity:1 --target 0.9
 #     bash runs/one_day.sh --hours 8 --recipe FILE.toml        with the architecture of a recipe
 #     bash runs/one_day.sh --hours 8 --task_dir DIR            with ARC, MMLU and GSM8K from a folder instead of the hub
-#     bash runs/one_day.sh --hours 24 --dry_run                only prints what the budget buys and takes, and stops
+#     bash runs/one_day.sh --hours 24 --dry_run                prints what the budget buys and what it takes, and stops
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
@@ -50,7 +50,7 @@ while [ $# -gt 0 ]; do
 done
 minutes=${minutes:-1440}
 if [ "$minutes" -lt 10 ]; then
-    echo "error: $minutes minutes is too short for a probe and three stages: give at least 10, or run runs/quickstart.sh, which needs only 3" >&2
+    echo "error: $minutes minutes are too few to measure the machine and to train three stages: give at least 10, or run runs/quickstart.sh, which needs less" >&2
     exit 2
 fi
 cd "$repo"
@@ -69,7 +69,7 @@ resumable "$out"
 given=$(quoted "${asked[@]}" ${conversations[@]+--conversations "${conversations[@]}"} ${tasks[@]+"${tasks[@]}"})
 [ -e "$out/asked" ] || printf '%s\n' "$given" >"$out/asked"
 [ "$given" = "$(cat "$out/asked")" ] || {
-    echo "error: the run of $minutes minutes in $out was begun with other flags: $(cat "$out/asked"). Give the same ones, or another length, or move that folder and the models $tag away" >&2
+    echo "error: the run of $minutes minutes in $out was begun with other flags: $(cat "$out/asked"). Give the same flags or another length, or move that folder and the models named $tag away" >&2
     exit 2
 }
 # What to fetch follows from the plan, which stops here if disk, memory or text do not suffice. It is fixed at the first start.

@@ -3,7 +3,7 @@
 # If interrupted, start it again and it continues.
 #     bash runs/speedrun.sh                                        the whole run on eight GPUs
 #     GPUS=4 bash runs/speedrun.sh                                 on four, with the same total batch
-#     bash runs/speedrun.sh --dry_run                              only prints what it takes, and stops
+#     bash runs/speedrun.sh --dry_run                              prints what the run takes, and stops
 #     bash runs/speedrun.sh --dry_run --gpu rtx4090 --gpus 1       the same for other GPUs
 #     WANDB_RUN=name bash runs/speedrun.sh                         also sends curves and settings to Weights & Biases
 set -euo pipefail

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every check in a fresh environment that is deleted afterwards: lint, format, types, the import ladder and the tests.
 #     bash runs/test.sh                 the fast tests
-#     bash runs/test.sh -m slow         the slow ones (all other arguments go to pytest; -n 0 runs them in one process)
-#     bash runs/test.sh --newest        with the newest packages instead of those in runs/constraints.txt; names the ones that differ
+#     bash runs/test.sh -m slow         the slow tests (all other arguments go to pytest; -n 0 runs them in one process)
+#     bash runs/test.sh --newest        with the newest packages instead of those in runs/constraints.txt; lists the packages that differ
 # Works from any folder. The last line is pytest's summary; the exit status is 0 only if every part passed.
 set -uo pipefail
 case "${1:-}" in
@@ -39,7 +39,7 @@ pins() { python -m pip install --quiet --require-hashes --no-deps -r runs/constr
 project() { python -m pip install --quiet "$@" -e ".[test]"; }
 if [ -n "$newest" ]; then project; else pins && project --no-build-isolation; fi >"$fresh/log" 2>&1 || {
     tail -20 "$fresh/log" >&2
-    echo "error: the installation failed (see above): check that the package index can be reached and that $(df -h "$fresh" | awk 'NR == 2 { print $4 }') of free disk is enough" >&2
+    echo "error: the installation failed (see above): check the network, and whether $(df -h "$fresh" | awk 'NR == 2 { print $4 }') of free disk space are enough" >&2
     exit 1
 }
 python dev/constraints.py --differences
