@@ -125,7 +125,7 @@ replan chat_sft
 step finetuning python -m scripts.chat_sft "${later[@]}" ${again[@]+"${again[@]}"}
 replan evaluation
 asked=(-a ARC-Easy MMLU GSM8K -n 500 ${tasks[@]+"${tasks[@]}"})
-[ "${data[*]}" != tinyworld ] || asked=(-a tinyworld)
+[[ "${data[*]}" != tinyworld?(@*) ]] || asked=(-a tinyworld)
 step "evaluation of the finetuned model" python -m scripts.chat_eval -i sft -g "$tag" "${asked[@]}" ${again[@]+"${again[@]}"} || {
     [ $? = 2 ] || exit
     echo "notice: the finetuned model was not evaluated (see above); the report omits its scores"

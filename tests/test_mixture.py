@@ -14,6 +14,7 @@ from nanochat.base import hardware
 from nanochat.base.common import UserError
 from nanochat.commands import base_train, chat_sft, mid_train
 from nanochat.data import shapes
+from nanochat.data.sources import only_tinyworld
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import data, mixture
 from nanochat.model import checkpoint
@@ -88,6 +89,7 @@ def test_a_stage_s_default_follows_what_the_base_was_trained_on():
             assert [s.kind for s in mixture.parse(mixture.default(stage, alone))] == ["tinyworld"]
         for other in (["tinyworld", "books=b:1"], ["tinyworlds"], ["fineweb-edu"]):
             assert mixture.parse(mixture.default(stage, other))[0].kind != "tinyworld"
+    assert not only_tinyworld([]), "text that is not yet chosen"
     kinds = {
         stage: {s.kind for s in mixture.parse(mixture.default(stage, ["wikipedia=x"]))}
         for stage in ("mid", "sft")

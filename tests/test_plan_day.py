@@ -89,6 +89,23 @@ def test_a_source_of_any_name_is_in_one_row_of_the_page(base, tmp_path, name):
     assert recipe["base_train"]["data"] == [str(tmp_path / name)]
 
 
+def test_a_short_budget_generates_the_text_that_it_reads():
+    def made(minutes, peak):
+        here = Machine("a CPU", "cpu", "bfloat16", 16 * machine.GIB, peak)
+        knobs = choice.ChoiceKnobs(minutes=minutes, vocab=2048, data=("tinyworld",))
+        return choice.Plan(knobs, here)
+
+    for minutes, peak in ((10, 2e11), (30, 2e11), (30, 4e11)):
+        plan = made(minutes, peak)
+        spec = day.generated_text(plan)
+        read = plan.primary.tokens * bytes_per_token(2048) / 1e6
+        assert read <= float(spec.removeprefix("tinyworld@")) < read + 10 or spec == "tinyworld@20"
+    assert day.generated_text(made(55, 1e15)) == f"tinyworld@{day.MOST_GENERATED}"
+    for data, planned in ((), ["tinyworld@400"]), (("tinyworld",), ["tinyworld"]):
+        found = day.planned(day.PlanKnobs(minutes=30, gpu="rtx3090", data=data))
+        assert [*found.knobs.data] == planned and found.simple, "what is given stays"
+
+
 def test_sizes_that_are_given_are_in_the_commands():
     lines = plan.main(["day", "--hours=24", *CARD, "--tie_embeddings"])["commands"]
     (recipe,) = (line for line in lines if "plan recipe" in line)

@@ -145,6 +145,12 @@ def default_sources() -> list[str]:
     return ["tinyworld"]
 
 
+def only_tinyworld(specs: Sequence[str]) -> bool:
+    """Whether the embedded corpus, of any size, is the only text that `specs` name."""
+    own = (re.fullmatch(r"(?:[\w.-]+=)?tinyworld(?:[@:].*)?", spec) for spec in specs)
+    return bool(specs) and all(own)
+
+
 def training_sources(specs: Sequence[str], skip_bad_rows: int = 0) -> list[Source]:
     """
     The sources that `specs` name, or the default ones. Up to `skip_bad_rows` rows that cannot be

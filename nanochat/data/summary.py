@@ -140,9 +140,12 @@ class DataSummary:
                 notice(f"{s.name} is so rare that this run may not draw one of its {s.kind}")
             passes = s.passes or (steps or 0) / max(s.steps_per_pass, 1e-9)
             if passes > useful:
+                more = "add text"
+                if s.name == "tinyworld":
+                    more = "generate more of it, as in --data tinyworld@100"
                 notice(
                     f"this run goes over {s.name} about {_times(passes)} times; beyond about "
-                    f"{useful:g}, a model memorises text instead of learning more: add text, or "
+                    f"{useful:g}, a model memorises text instead of learning more: {more}, or "
                     "shorten the run"
                 )
 

@@ -15,13 +15,13 @@ import numpy as np
 from nanochat.base.common import UserError, duration, human
 from nanochat.base.knobs import knob
 from nanochat.data.inventory import LIMIT
-from nanochat.data.sources import parse_sources
+from nanochat.data.sources import only_tinyworld, parse_sources
 from nanochat.model.config import GPTConfig
 from nanochat.plan import memory, speed
 from nanochat.plan.law import Z90, Law, Text, law_of, worth
 from nanochat.plan.machine import GIB, Machine
 from nanochat.plan.probe import DEPTHS
-from nanochat.plan.shapes import OpenSizeKnobs, counts, is_simple
+from nanochat.plan.shapes import OpenSizeKnobs, counts
 from nanochat.train.scaling import (
     EVALUATING,
     MOST_EVAL_TOKENS,
@@ -146,7 +146,7 @@ class Plan:
 
     @property
     def simple(self) -> bool:
-        return is_simple(self.knobs.data)
+        return only_tinyworld(self.knobs.data)
 
     @cached_property
     def most_tokens(self) -> float:

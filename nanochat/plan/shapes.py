@@ -4,7 +4,6 @@ parameters and FLOPs. Every figure is counted on the real model, built without m
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 def architecture(values: ArchitectureKnobs) -> dict[str, Any]:
     """The architecture knobs of a configuration, or of a command that has them."""
     return {f.name: getattr(values, f.name) for f in fields(ArchitectureKnobs)}
-
-
-def is_simple(data: Sequence[str]) -> bool:
-    """Whether the embedded corpus is the only text."""
-    return tuple(data) == ("tinyworld",)
 
 
 @dataclass(kw_only=True)
@@ -92,13 +86,14 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
         Tokens in the vocabulary: as given, or the tokenizer's (unless the run is `elsewhere`), or
         by the budget and a text of `size` bytes.
         """
+        from nanochat.data.sources import only_tinyworld
         from nanochat.data.tokenizer import Tokenizer
 
         if self.vocab:
             return self.vocab
         if not elsewhere and (base_dir() / "tokenizer" / "tokenizer.json").exists():
             return Tokenizer.load().vocab_size
-        simple = is_simple(getattr(self, "data", ()))
+        simple = only_tinyworld(getattr(self, "data", ()))
         return vocabulary_for(size, self.budget or 86_400.0, simple)
 
 

@@ -32,7 +32,13 @@ from nanochat.data.folders import CONVERSATIONS, find
 from nanochat.data.inventory import installed
 from nanochat.data.rows import Report
 from nanochat.data.shards import Shards, prepare_conversations
-from nanochat.data.sources import Source, check_mixture, check_weight, parse_sources
+from nanochat.data.sources import (
+    Source,
+    check_mixture,
+    check_weight,
+    only_tinyworld,
+    parse_sources,
+)
 from nanochat.data.split import cutoff, is_too_much, place
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.tasks import arc, gsm8k, identity, mmlu, smoltalk, spellingbee
@@ -81,8 +87,7 @@ class ConversationSource(Source):
 
 def default(stage: str, texts: Sequence[str]) -> tuple[str, ...]:
     """What a stage ("mid", "sft") trains on by default, after pretraining on `texts`."""
-    only_tinyworld = all(re.fullmatch(r"(?:[\w.-]+=)?tinyworld(?:[@:].*)?", text) for text in texts)
-    return DEFAULTS[stage][only_tinyworld]
+    return DEFAULTS[stage][only_tinyworld(texts)]
 
 
 def parse(specs: Sequence[str]) -> list[ConversationSource]:
