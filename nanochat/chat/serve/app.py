@@ -28,13 +28,13 @@ from nanochat.chat.serve.requests import (
     parse,
 )
 
-PAGE = {
-    "/": ("ui.html", "text/html"),
-    "/ui.css": ("ui.css", "text/css"),
-    "/ui.js": ("ui.js", "text/javascript"),
-    "/api.js": ("api.js", "text/javascript"),
-    "/store.js": ("store.js", "text/javascript"),
-    "/markdown.js": ("markdown.js", "text/javascript"),
+PAGE = {  # the files of the page, of which "/" is ui.html, and their types
+    "/": "text/html",
+    "/ui.css": "text/css",
+    "/ui.js": "text/javascript",
+    "/api.js": "text/javascript",
+    "/store.js": "text/javascript",
+    "/markdown.js": "text/javascript",
 }
 router = APIRouter()
 
@@ -73,22 +73,23 @@ def build_app(models: Models, load: Fields) -> FastAPI:
 
 
 async def _api_error(_: Request, error: Any) -> Response:
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return error.response
 
 
 async def _no_route(request: Request, error: Any) -> Response:
     status = error.status_code
     allowed = f"{request.method} is not allowed here"
     why = f"there is no {request.url.path}" if status == 404 else allowed
-    return JSONResponse(ApiError(status, why).body, status)
+    return ApiError(status, why).response
 
 
 # ---- the endpoints
 
 
 async def _page(request: Request) -> Response:
-    name, kind = PAGE[request.scope["path"]]
-    return FileResponse(Path(__file__).parent / name, media_type=kind)
+    path = request.scope["path"]
+    file = Path(__file__).with_name(path[1:] or "ui.html")
+    return FileResponse(file, media_type=PAGE[path])
 
 
 for path in PAGE:
@@ -115,13 +116,13 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> Fields:
-    return {"object": "list", "data": await asyncio.to_thread(_ready(request).describe)}
+def list_models(request: Request) -> Fields:  # in a thread, because it reads files
+    return {"object": "list", "data": _ready(request).describe()}
 
 
 @router.get("/v1/models/{id:path}")
-async def one_model(request: Request, id: str) -> Fields:
-    for entry in await asyncio.to_thread(_ready(request).describe):
+def one_model(request: Request, id: str) -> Fields:
+    for entry in _ready(request).describe():
         if entry["id"] == id:
             return entry
     raise ApiError(404, f"there is no model {id!r}", "model", "model_not_found")
@@ -187,19 +188,11 @@ async def _answer(request: Request, shape: bodies.Shape) -> Response:
     if call.request.stream:
         return StreamingResponse(bodies.events(shape), media_type="text/event-stream")
     work = asyncio.ensure_future(bodies.whole(shape))
-    watch = asyncio.ensure_future(_until_gone(request))
+    hung_up = asyncio.ensure_future(request.receive())  # the next message after the body
     try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)
-        return JSONResponse(work.result())
+        await asyncio.wait({work, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(work.result()) if work.done() else Response(status_code=499)
     finally:
         work.cancel()
-        watch.cancel()
+        hung_up.cancel()
         call.cancel()
-
-
-async def _until_gone(request: Request) -> None:
-    """Returns when the client has hung up."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)

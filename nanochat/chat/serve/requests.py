@@ -7,8 +7,10 @@ tools, text as the response format) is accepted, and so are unknown fields.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanochat.chat.sampling import Sampling
@@ -19,23 +21,21 @@ Fields = dict[str, Any]  # of an object in JSON
 T = TypeVar("T", bound=BaseModel)
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """
     An error as the answer to a request: the HTTP status, the message, the name of the wrong field
     (`param`), a `code` for programs, and additional headers.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> Fields:
@@ -44,6 +44,10 @@ class ApiError(Exception):
         kind = kinds.get(self.status, other)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 class StreamOptions(BaseModel):
