@@ -24,6 +24,7 @@ from nanochat.chat.serve.requests import (
     ChatRequest,
     CompletionRequest,
     Fields,
+    T,
     TokenizeRequest,
     parse,
 )
@@ -130,8 +131,7 @@ def one_model(request: Request, id: str) -> Fields:
 
 @router.post("/v1/chat/completions")
 async def chat(request: Request) -> Response:
-    asked = parse(ChatRequest, await request.body())
-    served = await _served(request, asked.model)
+    asked, served = await _asked(request, ChatRequest)
     if served.stage == "base":
         raise ApiError(
             400, f"{served.id} is a base model: use /v1/completions, or another model", "model"
@@ -143,18 +143,16 @@ async def chat(request: Request) -> Response:
 
 @router.post("/v1/completions")
 async def complete(request: Request) -> Response:
-    asked = parse(CompletionRequest, await request.body())
-    served = await _served(request, asked.model)
+    asked, served = await _asked(request, CompletionRequest)
     call = Call(served, asked, *completion_prompts(served, asked))
     return await _answer(request, bodies.CompletionShape(call, bool(asked.echo)))
 
 
 @router.post("/tokenize")
 async def tokenize(request: Request) -> Fields:
-    asked = parse(TokenizeRequest, await request.body())
+    asked, served = await _asked(request, TokenizeRequest)
     if (asked.prompt is None) == (asked.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
-    served = await _served(request, asked.model)
     if asked.prompt is not None:
         ids = served.tokenizer.encode(asked.prompt)
     else:
@@ -175,10 +173,11 @@ def _ready(request: Request) -> Models:
     return state.models
 
 
-async def _served(request: Request, id: str) -> Served:
-    """The model of this id, loaded if necessary."""
-    models = _ready(request)
-    return models.loaded(id) or await asyncio.to_thread(models.get, id)
+async def _asked(request: Request, kind: type[T]) -> tuple[T, Served]:
+    """What a request asks for, and the model that it names, loaded if necessary."""
+    asked, models = parse(kind, await request.body()), _ready(request)
+    served = models.loaded(asked.model) or await asyncio.to_thread(models.get, asked.model)
+    return asked, served
 
 
 async def _answer(request: Request, shape: bodies.Shape) -> Response:

@@ -7,20 +7,21 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
+from nanochat.chat.reply import add_part
 from nanochat.chat.serve.answer import Delta, chat_logprobs, completion_logprobs
 from nanochat.chat.serve.call import Call
 from nanochat.chat.serve.requests import ApiError, Fields
 
 
+@dataclass
 class ChatShape:
     """chat.completion and its chunks."""
 
+    call: Call
     id_prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, call: Call):
-        self.call = call
 
     def opening(self) -> list[Fields]:
         """The first chunk of every choice has the role."""
@@ -111,7 +112,7 @@ def _head(shape: Shape, name: str) -> Fields:
 
 def _usage(call: Call) -> dict[str, int]:
     prompt = sum(map(len, call.prompts))
-    completion = sum(answer.tokens for answer in call.answers)
+    completion = sum(answer.reply.tokens for answer in call.answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -122,7 +123,7 @@ def _usage(call: Call) -> dict[str, int]:
 def _extension(call: Call) -> Fields:
     """What the page shows beside the answer."""
     seconds = max(1e-6, time.monotonic() - call.began)
-    speed = sum(answer.tokens for answer in call.answers) / seconds
+    speed = sum(answer.reply.tokens for answer in call.answers) / seconds
     return {"seed": call.seed, "dropped": call.dropped, "tokens_per_second": round(speed, 1)}
 
 
@@ -133,7 +134,7 @@ async def whole(shape: Shape) -> Fields:
     async for deltas in call.deltas():
         for i, delta in deltas.items():
             for part in delta.parts:
-                sums[i].add(part["type"], part["text"])
+                add_part(sums[i].parts, part["type"], part["text"])
             sums[i].tokens += delta.tokens
             sums[i].finish = delta.finish or sums[i].finish
     return {

@@ -19,22 +19,13 @@ class Inbox:
         self.arrived = asyncio.Event()
 
     async def take(self) -> list[News]:
-        """Wait for news or the alarm; returns the news since the last call, [] if there is none."""
-        await self.arrived.wait()
+        """The news since the last call, awaited if there is none; [] after KEEP_ALIVE_SECONDS."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                await self.arrived.wait()
         self.arrived.clear()
         news, self.news = self.news, []
         return news
-
-    def set_alarm(self) -> None:
-        """Wake take() after every KEEP_ALIVE_SECONDS: cheaper than a timeout for every wait."""
-        self._alarm = asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._ring)
-
-    def _ring(self) -> None:
-        self.arrived.set()
-        self.set_alarm()
-
-    def stop_alarm(self) -> None:
-        self._alarm.cancel()
 
 
 class Mailbox:

@@ -14,11 +14,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanochat.chat.sampling import Sampling
-from nanochat.data.rendering import PART_TOKENS
+from nanochat.data.rendering import PART_TOKENS, visible_content
 
 TEMPERATURE, TOP_K = 0.6, 50  # where a request says nothing, as in the terminal
 Fields = dict[str, Any]  # of an object in JSON
-T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(eq=False)
@@ -50,16 +49,24 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class _SharedFields(BaseModel):
-    """The fields that chat and completions share. None means "not given"."""
+class ModelRequest(BaseModel):
+    """A request to a model, by default the one that was loaded at the start."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str = ""
+
+
+T = TypeVar("T", bound=ModelRequest)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class _SharedFields(ModelRequest):
+    """The fields that chat and completions share. None means "not given"."""
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -129,20 +136,14 @@ def sampling_of(request: GenerationRequest) -> Sampling:
     )
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(ModelRequest):
     """POST /tokenize: a text, or messages as the model sees them."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    model: str = ""
     prompt: str | None = None
     messages: list[Fields] | None = None
 
 
-def _asks_for_something(value: Any) -> bool:
-    return value not in (None, 0, False, "", [], {}, "none", "auto")
-
-
+# Fields that this server refuses unless their value changes nothing, and why
 REFUSED = {
     "tools": "this model cannot call tools; its calculator needs none: leave tools out",
     "tool_choice": "this model cannot call tools: leave tool_choice out",
@@ -151,10 +152,14 @@ REFUSED = {
     "web_search_options": "this model cannot search the web: leave web_search_options out",
     "frequency_penalty": "penalties are not supported: leave frequency_penalty out or set it to 0",
     "presence_penalty": "penalties are not supported: leave presence_penalty out or set it to 0",
+    "repetition_penalty": "penalties are not supported: leave repetition_penalty out or set it to 1",
     "logit_bias": "logit_bias is not supported: leave it out",
     "audio": "this model has no audio: leave audio out",
+    "modalities": "only text is supported: leave modalities out",
     "suffix": "text cannot be inserted before a suffix: leave suffix out",
 }
+NEUTRAL = None, 0, "", [], {}, "none", "auto"  # values that change nothing in any field
+ALSO_NEUTRAL = {"repetition_penalty": 1, "modalities": ["text"]}
 
 
 def _unsupported(param: str, why: str) -> ApiError:
@@ -165,11 +170,8 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
     """Raise ApiError 400 for a field or a value that this server does not support."""
     extra = request.model_extra or {}
     for name, why in REFUSED.items():
-        if _asks_for_something(extra.get(name)):
+        if extra.get(name) not in (*NEUTRAL, ALSO_NEUTRAL.get(name)):
             raise _unsupported(name, why)
-    if extra.get("repetition_penalty") not in (None, 0, 1):
-        why = "penalties are not supported: leave repetition_penalty out or set it to 1"
-        raise _unsupported("repetition_penalty", why)
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
@@ -180,8 +182,6 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
     if kind not in (None, "text"):
         why = "leave it out and ask for the format in words"
         raise _unsupported("response_format", f"response_format {kind!r} is not supported: {why}")
-    if extra.get("modalities") not in (None, ["text"]):
-        raise _unsupported("modalities", "only text is supported: leave modalities out")
     best_of = extra.get("best_of")
     if isinstance(best_of, int) and best_of > (request.n or 1):
         raise _unsupported("best_of", "best_of is not supported: ask for n answers")
@@ -229,9 +229,8 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
                 "unsupported_parameter" if isinstance(kind, str) else None,
             )
         parts.append({"type": kind, "text": text})
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
+    only_text = all(part["type"] == "text" for part in parts)
+    return visible_content(parts) if only_text else parts
 
 
 def conversation(messages: list[Fields]) -> dict[str, list[Fields]]:
