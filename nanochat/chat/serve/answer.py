@@ -13,8 +13,6 @@ from nanochat.chat.reply import Reply, add_part
 from nanochat.data.rendering import visible_content
 from nanochat.data.tokenizer import Tokenizer
 
-FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
-
 
 @dataclass
 class Delta:
@@ -30,9 +28,6 @@ class Delta:
     @property
     def text(self) -> str:
         return visible_content(self.parts)
-
-    def __bool__(self) -> bool:
-        return bool(self.parts or self.tokens or self.finish)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
@@ -73,7 +68,7 @@ class Answer:
                 add_part(delta.parts, kind, text)
             if token.finish and not self.stopped:
                 self._release(delta)
-                delta.finish = FINISH[token.finish]
+                delta.finish = "length" if token.finish == "context" else token.finish
         return delta
 
     def _take_text(self, text: str, delta: Delta) -> None:

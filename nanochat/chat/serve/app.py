@@ -54,17 +54,14 @@ def build_app(models: Models, load: Fields) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.mailbox = Mailbox(asyncio.get_running_loop())
+        app.state.mailbox = Mailbox()
         task = asyncio.ensure_future(load_first(app))
         yield
         await task
         await asyncio.to_thread(models.close)
 
     app = FastAPI(
-        title="nanochat",
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
+        openapi_url=None,  # nor pages of documentation, which need it
         lifespan=lifespan,
         exception_handlers={ApiError: _api_error, 404: _no_route, 405: _no_route},
     )

@@ -67,18 +67,18 @@ class CompletionShape:
 
     id_prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, call: Call, echo: bool = False):
-        self.call, self._echo = call, list[str]()
-        if echo:
-            texts = [call.served.tokenizer.decode(ids[1:]) for ids in call.prompts]
-            samples = len(call.answers) // len(texts)
-            self._echo = [text for text in texts for _ in range(samples)]
-        self._length = [len(text) for text in self._echo] or [0] * len(call.answers)
+    def __init__(self, call: Call, echo: bool):
+        self.call, decode = call, call.served.tokenizer.decode
+        texts = [decode(ids[1:]) if echo else "" for ids in call.prompts]
+        samples = len(call.answers) // len(texts)
+        self._echo = [text for text in texts for _ in range(samples)]
+        self._length = [len(text) for text in self._echo]
 
     def opening(self) -> list[Fields]:
         return [
             {"index": i, "text": text, "logprobs": None, "finish_reason": None}
             for i, text in enumerate(self._echo)
+            if text
         ]
 
     def chunk(self, i: int, delta: Delta) -> Fields:
@@ -92,7 +92,7 @@ class CompletionShape:
 
     def whole(self, i: int, delta: Delta) -> Fields:
         choice = self.chunk(i, delta)
-        return {**choice, "text": self._echo[i] + choice["text"]} if self._echo else choice
+        return {**choice, "text": self._echo[i] + choice["text"]}
 
 
 Shape = ChatShape | CompletionShape

@@ -97,13 +97,15 @@ class Call:
                 raise ApiError(503, str(delivery))
             if isinstance(delivery, Exception):
                 raise ApiError(500, "the server failed to answer; its log says why") from delivery
-            for sample, new in delivery:
+            for sample, new in delivery.items():
                 tokens.setdefault(p * self._samples + sample, []).extend(new)
         deltas = {}
         for i, new in tokens.items():
-            if delta := self.answers[i].push(new):
-                deltas[i] = delta
-            if self.answers[i].stopped:
+            answer = self.answers[i]
+            if answer.stopped:  # and the worker has not yet dropped the sample
+                continue
+            deltas[i] = answer.push(new)
+            if answer.stopped:
                 p, sample = divmod(i, self._samples)
                 self.served.worker.drop_sample(self._jobs[p], sample)
         return deltas

@@ -13,7 +13,9 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.chat.serve.app import PAGE
@@ -80,7 +82,7 @@ class Guard:
         self.asking: Counter[str] = Counter()  # requests under way, by address
         self.allowed_origins = {origin.rstrip("/").lower() for origin in allowed_origins}
 
-    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         """Raise ApiError for a request that is not allowed."""
         host = headers.get("host", "")
         name = host_name(host)
@@ -109,7 +111,7 @@ class Guard:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
 
-    def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
         origin = headers.get("origin", "")
         if origin.rstrip("/").lower() not in self.allowed_origins:
             return []
@@ -125,7 +127,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        headers = Headers(scope=scope)
         cors = self._cors(headers)
         started = False
 
@@ -149,8 +151,7 @@ class Guard:
                     headers={"Retry-After": "2"},
                 )
             if scope["method"] == "OPTIONS" and cors:
-                await send_guarded({"type": "http.response.start", "status": 204, "headers": []})
-                await send_guarded({"type": "http.response.body", "body": b""})
+                await Response(status_code=204)(scope, receive, send_guarded)
                 return
             async with asyncio.timeout(TOTAL_SECONDS):
                 await self.app(scope, _bounded(receive), send_guarded)
@@ -163,9 +164,7 @@ class Guard:
                 error = ApiError(503, "the answer took too long: ask for fewer tokens")
                 await error.response(scope, receive, send_guarded)
         finally:
-            self.asking[host] -= 1
-            if not self.asking[host]:
-                del self.asking[host]
+            self.asking -= Counter([host])  # also removes zeros
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -217,7 +217,6 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
     if not isinstance(content, list):
         raise ApiError(400, f"{place} must be text or a list of parts", "messages")
     kinds = ("text", *PART_TOKENS) if message.get("role") == "assistant" else ("text",)
-    parts = []
     for part in content:
         fields = part if isinstance(part, dict) else {}
         kind, text = fields.get("type"), fields.get("text")
@@ -228,9 +227,8 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
                 "messages",
                 "unsupported_parameter" if isinstance(kind, str) else None,
             )
-        parts.append({"type": kind, "text": text})
-    only_text = all(part["type"] == "text" for part in parts)
-    return visible_content(parts) if only_text else parts
+    only_text = all(part["type"] == "text" for part in content)
+    return visible_content(content) if only_text else content
 
 
 def conversation(messages: list[Fields]) -> dict[str, list[Fields]]:
