@@ -80,7 +80,7 @@ class ChatKnobs(GenerationKnobs, AnyModelKnobs):
 class Speed:
     """Counts the tokens that are generated, and measures how fast they come."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.first = self.last = 0.0  # when tokens came
         self.tokens = 0
 
@@ -516,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     question = options.prompt
     if question is None:
         styled = in_terminal()
-        prompt = Prompt(YOU, "chat_history", words=list(COMMANDS)) if styled else None
+        prompt = Prompt(YOU, "chat_history", words=COMMANDS) if styled else None
     elif question.strip():
         styled, prompt = sys.stdout.isatty(), None
     else:

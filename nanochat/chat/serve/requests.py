@@ -152,7 +152,8 @@ REFUSED = {
     "web_search_options": "this model cannot search the web: leave web_search_options out",
     "frequency_penalty": "penalties are not supported: leave frequency_penalty out or set it to 0",
     "presence_penalty": "penalties are not supported: leave presence_penalty out or set it to 0",
-    "repetition_penalty": "penalties are not supported: leave repetition_penalty out or set it to 1",
+    "repetition_penalty": "penalties are not supported: leave repetition_penalty out or set it to "
+    "1",
     "logit_bias": "logit_bias is not supported: leave it out",
     "audio": "this model has no audio: leave audio out",
     "modalities": "only text is supported: leave modalities out",
