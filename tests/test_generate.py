@@ -15,7 +15,7 @@ from torch import nn
 
 from nanochat.base.common import UserError
 from nanochat.chat import generate
-from nanochat.chat.generate import Batch, Engine, Sampling, choose, clip
+from nanochat.chat.generate import Batch, Continuation, Engine, Sampling, choose, clip
 from nanochat.chat.packed import packed_copy, quick_norm
 from nanochat.chat.reply import Reply, continue_text, fit_conversation
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -270,9 +270,18 @@ def requests(vocab_size, prompt_length):
         yield {"prompts": [prompt], "seeds": [f"{i}/0"], "sampling": sampling, "max_tokens": 12 - i}
 
 
+def join(batch, prompts, seeds, sampling, max_tokens=256, num_samples=1):
+    return batch.join(
+        [
+            Continuation(prompt, seed, sampling, max_tokens, num_samples)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    )
+
+
 def run_alone(engine, request):
     batch = Batch(engine)
-    samples = batch.join(**request)
+    samples = join(batch, **request)
     while len(batch):
         batch.step()
     return list(samples.values())
@@ -293,7 +302,7 @@ def test_requests_that_join_a_running_batch_get_what_they_get_alone(tokenizer, t
     for wait, request in zip((0, 0, 3, 1, 0, 2, 1, 4), asked, strict=True):
         for _ in range(wait):
             batch.step()
-        joined.append(batch.join(**request, num_samples=2))
+        joined.append(join(batch, **request, num_samples=2))
     sizes = []
     while len(batch):
         sizes.append(len(batch))
@@ -335,7 +344,7 @@ def test_on_a_cpu_a_row_is_the_same_to_the_bit_in_any_company(tokenizer, dtype, 
     def run(groups):
         batch, got = Batch(Engine(m, tokenizer)), {}
         for group in [*groups, []]:
-            batch.join([prompts[i] for i in group], [str(i) for i in group], sampling, 30)
+            join(batch, [prompts[i] for i in group], [str(i) for i in group], sampling, 30)
             for _ in range(4 if group else 40):
                 for token in batch.step():
                     got.setdefault(token.row, []).append(token[1:])
@@ -348,7 +357,7 @@ def test_on_a_cpu_a_row_is_the_same_to_the_bit_in_any_company(tokenizer, dtype, 
 def test_every_step_brings_a_token_for_every_row(tokenizer):
     batch, counts = Batch(quiet(tokenizer, model(tokenizer.vocab_size))), {}
     for start in range(3):
-        joined = batch.join([[1, 2], [3]], ["a", "b"], Sampling(), 5)
+        joined = join(batch, [[1, 2], [3]], ["a", "b"], Sampling(), 5)
         counts |= dict.fromkeys(joined, 0)
         tokens = batch.step()
         assert [t.row for t in tokens] == list(range(2 * start + 2))
@@ -366,7 +375,7 @@ def test_a_cancelled_row_leaves_and_changes_no_other(tokenizer):
     prompts = [[1], [2, 3], [4, 5, 6]]
     want = e.generate_batch(prompts, max_tokens=9, seed=[0, 1, 2])
     batch = Batch(e)
-    samples = batch.join(prompts, ["0/0", "1/0", "2/0"], Sampling(), 9)
+    samples = join(batch, prompts, ["0/0", "1/0", "2/0"], Sampling(), 9)
     batch.step()
     batch.step()
     batch.cancel(0)
@@ -378,7 +387,7 @@ def test_a_cancelled_row_leaves_and_changes_no_other(tokenizer):
     assert samples[0].finish == "cancelled" and samples[0].tokens == want[0].tokens[:2]
     assert [samples[1], samples[2]] == want[1:]
     assert batch.step() == []
-    again = batch.join([[4, 5, 6]], ["2/0"], Sampling(), 9)  # an emptied batch serves on
+    again = join(batch, [[4, 5, 6]], ["2/0"], Sampling(), 9)  # an emptied batch serves on
     while len(batch):
         batch.step()
     assert list(again.values()) == want[2:]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_generate import (  # noqa: F401
     SHAPES,
+    join,
     model,
     quiet,
     requests,
@@ -75,7 +76,7 @@ def test_tokens_do_not_depend_on_steps(tokenizer, tmp_path, shape, sampling, ste
     samples = []
     for engine in (quiet(tokenizer, m), without(quiet(tokenizer, m))):
         batch = Batch(engine)
-        samples.append(batch.join(prompts, seeds, sampling, most, 2))
+        samples.append(join(batch, prompts, seeds, sampling, most, 2))
         while len(batch):
             batch.step()
     assert samples[0] == samples[1]
@@ -103,8 +104,8 @@ def test_steps_need_one_way_of_drawing_and_their_memory_is_kept(tokenizer, steps
     assert engine._graphs._cache.address == held and len(engine._graphs._steps) == 2
     steps.clear()
     batch = Batch(engine)
-    batch.join([[1]], ["0/0"], Sampling(0), 5)
-    batch.join([[2]], ["1/0"], Sampling(1.0), 9)
+    join(batch, [[1]], ["0/0"], Sampling(0), 5)
+    join(batch, [[2]], ["1/0"], Sampling(1.0), 9)
     while len(batch):
         batch.step()
     assert [used for used, *_ in steps] == [1] * 4  # once the other has left
@@ -154,7 +155,7 @@ def test_requests_of_one_kind_that_join_get_what_they_get_alone(tokenizer, steps
     for wait, request in zip((0, 0, 3, 1, 0, 2, 1, 4), asked, strict=True):
         for _ in range(wait):
             batch.step()
-        joined.append(batch.join(**request))
+        joined.append(join(batch, **request))
     while len(batch):
         batch.step()
     assert [list(samples.values()) for samples in joined] == want

@@ -1449,7 +1449,7 @@ def together(worker: Worker, wanted: list[Continuation]) -> tuple[list[Job], lis
         tokens: dict[int, list[int]] = {}
 
         def deliver(news, tokens=tokens):
-            for sample, new in [] if isinstance(news, Exception) else news:
+            for sample, new in {} if isinstance(news, Exception) else news.items():
                 tokens.setdefault(sample, []).extend(t.id for t in new)
 
         jobs.append(Job(one, "client", deliver))
@@ -1512,9 +1512,9 @@ def test_one_that_leaves_while_prompts_are_read_leaves_the_others(engine, monkey
     worker.start()
     wait_for(jobs)
     worker.close(1)
-    assert [job.state for job in jobs] == ["done", "cancelled", *["done"] * 4]
-    assert [a for a, job in zip(answers, jobs, strict=True) if job.state == "done"] == [
-        e for e, job in zip(expected, jobs, strict=True) if job.state == "done"
+    assert [job.ended for job in jobs] == ["done", "cancelled", *["done"] * 4]
+    assert [a for a, job in zip(answers, jobs, strict=True) if job.ended == "done"] == [
+        e for e, job in zip(expected, jobs, strict=True) if job.ended == "done"
     ]
     assert all(len(tokens) <= 1 for tokens in answers[1].values()) and worker.rows == 0
 
@@ -1534,7 +1534,7 @@ def test_without_memory_for_all_prompts_each_is_read_alone(engine, monkeypatch):
     worker.start()
     wait_for(jobs)
     worker.close(1)
-    failed = [job.state == "failed" for job in jobs]
+    failed = [job.ended == "failed" for job in jobs]
     assert failed == [False, False, False, True, False, False]
     assert [a for a, f in zip(answers, failed, strict=True) if not f] == [
         e for e, f in zip(expected, failed, strict=True) if not f
@@ -1548,7 +1548,7 @@ def test_a_mailbox_wakes_its_loop_once_for_all():
         loop = asyncio.get_running_loop()
         real = loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda *args: wakes.append(1) or real(*args)
-        mailbox = Mailbox(loop)
+        mailbox = Mailbox()
         inboxes = [Inbox() for _ in range(8)]
         for step in range(5):
             for inbox in inboxes:
@@ -1579,7 +1579,7 @@ def test_without_memory_only_the_newest_request_fails(engine, monkeypatch):
     worker.start()
     wait_for([old, new])
     worker.close(1)
-    assert (old.state, new.state) == ("done", "failed")
+    assert (old.ended, new.ended) == ("done", "failed")
     assert isinstance(second[-1], Exception)
 
 

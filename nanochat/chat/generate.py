@@ -98,7 +98,7 @@ class Engine:
     def graphs(self) -> Graphs | None:
         """The CUDA graphs for decoding; None if the engine does not use any."""
         if self._graphs is None and self._use_graphs:
-            self._graphs = Graphs(*self.packed(), self.model.config.softcap)
+            self._graphs = Graphs(*self.packed())
         return self._graphs
 
     def generate(
@@ -118,7 +118,7 @@ class Engine:
         """
         batch = Batch(self)
         sampling = Sampling(temperature, top_k, top_p)
-        batch.join([tokens], [f"{seed}/0"], sampling, max_tokens, num_samples)
+        batch.join([Continuation(tokens, f"{seed}/0", sampling, max_tokens, num_samples)])
         while len(batch):
             yield batch.step()
 
@@ -140,10 +140,15 @@ class Engine:
         if isinstance(seed, int):
             seeds = [f"{seed}/{i}" for i in range(len(prompts))]
         else:
-            seeds = [f"{own_seed}/0" for own_seed in seed]
+            seeds = [f"{one}/0" for one in seed]
         batch = Batch(self)
         sampling = Sampling(temperature, top_k, top_p)
-        samples = batch.join(prompts, seeds, sampling, max_tokens, num_samples)
+        samples = batch.join(
+            [
+                Continuation(prompt, own_seed, sampling, max_tokens, num_samples)
+                for prompt, own_seed in zip(prompts, seeds, strict=True)
+            ]
+        )
         while len(batch):
             batch.step()
         return list(samples.values())
@@ -186,27 +191,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def join(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[str],
-        sampling: Sampling,
-        max_tokens: int | None = 256,
-        num_samples: int = 1,
-    ) -> dict[int, Sample]:
+    def join(self, continuations: Sequence[Continuation]) -> dict[int, Sample]:
         """
-        Add num_samples rows for each prompt and read the prompts; sample i of a prompt draws from
-        the seed "SEED/i". Returns {row number: its sample}; the samples grow with every step.
-        Raises ValueError for an empty prompt or num_samples < 1.
+        Add rows for all samples and read the prompts. Returns {row number: its sample}; the samples
+        grow with every step. Raises ValueError for an empty prompt or less than one sample.
         """
-        entry = self.open(
-            [
-                Continuation(prompt, seed, sampling, max_tokens, num_samples)
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ]
-        )
+        entry = self.open(continuations)
         while not entry.done:
-            entry.read(max(PREFILL_CHUNK * len(prompts), PREFILL_TOKENS))
+            entry.read(max(PREFILL_CHUNK * len(continuations), PREFILL_TOKENS))
         return self.admit(entry)
 
     def open(self, continuations: Sequence[Continuation]) -> "Entry":
@@ -374,9 +366,8 @@ class Entry:
         Read up to `tokens` tokens of all prompts together, but at least one of each; returns how
         many were read.
         """
-        before = sum(len(row.pending) for row in self._firsts)
-        _feed(self._body, self.cache, self._firsts, max(1, tokens // len(self._firsts)))
-        return before - sum(len(row.pending) for row in self._firsts)
+        limit = max(1, tokens // len(self._firsts))
+        return _feed(self._body, self.cache, self._firsts, limit)
 
     @torch.inference_mode()
     def rows_to_decode(self) -> tuple[list[_Row], Any]:
@@ -420,10 +411,11 @@ def _log_probabilities(
     return reports
 
 
-def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> None:
+def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> int:
     """
-    Feed at most `limit` pending tokens of each row in one pass, padded on the right to the longest.
-    The cache keeps the last hidden state of each row; a row without pending tokens does not change.
+    Feed at most `limit` pending tokens of each row in one pass, padded on the right to the longest;
+    returns how many these were. The cache keeps the last hidden state of each row; a row without
+    pending tokens does not change.
     """
     fed = [row.pending[:limit] for row in rows]
     longest = max(map(len, fed))
@@ -438,3 +430,4 @@ def _feed(body: GPT, cache: KVCache, rows: list[_Row], limit: int) -> None:
         cache.hidden[0, read] = hidden[read, [counts[i] - 1 for i in read]]
     for row in rows:
         row.pending = row.pending[limit:]
+    return sum(counts)

@@ -34,7 +34,7 @@ class Step:
     def __init__(
         self, graphs: "Graphs", cache: KVCache, rows: int, slots: int, drawn: int, nucleus: bool
     ):
-        self.body, self.head, self.softcap = graphs.body, graphs.head, graphs.softcap
+        self.body, self.head, self.softcap = graphs.body, graphs.head, graphs.body.config.softcap
         self.drawn, self.nucleus = drawn, nucleus
         self.view = OneToken(cache, rows, slots)
         # A row that is not in use writes to a slot that nothing reads
@@ -95,8 +95,8 @@ class Step:
 class Graphs:
     """The cache and the graphs of one packed model; one batch at a time uses them."""
 
-    def __init__(self, body: GPT, head: nn.Module, softcap: float):
-        self.body, self.head, self.softcap = body, head, softcap
+    def __init__(self, body: GPT, head: nn.Module):
+        self.body, self.head = body, head
         self.pool: Any = None  # memory that all graphs share
         self._cache: KVCache | None = None
         self._owner: Any = lambda: None  # a weak reference to the batch whose rows it holds

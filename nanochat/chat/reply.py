@@ -6,7 +6,12 @@ text. Needs no torch.
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from nanochat.data.rendering import PART_TOKENS, checked_messages, conversation_pieces
+from nanochat.data.rendering import (
+    PART_TOKENS,
+    checked_messages,
+    conversation_pieces,
+    visible_content,
+)
 from nanochat.data.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -19,24 +24,25 @@ KIND_AFTER |= {end: "text" for _, end in PART_TOKENS.values()}
 
 class Reply:
     """
-    The assistant's reply, assembled from the tokens of one row. Pieces are (kind, text) with the
+    What the model writes, assembled from the tokens of one row. Pieces are (kind, text) with the
     kinds of a message's parts: "text" as it comes and never with half a character, "python" and
-    "python_output" whole. `content` is the message's content so far, `tokens` how many were
-    generated, `finish` why the row ended ("" until it has).
+    "python_output" whole. A `plain` one, the continuation of a text, has no parts: all is text.
+    `content` is the message's content so far, `tokens` how many were generated, `finish` why the
+    row ended ("" until it has).
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, plain: bool = False):
         self.parts: list[dict[str, str]] = []
         self.finish, self.tokens = "", 0
+        self._kind_after = {} if plain else KIND_AFTER
         self._names = {id: name for name, id in tokenizer.specials.items()}
         self._decoder = StreamDecoder(tokenizer)
         self._kind, self._text = "text", ""  # of the part under way; text not yet handed out
 
     @property
     def content(self) -> str | list[dict[str, str]]:
-        if all(part["type"] == "text" for part in self.parts):
-            return "".join(part["text"] for part in self.parts)
-        return self.parts
+        only_text = all(part["type"] == "text" for part in self.parts)
+        return visible_content(self.parts) if only_text else self.parts
 
     def stream(self, steps: Iterable[list["Token"]]) -> Iterator[tuple[str, str]]:
         """The pieces of a reply, from the steps of Engine.generate."""
@@ -50,49 +56,32 @@ class Reply:
         self.tokens += 1
         self.finish = token.finish
         name = self._names.get(token.id)
-        ends_part = name in KIND_AFTER or bool(token.finish)
+        ends_part = name in self._kind_after or bool(token.finish)
         if name is None:
             self._text += self._decoder.push(token.id)
         if ends_part:
             self._text += self._decoder.flush()
         piece = None
         if self._text and (ends_part or self._kind == "text"):
-            piece = kind, text = self._kind, self._text
+            piece = self._kind, self._text
+            add_part(self.parts, *piece)
             self._text = ""
-            if self.parts and self.parts[-1]["type"] == kind == "text":
-                self.parts[-1]["text"] += text
-            else:
-                self.parts.append({"type": kind, "text": text})
-        self._kind = KIND_AFTER.get(name, self._kind)
+        self._kind = self._kind_after.get(name, self._kind)
         return piece
 
 
-class Continuation:
-    """
-    What a model writes after a text: whole characters, without special tokens. `tokens` counts what
-    was generated, `finish` is why the row ended ("" until it has).
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.finish, self.tokens = "", 0
-        self._special = set(tokenizer.specials.values())
-        self._decoder = StreamDecoder(tokenizer)
-
-    def stream(self, steps: Iterable[list["Token"]]) -> Iterator[str]:
-        """The pieces of the text, from the steps of Engine.generate."""
-        for step in steps:
-            for token in step:
-                self.tokens += 1
-                self.finish = token.finish
-                if token.id not in self._special:
-                    yield self._decoder.push(token.id)
-        yield self._decoder.flush()
+def add_part(parts: list[dict[str, str]], kind: str, text: str) -> None:
+    """Add a piece to the parts of a message; text continues a part that is text."""
+    if parts and parts[-1]["type"] == kind == "text":
+        parts[-1]["text"] += text
+    elif text:
+        parts.append({"type": kind, "text": text})
 
 
 def continue_text(engine: "Engine", text: str, **sampling: Any) -> Iterator[str]:
     """The pieces of the text that a model writes after `text`; `sampling`: see Engine.generate."""
     steps = engine.generate(engine.tokenizer.encode(text, bos=True), **sampling)
-    return Continuation(engine.tokenizer).stream(steps)
+    return (piece for _, piece in Reply(engine.tokenizer, plain=True).stream(steps))
 
 
 def answer_room(context: int, max_tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from nanochat.base.common import base_dir, notice, printable
@@ -75,7 +75,7 @@ class Prompt:
         label: str,
         history: str,
         style: Mapping[str, str] | None = None,
-        words: Sequence[str] = (),
+        words: Iterable[str] = (),
         continued: bool = True,
     ):
         self.label, self.history, self.style, self.words = label, history, style or {}, words

@@ -69,10 +69,8 @@ def calculate(expression: str) -> str | None:
         return None
     try:
         value = _value(ast.parse(text, mode="eval").body, MAX_DEPTH)
-    except (SyntaxError, ValueError, ArithmeticError):
-        return None
-    except (MemoryError, RecursionError):  # nesting too deep for Python's parser
-        return None
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+        return None  # the last two: nested too deep for Python's parser
     return str(value) if isinstance(value, int) else f"{value + 0.0:.15g}"  # -0.0 + 0.0 is 0.0
 
 

@@ -22,7 +22,7 @@ from nanochat.base.common import UserError, counted, decoded, entry, human, open
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import LARGEST_SEED, from_text, knob, parse
 from nanochat.base.strangers import parse_json, read_bytes
-from nanochat.chat.reply import Continuation, Reply, answer_room, fit_conversation, fit_prompt
+from nanochat.chat.reply import Reply, answer_room, fit_conversation, fit_prompt
 from nanochat.chat.terminal import Prompt, Screen, in_terminal
 from nanochat.data.rendering import checked_messages, visible_content
 from nanochat.model.stages import STAGES, split_name
@@ -80,7 +80,7 @@ class ChatKnobs(GenerationKnobs, AnyModelKnobs):
 class Speed:
     """Counts the tokens that are generated, and measures how fast they come."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.first = self.last = 0.0  # when tokens came
         self.tokens = 0
 
@@ -130,11 +130,11 @@ def show_continuation(
         screen.remark(cut_remark(cut, len(kept), context))
     if echo:
         screen.write(text)
-    continuation = Continuation(engine.tokenizer)
-    for piece in continuation.stream(speed.watch(engine.generate([bos, *kept], **sampling))):
+    reply = Reply(engine.tokenizer, plain=True)
+    for _, piece in reply.stream(speed.watch(engine.generate([bos, *kept], **sampling))):
         screen.write(piece)
     screen.end()
-    return continuation.finish
+    return reply.finish
 
 
 class Chat:
@@ -516,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     question = options.prompt
     if question is None:
         styled = in_terminal()
-        prompt = Prompt(YOU, "chat_history", words=list(COMMANDS)) if styled else None
+        prompt = Prompt(YOU, "chat_history", words=COMMANDS) if styled else None
     elif question.strip():
         styled, prompt = sys.stdout.isatty(), None
     else:

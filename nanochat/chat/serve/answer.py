@@ -5,13 +5,13 @@ log probabilities.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from nanochat.chat.generate import Token
-from nanochat.chat.reply import Reply
+from nanochat.chat.reply import Reply, add_part
+from nanochat.data.rendering import visible_content
 from nanochat.data.tokenizer import Tokenizer
-
-FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
 @dataclass
@@ -27,40 +27,30 @@ class Delta:
 
     @property
     def text(self) -> str:
-        return "".join(part["text"] for part in self.parts if part["type"] == "text")
-
-    def __bool__(self) -> bool:
-        return bool(self.parts or self.tokens or self.finish)
-
-    def add(self, kind: str, text: str) -> None:
-        if self.parts and kind == "text" and self.parts[-1]["type"] == "text":
-            self.parts[-1]["text"] += text
-        elif text:
-            self.parts.append({"type": kind, "text": text})
+        return visible_content(self.parts)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of a stop string."""
-    longest = 0
-    for stop in stops:
-        for n in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:n]):
-                longest = n
-                break
-    return longest
+    return max(
+        (
+            n
+            for stop in stops
+            for n in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:n])
+        ),
+        default=0,
+    )
 
 
 class Answer:
     """
     One row's answer. `stopped` becomes true when the visible text has a stop string: no more tokens
-    are needed then. `plain` answers (completions) have no parts: all ordinary tokens are text.
+    are needed then. A `plain` answer (a completion) has no parts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), plain: bool = False):
-        self.reply = Reply(tokenizer)
-        self.stops = list(stops)
-        self.plain, self.stopped, self.finished = plain, False, False
-        self.tokens = 0
+        self.reply, self.stops, self.stopped = Reply(tokenizer, plain), stops, False
         self._pending = ""  # visible text that may be the beginning of a stop string
 
     def push(self, tokens: Sequence[Token]) -> Delta:
@@ -69,18 +59,16 @@ class Answer:
         for token in tokens:
             if self.stopped:
                 break
-            self.tokens += 1
             delta.tokens.append(token)
-            piece = self.reply.push(token)
-            if piece and (piece[0] == "text" or self.plain):
-                self._take_text(piece[1], delta)
-            elif piece:
+            kind, text = self.reply.push(token) or ("text", "")
+            if kind == "text":
+                self._take_text(text, delta)
+            else:
                 self._release(delta)
-                delta.add(*piece)
+                add_part(delta.parts, kind, text)
             if token.finish and not self.stopped:
                 self._release(delta)
-                delta.finish = FINISH.get(token.finish, token.finish)
-        self.finished = self.finished or bool(delta.finish)
+                delta.finish = "length" if token.finish == "context" else token.finish
         return delta
 
     def _take_text(self, text: str, delta: Delta) -> None:
@@ -88,16 +76,16 @@ class Answer:
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         if places:
             self.stopped, self._pending = True, ""
-            delta.add("text", text[: min(places)])
+            add_part(delta.parts, "text", text[: min(places)])
             delta.finish = "stop"
             return
-        keep = held_back(text, self.stops)
-        self._pending = text[len(text) - keep :]
-        delta.add("text", text[: len(text) - keep])
+        shown = len(text) - held_back(text, self.stops)
+        add_part(delta.parts, "text", text[:shown])
+        self._pending = text[shown:]
 
     def _release(self, delta: Delta) -> None:
         """Hand out the pending text: no stop string can begin in it any more."""
-        delta.add("text", self._pending)
+        add_part(delta.parts, "text", self._pending)
         self._pending = ""
 
 
@@ -126,7 +114,7 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """The logprobs of a completion's choice; `start` is the offset of the first token's text."""
     texts = [spelled(tokenizer, t.id)[0] for t in tokens]
-    offsets = [start + sum(map(len, texts[:i])) for i in range(len(texts))]
+    *offsets, _ = accumulate(map(len, texts), initial=start)
     tops = []
     for t in tokens:
         top = {spelled(tokenizer, id)[0]: value for id, value in t.top}

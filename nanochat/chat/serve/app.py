@@ -24,17 +24,18 @@ from nanochat.chat.serve.requests import (
     ChatRequest,
     CompletionRequest,
     Fields,
+    T,
     TokenizeRequest,
     parse,
 )
 
-PAGE = {
-    "/": ("ui.html", "text/html"),
-    "/ui.css": ("ui.css", "text/css"),
-    "/ui.js": ("ui.js", "text/javascript"),
-    "/api.js": ("api.js", "text/javascript"),
-    "/store.js": ("store.js", "text/javascript"),
-    "/markdown.js": ("markdown.js", "text/javascript"),
+PAGE = {  # the files of the page, of which "/" is ui.html, and their types
+    "/": "text/html",
+    "/ui.css": "text/css",
+    "/ui.js": "text/javascript",
+    "/api.js": "text/javascript",
+    "/store.js": "text/javascript",
+    "/markdown.js": "text/javascript",
 }
 router = APIRouter()
 
@@ -53,17 +54,14 @@ def build_app(models: Models, load: Fields) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.mailbox = Mailbox(asyncio.get_running_loop())
+        app.state.mailbox = Mailbox()
         task = asyncio.ensure_future(load_first(app))
         yield
         await task
         await asyncio.to_thread(models.close)
 
     app = FastAPI(
-        title="nanochat",
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
+        openapi_url=None,  # nor pages of documentation, which need it
         lifespan=lifespan,
         exception_handlers={ApiError: _api_error, 404: _no_route, 405: _no_route},
     )
@@ -73,22 +71,23 @@ def build_app(models: Models, load: Fields) -> FastAPI:
 
 
 async def _api_error(_: Request, error: Any) -> Response:
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return error.response
 
 
 async def _no_route(request: Request, error: Any) -> Response:
     status = error.status_code
     allowed = f"{request.method} is not allowed here"
     why = f"there is no {request.url.path}" if status == 404 else allowed
-    return JSONResponse(ApiError(status, why).body, status)
+    return ApiError(status, why).response
 
 
 # ---- the endpoints
 
 
 async def _page(request: Request) -> Response:
-    name, kind = PAGE[request.scope["path"]]
-    return FileResponse(Path(__file__).parent / name, media_type=kind)
+    path = request.scope["path"]
+    file = Path(__file__).with_name(path[1:] or "ui.html")
+    return FileResponse(file, media_type=PAGE[path])
 
 
 for path in PAGE:
@@ -115,13 +114,13 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> Fields:
-    return {"object": "list", "data": await asyncio.to_thread(_ready(request).describe)}
+def list_models(request: Request) -> Fields:  # in a thread, because it reads files
+    return {"object": "list", "data": _ready(request).describe()}
 
 
 @router.get("/v1/models/{id:path}")
-async def one_model(request: Request, id: str) -> Fields:
-    for entry in await asyncio.to_thread(_ready(request).describe):
+def one_model(request: Request, id: str) -> Fields:
+    for entry in _ready(request).describe():
         if entry["id"] == id:
             return entry
     raise ApiError(404, f"there is no model {id!r}", "model", "model_not_found")
@@ -129,8 +128,7 @@ async def one_model(request: Request, id: str) -> Fields:
 
 @router.post("/v1/chat/completions")
 async def chat(request: Request) -> Response:
-    asked = parse(ChatRequest, await request.body())
-    served = await _served(request, asked.model)
+    asked, served = await _asked(request, ChatRequest)
     if served.stage == "base":
         raise ApiError(
             400, f"{served.id} is a base model: use /v1/completions, or another model", "model"
@@ -142,18 +140,16 @@ async def chat(request: Request) -> Response:
 
 @router.post("/v1/completions")
 async def complete(request: Request) -> Response:
-    asked = parse(CompletionRequest, await request.body())
-    served = await _served(request, asked.model)
+    asked, served = await _asked(request, CompletionRequest)
     call = Call(served, asked, *completion_prompts(served, asked))
     return await _answer(request, bodies.CompletionShape(call, bool(asked.echo)))
 
 
 @router.post("/tokenize")
 async def tokenize(request: Request) -> Fields:
-    asked = parse(TokenizeRequest, await request.body())
+    asked, served = await _asked(request, TokenizeRequest)
     if (asked.prompt is None) == (asked.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
-    served = await _served(request, asked.model)
     if asked.prompt is not None:
         ids = served.tokenizer.encode(asked.prompt)
     else:
@@ -174,10 +170,11 @@ def _ready(request: Request) -> Models:
     return state.models
 
 
-async def _served(request: Request, id: str) -> Served:
-    """The model of this id, loaded if necessary."""
-    models = _ready(request)
-    return models.loaded(id) or await asyncio.to_thread(models.get, id)
+async def _asked(request: Request, kind: type[T]) -> tuple[T, Served]:
+    """What a request asks for, and the model that it names, loaded if necessary."""
+    asked, models = parse(kind, await request.body()), _ready(request)
+    served = models.loaded(asked.model) or await asyncio.to_thread(models.get, asked.model)
+    return asked, served
 
 
 async def _answer(request: Request, shape: bodies.Shape) -> Response:
@@ -187,19 +184,11 @@ async def _answer(request: Request, shape: bodies.Shape) -> Response:
     if call.request.stream:
         return StreamingResponse(bodies.events(shape), media_type="text/event-stream")
     work = asyncio.ensure_future(bodies.whole(shape))
-    watch = asyncio.ensure_future(_until_gone(request))
+    hung_up = asyncio.ensure_future(request.receive())  # the next message after the body
     try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)
-        return JSONResponse(work.result())
+        await asyncio.wait({work, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(work.result()) if work.done() else Response(status_code=499)
     finally:
         work.cancel()
-        watch.cancel()
+        hung_up.cancel()
         call.cancel()
-
-
-async def _until_gone(request: Request) -> None:
-    """Returns when the client has hung up."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)

@@ -7,20 +7,21 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
+from nanochat.chat.reply import add_part
 from nanochat.chat.serve.answer import Delta, chat_logprobs, completion_logprobs
 from nanochat.chat.serve.call import Call
 from nanochat.chat.serve.requests import ApiError, Fields
 
 
+@dataclass
 class ChatShape:
     """chat.completion and its chunks."""
 
+    call: Call
     id_prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, call: Call):
-        self.call = call
 
     def opening(self) -> list[Fields]:
         """The first chunk of every choice has the role."""
@@ -66,18 +67,18 @@ class CompletionShape:
 
     id_prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, call: Call, echo: bool = False):
-        self.call, self._echo = call, list[str]()
-        if echo:
-            texts = [call.served.tokenizer.decode(ids[1:]) for ids in call.prompts]
-            samples = len(call.answers) // len(texts)
-            self._echo = [text for text in texts for _ in range(samples)]
-        self._length = [len(text) for text in self._echo] or [0] * len(call.answers)
+    def __init__(self, call: Call, echo: bool):
+        self.call, decode = call, call.served.tokenizer.decode
+        texts = [decode(ids[1:]) if echo else "" for ids in call.prompts]
+        samples = len(call.answers) // len(texts)
+        self._echo = [text for text in texts for _ in range(samples)]
+        self._length = [len(text) for text in self._echo]
 
     def opening(self) -> list[Fields]:
         return [
             {"index": i, "text": text, "logprobs": None, "finish_reason": None}
             for i, text in enumerate(self._echo)
+            if text
         ]
 
     def chunk(self, i: int, delta: Delta) -> Fields:
@@ -91,7 +92,7 @@ class CompletionShape:
 
     def whole(self, i: int, delta: Delta) -> Fields:
         choice = self.chunk(i, delta)
-        return {**choice, "text": self._echo[i] + choice["text"]} if self._echo else choice
+        return {**choice, "text": self._echo[i] + choice["text"]}
 
 
 Shape = ChatShape | CompletionShape
@@ -111,7 +112,7 @@ def _head(shape: Shape, name: str) -> Fields:
 
 def _usage(call: Call) -> dict[str, int]:
     prompt = sum(map(len, call.prompts))
-    completion = sum(answer.tokens for answer in call.answers)
+    completion = sum(answer.reply.tokens for answer in call.answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -122,7 +123,7 @@ def _usage(call: Call) -> dict[str, int]:
 def _extension(call: Call) -> Fields:
     """What the page shows beside the answer."""
     seconds = max(1e-6, time.monotonic() - call.began)
-    speed = sum(answer.tokens for answer in call.answers) / seconds
+    speed = sum(answer.reply.tokens for answer in call.answers) / seconds
     return {"seed": call.seed, "dropped": call.dropped, "tokens_per_second": round(speed, 1)}
 
 
@@ -133,7 +134,7 @@ async def whole(shape: Shape) -> Fields:
     async for deltas in call.deltas():
         for i, delta in deltas.items():
             for part in delta.parts:
-                sums[i].add(part["type"], part["text"])
+                add_part(sums[i].parts, part["type"], part["text"])
             sums[i].tokens += delta.tokens
             sums[i].finish = delta.finish or sums[i].finish
     return {

@@ -69,15 +69,14 @@ class Call:
 
     @property
     def finished(self) -> bool:
-        return all(answer.finished for answer in self.answers)
+        return all(answer.stopped or answer.reply.finish for answer in self.answers)
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
         """
-        What new tokens add, by answer, as often as the mailbox brings any; {} where nothing has
-        come when KEEP_ALIVE_SECONDS have passed again. Ends when all answers have; raises ApiError
-        when the worker fails. Whoever leaves early cancels the jobs.
+        What new tokens add, by answer, as often as the mailbox brings any; {} when nothing has come
+        for KEEP_ALIVE_SECONDS. Ends when all answers have; raises ApiError when the worker fails.
+        Whoever leaves early cancels the jobs.
         """
-        self._inbox.set_alarm()
         try:
             while not self.finished:
                 if time.monotonic() - self.began > MOST_SECONDS:
@@ -87,7 +86,6 @@ class Call:
                 if deltas or not news:
                     yield deltas
         finally:
-            self._inbox.stop_alarm()
             self.cancel()
 
     def _merged(self, news: Sequence[News]) -> dict[int, Delta]:
@@ -99,13 +97,15 @@ class Call:
                 raise ApiError(503, str(delivery))
             if isinstance(delivery, Exception):
                 raise ApiError(500, "the server failed to answer; its log says why") from delivery
-            for sample, new in delivery:
+            for sample, new in delivery.items():
                 tokens.setdefault(p * self._samples + sample, []).extend(new)
         deltas = {}
         for i, new in tokens.items():
-            if delta := self.answers[i].push(new):
-                deltas[i] = delta
-            if self.answers[i].stopped:
+            answer = self.answers[i]
+            if answer.stopped:  # and the worker has not yet dropped the sample
+                continue
+            deltas[i] = answer.push(new)
+            if answer.stopped:
                 p, sample = divmod(i, self._samples)
                 self.served.worker.drop_sample(self._jobs[p], sample)
         return deltas

@@ -9,13 +9,13 @@ headers that isolate the page from other sites. It logs nothing.
 
 import asyncio
 import ipaddress
-import json
-import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.chat.serve.app import PAGE
@@ -52,7 +52,7 @@ def host_name(host: str) -> str:
 def is_address(host: str) -> bool:
     """Whether a host is an address, not a name."""
     try:
-        ipaddress.ip_address(host.partition("%")[0])
+        ipaddress.ip_address(host)
     except ValueError:
         return False
     return True
@@ -60,16 +60,7 @@ def is_address(host: str) -> bool:
 
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own; "" (a socket without an address) counts as such."""
-    address = host.partition("%")[0]
-    return not host or (is_address(host) and ipaddress.ip_address(address).is_loopback)
-
-
-async def send_error(send: Send, error: ApiError) -> None:
-    body = json.dumps(error.body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(k.lower().encode(), v.encode()) for k, v in error.headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return not host or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 class Guard:
@@ -91,7 +82,7 @@ class Guard:
         self.asking: Counter[str] = Counter()  # requests under way, by address
         self.allowed_origins = {origin.rstrip("/").lower() for origin in allowed_origins}
 
-    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         """Raise ApiError for a request that is not allowed."""
         host = headers.get("host", "")
         name = host_name(host)
@@ -109,9 +100,6 @@ class Guard:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise ApiError(415, "send the body with Content-Type: application/json")
-            length = headers.get("content-length", "0")
-            if not re.fullmatch("[0-9]{1,15}", length) or int(length) > MOST_BODY_BYTES:
-                raise _too_large()
         if self.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             matches = secrets.compare_digest(given.strip().encode(), self.api_key.encode())
@@ -123,7 +111,7 @@ class Guard:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
 
-    def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
         origin = headers.get("origin", "")
         if origin.rstrip("/").lower() not in self.allowed_origins:
             return []
@@ -139,7 +127,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        headers = Headers(scope=scope)
         cors = self._cors(headers)
         started = False
 
@@ -163,23 +151,20 @@ class Guard:
                     headers={"Retry-After": "2"},
                 )
             if scope["method"] == "OPTIONS" and cors:
-                await send_guarded({"type": "http.response.start", "status": 204, "headers": []})
-                await send_guarded({"type": "http.response.body", "body": b""})
+                await Response(status_code=204)(scope, receive, send_guarded)
                 return
             async with asyncio.timeout(TOTAL_SECONDS):
                 await self.app(scope, _bounded(receive), send_guarded)
         except ApiError as error:
-            await send_error(send_guarded, error)
+            await error.response(scope, receive, send_guarded)
         except ClientDisconnect:  # the client left while it sent its body
             return
         except TimeoutError:
             if not started:  # else returning here makes uvicorn close the connection
                 error = ApiError(503, "the answer took too long: ask for fewer tokens")
-                await send_error(send_guarded, error)
+                await error.response(scope, receive, send_guarded)
         finally:
-            self.asking[host] -= 1
-            if not self.asking[host]:
-                del self.asking[host]
+            self.asking -= Counter([host])  # also removes zeros
 
 
 def _bounded(receive: Receive) -> Receive:
@@ -200,11 +185,7 @@ def _bounded(receive: Receive) -> Receive:
         received += len(message.get("body", b""))
         complete = not message.get("more_body")
         if received > MOST_BODY_BYTES:
-            raise _too_large()
+            raise ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes: shorten it")
         return message
 
     return receive_bounded
-
-
-def _too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes: shorten it")

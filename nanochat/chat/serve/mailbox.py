@@ -11,30 +11,18 @@ KEEP_ALIVE_SECONDS = 15.0
 News = tuple[int, Delivery]  # the number of a prompt, what its job has delivered
 
 
-class Inbox:
+class Inbox(asyncio.Queue[News]):
     """The news of one request, until it is taken."""
 
-    def __init__(self):
-        self.news: list[News] = []
-        self.arrived = asyncio.Event()
-
     async def take(self) -> list[News]:
-        """Wait for news or the alarm; returns the news since the last call, [] if there is none."""
-        await self.arrived.wait()
-        self.arrived.clear()
-        news, self.news = self.news, []
+        """The news since the last call, awaited if there is none; [] after KEEP_ALIVE_SECONDS."""
+        news = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                news.append(await self.get())
+        while not self.empty():
+            news.append(self.get_nowait())
         return news
-
-    def set_alarm(self) -> None:
-        """Wake take() after every KEEP_ALIVE_SECONDS: cheaper than a timeout for every wait."""
-        self._alarm = asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._ring)
-
-    def _ring(self) -> None:
-        self.arrived.set()
-        self.set_alarm()
-
-    def stop_alarm(self) -> None:
-        self._alarm.cancel()
 
 
 class Mailbox:
@@ -44,8 +32,8 @@ class Mailbox:
     threads wake the loop for the first token alone.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop, self._planned = loop, False
+    def __init__(self):
+        self._loop, self._planned = asyncio.get_running_loop(), False
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[Inbox, News]] = deque()
 
@@ -67,5 +55,4 @@ class Mailbox:
         self._timer = self._loop.call_later(COALESCE_SECONDS, self._hand_over)
         while self._waiting:
             inbox, news = self._waiting.popleft()
-            inbox.news.append(news)
-            inbox.arrived.set()
+            inbox.put_nowait(news)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from nanochat.base.common import UserError
+from nanochat.chat.generate import clip
 from nanochat.chat.reply import fit_conversation
 from nanochat.chat.serve.models import Served
 from nanochat.chat.serve.requests import (
@@ -59,7 +60,7 @@ def completion_prompts(served: Served, request: CompletionRequest) -> tuple[list
             ids = [tokenizer.bos, *ids]
         if request.truncation == "auto" and len(ids) > room:
             dropped += len(ids) - room
-            ids = [tokenizer.bos, *ids[1 - room :]]
+            ids = clip(ids, room)
         _check_length(ids, served, "prompt")
         prompts.append(ids)
     return prompts, dropped

@@ -7,35 +7,34 @@ tools, text as the response format) is accepted, and so are unknown fields.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanochat.chat.sampling import Sampling
-from nanochat.data.rendering import PART_TOKENS
+from nanochat.data.rendering import PART_TOKENS, visible_content
 
 TEMPERATURE, TOP_K = 0.6, 50  # where a request says nothing, as in the terminal
 Fields = dict[str, Any]  # of an object in JSON
-T = TypeVar("T", bound=BaseModel)
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """
     An error as the answer to a request: the HTTP status, the message, the name of the wrong field
     (`param`), a `code` for programs, and additional headers.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> Fields:
@@ -45,17 +44,29 @@ class ApiError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+class ModelRequest(BaseModel):
+    """A request to a model, by default the one that was loaded at the start."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str = ""
+
+
+T = TypeVar("T", bound=ModelRequest)
+
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _SharedFields(BaseModel):
+class _SharedFields(ModelRequest):
     """The fields that chat and completions share. None means "not given"."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    model: str = ""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -125,20 +136,14 @@ def sampling_of(request: GenerationRequest) -> Sampling:
     )
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(ModelRequest):
     """POST /tokenize: a text, or messages as the model sees them."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    model: str = ""
     prompt: str | None = None
     messages: list[Fields] | None = None
 
 
-def _asks_for_something(value: Any) -> bool:
-    return value not in (None, 0, False, "", [], {}, "none", "auto")
-
-
+# Fields that this server refuses unless their value changes nothing, and why
 REFUSED = {
     "tools": "this model cannot call tools; its calculator needs none: leave tools out",
     "tool_choice": "this model cannot call tools: leave tool_choice out",
@@ -147,10 +152,15 @@ REFUSED = {
     "web_search_options": "this model cannot search the web: leave web_search_options out",
     "frequency_penalty": "penalties are not supported: leave frequency_penalty out or set it to 0",
     "presence_penalty": "penalties are not supported: leave presence_penalty out or set it to 0",
+    "repetition_penalty": "penalties are not supported: leave repetition_penalty out or set it to "
+    "1",
     "logit_bias": "logit_bias is not supported: leave it out",
     "audio": "this model has no audio: leave audio out",
+    "modalities": "only text is supported: leave modalities out",
     "suffix": "text cannot be inserted before a suffix: leave suffix out",
 }
+NEUTRAL = None, 0, "", [], {}, "none", "auto"  # values that change nothing in any field
+ALSO_NEUTRAL = {"repetition_penalty": 1, "modalities": ["text"]}
 
 
 def _unsupported(param: str, why: str) -> ApiError:
@@ -161,11 +171,8 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
     """Raise ApiError 400 for a field or a value that this server does not support."""
     extra = request.model_extra or {}
     for name, why in REFUSED.items():
-        if _asks_for_something(extra.get(name)):
+        if extra.get(name) not in (*NEUTRAL, ALSO_NEUTRAL.get(name)):
             raise _unsupported(name, why)
-    if extra.get("repetition_penalty") not in (None, 0, 1):
-        why = "penalties are not supported: leave repetition_penalty out or set it to 1"
-        raise _unsupported("repetition_penalty", why)
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
@@ -176,8 +183,6 @@ def _refuse_unsupported(request: GenerationRequest) -> None:
     if kind not in (None, "text"):
         why = "leave it out and ask for the format in words"
         raise _unsupported("response_format", f"response_format {kind!r} is not supported: {why}")
-    if extra.get("modalities") not in (None, ["text"]):
-        raise _unsupported("modalities", "only text is supported: leave modalities out")
     best_of = extra.get("best_of")
     if isinstance(best_of, int) and best_of > (request.n or 1):
         raise _unsupported("best_of", "best_of is not supported: ask for n answers")
@@ -213,7 +218,6 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
     if not isinstance(content, list):
         raise ApiError(400, f"{place} must be text or a list of parts", "messages")
     kinds = ("text", *PART_TOKENS) if message.get("role") == "assistant" else ("text",)
-    parts = []
     for part in content:
         fields = part if isinstance(part, dict) else {}
         kind, text = fields.get("type"), fields.get("text")
@@ -224,10 +228,8 @@ def _content(message: Mapping[str, Any], i: int) -> str | list[dict[str, str]]:
                 "messages",
                 "unsupported_parameter" if isinstance(kind, str) else None,
             )
-        parts.append({"type": kind, "text": text})
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
+    only_text = all(part["type"] == "text" for part in content)
+    return visible_content(content) if only_text else content
 
 
 def conversation(messages: list[Fields]) -> dict[str, list[Fields]]:

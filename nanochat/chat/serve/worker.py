@@ -9,8 +9,7 @@ A job starts when there are enough free rows, and enough memory for its keys and
 
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nanochat.base.common import notice
@@ -23,7 +22,7 @@ QUEUE_LENGTH = 64
 SHUTTING_DOWN = "the server is shutting down: try again later"
 NO_MEMORY = "there is not enough memory for this request: shorten it, or ask for fewer answers"
 
-Delivery = list[tuple[int, list[Token]]] | Exception  # (sample index, its new tokens), or a failure
+Delivery = dict[int, list[Token]] | Exception  # the new tokens of samples by index, or a failure
 
 
 @dataclass(eq=False)
@@ -33,34 +32,19 @@ class Job:
     wanted: Continuation
     client: str
     deliver: Callable[[Delivery], None]
-    state: str = "queued"  # queued, reading, running, done, cancelled, failed
+    ended: str = ""  # how: done, cancelled or failed
     index: dict[int, int] = field(default_factory=dict)  # row number -> sample index
     unwanted: set[int] = field(default_factory=set)  # samples that need no more tokens
+    alone: bool = False  # its prompt must not be read together with others
 
     @property
     def samples(self) -> int:
         return self.wanted.samples
 
-    @property
-    def ended(self) -> bool:
-        return self.state in ("done", "cancelled", "failed")
 
-
-@dataclass(eq=False)
-class Reading:
-    """
-    Jobs whose prompts are read in the same passes, and which join the batch together. Jobs that end
-    before that stay in the list.
-    """
-
-    jobs: list[Job]
-    alone: bool = False  # no other job may be added
-    entry: Entry | None = None
-
-    def size_with(self, *others: Job) -> int:
-        """Tokens of a pass over all prompts, with `others`, each padded to the longest."""
-        jobs = [*self.jobs, *others]
-        return len(jobs) * max(len(job.wanted.prompt) for job in jobs)
+def padded_size(jobs: Sequence[Job]) -> int:
+    """Tokens of a pass over the prompts of these jobs, each padded to the longest."""
+    return len(jobs) * max(len(job.wanted.prompt) for job in jobs)
 
 
 @dataclass
@@ -82,18 +66,19 @@ class Worker(threading.Thread):
         super().__init__(daemon=True, name="nanochat decoding")
         self.engine, self.max_rows, self.kv_bytes = engine, max_rows, kv_bytes
         self.counters = Counters()
-        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, next client first
-        self._reading: list[Reading] = []
+        self._batch = Batch(engine, max_rows)
+        self._queue: list[Job] = []  # the jobs of the client whose turn is next come first
+        self._reading: list[Job] = []  # whose prompts are read in the same passes
+        self._entry: Entry | None = None  # their rows, once reading has begun
         self._running: list[Job] = []
         self._wake = threading.Condition()
-        self._closing = False
-        self._deadline = float("inf")
+        self._deadline = 0.0  # when the last answers end; 0 while the worker accepts jobs
 
     # ---- called from other threads
 
     @property
     def queued(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return len(self._queue)
 
     @property
     def rows(self) -> int:
@@ -102,13 +87,12 @@ class Worker(threading.Thread):
 
     @property
     def _active(self) -> list[Job]:
-        reading = [job for reading in self._reading for job in reading.jobs]
-        return [job for job in (*reading, *self._running) if not job.ended]
+        return [job for job in (*self._reading, *self._running) if not job.ended]
 
     def submit(self, job: Job) -> None:
         """Queue a job; ApiError 429 when the queue is full, 503 when the worker is closing."""
         with self._wake:
-            if self._closing:
+            if self._deadline:
                 raise ApiError(503, SHUTTING_DOWN)
             if self.queued >= QUEUE_LENGTH:
                 raise ApiError(
@@ -119,7 +103,7 @@ class Worker(threading.Thread):
                 )
             if job.samples > self.max_rows:
                 raise ApiError(400, f"n is at most {self.max_rows} on this server", "n")
-            self._queues.setdefault(job.client, deque()).append(job)
+            self._queue.append(job)
             self.counters.requests += 1
             self._wake.notify()
 
@@ -138,65 +122,58 @@ class Worker(threading.Thread):
     def close(self, grace_seconds: float = 10.0) -> None:
         """Accept no more jobs; running ones have `grace_seconds` to finish."""
         with self._wake:
-            self._closing = True
             self._deadline = time.monotonic() + grace_seconds
             self._wake.notify()
 
     # ---- the thread
 
     def run(self) -> None:
-        batch = Batch(self.engine, self.max_rows)
         while True:
             with self._wake:
-                while not (self.queued or self._reading or self._running or self._closing):
+                while not (self._queue or self._reading or self._running or self._deadline):
                     self._wake.wait()
-                if self._closing and self._finish_closing():
+                if self._deadline and self._finish_closing():
                     return
-                self._remove_cancelled(batch)
-                self._admit()
+                self._remove_cancelled()
             try:
-                self._read_prompts(batch)
-                if len(batch):
-                    self._step(batch)
+                self._read_prompts()
+                if len(self._batch):
+                    self._step()
             except Exception as error:  # a bug must not leave clients waiting for ever
                 notice(f"all running answers failed ({type(error).__name__}: {error})")
+                self._batch = Batch(self.engine, self.max_rows)
                 for job in self._active:
                     self._fail(job, error)
-                batch = Batch(self.engine, self.max_rows)
 
     def _finish_closing(self) -> bool:
         """
         Whether the thread can end: nothing runs, or the deadline has passed. Waiting jobs fail.
         """
         late = time.monotonic() > self._deadline
-        waiting = [job for queue in self._queues.values() for job in queue]
-        self._queues.clear()
-        for job in [*waiting, *(self._active if late else [])]:
+        for job in [*self._queue, *(self._active if late else [])]:
             self._fail(job, ApiError(503, SHUTTING_DOWN))
         return late or not (self._reading or self._running)
 
-    def _remove_cancelled(self, batch: Batch) -> None:
-        for job in [job for job in self._active if job.unwanted]:
-            rows = [number for number, i in job.index.items() if i in job.unwanted]
-            for number in rows:
-                batch.cancel(number)
+    def _remove_cancelled(self) -> None:
+        for job in [*self._queue, *self._active]:
+            for number in [number for number, i in job.index.items() if i in job.unwanted]:
+                self._batch.cancel(number)
                 del job.index[number]
             if len(job.unwanted) == job.samples:
                 self._end(job, "cancelled")
-        for client, queue in list(self._queues.items()):
-            for job in [job for job in queue if len(job.unwanted) == job.samples]:
-                queue.remove(job)
-                self._end(job, "cancelled")
-            if not queue:
-                del self._queues[client]
 
-    def _end(self, job: Job, state: str) -> None:
-        job.state = state
-        if job in self._running:
-            self._running.remove(job)
-        self._reading = [r for r in self._reading if not all(j.ended for j in r.jobs)]
-        self.counters.cancelled += state == "cancelled"
-        self.counters.failed += state == "failed"
+    def _end(self, job: Job, how: str) -> None:
+        """End a job, and the rows that it still has."""
+        job.ended = how
+        for jobs in (self._queue, self._running):
+            if job in jobs:
+                jobs.remove(job)
+        if all(one.ended for one in self._reading):
+            self._reading, self._entry = [], None
+        for number in job.index:
+            self._batch.cancel(number)
+        self.counters.cancelled += how == "cancelled"
+        self.counters.failed += how == "failed"
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._end(job, "failed")
@@ -204,23 +181,24 @@ class Worker(threading.Thread):
 
     def _admit(self) -> None:
         """
-        Move jobs from the queues to reading, one client after the other, while rows and memory
-        allow. Short prompts are read together.
+        Begin to read jobs of the queue, one client after the other, while rows and memory allow.
+        Short prompts are read together.
         """
-        for client in list(self._queues):
-            while (queue := self._queues.get(client)) and self._fits(queue[0]):
-                job = queue.popleft()
-                self._queues.move_to_end(client)
-                if not queue:
-                    del self._queues[client]
-                job.state = "reading"
-                last = self._reading[-1] if self._reading else Reading([], alone=True)
-                if not last.alone and not last.entry and last.size_with(job) <= PROMPT_TOKENS:
-                    last.jobs.append(job)
-                else:
-                    self._reading.append(Reading([job]))
-                if len(self._queues) > 1:
-                    break  # the next client's turn
+        for job in iter(self._next, None):
+            jobs = [*self._reading, job]
+            separate = any(one.alone for one in jobs) or padded_size(jobs) > PROMPT_TOKENS
+            if self._reading and separate:
+                return
+            self._reading = jobs
+            self._queue.remove(job)
+            self._queue = sorted(self._queue, key=lambda other: other.client == job.client)
+
+    def _next(self) -> Job | None:
+        """The first job of the queue that fits; the jobs of a client do not overtake each other."""
+        oldest: dict[str, Job] = {}
+        for job in self._queue:
+            oldest.setdefault(job.client, job)
+        return next(filter(self._fits, oldest.values()), None)
 
     def _fits(self, job: Job) -> bool:
         """
@@ -235,75 +213,73 @@ class Worker(threading.Thread):
         memory = rows * self.engine.row_bytes()
         return rows <= self.max_rows and own <= share and memory <= self.kv_bytes
 
-    def _read_prompts(self, batch: Batch) -> None:
+    def _read_prompts(self) -> None:
         """Read up to PROMPT_TOKENS of prompts; jobs whose prompt is read join the batch."""
         budget = PROMPT_TOKENS
-        while budget > 0 and self._reading:
-            reading = self._reading[0]
-            if reading.size_with() > budget and budget < PROMPT_TOKENS:
+        while budget > 0:
+            if not self._reading:
+                with self._wake:
+                    self._admit()
+            jobs = self._reading
+            if not jobs or (padded_size(jobs) > budget and budget < PROMPT_TOKENS):
                 return
             try:
-                if reading.entry is None:
-                    reading.entry = batch.open([job.wanted for job in reading.jobs])
-                read = reading.entry.read(budget)
+                if self._entry is None:
+                    self._entry = self._batch.open([job.wanted for job in jobs])
+                read = self._entry.read(budget)
                 budget -= read
                 self.counters.prompt_tokens += read
-                if not reading.entry.done:
+                if not self._entry.done:
                     continue
-                numbers = list(batch.admit(reading.entry))
+                numbers = iter(self._batch.admit(self._entry))
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
+                self._entry = None
                 release_memory()
-                if len(reading.jobs) > 1:  # perhaps there is enough memory for each alone
-                    jobs = [job for job in reading.jobs if not job.ended]
-                    self._reading[:1] = [Reading([job], alone=True) for job in jobs]
-                else:
-                    self._fail(reading.jobs[0], ApiError(503, NO_MEMORY))
+                if len(jobs) == 1:
+                    self._fail(jobs[0], ApiError(503, NO_MEMORY))
+                    continue
+                for job in jobs:  # perhaps there is enough memory for each alone
+                    job.alone = True
+                with self._wake:
+                    self._queue = [*(job for job in jobs if not job.ended), *self._queue]
+                    self._reading = []
             else:
-                self._reading.remove(reading)
-                self._start(reading.jobs, batch, numbers)
+                self._reading, self._entry = [], None
+                for job in jobs:
+                    job.index = {next(numbers): i for i in range(job.samples)}
+                    if not job.ended:
+                        self._running.append(job)
+                        continue
+                    for number in job.index:
+                        self._batch.cancel(number)
 
-    def _start(self, jobs: list[Job], batch: Batch, numbers: list[int]) -> None:
-        """Run jobs that have joined the batch, with these rows; remove those that have ended."""
-        for job in jobs:
-            own, numbers = numbers[: job.samples], numbers[job.samples :]
-            if job.ended:
-                for number in own:
-                    batch.cancel(number)
-                continue
-            job.index = {number: i for i, number in enumerate(own)}
-            job.state = "running"
-            self._running.append(job)
-
-    def _step(self, batch: Batch) -> None:
+    def _step(self) -> None:
         """
         Decode one token of every row and deliver them job by job. If memory runs out, the newest
         job fails and the others go on.
         """
         try:
-            tokens = batch.step()
+            tokens = self._batch.step()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            job = self._running[-1]
-            for number in job.index:
-                batch.cancel(number)
-            self._fail(job, ApiError(503, NO_MEMORY))
+            self._fail(self._running[-1], ApiError(503, NO_MEMORY))
             release_memory()
             return
         self.counters.steps += 1
         self.counters.generated_tokens += len(tokens)
-        by_row: dict[int, list[Token]] = {}
+        owners = {number: job for job in self._running for number in job.index}
+        news: dict[Job, dict[int, list[Token]]] = {}
         for token in tokens:
-            by_row.setdefault(token.row, []).append(token)
-        for job in list(self._running):
-            news = [(i, by_row[number]) for number, i in job.index.items() if number in by_row]
-            for i, new in news:
-                if new[-1].finish:
-                    job.unwanted.add(i)
-                    job.index = {n: j for n, j in job.index.items() if j != i}
+            job = owners[token.row]
+            i = job.index[token.row]
+            news.setdefault(job, {}).setdefault(i, []).append(token)
+            if token.finish:
+                job.unwanted.add(i)
+                del job.index[token.row]
+        for job, new in news.items():
             if not job.index:
                 self._end(job, "done")
-            if news:
-                job.deliver(news)
+            job.deliver(new)
