@@ -121,14 +121,14 @@ CEILINGS = {
     "tinyworld": 9_625,
     "data": 35_865,
     "model": 26_955,
-    "chat": 9_060,
-    "chat/serve": 11_705,
+    "chat": 8_915,
+    "chat/serve": 10_810,
     "eval": 20_075,
     "train": 21_330,
     "study": 13_385,
     "plan": 15_130,
     "export": 9_130,
-    "commands": 23_055,
+    "commands": 23_050,
 }
 
 
