@@ -2,8 +2,8 @@
 Train a small chat model from nothing on the embedded corpus, and ask it questions.
 
     nanochat quickstart                   all planned steps, 30 minutes at most
-    nanochat quickstart --minutes 8       as well as it learns in 8 minutes
-    nanochat quickstart --minutes 25      after the end of a shorter run: trains it further
+    nanochat quickstart --minutes 8       stops after 8 minutes; the model learns less
+    nanochat quickstart --minutes 25      after a shorter run has ended: trains its model further
 
 The four stages run in this process, and what they print goes to a log file. If interrupted, the
 same command continues. From midtraining on, talk to the newest stage in another terminal at any
