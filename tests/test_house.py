@@ -119,7 +119,7 @@ CEILINGS = {
     ".": 1_275,
     "base": 12_465,
     "tinyworld": 9_625,
-    "data": 35_865,
+    "data": 35_875,
     "model": 26_955,
     "chat": 8_915,
     "chat/serve": 10_810,

@@ -270,3 +270,9 @@ def test_the_embedded_corpus():
     assert sum(len(t.encode()) for t in train) == pytest.approx(200_000, rel=0.05)
     assert val and not set(train) & set(val)
     assert splits(small) == [train, val]
+    usual, large = (
+        list(parts(source, "val")[0].documents())
+        for source in parse_sources(["tinyworld", "large=tinyworld@90"])
+    )
+    assert usual == large, "bits per byte of both can be compared"
+    assert sum(len(t.encode()) for t in usual) == pytest.approx(400_000, rel=0.01)

@@ -309,7 +309,10 @@ def _part(
 
 
 def _tinyworld_part(source: Source, split: str) -> Part:
-    size = int(source.megabytes * 1e6 * (1 if split == "train" else 0.02))
+    megabytes = source.megabytes
+    if split == "val":  # the same for all larger ones, so that their bits per byte can be compared
+        megabytes = 0.02 * min(megabytes, Source.megabytes)
+    size = int(megabytes * 1e6)
 
     def texts() -> Iterator[str]:
         from nanochat.tinyworld.documents import documents as generated
