@@ -102,9 +102,11 @@ class Law:
 
 # Models with the parts of --lookback. Far from these runs, the parts multiply bits per byte by
 # `far`: 0.933 after 0.5 M and after 12 M tokens (dev/LOG.md).
-LOOKS_BACK = Law(1.1633, 0.11368, 0.48084, 0.3909, 0.2986, 384915, 3455892, prose=0.0, far=0.935)
+LOOKS_BACK = Law(
+    1.1958, 0.11378, 0.35596, 0.3785, 0.3254, 458508, 6615688, prose=0.0, far=0.935, spread=0.01
+)
 TINYWORLD = Law(
-    0.14271, 0.032333, 0.044747, 0.2988, 0.4517, 422380, 6421825, prose=0.0, spread=0.02
+    0.16287, 0.020773, 0.026714, 0.3516, 0.5481, 636858, 9391120, prose=0.0, spread=0.02
 )
 
 
