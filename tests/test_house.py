@@ -126,7 +126,7 @@ CEILINGS = {
     "eval": 20_075,
     "train": 21_330,
     "study": 13_385,
-    "plan": 15_130,
+    "plan": 15_135,
     "export": 9_130,
     "commands": 23_050,
 }
