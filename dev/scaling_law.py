@@ -49,8 +49,9 @@ MEASURED = (
 )
 # Hoffmann et al. 2022, approach 3: the ladder alone cannot tell exponents from floor.
 EXPONENTS = (0.34, 0.28)
-# Runs of dev/plan_trial.py with the parts of --lookback, vocabularies of 8,192 and 2,048 (dev/LOG.md,
-# the choice over budgets). Tokens of the embedded corpus, which has 5.3 M, as law.worth counts them.
+# Runs of dev/plan_trial.py with the parts of --lookback, vocabularies of 8,192 and 2,048
+# (dev/LOG.md, the choice over budgets). The embedded corpus has 5.3 M tokens, of which law.worth
+# counts the repeated ones; its four runs of thirty minutes read 130 MB of it once.
 LOOKING_BACK = (
     (0.050e6, 4.497e6, 1.8706),
     (0.198e6, 2.462e6, 1.8249),

@@ -142,7 +142,7 @@ class DataSummary:
             if passes > useful:
                 more = "add text"
                 if s.name == "tinyworld":
-                    more = "generate more of it, as in --data tinyworld@100"
+                    more = "generate more of it with --data tinyworld@MEGABYTES"
                 notice(
                     f"this run goes over {s.name} about {_times(passes)} times; beyond about "
                     f"{useful:g}, a model memorises text instead of learning more: {more}, or "

@@ -207,8 +207,9 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
         knobs = replace(knobs, pilot=True, used=knobs.used or min(knobs.budget / 12, probing))
     if not given and only_tinyworld(knobs.data):
         knobs = replace(knobs, data=(generated_text(Plan(knobs, target)),))
+        sizes = text_sizes(knobs.data)
     spelled = bytes_per_token(vocabulary)
-    return Plan(knobs, target, [(share, size / spelled) for share, size in text_sizes(knobs.data)])
+    return Plan(knobs, target, [(share, size / spelled) for share, size in sizes])
 
 
 def generated_text(fresh: Plan) -> str:
