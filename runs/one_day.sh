@@ -4,6 +4,7 @@
 #     bash runs/one_day.sh --minutes 20                        a small run on the embedded corpus
 #     bash runs/one_day.sh --hours 8 --data wiki=DIR:0.6 books=DIR:0.4 --conversations mine=FILE.jsonl:1 identity:1 --target 0.9
 #     bash runs/one_day.sh --hours 8 --recipe FILE.toml        with the architecture of a recipe
+#     bash runs/one_day.sh --hours 8 --lookback off            on a CPU: a model that llama.cpp can run
 #     bash runs/one_day.sh --hours 8 --task_dir DIR            with ARC, MMLU and GSM8K from a folder instead of the hub
 #     bash runs/one_day.sh --hours 24 --dry_run                prints what the budget buys and what it takes, and stops
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
@@ -26,7 +27,7 @@ while [ $# -gt 0 ]; do
             done
             continue ;;
         --*=*) flag=${1%%=*} value=${1#*=}; shift ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$repo/runs/one_day.sh"; exit 0 ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$repo/runs/one_day.sh"; exit 0 ;;
         --dry_run) dry=1; shift; continue ;;
         *) flag=$1 value=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
     esac
@@ -44,8 +45,9 @@ while [ $# -gt 0 ]; do
         --vocab) vocab=$value ;;
         --target) target=$value ;;
         --task_dir) tasks=(--task_dir "$value") ;;
-        --recipe) open=(--recipe "$value") ;;
-        *) echo "error: one_day.sh has no option $flag: use --hours, --minutes, --data, --conversations, --task_dir, --vocab, --recipe, --target or --dry_run" >&2; exit 2 ;;
+        --recipe) open+=(--recipe "$value") ;;
+        --lookback) open+=(--lookback "$value") ;;
+        *) echo "error: one_day.sh has no option $flag: use --hours, --minutes, --data, --conversations, --task_dir, --vocab, --recipe, --lookback, --target or --dry_run" >&2; exit 2 ;;
     esac
 done
 minutes=${minutes:-1440}

@@ -124,11 +124,11 @@ CEILINGS = {
     "chat": 8_915,
     "chat/serve": 10_810,
     "eval": 20_075,
-    "train": 21_330,
+    "train": 21_365,
     "study": 13_385,
-    "plan": 15_135,
+    "plan": 15_325,
     "export": 9_130,
-    "commands": 23_050,
+    "commands": 23_095,
 }
 
 

@@ -223,13 +223,13 @@ def test_what_is_held_out_of_a_chat_is_in_no_conversation(tmp_path, monkeypatch)
     assert notes["conversation_bytes"] == len(own)
 
 
-@pytest.mark.parametrize(("minutes", "flag"), [(60, "on"), (90, "off"), (142, "off")])
-def test_an_hour_and_more_goes_without_what_looks_back(minutes, flag, tmp_path, monkeypatch):
+@pytest.mark.parametrize("minutes", [10, 142])
+def test_a_model_of_own_text_looks_back(minutes, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(mine, "expected_speed", lambda *_, **__: (1e4, 1e12))
     knobs = mine.MineKnobs(data=("x",), minutes=minutes)
     words = mine.plan_base(knobs, mine.Diary("mine", "m"), 10**6, 4096).split()
-    assert f"--lookback={flag}" in words
+    assert "--lookback=on" in words, "llama.cpp could not run it anyway: digits are in twos"
 
 
 def test_too_little_text_and_two_budgets(tmp_path, monkeypatch):

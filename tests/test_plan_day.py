@@ -1,6 +1,7 @@
 """plan day: one page with every figure and its source, as text, HTML and JSON; what does not suffice stops a run."""
 
 import html
+import itertools
 import json
 import re
 import shlex
@@ -53,8 +54,8 @@ def test_a_day_on_a_card(capsys, tmp_path):
         assert name in text and name in written
     assert "bash runs/one_day.sh --hours 24" in text and "bash runs/one_day.sh" in written
     need, chosen = stored["needs"], stored["chosen"]
-    assert need["shards"] * day.SHARD_TEXT >= chosen["tokens"] * bytes_per_token(65_536)
-    assert need["shards"] * day.SHARD_TEXT < 1.1 * chosen["tokens"] * bytes_per_token(65_536)
+    assert need["shards"] * day.SHARD_TEXT >= chosen["tokens"] * bytes_per_token(32_768)
+    assert need["shards"] * day.SHARD_TEXT < 1.1 * chosen["tokens"] * bytes_per_token(32_768)
     inside = [s for name, s, _ in stored["schedule"] if name in day.STAGES.values()]
     assert sum(inside) == pytest.approx(24 * 3600) and len(inside) == 6
     assert need["kwh"] == pytest.approx(0.55 * 24), "450 W as rated, and 100 W beside it"
@@ -98,7 +99,7 @@ def test_a_short_budget_generates_the_text_that_it_reads():
     for minutes, peak in ((10, 2e11), (30, 2e11), (30, 4e11)):
         plan = made(minutes, peak)
         spec = day.generated_text(plan)
-        read = plan.primary.tokens * bytes_per_token(2048) / 1e6
+        read = plan.primary.tokens * bytes_per_token(2048, simple=True) / 1e6
         assert read <= float(spec.removeprefix("tinyworld@")) < read + 10 or spec == "tinyworld@20"
     assert day.generated_text(made(55, 1e15)) == f"tinyworld@{day.MOST_GENERATED}"
     for data, planned in ((), ["tinyworld@400"]), (("tinyworld",), ["tinyworld"]):
@@ -127,10 +128,15 @@ def test_the_command_for_so_many_tokens_trains_the_model_of_the_page(words):
 
 @pytest.mark.parametrize(
     ("budget", "line"),
-    [("--hours=24", "--hours 24"), ("--hours=1.5", "--minutes 90"), ("--minutes=8", "")],
+    [
+        ("--hours=24", "--hours 24"),
+        ("--hours=1.5", "--minutes 90"),
+        ("--minutes=8", ""),
+        ("--hours=2 --lookback=off", "--hours 2 --lookback=off"),
+    ],
 )
 def test_the_script_takes_what_the_page_says(budget, line):
-    lines = plan.main(["day", budget, "--gpu=rtx4090", "--data", "tinyworld"])["commands"]
+    lines = plan.main(["day", *budget.split(), "--gpu=rtx4090", "--data", "tinyworld"])["commands"]
     script = [words.split("    #")[0] for words in lines if "one_day.sh" in words]
     assert script == [f"bash runs/one_day.sh {line} --vocab 2048 --data tinyworld"] * bool(line)
 
@@ -178,9 +184,20 @@ def test_more_of_something_is_never_told_to_be_worse():
         assert "(+" not in figure and ("no better" in figure or "(-" in figure), what
 
 
+def test_more_time_is_never_planned_to_end_worse(monkeypatch):
+    """From an hour on, plans had a vocabulary and a model that cost 0.2 bits per byte."""
+    cpu = Machine("Some CPU", "cpu", "float32", 2**35, 2e11)
+    monkeypatch.setattr(machine, "named", lambda knobs: cpu)
+    monkeypatch.setattr(probe, "run", lambda knobs: None)
+    budgets = [day.PlanKnobs(minutes=m, data=("climbmix",)) for m in (30, 59, 61, 300, 1430, 1450)]
+    ends = [day.planned(knobs).primary.bpb[0] for knobs in budgets]
+    assert all(later < 1.002 * before for before, later in itertools.pairwise(ends)), ends
+
+
 def test_the_disk_of_a_d16():
     """The checkpoints of three stages took about 22 GB, and nobody said so."""
-    made = plan.main(["day", "--hours=24", "--gpu=rtx4090", "--depth=16", "--aspect_ratio=64"])
+    size = ["--depth=16", "--aspect_ratio=64", "--vocab=65536"]
+    made = plan.main(["day", "--hours=24", "--gpu=rtx4090", *size])
     assert 20e9 < made["needs"]["disk_bytes"]["checkpoints"] < 24e9
     n = counts(SizeKnobs(depth=16).config())
     state = 4 * n["transformer"] + 8 * (n["total"] - n["transformer"])
@@ -294,8 +311,8 @@ def test_a_budget_is_split_in_one_way():
     }  # fmt: skip
     assert pilot_seconds(LEAST_FOR_PILOT - 1) == 0 and pilot_seconds(3600) == 300
     assert pilot_seconds(86_400) == 3600, "plan pilot takes no more than an hour"
-    web = [vocabulary_for(1e12, 60 * m) for m in (20, 90, 1440)]
-    assert web == [8192, 32_768, 65_536] and vocabulary_for(1e12, 60, simple=True) == 2048
-    assert vocabulary_for(3e5) == vocabulary_for(3e5, 86_400) == 2048, "however long it is read"
+    web = [vocabulary_for(1e12, flops) for flops in (3e13, 1e15, 1e19, 1e20)]
+    assert web == [4096, 8192, 32_768, 65_536] and vocabulary_for(1e12, 1e20, simple=True) == 2048
+    assert vocabulary_for(3e5) == vocabulary_for(3e5, 1e18) == 2048, "however long it is read"
     assert [text_for(60 * m) for m in (59, 60)] == ["tinyworld", "fineweb-edu"]
     assert bytes_per_token(65_536) == 4.8 > bytes_per_token(8192)

@@ -357,7 +357,7 @@ def test_the_table_of_counts():
         (["--max_minutes=4", "--lookback=off"], True, (0, False, False, 0)),
         (["--max_minutes=4", "--rap=prior.safetensors"], True, (0, False, False, 0)),
         (["--max_minutes=4"], False, (0, False, False, 0)),
-        (["--max_hours=8"], True, (0, False, False, 0)),
+        (["--max_hours=30"], True, (1, True, True, 5)),
         (["--num_iterations=50"], True, (0, False, False, 0)),
         (["--num_iterations=50", "--lookback=on"], False, (1, True, True, 5)),
     ],

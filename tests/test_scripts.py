@@ -210,6 +210,12 @@ def test_a_slow_machine_gets_shorter_stages(checkout, tmp_path):
     assert file.endswith("recipe.toml") and stage == "evaluation" and 500 < int(left) <= 600
 
 
+def test_a_model_for_llama_cpp_is_planned_as_one(checkout, tmp_path):
+    words = ["--minutes", "30", "--lookback", "off"]
+    made = run(checkout() / "runs/one_day.sh", *words, base=tmp_path / "b")
+    assert all(values(made[name], "--lookback") == ["off"] for name in ("day", "probe", "recipe"))
+
+
 @pytest.mark.parametrize("script", LONG)
 def test_help_says_what_a_script_does(checkout, tmp_path, script):
     done = subprocess.run(

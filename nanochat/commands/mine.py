@@ -38,14 +38,12 @@ from nanochat.train.knobs import MachineKnobs
 from nanochat.train.scaling import (
     COMPILE_PAYS_SECONDS,
     EVERYDAY_TOKENS,
-    LOOKBACK_MINUTES,
     USEFUL_PASSES,
     batch_for,
     context_for,
     shape_for,
     split_budget,
     text_tokens,
-    vocabulary_for,
 )
 
 SHARES = {"base": 0.42, "mid": 0.41, "sft": 0.17}  # of the time for training
@@ -278,8 +276,7 @@ def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> s
         flags += f" --num_iterations={max(1, round(expected / batch))}"
     if own > 2 * tokens:  # evaluate after every pass, to see whether held-out loss still falls
         flags += f" --eval_every={math.ceil(tokens * expected / (own * batch))}"
-    lookback = "on" if minutes_of(knobs) <= LOOKBACK_MINUTES else "off"
-    return f"{flags} --lookback={lookback}{compiling(seconds, peak)}"
+    return f"{flags} --lookback=on{compiling(seconds, peak)}"
 
 
 def compiling(seconds: float, peak: float) -> str:
@@ -387,7 +384,7 @@ def train_tokenizer(knobs: MineKnobs, folder: Path, size: int) -> dict[str, Any]
     from nanochat.data.shards import prepare
     from nanochat.data.tokenizer import Tokenizer
 
-    vocab_size = knobs.vocab_size or vocabulary_for(size)
+    vocab_size = knobs.vocab_size or tok_train.default_vocabulary(size, knobs.device_type)
     data = [f"text={folder / 'text.jsonl'}:0.67"]
     if knobs.everyday:
         data.append(f"tinyworld@{min(2, max(0.05, size / 2e6)):.2f}:0.33")

@@ -4,6 +4,7 @@ stage looks for it. A different tokenizer found there is moved aside, because ch
 it still need it.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS
 from nanochat.data.sources import mixed, parts, training_sources
 from nanochat.train.chain import Chain, begun
-from nanochat.train.scaling import digits_for, vocabulary_for
+from nanochat.train.scaling import CPU_FLOPS, digits_for, vocabulary_for
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -120,6 +121,14 @@ def in_chain(chain: Chain, train: Callable[[], dict[str, Any]]) -> None:
     chain.step("tokenizer", "tokenizer", train, noted=dict)
 
 
+def default_vocabulary(size: float, device_type: str = "auto") -> int:
+    """Tokens in the vocabulary of a text of `size` bytes, for the device that will read it."""
+    from nanochat.base.runtime import choose_device
+
+    on_cpu = choose_device(device_type).type == "cpu"
+    return vocabulary_for(size, CPU_FLOPS if on_cpu else math.inf)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and save the tokenizer; returns its size, fingerprint and compression."""
     knobs, _ = parse(TrainTokenizerKnobs, argv, command="tok_train")
@@ -134,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     names = ", ".join(source.name for source in sources)
     size = sum(part.size for source in sources for part in parts(source, "train"))
     text_size = min(size, inventory.text_bytes_of(sources))  # a PDF is larger than its text
-    vocab_size = knobs.vocab_size or vocabulary_for(min(text_size, knobs.max_chars))
+    vocab_size = knobs.vocab_size or default_vocabulary(min(text_size, knobs.max_chars))
     print0(f"training a tokenizer with {vocab_size:,} tokens on {names}")
     started = time.monotonic()
     counts: Counter[str] = Counter(chars=0, documents=0)

@@ -148,13 +148,18 @@ class Plan:
     def simple(self) -> bool:
         return only_tinyworld(self.knobs.data)
 
+    @property
+    def spelled(self) -> float:
+        """Bytes of the text per token."""
+        return bytes_per_token(self.knobs.vocab, self.simple)
+
     @cached_property
     def most_tokens(self) -> float:
         """
         Tokens that base_train reads of the text at most: USEFUL_PASSES, if all of it is in files
         that are small enough to be counted (train/stage.py: limited_feed).
         """
-        counted = LIMIT / bytes_per_token(self.knobs.vocab)
+        counted = LIMIT / self.spelled
         if (
             not self.text
             or any(source.kind != "files" for source in parse_sources(self.knobs.data))
@@ -165,7 +170,7 @@ class Plan:
 
     def law(self, config: GPTConfig) -> Law:
         """The law for a model of this configuration."""
-        return self.moved or law_of(config.convolutions, self.simple)
+        return self.moved or law_of(config.convolutions, self.simple, config.vocab_size)
 
 
 def assess(plan: Plan, config: GPTConfig) -> Candidate:

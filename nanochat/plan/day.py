@@ -24,13 +24,13 @@ from typing import Any
 
 from nanochat.base.common import UserError, base_dir, columns, counted, duration, human, print0
 from nanochat.base.knobs import as_typed, knob, stored_values
-from nanochat.data.sources import SHARD_SETS, files, only_tinyworld, parse_sources
+from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.model.config import ArchitectureKnobs
-from nanochat.plan import machine, probe
+from nanochat.plan import machine, probe, speed
 from nanochat.plan.choice import TIE, Candidate, ChoiceKnobs, Plan, candidates
 from nanochat.plan.machine import GIB, CardKnobs, Machine
 from nanochat.plan.shapes import SizeKnobs, architecture, counts
-from nanochat.train.scaling import bytes_per_token, text_for
+from nanochat.train.scaling import text_for
 
 SHARD_TEXT, SHARD_FILE = 250e6, 100e6  # bytes of text in a shard of web text, and of its file
 TASKS = 1e9  # bytes of the conversations and questions of the later stages, about
@@ -139,7 +139,7 @@ def text_sizes(data: Sequence[str]) -> list[tuple[float, float]]:
 
 def needs(plan: Plan) -> dict[str, Any]:
     """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
-    knobs, chosen, spelled = plan.knobs, plan.primary, bytes_per_token(plan.knobs.vocab)
+    knobs, chosen, spelled = plan.knobs, plan.primary, plan.spelled
     web: dict[str, int] = {}  # shards of each data set of the hub
     read = 0.0
     for source, (share, fresh) in zip(parse_sources(knobs.data), plan.text, strict=True):
@@ -187,8 +187,10 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     given = knobs.data
     knobs = replace(knobs, data=given or (text_for(knobs.budget or 86_400.0),))
     sizes = text_sizes(knobs.data)
+    flops = math.inf if knobs.tokens else speed.usual_flops(target, knobs.pretraining_seconds)
     # A run from the start makes its own tokenizer, whatever is there
-    vocabulary = knobs.vocabulary(whole or bool(knobs.gpu), sum(size for _, size in sizes))
+    elsewhere = whole or bool(knobs.gpu)
+    vocabulary = knobs.vocabulary(flops, sum(size for _, size in sizes), elsewhere)
     knobs = replace(knobs, vocab=vocabulary)
     if knobs.tokens:
         if knobs.lookback == "auto":  # base_train adds its parts by the budget, and here is none
@@ -205,11 +207,11 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     elif whole:
         probing = POINT * (12 if target.device_type == "cpu" else 72)
         knobs = replace(knobs, pilot=True, used=knobs.used or min(knobs.budget / 12, probing))
-    if not given and only_tinyworld(knobs.data):
-        knobs = replace(knobs, data=(generated_text(Plan(knobs, target)),))
-        sizes = text_sizes(knobs.data)
-    spelled = bytes_per_token(vocabulary)
-    return Plan(knobs, target, [(share, size / spelled) for share, size in sizes])
+    fresh = Plan(knobs, target)
+    if not given and fresh.simple:
+        fresh = Plan(replace(knobs, data=(generated_text(fresh),)), target)
+        sizes = text_sizes(fresh.knobs.data)
+    return replace(fresh, text=[(share, size / fresh.spelled) for share, size in sizes])
 
 
 def generated_text(fresh: Plan) -> str:
@@ -218,7 +220,7 @@ def generated_text(fresh: Plan) -> str:
     run that read 20 MB six times knew them by heart: 0.183 bits per byte of them, and 0.208 of
     text that it had not seen (dev/LOG.md).
     """
-    size = fresh.primary.tokens * bytes_per_token(fresh.knobs.vocab)
+    size = fresh.primary.tokens * fresh.spelled
     return f"tinyworld@{min(MOST_GENERATED, max(20, 10 * math.ceil(size / 1e7)))}"
 
 
@@ -303,7 +305,7 @@ def gains(plan: Plan) -> list[Row]:
     contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
     size, fresh = counts(c.config)["total"], sum(fresh for _, fresh in plan.text)
     names = " ".join(", ".join(knobs.data).split())  # in one line
-    parts = "; a short run on a CPU looks back, with parts that llama.cpp lacks (--lookback)"
+    parts = "; it looks back, with parts that llama.cpp lacks (--lookback)"
     return rows_of(f"""\
 model | {human(size)} parameters in {counted(c.shape[0], "layers")} of width {c.shape[1]}; \
 predictions within {TIE:.0%} count as equal, and the usual shape, then the smallest, is taken\
@@ -337,7 +339,7 @@ electricity | {need["kwh"]:,.2f} kWh at {need["watts"]:.0f} W: {need["kwh"] * kn
 
 
 def changes(plan: Plan) -> list[Row]:
-    """What would change the choice: more time, more memory, more text."""
+    """What would change the choice: more time, memory or text, and a model for llama.cpp."""
     knobs, target, chosen = plan.knobs, plan.machine, plan.primary
     longer = replace(knobs, hours=2 * knobs.hours, minutes=2 * knobs.minutes)
     more = {
@@ -349,11 +351,14 @@ def changes(plan: Plan) -> list[Row]:
     for name, changed in more.items():
         other = changed.primary
         same = "the same model" if other.shape == chosen.shape else "{} x {}".format(*other.shape)
-        if other.config.convolutions != chosen.config.convolutions:
-            same += ", which looks back no more and llama.cpp can run"
         gain = other.bpb[0] - chosen.bpb[0]
         bpb = f"{other.bpb[0]:.3f} bits per byte ({gain:+.3f})" if gain < -0.0005 else "no better"
         rows.append([f"twice the {name}", f"{same}, {bpb}", "law"])
+    if chosen.config.convolutions and not plan.simple:
+        plain = replace(plan, knobs=replace(knobs, lookback="off")).primary
+        size, bpb = "{} x {}".format(*plain.shape), plain.bpb[0]
+        figure = f"{size}, which llama.cpp can run, {bpb:.3f} bits per byte"
+        rows.append(["--lookback=off", f"{figure} ({bpb - chosen.bpb[0]:+.3f})", "law"])
     return rows
 
 
@@ -379,9 +384,9 @@ def commands(plan: Plan, script: str) -> list[str]:
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in changed)
     unit, budget = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)
     length, minutes = f"--{unit} {budget:g}", round(knobs.budget / 60)
-    if not given and minutes >= 10:  # the script would choose what is given, and refuses less
+    if {*changed} <= {"lookback"} and minutes >= 10:  # the script would choose the rest itself
         rounded = f"--{unit} {budget:.0f}" if budget == int(budget) else f"--minutes {minutes}"
-        whole = f"bash {script or 'runs/one_day.sh'} {rounded} --vocab {knobs.vocab} {data}"
+        whole = f"bash {script or 'runs/one_day.sh'} {rounded}{given} --vocab {knobs.vocab} {data}"
         lines.insert(0, f"{whole}    # all of it, or by steps:")
     pilot = ["nanochat plan pilot"] if knobs.stages["pilot"] else []
     piloted = " --pilot" if pilot else ""

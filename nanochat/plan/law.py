@@ -16,6 +16,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nanochat.train.scaling import bytes_per_token
+
 Z90 = 1.645  # intervals here are 90 %
 # Logarithms of 6 N D: the ends of the ladder, the middle of the runs made here, where their text
 # ceases to count in full, and the end of those that look back.
@@ -105,11 +107,22 @@ class Law:
 LOOKS_BACK = Law(
     1.1958, 0.11378, 0.35596, 0.3785, 0.3254, 458508, 6615688, prose=0.0, far=0.935, spread=0.01
 )
+# dev/vocabulary_experiments.py
+FITTED, SMALLER = 8192, 0.011
 TINYWORLD = Law(
     0.16287, 0.020773, 0.026714, 0.3516, 0.5481, 636858, 9391120, prose=0.0, spread=0.02
 )
 
 
-def law_of(looks_back: bool, simple: bool) -> Law:
-    """The law for models with or without the parts of --lookback; `simple`: on tinyworld alone."""
-    return TINYWORLD if simple else LOOKS_BACK if looks_back else Law()
+def law_of(looks_back: bool, simple: bool, vocabulary: int) -> Law:
+    """
+    The law for models with or without the parts of --lookback; `simple`: on tinyworld alone. Runs
+    that look back had FITTED tokens in their vocabulary. A smaller one spells the same text with
+    more tokens (bytes_per_token), and a run that has read as many bytes ends worse by SMALLER for
+    every halving; a larger one did not end better.
+    """
+    if simple or not looks_back:
+        return TINYWORLD if simple else Law()
+    ratio = FITTED / vocabulary
+    tokens = LOOKS_BACK.tokens * bytes_per_token(FITTED) / bytes_per_token(vocabulary)
+    return replace(LOOKS_BACK, tokens=tokens, factor=max(1.0, ratio) ** math.log2(1 + SMALLER))

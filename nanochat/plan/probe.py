@@ -101,6 +101,7 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     target = replace(machine.here(knobs.device_type, knobs.dtype), points=())
     seconds = knobs.budget or (1200 if target.device_type == "cpu" else 86_400)
     training, limit = PRETRAIN * seconds, knobs.limit_minutes * 60 or seconds / 12
+    knobs = replace(knobs, vocab=knobs.vocabulary(speed.usual_flops(target, training)))
     print0(
         f"{target.name}, {target.dtype}, measured peak {target.peak_flops / 1e12:.3g} TFLOP/s; "
         f"{duration(training)} of pretraining"

@@ -81,10 +81,12 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
         )
         return replace(config, **{n: part for n, part in parts.items() if not getattr(self, n)})
 
-    def vocabulary(self, elsewhere: bool = False, size: float = 1e12) -> int:
+    def vocabulary(
+        self, flops: float = math.inf, size: float = 1e12, elsewhere: bool = False
+    ) -> int:
         """
         Tokens in the vocabulary: as given, or the tokenizer's (unless the run is `elsewhere`), or
-        by the budget and a text of `size` bytes.
+        what suits a budget of so many FLOPs and a text of `size` bytes.
         """
         from nanochat.data.sources import only_tinyworld
         from nanochat.data.tokenizer import Tokenizer
@@ -94,7 +96,7 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
         if not elsewhere and (base_dir() / "tokenizer" / "tokenizer.json").exists():
             return Tokenizer.load().vocab_size
         simple = only_tinyworld(getattr(self, "data", ()))
-        return vocabulary_for(size, self.budget or 86_400.0, simple)
+        return vocabulary_for(size, flops, simple)
 
 
 def model_of(config: GPTConfig) -> "GPT":

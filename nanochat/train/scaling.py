@@ -112,10 +112,10 @@ def context_for(flops: float) -> int:
     return 512 if flops < 1e16 else 1024 if flops < 3e18 else 2048
 
 
-# Copy heads, convolutions, value and pair embeddings are the default on a CPU up to this budget:
-# after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.087 bits per byte less with
-# the first three (three, one and two seeds; dev/LOG.md, parts of the architecture).
-LOOKBACK_MINUTES = 60
+# Copy heads, convolutions, value and pair embeddings are the default where a CPU has a budget of
+# time: after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.087 bits per byte less
+# with the first three (three, one and two seeds; dev/LOG.md, parts of the architecture). If the gap
+# goes on falling so, it is 0.05 after 1 G tokens, which two cores read in a day.
 # Pair embeddings come with them up to this vocabulary: with 4,096 tokens in the vocabulary they
 # gained 0.032 more after 0.5 M tokens and 0.028 after 12 M (three and two seeds), but with 16,384
 # tokens 0.006 after 1.2 M (one seed), where their table is as large as the rest of the model
@@ -126,14 +126,14 @@ PAIR_EMBEDDINGS = 5
 
 @dataclass(kw_only=True)
 class LookbackKnobs:
-    """Short runs"""
+    """Small models"""
 
     lookback: Literal["auto", "on", "off"] = knob(
         "auto",
         "on = --copy_heads=1 --convolutions --value_embeddings and, with at most "
         f"{PAIR_VOCABULARY:,} tokens in the vocabulary, --pair_embeddings={PAIR_EMBEDDINGS}: with "
-        "these a short run learns faster, but only transformers can run the model elsewhere; auto "
-        f"= on a CPU with a budget of at most {LOOKBACK_MINUTES} minutes, without --rap",
+        "these a small model learns faster, but only transformers can run it elsewhere; auto = on "
+        "a CPU with a budget of time, without --rap",
     )
 
     def lookback_parts(
@@ -143,8 +143,7 @@ class LookbackKnobs:
         The architecture knobs that --lookback sets, with their values, in a run of so many minutes
         (0 = no budget): an empty dict if it does not apply.
         """
-        short = on_cpu and 0 < minutes <= LOOKBACK_MINUTES
-        if self.lookback == "off" or (self.lookback == "auto" and not short):
+        if self.lookback == "off" or (self.lookback == "auto" and not (on_cpu and minutes)):
             return {}
         copy_heads = 1 if kv_heads > 1 else 0  # one head must know positions
         pairs = PAIR_EMBEDDINGS if vocab_size <= PAIR_VOCABULARY else 0
@@ -216,18 +215,23 @@ def text_tokens(tokens: float, useful: float, everyday: float) -> tuple[float, f
     return own, embedded
 
 
-def vocabulary_for(size: float, seconds: float = math.inf, simple: bool = False) -> int:
+CPU_FLOPS = 1e16  # of training for a day on two cores
+
+
+def vocabulary_for(size: float, flops: float = math.inf, simple: bool = False) -> int:
     """
     Tokens in the vocabulary of a text of `size` bytes: the power of two near three times its square
     root, from 512 to 65,536. With 0.3 MB, 512 to 4,096 ended within 0.034 bits per byte, where two
     seeds of 2,048 differ by 0.024 (dev/LOG.md, own text); that the best grows with the square root
-    is an assumption. At most 8,192 with a budget of less than an hour, and 32,768 with less than
-    ten. simple: the text is the embedded corpus.
+    is an assumption. It is no larger than pays in a budget of so many FLOPs, which is known at two
+    ends: with 3e13, 4,096 ended 1.4 % below 2,048 and 2.5 % below 8,192 (dev/LOG.md, the
+    vocabulary), and nanochat chose 32,768 after runs of about 1e18 to 1e20. simple: the text is the
+    embedded corpus.
     """
     if simple:
         return 2048
-    most = 13 if seconds < 3600 else 15 if seconds < 36_000 else 16
-    return _power_of_two(3 * math.sqrt(max(size, 1)), 9, most)
+    affordable = 32_768 * (flops / 1e19) ** (1 / 6)
+    return _power_of_two(min(3 * math.sqrt(max(size, 1)), affordable), 9, 16)
 
 
 def digits_for(vocab_size: int) -> int:
@@ -328,10 +332,14 @@ def text_for(seconds: float) -> str:
     return "fineweb-edu" if seconds >= 3600 else "tinyworld"
 
 
-def bytes_per_token(vocabulary: int) -> float:
+def bytes_per_token(vocabulary: int, simple: bool = False) -> float:
     """
-    The expected bytes of English text per token. Measured: 4.8 bytes of web text with a vocabulary
-    of 65,536; on prose, one of 8,192 had 0.83 times the bytes per token of one of 65,536
-    (dev/LOG.md).
+    The expected bytes of English text per token, or of the embedded corpus (simple). Measured: 4.8
+    bytes of web text with a vocabulary of 65,536; on prose, vocabularies of 2,048 to 32,768, each
+    twice the one before, had 0.66, 0.75, 0.83, 0.91 and 0.96 times the bytes per token of one of
+    65,536 (dev/LOG.md, the vocabulary).
     """
-    return 4.8 * (vocabulary / 65_536) ** 0.09
+    if simple:
+        return 3.8
+    halvings = max(-1.0, 16 - math.log2(vocabulary))
+    return 4.8 * math.exp(-0.0257 * halvings - 0.0117 * halvings**2)
