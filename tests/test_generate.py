@@ -16,7 +16,7 @@ from torch import nn
 from nanochat.base.common import UserError
 from nanochat.chat import generate
 from nanochat.chat.generate import Batch, Continuation, Engine, Sampling, choose, clip
-from nanochat.chat.packed import packed_copy, quick_norm
+from nanochat.chat.packed import PackedLinear, packed_copy, quick_norm
 from nanochat.chat.reply import Reply, continue_text, fit_conversation
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.model.cache import KVCache
@@ -161,8 +161,10 @@ def test_the_packed_copy_computes_the_same_and_leaves_the_model_alone(
     assert [name for name, _ in m.named_parameters()] == names
     assert {p.dtype for p in m.parameters()} == {dtype if frozen else torch.float32}
     engine = Engine(m, tokenizer)
-    # a model in training is read anew, one without gradients is packed once
-    assert (engine.packed() is engine.packed()) == frozen
+    # The layout of a CPU is made anew for a model in training; some CPUs have none for bfloat16
+    layers = [layer for layer in (*body.modules(), head) if isinstance(layer, PackedLinear)]
+    laid_out = {layer.weight is None for layer in layers}
+    assert (engine.packed() is engine.packed()) == (frozen or laid_out == {False})
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
