@@ -86,9 +86,14 @@ class MineKnobs(MachineKnobs):
         alias="--from",
     )
     everyday: float = knob(
-        0.6, "share of the embedded corpus: small talk, stories, sums (0 = none)", low=0, high=0.95
+        0.6,
+        "share of the embedded corpus: small talk, stories, sums; at most 0.6 M tokens (0 = none)",
+        low=0,
+        high=0.95,
     )
-    vocab_size: int = knob(0, "tokens in the vocabulary (0 = by the size of the text)", low=0)
+    vocab_size: int = knob(
+        0, "tokens in the vocabulary (0 = by the size of the text, up to 8,192 on a CPU)", low=0
+    )
     model_tag: str = knob("mine", "name of the model's folders")
     dry_run: bool = knob(False, "only say what was found")
     seconds_used: float = knob(0.0, "seconds spent before this command started", low=0)

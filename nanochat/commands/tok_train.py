@@ -39,7 +39,7 @@ class TrainTokenizerKnobs(ReadingKnobs):
     vocab_size: int = knob(
         0,
         "tokens in the vocabulary, special ones included (0 = by the size of the text: 2,048 for "
-        "0.3 MB, 4,096 for 3 MB, 32,768 for 100 MB, 65,536 from 240 MB on)",
+        "0.3 MB, 4,096 for 3 MB, 8,192 from 6 MB on, and on a GPU up to 65,536)",
     )
     digits: int = knob(
         0,
