@@ -107,7 +107,7 @@ class Law:
 LOOKS_BACK = Law(
     1.1958, 0.11378, 0.35596, 0.3785, 0.3254, 458508, 6615688, prose=0.0, far=0.935, spread=0.01
 )
-# dev/vocabulary_experiments.py
+# The vocabulary of those runs, and what half of it costs (dev/vocabulary_experiments.py)
 FITTED, SMALLER = 8192, 0.011
 TINYWORLD = Law(
     0.16287, 0.020773, 0.026714, 0.3516, 0.5481, 636858, 9391120, prose=0.0, spread=0.02
