@@ -124,7 +124,7 @@ CEILINGS = {
     "chat": 8_915,
     "chat/serve": 10_810,
     "eval": 20_075,
-    "train": 21_365,
+    "train": 21_385,
     "study": 13_385,
     "plan": 15_325,
     "export": 9_130,

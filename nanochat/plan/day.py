@@ -356,9 +356,9 @@ def changes(plan: Plan) -> list[Row]:
         rows.append([f"twice the {name}", f"{same}, {bpb}", "law"])
     if chosen.config.convolutions and not plan.simple:
         plain = replace(plan, knobs=replace(knobs, lookback="off")).primary
-        size, bpb = "{} x {}".format(*plain.shape), plain.bpb[0]
-        figure = f"{size}, which llama.cpp can run, {bpb:.3f} bits per byte"
-        rows.append(["--lookback=off", f"{figure} ({bpb - chosen.bpb[0]:+.3f})", "law"])
+        bpb = "{:.3f} bits per byte ({:.3f} to {:.3f})".format(*plain.bpb)
+        can = "{} x {}, which llama.cpp can run".format(*plain.shape)
+        rows.append(["--lookback=off", f"{can}, {bpb}", "law"])
     return rows
 
 

@@ -106,13 +106,15 @@ def summarise_data(
     UserError for data that cannot be meant, unless the run resumes.
     """
     shards = [shards for shards, _ in validation]
-    summary = survey(feed.order, shards, feed.rows, horizon.steps)
+    step_flops = horizon.rows * run.model.config.sequence_len * run.model.flops_per_token()
+    in_budget = 0.3 * run.peak_flops * run.budget_seconds / step_flops  # steps, about
+    # A limit that the time will not allow, such as that of within_passes, is not the length
+    steps = None if 0 < 2 * in_budget < (horizon.steps or 0) else horizon.steps
+    summary = survey(feed.order, shards, feed.rows, steps)
     run.data_lines, run.data_summary = summary.lines(), summary.record()
     if not run.resume_from:
         try:
-            step_flops = horizon.rows * run.model.config.sequence_len * run.model.flops_per_token()
-            steps_in_budget = 0.3 * run.peak_flops * run.budget_seconds / step_flops
-            summary.check(USEFUL_PASSES, steps_in_budget or None)
+            summary.check(USEFUL_PASSES, in_budget or None)
         except UserError:
             print_data(run)
             raise
