@@ -371,7 +371,7 @@ def test_time_for_the_grid_is_limited(lab, monkeypatch, capsys):
     clock = iter(np.arange(0, 1e4, 40.0))
     monkeypatch.setattr(probe.time, "monotonic", lambda: float(next(clock)))
     result = probed(
-        "--depths", "2", "3", "4", "5", "--device_batches", "8", "--vocab=4096", "--limit_minutes=1"
+        "--depths", "2", "3", "4", "5", "--device_batches", "8", "--vocab=4096", "--limit_minutes=2"
     )
     assert (
         len(result["points"]) == 2

@@ -52,7 +52,7 @@ class ProbeKnobs(DeviceKnobs, OpenSizeKnobs):
     )
     seconds: float = knob(6.0, "time to measure each point, for at least six steps", low=0)
     limit_minutes: float = knob(
-        0.0, "start no new measurement after this time (0 = a twelfth of the budget)", low=0
+        0.0, "time for all measurements, about (0 = a twelfth of the budget)", low=0
     )
     out: str = knob("", "file of measured points (default: plan/probe.json in the base folder)")
     json: bool = knob(False, "print only JSON")
@@ -125,7 +125,7 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
         if point is None:
             if wanted["config"] in [p["config"] for p in points if "error" in p]:
                 point = {**wanted, "error": MEMORY_ENDED}  # with fewer rows already
-            elif points and time.monotonic() > began + limit:
+            elif points and time.monotonic() > began + limit / 2:  # each is measured twice
                 left_out += 1
                 continue
             else:
