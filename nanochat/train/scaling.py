@@ -114,8 +114,8 @@ def context_for(flops: float) -> int:
 
 # Copy heads, convolutions, value and pair embeddings are the default where a CPU has a budget of
 # time: after 0.5, 2 and 12 M tokens of prose, 3 x 192 had 0.117, 0.102 and 0.087 bits per byte less
-# with the first three (three, one and two seeds; dev/LOG.md, parts of the architecture). If the gap
-# goes on falling so, it is 0.05 after 1 G tokens, which two cores read in a day.
+# with the first three (three, one and two seeds; dev/LOG.md, parts of the architecture), and after
+# 27 M tokens 2 x 128 had 0.131 less with all four (one seed). More tokens were not tried.
 # Pair embeddings come with them up to this vocabulary: with 4,096 tokens in the vocabulary they
 # gained 0.032 more after 0.5 M tokens and 0.028 after 12 M (three and two seeds), but with 16,384
 # tokens 0.006 after 1.2 M (one seed), where their table is as large as the rest of the model
