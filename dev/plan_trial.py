@@ -18,6 +18,7 @@ plans: runs belong to a size, and count again.
 import json
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,20 +35,7 @@ ROLES = "chosen", "smaller", "larger", "next"
 NOISE = 0.006  # of seeds, as a share of bits per byte
 EVALUATION = ["--eval_every=0", "--eval_tokens=65536", "--sample_every=0", "--keep=1"]
 Row = dict[str, Any]
-
-
-def stored(**wanted: Any) -> list[Row]:
-    """The rows that have these values."""
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if wanted.items() <= row.items()]
-
-
-def add(row: Row) -> Row:
-    trials.RESULTS.mkdir(exist_ok=True)
-    with ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+stored, add = partial(trials.stored, ROWS), partial(trials.add, ROWS)
 
 
 def recipe(base: Path, minutes: float, words: list[str]) -> tuple[Row, Row]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "dev" / "results"
@@ -72,6 +73,20 @@ def run(words: Sequence[str], base: Path) -> None:
     )
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def stored(file: Path, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of a file of results that have these values."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [row for row in map(json.loads, lines) if wanted.items() <= row.items()]
+
+
+def add(file: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """Append a row to a file of results, and return it."""
+    RESULTS.mkdir(exist_ok=True)
+    with file.open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps(row) + "\n")
+    return row
 
 
 def prepared(corpus: str, texts: Path | None, base: Path, vocab_size: int) -> list[str]:

@@ -13,7 +13,7 @@ vocabulary. Speeds and runs are rows of dev/results/vocabulary.jsonl; a row that
 made again.
 """
 
-import json
+from functools import partial
 from typing import Any
 
 import trials
@@ -29,18 +29,7 @@ VOCABULARIES = 2048, 4096, 8192, 16384, 32768
 SIZES = "2x128", "2x192", "3x192", "4x256"
 T, MICRO_ROWS = 512, 8
 EVAL_BYTES = 400_000  # of each source, about
-Row = dict[str, Any]
-
-
-def stored(**wanted: Any) -> list[Row]:
-    """The rows that have these values."""
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
-    return [row for row in map(json.loads, lines) if wanted.items() <= row.items()]
-
-
-def add(row: Row) -> None:
-    with ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+stored, add = partial(trials.stored, ROWS), partial(trials.add, ROWS)
 
 
 def measure(vocab: int, size: str, lookback: Any, again: int) -> None:
