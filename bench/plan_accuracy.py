@@ -65,10 +65,10 @@ def add_card_errors(
     smallest = min(points, key=lambda p: p["peak_memory_bytes"])
     if "card_bytes" not in smallest:
         return
-    gap = memory.gap(smallest, replace(machine, memory_gap=0.0))
+    gap = memory.gap(smallest, replace(machine, memory_gap=0.0))[1]
     for point, result in zip(points, results, strict=True):
         if point is not smallest:
-            error = memory.gap(point, replace(machine, memory_gap=gap))
+            error = memory.gap(point, replace(machine, memory_gap=gap))[1]
             result["card"] = -error / point["card_bytes"]
 
 

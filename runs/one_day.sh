@@ -66,9 +66,11 @@ out="$base/day/$minutes-minutes"
 asked=(${open[@]+"${open[@]}"} --minutes="$minutes")
 [ ${#data[@]} = 0 ] || asked+=(--data "${data[@]}")
 [ -z "$vocab" ] || asked+=(--vocab="$vocab")
+later=(${conversations[@]+--conversations "${conversations[@]}"} ${tasks[@]+"${tasks[@]}"})
+asked+=(${later[@]+"${later[@]}"})
 [ -z "$dry" ] || exec python -m scripts.plan day "${asked[@]}"
 resumable "$out"
-given=$(quoted "${asked[@]}" ${conversations[@]+--conversations "${conversations[@]}"} ${tasks[@]+"${tasks[@]}"})
+given=$(quoted "${asked[@]}")
 [ -e "$out/asked" ] || printf '%s\n' "$given" >"$out/asked"
 [ "$given" = "$(cat "$out/asked")" ] || {
     echo "error: the run of $minutes minutes in $out was begun with other flags: $(cat "$out/asked"). Give the same flags or another length, or move that folder and the models named $tag away" >&2
@@ -84,8 +86,6 @@ source "$out/settled" # vocab, web, text
 [ ${#data[@]} != 0 ] || data=("$text")
 text=(--data "${data[@]}")
 recipe=(--recipe "$out/recipe.toml" --resume=auto)
-later=("${recipe[@]}" ${tasks[@]+"${tasks[@]}"})
-[ ${#conversations[@]} = 0 ] || later+=(--data "${conversations[@]}")
 
 # The clock starts when data and tokenizer are ready.
 for set in $web; do
@@ -104,7 +104,7 @@ step probe python -m scripts.plan probe ${open[@]+"${open[@]}"} --minutes="$minu
     used=$((before + SECONDS - $(cat "$out/begun")))
     echo $((used > 0 ? used : 0)) >"$out/used"
 }
-plan=(${open[@]+"${open[@]}"} --minutes="$minutes" --used="$(cat "$out/used")" --pilot --vocab="$vocab")
+plan=(${open[@]+"${open[@]}"} --minutes="$minutes" --used="$(cat "$out/used")" --pilot --vocab="$vocab" ${later[@]+"${later[@]}"})
 step recipe python -m scripts.plan recipe "${plan[@]}" --out="$out/recipe.toml" --model_tag="$tag" "${text[@]}"
 [ $((minutes * 60 - $(cat "$out/used"))) -lt 1500 ] || step pilot python -m scripts.plan pilot "$out/recipe.toml" --target_bpb="$target" || {
     [ $? = 2 ] || exit # 2: the pilot was refused, with the reason; the recipe stays as it is
@@ -122,9 +122,9 @@ replan base_train
 step pretraining python -m scripts.base_train "${recipe[@]}" ${again[@]+"${again[@]}"}
 step "evaluation of the base model" python -m scripts.base_eval --model_tag="$tag" --eval_tokens=262144
 replan mid_train
-step midtraining python -m scripts.mid_train "${later[@]}" ${again[@]+"${again[@]}"}
+step midtraining python -m scripts.mid_train "${recipe[@]}" ${again[@]+"${again[@]}"}
 replan chat_sft
-step finetuning python -m scripts.chat_sft "${later[@]}" ${again[@]+"${again[@]}"}
+step finetuning python -m scripts.chat_sft "${recipe[@]}" ${again[@]+"${again[@]}"}
 replan evaluation
 asked=(-a ARC-Easy MMLU GSM8K -n 500 ${tasks[@]+"${tasks[@]}"})
 [[ "${data[*]}" != tinyworld?(@*) ]] || asked=(-a tinyworld)

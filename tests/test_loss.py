@@ -176,8 +176,8 @@ def test_chunks_hold_what_they_may(n, monkeypatch):
 
 
 def test_whole_logits_never_exist():
-    """Peak memory of the largest tensor made inside stays at a chunk, not rows x vocabulary."""
-    rows, vocab = 2048, 4096
+    """Peak memory of the largest tensor made inside stays at a block, not rows x vocabulary."""
+    rows, vocab = 4096, 4096
     x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
     largest = 0
 
@@ -192,3 +192,11 @@ def test_whole_logits_never_exist():
     with Watch():
         linear_cross_entropy(x, w, torch.randint(0, vocab, (rows,)), None, 15.0).backward()
     assert 0 < largest <= loss.CHUNK_ELEMENTS["cpu"] * loss.BLOCK_CHUNKS["cpu"] < rows * vocab
+
+
+def test_half_precision_on_a_cpu_has_chunks_that_fit_its_cache():
+    head = torch.empty(4096, 8)
+    rows = [
+        chunk_rows(torch.empty(8192, 8, dtype=d), head) for d in (torch.float32, torch.bfloat16)
+    ]
+    assert rows == [1024, 128]

@@ -166,6 +166,41 @@ def test_web_text_is_fetched_by_its_share(tmp_path):
     assert fetched == ["fineweb-edu", "climbmix"]
 
 
+def test_conversations_of_ones_own_are_not_fetched(tmp_path):
+    """A page said that they take a download of 1 GB, and its commands left them out."""
+    (tmp_path / "talks.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    words = ["--hours=24", *CARD, "--data", "climbmix"]
+    public = plan.main(["day", *words])["needs"]["disk_bytes"]["questions"]
+    folder = plan.main(["day", *words, "--task_dir", "my sets"])["needs"]["disk_bytes"]["questions"]
+    assert public > 0 == folder
+    own = ["identity:1", f"mine={tmp_path}/talks.jsonl:1"]
+    made = plan.main(["day", *words, "--conversations", *own])
+    assert made["needs"]["disk_bytes"]["questions"] == 0
+    assert plan.main(["day", *words, "--conversations", "identity", "gsm8k"])["needs"][
+        "disk_bytes"
+    ]["questions"]
+    recipe = next(line for line in made["commands"] if "plan recipe" in line)
+    file = tmp_path / "recipe.toml"
+    plan.main([*shlex.split(recipe.split(" plan ")[1]), "--gpu=rtx4090", f"--out={file}"])
+    tables = tomllib.loads(file.read_text())
+    assert tables["mid_train"]["data"] == tables["chat_sft"]["data"] == own
+    assert "task_dir" not in tables["mid_train"] and tables["base_train"]["data"] == ["climbmix"]
+
+
+def test_a_run_under_way_is_told_what_is_left(capsys, tmp_path):
+    """Its recipe promised the download, the tokenizer and the probe again, and so a later end."""
+    words = ["recipe", "--hours=8", *CARD, "--data", "climbmix", "--pilot", f"--out={tmp_path}/r"]
+    over = ("download of", day.STAGES["probe"])
+    plan.main(words)
+    assert over[0] in capsys.readouterr().out
+    plan.main([*words, "--used=600"])
+    text = capsys.readouterr().out
+    assert not any(name in text for name in over) and day.STAGES["pilot"] in text
+    assert re.search(r"\n  all +7h50m,", text)
+
+
 def test_only_what_a_shell_reads_goes_to_standard_output(capsys, monkeypatch):
     """A machine without a probe is measured first, which prints a table."""
     cpu = Machine("Some CPU", "cpu", "float32", 2**33, 1e12)

@@ -153,17 +153,31 @@ def test_parts_and_total():
 def test_what_a_probe_measured_above_the_count_is_added():
     c = config()
     target = machine.of_card("rtx3060")
-    point = {"config": vars(c), "rows": 4, "compiled": True, "peak_memory_bytes": 1e9}
-    points = tuple({**point, "card_bytes": bytes} for bytes in (3e9, 5e9))
+    point = {"config": vars(c), "compiled": True, "peak_memory_bytes": 1e9}
+    sizes = {16: 5e9, 4: 3e9}
+    points = tuple({**point, "rows": rows, "card_bytes": size} for rows, size in sizes.items())
     measured = memory.calibrated(replace(target, points=points), True)
-    assert memory.predict(c, 4, measured, True)["total"] == pytest.approx(4e9, rel=1e-6)
-    assert memory.calibrated(measured, True) == measured, "a gap that is known stays"
-    assert memory.calibrated(target, True).memory_gap is None
+    totals = [memory.predict(c, rows, measured, True)["total"] for rows in (4, 8, 16)]
+    assert totals[::2] == pytest.approx([3e9, 5e9], rel=1e-6)
+    assert 3e9 < totals[1] < 5e9, "what lies between is interpolated"
+    assert memory.calibrated(measured, True) == measured
+    assert memory.calibrated(target, True).gaps == ()
+    known = replace(measured, memory_gap=7e9)
+    assert memory.predict(c, 4, known, True)["beside"] > 7e9, "a pilot knows better"
     eager = {**points[0], "compiled": False}
     both = replace(target, points=(*points, eager))
     assert memory.calibrated(both, False).points == (eager,)
     assert memory.calibrated(both, True) == measured
     assert memory.calibrated(measured, False).points == points, "better than none"
+
+
+def test_a_run_on_a_cpu_takes_more_than_its_steps():
+    c = config()
+    cpu = machine.Machine("CPU", "cpu", "float32", 2**34, 1e12)
+    point = {"config": vars(c), "rows": 4, "compiled": True, "peak_memory_bytes": 1e9}
+    measured = memory.calibrated(replace(cpu, points=(point,)), True)
+    total = memory.predict(c, 4, measured, True)["total"]
+    assert total == pytest.approx(1e9 + memory.RUN, rel=1e-6)
 
 
 def test_rows_are_halved_until_they_fit():

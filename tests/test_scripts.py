@@ -102,7 +102,8 @@ def test_paths_arrive_whole(checkout, tmp_path, name):
     wanted = [f"wikipedia={texts}/wikipedia:0.45", f"books={texts}/books:0.40"]
     wanted.append(f"reddit={texts}/reddit:0.15")
     assert values(made["tok_train"], "--data") == wanted
-    assert values(made["mid_train"], "--data") == [f"dialog={texts}/dialog:1", "identity:0.02"]
+    talks = [f"dialog={texts}/dialog:1", "identity:0.02"]
+    assert all(values(made[step], "--conversations") == talks for step in ("day", "recipe"))
     recipe = made["base_train"][made["base_train"].index("--recipe") + 1]
     assert recipe == f"{tmp_path}/b/{name}/day/30-minutes/recipe.toml"
 
@@ -214,6 +215,15 @@ def test_a_model_for_llama_cpp_is_planned_as_one(checkout, tmp_path):
     words = ["--minutes", "30", "--lookback", "off"]
     made = run(checkout() / "runs/one_day.sh", *words, base=tmp_path / "b")
     assert all(values(made[name], "--lookback") == ["off"] for name in ("day", "probe", "recipe"))
+
+
+def test_a_plan_knows_the_conversations(checkout, tmp_path):
+    """The recipe holds them, so that the later stages need no flags."""
+    words = ["--minutes", "30", "--conversations", "identity:1", "gsm8k:2", "--task_dir", "My Sets"]
+    made = run(checkout() / "runs/one_day.sh", *words, base=tmp_path / "b")
+    for name in ("day", "recipe"):
+        assert values(made[name], "--conversations") == ["identity:1", "gsm8k:2"]
+        assert values(made[name], "--task_dir") == ["My Sets"]
 
 
 @pytest.mark.parametrize("script", LONG)

@@ -1,7 +1,7 @@
 """
 Cross entropy of a linear head with a soft cap, without the logits of a whole batch in memory.
 
-The head's product, the cap and the softmax are computed for a chunk of a few hundred rows at a
+The head's product, the cap and the softmax are computed for a chunk of some hundred rows at a
 time. In training, the gradients are computed in the same pass: no chunk is computed twice, and
 memory holds the logits of one chunk. Targets of -1 are ignored.
 """
@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits per chunk. On a CPU, the few temporary tensors of this size should fit into its cache. On a
-# GPU, compiled code has two of them in the compute dtype; eager code has five in float32.
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25, "meta": 1 << 25}
+# Logits per chunk. On a CPU, the product of every chunk first copies the head's weights into the
+# order that its kernels read: with 2^19 logits, the loss took 12 to 65 % more time than with 2^22
+# (Zen 3, float32, vocabularies of 2,048 to 16,384; dev/LOG.md). On a GPU, compiled code has two
+# tensors of this size in the compute dtype; eager code has five in float32.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25, "meta": 1 << 25}
 COMPILED_ELEMENTS = {"cuda": 1 << 27, "meta": 1 << 27}
 # A block: the chunks whose d(loss)/d(logits) are kept to be multiplied by the inputs at once. One,
 # except on a CPU.
-BLOCK_CHUNKS = {"cpu": 8}
+BLOCK_CHUNKS = {"cpu": 2}
+# Both on a CPU in half precision, whose products take less of the time, so that it matters more
+# that the temporary tensors fit into the cache (Zen 4, bfloat16; larger chunks were not tried).
+HALF_ON_CPU = 1 << 19, 8
 MOST_EXPONENT = 60.0  # float32 can hold exp() of it, summed over any vocabulary
 
 
@@ -75,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x, weight = x.detach(), weight.detach()  # as in evaluations, for the same compiled code
         R, w = x.size(0), weight.to(x.dtype)
         chunk_size = chunk_rows(x, weight, compiled)
-        block_chunks = BLOCK_CHUNKS.get(x.device.type, 1)
+        _, block_chunks = limits(x.device.type, x.dtype != torch.float32, compiled)
         block_size = chunk_size * block_chunks
         losses_and_gradients = _both(compiled)
         dx = torch.empty_like(x)
@@ -170,14 +175,22 @@ def token_losses(
     return torch.cat(losses).view(targets.shape)
 
 
+def limits(device: str, half: bool, compiled: bool) -> tuple[int, int]:
+    """(logits per chunk, chunks per block) on a kind of device, in half precision or float32."""
+    if device == "cpu" and half:
+        return HALF_ON_CPU
+    elements = CHUNK_ELEMENTS.get(device, 1 << 25)
+    if compiled:
+        elements = COMPILED_ELEMENTS.get(device, elements)
+    return elements, BLOCK_CHUNKS.get(device, 1)
+
+
 def chunk_rows(x: Tensor, weight: Tensor, compiled: bool = False) -> int:
     """
     The rows per chunk of x (R, D). If R has a suitable divisor, all chunks have the same number of
     rows, and so the same compiled code.
     """
-    elements = CHUNK_ELEMENTS.get(x.device.type, 1 << 25)
-    if compiled:
-        elements = COMPILED_ELEMENTS.get(x.device.type, elements)
+    elements, _ = limits(x.device.type, x.dtype != torch.float32, compiled)
     most = max(1, elements // weight.size(0))
     count = x.size(0)
     if count <= most:

@@ -33,7 +33,7 @@ from nanochat.plan.shapes import SizeKnobs, architecture, counts
 from nanochat.train.scaling import text_for
 
 SHARD_TEXT, SHARD_FILE = 250e6, 100e6  # bytes of text in a shard of web text, and of its file
-TASKS = 1e9  # bytes of the conversations and questions of the later stages, about
+TASKS = 1e9  # bytes of the data sets of the later stages, about
 MOST_GENERATED = 400  # MB of the embedded corpus, which take a minute
 TOKENISING = 3.2e6  # bytes per second and core (bench/data.py, two cores of an EPYC Zen 4)
 MERGING = 6e6  # the same of training a tokenizer, on at most 2 GB
@@ -81,6 +81,10 @@ class PlanKnobs(CardKnobs, ChoiceKnobs):
         0.0, "power of the machine; 0 = 100 W and the card's rated power, if it has one", low=0
     )
     price: float = knob(0.3, "price of a kWh", low=0)
+    conversations: tuple[str, ...] = knob(
+        (), "conversations of the later stages, as for mid_train (default: those for the text)"
+    )
+    task_dir: str = knob("", "folder with the data sets, as for mid_train, so that none is fetched")
 
 
 @dataclass(kw_only=True)
@@ -137,6 +141,16 @@ def text_sizes(data: Sequence[str]) -> list[tuple[float, float]]:
     return [(weight / whole, size) for weight, size in sizes]
 
 
+def fetched(plan: Plan) -> float:
+    """Bytes of the data sets that the later stages fetch from the hub."""
+    from nanochat.eval.tasks import mixture
+
+    knobs = plan.knobs
+    specs = knobs.conversations or mixture.default("mid", knobs.data)
+    public = any(source.kind in mixture.DATA_SETS for source in mixture.parse(specs))
+    return TASKS * (public and not knobs.task_dir)
+
+
 def needs(plan: Plan) -> dict[str, Any]:
     """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
     knobs, chosen, spelled = plan.knobs, plan.primary, plan.spelled
@@ -148,7 +162,7 @@ def needs(plan: Plan) -> dict[str, Any]:
             web[name] = min(math.ceil(1.03 * fresh * spelled / SHARD_TEXT), SHARD_SETS[name].last)
         read += fresh
     shards = sum(web.values())
-    tasks, downloaded = TASKS * (not plan.simple), SHARD_FILE * (shards + len(web))
+    tasks, downloaded = fetched(plan), SHARD_FILE * (shards + len(web))
     cores = knobs.cores or (8 if knobs.gpu else os.cpu_count() or 1)
     watts = knobs.watts or plan.machine.gpus * plan.machine.watts + REST
     n = counts(chosen.config)
@@ -254,19 +268,22 @@ def in_words(plan: Plan, candidate: Candidate) -> tuple[str, str]:
 # the page
 
 
-def schedule(plan: Plan) -> list[tuple[str, float, str]]:
-    """What happens one after the other, its seconds and their source; the clock starts late."""
+def schedule(plan: Plan, begun: bool) -> list[tuple[str, float, str]]:
+    """
+    What happens one after the other, its seconds and their source; the clock starts late. `begun`:
+    the run is under way, and has its data.
+    """
     need, mbit = needs(plan), plan.knobs.mbit
     size = need["download_bytes"]
     rows = [
         (f"download of {human(size)}B", size * 8 / (1e6 * mbit), f"at {mbit:g} Mbit/s"),
         ("train the tokenizer", need["tokenizer_seconds"], "measured on two cores"),
         (f"tokenise on {need['cores']} cores", need["tokenising_seconds"], "measured on two cores"),
+        (STAGES["probe"], plan.knobs.used, "rule"),
     ]
-    pretraining = plan.primary.seconds
-    stages = {"probe": plan.knobs.used, **plan.knobs.stages, "base_train": pretraining}
-    rows += [(STAGES[name], seconds, "rule") for name, seconds in stages.items()]
-    return [row for row in rows if row[1]]
+    stages = {**plan.knobs.stages, "base_train": plan.primary.seconds}
+    later = [(STAGES[name], seconds, "rule") for name, seconds in stages.items()]
+    return [row for row in (later if begun else rows + later) if row[1]]
 
 
 def model_rows(plan: Plan) -> list[list[str]]:
@@ -364,33 +381,30 @@ def changes(plan: Plan) -> list[Row]:
 
 def commands(plan: Plan, script: str) -> list[str]:
     """The commands that do it."""
-    knobs, chosen = plan.knobs, plan.primary
+    knobs = plan.knobs
     if knobs.tokens and script:
         return [f"bash {script}"]
     data = shlex.join(["--data", *knobs.data])
+    later = ["--conversations", *knobs.conversations] if knobs.conversations else []
+    later += ["--task_dir", knobs.task_dir] if knobs.task_dir else []
+    sources = " ".join(filter(None, [data, shlex.join(later)]))
     lines = [f"nanochat dataset -n {n} --set {name}" for name, n in needs(plan)["web"].items()]
     lines.append(f"nanochat tok_train --vocab_size {knobs.vocab} {data}")
     if knobs.tokens:
-        parts = architecture(chosen.config).items()
-        flags = {
-            **chosen.flags(knobs.kv_ratio),
-            "num_iterations": chosen.steps,
-            **{n: part for n, part in parts if part != getattr(ArchitectureKnobs, n)},
-        }
-        words = " ".join(f"--{name}={as_typed(value)}" for name, value in flags.items())
-        return [*lines, f"nanochat base_train {words} {data}"]
+        return [*lines, f"nanochat base_train {exact_flags(plan)} {data}"]
     names = [*vars(SizeKnobs()), "lookback", "pretrain", "total_batch_size", "device_batch_size"]
     changed = [n for n in names if n != "vocab" and getattr(knobs, n) != getattr(DayKnobs, n)]
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in changed)
     unit, budget = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)
     length, minutes = f"--{unit} {budget:g}", round(knobs.budget / 60)
+    given += f" --vocab {knobs.vocab} {sources}"
     if {*changed} <= {"lookback"} and minutes >= 10:  # the script would choose the rest itself
         rounded = f"--{unit} {budget:.0f}" if budget == int(budget) else f"--minutes {minutes}"
-        whole = f"bash {script or 'runs/one_day.sh'} {rounded}{given} --vocab {knobs.vocab} {data}"
+        whole = f"bash {script or 'runs/one_day.sh'} {rounded}{given}"
         lines.insert(0, f"{whole}    # all of it, or by steps:")
     pilot = ["nanochat plan pilot"] if knobs.stages["pilot"] else []
     piloted = " --pilot" if pilot else ""
-    lines.append(f"nanochat plan recipe {length}{piloted} --vocab {knobs.vocab}{given} {data}")
+    lines.append(f"nanochat plan recipe {length}{piloted}{given}")
     recipe = shlex.quote(str(machine.plan_file("", "recipe.toml")))
     training = [
         f"nanochat {stage} --recipe {recipe}" for stage in ("base_train", "mid_train", "chat_sft")
@@ -398,8 +412,23 @@ def commands(plan: Plan, script: str) -> list[str]:
     return [*lines, *pilot, *training, "nanochat chat_cli"]
 
 
-def page(plan: Plan, script: str = "") -> dict[str, Any]:
-    """The page: title, models, sections and commands as text, and the figures behind them."""
+def exact_flags(plan: Plan) -> str:
+    """The flags of base_train for the model of a plan and its number of tokens."""
+    chosen = plan.primary
+    parts = architecture(chosen.config).items()
+    flags = {
+        **chosen.flags(plan.knobs.kv_ratio),
+        "num_iterations": chosen.steps,
+        **{n: part for n, part in parts if part != getattr(ArchitectureKnobs, n)},
+    }
+    return " ".join(f"--{name}={as_typed(value)}" for name, value in flags.items())
+
+
+def page(plan: Plan, script: str = "", begun: bool = False) -> dict[str, Any]:
+    """
+    The page: title, models, sections and commands as text, and the figures behind them. `begun` as
+    for schedule.
+    """
     target = plan.machine
     many = f"{target.gpus} x " if target.gpus > 1 else ""
     return {
@@ -412,7 +441,7 @@ def page(plan: Plan, script: str = "") -> dict[str, Any]:
         },
         "commands": commands(plan, script),
         "lacking": [] if plan.knobs.gpu else lacking(plan),
-        "schedule": schedule(plan),
+        "schedule": schedule(plan, begun),
         "needs": needs(plan),
         "chosen": asdict(plan.primary),
     }

@@ -73,7 +73,9 @@ class Machine:
     points: tuple[Point, ...] = ()
     source: str = ""  # where its speed comes from, in words
     factor: float = 1.0  # measured over predicted speed, from a pilot
-    memory_gap: float | None = None  # bytes measured above the count (memory.calibrated), or None
+    memory_gap: float | None = None  # bytes that a pilot measured above the count, or None
+    # By point (memory.calibrated): bytes counted, and how many more a run takes by its measurement
+    gaps: tuple[tuple[float, float], ...] = ()
     compiler: bool = True  # whether torch.compile works on it
     bandwidth: float = 0.0  # bytes per second of the memory, 0 if not known
     watts: float = 0.0  # rated board power, 0 if not known

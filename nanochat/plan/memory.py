@@ -11,8 +11,9 @@ does not fit is marked; if none fits, that is an error.
 """
 
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import Any, Literal
+
+import numpy as np
 
 from nanochat.base.common import UserError, columns, print0
 from nanochat.base.knobs import knob
@@ -32,6 +33,9 @@ BESIDE = {
     # (runtime.keep_freed_memory), in pieces that often cannot be used again.
     "cpu": (0.4e9, 0.05e9, 0.65),
 }
+# Bytes that a run takes on a CPU beside steps such as a probe measures: its text, evaluations and
+# saves. Two runs of 2 x 128 took 0.2 and 0.3 GiB more (dev/LOG.md).
+RUN = 0.25e9
 USABLE = 0.95  # of a device's memory for a plan: the driver and the screen take some
 SHOWN = ("state", "activations", "loss", "update", "beside", "total")  # parts, as predict says
 
@@ -80,7 +84,7 @@ def predict(config: GPTConfig, rows: int, target: Machine, compiled: bool) -> di
     what is `beside` the tensors (BESIDE) and what was measured above the count on this machine.
     """
     from nanochat.model.attention import QUERY_BLOCK
-    from nanochat.model.loss import BLOCK_CHUNKS, CHUNK_ELEMENTS, COMPILED_ELEMENTS
+    from nanochat.model.loss import limits
 
     device, size = target.device_type, 4 if target.dtype == "float32" else 2
     n, C, V = counts(config), config.n_embd, config.vocab_size
@@ -89,9 +93,9 @@ def predict(config: GPTConfig, rows: int, target: Machine, compiled: bool) -> di
     cast = size * (size < 4)  # bytes of a weight in the compute dtype, beside the float32 one
     activations = config.n_layer * layer + 3 * size * tokens * C + cast * matrices
     # The loss: the head's weights, the gradients of both factors, and chunks of logits.
-    elements = CHUNK_ELEMENTS | (COMPILED_ELEMENTS if compiled else {})
-    chunk = min(elements.get(device, 1 << 25), tokens * V)
-    block = size * min(BLOCK_CHUNKS.get(device, 1) * chunk, tokens * V)
+    elements, block_chunks = limits(device, size < 4, compiled)
+    chunk = min(elements, tokens * V)
+    block = size * min(block_chunks * chunk, tokens * V)
     # Bytes per logit beside its gradient. Code for a GPU (tests/cuda_code.py reads it) needs least.
     copies = (12 if cpu else size) if compiled else 12 if config.softcap else 8
     both = size * tokens * C + 4 * V * C
@@ -111,7 +115,7 @@ def predict(config: GPTConfig, rows: int, target: Machine, compiled: bool) -> di
     state = 8 * n["total"] + (4 * matrices + 8 * (n["total"] - matrices)) / target.gpus
     allocated = state + max(activations + max(loss, backward), update)
     context, compiler, share = BESIDE[device]
-    beside = context + compiler * compiled + share * allocated + (target.memory_gap or 0)
+    beside = context + compiler * compiled + share * allocated + above(target, allocated)
     parts = {
         "state": state,
         "activations": activations,
@@ -127,20 +131,34 @@ def predict(config: GPTConfig, rows: int, target: Machine, compiled: bool) -> di
 def calibrated(target: Machine, compiled: bool) -> Machine:
     """
     The machine with the points of such steps alone, if there are any (others are better than none),
-    and with the bytes that its points took above the count, unless a pilot measured them.
+    and with their gaps.
     """
     points = tuple(p for p in target.points if p["compiled"] == compiled) or target.points
-    above = target.memory_gap
-    if above is None and points:
-        above = fmean(gap(point, target) for point in points)
-    return replace(target, points=points, memory_gap=above)
+    bare, run = replace(target, gaps=()), RUN * (target.device_type == "cpu")
+    gaps = sorted((counted, size + run) for counted, size in (gap(p, bare) for p in points))
+    return replace(target, points=points, gaps=tuple(gaps))
 
 
-def gap(point: Point, target: Machine) -> float:
-    """Bytes of a measured point above the count: of the whole card, or of the process."""
+def gap(point: Point, target: Machine) -> tuple[float, float]:
+    """
+    (bytes of tensors counted, bytes measured above the count: of the card or process) of a point.
+    """
     config = GPTConfig(**point["config"])
     counted = predict(config, point["rows"], target, point["compiled"])
-    return point.get("card_bytes", point["peak_memory_bytes"]) - counted["total"]
+    measured = point.get("card_bytes", point["peak_memory_bytes"])
+    return counted["allocated"], measured - counted["total"]
+
+
+def above(target: Machine, allocated: float) -> float:
+    """
+    Bytes to add to a count of so many: what a pilot measured, or else what the points say, between
+    which it is interpolated. The share of BESIDE differs among machines, so that the gap of a small
+    model says nothing of a large one.
+    """
+    if target.memory_gap is not None or not target.gaps:
+        return target.memory_gap or 0.0
+    counted, sizes = np.array(target.gaps).T
+    return float(np.interp(allocated, counted, sizes))
 
 
 def fitting_rows(config: GPTConfig, rows: int, target: Machine, compiled: bool) -> int:

@@ -164,7 +164,8 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
         )
     ratio = made["tok_per_sec"] / planned.speed.tok_per_sec
     counted = planned.memory["allocated" if target.device_type == "cuda" else "total"]
-    gap = (memory.calibrated(target, compiled).memory_gap or 0) + peak - counted
+    known = memory.above(memory.calibrated(target, compiled), planned.memory["allocated"])
+    gap = known + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
     fresh = worth(made["tokens"], plan.text)
     moved = plan.law(planned.config).moved(planned.size, fresh, end)

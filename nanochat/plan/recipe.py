@@ -53,6 +53,8 @@ def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]
         # Rates as in the quickstart, whose chain was measured (dev/LOG.md).
         for command, scale in (("mid_train", "lr_scale"), ("chat_sft", "init_lr_frac")):
             stages[command] = {"warmdown_ratio": 1.0, scale: 0.5}
+            given = {"data": knobs.conversations, "task_dir": knobs.task_dir}
+            stages[command] |= {name: value for name, value in given.items() if value}
     for command, flags in stages.items():
         flags["max_minutes"] = round(seconds[command] / 60, 3)
         if knobs.model_tag:
@@ -109,7 +111,7 @@ def replanned(file: str, stage: str, seconds_left: float) -> list[str]:
 def run(knobs: RecipeKnobs) -> dict[str, Any]:
     """Print the page of plan day and write recipe and plan; returns the plan."""
     plan = day.planned(knobs)
-    day.show(day.page(plan))
+    day.show(day.page(plan, begun=plan.knobs.used > 0))
     whole = write(plan)
     commands = ", ".join(tables(plan.knobs, plan.primary))
     print0(f"\n  {whole['recipe']}: pass it with --recipe to {commands}")
