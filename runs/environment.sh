@@ -19,14 +19,14 @@ if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -
     pinned=.venv/pinned.txt
     sed '/^# for the tests/q' runs/constraints.txt >"$pinned"
     # Everything but torch has the versions and hashes of runs/constraints.txt. uv is faster, and takes torch without CUDA where there is
-    # no GPU; where it is missing or fails, pip installs.
+    # no GPU; where it is missing or fails, pip installs. Python compiles what is imported; to compile everything first takes half of pip's time.
     {
         uv pip install --quiet --require-hashes --no-deps -r "$pinned" &&
             uv pip install --quiet --torch-backend=auto --no-build-isolation -e ".[serve,documents]"
     } 2>.venv/uv.log || {
         export PIP_DISABLE_PIP_VERSION_CHECK=1
-        python -m pip install --quiet --require-hashes --no-deps -r "$pinned" &&
-            python -m pip install --quiet --no-build-isolation -e ".[serve,documents]"
+        python -m pip install --quiet --no-compile --require-hashes --no-deps -r "$pinned" &&
+            python -m pip install --quiet --no-compile --no-build-isolation -e ".[serve,documents]"
     } 2>.venv/pip.log || {
         tail -5 .venv/pip.log >&2
         echo "error: the installation failed (see above): check the network and the free disk space, then run this script again" >&2

@@ -35,8 +35,8 @@ if ! "$python" -m venv "$fresh/venv" >"$fresh/log" 2>&1; then
 fi
 export PATH="$fresh/venv/bin:$PATH" VIRTUAL_ENV="$fresh/venv" PIP_DISABLE_PIP_VERSION_CHECK=1
 say "installing with the test extras (a few minutes)"
-pins() { python -m pip install --quiet --require-hashes --no-deps -r runs/constraints.txt; }
-project() { python -m pip install --quiet "$@" -e ".[test]"; }
+pins() { python -m pip install --quiet --no-compile --require-hashes --no-deps -r runs/constraints.txt; }
+project() { python -m pip install --quiet --no-compile "$@" -e ".[test]"; }
 if [ -n "$newest" ]; then project; else pins && project --no-build-isolation; fi >"$fresh/log" 2>&1 || {
     tail -20 "$fresh/log" >&2
     echo "error: the installation failed (see above): check the network, and whether $(df -h "$fresh" | awk 'NR == 2 { print $4 }') of free disk space are enough" >&2
