@@ -5,6 +5,7 @@ other prediction.
 
     python dev/plan_trial.py --texts DIR --minutes 3 10 30
     python dev/plan_trial.py --minutes 3 --data tinyworld --plan_only
+    python dev/plan_trial.py --texts DIR --minutes 30 --data prose --seed 43 --only 2x128 2x192
 
 DIR holds wikipedia/, books/, reddit/ (45 / 40 / 15 %). A budget becomes tokens for each model, at
 the speed that dev/results/plan_trial_probe.json says; if it is missing, this machine is probed first,
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=VOCABULARY, default=list(VOCABULARY))
     parser.add_argument("--by", choices=("tokens", "minutes"), default="tokens")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--only", nargs="+", help="sizes to train, such as 2x128; default: all")
     parser.add_argument("--plan_only", action="store_true", help="make the plans, train nothing")
     options = parser.parse_args()
     if "prose" in options.data and not options.texts:
@@ -155,8 +157,10 @@ def main() -> None:
             words = [] if data == "tinyworld" else words  # of which a plan takes what it reads
             planned = plan(base, data, [*words, f"--vocab={vocabulary}"], minutes)
             for row in planned if not options.plan_only else ():
-                train(base, row, options.by, options.seed)
-                report()
+                size = size_of(row["flags"]).replace(" ", "")
+                if not options.only or size in options.only:
+                    train(base, row, options.by, options.seed)
+                    report()
     report()
 
 

@@ -23,6 +23,7 @@ from nanochat.plan.machine import Machine
 from nanochat.plan.shapes import SizeKnobs, counts
 from nanochat.train.scaling import (
     LEAST_FOR_PILOT,
+    PILOT,
     bytes_per_token,
     pilot_seconds,
     stage_seconds,
@@ -344,8 +345,11 @@ def test_a_budget_is_split_in_one_way():
     assert stage_seconds(1000, 1.0) == {
         "base_train": 1000, "mid_train": 0.0, "chat_sft": 0.0, "evaluation": 0.0
     }  # fmt: skip
-    assert pilot_seconds(LEAST_FOR_PILOT - 1) == 0 and pilot_seconds(3600) == 300
+    assert pilot_seconds(LEAST_FOR_PILOT - 1) == 0
     assert pilot_seconds(86_400) == 3600, "plan pilot takes no more than an hour"
+    for pretrain in (0.85, 0.5):  # what a plan leaves for a pilot is what plan pilot takes
+        stages = choice.ChoiceKnobs(hours=3, pilot=True, pretrain=pretrain).stages
+        assert stages["pilot"] == pytest.approx(PILOT * stages["base_train"])
     web = [vocabulary_for(1e12, flops) for flops in (3e13, 1e15, 1e19, 1e20)]
     assert web == [4096, 8192, 32_768, 65_536] and vocabulary_for(1e12, 1e20, simple=True) == 2048
     assert vocabulary_for(3e5) == vocabulary_for(3e5, 1e18) == 2048, "however long it is read"

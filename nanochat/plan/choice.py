@@ -55,7 +55,8 @@ class ChoiceKnobs(OpenSizeKnobs):
     used: float = knob(0.0, "seconds of the budget that are used up already", low=0)
     pilot: bool = knob(
         False,
-        "leave a twelfth of the time, at most an hour, for plan pilot, from 25 minutes on",
+        "leave time for plan pilot, a twelfth of pretraining and at most an hour, in budgets of 25 "
+        "minutes or more",
     )
     device_batch_size: int = knob(0, "rows of a micro-batch; 0 = the fastest that fits", low=0)
     data: tuple[str, ...] = knob((), "text to train on, as for base_train; it goes into the recipe")
@@ -66,7 +67,7 @@ class ChoiceKnobs(OpenSizeKnobs):
         if not self.budget:
             raise UserError("the plan needs a budget for the whole run: give --hours or --minutes")
         left = max(1.0, self.budget - self.used)
-        pilot = pilot_seconds(left) if self.pilot else 0.0
+        pilot = pilot_seconds(left, self.pretrain) if self.pilot else 0.0
         return {"pilot": pilot, **stage_seconds(left - pilot, self.pretrain)}
 
     @property

@@ -309,7 +309,7 @@ def split_budget(seconds: float, shares: Mapping[str, float]) -> dict[str, float
 PRETRAIN = 0.85  # share of a chain's time for pretraining
 # Shares of the remaining time; the last is for evaluations and for starting programs
 LATER_STAGES = {"mid_train": 0.45, "chat_sft": 0.3, "evaluation": 0.25}
-PILOT = 1 / 12  # of a budget, for short trial runs
+PILOT = 1 / 12  # of the time of pretraining, for a short trial run
 LEAST_FOR_PILOT = 25 * 60.0  # seconds; with less, a pilot would be too short to be useful
 LONGEST_PILOT = 3600.0  # seconds; a longer one would say little more
 
@@ -322,9 +322,13 @@ def stage_seconds(seconds: float, pretrain: float = PRETRAIN) -> dict[str, float
     return split_budget(seconds, {"base_train": pretrain, **later})
 
 
-def pilot_seconds(seconds: float) -> float:
-    """Seconds of a pilot in a budget of so many; 0 if that is too short for one."""
-    return min(PILOT * seconds, LONGEST_PILOT) if seconds >= LEAST_FOR_PILOT else 0.0
+def pilot_seconds(seconds: float, pretrain: float = PRETRAIN) -> float:
+    """
+    Seconds of a pilot in a budget of so many, of which pretraining gets the share `pretrain` of the
+    rest; 0 if they are too few for one.
+    """
+    share = PILOT * pretrain
+    return min(seconds * share / (1 + share), LONGEST_PILOT) if seconds >= LEAST_FOR_PILOT else 0.0
 
 
 def text_for(seconds: float) -> str:
