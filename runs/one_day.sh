@@ -110,7 +110,7 @@ step recipe python -m scripts.plan recipe "${plan[@]}" --out="$out/recipe.toml" 
     [ $? = 2 ] || exit # 2: the pilot was refused, with the reason; the recipe stays as it is
     touch "$out/pilot.done"
 }
-# replan STAGE: where the machine was slower than planned, shares what is left of the time anew, so that the deadline holds. `again` are the
+# replan STAGE: where the machine was slower than planned, or time is left over, shares it anew, so that the deadline holds. `again` are the
 # flags that replace those of the recipe, fixed at the first start of a stage.
 replan() {
     [ -e "$out/$1.flags" ] || python -c "import sys; from nanochat.plan.recipe import replanned

@@ -591,6 +591,10 @@ def test_what_is_left_of_the_time_is_shared_anew(tmp_path, capsys):
             ["-n", "250"] if stage == "evaluation" else [f"--max_minutes={minutes[stage] / 2:.3f}"]
         )
         assert flags == half and "were planned" in capsys.readouterr().err
+        longer = recipe.replanned(str(file), stage, 66 * needed)
+        wanted = [f"--max_minutes={1.1 * minutes[stage]:.3f}"] if stage == "base_train" else []
+        said = capsys.readouterr().err
+        assert longer == wanted and bool(said) == bool(wanted), "pretraining gets what is left over"
     assert recipe.replanned(str(file), "chat_sft", -5) == ["--max_minutes=0.300"], "a run at least"
 
 

@@ -11,6 +11,7 @@ can use is refused, and a card that holds none.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,14 +91,15 @@ def write(plan: Plan) -> dict[str, Any]:
 def replanned(file: str, stage: str, seconds_left: float) -> list[str]:
     """
     The flags that let a stage of a recipe, and all that follow it, end in `seconds_left`: none if
-    that is as planned, else its share of what is left, which a notice says.
+    that is as planned, else its share of what is left, which a notice says. Pretraining alone gets
+    longer if time is left over, as after a pilot that was refused.
     """
     recipe = read_toml(user_path(file))
     planned = {name: 60 * flags["max_minutes"] for name, flags in recipe.items()}
     planned["evaluation"] = planned.get("mid_train", 0.0) * EVALUATION
     needed = sum(list(planned.values())[list(planned).index(stage) :])
     share = max(0.05, seconds_left / max(1.0, needed))
-    if share > 0.98:
+    if 0.98 < share < (1.02 if stage == "base_train" else math.inf):
         return []
     notice(
         f"{duration(max(0.0, seconds_left))} are left for {stage} and what follows, "
