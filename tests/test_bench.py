@@ -20,6 +20,15 @@ def test_the_help_of_a_measurement(name, capsys, monkeypatch):
     assert e.value.code == 0 and "--" in capsys.readouterr().out
 
 
+def test_chunks_of_the_loss_are_measured():
+    from bench import loss_chunks
+
+    flags = ["--model_dim=8", "--vocab_size=64", "--rows=32", "--chunks", "8", "11", "--rounds=1"]
+    made = loss_chunks.main([*flags, "--no_compiled", "--device_type=cpu", "--dtype=float32"])
+    assert [(row["rows"], row["block"]) for row in made] == [(4, 2), (4, 8), (32, 2), (32, 8)]
+    assert all(row["ms"] > 0 for row in made)
+
+
 def test_a_training_step_is_measured_eager():
     from bench import train_step
 
