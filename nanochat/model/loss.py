@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Logits per chunk. On a CPU, the product of every chunk first copies the head's weights into the
-# order that its kernels read: with 2^19 logits, the loss took 12 to 65 % more time than with 2^22
+# order that its kernels read: with 2^19 logits, the loss took 15 to 60 % more time than with 2^22
 # (Zen 3, float32, vocabularies of 2,048 to 16,384; dev/LOG.md). On a GPU, compiled code has two
 # tensors of this size in the compute dtype; eager code has five in float32.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25, "meta": 1 << 25}
