@@ -19,7 +19,7 @@ if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -
     pinned=.venv/pinned.txt
     sed '/^# for the tests/q' runs/constraints.txt >"$pinned"
     # Everything but torch has the versions and hashes of runs/constraints.txt. uv is faster, and takes torch without CUDA where there is
-    # no GPU; where it is missing or fails, pip installs. Python compiles what is imported; to compile everything first takes half of pip's time.
+    # no GPU; where it is missing or fails, pip installs. Python compiles what is imported; to compile everything first takes nearly half of pip's time.
     {
         uv pip install --quiet --require-hashes --no-deps -r "$pinned" &&
             uv pip install --quiet --torch-backend=auto --no-build-isolation -e ".[serve,documents]"

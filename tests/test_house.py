@@ -124,9 +124,9 @@ CEILINGS = {
     "chat": 8_915,
     "chat/serve": 10_810,
     "eval": 20_075,
-    "train": 21_385,
+    "train": 21_400,
     "study": 13_385,
-    "plan": 15_665,
+    "plan": 15_690,
     "export": 9_130,
     "commands": 23_095,
 }
