@@ -53,6 +53,7 @@ class OverheadKnobs(TrainKnobs, Shape):
     steps: int = knob(8, "steps timed in a process, after two that are not", low=1)
     rounds: int = knob(3, "processes of every condition, in turns; the median counts", low=1)
     codes: int = knob(32, "codes of match, and of pair", low=1)
+    band: int = knob(0, "distance from which the lag is 0; 0 = the context", low=0)
     one: str = knob("", "measure this condition alone, in this process, at the first length")
 
 
@@ -66,6 +67,7 @@ def artifact(k: OverheadKnobs, T: int, path: Path) -> str:
     )
     match = torch.stack([torch.zeros(k.codes, k.codes), torch.eye(k.codes) / k.codes])
     lag, key = (1 + torch.arange(T)) ** -0.5, torch.rand(k.vocab_size, generator=g)
+    lag[k.band or T :] = 0
     spans = torch.stack([torch.arange(T) // low == 1 for low in (1, 2, 4, 8)]).float()
     pair = {
         "pair_query": query.clone(),

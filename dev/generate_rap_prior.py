@@ -106,7 +106,13 @@ def command_line() -> argparse.ArgumentParser:
         "frequencies of useful ones",
     )
     add("--max_lag", type=int, default=1024, help="maximum distance of a key, in tokens")
-    add("--band", type=int, default=0, help="distance from which lag is 0; 0 = max_lag")
+    add(
+        "--band",
+        type=int,
+        default=32,
+        help="distance from which lag is 0 (0 = max_lag); what lies beyond it gained nothing and "
+        "takes time at long contexts",
+    )
     add(
         "--features",
         nargs="+",

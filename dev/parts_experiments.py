@@ -42,10 +42,16 @@ PARTS = {
     BEST: f"{BOTH} --value_embeddings",
     "hand": "--rap=hand",
     "rules": "--rap=rules",
+    "rules, near": "--rap=near",
     "copy heads": "--copy_heads=1",
     "convolutions": "--convolutions",
     "values": "--value_embeddings",
     "repeats first": "",
+}
+PRIORS = {  # --rap=NAME: flags of the generator
+    "hand": "--generator hand",
+    "rules": "--generator rules",
+    "near": "--generator rules --band 32",  # the curve of distances ends there
 }
 LONG = (500, 4096), (1000, 4096), (1465, 8192), (1648, 16384)  # 2, 4, 12, 27 M tokens
 RATES = "--matrix_lr=0.01", "--matrix_lr=0.03", "--embedding_lr=0.05", "--embedding_lr=0.2"
@@ -86,7 +92,7 @@ class Run(NamedTuple):
     experiment: str
     condition: str
     seed: int
-    flags: str  # of base_train; --rap=NAME stands for the prior of that generator
+    flags: str  # of base_train; --rap=NAME stands for one of PRIORS
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -149,6 +155,10 @@ def planned() -> Iterator[Run]:
             yield small("prose", BEST, seed, steps, "--pair_embeddings=5", batch=batch)
         fall = f"{LONGER_FALL} --pair_embeddings=5"
         yield small("prose", BEST, seed, 1465, fall, batch=8192)
+    for corpus in ("prose", "code"):
+        for seed in seeds:
+            for condition in ("rules", "rules, near"):
+                yield small(corpus, condition, seed, extra="--dtype=float32")
     for steps in (160, 400):
         for seed in seeds:
             for condition in ("none", BEST, "rules"):
@@ -197,10 +207,10 @@ def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
     vocabulary = VOCABULARIES.get(corpus, 4096)
     data = trials.prepared(corpus.removesuffix("16k"), texts, base, vocabulary)
     flags = run.flags
-    for generator in ("hand", "rules"):
-        if f"--rap={generator}" in flags:
-            path = prior(f"--generator {generator}", base, data, root / "rap_env")
-            flags = flags.replace(f"--rap={generator}", f"--rap={path}")
+    for name, made in PRIORS.items():
+        if f"--rap={name}" in flags.split():
+            path = prior(made, base, data, root / "rap_env")
+            flags = flags.replace(f"--rap={name}", f"--rap={path}")
     folder = base / "checkpoints" / "base" / "parts"
     shutil.rmtree(folder, ignore_errors=True)
     words = ["--model_tag=parts", "--keep=1", f"--seed={run.seed}", *flags.split(), "--data", *data]

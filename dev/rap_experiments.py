@@ -102,13 +102,15 @@ EXPERIMENTS = {
 
 def prior(generator: str, base: Path, data: list[str], env: Path) -> str:
     """
-    The prior that these options of the generator make of a corpus, relative to the base folder.
+    The prior that these options of the generator make of a corpus, relative to the base folder. Its
+    curve of distances has no end unless they say it, as when these experiments began.
     """
     out = f"priors/{re.sub(r'[^a-z0-9]+', '-', generator.removeprefix('--generator '))}.safetensors"
     if not (base / out).exists():
         mix = [f"{m[1]}:{m[2]}" for d in data if (m := re.fullmatch(r"(\w+)=.*:([\d.]+)", d))]
         words = [str(trials.REPO / "dev" / "generate_rap_prior.py"), *shlex.split(generator)]
         if "hand" not in words:  # which reads no text
+            words += [] if "--band" in words else ["--band", "0"]
             words += ["--env", str(env), "--max_lag", "256", *(["--mix", *mix] if mix else [])]
         trials.run([*words, "--out", out], base)
     return out
