@@ -53,7 +53,7 @@ class OverheadKnobs(TrainKnobs, Shape):
     steps: int = knob(8, "steps timed in a process, after two that are not", low=1)
     rounds: int = knob(3, "processes of every condition, in turns; the median counts", low=1)
     codes: int = knob(32, "codes of match, and of pair", low=1)
-    band: int = knob(0, "distance from which the lag is 0; 0 = the context", low=0)
+    band: int = knob(32, "distance from which lag is 0, as generated; 0 = the context", low=0)
     one: str = knob("", "measure this condition alone, in this process, at the first length")
 
 
