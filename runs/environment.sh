@@ -3,10 +3,17 @@
 # In every language, numbers have a decimal point and names are sorted alike; the character set stays that of the terminal.
 export LC_CTYPE="${LC_ALL:-${LC_CTYPE:-${LANG:-C}}}" LC_NUMERIC=C LC_COLLATE=C LC_MESSAGES=C
 unset LC_ALL
+# Python expands a quoted ~ at the beginning, so the scripts do, too
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+case "$NANOCHAT_BASE_DIR" in '~' | '~/'*) NANOCHAT_BASE_DIR="$HOME${NANOCHAT_BASE_DIR#?}" ;; esac
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 say "environment"
 [ ! -e .venv/home ] || [ "$(cat .venv/home)" = "$(pwd -P)" ] || rm -rf .venv # it was made in another folder, and holds paths of that one
+# Packages belong to one minor version of Python: where that is gone, or the system has replaced it by another, they are installed anew
+if [ -e .venv/pyvenv.cfg ]; then
+    version=$(.venv/bin/python -V 2>/dev/null) && version=${version#* } && compgen -G ".venv/lib/python${version%.*}*" >/dev/null || rm -rf .venv
+fi
 if [ ! -x .venv/bin/python ] || [ ! -e .venv/bin/activate ]; then
     source runs/python.sh
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python cannot create a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv), then run this script again" >&2; exit 2; }
@@ -14,8 +21,9 @@ fi
 source .venv/bin/activate
 [ "$(command -v python)" != "$PWD/.venv/bin/python" ] || pwd -P >.venv/home
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # `python -m scripts.NAME` also works where the user's files are
-if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -s - .venv/installed; then
-    echo "installing packages into .venv (takes a minute or two)"
+needed() { cat pyproject.toml runs/constraints.txt; python -V | cut -d. -f1,2; }
+if [ ! -e .venv/installed ] || ! needed | cmp -s - .venv/installed; then
+    echo "installing packages into .venv (takes a minute or two on a fast network; the largest package is PyTorch)"
     pinned=.venv/pinned.txt
     sed '/^# for the tests/q' runs/constraints.txt >"$pinned"
     # Everything but torch has the versions and hashes of runs/constraints.txt. uv is faster, and takes torch without CUDA where there is
@@ -32,7 +40,7 @@ if [ ! -e .venv/installed ] || ! cat pyproject.toml runs/constraints.txt | cmp -
         echo "error: the installation failed (see above): check the network and the free disk space, then run this script again" >&2
         exit 2
     }
-    cat pyproject.toml runs/constraints.txt >.venv/installed
+    needed >.venv/installed
 fi
 
 resumable() { # resumable FOLDER: records finished steps there; $before is the number of seconds that earlier, interrupted starts took
@@ -50,7 +58,7 @@ step() { # step NAME COMMAND...: runs the command unless it has succeeded before
 }
 tokenizer_of() { # tokenizer_of FILE TAG COMMAND...: trains a tokenizer with the command and writes its fingerprint to FILE. Does nothing if that
     # tokenizer is still there or was moved aside, or if the run TAG has begun, which keeps its own
-    local steps=("${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/checkpoints/base/$2"/step_*)
+    local steps=("$NANOCHAT_BASE_DIR/checkpoints/base/$2"/step_*)
     [ ! -e "${steps[0]}" ] || return 0
     [ ! -e "$1" ] || ! python -c "import sys; from nanochat.commands.tok_train import restore; sys.exit(not restore(sys.argv[1]))" "$(cat "$1")" || return 0
     say tokenizer

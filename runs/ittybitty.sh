@@ -15,9 +15,9 @@ python -m nanochat.dataset -n "$shards"
 tokenizer_of "$own" ittybitty python -m scripts.tok_train --vocab_size="$vocab" --max_chars=2000000000
 python -m scripts.tok_eval
 python -m scripts.base_train --depth=4 --model_dim=512 --head_dim=64 --num_iterations=954 --total_batch_size=524288 --target_param_data_ratio=-1 --device_batch_size="$rows" --run="$WANDB_RUN" --model_tag=ittybitty --resume=auto
-python -m scripts.base_loss
-python -m scripts.base_eval
+python -m scripts.base_loss --model_tag=ittybitty
+python -m scripts.base_eval --model_tag=ittybitty
 python -m scripts.mid_train --model_tag=ittybitty --run="$WANDB_RUN" --resume=auto
 python -m scripts.chat_sft --model_tag=ittybitty --run="$WANDB_RUN" --resume=auto
-python -m scripts.chat_eval -i sft -a all
-python -m scripts.chat_cli -p "Hello! What can you do?"
+python -m scripts.chat_eval -i sft --model_tag=ittybitty -a all
+python -m scripts.chat_cli --model_tag=ittybitty -p "Hello! What can you do?"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests whether an attention prior helps on a text: computes the prior from the training split, trains with and without it, and compares.
 #     bash runs/rap.sh                                                              on the Python files of Python's own library; about half an hour on two CPU cores
-#     bash runs/rap.sh --seeds 5 --steps 400 --data books=DIR:0.6 notes=DIR:0.4     on your own text, with 5 seeds (default 3) and 400 steps (600)
+#     bash runs/rap.sh --seeds 5 --steps 400 --data books=DIR:0.6 notes=DIR:0.4     on your own text, with 5 seeds and 400 steps (defaults: 3 and 600)
 # If interrupted, start it again and it continues. All results are in rap/ under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 here=$PWD
@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 repo=$PWD
 source runs/values.sh
 
-seeds=3 steps=600 data=()
+seeds=3 steps=600 data=() folder=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --seeds | --steps) declare "${1#--}=${2:-}"; shift $(($# > 1 ? 2 : 1)) ;;
@@ -24,7 +24,7 @@ for n in seeds steps; do
 done
 
 source runs/environment.sh
-cache="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+cache=$NANOCHAT_BASE_DIR
 mkdir -p "$cache/rap"
 cache=$(cd "$cache" && pwd)
 if [ ${#data[@]} = 0 ]; then
@@ -32,10 +32,12 @@ if [ ${#data[@]} = 0 ]; then
     data=("library=$cache/rap/library.jsonl")
 else
     cd "$here" # file names are relative to where the script was started
+    export PYTHONSAFEPATH=1 # this folder may hold a statistics.py, which must not be imported
+    ! relative "${data[@]}" || folder=$here
 fi
 
 source=(--data "${data[@]}")
-name="$(printf '%s\n' "${data[@]}" "$steps" | cksum | cut -d' ' -f1)" # a different text or length is a different comparison
+name="$(printf '%s\n' "${data[@]}" "$steps" ${folder:+"$folder"} | cksum | cut -d' ' -f1)" # a different text or length is a different comparison
 export NANOCHAT_BASE_DIR="$cache/rap/$name"
 [ -e "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || { say "tokenizer"; python -m scripts.tok_train --vocab_size=4096 "${source[@]}"; }
 prior="$NANOCHAT_BASE_DIR/rap_prior.safetensors"
@@ -44,7 +46,8 @@ if [ ! -e "$prior" ]; then
     python -m scripts.tok_data "${source[@]}"
     mix=() # the shares of the sources, as the generator takes them
     for one in "${data[@]}"; do [[ "$one" =~ ^([^=]+)=.*:([0-9.]+)(#.*)?$ ]] && mix+=("${BASH_REMATCH[1]}:${BASH_REMATCH[2]}"); done
-    python "$repo/dev/generate_rap_prior.py" --env "$cache/rap_env" --out "$prior" ${mix[@]:+--mix "${mix[@]}"}
+    # which imports what lies beside it
+    PYTHONPATH="$repo/dev:$PYTHONPATH" python "$repo/dev/generate_rap_prior.py" --env "$cache/rap_env" --out "$prior" ${mix[@]:+--mix "${mix[@]}"}
 fi
 
 say "training"

@@ -14,6 +14,18 @@ named() {
     return 1
 }
 
+# relative VALUE...: whether one of them names a file or folder by a path that begins at the current folder, and so means another elsewhere
+relative() {
+    local value
+    for value; do
+        case "$value" in
+            /* | *=/* | '~'* | *='~'*) ;;
+            *) ! named "$value" || return 0 ;;
+        esac
+    done
+    return 1
+}
+
 # sources VALUE: puts the sources of a value into the array `found`. Several in one value, as "a=DIR:1 b=DIR:2", are split at spaces,
 # unless the whole names something that exists.
 sources() {
@@ -59,7 +71,7 @@ planned_run() {
     # The plan is fixed at the first start with these flags, because later starts find a part of what it needs on the disk already
     local key
     key=$(printf '%s\n' "${flags[@]}" | cksum)
-    own="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/plan/$script-${key%% *}"
+    own="$NANOCHAT_BASE_DIR/plan/$script-${key%% *}"
     [ -e "$own.settled" ] || {
         settled=$(python -m scripts.plan day "${flags[@]}" --script="runs/$script" --shell) || exit
         mkdir -p "$(dirname "$own")"

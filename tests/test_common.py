@@ -59,10 +59,15 @@ def test_columns_is_a_markdown_table_with_figures_flush_right():
     ]
 
 
+class Refused(UserError):
+    status = 3
+
+
 @pytest.mark.parametrize(
     ("error", "status", "printed"),
     [
         (UserError("wrong: fix it"), 2, "error: wrong: fix it\n"),
+        (Refused("not now"), 3, "error: not now\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )
@@ -255,12 +260,12 @@ def test_every_print_goes_through_the_filter():
         (OSError(28, "No space left on device"), "cannot write a file .No space left on device.:"),
         (OSError(30, "Read-only file system", "x"), "cannot write x .Read-only .* NANOCHAT_BASE"),
         (OSError(122, "Disk quota exceeded", "x"), "cannot write x .Disk quota exceeded"),
-        (PermissionError(13, "Permission denied", "x"), "no permission for x: change its owner"),
-        (MemoryError(), "out of memory: choose a smaller model"),
-        (OSError(12, "Cannot allocate memory"), "out of memory: choose"),
-        (RuntimeError("[enforce fail] can't allocate memory: you tried"), "out of memory: choose"),
-        (RuntimeError("could not create a primitive"), "out of memory: choose"),
-        (RuntimeError("could not create a memory object"), "out of memory: choose"),
+        (PermissionError(13, "Permission denied", "x"), "no permission for x: allow it with"),
+        (MemoryError(), "out of memory: use a smaller model"),
+        (OSError(12, "Cannot allocate memory"), "out of memory: use"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried"), "out of memory: use"),
+        (RuntimeError("could not create a primitive"), "out of memory: use"),
+        (RuntimeError("could not create a memory object"), "out of memory: use"),
     ],
 )
 def test_what_a_machine_refuses_is_one_line_in_every_command(error, says, capsys):

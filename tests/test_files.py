@@ -40,6 +40,11 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     assert sha256_file(path).startswith("11507a0e2f5e69d5")
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    atomic_write(tmp_path / "a.txt", "caf\udce9")  # from the name of a file that is not UTF-8
+    assert (tmp_path / "a.txt").read_bytes() == b"caf?"
+
+
 def test_a_refused_write_keeps_the_old_file_and_says_what_to_do(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     atomic_write(path, "old")

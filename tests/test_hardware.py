@@ -170,7 +170,7 @@ def test_a_known_card_measures_close_to_its_peak():
     assert 0.5 < read_bandwidth(device) / (gpu.bandwidth * 1e9) < 1.05
 
 
-# --- memory of containers
+# --- memory and CPUs of containers
 
 GB = 2**30
 MACHINE = SimpleNamespace(total=64 * GB, available=50 * GB)
@@ -248,6 +248,40 @@ def test_systems_without_cgroups(tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: MACHINE)
     assert hardware.available_memory(tmp_path) == 50 * GB
     assert hardware.total_memory(tmp_path) == 64 * GB
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cpus"),
+    [
+        ("0::/", {}, 4),
+        ("0::/", {"cpu.max": "max 100000"}, 4),
+        ("0::/", {"cpu.max": "6400000 100000"}, 4),
+        ("0::/", {"cpu.max": "250000 100000"}, 2),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "100000 0"}, 4),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        (  # v1
+            "4:cpu,cpuacct:/docker/x\n0::/",
+            {
+                "cpu/docker/x/cpu.cfs_quota_us": 200000,
+                "cpu/docker/x/cpu.cfs_period_us": 100000,
+                "cpu/cpu.cfs_quota_us": -1,
+                "cpu/cpu.cfs_period_us": 100000,
+            },
+            2,
+        ),
+    ],
+)
+def test_the_cpus_of_a_container_count(tmp_path, monkeypatch, cgroup, files, cpus):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4), raising=False)
+    assert hardware.usable_cpus(machine(tmp_path, cgroup, **files)) == cpus
+
+
+def test_cpus_of_a_system_that_limits_no_process_to_some(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    assert hardware.usable_cpus(tmp_path) == 8
 
 
 def test_the_memory_of_this_machine():

@@ -1,5 +1,6 @@
 """logbook: rows survive a kill, a restart supersedes rows, a failing tracker never stops a run."""
 
+import io
 import json
 import math
 import resource
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat.base import logbook
 from nanochat.base.common import UserError
-from nanochat.base.logbook import Logbook, newest, read
+from nanochat.base.logbook import Logbook, add, newest, read
 
 
 def test_rows_come_back(tmp_path):
@@ -109,6 +111,30 @@ def test_a_torn_last_line_is_ignored_and_removed_on_reopening(tmp_path):
             book.log(step=9, loss=9.0)
         assert [r["step"] for r in read(tmp_path)] == [*want, 9], cut
         assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_a_row_that_another_process_appends_as_the_file_is_opened_stays(tmp_path, monkeypatch):
+    with Logbook(tmp_path) as book:
+        book.log(step=1, loss=1.0)
+
+    class Racing(io.FileIO):
+        def read(self, *size):
+            before = super().read(*size)
+            with open(self.name, "ab") as other:
+                other.write(b'{"kind": "eval", "step": 1}\n')
+            return before
+
+    monkeypatch.setattr(logbook, "open", lambda path, *_, **__: Racing(path, "a+"), raising=False)
+    with Logbook(tmp_path) as book:
+        book.log(step=2, loss=1.0)
+    assert [row["kind"] for row in read(tmp_path)] == ["train", "eval", "train"]
+
+
+def test_names_that_are_not_utf8_come_back(tmp_path):
+    names = ["caf\udce9.txt", "café 🙂"]
+    Logbook(tmp_path, config={"data": names}, step=0).close()
+    assert read(tmp_path)[0]["config"]["data"] == names
+    assert "café 🙂" in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
 
 
 def test_rows_survive_kill_9(tmp_path):
@@ -293,3 +319,9 @@ def test_the_last_step_of_metrics_that_are_being_written(tmp_path, text, step):
     (tmp_path / "metrics.jsonl").write_text(text)
     assert newest(tmp_path, "train").get("step") == step
     assert newest(tmp_path / "missing", "train") == {}
+
+
+def test_a_result_that_cannot_be_stored_is_a_notice(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    add(tmp_path, 3, "chat_eval", accuracy=0.5)
+    assert "the result of chat_eval was not stored: cannot write" in capsys.readouterr().err

@@ -288,6 +288,7 @@ def test_a_script_for_eight_cards_stops_where_there_are_fewer(monkeypatch):
         ([], "give --hours or --minutes"),
         (["--hours=1", "--gpu=rtx3060", "--depth=40"], "RTX 3060 has too little memory"),
         (["--hours=1", "--data", "nowhere"], "nowhere does not exist"),
+        (["--hours=1", "--data", "caf\udce9"], r"name .caf.udce9., which is not UTF-8: rename"),
         (["--hours=1", "--dtype=float32"], "known in bfloat16, not in float32: leave --dtype out"),
         (["--hours=1", "--device_type=cpu"], "--device_type=cpu has no effect beside --gpu"),
         (["--hours=1", "--total_batch_size=500000"], "not a whole number of rows"),

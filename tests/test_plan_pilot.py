@@ -1,6 +1,7 @@
 """The pilot: a recipe is tried for a short time, corrected and judged."""
 
 import json
+import sys
 
 import pytest
 import tiny
@@ -70,9 +71,29 @@ def test_a_pilot_too_short_is_refused_with_the_minutes_that_would_do(planned, mo
     monkeypatch.setattr(pilot, "train", lambda *a: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"too few to say anything: give at least --minutes=") as e:
         run_pilot("--minutes=0.2")
+    assert e.value.status == 3, "so that a script can go on without it"
     least = float(str(e.value).split("--minutes=")[1].split(",")[0])
     with pytest.raises(pytest.fail.Exception, match="trained"):
         run_pilot(f"--minutes={least}")
+
+
+@pytest.mark.parametrize(("steps", "end"), [(1, 3.0), (64, None)])
+def test_a_pilot_from_which_nothing_follows_is_refused(planned, monkeypatch, steps, end):
+    """Of a machine that is far slower than planned, or without validation text."""
+    made = {"steps": steps, "tokens": 0, "tok_per_sec": 0.0, "final_bpb": end}
+    monkeypatch.setattr(pilot, "short_run", lambda *a: {**made, "peak_memory_bytes": 1})
+    before = planned.read_text()
+    with pytest.raises(UserError, match=r"too few to say anything|no bits per byte") as e:
+        run_pilot("--minutes=2")
+    assert e.value.status == 3 and planned.read_text() == before
+
+
+def test_a_pilot_that_fails_is_no_refusal(monkeypatch):
+    failing = {"args": [sys.executable, "-c", "raise SystemExit(2)"]}
+    monkeypatch.setattr(pilot, "module_process", lambda *a: failing)
+    with pytest.raises(UserError, match="the pilot failed with exit status 2") as e:
+        pilot.train([])
+    assert e.value.status == 2
 
 
 def test_a_recipe_is_tried_and_corrected(planned, tmp_path, monkeypatch, capsys):
@@ -106,5 +127,11 @@ def test_a_recipe_is_tried_and_corrected(planned, tmp_path, monkeypatch, capsys)
     assert checkpoint.list_checkpoints(directory) == [] and logbook.read(directory), (
         "the weights go, the figures stay"
     )
-    pilot.short_run(planned, calls[0][-2:])
+    file = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[len(rows) // 2 :]:
+        row["seconds"] = row.get("seconds", 0.0) + 1000
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = pilot.short_run(planned, calls[0][-2:])
     assert len(calls) == 1, "the same pilot is not trained twice"
+    assert again["tok_per_sec"] == run["tok_per_sec"], "what lies between its steps does not count"

@@ -1,6 +1,7 @@
 """The probe and the model of speed: points are predicted, running out of memory is a result, stored points stay."""
 
 import json
+import re
 import subprocess
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -356,6 +357,35 @@ def test_a_grid(lab, tmp_path, capsys):
     probed(*words, "--depths", "4", "5", "--device_batches", "8")
     assert lab == [(5, 512, 8), (5, 512, 32), (5, 512, 64)] * 2
     assert len(machine.load(tmp_path / "plan" / "probe.json").points) == 7
+
+
+@pytest.mark.parametrize(("threads", "valid"), [(2, True), (16, False), (None, True)])
+def test_a_probe_counts_on_as_many_threads_and_hides_nothing(
+    lab, tmp_path, monkeypatch, threads, valid
+):
+    """That of an earlier version does not say its threads, and counts."""
+    words = ["--depths=4", "--device_batches=8", "--vocab=4096", "--minutes=20"]
+    words += ["--total_batch_size=65536", "--compile=off"]
+    monkeypatch.setitem(HERE, "threads", threads or 0)
+    probed(*words)
+    file = tmp_path / "plan" / "probe.json"
+    if threads is None:
+        file.write_text(re.sub(r',\s*"threads": 0', "", file.read_text()))
+    now = {"threads": 2, "compiler": False}
+    for name, value in now.items():
+        monkeypatch.setitem(HERE, name, value)
+    here = machine.here("auto", "auto")
+    assert {name: getattr(here, name) for name in now} == now and bool(here.points) == valid
+    lab.clear()
+    probed(*words)
+    assert bool(lab) != valid
+    assert len(machine.load(file).points) == 1, "those of other threads do not count"
+
+
+def test_the_points_of_a_mac_are_not_those_of_its_cpu(lab, monkeypatch):
+    probed("--depths=4", "--device_batches=8", "--vocab=4096", "--minutes=20")
+    monkeypatch.setitem(HERE, "device_type", "mps")
+    assert not machine.here("auto", "auto").points
 
 
 def test_the_grid_follows_the_budget(lab):

@@ -5,6 +5,7 @@ change no number. A stand-in for Python records each command line; nothing is tr
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,10 +15,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDER = f"""#!{sys.executable}
+RECORDER = f"""#!{sys.executable} -SE
 import json, os, sys
+if sys.argv[1] == "-V":
+    print("Python 3.11.2")
+    sys.exit()
+if not os.path.isdir("runs") and not os.environ.get("PYTHONSAFEPATH"):
+    sys.exit("it would import from the folder of the user")
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1].endswith(".py") and os.environ.get("PYTHONSAFEPATH"):
+    if os.path.dirname(sys.argv[1]) not in os.environ["PYTHONPATH"].split(":"):
+        sys.exit("it would not find the modules beside it")
 if sys.argv[2].startswith(("scripts", "nanochat")):  # as Python finds it: here, or on the path
     module = sys.argv[2].replace(".", "/") + ".py"
     folders = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(":")]
@@ -29,6 +38,8 @@ if "--shell" in sys.argv:
     web = "--data" not in sys.argv or "fineweb-edu" in sys.argv
     print("shards=7\\nvocab=900\\nrows=5\\nweb=" + web * "fineweb-edu:7" + "\\ntext=fineweb-edu")
     sys.exit(2 if os.environ.get("REFUSE") else 0)
+if sys.argv[3:4] == ["pilot"]:
+    sys.exit(int(os.environ.get("PILOT", 0)))
 """
 ODD = ["my texts", "First Last's", 'say "hi"', "two\nlines", "täxte", "a:b", "$HOME", "*", "a;b&c"]
 
@@ -46,8 +57,9 @@ def checkout(tmp_path):
             shutil.copy(ROOT / f"nanochat/{name}.py", repo / "nanochat")
         shutil.copy(ROOT / "pyproject.toml", repo)
         (repo / ".venv/bin").mkdir(parents=True)
-        described = [ROOT / "pyproject.toml", ROOT / "runs/constraints.txt"]
-        (repo / ".venv/installed").write_text("".join(file.read_text() for file in described))
+        files = [ROOT / "pyproject.toml", ROOT / "runs/constraints.txt"]
+        described = "".join(file.read_text() for file in files)
+        (repo / ".venv/installed").write_text(described + "Python 3.11\n")
         (repo / ".venv/bin/activate").write_text(
             f"export PATH={shlex.quote(str(repo))}/.venv/bin:$PATH\n"
         )
@@ -63,7 +75,7 @@ def run(script, *words, base, cwd=None, status=0, **environment):
     """-> the command lines that a script gave, by the last word of their module or their subcommand."""
     record = Path(base) / "record"
     record.parent.mkdir(parents=True, exist_ok=True)
-    others = "LC_", "LANG", "PYTHONPATH"
+    others = "LC_", "LANG", "PYTHONPATH", "PYTHONSAFEPATH"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     variables = {"NANOCHAT_BASE_DIR": str(base), "RECORD": str(record), **environment}
     done = subprocess.run(
@@ -154,12 +166,25 @@ def test_words_that_shlex_reads_back(name):
     assert shlex.split(done.stdout) == [name, name]
 
 
-@pytest.mark.parametrize("name", ["run of mine", "it's", 'a"b'])
+@pytest.mark.parametrize("name", ['it\'s "a" run'])
 @pytest.mark.parametrize("script", ["ittybitty.sh", "speedrun.sh", "run1000.sh"])
 def test_the_name_of_a_run_arrives_whole(checkout, tmp_path, script, name):
     made = run(checkout(name) / "runs" / script, base=tmp_path / "base", WANDB_RUN=name)
     for command in ("base_train", "mid_train", "chat_sft"):
         assert f"--run={name}" in made[command]
+
+
+@pytest.mark.parametrize(
+    ("script", "tag"),
+    [("ittybitty", "ittybitty"), ("speedrun", "speedrun-d20"), ("run1000", "run1000-d32")],
+)
+def test_a_script_takes_its_own_models_in_all_stages(checkout, tmp_path, script, tag):
+    """And never goes on with another run of base_train, whose tag is d20 by default."""
+    made = run(checkout() / f"runs/{script}.sh", base=tmp_path / "b")
+    trains = ["base_train", "mid_train", "chat_sft"]
+    for command in [*trains, "base_loss", "base_eval", "chat_eval", "chat_cli"]:
+        assert f"--model_tag={tag}" in made[command], command
+    assert script == "ittybitty" or tag in made["report"]
 
 
 LONG = ["one_day.sh", "english_chat.sh", "ittybitty.sh", "speedrun.sh", "run1000.sh"]
@@ -199,6 +224,24 @@ def test_a_plan_that_does_not_suffice_stops_before_anything_starts(
         assert "--device_batch_size=5" in again["base_train"], "what the plan found to fit"
 
 
+@pytest.mark.parametrize(("status", "goes_on"), [(0, True), (3, True), (2, False), (130, False)])
+def test_a_day_goes_on_without_a_pilot_only_if_that_was_refused(
+    checkout, tmp_path, status, goes_on
+):
+    script, base = checkout() / "runs/one_day.sh", tmp_path / "b"
+    ends = 0 if goes_on else status
+    made = run(script, "--minutes", "30", base=base, status=ends, PILOT=str(status))
+    assert ("base_train" in made) == goes_on
+    assert (base / "day/30-minutes/pilot.done").exists() == goes_on
+
+
+@pytest.mark.parametrize("target", ["", "0,9", "low", "-1"])
+def test_a_target_is_a_number(checkout, tmp_path, target):
+    command = ["bash", str(checkout() / "runs/one_day.sh"), "--dry_run", f"--target={target}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"(got '{target}')" in done.stderr
+
+
 def test_a_slow_machine_gets_shorter_stages(checkout, tmp_path):
     script = checkout() / "runs/one_day.sh"
     flag = "--max_minutes=1.5"
@@ -211,10 +254,36 @@ def test_a_slow_machine_gets_shorter_stages(checkout, tmp_path):
     assert file.endswith("recipe.toml") and stage == "evaluation" and 500 < int(left) <= 600
 
 
-def test_a_model_for_llama_cpp_is_planned_as_one(checkout, tmp_path):
-    words = ["--minutes", "30", "--lookback", "off"]
+@pytest.mark.parametrize(
+    ("flag", "value", "others"),
+    [("--lookback", "off", []), ("--device_type", "cpu", ["base_eval", "chat_eval"])],
+)
+def test_what_a_plan_decides_is_told_to_every_part(checkout, tmp_path, flag, value, others):
+    made = run(checkout() / "runs/one_day.sh", "--minutes", "30", flag, value, base=tmp_path / "b")
+    for name in ("day", "probe", "recipe", *others):
+        assert values(made[name], flag)[:1] == [value]
+
+
+@pytest.mark.parametrize("words", [["--device_type", "cpu"], ["--device_type=cpu"]])
+def test_a_quickstart_takes_the_device(checkout, tmp_path, words):
+    made = run(checkout() / "runs/quickstart.sh", *words, base=tmp_path / "b")
+    assert "--device_type=cpu" in made["quickstart"]
+
+
+@pytest.mark.parametrize(
+    ("data", "asked"),
+    [
+        (["tinyworld"], "tinyworld"),
+        (["tinyworld:1"], "tinyworld"),
+        (["tinyworld@5:0.5", "more=tinyworld@5:0.5"], "tinyworld"),
+        (["tinyworld:0.5", "a=x:0.5"], "ARC-Easy"),
+        (["tinyworlds"], "ARC-Easy"),
+    ],
+)
+def test_a_model_of_the_embedded_corpus_is_asked_about_that(checkout, tmp_path, data, asked):
+    words = ["--minutes", "10", "--data", *data]
     made = run(checkout() / "runs/one_day.sh", *words, base=tmp_path / "b")
-    assert all(values(made[name], "--lookback") == ["off"] for name in ("day", "probe", "recipe"))
+    assert made["chat_eval"][made["chat_eval"].index("-a") + 1] == asked
 
 
 def test_a_plan_knows_the_conversations(checkout, tmp_path):
@@ -286,6 +355,8 @@ def test_numbers_have_a_point_in_every_language(checkout, tmp_path, locale, vari
     unset, numeric, characters = done.stdout.split()
     assert (unset, numeric) == ("none", "C")
     assert characters == (locale if locale and variable != "LC_NUMERIC" else "C")
+    if (variable, locale) != ("LC_ALL", "de_DE.UTF-8"):  # the others would show the same
+        return
     made = run(
         repo / "runs/one_day.sh", "--minutes", "10", base=tmp_path / "b", **{variable: locale}
     )
@@ -301,11 +372,53 @@ def test_no_script_counts_with_awk_or_splits_words(script):
     assert not [n for n in text.split("awk")[1:] if "%" in n.splitlines()[0]], "LC_NUMERIC"
 
 
+NEWER = {  # than bash 3.2, which macOS has
+    "extended patterns": r"[?@+*!]\(",
+    "upper and lower case": r"\$\{\w+(\[.\])?[,^]",
+    "other expansions": r"\$\{\w+(\[.\])?@[A-Za-z]\}|\$\{!\w+[@*]\}",
+    "counted from the end": r"\$\{\w+:[^}=+?-][^}]*:\s*-|\[-\d+\]",
+    "dictionaries and references": r"\b(declare|local|typeset) -[a-z]*[Agn]",
+    "commands": r"\b(mapfile|readarray|coproc|compopt|wait -n)\b|\[\[? -v\b",
+    "redirections": r"&>>|\|&|;;?&",
+}
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*/*.sh")), ids=lambda p: p.name)
+def test_the_bash_of_a_mac_runs_a_script(script):
+    """It reads a line only when it comes to it, which may be after days of training."""
+    text = re.sub(r"(^|\s)#.*", "", script.read_text(encoding="utf-8"))
+    lines = [line for line in text.splitlines() if "=~" not in line]  # regular expressions
+    for name, form in NEWER.items():
+        assert not [line for line in lines if re.search(form, line)], name
+
+
+NEWER_CODE = """
+[[ $a == b?(@*) ]]
+case $a in @(b|c)) ;; esac
+echo ${a,,}
+echo ${a@Q}
+echo ${!a@}
+echo ${a:0:-1}
+echo ${a[-1]}
+declare -A a
+local -n a=$1
+mapfile -t a
+[ -v a ]
+a &>>b
+a |& b
+"""
+
+
+@pytest.mark.parametrize("line", NEWER_CODE.strip().splitlines())
+def test_newer_bash_is_recognised(line):
+    assert any(re.search(form, line) for form in NEWER.values())
+
+
 def test_the_installation_takes_pinned_packages_and_their_hashes(checkout, tmp_path):
     repo, record = checkout(), tmp_path / "record"
     installed = repo / ".venv/installed"
     wanted = installed.read_text()
-    installed.write_text("older")
+    installed.write_text(wanted.replace("\nPython 3.11\n", "\nPython 3.10\n"))
     uv = repo / ".venv/bin/uv"
     uv.write_text("#!/bin/sh\nexit 1\n")  # so that pip installs
     uv.chmod(0o755)
@@ -339,6 +452,40 @@ def test_a_run_of_a_day_refuses_other_flags(checkout, tmp_path):
     assert "a=x:1" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["rap.sh", "one_day.sh"])
+def test_the_same_words_in_another_folder_are_another_text(checkout, tmp_path, script):
+    repo, base = checkout(), tmp_path / "base"
+    for name in ("a", "b"):
+        (tmp_path / name / "texts").mkdir(parents=True)
+
+    def started_in(name, source, **more):
+        words = ["--minutes", "10"] if script == "one_day.sh" else []
+        file, here = repo / "runs" / script, tmp_path / name
+        return run(file, *words, "--data", source, base=base, cwd=here, **more)
+
+    def prior_of(name, source):
+        return values(started_in(name, source)[f"{repo}/dev/generate_rap_prior.py"], "--out")
+
+    if script == "one_day.sh":
+        started_in("a", "own=texts")
+        started_in("a", "own=texts")
+        started_in("b", "own=texts", status=2)
+    else:
+        assert prior_of("a", "own=texts") != prior_of("b", "own=texts")
+        whole = f"own={tmp_path}/a/texts"
+        assert prior_of("a", whole) == prior_of("b", whole)
+
+
+@pytest.mark.parametrize(
+    ("script", "folder"), [("one_day.sh", "day"), ("rap.sh", "rap"), ("ittybitty.sh", "plan")]
+)
+def test_a_quoted_tilde_in_the_base_folder_is_the_home_folder(checkout, tmp_path, script, folder):
+    words = {"one_day.sh": ["--minutes", "10"]}.get(script, [])
+    home, file = tmp_path / "home", checkout() / "runs" / script
+    run(file, *words, base=home, NANOCHAT_BASE_DIR="~/my data")
+    assert (home / "my data" / folder).is_dir()
+
+
 def test_conversations_are_looked_at_before_the_clock_starts(checkout, tmp_path):
     script = checkout() / "runs/one_day.sh"
     made = run(script, "--minutes", "10", "--conversations", "c=z:1", base=tmp_path / "b")
@@ -356,13 +503,24 @@ def test_a_script_trains_its_own_tokenizer_whatever_is_there(checkout, tmp_path,
     assert "tok_train" in run(checkout() / "runs" / script, *words_of(script), base=base)
 
 
-def test_a_checkout_that_was_moved_gets_a_new_environment(checkout, tmp_path):
+@pytest.mark.parametrize("change", ["moved", "another Python", "no Python"])
+def test_an_environment_that_no_longer_fits_is_made_anew(checkout, tmp_path, change):
+    """The checkout was moved, or the system has replaced or removed its Python."""
     repo = checkout()
+    python, library = repo / ".venv/bin/python", repo / ".venv/lib/python3.11"
+    library.mkdir(parents=True)
+    (repo / ".venv/pyvenv.cfg").touch()
     run(repo / "runs/one_day.sh", "--minutes", "10", "--dry_run", base=tmp_path / "b")
     (repo / ".venv" / "mark").touch()
     run(repo / "runs/one_day.sh", "--minutes", "10", "--dry_run", base=tmp_path / "b")
     assert (repo / ".venv" / "mark").exists()
-    (repo / ".venv" / "home").write_text("/somewhere/else\n")
+    if change == "moved":
+        (repo / ".venv" / "home").write_text("/somewhere/else\n")
+    elif change == "another Python":
+        library.rename(library.with_name("python3.10"))
+    else:
+        python.unlink()
+        python.symlink_to(tmp_path / "gone")
     tools = tmp_path / "tools"  # without a Python that could make a new one
     tools.mkdir()
     for tool in ("bash", "cat", "rm", "dirname", "sed"):

@@ -23,6 +23,8 @@ class UserError(Exception):
     is never shown with a stack trace.
     """
 
+    status = 2  # exit status of the command
+
 
 class RankLost(UserError):
     """Another rank of the run has ended, so this one must end, too; it prints this if `aloud`."""
@@ -221,14 +223,14 @@ def explained(e: BaseException) -> UserError | None:
     """The UserError for lack of memory, disk space or permission; None for other exceptions."""
     if out_of_memory(e):
         return UserError(
-            "out of memory: choose a smaller model, a shorter context or smaller batches, or end "
-            "other programs"
+            "out of memory: use a smaller model, a shorter context or smaller batches (in "
+            "training, --device_batch_size), or end other programs"
         )
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return disk_error(e.filename or "a file", e)
     if isinstance(e, PermissionError) and e.filename:
         return UserError(
-            f"there is no permission for {e.filename}: change its owner or its mode, or choose "
+            f"there is no permission for {e.filename}: allow it with chmod or chown, or choose "
             "another file or folder"
         )
     return None
@@ -261,7 +263,7 @@ def entry(main: Callable[[], object]) -> None:
         if error is None:
             raise
         _print_error(error)
-        sys.exit(2)
+        sys.exit(error.status)
     finally:
         _flush()
         leaving = sys.exc_info()[1]

@@ -21,14 +21,15 @@ from nanochat.base.strangers import open_regular, read_json
 def atomic_write(path: Path | str, data: bytes | str) -> None:
     """
     Write `data` to a temporary file beside `path`, flush it to disk and rename it, so that a reader
-    sees the old file or the new one but never a partial one. Raises UserError if the disk refuses.
+    sees the old file or the new one but never a partial one. What UTF-8 cannot hold becomes "?".
+    Raises UserError if the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(data.encode("utf-8") if isinstance(data, str) else data)
+            f.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)

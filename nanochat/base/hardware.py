@@ -179,6 +179,17 @@ def faster_dtype(device: "torch.device") -> "torch.dtype":
     return torch.bfloat16 if half >= 1.2 * full else torch.float32
 
 
+def usable_cpus(root: Path = Path("/")) -> int:
+    """
+    How many CPUs this process can keep busy: those that it may run on, or fewer if its container or
+    service has a quota of CPU time (cgroup v2 and v1).
+    """
+    allowed = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        allowed = len(os.sched_getaffinity(0))
+    return max(1, int(min([allowed, *_cpu_quotas(root)])))
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """
     Bytes of main memory that this process can still allocate: what the machine has available, but
@@ -226,27 +237,39 @@ def limit_memory(ranks: int = 1, root: Path = Path("/")) -> None:
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, bytes in use) of each cgroup above this process that has a limit."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers not in ("", "memory"):
-            continue
-        mount = root / "sys/fs/cgroup" / controllers
-        limit_file, used_file = "memory.max", "memory.current"
-        if controllers:  # cgroup v1
-            limit_file, used_file = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        # In a container, this may be the path on the host, of which only the top is visible
-        folder = mount / path.lstrip("/")
-        for level in (folder, *folder.parents):
-            if not level.is_relative_to(mount):
-                break
-            limit = _figure(level / limit_file)
+    for level in _cgroups(root, "memory"):
+        for names in ("max", "current"), ("limit_in_bytes", "usage_in_bytes"):  # of v2 and of v1
+            limit, used = (_figure(level / f"memory.{name}") for name in names)
             if limit is None:
                 continue
             # Page cache can be freed; in v1, its last line includes lower levels
             statistics = _text(level / "memory.stat")
             cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.M)
-            used = (_figure(level / used_file) or 0) - int([0, *cached][-1])
-            yield limit, max(0, used)
+            yield limit, max(0, (used or 0) - int([0, *cached][-1]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """How many CPUs each cgroup above this process may keep busy, for those that have a quota."""
+    for level in _cgroups(root, "cpu"):
+        # v2 has the quota and its period in one file, v1 in two
+        texts = [_text(level / f"cpu.{name}") for name in ("max", "cfs_quota_us", "cfs_period_us")]
+        if quota := re.fullmatch(r"\s*(\d+)\s+([1-9]\d*)\s*", " ".join(texts)):
+            yield int(quota[1]) / int(quota[2])
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """The folder of each cgroup above this process in which `controller` may have a limit."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):  # v1 has a tree for each
+            continue
+        mount = root / "sys/fs/cgroup" / (controllers and controller)  # v1 has links with this name
+        # In a container, this may be the path on the host, of which only the top is visible
+        folder = mount / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            if not level.is_relative_to(mount):
+                break
+            yield level
 
 
 def _text(path: Path) -> str:

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import shlex
 import sys
 import typing
 from collections import deque
@@ -255,11 +256,15 @@ def _read_toml(file: str) -> dict[str, Any]:
     try:
         return read_toml(user_path(file))
     except FileNotFoundError:
-        raise UserError(f"there is no recipe file {file}") from None
+        raise UserError(
+            f"there is no recipe file {file}: check the path given to --recipe"
+        ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read the recipe file {file} ({e})") from None
     except ValueError as e:
-        raise UserError(f"the recipe file {file} is not valid TOML: {e}") from None
+        raise UserError(
+            f"the recipe file {file} is not valid TOML ({e}): correct it there"
+        ) from None
 
 
 def _read_recipe(knobs: Mapping[str, _Knob], file: str, table: str) -> dict[str, Any]:
@@ -367,7 +372,7 @@ def show(values: Any, origins: Mapping[str, str]) -> str:
 def as_typed(value: Any) -> str:
     """A value as a person would type it after its flag."""
     if isinstance(value, tuple | list):
-        return " ".join(map(as_typed, value))
+        return " ".join(shlex.quote(as_typed(one)) for one in value)
     if isinstance(value, float):
         return f"{value:.10g}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
@@ -407,6 +412,7 @@ def _explain(section: Any, knob: _Knob) -> None:
     """Add a knob to a section of the help."""
     flag = f"--[no-]{knob.name}" if knob.kind is bool else f"--{knob.name}"
     names = f"{knob.meta['alias']}, {flag}" if knob.meta["alias"] else flag
-    default = f" [{as_typed(knob.default)}]" if knob.default not in ("", ()) else ""
+    told = knob.default in ("", ()) or "(default:" in knob.meta["help"]
+    default = "" if told else f" [{as_typed(knob.default)}]"
     text = (knob.meta["help"] + default).strip().replace("%", "%%")
     section.add_argument(names, dest=knob.name, metavar=knob.metavar, help=text)

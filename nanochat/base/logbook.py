@@ -7,7 +7,7 @@ Logging never stops training: the failure of a tracker or disk is reported once.
 Only rank 0 logs. Numbers that JSON cannot hold (NaN, infinities) are stored as null and repeated
 under "nonfinite"; `read` restores them.
 
-    {"kind": "start", "step": 0, "time": "2026-01-31T12:00:00", "run": "dummy", "config": {...}}
+    {"kind": "start", "step": 0, "time": "2026-01-31T12:00:00+01:00", "run": "dummy", ...}
     {"kind": "train", "step": 10, "loss": null, "lr_mult": 1.0, "nonfinite": {"loss": "nan"}}
 """
 
@@ -159,7 +159,7 @@ class Logbook(AbstractContextManager["Logbook"]):
         for name in sinks:
             self._trackers[name] = self._open_tracker(name, run_name, settings)
         if config is not None or step is not None:
-            now = datetime.now().isoformat(timespec="seconds")
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
             start = {
                 "kind": "start",
                 "step": step,
@@ -265,13 +265,21 @@ class Logbook(AbstractContextManager["Logbook"]):
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    """The row in JSON. Half a surrogate pair, as in a file name that is not UTF-8, is escaped."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:
-    """Drop what follows the last newline: the partial row of a killed run."""
+    """
+    Drop what follows the last newline: the partial row of a killed run. A whole file is left alone,
+    because another process may be appending a row to it.
+    """
     file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
+    rows = file.read()
+    end = rows.rfind(b"\n") + 1
+    if end < len(rows):
+        file.truncate(end)
     file.seek(0, os.SEEK_END)
 
 
@@ -299,9 +307,23 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): restore the file") from e
+        raise UserError(
+            f"cannot read {path} ({e.strerror}): restore the file, or move it away"
+        ) from e
     if left_out:
         notice(f"{path} has rows that no logbook writes ({left_out}): they are left out")
+
+
+def add(directory: Path, step: int, kind: str, **values: Any) -> None:
+    """
+    Append a row to the logbook of a finished run. If its folder cannot be written, a notice says
+    that the result is not stored.
+    """
+    try:
+        with Logbook(directory) as book:
+            book.log(step, kind, **values)
+    except UserError as e:
+        notice(f"the result of {kind} was not stored: {e}")
 
 
 def newest(directory: Path, kind: str) -> dict[str, Any]:

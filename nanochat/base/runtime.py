@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -263,19 +264,27 @@ def compiler_missing(device: torch.device) -> str:
     return "" if any(map(shutil.which, compilers)) else "there is no C++ compiler (install g++)"
 
 
+# Held while a CUDA graph is captured, which fails if another thread empties the cache meanwhile
+capturing = threading.RLock()
+
+
 def release_memory() -> None:
     """Return the blocks that an allocator, of an accelerator or glibc, holds but does not use."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with capturing:
+            torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 
 def halve_until_it_fits(
-    attempt: Callable[[int], T], rows: int, what: str = "a batch"
+    attempt: Callable[[int], T],
+    rows: int,
+    what: str = "a batch",
+    remedy: str = "use a smaller model, a shorter context or a device with more memory",
 ) -> tuple[T, int]:
     """
     Call `attempt(rows)`; when it runs out of memory, try again with half the rows. Returns the
@@ -290,10 +299,7 @@ def halve_until_it_fits(
             if not out_of_memory(e):
                 raise
             if rows == 1:
-                raise UserError(
-                    f"out of memory with {what} of 1 row: use a smaller model, a shorter "
-                    "--sequence_len or a device with more memory"
-                ) from e
+                raise UserError(f"out of memory with {what} of 1 row: {remedy}") from e
         # Here the exception is gone, and with it the traceback that kept the failed tensors alive.
         release_memory()
         notice(f"out of memory with {what} of {rows} rows: continuing with {rows // 2}")

@@ -31,15 +31,21 @@ def commands() -> dict[str, tuple[str, str]]:
     return {name: (f"nanochat.plan.{name}", summary(plan / f"{name}.py")) for name in SUBCOMMANDS}
 
 
-def exports_to(config: dict[str, Any]) -> str:
-    """What a model of this configuration can be exported to, in words."""
+def exports_to(config: dict[str, Any], here: bool) -> str:
+    """
+    What a model of this configuration can be exported to, in words; one that is trained `here` has
+    the tokenizer that is there, if that has as many tokens.
+    """
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.export.target import destinations
     from nanochat.model.config import GPTConfig
     from nanochat.train.scaling import digits_for
 
-    trained = (base_dir() / "tokenizer" / "tokenizer.json").exists()
-    digits = Tokenizer.load().digits if trained else digits_for(config["vocab_size"])
+    digits = digits_for(config["vocab_size"])
+    if here and (base_dir() / "tokenizer" / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load()
+        if tokenizer.vocab_size == config["vocab_size"]:
+            digits = tokenizer.digits
     return destinations(GPTConfig(**config), digits)
 
 
@@ -66,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report = module.run(values)
         planned = report if name == "arch" else report.get("primary", {})
         if "config" in planned:
-            report["exports"] = exports_to(planned["config"])
+            report["exports"] = exports_to(planned["config"], here=not values.gpu)
             print0(f"  {report['exports']}")
     if values.json:
         print0(json.dumps(report))

@@ -104,8 +104,8 @@ def speed_here(knobs: QuickstartKnobs) -> tuple[float, float]:
 
 def expectation(share: float) -> str:
     """What can be expected of a run with this share of the steps, as text to print."""
-    known = " and ".join(f"{accuracy:.0%} with {part:.0%} of them" for part, accuracy in LEARNED)
-    return f"{share:.0%} of the planned steps; right answers when it was measured: {known}"
+    known = ", ".join(f"{part:.0%} of the steps gave {accuracy:.0%}" for part, accuracy in LEARNED)
+    return f"{share:.0%} of the planned steps (right answers when it was measured: {known})"
 
 
 def budget(

@@ -244,11 +244,11 @@ def _fastest_rows(config: GPTConfig, batch: int, machine: Machine) -> int:
     Rows of a micro-batch: with as many tokens as the fastest that was probed (fewer where that
     costs under 2 %), else as are usual.
     """
-    T = config.sequence_len
+    T, own = config.sequence_len, batch // machine.gpus  # tokens of a step on each GPU
     if not machine.points:
-        return 1 << max(1, min(batch, MICRO_TOKENS[machine.device_type]) // T).bit_length() - 1
+        return 1 << max(1, min(own, MICRO_TOKENS[machine.device_type]) // T).bit_length() - 1
     probed = {p["rows"] * p["config"]["sequence_len"] // T for p in machine.points}
-    options = sorted(rows for rows in probed if 0 < rows * T <= batch) or [1]
+    options = sorted(rows for rows in probed if 0 < rows * T <= own) or [1]
     rates = {r: speed.tokens_per_second(config, r, T, batch, machine)[0] for r in options}
     return next(rows for rows, rate in rates.items() if rate >= 0.98 * max(rates.values()))
 

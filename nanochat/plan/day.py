@@ -11,7 +11,6 @@ comes as text, as HTML (--html) and as JSON (--json).
 """
 
 import math
-import os
 import re
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from nanochat.base.common import UserError, base_dir, columns, counted, duration, human, print0
+from nanochat.base.hardware import usable_cpus
 from nanochat.base.knobs import as_typed, knob, stored_values
 from nanochat.data.sources import SHARD_SETS, files, parse_sources
 from nanochat.model.config import ArchitectureKnobs
@@ -30,7 +30,7 @@ from nanochat.plan import machine, probe, speed
 from nanochat.plan.choice import TIE, Candidate, ChoiceKnobs, Plan, candidates
 from nanochat.plan.machine import GIB, CardKnobs, Machine
 from nanochat.plan.shapes import SizeKnobs, architecture, counts
-from nanochat.train.scaling import text_for
+from nanochat.train.scaling import batch_for, text_for
 
 SHARD_TEXT, SHARD_FILE = 250e6, 100e6  # bytes of text in a shard of web text, and of its file
 TASKS = 1e9  # bytes of the data sets of the later stages, about
@@ -95,8 +95,8 @@ class DayKnobs(PlanKnobs):
     html: str = knob("", "also write the page to this file")
     shell: bool = knob(
         False,
-        "print what is to be downloaded and the vocabulary for a shell, the page beside it; end "
-        "with an error if disk or text do not suffice",
+        "for scripts: print shell variables (downloads, vocabulary, rows) to standard output and "
+        "the page to standard error; fail if the machine is not enough",
     )
 
 
@@ -163,7 +163,7 @@ def needs(plan: Plan) -> dict[str, Any]:
         read += fresh
     shards = sum(web.values())
     tasks, downloaded = fetched(plan), SHARD_FILE * (shards + len(web))
-    cores = knobs.cores or (8 if knobs.gpu else os.cpu_count() or 1)
+    cores = knobs.cores or (8 if knobs.gpu else usable_cpus())
     watts = knobs.watts or plan.machine.gpus * plan.machine.watts + REST
     n = counts(chosen.config)
     return {
@@ -186,11 +186,22 @@ def needs(plan: Plan) -> dict[str, Any]:
     }
 
 
+def check_names(knobs: PlanKnobs) -> None:
+    """UserError for a name of a file that a recipe, which is UTF-8, cannot hold."""
+    for name in (*knobs.data, *knobs.conversations, knobs.task_dir):
+        if re.search(r"[\ud800-\udfff]", name):
+            raise UserError(
+                f"a recipe cannot hold the name {name!r}, which is not UTF-8: rename the file or "
+                "folder"
+            )
+
+
 def planned(knobs: Any, whole: bool = False) -> Plan:
     """
     What follows from the knobs by rule (machine, text, vocabulary, budget); `whole`: with the probe
     and the pilot of a run from the start.
     """
+    check_names(knobs)
     if not knobs.tokens:
         _ = knobs.stages  # a missing budget is refused before anything is measured
     elif knobs.budget:
@@ -207,17 +218,7 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
     vocabulary = knobs.vocabulary(flops, sum(size for _, size in sizes), elsewhere)
     knobs = replace(knobs, vocab=vocabulary)
     if knobs.tokens:
-        if knobs.lookback == "auto":  # base_train adds its parts by the budget, and here is none
-            knobs = replace(knobs, lookback="off")
-        knobs = replace(
-            knobs,
-            hours=1.0,
-            aspect_ratio=knobs.aspect_ratio or 64.0,
-            sequence_len=knobs.sequence_len or 2048,
-        )
-        for _ in range(9):  # the time follows from the tokens, and they a little from the time
-            (only,) = candidates(Plan(knobs, target))
-            knobs = replace(knobs, hours=knobs.hours * knobs.tokens / only.tokens)
+        knobs = with_hours(knobs, target)
     elif whole:
         probing = POINT * (12 if target.device_type == "cpu" else 72)
         knobs = replace(knobs, pilot=True, used=knobs.used or min(knobs.budget / 12, probing))
@@ -226,6 +227,24 @@ def planned(knobs: Any, whole: bool = False) -> Plan:
         fresh = Plan(replace(knobs, data=(generated_text(fresh),)), target)
         sizes = text_sizes(fresh.knobs.data)
     return replace(fresh, text=[(share, size / fresh.spelled) for share, size in sizes])
+
+
+def with_hours(knobs: Any, target: Machine) -> Any:
+    """The knobs with the hours that their tokens take, and with what else tokens set."""
+    if knobs.lookback == "auto":  # base_train adds its parts by the budget, and here is none
+        knobs = replace(knobs, lookback="off")
+    T = knobs.sequence_len or 2048
+    knobs = replace(
+        knobs,
+        hours=1.0,
+        aspect_ratio=knobs.aspect_ratio or 64.0,
+        sequence_len=T,
+        total_batch_size=knobs.total_batch_size or max(T, batch_for(knobs.tokens) // T * T),
+    )
+    for _ in range(9):  # the time follows from the tokens, and they a little from the time
+        (only,) = candidates(Plan(knobs, target))
+        knobs = replace(knobs, hours=knobs.hours * knobs.tokens / only.tokens)
+    return knobs
 
 
 def generated_text(fresh: Plan) -> str:
@@ -322,7 +341,7 @@ def gains(plan: Plan) -> list[Row]:
     contexts = ", then ".join(f"{T:,}" for _, T in c.contexts)
     size, fresh = counts(c.config)["total"], sum(fresh for _, fresh in plan.text)
     names = " ".join(", ".join(knobs.data).split())  # in one line
-    parts = "; it looks back, with parts that llama.cpp lacks (--lookback)"
+    parts = "; it has parts that look back, which llama.cpp cannot run (--lookback)"
     return rows_of(f"""\
 model | {human(size)} parameters in {counted(c.shape[0], "layers")} of width {c.shape[1]}; \
 predictions within {TIE:.0%} count as equal, and the usual shape, then the smallest, is taken\
@@ -393,12 +412,16 @@ def commands(plan: Plan, script: str) -> list[str]:
     if knobs.tokens:
         return [*lines, f"nanochat base_train {exact_flags(plan)} {data}"]
     names = [*vars(SizeKnobs()), "lookback", "pretrain", "total_batch_size", "device_batch_size"]
+    names.append("device_type")
     changed = [n for n in names if n != "vocab" and getattr(knobs, n) != getattr(DayKnobs, n)]
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in changed)
     unit, budget = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)
     length, minutes = f"--{unit} {budget:g}", round(knobs.budget / 60)
     given += f" --vocab {knobs.vocab} {sources}"
-    if {*changed} <= {"lookback"} and minutes >= 10:  # the script would choose the rest itself
+    if {*changed} <= {
+        "lookback",
+        "device_type",
+    } and minutes >= 10:  # the script would choose the rest itself
         rounded = f"--{unit} {budget:.0f}" if budget == int(budget) else f"--minutes {minutes}"
         whole = f"bash {script or 'runs/one_day.sh'} {rounded}{given}"
         lines.insert(0, f"{whole}    # all of it, or by steps:")
@@ -418,7 +441,7 @@ def exact_flags(plan: Plan) -> str:
     parts = architecture(chosen.config).items()
     flags = {
         **chosen.flags(plan.knobs.kv_ratio),
-        "num_iterations": chosen.steps,
+        "num_iterations": round(plan.knobs.tokens / chosen.total_batch_size),
         **{n: part for n, part in parts if part != getattr(ArchitectureKnobs, n)},
     }
     return " ".join(f"--{name}={as_typed(value)}" for name, value in flags.items())
@@ -472,7 +495,7 @@ def show(made: dict[str, Any]) -> None:
             print0(columns(made["models"][0], made["models"][1:]))
     print0(f"\n{SOURCES}\n\nCommands", *made["commands"], sep="\n  ")
     for fault in made["lacking"]:
-        print0(f"\nIt does not suffice: {fault}")
+        print0(f"\nThis machine is not enough: {fault}")
 
 
 def write_html(made: dict[str, Any], file: str) -> None:
@@ -481,7 +504,7 @@ def write_html(made: dict[str, Any], file: str) -> None:
 
     from nanochat.study.page import table, write_page
 
-    blocks = {"It does not suffice": "".join(f"<p>{escape(f)}</p>" for f in made["lacking"])}
+    blocks = {"This machine is not enough": "".join(f"<p>{escape(f)}</p>" for f in made["lacking"])}
     for head, rows in with_clock(made).items():
         lines = (
             f"<dt>{escape(what)}</dt><dd>{escape(figure)}<small>{escape(source)}</small></dd>"

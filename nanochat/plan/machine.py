@@ -79,6 +79,7 @@ class Machine:
     compiler: bool = True  # whether torch.compile works on it
     bandwidth: float = 0.0  # bytes per second of the memory, 0 if not known
     watts: float = 0.0  # rated board power, 0 if not known
+    threads: int = 0  # of a CPU, 0 if not known
     gpus: int = 1  # that train together
 
     def compiles(self, seconds: float, asked: str = "auto") -> bool:
@@ -127,8 +128,9 @@ def load(path: Path | str) -> Machine:
     try:
         file = read_json(user_path(path))
         found = Machine(**file["machine"])
-        own = {"name": found.name, "dtype": found.dtype}.items()
-        good = (p for p in file["points"] if own <= p.items() and "error" not in p)
+        own = {name: getattr(found, name) for name in ("name", "dtype", "threads")}.items()
+        points = ({"threads": found.threads} | p for p in file["points"])
+        good = (p for p in points if own <= p.items() and "error" not in p)
         return replace(found, points=tuple(good), source=f"measured, {path}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
@@ -139,8 +141,9 @@ def load(path: Path | str) -> Machine:
 
 def here(device_type: str, dtype: str) -> Machine:
     """
-    This machine: with the points of the probe in the base folder if it was measured here, else with
-    its peak, measured now. UserError if its device cannot be used.
+    This machine: measured now, with the points and the peak of the probe in the base folder if that
+    was made on this device with as many threads (those of earlier versions do not say). UserError
+    if the device cannot be used.
     """
     measured = in_process({"device_type": device_type, "dtype": dtype})
     if "error" in measured:
@@ -148,8 +151,12 @@ def here(device_type: str, dtype: str) -> Machine:
     this = Machine(**measured, source="a share of the peak measured here")
     if (file := plan_file("", "probe.json")).exists():
         probed = load(file)
-        if (probed.name, probed.dtype) == (this.name, this.dtype):
-            return replace(probed, memory_bytes=this.memory_bytes)
+        threads = probed.threads or this.threads
+        made_on = probed.name, probed.device_type, probed.dtype, threads
+        if made_on == (this.name, this.device_type, this.dtype, this.threads):
+            # With its peak, another probe has the same grid
+            same = {name: getattr(probed, name) for name in ("points", "source", "peak_flops")}
+            return replace(this, **same)
     return this
 
 

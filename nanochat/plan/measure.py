@@ -39,6 +39,7 @@ def measure_device(device_type: str, dtype: str) -> dict[str, Any]:
         "memory_bytes": memory,
         "peak_flops": hardware.measured_peak(device, runtime.dtype),
         "compiler": not compiler_missing(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
     }
 
 

@@ -8,7 +8,8 @@ While the learning rate is high, a loss lies above what the same tokens give onc
 fallen, so a curve that is cut short says too little. A pilot is therefore a short run with the
 recipe's whole schedule over its own length. Its speed and memory correct the machine, and its end
 moves the scaling law, whose shape says the rest, up or down for this text. Without --minutes a
-pilot takes an hour at most. A run too short to say anything is refused.
+pilot takes an hour at most. A run that can say nothing, because it is too short, is refused with
+exit status 3: the recipe stays as it is.
 """
 
 import hashlib
@@ -18,7 +19,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,21 @@ class PilotKnobs:
         0.0, "target bits per byte; the pilot predicts whether the budget reaches it", low=0
     )
     json: bool = knob(False, "print only JSON")
+
+
+class SaysNothing(UserError):
+    """A pilot from which nothing follows: runs/one_day.sh goes on with the recipe as it is."""
+
+    status = 3
+
+
+@contextmanager
+def refusals_say_nothing() -> Iterator[None]:
+    """The block plans. A plan that is refused, as when memory is short just now, says nothing."""
+    try:
+        yield
+    except UserError as e:
+        raise SaysNothing(str(e)) from None
 
 
 def read(name: str) -> tuple[Path, dict[str, Any], recipe.RecipeKnobs]:
@@ -110,7 +127,7 @@ def train(words: Sequence[str]) -> None:
 def short_run(file: Path, words: Sequence[str]) -> dict[str, Any]:
     """
     The record of a run of the recipe with these flags instead, trained unless it exists; its
-    tok_per_sec is that after the first step, which compiles.
+    tok_per_sec is that of its steps, without compiling, evaluating and opening it again.
     """
     from nanochat.study.records import record
 
@@ -122,9 +139,8 @@ def short_run(file: Path, words: Sequence[str]) -> dict[str, Any]:
         train(["--recipe", str(file), *run, "--sample_every=0", *words])
     for checkpoint in directory.glob("step_*"):
         shutil.rmtree(checkpoint)
-    rows = [r for r in logbook.read(directory) if r.get("kind") == "train"]
-    seconds, tokens = (rows[-1][name] - rows[0][name] for name in ("seconds", "tokens"))
-    return {**record(directory), "tok_per_sec": tokens / max(seconds, 1e-9)}
+    made = record(directory)
+    return {**made, "tok_per_sec": made["tokens"] / max(made["seconds"], 1e-9)}
 
 
 def verdict(target: float, bpb: tuple[float, float, float]) -> str:
@@ -139,8 +155,10 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     file, flags, asked = read(knobs.plan)
     # The context is the plan's own where the run does not grow it: memory may have shortened it
     size = SIZE if "context_stages" in flags else (*SIZE, "sequence_len")
-    plan = day.planned(replace(asked, **{name: flags[name] for name in size}))
-    planned, target, whole = plan.primary, plan.machine, asked.pretraining_seconds
+    with refusals_say_nothing():
+        plan = day.planned(replace(asked, **{name: flags[name] for name in size}))
+        planned = plan.primary
+    target, whole = plan.machine, asked.pretraining_seconds
     seconds = knobs.minutes * 60 or min(PILOT * whole, LONGEST_PILOT)
     compiled = target.compiles(whole)
     beside = OPENING + first_step(target, compiled)
@@ -148,7 +166,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     steps = (seconds * (1 - EVALUATING) - beside) / step
     if steps < FEWEST_STEPS:
         least = (FEWEST_STEPS * step + beside) / (1 - EVALUATING) / 60
-        raise UserError(
+        raise SaysNothing(
             f"{duration(seconds)} allow only {max(0, int(steps))} steps, too few to say anything: "
             f"give at least --minutes={math.ceil(10 * least) / 10:g}, or train with the recipe as "
             "it is"
@@ -157,8 +175,13 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     words = [f"--max_minutes={seconds / 60:g}", f"--compile={'on' if compiled else 'off'}"]
     made = short_run(file, words)
     end, peak = made["final_bpb"], made["peak_memory_bytes"]
+    if made["steps"] < FEWEST_STEPS / 4:
+        raise SaysNothing(
+            f"the pilot ended after {made['steps']} of {steps:,.0f} steps, too few to say "
+            "anything: give it more --minutes, or train with the recipe as it is"
+        )
     if end is None:
-        raise UserError(
+        raise SaysNothing(
             "the pilot has no bits per byte, because its validation text is empty: give more text "
             "with --data"
         )
@@ -170,7 +193,9 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     fresh = worth(made["tokens"], plan.text)
     moved = plan.law(planned.config).moved(planned.size, fresh, end)
     plan = replace(plan, knobs=asked, machine=target, moved=moved, kept=planned.shape)
-    chosen, written = plan.primary, recipe.write(plan)
+    with refusals_say_nothing():
+        chosen = plan.primary
+    written = recipe.write(plan)
     heads, *rows = day.model_rows(plan)
     print0(columns(heads, rows))
     same = chosen.shape == planned.shape

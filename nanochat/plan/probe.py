@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.base.common import columns, duration, notice, print0
@@ -79,6 +80,7 @@ def grid(knobs: ProbeKnobs, target: Machine, seconds: float) -> Iterator[Point]:
         yield {
             "name": target.name,
             "dtype": target.dtype,
+            "threads": target.threads,
             "compiled": target.compiles(seconds, knobs.compile),
             "config": asdict(config),
             "rows": rows,
@@ -94,11 +96,8 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
     began = time.monotonic()
     file = machine.plan_file(knobs.out, "probe.json")
     check_writable(file.parent)
-    stored: list[Point] = []
-    if file.exists():
-        machine.load(file)  # UserError if it is not a probe
-        stored = read_json(file)["points"]
     target = replace(machine.here(knobs.device_type, knobs.dtype), points=())
+    stored = _stored(file, target)
     seconds = knobs.budget or (1200 if target.device_type == "cpu" else 86_400)
     training, limit = PRETRAIN * seconds, knobs.limit_minutes * 60 or seconds / 12
     knobs = replace(knobs, vocab=knobs.vocabulary(speed.usual_flops(target, training)))
@@ -153,6 +152,18 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
         "left_out": left_out,
         "file": str(file),
     }
+
+
+def _stored(file: Path, target: Machine) -> list[Point]:
+    """
+    The points in a file, if there is one. Those of this machine by earlier versions do not say
+    their threads, and count as with as many. UserError if the file is not a probe's.
+    """
+    if not file.exists():
+        return []
+    machine.load(file)
+    points = read_json(file)["points"]
+    return [{"threads": target.threads, **p} if p["name"] == target.name else p for p in points]
 
 
 def _show(points: Sequence[Point], target: Machine) -> None:

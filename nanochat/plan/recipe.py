@@ -56,7 +56,9 @@ def tables(knobs: RecipeKnobs, candidate: Candidate) -> dict[str, dict[str, Any]
             stages[command] = {"warmdown_ratio": 1.0, scale: 0.5}
             given = {"data": knobs.conversations, "task_dir": knobs.task_dir}
             stages[command] |= {name: value for name, value in given.items() if value}
+    where = {name: getattr(knobs, name) for name in ("device_type", "dtype")}
     for command, flags in stages.items():
+        flags |= {name: value for name, value in where.items() if value != "auto"}
         flags["max_minutes"] = round(seconds[command] / 60, 3)
         if knobs.model_tag:
             flags["model_tag"] = knobs.model_tag
@@ -77,7 +79,8 @@ def write(plan: Plan) -> dict[str, Any]:
         ]
     atomic_write(out, "\n".join(lines) + "\n")
     whole = {
-        "knobs": asdict(knobs),
+        # A number of tokens has become a budget, and two would be refused
+        "knobs": {**asdict(knobs), "tokens": 0.0},
         "machine": plan.machine.stored(),
         "law": asdict(plan.law(plan.primary.config)),
         "recipe": str(out),
@@ -103,7 +106,7 @@ def replanned(file: str, stage: str, seconds_left: float) -> list[str]:
         return []
     notice(
         f"{duration(max(0.0, seconds_left))} are left for {stage} and what follows, "
-        f"{duration(needed)} were planned"
+        f"{duration(needed)} were planned: {stage} gets {share:.0%} of its planned time"
     )
     if stage == "evaluation":
         return ["-n", str(max(20, round(500 * share)))]

@@ -56,8 +56,8 @@ class OpenSizeKnobs(BudgetKnobs, LookbackKnobs, SizeKnobs):
     sequence_len: int = knob(0, "context length in tokens", low=0)
     softcap: float = knob(
         0.0,
-        "logits become softcap * tanh(logits / softcap); 0 = no cap, as GGUF needs; it costs "
-        "nothing at equal time",
+        "logits become softcap * tanh(logits / softcap); 0 = no cap, which GGUF needs; a "
+        "model trained for the same time is as good without one",
         low=0,
     )
 

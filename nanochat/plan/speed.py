@@ -36,16 +36,18 @@ class Speed(NamedTuple):
 
 def tokens_per_second(config: GPTConfig, rows: int, T: int, total: int, machine: Machine) -> Speed:
     """
-    Tokens per second of steps of `total` tokens in micro-batches of `rows` rows of T tokens: from
-    the points of the machine, else for a CUDA card from its roofline, else as a share of the peak.
+    Tokens per second of steps of `total` tokens in micro-batches of up to `rows` rows of T tokens:
+    from the points of the machine, else for a CUDA card from its roofline, else as a share of the
+    peak.
     """
+    own = T * -(-total // (T * machine.gpus))  # tokens of a step on the GPU with most rows
+    rows = min(rows, own // T)
     if machine.points:
         rate, error = interpolated(machine.points, config, rows, T)
         interval = math.exp(law.Z90 * error)
         rates = rate, rate / interval, rate * interval
     elif machine.device_type == "cuda":
-        own = max(rows * T, total // machine.gpus)
-        rate = machine.gpus * own / step_seconds(roofline(config, rows, T, own, machine))
+        rate = total / step_seconds(roofline(config, rows, T, own, machine))
         rates = rate, rate / DOUBT, rate * DOUBT
     else:
         shares = SHARES[machine.device_type]
