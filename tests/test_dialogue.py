@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 import zipfile
 
 import pytest
@@ -360,3 +361,36 @@ def test_a_dialogue_of_user_and_assistant_needs_nobody_of_that_name(tmp_path):
     for me in (None, "Ada"):
         rows = [row for _, row in conversations.read(path, Report(), me)]
         assert len(rows) == 2 and rows[0]["messages"][1]["content"] == "Hello!"
+
+
+def test_a_long_reply_is_joined_once():
+    line = "It was a quiet day, and nobody said a word about the boat that was gone by then."
+    lines = ["Q: Why?", "A: So.", *[line] * 80_000]
+    began = time.process_time()
+    ((question, answer),) = dialogue.chats_in_text("\n".join(lines))
+    assert question.text == "Why?" and answer.text == "\n".join(["So.", *lines[2:]])
+    assert time.process_time() - began < 5, "to copy it for each line takes far longer"
+
+
+def test_a_survey_of_other_rows_ends_early(tmp_path):
+    talk, others = json.dumps(ROWS["messages"]), ['{"post": {"body": "x"}}'] * 2000
+    path, report = tmp_path / "a.jsonl", Report(limit=9999)
+    put(path, "\n".join([*others, talk]))
+    assert conversations.survey(path, report) == {} and not report.problems
+    put(path, "\n".join([talk, *others]))
+    assert conversations.survey(path, report) == {"messages": 1} and len(report.problems) == 2000
+
+
+def test_a_survey_names_no_more_problems_than_its_report_may_have(tmp_path):
+    path, report = tmp_path / "a.jsonl", Report()
+    put(path, '{"messages": [{"role": "robot", "content": "x"}]}\n' * 3000)
+    assert conversations.survey(path, report) == {} and len(report.problems) < 1100
+
+
+def test_a_file_that_is_deleted_while_it_is_read(tmp_path):
+    path = put(tmp_path / "a.jsonl", json.dumps(ROWS["messages"]))
+    rows = conversations.read(path, Report())
+    next(rows)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        next(rows)

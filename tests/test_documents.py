@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.base.common import UserError
-from nanochat.data import documents
+from nanochat.data import documents, rows
 from nanochat.data.documents import cut
 
 
@@ -102,6 +102,16 @@ def test_errors_name_the_place(tmp_path):
             read(path)
     with pytest.raises(UserError, match="has no field nope, only text"):
         read(jsonl(path, [{"text": "a"}]), "nope")
+
+
+def test_json_that_is_too_long_to_be_read_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LONGEST_ROW", 100)
+    values = [{"text": f"text {i}"} for i in range(20)]
+    path = jsonl(tmp_path / "a.json", values)
+    assert len(read(path)) == 20
+    path.write_text(json.dumps(values, indent=1))
+    with pytest.raises(UserError, match=r"a\.json has more than 100 bytes .* to \.jsonl"):
+        read(path)
 
 
 def test_unreadable_parquet(tmp_path):

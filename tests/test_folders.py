@@ -319,3 +319,21 @@ def test_the_base_folder_within_the_texts_is_left_out(tmp_path, monkeypatch):
     found = find([tmp_path], "s", (*TEXT, *ROWS))
     assert [file.name for file in found.files] == ["a.txt"]
     assert found.reasons()["the base folder"] == 1
+
+
+def test_a_whole_export_of_telegram_is_found_behind_its_contacts(tmp_path):
+    contacts = [{"first_name": f"Friend {i}", "phone_number": "0" * 20} for i in range(2000)]
+    export = {"about": "x", "contacts": {"list": contacts}, "chats": {"list": []}}
+    put(tmp_path, "a.txt")
+    put(tmp_path, "result.json", text=json.dumps(export))
+    assert names(tmp_path)[0] == ["a.txt", "result.json"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize(("form", "mark"), [(".csv", ";"), (".tsv", "\t")])
+def test_tables_of_windows_are_found_in_a_folder(tmp_path, form, mark, encoding):
+    put(tmp_path, "a.txt")
+    for name, column in (("b", "Text"), ("c", "score")):
+        table = f"{column}{mark}id\r\nOne{mark}1\r\n"
+        (tmp_path / f"{name}{form}").write_bytes(table.encode(encoding))
+    assert names(tmp_path)[0] == ["a.txt", f"b{form}"]

@@ -106,6 +106,16 @@ def test_equal_and_nearly_equal_documents_are_removed(folder):
     assert sorted([*chain(*texts(folder))]) == sorted([*map(prose, range(30)), other])
 
 
+def test_equal_documents_are_removed_from_all_parts_of_a_source(folder, monkeypatch):
+    with zipfile.ZipFile(folder / "0.zip", "w") as archive:  # it is read first
+        archive.writestr("x.txt", prose(2))
+    (folder / "x.md").write_text(prose(0))
+    (folder / "y.jsonl").write_text("\n".join([json.dumps({"text": prose(50)})] * 2))
+    (folder / "z.md").write_text(prose(50))
+    monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1)
+    assert sorted([*chain(*texts(folder))]) == sorted(map(prose, [*range(30), 50]))
+
+
 def test_short_documents_are_removed_only_if_they_are_equal(tmp_path):
     rows = [f"the sum of {i} and 1 is {i + 1}" for i in range(100)] * 2
     path = tmp_path / "a.jsonl"
@@ -172,6 +182,29 @@ def test_conversations_alone(tmp_path):
         texts(path)
 
 
+def test_rows_whose_field_is_named_are_text_alone(tmp_path):
+    rows = [{"prompt": "Q", "response": "A", "post": {"body": prose(i)}} for i in range(9)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (both,) = take(path)
+    assert list(both.conversations.values()) == [{"prompt and response": 9}]
+    (named,) = take(f"{path}#post.body")
+    assert named.documents == 9 and not named.conversations and not named.conversation_problems
+
+
+def test_a_file_that_is_deleted_meanwhile_is_named(folder, monkeypatch):
+    real = inventory.find
+
+    def find_and_delete(*args):
+        found = real(*args)
+        (folder / "07.md").unlink()
+        return found
+
+    monkeypatch.setattr(inventory, "find", find_and_delete)
+    with pytest.raises(UserError, match=r"cannot read .*07\.md"):
+        take(folder)
+
+
 def test_what_is_long_odd_and_repeated(folder):
     (folder / "long.md").write_text(prose(500, 600))
     (folder / "odd.md").write_text("0101 #### " * 60)
@@ -219,7 +252,7 @@ def test_bad_rows_and_guesses_are_said(folder):
     )
     lines = "\n".join(inventory.as_lines(take(folder)))
     assert "rows that cannot be used: 1: " in lines and "rows.jsonl, line 2" in lines
-    assert "files read as CP1252, which is a guess: 1" in lines
+    assert "files read as CP1252 (guessed): 1" in lines
     with pytest.raises(UserError, match="--skip_bad_rows 1"):
         texts(folder)
 

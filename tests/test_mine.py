@@ -9,12 +9,16 @@ import random
 import re
 from collections import Counter
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 from nanochat.base.common import UserError
 from nanochat.base.logbook import Logbook
 from nanochat.commands import mid_train, mine
+from nanochat.data.feed import eval_batches
+from nanochat.data.shards import prepare
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import baselines, own_text
 from nanochat.eval.own_text import answer_lines, predictor_lines, sample_prompt
 from nanochat.eval.tasks import text_questions
@@ -223,6 +227,24 @@ def test_what_is_held_out_of_a_chat_is_in_no_conversation(tmp_path, monkeypatch)
     assert notes["conversation_bytes"] == len(own)
 
 
+def test_of_much_text_the_first_is_used_and_the_inventory_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "texts").mkdir()
+    for i in range(16):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(story(i, 40))
+    knobs = mine.MineKnobs(data=(str(tmp_path / "texts"),))
+    assert "are used" not in mine.read_all(knobs, tmp_path / "all")["inventory"][-1]
+    monkeypatch.setattr(mine, "MOST_CHARACTERS", 25_000)
+    for name in ("some", "again"):
+        notes = mine.read_all(knobs, tmp_path / name)
+        assert 25_000 <= notes["characters"] < 28_500
+        assert "only the first 25k characters" in notes["inventory"][-1]
+    everything, some, again = (
+        (tmp_path / name / "text.jsonl").read_text() for name in ("all", "some", "again")
+    )
+    assert some == again and everything.startswith(some) and len(everything) > len(some)
+
+
 @pytest.mark.parametrize("minutes", [10, 142])
 def test_a_model_of_own_text_looks_back(minutes, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
@@ -390,6 +412,51 @@ def test_the_longest_overlap_against_all_substrings():
         assert len(found.overlap) == longest and found.overlap in found.passage
         assert found.share == pytest.approx(longest / len(sample))
     assert longest_overlap("", "abc") == ("", 0.0, "")
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A source of 1,000 short documents."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    rows = [json.dumps({"text": f"{i}: {story(i, 2)}"}) for i in range(1000)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    return mine.own_source(tmp_path)
+
+
+def test_of_a_large_text_documents_from_all_of_it_are_searched(many, monkeypatch):
+    everything = own_text.documents(many, "train")
+    held_out = own_text.documents(many, "val")
+    size = sum(map(len, [*everything, *held_out]))
+    assert own_text.share_read(many) == 1 and len(everything) + len(held_out) == 1000
+    monkeypatch.setattr(own_text, "MOST_CHARACTERS", size // 10)
+    some = own_text.documents(many, "train")
+    assert sum(map(len, some)) == pytest.approx(size / 10, rel=0.1)
+    for start in range(0, 900, 100):
+        assert 5 <= len({*some} & {*everything[start : start + 100]}) <= 15
+    assert own_text.documents(many, "val") == held_out
+    sample = {"temperature": 1, "prompt": "A", "text": "B", "searched": own_text.share_read(many)}
+    sample |= longest_overlap("B", "ABC")._asdict()
+    assert "100% of it, looked for in 10% of the text)" in own_text.sample_lines([sample])[-1]
+    assert "looked for" not in own_text.sample_lines([{**sample, "searched": 1.0}])[-1]
+
+
+def test_all_predictors_get_the_same_held_out_text(many, monkeypatch):
+    tokenizer = Tokenizer.train([story(1, 50)], 300)
+    shards = prepare(many, "val", tokenizer)
+    read = []
+    monkeypatch.setattr(own_text, "ngram", lambda train, held_out: read.append(held_out) or 1.0)
+    monkeypatch.setattr(own_text, "compressors", lambda train, held_out: {})
+    for most in (shards.total, shards.total // 2):
+        monkeypatch.setattr(own_text, "MOST_TOKENS", most)
+        own_text.other_predictors(SimpleNamespace(tokenizer=tokenizer), many)
+        targets = [
+            batch.targets[batch.targets >= 0].numpy()
+            for batch in eval_batches(shards, rows_per_batch=4, sequence_len=64, max_tokens=most)
+        ]
+        n_bytes = sum(int(tokenizer.token_bytes()[t].sum()) for t in targets)
+        assert n_bytes == len(b"".join(read[-1].split(b"\n\n")))
+    assert read[0] == "\n\n".join(own_text.documents(many, "val")).encode()
+    assert len(read[1]) < 0.8 * len(read[0])
 
 
 def by_hand(train: bytes, asked: bytes, orders: int) -> float:

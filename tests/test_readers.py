@@ -245,6 +245,23 @@ READABLE = {
     "lists.jsonl": (b'\xef\xbb\xbf{"text": ["one", "two"]}\r\n\r\n{"text": "three"}\r\n', ["one\ntwo", "three"]),
     "x" * 251 + ".txt": (b"a long name", "a long name"),
     "$(touch x);%s.txt": (b"an odd name", "an odd name"),
+    "last.tar": (gzip.decompress(tar_of({"a.txt": b"one", "z.zip": zipped({"b.txt": "two"})})), ["one", "two"]),
+    "empty.xhtml": (b'<html><head><title/><script src="x.js"/></head><body><p>One</p></body></html>', "One"),
+    "empty.epub": (epub(['One<script src="x.js"/></p><style/><title/><p>Two']), "One\n\nTwo"),
+    "empty.odt": (odt("<text:tracked-changes/><text:p>One<text:line-break/>two</text:p>"), "One\ntwo"),
+    "second.epub": (epub(["One"], more={"OPS/toc.xml": '<!DOCTYPE ncx PUBLIC "-//NISO//DTD ncx 2005-1//EN" "http://x.org/ncx.dtd"><ncx/>'}), "One"),
+    "form.html": (b"<form><h1>Head</h1><label>Name <input></label><button>Go</button><p>One<br>two</form>", "Head\n\nOne\ntwo"),
+    "shapes.html": (b"<svg>" + b"<path/>" * 5000 + b"</svg><div/>One", "One"),
+    "quoted.html": (b"<script>$('<script/>')</script><p>One", "One"),
+    "endless.html": (b"<p>One</p><" + b"a" * 1_000_000, "One"),
+    "utf16.html": ('<meta charset="utf-16"><p>Größe'.encode(), "Größe"),
+    "latin1.html": ('<meta charset="iso-8859-1"><p>“Größe”'.encode("cp1252"), "“Größe”"),
+    "blocks.vtt": (
+        b"WEBVTT\nKind: captions\nLanguage: en\n\nSTYLE\n::cue { color: red }\n\nNOTE by Ada\nand Bob\n\n"
+        b"1\n00:01.000 --> 00:02.000\nNOTE it well.\n",
+        "NOTE it well.",
+    ),
+    "note.srt": (b"1\n00:00:01,000 --> 00:00:02,000\nNOTE the hour.\nSTYLE it.\n", "NOTE the hour.\nSTYLE it."),
 }  # fmt: skip
 ENCODED = {
     "koi8": "koi8-r",
@@ -267,6 +284,7 @@ MEMBERS = sum(
         "elsewhere.zip": 3,
         "names.zip": 2,
         "devices.tar": 1,
+        "last.tar": 3,
     }.values()
 )
 
@@ -335,7 +353,15 @@ HOSTILE = {
     "cut.zip": (zipped({"a.txt": STORY * 99})[:60], "cannot"),
     "laughs.docx": (docx(paragraph("&a11;"), LAUGHS), "declares XML entities"),
     "laughs.odt": (odt("<text:p>&a11;</text:p>", LAUGHS), "declares XML entities"),
-    "laughs.epub": (epub(["&a11;"], LAUGHS), "Entit"),
+    "laughs.epub": (epub(["&a11;"], LAUGHS), "declares XML entities"),
+    "attributes.epub": (
+        epub(["x"], '<!DOCTYPE package [<!ATTLIST item x CDATA "ha">]>'),
+        "declares XML entities",
+    ),
+    "wide.docx": (
+        zipped({"word/document.xml": LAUGHS.encode("utf-16")}),
+        "declares XML entities",
+    ),
     "outside.odt": (
         odt("<text:p>&x;</text:p>", '<!DOCTYPE x [<!ENTITY x SYSTEM "file:///etc/passwd">]>'),
         "declares XML entities",
@@ -375,6 +401,7 @@ HOSTILE = {
     "mark.txt": (b"\xef\xbb\xbf", "no text"),
     "odd16.txt": ("one".encode("utf-16")[:-1], "cannot read"),
     "deep.html": (b"<div>" * 100_000 + b"x", "4,000 deep"),
+    "stray.html": (b"<div></b>" * 5000 + b"x", "4,000 deep"),
     "scripts.html": (b"<script>var x</script><!-- x", "no text"),
     "parts.eml": (
         b'Content-Type: multipart/mixed; boundary="x"\n\n'
@@ -473,6 +500,62 @@ def test_without_a_library_the_message_names_the_extra(tmp_path, monkeypatch):
     assert list(documents.read_all(find([tmp_path], "s", TEXT).files, None, report)) == ["text"]
     ((reason, name),) = report.skipped
     assert 'pip install -e ".[documents]"' in reason and name.endswith("a.html")
+
+
+def test_without_a_library_a_mailbox_of_pages_names_the_extra(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    (tmp_path / "a.mbox").write_bytes(b"From a Mon\n" + mail("A", "<p>x", "html"))
+    monkeypatch.setattr("importlib.import_module", missing)
+    report = Report()
+    assert read(tmp_path / "a.mbox", report) == []
+    assert 'selectolax: run pip install -e ".[documents]"' in str(report.notes)
+
+
+def test_archives_are_unpacked_on_the_disk_of_the_base_folder(tmp_path, monkeypatch):
+    """A message about a full disk names this folder; /tmp is small on many machines."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    (tmp_path / "a.zip").write_bytes(zipped({"a.txt": "one"}))
+    assert read(tmp_path / "a.zip") == ["one"]
+    assert not [*(tmp_path / "base" / "documents").iterdir()]
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_listed(tmp_path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_text(STORY)
+    report = Report()
+    texts = documents.read_all(paths, None, report)
+    assert next(texts) == STORY
+    paths[0].unlink()
+    assert [*texts] == [STORY]
+    ((reason, name),) = report.skipped
+    assert reason.startswith("cannot read it") and name == str(paths[0])
+
+
+@pytest.mark.parametrize(
+    ("page", "encoding"),
+    [
+        (b'<meta charset="klingon"><p>x', "utf-8"),
+        (b'<meta charset="punycode"><p>x-y', "utf-8"),
+        (
+            b"<p>"
+            + b"a" * (1 << 20)
+            + ("Größe und Straße, müde Männer hörten früh auf. " * 3).encode("cp1252"),
+            "cp1252",
+        ),
+    ],
+    ids=["unknown", "not of a page", "late"],
+)
+def test_encodings_of_odd_pages(page, encoding):
+    assert rows.encoding_of_html(page, Report()) == encoding
+
+
+def test_a_megabyte_of_spaces_is_tidied_at_once():
+    text = "a" + " " * 1_000_000 + "b"
+    assert readers.tidy(f" {text} \n \n\n{text}\n") == f"{text}\n\n{text}"
 
 
 def test_every_extension_has_its_reader():

@@ -12,7 +12,7 @@ from nanochat.base import files
 from nanochat.base.common import UserError
 from nanochat.data import inventory
 from nanochat.data.shards import Shards, prepare, prepare_conversations
-from nanochat.data.sources import Source, parse_sources
+from nanochat.data.sources import Source, parse_sources, parts
 
 
 class Letters:
@@ -187,16 +187,32 @@ def source_of(folder):
     return parse_sources([f"mine={folder}"])[0]
 
 
-def test_text_that_changes_while_it_is_read_is_refused(source, tmp_path):
+@pytest.mark.parametrize("how", ["is changed", "is deleted"])
+def test_text_that_changes_while_it_is_read_is_refused(source, tmp_path, how):
     class Meanwhile(Letters):
         def encode_batch(self, texts, bos=False):
-            with open(source.paths[0] / "2.jsonl", "a") as f:
-                f.write('\n{"text": "one more"}')
+            path = source.paths[0] / "2.jsonl"
+            if how == "is deleted":
+                path.unlink(missing_ok=True)
+            else:
+                with open(path, "a") as f:
+                    f.write('\n{"text": "one more"}')
             return super().encode_batch(texts, bos)
 
     with pytest.raises(UserError, match="stuff changed while it was read: run again"):
         prepare(source, "train", Meanwhile(), tmp_path / "tokens")
     assert not list((tmp_path / "tokens").glob("stuff-*"))
+
+
+def test_a_file_that_is_deleted_before_it_is_read_is_named(source, tmp_path, monkeypatch):
+    def parts_and_no_file(*args):
+        found = parts(*args)
+        (source.paths[0] / "2.jsonl").unlink()
+        return found
+
+    monkeypatch.setattr("nanochat.data.shards.parts", parts_and_no_file)
+    with pytest.raises(UserError, match=r"cannot read .*2\.jsonl"):
+        prepare(source, "train", Letters(), tmp_path / "tokens")
 
 
 def test_old_files_are_hashed_once(source, tmp_path, monkeypatch):

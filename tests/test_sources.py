@@ -1,13 +1,16 @@
 """Sources: specifications, the files they name, the validation split, and mixtures."""
 
+import gzip
 import json
 import random
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nanochat.base.common import UserError
+from nanochat.data import inventory
 from nanochat.data.shards import prepare
 from nanochat.data.sources import (
     SHARD_SETS,
@@ -17,6 +20,7 @@ from nanochat.data.sources import (
     mixed,
     parse_sources,
     parts,
+    training_sources,
 )
 from nanochat.data.split import Division, pieces, place
 
@@ -129,6 +133,45 @@ def test_sources_without_text(tmp_path):
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(UserError, match="fewer than two different documents"):
         parts(source(tmp_path), "train")
+
+
+@pytest.mark.parametrize(("name", "again"), [("a.eml", True), ("a.zip", True), ("a.txt", False)])
+def test_what_a_new_package_may_read_is_read_again(tmp_path, monkeypatch, name, again):
+    jsonl(tmp_path / "rows.jsonl", [{"text": f"document {i}"} for i in range(30)])
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("b.eml", "Subject: Hello\n\nGood day.")
+    if not name.endswith("zip"):
+        (tmp_path / name).write_text("Subject: Hello\n\nGood day.")
+    identities = []
+    for packages in ([], ["selectolax"]):
+        monkeypatch.setattr(inventory, "installed", lambda packages=packages: packages)
+        (part,) = parts(source(tmp_path), "train")
+        identities.append(part.identity)
+    assert (identities[0] != identities[1]) == again
+
+
+def test_a_compressed_file_of_another_format_is_tokenised_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(inventory, "VALIDATION_SHARE", 0.05)  # so that both are divided alike
+    rows = [json.dumps({"text": f"document {i}<|endoftext|>"}) for i in range(600)]
+    found = []
+    for name in ("dump.txt.gz", "dump.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress("\n".join(rows).encode(), mtime=0))
+        shards = prepare(source(tmp_path / name), "train", Letters(), tmp_path / "tokens")
+        found.append(["".join(map(chr, shards.tokens(i)[1:])) for i in range(len(shards))])
+    assert any("{" in text for text in found[0]) and not any("{" in text for text in found[1])
+
+
+def test_a_file_of_two_sources_is_named(tmp_path, capsys):
+    diary = tmp_path / "notes" / "diary"
+    diary.mkdir(parents=True)
+    other = jsonl(tmp_path / "notes" / "a.jsonl", [{"text": "A note."}])
+    file = jsonl(diary / "a.jsonl", [{"text": "A day.", "title": "Monday"}])
+    training_sources([f"diary={diary}", f"rest={other}"])
+    training_sources([f"titles={file}#title", f"texts={file}#text"])
+    assert capsys.readouterr().err == ""
+    training_sources([f"diary={diary}", f"all={other.parent}"])
+    said = capsys.readouterr().err
+    assert f"the data sources diary and all both read {file}" in said and said.count("\n") == 1
 
 
 # --- the validation split

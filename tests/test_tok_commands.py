@@ -40,6 +40,19 @@ def test_tok_train_saves_and_moves_a_different_tokenizer_aside(corpus, tmp_path,
     )
 
 
+@pytest.mark.parametrize("done", [[], ["tokenizer"]])
+def test_a_chain_trains_a_tokenizer_that_is_gone_again(tmp_path, monkeypatch, done):
+    """The step is not done if an interruption ended an earlier attempt to train it again."""
+    from nanochat.commands import tok_train
+    from nanochat.train.chain import Chain, Diary
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    diary = Diary("mine", "m")
+    diary.notes, diary.done = {"fingerprint": "0" * 64}, done
+    tok_train.in_chain(Chain(diary), lambda: {"fingerprint": "1" * 64})
+    assert (diary.done, diary.notes) == (["tokenizer"], {"fingerprint": "1" * 64})
+
+
 def test_pretraining_says_that_the_tokenizer_was_trained_on_other_text(corpus, tmp_path, capsys):
     from nanochat.commands import base_train, tok_train
 
@@ -125,24 +138,19 @@ def test_tok_data_makes_what_training_would(corpus, tmp_path, capsys):
         tok_data.main(["--data", corpus])
     tok_train.main(["--vocab_size=400", f"--data=mine={corpus}"])
     made = tok_data.main(["--data", f"mine={corpus}"])
-    folders = {
-        p.name: p.stat().st_mtime_ns for p in (tmp_path / "made" / "tokens").iterdir() if p.is_dir()
-    }
+
+    def written() -> dict[str, int]:
+        files = (tmp_path / "made" / "tokens").glob("*/*")
+        return {f"{p.parent.name}/{p.name}": p.stat().st_mtime_ns for p in files}
+
+    before = written()
     assert (
         set(made) == {"mine-train", "mine-val"}
         and made["mine-train"] > 10 * made["mine-val"] > 0
-        and len(folders) == 2
+        and len({name.partition("/")[0] for name in before}) == 2
     )
     again = tok_data.main(["--data", f"mine={corpus}"])
-    assert (
-        again == made
-        and {
-            p.name: p.stat().st_mtime_ns
-            for p in (tmp_path / "made" / "tokens").iterdir()
-            if p.is_dir()
-        }
-        == folders
-    )
+    assert again == made and written() == before
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ STAGE_SECONDS = 20.0  # opening and compiling a stage
 COMPILING_PEAK = 2e11  # FLOP/s of matrix products; see compiling()
 SHORT_FLOPS = 1e15  # below which a context of 256 tokens is enough
 LEAST_CHARACTERS = 20_000  # of text
+# Of text, and of conversations, so that reading takes little of the time. Fewer than
+# inventory.LIMIT, so that the copy is counted as a whole
+MOST_CHARACTERS = 250_000_000
 TELLING = 20  # characters of a line that is hardly repeated by chance
 MINUTES = 30.0  # of the chain, unless they are given
 LEAST_MINUTES = 5  # of the chain
@@ -79,7 +82,7 @@ class MineKnobs(MachineKnobs):
     minutes: float = knob(0.0, "time for everything (default: 30)", low=0, high=1e6)
     hours: float = knob(0.0, "the same in hours", low=0, high=1e5)
     name: str = knob("nanochat", "what the model calls itself")
-    me: str = knob("", "the person of a chat export whom the model is to answer like")
+    me: str = knob("", "your name in a chat export: the model learns to answer as this person")
     start: str = knob(
         "",
         "tag of a model to continue from, with its tokenizer, such as quickstart (default: none)",
@@ -104,9 +107,10 @@ class MineKnobs(MachineKnobs):
 
 def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
     """
-    Copy all text to text.jsonl in `folder`, and your own conversations to own.jsonl, so that a
-    later start has the same data even if your files have changed. Returns their counts, and the
-    inventory as lines to print.
+    Copy the text to text.jsonl in `folder`, and your own conversations to own.jsonl, so that a
+    later start has the same data even if your files have changed. Of each, the first
+    MOST_CHARACTERS characters are copied. Returns their counts, and the inventory as lines to
+    print.
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = sources.parse_sources(knobs.data)
@@ -125,23 +129,42 @@ def read_all(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         (folder / "own.jsonl").open("w", encoding="utf-8") as own_file,
     ):
         for source, found in zip(named, inventories, strict=True):
-            texts = documents.read_all(sources.files(source), source.field, report)
-            for text in found.kept(texts) if found.documents else ():
+            paths = sources.files(source) if found.documents else []
+            for text in found.kept(documents.read_all(paths, source.field, report), paths):
+                if counts["characters"] >= MOST_CHARACTERS:
+                    break
                 text_file.write(json.dumps({"text": text}) + "\n")
                 counts.update(documents=1, characters=len(text), bytes=len(text.encode()))
             for path in map(Path, found.conversations):
+                if counts["conversation_characters"] >= MOST_CHARACTERS:
+                    break
                 for _, row in conversations.read(path, report, knobs.me or None, alone=False):
+                    if counts["conversation_characters"] >= MOST_CHARACTERS:
+                        break
                     item = conversations.checked(row)
                     if isinstance(item, dict):  # else it is a problem that the inventory names
                         own_file.write(json.dumps({"messages": item["messages"]}) + "\n")
+                        counts["conversation_characters"] += len(str(item["messages"]))
     if counts["characters"] < LEAST_CHARACTERS:
         raise UserError(
             f"{' '.join(knobs.data)} holds only {counts['characters']:,} characters of text, too "
             f"few to learn a language from: give at least {LEAST_CHARACTERS:,}; a good start is "
             "300,000"
         )
-    kept = unseen_conversations(folder)
-    return {**counts, **kept, "inventory": inventory.as_lines(inventories)}
+    lines = [*inventory.as_lines(inventories), *limit_lines(counts, named)]
+    return {**counts, **unseen_conversations(folder), "inventory": lines}
+
+
+def limit_lines(counts: Mapping[str, int], named: Sequence[sources.Source]) -> list[str]:
+    """A line that says of which files not all is read; else no line."""
+    if all(n < MOST_CHARACTERS for name, n in counts.items() if "characters" in name):
+        return []
+    size = sum(documents.text_bytes(path) for source in named for path in sources.files(source))
+    return [
+        f"  of these files, which hold about {human(size)} bytes, only the first "
+        f"{human(MOST_CHARACTERS)} characters of text and of conversations are used: name the most "
+        "important files first, or train on all of them with base_train"
+    ]
 
 
 def check_person(me: str, inventories: Sequence[Any]) -> None:
@@ -446,7 +469,7 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         "bits_per_byte": {
             "model": bits[writer],
             "after finetuning": own_text.bits_per_byte(chat, source),
-            **own_text.other_predictors(source),
+            **own_text.other_predictors(chat, source),
         },
         "samples": own_text.samples(writers[writer], source, knobs.seed),
         "exports": exports,

@@ -162,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     texts |= {f"({kind})": [sample] for kind, sample in SAMPLES.items()}
     rows = {name: measure(texts[name], tokenizer, published) for name in texts}
     print0(
-        f"tokenizer with {tokenizer.vocab_size:,} tokens, on validation text and on (sample texts "
-        "of this command)\n"
+        f"tokenizer with {tokenizer.vocab_size:,} tokens, on validation text and, in parentheses, "
+        "on sample texts of this command\n"
     )
     print0(table(rows, list(published)) + "\n")
     if inexact := [name for name, row in rows.items() if not row["exact"]]:

@@ -74,7 +74,7 @@ def capped(
                 break
     print0(
         f"read {counts['documents']:,} documents, {human(counts['chars'])} characters; now "
-        "learning the merges"
+        "choosing the tokens"
     )
 
 
@@ -117,7 +117,7 @@ def in_chain(chain: Chain, train: Callable[[], dict[str, Any]]) -> None:
     diary = chain.diary
     fingerprint = diary.notes.get("fingerprint")
     if fingerprint and not begun("base", diary.tag) and not restore(fingerprint):
-        diary.done.remove("tokenizer")
+        diary.done = [step for step in diary.done if step != "tokenizer"]
     chain.step("tokenizer", "tokenizer", train, noted=dict)
 
 

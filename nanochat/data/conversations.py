@@ -11,11 +11,21 @@ from nanochat.base.common import UserError
 from nanochat.data import dialogue
 from nanochat.data.folders import ARCHIVES, CONVERSATIONS, PLAIN, TEXT_FIELDS, kind_of
 from nanochat.data.readers import unpacked
-from nanochat.data.rows import BAD_ROW, Report, Rows, TooManyBadRows, open_text, read_rows, reading
+from nanochat.data.rows import (
+    BAD_ROW,
+    MOST_COLLECTED,
+    Report,
+    Rows,
+    TooManyBadRows,
+    open_text,
+    read_rows,
+    reading,
+)
 from nanochat.data.shapes import Row, conversation, left_out, shape_of
 
 LONGEST_CHAT = 1 << 28  # characters
 NO_CONVERSATIONS = "holds no conversations"
+ROWS_WITHOUT_CONVERSATIONS = 1000  # at the beginning of a file, which is then taken to have none
 MOST_NOTES = 50  # different ones
 
 
@@ -27,7 +37,8 @@ def read(path: Path, report: Report, me: str | None = None, alone: bool = True) 
     """
     try:
         yield from _read(path, report, me)
-        report.read[kind_of(path)] += 1
+        with reading(path):  # it may be gone by now
+            report.read[kind_of(path)] += 1
     except TooManyBadRows:
         raise
     except UserError as e:
@@ -72,7 +83,7 @@ def _rows(path: Path, report: Report, me: str | None) -> Rows:
     for number, (place, row) in enumerate(read_rows(path, report)):
         shape, chats = shape_of(row), dialogue.exported(row)
         if number == 0 and not shape and not chats and _is_text(row):
-            raise UserError(f"{path} holds text, not conversations")
+            raise UserError(f"{path} holds text, not conversations: give it to base_train --data")
         if shape == "OpenAssistant messages":
             own, parent = row.get("message_id"), row.get("parent_id")
             if isinstance(own, str | int) and isinstance(parent, str | int | None):
@@ -116,20 +127,26 @@ def checked(row: Any) -> Row | Exception:
 
 def survey(path: Path, report: Report, me: str | None = None) -> Counter[str]:
     """
-    Read a file to its end and count its conversations by shape. The report gets the problem of
-    each row that is not a valid conversation. Empty for a file that holds no conversations.
+    Count the conversations of a file by shape. The report gets the problem of each row that is not
+    a valid conversation. Empty for a file that holds no conversations, of which only the first
+    ROWS_WITHOUT_CONVERSATIONS rows are read unless it is an archive.
     """
     counts: Counter[str] = Counter()
-    earlier_problems = len(report.problems)
+    earlier_problems, is_archive = len(report.problems), kind_of(path) in ARCHIVES
     meant = False  # whether anything in the file is meant as a conversation
+    unused = 0
     try:
         for place, row in read(path, report, me):
             shape, outcome = shape_of(row), checked(row)
             meant = meant or shape is not None
             if isinstance(outcome, Exception):
-                report.problems.append(f"{place}: {outcome}")
+                if len(report.problems) < report.limit + MOST_COLLECTED:
+                    report.problems.append(f"{place}: {outcome}")
+                unused += 1
             else:
                 counts["chats" if ", chat " in place else shape or "messages"] += 1
+            if unused >= ROWS_WITHOUT_CONVERSATIONS and not (meant or counts or is_archive):
+                break
     except UserError as e:
         report.problems.append(str(e))
         meant = meant or isinstance(e, dialogue.NobodyIsAssistant)

@@ -55,7 +55,7 @@ Chat = list[Message]
 
 def whatsapp(lines: Iterable[str]) -> Chat:
     """The messages of a chat that WhatsApp exported, without those of WhatsApp itself."""
-    chat: Chat = []
+    said: list[tuple[str, list[str], float | None]] = []  # a person, lines, and the time
     kept = False  # whether the last message is in the chat
     for line in lines:
         if stamped := STAMPED.match(line):
@@ -63,15 +63,10 @@ def whatsapp(lines: Iterable[str]) -> Chat:
             kept = spoken is not None and not OMITTED.fullmatch(spoken[2].strip())
             if spoken and kept:
                 person, text = spoken[1].strip("\u200e~ "), spoken[2].rstrip()
-                chat.append(Message(person, text, _seconds(stamped)))
+                said.append((person, [text], _seconds(stamped)))
         elif kept:  # a message of several lines
-            _continue(chat, line.rstrip())
-    return chat
-
-
-def _continue(chat: Chat, line: str) -> None:
-    """Add a line to the last message of a chat."""
-    chat[-1] = chat[-1]._replace(text=f"{chat[-1].text}\n{line}")
+            said[-1][1].append(line.rstrip())
+    return [Message(person, "\n".join(parts), time) for person, parts, time in said]
 
 
 def _seconds(stamped: re.Match[str]) -> float | None:
@@ -137,11 +132,7 @@ def chats_in_text(text: str, me: str | None = None) -> list[Chat]:
     lines = text.splitlines()
     if lines and STAMPED.match(lines[0]):
         return sessions(whatsapp(lines)) if _is_export(lines) else []
-    chats = [
-        [m._replace(text=m.text.strip()) for m in chat]
-        for chat in _spoken(lines, me)
-        if len(chat) > 1
-    ]
+    chats = [chat for chat in _spoken(lines, me) if len(chat) > 1]
     roles = {role_of(m.person, me) for chat in chats for m in chat}
     return chats if {"user", "assistant"} <= roles else []
 
@@ -159,7 +150,7 @@ def _is_export(lines: Sequence[str]) -> bool:
 
 def _spoken(lines: Sequence[str], me: str | None) -> list[Chat]:
     """The dialogues in lines that begin with a speaker; none if the first line does not."""
-    chats: list[Chat] = []
+    chats: list[list[tuple[str, list[str]]]] = []  # of messages as a person and lines
     begins, blank = True, 0  # whether the next message begins a dialogue; empty lines in a row
     for line in lines:
         spoken, is_break = SPOKEN.match(line), BREAK.match(line)
@@ -170,13 +161,13 @@ def _spoken(lines: Sequence[str], me: str | None) -> list[Chat]:
         if spoken and (me or role_of(spoken[1])):
             if begins:
                 chats.append([])
-            chats[-1].append(Message(spoken[1].strip(), spoken[2]))
+            chats[-1].append((spoken[1].strip(), [spoken[2]]))
             begins = False
         elif chats:
-            _continue(chats[-1], line)
+            chats[-1][-1][1].append(line)
         elif line.strip():
             return []
-    return chats
+    return [[Message(person, "\n".join(said).strip()) for person, said in chat] for chat in chats]
 
 
 def role_of(person: str, me: str | None = None) -> str | None:

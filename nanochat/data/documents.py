@@ -88,6 +88,9 @@ def read_all(
             for text in read(path, field, report):
                 has_text = True
                 yield text
+            if has_text:
+                with reading(path):  # it may be gone by now
+                    report.read[kind_of(path)] += 1
         except TooManyBadRows:
             raise
         except UserError as e:
@@ -96,9 +99,7 @@ def read_all(
             failed = True
             report.skip(path, e)
             continue
-        if has_text:
-            report.read[kind_of(path)] += 1
-        elif len(report.skipped) == skipped:  # else it is an archive whose files are listed
+        if not has_text and len(report.skipped) == skipped:  # else it is an archive, listed by file
             report.skip(path, UserError("it has no text"))
     if failed and not report.read and not report.level and total == len(paths):
         reason, name = report.skipped[0]
@@ -110,9 +111,10 @@ def read_all(
 
 def text_bytes(path: Path) -> int:
     """Roughly how many bytes of text a file holds; a parquet file's footer states it."""
-    size = path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1)
-    if kind_of(path) != ".parquet":
-        return size
+    with reading(path):
+        size = path.stat().st_size * (4 if path.suffix.lower() in COMPRESSED else 1)
+        if kind_of(path) != ".parquet":
+            return size
     with suppress(UserError), reading(path), open_parquet(path) as file:
         metadata = file.metadata
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
@@ -206,7 +208,10 @@ def _read_document(path: Path, reader: Reader, report: Report) -> Iterator[str]:
     except (UserError, OSError):
         raise
     except Exception as e:  # a library may raise anything for a malformed file
-        raise UserError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:100]})") from e
+        raise UserError(
+            f"{path} cannot be read ({type(e).__name__}: {str(e)[:100]}): replace it, or leave it "
+            "out"
+        ) from e
 
 
 def _read_rows(path: Path, field: str | None, report: Report) -> Iterator[str]:

@@ -250,6 +250,17 @@ class RowFeed:
             self._prefetched = None
 
 
+def eval_documents(shards: Shards, max_tokens: int | None = None) -> np.ndarray:
+    """
+    (documents,) int64: the documents that eval_batches reads, in one fixed shuffled order, up to
+    max_tokens tokens of them (None = all).
+    """
+    order = np.random.default_rng(0).permutation(len(shards))
+    if max_tokens is not None:
+        order = order[: int(np.searchsorted(np.cumsum(shards.lengths[order]), max_tokens)) + 1]
+    return order
+
+
 def eval_batches(
     shards: Shards,
     *,
@@ -262,15 +273,12 @@ def eval_batches(
     whole: bool = False,
 ) -> Iterator[Batch]:
     """
-    The same packed rows on every call: documents in one fixed shuffled order, up to max_tokens
-    tokens of them (None = all). The ranks share the rows; which rows there are does not depend on
-    world_size or rows_per_batch, and a rank without rows yields nothing. All batches of a rank have
-    the same shape: the last one is filled up with ignored rows. If `whole`, that shape always has
-    rows_per_batch rows.
+    The same packed rows on every call: the documents of eval_documents. The ranks share the rows;
+    which rows there are does not depend on world_size or rows_per_batch, and a rank without rows
+    yields nothing. All batches of a rank have the same shape: the last one is filled up with
+    ignored rows. If `whole`, that shape always has rows_per_batch rows.
     """
-    order = np.random.default_rng(0).permutation(len(shards))
-    if max_tokens is not None:
-        order = order[: int(np.searchsorted(np.cumsum(shards.lengths[order]), max_tokens)) + 1]
+    order = eval_documents(shards, max_tokens)
     block = pack_block([shards], np.zeros_like(order), order, sequence_len)
     rows = [(block, row) for row in range(rank, len(block.packing), world_size)]
     size = rows_per_batch if whole else min(rows_per_batch, len(rows))

@@ -42,6 +42,7 @@ TEXT_FIELDS = "text", "content", "body", "document", "article", "story", "passag
 QUESTIONS = "prompt", "instruction", "question", "query", "input", "messages", "conversations"
 MESSAGES = re.compile(rb'"(?:messages|conversations|chats)"\s*:\s*[\[{]')
 HEAD = 1 << 16  # bytes that decide what a file holds
+FAR = 1 << 24  # bytes in which the messages of a Telegram export begin, after the contacts
 MAGIC = (  # the first bytes of a file, and what it is whatever its name says
     (b"%PDF-", ".pdf"),
     (b"{\\rtf", ".rtf"),
@@ -223,13 +224,17 @@ def _is_data(file: Path, formats: tuple[str, ...]) -> bool:
             return kind in formats
         if kind in TABLES:
             with open(file, "rb") as opened:
-                line = opened.readline(HEAD).decode("utf-8-sig", "replace").lower()
+                header = opened.readline(HEAD).replace(b"\0", b"").lstrip(BEFORE_JSON)
+            line = header.decode("utf-8", "replace").lower()
             columns = next(csv.reader([line], delimiter=delimiter_of(kind, line)), [])
             return not {*TEXT_FIELDS, *QUESTIONS}.isdisjoint(name.strip() for name in columns)
         if kind != ".json":
             return True
         with open(file, "rb") as opened:
-            head = opened.read(HEAD).replace(b"\0", b"").lstrip(BEFORE_JSON)
+            head = opened.read(HEAD)
+            if b'"contacts"' in head or b'"personal_information"' in head:
+                head += opened.read(FAR)
+            head = head.replace(b"\0", b"").lstrip(BEFORE_JSON)
         return head.startswith(b"[") or bool(MESSAGES.search(head))
     except (OSError, csv.Error):
         return True  # whoever reads it raises the error

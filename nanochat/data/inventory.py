@@ -18,7 +18,7 @@ import math
 import operator
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,15 +29,15 @@ from nanochat.base.files import Hashes, atomic_write
 from nanochat.base.progress import progress
 from nanochat.data import conversations
 from nanochat.data.documents import HOLDS_CONVERSATIONS, read_all, text_bytes
-from nanochat.data.folders import CONVERSATIONS, READABLE, Found, find, kind_of
-from nanochat.data.rows import Report
+from nanochat.data.folders import CONVERSATIONS, READABLE, ROWS, Found, find, kind_of
+from nanochat.data.rows import Report, reading
 from nanochat.data.split import LEAST, Division, division, place
 
 if TYPE_CHECKING:
     from nanochat.data.similar import Sketch
     from nanochat.data.sources import Source
 
-VERSION = 5  # of the stored inventories
+VERSION = 6  # of the stored inventories
 VALIDATION_SHARE = 0.01
 LIMIT = 1 << 28  # characters that are read of a source
 SAMPLES = 200  # documents whose language is guessed
@@ -74,7 +74,8 @@ class SourceInventory:
     # How training and validation are divided, and the places of duplicates: see split.py
     share: float | None = None
     piece: int | None = None
-    repeated: list[float] = field(default_factory=list)  # equal documents, of which the first stays
+    # Equal documents, of which the first stays, by the file that holds it
+    repeated: dict[str, list[float]] = field(default_factory=dict)
     dropped: list[float] = field(default_factory=list)  # documents that are nearly equal to another
     file: str = ""  # where this inventory is kept; "" for the embedded corpus and web text
 
@@ -88,9 +89,21 @@ class SourceInventory:
         """The characters without those of duplicates."""
         return self.characters - self.removed_characters
 
-    def kept(self, documents: Iterator[str]) -> Iterator[str]:
-        """The documents without duplicates."""
-        repeated, dropped = set(self.repeated), set(self.dropped)
+    def left_out(self, paths: Iterable[Path]) -> tuple[list[float], list[float]]:
+        """
+        Places of documents that are left out of some of the files: those of which the first copy
+        stays, and those of which none does, as they are nearly equal to another document or have an
+        earlier copy in another file.
+        """
+        files = set(map(str, paths))
+        here, elsewhere = [], []
+        for file, places in self.repeated.items():
+            (here if file in files else elsewhere).extend(places)
+        return sorted(here), [*self.dropped, *sorted(elsewhere)]
+
+    def kept(self, documents: Iterator[str], paths: Iterable[Path]) -> Iterator[str]:
+        """The documents of some of the files, without duplicates."""
+        repeated, dropped = map(set, self.left_out(paths))
         for text in documents:
             where = place(text)
             if where not in dropped:
@@ -222,8 +235,10 @@ def installed() -> list[str]:
 
 
 def _key(found: Found, field: str | None, me: str | None) -> str:
-    hashes = Hashes(base_dir() / "tokens" / ".hashes.json")
-    files = [(str(path), hashes.of(path)) for path in found.files]
+    hashes, files = Hashes(base_dir() / "tokens" / ".hashes.json"), []
+    for path in found.files:
+        with reading(path):
+            files.append((str(path), hashes.of(path)))
     hashes.save()
     about = [VERSION, files, found.skipped, field, me, installed()]
     return hashlib.sha256(json.dumps(about).encode("utf-8", "replace")).hexdigest()[:16]
@@ -245,15 +260,18 @@ def _survey(name: str, found: Found, field: str | None, me: str | None) -> Sourc
     inventory.read = dict(report.read)
     inventory.skipped = [*found.skipped, *report.skipped]
     inventory.notes, inventory.bad_rows = dict(report.notes), report.problems
-    _survey_conversations(inventory, found.files, me)
+    # If a field is named, the user has said that rows are text
+    may_hold = set(CONVERSATIONS).difference(ROWS if field else ())
+    _survey_conversations(inventory, [f for f in found.files if kind_of(f) in may_hold], me)
     return inventory
 
 
 def _documents(files: list[Path], field: str | None, report: Report) -> Iterator[tuple[str, str]]:
-    """Each document and the file that holds it."""
+    """Each document and the file that holds it, which may be an archive."""
     try:
-        for text in read_all(files, field, report):
-            yield text, str(report.path)
+        for path in files:
+            for text in read_all([path], field, report, len(files)):
+                yield text, str(path)
     except UserError as e:  # whoever reads the file for training gets this error
         path = report.path or files[0]
         if str(path) not in {name for _, name in report.skipped}:
@@ -264,8 +282,9 @@ def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str
     """Count and check the conversations in files, which may also have been read as text."""
     report = Report(limit=MOST_PROBLEMS)
     for path in files:
-        if kind_of(path) in CONVERSATIONS and (counts := conversations.survey(path, report, me)):
-            inventory.conversations[str(path)] = dict(counts)
+        with reading(path):
+            if counts := conversations.survey(path, report, me):
+                inventory.conversations[str(path)] = dict(counts)
     inventory.conversation_problems = report.problems
     inventory.notes = {**report.notes, **inventory.notes}
     # Files that are skipped as text because they hold conversations are not skipped after all
@@ -283,7 +302,7 @@ class _Census:
         from nanochat.data.similar import Similar
 
         self.result = SourceInventory(name)
-        self.seen: set[float] = set()
+        self.seen: dict[float, str] = {}  # a document -> the file of its first copy
         self.sizes: list[tuple[float, int]] = []
         self.first: list[str] = []  # the documents that decide how the source is divided
         self.held_out = 0  # of them, if VALIDATION_SHARE decides
@@ -298,10 +317,10 @@ class _Census:
         result.characters += len(text)
         result.bytes += len(text.encode())
         is_equal = where in self.seen
-        self.seen.add(where)
+        first = self.seen.setdefault(where, path)
         if is_equal:
             result.exact += 1
-            result.repeated.append(where)
+            result.repeated.setdefault(first, []).append(where)
         elif self.similar.to_an_earlier_one(sketch):
             result.near += 1
             result.dropped.append(where)
@@ -336,7 +355,7 @@ class _Census:
     def finish(self) -> SourceInventory:
         """The inventory of the documents."""
         result = self.result
-        result.repeated = sorted(set(result.repeated))
+        result.repeated = {file: sorted(set(places)) for file, places in result.repeated.items()}
         often = max(3, len(self.sizes) // 10)
         common = self.lines.most_common(10)
         result.repeated_lines = [(n, line) for line, n in common if n >= often]

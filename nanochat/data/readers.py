@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import EmailMessage
@@ -29,7 +30,7 @@ from urllib.parse import unquote
 
 from nanochat.base.common import UserError, base_dir, human
 from nanochat.base.files import atomic_write
-from nanochat.data.folders import in_folder
+from nanochat.data.folders import in_folder, kind_of
 from nanochat.data.rows import Report, encoding_of_html, library, open_bytes, open_text
 
 MOST_BYTES = 1 << 26  # of one document
@@ -52,13 +53,22 @@ BEFORE = {  # an element -> what separates it from the text before it
     **dict.fromkeys(("td", "th", "text:tab"), "\t"),
     "text:s": " ",
 }
-# Elements that surround the text of a page (a CSS selector)
-AROUND = "script, style, noscript, template, nav, footer, aside, form, svg, iframe, select"
-TAG = re.compile(r"<(/?)([a-zA-Z][\w:-]*)[^<>]*?(/?)>")
+# Elements that surround the text of a page, and the fields of its forms (a CSS selector), but not
+# the forms: a whole page of ASP.NET is one. Beyond forms, a button may be a heading
+AROUND = (
+    "script, style, noscript, template, nav, footer, aside, svg, iframe, select, "
+    "form button, form label, form textarea"
+)
+TAG = re.compile(r"<(/?)([a-zA-Z][\w:-]*+)[^<>]*+>")
+EMPTY = re.compile(r"<([a-zA-Z][\w:.-]*+)([^<>]*?)/>")  # in XML, an element without content
 # Elements that need no end tag, so they do not count as nested
 UNCLOSED = (
     "area base br col dd dt embed hr img input li link meta option p param source td th tr wbr"
 )
+# Elements whose content is mere text up to the end tag
+RAW = "iframe noembed noframes noscript script style textarea title xmp"
+# What a parser of XML would repeat, as often as a hostile file asks for it
+DECLARATION = re.compile(rb"<!(?:ENTITY|ATTLIST)")
 ENCRYPTION = "META-INF/encryption.xml"  # in a book: names its encrypted files
 TIMES = re.compile(r"^\s*(?:\d+:)?\d+:\d+[.,]\d+\s+-->")
 CUE_TAGS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
@@ -74,20 +84,29 @@ def content(path: Path) -> bytes:
 
 
 def html(path: Path, report: Report) -> Iterator[str]:
-    """The text of a web page without scripts, navigation and forms, a line per block."""
+    """The text of a web page without scripts, navigation and form fields, a line per block."""
     yield html_text(content(path), report)
 
 
-def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
-    """The text of a page of HTML, without the elements that the CSS selector `left_out` names."""
+def xhtml(path: Path, report: Report) -> Iterator[str]:
+    """The text of a page of XHTML, as of one of HTML."""
+    yield html_text(content(path), report, xml=True)
+
+
+def html_text(data: bytes | str, report: Report, left_out: str = AROUND, xml: bool = False) -> str:
+    """
+    The text of a page of HTML or, with `xml`, of XHTML, without the elements that the CSS selector
+    `left_out` names.
+    """
     parser = library("selectolax.lexbor").LexborHTMLParser
     if isinstance(data, bytes):
         data = data.decode(encoding_of_html(data, report), "replace")
-    if _nested(data) > MOST_NESTED:
+    page = _with_end_tags(data.replace("\0", ""), xml)
+    if _too_deep(page):
         raise UserError(
             f"its elements are nested more than {MOST_NESTED:,} deep: convert it to text"
         )
-    tree = parser(data.replace("\0", ""))
+    tree = parser(page)
     for node in tree.css(left_out):
         node.decompose()
     if tree.root is None:
@@ -95,30 +114,50 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND) -> str:
     pieces: list[str] = []
     for node in tree.root.traverse(include_text=True):
         if node.tag == "-text":
-            text = node.text_content or ""
-            if "\n" in BEFORE.get(getattr(node.prev, "tag", ""), ""):
+            text, before = node.text_content or "", node.prev
+            # The end of a block ends a line; br and other empty elements have already begun one
+            if before and before.last_child and "\n" in BEFORE.get(before.tag, ""):
                 pieces.append("\n")
-            in_pre = getattr(node.parent, "tag", "") in ("pre", "code", "textarea")
+            in_pre = getattr(node.parent, "tag", "") in ("pre", "code")
             pieces.append(text if in_pre else re.sub(r"\s+", " ", text))
         else:
             pieces.append(BEFORE.get(node.tag or "", ""))
     return tidy("".join(pieces))
 
 
-def _nested(page: str) -> int:
-    """The largest number of elements of a page that are open at once."""
-    depth = deepest = 0
-    unclosed = UNCLOSED.split()
-    for end, name, self_closing in TAG.findall(page):
-        if not self_closing and name.lower() not in unclosed:
-            depth = max(0, depth + (-1 if end else 1))
-            deepest = max(deepest, depth)
-    return deepest
+def _with_end_tags(page: str, xml: bool) -> str:
+    """
+    A page with <x></x> for <x/>, which the parser of HTML would take for <x> alone. Outside XML, an
+    element of RAW stays as it is: the text of a script may name it.
+    """
+    stay = f"{UNCLOSED} {'' if xml else RAW}".split()
+
+    def closed(tag: re.Match[str]) -> str:
+        name = tag[1]
+        return tag[0] if name.lower() in stay else f"<{name}{tag[2]}></{name}>"
+
+    return EMPTY.sub(closed, page)
+
+
+def _too_deep(page: str) -> bool:
+    """Whether more than MOST_NESTED elements of a page are open at once."""
+    depth, unclosed = 0, UNCLOSED.split()
+    still_open: Counter[str] = Counter()
+    for tag in TAG.finditer(page):
+        is_end, name = bool(tag[1]), tag[2].lower()
+        if name not in unclosed and (still_open[name] or not is_end):
+            step = -1 if is_end else 1
+            still_open[name] += step
+            depth += step
+            if depth > MOST_NESTED:
+                return True
+    return False
 
 
 def tidy(text: str) -> str:
     """Text without spaces around its lines and with at most one empty line in a row."""
-    text = re.sub(r"[ \t\u00a0]*\n[ \t]*", "\n", text.replace("\r\n", "\n"))
+    lines = text.replace("\r\n", "\n").split("\n")  # a pattern for all would be slow on many spaces
+    text = "\n".join(line.rstrip(" \t\u00a0").lstrip(" \t") for line in lines)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
@@ -133,9 +172,19 @@ def _opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
                 "out"
             )
         for name in archive.namelist():
-            if name.endswith((".xml", ".rels")) and b"<!DOCTYPE" in archive.read(name):
-                raise UserError("it declares XML entities, so it may be hostile: leave it out")
+            if name.endswith((".xml", ".rels")):
+                _harmless(archive.read(name))
         yield archive
+
+
+def _harmless(xml: bytes) -> bytes:
+    """
+    XML as it is. Raises UserError if it declares anything that a parser would repeat; the name of a
+    document type, as in chapters of books, declares nothing.
+    """
+    if DECLARATION.search(xml.replace(b"\0", b"")):  # the zero bytes are those of UTF-16
+        raise UserError("it declares XML entities, so it may be hostile: leave it out")
+    return xml
 
 
 def docx(path: Path, report: Report) -> Iterator[str]:
@@ -151,7 +200,7 @@ def docx(path: Path, report: Report) -> Iterator[str]:
 def odt(path: Path, report: Report) -> Iterator[str]:
     """The paragraphs and headings of an OpenDocument text, which is read like a web page."""
     with _opened_zip(path) as archive:
-        yield html_text(archive.read("content.xml"), report, r"text\:tracked-changes")
+        yield html_text(archive.read("content.xml"), report, r"text\:tracked-changes", xml=True)
 
 
 def epub(path: Path, report: Report) -> Iterator[str]:
@@ -160,7 +209,7 @@ def epub(path: Path, report: Report) -> Iterator[str]:
     with _opened_zip(path) as archive:
         container = parse(archive.read("META-INF/container.xml"))
         package_path = PurePosixPath(container.find(".//{*}rootfile").get("full-path"))
-        package = parse(archive.read(str(package_path)))
+        package = parse(_harmless(archive.read(str(package_path))))
         items = {item.get("id"): item.get("href") for item in package.iterfind(".//{*}item")}
         names = set(archive.namelist())
         encrypted = (
@@ -172,7 +221,7 @@ def epub(path: Path, report: Report) -> Iterator[str]:
             if name in encrypted:
                 raise UserError("it is encrypted (DRM): get a copy without DRM, or leave it out")
             if name in names:
-                yield html_text(archive.read(name), report, f"{AROUND}, title")
+                yield html_text(archive.read(name), report, f"{AROUND}, title", xml=True)
             else:
                 report.notes["chapters of books that are missing"] += 1
 
@@ -232,8 +281,10 @@ def mbox(path: Path, report: Report) -> Iterator[str]:
     for mail in _mails(path):
         try:
             yield _mail_text(mail, report)
-        except Exception:  # the email package may raise anything for a malformed e-mail
-            report.notes["e-mails without a text that can be read"] += 1
+        except Exception as e:  # the email package may raise anything for a malformed e-mail
+            # If a library is missing, the error says how to install it
+            reason = f": {e}" if isinstance(e.__cause__, ImportError) else ""
+            report.notes[f"e-mails without a text that can be read{reason}"] += 1
 
 
 def _mails(path: Path) -> Iterator[bytes]:
@@ -272,13 +323,16 @@ def _mail_text(data: bytes, report: Report) -> str:
 
 
 def subtitles(path: Path, report: Report) -> Iterator[str]:
-    """The spoken lines of a .srt or .vtt file, without numbers and times."""
+    """The spoken lines of a .srt or .vtt file, without numbers, times, comments and styles."""
     with open_text(path, report) as file:
         lines = file.read(MOST_BYTES).splitlines()
     spoken: list[str] = []
-    for line, following in zip(lines, [*lines[1:], ""], strict=False):
-        header = line.startswith(("WEBVTT", "NOTE", "STYLE", "REGION"))
-        if TIMES.match(line) or TIMES.match(following) or header:
+    is_vtt, skipping = "".join(lines[:1]).startswith("WEBVTT"), False
+    for before, line, following in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        timed = TIMES.match(line)
+        if timed or not before.strip():  # a block begins, which an empty line ends
+            skipping = is_vtt and line.startswith(("WEBVTT", "NOTE", "STYLE", "REGION"))
+        if timed or skipping or TIMES.match(following):
             continue
         text = CUE_TAGS.sub("", line).strip()
         if text and [text] != spoken[-1:]:  # rolling captions repeat their last line
@@ -302,7 +356,7 @@ Reader = Callable[[Path, Report], Iterator[str]]
 READERS: dict[str, Reader] = {
     ".html": html,
     ".htm": html,
-    ".xhtml": html,
+    ".xhtml": xhtml,
     ".docx": docx,
     ".odt": odt,
     ".epub": epub,
@@ -319,13 +373,15 @@ READERS: dict[str, Reader] = {
 @contextmanager
 def unpacked(path: Path, formats: tuple[str, ...], report: Report) -> Iterator[list[Path]]:
     """
-    The files of an archive that are of `formats`, in a temporary folder that lasts for the block.
-    The report names them by the archive. Raises UserError for an archive that would unpack to too
-    much or cannot be unpacked.
+    The files of an archive that are of `formats`, in a temporary folder that lasts for the block,
+    on the disk of the base folder. The report names them by the archive. Raises UserError for an
+    archive that would unpack to too much or cannot be unpacked.
     """
     if report.level >= MOST_LEVELS:
         raise UserError(f"{path} is inside {MOST_LEVELS} other archives: unpack it yourself")
-    with tempfile.TemporaryDirectory(prefix="nanochat-") as temporary:
+    root = base_dir() / "documents"
+    root.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="nanochat-", dir=root) as temporary:
         folder = Path(temporary)
         try:
             _unpack(path, folder)
@@ -369,7 +425,8 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _members(path: Path) -> Iterator[tuple[str, int, int, IO[bytes]]]:
     """The files of an archive: name, bytes, bytes in the archive (0 if unknown), and content."""
-    if zipfile.is_zipfile(path):
+    # The kind, because a tar archive that ends with a zip archive looks like one
+    if kind_of(path) == ".zip" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if info.flag_bits & 1:

@@ -22,12 +22,12 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat.base.common import UserError, counted
+from nanochat.base.common import UserError, counted, human
 from nanochat.base.strangers import shown
 from nanochat.data.folders import BEFORE_JSON, TABLES, delimiter_of, format_of, kind_of
 
@@ -52,6 +52,17 @@ ENCODINGS = (
 )
 SAMPLE = 1 << 16  # bytes around the first that is not UTF-8
 STRAY = 4  # a text with more letters beyond ASCII per undecodable byte than this is UTF-8, damaged
+ASCII = bytes(range(32, 92))  # what every encoding of a page but UTF-16 and the like has in common
+# Encodings that a page declares, and what browsers take them for, which has more characters
+AS_IN_BROWSERS = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+}
 DECLARED = re.compile(
     rb"""<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?([\w.:-]{1,40})""", re.I
 )
@@ -194,7 +205,7 @@ def guessed_encoding(sample: bytes) -> str | None:
         return None
     # Several encodings often give the same text: take the most frequent one
     possible = {best.encoding, *best.could_be_from_charset}
-    return next(name for name in names if name in possible)
+    return next((name for name in names if name in possible), None)
 
 
 def encoding_of_file(path: Path) -> tuple[str, str]:
@@ -237,14 +248,20 @@ def encoding_of_file(path: Path) -> tuple[str, str]:
 
 def encoding_of_html(data: bytes, report: Report) -> str:
     """The encoding of a page: its byte-order mark, else what it declares, else UTF-8 or a guess."""
-    if (encoding := encoding_of(data[:4096])) == "utf-8-sig":
-        declared = DECLARED.search(data[:4096])
-        name = declared[1].decode("ascii") if declared else "utf-8"
-        try:
-            data.decode(encoding := codecs.lookup(name).name)
-        except (LookupError, UnicodeDecodeError):
-            encoding = guessed_encoding(data[: 1 << 20]) or "utf-8"
-            report.notes[f"files read as {encoding.upper()}, which is a guess"] += 1
+    encoding = encoding_of(data[:4096])
+    if encoding != "utf-8-sig" or data.startswith(codecs.BOM_UTF8):
+        return encoding
+    declared, encoding = DECLARED.search(data[:4096]), "utf-8"
+    with suppress(LookupError, UnicodeError):  # if it declares no encoding of text
+        name = codecs.lookup(declared[1].decode("ascii") if declared else encoding).name
+        # A page that declares UTF-16 but is not in it is in UTF-8, says the standard of HTML
+        if ASCII.decode(name, "replace") == ASCII.decode():
+            encoding = AS_IN_BROWSERS.get(name, name)
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as e:
+        encoding = guessed_encoding(data[max(0, e.start - SAMPLE) : e.start + (1 << 20)]) or "utf-8"
+        report.notes[f"files read as {encoding.upper()} (guessed)"] += 1
     return encoding
 
 
@@ -254,7 +271,7 @@ def open_text(path: Path, report: Report, newline: str | None = None) -> IO[str]
     if errors == "replace" and encoding == "utf-8-sig":
         report.notes["files with damaged bytes, read as U+FFFD"] += 1
     elif encoding != "utf-8-sig":
-        guess = ", which is a guess" if errors == "replace" else ""
+        guess = " (guessed)" if errors == "replace" else ""
         report.notes[f"files read as {encoding.upper()}{guess}"] += 1
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors=errors, newline=newline)
 
@@ -296,7 +313,8 @@ def read_rows(path: Path, report: Report, fields: Collection[str] = ()) -> Rows:
 
 def _json_rows(path: Path, report: Report) -> Rows:
     """The rows of a file with one JSON value per line, or of a .json file that is one value."""
-    if format_of(path) == ".json" and (whole := _whole(path, report)):
+    whole = _whole(path, report) if format_of(path) == ".json" else None
+    if whole:
         try:
             value = json.loads(whole)
         except (ValueError, RecursionError) as e:
@@ -312,6 +330,11 @@ def _json_rows(path: Path, report: Report) -> Rows:
         try:
             yield f"{path}, line {number}", json.loads(line)
         except (ValueError, RecursionError) as e:
+            if whole == b"" and number == 1:
+                raise UserError(
+                    f"{path} has more than {human(LONGEST_ROW)} bytes and no JSON value on its "
+                    "first line: divide it, or convert it to .jsonl"
+                ) from e
             report.bad_row(f"{path}, line {number}", f"invalid JSON ({e})")
 
 

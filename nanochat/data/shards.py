@@ -16,19 +16,20 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanochat.base.common import UserError, base_dir, notice, world_size
+from nanochat.base.common import UserError, base_dir, notice, rank, world_size
 from nanochat.base.files import Hashes, atomic_write, locked
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import batches, read_ahead
-from nanochat.data.rows import Report
+from nanochat.data.rows import Report, reading
 from nanochat.data.sources import Part, Source, parts
 
 if TYPE_CHECKING:
@@ -120,7 +121,10 @@ def prepare(
     hashes = _hashes(root)  # after parts(), which may have hashed the files
 
     def folder_of(part: Part) -> Path:
-        contents = [hashes.of(path) for path in part.paths]
+        contents = []
+        for path in part.paths:
+            with reading(path):
+                contents.append(hashes.of(path))
         key = _key({**part.identity, "contents": contents}, tokenizer)
         return root / f"{source.name}-{split}-{key}"
 
@@ -132,13 +136,21 @@ def prepare(
             for folder in missing:
                 part = all_parts[folder]
                 _build(folder, tokenizer, _encoded(part, tokenizer, bar), part.report)
-                if folder_of(part) != folder:
+                unchanged = False
+                with suppress(UserError):  # a file is gone
+                    unchanged = folder_of(part) == folder
+                if not unchanged:
                     shutil.rmtree(folder)
                     raise UserError(
                         f"a file of the data source {source.name} changed while it was read: run "
                         "again when no other program writes to it"
                     )
         shards = Shards(source.name, [*all_parts], divided=source.kind == "files")
+    now = time.time()
+    if rank() == 0:  # tells dev/generate_rap_prior.py which shards belong together
+        for folder in all_parts:
+            with suppress(OSError):
+                os.utime(folder, (now, now))
     _check_bad_rows(shards, source.skip_bad_rows)
     if not len(shards):
         raise UserError(

@@ -22,12 +22,12 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
-from nanochat.base.common import UserError, base_dir, user_path
+from nanochat.base.common import UserError, base_dir, notice, user_path
 from nanochat.base.strangers import shown
 from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
-from nanochat.data.folders import READABLE, find
-from nanochat.data.rows import Report
+from nanochat.data.folders import ARCHIVES, DOCUMENTS, READABLE, find, format_of, kind_of
+from nanochat.data.rows import Report, reading
 from nanochat.tinyworld import generator_files
 
 # Files are tokenised in groups of at least this size. Adding a file, or continuing after an
@@ -154,14 +154,27 @@ def only_tinyworld(specs: Sequence[str]) -> bool:
 def training_sources(specs: Sequence[str], skip_bad_rows: int = 0) -> list[Source]:
     """
     The sources that `specs` name, or the default ones. Up to `skip_bad_rows` rows that cannot be
-    read may be left out of each. Raises UserError if files are missing.
+    read may be left out of each. Raises UserError if files are missing. A notice names a file that
+    two sources read, because each of them decides by itself which text is validation.
     """
     sources = [
         replace(source, skip_bad_rows=skip_bad_rows)
         for source in parse_sources(specs or default_sources())
     ]
+    readers: dict[tuple[Any, ...], str] = {}  # file and field -> the source that reads it
+    shared: dict[tuple[str, str], Path] = {}
     for source in sources:
-        files(source)
+        for path in files(source):
+            info = path.stat()
+            first = readers.setdefault((info.st_dev, info.st_ino, source.field), source.name)
+            if first != source.name and source.kind == "files":
+                shared.setdefault((first, source.name), path)
+    for (first, second), path in shared.items():
+        notice(
+            f"the data sources {first} and {second} both read {path}: text that one holds out may "
+            "be trained on in the other, so their bits per byte may be too good; name every file "
+            "in one source only"
+        )
     return sources
 
 
@@ -278,8 +291,14 @@ def _part(
 ) -> Part:
     """The part `paths` of a source of `count` files, of which the inventory `known` is taken."""
     division = known and known.division
+    kinds = [format_of(path) for path in paths]  # of shards, which need not be opened
+    if known:
+        kinds = []
+        for path in paths:
+            with reading(path):
+                kinds.append(kind_of(path))
     identity = {
-        "formats": [p.suffix.lower() for p in paths],
+        "formats": kinds,
         "field": source.field,
         "split": split,
         "share": division and division.share,
@@ -287,16 +306,18 @@ def _part(
     }
     if known and division:
         identity |= {"reader": READER, "piece": division.piece}
-        identity["left out"] = [known.repeated, known.dropped]
+        identity["left out"] = known.left_out(paths)
         if known.skipped:  # a reason may vanish, as when a missing package is installed
             identity["skipped"] = sorted({reason for reason, _ in known.skipped})
+        if not {*DOCUMENTS, *ARCHIVES}.isdisjoint(kinds):  # some of their text may need one
+            identity["packages"] = inventory.installed()
     report = Report(source.skip_bad_rows)
 
     def texts() -> Iterator[str]:
         report.clear()
         read = read_all(paths, source.field, report, count)
         if known and division:
-            for text in known.kept(read):
+            for text in known.kept(read, paths):
                 yield from division.texts(text, split)
         else:
             yield from read

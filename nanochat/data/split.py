@@ -1,7 +1,8 @@
 """
 The validation split: a document or a conversation belongs to it when a hash of its content is small
 enough. Adding, moving or reordering files therefore moves nothing from one split to the other, and
-two copies of a text are always in the same split.
+two copies of a text in one source are always in the same split. Two sources may hold out different
+shares, so sources.training_sources() gives a notice if they read the same file.
 
 A few long documents cannot be divided so: the one book among ten short texts would be all of
 validation, or none of it. There, validation takes pieces from within the documents, each decided by

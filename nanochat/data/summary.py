@@ -137,7 +137,10 @@ class DataSummary:
             if s.divided:
                 _check_validation(s)
             if (s.passes or 1.0) * s.documents < 1:
-                notice(f"{s.name} is so rare that this run may not draw one of its {s.kind}")
+                notice(
+                    f"{s.name} is so rare ({s.share:.2g} of the draws) that this run may not see "
+                    f"one of its {s.kind}: give it a larger weight, or train longer"
+                )
             passes = s.passes or (steps or 0) / max(s.steps_per_pass, 1e-9)
             if passes > useful:
                 more = "add text"

@@ -15,7 +15,6 @@ import codecs
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ import tiktoken
 
 from nanochat.base.common import UserError, base_dir, notice
 from nanochat.base.files import atomic_write
+from nanochat.base.hardware import usable_cpus
 from nanochat.base.strangers import read_json, shown
 from nanochat.data.documents import well_formed
 from nanochat.data.rendering import SPECIAL_TOKENS, checked_messages, conversation_pieces
@@ -244,7 +244,7 @@ class Tokenizer:
 
         # In groups, because a task per text would cost more than it saves
         groups = [texts[i : i + 16] for i in range(0, len(texts), 16)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             encoded = pool.map(lambda group: [encode(text) for text in group], groups)
             return list(itertools.chain.from_iterable(encoded))
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat.chat.generate import Engine
+from nanochat.data import inventory
+from nanochat.data.feed import eval_documents
 from nanochat.data.shards import prepare
-from nanochat.data.sources import Source, parts
+from nanochat.data.sources import Source, mixed
 from nanochat.eval.baselines import compressors, ngram
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.chat import judge, visible_text
@@ -22,12 +24,30 @@ TEMPERATURES = 0.3, 0.7, 1.0
 SAMPLE_TOKENS = 80
 CHAT: dict[str, Any] = {"temperature": 0.6, "top_k": 50}  # the defaults of chat_cli
 PROMPT_WORDS, PROMPT_CHARACTERS = 6, 60
-MOST_TOKENS = 1 << 18  # of held-out text that the model reads
+MOST_TOKENS = 1 << 18  # of held-out text that is predicted
+# Of training text from which questions are made, that other predictors read, and that is searched
+# for what the model copied: more would take minutes and gigabytes
+MOST_CHARACTERS = 1 << 25
+
+
+def share_read(source: Source) -> float:
+    """The share of the training text that documents() gives."""
+    return min(1.0, MOST_CHARACTERS / max(1, inventory.of(source).kept_characters))
 
 
 def documents(source: Source, split: str) -> list[str]:
-    """The documents of a split, "train" or "val"."""
-    return [text for part in parts(source, split) for text in part.documents()]
+    """
+    The documents of a split, "train" or "val"; of a training text with more than MOST_CHARACTERS
+    characters, about as many, in documents from all parts of it.
+    """
+    share = share_read(source) if split == "train" else 1.0
+    out, seen, taken = [], 0, 0
+    for text in mixed([source], split):
+        if taken <= share * seen:
+            out.append(text)
+            taken += len(text)
+        seen += len(text)
+    return out
 
 
 def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> dict[str, Any]:
@@ -48,9 +68,15 @@ def bits_per_byte(loaded: Loaded, source: Source) -> float:
     return shard_bits_per_byte(loaded.model, shards, token_bytes, loaded.runtime, rows, MOST_TOKENS)
 
 
-def other_predictors(source: Source) -> dict[str, float]:
-    """Bits per byte of the held-out text for an n-gram model, xz and gzip."""
-    train, held_out = ("\n\n".join(documents(source, split)).encode() for split in ("train", "val"))
+def other_predictors(loaded: Loaded, source: Source) -> dict[str, float]:
+    """
+    Bits per byte for an n-gram model, xz and gzip, of the held-out text that the model predicts in
+    bits_per_byte().
+    """
+    shards = prepare(source, "val", loaded.tokenizer)
+    numbers = sorted(eval_documents(shards, MOST_TOKENS))
+    texts = (loaded.tokenizer.decode_bytes(shards.tokens(i)[1:]) for i in numbers)
+    train, held_out = "\n\n".join(documents(source, "train")).encode(), b"\n\n".join(texts)
     return {"n-gram": ngram(train, held_out), **compressors(train, held_out)}
 
 
@@ -81,9 +107,11 @@ def sample_prompt(texts: Sequence[str]) -> str:
 def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
     """
     Continue the first words of a held-out passage at each of TEMPERATURES. Each sample is
-    {temperature, prompt, text} with the fields of its longest Overlap with the training text.
+    {temperature, prompt, searched, text} with the fields of its longest Overlap with the share
+    `searched` of the training text.
     """
-    corpus = normalised(" ".join(documents(source, "train")))
+    corpus = " ".join(map(normalised, documents(source, "train")))
+    searched = share_read(source)
     prompt = sample_prompt(documents(source, "val"))
     engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     out = []
@@ -96,7 +124,8 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
         )
         text = normalised(loaded.tokenizer.decode(sample.tokens))
         overlap = longest_overlap(text, corpus)._asdict()
-        out.append({"temperature": temperature, "prompt": prompt, "text": text, **overlap})
+        about = {"temperature": temperature, "prompt": prompt, "searched": searched}
+        out.append({**about, "text": text, **overlap})
     return out
 
 
@@ -134,8 +163,10 @@ def sample_lines(samples: Sequence[dict[str, Any]]) -> list[str]:
     lines = [f"In the style of the text, going on from {samples[0]['prompt']!r} (held-out text):"]
     for sample in samples:
         lines.append(f"  temperature {sample['temperature']}: {sample['text']}")
+        searched = sample["searched"]
+        where = f", looked for in {searched:.0%} of the text" if searched < 1 else ""
         lines.append(
             f"    copied: at most {len(sample['overlap'])} characters in a row "
-            f"({sample['share']:.0%} of it), from: ... {sample['passage']} ..."
+            f"({sample['share']:.0%} of it{where}), from: ... {sample['passage']} ..."
         )
     return lines
