@@ -82,6 +82,10 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Attack:
     return act
 
 
+def both(*attacks: Attack) -> Attack:
+    return lambda step: [attack(step) for attack in attacks]
+
+
 def every(change: Callable[[torch.Tensor], torch.Tensor]) -> Attack:
     return tensors(lambda stored: stored.update({name: change(t) for name, t in stored.items()}))
 
@@ -170,6 +174,15 @@ PRIOR = {
     "tensors": {"gates": ["float32", 2, 2, 1], "key": ["float32", 384]},
     "about": "x",
 }
+MATCH = PRIOR | {
+    "columns": [["match", 1]],
+    "tensors": {
+        "gates": ["float32", 2, 2, 1],
+        "codes": ["int8", 385, 4],
+        "query": ["float32", 4, 1],
+        "keys": ["float32", 0, 4, 1],
+    },
+}
 
 CHECKPOINTS: dict[str, Attack] = {
     # --- the architecture
@@ -214,6 +227,8 @@ CHECKPOINTS: dict[str, Attack] = {
     "prior with a strange group": field("config", "rap", value={**PRIOR, "columns": [["evil", 1]]}),
     "prior with 2^50 columns": field("config", "rap", value={**PRIOR, "columns": [["key", 2**50]]}),
     "prior with rows for nobody": field("config", "rap", value={**PRIOR, "rows": [[9**9]]}),
+    "prior with rows but no curves": field("config", "rap", value={**PRIOR, "rows": [[0, 0], [0, 0]]}),
+    "prior with a match of no shifts": both(field("config", "rap", value=MATCH), tensors(lambda stored: stored.update({f"prior.{name}": torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, *shape) in MATCH["tensors"].items()}))),
     # --- the other metadata
     **{f"{name} {kind}": field(name, value=value) for name in ("tokenizer", "knobs", "dtype", "stage") for kind, value in (("null", None), ("a number", 7), ("a list", []), ("with escapes", ESCAPE))},
     "format 99": field("format", value=99),

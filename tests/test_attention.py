@@ -174,16 +174,24 @@ def test_a_window_on_a_gpu_is_traced_in_one_graph_with_its_gradients():
 
 
 def test_flash_is_used_where_it_runs(monkeypatch):
-    card = SimpleNamespace(major=8)
+    card = SimpleNamespace(major=8, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     gpu, half = torch.device("cuda", 0), torch.bfloat16
     assert attention.has_flash(gpu, half, 64) and attention.has_flash(gpu, torch.float16, 256)
     assert not attention.has_flash(gpu, torch.float32, 64)
     assert not attention.has_flash(gpu, half, 257) and not attention.has_flash(gpu, half, 100)
+    for card.major, card.minor, wide in ((8, 0, True), (8, 9, False), (9, 0, True), (12, 0, False)):
+        assert attention.has_flash(gpu, half, 208) == wide and attention.has_flash(gpu, half, 192)
     card.major = 7  # Turing
     assert not attention.has_flash(gpu, torch.float16, 64)
     assert not attention.has_flash(torch.device("cpu"), half, 64)
     assert attention.has_flash(torch.device("meta"), half, 64)
+
+
+def test_a_mask_that_was_made_for_a_reply_serves_training():
+    with torch.inference_mode():
+        mask = attention.flex_mask(7, 0, torch.device("cpu"))
+    assert not mask.kv_indices.is_inference()
 
 
 def cached(cache, q, k, v, sizes, window=0, lengths=None):

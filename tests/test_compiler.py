@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,20 @@ def test_compiling_ahead_leaves_nothing_to_compile_and_no_trace(folder):
     assert counter.frame_count == 1 and tiny.same(before, tiny.weights(m))
 
 
+def test_memory_that_runs_out_while_compiling_ahead_is_free_for_the_first_step(monkeypatch):
+    m, held = tiny.model(), []
+
+    def loss(inputs, targets):
+        x = torch.ones(8)
+        held.append(weakref.ref(x))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(m, "loss", loss)
+    Ahead.current = ahead = Ahead(m, 8, 16)
+    assert ahead.wait() >= 0.0 and Ahead.current is None
+    assert held[0]() is None
+
+
 def test_a_run_that_is_refused_does_not_wait_for_the_compiler(folder):
     m, begun = tiny.model(n_layer=2), []
     started, go = threading.Event(), threading.Event()
@@ -242,8 +257,8 @@ def test_ctrl_c_while_the_compiler_is_waited_for(folder, times, monkeypatch):
     Ahead.current = ahead = Ahead(m, 8, 16)
     assert begun.wait(600)
     for _ in range(times):
-        threading.Timer(0.1, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.1, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
             ahead.wait()
     ahead.abandon()
     assert Ahead.current is None and not ended and running[0]()

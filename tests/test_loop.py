@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.base import runtime
 from nanochat.base.common import UserError
+from nanochat.base.runtime import halve_until_it_fits
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint, loss
 from nanochat.model.gpt import GPT
@@ -416,11 +417,17 @@ def test_saves_between_looks(tmp_path):
 # ---- memory
 
 
-def test_out_of_memory_in_a_look_costs_its_numbers_only(tmp_path, capsys):
+@pytest.mark.parametrize("halves", [False, True])
+def test_out_of_memory_in_a_look_costs_its_numbers_only(tmp_path, capsys, halves):
+    """Also if it has tried fewer rows, down to one."""
+
+    def fail(rows: int = 1):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
     def look():
         assert checkpoint.newest(tmp_path) is not None
         if len(checkpoint.list_checkpoints(tmp_path)) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            halve_until_it_fits(fail, 2) if halves else fail()
         return {"val_bpb": 1.0}
 
     _, run, m = fit(

@@ -13,7 +13,7 @@ import tiny
 from nanochat.base.common import UserError
 from nanochat.base.logbook import Logbook
 from nanochat.commands import models
-from nanochat.model import checkpoint
+from nanochat.model import checkpoint, stages
 from nanochat.model.runs import find_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +67,22 @@ def test_an_older_checkpoint_counts_where_the_newest_is_damaged(base):
     (folder / "step_000009" / "manifest.json").unlink()
     (record,) = find_records()
     assert (record.step, record.tokens, record.problem) == (3, 768, "")
+
+
+def test_what_a_run_deletes_while_runs_are_listed_does_not_count(base, monkeypatch):
+    folder, lstat = put(base, "sft", "d2"), os.lstat
+    size = find_records()[0].disk_bytes
+
+    def vanished(path, **rest):
+        if Path(path).name == "optim.safetensors":
+            raise FileNotFoundError
+        return lstat(path, **rest)
+
+    gone = lstat(folder / "step_000003/optim.safetensors").st_size
+    monkeypatch.setattr(os, "lstat", vanished)
+    monkeypatch.setattr(stages, "step_folders", lambda run: [run / "step_000003", run / "step_9"])
+    (record,) = find_records()
+    assert (record.step, record.problem) == (3, "") and record.disk_bytes == size - gone
 
 
 def test_folders_that_are_no_runs_say_so(base, capsys):

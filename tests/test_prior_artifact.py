@@ -322,11 +322,16 @@ def test_matrices_that_do_not_fit(tmp_path, matrix, says):
     refused(tmp_path / "m.safetensors", says)
 
 
-def test_a_matrix_of_ones_own(tmp_path):
+def test_a_matrix_of_ones_own(tmp_path, monkeypatch):
     m = torch.randn(5, 5) * 7
     torch.save(m, tmp_path / "m.pt")
     got, about = prior_artifact.load(str(tmp_path / "m.pt"), V, PRINT)
     torch.testing.assert_close(got["bias"], m / m.tril().abs().max())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for metadata in (None, {"format": "pt"}):
+        save_file({"anything": m}, tmp_path / "m.safetensors", metadata)
+        same, _ = prior_artifact.load("~/m.safetensors", V, PRINT)
+        assert torch.equal(same["bias"], got["bias"])
     assert about.startswith("matrix ")
     _, tensors = made(str(tmp_path / "m.pt"))
     assert (

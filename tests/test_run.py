@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from nanochat.base import hardware
+from nanochat.base import hardware, logbook
 from nanochat.base.common import UserError, entry
 from nanochat.base.knobs import parse
 from nanochat.base.runtime import Runtime
@@ -22,6 +22,8 @@ from nanochat.commands.mid_train import MidtrainKnobs
 from nanochat.data.contexts import Contexts
 from nanochat.model.checkpoint import Checkpoint, locate
 from nanochat.model.gpt import GPT
+from nanochat.model.stages import run_directory
+from nanochat.train import run as train_run
 from nanochat.train import stage
 from nanochat.train.horizon import (
     Horizon,
@@ -117,7 +119,7 @@ def test_as_a_process(made):
 def test_memory_that_does_not_suffice_is_one_sentence():
     too_big = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     with (
-        pytest.raises(UserError, match="out of memory: choose a smaller --depth"),
+        pytest.raises(UserError, match="out of memory: use a smaller model, a shorter context"),
         stage.session(),
     ):
         raise too_big
@@ -193,12 +195,16 @@ def test_little_text_has_small_batches(tmp_path):
 
 
 def test_the_whole_command_stops_after_three_passes(flags, capsys):
-    base_train.main([*flags, "--max_minutes=60", "--model_tag=passes", "--compile=off"])
+    long = ["--max_minutes=60", "--model_tag=passes", "--compile=off", "--sample_every=0"]
+    base_train.main([*flags, *long])
     out = capsys.readouterr().out
     assert "3 passes over the text, beyond which" in out and "learns it by heart" not in out
     meta = locate("base", "passes").meta
     (source,) = meta["data_summary"]["sources"]
     assert meta["done"] and 2.5 < source["passes"] <= 3 and meta["step"] > 3
+    rows = logbook.read(run_directory("base", "passes"))
+    sampled = [row["step"] for row in rows if row["kind"] == "sample"]
+    assert sampled == [0, meta["step"]], "one to know what it costs, and one at the end"
 
 
 def test_a_limit_of_passes_that_time_does_not_allow_is_no_length(flags, capsys):
@@ -236,6 +242,16 @@ def test_a_new_length_keeps_the_batch(tmp_path):
         run = opened(tmp_path, max_minutes=600.0, new_horizon="stretch", total_batch_size=given)
         run.resume_from = stored
         assert choose_horizon(run) == Horizon(rows, None)
+
+
+def test_a_new_length_renews_what_the_old_one_decided(monkeypatch):
+    stored = {"eval_every": 0.5, "eval_tokens": 4096, "sample_every": 3.0, "keep": 5}
+    by_rule = dict.fromkeys(("eval_every", "eval_tokens"), "rule")
+    meta = {"knobs": stored, "origins": {**dict.fromkeys(stored, "command line"), **by_rule}}
+    monkeypatch.setattr(train_run, "newest_to_resume", lambda run: SimpleNamespace(meta=meta))
+    knobs = PretrainKnobs(resume="auto", new_horizon="stretch", max_hours=10)
+    knobs, _, _ = train_run.resume_knobs("base", "t", knobs, dict.fromkeys(vars(knobs), "default"))
+    assert (knobs.eval_every, knobs.eval_tokens, knobs.sample_every, knobs.keep) == (-1, 0, 3, 5)
 
 
 def test_lengths_of_a_conversation_stage(tmp_path):
@@ -305,7 +321,7 @@ def test_wide_models_take_five_polynomials(width, steps):
 )
 def test_windows_that_save_no_time_are_said(monkeypatch, capsys, capability, dtype, said):
     """Flash takes them in half precision from Ampere on."""
-    card = SimpleNamespace(major=capability)
+    card = SimpleNamespace(major=capability, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     runtime = Runtime(torch.device("cuda", 0), dtype, 0, 1, 42)
     _check_kernels(tiny.model(window_pattern="SL"), "float", runtime)
@@ -315,11 +331,20 @@ def test_windows_that_save_no_time_are_said(monkeypatch, capsys, capability, dty
 
 
 @pytest.mark.parametrize(
-    ("device", "one_shape", "seconds", "compiles"),
-    [("cuda", False, 1, True), ("cuda", True, 1, True), ("cpu", False, 9000, False)],
+    ("device", "one_shape", "seconds", "epoch_tokens", "compiles"),
+    [
+        ("cuda", False, 1, 0, True),
+        ("cuda", True, 1, 0, True),
+        ("cpu", False, 9000, 0, False),
+        ("cpu", True, 0, 10_000, False),
+        ("cpu", True, 0, 10**12, True),
+    ],
 )
-def test_what_is_compiled_unasked(monkeypatch, device, one_shape, seconds, compiles):
-    """On a GPU also finetuning and reinforcement, whose batches have several widths."""
+def test_what_is_compiled_unasked(monkeypatch, device, one_shape, seconds, epoch_tokens, compiles):
+    """
+    On a GPU also finetuning and reinforcement, whose batches have several widths; on a CPU what
+    takes minutes, as its time or its text says.
+    """
     prepared, m = [], tiny.model()
     monkeypatch.setattr(stage, "compiler_missing", lambda device: "")
     monkeypatch.setattr(stage.compiler, "prepare", prepared.append)
@@ -334,7 +359,8 @@ def test_what_is_compiled_unasked(monkeypatch, device, one_shape, seconds, compi
         stored_progress=0.0,
         runtime=Runtime(torch.device(device), torch.float32, 0, 1, 42),
     )
-    stage.compile_if_it_pays(run, Horizon(8, 10, None), one_shape)
+    horizon = Horizon(8, None, 1) if epoch_tokens else Horizon(8, 10)
+    stage.compile_if_it_pays(run, horizon, one_shape, epoch_tokens)
     assert prepared == [m] * compiles
 
 

@@ -22,8 +22,18 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import sandbox
 from nanochat.eval.core_bundle import load_bundle
 from nanochat.model import prior_artifact
+from nanochat.model.stored import checked_meta
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"best": {}}, {"sizes": {"eval": 0}}, {"stale": "x"}, {"evaluated_to": []}, {"spent": []}],
+)
+def test_what_a_run_could_not_resume_from_is_refused(fields):
+    with pytest.raises(ValueError):
+        checked_meta(fields)
 
 
 @pytest.mark.parametrize("name", sorted(checkpoints.CHECKPOINTS))

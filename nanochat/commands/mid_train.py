@@ -44,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         T = run.model.config.sequence_len
         rows = whole_rows(run.knobs.total_batch_size, T) or run.stored("rows")
         horizon = conversation_horizon(run, rows or run.parent.meta["horizon"]["rows"])
-        stage.compile_if_it_pays(run, horizon)
+        # Whether an epoch is long enough to compile for a CPU is known once its data is open
+        late = horizon.epochs and run.runtime.device.type == "cpu" and run.knobs.compile == "auto"
+        if not late:
+            stage.compile_if_it_pays(run, horizon)
         stage.choose_conversations(run)
         texts = training_sources(run.knobs.text, run.knobs.skip_bad_rows) if run.knobs.text else []
         inventory.show(texts)
         check_weights([*mixture.parse(run.knobs.data), *texts])
         shards = stage.conversation_shards(run, "train") + stage.text_shards(run, texts, "train")
         feed = stage.row_feed(run, shards, horizon)
+        if late:
+            stage.compile_if_it_pays(run, horizon, epoch_tokens=feed.order.total)
         val = stage.conversation_shards(run, "val")
         stage.summarise_data(run, feed, val, horizon)
         print0(f"  {horizon.rows * T:,} tokens per step ({horizon.rows} rows of {T})")

@@ -270,12 +270,15 @@ def attend_fused(
 
 def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """
-    Whether torch has flash attention for heads of this width. No other of its kernels lets query
-    heads share keys, or skips the keys before a window.
+    Whether torch can train heads of this width with flash attention. No other of its kernels lets
+    query heads share keys, or skips the keys before a window.
     """
     half = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
     if device.type == "cuda":
-        return half and torch.cuda.get_device_properties(device).major >= 8
+        card = torch.cuda.get_device_properties(device)
+        # Their shared memory is too small for the gradients of 193 to 224
+        geforce = (card.major == 8 and card.minor >= 6) or card.major == 12
+        return half and card.major >= 8 and not (geforce and 192 < width <= 224)
     return half and device.type == "meta"  # where the memory of a GPU is traced
 
 
@@ -385,7 +388,8 @@ def flex_mask(T: int, window: int, device: torch.device) -> Any:
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i - j < (window or T))
 
-    return create_block_mask(visible, None, None, T, T, device=device)
+    with torch.inference_mode(False):  # a reply may need it first, and training cannot save such
+        return create_block_mask(visible, None, None, T, T, device=device)
 
 
 @functools.cache

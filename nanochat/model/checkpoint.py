@@ -226,7 +226,7 @@ class Checkpoint:
         """
         present, fingerprint = base_dir() / "tokenizer", self.meta["tokenizer"]
         aside = present.with_name(f"tokenizer_{fingerprint[:8]}")
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):
             if read_json(aside / "meta.json").get("fingerprint") == fingerprint:
                 return aside
         return present

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from nanochat.base.common import UserError, notice
+from nanochat.base.common import UserError, notice, user_path
 from nanochat.base.files import sha256_file
 from nanochat.base.strangers import open_regular
 from nanochat.model.attention import attention_form
@@ -52,8 +52,9 @@ def load(path: str, vocab_size: int, fingerprint: str) -> tuple[Tensors, str]:
     The checked tensors of an artifact, or of a file with one matrix, and a note on their source.
     Raises UserError for a damaged file, another format or another tokenizer.
     """
+    path = str(user_path(path))
     tensors, about = _read(path)
-    matrix_alone = "format" not in about and len(tensors) == 1  # a matrix from elsewhere
+    matrix_alone = about.get("format") in (None, "pt") and len(tensors) == 1  # from elsewhere
     if matrix_alone:
         tensors = {"bias": next(iter(tensors.values()))}
     depends_on_tokens = tensors.keys() - {"lag", "spans", "bias"}

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from math import prod
@@ -88,10 +89,12 @@ def _others() -> Iterator[Path]:
 
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder (or of one file); links are not followed."""
-    sizes = []
-    for root, _, names in os.walk(folder):
-        sizes += [os.lstat(os.path.join(root, name)).st_size for name in names]
-    return sum(sizes) if folder.is_dir() else folder.lstat().st_size
+    size = 0
+    inside = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    for path in inside if folder.is_dir() else [folder]:
+        with suppress(FileNotFoundError):  # a run that saves has renamed or deleted it
+            size += os.lstat(path).st_size
+    return size
 
 
 def _record(stage: str, run: Path) -> RunRecord:
@@ -152,7 +155,7 @@ def check_removable(record: RunRecord) -> None:
     """UserError if this is not a run, or if its folder has a file that no run writes."""
     run = Path(record.folder)
     if record.stage not in STAGES or not run.is_dir() or run.is_symlink():
-        raise UserError(f"{run} is not the folder of a run: remove it yourself")
+        raise UserError(f"{run} is a link or not the folder of a run: remove it yourself")
     if name := foreign_file(run):
         raise UserError(
             f"{run} holds {name}, which no run writes: move it elsewhere, or remove the folder "

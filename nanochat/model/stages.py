@@ -1,11 +1,13 @@
 """The stages of training, in order, and the folders of their runs. Imports no torch."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from nanochat.base.common import UserError, base_dir
+from nanochat.base.common import UserError, base_dir, notice
 
 
 class Stage(NamedTuple):
@@ -75,8 +77,43 @@ def was_set_aside(run: Path) -> bool:
 
 def saved_last(run: Path) -> tuple[bool, float]:
     """A key that sorts runs by the time of their last save, those that were set aside first."""
-    times = [folder.stat().st_mtime for folder in step_folders(run)]
-    return not was_set_aside(run), max(times, default=0.0)
+    times = [0.0]
+    for folder in step_folders(run):
+        with suppress(FileNotFoundError):  # a run that saves has deleted it
+            times.append(folder.stat().st_mtime)
+    return not was_set_aside(run), max(times)
+
+
+def one_chain(
+    logs: Mapping[str, list[dict[str, Any]]], tag: str, quiet: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Of the logbooks of a tag, stage -> rows in the order of training, those that belong to one model
+    and its stages. Left out are stages of an earlier model, because a stage before them was begun
+    later, and stages that a later one did not start from. Unless `quiet`, a notice names them.
+    """
+    chain: dict[str, list[dict[str, Any]]] = {}
+    begun: dict[str, float] = {}  # stage -> when it was begun
+    for stage, rows in logs.items():
+        start = next((row for row in rows if row["kind"] == "start"), {})
+        knobs, began = start.get("config", {}).get("knobs"), 0.0  # not known
+        with suppress(ValueError):
+            began = datetime.fromisoformat(str(start.get("time"))).timestamp()
+        source = knobs.get("source") if isinstance(knobs, dict) else None
+        before = begun.get(source or "", max(begun.values(), default=0.0))
+        if source in [name for name in logs if name not in chain] or 0 < began < before:
+            continue
+        earlier, begun[stage] = list(chain), began
+        if source in earlier:
+            chain = {name: chain[name] for name in earlier[: earlier.index(source) + 1]}
+        chain[stage] = rows
+    left_out = [f"{stage}/{tag}" for stage, rows in logs.items() if rows and stage not in chain]
+    if left_out and not quiet:
+        notice(
+            f"left out are stages that do not belong to the present model {tag}, because an "
+            f"earlier stage was trained again or a later one skipped them: {', '.join(left_out)}"
+        )
+    return chain
 
 
 def by_preference(tag: str = "") -> Iterator[tuple[str, Path]]:

@@ -26,6 +26,7 @@ from nanochat.model.stages import STAGES
 MOST_META = 2**22  # bytes
 
 _SETTING = (bool, int, float, str, None, [(bool, int, float, str)])
+_BEST = {"step": int, "val_bpb": float}
 _META = {  # the forms of those fields that some code reads; see strangers.mismatch
     "format": int,
     "step": int,
@@ -44,9 +45,12 @@ _META = {  # the forms of those fields that some code reads; see strangers.misma
     "world_size": int,
     "tokens": int,
     "seconds": float,
-    "best": ({"step": int, "val_bpb": float}, None),
+    "best": (_BEST, None),
     "scale": float,
+    "stale": int,
     "costs": {str: float},
+    "sizes": {str: int},
+    "spent": {str: float},
     "evaluated_to": [float],
     "last": {str: {str: object}},
     "done": bool,
@@ -151,6 +155,10 @@ def checked_meta(meta: Mapping[str, Any]) -> Meta:
             fault = f"there is no stage {shown(meta['stage'])}"
         elif meta.get("dtype", "float32") not in _DTYPES:
             fault = f"its dtype is {shown(meta['dtype'])}, not one of {', '.join(_DTYPES)}"
+        elif meta.get("best") is not None and (lacking := missing(meta["best"], list(_BEST))):
+            fault = f"its best evaluation is {shown(meta['best'])}: {lacking}"
+        elif len(meta.get("evaluated_to", "00")) != 2 or 0 in meta.get("sizes", {}).values():
+            fault = "its evaluations are not those of a run"
         elif config and config.rap is not None:
             fault = spec_fault(config.rap, config)
     if fault:
@@ -179,6 +187,8 @@ def spec_fault(spec: Any, config: GPTConfig) -> str:
         return f"rap.attention is {shown(spec['attention'])}"
     if any(shift > config.sequence_len for shift in spec["shifts"]):
         return f"rap.shifts go beyond the context of {config.sequence_len} tokens"
+    if "match" in names and not spec["shifts"]:
+        return "rap.shifts is empty, but match needs at least one"
     return _tables_fault(spec, names, config)
 
 
@@ -195,7 +205,7 @@ def _tables_fault(spec: dict[str, Any], names: list[str], config: GPTConfig) -> 
     if not (0 < layers <= config.n_layer and 0 < heads <= config.n_head):
         return f"rap has gates for {heads} heads of {layers} layers, which the model does not have"
     lengths, curves = {len(layer) for layer in rows}, [curve for layer in rows for curve in layer]
-    if rows and (len(rows) != layers or lengths != {heads} or max(curves) >= sizes["N"]):
+    if rows and (len(rows) != layers or lengths != {heads} or max(curves) >= sizes.get("N", 0)):
         return "rap.rows does not name one curve for each head"
     widths = {"key": 1, "match": sizes.get("R"), "pair": sizes.get("Q")}
     widths |= dict.fromkeys(("lag", "bias"), sizes.get("W", 0))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from nanochat.base.common import UserError, base_dir, counted, notice, unstoppable
 from nanochat.base.files import check_writable
+from nanochat.base.hardware import usable_cpus
 from nanochat.base.runtime import out_of_memory
 from nanochat.model.gpt import GPT
 
@@ -122,7 +123,7 @@ def prepare(model: GPT) -> None:
         # A block and the head are about 25 small C++ files, of which threads compile several at
         # once. The worker processes that Triton needs would cost more time than they save.
         os.environ.setdefault("TORCH_WARM_POOL", "0")
-        threads = min(8, os.cpu_count() or 1)
+        threads = min(8, usable_cpus())
         config.compile_threads = threads  # pyright: ignore[reportAttributeAccessIssue]
         # Hides a warning that the CUDA toolkit is missing, which only GPUs need
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -257,7 +258,9 @@ class Ahead:
                 torch.cuda.set_device(ids.device)  # which is the first GPU in every new thread
             guarded(model, lambda: model.loss(ids, ids).backward())
         except Exception as e:  # wait() raises it
-            self.error = e
+            # An error holds what the failed step had in memory. If that was too much, the first
+            # step will try fewer rows, and needs it.
+            self.error = None if out_of_memory(e) else e
         finally:
             for p in model.parameters():
                 p.grad = None
@@ -281,6 +284,6 @@ class Ahead:
         began = time.monotonic()
         self.ended.wait()  # not Thread.join(), which after Ctrl+C takes the thread for ended
         Ahead.current = None
-        if self.error is not None and not out_of_memory(self.error):
+        if self.error is not None:
             raise self.error
         return time.monotonic() - began

@@ -75,7 +75,9 @@ class TrainKnobs(MachineKnobs):
     """Run"""
 
     compile: Literal["auto", "on", "off"] = knob(
-        "auto", "torch.compile; auto = on a GPU, and on a CPU when the run is long enough to pay"
+        "auto",
+        "torch.compile; auto = on a GPU, and on a CPU in base_train and mid_train of two minutes "
+        "or more for each shape of their batches",
     )
     matmul: Literal["float", "int8"] = knob(
         "float",

@@ -423,7 +423,7 @@ class Run(RunState):
         take more than SAVING of the budget; 0, only at the end, if even two would.
         """
         every, save = evaluation.every, self.costs.get("save", 0.0)
-        if evaluation.size is None or every >= 1 or self.budget_seconds <= 0 or save <= 0:
+        if evaluation.size is None or not 0 < every < 1 or self.budget_seconds <= 0 or save <= 0:
             return every
         affordable_saves = int(SAVING * self.budget_seconds / save)
         return max(every, 1 / affordable_saves) if affordable_saves > 1 else 0.0
@@ -681,8 +681,10 @@ def _guarded(evaluation: Evaluation) -> dict[str, Any]:
     """The numbers of an evaluation; none, and a notice, if it runs out of memory."""
     try:
         return evaluation.measure()
-    except RuntimeError as e:
-        if not out_of_memory(e):
+    except (RuntimeError, UserError) as e:
+        # A UserError if not even one row fitted, which the other ranks do not know
+        one_row = isinstance(e, UserError) and world_size() == 1 and e.__cause__
+        if not out_of_memory(one_row or e):
             raise
         notice(f"out of memory in {evaluation.name}: no result at this step; training continues")
         return {}

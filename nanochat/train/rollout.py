@@ -117,7 +117,8 @@ class Sampler:
             return groups
 
         together = max(1, min(len(prompts), self.rows // samples))
-        groups, fitting = halve_until_it_fits(generate, together, "a batch of questions")
+        remedy = "choose a smaller --samples or --max_tokens"
+        groups, fitting = halve_until_it_fits(generate, together, "a batch of questions", remedy)
         if fitting < together:
             self.rows = fitting * samples
         return groups
@@ -311,7 +312,7 @@ class RolloutFeed:
         for name in ("seed", "questions"):
             if state[name] != self._state[name]:
                 raise UserError(
-                    f"cannot resume: the {name} of this run changed; restore the flags, or start "
-                    "a new run without --resume"
+                    f"cannot resume, because the {name} of this run changed from {state[name]} to "
+                    f"{self._state[name]}: restore the flags, or start a new run without --resume"
                 )
         self._state = dict(state)

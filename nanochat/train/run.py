@@ -8,6 +8,7 @@ data, feed and evaluations.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,20 @@ import torch
 
 from nanochat.base import hardware, logbook
 from nanochat.base.common import UserError, counted, human, notice, print0, rank
-from nanochat.base.files import reserve
+from nanochat.base.files import reserve, reserved
 from nanochat.base.runtime import Runtime, compiler_missing, emulates_bfloat16, open_runtime
 from nanochat.data.contexts import Contexts
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.attention import has_flash
-from nanochat.model.checkpoint import Checkpoint, locate, newest_to_resume
+from nanochat.model.checkpoint import Checkpoint, list_checkpoints, locate, newest_to_resume
 from nanochat.model.gpt import GPT
-from nanochat.model.stages import STAGES, lock_file, run_directory
+from nanochat.model.stages import (
+    STAGES,
+    lock_file,
+    run_directory,
+    saved_last,
+    stage_directory,
+)
 from nanochat.train import resume
 from nanochat.train.knobs import K, LaterStageKnobs, inherit
 from nanochat.train.loop import from_main
@@ -130,6 +137,9 @@ def resume_knobs(
         return knobs, origins, None
     stored = EARLIER | checkpoint.meta["knobs"]
     dropped = {"resume", "new_horizon"}
+    if knobs.new_horizon:  # what a rule derived from the old length
+        by_length = {"eval_every", "eval_tokens", "sample_every"}
+        dropped |= {n for n in by_length if checkpoint.meta["origins"].get(n) == "rule"}
     if knobs.max_minutes or knobs.max_hours:  # a new budget replaces one in the other unit
         dropped |= {"max_minutes", "max_hours"}
     lengths = {"num_iterations", "epochs", "max_minutes", "max_hours"}
@@ -236,6 +246,8 @@ def open_from_parent(
     --step. It has the parent's model and tag and, unless it resumes, the parent's values of the
     knobs in INHERITED.
     """
+    if knobs.resume == "auto" and not knobs.model_tag:
+        knobs = replace(knobs, model_tag=_interrupted(stage, parent_stage))
     # Unless --source is given, a run resumes with the parent with which it was started
     keeps_parent = knobs.resume == "auto" and knobs.model_tag and origins.get("source") == "default"
     if keeps_parent and (own := newest_to_resume(run_directory(stage, knobs.model_tag))):
@@ -251,6 +263,22 @@ def open_from_parent(
         return parent.model(runtime.device, runtime.dtype)
 
     return open_run(stage, parent.tag, knobs, origins, build, resume_from, parent, began)
+
+
+def _interrupted(stage: str, parent_stage: str) -> str:
+    """
+    The tag of the run of a stage that was saved last, if it has not ended and was saved after all
+    runs of its parent's stage; "" if not.
+    """
+    last = max(stage_directory(stage).glob("*"), key=saved_last, default=None)
+    parents = map(saved_last, stage_directory(parent_stage).glob("*"))
+    if last is None or reserved(lock_file(last)):  # another process trains it
+        return ""
+    if saved_last(last) <= max(parents, default=(False, 0.0)):
+        return ""
+    with suppress(UserError, IndexError):  # its checkpoint is damaged, or there is none
+        return "" if list_checkpoints(last)[-1].meta["done"] else last.name
+    return ""
 
 
 def table_of_counts(model: GPT) -> str:

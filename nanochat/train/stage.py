@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.base.common import UserError, human, notice, print0, user_path
+from nanochat.base.common import UserError, explained, human, notice, print0, user_path
 from nanochat.base.files import release
 from nanochat.base.hardware import describe_machine
 from nanochat.base.knobs import show as show_knobs
@@ -39,7 +39,7 @@ from nanochat.model.stages import STAGES, run_directory
 from nanochat.train import compiler, resume
 from nanochat.train.evaluation import Evaluation, Size
 from nanochat.train.horizon import Horizon, within_passes
-from nanochat.train.loop import Feed, Run
+from nanochat.train.loop import Feed, Run, from_main
 from nanochat.train.run import OpenRun, make_optimizer
 from nanochat.train.scaling import (
     MOST_EVAL_TOKENS,
@@ -207,7 +207,7 @@ def evaluation_size(
         count = evaluations_within(0)
         run.resolve(eval_tokens=evaluation_tokens(tokens, len(validation), count))
         return None
-    rows, _ = evaluation_rows(run, feed)
+    rows = int(from_main(evaluation_rows(run, feed)[0], run.runtime))  # all ranks read the same
     one_batch = rows * run.model.config.sequence_len * run.runtime.world_size
     longest = max(shards.total for shards, _ in validation)
     most = min(MOST_EVAL_TOKENS, max(longest, one_batch))
@@ -298,17 +298,21 @@ def conversation_shards(run: OpenRun, split: str, seed: int = 0) -> WeightedShar
     )
 
 
-def compile_if_it_pays(run: OpenRun, horizon: Horizon, one_shape: bool = True) -> None:
+def compile_if_it_pays(
+    run: OpenRun, horizon: Horizon, one_shape: bool = True, epoch_tokens: int = 0
+) -> None:
     """
     Compile the model if --compile asks for it, or if it works and saves time; a resumed run does
-    as before. `one_shape`: nearly all batches have the same shape, which makes compiling worthwhile
-    on a CPU. That shape is then compiled in the background while the run is being opened.
+    as before. epoch_tokens: of each epoch, for a run of epochs. one_shape: nearly all batches have
+    the same shape, which makes compiling worthwhile on a CPU. That shape is then compiled in the
+    background while the run is being opened.
     """
     wanted = run.knobs.compile == "on"
     if run.knobs.compile == "auto":
         wanted = run.stored("compiled")
         if wanted is None:
             tokens = (horizon.steps or 0) * horizon.rows * run.contexts.longest
+            tokens += (horizon.epochs or 0) * epoch_tokens
             flops = tokens * run.contexts.mean(run.model.flops_per_token)
             seconds = run.budget_seconds or flops / (0.4 * run.peak_flops)
             shapes = len(run.contexts.stages)
@@ -419,6 +423,9 @@ def _start_or_resume(run: OpenRun, training: Run) -> dict[str, Any]:
         waited = ahead.wait()  # the thread computes with the weights, which are about to change
     if checkpoint:
         training.restore(checkpoint)
+        if new_horizon:
+            # The new length decides how much an evaluation reads: earlier ones are no measure
+            training.sizes, training.best, training.stale = {}, None, 0
         if is_complete and (not new_horizon or training.progress >= 1):
             print0(f"  {checkpoint} is the end of this run: nothing to do")
             return {"tokens": training.tokens, "seconds": training.seconds, **training.last}
@@ -448,11 +455,8 @@ def session() -> Iterator[None]:
         if isinstance(e, RuntimeError) and not out_of_memory(e) and (lost := rank_lost(e)):
             raise lost from e
         tell_of_error()
-        if out_of_memory(e):
-            raise UserError(
-                "out of memory: choose a smaller --depth, --model_dim or --sequence_len, or a "
-                "smaller --device_batch_size"
-            ) from e
+        if fault := explained(e):
+            raise fault from e
         raise
     finally:
         if compiler.Ahead.current:
