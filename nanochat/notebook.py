@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, human
+from nanochat.base.common import UserError, human, notice
 from nanochat.chat.generate import Engine
-from nanochat.chat.reply import Reply, continue_text
+from nanochat.chat.reply import Reply, fit_conversation, fit_prompt, fit_text
 from nanochat.model.checkpoint import Loaded, load_for_inference
 from nanochat.model.stages import STAGES, stage_directory
 
@@ -51,13 +51,35 @@ class Chat:
         if not STAGES[self.loaded.stage].chats:
             raise UserError(f"{self!r} has not learned to chat: use .complete(text)")
         messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
-        prompt = self.tokenizer.render_prompt({"messages": list(messages)})
-        steps = self.engine.generate(prompt, **{**SAMPLING, **sampling})
+        settings, room = self._settings(sampling)
+        conversation = {"messages": list(messages)}
+        conversation, dropped = fit_conversation(self.tokenizer, conversation, room)
+        prompt, cut = fit_prompt(self.tokenizer, conversation["messages"], room)
+        self._tell_lost("oldest messages", 2 * dropped)
+        self._tell_lost("first tokens of the text", cut)
+        steps = self.engine.generate(prompt, **settings)
         return (text for kind, text in Reply(self.tokenizer).stream(steps) if kind == "text")
 
     def complete(self, text: str, **sampling: Any) -> str:
         """The text that the model writes after `text`."""
-        return "".join(continue_text(self.engine, text, **{**SAMPLING, **sampling}))
+        settings, room = self._settings(sampling)
+        prompt, cut = fit_text(self.tokenizer, text, room)
+        self._tell_lost("first tokens of the text", cut)
+        steps = self.engine.generate(prompt, **settings)
+        return "".join(piece for _, piece in Reply(self.tokenizer, plain=True).stream(steps))
+
+    def _settings(self, sampling: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """All settings of sampling, and how many tokens of the context a prompt may take."""
+        settings: dict[str, Any] = {**SAMPLING, **sampling}
+        context = self.model.config.sequence_len
+        return settings, context - min(settings["max_tokens"] or context, context // 2)
+
+    def _tell_lost(self, things: str, n: int) -> None:
+        if n:
+            notice(
+                f"the context holds {self.model.config.sequence_len:,} tokens, including those of "
+                f"the answer: the model does not see the {things} ({n:,})"
+            )
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Tensor:

@@ -233,6 +233,34 @@ def prompts_of(monkeypatch):
     return prompts
 
 
+def test_memory_that_runs_out_ends_no_chat(tokenizer, monkeypatch, capsys):
+    put("sft", tokenizer, sequence_len=256)
+    prompts, loads = [], []
+    generate, load = Engine.generate, checkpoint.load_for_inference
+
+    def too_large(self, tokens, **sampling):
+        prompts.append(tokenizer.decode(tokens))
+        if len(prompts) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return generate(self, tokens, **sampling)
+
+    def load_once(*given):
+        loads.append(given)
+        if len(loads) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(*given)
+
+    monkeypatch.setattr(Engine, "generate", too_large)
+    monkeypatch.setattr(checkpoint, "load_for_inference", load_once)
+    questions = "one\ntwo\n/model sft\nthree\n"
+    _, err = in_process(monkeypatch, capsys, chat_cli.main, [], questions)
+    assert err.count("error: out of memory") == len(loads) == 2
+    assert "one" in prompts[2] and "two" not in prompts[2] and "three" in prompts[2]
+    prompts[:], loads[:] = ["one"], []
+    with pytest.raises(RuntimeError):  # one question alone: the command fails
+        in_process(monkeypatch, capsys, chat_cli.main, ["-p", "four"])
+
+
 def test_text_that_spells_special_tokens_stays_text(tokenizer, monkeypatch, capsys):
     put("sft", tokenizer, sequence_len=256)
     prompts = prompts_of(monkeypatch)
@@ -395,6 +423,7 @@ def test_chat_in_a_terminal(tokenizer, tmp_path):
     t.type("\x03")
     assert t.end() == 0
     assert "The cat" in (tmp_path / "chat_history").read_text()
+    assert (tmp_path / "chat_history").stat().st_mode & 0o777 == 0o600  # for nobody else
     assert "Traceback" not in t.shown
 
 

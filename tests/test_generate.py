@@ -17,7 +17,7 @@ from nanochat.base.common import UserError
 from nanochat.chat import generate
 from nanochat.chat.generate import Batch, Continuation, Engine, Sampling, choose, clip
 from nanochat.chat.packed import PackedLinear, packed_copy, quick_norm
-from nanochat.chat.reply import Reply, continue_text, fit_conversation
+from nanochat.chat.reply import Reply, fit_conversation, fit_text
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.model.cache import KVCache
 from nanochat.model.config import GPTConfig
@@ -651,10 +651,19 @@ def test_a_reply_that_stops_inside_a_call_loses_nothing(tokenizer):
 def test_text_is_continued_in_whole_characters_without_special_tokens(tokenizer):
     said = [tokenizer.ranks[bytes([b])] for b in "é 😀".encode()]
     said.insert(2, tokenizer.specials["<|user_start|>"])
-    start = len(tokenizer.encode("The cat", bos=True))
-    e = scripted(tokenizer, {tokenizer.bos: [*said, tokenizer.bos]}, start)
-    pieces = list(continue_text(e, "The cat", temperature=0))
+    prompt, _ = fit_text(tokenizer, "The cat", 100)
+    e = scripted(tokenizer, {tokenizer.bos: [*said, tokenizer.bos]}, len(prompt))
+    reply = Reply(tokenizer, plain=True)
+    pieces = [piece for _, piece in reply.stream(e.generate(prompt, temperature=0))]
     assert "".join(pieces) == "é 😀" and all("�" not in piece for piece in pieces)
+
+
+def test_a_long_text_keeps_its_end(tokenizer):
+    bos, *tokens = tokenizer.encode("The cat sat on the mat.", bos=True)
+    for limit in range(2, len(tokens) + 3):
+        kept = tokens[-(limit - 1) :]
+        wanted = [bos, *kept], len(tokens) - len(kept)
+        assert fit_text(tokenizer, "The cat sat on the mat.", limit) == wanted
 
 
 def test_long_conversations_lose_their_oldest_exchanges(tokenizer):
@@ -808,6 +817,28 @@ def test_only_the_calculator_writes_outputs(tokenizer, temperature, wish):
     for sample in samples:
         assert sample.tokens or sample.finish == "stop"
         assert not set(sample.tokens) & set(ids)
+
+
+def test_a_softcap_gives_no_chance_back_to_an_output(tokenizer):
+    """Capped, what is forbidden is as likely as any token that is very unlikely."""
+    engine = Engine(model(tokenizer.vocab_size, softcap=1.0).requires_grad_(False), tokenizer)
+    body, head = engine.packed()
+
+    def wishful(hidden):
+        logits = head(hidden)
+        logits[:] = -1e3
+        logits[:, list(tokenizer.never_sampled)] = 1e3
+        return logits
+
+    engine._packed = body, wishful
+    samples = engine.generate_batch([[1]], 32, max_tokens=30, temperature=0.2)
+    drawn = [
+        id
+        for sample in samples
+        for id, sampled in zip(sample.tokens, sample.mask, strict=True)
+        if sampled
+    ]
+    assert len(drawn) > 300 and not set(drawn) & set(tokenizer.never_sampled)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

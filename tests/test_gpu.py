@@ -270,8 +270,13 @@ def test_the_engine_writes_what_it_writes_on_a_cpu(shape, patience, monkeypatch)
     assert [s.tokens for s in gpu] == [s.tokens for s in cpu]
     together = engines[1].generate_batch(prompts, 2, 12, seed=[5, 5, 5])
     alone = [engines[1].generate_batch([p], 2, 12, seed=5)[0] for p in prompts]
+    other = test_generate.quiet(SimpleNamespace(encode=None, decode=None), m)
+    grown = [other.generate_batch(prompts[:1], rows, 12, seed=[5])[0] for rows in (1, 16)]
+    del other  # and its graphs, which share nothing with those of the first engine
+    again = engines[1].generate_batch(prompts, 2, 12, seed=[5, 5, 5])
     torch.set_float32_matmul_precision("high")
     assert [s.tokens for s in together[::2]] == [s.tokens for s in alone]
+    assert [s.tokens for s in grown] == [alone[0].tokens] * 2 and again == together
 
 
 def test_nccl_with_one_rank_gives_back_what_it_gets():

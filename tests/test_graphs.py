@@ -111,6 +111,25 @@ def test_steps_need_one_way_of_drawing_and_their_memory_is_kept(tokenizer, steps
     assert [used for used, *_ in steps] == [1] * 4  # once the other has left
 
 
+def test_the_memory_of_graphs_that_are_gone_is_not_shared(tokenizer, steps, monkeypatch):  # noqa: F811
+    engine = quiet(tokenizer, model(tokenizer.vocab_size).requires_grad_(False))
+    engine.generate_batch([[1, 2, 3]], 1, 6)
+    held = engine.graphs()
+    held.pool = "of the graphs so far"
+    engine.generate_batch([[1, 2, 3]], 1, 6)
+    assert held.pool
+    engine.generate_batch([[1, 2, 3]], 16, 6)  # the rows need a larger cache
+    assert held.pool is None
+    held.pool = "of the graphs so far"
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Step, "__init__", full)
+    engine.generate_batch([[1, 2, 3]], 8, 6)
+    assert held.pool is None
+
+
 def test_a_batch_that_is_given_up_does_not_hold_the_memory(tokenizer, steps):  # noqa: F811
     engine = quiet(tokenizer, model(tokenizer.vocab_size).requires_grad_(False))
     (want,) = engine.generate_batch([[1, 2, 3]], 1, 12, seed=5)

@@ -13,6 +13,7 @@ import torch
 
 import nanochat
 from nanochat.base.common import UserError
+from nanochat.chat.generate import Engine
 from nanochat.commands import tok_train
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "notebook.md"
@@ -73,6 +74,29 @@ def test_a_loaded_model_says_what_it_is_and_chats():
     assert nanochat.load(device_type="cpu").loaded.stage == "sft"  # the furthest stage
 
 
+def test_what_the_context_does_not_hold_is_left_out_with_a_notice(monkeypatch, capsys):
+    prompts, generate = [], Engine.generate
+
+    def watched(self, tokens, **sampling):
+        prompts.append(tokens)
+        return generate(self, tokens, **sampling)
+
+    monkeypatch.setattr(Engine, "generate", watched)
+    chat = nanochat.load("sft", device_type="cpu")
+    question = {"role": "user", "content": "Hello"}
+    turns = [question, {"role": "assistant", "content": "Hi"}]
+    for call, given, lost in (
+        (chat, [*turns * 60, question], "oldest messages"),
+        (chat, "word " * 300, "first tokens"),
+        (chat.complete, "word " * 300, "first tokens"),
+    ):
+        call(given, max_tokens=8)
+        assert len(prompts.pop()) <= chat.model.config.sequence_len - 8
+        assert lost in capsys.readouterr().err
+    chat("Hello", max_tokens=8)
+    assert capsys.readouterr().err == ""
+
+
 def test_completion_follows_the_logits():
     base = nanochat.load("base", "toy", device_type="cpu")
     tokens = base.tokenizer.encode("The cat", bos=True)
@@ -120,6 +144,7 @@ def test_more_tokens_than_the_context_holds_are_refused(models):
         (lambda: nanochat.train("pretrain"), r"no stage 'pretrain': choose one of base"),
         (lambda: nanochat.load("rl"), "no rl checkpoint"),
         (lambda: nanochat.load("base")("Hello"), r"has not learned to chat: use \.complete"),
+        (lambda: nanochat.load("sft")([{"content": "Hello"}]), "message 0: expected role 'user'"),
     ],
 )
 def test_mistakes_are_refused_as_on_the_command_line(call, message):

@@ -27,14 +27,14 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 from nanochat.base.common import UserError  # noqa: E402
 from nanochat.chat.generate import Batch, Continuation, Engine, Entry, Sampling, Token  # noqa: E402
 from nanochat.chat.reply import Reply  # noqa: E402
-from nanochat.chat.serve.answer import Answer, held_back  # noqa: E402
+from nanochat.chat.serve.answer import Answer, completion_logprobs, held_back  # noqa: E402
 from nanochat.chat.serve.app import build_app  # noqa: E402
 from nanochat.chat.serve.guard import Guard, host_name, is_loopback  # noqa: E402
 from nanochat.chat.serve.mailbox import Inbox, Mailbox  # noqa: E402
 from nanochat.chat.serve.models import Models  # noqa: E402
 from nanochat.chat.serve.server import Protocol, Server, listen  # noqa: E402
 from nanochat.chat.serve.worker import Job, Worker  # noqa: E402
-from nanochat.commands import serve  # noqa: E402
+from nanochat.commands import serve, tok_train  # noqa: E402
 from nanochat.data.tokenizer import Tokenizer  # noqa: E402
 from nanochat.model.checkpoint import load_for_inference  # noqa: E402
 
@@ -152,6 +152,17 @@ def test_streaming_equals_the_whole(live):
     assert whole.system_fingerprint.startswith("fp_")
 
 
+def test_every_line_of_a_stream_is_an_event_for_every_client(live):
+    """Some clients split lines at any line break of Unicode, and some proxies collect events."""
+    prompt = "a\u2028b\u2029c\x85d é"
+    asked = {"model": "old/base", "prompt": prompt, "echo": True, "stream": True, "max_tokens": 2}
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=asked, timeout=60) as answer:
+        first, *rest = [line for line in answer.iter_lines() if line]
+        assert answer.headers["x-accel-buffering"] == "no"
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == prompt
+    assert rest and all(line.startswith("data: ") for line in rest)
+
+
 def test_the_asynchronous_client_and_many_at_once(live):
     openai = pytest.importorskip("openai", reason="openai is not installed")
 
@@ -200,9 +211,11 @@ def test_log_probabilities(live, engine):
 def test_a_stop_string_ends_the_answer(live):
     text = live.chat(max_tokens=30, temperature=0)["choices"][0]["message"]["content"]
     stop = text[7:10]  # inside a token or across two
+    cancelled = live.worker.counters.cancelled
     choice = live.chat(max_tokens=30, temperature=0, stop=[stop, "never said"])["choices"][0]
     assert choice["message"]["content"] == text[: text.find(stop)]
     assert choice["finish_reason"] == "stop" and live.idle()
+    assert live.worker.counters.cancelled == cancelled  # by no client
 
 
 def test_completions_of_text_and_of_ids(live, base):
@@ -289,6 +302,37 @@ def test_a_run_that_was_set_aside_is_listed_if_it_is_served(models):
     models.load("sft", "old.old2")
     assert models.describe()[0]["id"] == "old.old2/sft"
     assert models.get("old.old2/sft") is models.get("")
+
+
+def test_a_model_with_a_tokenizer_that_was_trained_meanwhile_is_listed(models, tmp_path):
+    base = tmp_path / "base"
+    tokenizer = Tokenizer.train(["The cat sat on the mat. " * 20], 300)
+    tok_train.save(tokenizer, base / "tokenizer")
+    run = shutil.copytree(base / "checkpoints/sft/old", base / "checkpoints/sft/new")
+    for file in run.glob("step_*/meta.json"):
+        meta = json.loads(file.read_text()) | {"tokenizer": tokenizer.fingerprint}
+        file.write_text(json.dumps(meta))
+    assert set(models.available()) == {"new/sft", "old/sft", "old/base"}
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_left_out(models, monkeypatch):
+    found = models.available()
+    shutil.rmtree(found["old/sft"][1].path)
+    monkeypatch.setattr(models, "available", lambda: found)
+    assert [entry["id"] for entry in models.describe()] == ["old/base"]
+
+
+def test_a_model_that_is_unloaded_before_its_request_begins_is_loaded_again(base, monkeypatch):
+    server = Live()
+    try:
+        gone, real = server.models.get(""), server.models.loaded
+        assert gone.worker.close_if_idle()
+        del server.models._loaded[gone.id]
+        found = [gone]
+        monkeypatch.setattr(server.models, "loaded", lambda id: found.pop() if found else real(id))
+        assert server.chat(max_tokens=2)["model"] == gone.id and not found
+    finally:
+        server.close()
 
 
 def test_a_loaded_model_answers_while_another_is_loading(base, monkeypatch):
@@ -537,7 +581,8 @@ def test_open_web_uis_requests_are_answered(live, body):
 
 def test_bodies_that_are_no_json(live):
     kind = {"Content-Type": "application/json"}
-    for content in (b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"messages": 1e999}'):
+    number = json.dumps({"messages": HI, "temperature": float("nan")}).encode()
+    for content in (b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"messages": 1e999}', number):
         answer = httpx.post(f"{live.url}/v1/chat/completions", content=content, headers=kind)
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
@@ -1071,12 +1116,69 @@ def test_a_question_under_the_pen_survives_the_answer(page):
     assert page.locator(".editor textarea").input_value() == "one, in other words"
     page.unroute("**/v1/chat/completions")
     compose = {"key": "Enter", "isComposing": True, "bubbles": True}
-    page.dispatch_event(".editor textarea", "keydown", compose)
-    assert page.locator(".editor textarea").count() == 1
+    in_safari = {"key": "Enter", "keyCode": 229, "bubbles": True}
+    for event in (compose, in_safari):
+        page.dispatch_event(".editor textarea", "keydown", event)
+        assert page.locator(".editor textarea").count() == 1
     assert page.evaluate("document.activeElement.ariaLabel") == "Edit the message"
+    page.fill("#input", "three")
+    page.dispatch_event("#input", "keydown", in_safari)
+    assert page.locator("#input").input_value() == "three"
+    page.focus(".editor textarea")
     page.keyboard.press("Enter")
     page.wait_for_selector(".message.user >> text=one, in other words", timeout=20000)
     page.wait_for_selector("#send:not([hidden])", timeout=20000)
+
+
+def test_the_page_says_where_the_model_runs(live, browser):
+    context = browser.new_context()
+    opened = context.new_page()
+
+    def forward(route):
+        answer = httpx.get(route.request.url.replace("http://kitchen.example", live.url))
+        kind = answer.headers["content-type"]
+        route.fulfill(status=answer.status_code, body=answer.content, content_type=kind)
+
+    opened.route("http://kitchen.example/**", forward)
+    for url, where in (
+        (live.url, "Nothing you write leaves it"),
+        ("http://kitchen.example", "on the machine that serves this page"),
+    ):
+        opened.goto(url)
+        opened.wait_for_selector(f".empty >> text={where}")
+    context.close()
+
+
+def test_a_number_can_be_typed_digit_by_digit(page):
+    page.click("#toggle-settings")
+    page.focus("#seed")
+    for typed in ("-3", "1e2"):
+        page.keyboard.press("Control+A")
+        page.keyboard.type(typed)
+        assert page.locator("#seed").input_value() == typed
+
+
+def test_a_file_is_kept_until_the_browser_has_read_it(page):
+    page.evaluate("() => { window.revoked = []; URL.revokeObjectURL = (a) => revoked.push(a); }")
+    page.evaluate("document.body.classList.add('sidebar-open')")
+    with page.expect_download() as download:
+        page.click("#export")
+    assert json.loads(Path(download.value.path()).read_text())["conversations"] == []
+    assert page.evaluate("revoked") == [] and page.locator("a[download]").count() == 0
+
+
+def test_ids_of_imported_messages_may_hold_anything(page, tmp_path):
+    id = 'a"] \\ b'
+    node = {"id": id, "parent": None, "role": "user", "content": "of a file"}
+    talk = {"id": "c", "title": "odd", "leaf": id, "nodes": {id: node}}
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps({"conversations": [talk]}))
+    page.set_input_files("#import-file", file)
+    page.evaluate("document.body.classList.add('sidebar-open')")
+    page.click("#conversations >> text=odd")
+    page.locator(".message >> text=Edit").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".editor textarea")
 
 
 def test_a_message_is_kept_while_no_model_is_there(page):
@@ -1258,7 +1360,9 @@ def test_a_model_that_cannot_be_loaded_is_reported(base, capsys):
 SLOW = """
 import sys, time
 from nanochat.chat.generate import Batch
+from nanochat.chat.serve import server
 from nanochat.commands.serve import main
+server.GRACE_SECONDS = 1
 step = Batch.step
 Batch.step = lambda self: (time.sleep(0.4), step(self))[1]
 main(["--port", "0", "--device_type", "cpu"])
@@ -1407,6 +1511,36 @@ def test_another_address_needs_a_key(words, wanted, tmp_path, monkeypatch, capsy
         assert key == wanted and "API key" not in out
 
 
+@pytest.mark.parametrize(
+    ("host", "address", "shown"),
+    [
+        ("fe80::1", "", ["[fe80::1]"]),
+        ("0.0.0.0", "192.168.1.20", ["localhost", "192.168.1.20"]),
+        ("::", "", ["localhost"]),
+    ],
+)
+def test_the_addresses_that_are_printed(base, monkeypatch, capsys, host, address, shown):
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = sys.modules[Protocol.__module__]
+    closing = SimpleNamespace(run=lambda sockets: [s.close() for s in sockets])
+    monkeypatch.setattr(server, "Server", lambda *_: closing)
+    monkeypatch.setattr(server, "listen", lambda *_: listener)
+    monkeypatch.setattr(serve, "network_address", lambda: address)
+    port = listener.getsockname()[1]
+    serve.main(["--host", host, "-i", "sft", "--device_type=cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    urls = [line.split()[0] for line in lines if line.startswith("http")]
+    assert urls == [f"http://{one}:{port}" for one in shown]
+
+
+def test_a_machine_without_a_network_has_no_address(monkeypatch):
+    def unreachable(*_):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    assert serve.network_address() == ""
+
+
 def test_clients_take_turns(engine):
     worker = Worker(engine, max_rows=1)
     order: list[str] = []
@@ -1421,6 +1555,17 @@ def test_clients_take_turns(engine):
     tiny.wait_until(lambda: len(order) == 6)
     worker.close(1)
     assert order.index("modest") <= 1 and len(order) == 6
+
+
+def test_only_an_idle_worker_is_unloaded(engine):
+    worker = Worker(engine)
+    job = collect(worker, engine.tokenizer.render_prompt({"messages": HI}), 3, "one", [])
+    assert not worker.close_if_idle()
+    worker.start()
+    wait_for([job])
+    assert job.ended == "done" and worker.close_if_idle()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def test_a_full_queue_and_a_closing_worker_refuse(engine):
@@ -1600,6 +1745,20 @@ def test_half_a_character_is_never_shown(engine):
     texts = [answer.push([Token(0, id, "")]).text for id in ids]
     end = answer.push([Token(0, tokenizer.bos, "stop")])
     assert "".join(texts) + end.text == "é😀" and "\ufffd" not in "".join(texts)
+
+
+def test_parts_of_characters_have_log_probabilities_of_their_own(engine):
+    tokenizer = engine.tokenizer
+    byte = {n: tokenizer.ranks[bytes([n])] for n in "aé😀".encode()}
+    likely = tuple((byte[n], -float(i)) for i, n in enumerate("é".encode()))
+    answer = Answer(tokenizer, plain=True)
+    delta = answer.push([Token(0, byte[n], "", -9.0, likely) for n in "aé😀a".encode()])
+    logprobs = completion_logprobs(tokenizer, delta)
+    assert logprobs["tokens"][:4] == ["a", r"bytes:\xc3", r"bytes:\xa9", r"bytes:\xf0"]
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
+    assert logprobs["top_logprobs"][0] == {r"bytes:\xc3": 0.0, r"bytes:\xa9": -1.0, "a": -9.0}
+    stopped = answer.push([Token(0, tokenizer.bos, "stop")])
+    assert completion_logprobs(tokenizer, stopped)["text_offset"] == [4]
 
 
 def test_the_calculator_is_a_part_of_its_own(engine):

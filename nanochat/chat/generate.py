@@ -283,8 +283,9 @@ class Batch:
 
     def _finish_step(self, ready: list[_Row], logits: Tensor, chosen: list[int]) -> list[Token]:
         """Add the chosen tokens to the rows that are ready; logits (R, V) are not capped."""
-        forbidden = [i for i, id in enumerate(chosen) if id in self._forced_only]
-        if forbidden:  # rare; drawing again for these rows leaves all others as they are
+        # Rare; drawing again for these rows leaves all others as they are. It may take several
+        # draws, because a softcap gives back some probability.
+        while forbidden := [i for i, id in enumerate(chosen) if id in self._forced_only]:
             allowed = logits[forbidden]
             allowed[:, list(self._forced_only)] = -torch.inf
             redrawn = self._choose(allowed, [ready[i] for i in forbidden])

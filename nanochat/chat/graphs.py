@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanochat.base.common import notice
-from nanochat.base.runtime import out_of_memory, release_memory
+from nanochat.base.runtime import capturing, out_of_memory, release_memory
 from nanochat.chat.sampling import Sampling, checked, draw, settings, width
 from nanochat.model.cache import KVCache, OneToken
 from nanochat.model.gpt import GPT
@@ -59,14 +59,14 @@ class Step:
         self.found = draw(self.logits, self.given[3:], self.drawn, self.nucleus, self.softcap)
 
     def _capture(self, graphs: "Graphs") -> None:
-        stream = torch.cuda.Stream()
+        stream = graphs.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what kernels allocate at their first call is not captured
             for _ in range(2):
                 self._compute()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, graphs.pool, capture_error_mode="thread_local"):
+        with capturing, torch.cuda.graph(self.graph, graphs.pool, stream, "thread_local"):
             self._compute()
         graphs.pool = self.graph.pool()
 
@@ -97,7 +97,9 @@ class Graphs:
 
     def __init__(self, body: GPT, head: nn.Module):
         self.body, self.head = body, head
-        self.pool: Any = None  # memory that all graphs share
+        self.pool: Any = None  # memory that all graphs share, as long as there are any
+        # Not torch's shared one, whose buffers can lie in the memory of another model's graphs
+        self.stream: Any = torch.cuda.Stream() if body.cos.is_cuda else None
         self._cache: KVCache | None = None
         self._owner: Any = lambda: None  # a weak reference to the batch whose rows it holds
         self._steps: dict[tuple[int, int, int, bool], Step] = {}
@@ -130,7 +132,7 @@ class Graphs:
                 raise
             notice("out of memory for CUDA graphs: decoding goes on, slower, without them")
             self._patience, self._cache = PATIENCE**4, None
-            self._steps.clear()
+            self._forget()
             release_memory()
             return cache, None
         return cache, self._steps[key]
@@ -148,6 +150,11 @@ class Graphs:
                 reusable.append(cache)
                 cache = reusable
         if cache.address != self._memory:
-            self._steps.clear()
+            self._forget()
         self._cache, self._owner, self._memory = cache, weakref.ref(batch), cache.address
         return cache
+
+    def _forget(self) -> None:
+        """Drop all steps and, with their graphs, the memory that these shared."""
+        self._steps.clear()
+        self.pool = None

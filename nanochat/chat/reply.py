@@ -4,7 +4,7 @@ text. Needs no torch.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanochat.data.rendering import (
     PART_TOKENS,
@@ -15,7 +15,7 @@ from nanochat.data.rendering import (
 from nanochat.data.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
-    from nanochat.chat.generate import Engine, Token
+    from nanochat.chat.generate import Token
 
 # The kind of the part that follows a special token
 KIND_AFTER: dict[str | None, str] = {start: kind for kind, (start, _) in PART_TOKENS.items()}
@@ -78,18 +78,22 @@ def add_part(parts: list[dict[str, str]], kind: str, text: str) -> None:
         parts.append({"type": kind, "text": text})
 
 
-def continue_text(engine: "Engine", text: str, **sampling: Any) -> Iterator[str]:
-    """The pieces of the text that a model writes after `text`; `sampling`: see Engine.generate."""
-    steps = engine.generate(engine.tokenizer.encode(text, bos=True), **sampling)
-    return (piece for _, piece in Reply(engine.tokenizer, plain=True).stream(steps))
-
-
 def answer_room(context: int, max_tokens: int) -> int:
     """
     How many tokens of a context a prompt must leave for the answer: `max_tokens`, but at least a
     quarter and at most half of the context.
     """
     return max(context // 4, min(max_tokens, context // 2))
+
+
+def fit_text(tokenizer: Tokenizer, text: str, limit: int) -> tuple[list[int], int]:
+    """
+    The tokens of a text, after <|bos|>, in at most `limit` tokens, and how many were cut: the first
+    ones of the text.
+    """
+    bos, *tokens = tokenizer.encode(text, bos=True)
+    kept = tokens[1 - limit :]
+    return [bos, *kept], len(tokens) - len(kept)
 
 
 def fit_prompt(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple[list[int], int]:
@@ -116,11 +120,11 @@ def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tu
     prompt of at most `limit` tokens. The system message and the last question are always kept.
     Raises UserError if the messages have the wrong shape.
     """
+    checked_messages(conversation)
     messages = conversation["messages"]
-    first = 1 if messages and messages[0]["role"] == "system" else 0
+    first = 1 if messages[0]["role"] == "system" else 0
     if len(messages) - first <= 2:
         return conversation, 0
-    checked_messages(conversation)
     sizes = [_size(tokenizer, message) for message in messages]
     start, rest = first, sum(sizes[first:])
     while len(messages) - start > 2:

@@ -159,7 +159,8 @@ class Prompt:
 
         path = base_dir() / self.history
         try:
-            open(path, "ab").close()
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+            path.chmod(0o600)  # for nobody else to read, if an earlier version made it
         except OSError as e:
             notice(f"cannot write {path} ({e.strerror}): what you type is not kept")
             return InMemoryHistory()

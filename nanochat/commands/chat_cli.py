@@ -18,11 +18,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanochat.base.commands import near
-from nanochat.base.common import UserError, counted, decoded, entry, human, opening, user_path
+from nanochat.base.common import (
+    UserError,
+    counted,
+    decoded,
+    entry,
+    explained,
+    human,
+    opening,
+    user_path,
+)
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import LARGEST_SEED, from_text, knob, parse
 from nanochat.base.strangers import parse_json, read_bytes
-from nanochat.chat.reply import Reply, answer_room, fit_conversation, fit_prompt
+from nanochat.chat.reply import Reply, answer_room, fit_conversation, fit_prompt, fit_text
 from nanochat.chat.terminal import Prompt, Screen, in_terminal
 from nanochat.data.rendering import checked_messages, visible_content
 from nanochat.model.stages import STAGES, split_name
@@ -124,14 +133,14 @@ def show_continuation(
     "length" or "context".
     """
     context = engine.model.config.sequence_len
-    bos, *tokens = engine.tokenizer.encode(text, bos=True)
-    kept = tokens[1 - context + answer_room(context, sampling["max_tokens"]) :]
-    if cut := len(tokens) - len(kept):
-        screen.remark(cut_remark(cut, len(kept), context))
+    room = context - answer_room(context, sampling["max_tokens"])
+    prompt, cut = fit_text(engine.tokenizer, text, room)
+    if cut:
+        screen.remark(cut_remark(cut, len(prompt) - 1, context))
     if echo:
         screen.write(text)
     reply = Reply(engine.tokenizer, plain=True)
-    for _, piece in reply.stream(speed.watch(engine.generate([bos, *kept], **sampling))):
+    for _, piece in reply.stream(speed.watch(engine.generate(prompt, **sampling))):
         screen.write(piece)
     screen.end()
     return reply.finish
@@ -171,20 +180,32 @@ class Chat:
 
     def run(self, texts: Iterable[str], forgiving: bool = True) -> None:
         """
-        Run each text if it is a command, else answer it, until /quit. A UserError is shown or,
-        without `forgiving`, raised; Ctrl+C in a terminal stops the current command or answer.
+        Run each text if it is a command, else answer it, until /quit. A UserError, or memory that
+        runs out, is shown or, without `forgiving`, raised; Ctrl+C in a terminal stops the current
+        command or answer.
         """
+        from nanochat.base.runtime import release_memory
+
         for text in map(str.strip, texts):
+            full = None
             try:
                 self.handle(text)
             except UserError as e:
                 if not forgiving:
                     raise
                 self.screen.remark(f"error: {e}")
+            except (MemoryError, RuntimeError) as e:
+                full = explained(e)
+                if not full or not forgiving:
+                    raise
             except KeyboardInterrupt:
                 if not self.screen.styled:
                     raise
                 self.screen.remark("[stopped]")
+            if full:
+                self.screen.end()  # the line of a reply that has begun
+                self.screen.remark(f"error: {full}")
+                release_memory()  # only now is the traceback gone that kept tensors alive
             if self.leaving:
                 return
 

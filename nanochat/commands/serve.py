@@ -4,6 +4,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nanochat.base.common import UserError, entry, opening, print0
@@ -61,6 +62,14 @@ def default_kv_bytes(device_type: str) -> float:
     return 0.5 * memory / MOST_LOADED
 
 
+def network_address() -> str:
+    """The address of this machine in its network, "" without one. Sends nothing."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
+        unused.connect(("192.0.2.1", 9))  # an address for documentation, which nobody has
+        return unused.getsockname()[0]
+    return ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     values, _ = parse(ServeKnobs, argv, command="serve")
     opening("serve")
@@ -82,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     stage, checkpoint = choose(values.source, values.model_tag, values.step)
     checkpoint.config  # noqa: B018 (fails early and clearly)
+    checkpoint.tokenizer()  # and so does this
     listener = listen(values.host, values.port)
     key = values.api_key
     if values.host not in LOOPBACK and not key:
@@ -92,12 +102,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     app = build_app(models, {"stage": stage, "tag": checkpoint.tag, "step": checkpoint.step})
     guarded = Guard(app, allowed_hosts(values), key, values.allow_origin)
     server = Server(guarded, models)
-    shown = "localhost" if values.host in (*LOOPBACK, *EVERYWHERE) else values.host
+    shown = f"[{values.host}]" if ":" in values.host else values.host
+    if values.host in (*LOOPBACK, *EVERYWHERE):
+        shown = "localhost"
     port = listener.getsockname()[1]
     print0(
         f"http://{shown}:{port} for the page, http://{shown}:{port}/v1 for OpenAI clients; "
         "Ctrl+C stops"
     )
+    if values.host in EVERYWHERE and (address := network_address()):
+        print0(f"http://{address}:{port} for other machines in the same network")
     server.run(sockets=[listener])
     sys.stdout.flush()
 

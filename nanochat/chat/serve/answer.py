@@ -5,7 +5,6 @@ log probabilities.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from nanochat.chat.generate import Token
@@ -18,11 +17,13 @@ from nanochat.data.tokenizer import Tokenizer
 class Delta:
     """
     What new tokens add to an answer: pieces of the message's parts, of which those of type "text"
-    are visible; and why the row ended ("" while it continues).
+    are visible; where in the visible text each token begins; and why the row ended ("" while it
+    continues).
     """
 
     parts: list[dict[str, str]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish: str = ""
 
     @property
@@ -52,6 +53,7 @@ class Answer:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), plain: bool = False):
         self.reply, self.stops, self.stopped = Reply(tokenizer, plain), stops, False
         self._pending = ""  # visible text that may be the beginning of a stop string
+        self._length = 0  # of the visible text, pending or not
 
     def push(self, tokens: Sequence[Token]) -> Delta:
         """Add the row's next tokens; returns what they change."""
@@ -60,8 +62,10 @@ class Answer:
             if self.stopped:
                 break
             delta.tokens.append(token)
+            delta.offsets.append(self._length)
             kind, text = self.reply.push(token) or ("text", "")
             if kind == "text":
+                self._length += len(text)
                 self._take_text(text, delta)
             else:
                 self._release(delta)
@@ -109,21 +113,23 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[Token], start: int
-) -> dict[str, Any]:
-    """The logprobs of a completion's choice; `start` is the offset of the first token's text."""
-    texts = [spelled(tokenizer, t.id)[0] for t in tokens]
-    *offsets, _ = accumulate(map(len, texts), initial=start)
+def _named(tokenizer: Tokenizer, id: int) -> str:
+    """A token's text or, as in OpenAI's API, its bytes if it is part of a character."""
+    text, data = spelled(tokenizer, id)
+    return text if text.encode() == bytes(data) else f"bytes:{repr(bytes(data))[2:-1]}"
+
+
+def completion_logprobs(tokenizer: Tokenizer, delta: Delta) -> dict[str, Any]:
+    """The logprobs of a completion's choice."""
     tops = []
-    for t in tokens:
-        top = {spelled(tokenizer, id)[0]: value for id, value in t.top}
+    for t in delta.tokens:
+        top = {_named(tokenizer, id): value for id, value in t.top}
         if t.logprob is not None:  # as in OpenAI's API, the token that was drawn is among them
-            top[spelled(tokenizer, t.id)[0]] = t.logprob
+            top[_named(tokenizer, t.id)] = t.logprob
         tops.append(top)
     return {
-        "tokens": texts,
-        "token_logprobs": [t.logprob for t in tokens],
+        "tokens": [_named(tokenizer, t.id) for t in delta.tokens],
+        "token_logprobs": [t.logprob for t in delta.tokens],
         "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": delta.offsets,
     }

@@ -123,7 +123,7 @@ def one_model(request: Request, id: str) -> Fields:
     for entry in _ready(request).describe():
         if entry["id"] == id:
             return entry
-    raise ApiError(404, f"there is no model {id!r}", "model", "model_not_found")
+    raise ApiError(404, f"there is no model {id!r}: see /v1/models", "model", "model_not_found")
 
 
 @router.post("/v1/chat/completions")
@@ -180,9 +180,19 @@ async def _asked(request: Request, kind: type[T]) -> tuple[T, Served]:
 async def _answer(request: Request, shape: bodies.Shape) -> Response:
     """Start the call of a shape; the response has its answers, streamed if that is asked for."""
     call, host = shape.call, request.client.host if request.client else ""
-    call.start(request.app.state.mailbox, f"{host} {call.request.user}")
+    state, client = request.app.state, f"{host} {call.request.user}"
+    try:
+        call.start(state.mailbox, client)
+    except ApiError as error:
+        if error.status != 503:
+            raise
+        # Another request has unloaded the model meanwhile, or the server ends and refuses again
+        served = await asyncio.to_thread(state.models.get, call.request.model)
+        shape.call = call = Call(served, call.request, call.prompts, call.dropped)
+        call.start(state.mailbox, client)
     if call.request.stream:
-        return StreamingResponse(bodies.events(shape), media_type="text/event-stream")
+        unbuffered = {"X-Accel-Buffering": "no"}  # or a proxy, such as nginx, collects the events
+        return StreamingResponse(bodies.events(shape), 200, unbuffered, "text/event-stream")
     work = asyncio.ensure_future(bodies.whole(shape))
     hung_up = asyncio.ensure_future(request.receive())  # the next message after the body
     try:

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
 from nanochat.chat.reply import add_part
 from nanochat.chat.serve.answer import Delta, chat_logprobs, completion_logprobs
@@ -72,7 +71,6 @@ class CompletionShape:
         texts = [decode(ids[1:]) if echo else "" for ids in call.prompts]
         samples = len(call.answers) // len(texts)
         self._echo = [text for text in texts for _ in range(samples)]
-        self._length = [len(text) for text in self._echo]
 
     def opening(self) -> list[Fields]:
         return [
@@ -84,9 +82,7 @@ class CompletionShape:
     def chunk(self, i: int, delta: Delta) -> Fields:
         logprobs = None
         if self.call.request.alternatives is not None:
-            tokenizer = self.call.served.tokenizer
-            logprobs = completion_logprobs(tokenizer, delta.tokens, self._length[i])
-            self._length[i] += sum(map(len, logprobs["tokens"]))
+            logprobs = completion_logprobs(self.call.served.tokenizer, delta)
         finish = delta.finish or None
         return {"index": i, "text": delta.text, "logprobs": logprobs, "finish_reason": finish}
 
@@ -136,6 +132,7 @@ async def whole(shape: Shape) -> Fields:
             for part in delta.parts:
                 add_part(sums[i].parts, part["type"], part["text"])
             sums[i].tokens += delta.tokens
+            sums[i].offsets += delta.offsets
             sums[i].finish = delta.finish or sums[i].finish
     return {
         **_head(shape, shape.name),
@@ -148,10 +145,10 @@ async def whole(shape: Shape) -> Fields:
 async def events(shape: Shape) -> AsyncIterator[str]:
     """
     The events of a streamed answer. An error in the middle is an event, and then the stream ends
-    without [DONE].
+    without [DONE]. JSON is ASCII here: some clients split lines at any line break of Unicode.
     """
     call, head = shape.call, _head(shape, shape.chunk_name)
-    start = _json(head)[:-1] + ', "choices": ['  # the same in every chunk
+    start = json.dumps(head)[:-1] + ', "choices": ['  # the same in every chunk
     # Each piece that is handed on costs a turn of the event loop: the first one waits for the first
     # token, and the last one has the usage and [DONE].
     piece = "".join(
@@ -160,7 +157,7 @@ async def events(shape: Shape) -> AsyncIterator[str]:
     )
     try:
         async for deltas in call.deltas():
-            chunks = [_json(shape.chunk(i, delta)) for i, delta in deltas.items()]
+            chunks = [json.dumps(shape.chunk(i, delta)) for i, delta in deltas.items()]
             piece += "".join(f"data: {start}{chunk}]}}\n\n" for chunk in chunks)
             if not call.finished:
                 yield piece if deltas else ": waiting\n\n"
@@ -174,9 +171,5 @@ async def events(shape: Shape) -> AsyncIterator[str]:
     yield piece + "data: [DONE]\n\n"
 
 
-def _json(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False)
-
-
 def _event(data: Fields) -> str:
-    return f"data: {_json(data)}\n\n"
+    return f"data: {json.dumps(data)}\n\n"

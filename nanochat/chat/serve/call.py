@@ -80,7 +80,9 @@ class Call:
         try:
             while not self.finished:
                 if time.monotonic() - self.began > MOST_SECONDS:
-                    raise ApiError(503, f"the answer took longer than {MOST_SECONDS:.0f} s")
+                    raise ApiError(
+                        503, f"the answer took longer than {MOST_SECONDS:.0f} s: ask for less"
+                    )
                 news = await self._inbox.take()
                 deltas = self._merged(news)
                 if deltas or not news:

@@ -95,7 +95,11 @@ class Guard:
         origin = headers.get("origin", "").rstrip("/").lower()
         own = origin.partition("://")[2] == host.lower()
         if origin and not own and origin not in self.allowed_origins:
-            raise ApiError(403, f"the origin {origin[:80]!r} may not use this server")
+            raise ApiError(
+                403,
+                f"the origin {origin[:80]!r} may not use this server: start it with "
+                "--allow_origin ORIGIN",
+            )
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":

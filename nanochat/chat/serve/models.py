@@ -5,11 +5,13 @@ One is loaded at the start, others on request; at most MOST_LOADED stay in memor
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.base.common import UserError, out_of_memory
 from nanochat.base.runtime import release_memory
+from nanochat.base.strangers import read_json
 from nanochat.chat.generate import Engine
 from nanochat.chat.serve.requests import ApiError, Fields
 from nanochat.chat.serve.worker import Worker
@@ -47,7 +49,6 @@ class Models:
 
     def __init__(self, max_rows: int, kv_bytes: float, **options: Any):
         self.max_rows, self.kv_bytes, self.options = max_rows, kv_bytes, options
-        self.tokenizer = Tokenizer.load()
         self.default = ""  # id of the model that was loaded at the start
         self._first: dict[str, tuple[str, Checkpoint]] = {}  # its checkpoint, which never changes
         self._loaded: dict[str, Served] = {}
@@ -66,31 +67,33 @@ class Models:
                     continue
                 checkpoint = checkpoints[-1]
                 try:
-                    own_tokenizer = checkpoint.tokenizer_folder().name != "tokenizer"
-                    if own_tokenizer or checkpoint.meta["tokenizer"] == self.tokenizer.fingerprint:
+                    tokenizer = read_json(checkpoint.tokenizer_folder() / "meta.json")
+                    if tokenizer["fingerprint"] == checkpoint.meta["tokenizer"]:
                         newest[f"{run.name}/{stage}"] = stage, checkpoint
-                except (UserError, KeyError):
-                    continue  # a damaged checkpoint is not offered
+                except (UserError, OSError, ValueError, LookupError, TypeError):
+                    continue  # a damaged checkpoint or tokenizer is not offered
         first = {id: entry for id, entry in self._first.items() if entry[1].path.is_dir()}
         return newest | first
 
     def describe(self) -> list[Fields]:
         """The entries of GET /v1/models, the default model first."""
-        entries = [
-            {
-                "id": id,
-                "object": "model",
-                "created": int(checkpoint.path.stat().st_mtime),
-                "owned_by": "nanochat",
-                "nanochat": {
-                    "stage": stage,
-                    "step": checkpoint.step,
-                    "context": checkpoint.meta["config"]["sequence_len"],
-                    "loaded": id in self._loaded,
-                },
-            }
-            for id, (stage, checkpoint) in self.available().items()
-        ]
+        entries = []
+        for id, (stage, checkpoint) in self.available().items():
+            with suppress(OSError):  # a run that saves has deleted it
+                entries.append(
+                    {
+                        "id": id,
+                        "object": "model",
+                        "created": int(checkpoint.path.stat().st_mtime),
+                        "owned_by": "nanochat",
+                        "nanochat": {
+                            "stage": stage,
+                            "step": checkpoint.step,
+                            "context": checkpoint.meta["config"]["sequence_len"],
+                            "loaded": id in self._loaded,
+                        },
+                    }
+                )
         return sorted(entries, key=lambda entry: entry["id"] != self.default)
 
     def load(self, stage: str = "auto", tag: str = "", step: int | None = None) -> Served:
@@ -153,17 +156,16 @@ class Models:
         """
         if len(self._loaded) < MOST_LOADED:
             return
-        idle = [s for s in self._loaded.values() if not s.worker.rows and not s.worker.queued]
-        if not idle:
-            raise ApiError(
-                503,
-                "all loaded models are busy: try again later",
-                "model",
-                headers={"Retry-After": "5"},
-            )
-        oldest = min(idle, key=lambda served: served.used)
-        oldest.worker.close(0)
-        del self._loaded[oldest.id]
+        for served in sorted(self._loaded.values(), key=lambda served: served.used):
+            if served.worker.close_if_idle():
+                del self._loaded[served.id]
+                return
+        raise ApiError(
+            503,
+            "all loaded models are busy: try again later",
+            "model",
+            headers={"Retry-After": "5"},
+        )
 
     def workers(self) -> list[Worker]:
         # A list, at once: other threads load models meanwhile

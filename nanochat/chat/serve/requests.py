@@ -52,7 +52,7 @@ class ApiError(Exception):
 class ModelRequest(BaseModel):
     """A request to a model, by default the one that was loaded at the start."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     model: str = ""
 

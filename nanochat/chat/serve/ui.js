@@ -6,6 +6,7 @@ import { Store, add, choose, onChange, path, siblings } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
 const SLIDERS = ["temperature", "top_k", "top_p", "max_tokens"];
+const SETTINGS = [...SLIDERS, "seed", "system", "key"];
 const UNREACHABLE = "The server cannot be reached. Is nanochat serve still running?";
 const EXAMPLES = ["Hello! Who are you?", "What is 12 + 30?", "Spell the word apple."];
 
@@ -18,6 +19,11 @@ let editing = null; // {id, box}: the question under the pen, and its editor
 
 const model = () => known.find((m) => m.id === store.settings.model) ?? known[0];
 const completes = () => model()?.nanochat?.stage === "base";
+const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+// Whether a key sends what was typed. Safari does not say that Enter confirms a word of an input method, except by the number 229.
+const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+// The selector of a message; ids in an imported file may hold anything.
+const place = (id) => `[data-id="${CSS.escape(id)}"]`;
 
 function node(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -212,7 +218,7 @@ function editor(message) {
     ask(typed(area), message.parent);
   };
   area.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    if (sends(event)) {
       event.preventDefault();
       send();
     } else if (event.key === "Escape") {
@@ -260,12 +266,13 @@ function messageNode(message) {
 }
 
 function emptyNode() {
+  const where = local ? "It runs on this machine. Nothing you write leaves it." : "It runs on the machine that serves this page.";
   const buttons = completes() ? [] : EXAMPLES.map((text) => node("button", { type: "button", onclick: () => ask(text) }, text));
   return node(
     "div",
     { class: "empty" },
     node("h1", {}, completes() ? "Begin a text" : "Talk to your model"),
-    node("div", {}, completes() ? "This base model continues what you write; it does not converse." : "It runs on this machine. Nothing you write leaves it."),
+    node("div", {}, completes() ? "This base model continues what you write; it does not converse." : where),
     node("div", { class: "examples" }, ...buttons),
   );
 }
@@ -288,7 +295,7 @@ function draw() {
 
 // The buttons below a message.
 function tools(id) {
-  return [...$("messages").querySelectorAll(`[data-id="${id}"] .tools button`)];
+  return [...$("messages").querySelectorAll(`${place(id)} .tools button`)];
 }
 
 function atEnd() {
@@ -301,7 +308,7 @@ function scrollDown() {
 }
 
 function redraw(message) {
-  const old = $("messages").querySelector(`[data-id="${message.id}"]`);
+  const old = $("messages").querySelector(place(message.id));
   const follow = atEnd();
   if (old) old.replaceWith(messageNode(message));
   if (follow) scrollDown();
@@ -358,8 +365,10 @@ function takeTokens(message, choice) {
     message.tokens.push({ text: t.token, logprob: t.logprob, top: t.top_logprobs.map((o) => [o.token, o.logprob]) });
   }
   const old = choice.logprobs?.tokens ? choice.logprobs : null; // the shape of /v1/completions
+  const plain = (text) => (/^bytes:.*\\x/.test(text) ? "\ufffd" : text); // a part of a character
   old?.tokens.forEach((text, i) => {
-    message.tokens.push({ text, logprob: old.token_logprobs[i], top: Object.entries(old.top_logprobs[i] ?? {}).sort((a, b) => b[1] - a[1]) });
+    const top = Object.entries(old.top_logprobs[i] ?? {}).map(([t, p]) => [plain(t), p]);
+    message.tokens.push({ text: plain(text), logprob: old.token_logprobs[i], top: top.sort((a, b) => b[1] - a[1]) });
   });
 }
 
@@ -426,26 +435,24 @@ async function answer(parent) {
 
 // ---- settings
 
-function drawSettings() {
+// Shows all settings. The field that is being edited stays as it is: it reads half a number as nothing.
+function drawSettings(edited = "") {
+  for (const name of SETTINGS) if (name !== edited) $(name).value = store.settings[name];
   for (const name of SLIDERS) {
-    $(name).value = store.settings[name];
     const value = Number(store.settings[name]);
     const words = { max_tokens: value ? value : "no limit", top_k: value ? value : "off" };
     $(`${name}-value`).textContent = words[name] ?? value;
   }
-  $("seed").value = store.settings.seed;
-  $("system").value = store.settings.system;
-  $("key").value = store.settings.key;
   const options = known.map((m) => node("option", { value: m.id, selected: m === model() }, m.id));
   $("model").replaceChildren(...options);
 }
 
 function connectSettings() {
-  for (const name of [...SLIDERS, "seed", "system", "key"]) {
+  for (const name of SETTINGS) {
     $(name).addEventListener("input", () => {
       store.settings[name] = SLIDERS.includes(name) ? Number($(name).value) : $(name).value;
       store.saveSettings();
-      drawSettings();
+      drawSettings(name);
     });
   }
   $("key").addEventListener("change", connect);
@@ -471,9 +478,11 @@ function connectSettings() {
 
 function download(text, name) {
   const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  const link = node("a", { href: address, download: name });
+  const link = node("a", { href: address, download: name, hidden: true });
+  document.body.append(link); // some browsers follow no other links
   link.click();
-  URL.revokeObjectURL(address);
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(address), 40000); // when the browser has read it
 }
 
 async function importFile(file) {
@@ -521,7 +530,7 @@ function submit(event) {
 $("composer").addEventListener("submit", submit);
 $("input").addEventListener("input", grow);
 $("input").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+  if (sends(event)) submit(event);
 });
 $("stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {

@@ -110,7 +110,9 @@ class Worker(threading.Thread):
     def cancel(self, job: Job) -> None:
         """Stop a job: it gets no more tokens, and its rows leave the batch before the next step."""
         with self._wake:
-            if not job.ended:
+            # Nothing is left to cancel of answers that have ended at a stop string
+            if not job.ended and len(job.unwanted) < job.samples:
+                self.counters.cancelled += 1
                 job.unwanted.update(range(job.samples))
                 self._wake.notify()
 
@@ -124,6 +126,14 @@ class Worker(threading.Thread):
         with self._wake:
             self._deadline = time.monotonic() + grace_seconds
             self._wake.notify()
+
+    def close_if_idle(self) -> bool:
+        """Accept no more jobs if there are none; returns whether there were none."""
+        with self._wake:
+            idle = not (self._queue or self._active)
+            if idle:
+                self.close(0)
+        return idle
 
     # ---- the thread
 
@@ -172,7 +182,6 @@ class Worker(threading.Thread):
             self._reading, self._entry = [], None
         for number in job.index:
             self._batch.cancel(number)
-        self.counters.cancelled += how == "cancelled"
         self.counters.failed += how == "failed"
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -246,7 +255,6 @@ class Worker(threading.Thread):
                     self._queue = [*(job for job in jobs if not job.ended), *self._queue]
                     self._reading = []
             else:
-                self._reading, self._entry = [], None
                 for job in jobs:
                     job.index = {next(numbers): i for i in range(job.samples)}
                     if not job.ended:
@@ -254,6 +262,7 @@ class Worker(threading.Thread):
                         continue
                     for number in job.index:
                         self._batch.cancel(number)
+                self._reading, self._entry = [], None
 
     def _step(self) -> None:
         """
