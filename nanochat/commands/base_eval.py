@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         def log(kind: str, **row: Any) -> None:
             """Log a row for a checkpoint; an exported folder has no logbook."""
             if not knobs.hf:
-                with logbook.Logbook(loaded.checkpoint.path.parent) as book:
-                    book.log(loaded.checkpoint.step, kind, **row)
+                checkpoint = loaded.checkpoint
+                logbook.add(checkpoint.path.parent, checkpoint.step, kind, **row)
 
         results: dict[str, Any] = {"bpb": bpb}
         results["samples"] = continuations(knobs, engine, temperatures)

@@ -23,7 +23,7 @@ from nanochat.base.knobs import knob, parse
 from nanochat.base.progress import progress
 from nanochat.eval.tasks import arc, gsm8k, humaneval, mmlu, spellingbee, tinyworld
 from nanochat.eval.tasks.common import Item, Task
-from nanochat.model.stages import STAGES, run_directory
+from nanochat.model.stages import STAGES, one_chain, run_directory
 from nanochat.train.knobs import AnyModelKnobs, ExportedModelKnobs, MachineKnobs
 
 CHATCORE = [arc.EASY, arc.CHALLENGE, mmlu.TASK, gsm8k.TASK, humaneval.TASK, spellingbee.TASK]
@@ -65,10 +65,13 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
     """
     The tasks with these names, in upper or lower case, which read their data from `task_dir` if
     that is given. "all" means those of the six ChatCORE tasks that can be judged on this machine,
-    "tinyworld" all tasks of tinyworld. UserError for an unknown name, or a named task whose replies
-    cannot be judged here.
+    "tinyworld" all tasks of tinyworld. UserError without names, for an unknown name, or for a named
+    task whose replies cannot be judged here.
     """
     known = [task.name for task in TASKS]
+    choices = f"choose from all, tinyworld, {', '.join(known)}"
+    if not names:
+        raise UserError(f"--tasks names no task: {choices}")
     chosen: dict[str, Task] = {}
     for name in names:
         lower = name.lower()
@@ -77,8 +80,7 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
             group = CHATCORE
         if not group:
             raise UserError(
-                f"there is no task {name!r}{near(lower, map(str.lower, known))}: choose from all, "
-                f"tinyworld, {', '.join(known)}"
+                f"there is no task {name!r}{near(lower, map(str.lower, known))}: {choices}"
             )
         for task in group:
             obstacle = task.missing()
@@ -152,22 +154,27 @@ def evaluate(
     summary = ask(knobs, engine, questions)
     seconds = time.monotonic() - began
     name, stages = knobs.hf, {"exported": summary}
+    row: dict[str, Any] = {}
     if isinstance(loaded, Loaded):
-        checkpoint = loaded.checkpoint
-        with logbook.Logbook(checkpoint.path.parent) as log:
-            log.log(
-                kind="chat_eval",
-                step=checkpoint.step,
-                stage=loaded.stage,
-                seconds_taken=round(seconds, 2),
-                task=" ".join(knobs.tasks),
-                temperature=knobs.temperature,
-                seed=knobs.seed,
-                max_tokens=knobs.max_tokens,
-                **summary,
-            )
-        name = checkpoint.tag
-        stages = stage_results({s: logbook.read(run_directory(s, name)) for s in STAGES})
+        stage, name = loaded.stage, loaded.checkpoint.tag
+        row = {
+            "kind": "chat_eval",
+            "step": loaded.checkpoint.step,
+            "stage": stage,
+            "seconds_taken": round(seconds, 2),
+            "task": " ".join(knobs.tasks),
+            "temperature": knobs.temperature,
+            "seed": knobs.seed,
+            "max_tokens": knobs.max_tokens,
+            **summary,
+        }
+        logbook.add(loaded.checkpoint.path.parent, **row)
+        until = [*STAGES][: [*STAGES].index(stage) + 1]
+        logs = {s: logbook.read(run_directory(s, name)) for s in until}
+        logs[stage].append(row)  # even if it could not be stored
+        stages = stage_results(one_chain(logs, name))
+        if stage not in stages:
+            stages = {stage: summary}
     print0(f"\naccuracy of {name} with 95 % intervals\n{columns(*stage_table(stages))}")
     for task, result in summary["kinds"].items():
         if clipped := result["clipped"]:

@@ -52,8 +52,8 @@ class CompareKnobs:
     keep: bool = knob(False, "keep the weights of finished runs")
     retime: int = knob(
         0,
-        "after the runs, time the conditions again in alternation: rounds per seed, each of 30 "
-        "steps per condition; all reported seconds then use these times",
+        "after the runs, measure the speed again: so many rounds per seed, in each of which every "
+        "condition takes 30 steps in turn; all reported seconds then use these times",
         low=0,
     )
     dry_run: bool = knob(

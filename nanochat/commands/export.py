@@ -4,6 +4,7 @@ result with the original.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,11 @@ class ExportKnobs(AnyModelKnobs):
         "hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; "
         "ollama: GGUF and Modelfile",
     )
-    out: str = knob("", "folder to write (default: exports/<tag>-<stage>-<to> in the base folder)")
+    out: str = knob(
+        "",
+        "folder to write (default: exports/<tag>-<stage>-<to> in the base folder, and -<dtype> "
+        "unless that is f32)",
+    )
     dtype: Literal["f32", "bf16", "f16", "q8_0"] = knob(
         "f32", "type of the weights; q8_0 is for gguf and ollama"
     )
@@ -58,10 +63,12 @@ class ExportKnobs(AnyModelKnobs):
     )
 
 
-def _folder_to_write(out: str, loaded: "Loaded", to: str) -> Path:
+def _folder_to_write(knobs: ExportKnobs, loaded: "Loaded") -> Path:
     """The folder to write; UserError when it holds something that export did not write."""
-    name = f"{loaded.checkpoint.tag}-{loaded.stage}-{to}"
-    folder = user_path(out).resolve() if out else base_dir() / "exports" / name
+    name = f"{loaded.checkpoint.tag}-{loaded.stage}-{knobs.to}"
+    if knobs.dtype != "f32":
+        name += f"-{knobs.dtype}"
+    folder = user_path(knobs.out).resolve() if knobs.out else base_dir() / "exports" / name
     if not folder.exists():
         return folder
     if not folder.is_dir():
@@ -136,10 +143,14 @@ def _greedy_agreement(loaded: "Loaded", file: Path) -> tuple[int, int]:
         for text in ("Hello!", "What is 12 + 30?", "Tell me a story.", "Spell the word apple.")
     ]
     equal = total = 0
-    with LlamaCpp(file, loaded.model.config.sequence_len) as llama:
+    context = loaded.model.config.sequence_len
+    with LlamaCpp(file, context) as llama:
         for prompt in prompts:
-            ours = engine.generate_batch([prompt], max_tokens=GREEDY_TOKENS, temperature=0.0)[0]
-            theirs = llama.greedy(prompt, GREEDY_TOKENS, tokenizer.never_sampled)
+            most = min(GREEDY_TOKENS, context - len(prompt))  # beyond, each ends in its own way
+            if most < 1:
+                continue
+            ours = engine.generate_batch([prompt], max_tokens=most, temperature=0.0)[0]
+            theirs = llama.greedy(prompt, most, tokenizer.never_sampled)
             stop = theirs.index(ours.stop) if ours.stop in theirs else len(theirs)
             # Only up to where the calculator answers here, which llama.cpp does not have
             count = ours.mask.index(0) if 0 in ours.mask else max(len(ours.tokens), stop)
@@ -159,15 +170,19 @@ def _checked_gguf(loaded: "Loaded", target: Target, file: Path, dtype: str, name
     write_gguf(loaded.model, loaded.tokenizer, target, file, dtype, name)
     try:
         import xllamacpp  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        equal, total = _greedy_agreement(loaded, file)
     except ModuleNotFoundError:
         notice(
             "the file was not compared with the original, because llama.cpp is not installed: "
             "run pip install xllamacpp"
         )
         return "not compared: llama.cpp was not installed"
-    equal, total = _greedy_agreement(loaded, file)
+    except (ImportError, OSError) as e:
+        notice(f"the file was not compared with the original, because llama.cpp failed: {e}")
+        return f"not compared: llama.cpp failed ({type(e).__name__})"
     if not total:
-        return "not compared: the original answers the test questions with nothing"
+        return "not compared: the original answers the test questions with nothing in its context"
     checked = f"{equal} of {total} greedy tokens equal in llama.cpp"
     if dtype == "f32" and equal != total:
         raise UserError(
@@ -215,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     to_hf = knobs.to == "hf"
     if to_hf and knobs.dtype == "q8_0":
         raise UserError(
-            "--dtype=q8_0 works only with --to gguf and --to ollama: choose f32, bf16, f16"
+            "--dtype=q8_0 works only with --to gguf and --to ollama: choose f32, bf16 or f16"
         )
 
     from nanochat.export.gguf_file import modelfile, require_gguf
@@ -240,13 +255,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if target.uncapped:
         config.softcap = 0.0
         notice("the softcap is left out: greedy answers stay the same, sampling becomes sharper")
-    folder = _folder_to_write(knobs.out, loaded, knobs.to)
+    folder = _folder_to_write(knobs, loaded)
     name = knobs.name or loaded.checkpoint.tag
     with _replacing(folder) as new:
         if to_hf:
             checked = _checked_hf(loaded, target, new, knobs.dtype)
         else:
-            file = new / f"{name}-{knobs.dtype}.gguf"
+            plain = re.sub(r"^\.+|[^\w.-]+", "_", name)[:60]  # a name may look like a path
+            file = new / f"{plain}-{knobs.dtype}.gguf"
             checked = _checked_gguf(loaded, target, file, knobs.dtype, name)
             if knobs.to == "ollama":
                 text = modelfile(file.name, config.sequence_len, SAMPLING)

@@ -72,7 +72,9 @@ def confirmed(records: Sequence[RunRecord]) -> bool:
     """Ask at the terminal whether to delete these runs. UserError if there is no terminal."""
     print0(table(records))
     if not sys.stdin.isatty():
-        raise UserError("nobody can be asked whether to delete these runs: add --yes to do it")
+        raise UserError(
+            "there is no terminal to ask whether to delete these runs: add --yes to delete them"
+        )
     size = human(sum(record.disk_bytes for record in records))
     try:
         return input(f"delete these for good, {size}B? [y/N] ").strip().lower() in ("y", "yes")

@@ -9,10 +9,11 @@ from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, columns, entry, human, print0, user_path
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob, parse
+from nanochat.base.strangers import is_number
 from nanochat.eval.scores import stage_results, stage_table
 from nanochat.eval.tasks import tinyworld
 from nanochat.eval.tasks.common import Item, Task
-from nanochat.model.stages import STAGES, run_directory
+from nanochat.model.stages import STAGES, one_chain, run_directory
 from nanochat.train.knobs import MachineKnobs
 
 
@@ -21,7 +22,7 @@ class SummaryKnobs(MachineKnobs):
     """Summary"""
 
     model_tag: str = knob("", "tag of the model (default: the one saved last)")
-    out: str = knob("", "folder for summary.json (default: quickstart under NANOCHAT_BASE_DIR)")
+    out: str = knob("", "folder for summary.json (default: summary/TAG in the base folder)")
     seconds: float = knob(
         0.0, "duration of the whole chain, installation included (0 = the sum of its stages)", low=0
     )
@@ -30,10 +31,13 @@ class SummaryKnobs(MachineKnobs):
 
 def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
     """
-    {stage: {tokens, minutes, val_bpb, accuracy, n, lo, hi, chance, kinds}} of every finished stage,
-    from its logbook. Values that were not measured are None.
+    {stage: {tokens, minutes, val_bpb, accuracy, n, lo, hi, chance, step, kinds}} of every finished
+    stage, from its logbook; step is that of the accuracy if it is not the last. Values that were
+    not measured are None.
     """
     logs = {stage: logbook.read(run_directory(stage, tag)) for stage in STAGES}
+    finished = {s: rows for s, rows in logs.items() if "summary" in {r["kind"] for r in rows}}
+    logs = one_chain(finished, tag)
     results = stage_results(logs)
     figures: dict[str, dict[str, Any]] = {}
     for stage, rows in logs.items():
@@ -41,11 +45,15 @@ def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
         if not {"tokens", "seconds"} <= last.get("summary", {}).keys():
             continue
         answers = results.get(stage, {})
+        tokens, seconds, bpb = (
+            value if is_number(value := last.get(kind, {}).get(name)) else None
+            for kind, name in (("summary", "tokens"), ("summary", "seconds"), ("eval", "val_bpb"))
+        )
         figures[stage] = {
-            "tokens": last["summary"]["tokens"] or 0,
-            "minutes": round((last["summary"]["seconds"] or 0) / 60, 2),
-            "val_bpb": last.get("eval", {}).get("val_bpb"),
-            **{name: answers.get(name) for name in ("accuracy", "n", "lo", "hi", "chance")},
+            "tokens": tokens or 0,
+            "minutes": round((seconds or 0) / 60, 2),
+            "val_bpb": bpb,
+            **{name: answers.get(name) for name in ("accuracy", "n", "lo", "hi", "chance", "step")},
             "kinds": answers.get("kinds", {}),
         }
     return figures
@@ -87,9 +95,9 @@ def exchanges(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     knobs, _ = parse(SummaryKnobs, argv, command="summary")
 
-    from nanochat.model.checkpoint import locate
+    from nanochat.model.checkpoint import choose
 
-    tag = knobs.model_tag or locate("base").tag
+    tag = knobs.model_tag or choose()[1].tag
     stages = stage_figures(tag)
     if not stages:
         raise UserError(
@@ -109,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print0(columns(*stage_table(answers)))
     seconds = knobs.seconds or 60 * sum(figures["minutes"] for figures in stages.values())
     summary = {"tag": tag, "minutes": round(seconds / 60, 2), "stages": stages}
-    path = user_path(knobs.out or base_dir() / "quickstart") / "summary.json"
+    path = user_path(knobs.out or base_dir() / "summary" / tag) / "summary.json"
     atomic_write(path, json.dumps(summary, indent=1))
     print0(f"{summary['minutes']:.1f} minutes in all; the figures are in {path}")
     return summary

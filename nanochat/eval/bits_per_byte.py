@@ -65,10 +65,12 @@ def shard_bits_per_byte(
 
     training = model.training
     model.eval()
-    sums, fitting = halve_until_it_fits(total, rows, "an evaluation batch")
+    try:
+        sums, fitting = halve_until_it_fits(total, rows, "an evaluation batch")
+    finally:
+        model.train(training)
     if fitting < rows and on_fewer:
         on_fewer(fitting)
-    model.train(training)
     if runtime.world_size > 1:
         dist.all_reduce(sums)
     nats, n_bytes = sums.tolist()

@@ -9,7 +9,6 @@ room is one token for a letter, and for a free answer its limit, but at most a q
 context.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from nanochat.base.common import notice
+from nanochat.base.hardware import usable_cpus
 from nanochat.base.runtime import halve_until_it_fits
 from nanochat.chat.generate import Engine, clip
 from nanochat.data.rendering import PART_TOKENS
@@ -159,7 +159,7 @@ def judge(
         ]
 
     count = max(1, rows // samples)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a task may judge a program by running it
+    with ThreadPoolExecutor(usable_cpus()) as pool:  # a task may judge a program by running it
         while done < len(order):
             texts, count = halve_until_it_fits(replies, count, f"{task.name} questions")
             chunk = order[done : done + count]

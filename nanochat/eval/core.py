@@ -26,6 +26,7 @@ from nanochat.eval.core_items import prepare
 from nanochat.eval.core_scorer import Score, Scorer
 from nanochat.eval.scores import accuracy, centred
 
+TASKS = 22  # of CORE
 TIE = 1e-5  # nats per token; float32 cannot tell answers apart that are closer
 
 
@@ -94,14 +95,15 @@ def evaluate(
 def summarise(results: dict[str, dict[str, Any]], absent: Sequence[str] = ()) -> dict[str, Any]:
     """
     {name, score, margin, guess, tasks, absent}: the mean centred accuracy of the tasks, its 95 %
-    margin, and the score of guessing. The name is CORE only if no task is absent. The margin covers
-    the choice of items only; different random models vary more, because one that always answers
-    "no" or "C" is off in the same direction on every item.
+    margin, and the score of guessing. The name is CORE only if all its tasks are there. The margin
+    covers the choice of items only; different random models vary more, because one that always
+    answers "no" or "C" is off in the same direction on every item.
     """
     n, total = len(results), len(results) + len(absent)
     margins = [(r["hi"] - r["lo"]) / 2 / (1 - r["chance"]) for r in results.values()]
+    complete = n == total == TASKS
     return {
-        "name": f"mean centred accuracy of {n} of {total} tasks" if absent else "CORE",
+        "name": "CORE" if complete else f"mean centred accuracy of {n} of {total} tasks",
         "score": sum(r["centred"] for r in results.values()) / n,
         "margin": math.hypot(*margins) / n,
         "guess": sum(centred(r["guess"], r["chance"]) for r in results.values()) / n,

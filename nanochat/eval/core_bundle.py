@@ -101,7 +101,9 @@ def load_bundle(directory: Path | str) -> tuple[list[CoreTask], list[str]]:
         else:
             absent.append(name)
     if not tasks:
-        raise UserError(f"{data} has data for none of the {len(entries)} tasks")
+        raise UserError(
+            f"{data} has data for none of the {len(entries)} tasks: unpack the bundle again"
+        )
     return tasks, absent
 
 

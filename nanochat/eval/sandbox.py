@@ -73,7 +73,7 @@ for name, value in {limits}.items():
     hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
     value = value if hard < 0 else min(value, hard)
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-main = sys.modules["__main__"] = type(sys)("__main__")
+main = sys.modules["__main__"] = sys.modules["{name}"] = type(sys)("{name}")
 {begin}
 os.write({proof}, b"+")
 os.write({proof}, os.read(0, {size}) + (exec(\
@@ -371,7 +371,11 @@ def _run(
     # For root, a user id that nobody has (the range is reserved for transient services). It is
     # random, so that no program's threads count for another one.
     uid = 61184 + secrets.randbelow(4000)
-    harness = _HARNESS.format(uid=uid, limits=limits, proof=proof_in, size=len(token), begin=begin)
+    # As in the published harness, judge() runs a program as a module, without its script part
+    name = "program" if begin else "__main__"
+    harness = _HARNESS.format(
+        uid=uid, limits=limits, proof=proof_in, size=len(token), begin=begin, name=name
+    )
     python = [_python(), *["-P", "-s", "-S", "-X", "utf8", "-c"], harness]
     command = [*_bwrap(), "--seccomp", str(rules), "--", *python]
     try:

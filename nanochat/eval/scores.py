@@ -87,19 +87,23 @@ def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Results:
     """
     The summary of each stage, from the last result of every task at the stage's last evaluated
-    step. `logs` has the rows of each stage's logbook, which a stranger may have written; malformed
-    results are left out.
+    step; with this "step" if the stage was trained further. `logs` has the rows of each stage's
+    logbook, which a stranger may have written; malformed results are left out.
     """
     stages = {}
     for stage, log in logs.items():
         rows = [row for row in log if row.get("kind") == "chat_eval"]
+        step = rows[-1].get("step") if rows else None
+        trained = [row.get("step") or 0 for row in log if row.get("kind") == "train"]
         tasks: dict[str, Any] = {}
         for row in rows:
-            if row.get("step") == rows[-1].get("step"):
+            if row.get("step") == step:
                 kinds = row.get("kinds") or {}
                 tasks |= {name: result for name, result in kinds.items() if _is_result(result)}
         if tasks:
             stages[stage] = summarise(tasks)
+            if step is not None and step < max(trained, default=0):
+                stages[stage]["step"] = step
     return stages
 
 
@@ -121,7 +125,7 @@ def stage_table(stages: Results) -> tuple[list[str], list[list[str]]]:
     """
     The head and the rows of a table of tasks by stages, given the stages' summaries, with pass@k
     where there are several samples. The row "all" is shown only if all stages were asked the same
-    questions.
+    questions, and a step only if it is not the last one of its stage.
     """
     rows = []
     for name, by_stage in _results_by_name(stages).items():
@@ -132,7 +136,11 @@ def stage_table(stages: Results) -> tuple[list[str], list[list[str]]]:
     chatcore = [f"{s['chatcore']:.4f}" if "chatcore" in s else "" for s in stages.values()]
     if any(chatcore):
         rows.append(["ChatCORE", "", "0", *chatcore])
-    return ["task", "questions", "chance", *stages], rows
+    heads = [
+        stage if s.get("step") is None else f"{stage}, step {s['step']:,}"
+        for stage, s in stages.items()
+    ]
+    return ["task", "questions", "chance", *heads], rows
 
 
 def _results_by_name(stages: Results) -> dict[str, Results]:

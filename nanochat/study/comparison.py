@@ -22,6 +22,9 @@ from nanochat.base.commands import module_process
 from nanochat.base.common import UserError, base_dir, duration, notice, print0
 from nanochat.base.progress import StatusLine
 from nanochat.base.strangers import mismatch, read_json
+from nanochat.data.shards import prepare
+from nanochat.data.sources import training_sources
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.checkpoint import list_checkpoints
 from nanochat.study.comparison_page import write_comparison
 from nanochat.study.conditions import Condition
@@ -183,10 +186,11 @@ class Comparison:
     ) -> dict[str, Any]:
         """
         Train one run to its end; returns its record, even if it failed. If interrupted, waits until
-        the run is saved. Raises UserError if it took no step. `later`: the runs after it, for the
-        time left.
+        the run is saved. Raises UserError if it took no step, or was refused when it resumed.
+        `later`: the runs after it, for the time left.
         """
-        directory = self._directory(self.folder, condition, seed)
+        inputs, directory = self._inputs(condition), self._directory(self.folder, condition, seed)
+        steps_before = steps_written(directory)
         log_file = self.folder / "logs" / f"{directory.name}.log"
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with open(log_file, "ab") as log:
@@ -203,19 +207,47 @@ class Comparison:
                 process.wait()
                 raise
         flags = [*condition.flags, *self._pinned(condition)]
-        labels = {"condition": condition.name, "seed": seed, "flags": flags}
+        labels = {"condition": condition.name, "seed": seed, "flags": flags, **inputs}
         if process.returncode == 0:
             run = record(directory, **labels)
             if run["final_bpb"] is None:
                 run["error"] = "its bits per byte are not a number"
             return run
         error = _failure(log_file, process.returncode, began)
-        if not train_rows(directory):
-            raise UserError(f"{directory.name} did not start: {error} (its output: {log_file})")
         # Status 2 is an error that would recur, unless the machine lacked something; after any
         # other status, the run is tried again
         lacked = "free some space" in error or "out of memory" in error
-        return {**labels, "error": error, "again": process.returncode != 2 or lacked}
+        again = process.returncode != 2 or lacked
+        refused = not again and steps_written(directory) == steps_before
+        if refused or not train_rows(directory):
+            raise UserError(f"{directory.name} did not start: {error} (its output: {log_file})")
+        return {**labels, "error": error, "again": again}
+
+    def _inputs(self, condition: Condition) -> dict[str, Any]:
+        """
+        What a run of this condition reads: the fingerprint of the tokenizer, and the SHA-256 of
+        each text. UserError if the finished runs have read something else.
+        """
+        tokenizer, folder = Tokenizer.load(), base_dir() / "tokenizer"
+        now = tokenizer.fingerprint
+        for run in self._finished([c.name for c in self.conditions]):
+            if (before := run.get("tokenizer", now)) != now:
+                raise UserError(
+                    f"the finished runs of {self.name} have the tokenizer {before[:8]}, but "
+                    f"{folder} now holds {now[:8]}: rename that folder to tokenizer_{now[:8]}, and "
+                    f"tokenizer_{before[:8]} to tokenizer; or choose another --name"
+                )
+        knobs = condition.knobs
+        sources = training_sources(knobs.data, knobs.skip_bad_rows)
+        splits = [(source, split) for source in sources for split in ("train", "val")]
+        data = [prepare(source, split, tokenizer).sha256 for source, split in splits]
+        for run in self._finished([c.name for c in self.conditions if c.knobs.data == knobs.data]):
+            if run.get("data", data) != data:
+                raise UserError(
+                    f"the text of {condition.name} is not the one that the finished runs of "
+                    f"{self.name} have read: restore it, or choose another --name"
+                )
+        return {"tokenizer": now, "data": data}
 
     def _progress(
         self, run: str, row: Mapping[str, Any], later: Sequence[tuple[Condition, int]]
@@ -278,6 +310,7 @@ class Comparison:
 
     def time_steps(self, condition: Condition, seed: int, steps: int) -> Timing:
         """Run the first steps of a condition to time it, in a folder that is then deleted."""
+        self._inputs(condition)
         base = self.folder / "timing"
         directory, log_file = self._directory(base, condition, seed), base / "log"
         shutil.rmtree(base, ignore_errors=True)
@@ -361,6 +394,12 @@ def first_rows(process: subprocess.Popen, directory: Path, steps: int) -> dict[s
 def train_rows(directory: Path) -> list[dict[str, Any]]:
     """The training rows in the logbook of a run, which may still be going; [] before the first."""
     return [row for row in logbook.read(directory) if row["kind"] == "train"]
+
+
+def steps_written(directory: Path) -> int:
+    """How many steps were ever logged in the folder of a run, those of earlier starts included."""
+    file = directory / logbook.FILE
+    return file.read_bytes().count(b'"kind": "train"') if file.exists() else 0
 
 
 def _failure(log_file: Path, status: int, began: int = 0) -> str:

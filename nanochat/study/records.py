@@ -33,7 +33,10 @@ _RECORD = {  # the forms of a record; see strangers.mismatch
     "curve": [[float]],
     "pins": {str: (str, int)},
     "error": (str, None),
+    "tokenizer": str,
+    "data": [str],
 }
+_OPTIONAL = "pins", "error", "tokenizer", "data"  # the last two are absent in older records
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -44,7 +47,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
             run = parse_json(line)
             fault = mismatch(run, _RECORD, "run") or missing(run, ("condition", "seed"))
             if not fault and not run.get("error"):
-                fault = missing(run, [name for name in _RECORD if name not in ("pins", "error")])
+                fault = missing(run, [name for name in _RECORD if name not in _OPTIONAL])
                 if not fault and None in (run["final_bpb"], run["wall_seconds"]):
                     fault = "final_bpb or wall_seconds is null"
                 elif not fault and any(len(point) != 4 for point in run["curve"]):

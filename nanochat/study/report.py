@@ -24,7 +24,7 @@ from nanochat.base.knobs import as_typed
 from nanochat.base.progress import StatusLine
 from nanochat.base.strangers import is_number
 from nanochat.eval.scores import stage_results, stage_table
-from nanochat.model.stages import STAGES, lock_file, saved_last
+from nanochat.model.stages import STAGES, lock_file, one_chain, saved_last
 from nanochat.study.page import Cell, Line, draw_lines, gallery, table, write_page
 from nanochat.train.spent import WORDS, shares
 
@@ -137,13 +137,12 @@ class Log:
 # ---- which runs
 
 
-def load(directories: Iterable[Path | str]) -> list[Log]:
+def load(directories: Iterable[Path | str], quiet: bool = False) -> list[Log]:
     """
-    The logbooks in these run folders, those of a tag joined into a chain. Raises UserError for a
-    folder without rows.
+    The logbooks in these run folders, those of a tag joined into a chain; a notice names stages
+    that do not belong to it, unless `quiet`. Raises UserError for a folder without rows.
     """
-    logs: list[Log] = []
-    totals: dict[tuple[Path, str], dict[str, float]] = {}
+    chains: dict[tuple[Path, str], dict[str, list[dict[str, Any]]]] = {}
     for directory in sorted(map(Path, directories), key=_stage_order):
         rows = logbook.read(directory)
         if not rows:
@@ -151,13 +150,16 @@ def load(directories: Iterable[Path | str]) -> list[Log]:
                 f"there is no {logbook.FILE} with data in {directory}: give the folder of a "
                 "run, <base>/checkpoints/<stage>/<tag>"
             )
-        chained = directory.resolve().parent.parent, directory.name
-        total = totals.setdefault(chained, {"seconds": 0.0, "tokens": 0.0})
-        log = Log(directory.resolve(), rows, dict(total))
-        for x in total:
-            total[x] += max((row[x] for row in rows if is_number(row.get(x))), default=0)
-        logs.append(log)
-    return logs
+        run = directory.resolve()
+        chains.setdefault((run.parent.parent, run.name), {})[run.parent.name] = rows
+    logs: list[Log] = []
+    for (root, tag), stages in chains.items():
+        total = {"seconds": 0.0, "tokens": 0.0}
+        for stage, rows in one_chain(stages, tag, quiet).items():
+            logs.append(Log(root / stage / tag, rows, dict(total)))
+            for x in total:
+                total[x] += max((row[x] for row in rows if is_number(row.get(x))), default=0)
+    return sorted(logs, key=lambda log: _stage_order(log.directory))
 
 
 def chain(tag: str = "") -> list[Path]:
@@ -298,8 +300,8 @@ def _costs_table(logs: Sequence[Log], watts: float) -> str:
 
     rows, total = [], 0.0
     for log, part in zip(logs, parts, strict=True):
-        seconds = log.last("seconds", "summary", "train") or 0.0
-        total += seconds
+        seconds = log.last("seconds", "summary", "train")
+        total += seconds if is_number(seconds) else 0.0
         began = str(next((row.get("time", "") for row in log.of("start")), ""))[:16]
         spent = [f"{part[word]:.1%}" if part else "" for word in words]
         rows.append((log.name, began.replace("T", " "), seconds, spent))
@@ -307,8 +309,8 @@ def _costs_table(logs: Sequence[Log], watts: float) -> str:
         rows.append(("all", "", total, [""] * len(words)))
     cells = []
     for name, began, seconds, spent in rows:
-        energy = [f"{watts * seconds / 3600:.3g} Wh"] if watts else []
-        cells.append((name, [began, duration(seconds), *spent, *energy]))
+        energy = [_number(seconds, lambda s: f"{watts * s / 3600:.3g} Wh")] if watts else []
+        cells.append((name, [began, _number(seconds, duration), *spent, *energy]))
     return table(heads, cells) + f'<p class="note">{html.escape(note)}</p>'
 
 
@@ -404,7 +406,7 @@ def write_report(
     the machine draws, to estimate energy (0 = not given). refresh: as for write_page. UserError
     without folders, or for a folder without metrics.
     """
-    logs = load(directories)
+    logs = load(directories, quiet=refresh > 0)
     if not logs:
         raise UserError("there is no run to report: train one, or give the folder of a run")
     sections = {

@@ -27,12 +27,14 @@ def program(item: Item, reply: str) -> str:
     only a docstring, which a definition in the reply replaces and a body in the reply completes.
     """
     problem, name = item["messages"][0]["content"], item["function"]
-    blocks = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL) or [reply]
+    fenced = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", reply, re.DOTALL)
+    blocks = fenced or [reply]
     defines = re.compile(rf"^(?:async )?def {name}\b", re.MULTILINE)
     code = next(filter(defines.search, blocks), blocks[0])
     if defines.search(code):
         start = re.search(r"^(?:def|async def|class|import|from|@)", code, re.MULTILINE)
-        return f"{problem}\n{code[start.start() if start else 0 :]}"  # without preceding prose
+        prose = start.start() if start and not fenced else 0
+        return f"{problem}\n{code[prose:]}"
     body = code.strip("\n")
     if body[:1].isspace():
         return problem + body
