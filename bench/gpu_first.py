@@ -680,7 +680,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Report]:
 def _context() -> Any:
     """Starts processes from one that has imported torch and the project, but not opened a card."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat.commands.base_train", "nanochat.train.stage"])
+    modules = "nanochat.commands.base_train", "nanochat.train.stage", "bench.gpu_first"
+    context.set_forkserver_preload([*modules, "torch._dynamo", "torch._inductor.cpu_vec_isa"])
     return context
 
 

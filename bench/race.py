@@ -35,6 +35,17 @@ HELD_OUT_EVERY = 60  # one document of so many is held out
 CALIBRATION = 40  # steps that measure how long a step of the opponent takes
 FACTORS = (0.3, 1.0, 3.0, 10.0)  # of its rates after its own scaling, tried one rate at a time
 REFERENCE_BATCH = 2**19  # for which its rates are given: it scales them by the root of the batch
+SHAPING = (  # the knobs that must be the same for all legs of a work folder
+    "characters",
+    "held_out",
+    "vocab_size",
+    "depth",
+    "sequence_len",
+    "batch",
+    "rows",
+    "flags",
+    "head_dtype",
+)
 
 
 @dataclass(kw_only=True)
@@ -144,27 +155,35 @@ def documents(path: Path) -> Iterator[str]:
 def prepare(race: Race) -> None:
     """Split the texts into training and held-out documents, and write both sides' files."""
     k, done = race.knobs, race.work / "texts.json"
-    identity = {"texts": list(k.texts), "characters": k.characters, "held_out": k.held_out}
+    identity = {name: getattr(k, name) for name in SHAPING} | {"texts": list(k.texts)}
     if done.exists():
-        if json.loads(done.read_text())["identity"] != identity:
-            raise UserError(f"{race.work} holds a race over other texts: choose another --work")
+        stored = json.loads(done.read_text())["identity"]
+        for name, value in identity.items():
+            if stored.get(name, value) != value:  # earlier races do not say all of them
+                raise UserError(
+                    f"{race.work} holds a race with another --{name} ({stored[name]} instead "
+                    f"of {value}): choose another --work"
+                )
         return
     train, held_out, size = [], [], 0
     streams = [documents(Path(t).expanduser()) for t in k.texts]
     given = [0] * len(streams)
     sizes = [Path(t).expanduser().stat().st_size for t in k.texts]
-    while streams and sum(given) < k.characters:
+    total = 0
+    while streams and total < k.characters:
         i = min(range(len(streams)), key=lambda i: given[i] / sizes[i])
         text = next(streams[i], None)
         if text is None:
             del streams[i], given[i], sizes[i]
             continue
         given[i] += len(text)
+        total += len(text)
         if len(train) % HELD_OUT_EVERY == 0 and size < k.held_out:
             held_out.append(text)
             size += len(text)
         train.append(text)
-    train = [t for t in train if t not in set(held_out)]
+    chosen = set(held_out)
+    train = [t for t in train if t not in chosen]
     for name, texts in (("train", train), ("held_out", held_out)):
         lines = (json.dumps({"text": t}, ensure_ascii=False) for t in texts)
         atomic_write(race.work / f"{name}.jsonl", "\n".join(lines) + "\n")
@@ -344,7 +363,7 @@ def sweep(race: Race) -> dict[str, float]:
                 continue
             if len(seen) >= runs:
                 break
-            tag = f"sweep-{rates['matrix']:.4g}-{rates['embedding']:.4g}"
+            tag = f"sweep-{k.sweep_leg:g}min-{rates['matrix']:.4g}-{rates['embedding']:.4g}"
             leg = once(race, tag, lambda t=tag, r=rates: head_leg(race, t, k.sweep_leg, 1, r))
             seen[key] = leg["bpb"]
         tried = {f: {**best, name: middle * f} for f in FACTORS}
@@ -392,10 +411,11 @@ def opened(k: RaceKnobs) -> Race:
             f"--checkout={k.checkout} holds no nanochat/gpt.py: name a folder into which you "
             "cloned karpathy/nanochat"
         )
-    missing = [t for t in k.texts if not Path(t).expanduser().is_file()]
+    paths = {t: Path(t).expanduser() for t in k.texts}
+    missing = [t for t, path in paths.items() if not path.is_file() or not path.stat().st_size]
     if missing or not k.texts:
         raise UserError(
-            f"{missing[0]} is not a file: name text files with --texts"
+            f"{missing[0]} is not a file, or is empty: name text files with --texts"
             if missing
             else "there are no texts: name .jsonl or .txt files with --texts"
         )

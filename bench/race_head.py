@@ -44,7 +44,8 @@ def bits_per_byte(
 
 def read(path: Path) -> list[str]:
     """The texts of a .jsonl file."""
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits within texts
+    return [json.loads(line)["text"] for line in lines if line.strip()]
 
 
 def main(held_out: str, tag: str, context: str, out: str) -> None:

@@ -30,7 +30,7 @@ from nanochat.base.common import UserError, base_dir, entry, print0
 from nanochat.base.files import atomic_write
 from nanochat.base.knobs import knob
 from nanochat.commands import chat_rl
-from nanochat.model.checkpoint import locate
+from nanochat.model.checkpoint import Checkpoint, locate
 from nanochat.study import page
 from nanochat.study.statistics import interval
 
@@ -57,7 +57,7 @@ class Knobs:
 
 def place(k: Knobs, start: Path, flags: Sequence[str], seed: int) -> Path:
     """The base folder of one run, with links to the tokenizer and the checkpoint to start from."""
-    what = json.dumps([str(start), *flags, k.ask, k.num_items])
+    what = json.dumps([str(start), Checkpoint(start).fingerprint, *flags, k.ask, k.num_items])
     digest, source = hashlib.sha256(what.encode()).hexdigest()[:8], k.source
     base = base_dir() / "rl_curves" / f"{digest}-seed-{seed}"
     links = {

@@ -37,7 +37,7 @@ def page() -> str:
         "nanochat base_train -h",
         "```",
         "",
-        "prints what stands below. `python -m scripts.base_train` is the same command. Every command takes",
+        "prints the text below. A value in [brackets] is the default; 0 often means that the command chooses. `python -m scripts.base_train` is the same command. Every command takes",
         "`--recipe FILE.toml` and refuses flags that it does not know. Words are explained in the [glossary](glossary.md), messages in",
         "[troubleshooting](troubleshooting.md). This page is written by `python dev/commands_page.py`.",
         "",

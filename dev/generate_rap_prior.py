@@ -223,6 +223,8 @@ def kinds(tokens: list[bytes]) -> dict[str, Any]:
 def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, dict]]]:
     """
     The training shards of text made with this tokenizer, by source. UserError if there are none.
+    When a text changes, the shards of its older version stay, and may hold what is validation text
+    now. The shards that were used together last have the same time; all others are left out.
     """
     shards: dict[str, list] = {}
     validation = others = 0
@@ -265,6 +267,14 @@ def find_shards(folder: Path, fingerprint: str) -> dict[str, list[tuple[Path, di
             f"{folder} holds {why}: let base_train tokenise the data first, or name the folder "
             "with --tokens"
         )
+    for name, found in shards.items():
+        used = [folder.stat().st_mtime for folder, _ in found]
+        shards[name] = [one for one, at in zip(found, used, strict=True) if at == max(used)]
+        if older := len(found) - len(shards[name]):
+            print(
+                f"left out {older} of {len(found)} shards of {name}, which tok_data or "
+                "training did not use last; if they belong to the text, run tok_data again"
+            )
     return shards
 
 
@@ -435,7 +445,8 @@ def check(options: argparse.Namespace) -> None:
         "max_lag": (16, 65536),
         "spans": (0, 64),
     }
-    limits |= {"pairs": (200, 10**6), "sparsity": (0, 0.999)}
+    limits |= {"pairs": (200, 10**6), "sparsity": (0, 0.999), "band": (0, 65536)}
+    limits |= {"max_tokens": (MIN_TOKENS, 10**12), "seed": (0, 10**9)}
     for name, (low, high) in limits.items():
         value = getattr(options, name)
         if not low <= value <= high:
@@ -471,9 +482,9 @@ def read_corpus(options: argparse.Namespace, rng: Any) -> Corpus:
     shards = find_shards(options.tokens, vocabulary.fingerprint)
     shares = parse_mix(options.mix, list(shards))
     text, held = read_text(shards, shares, options.max_tokens, rng)
+    sources = ", ".join(f"{name} (shards: {len(found)})" for name, found in shards.items())
     print(
-        f"read {len(text.ids):,} tokens of {', '.join(shards)}; {len(held.ids):,} more are held "
-        "out",
+        f"read {len(text.ids):,} tokens of {sources}; {len(held.ids):,} more are held out",
         flush=True,
     )
     return Corpus(vocabulary, shards, text, held)
@@ -611,7 +622,7 @@ def generate(options: argparse.Namespace) -> None:
         "strength": json.dumps(strength),
         "report": json.dumps({name: about[name] for name in numbers if name in about}),
         "gates": json.dumps(about["gates"]),
-        "spans": json.dumps(about["spans"]),
+        "spans": json.dumps(about["spans"] if "spans" in terms else []),
     }
     write(options.out, save(terms, meta))
     tokens = corpus.vocabulary.tokens

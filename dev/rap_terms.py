@@ -306,18 +306,19 @@ def rectify(cutlass: Any, raw: dict[str, Array], useful: Array) -> list[Rule]:
     Rules for the critical ranges of every feature: the whole range and those up to quantiles of
     pairs that are not useful; equal splits once.
     """
-    names, table = list(raw), np.stack(list(raw.values()), 1)
     rules, seen = [], set()
     for level in (None, *LEVELS):
-        r = cutlass.Rectifier(
-            groups={n: [n] for n in names}, quantile_bounds=None if level is None else (0.0, level)
-        )
-        r.fit(table, ~useful, feature_names=names)
-        for name, low, high in zip(names, r.rmin_, r.rmax_, strict=True):
-            rule = Rule(
-                name, None if np.isnan(low) else float(low), None if np.isnan(high) else float(high)
+        bounds = None if level is None else (0.0, level)
+        for name, values in raw.items():
+            r = cutlass.Rectifier(groups={name: [name]}, quantile_bounds=bounds)
+            if np.ptp(values[~useful]) == 0:
+                r.sdfilter = None  # else its filter of outliers would leave nothing
+            r.fit(values[:, None], ~useful, feature_names=[name])
+            low, high = (
+                None if np.isnan(bound[0]) else float(bound[0]) for bound in (r.rmin_, r.rmax_)
             )
-            signs = rule.of(raw[name])
+            rule = Rule(name, low, high)
+            signs = rule.of(values)
             if (key := (name, signs.astype(np.int8).tobytes())) not in seen and abs(
                 signs.mean()
             ) < 1:
@@ -333,7 +334,11 @@ def fit_rules(
     Rules with weights, the strongest first, and a summary of the fit: the polished rule in words,
     and (AUC, Youden's J) over three folds.
     """
-    rules = rectify(cutlass, raw, useful)
+    nothing = TooLittle(
+        "no feature distinguishes useful pairs: fit on more --pairs, or allow more --features"
+    )
+    if not (rules := rectify(cutlass, raw, useful)):
+        raise nothing
     x, y = np.stack([r.of(raw[r.feature]) for r in rules], 1), (~useful).astype(int)
     names = [f"{r.feature}.{n}." for n, r in enumerate(rules)]
 
@@ -362,9 +367,7 @@ def fit_rules(
         r._replace(weight=float(w)) for r, w in zip(rules, whole.coef_fit_.ravel(), strict=True)
     ]
     if not (k := int(polish.get("k_chosen", 0))):
-        raise TooLittle(
-            "no feature distinguishes useful pairs: fit on more --pairs, or allow more --features"
-        )
+        raise nothing
     need = int(np.floor((k + polish["b_k"][k - 1] / polish["K_used"]) / 2)) + 1
     words = f"useful when at least {need} of {k} hold: " + "; ".join(
         rules[n].words() for n in polish["order"][:k]
@@ -431,7 +434,7 @@ def pair_codes(codes: Array, bits: int) -> tuple[Array, Array]:
     each: each bit of the one is multiplied by a different bit of the other.
     """
     P, n = codes.shape[1], np.arange(bits)
-    return codes[:, (n + 1 + 7 * (n // P)) % P], codes[:, n % P]
+    return codes[:, (n + 1 + n // P % (P - 1)) % P], codes[:, n % P]
 
 
 def terms_by_hand(
@@ -599,7 +602,9 @@ def finish(
         terms[name] = np.where(size < np.quantile(size, options.sparsity), 0, terms[name])
     spans = terms.pop("spans", None)
     if "lag" in terms and options.band:
-        terms["lag"] = terms["lag"][: options.band]
+        reach = 0 if spans is None else int(np.flatnonzero(spans.any(0)).max()) + 1
+        terms["lag"] = terms["lag"][: max(options.band, reach)]  # as long as the spans need
+        terms["lag"][options.band :] = 0
     strength: dict[str, float] = {}
     for name, values in values_of(terms, ids, pairs).items():
         most = float(np.abs(terms[name] if name in ("lag", "key") else values).max())

@@ -99,8 +99,15 @@ def prepared(corpus: str, texts: Path | None, base: Path, vocab_size: int) -> li
     if corpus == "tinyworld" or texts is None:
         data = [corpus]
     elif corpus == "prose":
-        if not (base / "texts").exists():
-            (base / "texts").symlink_to(texts.resolve(), target_is_directory=True)
+        link = base / "texts"
+        if not link.exists():
+            link.unlink(missing_ok=True)  # the folder that it leads to was moved
+            link.symlink_to(texts.resolve(), target_is_directory=True)
+        elif link.resolve() != texts.resolve():
+            sys.exit(
+                f"error: {link} leads to {link.resolve()}, not to {texts}: name that folder with "
+                "--texts, or another --base"
+            )
         data = [
             f"{name}=texts/{name}:{weight}"
             for name, weight in (("wikipedia", 0.45), ("books", 0.40), ("reddit", 0.15))

@@ -176,7 +176,9 @@ class LlamaCpp:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        # Without the user's proxy, which does not lead to this machine
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=120) as answer:
             return json.load(answer)
 
     def greedy(self, prompt: Sequence[int], count: int, never: Iterable[int] = ()) -> list[int]:
