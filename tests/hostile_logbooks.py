@@ -71,6 +71,8 @@ LOGBOOKS: dict[str, bytes | Callable[[Path], object]] = {
     **{f"an evaluation without {name}": line(**{k: v for k, v in EVAL.items() if k != name}) for name in EVAL},
     "a summary of nothing": line(kind="summary"),
     "a summary of null": line(kind="summary", step=None, tokens=None, seconds=None),
+    "a summary of NaN": line(kind="summary", step=9, tokens=None, seconds=None, nonfinite={"tokens": "nan", "seconds": "nan"}),
+    "a start from a list of stages": line(kind="start", step=5, time=["x"], config={"knobs": {"source": ["sft", {}]}}),
     "an accuracy of nothing": line(kind="chat_eval", accuracy=0.5),
     "no speed at all": line(**{**TRAIN, "tok_per_sec": 0.0}),
     "an evaluation at a step that was never trained": line(**{**EVAL, "step": 10**6}),

@@ -67,6 +67,8 @@ FORGERIES = {
 }  # fmt: skip
 HONEST = {
     "plain": "def f(x): return x * 2",
+    "a block for a script": "def f(x): return x * 2\nif __name__ == '__main__': f(input())",
+    "a dataclass whose annotations are texts": "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\ndef f(x): return A(x).x * 2",
     "after printing": "print('hello')\ndef f(x):\n    print(x)\n    return x * 2",
     "a subclass of list": "class L(list): pass\ndef f(x): return L(x * 2) if isinstance(x, list) else x * 2",
     "with helpers and imports": "import math, typing\ndef g(x): return x\ndef f(x): return g(x) * 2",

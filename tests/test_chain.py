@@ -97,7 +97,7 @@ def test_questions_and_summary(here, capsys):
         assert found["n"] == 16 and set(found["kinds"]) == set(tinyworld.KINDS)
         assert 0 <= found["lo"] <= found["accuracy"] <= found["hi"] <= 1
     made = summary.main([*CPU, "--samples=2", "--seconds=90"])
-    kept = json.loads((here / "quickstart" / "summary.json").read_text())
+    kept = json.loads((here / "summary" / "d1" / "summary.json").read_text())
     assert kept == made and kept["minutes"] == 1.5
     assert set(kept["stages"]) == {"base", "mid", "sft"}
     for stage in kept["stages"].values():
@@ -108,6 +108,26 @@ def test_questions_and_summary(here, capsys):
             and set(stage["kinds"]) == set(tinyworld.KINDS)
         )
     assert "assistant:" in capsys.readouterr().out
+
+
+def test_an_accuracy_that_cannot_be_stored_is_shown(here, monkeypatch, capsys):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(logbook.Logbook, "_open", refuse)
+    assert chat_eval_script.main(["-i", "sft", "-n", "8", *CPU])["n"] == 8
+    said, noticed = capsys.readouterr()
+    assert "of 8 questions" in said and "chat_eval was not stored" in noticed
+
+
+def test_a_summary_is_of_the_model_saved_last_even_without_its_base(here, tmp_path):
+    base = here / "checkpoints" / "base"
+    base.rename(tmp_path / "base")
+    try:
+        made = summary.main([*CPU, "--samples=0"])
+    finally:
+        (tmp_path / "base").rename(base)
+    assert made["tag"] == "d1" and list(made["stages"]) == ["mid", "sft"]
 
 
 def test_base_loss_and_base_eval(here):

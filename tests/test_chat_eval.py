@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import math
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -285,3 +287,31 @@ def test_the_table_shows_the_last_result_of_every_task_and_stage(monkeypatch, tm
     best = (1 + (1 - math.comb(3, 2) / math.comb(4, 2))) / 2
     assert rows["GSM8K pass@2"][3] == f"{best:.1%}" and "old" not in rows and "all" not in rows
     assert scores.stage_results(logs("nobody")) == {}
+
+
+@pytest.mark.parametrize(("trained", "head"), [(1500, "sft"), (2000, "sft, step 1,500")])
+def test_a_result_of_an_earlier_step_is_labelled(trained, head):
+    result = chat_eval.Verdicts([1, 0], 1, 0).result(0.25)
+    rows = [
+        {"kind": "chat_eval", "step": 1500, "kinds": {"MMLU": result}},
+        {"kind": "train", "step": trained},
+    ]
+    assert scores.stage_table(scores.stage_results({"sft": rows}))[0][3:] == [head]
+
+
+def test_programs_are_judged_on_the_cpus_that_this_process_may_use(engine, monkeypatch):
+    monkeypatch.setattr(chat_eval, "usable_cpus", lambda: 1)
+    judges = set()
+
+    def evaluate(item, reply):
+        judges.add(threading.get_ident())
+        time.sleep(0.005)  # during which another thread would begin
+        return True
+
+    chat_eval.judge(engine, replace(SAY, evaluate=evaluate), FREE)
+    assert len(judges) == 1
+
+
+def test_no_task_is_a_mistake():
+    with pytest.raises(UserError, match="--tasks names no task: choose from all, tinyworld"):
+        script.main(["-a", ""])

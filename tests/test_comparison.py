@@ -23,6 +23,7 @@ from nanochat.base import files, hardware, logbook
 from nanochat.base.common import UserError
 from nanochat.base.logbook import Logbook
 from nanochat.commands import base_train, compare
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint
 from nanochat.study import comparison
 from nanochat.study.comparison import Comparison, Timing, train_rows
@@ -357,6 +358,7 @@ def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(
         rows = Path(env["NANOCHAT_BASE_DIR"]) / "checkpoints" / "base" / "silu-s43"
         if starts:
             Logbook(rows).log(step=3, loss=1.0)
+            (rows / "step_000002").mkdir()
         return SimpleNamespace(returncode=2, poll=lambda: 2)
 
     monkeypatch.setattr(subprocess, "Popen", failing)
@@ -367,6 +369,43 @@ def test_a_run_that_fails_is_a_result_and_one_that_cannot_start_ends_it(
     results = compare.main(words(here))
     assert results["conditions"][1]["failed"] == {"43": "the loss is nan at step 3"}
     assert results["pairs"][0]["final_bpb_delta"]["verdict"] == "1 of its pairs of runs failed"
+    assert not [*(tmp_path / "compare" / "x").rglob("step_*")], "nothing will continue it"
+
+
+def test_a_resume_that_is_refused_is_no_result(here, tmp_path, monkeypatch):
+    inside, refuses = subprocess.Popen, [True]
+    run = tmp_path / "compare" / "x" / "checkpoints" / "base" / "silu-s42"
+    with Logbook(run, step=0) as book:  # of a start that was interrupted
+        book.log(step=3, loss=1.0)
+
+    def refusing(args, env, stdout, **_):
+        if not refuses or "--model_tag=silu-s42" not in args:
+            return inside(args, env)
+        stdout.write(b"error: cannot resume, because the data changed\n")
+        return SimpleNamespace(returncode=2, poll=lambda: 2)
+
+    monkeypatch.setattr(subprocess, "Popen", refusing)
+    with pytest.raises(UserError, match="silu-s42 did not start: cannot resume"):
+        compare.main(words(here, "--seeds=1"))
+    refuses.clear()
+    assert not compare.main(words(here, "--seeds=1"))["conditions"][1]["failed"]
+
+
+def test_runs_with_another_tokenizer_or_text_are_not_mixed(here, tmp_path):
+    compare.main(words(here, "--seeds=1"))
+    text, file = tmp_path / "text.jsonl", tmp_path / "compare" / "x" / "runs.jsonl"
+    before = text.read_text()
+    text.write_text(f'{before}\n{{"text": "One line more."}}')
+    with pytest.raises(UserError, match=r"the text of silu is not the one that .* have read"):
+        compare.main(words(here))
+    text.write_text(before)
+    Tokenizer.train(["Other words, of quite another text."], 300).save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"the tokenizer \w{8}, but .* rename that folder to"):
+        compare.main(words(here))
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(run.pop("tokenizer") and run.pop("data") for run in runs)
+    file.write_text("".join(json.dumps(run) + "\n" for run in runs))  # as of an earlier version
+    assert compare.main(words(here, "--seeds=1"))["runs_finished"] == 2
 
 
 @pytest.mark.parametrize("fault", ["free some space; nothing is lost", "out of memory: choose"])
@@ -501,9 +540,9 @@ def test_a_budget_of_time_does_not_pay_for_what_only_the_first_run_compiles(
 
     monkeypatch.setattr(Comparison, "time_steps", trial)
     monkeypatch.setattr(Comparison, "train", train)
-    timed = here.replace("--num_iterations=8", "--max_minutes=0.05")
+    timed = here.replace("--num_iterations=8", "--max_minutes=0.02")
     compare.main(words(timed.replace("--compile=off", "--compile=auto")))
-    seconds = pytest.approx(3.0)
+    seconds = pytest.approx(1.2)
     assert order == [
         ("trial relu2", seconds),
         "relu2",

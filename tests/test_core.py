@@ -456,10 +456,13 @@ def test_the_summary_by_hand(tok):
         results[name]["centred"] = (share - chance) / (1 - chance)
     whole = summarise(results)
     assert (
-        whole["name"] == "CORE"
+        whole["name"] == "mean centred accuracy of 2 of 2 tasks"
         and whole["score"] == pytest.approx((1 / 3 + 0.2) / 2)
         and whole["guess"] == 0
     )
+    many = {str(i): results["a"] for i in range(22)}
+    assert summarise(many)["name"] == "CORE"
+    assert summarise(many, ["coqa"])["name"] == "mean centred accuracy of 22 of 23 tasks"
     assert whole["margin"] == pytest.approx(((0.0964 / 0.75) ** 2 + 0.1095**2) ** 0.5 / 2, rel=0.02)
     part = summarise(results, ["coqa"])
     assert (
@@ -603,7 +606,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert found["name"] == "mean centred accuracy of 2 of 3 tasks" and found["absent"] == [
         "schema"
     ]
-    again = base_eval.main([*flags, f"--core={folder}", "--core_memory=0.001"])["core"]
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as m:  # what cannot be stored is measured all the same
+        m.setattr(logbook.Logbook, "_open", refuse)
+        again = base_eval.main([*flags, f"--core={folder}", "--core_memory=0.001"])["core"]
     assert {**again, "seconds_taken": 0} == {**found, "seconds_taken": 0}
     (row,) = [
         r for r in logbook.read(tmp_path / "checkpoints" / "base" / "t") if r["kind"] == "core_eval"
@@ -613,7 +622,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         and row["tasks"]["multiple_choice"]["n"] == 10
         and row["step"] == 2
     )
-    said = capsys.readouterr().out
+    said, noticed = capsys.readouterr()
+    assert "base_eval was not stored" in noticed and "core_eval was not stored" in noticed
     assert (
         "2 of 3 tasks: " in said
         and "CORE" not in said

@@ -145,7 +145,7 @@ def whole_command(base: Path, rank: int) -> None:
         [
             *json.loads((base / "flags.json").read_text()),
             "--total_batch_size=0",
-            "--max_minutes=0.1",
+            "--max_minutes=0.06",
             "--eval_every=0",
         ]
     )

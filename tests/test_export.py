@@ -4,10 +4,13 @@ import contextlib
 import json
 import shutil
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import priors
 import pytest
@@ -247,7 +250,7 @@ def test_every_obstacle_is_named_at_once():
 def kept(base: Path, tokenizer: Tokenizer, **knobs) -> Path:
     """Keep a model, which never ends an answer by itself, as sft/toy; returns its checkpoint."""
     tokenizer.save(base / "tokenizer")
-    model = build(tokenizer.vocab_size, sequence_len=160, **knobs)
+    model = build(tokenizer.vocab_size, **{"sequence_len": 160, **knobs})
     model.head_weight[list(tokenizer.specials.values())] = 0
     meta = {"stage": "sft", "config": model.config.to_dict(), "knobs": {}}
     meta |= {"tokenizer": tokenizer.fingerprint, "tokens": 1000}
@@ -345,7 +348,7 @@ def test_the_command_leaves_the_softcap_out_only_when_asked(base, tokenizers, ca
 @pytest.mark.parametrize(
     ("theirs", "says"),
     [
-        ([], "not compared: the original answers the test questions with nothing"),
+        ([], "not compared: the original answers the test questions with nothing in its context"),
         ([5, 6], "0 of 8 greedy tokens equal in llama.cpp"),
     ],
 )
@@ -384,7 +387,80 @@ def test_a_file_that_answers_otherwise_is_deleted_unless_it_was_rounded(
     done, printed, _ = lines_of(capsys, "--to", to, "--dtype=bf16")
     assert done["compared"].startswith("250 of 256 greedy tokens equal in llama.cpp with weights")
     assert printed[-2] == f"compared with the original: {done['compared']}"
-    assert (base / "exports" / f"toy-sft-{to}" / "toy-bf16.gguf").exists()
+    assert (base / "exports" / f"toy-sft-{to}-bf16" / "toy-bf16.gguf").exists()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), ImportError("a library lacks")])
+def test_an_export_stays_when_llama_cpp_fails(base, tokenizers, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", ModuleType("xllamacpp"))
+    monkeypatch.setattr(export, "_greedy_agreement", fail)
+    kept(base, tokenizers[3], softcap=0.0)
+    done, _, said = lines_of(capsys, "--to", "gguf")
+    assert done["compared"] == f"not compared: llama.cpp failed ({type(error).__name__})"
+    assert str(error) in said and (base / "exports/toy-sft-gguf/toy-f32.gguf").exists()
+
+
+def test_llama_cpp_is_asked_without_the_users_proxy(tmp_path, monkeypatch):
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"tokens": [7]}')
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody listens
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    package = MagicMock()
+    monkeypatch.setitem(sys.modules, "xllamacpp", package)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        package.Server.return_value.listening_address = f"http://127.0.0.1:{server.server_port}"
+        with LlamaCpp(tmp_path / "model.gguf", 64) as llama:
+            assert llama.greedy([1], 1) == [7]
+        server.shutdown()
+
+
+def test_a_short_context_is_compared_up_to_its_end(base, tokenizers, capsys):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    kept(base, tokenizers[3], softcap=0.0, sequence_len=48)
+    done, _, _ = lines_of(capsys, "--to", "gguf")
+    equal, _, total, *_ = done["compared"].split()
+    assert 0 < int(equal) == int(total) < 4 * export.GREEDY_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("alice/tiny", "alice_tiny-f32.gguf"), ("../x", "__x-f32.gguf")]
+)
+def test_a_name_is_no_path(base, tokenizers, monkeypatch, name, file):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    kept(base, tokenizers[3], softcap=0.0)
+    export.main(["-i", "sft", "--to", "ollama", f"--name={name}"])
+    (folder,) = (base / "exports").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "Modelfile",
+        "README.md",
+        "nanochat.json",
+        file,
+    }
+    assert f"FROM ./{file}\n" in (folder / "Modelfile").read_text()
+    assert fields_of(folder / file)[0]["general.name"] == name
+    assert f"ollama create {name} -f" in (folder / "README.md").read_text()
+
+
+def test_exports_in_two_types_stay_beside_each_other(base, tokenizers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    kept(base, tokenizers[3], softcap=0.0)
+    for dtype in ("f32", "q8_0"):
+        export.main(["-i", "sft", "--to", "gguf", f"--dtype={dtype}"])
+    files = {str(path.relative_to(base / "exports")) for path in base.rglob("*.gguf")}
+    assert files == {"toy-sft-gguf/toy-f32.gguf", "toy-sft-gguf-q8_0/toy-q8_0.gguf"}
 
 
 @pytest.mark.parametrize(

@@ -116,19 +116,19 @@ def test_every_command_has_a_script():
 # a room within a room counts on its own. Lower a ceiling when you delete something; raise it in the
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
-    ".": 1_275,
-    "base": 12_465,
+    ".": 1_470,
+    "base": 12_760,
     "tinyworld": 9_625,
-    "data": 35_875,
-    "model": 27_025,
-    "chat": 8_915,
-    "chat/serve": 10_810,
-    "eval": 20_075,
-    "train": 21_400,
-    "study": 13_385,
-    "plan": 15_690,
-    "export": 9_130,
-    "commands": 23_095,
+    "data": 36_935,
+    "model": 27_530,
+    "chat": 8_960,
+    "chat/serve": 10_920,
+    "eval": 20_380,
+    "train": 21_685,
+    "study": 13_795,
+    "plan": 16_045,
+    "export": 9_145,
+    "commands": 23_660,
 }
 
 

@@ -62,7 +62,7 @@ def test_summary_is_whole_or_absent(tmp_path, monkeypatch):
         book.log(9, kind="summary", tokens=1000, seconds=30.0)
     words = ["--model_tag=t", "--samples=0"]
     expected = summary.main(words)
-    file = tmp_path / "quickstart" / "summary.json"
+    file = tmp_path / "summary" / "t" / "summary.json"
     for there in (True, False):
         for moment in (1, 2):
             if not there:

@@ -160,6 +160,20 @@ def test_a_mixture_has_its_shares_and_repeats_a_short_source_but_not_into_what_i
     assert documents and not documents & {tuple(fit.ids[b : b + 20]) for b in np.unique(fit.begin)}
 
 
+def test_shards_of_an_older_text_are_left_out(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat.data.sources.PART_BYTES", 1)  # a shard for each file
+    tokenizer, folder, tokens = Tokenizer.load(base / "tokenizer"), tmp_path / "own", tmp_path / "t"
+    folder.mkdir()
+    for seed in (3, 4, 3):  # the third time, the first shards are used again
+        for name, kind in (("a", 1), ("b", seed)):
+            lines = [json.dumps({"text": text}) for text in texts(kind, 40)]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        shards = prepare(parse_sources([f"own={folder}"])[0], "train", tokenizer, tokens)
+        found = generator.find_shards(tokens, tokenizer.fingerprint)["own"]
+        assert len(found) == 2 and sum(meta["tokens"] for _, meta in found) == shards.total
+    assert "shards of own, which tok_data or training did not use last" in capsys.readouterr().out
+
+
 def test_the_generator_reads_the_shards_that_training_writes():
     from nanochat.data import shards
 
@@ -356,6 +370,45 @@ def test_a_finished_prior_has_largest_value_one_and_only_what_was_asked_for(text
         rap_terms.finish({"lag": np.zeros(5)}, a, text.ids, p)
 
 
+def test_the_band_ends_lag_and_no_span(text):
+    p = rap_terms.sample_pairs(text, 400, 20, np.random.default_rng(0))
+    given = random_terms() | {"spans": generator.span_masks([(1, 2, 0.5), (5, 8, 0.1)], 10)}
+    for band, length in ((3, 9), (7, 9), (10, 10), (0, 10)):
+        a = Namespace(groups=["lag"], sparsity=0.0, band=band)
+        t, _ = rap_terms.finish(given, a, text.ids, p)
+        assert np.flatnonzero(t["lag"]).tolist() == [*range(band or 10)]
+        assert [np.flatnonzero(x).tolist() for x in t["spans"]] == [[1, 2], [5, 6, 7, 8]]
+        assert len(t["lag"]) == t["spans"].shape[1] == length
+
+
+class Rectifier:
+    """Critical ranges as cutlass finds them: of values within a number of deviations."""
+
+    def __init__(self, groups, quantile_bounds=None):
+        self.bounds, self.sdfilter = quantile_bounds or (0.0, 1.0), 3.0
+
+    def fit(self, x, y, feature_names):
+        kept = x[y].astype(float)
+        if self.sdfilter is not None:
+            kept[np.abs(kept - kept.mean(0)) >= self.sdfilter * kept.std(0)] = np.nan
+        self.rmin_, self.rmax_ = (np.nanquantile(kept, q, 0) for q in self.bounds)
+
+
+def test_what_only_useful_pairs_have_is_a_rule():
+    useful, cutlass = np.repeat([True, False], 50), SimpleNamespace(Rectifier=Rectifier)
+    (rule,) = rap_terms.rectify(cutlass, {"copy": useful.astype(float)}, useful)
+    assert (rule.of(useful.astype(float)) == np.where(useful, -1, 1)).all()
+    with pytest.raises(rap_terms.TooLittle, match="no feature distinguishes"):
+        rap_terms.fit_rules(cutlass, {"key_digit": np.zeros(100)}, useful, 0)
+
+
+@pytest.mark.parametrize(("P", "bits"), [(32, 32), (8, 32), (16, 64), (2, 2)])
+def test_every_bit_of_two_tokens_multiplies_two_other_bits(P, bits):
+    query, now = rap_terms.pair_codes(np.arange(P)[None], bits)
+    pairs = {*zip(query[0].tolist(), now[0].tolist(), strict=True)}
+    assert len(pairs) == bits and all(a != b for a, b in pairs)
+
+
 def test_raw_features_are_spelled_in_codes_to_within_a_step():
     rng = np.random.default_rng(0)
     raw = rng.normal(size=(50, 4))
@@ -479,6 +532,13 @@ def test_the_same_seed_gives_the_same_tensors(base, correlation):
     assert run(base, "--generator=correlation", *SMALL, f"--out={base / 'again.safetensors'}") == 0
     again, _ = read(base / "again.safetensors")
     assert all((again[n] == t).all() for n, t in correlation[0].items())
+
+
+def test_spans_without_lag_are_not_named(base):
+    out = base / "key.safetensors"
+    assert run(base, "--generator=correlation", *SMALL, "--groups", "key", f"--out={out}") == 0
+    tensors, meta = read(out)
+    assert set(tensors) == {"key"} and json.loads(meta["spans"]) == []
 
 
 def rap_python():
@@ -648,7 +708,9 @@ def test_missing_tokens_and_tokenizers_are_reported(base, tmp_path, capsys):
     for name in ("tokenizer.json", "meta.json"):
         (tmp_path / name).write_text("{")
     assert "damaged (JSONDecodeError)" in refusal(capsys, base, plain, f"--tokenizer={tmp_path}")
-    assert "out of range" in refusal(capsys, base, plain, "--code_bits=0")
+    for option in ("--code_bits 0", "--max_tokens 0", "--band -1", "--seed -1"):
+        said = refusal(capsys, base, plain, option.replace(" ", "="))
+        assert f"{option} is out of range" in said
     assert "is not NAME:WEIGHT" in refusal(capsys, base, plain, "--mix", "one")
     assert "no training shards of three, only of one, two-train-2" in refusal(
         capsys, base, plain, "--mix", "three:1"
@@ -740,6 +802,19 @@ def test_each_generator_runs_with_what_it_needs(tmp_path, monkeypatch):
     experiments.prior("--generator hand", tmp_path, data, env)
     assert len(runs) == before
     assert all(next(iter(e.conditions)) == "none" for e in experiments.EXPERIMENTS.values())
+
+
+def test_experiments_keep_to_one_folder_of_texts(tmp_path, monkeypatch):
+    trials, (old, new) = load("trials"), (tmp_path / "old", tmp_path / "new")
+    monkeypatch.setattr(trials, "run", lambda words, base: None)
+    old.mkdir()
+    trials.prepared("prose", old, tmp_path / "base", 512)
+    old.rename(new)
+    trials.prepared("prose", new, tmp_path / "base", 512)
+    assert (tmp_path / "base/texts").resolve() == new
+    old.mkdir()
+    with pytest.raises(SystemExit, match=f"leads to {new}, not to {old}"):
+        trials.prepared("prose", old, tmp_path / "base", 512)
 
 
 def test_made_tables_repeat_the_row_above_in_three_rows_of_five():

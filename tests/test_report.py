@@ -1,5 +1,6 @@
 """The report: one page that needs no other file, with the right numbers and nothing invented."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from nanochat.base.common import UserError
 from nanochat.base.files import release, reserve
 from nanochat.base.logbook import Logbook
-from nanochat.commands import report
+from nanochat.commands import report, summary
 from nanochat.model.stages import lock_file
 from nanochat.study.page import INK
 from nanochat.study.report import find_runs, labels, load, write_report
@@ -297,3 +298,55 @@ def test_long_curves_are_averaged_and_bad_points_dropped(runs):
     xs, ys = log.curve("train", "loss", "tokens")
     assert len(xs) <= 250 and xs == sorted(xs) and all(4.0 < y <= 5.0 for y in ys)
     assert log.last("val_bpb", "eval") == 2.0
+
+
+# ---- which stages belong together
+
+
+def begin(folder, stage, day, **knobs):
+    """Write the logbook of a stage that was begun on a day of January and is finished."""
+    directory = folder / "checkpoints" / stage / "d4"
+    directory.mkdir(parents=True)
+    start = {"step": 0, "time": f"2026-01-{day:02d}T12:00:00", "config": {"knobs": knobs}}
+    rows = {"start": start, "summary": {"step": 9, "tokens": 100, "seconds": 60.0}}
+    lines = [json.dumps({"kind": kind, **row}) + "\n" for kind, row in rows.items()]
+    (directory / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("days", "kept"),
+    [
+        ({"base": 1, "mid": 2, "sft": 2, "rl": 3}, ["base", "mid", "sft", "rl"]),
+        ({"base": 4, "mid": 2, "sft": 3}, ["base"]),
+        ({"base": 1, "mid": 3, "sft": 2, "rl": 4}, ["base", "mid"]),
+        ({"mid": 2, "sft": 3}, ["mid", "sft"]),
+    ],
+)
+def test_stages_of_an_earlier_model_are_left_out(base, monkeypatch, capsys, days, kept):
+    monkeypatch.setattr("nanochat.study.report.gallery", lambda plots: "")
+    for stage, day in days.items():
+        begin(base, stage, day, **({"source": "sft"} if stage == "rl" else {}))
+    logs = load(find_runs(["d4"]))
+    assert [log.stage for log in logs] == kept == [*summary.stage_figures("d4")]
+    assert logs[-1].before["seconds"] == 60.0 * (len(kept) - 1)
+    noticed = capsys.readouterr().err
+    left_out = ", ".join(f"{stage}/d4" for stage in days if stage not in kept)
+    assert noticed.count(f"skipped them: {left_out}\n") == 2 * bool(left_out)
+    write_report(find_runs(["d4"]), base / "page.html", refresh=10)
+    assert not capsys.readouterr().err, "a page that is written again and again repeats no notice"
+
+
+def test_a_stage_that_a_later_one_skipped_is_left_out(base):
+    for day, stage in enumerate(("base", "mid", "sft"), 1):
+        begin(base, stage, day)
+    begin(base, "rl", 4, source="mid")
+    assert [log.stage for log in load(find_runs(["d4"]))] == ["base", "mid", "rl"]
+
+
+def test_seconds_that_are_not_finite_leave_their_cells_empty(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.study.report.gallery", lambda plots: "")
+    with Logbook(runs[0]) as book:
+        book.log(kind="summary", step=1000, seconds=float("nan"))
+    text = write_report(runs, tmp_path / "page.html", watts=36).read_text()
+    part = text[text.index("<h2>Time and energy</h2>") : text.index("<h2>Machine and model</h2>")]
+    assert "nan" not in part and part.count("8m20s") == 2  # of the other stage, and of all

@@ -115,3 +115,6 @@ def test_a_run_is_made_once_and_every_seed_and_flag_has_a_folder(tmp_path, monke
         checkpoint.newest(p / "checkpoints" / "sft" / "t").path.resolve() == start.resolve()
         for p in places
     )
+    again = checkpoint.save(run_directory, 3, tiny.weights(tiny.model(2)), {}, tiny.meta(m)).path
+    trained_again = rl_curves.place(rl_curves.Knobs(source="sft"), again, [], 1)
+    assert again == start and trained_again not in places, "results are those of the same weights"

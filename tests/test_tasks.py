@@ -410,7 +410,16 @@ def replies(item):
         "fenced body": f"```py\n{body}```",
         "body, first line not indented": body.strip(),
         "second block": f"```\npip install\n```\nthen\n```python\n{code}```",
+        "fenced, a constant first": f"```python\nLIMIT = 3\n\n{code}\nassert LIMIT\n```",
+        "fenced, a script": f"```python\n{code}\nif __name__ == '__main__':\n    input()\n```",
     }
+
+
+def test_a_code_block_is_kept_whole_and_prose_around_a_program_is_cut_off():
+    item = humaneval.item(HUMANEVAL[0])
+    forms = {form: humaneval.program(item, reply) for form, reply in replies(item).items()}
+    assert "LIMIT = 3" in forms["fenced, a constant first"]
+    assert "Sure" not in forms["fenced"] and "So:" not in forms["prose"]
 
 
 @needs_sandbox
