@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs packages into .venv, then trains a small chat model from nothing on generated texts and asks it questions: `nanochat quickstart`.
-#     bash runs/quickstart.sh                 12 minutes on two cores of an EPYC (Zen 4), 30 at most; uses a GPU if there is one (a Mac too, unless you add --device_type cpu)
+#     bash runs/quickstart.sh                 12 minutes on two cores of an EPYC (Zen 4), 30 at most; uses a GPU if there is one, unless you add --device_type cpu
 #     bash runs/quickstart.sh --minutes 8     stops after 8 minutes, installation included; the model learns less
 #     bash runs/quickstart.sh --minutes 30    after a shorter run has ended: trains its model further
 # If interrupted, start it again and it continues. All results are under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).

@@ -30,7 +30,7 @@ from nanochat.base.progress import progress
 from nanochat.data import conversations
 from nanochat.data.documents import HOLDS_CONVERSATIONS, read_all, text_bytes
 from nanochat.data.folders import CONVERSATIONS, READABLE, ROWS, Found, find, kind_of
-from nanochat.data.rows import Report, reading
+from nanochat.data.rows import Report, of_each, reading
 from nanochat.data.split import LEAST, Division, division, place
 
 if TYPE_CHECKING:
@@ -235,12 +235,10 @@ def installed() -> list[str]:
 
 
 def _key(found: Found, field: str | None, me: str | None) -> str:
-    hashes, files = Hashes(base_dir() / "tokens" / ".hashes.json"), []
-    for path in found.files:
-        with reading(path):
-            files.append((str(path), hashes.of(path)))
-    hashes.save()
+    hashes = Hashes(base_dir() / "tokens" / ".hashes.json")
+    files = [*map(str, found.files)], of_each(found.files, hashes.of)
     about = [VERSION, files, found.skipped, field, me, installed()]
+    hashes.save()
     return hashlib.sha256(json.dumps(about).encode("utf-8", "replace")).hexdigest()[:16]
 
 

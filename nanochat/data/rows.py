@@ -21,7 +21,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -153,6 +153,15 @@ def reading(path: Path) -> Iterator[None]:
             f"cannot read {path} ({what}): check its permissions, replace it with an undamaged "
             "copy, or leave it out"
         ) from e
+
+
+def of_each(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
+    """What `read` returns for each file; UserError, as by reading(), if it cannot be read."""
+    values = []
+    for path in paths:
+        with reading(path):
+            values.append(read(path))
+    return values
 
 
 def open_bytes(path: Path) -> io.BufferedReader:

@@ -29,7 +29,7 @@ from nanochat.base.common import UserError, base_dir, notice, rank, world_size
 from nanochat.base.files import Hashes, atomic_write, locked
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import batches, read_ahead
-from nanochat.data.rows import Report, reading
+from nanochat.data.rows import Report, of_each
 from nanochat.data.sources import Part, Source, parts
 
 if TYPE_CHECKING:
@@ -121,10 +121,7 @@ def prepare(
     hashes = _hashes(root)  # after parts(), which may have hashed the files
 
     def folder_of(part: Part) -> Path:
-        contents = []
-        for path in part.paths:
-            with reading(path):
-                contents.append(hashes.of(path))
+        contents = of_each(part.paths, hashes.of)
         key = _key({**part.identity, "contents": contents}, tokenizer)
         return root / f"{source.name}-{split}-{key}"
 

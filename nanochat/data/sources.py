@@ -27,7 +27,7 @@ from nanochat.base.strangers import shown
 from nanochat.data import inventory
 from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
 from nanochat.data.folders import ARCHIVES, DOCUMENTS, READABLE, find, format_of, kind_of
-from nanochat.data.rows import Report, reading
+from nanochat.data.rows import Report, of_each
 from nanochat.tinyworld import generator_files
 
 # Files are tokenised in groups of at least this size. Adding a file, or continuing after an
@@ -291,12 +291,7 @@ def _part(
 ) -> Part:
     """The part `paths` of a source of `count` files, of which the inventory `known` is taken."""
     division = known and known.division
-    kinds = [format_of(path) for path in paths]  # of shards, which need not be opened
-    if known:
-        kinds = []
-        for path in paths:
-            with reading(path):
-                kinds.append(kind_of(path))
+    kinds = of_each(paths, kind_of if known else format_of)  # shards need not be opened
     identity = {
         "formats": kinds,
         "field": source.field,

@@ -411,8 +411,8 @@ def commands(plan: Plan, script: str) -> list[str]:
     lines.append(f"nanochat tok_train --vocab_size {knobs.vocab} {data}")
     if knobs.tokens:
         return [*lines, f"nanochat base_train {exact_flags(plan)} {data}"]
-    names = [*vars(SizeKnobs()), "lookback", "pretrain", "total_batch_size", "device_batch_size"]
-    names.append("device_type")
+    names = [*vars(SizeKnobs()), "lookback", "pretrain", "device_type"]
+    names += ["total_batch_size", "device_batch_size"]
     changed = [n for n in names if n != "vocab" and getattr(knobs, n) != getattr(DayKnobs, n)]
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in changed)
     unit, budget = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)

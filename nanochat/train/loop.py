@@ -682,9 +682,9 @@ def _guarded(evaluation: Evaluation) -> dict[str, Any]:
     try:
         return evaluation.measure()
     except (RuntimeError, UserError) as e:
-        # A UserError if not even one row fitted, which the other ranks do not know
-        one_row = isinstance(e, UserError) and world_size() == 1 and e.__cause__
-        if not out_of_memory(one_row or e):
+        # A UserError has a cause if not even one row fitted; other ranks would not know of it
+        cause = e.__cause__ if isinstance(e, UserError) and world_size() == 1 else e
+        if not cause or not out_of_memory(cause):
             raise
         notice(f"out of memory in {evaluation.name}: no result at this step; training continues")
         return {}

@@ -271,13 +271,13 @@ def _interrupted(stage: str, parent_stage: str) -> str:
     runs of its parent's stage; "" if not.
     """
     last = max(stage_directory(stage).glob("*"), key=saved_last, default=None)
-    parents = map(saved_last, stage_directory(parent_stage).glob("*"))
-    if last is None or reserved(lock_file(last)):  # another process trains it
-        return ""
-    if saved_last(last) <= max(parents, default=(False, 0.0)):
+    parent = max(map(saved_last, stage_directory(parent_stage).glob("*")), default=(False, 0.0))
+    # It is reserved if another process trains it
+    if last is None or saved_last(last) <= parent or reserved(lock_file(last)):
         return ""
     with suppress(UserError, IndexError):  # its checkpoint is damaged, or there is none
-        return "" if list_checkpoints(last)[-1].meta["done"] else last.name
+        if not list_checkpoints(last)[-1].meta["done"]:
+            return last.name
     return ""
 
 
