@@ -31,6 +31,8 @@ FALLING = "--warmdown_ratio=1"
 PLAIN = "--lookback=off"
 HAND = "--lookback=off --rap=hand"  # the attention prior that needs no text
 TEXTS = (1, 4096), (3, 4096)  # megabytes, vocabulary
+LARGER = (5, 4096, 2), (20, 8192, 1)  # megabytes, vocabulary, passes
+FLOAT32 = "--dtype=float32"  # for a CPU without products in bfloat16
 MACHINE = "--device_type=cpu --dtype=bfloat16 --compile=off --keep=1 --sample_every=0"
 FLAGS = f"--head_dim=64 --sequence_len=256 --total_batch_size={BATCH} --lookback=on {MACHINE}"
 
@@ -117,6 +119,12 @@ ARMS = [
     *(Arm(1, 4096, p, seed=seed, kind="code") for seed in (1, 2) for p in (2, 3, 4, 8)),
     # what looking back is worth: copy heads, convolutions and value embeddings, or a prior
     *(Arm(mb, v, 2, flags=f, seed=s) for s in (1, 2) for mb, v in TEXTS for f in (PLAIN, HAND)),
+    *(
+        Arm(mb, v, p, flags=f"{f} {FLOAT32}".strip(), seed=s)
+        for s in (1, 2)
+        for mb, v, p in LARGER
+        for f in ("", PLAIN, HAND)
+    ),
     *(Arm(10, 8192, p, seed=seed) for seed in (1, 2) for p in (1, 2, 3, 4)),
     *(Arm(10, 8192, 1, flags=flags) for flags in (PLAIN, HAND)),
     *(Arm(30, 8192, p) for p in (0.5, 1)),

@@ -7,13 +7,15 @@ on real text, each with a schedule of its own length, beside the attention prior
     python dev/parts_experiments.py --texts DIR --share 0/2         every other run, for two processes
 
 DIR is as for rap_experiments.py. Every run adds a line to dev/results/parts.jsonl; runs that stand
-there are not repeated, so the experiments resume where they stopped, also on another machine. The
-mean of the seeds, with a 95 % interval of paired differences, is printed at the end.
+there are not repeated, so the experiments resume where they stopped, also on another machine; an
+interrupted run continues from its last checkpoint. The mean of the seeds, with a 95 % interval of
+paired differences, is printed at the end.
 """
 
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -211,9 +213,10 @@ def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
         if f"--rap={name}" in flags.split():
             path = prior(made, base, data, root / "rap_env")
             flags = flags.replace(f"--rap={name}", f"--rap={path}")
-    folder = base / "checkpoints" / "base" / "parts"
-    shutil.rmtree(folder, ignore_errors=True)
-    words = ["--model_tag=parts", "--keep=1", f"--seed={run.seed}", *flags.split(), "--data", *data]
+    tag = re.sub(r"[^\w.-]+", "_", "parts-{}-{}-{}".format(*run.key))
+    folder = base / "checkpoints" / "base" / tag
+    words = [f"--model_tag={tag}", "--keep=1", "--resume=auto", f"--seed={run.seed}"]
+    words += [*flags.split(), "--data", *data]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     child = multiprocessing.get_context("fork").Process(
         target=command, args=(words, base, run.condition)
@@ -224,6 +227,7 @@ def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
         print(f"{run.key} failed: see {base / 'log.txt'}", flush=True)
         return None
     last = {row["kind"]: row for row in logbook.read(folder)}
+    shutil.rmtree(folder)
     return {
         "val_bpb": last["eval"]["val_bpb"],
         "tokens": last["summary"]["tokens"],

@@ -17,7 +17,9 @@ plans: runs belong to a size, and count again.
 """
 
 import json
+import math
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from statistics import fmean
 from typing import Any
 
 import trials
+from scipy import stats
 
 from nanochat.base.common import columns, human, print0
 from nanochat.study.records import record
@@ -33,7 +36,6 @@ ROWS = trials.RESULTS / "plan_trial.jsonl"
 PROBE = trials.RESULTS / "plan_trial_probe.json"
 VOCABULARY = {"tinyworld": 2048, "prose": 8192}
 ROLES = "chosen", "smaller", "larger", "next"
-NOISE = 0.006  # of seeds, as a share of bits per byte
 EVALUATION = ["--eval_every=0", "--eval_tokens=65536", "--sample_every=0", "--keep=1"]
 Row = dict[str, Any]
 stored, add = partial(trials.stored, ROWS), partial(trials.add, ROWS)
@@ -114,9 +116,32 @@ def train(base: Path, planned: Row, by: str, seed: int) -> None:
     add({"kind": "run", **names, **{n: made[n] for n in ("final_bpb", "steps", "tokens")}})
 
 
+def seed_noise() -> tuple[float, int]:
+    """
+    (standard deviation of a run among the seeds of its model, as a share of bits per byte; its
+    degrees of freedom), pooled over the models that were trained with several seeds.
+    """
+    seeds = defaultdict(list)
+    for run in stored(kind="run"):
+        seeds[run["data"], run["minutes"], run["size"]].append(math.log(run["final_bpb"]))
+    squares = sum((end - fmean(ends)) ** 2 for ends in seeds.values() for end in ends)
+    freedom = sum(len(ends) - 1 for ends in seeds.values())
+    return math.sqrt(squares / max(1, freedom)), freedom
+
+
+def within_noise(chosen: list[float], best: list[float], noise: float, freedom: int) -> bool:
+    """
+    Whether the mean of the chosen model lies above that of the best one by no more than seeds alone
+    give in 19 of 20 cases (Student's t, one-sided).
+    """
+    most = stats.t.ppf(0.95, freedom) * noise * math.sqrt(1 / len(chosen) + 1 / len(best))
+    return math.log(fmean(chosen) / fmean(best)) <= most
+
+
 def report() -> None:
     """Predicted and measured, and whether each choice was best within the noise of seeds."""
-    lines, good, budgets = [], 0, 0
+    noise, freedom = seed_noise()
+    lines, best, near, budgets = [], 0, 0, 0
     for first in stored(kind="plan", role="chosen"):
         budget = {name: first[name] for name in ("data", "minutes")}
         measured = {}
@@ -131,12 +156,17 @@ def report() -> None:
             lines.append((*budget.values(), planned["role"], size, human(runs[0]["tokens"])))
             lines[-1] += (predicted, end)
         if len(measured) == len(stored(kind="plan", **budget)):
-            means = {role: fmean(ends) for role, ends in measured.items()}
+            chosen, first_of_all = measured["chosen"], min(measured.values(), key=fmean)
             budgets += 1
-            good += means["chosen"] <= min(means.values()) * (1 + NOISE)
+            best += chosen == first_of_all
+            near += within_noise(chosen, first_of_all, noise, freedom)
     heads = ("data", "minutes", "", "depth x width", "tokens", "bits per byte", "were")
     print0(columns(heads, lines))
-    print0(f"the choice is best, or within {NOISE:.1%} of the best, in {good} of {budgets} budgets")
+    print0(
+        f"of {budgets} budgets, the choice is the best of its neighbours in {best}, and no further "
+        f"from the best than seeds explain in {near} (a seed moves a run by {noise:.2%}: "
+        f"{freedom} repeated runs)"
+    )
 
 
 def main() -> None:
