@@ -21,11 +21,33 @@ from nanochat.base import hardware
 
 RELEASE = Path(__file__).resolve().parent / "golden" / "release_0.1"
 
+# The files whose tests take longest, the longest first
+LONGEST = """
+serve quickstart resume plan_memory budget generate strangers house chat_cli export scripts
+gpu_first plan_recipe tinyworld mine comparison sandbox install loop plan_day run int8 compiler
+gpt cuda_code distributed tasks checkpoint evaluation runtime core plan_probe hardware graphs
+models readers
+"""
 
-def pytest_collection_finish():
+
+def pytest_configure(config):
+    """Several processes take the files in the order below, and not those with most tests first."""
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that no process is alone with one of them at the end."""
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_not_collected():
     """
-    Leave the tests and what they import out of garbage collection. To visit them takes two seconds,
-    in each test in which memory runs out.
+    Leave what is there when the tests of a file begin out of garbage collection: tests, torch and
+    its compiler are a million objects. To visit them takes seconds, in each test in which memory
+    runs out.
     """
     gc.collect()
     gc.freeze()

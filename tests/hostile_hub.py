@@ -128,6 +128,7 @@ NAMES = {
     "percent": "%2e%2e/%2e%2e/a", "a tilde": "~/a", "a home": "~root/.bashrc", "a dollar": "$HOME/a", "a link in the folder": "link/a",
 }  # fmt: skip
 ATTACKS: dict[str, Attack] = {
+    "nothing": lambda server: None,  # which must work
     **{f"a name: {kind}": listing(entry(name)) for kind, name in NAMES.items()},
     **{f"size {size!r:.20}": listing(entry(size=size)) for size in (-1, 0, 1, 2.5, "3000", None, True, [1], 2**60, 10**400, len(DATA) - 1, len(DATA) + 1)},
     **{f"hash {sha!r:.20}": listing(entry(sha=sha)) for sha in (None, "", "x", "0" * 64, 5, ["a"], "../" * 20, ESCAPE)},

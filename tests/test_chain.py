@@ -23,6 +23,7 @@ from nanochat.eval import chat as chat_eval
 from nanochat.eval.tasks import tinyworld
 from nanochat.eval.tasks.common import Task
 from nanochat.model import checkpoint
+from nanochat.model.stages import run_directory
 
 SHAPE = [
     "--depth=1",
@@ -136,9 +137,7 @@ def test_base_loss_and_base_eval(here):
     seen = base_eval.main([*CPU, "--eval_tokens=2000", "--max_tokens=4"])
     assert seen["bpb"] == {"tinyworld/val": bpb["tinyworld/val"]}
     assert all(len(texts) == 2 for texts in seen["samples"].values())
-    assert [
-        r for r in logbook.read(checkpoint.run_directory("base", "d1")) if r["kind"] == "base_eval"
-    ]
+    assert [r for r in logbook.read(run_directory("base", "d1")) if r["kind"] == "base_eval"]
 
 
 def test_a_finished_stage_has_nothing_to_do(here, capsys):
@@ -150,7 +149,7 @@ def test_a_finished_stage_has_nothing_to_do(here, capsys):
 
 def test_stages_that_chat_log_replies_as_they_train(here):
     for stage in ("mid", "sft"):
-        rows = logbook.read(checkpoint.run_directory(stage, "d1"))
+        rows = logbook.read(run_directory(stage, "d1"))
         looks, samples = ([r for r in rows if r["kind"] == kind] for kind in ("eval", "sample"))
         assert [r["step"] for r in samples] == [r["step"] for r in looks if r["step"]]
         replies = [v for n, v in samples[-1].items() if n.startswith("sample/")]

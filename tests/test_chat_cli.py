@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from nanochat.base.common import UserError, entry
@@ -26,6 +27,7 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.model import checkpoint
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.model.stages import run_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 READY = "\033[?2004h"  # what prompt_toolkit tells a terminal when it begins to ask
@@ -51,9 +53,7 @@ def put(stage, tokenizer, tag="d2", fingerprint=None, sequence_len=64):
         "tokenizer": fingerprint or tokenizer.fingerprint,
     }
     optim = {"nothing": torch.zeros(1)}
-    return checkpoint.save(
-        checkpoint.run_directory(stage, tag), 7, dict(m.named_parameters()), optim, meta
-    )
+    return checkpoint.save(run_directory(stage, tag), 7, dict(m.named_parameters()), optim, meta)
 
 
 @pytest.fixture
@@ -428,10 +428,11 @@ def test_chat_in_a_terminal(tokenizer, tmp_path):
 
 
 @pytest.fixture
-def chat(tokenizer, monkeypatch):
+def chat(tokenizer, tmp_path, monkeypatch):
     """
     Opens chats in pseudo-terminals. Their model replies "seed N saw <PROMPT>", with [ and ] around
-    turns and | for a line break; "forever" gets a reply without an end, and "how?" how it is sampled.
+    turns and | for a line break; "forever" gets a reply without an end, "wait" none, and "how?" how
+    it is sampled. While one waits, there is a file waits.
     """
     opened = []
     turns = {"<|bos|>": "", "<|user_start|>": "[", "<|assistant_start|>": "["}
@@ -444,6 +445,7 @@ def chat(tokenizer, monkeypatch):
         shown = shown.replace("\n", "|")
         text = f"seed {sampling['seed']} at {sampling['temperature']} saw <{shown}>"
         while shown.endswith("wait]["):  # reads its prompt for ever
+            (tmp_path / "waits").touch()
             time.sleep(0.02)
         if shown.endswith("[how?]["):
             text = ", ".join(f"{name} {value}" for name, value in sampling.items())
@@ -520,15 +522,16 @@ def test_retry_undo_and_edit(chat):
     t.say("/undo", 'took back "five"')
 
 
-def test_what_is_stopped_before_it_begins_loses_nothing(chat):
-    t = chat()
+def test_what_is_stopped_before_it_begins_loses_nothing(chat, tmp_path):
+    t, waits = chat(), tmp_path / "waits"
 
     def stop(line):
         t.wait(READY)
         t.type(line + "\r")
-        time.sleep(0.5)
+        tiny.wait_until(waits.exists)
         t.type("\x03")
         t.wait("[stopped]")
+        waits.unlink()
 
     t.say("one", "seed 42 at 0.6 saw <[one][>")
     stop("/edit wait")  # the exchange stays

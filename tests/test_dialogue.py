@@ -6,10 +6,10 @@ import time
 import zipfile
 
 import pytest
+from test_documents import read as read_text
 
 from nanochat.base.common import UserError
 from nanochat.data import conversations, dialogue
-from nanochat.data.documents import read as read_text
 from nanochat.data.rows import Report
 from nanochat.data.shapes import conversation
 from nanochat.eval.tasks.data import read_items
@@ -110,7 +110,7 @@ def test_a_person_of_a_chat_becomes_the_assistant(tmp_path, name):
 
 @pytest.mark.parametrize("name", CHATS)
 def test_a_chat_is_text_too(tmp_path, name):
-    text = list(read_text(put(tmp_path / name, CHATS[name]), None))
+    text = read_text(put(tmp_path / name, CHATS[name]))
     assert text == [
         "Bob: Hello\nAda: Hi, Bob\nHow are you?\nBob: Fine: thanks",
         "Ada: Good morning\nBob: Happy new year\nAda: To you too",
@@ -323,7 +323,7 @@ def test_a_row_that_nobody_meant_is_a_problem_and_no_crash(tmp_path, row, me):
 def test_a_lone_surrogate_in_an_export(tmp_path):
     chat = json.dumps(TELEGRAM).replace("Happy new", "Happy \\ud83d new")
     (tmp_path / "a.json").write_text(chat)
-    texts = list(read_text(tmp_path / "a.json", None))
+    texts = read_text(tmp_path / "a.json")
     assert "Bob: Happy \ufffd new year" in texts[1] and "\n".join(texts).encode()
 
 
@@ -345,7 +345,7 @@ LOG = """[2021-03-01 18:04:05] <bob> is anybody here: no
 def test_what_has_times_and_no_speakers_stays_as_it_is(tmp_path, text):
     assert dialogue.chats_in_text(text) == [] == dialogue.chats_in_text(text, "Dinner at 19")
     (tmp_path / "a.txt").write_text(text)
-    assert "".join(read_text(tmp_path / "a.txt", None)).strip() == text.strip()
+    assert "".join(read_text(tmp_path / "a.txt")).strip() == text.strip()
 
 
 def test_a_group_that_many_join_is_a_chat():

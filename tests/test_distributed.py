@@ -6,11 +6,11 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from nanochat.base.files import sha256_file
 from nanochat.commands import base_train
 from nanochat.data.feed import Batch
 from nanochat.model import checkpoint
-from nanochat.train import horizon
+from nanochat.train import horizon, loop, stage
 from nanochat.train.loop import Evaluation, Interrupted, recut
 from nanochat.train.optim import Group, MuonAdamW
 from nanochat.train.schedule import Schedule
@@ -106,11 +106,8 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
     params = {n: torch.nn.Parameter(torch.randn(s, generator=g)) for n, s in shapes.items()}
 
     def optimizer():
-        names = {kind: [n for n in params if n.startswith(kind)] for kind in SHAPES}
-        return MuonAdamW(
-            [Group(kind, names[kind], [params[n] for n in names[kind]], 0.05) for kind in SHAPES],
-            torch.float32,
-        )
+        named = {k: {n: p for n, p in params.items() if n.startswith(k)} for k in SHAPES}
+        return MuonAdamW([Group(kind, named[kind], 0.05) for kind in SHAPES], torch.float32)
 
     o = optimizer()
     for step in range(4):
@@ -136,8 +133,20 @@ def odd_updates(directory: Path, rank: int, world: int) -> None:
 
 
 def whole_command(base: Path, rank: int) -> None:
-    """base_train on two ranks that measure very different peaks, with a batch by rule."""
+    """
+    base_train on two ranks that measure very different peaks, with a batch by rule and a budget of
+    six seconds, of which every step takes one.
+    """
     real, chosen = horizon.choose_horizon, []
+    now, update = [0.0], MuonAdamW.step
+
+    def step(optimizer, *rest):
+        now[0] += 1
+        return update(optimizer, *rest)
+
+    MuonAdamW.step = step
+    time.monotonic = lambda: now[0]  # opening takes no time
+    stage.Run = partial(loop.Run, clock=time.monotonic)
     hardware.measured_peak = lambda *_: 1e9 * 1e5**rank
     horizon.choose_horizon = lambda *given: chosen.append(real(*given)) or chosen[-1]
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
@@ -145,20 +154,19 @@ def whole_command(base: Path, rank: int) -> None:
         [
             *json.loads((base / "flags.json").read_text()),
             "--total_batch_size=0",
-            "--max_minutes=0.06",
+            "--max_minutes=0.1",
             "--eval_every=0",
         ]
     )
     (base / f"horizon_{rank}.json").write_text(json.dumps([asdict(h) for h in chosen]))
 
 
-def worker(rank: int, port: int, base: Path) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def worker(rank: int, base: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     toy.policy_weights()  # trained before there are other ranks, whose gradients would be added
-    dist.init_process_group("gloo")
+    meeting = f"file://{base / 'meeting'}"  # a port could be taken meanwhile
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     odd_updates(base, rank, 2)
     for tied in (False, True):
         train(base / f"two_{tied}", rank, 2, tied)
@@ -178,11 +186,8 @@ def base(tmp_path_factory):
     odd_updates(base, 0, 1)
     reinforce(base / "one_rl", 0, 1)
     (base / "flags.json").write_text(json.dumps(tiny.workplace(base)))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     tiny.forkserver()
-    mp.start_processes(worker, (port, base), nprocs=2, start_method="forkserver")
+    mp.start_processes(worker, (base,), nprocs=2, start_method="forkserver")
     train(base / "begun_by_two", 0, 1, False, resume=True)
     return base
 

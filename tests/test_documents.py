@@ -14,9 +14,16 @@ from nanochat.data.documents import cut
 
 
 def read(path, field=None):
-    """The documents of a file, or of the files of a folder in the order of their names."""
-    paths = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [text for path in paths for text in documents.read(path, field)]
+    """
+    The documents of a file, or of the files of a folder in the order of their names. UserError at
+    the end of a file if rows of it cannot be used.
+    """
+    texts = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        report = documents.Report()
+        texts += documents.read(file, field, report)
+        report.finish()
+    return texts
 
 
 def jsonl(path, rows):

@@ -30,6 +30,7 @@ from nanochat.export.target import choose_target, destinations
 from nanochat.model import checkpoint
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.model.stages import run_directory
 
 TEXT = [
     "the cat sat on the mat 12345 times, it's 3.14 and more " * 30,
@@ -255,7 +256,7 @@ def kept(base: Path, tokenizer: Tokenizer, **knobs) -> Path:
     meta = {"stage": "sft", "config": model.config.to_dict(), "knobs": {}}
     meta |= {"tokenizer": tokenizer.fingerprint, "tokens": 1000}
     weights = dict(model.named_parameters())
-    folder = checkpoint.run_directory("sft", "toy")
+    folder = run_directory("sft", "toy")
     return checkpoint.save(folder, 5, weights, {"nothing": torch.zeros(1)}, meta).path
 
 

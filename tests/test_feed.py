@@ -3,11 +3,11 @@
 import gc
 import json
 import threading
-import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -409,18 +409,21 @@ def test_errors_in_the_thread_surface(data, monkeypatch):
 
 
 def test_threads_end(data):
+    others = {*threading.enumerate()}  # also of feeds that nobody has closed
+
+    def reading() -> list[str]:
+        mine = [t.name for t in threading.enumerate() if t not in others]
+        return [name for name in mine if name.startswith("read ahead")]
+
     f = feed(data, epochs=None)
     next(f)
-    assert any(t.name.startswith("read ahead") for t in threading.enumerate())
+    assert reading()
     f.close()
     g = feed(data, epochs=None)
     next(g)
     del g
     gc.collect()
-    deadline = time.monotonic() + 60
-    while any(t.name.startswith("read ahead") for t in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    tiny.wait_until(lambda: not reading())
 
 
 def test_eval_reads_the_same_rows_always(data):

@@ -346,8 +346,8 @@ def test_on_a_cpu_a_row_is_the_same_to_the_bit_in_any_company(tokenizer, dtype, 
     def run(groups):
         batch, got = Batch(Engine(m, tokenizer)), {}
         for group in [*groups, []]:
-            join(batch, [prompts[i] for i in group], [str(i) for i in group], sampling, 30)
-            for _ in range(4 if group else 40):
+            join(batch, [prompts[i] for i in group], [str(i) for i in group], sampling, 16)
+            for _ in range(4 if group else 20):
                 for token in batch.step():
                     got.setdefault(token.row, []).append(token[1:])
         return [got[row] for row in sorted(got)]

@@ -3,16 +3,19 @@ bench/gpu_first.py on a CPU in the card's place: every part of it runs, what fai
 golden losses of a card are those of this code.
 """
 
+import functools
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import gpu_first
+from bench import decode, gpu_first
 from nanochat.base.common import UserError
 from nanochat.base.runtime import Runtime
+from nanochat.train import compiler
 
 PLACE = gpu_first.Place(Runtime(torch.device("cpu"), torch.float32, 0, 1, 42), True)
 
@@ -23,12 +26,51 @@ def first(folder, *words):
 
 # Parts that train whole runs, compile for long, or collect tests
 SLOW = {"tests", "finetuning", "float16", "golden"}
+OTHERS = set(gpu_first.PARTS) - SLOW - {"card"}
+
+
+class Here:
+    """In place of a process of its own: a part's work is done in this one, which has torch."""
+
+    def __init__(self, target, args):
+        self.target, self.args = target, args
+
+    def start(self):
+        kept, threads = {fd: os.dup(fd) for fd in (1, 2)}, torch.get_num_threads()
+        try:
+            self.target(*self.args)
+        finally:
+            torch.set_num_threads(threads)
+            torch.compiler.set_stance("default")
+            for fd, copy in kept.items():  # which the part sends to its log
+                os.dup2(copy, fd)
+                os.close(copy)
+
+    def join(self, limit=None):
+        pass
+
+    def is_alive(self):
+        return False
+
+    def kill(self):
+        pass
 
 
 @pytest.mark.parametrize(
-    "parts", [set(gpu_first.PARTS) - SLOW, pytest.param(SLOW, marks=pytest.mark.slow)], ids=len
+    ("parts", "here"),
+    [
+        pytest.param({"card"}, False, id="in a process"),
+        pytest.param(OTHERS, True, id="here"),
+        pytest.param(SLOW, False, id="slow", marks=pytest.mark.slow),
+    ],
 )
-def test_every_part_runs_on_a_cpu(parts, tmp_path, capsys):
+def test_every_part_runs_on_a_cpu(parts, here, tmp_path, monkeypatch, capsys):
+    if here:
+        monkeypatch.setattr(gpu_first, "_context", lambda: SimpleNamespace(Process=Here))
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))  # and back, after the parts
+        monkeypatch.setenv("TORCH_WARM_POOL", "0")
+        monkeypatch.setattr(compiler, "_try_vector_instructions", lambda: None)
+        monkeypatch.setattr(decode, "read_bandwidth", functools.cache(decode.read_bandwidth))
     reports = first(tmp_path, "--parts", *sorted(parts))
     said = capsys.readouterr().out
     failed = [(p, c) for p, r in reports.items() for c, ok in r["checks"].items() if not ok]

@@ -239,15 +239,16 @@ def machine(root, cgroup, **files):
 )
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, cgroup, files, available, total):
     monkeypatch.setattr("psutil.virtual_memory", lambda: MACHINE)
-    root = machine(tmp_path, cgroup, **files)
-    assert hardware.available_memory(root) == available * GB
-    assert hardware.total_memory(root) == total * GB
+    monkeypatch.setattr(hardware, "ROOT", machine(tmp_path, cgroup, **files))
+    assert hardware.available_memory() == available * GB
+    assert hardware.total_memory() == total * GB
 
 
 def test_systems_without_cgroups(tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: MACHINE)
-    assert hardware.available_memory(tmp_path) == 50 * GB
-    assert hardware.total_memory(tmp_path) == 64 * GB
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    assert hardware.available_memory() == 50 * GB
+    assert hardware.total_memory() == 64 * GB
 
 
 @pytest.mark.parametrize(
@@ -275,13 +276,15 @@ def test_systems_without_cgroups(tmp_path, monkeypatch):
 def test_the_cpus_of_a_container_count(tmp_path, monkeypatch, cgroup, files, cpus):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4), raising=False)
-    assert hardware.usable_cpus(machine(tmp_path, cgroup, **files)) == cpus
+    monkeypatch.setattr(hardware, "ROOT", machine(tmp_path, cgroup, **files))
+    assert hardware.usable_cpus() == cpus
 
 
 def test_cpus_of_a_system_that_limits_no_process_to_some(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
-    assert hardware.usable_cpus(tmp_path) == 8
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    assert hardware.usable_cpus() == 8
 
 
 def test_the_memory_of_this_machine():
@@ -289,16 +292,18 @@ def test_the_memory_of_this_machine():
 
 
 ALLOCATE = """
-import os, sys, torch
+import gc, os, sys, torch
 from pathlib import Path
 from nanochat.base import hardware
 from nanochat.base.runtime import halve_until_it_fits
 
 torch.set_num_threads(1)
+gc.freeze()  # so that what was imported is not visited each time that memory runs out
 for folder, ranks in zip(sys.argv[1::2], sys.argv[2::2]):
     if (child := os.fork()) == 0:
-        assert hardware.in_container(Path(folder))
-        hardware.limit_memory(int(ranks), Path(folder))
+        hardware.ROOT = Path(folder)
+        assert hardware.in_container()
+        hardware.limit_memory(int(ranks))
         _, rows = halve_until_it_fits(lambda n: torch.ones(n << 20, dtype=torch.uint8), 4096)
         print(rows, flush=True)
         os._exit(0)

@@ -5,6 +5,7 @@ flag, run `python tests/test_house.py` and review the difference in tests/golden
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -12,12 +13,14 @@ import json
 import os
 import re
 import resource
+import runpy
 import shlex
 import subprocess
 import sys
 import tokenize
 import tomllib
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,18 +120,18 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_470,
-    "base": 12_760,
-    "tinyworld": 9_625,
-    "data": 36_935,
-    "model": 27_530,
-    "chat": 8_960,
-    "chat/serve": 10_920,
-    "eval": 20_380,
-    "train": 21_685,
-    "study": 13_795,
-    "plan": 16_045,
-    "export": 9_145,
-    "commands": 23_660,
+    "base": 12_605,
+    "tinyworld": 9_550,
+    "data": 36_895,
+    "model": 26_880,
+    "chat": 8_720,
+    "chat/serve": 10_875,
+    "eval": 20_220,
+    "train": 21_450,
+    "study": 13_615,
+    "plan": 16_100,
+    "export": 9_095,
+    "commands": 23_540,
 }
 
 
@@ -263,23 +266,39 @@ print(usage.ru_utime + usage.ru_stime, file=sys.stderr)
 """
 
 
+def least(seconds: Callable[[], float], limit: float) -> float:
+    """Of up to three measurements, until one is below the limit: a busy machine is slower."""
+    measured = [seconds()]
+    while min(measured) >= limit and len(measured) < 3:
+        measured.append(seconds())
+    return min(measured)
+
+
 def test_help_needs_no_torch():
     """Command modules import torch, and the modules that need it, only inside functions."""
-    command = [sys.executable, "-c", HELP]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "", done.stdout
-    assert float(done.stderr.split()[-1]) < 2.0  # seconds of all commands together
+
+    def seconds() -> float:
+        """Of all commands together."""
+        command = [sys.executable, "-c", HELP]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout == "", done.stdout
+        return float(done.stderr.split()[-1])
+
+    assert least(seconds, 2.0) < 2.0
 
 
 @pytest.mark.parametrize("line", ["", "--help", "tok_train -h", "base_train -h", "plan memory -h"])
 def test_help_is_instant(line):
     """Measured in processor time, because other processes may be busy."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        [sys.executable, "-m", "nanochat", *line.split()], cwd=ROOT, check=True, capture_output=True
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7
+    command = [sys.executable, "-m", "nanochat", *line.split()]
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert least(seconds, 0.7) < 0.7
 
 
 def test_the_front_door_lists_every_command_without_torch():
@@ -557,10 +576,23 @@ def test_a_checkout_has_lf_on_every_system(kind, tmp_path):
     assert (tmp_path / f"a.{kind}").read_bytes() == b"one\ntwo\n"
 
 
-def test_the_page_of_commands_is_current():
-    command = [sys.executable, "dev/commands_page.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def help_of(name: str, *words: str) -> str:
+    """The help of a command at a width of 100 columns, as dev/commands_page.py has it printed."""
+    main = importlib.import_module(f"nanochat.commands.{name}").main
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        main([*words, "-h"])
+    return printed.getvalue().strip()
+
+
+def test_the_page_of_commands_is_current(monkeypatch, capsys):
+    """Each help is made in this process, and two of them in processes of their own as well."""
+    script = runpy.run_path(str(ROOT / "dev" / "commands_page.py"))
+    monkeypatch.setenv("COLUMNS", "100")
+    for words in (["base_train"], ["plan", "memory"]):
+        assert script["help_of"](*words) == help_of(*words)
+    monkeypatch.setitem(script["main"].__globals__, "help_of", help_of)
+    monkeypatch.setattr(sys, "argv", ["commands_page.py", "--check"])
+    assert script["main"]() == 0, capsys.readouterr().out
 
 
 # ---- flags are frozen

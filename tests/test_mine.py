@@ -151,7 +151,7 @@ def test_a_chain_that_is_killed_anywhere_continues(place, tmp_path, monkeypatch)
 def test_another_budget_plans_what_has_not_begun(place, tmp_path, monkeypatch, capsys):
     knobs = lambda **given: mine.MineKnobs(data=(str(place),), **given)  # noqa: E731
     diary = chain.Diary("mine", "mine")
-    assert mine.minutes_of(mine.budget(knobs(minutes=20.0), diary)) == 20
+    assert mine.budget(knobs(minutes=20.0), diary).minutes == 20
     (tmp_path / "base/checkpoints/base/mine/step_000007").mkdir(parents=True)
     (tmp_path / "base/checkpoints/mid/mine/step_000000").mkdir(parents=True)
     diary.lengths = {"base": "--max_minutes=8", "mid": "--max_minutes=5"}
@@ -159,9 +159,9 @@ def test_another_budget_plans_what_has_not_begun(place, tmp_path, monkeypatch, c
     diary.done = ["tokenizer", "data of mid"]
     diary.save()
     diary = chain.Diary("mine", "mine")
-    assert mine.minutes_of(mine.budget(knobs(), diary)) == 20, "as it was begun"
+    assert mine.budget(knobs(), diary).minutes == 20, "as it was begun"
     assert len(diary.lengths) == 2 and "keeps" not in capsys.readouterr().err
-    assert mine.minutes_of(mine.budget(knobs(hours=1.0), diary)) == 60
+    assert mine.budget(knobs(hours=1.0), diary).minutes == 60
     assert diary.lengths == {"base": "--max_minutes=8"} and diary.done == ["tokenizer"]
     assert "data of mid" not in diary.notes and diary.notes["minutes"] == 60
     said = capsys.readouterr().err

@@ -145,21 +145,20 @@ def test_what_is_no_run_or_not_known_is_refused(base, tmp_path_factory):
     assert (folder / "step_000003/model.safetensors").exists()
 
 
-HOLD = "import sys, time; from pathlib import Path; from nanochat.train.run import reserve_run; reserve_run('sft', 'd2'); print('held', flush=True); time.sleep(60)"
+HOLD = "import time; from nanochat.train.run import reserve_run; reserve_run('sft', 'd2'); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_run_that_is_being_trained_stays(base):
     folder = put(base, "sft", "d2", done=False)
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, cwd=ROOT
-    ) as process:
-        try:
-            assert process.stdout is not None and process.stdout.readline() == b"held\n"
-            assert [r.state for r in find_records()] == ["training"]
-            with pytest.raises(UserError, match=f"sft/d2 is in use by process {process.pid}"):
-                models.main(["--yes", "--remove", "sft/d2"])
-        finally:
-            process.kill()
+    process, said = tiny.start_program(HOLD, base, NANOCHAT_BASE_DIR=str(base)), base / "stdout"
+    try:
+        tiny.wait_until(lambda: said.exists() and said.read_text() == "held\n", 120)
+        assert [r.state for r in find_records()] == ["training"]
+        with pytest.raises(UserError, match=f"sft/d2 is in use by process {process.pid}"):
+            models.main(["--yes", "--remove", "sft/d2"])
+    finally:
+        process.kill()
+        process.join(60)
     assert folder.exists()
     assert [r.state for r in find_records()] == ["unfinished"]  # a dead one's lock is no obstacle
     models.main(["--yes", "--remove", "sft/d2"])

@@ -316,6 +316,18 @@ def probed(*words: str) -> dict:
     return probe.run(knobs.parse(probe.ProbeKnobs, words, command="plan probe")[0])
 
 
+def test_an_error_may_hold_what_separates_columns(lab, monkeypatch, capsys):
+    whole = machine.in_process
+
+    def broken(spec):
+        deep = spec.get("config", {"n_layer": 0})["n_layer"] == 6
+        return {"error": "failed at [1|2|3]"} if deep else whole(spec)
+
+    monkeypatch.setattr(machine, "in_process", broken)
+    probed("--depths", "4", "6", "--device_batches", "8", "--vocab=4096", "--minutes=20")
+    assert "failed at [1/2/3]" in capsys.readouterr().out
+
+
 def test_a_grid(lab, tmp_path, capsys):
     words = [
         "--depths",

@@ -1,5 +1,8 @@
 """progress: quick work is silent, slow work leaves one line in a log, and only rank 0 prints."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 
 from nanochat.base import progress as module
@@ -14,13 +17,14 @@ def test_quick_work_is_silent(capsys):
 
 
 def test_slow_work_leaves_one_line_in_a_log(capsys, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", -1)
+    clock = itertools.count(100.0, 90.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with progress(None, "reading", "bytes") as bar:
-        bar.advance(1_000, note="40 tokens")
+        bar.update(1_000, note="40 tokens")
         bar.update(12_582_912, total=30e6)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "reading: 12.6M of 30M bytes, 40 tokens in 0s" in err
+    assert "reading: 12.6M of 30M bytes, 40 tokens in 1m30s" in err
 
 
 def test_a_failure_ends_the_bar_without_a_closing_line(capsys, monkeypatch):

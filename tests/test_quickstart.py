@@ -33,7 +33,8 @@ def toy(tmp_path, monkeypatch):
     """Toy lessons of three steps, on a machine that is said to be fast enough for them."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     for stage, flags in TOY.items():
-        flags += "" if stage == "rl" else " --eval_tokens=1000"
+        looks = " --eval_tokens=1000 --eval_every=0 --sample_every=0"  # at the end
+        flags += "" if stage == "rl" else looks
         work = 9 if stage == "mid" else 1
         monkeypatch.setitem(
             LESSONS, stage, LESSONS[stage]._replace(steps=3, step_tokens=work, flags=flags)

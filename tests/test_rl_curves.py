@@ -10,6 +10,7 @@ from bench import rl_curves
 from nanochat.base import logbook
 from nanochat.base.common import UserError
 from nanochat.model import checkpoint
+from nanochat.model.stages import run_directory
 
 
 def made(seed: int) -> dict:
@@ -63,8 +64,8 @@ def test_a_run_is_made_once_and_every_seed_and_flag_has_a_folder(tmp_path, monke
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     (tmp_path / "tokenizer").mkdir()
     m = tiny.model()
-    run_directory = checkpoint.run_directory("sft", "t")
-    start = checkpoint.save(run_directory, 3, tiny.weights(m), {}, tiny.meta(m)).path
+    folder = run_directory("sft", "t")
+    start = checkpoint.save(folder, 3, tiny.weights(m), {}, tiny.meta(m)).path
     said = []
 
     def run(base, command, *words):
@@ -115,6 +116,6 @@ def test_a_run_is_made_once_and_every_seed_and_flag_has_a_folder(tmp_path, monke
         checkpoint.newest(p / "checkpoints" / "sft" / "t").path.resolve() == start.resolve()
         for p in places
     )
-    again = checkpoint.save(run_directory, 3, tiny.weights(tiny.model(2)), {}, tiny.meta(m)).path
+    again = checkpoint.save(folder, 3, tiny.weights(tiny.model(2)), {}, tiny.meta(m)).path
     trained_again = rl_curves.place(rl_curves.Knobs(source="sft"), again, [], 1)
     assert again == start and trained_again not in places, "results are those of the same weights"

@@ -22,6 +22,7 @@ from nanochat.commands import chat_eval, chat_rl
 from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import linear_cross_entropy
+from nanochat.model.stages import run_directory
 from nanochat.train import rollout
 from nanochat.train.rollout import RolloutFeed, survey, weighted_batches
 from nanochat.train.schedule import Schedule
@@ -305,7 +306,7 @@ def sft(tok, tmp_path, monkeypatch):
         "knobs": {"device_batch_size": 16, "dtype": "float32"},
     }
     checkpoint.save(
-        checkpoint.run_directory("sft", "t"),
+        run_directory("sft", "t"),
         1,
         dict(m.named_parameters()),
         tiny.optimizer(m).state_tensors(),

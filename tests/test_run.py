@@ -194,7 +194,10 @@ def test_little_text_has_small_batches(tmp_path):
     assert large > 8 * small and small * 16 == batch_for(3 * 1e6 / 4)
 
 
-def test_the_whole_command_stops_after_three_passes(flags, capsys):
+def test_the_whole_command_stops_after_three_passes(made, flags, tmp_path, capsys):
+    text = tmp_path / "few.jsonl"  # some twenty steps
+    text.write_text("\n".join((made[0] / "text.jsonl").read_text().splitlines()[:120]))
+    flags = [f"--data=own={text}", *(f for f in flags if not f.startswith("--data"))]
     long = ["--max_minutes=60", "--model_tag=passes", "--compile=off", "--sample_every=0"]
     base_train.main([*flags, *long])
     out = capsys.readouterr().out
@@ -296,7 +299,8 @@ def test_a_change_of_replies_per_question_is_refused():
 @pytest.mark.parametrize("tied", [False, True])
 def test_rates_follow_width_and_part(tied):
     m = tiny.model(tie_embeddings=tied, n_embd=192)
-    groups = {g.names[0]: g for g in tiny.optimizer(m, lr_scale=0.5, weight_decay=0.1).groups}
+    optimizer = tiny.optimizer(m, lr_scale=0.5, weight_decay=0.1)
+    groups = {next(iter(g.params)): g for g in optimizer.groups}
     table, matrices = groups["embed.weight"], groups["blocks.0.attn.q.weight"]
     assert table.lr == pytest.approx((0.004 if tied else 0.2) * 2 * 0.5)  # (192 / 768)^-0.5 = 2
     assert (table.optimizer, table.weight_decay) == ("adamw", 0.0)
@@ -305,7 +309,7 @@ def test_rates_follow_width_and_part(tied):
     if not tied:
         assert groups["head.weight"].lr == pytest.approx(0.004)
         assert groups["head.weight"].betas == (0.8, 0.96)
-    assert sum(len(g.names) for g in groups.values()) == len(list(m.parameters()))
+    assert sum(len(g.params) for g in groups.values()) == len(list(m.parameters()))
 
 
 @pytest.mark.parametrize(("width", "steps"), [(512, 3), (576, 5)])

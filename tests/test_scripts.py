@@ -342,9 +342,21 @@ def test_a_number_may_begin_with_0(checkout, tmp_path):
     assert "--minutes=480" in made["day"]
 
 
-@pytest.mark.parametrize("locale", ["de_DE.UTF-8", "fr_FR.UTF-8", "C", "POSIX", "ru_RU.KOI8-R", ""])
-@pytest.mark.parametrize("variable", ["LC_ALL", "LANG", "LC_NUMERIC"])
-def test_numbers_have_a_point_in_every_language(checkout, tmp_path, locale, variable):
+@pytest.mark.parametrize(
+    ("variable", "locale"),
+    [
+        ("LC_ALL", "de_DE.UTF-8"),
+        ("LC_ALL", "POSIX"),
+        ("LC_ALL", "ru_RU.KOI8-R"),
+        ("LC_ALL", ""),
+        ("LANG", "fr_FR.UTF-8"),
+        ("LANG", "C"),
+        ("LANG", ""),
+        ("LC_NUMERIC", "de_DE.UTF-8"),
+        ("LC_NUMERIC", ""),
+    ],
+)
+def test_numbers_have_a_point_in_every_language(checkout, tmp_path, variable, locale):
     # Few machines have these locales; what the scripts set decides, whether or not they do
     repo = checkout()
     shows = 'source runs/environment.sh >/dev/null; echo "${LC_ALL-none} $LC_NUMERIC $LC_CTYPE"'

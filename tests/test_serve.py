@@ -5,10 +5,8 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -733,12 +731,19 @@ def test_headers_that_do_not_come_end_the_connection(live, monkeypatch, sent, be
 
 def test_a_request_in_time_is_answered_however_long_it_takes(live, monkeypatch):
     """The answer takes longer than the time in which the headers have to come."""
-    monkeypatch.setattr("nanochat.chat.serve.server.HEADER_SECONDS", 1.0)
-    step, late = Batch.step, [1.3]
+    step, late = Batch.step, []
     monkeypatch.setattr(
         Batch, "step", lambda b: (time.sleep(late.pop() if late else 0), step(b))[1]
     )
-    body = live.chat(max_tokens=40, temperature=1.9, top_k=0, n=8, seed=2)
+    for seconds in (0.5, 2.0, 8.0):  # on a busy machine, the headers themselves may be late
+        monkeypatch.setattr("nanochat.chat.serve.server.HEADER_SECONDS", seconds)
+        late[:] = [1.3 * seconds]
+        try:
+            body = live.chat(max_tokens=40, temperature=1.9, top_k=0, n=8, seed=2)
+        except httpx.TransportError:
+            assert seconds < 8 and live.idle()
+            continue
+        break
     assert len(body["choices"]) == 8
 
 
@@ -1280,16 +1285,16 @@ def test_old_answers_lose_their_tokens_before_new_ones_are_lost(page):
             const { Store, add } = await import("/store.js");
             const store = new Store();
             const top = Array.from({ length: 5 }, (_, i) => [`token ${i}`, -1.2345678901234567]);
-            for (let i = 0; i < 40; i++) {
+            for (let i = 0; i < 12; i++) {
                 const answer = add(store.create(), null, "assistant", `answer ${i}`);
-                answer.tokens = Array.from({ length: 1024 }, () => ({ text: "a word", logprob: -0.123456789, top }));
+                answer.tokens = Array.from({ length: 3500 }, () => ({ text: "a word", logprob: -0.123456789, top }));
                 store.save();
             }
             const answers = new Store().conversations.map((c) => Object.values(c.nodes)[0]);
             return [store.full, answers.length, Boolean(answers[0].tokens), Boolean(answers.at(-1).tokens)];
         }"""
     )
-    assert found == [False, 40, True, False]
+    assert found == [False, 12, True, False]
 
 
 def test_a_base_model_goes_on_when_the_text_has_filled_its_context(page):
@@ -1358,28 +1363,23 @@ def test_a_model_that_cannot_be_loaded_is_reported(base, capsys):
 
 
 SLOW = """
-import sys, time
+import time
 from nanochat.chat.generate import Batch
 from nanochat.chat.serve import server
 from nanochat.commands.serve import main
-server.GRACE_SECONDS = 1
+server.GRACE_SECONDS = 0.5
 step = Batch.step
 Batch.step = lambda self: (time.sleep(0.4), step(self))[1]
-main(["--port", "0", "--device_type", "cpu"])
+main(["--port", "0", "--device_type", "cpu", "--dtype", "float32"])
 """
 
 
-def test_sigterm_ends_running_answers_with_a_reason(base):
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", SLOW],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(RELEASE.parents[2])},
-    )
+def test_sigterm_ends_running_answers_with_a_reason(base, tmp_path):
+    process = tiny.start_program(SLOW, tmp_path, NANOCHAT_BASE_DIR=str(base))
+    said, errors = tmp_path / "stdout", tmp_path / "stderr"
     try:
-        assert process.stdout is not None
-        url = process.stdout.readline().split()[0]
+        tiny.wait_until(lambda: said.exists() and said.read_text().endswith("\n"), 120)
+        url = said.read_text().split()[0]
         tiny.wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
         body = {"messages": HI, "stream": True, "temperature": 0}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as answer:
@@ -1387,8 +1387,8 @@ def test_sigterm_ends_running_answers_with_a_reason(base):
             next(lines)
             process.terminate()
             rest = list(lines)
-        _, errors = process.communicate(timeout=60)
-        assert "Traceback" not in errors
+        process.join(60)
+        assert not process.is_alive() and "Traceback" not in errors.read_text()
         assert "the server is shutting down" in rest[-2]
     finally:
         process.kill()

@@ -50,6 +50,25 @@ def test_a_checkpoint_of_a_stranger(release, name, capsys):
         assert len(str(e)) < 1500 and "\n" not in str(e)
 
 
+def test_what_nobody_has_spoiled_is_read(release, tmp_path, drawn_once):
+    """The files that the attacks spoil, by the functions that judge them here."""
+    checkpoints.seal(release / "checkpoints/sft/old/step_000003")
+    checkpoints.load()
+    tasks, absent = load_bundle(bundle(tmp_path / "bundle"))
+    assert len(tasks) == 3 and not absent
+    prior = priors.write(tmp_path / "prior.safetensors", priors.terms())
+    tensors, _ = prior_artifact.load(prior, priors.V, priors.PRINT)
+    assert set(tensors) == set(priors.terms())
+    assert Tokenizer.load().vocab_size > 256
+    (tmp_path / "recipe.toml").write_text("[base_train]\ndepth = 7\n")
+    words = ["--recipe", str(tmp_path / "recipe.toml")]
+    assert knobs.parse(PretrainKnobs, words, command="base_train")[0].depth == 7
+    logbooks.read_everything(release / "checkpoints/base/old", release / "report.html")
+    runs = [logbooks.line(**{**logbooks.RUN, "seed": seed}) for seed in (1, 2)]
+    (tmp_path / "runs.jsonl").write_bytes(b"".join(runs))
+    logbooks.compare(tmp_path / "runs.jsonl")
+
+
 def one_sentence(read) -> None:
     """It works, or it says in one line why not, and nothing in that line moves a terminal."""
     try:
@@ -172,7 +191,7 @@ def test_a_hub_of_a_stranger(tmp_path, monkeypatch, name):
     server = hostile_hub.Hub()
     for setting, value in {
         "BACKOFF": 0.0,
-        "STALL": 0.2,
+        "STALL": 20.0 if name == "nothing" else 0.2,
         "ATTEMPTS": 2,
         "MOST_PAGES": 5,
         "MOST_PAGE": 2**20,
@@ -190,7 +209,9 @@ def test_a_hub_of_a_stranger(tmp_path, monkeypatch, name):
         assert all(file.resolve().is_relative_to(folder) and file.is_file() for file in files)
         assert name != "a wrong git blob"
         assert all(file.read_bytes() == hostile_hub.DATA for file in files)
+        assert name != "nothing" or len(files) == 1
     except UserError as e:
+        assert name != "nothing", e
         assert "\x1b" not in printable(str(e)) and "\n" not in str(e)
     finally:
         server.shutdown()

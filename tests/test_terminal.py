@@ -154,7 +154,7 @@ def chain(base: Path) -> None:
 def bar(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PATIENCE", -1)
     with progress.progress(3, EVIL, EVIL) as shown_bar:
-        shown_bar.advance(1, note=EVIL)
+        shown_bar.update(1, note=EVIL)
 
 
 def another_rank(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,19 +101,19 @@ def test_vocabulary_is_wide_and_simple():
 
 
 def test_speed():
+    """Several times faster on an idle core: this only catches a blunder."""
     world(), phrases()
-    rates = []
-    for stream, size in (
-        (documents(9), len),
-        (conversations(9), lambda x: len(text_of(x))),
+    for stream, size, least in (
+        (documents(9), len, 3),
+        (conversations(9), lambda x: len(text_of(x)), 1.5),
     ):
-        start, n = time.process_time(), 0
-        while n < 1_000_000:
-            n += size(next(stream))
-        rates.append(n / 1e6 / (time.process_time() - start))
-    assert rates[0] > 3 and rates[1] > 1.5, (
-        rates
-    )  # several times faster on an idle core; this only catches a blunder
+        rates = [0.0]  # of up to three measurements: a busy machine is slower
+        while max(rates) <= least and len(rates) <= 3:
+            start, n = time.process_time(), 0
+            while n < 1_000_000:
+                n += size(next(stream))
+            rates.append(n / 1e6 / (time.process_time() - start))
+        assert max(rates) > least, rates
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

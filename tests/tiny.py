@@ -2,10 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,6 +180,25 @@ def forkserver() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanochat.commands.base_train", "nanochat.train.stage"])
     return context
+
+
+def start_program(code: str, out: Path, **variables: str) -> BaseProcess:
+    """
+    Run a program in a process of `forkserver`, with variables of the environment. What it prints
+    is in the files stdout and stderr in `out`.
+    """
+    process = forkserver().Process(target=_program, args=(code, out, variables))
+    process.start()
+    return process
+
+
+def _program(code: str, out: Path, variables: dict[str, str]) -> None:
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        with open(out / name, "wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    os.environ.update(variables)
+    exec(code, {"__name__": "__main__"})
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:

@@ -43,7 +43,7 @@ def first_sentence(doc: str | None) -> str:
 
 def near(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' if one of `names` is similar to `name`, else ''."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -258,7 +258,7 @@ def entry(main: Callable[[], object]) -> None:
     except BrokenPipeError as e:  # `command | head`: give the interpreter somewhere to flush
         _discard_output(sys.stdout, e)
         sys.exit(1)
-    except (UserError, MemoryError, OSError, RuntimeError) as e:
+    except Exception as e:
         error = e if isinstance(e, UserError) else explained(e)
         if error is None:
             raise

@@ -23,6 +23,8 @@ from nanochat.base.common import human
 if TYPE_CHECKING:
     import torch
 
+ROOT = Path("/")  # where proc and sys, the folders of the kernel, are
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -98,7 +100,7 @@ def device_name(device: "torch.device") -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "Apple"
-    model = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    model = re.search(r"^model name\s*:\s*(.+)$", _text(ROOT / "proc/cpuinfo"), re.MULTILINE)
     return model[1].strip() if model else platform.processor() or platform.machine()
 
 
@@ -179,7 +181,7 @@ def faster_dtype(device: "torch.device") -> "torch.dtype":
     return torch.bfloat16 if half >= 1.2 * full else torch.float32
 
 
-def usable_cpus(root: Path = Path("/")) -> int:
+def usable_cpus() -> int:
     """
     How many CPUs this process can keep busy: those that it may run on, or fewer if its container or
     service has a quota of CPU time (cgroup v2 and v1).
@@ -187,35 +189,35 @@ def usable_cpus(root: Path = Path("/")) -> int:
     allowed = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on a Mac
         allowed = len(os.sched_getaffinity(0))
-    return max(1, int(min([allowed, *_cpu_quotas(root)])))
+    return max(1, int(min([allowed, *_cpu_quotas()])))
 
 
-def available_memory(root: Path = Path("/")) -> int:
+def available_memory() -> int:
     """
     Bytes of main memory that this process can still allocate: what the machine has available, but
     no more than the limit of its container or service (cgroup v2 and v1) leaves.
     """
     import psutil
 
-    free = [limit - used for limit, used in _memory_limits(root)]
+    free = [limit - used for limit, used in _memory_limits()]
     return max(0, min([psutil.virtual_memory().available, *free]))
 
 
-def total_memory(root: Path = Path("/")) -> int:
+def total_memory() -> int:
     """Bytes of main memory of the machine, or of the container if that has less."""
     import psutil
 
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits(root))])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())])
 
 
-def in_container(root: Path = Path("/")) -> bool:
+def in_container() -> bool:
     """Whether a container or a service may use less memory than the machine has."""
     import psutil
 
-    return total_memory(root) < psutil.virtual_memory().total
+    return total_memory() < psutil.virtual_memory().total
 
 
-def limit_memory(ranks: int = 1, root: Path = Path("/")) -> None:
+def limit_memory(ranks: int = 1) -> None:
     """
     On Linux, make allocations of this process, one of `ranks` equal ones, fail when memory runs
     out. After an error, a batch can be halved or the reason printed; without the limit, the kernel
@@ -229,15 +231,15 @@ def limit_memory(ranks: int = 1, root: Path = Path("/")) -> None:
     import torch
 
     stacks = torch.get_num_threads() * (8 << 20)  # of future threads: reserved, but hardly used
-    most = psutil.Process().memory_info().data + stacks + int(0.95 * available_memory(root) / ranks)
+    most = psutil.Process().memory_info().data + stacks + int(0.95 * available_memory() / ranks)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
-def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
+def _memory_limits() -> Iterator[tuple[int, int]]:
     """(limit, bytes in use) of each cgroup above this process that has a limit."""
-    for level in _cgroups(root, "memory"):
+    for level in _cgroups("memory"):
         for names in ("max", "current"), ("limit_in_bytes", "usage_in_bytes"):  # of v2 and of v1
             limit, used = (_figure(level / f"memory.{name}") for name in names)
             if limit is None:
@@ -248,22 +250,22 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
             yield limit, max(0, (used or 0) - int([0, *cached][-1]))
 
 
-def _cpu_quotas(root: Path) -> Iterator[float]:
+def _cpu_quotas() -> Iterator[float]:
     """How many CPUs each cgroup above this process may keep busy, for those that have a quota."""
-    for level in _cgroups(root, "cpu"):
+    for level in _cgroups("cpu"):
         # v2 has the quota and its period in one file, v1 in two
         texts = [_text(level / f"cpu.{name}") for name in ("max", "cfs_quota_us", "cfs_period_us")]
         if quota := re.fullmatch(r"\s*(\d+)\s+([1-9]\d*)\s*", " ".join(texts)):
             yield int(quota[1]) / int(quota[2])
 
 
-def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+def _cgroups(controller: str) -> Iterator[Path]:
     """The folder of each cgroup above this process in which `controller` may have a limit."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in _text(ROOT / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and controller not in controllers.split(","):  # v1 has a tree for each
             continue
-        mount = root / "sys/fs/cgroup" / (controllers and controller)  # v1 has links with this name
+        mount = ROOT / "sys/fs/cgroup" / (controllers and controller)  # v1 has links with this name
         # In a container, this may be the path on the host, of which only the top is visible
         folder = mount / path.lstrip("/")
         for level in (folder, *folder.parents):

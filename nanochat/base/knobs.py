@@ -14,11 +14,10 @@ import inspect
 import re
 import shlex
 import sys
-import typing
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import NoneType
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from nanochat.base.commands import command_names, first_sentence, near
 from nanochat.base.common import UserError, print0, user_path
@@ -85,12 +84,12 @@ class _Knob:
     def __init__(self, name: str, annotation: Any, default: Any, meta: Mapping[str, Any]):
         """`meta`: the arguments of knob()."""
         self.name, self.default, self.meta = name, default, meta
-        kind, self.optional = annotation, NoneType in typing.get_args(annotation)
+        kind, self.optional = annotation, NoneType in get_args(annotation)
         if self.optional:
-            kind = next(t for t in typing.get_args(kind) if t is not NoneType)
-        self.many = typing.get_origin(kind) is tuple  # tuple[kind, ...]
-        kind = typing.get_args(kind)[0] if self.many else kind
-        self.choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            kind = next(t for t in get_args(kind) if t is not NoneType)
+        self.many = get_origin(kind) is tuple  # tuple[kind, ...]
+        kind = get_args(kind)[0] if self.many else kind
+        self.choices = get_args(kind) if get_origin(kind) is Literal else ()
         self.kind = str if self.choices else kind  # of a value
         assert self.kind in KINDS, f"{name}: a knob cannot have the type {annotation}"
 
@@ -103,11 +102,10 @@ class _Knob:
     @property
     def expected(self) -> str:
         """What a value must be, in words."""
+        words = KINDS[self.kind][1]
         if self.choices:
             words = "one of " + ", ".join(choice or "''" for choice in self.choices)
-        else:
-            words = KINDS[self.kind][1]
-        if self.many and not self.choices:
+        elif self.many:
             words = f"one or more values, each {words}"
         return f"{words} or none" if self.optional else words
 
@@ -155,7 +153,7 @@ RECIPE = _Knob("recipe", str, "", knob("").metadata)  # a flag that every comman
 
 
 def _knobs(cls: type) -> dict[str, _Knob]:
-    hints = typing.get_type_hints(cls)
+    hints = get_type_hints(cls)
     return {
         f.name: _Knob(f.name, hints[f.name], f.default, f.metadata)
         for f in dataclasses.fields(cls)

@@ -51,6 +51,7 @@ _ROW = {  # the forms of those fields that some code reads; see strangers.mismat
     "config": {str: object},
     "nonfinite": {str: str},
 }
+Row = dict[str, Any]  # of metrics.jsonl
 # A tracker: (function that logs (kind, step, numbers), function that closes it)
 Tracker = tuple[Callable[[str, int | None, dict[str, float]], object], Callable[[], object]]
 
@@ -208,7 +209,7 @@ class Logbook(AbstractContextManager["Logbook"]):
         if rank() == 0 and self._start:
             self._write({**json.loads(self._start), "step": step})
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: Row) -> None:
         if self._file is None:
             raise ValueError("this logbook is closed")
         line = _line(row)
@@ -264,7 +265,7 @@ class Logbook(AbstractContextManager["Logbook"]):
         self.close()
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _line(row: Row) -> bytes:
     """The row in JSON. Half a surrogate pair, as in a file name that is not UTF-8, is escaped."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
@@ -283,7 +284,7 @@ def _cut_torn_line(file: IO[bytes]) -> None:
     file.seek(0, os.SEEK_END)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[Row]:
     """
     Every complete row in the order written, with NaN and infinities restored. Rows that no logbook
     writes, which a stranger's file may have, are left out with a notice.
@@ -326,7 +327,7 @@ def add(directory: Path, step: int, kind: str, **values: Any) -> None:
         notice(f"the result of {kind} was not stored: {e}")
 
 
-def newest(directory: Path, kind: str) -> dict[str, Any]:
+def newest(directory: Path, kind: str) -> Row:
     """
     The last row of a kind near the end of the logbook, which a run may still be writing; {} if
     there is none. Only the last 16 KiB are read, so that this can be called often.
@@ -345,14 +346,14 @@ def newest(directory: Path, kind: str) -> dict[str, Any]:
     return {}
 
 
-def read(directory: Path | str) -> list[dict[str, Any]]:
+def read(directory: Path | str) -> list[Row]:
     """
     The valid rows of a run's folder (or of a .jsonl file), in the order written: of rows with the
     same IDENTITY only the last one, and none of later steps after a restart from an earlier one. []
     if there is no metrics.jsonl. Incomplete lines are ignored. UserError if it cannot be read.
     """
     path = Path(directory)
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], Row] = {}
     limit = math.inf  # the earliest step that a later start went back to
     for row in reversed([*_rows(path if path.suffix == ".jsonl" else path / FILE)]):
         step = row.get("step") or 0

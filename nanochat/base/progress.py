@@ -22,7 +22,7 @@ class ProgressBar:
     """The bar that `progress` yields."""
 
     def __init__(self, total: float | None, description: str, unit: str):
-        self.total, self.description, self.unit = total, description, unit
+        self.total, self.unit = total, unit
         self.completed, self.note, self.started = 0.0, "", time.monotonic()
         self.display = _open_display(description) if sys.stderr.isatty() and rank() == 0 else None
 
@@ -32,9 +32,9 @@ class ProgressBar:
         note = f", {self.note}" if self.note else ""
         return f"{human(self.completed)}{total} {self.unit}{note}"
 
-    def advance(self, amount: float = 1, note: str = "") -> None:
+    def advance(self, amount: float = 1) -> None:
         """Report that `amount` more is completed."""
-        self.update(self.completed + amount, note=note)
+        self.update(self.completed + amount)
 
     def update(self, completed: float, total: float | None = None, note: str = "") -> None:
         """

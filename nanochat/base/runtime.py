@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -166,17 +165,15 @@ _processes: list[tuple[str, int]] = []  # host and process id of every rank
 
 def _has_ended(process: tuple[str, int]) -> bool:
     """Whether a process of this host has ended; False for those of other hosts."""
+    import psutil
+
     host, pid = process
-    if host != platform.node():
-        return False
     try:
-        os.kill(pid, 0)
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except ProcessLookupError:
+        return host == platform.node() and psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return True
-    except OSError:  # not Linux, or not ours
+    except psutil.Error:  # it belongs to another user
         return False
-    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 def close_runtime() -> None:

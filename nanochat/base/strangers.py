@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -140,11 +140,11 @@ def _unfit(name: str, kind: str, value: Any) -> str:
     return f"{name[:100]} is {shown(value)}, not {kind}"
 
 
-def _first(faults: Any) -> str:
-    return next((fault for fault in faults if fault), "")
+def _first(faults: Iterable[str]) -> str:
+    return next(filter(None, faults), "")
 
 
-def missing(value: dict[str, Any], names: Sequence[str]) -> str:
+def missing(value: dict[str, Any], names: Iterable[str]) -> str:
     """Which of these fields an object lacks, in words; '' if none."""
     absent = [name for name in names if name not in value]
     return f"it lacks {', '.join(absent)}" if absent else ""

@@ -14,6 +14,7 @@ trains or changes the model.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from random import Random
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanochat.chat.graphs import Graphs, Step
+from nanochat.chat.graphs import Graphs
 from nanochat.chat.packed import packed_copy, refresh
 from nanochat.chat.sampling import Sampling, choose, wide
 from nanochat.chat.tools import ToolCalls
@@ -179,14 +180,14 @@ class Batch:
     def __init__(self, engine: Engine, most_rows: int = 0):
         self._most = (most_rows, engine.model.config.sequence_len)  # rows, tokens per row
         self._tokenizer, self._config = engine.tokenizer, engine.model.config
-        self._forced_only = set(engine.tokenizer.never_sampled)
+        self._forced_only = engine.tokenizer.never_sampled
         specials = engine.tokenizer.specials
         self._stops = specials["<|assistant_end|>"], specials["<|bos|>"]
         self._body, self._head = engine.packed()
         self._graphs = engine.graphs()
         self._rows: list[_Row] = []  # in the order of the cache's rows
         self._cache: Any = None  # a KVCache once rows have joined
-        self._joined = 0  # rows so far; the number of the next row
+        self._numbers = count()  # of the rows that join
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -218,15 +219,22 @@ class Batch:
             limit, reason = context + 1 - len(kept), "context"  # the last token need not be fed
             if one.max_tokens is not None and one.max_tokens <= limit:
                 limit, reason = one.max_tokens, "length"
-            dropped, rows = len(one.prompt) - len(kept), []
-            for i in range(one.samples):
-                sample = Sample(kept, dropped, finish="" if limit > 0 else reason)
-                random, calls = Random(f"{one.seed}/{i}"), ToolCalls(self._tokenizer)
-                row = _Row(self._joined, sample, one.sampling, limit, reason, random, calls)
-                self._joined += 1
-                rows.append(row)
+            dropped = len(one.prompt) - len(kept)
+            finish = "" if limit > 0 else reason
+            rows = [
+                _Row(
+                    next(self._numbers),
+                    Sample(kept, dropped, finish=finish),
+                    one.sampling,
+                    limit,
+                    reason,
+                    Random(f"{one.seed}/{i}"),
+                    ToolCalls(self._tokenizer),
+                )
+                for i in range(one.samples)
+            ]
             by_prompt.append(rows)
-        return Entry(self._body, by_prompt, context)
+        return Entry(self._body, by_prompt)
 
     @torch.inference_mode()
     def admit(self, entry: "Entry") -> dict[int, Sample]:
@@ -234,7 +242,6 @@ class Batch:
         The second half of join(): add the rows of an entry whose prompts have been read. Returns
         what join() does.
         """
-        assert entry.done, "the prompts have not been read to their end"
         rows, cache = entry.rows_to_decode()
         if cache is not None:
             if self._cache is None:
@@ -255,7 +262,9 @@ class Batch:
             samplings = [row.sampling for row in rows]
             self._cache, step = graphs.step(self, self._cache, samplings)
             if step is not None:
-                return self._finish_step(rows, *self._run_graph(step, samplings))
+                tokens = [row.pending.pop() for row in rows]
+                uniform = [row.random.random() for row in rows]
+                return self._finish_step(rows, *step.run(self._cache, tokens, uniform, samplings))
         if waiting := [len(row.pending) for row in rows if row.pending]:
             _feed(self._body, self._cache, rows, min(waiting))
         places = [i for i, row in enumerate(rows) if not row.pending]
@@ -271,15 +280,6 @@ class Batch:
         """The next token of each row, drawn from its logits (R, V) with its random numbers."""
         uniform = [row.random.random() for row in rows]
         return choose(logits, uniform, [row.sampling for row in rows], self._config.softcap)
-
-    def _run_graph(self, step: Step, samplings: list[Sampling]) -> tuple[Tensor, list[int]]:
-        """Feed every row its token. Returns the logits (R, V) and the rows' next tokens."""
-        tokens, uniform = [], []
-        for row in self._rows:
-            tokens += row.pending
-            row.pending = []
-            uniform.append(row.random.random())
-        return step.run(self._cache, tokens, uniform, samplings)
 
     def _finish_step(self, ready: list[_Row], logits: Tensor, chosen: list[int]) -> list[Token]:
         """Add the chosen tokens to the rows that are ready; logits (R, V) are not capped."""
@@ -341,7 +341,7 @@ class Batch:
 class Entry:
     """Rows whose prompts are being read, each prompt once, before they join a batch."""
 
-    def __init__(self, body: GPT, by_prompt: list[list[_Row]], context: int):
+    def __init__(self, body: GPT, by_prompt: list[list[_Row]]):
         """`by_prompt`: the rows of each prompt, which have the same limit."""
         self.rows = [row for rows in by_prompt for row in rows]
         self._body = body
@@ -351,7 +351,8 @@ class Entry:
         self.cache: Any = None
         if self._firsts:
             capacity = max(len(row.sample.prompt) + row.limit - 1 for row in self._firsts)
-            self.cache = body.new_cache(len(self._firsts), min(capacity, context))
+            capacity = min(capacity, body.config.sequence_len)
+            self.cache = body.new_cache(len(self._firsts), capacity)
             hidden = body.cos.new_zeros(1, len(self._firsts), body.config.n_embd)
             self.cache.keep("hidden", hidden)  # of the last token fed
             for row in self._firsts:
@@ -370,7 +371,6 @@ class Entry:
         limit = max(1, tokens // len(self._firsts))
         return _feed(self._body, self.cache, self._firsts, limit)
 
-    @torch.inference_mode()
     def rows_to_decode(self) -> tuple[list[_Row], Any]:
         """The rows that have something to generate, and the cache with a row for each of them."""
         unfinished = [row for rows in self._by_prompt for row in rows]
@@ -404,11 +404,10 @@ def _log_probabilities(
     log_p = torch.log_softmax(logits, dim=-1).float()
     most = max(rows[i].sampling.alternatives or 0 for i in asking)
     values, ids = (x.tolist() for x in log_p.topk(most, dim=-1))
-    own = log_p.gather(1, torch.tensor([[chosen[i]] for i in asking], device=log_p.device))
     reports = {}
     for n, i in enumerate(asking):
         top = tuple(zip(ids[n], values[n], strict=True))[: rows[i].sampling.alternatives]
-        reports[rows[i].number] = {"logprob": float(own[n, 0]), "top": top}
+        reports[rows[i].number] = {"logprob": float(log_p[n, chosen[i]]), "top": top}
     return reports
 
 

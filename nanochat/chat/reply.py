@@ -3,16 +3,12 @@ Text from generated tokens, piece by piece: the reply to a conversation and the 
 text. Needs no torch.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nanochat.data.rendering import (
-    PART_TOKENS,
-    checked_messages,
-    conversation_pieces,
-    visible_content,
-)
-from nanochat.data.tokenizer import StreamDecoder, Tokenizer
+from nanochat.data.rendering import PART_TOKENS, checked_messages, visible_content
+from nanochat.data.tokenizer import StreamDecoder, Tokenizer, in_common
 
 if TYPE_CHECKING:
     from nanochat.chat.generate import Token
@@ -106,8 +102,7 @@ def fit_prompt(tokenizer: Tokenizer, messages: list[dict], limit: int) -> tuple[
     if len(prompt) <= limit:
         return prompt, 0
     empty = tokenizer.render_prompt({"messages": [*messages[:-1], {**messages[-1], "content": ""}]})
-    pairs = enumerate(zip(prompt, empty, strict=False))
-    before = next((i for i, (a, b) in pairs if a != b), len(prompt))
+    before = in_common([prompt, empty])
     if before > limit // 2:
         before = 2  # <|bos|> and <|user_start|>
     cut = len(prompt) - limit
@@ -123,22 +118,15 @@ def fit_conversation(tokenizer: Tokenizer, conversation: dict, limit: int) -> tu
     checked_messages(conversation)
     messages = conversation["messages"]
     first = 1 if messages[0]["role"] == "system" else 0
-    if len(messages) - first <= 2:
-        return conversation, 0
-    sizes = [_size(tokenizer, message) for message in messages]
-    start, rest = first, sum(sizes[first:])
-    while len(messages) - start > 2:
-        rest -= sizes[start]  # the tokens of what follows the question `start`
-        head = {"messages": [*messages[:first], messages[start]]}
-        if rest <= limit and rest + len(tokenizer.render_prompt(head)) <= limit:
-            break
-        rest -= sizes[start + 1]
-        start += 2
-    kept = [*messages[:first], *messages[start:]]
-    return {**conversation, "messages": kept}, (start - first) // 2
 
+    def without(dropped: int) -> dict[str, Any]:
+        kept = [*messages[:first], *messages[first + 2 * dropped :]]
+        return {**conversation, "messages": kept}
 
-def _size(tokenizer: Tokenizer, message: dict) -> int:
-    """How many tokens a message takes in a conversation."""
-    _, *pieces = conversation_pieces([message])  # without <|bos|>
-    return sum(1 if piece.special else len(tokenizer.encode(piece.text)) for piece in pieces)
+    def fits(dropped: int) -> bool:
+        return len(tokenizer.render_prompt(without(dropped))) <= limit
+
+    # By halving, because rendering once per exchange would take quadratic time
+    most = (len(messages) - first - 1) // 2
+    dropped = bisect_left(range(most), True, key=fits)
+    return without(dropped), dropped

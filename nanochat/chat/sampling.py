@@ -62,12 +62,9 @@ def choose(
         groups.setdefault(width(sampling, logits.size(-1)), []).append(i)
     for group_width, rows in groups.items():
         own = logits if len(rows) == len(samplings) else logits[rows]
-        if group_width == GREEDY:
-            drawn = likeliest(own)
-        else:
-            values = [(uniform[i], *settings(samplings[i])) for i in rows]
-            given = torch.tensor(values, dtype=wide(logits.device), device=logits.device).mT
-            drawn = draw(own, given, group_width, any(samplings[i].top_p for i in rows), softcap)
+        values = [(uniform[i], *settings(samplings[i])) for i in rows]
+        given = torch.tensor(values, dtype=wide(logits.device), device=logits.device).mT
+        drawn = draw(own, given, group_width, any(samplings[i].top_p for i in rows), softcap)
         for i, id in zip(rows, checked(drawn), strict=True):
             chosen[i] = id
     return chosen
@@ -83,21 +80,16 @@ def settings(sampling: Sampling) -> tuple[float, float]:
     return sampling.temperature, sampling.top_p or 1.0
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """(2, R): the likeliest tokens of rows (R, V), and their logits."""
-    value, picked = logits.max(dim=-1)
-    return torch.stack((picked.float(), value.float()))
-
-
 def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool, softcap: float) -> Tensor:
     """
     (2, R): a token for each row of logits (R, V) of the same `width`, and the sum of the weights it
-    was drawn from, which checked() tests. given (3, R): a number in [0, 1), the temperature and
-    top_p of each row; `nucleus`: whether any row has a top_p. Never waits for the device. The
-    softcap does not change the order of logits, so only the likeliest ones are capped.
+    was drawn from (its logit if GREEDY), which checked() tests. given (3, R): a number in [0, 1),
+    the temperature and top_p of each row; `nucleus`: whether any row has a top_p. Never waits for
+    the device. The softcap does not change the order of logits, so only the likeliest are capped.
     """
     if width == GREEDY:
-        return likeliest(logits)
+        value, picked = logits.max(dim=-1)
+        return torch.stack((picked.float(), value.float()))
     ids = None
     if width != WHOLE:
         logits, ids = logits.topk(width, dim=-1)
@@ -117,7 +109,7 @@ def draw(logits: Tensor, given: Tensor, width: int, nucleus: bool, softcap: floa
 
 
 def checked(drawn: Tensor) -> list[int]:
-    """The tokens of draw() or likeliest() (2, R) as a list. UserError if a sum is not finite."""
+    """The tokens of draw() (2, R) as a list. UserError if a sum or a logit is not finite."""
     chosen, sums = drawn.tolist()  # one transfer; ids are below 2^24, exact in float32
     if not all(map(math.isfinite, sums)):
         raise UserError(

@@ -80,9 +80,9 @@ class Prompt:
     ):
         self.label, self.history, self.style, self.words = label, history, style or {}, words
         self.continued = continued
-        self.prefilled = ""  # the next line begins with this text, to be edited
-        self.cleared = False  # whether Ctrl+C cleared a line since the last text
-        self._typed = False  # whether Ctrl+C cleared the current line
+        self.prefilled: str | None = None  # the next line begins with this text, to be edited
+        self.editing = False  # whether the line is such a text, which Ctrl+C has not cleared
+        self._warned = False  # whether the last key was Ctrl+C on an empty line
 
     def __iter__(self) -> Iterator[str]:
         from prompt_toolkit import PromptSession
@@ -99,27 +99,25 @@ class Prompt:
             complete_style=CompleteStyle.READLINE_LIKE,
             complete_while_typing=False,
         )
-        warned = False  # whether the last key was Ctrl+C on an empty line
         while True:
-            prefilled, self.prefilled = self.prefilled, ""
-            self._typed = False
+            prefilled, self.prefilled = self.prefilled, None
+            self.editing = prefilled is not None
             try:
                 text = session.prompt(
                     [("class:label", self.label)],
-                    default=prefilled,
+                    default=prefilled or "",
                     prompt_continuation=" " * len(self.label),
                 )
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if warned and not self._typed:
+                if self._warned:
                     return
-                warned = True
+                self._warned = True
                 Screen(True).remark("Ctrl+C once more exits")
             else:
-                warned = False
+                self._warned = False
                 yield text
-                self.cleared = False
 
     def _keys(self) -> "KeyBindings":
         from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -147,7 +145,7 @@ class Prompt:
         def _(event: "KeyPressEvent") -> None:
             if event.current_buffer.text:
                 event.current_buffer.reset()
-                self.cleared = self._typed = True
+                self.editing = self._warned = False
             else:
                 event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 

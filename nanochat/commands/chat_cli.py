@@ -160,7 +160,6 @@ class Chat:
         self.unanswered = ""  # a question whose answer was stopped before its first word
         self.turn = 0  # answers so far; each has a seed of its own
         self.dropped = 0  # exchanges that the context no longer holds
-        self.editing = False  # the next text replaces the last question
         self.leaving = False  # /quit was typed
         self.speed = Speed()
         self.use(*options.load(options.source))
@@ -212,14 +211,11 @@ class Chat:
     def handle(self, text: str) -> None:
         """Run a command, or answer a text; "//text" is the text "/text"."""
         if re.match(r"/[A-Za-z]", text):
-            self.editing = False
             self.run_command(text)
             return
         if re.match(r"//[A-Za-z]", text):
             text = text[1:]
-        replaces = self.editing and not (self.prompt and self.prompt.cleared)
-        self.editing = False
-        if text and replaces:
+        if text and self.prompt and self.prompt.editing:
             self.replace_exchange(text)
         elif text:
             self.answer(text)
@@ -384,14 +380,13 @@ def edit(chat: Chat, text: str) -> None:
     elif chat.prompt is None:
         raise UserError("/edit needs the new question here: /edit TEXT")
     else:
-        chat.prompt.prefilled, chat.editing = question, True
+        chat.prompt.prefilled = question
 
 
 def save(chat: Chat, text: str) -> None:
     """Write the conversation as a line of JSON, which finetuning reads."""
-    word, _, rest = text.partition(" ")
-    overwrite = word == "--overwrite" and bool(rest)
-    path = user_path(rest if overwrite else text)
+    name = text.removeprefix("--overwrite ")
+    overwrite, path = name != text, user_path(name)
     if not chat.messages:
         raise UserError(NO_QUESTION)
     conversation = chat.conversation()
@@ -416,8 +411,7 @@ def load(chat: Chat, text: str) -> None:
     """Continue the conversation in a file that save() wrote. A question at its end is answered."""
     path = user_path(text)
     try:
-        lines = [line for line in decoded(read_bytes(path)).split("\n") if line.strip()]
-        conversation = parse_json(lines[0] if len(lines) == 1 else "\n".join(lines))
+        conversation = parse_json(decoded(read_bytes(path)))
         checked_messages(conversation)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None

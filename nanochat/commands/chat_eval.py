@@ -90,9 +90,7 @@ def named_tasks(names: Sequence[str], task_dir: str = "") -> list[Task]:
                 raise UserError(f"{task.name}: {obstacle}")
             else:
                 chosen[task.name] = task
-    if not task_dir:
-        return list(chosen.values())
-    folder = user_path(task_dir)
+    folder = user_path(task_dir) if task_dir else None
     return [replace(t, items=partial(t.items, folder=folder)) for t in chosen.values()]
 
 
@@ -154,10 +152,9 @@ def evaluate(
     summary = ask(knobs, engine, questions)
     seconds = time.monotonic() - began
     name, stages = knobs.hf, {"exported": summary}
-    row: dict[str, Any] = {}
     if isinstance(loaded, Loaded):
         stage, name = loaded.stage, loaded.checkpoint.tag
-        row = {
+        row: dict[str, Any] = {
             "kind": "chat_eval",
             "step": loaded.checkpoint.step,
             "stage": stage,

@@ -184,14 +184,15 @@ def _checked_gguf(loaded: "Loaded", target: Target, file: Path, dtype: str, name
     if not total:
         return "not compared: the original answers the test questions with nothing in its context"
     checked = f"{equal} of {total} greedy tokens equal in llama.cpp"
-    if dtype == "f32" and equal != total:
+    if equal == total:
+        return checked
+    if dtype == "f32":
         raise UserError(
             f"the exported file differs from the original (only {checked}); this is a bug: "
             "please report it with the model's knobs"
         )
-    if equal != total:
-        checked += f" with weights in {dtype} (after one difference, the rest of an answer differs)"
-    return checked
+    rounded = f"with weights in {dtype} (after one difference, the rest of an answer differs)"
+    return f"{checked} {rounded}"
 
 
 def _describe(

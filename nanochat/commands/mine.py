@@ -261,7 +261,7 @@ def seconds_for(stage: str, knobs: MineKnobs, diary: Diary) -> float:
 
 def seconds_left(knobs: MineKnobs, diary: Diary) -> float:
     """The time that is left for training; below 0 if the chain is late."""
-    return 60 * minutes_of(knobs) - diary.seconds - CLOSING_SECONDS
+    return 60 * knobs.minutes - diary.seconds - CLOSING_SECONDS
 
 
 def plan_base(knobs: MineKnobs, diary: Diary, tokens: int, vocab_size: int) -> str:
@@ -373,7 +373,7 @@ def shares_of(stage: str, knobs: MineKnobs, folder: Path, diary: Diary) -> dict[
         f"made={folder / 'made.jsonl'}": made,
         f"own={folder / 'own.jsonl'}": own,
         "identity@400": 0.05,
-        f"everyday@{min(32_000, round(1600 * minutes_of(knobs)))}": embedded,
+        f"everyday@{min(32_000, round(1600 * knobs.minutes))}": embedded,
     }
     if has_text:
         shares[f"text={folder / 'text.jsonl'}"] = text
@@ -464,6 +464,9 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         choose_target(chat.model.config, chat.tokenizer.digits, "hf")
     except UserError:
         exports = False
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line) for line in lines]
+    everyday = [tinyworld.TASKS[kind] for kind in dict.fromkeys(EVERYDAY)]
     results = {
         "writer": writer,
         "bits_per_byte": {
@@ -473,14 +476,10 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         },
         "samples": own_text.samples(writers[writer], source, knobs.seed),
         "exports": exports,
+        "talk": own_text.replies(chat, [*TALK, *text_questions.about_names(questions, 2)]),
+        "own": own_text.answers(chat, text_questions.tasks(questions), QUESTIONS),
+        "embedded": own_text.answers(chat, everyday, QUESTIONS // 3),
     }
-    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line) for line in lines]
-    tasks = text_questions.tasks(questions)
-    results["talk"] = own_text.replies(chat, [*TALK, *text_questions.about_names(questions, 2)])
-    results["own"] = own_text.answers(chat, tasks, QUESTIONS)
-    everyday = [tinyworld.TASKS[kind] for kind in dict.fromkeys(EVERYDAY)]
-    results["embedded"] = own_text.answers(chat, everyday, QUESTIONS // 3)
     atomic_write(folder / "summary.json", json.dumps(results, indent=1))
     return results
 
@@ -533,7 +532,7 @@ def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
     print0("\n".join(notes["inventory"]))
     count = min(
         CONVERSATIONS,
-        round(CONVERSATIONS * minutes_of(knobs) / 20),
+        round(CONVERSATIONS * knobs.minutes / 20),
         max(400, notes["characters"] // CHARACTERS_PER_CONVERSATION),
     )
     chain.step(
@@ -599,21 +598,22 @@ def train(chain: Chain, stage: str, knobs: MineKnobs, folder: Path) -> None:
 
 def budget(knobs: MineKnobs, diary: Diary) -> MineKnobs:
     """
-    The knobs, with the minutes with which the chain was begun unless others are given now; in that
-    case, the stages that have not begun are planned again.
+    The knobs with minutes alone: those with which the chain was begun unless others are given now;
+    in that case, the stages that have not begun are planned again.
     """
-    before = diary.notes.get("minutes", minutes_of(knobs))
+    minutes = minutes_of(knobs)
+    before = diary.notes.get("minutes", minutes)
     if not (knobs.minutes or knobs.hours):
-        knobs = replace(knobs, minutes=before)
-    diary.notes["minutes"] = minutes_of(knobs)
-    if minutes_of(knobs) != before:
+        minutes = before
+    diary.notes["minutes"] = minutes
+    if minutes != before:
         diary.replan()
         for stage in SHARES:
             name = f"data of {stage}"
             if name in diary.notes and not begun(stage, knobs.model_tag):
                 del diary.notes[name]
                 diary.done = [step for step in diary.done if step != name]
-    return knobs
+    return replace(knobs, minutes=minutes, hours=0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

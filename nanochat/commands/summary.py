@@ -42,7 +42,7 @@ def stage_figures(tag: str) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for stage, rows in logs.items():
         last = {row["kind"]: row for row in rows}
-        if not {"tokens", "seconds"} <= last.get("summary", {}).keys():
+        if not {"tokens", "seconds"} <= last["summary"].keys():
             continue
         answers = results.get(stage, {})
         tokens, seconds, bpb = (

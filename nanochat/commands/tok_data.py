@@ -54,13 +54,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
 def conversations(knobs: TokenizeKnobs, tokenizer: Tokenizer) -> dict[str, int]:
     """Tokenise the conversations of the later stages; returns their tokens."""
     folder = user_path(knobs.task_dir) if knobs.task_dir else None
-    options = {"name": knobs.name, "skip_bad_rows": knobs.skip_bad_rows, "me": knobs.me}
     tokens = {}
     for stage in ("mid", "sft"):
         specs = knobs.conversations
         if specs == ("default",):
             specs = mixture.default(stage, knobs.data or default_sources())
-        splits = mixture.of_stage(stage, specs, tokenizer, folder=folder, **options)
+        splits = mixture.of_stage(
+            stage,
+            specs,
+            tokenizer,
+            folder=folder,
+            name=knobs.name,
+            skip_bad_rows=knobs.skip_bad_rows,
+            me=knobs.me,
+        )
         for split, shards in splits.items():
             count = sum(part.total for part, _ in shards)
             tokens[f"conversations-{stage}-{split}"] = count

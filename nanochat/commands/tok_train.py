@@ -142,8 +142,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     names = ", ".join(source.name for source in sources)
     size = sum(part.size for source in sources for part in parts(source, "train"))
-    text_size = min(size, inventory.text_bytes_of(sources))  # a PDF is larger than its text
-    vocab_size = knobs.vocab_size or default_vocabulary(min(text_size, knobs.max_chars))
+    # A PDF is larger than its text
+    text_size = min(size, inventory.text_bytes_of(sources), knobs.max_chars)
+    vocab_size = knobs.vocab_size or default_vocabulary(text_size)
     print0(f"training a tokenizer with {vocab_size:,} tokens on {names}")
     started = time.monotonic()
     counts: Counter[str] = Counter(chars=0, documents=0)

@@ -40,21 +40,18 @@ ROWS_WITHOUT_TEXT = 100  # at the beginning of a file, after which it is taken t
 NAMED = re.compile(r"\{([^{}\n]{1,200})\}")  # a field of a template
 
 
-def read(path: Path, field: str | None, report: Report | None = None) -> Iterator[str]:
+def read(path: Path, field: str | None, report: Report) -> Iterator[str]:
     """
     The documents of one file, each of which can be encoded as UTF-8. Raises UserError if it cannot
-    be read. Bad rows go to the report; without one, they raise a UserError at the end of the file.
+    be read. Bad rows go to the report.
     """
-    own_report = report or Report()
     with reading(path):
         try:
-            yield from filter(str.strip, _read(path, field, own_report))
+            yield from filter(str.strip, _read(path, field, report))
         except UserError as e:
             if isinstance(e, TooManyBadRows) or str(path) in str(e):
                 raise
             raise UserError(f"{path}: {e}") from e
-    if report is None:
-        own_report.finish()
 
 
 def _read(path: Path, field: str | None, report: Report) -> Iterator[str]:
@@ -83,7 +80,7 @@ def read_all(
     """
     failed, total = False, max(total, len(paths))
     for path in paths:
-        report.path, has_text, skipped = path, False, len(report.skipped)
+        has_text, skipped = False, len(report.skipped)
         try:
             for text in read(path, field, report):
                 has_text = True

@@ -219,7 +219,7 @@ class RowFeed:
                     f"cannot resume, because {shards.name} does not hold the data with which the "
                     "run was started: restore the data, or start a new run"
                 )
-        state = {"cuts": [], **state, "sha256": self._state["sha256"]}
+        state = {**state, "sha256": self._state["sha256"]}
         if fault := self.order.fault(state):
             raise UserError(
                 f"cannot resume, because the checkpoint's position in the data is impossible "

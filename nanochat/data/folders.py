@@ -109,20 +109,19 @@ def kind_of(path: Path) -> str:
         head = file.read(HEAD)
     kind = next((kind for start, kind in MAGIC if head.startswith(start)), named)
     if kind == ".zip":
-        return _kind_of_zip(path)
+        return _kind_of_zip(path, named)
     if kind == named == "" and head.strip() and b"\0" not in head:
         kind = ".txt"
     return ".html" if kind == ".txt" and PAGE.match(head) else kind
 
 
-def _kind_of_zip(path: Path) -> str:
-    """Office documents and books are zip archives too."""
+def _kind_of_zip(path: Path, named: str) -> str:
+    """The kind of a zip archive, as office documents and books are; `named`: that of its name."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
-        return format_of(path)  # whoever reads it raises the error
-    named = format_of(path)
+        return named  # whoever reads it raises the error
     default = named if named in DOCUMENTS else ".zip"
     return next((kind for name, kind in ZIPPED.items() if name in names), default)
 

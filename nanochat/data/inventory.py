@@ -85,6 +85,11 @@ class SourceInventory:
         return None if self.share is None else Division(self.share, self.piece)
 
     @property
+    def is_counted(self) -> bool:
+        """Whether all of the source is counted: it is in files, and not larger than LIMIT."""
+        return bool(self.file) and self.complete
+
+    @property
     def kept_characters(self) -> int:
         """The characters without those of duplicates."""
         return self.characters - self.removed_characters
@@ -201,18 +206,12 @@ def show(sources: Sequence["Source"]) -> float:
 
 def characters_of(inventories: Sequence[SourceInventory]) -> float:
     """The characters of all sources without duplicates; infinity if any are not counted."""
-    return _sum(inventories, lambda inventory: inventory.kept_characters)
+    return sum(i.kept_characters if i.is_counted else math.inf for i in inventories)
 
 
 def text_bytes_of(sources: Sequence["Source"]) -> float:
     """The text of all sources in bytes of UTF-8; infinity if any are not counted."""
-    return _sum(take(sources), lambda inventory: inventory.bytes)
-
-
-def _sum(inventories: Sequence[SourceInventory], count: Callable[[SourceInventory], int]) -> float:
-    """The sum of a count; infinity if a source is not in files, or larger than LIMIT."""
-    complete = all(inventory.file and inventory.complete for inventory in inventories)
-    return sum(map(count, inventories)) if complete else math.inf
+    return sum(i.bytes if i.is_counted else math.inf for i in take(sources))
 
 
 def of(source: "Source", me: str | None = None) -> SourceInventory:
@@ -266,14 +265,14 @@ def _survey(name: str, found: Found, field: str | None, me: str | None) -> Sourc
 
 def _documents(files: list[Path], field: str | None, report: Report) -> Iterator[tuple[str, str]]:
     """Each document and the file that holds it, which may be an archive."""
-    try:
-        for path in files:
+    for path in files:
+        try:
             for text in read_all([path], field, report, len(files)):
                 yield text, str(path)
-    except UserError as e:  # whoever reads the file for training gets this error
-        path = report.path or files[0]
-        if str(path) not in {name for _, name in report.skipped}:
-            report.skip(path, e)
+        except UserError as e:  # whoever reads the file for training gets this error
+            if str(path) not in {name for _, name in report.skipped}:
+                report.skip(path, e)
+            return
 
 
 def _survey_conversations(inventory: SourceInventory, files: list[Path], me: str | None) -> None:

@@ -87,16 +87,16 @@ class Report:
     """
     What reading a source found: notes (text -> count) for the data summary, the files read (format
     -> count), the files skipped (reason, file), and the problems of bad rows ("FILE, line N:
-    reason"), of which `limit` may be left out.
+    reason"), of which --skip_bad_rows leaves `limit` out; None: the command has no such flag.
     """
 
-    def __init__(self, limit: int = 0):
-        self.limit = limit
+    def __init__(self, limit: int | None = None):
+        self.limit = limit or 0
+        self._has_flag = limit is not None
         self.notes: Counter[str] = Counter()
         self.read: Counter[str] = Counter()
         self.skipped: list[tuple[str, str]] = []
-        self.path: Path | None = None  # the file that is being read
-        self.level = 0  # how many archives it lies in
+        self.level = 0  # how many archives the file that is being read lies in
         self.problems: list[str] = []
 
     def clear(self) -> None:
@@ -129,9 +129,10 @@ class Report:
         if count > self.limit:
             at_least = "at least " if count > self.limit + MOST_COLLECTED else ""
             named = "; ".join([*self.problems[:SHOWN], "..."] if count > SHOWN else self.problems)
+            skip = f", or skip them with --skip_bad_rows {count}" if self._has_flag else ""
             raise TooManyBadRows(
                 f"{at_least}{counted(count, 'rows')} cannot be used: {named}; correct or delete "
-                f"them, or skip them with --skip_bad_rows {count}"
+                f"them{skip}"
             )
         if count:
             self.notes["bad rows skipped"] = count

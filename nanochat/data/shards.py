@@ -59,7 +59,6 @@ class Shards:
                 f"the token shards of {name} are from different tokenizers: delete "
                 f"{folders[0].parent} and start again"
             )
-        self.fingerprint: str = metas[0]["tokenizer"]
         self.bos: int = metas[0]["bos"]
         self.sha256 = hashlib.sha256("".join(m["sha256"] for m in metas).encode()).hexdigest()
         self._first = np.cumsum([0] + [m["documents"] for m in metas])

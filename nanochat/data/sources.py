@@ -25,6 +25,7 @@ from typing import Any
 from nanochat.base.common import UserError, base_dir, notice, user_path
 from nanochat.base.strangers import shown
 from nanochat.data import inventory
+from nanochat.data.ahead import batches
 from nanochat.data.documents import MAX_CHARACTERS, read_all, text_bytes
 from nanochat.data.folders import ARCHIVES, DOCUMENTS, READABLE, find, format_of, kind_of
 from nanochat.data.rows import Report, of_each
@@ -271,14 +272,7 @@ def parts(source: Source, split: str) -> list[Part]:
     if source.kind == "shards":
         return [_part(source, split, [path], 1, None) for path in paths]
     known = _inventory(source)
-    groups: list[list[Path]] = [[]]
-    size = 0
-    for path in paths:
-        if size >= PART_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(path)
-        size += path.stat().st_size
+    groups = batches(paths, lambda path: path.stat().st_size, PART_BYTES)
     return [_part(source, split, group, len(paths), known) for group in groups]
 
 

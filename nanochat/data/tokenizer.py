@@ -287,6 +287,15 @@ class Tokenizer:
         return ids, mask
 
 
+def in_common(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens at their beginnings all sequences have in common."""
+    shortest = min(sequences, key=len)
+    for i, token in enumerate(shortest):
+        if any(sequence[i] != token for sequence in sequences):
+            return i
+    return len(shortest)
+
+
 class StreamDecoder:
     """Decodes ids one by one and never gives half a character; the pieces add up to decode()."""
 

@@ -12,7 +12,6 @@ context.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from nanochat.base.runtime import halve_until_it_fits
 from nanochat.chat.generate import Engine, clip
 from nanochat.data.rendering import PART_TOKENS
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval.scores import accuracy, pass_at_k
+from nanochat.eval.scores import Result, accuracy, pass_at_k
 from nanochat.eval.tasks.common import Item, Task
 
 
@@ -36,13 +35,13 @@ class Verdicts:
     unfinished: int = 0  # answers that reached their token limit
     different: int = 0  # how many items ask something different; 0 = all of them
 
-    def result(self, chance: float) -> dict[str, Any]:
+    def result(self, chance: float) -> Result:
         """
         accuracy() of single samples, with the counts. If there are several samples per item, also
         their number, and under "pass" the accuracy of the best of 2, 4, ... and of all samples.
         """
 
-        def best_of(k: int, chance: float) -> dict[str, Any]:
+        def best_of(k: int, chance: float) -> Result:
             shares = [pass_at_k(self.samples, right, k) for right in self.right]
             return accuracy(shares, chance, self.different)
 
@@ -75,8 +74,8 @@ def choose_letters(
     engine: Engine, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]
 ) -> list[str]:
     """
-    The most likely letter after each prompt among its own `letters`. Each must be a single token,
-    the one with which a reply of this letter begins.
+    The most likely letter after each prompt among its own `letters`. Raises ValueError unless each
+    is a single token, the one with which a reply of this letter begins.
     """
     model, tokenizer = engine.model, engine.tokenizer
     lengths = [len(prompt) for prompt in prompts]
@@ -86,16 +85,10 @@ def choose_letters(
     chosen = []
     for states, length, row in zip(hidden, lengths, letters, strict=True):
         # In float32: bfloat16 logits often tie, and a tie would go to the first letter.
-        tokens = [_only(tokenizer.encode(letter)) for letter in row]
+        tokens = [token for (token,) in map(tokenizer.encode, row)]
         heads = model.head_weight[tokens].float()
         chosen.append(row[int((heads @ states[length - 1].float()).argmax())])
     return chosen
-
-
-def _only(tokens: list[int]) -> int:
-    """The only token of a list. Raises ValueError if there are more or none."""
-    (token,) = tokens
-    return token
 
 
 def _clipped_prompts(

@@ -24,7 +24,7 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.core_bundle import CoreTask
 from nanochat.eval.core_items import prepare
 from nanochat.eval.core_scorer import Score, Scorer
-from nanochat.eval.scores import accuracy, centred
+from nanochat.eval.scores import Result, Results, accuracy, centred
 
 TASKS = 22  # of CORE
 TIE = 1e-5  # nats per token; float32 cannot tell answers apart that are closer
@@ -51,7 +51,7 @@ def evaluate(
     runtime: Runtime,
     max_items: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+) -> Result:
     """
     The result of a task on all its rows, or on `max_items` drawn by the seed, which are divided
     among the ranks. `progress` receives this rank's finished items and their total. The result has
@@ -92,7 +92,7 @@ def evaluate(
     }
 
 
-def summarise(results: dict[str, dict[str, Any]], absent: Sequence[str] = ()) -> dict[str, Any]:
+def summarise(results: Results, absent: Sequence[str] = ()) -> Result:
     """
     {name, score, margin, guess, tasks, absent}: the mean centred accuracy of the tasks, its 95 %
     margin, and the score of guessing. The name is CORE only if all its tasks are there. The margin

@@ -14,7 +14,7 @@ import yaml
 
 from nanochat.base.common import UserError, decoded, user_path
 from nanochat.base.strangers import mismatch, missing, read_bytes, shown
-from nanochat.eval.tasks.data import read
+from nanochat.eval.tasks.data import Row, read
 
 MOST_LISTING = 2**22  # bytes of core.yaml
 MOST_OPTIONS = 256  # of a question
@@ -49,9 +49,9 @@ class CoreTask:
     shots: int  # examples before the question
     delimiter: str  # between a question and its answer
     chance: float  # the score of guessing according to the bundle, 0 to 1
-    rows: list[dict[str, Any]]
+    rows: list[Row]
 
-    def texts(self, row: dict[str, Any]) -> list[str]:
+    def texts(self, row: Row) -> list[str]:
         """
         The texts of a row whose likelihoods are compared, each with its answer and without
         examples; only one in language modelling.
@@ -128,9 +128,9 @@ def _read_listing(path: Path) -> list[Entry]:
             shots = shots[0] if isinstance(shots, list) else shots
             if shots > MOST_SHOTS:
                 raise ValueError(f"num_fewshot is {shots:,}, more than {MOST_SHOTS}")
+            uri, kind = entry["dataset_uri"], entry["icl_task_type"]
             delimiter = entry.get("continuation_delimiter", " ")
-            values = entry["dataset_uri"], shots, entry["icl_task_type"], delimiter
-            entries.append((entry["label"], *values))
+            entries.append((entry["label"], uri, shots, kind, delimiter))
     except (yaml.YAMLError, OSError, ValueError, LookupError, RecursionError) as e:
         why = shown(" ".join(str(e).split()), 200)
         raise UserError(
@@ -167,7 +167,7 @@ def _read_chances(path: Path) -> dict[str, float]:
     return chances
 
 
-def _read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+def _read_rows(path: Path, kind: str) -> list[Row]:
     """The rows of a task's data file. UserError if one is malformed, or if there are none."""
     rows = []
     for place, row in read(path):
@@ -179,7 +179,7 @@ def _read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _problem(row: dict[str, Any], kind: str) -> str:
+def _problem(row: Row, kind: str) -> str:
     """What is wrong with a row of a task of this kind, or ""."""
     texts, options_field = FIELDS[kind]
     options: Any = row.get(options_field) if options_field else []

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from nanochat.data.tokenizer import Tokenizer
+from nanochat.data.tokenizer import Tokenizer, in_common
 from nanochat.eval.core_bundle import CoreTask
 
 PROMPTS = 4  # per task with few-shot examples
@@ -103,7 +103,7 @@ def prepare(
         room = context - max(map(len, whole.ids))
         while shown and sum(len(example.tokens) for example in shown) > room:
             shown.pop()
-        in_prompt = _common([shown, prompts[number]])
+        in_prompt = in_common([shown, prompts[number]])
         head = _joined(tokenizer.bos, shown[:in_prompt])
         # The last token of the prompt is computed again, because it predicts the next one.
         rest = _joined(head[-1], shown[in_prompt:])
@@ -158,24 +158,15 @@ def _joined(first: int, examples: Sequence[_Example]) -> list[int]:
 def _encode(task: CoreTask, row: dict[str, Any], tokenizer: Tokenizer) -> _Sequences:
     ids = [tokenizer.encode(text) for text in task.texts(row)]
     if task.kind == "schema":  # the common end is scored
-        tail = max(1, _common([sequence[::-1] for sequence in ids]))
+        tail = max(1, in_common([sequence[::-1] for sequence in ids]))
         starts = [len(sequence) - tail for sequence in ids]
-        return _Sequences(ids, min(_common(ids), *starts), starts)
+        return _Sequences(ids, min(in_common(ids), *starts), starts)
     if task.kind == "multiple_choice":
-        shared = _common(ids)
+        shared = in_common(ids)
     else:
         # A space between question and answer belongs to the first token of the answer.
         question = (row["context"].strip() + task.delimiter).strip()
-        shared = _common([ids[0], tokenizer.encode(question)])
+        shared = in_common([ids[0], tokenizer.encode(question)])
     # If an answer is the beginning of another one, its last token is scored all the same.
     shared = min(shared, min(map(len, ids)) - 1)
     return _Sequences(ids, shared, [shared] * len(ids))
-
-
-def _common(sequences: Sequence[Sequence[int]]) -> int:
-    """How many leading elements all sequences have in common."""
-    shortest = min(sequences, key=len)
-    for i, element in enumerate(shortest):
-        if any(sequence[i] != element for sequence in sequences):
-            return i
-    return len(shortest)

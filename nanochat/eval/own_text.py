@@ -14,7 +14,7 @@ from nanochat.data.sources import Source, mixed
 from nanochat.eval.baselines import compressors, ngram
 from nanochat.eval.bits_per_byte import shard_bits_per_byte
 from nanochat.eval.chat import judge, visible_text
-from nanochat.eval.scores import summarise
+from nanochat.eval.scores import Result, Results, summarise
 from nanochat.eval.tasks.common import Task
 from nanochat.eval.tasks.text_questions import ABOUT, passages
 from nanochat.eval.verbatim import longest_overlap, normalised
@@ -50,7 +50,7 @@ def documents(source: Source, split: str) -> list[str]:
     return out
 
 
-def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> dict[str, Any]:
+def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> Result:
     """Ask up to `each` held-out questions of every task; returns scores.summarise() of them."""
     engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
     results = {}
@@ -123,13 +123,12 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
             seed=seed,
         )
         text = normalised(loaded.tokenizer.decode(sample.tokens))
-        overlap = longest_overlap(text, corpus)._asdict()
-        about = {"temperature": temperature, "prompt": prompt, "searched": searched}
-        out.append({**about, "text": text, **overlap})
+        about = {"temperature": temperature, "prompt": prompt, "searched": searched, "text": text}
+        out.append({**about, **longest_overlap(text, corpus)._asdict()})
     return out
 
 
-def answer_lines(kinds: dict[str, dict[str, Any]]) -> list[str]:
+def answer_lines(kinds: Results) -> list[str]:
     """
     The accuracies of kinds of questions as lines to print, the best first: those that are clearly
     better than guessing and at least 50 %, and then the others.

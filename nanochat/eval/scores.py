@@ -10,7 +10,8 @@ from nanochat.base.strangers import mismatch, missing
 
 Z95 = 1.959964  # half the width of a 95 % interval, in standard deviations
 CHATCORE = "ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"
-Results = dict[str, dict[str, Any]]  # by task or by stage
+Result = dict[str, Any]  # accuracy(), with more fields for several samples or several tasks
+Results = dict[str, Result]  # by task or by stage
 NUMBERS = "accuracy", "chance", "n", "lo", "hi"  # of every result
 # The form of Verdicts.result(), as far as tables need it, and of a value under "pass"
 BEST = dict.fromkeys([*NUMBERS, "different"], float)
@@ -32,7 +33,7 @@ def wilson(right: float, n: float) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def accuracy(right: Sequence[float], chance: float, different: int = 0) -> dict[str, float]:
+def accuracy(right: Sequence[float], chance: float, different: int = 0) -> Result:
     """
     {accuracy, n, chance, lo, hi} of n verdicts, or of n shares of right samples; lo and hi are the
     ends of the 95 % interval. If only some of the questions are `different` and the others repeat
@@ -60,7 +61,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def summarise(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(by_task: Results) -> Result:
     """
     One result for several tasks: accuracy() over all items; "centred", the mean of the tasks'
     centred accuracies; "chatcore", the same mean over the six tasks of CHATCORE, if none is
@@ -95,7 +96,7 @@ def stage_results(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Results:
         rows = [row for row in log if row.get("kind") == "chat_eval"]
         step = rows[-1].get("step") if rows else None
         trained = [row.get("step") or 0 for row in log if row.get("kind") == "train"]
-        tasks: dict[str, Any] = {}
+        tasks: Results = {}
         for row in rows:
             if row.get("step") == step:
                 kinds = row.get("kinds") or {}
@@ -157,6 +158,6 @@ def _results_by_name(stages: Results) -> dict[str, Results]:
     return results
 
 
-def _accuracy(result: dict[str, Any]) -> str:
+def _accuracy(result: Result) -> str:
     """For example "52.0% (42%-62%)"."""
     return f"{result['accuracy']:.1%} ({result['lo']:.0%}-{result['hi']:.0%})"

@@ -160,7 +160,7 @@ def write_folder(
         # The special tokens around the calculator's output, which the model must not write
         "suppress_tokens": list(tokenizer.never_sampled),
         "do_sample": True,
-        **({"use_cache": False} if values.get("use_cache") is False else {}),
+        **({"use_cache": False} if "use_cache" in values else {}),
         **sampling,
     }
     for name, content in (("config.json", values), ("generation_config.json", generation)):

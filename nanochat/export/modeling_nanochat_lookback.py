@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, NanoChatConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 TAPS = 4  # tokens that a convolution mixes
@@ -83,7 +84,7 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, values: Tensor | None
     ) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
-        if values is not None and self.value_gate is not None:
+        if self.value_gate is not None:
             gate = 3 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))
             v = v + gate.transpose(1, 2)[..., None] * self.heads(values)
         n = self.copy_heads
@@ -102,19 +103,13 @@ class MLP(nn.Module):
     def __init__(self, config: NanoChatLookbackConfig):
         super().__init__()
         width, hidden = config.hidden_size, config.intermediate_size
-        self.activation = config.activation
+        self.activation = ACT2FN[config.hidden_act]  # of the gate, if there is one
         self.up, self.down = linear(width, hidden), linear(hidden, width)
-        if self.activation == "swiglu":
-            self.gate = linear(width, hidden)
+        self.gate = linear(width, hidden) if config.activation == "swiglu" else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        if self.activation == "relu2":
-            h = F.relu(h).square()
-        elif self.activation == "gelu":
-            h = F.gelu(h, approximate="tanh")
-        else:
-            h = F.silu(h) if self.activation == "silu" else F.silu(self.gate(x)) * h
+        h = self.activation(h) if self.gate is None else self.activation(self.gate(x)) * h
         return self.down(h)
 
 
@@ -122,17 +117,15 @@ class Block(nn.Module):
     def __init__(self, config: NanoChatLookbackConfig, has_values: bool):
         super().__init__()
         self.attn, self.mlp = Attention(config, has_values), MLP(config)
+        self.attn_conv = self.mlp_conv = nn.Identity()
         if config.convolutions:
             self.attn_conv = Convolution(config.hidden_size)
             self.mlp_conv = Convolution(config.hidden_size)
-        self.convolutions = config.convolutions
 
     def forward(self, x: Tensor, real: Tensor, *args: Tensor | None) -> Tensor:
         """x (B, T, width); real (B, T, 1) is 0 for padding, so that no text is mixed with it."""
-        h = norm(x) * real
-        x = x + self.attn(self.attn_conv(h) if self.convolutions else h, *args)
-        h = norm(x) * real
-        return x + self.mlp(self.mlp_conv(h) if self.convolutions else h)
+        x = x + self.attn(self.attn_conv(norm(x) * real), *args)
+        return x + self.mlp(self.mlp_conv(norm(x) * real))
 
 
 class NanoChatLookbackPreTrainedModel(PreTrainedModel):

@@ -445,8 +445,7 @@ class _BlockAttention(torch.autograd.Function):
         q = q.reshape(k.size(0), -1, *q.shape[2:])  # (B * H_kv, G, T, D)
         y = torch.empty_like(q)
         for rows, keys, hidden in _blocks(q, window, starts):
-            added = None if bias is None else bias.block(rows, keys)
-            p = _probabilities(q, k, rows, keys, hidden, bias, added)
+            p, _ = _probabilities(q, k, rows, keys, hidden, bias)
             y[:, :, rows] = torch.bmm(p.flatten(1, 2), v[:, keys]).view(y[:, :, rows].shape)
         ctx.save_for_backward(q, k, v, y, starts, *fields[:5])
         ctx.shape, ctx.window, ctx.fields = shape, window, fields[5:]
@@ -463,12 +462,11 @@ class _BlockAttention(torch.autograd.Function):
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         delta = (dy.to(wide) * y).sum(-1, keepdim=True)  # (B * H_kv, G, T, 1)
         for rows, keys, hidden in _blocks(q, ctx.window, starts):
-            added = None if bias is None else bias.block(rows, keys)
-            p = _probabilities(q, k, rows, keys, hidden, bias, added)
+            p, added = _probabilities(q, k, rows, keys, hidden, bias)
             dy_rows, q_rows = dy[:, :, rows].flatten(1, 2), q[:, :, rows].flatten(1, 2)
             dp = torch.bmm(dy_rows, v[:, keys].mT).view(p.shape)
             ds = (dp - delta[:, :, rows]) * p
-            if bias is not None and added is not None and learned:
+            if bias is not None and learned:
                 block_ds = ds.view(B, H, *hidden.shape[-2:])
                 gate_part, place_part = bias.gate_gradients(block_ds, added)
                 d_gate = gate_part if d_gate is None else d_gate + gate_part
@@ -497,7 +495,7 @@ def _blocks(q: Tensor, window: int, starts: Tensor | None) -> Iterator[tuple[sli
     """
     For each block of the queries q (B * H_kv, G, T, D): the slice of its rows, the slice of the
     keys that any of them sees, and a mask to add to its scores, 0 where a key is seen and else
-    -inf: (rows, keys), or (B, 1, rows, keys) with starts, in float32 or wider.
+    -inf: (1, 1, rows, keys), or (B, 1, rows, keys) with starts, in float32 or wider.
     """
     T = q.size(2)
     for start in range(0, T, QUERY_BLOCK):
@@ -505,7 +503,7 @@ def _blocks(q: Tensor, window: int, starts: Tensor | None) -> Iterator[tuple[sli
         first = max(0, start - window + 1)
         i = torch.arange(start, stop, device=q.device)[:, None]
         j = torch.arange(first, stop, device=q.device)
-        hidden = torch.zeros(stop - start, stop - first, dtype=_wide(q), device=q.device)
+        hidden = torch.zeros(1, 1, stop - start, stop - first, dtype=_wide(q), device=q.device)
         hidden.masked_fill_((j > i) | (i - j >= window), -torch.inf)
         if starts is not None:
             earlier = j < starts[:, None, start:stop, None]
@@ -514,28 +512,21 @@ def _blocks(q: Tensor, window: int, starts: Tensor | None) -> Iterator[tuple[sli
 
 
 def _probabilities(
-    q: Tensor,
-    k: Tensor,
-    rows: slice,
-    keys: slice,
-    hidden: Tensor,
-    bias: Bias | None,
-    added: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, rows: slice, keys: slice, hidden: Tensor, bias: Bias | None
+) -> tuple[Tensor, Any]:
     """
-    softmax(q k^T / sqrt(D) + bias + hidden) of one block: (B * H_kv, G, rows, keys) in q's dtype.
-    added: the bias in this block, from Bias.block.
+    softmax(q k^T / sqrt(D) + bias + hidden) of one block, (B * H_kv, G, rows, keys) in q's dtype,
+    and the bias in this block, from Bias.block, if there is one.
     """
     heads, G, _, D = q.shape
     block = hidden.shape[-2:]
     scores = torch.bmm(q[:, :, rows].flatten(1, 2), k[:, keys].mT)
     scores = scores.view(heads, G, *block).to(_wide(q))
-    if bias is not None and added is not None:
-        bias.add_to_scores(scores.view(bias.u.size(0), -1, *block), added, D)
-    else:
+    added = None
+    if bias is None:
         scores.mul_(D**-0.5)
-    if hidden.dim() > 2:
-        scores.view(hidden.size(0), -1, *block).add_(hidden)
     else:
-        scores.add_(hidden)
-    return torch.softmax(scores, dim=-1).to(q.dtype)
+        added = bias.block(rows, keys)
+        bias.add_to_scores(scores.view(bias.u.size(0), -1, *block), added, D)
+    scores.view(hidden.size(0), -1, *block).add_(hidden)
+    return torch.softmax(scores, dim=-1).to(q.dtype), added

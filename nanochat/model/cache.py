@@ -67,10 +67,6 @@ class KVCache:
         dtype: torch.dtype,
         earlier: Mapping[str, tuple[int, int, torch.dtype]] | None = None,
     ):
-        inputs = {
-            name: torch.zeros((1, batch, n, width), device=device, dtype=kind)
-            for name, (n, width, kind) in (earlier or {}).items()
-        }
         self._grows = torch.device(device).type == "cpu"
         if self._grows:
             dtype = torch.promote_types(dtype, torch.float32)
@@ -83,8 +79,8 @@ class KVCache:
         self.keep("v", torch.zeros_like(k))
         self.keep("w", k.new_zeros(1, batch, 1, k.size(3), 0))  # widened by the first pass
         self.keep("tokens", k.new_zeros(1, batch, 1, k.size(3), 1, dtype=torch.int64))
-        for name, buffer in inputs.items():
-            self.keep(name, buffer)
+        for name, (n, width, kind) in (earlier or {}).items():
+            self.keep(name, k.new_zeros(1, batch, n, width, dtype=kind))
         # For each name in `earlier`: the inputs that were kept, followed by those of this pass
         self._extended: dict[str, Tensor] = {}
         # The positions of the current pass's tokens, (1 or B, T), and the slots that it writes
@@ -157,7 +153,7 @@ class KVCache:
         Store the tokens idx (B, T) of this pass; returns them preceded by the `memory` tokens
         before them, or no_token before the first one: (B, memory + T).
         """
-        self._write(self.tokens, idx[..., None])
+        self._write(self.tokens[0], idx[..., None, None])
         slots = self._slots[:, :1] + torch.arange(-memory, 0, device=idx.device)
         earlier = self.tokens[0, self._rows(), 0, slots.clamp(min=0), 0]
         return torch.cat((earlier.masked_fill(slots < 0, no_token), idx), 1)
@@ -166,19 +162,19 @@ class KVCache:
         """Store the prior's columns w (B, T, R) of this pass; returns those of all keys so far."""
         if self.w.size(-1) != w.size(-1):
             self.keep("w", self.w.new_zeros(*self._buffers["w"].shape[:-1], w.size(-1)))
-        self._write(self.w, w)
+        self._write(self.w[0], w[:, :, None])
         return self.w[0, :, 0] if any(self.lengths) else w
 
     def _rows(self) -> Tensor:
         return torch.arange(len(self.lengths), device=self.k.device)[:, None]
 
     def _write(self, kept: Tensor, new: Tensor) -> None:
-        kept[0, self._rows(), 0, self._slots] = new.to(kept.dtype)
+        """Store `new` (B, T, H, width) of this pass in the buffer `kept` (B, H, slots, width)."""
+        kept[self._rows(), :, self._slots] = new.to(kept.dtype)
 
     def _write_by_row(self, layer: int, k: Tensor, v: Tensor) -> None:
-        rows = self._rows()
-        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
-            kept[rows, :, self._slots] = new.transpose(1, 2).to(kept.dtype)
+        self._write(self.k[layer], k.transpose(1, 2))
+        self._write(self.v[layer], v.transpose(1, 2))
 
     # ---- changing the batch, between passes
 

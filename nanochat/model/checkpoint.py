@@ -37,14 +37,7 @@ from nanochat.model import stored
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.model.header import read_header
-from nanochat.model.stages import (
-    STAGES,
-    by_preference,
-    run_directory,
-    saved_last,
-    stage_directory,
-    step_folders,
-)
+from nanochat.model.stages import STAGES, by_preference, stage_directory, step_folders
 
 FORMAT = 2
 MODEL, OPTIMIZER, META = "model.safetensors", "optim.safetensors", "meta.json"
@@ -210,15 +203,6 @@ class Checkpoint:
             model.prior = model.config.rap = None  # annealed to 0: it no longer adds anything
         return model
 
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """Raise UserError when the model was trained with another tokenizer than this one."""
-        if self.meta["tokenizer"] != fingerprint:
-            raise UserError(
-                f"{self} was trained with tokenizer {self.meta['tokenizer'][:12]}, but the one in "
-                f"{base_dir() / 'tokenizer'} is {fingerprint[:12]}: restore that tokenizer, "
-                "or train the model again with this one"
-            )
-
     def tokenizer_folder(self) -> Path:
         """
         The folder of the tokenizer that the model was trained with, if tok_train has moved it
@@ -234,7 +218,13 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with; UserError if it is missing."""
         tokenizer = Tokenizer.load(self.tokenizer_folder())
-        self.check_tokenizer(tokenizer.fingerprint)
+        needed, present = self.meta["tokenizer"], tokenizer.fingerprint
+        if present != needed:
+            raise UserError(
+                f"{self} was trained with tokenizer {needed[:12]}, but the one in "
+                f"{base_dir() / 'tokenizer'} is {present[:12]}: restore that tokenizer, "
+                "or train the model again with this one"
+            )
         return tokenizer
 
     def amend(self, meta: Mapping[str, Any]) -> None:
@@ -288,10 +278,9 @@ def save(
             save_file(dense, temporary / name)
         (temporary / META).write_text(_meta_text(step, meta), encoding="utf-8")
         manifest = {p.name: [sha256_file(p)] for p in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for p in temporary.iterdir():
             _sync(p)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(temporary / MANIFEST)
         if final.exists():
             os.replace(final, replaced)
         os.replace(temporary, final)
@@ -371,7 +360,8 @@ def new_run(directory: Path) -> Iterator[None]:
     existed, aside = directory.exists(), None
     try:
         if list_checkpoints(directory):
-            aside = next(p for p in _old_names(directory) if not p.exists())
+            names = (f"{directory.name}.old{n if n > 1 else ''}" for n in itertools.count(1))
+            aside = next(p for p in map(directory.with_name, names) if not p.exists())
             directory.rename(aside)
         yield
     except BaseException:
@@ -385,12 +375,6 @@ def new_run(directory: Path) -> Iterator[None]:
             f"{directory.name} was trained before: the earlier run is now {aside} "
             "(--resume=auto would have continued it)"
         )
-
-
-def _old_names(directory: Path) -> Iterator[Path]:
-    """t.old, t.old2, t.old3, ..."""
-    for number in itertools.count(1):
-        yield directory.with_name(f"{directory.name}.old{number if number > 1 else ''}")
 
 
 def require_space(directory: Path, size: int) -> None:
@@ -447,41 +431,31 @@ def newest_to_resume(directory: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
+def choose(stage: str = "auto", tag: str = "", step: int | None = None) -> tuple[str, Checkpoint]:
     """
-    The newest intact checkpoint of a stage, or that of `step`. Without a tag, runs are tried from
-    the one saved last; runs that were set aside come last. Raises UserError when there is none.
+    (stage, checkpoint) of the model that commands use: by default that of the furthest stage of the
+    tag that was saved last; runs that were set aside come last. `stage`, `tag` and `step` limit the
+    choice. UserError if no such model has an intact checkpoint.
     """
-    root = stage_directory(stage)
-    runs = [run_directory(stage, tag)] if tag else sorted(root.glob("*"), key=saved_last)
-    for run in reversed(runs):
+    for name, run in by_preference(tag, stage):
         if checkpoint := newest(run, step):
-            return checkpoint
-    tagged = f" tagged {tag!r}" if tag else ""
-    at = f" at step {step}" if step is not None else ""
+            return name, checkpoint
+    which = f" tagged {tag!r}" if tag else ""
+    which += f" at step {step}" if step is not None else ""
+    if stage == "auto":
+        raise UserError(
+            f"there is no model{which} under {base_dir() / 'checkpoints'}: "
+            "train one with nanochat base_train or nanochat quickstart"
+        )
     raise UserError(
-        f"there is no {stage} checkpoint{tagged}{at} under {root}: "
+        f"there is no {stage} checkpoint{which} under {stage_directory(stage)}: "
         f"make one with nanochat {STAGES[stage].command}"
     )
 
 
-def choose(stage: str = "auto", tag: str = "", step: int | None = None) -> tuple[str, Checkpoint]:
-    """
-    (stage, checkpoint) of the model that commands use: by default that of the furthest stage of the
-    tag that was saved last. `stage`, `tag` and `step` limit the choice. UserError if no such model
-    has an intact checkpoint.
-    """
-    if stage != "auto":
-        return stage, locate(stage, tag, step)
-    for name, run in by_preference(tag):
-        if checkpoint := newest(run, step):
-            return name, checkpoint
-    model = f"model tagged {tag!r}" if tag else "model"
-    at = f" at step {step}" if step is not None else ""
-    raise UserError(
-        f"there is no {model}{at} under {base_dir() / 'checkpoints'}: "
-        "train one with nanochat base_train or nanochat quickstart"
-    )
+def locate(stage: str, tag: str = "", step: int | None = None) -> Checkpoint:
+    """The checkpoint that `choose` finds for a stage."""
+    return choose(stage, tag, step)[1]
 
 
 # ---- use

@@ -119,10 +119,6 @@ class GPTConfig(ArchitectureKnobs):
             )
         if not 0 <= self.softcap < math.inf:
             raise UserError(f"softcap must be 0 (no cap) or above (got {self.softcap})")
-        if self.activation not in ("relu2", "gelu", "silu", "swiglu"):
-            raise UserError(
-                f"there is no activation {self.activation!r}: choose relu2, gelu, silu or swiglu"
-            )
         if not self.window_pattern or set(self.window_pattern) - {"L", "S"}:
             raise UserError(
                 f"window_pattern may contain only the letters L and S, for example SSSL "

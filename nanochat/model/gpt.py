@@ -145,6 +145,14 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype))
 
 
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """
+    An embedding without values. nn.Embedding(...) would draw random ones, and to do that on the
+    meta device, torch imports its compiler first.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class Convolution(nn.Module):
     """
     Adds to each token a weighted sum of itself and the three tokens before it, with separate
@@ -328,22 +336,18 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        # From empty tensors: nn.Embedding(...) would draw random values, and to do that on the meta
-        # device, torch imports its compiler first
-        table = torch.empty(config.padded_vocab, config.n_embd)
-        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
+        self.embed = empty_embedding(config.padded_vocab, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         if not config.tie_embeddings:
             self.head = Linear(config.n_embd, config.padded_vocab)
         self.value_tables = nn.ModuleDict()  # by layer
+        kv_width = config.n_kv_head * config.head_dim
         for layer in range(config.n_layer):
             if config.has_value_table(layer):
-                table = torch.empty(config.padded_vocab, config.n_kv_head * config.head_dim)
-                self.value_tables[str(layer)] = nn.Embedding.from_pretrained(table, freeze=False)
+                self.value_tables[str(layer)] = empty_embedding(config.padded_vocab, kv_width)
         self.pair_table = None
         if config.pair_rows:
-            table = torch.empty(config.pair_rows, config.n_embd)
-            self.pair_table = nn.Embedding.from_pretrained(table, freeze=False)
+            self.pair_table = empty_embedding(config.pair_rows, config.n_embd)
         windows = [config.window(i) for i in range(config.n_layer)]
         self.prior = Prior(config.rap, windows, config.head_dim) if config.rap else None
         self.compiled = False

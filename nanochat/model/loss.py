@@ -6,6 +6,7 @@ time. In training, the gradients are computed in the same pass: no chunk is comp
 memory holds the logits of one chunk. Targets of -1 are ignored.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_size = chunk_rows(x, weight, compiled)
         _, block_chunks = limits(x.device.type, x.dtype != torch.float32, compiled)
         block_size = chunk_size * block_chunks
-        losses_and_gradients = _both(compiled)
+        losses_and_gradients = _compiled() if compiled else _chunk_both
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -118,16 +119,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-_compiled: dict[str, Any] = {}
-
-
-def _both(compiled: bool) -> Any:
-    """_chunk_both, or its compiled version, of which a process has one."""
-    if not compiled:
-        return _chunk_both
-    if "both" not in _compiled:
-        _compiled["both"] = torch.compile(_chunk_both, dynamic=False)
-    return _compiled["both"]
+@functools.cache
+def _compiled() -> Any:
+    """_chunk_both as compiled code, of which a process has one version."""
+    return torch.compile(_chunk_both, dynamic=False)
 
 
 def linear_cross_entropy(
@@ -164,15 +159,14 @@ def token_losses(
     """
     w, flat = weight.detach().to(x.dtype), x.detach().reshape(-1, x.size(-1))
     rows = chunk_rows(flat, weight, compiled)
-    if compiled:  # this also computes gradients, but is compiled already, for training
-        both, ids = _both(compiled), targets.reshape(-1)
-        chunks = zip(flat.split(rows), ids.split(rows), strict=True)
-        return torch.cat([both(x, w, y, softcap)[0] for x, y in chunks]).view(targets.shape)
-    losses = [
-        F.cross_entropy(capped(chunk @ w.t(), softcap), target, ignore_index=-1, reduction="none")
-        for chunk, target in zip(flat.split(rows), targets.reshape(-1).split(rows), strict=True)
-    ]
-    return torch.cat(losses).view(targets.shape)
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        if compiled:  # this also computes gradients, but is compiled already, for training
+            return _compiled()(x, w, y, softcap)[0]
+        return F.cross_entropy(capped(x @ w.t(), softcap), y, ignore_index=-1, reduction="none")
+
+    chunks = map(losses, flat.split(rows), targets.reshape(-1).split(rows))
+    return torch.cat([*chunks]).view(targets.shape)
 
 
 def limits(device: str, half: bool, compiled: bool) -> tuple[int, int]:

@@ -86,16 +86,15 @@ class Prior(nn.Module):
             """The tokens s positions before those of idx: (B, T)."""
             return tokens[:, self.memory - s : self.memory - s + T]
 
-        place = dict(self.named_buffers()).get("place") if self.looks_up(device) else None
+        place = getattr(self, "place", None) if self.looks_up(device) else None
         all_u = [idx.new_zeros(B, T, 0, dtype=dtype)]
-        all_w, gates, columns = [*all_u], [self.gates[..., :0]], []
-        for g, (name, _) in enumerate(self.spec["columns"]):
+        all_w, columns = [*all_u], []
+        for name, _ in self.spec["columns"]:
             if name in ("lag", "bias") and place is not None:
-                continue
+                break  # the group by position is the last one
             u, w = self._columns(name, earlier, positions)
             all_u.append(u.to(dtype).expand(B, -1, -1))
             all_w.append(w.to(dtype).expand(B, -1, -1))
-            gates.append(self.gates[..., g : g + 1])
             columns.append(u.size(-1))
         u, w = torch.cat(all_u, -1), torch.cat(all_w, -1)
         w = w if cache is None else cache.with_earlier_columns(w)
@@ -106,7 +105,8 @@ class Prior(nn.Module):
         if self.spec["rows"]:
             place = place[self._rows(device)]
         biases: list[Bias | None] = [None] * len(self.windows)
-        for layer, gate in enumerate(torch.cat(gates, -1).to(dtype).unbind()):
+        gates = self.gates[..., : len(columns)].contiguous().to(dtype)
+        for layer, gate in enumerate(gates.unbind()):
             mask = None
             if self._form == "flex":
                 mask = flex_mask(T, self.windows[layer], device)

@@ -345,10 +345,8 @@ def _initial_gates(
     were alike, training would first have to differentiate them.
     """
     leads = [(groups.index(name), 0) for name in ("match", "pair") if name in groups]
-    if spans:
-        leads += [(groups.index("lag"), n + 1) for n in range(spans)]
-    elif "lag" in groups:
-        leads.append((groups.index("lag"), 0))
+    if "lag" in groups:
+        leads += [(groups.index("lag"), curve) for curve in range(1, spans + 1) or [0]]
     gates = torch.full((layers, heads, len(groups)), knobs.rap_alpha)
     rows = [[0] * heads for _ in range(layers)]
     for layer, head, item in assign_leading_heads(len(leads), layers, heads):

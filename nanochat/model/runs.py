@@ -7,7 +7,6 @@ is not a run, says what is wrong with it.
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,14 +19,7 @@ from nanochat.base.common import UserError, base_dir
 from nanochat.base.files import release, reserve, reserved
 from nanochat.base.strangers import is_number, mismatch, read_json
 from nanochat.model.header import read_header
-from nanochat.model.stages import (
-    STAGES,
-    by_preference,
-    lock_file,
-    stage_directory,
-    step_folders,
-    was_set_aside,
-)
+from nanochat.model.stages import STAGES, by_preference, lock_file, step_folders, was_set_aside
 
 MOST_META = 2**22  # bytes
 _META = {"tokens": int, "seconds": float, "done": bool, "last": {str: {str: object}}}
@@ -63,28 +55,20 @@ class RunRecord:
 
 def find_records() -> list[RunRecord]:
     """All runs in the order in which commands prefer them, and then what is not a run."""
-    records = [_record(stage, run) for stage, run in by_preference() if run.is_dir()]
+    in_stages = list(by_preference())
+    records = [_record(stage, run) for stage, run in in_stages if run.is_dir()]
     usable = [record for record in records if not record.problem]
     if usable:
         usable[0].default = True
-    known = {record.folder for record in records}
-    for folder in _others():
-        if str(folder) not in known:
-            stage = folder.parent.name if folder.parent.name in STAGES else folder.name
-            tag = folder.name if stage != folder.name else ""
-            problem = "it is not a folder" if stage in STAGES else "there is no such stage"
-            records.append(RunRecord(stage, tag, str(folder), size_of(folder), problem=problem))
+    for path in sorted((base_dir() / "checkpoints").glob("*")):
+        if path.name not in STAGES:
+            problem = "there is no such stage"
+            records.append(RunRecord(path.name, "", str(path), size_of(path), problem=problem))
+    for stage, path in sorted(in_stages):
+        if not path.is_dir() and not re.fullmatch(r"\..+\.lock", path.name):
+            problem = "it is not a folder"
+            records.append(RunRecord(stage, path.name, str(path), size_of(path), problem=problem))
     return records
-
-
-def _others() -> Iterator[Path]:
-    """Everything in checkpoints/ besides the folders of stages, and in these besides locks."""
-    root = base_dir() / "checkpoints"
-    yield from (p for p in sorted(root.glob("*")) if p.name not in STAGES)
-    for stage in STAGES:
-        for p in sorted(stage_directory(stage).glob("*")):
-            if not re.fullmatch(r"\..+\.lock", p.name):
-                yield p
 
 
 def size_of(folder: Path) -> int:
@@ -140,26 +124,18 @@ def _fill(record: RunRecord, folder: Path) -> None:
         record.state = "unfinished"
 
 
-def foreign_file(run: Path) -> str:
-    """The name of the first file in a run's folder that no run writes; '' if there is none."""
-    for path in sorted(run.iterdir()):
-        if not _OF_A_RUN.fullmatch(path.name) or path.is_symlink():
-            return path.name
-    for path in run.glob("*step_*/*"):
-        if not _OF_A_CHECKPOINT.fullmatch(path.name):
-            return f"{path.parent.name}/{path.name}"
-    return ""
-
-
 def check_removable(record: RunRecord) -> None:
     """UserError if this is not a run, or if its folder has a file that no run writes."""
     run = Path(record.folder)
     if record.stage not in STAGES or not run.is_dir() or run.is_symlink():
         raise UserError(f"{run} is a link or not the folder of a run: remove it yourself")
-    if name := foreign_file(run):
+    files = sorted(run.iterdir())
+    foreign = [p for p in files if not _OF_A_RUN.fullmatch(p.name) or p.is_symlink()]
+    foreign += [p for p in run.glob("*step_*/*") if not _OF_A_CHECKPOINT.fullmatch(p.name)]
+    if foreign:
         raise UserError(
-            f"{run} holds {name}, which no run writes: move it elsewhere, or remove the folder "
-            "yourself"
+            f"{run} holds {foreign[0].relative_to(run)}, which no run writes: move it elsewhere, "
+            "or remove the folder yourself"
         )
 
 

@@ -116,13 +116,13 @@ def one_chain(
     return chain
 
 
-def by_preference(tag: str = "") -> Iterator[tuple[str, Path]]:
+def by_preference(tag: str = "", stage: str = "auto") -> Iterator[tuple[str, Path]]:
     """
-    (stage, folder) of every run, or of those with this tag, in the order in which commands prefer
-    them: the furthest stage of the tag saved last comes first.
+    (stage, folder) of every run, or of those with this tag or of this stage, in the order in which
+    commands prefer them: the furthest stage of the tag saved last comes first.
     """
     runs: dict[str, dict[str, Path]] = {}  # tag -> stage -> folder
-    for name in reversed(STAGES):
+    for name in reversed(STAGES) if stage == "auto" else [stage]:
         folders = [run_directory(name, tag)] if tag else stage_directory(name).glob("*")
         for run in folders:
             runs.setdefault(run.name, {})[name] = run

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from nanochat.base.common import UserError
-from nanochat.base.strangers import (
-    mismatch,
-    missing,
-    read_json,
-    shown,
-)
+from nanochat.base.runtime import DTYPES
+from nanochat.base.strangers import mismatch, missing, read_json, shown
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.model.header import Header, read_header
+from nanochat.model.prior_artifact import CODES
 from nanochat.model.stages import STAGES
 
 MOST_META = 2**22  # bytes
@@ -75,7 +72,6 @@ _META = {  # the forms of those fields that some code reads; see strangers.misma
         "drawn": int,
     },
 }
-_DTYPES = "float32", "bfloat16", "float16"
 _SPEC = {
     "attention": str,
     "columns": [[(int, str)]],
@@ -108,14 +104,6 @@ _GROUPS = {  # the tables that a group of a prior needs
     "pair": {"pair", "pair_query", "pair_now"},
     "lag": {"place"},
     "bias": {"place"},
-}
-_CODES = "codes", "pair_query", "pair_now"
-_TYPES = {  # as safetensors spells them
-    "float64": "F64",
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int8": "I8",
 }
 
 
@@ -153,8 +141,8 @@ def checked_meta(meta: Mapping[str, Any]) -> Meta:
         config = GPTConfig.from_dict(meta["config"]) if "config" in meta else None
         if meta.get("stage", "base") not in STAGES:
             fault = f"there is no stage {shown(meta['stage'])}"
-        elif meta.get("dtype", "float32") not in _DTYPES:
-            fault = f"its dtype is {shown(meta['dtype'])}, not one of {', '.join(_DTYPES)}"
+        elif meta.get("dtype", "float32") not in DTYPES:
+            fault = f"its dtype is {shown(meta['dtype'])}, not one of {', '.join(DTYPES)}"
         elif meta.get("best") is not None and (lacking := missing(meta["best"], list(_BEST))):
             fault = f"its best evaluation is {shown(meta['best'])}: {lacking}"
         elif len(meta.get("evaluated_to", "00")) != 2 or 0 in meta.get("sizes", {}).values():
@@ -172,20 +160,18 @@ def spec_fault(spec: Any, config: GPTConfig) -> str:
     fault = mismatch(spec, _SPEC, "rap") or missing(spec, sorted(set(_SPEC) - {"reach"}))
     if fault:
         return fault
-    pairs = [tuple(map(type, column)) for column in spec["columns"]]
-    names = [column[0] for column in spec["columns"]]
-    tables = spec["tensors"]
-    if set(pairs) - {(str, int)} or len(set(names)) < len(names) or set(names) - set(_GROUPS):
+    names = [column[0] for column in spec["columns"] if [*map(type, column)] == [str, int]]
+    if len(set(names)) < len(spec["columns"]) or set(names) - set(_GROUPS):
         return f"rap.columns is {shown(spec['columns'])}, not the groups of a prior"
     place = [name for name in names if name in ("lag", "bias")]
     if place not in ([], names[-1:]):
         return "rap.columns must end with lag or bias, and have only one of them"
     needed = {"gates"}.union(*(_GROUPS[name] for name in names))
-    if fault := missing(tables, sorted(needed)):
+    if fault := missing(spec["tensors"], sorted(needed)):
         return f"rap.tensors: {fault}"
     if spec["attention"] not in ("dense", "factored", "flex"):
         return f"rap.attention is {shown(spec['attention'])}"
-    if any(shift > config.sequence_len for shift in spec["shifts"]):
+    if max(spec["shifts"], default=0) > config.sequence_len:
         return f"rap.shifts go beyond the context of {config.sequence_len} tokens"
     if "match" in names and not spec["shifts"]:
         return "rap.shifts is empty, but match needs at least one"
@@ -217,7 +203,7 @@ def _table_fits(name: str, table: list[Any], letters: str, sizes: dict[str, int]
     """Whether a table [dtype, *sizes] has the sizes of these letters; adds new ones to `sizes`."""
     dtype, *shape = table
     return (
-        dtype in (("int8",) if name in _CODES else ("float32", "bfloat16"))
+        dtype in (("int8",) if name in CODES else ("float32", "bfloat16"))
         and len(shape) == len(letters) > 0
         and all(
             type(n) is int and n == sizes.setdefault(letter, n)
@@ -233,7 +219,9 @@ def header_fault(header: Header, config: GPTConfig) -> str:
         return f"its metadata describe {config.n_layer:,} layers, but it holds tensors for fewer"
     for name, table in GPT.build(config, "meta").state_dict().items():
         dtype, shape = header.get(name, ("nothing", ()))
-        expected = _TYPES.get(str(table.dtype).removeprefix("torch."), "")
+        # As safetensors spells it: BF16 for torch.bfloat16, I8 for torch.int8
+        kind = str(table.dtype).removeprefix("torch.")
+        expected = kind.replace("float", "f").replace("int", "i").upper()
         floats = ("F64", "F32", "BF16", "F16") if table.is_floating_point() else (expected,)
         if dtype not in floats or shape != tuple(table.shape):
             return (

@@ -131,8 +131,11 @@ def run(knobs: ArchKnobs) -> dict[str, Any]:
     if knobs.params:
         shares = parse_shares(knobs.split, knobs.tie_embeddings) if knobs.split else ()
         config, *others = nearest(knobs, parse_number(knobs.params), shares)[:6]
-    report = {"config": asdict(config), **figures(config, knobs.tokens_per_param)}
-    report["alternatives"] = [asdict(other) | counts(other) for other in others]
+    report = {
+        "config": asdict(config),
+        **figures(config, knobs.tokens_per_param),
+        "alternatives": [asdict(other) | counts(other) for other in others],
+    }
     print0(table_of_counts(model_of(config)))
     print0(
         f"  {human(report['tokens'])} tokens at {knobs.tokens_per_param:g} per parameter: "

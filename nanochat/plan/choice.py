@@ -44,7 +44,7 @@ FEWEST_STEPS = 100  # of the smallest batch: with fewer a schedule has no shape
 MICRO_TOKENS = {"cpu": 1 << 13, "mps": 1 << 14, "cuda": 1 << 16}  # per micro-batch without a probe
 SHORTEST = 512  # context that is tried where memory is short
 OPENING = 6.0  # seconds in which a run opens its data and model
-TIE = 0.01  # the laws cannot tell nearer predictions apart: the usual shape, then the smaller wins
+TIE = 0.01  # nearer predictions are equal for a law that does not know depth, and after a pilot
 
 
 @dataclass(kw_only=True)
@@ -233,7 +233,8 @@ def _expected(
     """Bits per byte with the interval of the law, and of the speed that decides the tokens."""
     law, n = plan.law(config), counts(config)["transformer"]
     middle, slow = (
-        law.bpb(n, worth(t, plan.text)) for t in (tokens, tokens * rate.lo / rate.tok_per_sec)
+        law.bpb(n, worth(t, plan.text), config.n_layer)
+        for t in (tokens, tokens * rate.lo / rate.tok_per_sec)
     )
     width = math.exp(math.hypot(Z90 * law.error(n, tokens), math.log(slow / middle)))
     return middle, middle / width, middle * width
@@ -278,20 +279,24 @@ def candidates(plan: Plan) -> list[Candidate]:
 def choose(plan: Plan) -> Choice:
     """
     The best candidate for a budget and a text, and beside it the best of at most two thirds of its
-    size and of at least one and a half times: of predictions as good as the best one that fits, the
-    simplest. What a pilot tried (Plan.kept) stays the primary unless another is predicted to be 1 %
-    better. Where memory shuts better ones out, a shorter context, which leaves room for them, is
-    tried as well. UserError if the budget or the memory is too small.
+    size and of at least one and a half times. A law that does not know depth (Law.deep) takes
+    predictions within TIE as equal, and of these the usual shape, then the smaller model. What a
+    pilot tried (Plan.kept) stays the primary unless another is predicted to be better by TIE. Where
+    memory shuts better ones out, a shorter context, which leaves room for them, is tried as well.
+    UserError if the budget or the memory is too small.
     """
     knobs, every = plan.knobs, candidates(plan)
     fitting = [c for c in every if not c.why]
     if not fitting:
         raise UserError(_nothing_fits(plan, every))
     equal = [c for c in fitting if c.bpb[0] <= fitting[0].bpb[0] * (1 + TIE)]
-    # Of equal predictions what was tried, then the usual shape, then the smaller model.
-    primary = min(
-        equal, key=lambda c: (c.shape != plan.kept, abs(c.shape[1] / c.shape[0] - 64) > 8, c.size)
-    )
+    knows_depth = plan.law(fitting[0].config).deep != 0
+
+    def preference(c: Candidate) -> tuple[bool, float, int]:
+        unusual = abs(c.shape[1] / c.shape[0] - 64) > 8
+        return c.shape != plan.kept, c.bpb[0] if knows_depth else unusual, c.size
+
+    primary = min(equal, key=preference)
     T = primary.config.sequence_len
     shut_out = any(c.why.startswith("needs") and c.bpb[0] < primary.bpb[0] for c in every)
     if shut_out and not knobs.sequence_len and T > SHORTEST:

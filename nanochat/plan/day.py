@@ -141,18 +141,10 @@ def text_sizes(data: Sequence[str]) -> list[tuple[float, float]]:
     return [(weight / whole, size) for weight, size in sizes]
 
 
-def fetched(plan: Plan) -> float:
-    """Bytes of the data sets that the later stages fetch from the hub."""
-    from nanochat.eval.tasks import mixture
-
-    knobs = plan.knobs
-    specs = knobs.conversations or mixture.default("mid", knobs.data)
-    public = any(source.kind in mixture.DATA_SETS for source in mixture.parse(specs))
-    return TASKS * (public and not knobs.task_dir)
-
-
 def needs(plan: Plan) -> dict[str, Any]:
     """Bytes, seconds and kWh that the chosen run takes, and how often it reads its text."""
+    from nanochat.eval.tasks import mixture
+
     knobs, chosen, spelled = plan.knobs, plan.primary, plan.spelled
     web: dict[str, int] = {}  # shards of each data set of the hub
     read = 0.0
@@ -162,7 +154,10 @@ def needs(plan: Plan) -> dict[str, Any]:
             web[name] = min(math.ceil(1.03 * fresh * spelled / SHARD_TEXT), SHARD_SETS[name].last)
         read += fresh
     shards = sum(web.values())
-    tasks, downloaded = fetched(plan), SHARD_FILE * (shards + len(web))
+    downloaded = SHARD_FILE * (shards + len(web))
+    conversations = mixture.parse(knobs.conversations or mixture.default("mid", knobs.data))
+    public = any(source.kind in mixture.DATA_SETS for source in conversations)
+    tasks = TASKS * (public and not knobs.task_dir)
     cores = knobs.cores or (8 if knobs.gpu else usable_cpus())
     watts = knobs.watts or plan.machine.gpus * plan.machine.watts + REST
     n = counts(chosen.config)
@@ -342,9 +337,11 @@ def gains(plan: Plan) -> list[Row]:
     size, fresh = counts(c.config)["total"], sum(fresh for _, fresh in plan.text)
     names = " ".join(", ".join(knobs.data).split())  # in one line
     parts = "; it has parts that look back, which llama.cpp cannot run (--lookback)"
+    rule = f"predictions within {TIE:.0%} count as equal, and the usual shape, then the smallest, "
+    rule = "the best prediction " if plan.law(c.config).deep else rule
     return rows_of(f"""\
 model | {human(size)} parameters in {counted(c.shape[0], "layers")} of width {c.shape[1]}; \
-predictions within {TIE:.0%} count as equal, and the usual shape, then the smallest, is taken\
+{rule}is taken\
 {parts if c.config.convolutions else ""} | rule
 quality | {c.bpb[0]:.3g} bits per byte (about a letter) of text that it has not seen; less is \
 better ({c.bpb[1]:.3g} to {c.bpb[2]:.3g} in nine cases of ten) | law
@@ -403,36 +400,34 @@ def commands(plan: Plan, script: str) -> list[str]:
     knobs = plan.knobs
     if knobs.tokens and script:
         return [f"bash {script}"]
-    data = shlex.join(["--data", *knobs.data])
-    later = ["--conversations", *knobs.conversations] if knobs.conversations else []
-    later += ["--task_dir", knobs.task_dir] if knobs.task_dir else []
-    sources = " ".join(filter(None, [data, shlex.join(later)]))
+    sources = ["--data", *knobs.data]
+    data = shlex.join(sources)
     lines = [f"nanochat dataset -n {n} --set {name}" for name, n in needs(plan)["web"].items()]
     lines.append(f"nanochat tok_train --vocab_size {knobs.vocab} {data}")
     if knobs.tokens:
         return [*lines, f"nanochat base_train {exact_flags(plan)} {data}"]
+    sources += ["--conversations", *knobs.conversations] if knobs.conversations else []
+    sources += ["--task_dir", knobs.task_dir] if knobs.task_dir else []
     names = [*vars(SizeKnobs()), "lookback", "pretrain", "device_type"]
     names += ["total_batch_size", "device_batch_size"]
     changed = [n for n in names if n != "vocab" and getattr(knobs, n) != getattr(DayKnobs, n)]
     given = "".join(f" --{name}={as_typed(getattr(knobs, name))}" for name in changed)
-    unit, budget = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)
-    length, minutes = f"--{unit} {budget:g}", round(knobs.budget / 60)
-    given += f" --vocab {knobs.vocab} {sources}"
-    if {*changed} <= {
-        "lookback",
-        "device_type",
-    } and minutes >= 10:  # the script would choose the rest itself
-        rounded = f"--{unit} {budget:.0f}" if budget == int(budget) else f"--minutes {minutes}"
+    given += f" --vocab {knobs.vocab} {shlex.join(sources)}"
+    unit, number = ("hours", knobs.hours) if knobs.hours else ("minutes", knobs.minutes)
+    length, minutes = f"--{unit} {number:g}", round(knobs.budget / 60)
+    script_takes = {"lookback", "device_type"}  # and would choose the rest itself
+    if script_takes.issuperset(changed) and minutes >= 10:
+        rounded = f"--{unit} {number:.0f}" if number % 1 == 0 else f"--minutes {minutes}"
         whole = f"bash {script or 'runs/one_day.sh'} {rounded}{given}"
         lines.insert(0, f"{whole}    # all of it, or by steps:")
-    pilot = ["nanochat plan pilot"] if knobs.stages["pilot"] else []
-    piloted = " --pilot" if pilot else ""
-    lines.append(f"nanochat plan recipe {length}{piloted}{given}")
+    pilot = " --pilot" if knobs.stages["pilot"] else ""
+    lines.append(f"nanochat plan recipe {length}{pilot}{given}")
+    if pilot:
+        lines.append("nanochat plan pilot")
     recipe = shlex.quote(str(machine.plan_file("", "recipe.toml")))
-    training = [
-        f"nanochat {stage} --recipe {recipe}" for stage in ("base_train", "mid_train", "chat_sft")
-    ]
-    return [*lines, *pilot, *training, "nanochat chat_cli"]
+    for stage in ("base_train", "mid_train", "chat_sft"):
+        lines.append(f"nanochat {stage} --recipe {recipe}")
+    return [*lines, "nanochat chat_cli"]
 
 
 def exact_flags(plan: Plan) -> str:

@@ -50,8 +50,9 @@ class Law:
     in logarithms, of the text of the runs made here above that of the ladder; it counts the less
     the nearer FLOPs come to the ladder's. It is 0 for laws without a ladder; with `far`, such a law
     approaches that of the ladder times `far`, from the end of its runs on over two factors of ten
-    in FLOPs. `spread` is the error in the middle of its runs (see error). A pilot of so many tokens
-    sets `factor`, which moves the whole curve.
+    in FLOPs. `deep`: layers to this power divide the part of the size, 0 where the law does not know
+    what depth is worth. `spread` is the error in the middle of its runs (see error). A pilot of so
+    many tokens sets `factor`, which moves the whole curve.
     """
 
     floor: float = 0.3448295
@@ -62,16 +63,18 @@ class Law:
     size: float = 171_919_716
     tokens: float = 2_173_706_503
     prose: float = 0.1387976
+    deep: float = 0.0
     far: float = 0.0
     spread: float = 0.015
     factor: float = 1.0
     pilot: float = 0.0
 
-    def bpb(self, n: float, d: float) -> float:
-        """Bits per byte of n parameters in the layers after d tokens."""
+    def bpb(self, n: float, d: float, layers: int = 1) -> float:
+        """Bits per byte of n parameters in so many layers after d tokens."""
         at = math.log10(6 * n * d)
         prose = self.prose * min(1.0, max(0.0, (LOW - at) / (LOW - NEAR)))
-        size, tokens = (n / self.size) ** -self.a, (d / self.tokens) ** -self.b
+        size = (n / self.size) ** -self.a * layers**-self.deep
+        tokens = (d / self.tokens) ** -self.b
         bpb = math.exp(prose) * (self.floor + self.A * size + self.B * tokens)
         if self.far and at > END:
             share = min(1.0, (at - END) / 2)
@@ -97,20 +100,39 @@ class Law:
         ladder = math.hypot(0.012, 0.015 * max(0.0, LOW - at, at - HIGH))
         return min(ladder, math.hypot(0.03, 0.015 * (at - HERE)))
 
-    def moved(self, n: float, d: float, bpb: float) -> "Law":
-        """The curve through what a pilot of n parameters reached with d tokens."""
-        return replace(self, factor=self.factor * bpb / self.bpb(n, d), pilot=d)
+    def moved(self, n: float, d: float, bpb: float, layers: int = 1) -> "Law":
+        """The curve through what a pilot of n parameters in so many layers reached with d tokens."""
+        return replace(self, factor=self.factor * bpb / self.bpb(n, d, layers), pilot=d)
 
 
 # Models with the parts of --lookback. Far from these runs, the parts multiply bits per byte by
 # `far`: 0.933 after 0.5 M and after 12 M tokens (dev/LOG.md).
 LOOKS_BACK = Law(
-    1.1958, 0.11378, 0.35596, 0.3785, 0.3254, 458508, 6615688, prose=0.0, far=0.935, spread=0.01
+    1.23996,
+    0.112823,
+    0.283977,
+    0.40994,
+    0.37504,
+    453651,
+    7774692,
+    prose=0.0,
+    deep=-0.13708,
+    far=0.935,
+    spread=0.006,
 )
 # The vocabulary of those runs, and what half of it costs (dev/vocabulary_experiments.py)
 FITTED, SMALLER = 8192, 0.011
 TINYWORLD = Law(
-    0.16287, 0.020773, 0.026714, 0.3516, 0.5481, 636858, 9391120, prose=0.0, spread=0.02
+    0.177443,
+    0.0168586,
+    0.0189974,
+    0.37049,
+    0.71229,
+    636858,
+    9391120,
+    prose=0.0,
+    deep=0.46151,
+    spread=0.01,
 )
 
 

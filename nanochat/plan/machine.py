@@ -7,6 +7,7 @@ because the figures of another card would be a guess.
 import json
 import subprocess
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def load(path: Path | str) -> Machine:
     try:
         file = read_json(user_path(path))
         found = Machine(**file["machine"])
-        own = {name: getattr(found, name) for name in ("name", "dtype", "threads")}.items()
+        own = {"name": found.name, "dtype": found.dtype, "threads": found.threads}.items()
         points = ({"threads": found.threads} | p for p in file["points"])
         good = (p for p in points if own <= p.items() and "error" not in p)
         return replace(found, points=tuple(good), source=f"measured, {path}")
@@ -150,13 +151,11 @@ def here(device_type: str, dtype: str) -> Machine:
         raise UserError(f"the speed of this machine cannot be measured: {measured['error']}")
     this = Machine(**measured, source="a share of the peak measured here")
     if (file := plan_file("", "probe.json")).exists():
-        probed = load(file)
-        threads = probed.threads or this.threads
-        made_on = probed.name, probed.device_type, probed.dtype, threads
-        if made_on == (this.name, this.device_type, this.dtype, this.threads):
+        probed, device = load(file), attrgetter("name", "device_type", "dtype")
+        if device(probed) == device(this) and probed.threads in (0, this.threads):
             # With its peak, another probe has the same grid
-            same = {name: getattr(probed, name) for name in ("points", "source", "peak_flops")}
-            return replace(this, **same)
+            peak = probed.peak_flops
+            return replace(this, points=probed.points, source=probed.source, peak_flops=peak)
     return this
 
 

@@ -191,7 +191,7 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     gap = known + peak - counted
     target = replace(target, factor=target.factor * ratio, memory_gap=gap)
     fresh = worth(made["tokens"], plan.text)
-    moved = plan.law(planned.config).moved(planned.size, fresh, end)
+    moved = plan.law(planned.config).moved(planned.size, fresh, end, planned.config.n_layer)
     plan = replace(plan, knobs=asked, machine=target, moved=moved, kept=planned.shape)
     with refusals_say_nothing():
         chosen = plan.primary

@@ -171,7 +171,7 @@ def _show(points: Sequence[Point], target: Machine) -> None:
     heads = "depth x width|T|rows|accumulation|ms per step|later|tok/s|of peak|peak memory"
     rows = []
     for p in points:
-        c, measured = p["config"], p.get("error", "") + "||||"
+        c, measured = p["config"], p.get("error", "").replace("|", "/") + "||||"
         if "error" not in p:
             rate = p["tok_per_sec"]
             reached = rate * p["flops_per_token"] / target.peak_flops

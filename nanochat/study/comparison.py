@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -29,7 +29,7 @@ from nanochat.model.checkpoint import list_checkpoints
 from nanochat.study.comparison_page import write_comparison
 from nanochat.study.conditions import Condition
 from nanochat.study.records import at_speed, read_records, record
-from nanochat.study.statistics import analyse
+from nanochat.study.statistics import Record, Result, analyse
 from nanochat.train import compiler
 
 SHARED = ("tokenizer", "tokens", "shards")  # folders of the user's base folder that runs read
@@ -66,7 +66,7 @@ class Comparison:
             for i in range(knobs.seeds)
             for j in range(n)
         ]
-        self.records: dict[tuple[str, int], dict[str, Any]] = {}  # by condition and seed
+        self.records: dict[tuple[str, int], Record] = {}  # by condition and seed
         stored = self._stored_flags()
         for condition in conditions:
             flags = stored.setdefault(condition.name, condition.flags)
@@ -93,10 +93,10 @@ class Comparison:
             raise UserError(f"cannot read {file} ({e}): choose another --name") from e
         return flags
 
-    def _add(self, run: dict[str, Any]) -> None:
+    def _add(self, run: Record) -> None:
         self.records[run["condition"], run["seed"]] = run
 
-    def _finished(self, names: Collection[str]) -> list[dict[str, Any]]:
+    def _finished(self, names: Collection[str]) -> list[Record]:
         """The finished runs of these conditions, in the order in which they were made."""
         runs = self.records.values()
         return [run for run in runs if run["condition"] in names and not run.get("error")]
@@ -129,7 +129,7 @@ class Comparison:
         runs = self._finished([condition.name])
         return fmean(run["wall_seconds"] for run in runs) if runs else 0.0
 
-    def write(self) -> dict[str, Any]:
+    def write(self) -> Result:
         """Write all files of the comparison; returns its results."""
         rows = "".join(json.dumps(run) + "\n" for run in self.records.values())
         files.atomic_write(self.folder / "runs.jsonl", rows)
@@ -183,7 +183,7 @@ class Comparison:
         seed: int,
         status: StatusLine,
         later: Sequence[tuple[Condition, int]],
-    ) -> dict[str, Any]:
+    ) -> Record:
         """
         Train one run to its end; returns its record, even if it failed. If interrupted, waits until
         the run is saved. Raises UserError if it took no step, or was refused when it resumed.
@@ -206,7 +206,7 @@ class Comparison:
                 process.terminate()  # only once: a second signal would stop it before it has saved
                 process.wait()
                 raise
-        flags = [*condition.flags, *self._pinned(condition)]
+        flags = self._all_flags(condition)
         labels = {"condition": condition.name, "seed": seed, "flags": flags, **inputs}
         if process.returncode == 0:
             run = record(directory, **labels)
@@ -249,9 +249,7 @@ class Comparison:
                 )
         return {"tokenizer": now, "data": data}
 
-    def _progress(
-        self, run: str, row: Mapping[str, Any], later: Sequence[tuple[Condition, int]]
-    ) -> str:
+    def _progress(self, run: str, row: logbook.Row, later: Sequence[tuple[Condition, int]]) -> str:
         """The status line: the progress of a run, and the time left for it and those after it."""
         whole = row["seconds"] / max(row["progress"], 1e-3)
         seconds = whole - row["seconds"]
@@ -274,8 +272,7 @@ class Comparison:
         compiler.cache_folder()  # sets the environment: all runs share the user's compiled code
         process = module_process(
             "nanochat.commands.base_train",
-            *condition.flags,
-            *self._pinned(condition),
+            *self._all_flags(condition),
             f"--seed={seed}",
             f"--model_tag={condition.name}-s{seed}",
             "--resume=auto",
@@ -289,22 +286,24 @@ class Comparison:
             start_new_session=True,
         )
 
-    def _pinned(self, condition: Condition) -> list[str]:
+    def _all_flags(self, condition: Condition) -> list[str]:
         """
-        Flags that fix what base_train would otherwise choose by measuring the machine: the values
-        of the first finished run, or for the batch those of the first run of this condition.
+        The flags of a condition, and those that fix what base_train would otherwise choose by
+        measuring the machine: the values of the first finished run, or for the batch those of the
+        first run of this condition.
         """
-        pins = []
-        for name in ("dtype", "compile", "total_batch_size"):
-            if name == "total_batch_size":
-                by_time = condition.budget_seconds and not condition.knobs.total_batch_size
-                automatic = {condition.name} if by_time else set()
-            else:
-                automatic = {c.name for c in self.conditions if getattr(c.knobs, name) == "auto"}
-            runs = self._finished(automatic)
-            if condition.name in automatic and runs:
-                pins.append(f"--{name}={runs[0]['pins'][name]}")
-        return pins
+        automatic = {  # flag -> the conditions for which base_train would choose its value
+            name: [c.name for c in self.conditions if getattr(c.knobs, name) == "auto"]
+            for name in ("dtype", "compile")
+        }
+        if condition.budget_seconds and not condition.knobs.total_batch_size:
+            automatic["total_batch_size"] = [condition.name]
+        flags = list(condition.flags)
+        for name, conditions in automatic.items():
+            runs = self._finished(conditions)
+            if condition.name in conditions and runs:
+                flags.append(f"--{name}={runs[0]['pins'][name]}")
+        return flags
 
     # ---- time
 
@@ -391,7 +390,7 @@ def first_rows(process: subprocess.Popen, directory: Path, steps: int) -> dict[s
     return at
 
 
-def train_rows(directory: Path) -> list[dict[str, Any]]:
+def train_rows(directory: Path) -> list[logbook.Row]:
     """The training rows in the logbook of a run, which may still be going; [] before the first."""
     return [row for row in logbook.read(directory) if row["kind"] == "train"]
 

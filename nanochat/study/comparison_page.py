@@ -5,13 +5,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanochat.base.common import human
 from nanochat.study.page import UNITS, Cell, Line, draw_lines, gallery, table, write_page
-from nanochat.study.statistics import MEASURES, Record, interval, paired
+from nanochat.study.statistics import MEASURES, Record, Result, interval, paired
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ NOTES = (
 )
 
 
-def figure(result: Mapping[str, Any], form: str) -> str:
+def figure(result: Result, form: str) -> str:
     """A measure and its interval, "-12.3 (-15.0 to -9.6)", or the only bound that is known."""
     for side in ("at_least", "at_most"):
         if side in result:
@@ -48,7 +48,7 @@ def figure(result: Mapping[str, Any], form: str) -> str:
     return f"{mean} ({result['lo']:{form}} to {result['hi']:{form}})"
 
 
-def summary(pair: Mapping[str, Any]) -> str:
+def summary(pair: Result) -> str:
     """The differences between a condition and the baseline, for a terminal."""
     lines = [f"{pair['name']} against {pair['baseline']}, {pair['n_seeds']} paired seeds:"]
     for name, measure in MEASURES.items():
@@ -57,7 +57,7 @@ def summary(pair: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _conditions_table(results: Mapping[str, Any]) -> str:
+def _conditions_table(results: Result) -> str:
     conditions = results["conditions"]
     flags = [shlex.split(condition["flags"]) for condition in conditions]
     shared = [flag for flag in flags[0] if all(flag in other for other in flags)]
@@ -78,7 +78,7 @@ def _conditions_table(results: Mapping[str, Any]) -> str:
     return table(heads.split(", "), rows, first_colour=0) + common
 
 
-def _figures(condition: Mapping[str, Any]) -> list[Cell]:
+def _figures(condition: Result) -> list[Cell]:
     """The cells of a condition that has finished runs."""
     bpb, to_target = condition["final_bpb"], condition["to_target"]
     deviation = ""
@@ -99,7 +99,7 @@ def _figures(condition: Mapping[str, Any]) -> list[Cell]:
     ]
 
 
-def _pairs_table(pairs: Sequence[Mapping[str, Any]]) -> str:
+def _pairs_table(pairs: Sequence[Result]) -> str:
     rows = []
     for pair in pairs:
         cells = [
@@ -139,9 +139,8 @@ def _draw(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
     # The vertical range leaves out the steep beginning, next to which the rest would be flat
     late = [part[line.x >= longest / 6] for line in lines for part in (line.y, *line.band)]
     values = np.concatenate(late)
-    if values.size and np.ptp(values):
-        margin = np.ptp(values)
-        axes.set_ylim(values.min() - 0.05 * margin, values.max() + 0.1 * margin)
+    if values.size and (height := np.ptp(values)):
+        axes.set_ylim(values.min() - 0.05 * height, values.max() + 0.1 * height)
     axes.set_xscale("log")
     axes.set_xlim(left=axes.dataLim.x1 / 12)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -183,9 +182,7 @@ def _differences(groups: Groups) -> list[Line]:
     return lines
 
 
-def write_comparison(
-    name: str, results: Mapping[str, Any], runs: Sequence[Record], out: Path
-) -> Path:
+def write_comparison(name: str, results: Result, runs: Sequence[Record], out: Path) -> Path:
     """Write the page of a comparison to `out`: verdicts, conditions, curves, method."""
     groups: dict[str, list[Record]] = {c["name"]: [] for c in results["conditions"]}
     for run in runs:

@@ -57,8 +57,7 @@ def conditions_of(knobs: Any, pretrain_knobs: type) -> list[Condition]:
     The conditions that the knobs of compare describe; `pretrain_knobs` are the knobs of base_train.
     Raises UserError for a wrong flag, with the name of the condition.
     """
-    texts = {letter: getattr(knobs, letter) for letter in LETTERS}
-    texts = {letter: text for letter, text in texts.items() if text is not None}
+    texts = {letter: text for letter in LETTERS if (text := getattr(knobs, letter)) is not None}
     if len(texts) < 2:
         raise UserError(
             "compare needs at least two conditions (got 1): add a second one, as in "

@@ -42,7 +42,6 @@ RC: dict[Any, Any] = {
     "lines.markersize": 3,
     "legend.frameon": False,
 }
-BAND: dict[str, Any] = {"alpha": 0.18, "linewidth": 0}
 COLOURED = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color grid.color"
 UNITS = {  # of the horizontal axes: (size, name), in order of size
     "tokens": (
@@ -125,7 +124,9 @@ def draw_lines(axes: "Axes", lines: Sequence[Line], x: str, title: str) -> None:
         style: dict[str, Any] = {"color": colour(line.number), "label": _label(line.name)}
         if line.band:
             low, high = line.band
-            axes.fill_between(line.x / size, low, high, color=style["color"], **BAND)
+            axes.fill_between(
+                line.x / size, low, high, color=style["color"], alpha=0.18, linewidth=0
+            )
         elif len(line.x) < 25:
             style["marker"] = "o"
         dashes = "-" if line.number < len(LIGHT) else "--"

@@ -18,9 +18,7 @@ from nanochat.model.gpt import GPT
 from nanochat.model.stored import checked_meta
 
 _NUMBER = (float, None)
-_RECORD = {  # the forms of a record; see strangers.mismatch
-    "condition": str,
-    "seed": int,
+_FINISHED = {  # the forms of what the record of a finished run has; see strangers.mismatch
     "steps": int,
     "tokens": int,
     "final_bpb": _NUMBER,
@@ -31,12 +29,16 @@ _RECORD = {  # the forms of a record; see strangers.mismatch
     "parameters": int,
     "flops_per_token": float,
     "curve": [[float]],
+}
+_RECORD = {
+    **_FINISHED,
+    "condition": str,
+    "seed": int,
     "pins": {str: (str, int)},
     "error": (str, None),
-    "tokenizer": str,
+    "tokenizer": str,  # this and the next are absent in older records
     "data": [str],
 }
-_OPTIONAL = "pins", "error", "tokenizer", "data"  # the last two are absent in older records
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
             run = parse_json(line)
             fault = mismatch(run, _RECORD, "run") or missing(run, ("condition", "seed"))
             if not fault and not run.get("error"):
-                fault = missing(run, [name for name in _RECORD if name not in _OPTIONAL])
+                fault = missing(run, _FINISHED)
                 if not fault and None in (run["final_bpb"], run["wall_seconds"]):
                     fault = "final_bpb or wall_seconds is null"
                 elif not fault and any(len(point) != 4 for point in run["curve"]):
@@ -85,7 +87,7 @@ def record(directory: Path, **labels: Any) -> dict[str, Any]:
         ) from e
 
 
-def _record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _record(rows: Sequence[logbook.Row]) -> dict[str, Any]:
     """The record of a run from its rows. Raises many exceptions for rows of something else."""
     start = next(row["config"] for row in rows if row["kind"] == "start")
     meta = checked_meta(upgraded(start))
@@ -93,16 +95,16 @@ def _record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evals = [
         row
         for row in rows
-        if row.get("kind") == "eval" and is_number(row.get("val_bpb")) and row["step"] in seconds
+        if row["kind"] == "eval" and is_number(row.get("val_bpb")) and row["step"] in seconds
     ]
-    summary = next((row for row in reversed(rows) if row.get("kind") == "summary"), {})
+    summary = next((row for row in reversed(rows) if row["kind"] == "summary"), {})
     model = GPT.build(GPTConfig.from_dict(meta["config"]), "meta")
     sequence_len = model.config.sequence_len
     contexts = Contexts.parse(meta["knobs"].get("context_stages", ()), sequence_len)
     last_step, horizon = max(seconds), meta["horizon"]
     return {
         "steps": last_step,
-        "tokens": max((row["tokens"] for row in rows if row.get("kind") == "train"), default=0),
+        "tokens": max((row["tokens"] for row in rows if row["kind"] == "train"), default=0),
         "final_bpb": evals[-1]["val_bpb"] if evals and evals[-1]["step"] == last_step else None,
         "step_ms": round(step_seconds * 1e3, 3),
         "seconds": round(max(seconds.values()), 3),
@@ -122,7 +124,7 @@ def _record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def training_clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float], float]:
+def training_clock(rows: Sequence[logbook.Row]) -> tuple[dict[int, float], float]:
     """
     ({step: training seconds up to its end}, seconds of the median step) from the rows of a logbook.
     Only optimizer steps count. The first step of a process includes compiling and warming up, and
@@ -133,9 +135,9 @@ def training_clock(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[int, float],
     tokens = tokens_before = 0
     elapsed, is_first = 0.0, False
     for row in rows:
-        if row.get("kind") == "start":
+        if row["kind"] == "start":
             tokens_before, elapsed, is_first = tokens, 0.0, True
-        elif row.get("kind") == "train":
+        elif row["kind"] == "train":
             tokens = row["tokens"]
             if not is_number(row["tok_per_sec"]) or row["tok_per_sec"] <= 0:
                 continue

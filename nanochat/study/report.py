@@ -74,7 +74,7 @@ class Log:
     """The logbook of one run, and how far its chain was before it."""
 
     directory: Path
-    rows: list[dict[str, Any]]
+    rows: list[logbook.Row]
     before: Mapping[str, float]  # seconds and tokens of the stages before it
 
     @property
@@ -99,13 +99,13 @@ class Log:
         value = self.config.get(name)
         return value if isinstance(value, dict) else {}
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
+    def of(self, kind: str) -> list[logbook.Row]:
         """The rows of this kind, in order."""
-        return [row for row in self.rows if row.get("kind") == kind]
+        return [row for row in self.rows if row["kind"] == kind]
 
     def last(self, name: str, *kinds: str) -> Any:
         """The newest value of a field in rows of these kinds; None if there is none."""
-        values = [row.get(name) for row in self.rows if row.get("kind") in kinds]
+        values = [row.get(name) for row in self.rows if row["kind"] in kinds]
         return next((value for value in reversed(values) if value is not None), None)
 
     def state(self) -> str:
@@ -142,7 +142,7 @@ def load(directories: Iterable[Path | str], quiet: bool = False) -> list[Log]:
     The logbooks in these run folders, those of a tag joined into a chain; a notice names stages
     that do not belong to it, unless `quiet`. Raises UserError for a folder without rows.
     """
-    chains: dict[tuple[Path, str], dict[str, list[dict[str, Any]]]] = {}
+    chains: dict[tuple[Path, str], dict[str, list[logbook.Row]]] = {}
     for directory in sorted(map(Path, directories), key=_stage_order):
         rows = logbook.read(directory)
         if not rows:
@@ -214,10 +214,9 @@ def labels(logs: Sequence[Log]) -> list[str]:
     """A name for each run that no other has: its stage, its stage and tag, or its folder."""
     one_chain = len({(log.directory.parent.parent, log.tag) for log in logs}) == 1
     names = [log.stage if one_chain else log.name for log in logs]
-    folders = [str(log.directory) for log in logs]
     return [
-        name if names.count(name) == 1 else folder
-        for name, folder in zip(names, folders, strict=True)
+        name if names.count(name) == 1 else str(log.directory)
+        for name, log in zip(names, logs, strict=True)
     ]
 
 

@@ -16,6 +16,7 @@ from scipy import stats
 
 LEVEL = 0.95  # of every interval; verdicts use 1 - LEVEL
 Record = Mapping[str, Any]  # as records.record gives it
+Result = dict[str, Any]  # figures by name, as in results.json
 Pairs = Sequence[tuple[Record, Record]]  # (run of the baseline, run of the condition) by seed
 
 
@@ -65,7 +66,7 @@ def crossing(curve: Sequence[Sequence[float]], target: float) -> Crossing:
     return Crossing(*(before + share * (after - before))[:3].tolist())
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
+def interval(values: Sequence[float]) -> Result:
     """
     {n, mean, lo, hi, p}: the 95 % t interval is lo to hi, and p is the two-sided p value for a mean
     of 0. With one value, lo, hi and p are None; with none, the mean is None too.
@@ -80,7 +81,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"n": n, "mean": mean, "lo": mean - half, "hi": mean + half, "p": p}
 
 
-def ratio_interval(ratios: Sequence[tuple[float, str]], sign: int = 1) -> dict[str, Any]:
+def ratio_interval(ratios: Sequence[tuple[float, str]], sign: int = 1) -> Result:
     """
     interval() of the logarithms of ratios, converted to a change in percent or, with sign -1, to
     percent saved. A ratio is (value, bound). If one has the bound ">" or "<", there is no mean; if
@@ -103,7 +104,7 @@ def ratio_interval(ratios: Sequence[tuple[float, str]], sign: int = 1) -> dict[s
     return result
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> Result:
     """The standard deviation over seeds with its 95 % interval (chi-squared)."""
     n = len(values)
     if n < 2:
@@ -128,7 +129,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def analyse(
     runs: Sequence[Record], flags: Mapping[str, str], target: float | None = None
-) -> dict[str, Any]:
+) -> Result:
     """
     The results of a comparison. `runs` are records with condition and seed, or for a failed run
     condition, seed and error. `flags` are by condition, the baseline first. `target` is in bits
@@ -177,7 +178,7 @@ def paired(baseline: Sequence[Record], runs: Sequence[Record]) -> Pairs:
     return [(by_seed[run["seed"]], run) for run in runs if run["seed"] in by_seed]
 
 
-def _summary(runs: Sequence[Record], pairs: Pairs, target: float | None) -> dict[str, Any]:
+def _summary(runs: Sequence[Record], pairs: Pairs, target: float | None) -> Result:
     """The figures of one condition: means, the spread of bits per byte, and the target."""
     crossings = [
         crossing(run["curve"], base["final_bpb"] if target is None else target)
@@ -205,7 +206,7 @@ def _summary(runs: Sequence[Record], pairs: Pairs, target: float | None) -> dict
     }
 
 
-def _differences(pairs: Pairs, target: float | None) -> dict[str, dict[str, Any]]:
+def _differences(pairs: Pairs, target: float | None) -> dict[str, Result]:
     """The interval of each of MEASURES over pairs (run of the baseline, run of the condition)."""
     crossings = []
     for base, run in pairs:
@@ -226,7 +227,7 @@ def _ratio(a: Crossing, b: Crossing, unit: str) -> tuple[float, str]:
     return getattr(b, unit) / getattr(a, unit), "".join(sorted(bounds))
 
 
-def _judge(pairs: Sequence[dict[str, Any]]) -> None:
+def _judge(pairs: Sequence[Result]) -> None:
     """Add p_holm and verdict to each measure of the pairs, adjusted over the conditions."""
     for name, measure in MEASURES.items():
         adjusted = holm([pair[name]["p"] for pair in pairs])
@@ -235,7 +236,7 @@ def _judge(pairs: Sequence[dict[str, Any]]) -> None:
             pair[name]["verdict"] = _verdict(pair[name], measure, pair["failed_pairs"])
 
 
-def _verdict(result: Mapping[str, Any], measure: Measure, failed: int) -> str:
+def _verdict(result: Result, measure: Measure, failed: int) -> str:
     if failed:
         return f"{failed} of its pairs of runs failed"
     if result.get("censored"):

@@ -7,7 +7,6 @@ eval/tasks/tinyworld.py judges replies to them.
 import functools
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +116,14 @@ class ConversationMaker(Draw):
     def fits_split(self, a: object, b: object) -> bool:
         """Whether a pairing belongs to this split."""
         return held_out(str(a), str(b)) == self.val
+
+    def may_show(self, a: object, b: object) -> bool:
+        """
+        Whether a pairing may come up beside what is asked for: in train, a held-out one never does.
+        Its members are no wrong options either. They are never right in train, so the model would
+        learn that they are always wrong, and fail on them in val.
+        """
+        return self.val or self.fits_split(a, b)
 
     def require(self, a: str, b: str) -> None:
         """Raise Unfit unless the pairing belongs to this split."""
@@ -281,7 +288,7 @@ class ConversationMaker(Draw):
         pairs = self.world.data["opposites"]
         word, opposite = self.pick(list(pairs.items()))
         self.require(word, opposite)
-        others = [x for p in pairs.items() if self.can_be_wrong(*p) for x in p if x != word]
+        others = [x for p in pairs.items() if self.may_show(*p) for x in p if x != word]
         question = self.pick(self.phrases["choice"]["opposite"]) % {"w": word}
         reason = f"The opposite of {word} is {opposite}."
         return self.with_options(question, opposite, self.sample(others, 6), reason)
@@ -289,18 +296,13 @@ class ConversationMaker(Draw):
     def options_of_first_letter(self) -> Options:
         word = self.pick(self.world.words)
         self.require(word, "first letter")
-        others = [x for x in self.sample(self.world.words, 24) if x[0] != word[0]]
-        others = [x for x in others if self.can_be_wrong(x, "first letter")]
+        others = [
+            x
+            for x in self.sample(self.world.words, 24)
+            if x[0] != word[0] and self.may_show(x, "first letter")
+        ]
         question = self.pick(self.phrases["choice"]["first"]) % {"l": word[0]}
         return self.with_options(question, word, others)
-
-    def can_be_wrong(self, a: str, b: str) -> bool:
-        """
-        Whether the members of a pairing can be wrong options. In train, those of a held-out pairing
-        cannot, because they are never right: the model would learn that they are always wrong, and
-        fail on them in val.
-        """
-        return self.val or not held_out(a, b)
 
     def options_about_story(self) -> Options:
         text, (first, *others) = self.short_story()
@@ -320,7 +322,7 @@ class ConversationMaker(Draw):
         kind = self.pick(list(data["kinds"]))
         word = self.matched(list(data["kinds"][kind]), (kind,), self.val)
         similar = (kind, *data["wider"].get(kind, ()))
-        others = [x for x, of in kind_of.items() if of not in similar and self.can_be_wrong(x, of)]
+        others = [x for x, of in kind_of.items() if of not in similar and self.may_show(x, of)]
         question = self.pick(self.phrases["choice"]["member"]) % Slots(k=kind)
         asked = self.with_options(question, word, self.sample(others, 5))
         options = re.findall(r"^- (.+)=", asked.question, re.MULTILINE)
@@ -345,10 +347,15 @@ class ConversationMaker(Draw):
             if self.fits_split(a, b):
                 return op, a, b, {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
 
+    def sum_slots(self, numbers: Sequence[int], result: int) -> dict[str, Any]:
+        """The values in the wordings of a sum: its numbers and result, a person and some things."""
+        slots: dict[str, Any] = dict(zip("abc", numbers, strict=False))
+        person, things = self.pick(self.world.people), self.pick(self.world.classes["many"])
+        return {**slots, "r": result, "P": person, "x": things}
+
     def calculation(self, operators: str, numbers: Sequence[int], result: int) -> tuple[Turns, str]:
         """A sum, given in figures or told as a story, that the calculator answers."""
-        slots = dict(zip("abc", map(str, numbers), strict=False)) | {"r": str(result)}
-        slots |= {"P": self.pick(self.world.people), "x": self.pick(self.world.classes["many"])}
+        slots = self.sum_slots(numbers, result)
         form = 2 if self.random() < 0.35 else 0
         question, reply = self.phrases["sums"][operators][form : form + 2]
         code = str(numbers[0])
@@ -371,7 +378,7 @@ class ConversationMaker(Draw):
             a, b, c = (self.between(2, 99) for _ in range(3))
             first = a + b if ops[0] == "+" else a - b
             result = first + c if ops[1] == "+" else first - c
-            fits = self.fits_split(a, b) and (self.val or self.fits_split(b, c))
+            fits = self.fits_split(a, b) and self.may_show(b, c)
             if first >= 2 and result >= 2 and fits:
                 return self.calculation(ops, (a, b, c), result)
 
@@ -442,7 +449,7 @@ def _next_new(maker: ConversationMaker, kind: str) -> dict[str, Any] | None:
         turns, answer, *letters = drawn
         if kind != "smalltalk" and maker.random() < 0.15:
             turns = [*maker.courtesy(), *turns]
-        if not maker.is_new(zlib.crc32(json.dumps(turns).encode())):
+        if not maker.is_new(json.dumps(turns)):
             continue
         roles = ("user", "assistant") * len(turns)
         messages = [

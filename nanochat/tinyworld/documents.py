@@ -5,8 +5,7 @@ train never shows.
 """
 
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nanochat.tinyworld.conversations import STATEMENTS, ConversationMaker
 from nanochat.tinyworld.world import (
@@ -17,7 +16,6 @@ from nanochat.tinyworld.world import (
     Unfit,
     article,
     capitalised,
-    held_out,
 )
 
 # kind of document (a method of DocumentMaker) -> how frequent it is. Facts, what things are, and
@@ -69,6 +67,12 @@ class DocumentMaker(ConversationMaker):
         """Two people whose pairing belongs to the split."""
         first = self.pick(self.world.people)
         return first, self.matched(self.world.people, (first,), self.val, (first,))
+
+    def fitting(self, values: Sequence[str], n: int) -> list[str]:
+        """n different values in random order; the pairing of the first two belongs to the split."""
+        chosen = self.sample(values, n)
+        self.require(chosen[0], chosen[1])
+        return chosen
 
     def add(self, slots: Slots, spec: str) -> None:
         """Fill the slots of `spec` ("name:class name:class") with any words of their classes."""
@@ -151,14 +155,12 @@ class DocumentMaker(ConversationMaker):
         n = self.between(3, 7)
         if self.random() < 0.25:
             opposites = self.world.data["opposites"]
-            words = self.sample(list(opposites), n + 3)
-            self.require(words[0], words[1])
+            words = self.fitting(list(opposites), n + 3)
             return " ".join(f"The opposite of {word} is {opposites[word]}." for word in words)
         kinds, kind_of = self.world.data["kinds"], self.world.kind_of
         alike = self.random() < 0.5
         kind = self.deal("kinds", list(kinds)) if alike else ""
-        words = self.sample(list(kinds[kind] if alike else kind_of), n)
-        self.require(words[0], words[1])
+        words = self.fitting(list(kinds[kind] if alike else kind_of), n)
         lines = []
         riddles = self.random() < 0.3
         for word in words:
@@ -212,8 +214,7 @@ class DocumentMaker(ConversationMaker):
             # A word such as "orange" would give the next thing of the list a colour.
             values = [value for value in values if value not in classes["colour"]]
         values = [value for value in values if value not in people]
-        items = self.sample(values, min(self.between(8, 20), len(values)))
-        self.require(items[0], items[1])
+        items = self.fitting(values, min(self.between(8, 20), len(values)))
         repeated = items
         if what == "labels":
             items = [f"{item}={self.pick('ABCD')}" for item in items]
@@ -261,10 +262,9 @@ class DocumentMaker(ConversationMaker):
 
     def cannot_ask(self, attribute: str, asker: str, person: str) -> bool:
         """Whether the question is held out, or the asker knows the answer: they share a home."""
-        if held_out(person, attribute) and not self.val:
-            return True
         home = self.world.attributes["home"]
-        return attribute == "home" and home[asker] == home[person]
+        is_known = attribute == "home" and home[asker] == home[person]
+        return is_known or not self.may_show(person, attribute)
 
     def topic_slots(self, people: Couple, met: list[str], days: list[str]) -> Slots:
         """
@@ -292,8 +292,7 @@ class DocumentMaker(ConversationMaker):
     # ---- lessons
 
     def spelling_lesson(self) -> str:
-        words = self.sample(self.world.words, self.between(3, 6))
-        self.require(words[0], words[1])
+        words = self.fitting(self.world.words, self.between(3, 6))
         wordings = self.phrases["spelling"]
         opening = self.pick(wordings["open"])
         p, q = self.sample(self.world.people, 2)
@@ -302,7 +301,7 @@ class DocumentMaker(ConversationMaker):
         for word in words:
             lines.append(spelled % Slots(w=word, l="-".join(word)))
             letter = self.pick(word)
-            if self.random() < 0.5 and (self.val or not held_out(word, letter)):
+            if self.random() < 0.5 and self.may_show(word, letter):
                 n = word.count(letter)
                 times = {1: "once", 2: "twice"}.get(n, f"{NUMBERS[n]} times")
                 lines.append(f"The letter {letter} occurs {times} in {word}.")
@@ -327,9 +326,7 @@ class DocumentMaker(ConversationMaker):
             elif style == 1:
                 lines.append(f"{a} {words[op]} {b} is {result}.")
             else:
-                slots = {"P": self.pick(self.world.people)}
-                slots["x"] = self.pick(self.world.classes["many"])
-                slots |= {"a": str(a), "b": str(b), "r": str(result)}
+                slots = self.sum_slots((a, b), result)
                 lines.append(self.phrases["sums"]["told"]["+-*/".index(op)][0] % slots)
         return "\n".join(lines)
 
@@ -342,10 +339,10 @@ class DocumentMaker(ConversationMaker):
         used: set[str] = set()
         items = []
         for _ in range(self.between(3, 5)):
-            thing = self.paired(classes["thing"], (person,), False, used)
-            spot = thing and self.paired(classes["spot"], (thing,), self.val, used)
-            colour = thing and self.paired(classes["colour"], (thing,), False, used)
-            if not (thing and spot and colour):
+            thing = self.matched(classes["thing"], (person,), False, used)
+            spot = self.paired(classes["spot"], (thing,), self.val, used)
+            colour = self.paired(classes["colour"], (thing,), False, used)
+            if not (spot and colour):
                 raise Unfit
             used |= {thing, spot, colour}
             items.append(self.pick(wordings["item"]) % Slots(t=thing, c=colour, h=spot))
@@ -354,10 +351,10 @@ class DocumentMaker(ConversationMaker):
         return " ".join(filter(None, [opening, *items, close]))
 
     def diary(self) -> str:
-        people, home = self.couple(), self.world.attributes["home"]
-        if home[people[0]] == home[people[1]]:
+        (a, b), home = self.couple(), self.world.attributes["home"]
+        if home[a] == home[b]:
             raise Unfit
-        classes, wordings, pick = self.world.classes, self.phrases["diary"], self.pick
+        wordings, pick = self.phrases["diary"], self.pick
         season = pick(("winter", "summer"))
         entries = [line for group in wordings[season] for line in group]
         n = self.between(3, 6)
@@ -365,10 +362,10 @@ class DocumentMaker(ConversationMaker):
         chosen: list[str] = []
         for _ in range(n):
             chosen.append(self.deal(season, entries, lambda line: line not in chosen))
-        days = classes["day"][start : start + n]
+        days = self.world.classes["day"][start : start + n]
         lines = [pick(wordings["open"])]
         lines += [f"{day}: {entry}" for day, entry in zip(days, chosen, strict=True)]
-        slots = Slots(A=people[0], B=people[1])
+        slots = Slots(A=a, B=b)
         self.add(slots, "x:topic h:hot k:cake g:game n:number y:pick feel:feel")
         lines.append(pick(wordings["close"]))
         return "\n".join(filter(None, lines)) % slots
@@ -377,8 +374,7 @@ class DocumentMaker(ConversationMaker):
         home, wordings = self.world.attributes["home"], self.phrases["village"]
         name = self.pick(self.world.classes["village"])
         residents = [person for person in self.world.people if home[person] == name]
-        people = self.sample(residents, self.between(2, 3))
-        self.require(people[0], people[1])
+        people = self.fitting(residents, self.between(2, 3))
         slots = Slots(V=name, X=self.world.data["villages"][name])
         lines = [self.pick(wordings["open"]) % slots]
         lines += [line % slots for line in self.sample(wordings["life"], self.between(1, 3))]
@@ -396,5 +392,5 @@ def documents(seed: int = 0, split: str = "train") -> Iterator[str]:
     kinds = [kind for kind, weight in WEIGHTS.items() for _ in range(weight)]
     while True:
         text = maker.attempt(getattr(maker, maker.pick(kinds)))
-        if text and len(text) >= 120 and maker.is_new(zlib.crc32(text.encode())):
+        if text and len(text) >= 120 and maker.is_new(text):
             yield text

@@ -9,6 +9,7 @@ import itertools
 import random
 import re
 import tomllib
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple, TypeVar
@@ -287,7 +288,7 @@ class Draw:
         slots = Slots(given, feel=self.pick(classes["feel"]))
         for name, cls, pairs, differs in spec:
             partners = [slots.get(pair, pair) for pair in pairs]
-            if name in given and cls == "person":
+            if name in given:
                 value = given[name]
             elif cls == "split":  # of n things, m are given away and k remain
                 n = self.between(5, 16)
@@ -304,11 +305,12 @@ class Draw:
                 raise Unfit
         return slots
 
-    def is_new(self, key: int) -> bool:
+    def is_new(self, text: str) -> bool:
         """
-        Whether the stream has had no text with this 32-bit checksum. It also drops the rare text
-        that has the same checksum as a different one.
+        Whether the stream has not had this text. Compares checksums of 32 bits, so the answer is
+        also False for the rare text with the checksum of a different one.
         """
+        key = zlib.crc32(text.encode())
         if key in self.seen:
             return False
         self.seen.add(key)

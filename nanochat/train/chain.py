@@ -77,8 +77,12 @@ class Diary:
         return self.earlier + time.monotonic() - self.began
 
     def save(self) -> None:
-        names = "lengths", "notes", "done"
-        content = {"seconds": round(self.seconds, 1)} | {n: getattr(self, n) for n in names}
+        content = {
+            "seconds": round(self.seconds, 1),
+            "lengths": self.lengths,
+            "notes": self.notes,
+            "done": self.done,
+        }
         atomic_write(self.path, json.dumps(content, indent=1))
 
     def replan(self) -> None:

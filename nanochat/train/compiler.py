@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from nanochat.base.common import UserError, base_dir, counted, notice, unstoppable
 from nanochat.base.files import check_writable
@@ -35,7 +34,8 @@ T = TypeVar("T")
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the environment variable with the folder of compiled code
 # The folders that torch makes there: two characters of a hash, and these names
 ENTRY = re.compile(r"[a-z0-9]{2}|fxgraph|aotautograd|precompiled_headers|triton|locks|cache")
-HELD_BACK = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+# The signals that stop a program; Windows has no SIGHUP
+STOPPING = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 class _Abandoned(Exception):
@@ -46,12 +46,10 @@ class _Watch:
     """Follows the compiler in this process through torch's callbacks."""
 
     def __init__(self):
-        self.seconds = 0.0  # of compilations outside of background threads
-        self.background: set[int] = set()  # threads that compile ahead
-        self.abandoned = False  # nothing waits for these threads any more
+        self.seconds = 0.0  # of compilations that are not ahead
         self.failed = False  # not the exception: its traceback would keep tensors alive
-        self.began: dict[int, float] = {}  # thread -> when its compilation started
-        self.masks: dict[int, Any] = {}  # thread -> its signal mask before that
+        self.began: dict[threading.Thread, float] = {}  # when a thread's compilation started
+        self.masks: dict[threading.Thread, Any] = {}  # its signal mask before that
 
     def install(self) -> None:
         """Register start and end with torch, which forgets them at torch.compiler.reset()."""
@@ -62,16 +60,16 @@ class _Watch:
             handler.register_end_callback(self.end)
 
     def start(self, *_: Any) -> None:
-        thread = threading.get_ident()
-        if self.abandoned and thread in self.background:
+        thread = threading.current_thread()
+        if isinstance(thread, Ahead) and thread.abandoned:
             raise _Abandoned
         self.began[thread] = time.monotonic()
         self.masks[thread] = hold_back_signals()
 
     def end(self, *_: Any) -> None:
-        thread = threading.get_ident()
+        thread = threading.current_thread()
         seconds = time.monotonic() - self.began.pop(thread, time.monotonic())
-        if thread not in self.background:
+        if not isinstance(thread, Ahead):
             self.seconds += seconds
         self.failed = self.failed or sys.exc_info()[1] is not None
         mask = self.masks.pop(thread, None)
@@ -87,8 +85,7 @@ def hold_back_signals() -> Any:
     """
     if not hasattr(signal, "pthread_sigmask"):
         return None
-    held = {getattr(signal, name) for name in HELD_BACK if hasattr(signal, name)}
-    return signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    return signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
 _watch = _Watch()
@@ -237,22 +234,21 @@ def guarded(model: GPT, work: Callable[[], T]) -> T:
     raise AssertionError("the attempt without compiled code returns or raises")
 
 
-class Ahead:
-    """Compiles a training step in a thread while a run is being opened, for one batch shape."""
+class Ahead(threading.Thread):
+    """Compiles a training step while a run is being opened, for one batch shape."""
 
     current: "Ahead | None" = None  # a process compiles ahead for one run at a time
 
     def __init__(self, model: GPT, rows: int, sequence_len: int):
+        super().__init__(daemon=True)
         self.error: Exception | None = None
-        self.ended = threading.Event()
-        device = model.embed.weight.device
-        ids = torch.zeros(rows, sequence_len, dtype=torch.int64, device=device)
-        _watch.abandoned = False
-        self.thread = threading.Thread(target=self._compile, args=(model, ids), daemon=True)
-        self.thread.start()
+        self.ended, self.abandoned = threading.Event(), False
+        self.model, device = model, model.embed.weight.device
+        self.ids = torch.zeros(rows, sequence_len, dtype=torch.int64, device=device)
+        self.start()
 
-    def _compile(self, model: GPT, ids: Tensor) -> None:
-        _watch.background.add(threading.get_ident())
+    def run(self) -> None:
+        model, ids = self.model, self.ids
         try:
             if ids.device.type == "cuda":
                 torch.cuda.set_device(ids.device)  # which is the first GPU in every new thread
@@ -264,7 +260,6 @@ class Ahead:
         finally:
             for p in model.parameters():
                 p.grad = None
-            _watch.background.discard(threading.get_ident())
             self.ended.set()
 
     def abandon(self) -> None:
@@ -272,7 +267,7 @@ class Ahead:
         End the thread, of which nothing is needed any more: it finishes what it is compiling, or is
         killed when the program ends.
         """
-        Ahead.current, _watch.abandoned = None, True
+        Ahead.current, self.abandoned = None, True
         if not self.ended.wait(1):
             unstoppable.append(lambda: not self.ended.is_set())
 

@@ -19,6 +19,10 @@ class Horizon:
     steps: int | None = None
     epochs: int | None = None
 
+    def tokens(self, context: int, epoch_tokens: int) -> int:
+        """Tokens of the run, in rows of `context` tokens; 0 if only a time budget ends it."""
+        return (self.steps or 0) * self.rows * context + (self.epochs or 0) * epoch_tokens
+
 
 def choose_horizon(run: OpenRun, characters: float = math.inf) -> Horizon:
     """

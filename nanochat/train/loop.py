@@ -77,11 +77,8 @@ class _Signals:
     def __enter__(self):
         self.caught, self.caught_at = 0, 0.0
         self.previous = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is None:
-                continue
-            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+        for number in compiler.STOPPING:
+            if number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup, which lets a program outlive its terminal
             try:
                 self.previous[number] = signal.signal(number, self._catch)
@@ -543,7 +540,6 @@ class Run(RunState):
             ) from e
         self.feed.load_state_dict(meta["feed"])
         self.step = self.saved_step = meta["step"]
-        self.evaluated_to = self.step, 1.0  # for checkpoints of versions that did not store it
         for name in STORED:
             setattr(self, name, meta.get(name, getattr(self, name)))
 

@@ -28,13 +28,10 @@ class Group:
     """Parameters with the same optimizer and settings, and their state."""
 
     optimizer: str  # "muon" | "adamw"
-    names: list[str]
-    params: list[Tensor]
+    params: dict[str, Tensor]  # by name
     lr: float  # the peak, which the schedule multiplies by a factor
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
-    eps: float = 1e-10
-    momentum: float = 0.95
     # The part that this rank owns: parameter -> moment -> tensor
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     counts: list[Tensor] = field(default_factory=list)  # AdamW's steps so far, per parameter
@@ -67,12 +64,12 @@ class _Pool:
     belongs to one rank, or a single table, of which each rank owns some rows.
     """
 
-    def __init__(self, names: list[str], params: list[Tensor], matrices: bool):
-        self.names, self.params, self.matrices = names, params, matrices
+    def __init__(self, params: dict[str, Tensor], matrices: bool):
+        self.names, self.params, self.matrices = [*params], [*params.values()], matrices
         rank, self.world = 0, 1
         if dist.is_initialized():
             rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.size = len(params) if matrices else params[0].size(0)
+        self.size = len(params) if matrices else self.params[0].size(0)
         # Matrices or rows per rank; the last ranks may own fewer, or none
         self.share = -(-self.size // self.world)
         self.own = slice(rank * self.share, (rank + 1) * self.share)
@@ -127,15 +124,11 @@ class _Pool:
 
 
 def _pools(group: Group) -> list[_Pool]:
-    if group.optimizer == "adamw":
-        named = zip(group.names, group.params, strict=True)
-        return [_Pool([name], [p], matrices=False) for name, p in named]
-    shapes: dict[torch.Size, tuple[list[str], list[Tensor]]] = {}
-    for name, p in zip(group.names, group.params, strict=True):
-        names, params = shapes.setdefault(p.shape, ([], []))
-        names.append(name)
-        params.append(p)
-    return [_Pool(names, params, matrices=True) for names, params in shapes.values()]
+    matrices = group.optimizer == "muon"
+    pools: dict[Any, dict[str, Tensor]] = {}
+    for name, p in group.params.items():
+        pools.setdefault(p.shape if matrices else name, {})[name] = p
+    return [_Pool(params, matrices) for params in pools.values()]
 
 
 class MuonAdamW:
@@ -159,17 +152,17 @@ class MuonAdamW:
 
     @property
     def params(self) -> list[Tensor]:
-        return [p for g in self.groups for p in g.params]
+        return [p for g in self.groups for p in g.params.values()]
 
     def zero_grad(self) -> None:
         for p in self.params:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, lr_mult: float = 1.0, momentum: float | None = None) -> None:
+    def step(self, lr_mult: float = 1.0, momentum: float = 0.95) -> None:
         """
-        One update with all rates multiplied by lr_mult (0..1). momentum: Muon's, by default that of
-        each group. Every rank must call it.
+        One update with all rates multiplied by lr_mult (0..1). momentum: Muon's. Every rank must
+        call it.
         """
         self.steps += 1
         for group, pools in self._pools:
@@ -178,7 +171,7 @@ class MuonAdamW:
                 self._adamw(group, pools, lr)
             else:
                 for pool in pools:
-                    self._muon(group, pool, lr, group.momentum if momentum is None else momentum)
+                    self._muon(group, pool, lr, momentum)
 
     def _state(self, group: Group, pool: _Pool) -> list[dict[str, Tensor]]:
         """The moments of this rank's parts of the parameters; zeros at first."""
@@ -227,7 +220,7 @@ class MuonAdamW:
             beta2=group.betas[1],
             lr=lr,
             weight_decay=group.weight_decay,
-            eps=group.eps,
+            eps=1e-10,
             maximize=False,
         )
         for pool in pools:
@@ -235,7 +228,9 @@ class MuonAdamW:
 
     def state_bytes(self) -> int:
         """Bytes of the state on all ranks together."""
-        return sum(len(MOMENTS[g.optimizer]) * p.nbytes for g in self.groups for p in g.params)
+        return sum(
+            len(MOMENTS[g.optimizer]) * p.nbytes for g in self.groups for p in g.params.values()
+        )
 
     def state_tensors(self) -> dict[str, Tensor]:
         """
@@ -264,7 +259,7 @@ class MuonAdamW:
                 for name in pool.owned(pool.names):
                     group.state[name] = {
                         moment: pool.part(tensors[f"{name}/{moment}"]).to(
-                            group.params[0].device, torch.float32, copy=True
+                            pool.params[0].device, torch.float32, copy=True
                         )
                         for moment in MOMENTS[group.optimizer]
                     }

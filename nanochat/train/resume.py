@@ -68,12 +68,11 @@ def _horizon_texts(knobs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _schedule(knobs: Mapping[str, Any], horizon: Mapping[str, Any]) -> Schedule:
-    since = horizon.get("since")
     return Schedule(
         knobs["warmup_ratio"],
         knobs["warmdown_ratio"],
         knobs["final_lr_frac"],
-        since=tuple(since) if since else None,
+        since=horizon.get("since") or None,
     )
 
 

@@ -287,11 +287,12 @@ class RolloutFeed:
         total_reward, zero_variance, truncated, length, sampled, targets = sum_over_ranks(
             counts, self.runtime
         )
+        sampled_replies = count * self.samples  # on all ranks
         self.numbers = {
-            "reward": total_reward / (count * self.samples),
+            "reward": total_reward / sampled_replies,
             "zero_variance": zero_variance / count,
-            "truncated": truncated / (count * self.samples),
-            "length": length / (count * self.samples),
+            "truncated": truncated / sampled_replies,
+            "length": length / sampled_replies,
             "rollout_seconds": round(time.monotonic() - began, 3),
         }
         self._state["drawn"] = first + count

@@ -6,7 +6,6 @@ This file, horizon.py and stage.py have what the training commands share; each c
 data, feed and evaluations.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -162,15 +161,14 @@ def open_run(
     origins: dict[str, str],
     build: Callable[[Runtime, Tokenizer], GPT],
     resume_from: Checkpoint | None,
+    began: float,
     parent: Checkpoint | None = None,
-    began: float | None = None,
 ) -> OpenRun:
     """
     Open runtime, tokenizer and model, and print what was opened. `build` returns the model as it is
-    before the first step; the clock of the run starts at `began`, by default now. UserError for
-    flags that cannot be used here, or with the checkpoint to resume from.
+    before the first step; the clock of the run started at `began`, by time.monotonic(). UserError
+    for flags that cannot be used here, or with the checkpoint to resume from.
     """
-    began = time.monotonic() if began is None else began
     logbook.needed_trackers(knobs.sinks, knobs.run)  # an error should come early
     # A resumed run keeps its dtype: "auto" depends on a measurement on CPUs
     dtype = resume_from.meta["dtype"] if resume_from else knobs.dtype
@@ -239,7 +237,7 @@ def open_from_parent(
     parent_stage: str,
     knobs: LaterStageKnobs,
     origins: dict[str, str],
-    began: float | None = None,
+    began: float,
 ) -> OpenRun:
     """
     Open a run that starts from a checkpoint of an earlier stage, its parent: the newest, or that of
@@ -262,7 +260,7 @@ def open_from_parent(
     def build(runtime: Runtime, tokenizer: Tokenizer) -> GPT:
         return parent.model(runtime.device, runtime.dtype)
 
-    return open_run(stage, parent.tag, knobs, origins, build, resume_from, parent, began)
+    return open_run(stage, parent.tag, knobs, origins, build, resume_from, began, parent)
 
 
 def _interrupted(stage: str, parent_stage: str) -> str:
@@ -327,9 +325,8 @@ def make_optimizer(model: GPT, knobs: Any, runtime: Runtime, rate_scale: float =
             decay = knobs.weight_decay if spec.optimizer == "muon" else 0.0
             rate = rates[spec.rate] * knobs.lr_scale * rate_scale
             betas = 0.8, beta2.get(spec.rate, 0.95)
-            groups[key] = Group(spec.optimizer, [], [], rate, decay, betas)
-        groups[key].names.append(name)
-        groups[key].params.append(p)
+            groups[key] = Group(spec.optimizer, {}, rate, decay, betas)
+        groups[key].params[name] = p
     exact = runtime.dtype is torch.float32 and runtime.device.type == "cpu"
     ns_dtype = torch.bfloat16
     if exact or emulates_bfloat16(runtime.device):

@@ -145,10 +145,12 @@ class LookbackKnobs:
         """
         if self.lookback == "off" or (self.lookback == "auto" and not (on_cpu and minutes)):
             return {}
-        copy_heads = 1 if kv_heads > 1 else 0  # one head must know positions
-        pairs = PAIR_EMBEDDINGS if vocab_size <= PAIR_VOCABULARY else 0
-        tables = {"value_embeddings": True, "pair_embeddings": pairs}
-        return {"copy_heads": copy_heads, "convolutions": True, **tables}
+        return {
+            "copy_heads": 1 if kv_heads > 1 else 0,  # one head must know positions
+            "convolutions": True,
+            "value_embeddings": True,
+            "pair_embeddings": PAIR_EMBEDDINGS if vocab_size <= PAIR_VOCABULARY else 0,
+        }
 
 
 def with_lookback(
@@ -274,13 +276,13 @@ def evaluation_seconds(seconds: float, share: float = EVALUATING) -> float:
     return share * seconds / (1 + evaluations_within(seconds))
 
 
-def evaluation_tokens(tokens: float, sources: int, evaluations: int) -> int:
+def evaluation_tokens(tokens: float, sources: int) -> int:
     """
     Validation tokens per source in each evaluation of a run that trains on `tokens`: a power of
     two, such that all evaluations take EVALUATING of the run. Reading a token takes half the time
     of training on it.
     """
-    each = 2 * EVALUATING * tokens / (1 + evaluations) / max(1, sources)
+    each = 2 * EVALUATING * tokens / (1 + evaluations_within(0)) / sources
     return 1 << max(12, min(MOST_EVAL_TOKENS.bit_length(), int(each).bit_length()) - 1)
 
 

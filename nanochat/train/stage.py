@@ -200,12 +200,8 @@ def evaluation_size(
     if run.knobs.eval_tokens:
         return None
     if not run.budget_seconds:
-        if horizon.steps:
-            tokens = horizon.steps * horizon.rows * run.contexts.longest
-        else:
-            tokens = (horizon.epochs or 1) * feed.order.total
-        count = evaluations_within(0)
-        run.resolve(eval_tokens=evaluation_tokens(tokens, len(validation), count))
+        tokens = horizon.tokens(run.contexts.longest, feed.order.total)
+        run.resolve(eval_tokens=evaluation_tokens(tokens, len(validation)))
         return None
     rows = int(from_main(evaluation_rows(run, feed)[0], run.runtime))  # all ranks read the same
     one_batch = rows * run.model.config.sequence_len * run.runtime.world_size
@@ -311,8 +307,7 @@ def compile_if_it_pays(
     if run.knobs.compile == "auto":
         wanted = run.stored("compiled")
         if wanted is None:
-            tokens = (horizon.steps or 0) * horizon.rows * run.contexts.longest
-            tokens += (horizon.epochs or 0) * epoch_tokens
+            tokens = horizon.tokens(run.contexts.longest, epoch_tokens)
             flops = tokens * run.contexts.mean(run.model.flops_per_token)
             seconds = run.budget_seconds or flops / (0.4 * run.peak_flops)
             shapes = len(run.contexts.stages)

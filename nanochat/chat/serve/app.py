@@ -187,8 +187,7 @@ async def _answer(request: Request, shape: bodies.Shape) -> Response:
         if error.status != 503:
             raise
         # Another request has unloaded the model meanwhile, or the server ends and refuses again
-        served = await asyncio.to_thread(state.models.get, call.request.model)
-        shape.call = call = Call(served, call.request, call.prompts, call.dropped)
+        call.served = await asyncio.to_thread(state.models.get, call.request.model)
         call.start(state.mailbox, client)
     if call.request.stream:
         unbuffered = {"X-Accel-Buffering": "no"}  # or a proxy, such as nginx, collects the events

@@ -133,7 +133,7 @@ async def whole(shape: Shape) -> Fields:
                 add_part(sums[i].parts, part["type"], part["text"])
             sums[i].tokens += delta.tokens
             sums[i].offsets += delta.offsets
-            sums[i].finish = delta.finish or sums[i].finish
+            sums[i].finish = delta.finish
     return {
         **_head(shape, shape.name),
         "choices": [shape.whole(i, delta) for i, delta in enumerate(sums)],
@@ -148,7 +148,6 @@ async def events(shape: Shape) -> AsyncIterator[str]:
     without [DONE]. JSON is ASCII here: some clients split lines at any line break of Unicode.
     """
     call, head = shape.call, _head(shape, shape.chunk_name)
-    start = json.dumps(head)[:-1] + ', "choices": ['  # the same in every chunk
     # Each piece that is handed on costs a turn of the event loop: the first one waits for the first
     # token, and the last one has the usage and [DONE].
     piece = "".join(
@@ -157,8 +156,8 @@ async def events(shape: Shape) -> AsyncIterator[str]:
     )
     try:
         async for deltas in call.deltas():
-            chunks = [json.dumps(shape.chunk(i, delta)) for i, delta in deltas.items()]
-            piece += "".join(f"data: {start}{chunk}]}}\n\n" for chunk in chunks)
+            for i, delta in deltas.items():
+                piece += _event({**head, "choices": [shape.chunk(i, delta)]})
             if not call.finished:
                 yield piece if deltas else ": waiting\n\n"
                 piece = "" if deltas else piece

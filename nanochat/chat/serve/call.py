@@ -44,7 +44,7 @@ class Call:
             Answer(served.tokenizer, request.stops, plain)
             for _ in range(len(prompts) * self._samples)
         ]
-        self._jobs: list[Job] = []
+        self._jobs: list[Job] = []  # since the last start()
         self._inbox = Inbox()
 
     def start(self, mailbox: Mailbox, client: str) -> None:
@@ -52,6 +52,7 @@ class Call:
         Submit a job for each prompt. Sample i of a prompt draws as the terminal's sample i does.
         """
         sampling, limit = sampling_of(self.request), self.request.limit
+        self._jobs = []
         for p, prompt in enumerate(self.prompts):
             wanted = Continuation(prompt, f"{self.seed}/{p}", sampling, limit, self._samples)
             job = Job(wanted, client, functools.partial(mailbox.put, self._inbox, p))

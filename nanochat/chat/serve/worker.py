@@ -121,7 +121,7 @@ class Worker(threading.Thread):
         with self._wake:
             job.unwanted.add(index)
 
-    def close(self, grace_seconds: float = 10.0) -> None:
+    def close(self, grace_seconds: float) -> None:
         """Accept no more jobs; running ones have `grace_seconds` to finish."""
         with self._wake:
             self._deadline = time.monotonic() + grace_seconds
@@ -140,8 +140,9 @@ class Worker(threading.Thread):
     def run(self) -> None:
         while True:
             with self._wake:
-                while not (self._queue or self._reading or self._running or self._deadline):
-                    self._wake.wait()
+                self._wake.wait_for(
+                    lambda: self._queue or self._reading or self._running or self._deadline
+                )
                 if self._deadline and self._finish_closing():
                     return
                 self._remove_cancelled()
