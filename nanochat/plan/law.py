@@ -50,9 +50,9 @@ class Law:
     in logarithms, of the text of the runs made here above that of the ladder; it counts the less
     the nearer FLOPs come to the ladder's. It is 0 for laws without a ladder; with `far`, such a law
     approaches that of the ladder times `far`, from the end of its runs on over two factors of ten
-    in FLOPs. `deep`: layers to this power divide the part of the size, 0 where the law does not know
-    what depth is worth. `spread` is the error in the middle of its runs (see error). A pilot of so
-    many tokens sets `factor`, which moves the whole curve.
+    in FLOPs. The number of layers to the power `deep` divides the part of the size; 0 means that
+    the law does not know what depth is worth. `spread` is the error in the middle of its runs (see
+    error). A pilot of so many tokens sets `factor`, which moves the whole curve.
     """
 
     floor: float = 0.3448295
@@ -101,7 +101,7 @@ class Law:
         return min(ladder, math.hypot(0.03, 0.015 * (at - HERE)))
 
     def moved(self, n: float, d: float, bpb: float, layers: int = 1) -> "Law":
-        """The curve through what a pilot of n parameters in so many layers reached with d tokens."""
+        """The curve through what a pilot of n parameters in `layers` reached with d tokens."""
         return replace(self, factor=self.factor * bpb / self.bpb(n, d, layers), pilot=d)
 
 
