@@ -134,7 +134,7 @@ def within_noise(chosen: list[float], best: list[float], noise: float, freedom: 
     Whether the mean of the chosen model lies above that of the best one by no more than seeds alone
     give in 19 of 20 cases (Student's t, one-sided).
     """
-    most = stats.t.ppf(0.95, freedom) * noise * math.sqrt(1 / len(chosen) + 1 / len(best))
+    most = float(stats.t.ppf(0.95, freedom)) * noise * math.sqrt(1 / len(chosen) + 1 / len(best))
     return math.log(fmean(chosen) / fmean(best)) <= most
 
 
