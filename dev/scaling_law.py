@@ -90,6 +90,7 @@ TINYWORLD = (
 def fit(ladder: Sequence[Run] = LADDER, measured: Sequence[Run] = MEASURED) -> Law:
     """The law of these runs."""
     n, d, bpb = np.reshape(ladder, (-1, 3)).T
+    # Where the number of layers is not known, it has no exponent, and 1 stands for it
     own_n, own_d, own_bpb, own_layers = np.array([(*run, 1)[:4] for run in measured]).T
     size, tokens = (
         float(np.exp(np.log(values).mean()))

@@ -325,7 +325,7 @@ def test_an_error_may_hold_what_separates_columns(lab, monkeypatch, capsys):
 
     monkeypatch.setattr(machine, "in_process", broken)
     probed("--depths", "4", "6", "--device_batches", "8", "--vocab=4096", "--minutes=20")
-    assert "failed at [1/2/3]" in capsys.readouterr().out
+    assert "failed at [1|2|3]" in capsys.readouterr().out
 
 
 def test_a_grid(lab, tmp_path, capsys):

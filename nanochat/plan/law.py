@@ -118,7 +118,7 @@ LOOKS_BACK = Law(
     prose=0.0,
     deep=-0.13708,
     far=0.935,
-    spread=0.008,
+    spread=0.005,
 )
 # The vocabulary of those runs, and what half of it costs (dev/vocabulary_experiments.py)
 FITTED, SMALLER = 8192, 0.011

@@ -171,16 +171,18 @@ def _show(points: Sequence[Point], target: Machine) -> None:
     heads = "depth x width|T|rows|accumulation|ms per step|later|tok/s|of peak|peak memory"
     rows = []
     for p in points:
-        c, measured = p["config"], p.get("error", "").replace("|", "/") + "||||"
+        c, measured = p["config"], [p.get("error", ""), "", "", "", ""]
         if "error" not in p:
             rate = p["tok_per_sec"]
-            reached = rate * p["flops_per_token"] / target.peak_flops
-            measured = (
-                f"{p['step_ms']:,.0f}|{p.get('drift', 0):+.0%}|{rate:,.0f}|{reached:.0%}|"
-                f"{p['peak_memory_bytes'] / GIB:.2f} GiB"
-            )
-        size = f"{c['n_layer']} x {c['n_embd']}|{c['sequence_len']}|{p['rows']}"
-        rows.append(f"{size}|{p['accumulation']}|{measured}".split("|"))
+            measured = [
+                f"{p['step_ms']:,.0f}",
+                f"{p.get('drift', 0):+.0%}",
+                f"{rate:,.0f}",
+                f"{rate * p['flops_per_token'] / target.peak_flops:.0%}",
+                f"{p['peak_memory_bytes'] / GIB:.2f} GiB",
+            ]
+        size = f"{c['n_layer']} x {c['n_embd']}"
+        rows.append([size, c["sequence_len"], p["rows"], p["accumulation"], *measured])
     print0(columns(heads.split("|"), rows))
     if any(abs(p.get("drift", 0)) > 0.3 for p in points):
         notice(
