@@ -116,7 +116,7 @@ import sys, time
 from nanochat.chat.generate import Engine
 from nanochat.model.checkpoint import load_for_inference
 loaded = load_for_inference("sft")
-engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+engine = Engine.of(loaded)
 messages = [{"role": "user", "content": "Tell me about Mia and Ruth, please."}]
 prompt = loaded.tokenizer.render_prompt({"messages": messages})
 for line in sys.stdin:

@@ -277,7 +277,7 @@ def run_mix(mix: Mix, books: list[str], base: Path, ready: Path) -> dict:
     )
     found: dict = {}
     for stage in ("base", "mid", "sft"):
-        rows = {row["kind"]: row for row in logbook.read(run_directory(stage, tag))}
+        rows = logbook.by_kind(run_directory(stage, tag))
         numbers = {
             k: round(v, 4) for k, v in rows.get("eval", {}).items() if k.startswith("val_bpb")
         }

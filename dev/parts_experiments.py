@@ -226,7 +226,7 @@ def train(run: Run, texts: Path, root: Path) -> dict[str, Any] | None:
     if child.exitcode:
         print(f"{run.key} failed: see {base / 'log.txt'}", flush=True)
         return None
-    last = {row["kind"]: row for row in logbook.read(folder)}
+    last = logbook.by_kind(folder)
     shutil.rmtree(folder)
     return {
         "val_bpb": last["eval"]["val_bpb"],

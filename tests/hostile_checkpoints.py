@@ -334,6 +334,6 @@ CHECKPOINTS: dict[str, Attack] = {
 def load() -> None:
     """What every command does with a model: find it, load it, generate with it."""
     loaded = load_for_inference("sft", device_type="cpu", dtype="float32")
-    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    engine = Engine.of(loaded)
     for temperature in (0.0, 1.0):
         engine.generate_batch([[loaded.tokenizer.bos, 65]], max_tokens=4, temperature=temperature)

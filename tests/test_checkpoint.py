@@ -81,17 +81,17 @@ def test_amended_metadata(tmp_path):
 
 def test_amending_is_safe_at_every_moment(tmp_path, monkeypatch):
     stored = write(tmp_path, 3, done=False)
-    real = checkpoint.atomic_write
+    real = os.replace
     for killed_before in (1, 2):
         calls = []
 
-        def write_or_die(where, data, calls=calls, killed_before=killed_before):
-            calls.append(where)
+        def replace_or_die(old, new, calls=calls, killed_before=killed_before):
+            calls.append(new)
             if len(calls) == killed_before:
                 raise KeyboardInterrupt
-            real(where, data)
+            real(old, new)
 
-        monkeypatch.setattr(checkpoint, "atomic_write", write_or_die)
+        monkeypatch.setattr(os, "replace", replace_or_die)
         with pytest.raises(KeyboardInterrupt):
             stored.amend({"done": True})
         assert not stored.damage(optimizer=True) and stored.meta["done"] is False

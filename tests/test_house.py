@@ -120,18 +120,18 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_470,
-    "base": 12_605,
+    "base": 12_710,
     "tinyworld": 9_550,
-    "data": 36_895,
-    "model": 26_880,
-    "chat": 8_720,
-    "chat/serve": 10_875,
-    "eval": 20_220,
-    "train": 21_450,
-    "study": 13_615,
-    "plan": 16_100,
-    "export": 9_095,
-    "commands": 23_540,
+    "data": 36_840,
+    "model": 26_875,
+    "chat": 8_755,
+    "chat/serve": 10_865,
+    "eval": 20_200,
+    "train": 21_440,
+    "study": 13_595,
+    "plan": 16_085,
+    "export": 9_070,
+    "commands": 23_465,
 }
 
 

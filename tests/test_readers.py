@@ -511,7 +511,8 @@ def test_without_a_library_a_mailbox_of_pages_names_the_extra(tmp_path, monkeypa
     monkeypatch.setattr("importlib.import_module", missing)
     report = Report()
     assert read(tmp_path / "a.mbox", report) == []
-    assert 'selectolax: run pip install -e ".[documents]"' in str(report.notes)
+    assert "the package selectolax cannot be used" in str(report.notes)
+    assert 'pip install -e ".[documents]"' in str(report.notes)
 
 
 def test_archives_are_unpacked_on_the_disk_of_the_base_folder(tmp_path, monkeypatch):

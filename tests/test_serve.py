@@ -106,7 +106,7 @@ def live(base):
 @pytest.fixture(scope="module")
 def engine(base) -> Engine:
     loaded = load_for_inference("sft", device_type="cpu", dtype="float32")
-    return Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    return Engine.of(loaded)
 
 
 def terminal_answer(engine: Engine, sample: int = 0, **sampling) -> str:

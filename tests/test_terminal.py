@@ -88,7 +88,7 @@ def runs(base: Path) -> None:
 def samples(base: Path) -> None:
     run = base / "checkpoints/base/old"
     hostile_logbooks.spoil(hostile_logbooks.score(), run / "metrics.jsonl")
-    rows = {row["kind"]: row for row in logbook.read(run)}
+    rows = logbook.by_kind(run)
     kinds = {EVIL: rows["chat_eval"]["kinds"].popitem()[1]}
     figures = {"tokens": 1, "minutes": 1.0, "val_bpb": 1.0, "n": 1, "lo": 0.1, "hi": 0.2}
     print0(summary.table({EVIL: {**figures, "accuracy": 0.1, "chance": 0.1, "kinds": kinds}}))

@@ -4,6 +4,7 @@ exception for mistakes that the user can fix. It imports nothing else of the pro
 """
 
 import errno
+import importlib
 import os
 import re
 import sys
@@ -142,6 +143,20 @@ def duration(seconds: float) -> str:
     if total < 3600:
         return f"{total // 60}m{total % 60:02d}s"
     return f"{total // 3600}h{total % 3600 // 60:02d}m"
+
+
+def optional(name: str, extra: str) -> Any:
+    """
+    A module of a package that one of nanochat's extras installs. Raises UserError if it cannot be
+    imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(
+            f"the package {name.split('.')[0]} cannot be used ({e}): run pip install -e "
+            f'".[{extra}]" in the folder of nanochat'
+        ) from e
 
 
 def columns(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nanochat.base.common import UserError, disk_error, notice
 from nanochat.base.strangers import open_regular, read_json
@@ -38,6 +38,11 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # even after Ctrl+C
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write a value as indented JSON, as atomic_write() does."""
+    atomic_write(path, json.dumps(value, indent=1) + "\n")
 
 
 def check_writable(folder: Path) -> None:

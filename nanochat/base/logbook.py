@@ -346,6 +346,11 @@ def newest(directory: Path, kind: str) -> Row:
     return {}
 
 
+def by_kind(directory: Path | str) -> dict[str, Row]:
+    """The last valid row of each kind in a run's folder."""
+    return {row["kind"]: row for row in read(directory)}
+
+
 def read(directory: Path | str) -> list[Row]:
     """
     The valid rows of a run's folder (or of a .jsonl file), in the order written: of rows with the

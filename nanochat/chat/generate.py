@@ -28,6 +28,7 @@ from nanochat.chat.sampling import Sampling, choose, wide
 from nanochat.chat.tools import ToolCalls
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.cache import KVCache
+from nanochat.model.checkpoint import Loaded
 from nanochat.model.gpt import GPT
 from nanochat.model.loss import capped
 
@@ -83,6 +84,11 @@ class Engine:
         self._use_graphs = graphs and model.head_weight.device.type == "cuda"
         self._packed: tuple[GPT, nn.Module] | None = None
         self._graphs: Graphs | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> "Engine":
+        """The engine of a model that is ready for use, which it casts for inference."""
+        return cls(loaded.model.cast_for_inference(), loaded.tokenizer)
 
     def row_bytes(self) -> int:
         """The memory of one row's keys and values over the whole context, in bytes."""

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             bpb, temperatures = measure_splits(knobs, loaded, knobs.data), [0.0]
         else:
             loaded, bpb = measure(knobs)
-            engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+            engine = Engine.of(loaded)
             temperatures = [0.0, knobs.temperature]
 
         def log(kind: str, **row: Any) -> None:

@@ -71,7 +71,7 @@ class GenerationKnobs(ModelKnobs, MachineKnobs):
         loaded = load_for_inference(
             stage, self.model_tag, self.step, self.device_type, self.dtype, self.seed
         )
-        return Engine(loaded.model.cast_for_inference(), loaded.tokenizer), loaded
+        return Engine.of(loaded), loaded
 
     def sampling(self, turn: int) -> dict[str, Any]:
         """Keywords for Engine.generate; every turn has its own seed."""

@@ -147,7 +147,7 @@ def evaluate(
         loaded = engine = load_exported(knobs.hf, *machine, knobs.with_code)
     else:
         loaded = load_for_inference(knobs.source, knobs.model_tag, knobs.step, *machine)
-        engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+        engine = Engine.of(loaded)
     began = time.monotonic()
     summary = ask(knobs, engine, questions)
     seconds = time.monotonic() - began

@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat.base import logbook
-from nanochat.base.common import UserError, base_dir, entry, notice, opening, print0, user_path
-from nanochat.base.files import atomic_write, sha256_file
+from nanochat.base.common import (
+    UserError,
+    base_dir,
+    entry,
+    notice,
+    opening,
+    optional,
+    print0,
+    user_path,
+)
+from nanochat.base.files import atomic_write, sha256_file, write_json
 from nanochat.base.knobs import knob, parse
 from nanochat.export import card
 from nanochat.export.target import Target, choose_target
@@ -222,7 +231,7 @@ def _describe(
         "compared": checked,
         "files": sorted(path.name for path in folder.iterdir()),
     }
-    atomic_write(folder / "nanochat.json", json.dumps(about, indent=1) + "\n")
+    write_json(folder / "nanochat.json", about)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -234,14 +243,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "--dtype=q8_0 works only with --to gguf and --to ollama: choose f32, bf16 or f16"
         )
 
-    from nanochat.export.gguf_file import modelfile, require_gguf
+    from nanochat.export.gguf_file import modelfile
     from nanochat.export.hf import require_transformers
     from nanochat.model.checkpoint import load_for_inference
 
     if to_hf:
         require_transformers()
     else:
-        require_gguf()
+        optional("gguf", "export")
     loaded = load_for_inference(knobs.source, knobs.model_tag, knobs.step, "cpu", "float32")
     config = loaded.model.config
     target = choose_target(

@@ -25,7 +25,7 @@ from typing import Any
 
 from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, entry, human, print0, user_path
-from nanochat.base.files import atomic_write
+from nanochat.base.files import atomic_write, write_json
 from nanochat.base.knobs import knob, parse
 from nanochat.commands import tok_train
 from nanochat.data import conversations, documents, inventory, rows, sources
@@ -480,7 +480,7 @@ def report(knobs: MineKnobs, folder: Path) -> dict[str, Any]:
         "own": own_text.answers(chat, text_questions.tasks(questions), QUESTIONS),
         "embedded": own_text.answers(chat, everyday, QUESTIONS // 3),
     }
-    atomic_write(folder / "summary.json", json.dumps(results, indent=1))
+    write_json(folder / "summary.json", results)
     return results
 
 
@@ -555,7 +555,7 @@ def prepare(chain: Chain, knobs: MineKnobs, folder: Path) -> None:
 
 def pretrained(tag: str) -> dict[str, Any]:
     """Steps and tokens per second of pretraining. Its last start may have had no step to train."""
-    rows = {row["kind"]: row for row in logbook.read(run_directory("base", tag))}
+    rows = logbook.by_kind(run_directory("base", tag))
     speeds = [rows.get(kind, {}).get("tok_per_sec", 0.0) for kind in ("summary", "train")]
     return {
         "speed": next(speed for speed in speeds if speed > 0),

@@ -201,7 +201,7 @@ def plan_further(knobs: QuickstartKnobs, diary: Diary) -> dict[str, str]:
     if flag == "--max_minutes":
         longer = f"{before + added_minutes:.2f}"
     else:
-        rows = {row["kind"]: row for row in logbook.read(run_directory("mid", knobs.model_tag))}
+        rows = logbook.by_kind(run_directory("mid", knobs.model_tag))
         row = rows.get("summary", rows["train"])  # no summary if it was killed at the end
         steps_per_second = row["step"] / row["seconds"]
         longer = f"{before + 60 * added_minutes * steps_per_second:.0f}"

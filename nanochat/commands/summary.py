@@ -1,13 +1,12 @@
 """Summarise a model's finished stages in a table and summary.json, with some sample exchanges."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, columns, entry, human, print0, user_path
-from nanochat.base.files import atomic_write
+from nanochat.base.files import write_json
 from nanochat.base.knobs import knob, parse
 from nanochat.base.strangers import is_number
 from nanochat.eval.scores import stage_results, stage_table
@@ -79,7 +78,7 @@ def exchanges(
 
     loaded = load_for_inference(stage, tag, None, knobs.device_type, knobs.dtype, knobs.seed)
     tokenizer = loaded.tokenizer
-    engine = Engine(loaded.model.cast_for_inference(), tokenizer)
+    engine = Engine.of(loaded)
     prompts = [tokenizer.render_prompt(Task.prompt(item)) for item in items]
     samples = engine.generate_batch(prompts, max_tokens=64, temperature=0.0)
     return [
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seconds = knobs.seconds or 60 * sum(figures["minutes"] for figures in stages.values())
     summary = {"tag": tag, "minutes": round(seconds / 60, 2), "stages": stages}
     path = user_path(knobs.out or base_dir() / "summary" / tag) / "summary.json"
-    atomic_write(path, json.dumps(summary, indent=1))
+    write_json(path, summary)
     print0(f"{summary['minutes']:.1f} minutes in all; the figures are in {path}")
     return summary
 

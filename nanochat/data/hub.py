@@ -10,7 +10,6 @@ own hosts.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from nanochat.base.common import UserError, disk_error, human
-from nanochat.base.files import atomic_write, sha256_file
+from nanochat.base.files import sha256_file, write_json
 from nanochat.base.progress import progress
 from nanochat.base.strangers import mismatch, missing, parse_json, read_json, shown
 
@@ -90,7 +89,7 @@ def pin(repo: str, folder: Path, revision: str | None = None) -> tuple[str, dict
     commit, files = _list(repo, revision)
     listed = [vars(f) for f in files.values()]
     manifest = {"repo": repo, "revision": revision, "commit": commit, "files": listed}
-    atomic_write(path, json.dumps(manifest, indent=1))
+    write_json(path, manifest)
     return commit, files
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.base.common import UserError, base_dir, counted, human, in_line, notice, print0
-from nanochat.base.files import Hashes, atomic_write
+from nanochat.base.files import Hashes, write_json
 from nanochat.base.progress import progress
 from nanochat.data import conversations
 from nanochat.data.documents import HOLDS_CONVERSATIONS, read_all, text_bytes
@@ -224,7 +224,7 @@ def of(source: "Source", me: str | None = None) -> SourceInventory:
         return SourceInventory(**json.loads(path.read_bytes()))
     inventory = _survey(source.name, found, source.field, me)
     inventory.file = str(path)
-    atomic_write(path, json.dumps(asdict(inventory), indent=1))
+    write_json(path, asdict(inventory))
     return inventory
 
 

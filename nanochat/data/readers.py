@@ -28,10 +28,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import unquote
 
-from nanochat.base.common import UserError, base_dir, human
+from nanochat.base.common import UserError, base_dir, human, optional
 from nanochat.base.files import atomic_write
 from nanochat.data.folders import in_folder, kind_of
-from nanochat.data.rows import Report, encoding_of_html, library, open_bytes, open_text
+from nanochat.data.rows import Report, encoding_of_html, open_bytes, open_text
 
 MOST_BYTES = 1 << 26  # of one document
 MOST_UNPACKED = 1 << 32  # bytes of all members of an archive
@@ -98,7 +98,7 @@ def html_text(data: bytes | str, report: Report, left_out: str = AROUND, xml: bo
     The text of a page of HTML or, with `xml`, of XHTML, without the elements that the CSS selector
     `left_out` names.
     """
-    parser = library("selectolax.lexbor").LexborHTMLParser
+    parser = optional("selectolax.lexbor", "documents").LexborHTMLParser
     if isinstance(data, bytes):
         data = data.decode(encoding_of_html(data, report), "replace")
     page = _with_end_tags(data.replace("\0", ""), xml)
@@ -189,7 +189,7 @@ def _harmless(xml: bytes) -> bytes:
 
 def docx(path: Path, report: Report) -> Iterator[str]:
     """The text of a Word document, with its tables and notes, converted by way of HTML."""
-    mammoth = library("mammoth")
+    mammoth = optional("mammoth", "documents")
     with _opened_zip(path):
         converted = mammoth.convert_to_html(
             io.BytesIO(content(path)), convert_image=mammoth.images.img_element(lambda image: {})
@@ -205,7 +205,7 @@ def odt(path: Path, report: Report) -> Iterator[str]:
 
 def epub(path: Path, report: Report) -> Iterator[str]:
     """The chapters of a book in the order of its spine, each a text of its own."""
-    parse = library("defusedxml.ElementTree").fromstring
+    parse = optional("defusedxml.ElementTree", "documents").fromstring
     with _opened_zip(path) as archive:
         container = parse(archive.read("META-INF/container.xml"))
         package_path = PurePosixPath(container.find(".//{*}rootfile").get("full-path"))
@@ -244,7 +244,7 @@ def pdf(path: Path, report: Report) -> Iterator[str]:
 
 
 def _pdf_text(data: bytes) -> str:
-    library("pypdf")
+    optional("pypdf", "documents")
     program = Path(__file__).with_name("pdf.py")
     try:
         done = subprocess.run(
@@ -267,7 +267,7 @@ def _pdf_text(data: bytes) -> str:
 
 def rtf(path: Path, report: Report) -> Iterator[str]:
     """The text of a rich text file."""
-    convert = library("striprtf.striprtf").rtf_to_text
+    convert = optional("striprtf.striprtf", "documents").rtf_to_text
     yield tidy(convert(content(path).decode("latin-1"), errors="replace"))
 
 

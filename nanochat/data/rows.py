@@ -14,7 +14,6 @@ import codecs
 import csv
 import errno
 import gzip
-import importlib
 import io
 import json
 import lzma
@@ -27,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat.base.common import UserError, counted, human
+from nanochat.base.common import UserError, counted, human, optional
 from nanochat.base.strangers import shown
 from nanochat.data.folders import BEFORE_JSON, TABLES, delimiter_of, format_of, kind_of
 
@@ -66,17 +65,6 @@ AS_IN_BROWSERS = {
 DECLARED = re.compile(
     rb"""<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?([\w.:-]{1,40})""", re.I
 )
-
-
-def library(name: str) -> Any:
-    """A module of the extra `documents`. Raises UserError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(
-            f"reading this needs the package {name.split('.')[0]}: run pip install -e "
-            '".[documents]" in the folder of nanochat'
-        ) from e
 
 
 class TooManyBadRows(UserError):
@@ -207,7 +195,7 @@ def guessed_encoding(sample: bytes) -> str | None:
     The encoding of bytes that are not UTF-8, as charset-normalizer guesses it; None if they do not
     look like text in any of ENCODINGS.
     """
-    from_bytes, names = library("charset_normalizer").from_bytes, ENCODINGS.split()
+    from_bytes, names = optional("charset_normalizer", "documents").from_bytes, ENCODINGS.split()
     # ASCII tells nothing about the encoding, so each line counts from its first other byte on
     telling = b"\n".join(re.findall(rb"[\x80-\xff][^\n]*", sample))
     best = from_bytes(telling[:SAMPLE], cp_isolation=names).best()

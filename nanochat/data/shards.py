@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanochat.base.common import UserError, base_dir, notice, rank, world_size
-from nanochat.base.files import Hashes, atomic_write, locked
+from nanochat.base.files import Hashes, locked, write_json
 from nanochat.base.progress import ProgressBar, progress
 from nanochat.data.ahead import batches, read_ahead
 from nanochat.data.rows import Report, of_each
@@ -274,7 +274,7 @@ def _write(
         "notes": dict(report.notes),
     }
     hashes.save()
-    atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _seal(meta)}, indent=1))
+    write_json(folder / "meta.json", {**meta, "sha256": _seal(meta)})
 
 
 def _seal(meta: dict) -> str:

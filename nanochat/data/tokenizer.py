@@ -25,7 +25,7 @@ import numpy as np
 import tiktoken
 
 from nanochat.base.common import UserError, base_dir, notice
-from nanochat.base.files import atomic_write
+from nanochat.base.files import atomic_write, write_json
 from nanochat.base.hardware import usable_cpus
 from nanochat.base.strangers import read_json, shown
 from nanochat.data.documents import well_formed
@@ -176,7 +176,7 @@ class Tokenizer:
         data = self._json()
         data["model"]["merges"] = _merges(self.ranks)
         atomic_write(directory / "tokenizer.json", json.dumps(data, ensure_ascii=False, indent=1))
-        atomic_write(directory / "meta.json", json.dumps(meta, indent=1) + "\n")
+        write_json(directory / "meta.json", meta)
 
     def spelled(self) -> tuple[list[str], list[list[str]]]:
         """The ordinary tokens in order of id, and the merges, in the letters of tokenizer.json."""

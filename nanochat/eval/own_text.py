@@ -52,7 +52,7 @@ def documents(source: Source, split: str) -> list[str]:
 
 def answers(loaded: Loaded, tasks: Sequence[Task], each: int) -> Result:
     """Ask up to `each` held-out questions of every task; returns scores.summarise() of them."""
-    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    engine = Engine.of(loaded)
     results = {}
     for task in tasks:
         verdicts = judge(engine, task, task.items("val", each))
@@ -83,7 +83,7 @@ def other_predictors(loaded: Loaded, source: Source) -> dict[str, float]:
 def replies(loaded: Loaded, questions: Sequence[str]) -> list[tuple[str, str]]:
     """Each question with its reply, sampled as chat_cli does."""
     tokenizer = loaded.tokenizer
-    engine = Engine(loaded.model.cast_for_inference(), tokenizer)
+    engine = Engine.of(loaded)
     prompts = [
         tokenizer.render_prompt({"messages": [{"role": "user", "content": question}]})
         for question in questions
@@ -113,7 +113,7 @@ def samples(loaded: Loaded, source: Source, seed: int) -> list[dict[str, Any]]:
     corpus = " ".join(map(normalised, documents(source, "train")))
     searched = share_read(source)
     prompt = sample_prompt(documents(source, "val"))
-    engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+    engine = Engine.of(loaded)
     out = []
     for temperature in TEMPERATURES:
         (sample,) = engine.generate_batch(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nanochat.base.common import UserError
+from nanochat.base.common import optional
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.export.target import PRE_TOKENIZERS, Target
 from nanochat.export.template import CHAT_TEMPLATE
@@ -34,17 +34,6 @@ OLLAMA_TEMPLATE = (  # a Go template that renders messages as CHAT_TEMPLATE does
     "{{ .Content }}<|assistant_end|>{{- end }}"
     "{{- end }}<|assistant_start|>"
 )
-
-
-def require_gguf() -> Any:
-    """The module gguf. UserError if it is not installed."""
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise UserError(
-            'the package gguf is not installed: install it with pip install -e ".[export]"'
-        ) from None
-    return gguf
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, gguf: Any) -> None:
@@ -101,7 +90,7 @@ def write_gguf(
     Write the model as one GGUF file. `target` is Qwen3 or Apertus, from choose_target; `dtype` is
     f32, f16, bf16 or q8_0. UserError if the package gguf is not installed.
     """
-    gguf = require_gguf()
+    gguf = optional("gguf", "export")
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(file), target.name)
     _add_shape(writer, model.config, name)

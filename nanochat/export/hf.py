@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.base.common import UserError
+from nanochat.base.common import UserError, optional
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.export.target import Target, layer_windows
 from nanochat.export.template import CHAT_TEMPLATE
@@ -34,13 +34,8 @@ PROBE_ROWS, PROBE_TOKENS = 3, 512  # that logits are compared on
 
 
 def require_transformers() -> Any:
-    """The module transformers; UserError where it is not installed or too old."""
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise UserError(
-            'the package transformers is not installed: install it with pip install -e ".[export]"'
-        ) from None
+    """The module transformers. Raises UserError if it cannot be imported or is too old."""
+    transformers = optional("transformers", "export")
     if not hasattr(transformers, "NanoChatForCausalLM"):
         raise UserError(
             f"transformers {transformers.__version__} has no NanoChat class: "

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.base.common import UserError, base_dir, human, notice
-from nanochat.base.files import atomic_write, sha256_file
+from nanochat.base.files import atomic_write, sha256_file, write_json
 from nanochat.base.runtime import Runtime, open_runtime
 from nanochat.base.strangers import read_json, shown
 from nanochat.data.tokenizer import Tokenizer
@@ -236,7 +236,7 @@ class Checkpoint:
         manifest = read_json(self.path / MANIFEST)
         new_hash = hashlib.sha256(text.encode("utf-8")).hexdigest()
         manifest[META] = [sha256_file(self.path / META), new_hash]
-        atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=1))
+        write_json(self.path / MANIFEST, manifest)
         atomic_write(self.path / META, text)
         vars(self).pop("meta", None)  # read it again when it is next needed
 

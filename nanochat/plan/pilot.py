@@ -28,7 +28,7 @@ from typing import Any
 from nanochat.base import logbook
 from nanochat.base.commands import module_process
 from nanochat.base.common import UserError, columns, duration, human, print0
-from nanochat.base.files import atomic_write
+from nanochat.base.files import write_json
 from nanochat.base.knobs import knob, stored_values
 from nanochat.base.strangers import read_json, read_toml
 from nanochat.model.stages import run_directory
@@ -218,5 +218,5 @@ def run(knobs: PilotKnobs) -> dict[str, Any]:
     if knobs.target_bpb:
         report["target"] = verdict(knobs.target_bpb, chosen.bpb)
         print0("  " + report["target"])
-    atomic_write(file.with_name("pilot.json"), json.dumps(report, indent=1))
+    write_json(file.with_name("pilot.json"), report)
     return report

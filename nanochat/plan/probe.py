@@ -12,7 +12,6 @@ measured twice, the second time after all others, and the second time counts: ma
 faster in their first minutes of work than in the hours after them.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.base.common import columns, duration, notice, print0
-from nanochat.base.files import atomic_write, check_writable
+from nanochat.base.files import check_writable, write_json
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_json
 from nanochat.plan import machine, speed
@@ -116,7 +115,7 @@ def run(knobs: ProbeKnobs) -> dict[str, Any]:
         return machine.in_process(point | where)
 
     def save() -> None:
-        atomic_write(file, json.dumps({"machine": target.stored(), "points": stored}, indent=1))
+        write_json(file, {"machine": target.stored(), "points": stored})
 
     for wanted in grid(knobs, target, training):
         known = (p for p in stored if p.get("error", MEMORY_ENDED) == MEMORY_ENDED)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanochat.base.common import duration, notice, print0, user_path
-from nanochat.base.files import atomic_write
+from nanochat.base.files import atomic_write, write_json
 from nanochat.base.knobs import knob
 from nanochat.base.strangers import read_toml
 from nanochat.plan import day, machine
@@ -87,7 +87,7 @@ def write(plan: Plan) -> dict[str, Any]:
         "pretraining_seconds": knobs.pretraining_seconds,
         **asdict(plan.choice),
     }
-    atomic_write(out.with_suffix(".json"), json.dumps(whole, indent=1))
+    write_json(out.with_suffix(".json"), whole)
     return whole
 
 

@@ -133,7 +133,7 @@ class Comparison:
         """Write all files of the comparison; returns its results."""
         rows = "".join(json.dumps(run) + "\n" for run in self.records.values())
         files.atomic_write(self.folder / "runs.jsonl", rows)
-        files.atomic_write(self.folder / "conditions.json", json.dumps(self.flags, indent=1))
+        files.write_json(self.folder / "conditions.json", self.flags)
         scheduled = {(condition.name, seed) for condition, seed in self.schedule}
         runs = [run for key, run in self.records.items() if key in scheduled]
         flags = {condition.name: shlex.join(condition.flags) for condition in self.conditions}
@@ -143,7 +143,7 @@ class Comparison:
             "runs_finished": len(runs),
             **analyse(runs, flags, self.target),
         }
-        files.atomic_write(self.folder / "results.json", json.dumps(results, indent=1))
+        files.write_json(self.folder / "results.json", results)
         write_comparison(self.name, results, runs, self.folder / "report.html")
         return results
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, duration, human, notice, print0
-from nanochat.base.files import atomic_write, reserved
+from nanochat.base.files import reserved, write_json
 from nanochat.model.stages import STAGES, lock_file, run_directory, step_folders
 from nanochat.train.knobs import MachineKnobs
 
@@ -83,7 +83,7 @@ class Diary:
             "notes": self.notes,
             "done": self.done,
         }
-        atomic_write(self.path, json.dumps(content, indent=1))
+        write_json(self.path, content)
 
     def replan(self) -> None:
         """

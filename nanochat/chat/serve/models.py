@@ -99,7 +99,7 @@ class Models:
     def load(self, stage: str = "auto", tag: str = "", step: int | None = None) -> Served:
         """Load a model; the first one becomes the default. Raises UserError if there is none."""
         loaded = load_for_inference(stage, tag, step, **self.options)
-        engine = Engine(loaded.model.cast_for_inference(), loaded.tokenizer)
+        engine = Engine.of(loaded)
         worker = Worker(engine, self.max_rows, self.kv_bytes)
         id = f"{loaded.checkpoint.tag}/{loaded.stage}"
         fingerprint = loaded.checkpoint.fingerprint
