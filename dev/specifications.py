@@ -37,7 +37,11 @@ def specifications() -> str:
     head = ("model", "flags", "layers x width", *PARTS, "FLOPs/token", "tokens", "FLOPs", "GB")
     return f"""# Specifications of the standard models
 
-Written by `python dev/specifications.py`; a test compares it with the code.
+```sh
+nanochat plan arch --depth=12     # such figures for a model of any size
+```
+
+The table was written by `python dev/specifications.py`; a test compares it with the code.
 
 {columns(head, rows)}
 

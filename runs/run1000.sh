@@ -4,4 +4,4 @@
 #     bash runs/run1000.sh                                         the whole run on eight GPUs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-SCRIPT=run1000.sh DEPTH=32 ROWS=8 TOKENS=37.6e9 exec bash runs/speedrun.sh "$@"
+SCRIPT=run1000.sh DEPTH=32 TOKENS=37.6e9 exec bash runs/speedrun.sh "$@"

@@ -8,7 +8,7 @@
 #     WANDB_RUN=name bash runs/speedrun.sh                         also sends curves and settings to Weights & Biases
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-depth="${DEPTH:-20}" rows="${ROWS:-32}" tokens="${TOKENS:-11.2e9}" gpus="${GPUS:-8}" script="${SCRIPT:-speedrun.sh}"
+depth="${DEPTH:-20}" tokens="${TOKENS:-11.2e9}" gpus="${GPUS:-8}" script="${SCRIPT:-speedrun.sh}"
 tag="${script%.sh}-d$depth" # its own, so that it never continues another run of base_train
 common=(--model_tag="$tag" --run="${WANDB_RUN:-dummy}" --resume=auto)
 export OMP_NUM_THREADS=1

@@ -212,7 +212,7 @@ def test_the_whole_command_stops_after_three_passes(made, flags, tmp_path, capsy
 
 def test_a_limit_of_passes_that_time_does_not_allow_is_no_length(flags, capsys):
     """A run of six minutes was said to have 13,198 steps and to read its text 3.4 times."""
-    few = ["--max_minutes=0.03", "--max_passes=1e9", "--compile=off", "--model_tag=timed"]
+    few = ["--max_minutes=0.1", "--max_passes=1e9", "--compile=off", "--model_tag=timed"]
     base_train.main([*flags, *few])
     assert "rows of 32 tokens per step, until the time is over" in capsys.readouterr().out
     (source,) = locate("base", "timed").meta["data_summary"]["sources"]
