@@ -55,6 +55,7 @@ PRIORS = {  # --rap=NAME: flags of the generator
     "rules": "--generator rules",
     "near": "--generator rules --band 32",  # the curve of distances ends there
 }
+LENGTHS = 160, 240, 400  # steps of 2,048 tokens
 LONG = (500, 4096), (1000, 4096), (1465, 8192), (1648, 16384)  # 2, 4, 12, 27 M tokens
 RATES = "--matrix_lr=0.01", "--matrix_lr=0.03", "--embedding_lr=0.05", "--embedding_lr=0.2"
 LONGER_FALL = "--warmdown_ratio=0.65 --final_lr_frac=0.05"
@@ -161,7 +162,7 @@ def planned() -> Iterator[Run]:
         for seed in seeds:
             for condition in ("rules", "rules, near"):
                 yield small(corpus, condition, seed, extra="--dtype=float32")
-    for steps in (160, 400):
+    for steps in (LENGTHS[0], LENGTHS[2]):
         for seed in seeds:
             for condition in ("none", BEST, "rules"):
                 yield small("prose", condition, seed, steps)
@@ -249,6 +250,30 @@ def report(records: list[dict[str, Any]]) -> None:
             change = interval(differences)
             line += f"  {change['mean']:+.4f} ({change['lo']:+.4f} to {change['hi']:+.4f})"
         print(f"{line}  {len(runs)} seeds")
+    for steps in LENGTHS[1:]:
+        for condition in (BEST, "rules"):
+            if shares := saved(by, condition, steps):
+                s = interval(shares)
+                print(
+                    f"prose, {condition}: {s['mean']:.0%} ({s['lo']:.0%} to {s['hi']:.0%}) fewer "
+                    f"tokens than none takes in {steps} steps"
+                )
+
+
+def saved(by: dict[tuple[str, str], dict[int, float]], condition: str, steps: int) -> list[float]:
+    """
+    For each seed, the share of the tokens of `steps` steps that a condition saves: 1 - n / steps,
+    where its runs of LENGTHS have the bits per byte of "none" after `steps` in n steps. These runs
+    are interpolated in log n between the two shortest lengths. [] for fewer than three seeds.
+    """
+    lengths = [by.get((f"prose-{n}", condition), {}) for n in LENGTHS[:2]]
+    targets = by.get((f"prose-{steps}", "none"), {})
+    shares = []
+    for seed in sorted(set(targets).intersection(*lengths)):
+        short, longer = (runs[seed] for runs in lengths)
+        part = (short - targets[seed]) / (short - longer)
+        shares.append(1 - LENGTHS[0] * (LENGTHS[1] / LENGTHS[0]) ** part / steps)
+    return shares if len(shares) > 2 else []
 
 
 def main() -> None:
