@@ -118,6 +118,26 @@ def test_commands_ask_for_memory_in_pieces_that_grow_unless_the_user_says_otherw
     assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting exists only there")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, b"1000"), ({"GOMP_SPINCOUNT": "7"}, b"7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, b"0")],
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(given, expected):
+    """torch's own OpenMP library says how often it spins: 300,000 times if nobody asks for less."""
+    code = "from nanochat.base.common import entry; entry(lambda: __import__('torch'))"
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, **given, "OMP_DISPLAY_ENV": "verbose", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    shown = re.findall(rb"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not shown:
+        pytest.skip("torch is not built with GNU OpenMP")
+    assert set(shown) == {expected}
+
+
 def test_streams_without_an_encoding_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     entry(lambda: print("fine"))

@@ -120,7 +120,7 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_470,
-    "base": 12_710,
+    "base": 12_730,
     "tinyworld": 9_550,
     "data": 36_840,
     "model": 26_875,

@@ -263,8 +263,13 @@ def entry(main: Callable[[], object]) -> None:
     and keeps its stack trace.
     """
     forgiving_streams()
-    if sys.platform == "linux":  # for torch, before it is loaded: fragments a GPU's memory less
+    if sys.platform == "linux":  # for torch, before it is loaded
+        # Fragments a GPU's memory less
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # A thread that waits for another sleeps after microseconds. By default it spins for
+        # milliseconds, which on a busy machine keeps the other one from its core.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         main()
     except KeyboardInterrupt:
