@@ -4,12 +4,14 @@ nanochat for one machine. In a notebook:
     chat = nanochat.load("sft")
     run = nanochat.train("base", depth=4, max_minutes=10)
 
-Importing the package imports nothing else: torch is loaded when a model is.
+Importing the package is quick: torch is loaded when a model is.
 """
 
 import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from nanochat.base.common import before_torch
 
 if TYPE_CHECKING:
     from nanochat.notebook import Chat, Run
@@ -27,6 +29,7 @@ def load(
     furthest stage of its tag). By default it is the newest checkpoint of the tag saved last;
     `model_tag` and `step` choose another. UserError if there is no such model.
     """
+    before_torch()
     from nanochat.model.checkpoint import load_for_inference
     from nanochat.notebook import Chat
 
@@ -42,6 +45,7 @@ class _TrainRoom(ModuleType):
         its command: `train("base", depth=4)` is `nanochat base_train --depth=4`. Raises UserError
         for a wrong keyword or value, as the command does.
         """
+        before_torch()
         from nanochat.notebook import train
 
         return train(stage, **knobs)

@@ -119,8 +119,8 @@ def test_every_command_has_a_script():
 # a room within a room counts on its own. Lower a ceiling when you delete something; raise it in the
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
-    ".": 1_470,
-    "base": 12_730,
+    ".": 1_485,
+    "base": 12_740,
     "tinyworld": 9_550,
     "data": 36_840,
     "model": 26_875,

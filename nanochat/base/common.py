@@ -112,6 +112,18 @@ def notice(message: str) -> None:
     print0(f"notice: {in_line(message)}", file=sys.stderr)
 
 
+def before_torch() -> None:
+    """On Linux, set what torch reads once, when it is loaded, unless the user has set it."""
+    if sys.platform != "linux":
+        return
+    # Fragments a GPU's memory less
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # A thread that waits for another sleeps after microseconds. By default it spins for
+    # milliseconds, which on a busy machine keeps the other one from its core.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def opening(command: str, log: bool = False) -> None:
     """
     Say that a command is loading torch, which takes seconds: on standard error if that is a
@@ -263,13 +275,7 @@ def entry(main: Callable[[], object]) -> None:
     and keeps its stack trace.
     """
     forgiving_streams()
-    if sys.platform == "linux":  # for torch, before it is loaded
-        # Fragments a GPU's memory less
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        # A thread that waits for another sleeps after microseconds. By default it spins for
-        # milliseconds, which on a busy machine keeps the other one from its core.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    before_torch()
     try:
         main()
     except KeyboardInterrupt:
