@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -325,3 +327,67 @@ def test_what_a_container_does_not_have_is_an_error_and_halves_a_batch(tmp_path)
     )
     assert run.stdout.split() == ["512", "512", "512", "128"], run.stderr
     assert run.stderr.count("out of memory with a batch of 4096 rows: continuing with 2048") == 4
+
+
+BUSY = "import time; end = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the busy program is detached from this one")
+def test_the_time_of_children_is_this_programs_own_and_that_of_others_is_not():
+    detach = (
+        f"import subprocess, sys; command = [sys.executable, '-c', {BUSY!r}]\n"
+        "print(subprocess.Popen(command, stdout=subprocess.DEVNULL).pid)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", BUSY])
+    other = int(subprocess.run([sys.executable, "-c", detach], stdout=subprocess.PIPE).stdout)
+    programs = psutil.Process(child.pid), psutil.Process(other)
+    _, own_before, all_before = hardware.OtherPrograms._so_far()
+    used_before = [sum(program.cpu_times()[:2]) for program in programs]
+    time.sleep(1)
+    of_child, of_other = (
+        sum(program.cpu_times()[:2]) - used
+        for program, used in zip(programs, used_before, strict=True)
+    )
+    _, own, used = hardware.OtherPrograms._so_far()
+    for program in programs:
+        program.kill()
+    child.wait()
+    assert of_child > 0 and of_other > 0
+    assert 0.9 * of_child <= own - own_before <= of_child + 0.5 * of_other
+    assert used - all_before >= 0.8 * (of_child + of_other)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "used", "said"),
+    [
+        (2, 2, 120, ""),  # its own two threads
+        (2, 2, 120 + 15, ""),  # a little
+        (
+            2,
+            2,
+            120 + 60,
+            "keep 1.0 of 2 CPUs busy, which slows this one down: end them, or compute with OMP_NUM_THREADS=1",
+        ),
+        (2, 1, 120 + 60, ""),  # there is a CPU for each
+        (2, 1, 120 + 120, "keep 2.0 of 2 CPUs busy, which slows this one down: end them"),
+        (16, 8, 120 + 6 * 60, ""),
+        (
+            16,
+            8,
+            120 + 10 * 60,
+            "keep 10.0 of 16 CPUs busy, which slows this one down: end them, or compute with OMP_NUM_THREADS=6",
+        ),
+    ],
+)
+def test_the_user_is_told_of_other_programs_that_leave_too_few_cpus(
+    monkeypatch, cpus, threads, used, said
+):
+    readings = iter([(0.0, 0.0, 0.0), (60.0, 120.0, float(used))])
+    monkeypatch.setattr(hardware.OtherPrograms, "_so_far", staticmethod(lambda: next(readings)))
+    monkeypatch.setattr(hardware, "_allowed_cpus", lambda: range(cpus))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    others = hardware.OtherPrograms()
+    monkeypatch.setattr(hardware.time, "monotonic", lambda: 59.0)
+    assert others.warning() == ""
+    monkeypatch.setattr(hardware.time, "monotonic", lambda: 60.0)
+    assert others.warning() == (said and f"other programs {said}")

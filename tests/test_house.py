@@ -120,14 +120,14 @@ def test_every_command_has_a_script():
 # commit that needs it, and say there what the feature adds.
 CEILINGS = {
     ".": 1_485,
-    "base": 12_740,
+    "base": 13_080,
     "tinyworld": 9_550,
     "data": 36_840,
     "model": 26_875,
     "chat": 8_755,
     "chat/serve": 10_865,
     "eval": 20_200,
-    "train": 21_440,
+    "train": 21_555,
     "study": 13_595,
     "plan": 16_085,
     "export": 9_070,

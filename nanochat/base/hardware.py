@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.base.common import human
+from nanochat.base.common import counted, human
 
 if TYPE_CHECKING:
     import torch
@@ -186,10 +187,64 @@ def usable_cpus() -> int:
     How many CPUs this process can keep busy: those that it may run on, or fewer if its container or
     service has a quota of CPU time (cgroup v2 and v1).
     """
-    allowed = os.cpu_count() or 1
+    return max(1, int(min([len(_allowed_cpus()), *_cpu_quotas()])))
+
+
+def _allowed_cpus() -> Sequence[int]:
+    """The numbers of the CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        allowed = len(os.sched_getaffinity(0))
-    return max(1, int(min([allowed, *_cpu_quotas()])))
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
+
+
+class OtherPrograms:
+    """What other programs take of the CPUs that this process may use."""
+
+    def __init__(self) -> None:
+        self._before = self._so_far()
+
+    def cpus(self) -> float:
+        """
+        How many CPUs they kept busy on average, since the last call or since this object was made.
+        The children of this process do not count.
+        """
+        before, self._before = self._before, self._so_far()
+        wall, own, used = (b - a for a, b in zip(before, self._before, strict=True))
+        return max(0.0, used - own) / max(wall, 1e-9)
+
+    def warning(self, seconds: float = 60.0) -> str:
+        """
+        What to tell the user if, for so many seconds, other programs left torch fewer CPUs than it
+        has threads; else "". Measures only when so many seconds have passed since it last did.
+        """
+        import torch
+
+        if time.monotonic() < self._before[0] + seconds:
+            return ""
+        allowed, threads, others = len(_allowed_cpus()), torch.get_num_threads(), self.cpus()
+        if others < 0.3 or threads + others < allowed + 0.3:
+            return ""
+        fewer = max(1, round(allowed - others))
+        remedy = f", or compute with OMP_NUM_THREADS={fewer}" if fewer < threads else ""
+        return (
+            f"other programs keep {others:.1f} of {counted(allowed, 'CPUs')} busy, which slows "
+            f"this one down: end them{remedy}"
+        )
+
+    @staticmethod
+    def _so_far() -> tuple[float, float, float]:
+        """Seconds of the clock, of CPUs used by this process, and of CPUs used by all programs."""
+        import psutil
+
+        own, me = 0.0, psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            with suppress(psutil.Error):  # it has just ended
+                own += sum(
+                    process.cpu_times()[:4]
+                )  # user and system, its own and of ended children
+        cpus, working = psutil.cpu_times(percpu=True), ("user", "nice", "system", "irq", "softirq")
+        used = sum(getattr(cpus[i], name, 0.0) for i in _allowed_cpus() for name in working)
+        return time.monotonic(), own, used
 
 
 def available_memory() -> int:

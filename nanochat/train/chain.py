@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from nanochat.base import logbook
 from nanochat.base.common import UserError, base_dir, duration, human, notice, print0
 from nanochat.base.files import reserved, write_json
+from nanochat.base.hardware import OtherPrograms
 from nanochat.model.stages import STAGES, lock_file, run_directory, step_folders
 from nanochat.train.knobs import MachineKnobs
 
@@ -124,6 +125,7 @@ class Display:
         self.save_diary = save_diary  # called every SAVE_SECONDS during a step
         self.live = self.terminal.isatty()
         self.interval = 0.5 if self.live else 30.0  # seconds between two states of a line
+        self.warned = False  # of other programs that use the CPUs
         self.first: dict[str, Any] = {}  # the first row of the logbook seen in the current step
 
     @contextlib.contextmanager
@@ -136,8 +138,11 @@ class Display:
         self.first = {}
 
         def watch() -> None:
-            saved = began
+            saved, others = began, OtherPrograms()
             while not over.wait(self.interval):
+                if not self.warned and (warning := others.warning()):
+                    self.write(f"notice: {warning}")
+                    self.warned = True
                 self.write(self.state(title, time.monotonic() - began, directory), self.live)
                 if time.monotonic() > saved + SAVE_SECONDS:
                     saved = time.monotonic()

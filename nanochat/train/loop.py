@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.nn.functional import pad
 
 from nanochat.base.common import UserError, duration, human, notice, print0, world_size
+from nanochat.base.hardware import OtherPrograms
 from nanochat.base.logbook import Logbook
 from nanochat.base.progress import StatusLine
 from nanochat.base.runtime import (
@@ -206,6 +207,8 @@ class Run(RunState):
         one step, and by as much as the last evaluations and save take longer than earlier ones.
         """
         self._line, self._average = StatusLine(), None
+        alone = self.runtime.device.type == "cpu" and self.runtime.world_size == 1
+        self._others = OtherPrograms() if alone else None  # until the user was warned of them
         self._began, self._seconds_before = self.clock(), self.seconds
         self._trained, self._flops, self._training_seconds = 0, 0.0, 1e-9  # in this session
         self._flops_per_token = cache(self.model.flops_per_token)
@@ -611,6 +614,9 @@ class Run(RunState):
             f"{human(numbers['tok_per_sec'])} tok/s{share}{reward}  lr x{numbers['lr_mult']:.2f}  "
             f"{duration(max(0.0, seconds_left))} left"
         )
+        if self._others and (warning := self._others.warning()):
+            self._line.print(f"notice: {warning}")
+            self._others = None
 
     def _summarize(self) -> dict[str, Any]:
         spent = {name: round(seconds, 2) for name, seconds in self.spent.items() if seconds}
