@@ -12,6 +12,7 @@ depth="${DEPTH:-20}" tokens="${TOKENS:-11.2e9}" gpus="${GPUS:-8}" script="${SCRI
 tag="${script%.sh}-d$depth" # its own, so that it never continues another run of base_train
 common=(--model_tag="$tag" --run="${WANDB_RUN:-dummy}" --resume=auto)
 export OMP_NUM_THREADS=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 # after Ctrl+C, torchrun would kill a save that takes more than 30 seconds
 source runs/values.sh
 planned_run "$script" --depth="$depth" --vocab=65536 --tokens="$tokens" --data fineweb-edu --gpu="H100 SXM" --gpus="$gpus" -- "$@"
 

@@ -203,6 +203,21 @@ def test_compiling_ahead_leaves_nothing_to_compile_and_no_trace(folder, monkeypa
     assert layers.frame_count == head.frame_count == 1 and tiny.same(before, tiny.weights(m))
 
 
+def test_compiling_ahead_uses_the_settings_of_the_run(monkeypatch):
+    """torch keeps them per thread: the saved activations of a whole run depended on this one."""
+    m, seen = tiny.model(), []
+
+    def loss(inputs, targets):
+        seen.append(torch._functorch.config.activation_memory_budget)
+        return m.embed.weight.sum()
+
+    monkeypatch.setattr(m, "loss", loss)
+    with torch._functorch.config.patch(activation_memory_budget=0.7):
+        Ahead.current = Ahead(m, 8, 16)
+        Ahead.current.wait()
+    assert seen == [0.7]
+
+
 def test_memory_that_runs_out_while_compiling_ahead_is_free_for_the_first_step(monkeypatch):
     m, held = tiny.model(), []
 

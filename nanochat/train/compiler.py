@@ -8,6 +8,7 @@ Damaged files are therefore removed before a run compiles. If the compiler fails
 stored code is removed and it is run again; after a second failure the run continues without it.
 """
 
+import contextvars
 import logging
 import os
 import re
@@ -245,9 +246,15 @@ class Ahead(threading.Thread):
         self.ended, self.abandoned = threading.Event(), False
         self.model, device = model, model.embed.weight.device
         self.ids = torch.zeros(rows, sequence_len, dtype=torch.int64, device=device)
+        # torch's settings for the compiler hold in the thread that made them, or in a copy of its
+        # context
+        self.settings = contextvars.copy_context()
         self.start()
 
     def run(self) -> None:
+        self.settings.run(self._compile)
+
+    def _compile(self) -> None:
         model, ids = self.model, self.ids
         try:
             if ids.device.type == "cuda":
