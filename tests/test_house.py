@@ -127,7 +127,7 @@ CEILINGS = {
     "chat": 8_755,
     "chat/serve": 10_865,
     "eval": 20_200,
-    "train": 21_585,
+    "train": 21_595,
     "study": 13_595,
     "plan": 16_085,
     "export": 9_070,

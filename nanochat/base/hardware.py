@@ -239,9 +239,8 @@ class OtherPrograms:
         own, me = 0.0, psutil.Process()
         for process in (me, *me.children(recursive=True)):
             with suppress(psutil.Error):  # it has just ended
-                own += sum(
-                    process.cpu_times()[:4]
-                )  # user and system, its own and of ended children
+                # User and system time, its own and that of children that have ended
+                own += sum(process.cpu_times()[:4])
         cpus, working = psutil.cpu_times(percpu=True), ("user", "nice", "system", "irq", "softirq")
         used = sum(getattr(cpus[i], name, 0.0) for i in _allowed_cpus() for name in working)
         return time.monotonic(), own, used

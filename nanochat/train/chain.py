@@ -138,11 +138,14 @@ class Display:
         self.first = {}
 
         def watch() -> None:
+            import torch
+
             saved, others = began, OtherPrograms()
             while not over.wait(self.interval):
                 if not self.warned and (warning := others.warning()):
-                    self.write(f"notice: {warning}")
                     self.warned = True
+                    if not torch.accelerator.is_available():
+                        self.write(f"notice: {warning}")
                 self.write(self.state(title, time.monotonic() - began, directory), self.live)
                 if time.monotonic() > saved + SAVE_SECONDS:
                     saved = time.monotonic()
